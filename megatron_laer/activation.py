@@ -1,0 +1,104 @@
+"""Whether FSEP is on in this process, and with which settings; and the coordinator made from them.
+
+The plugin turns it on and off. Nothing here touches Megatron's internals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_laer.config import FSEPConfig
+from megatron_laer.planner.costs import CostModel, load_cluster
+from megatron_laer.runtime import coordinator as coordinators
+from megatron_laer.runtime.coordinator import Coordinator
+from megatron_laer.runtime.process_groups import FSEPGroups, get_fsep_groups
+
+
+@dataclass(frozen=True)
+class Activation:
+    """FSEP is on.
+
+    Attributes:
+        seed: for the experts' weights; None takes torch's initial seed of the group's rank 0.
+    """
+
+    config: FSEPConfig
+    seed: int | None = None
+
+
+_active: Activation | None = None
+
+
+def set_active(activation: Activation | None) -> None:
+    """Turn FSEP on, with new settings, or off; layers built before keep what they have."""
+    global _active
+    _active = activation
+    coordinators.set_coordinator(None)
+
+
+def active() -> Activation | None:
+    """The settings in force, or None when FSEP is off."""
+    return _active
+
+
+def coordinator_for(transformer_config: Any) -> Coordinator:
+    """This process's coordinator, made when the first MoE layer is built.
+
+    Args:
+        transformer_config: Megatron's, with the true number of experts.
+
+    Raises:
+        ValueError: a model whose MoE layers have different numbers of experts, N·C < E, C > E.
+    """
+    assert _active is not None, "an FSEP layer was built while FSEP is off"
+    experts = transformer_config.num_moe_experts
+    coordinator = coordinators.current_coordinator()
+    if coordinator is None:
+        groups = get_fsep_groups()
+        coordinator = Coordinator(
+            _active.config,
+            groups,
+            experts,
+            seed=_active.seed if _active.seed is not None else _common_seed(groups),
+            costs=_costs(_active.config, transformer_config),
+            device=current_device(),
+        )
+        coordinators.set_coordinator(coordinator)
+    elif coordinator.geometry.num_experts != experts:
+        raise ValueError(
+            f"MoE layers with {coordinator.geometry.num_experts} and with {experts} experts in one "
+            "model: FSEP needs the same number in all of them"
+        )
+    return coordinator
+
+
+def current_device() -> torch.device:
+    """The device that Megatron computes on (the CPU under the CPU stand-in)."""
+    device = torch.cuda.current_device()
+    return device if isinstance(device, torch.device) else torch.device("cuda", device)
+
+
+def _common_seed(groups: FSEPGroups) -> int:
+    seed = torch.tensor([torch.initial_seed()], dtype=torch.int64, device=current_device())
+    dist.broadcast(seed, src=groups.planner_rank, group=groups.tokens)
+    return int(seed.item())
+
+
+def _costs(config: FSEPConfig, transformer_config: Any) -> CostModel:
+    cluster = load_cluster(config.cluster)
+    recompute = transformer_config.recompute_granularity
+    return CostModel.from_shapes(
+        hidden=transformer_config.hidden_size,
+        ffn=transformer_config.moe_ffn_hidden_size,
+        gated=transformer_config.gated_linear_unit,
+        bytes_per_element=transformer_config.params_dtype.itemsize,
+        flops_per_s=cluster.flops_per_s,
+        intra_bytes_per_s=cluster.intra_bytes_per_s,
+        inter_bytes_per_s=cluster.inter_bytes_per_s,
+        recompute=recompute == "full"
+        or (recompute == "selective" and "moe" in transformer_config.recompute_modules),
+    )

@@ -1,0 +1,1 @@
+"""From tokens and experts to tokens and slots."""

@@ -1,0 +1,61 @@
+"""Which of a token's experts' replicas serves it: the token → slot map. The torch reference.
+
+Runs no collective and makes no choice: how many tokens go to each slot was decided by the quotas.
+
+Legend: T tokens, E experts, S slots.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+def slot_ranges(row_S: npt.NDArray[np.int64], slot_expert_S: npt.NDArray[np.int16]) -> np.ndarray:
+    """Each slot's share of its expert's tokens, as a half-open range of their places.
+
+    Tokens of an expert are numbered in token order; its replicas take consecutive runs of them, in
+    slot order.
+
+    Returns:
+        int32 [2, S], the starts and the ends.
+    """
+    by_expert = np.argsort(slot_expert_S, kind="stable")
+    ends = np.cumsum(row_S[by_expert])
+    starts = ends - row_S[by_expert]
+    first_of_expert = np.searchsorted(slot_expert_S[by_expert], slot_expert_S[by_expert])
+    base = starts[first_of_expert]
+    ranges_2S = np.empty((2, row_S.size), dtype=np.int32)
+    ranges_2S[0, by_expert] = starts - base
+    ranges_2S[1, by_expert] = ends - base
+    return ranges_2S
+
+
+def to_slots(
+    probs_TE: torch.Tensor,
+    routing_map_TE: torch.Tensor,
+    slot_expert_S: torch.Tensor,
+    ranges_2S: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Translate the router's output from experts to slots.
+
+    Deterministic: no atomics, so the same token always goes to the same replica. The gradient of
+    the probabilities flows back to the experts; a (token, expert) pair has exactly one slot, so its
+    sum over replicas has one term.
+
+    Args:
+        probs_TE: routing probabilities.
+        routing_map_TE: bool, which experts each token goes to.
+        slot_expert_S: int64, the expert in each slot.
+        ranges_2S: from `slot_ranges`, on the same device.
+
+    Returns:
+        probs_TS and the bool map [T, S].
+    """
+    place_TE = torch.cumsum(routing_map_TE, dim=0, dtype=torch.int32) - 1
+    place_TS = place_TE.index_select(1, slot_expert_S)
+    routed_TS = routing_map_TE.index_select(1, slot_expert_S)
+    slot_map_TS = routed_TS & (place_TS >= ranges_2S[0]) & (place_TS < ranges_2S[1])
+    probs_TS = probs_TE.index_select(1, slot_expert_S).masked_fill(~slot_map_TS, 0)
+    return probs_TS, slot_map_TS

@@ -1,0 +1,1 @@
+"""What a rank holds of every expert, and how restored experts compute."""

@@ -1,0 +1,167 @@
+"""`FSEPExperts`: the module that owns the slices, restores experts and lets them compute.
+
+It stands where Megatron's MoE layer keeps its local experts. The activation, its fusions, clamps and
+the routing probabilities are those of Megatron's own `MLP`, whose two linear layers are replaced;
+nothing of that is written again here.
+
+Legend: E experts, C slots per rank, T tokens received, H hidden, r rows of a slice, K columns.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_laer.experts import restored as autograd
+from megatron_laer.experts.compute import SlotLinear
+from megatron_laer.experts.restored import RestoredExperts
+from megatron_laer.experts.slices import SliceSpec, initialise, sharded_tensor
+from megatron_laer.runtime.plan import MicrobatchPlan
+from megatron_laer.runtime.process_groups import FSEPGroups
+from megatron_laer.runtime.restore import FlatExchange
+
+
+class FSEPExperts(MegatronModule):
+    """1/N of every expert of a layer, and the compute of the C experts in this rank's slots.
+
+    Must be *called*, not have its methods used from outside: Megatron's distributed optimizer
+    waits for updated parameters in a hook before the call of the module that owns them.
+
+    Args:
+        config: Megatron's config, with the true number of experts.
+        activation_builder: Transformer Engine's activation from the module spec, or None.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        groups: FSEPGroups,
+        exchange: FlatExchange,
+        pg_collection: Any,
+        device: torch.device,
+        activation_builder: Any = None,
+    ) -> None:
+        # Like Megatron's SequentialMLP: MLP reads the FFN width of an expert from ffn_hidden_size.
+        config = copy.copy(config)
+        config.ffn_hidden_size = config.moe_ffn_hidden_size
+        super().__init__(config=config)
+        self._exchange = exchange
+        self._expert_dp_group = pg_collection.expt_dp
+        self._layer_name: str | None = None
+        self.mlp = MLP(
+            config,
+            MLPSubmodules(
+                linear_fc1=_slot_linear_builder(position=0),
+                linear_fc2=_slot_linear_builder(position=1),
+                activation_func=activation_builder,
+            ),
+            is_expert=True,
+            ffn_hidden_size=config.moe_ffn_hidden_size,
+            tp_group=pg_collection.expt_tp,
+        )
+        self._specs = tuple(
+            SliceSpec.for_rank(
+                name,
+                config.num_moe_experts,
+                linear.output_size,
+                linear.input_size,
+                rank=groups.rank,
+                num_ranks=groups.size,
+                init_method=linear.init_method,
+            )
+            for name, linear in (
+                ("linear_fc1", self.mlp.linear_fc1),
+                ("linear_fc2", self.mlp.linear_fc2),
+            )
+        )
+        device = torch.device("cpu") if config.use_cpu_initialization else device
+        for spec in self._specs:
+            self.register_parameter(
+                f"{spec.name}_slice", spec.new_parameter(config.params_dtype, device)
+            )
+
+    def initialise(self, layer_name: str, seed: int) -> None:
+        """Draw the weights, which depend on the seed and the global layer but on no rank."""
+        self._layer_name = layer_name
+        if self.config.perform_initialization:
+            for slice_ErK, spec in zip(self.slices(), self._specs, strict=True):
+                initialise(slice_ErK, spec, seed, layer_name)
+
+    def slices(self) -> list[torch.nn.Parameter]:
+        """The parameters, in the order of the matrices."""
+        return [getattr(self, f"{spec.name}_slice") for spec in self._specs]
+
+    @property
+    def specs(self) -> tuple[SliceSpec, ...]:
+        """What each slice is a slice of."""
+        return self._specs
+
+    def forward(
+        self,
+        input_TH: torch.Tensor,
+        probs_T: torch.Tensor,
+        plan: MicrobatchPlan,
+    ) -> torch.Tensor:
+        """Outputs of this rank's slots on the tokens they received.
+
+        Args:
+            input_TH: tokens sorted by slot.
+            probs_T: their routing probabilities.
+            plan: the layout and how many tokens each slot received.
+        """
+        assert self._layer_name is not None, "the experts' weights were never initialised"
+        if self.config.moe_apply_probs_on_input:
+            input_TH = (probs_T.unsqueeze(-1) * input_TH).to(input_TH.dtype)
+            probs_T = torch.ones_like(probs_T)
+
+        slices = self.slices()
+        restored = RestoredExperts(slices, self._specs, plan.index, self._exchange)
+        linears = (self.mlp.linear_fc1, self.mlp.linear_fc2)
+        try:
+            matrices = autograd.restore(restored, slices)
+            for linear, weight_CRK in zip(linears, matrices, strict=True):
+                linear.bind(weight_CRK, restored, plan.tokens_C)
+            output_TH, bias = self.mlp(input_TH, probs_T)
+        finally:
+            for linear in linears:
+                linear.unbind()
+        assert bias is None
+        if not plan.backward_follows:
+            restored.release()
+            if torch.is_grad_enabled():
+                output_TH = autograd.restore_before_backward(output_TH, restored)
+        return output_TH
+
+    def backward_dw(self) -> None:
+        """Megatron's hook for delayed weight gradients, which FSEP refuses at start."""
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The slices under the names and shapes that stock Megatron saves its experts with."""
+        replica_id = (0, 0, self._expert_dp_group.rank())
+        return {
+            f"{prefix}{spec.name}_slice": sharded_tensor(
+                slice_ErK, spec, f"{prefix}experts.{spec.name}.weight", sharded_offsets, replica_id
+            )
+            for slice_ErK, spec in zip(self.slices(), self._specs, strict=True)
+        }
+
+
+def _slot_linear_builder(position: int) -> Any:
+    """A builder with the signature by which Megatron's MLP makes its linear layers."""
+
+    def build(input_size: int, output_size: int, **options: Any) -> SlotLinear:
+        return SlotLinear(
+            input_size, output_size, position=position, init_method=options["init_method"]
+        )
+
+    return build

@@ -1,0 +1,121 @@
+"""What a rank holds: one parameter per matrix with a block of whole rows of every expert.
+
+Initialisation and the mapping to checkpoints live here; restoring and computing do not.
+
+Legend: E experts, R rows of a matrix, r rows held by this rank, K columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from megatron_laer.runtime.restore import row_bounds
+
+Init = Callable[[torch.Tensor], object]
+
+
+@dataclass(frozen=True)
+class SliceSpec:
+    """One expert matrix as a rank holds it.
+
+    Attributes:
+        name: Megatron's name of the matrix, `linear_fc1` or `linear_fc2`.
+        rows, columns: R and K of the whole matrix, as `F.linear` takes it.
+        start, end: the rows [start, end) that this rank holds.
+        init_method: Megatron's initialisation of the whole matrix.
+    """
+
+    name: str
+    num_experts: int
+    rows: int
+    columns: int
+    start: int
+    end: int
+    init_method: Init
+
+    @classmethod
+    def for_rank(
+        cls,
+        name: str,
+        num_experts: int,
+        rows: int,
+        columns: int,
+        *,
+        rank: int,
+        num_ranks: int,
+        init_method: Init,
+    ) -> SliceSpec:
+        """The rows that `rank` of `num_ranks` holds."""
+        bounds = row_bounds(rows, num_ranks)
+        start, end = bounds[rank], bounds[rank + 1]
+        return cls(name, num_experts, rows, columns, start, end, init_method)
+
+    def new_parameter(self, dtype: torch.dtype, device: torch.device) -> torch.nn.Parameter:
+        """An uninitialised parameter [E, r, K], marked as distinct on every expert-parallel rank.
+
+        Three dimensions keep Megatron's weight decay on (it exempts vectors).
+        """
+        shape = (self.num_experts, self.end - self.start, self.columns)
+        slice_ErK = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        slice_ErK.allreduce = False  # type: ignore[attr-defined]
+        # Every rank's slice is distinct, so all of them count in the gradient norm.
+        slice_ErK.tensor_model_parallel = True  # type: ignore[attr-defined]
+        slice_ErK.partition_dim = 1  # type: ignore[attr-defined]
+        slice_ErK.partition_stride = 1  # type: ignore[attr-defined]
+        return slice_ErK
+
+
+def expert_seed(seed: int, layer: str, matrix: str, expert: int) -> int:
+    """The 63-bit seed of one expert's matrix; no rank, group size or layout enters it."""
+    text = f"{seed}/{layer}/{matrix}/{expert}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+@torch.no_grad()
+def initialise(slice_ErK: torch.Tensor, spec: SliceSpec, seed: int, layer: str) -> None:
+    """Draw every expert's whole matrix and keep this rank's rows.
+
+    The whole matrix is drawn, one at a time, since an initialisation may depend on its shape.
+    Generators are forked, so nothing else drawn by the run changes.
+    """
+    device = slice_ErK.device
+    whole_RK = torch.empty((spec.rows, spec.columns), dtype=slice_ErK.dtype, device=device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for expert in range(spec.num_experts):
+            torch.manual_seed(expert_seed(seed, layer, spec.name, expert))
+            spec.init_method(whole_RK)
+            slice_ErK[expert].copy_(whole_RK[spec.start : spec.end])
+
+
+def sharded_tensor(
+    slice_ErK: torch.Tensor,
+    spec: SliceSpec,
+    key: str,
+    sharded_offsets: tuple[tuple[int, int, int], ...],
+    replica_id: tuple[int, int, int],
+) -> ShardedTensor:
+    """The slice as a part of the tensor that stock Megatron saves under `key`.
+
+    Stock saves expert matrices as `[…, E, R, K]` with one shard per expert; this rank's rows of all
+    experts are the block at offset (0, start, 0) of it, so either side reads what the other wrote.
+    Row blocks may be uneven, hence no `axis_fragmentations`.
+    """
+    prepended = len(sharded_offsets)
+    global_shape = tuple(size for _, _, size in sharded_offsets)
+    global_offset = tuple(offset for _, offset, _ in sharded_offsets)
+    return ShardedTensor(
+        key=key,
+        data=slice_ErK,
+        dtype=slice_ErK.dtype,
+        local_shape=tuple(slice_ErK.shape),
+        global_shape=(*global_shape, spec.num_experts, spec.rows, spec.columns),
+        global_offset=(*global_offset, 0, spec.start, 0),
+        axis_fragmentations=None,
+        replica_id=replica_id,
+        prepend_axis_num=prepended,
+    )

@@ -1,0 +1,23 @@
+"""The first call of a training script: everything that must happen before Megatron is imported.
+
+Decides nothing about training; `plugin.py` knows what changes in Megatron, `platform` what the machine
+needs.
+"""
+
+
+def prepare(force_cpu: bool = False) -> None:
+    """Make this process ready for Megatron and turn the plugin on.
+
+    Call it before any import of `megatron`. Without a usable GPU, with `force_cpu`, or with
+    `MEGATRON_LAER_DEVICE=cpu` in the environment, Megatron runs on the CPU; its command line then needs
+    `megatron_laer.platform.cpu.CPU_FLAGS`.
+    """
+    from megatron_laer.platform import cpu, wheel
+
+    if cpu.needed(force_cpu):
+        cpu.install()
+    wheel.mend_dataset_helper()
+
+    from megatron_laer.plugin import install
+
+    install()

@@ -1,0 +1,249 @@
+"""Which expert sits in which slot: the value that planner, runtime and checkpoints agree on.
+
+This file does not choose layouts (see `planner`) and does not move weights (see `runtime`). It
+imports neither torch nor Megatron.
+
+Shape suffixes: N ranks of the FSEP group, E experts, C slots per rank, S = N*C slots. Slot s is
+slot s % C of rank s // C.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+# Slots travel as int16 in the layout broadcast, whatever the machine's own byte order.
+_SLOT_DTYPE = np.dtype("<i2")
+MAX_EXPERTS = int(np.iinfo(_SLOT_DTYPE).max)
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """An assignment of experts to the S = N*C slots of an FSEP group.
+
+    Immutable, equal and hashable by content, so that ranks can compare layouts and tables can be
+    cached by layout. An illegal layout cannot be built: every expert has at least one slot. An
+    expert may have two slots on one rank (wasteful, not wrong).
+
+    Attributes:
+        num_ranks: N, ranks in the FSEP group.
+        capacity: C, slots per rank.
+        num_experts: E, experts of the layer.
+        slot_bytes: slot → expert, S little-endian int16. Use `from_slots` to build it from
+            integers.
+
+    Raises:
+        ValueError: N, C, E that admit no layout, a wrong number of slots, an expert out of range,
+            or an expert without a slot.
+    """
+
+    num_ranks: int
+    capacity: int
+    num_experts: int
+    slot_bytes: bytes
+
+    def __post_init__(self) -> None:
+        check_shape(self.num_ranks, self.capacity, self.num_experts)
+        _check_slots(self.num_ranks, self.capacity, self.num_experts, self.slot_expert_S)
+
+    @classmethod
+    def from_slots(
+        cls,
+        num_ranks: int,
+        capacity: int,
+        num_experts: int,
+        slots: Sequence[int] | npt.NDArray[np.integer],
+    ) -> ExpertLayout:
+        """Build a layout from S expert numbers, rank by rank.
+
+        Raises:
+            ValueError: as for the class; the message quotes what was passed.
+        """
+        check_shape(num_ranks, capacity, num_experts)
+        slot_expert_S = np.asarray(slots)
+        if slot_expert_S.ndim != 1 or (
+            slot_expert_S.size > 0 and slot_expert_S.dtype.kind not in "iu"
+        ):
+            raise ValueError(
+                f"slots must be a flat sequence of integers, got shape {slot_expert_S.shape} of "
+                f"{slot_expert_S.dtype}; pass N*C = {num_ranks * capacity} expert numbers"
+            )
+        # Checked before the cast, which would wrap an expert number beyond int16 into a legal one.
+        _check_slots(num_ranks, capacity, num_experts, slot_expert_S)
+        return cls(num_ranks, capacity, num_experts, slot_expert_S.astype(_SLOT_DTYPE).tobytes())
+
+    @classmethod
+    def static(cls, num_ranks: int, capacity: int, num_experts: int) -> ExpertLayout:
+        """The layout without a planner: rank r hosts C consecutive experts from r*E//N on, mod E.
+
+        Where N divides E, the first E/N slots of each rank are stock Megatron's placement. Every
+        expert is covered: neighbouring starts are at most ceil(E/N) <= C apart, and so is E from
+        the last one. No rank holds an expert twice, because C <= E.
+
+        Raises:
+            ValueError: N, C, E that admit no layout.
+        """
+        check_shape(num_ranks, capacity, num_experts)
+        start_N = np.arange(num_ranks) * num_experts // num_ranks
+        slot_expert_NC = (start_N[:, None] + np.arange(capacity)) % num_experts
+        return cls.from_slots(num_ranks, capacity, num_experts, slot_expert_NC.reshape(-1))
+
+    @classmethod
+    def random(
+        cls, num_ranks: int, capacity: int, num_experts: int, seed: tuple[int, ...]
+    ) -> ExpertLayout:
+        """Any legal layout, the same on every machine for the same seed; for tests and worst cases.
+
+        Args:
+            seed: non-negative integers, e.g. (run seed, step, layer).
+
+        Raises:
+            ValueError: N, C, E that admit no layout, or a negative number in the seed.
+        """
+        check_shape(num_ranks, capacity, num_experts)
+        if any(part < 0 for part in seed):
+            raise ValueError(f"seed must hold non-negative integers, got {seed}")
+        num_slots = num_ranks * capacity
+        # Raw words, because NumPy promises stable streams for bit generators but not for
+        # Generator.permutation or Generator.integers (NEP 19).
+        bits = np.random.PCG64(np.random.SeedSequence(seed))
+        spare = bits.random_raw(num_slots - num_experts) % np.uint64(num_experts)
+        experts_S = np.concatenate([np.arange(num_experts), spare.astype(np.int64)])
+        order_S = np.argsort(bits.random_raw(num_slots), kind="stable")
+        return cls.from_slots(num_ranks, capacity, num_experts, experts_S[order_S])
+
+    @property
+    def num_slots(self) -> int:
+        """S = N*C."""
+        return self.num_ranks * self.capacity
+
+    @property
+    def slot_expert_S(self) -> npt.NDArray[np.int16]:
+        """Slot → expert, int16 [S], a read-only view of the layout's own bytes."""
+        return np.frombuffer(self.slot_bytes, dtype=_SLOT_DTYPE)
+
+    @cached_property
+    def replicas_E(self) -> npt.NDArray[np.int64]:
+        """Slots that hold each expert, int64 [E], read-only, all at least 1, summing to S."""
+        replicas_E = np.bincount(self.slot_expert_S, minlength=self.num_experts).astype(np.int64)
+        replicas_E.setflags(write=False)
+        return replicas_E
+
+    @cached_property
+    def digest(self) -> int:
+        """Signed 64-bit fingerprint of N, C, E and the slots; equal on every machine."""
+        shape = struct.pack("<qqq", self.num_ranks, self.capacity, self.num_experts)
+        digest = hashlib.blake2b(shape + self.slot_bytes, digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
+    def experts_of(self, rank: int) -> tuple[int, ...]:
+        """The C experts that a rank hosts, in slot order.
+
+        Raises:
+            ValueError: a rank outside 0..N-1.
+        """
+        check_rank(self.num_ranks, rank)
+        first = rank * self.capacity
+        return tuple(self.slot_expert_S[first : first + self.capacity].tolist())
+
+    def to_list(self) -> list[int]:
+        """Slot → expert as S plain integers; `from_slots` reads them back."""
+        experts: list[int] = self.slot_expert_S.tolist()
+        return experts
+
+
+def default_capacity(num_ranks: int, num_experts: int) -> int:
+    """The fewest slots per rank that always allow perfect balance: min(E, ceil(E/N) + 1).
+
+    Source: with ceil(E/N) + 1 slots any loads can be split so that all ranks carry the same (for E
+        = N
+    this is Walker's alias method); with E slots every rank hosts everything.
+
+    Raises:
+        ValueError: N or E below 1.
+    """
+    if num_ranks < 1 or num_experts < 1:
+        raise ValueError(
+            f"num_ranks and num_experts must be at least 1, got {num_ranks} and {num_experts}"
+        )
+    return min(num_experts, -(-num_experts // num_ranks) + 1)
+
+
+def stock_owner_E(num_ranks: int, num_experts: int) -> npt.NDArray[np.int64]:
+    """Rank that owns each expert under contiguous placement, int64 [E]: e*N // E.
+
+    Stock Megatron's owner where N divides E; its natural extension elsewhere.
+
+    Raises:
+        ValueError: N or E below 1.
+    """
+    if num_ranks < 1 or num_experts < 1:
+        raise ValueError(
+            f"num_ranks and num_experts must be at least 1, got {num_ranks} and {num_experts}"
+        )
+    return np.arange(num_experts, dtype=np.int64) * num_ranks // num_experts
+
+
+def check_shape(num_ranks: int, capacity: int, num_experts: int) -> None:
+    """Reject N, C, E for which no layout exists or makes sense.
+
+    Raises:
+        ValueError: with what was passed and what would work.
+    """
+    if num_ranks < 1 or capacity < 1 or num_experts < 1:
+        raise ValueError(
+            f"num_ranks, capacity and num_experts must be at least 1, got {num_ranks}, {capacity} "
+            f"and {num_experts}"
+        )
+    if num_experts > MAX_EXPERTS:
+        raise ValueError(f"num_experts must be at most {MAX_EXPERTS}, got {num_experts}")
+    if capacity > num_experts:
+        raise ValueError(
+            f"capacity {capacity} exceeds num_experts {num_experts}: a rank would hold an expert "
+            f"twice; use a capacity of at most {num_experts}"
+        )
+    if num_ranks * capacity < num_experts:
+        raise ValueError(
+            f"{num_ranks} ranks with {capacity} slots each are {num_ranks * capacity} slots, too "
+            f"few for {num_experts} experts; use a capacity of at least "
+            f"{-(-num_experts // num_ranks)}"
+        )
+
+
+def check_rank(num_ranks: int, rank: int) -> None:
+    """Reject a rank outside 0..N-1, which NumPy would take as an index from the end.
+
+    Raises:
+        ValueError: with what was passed and what would work.
+    """
+    if not 0 <= rank < num_ranks:
+        raise ValueError(f"rank must be in 0..{num_ranks - 1}, got {rank}")
+
+
+def _check_slots(
+    num_ranks: int, capacity: int, num_experts: int, slot_expert_S: npt.NDArray[np.integer]
+) -> None:
+    num_slots = num_ranks * capacity
+    if slot_expert_S.size != num_slots:
+        raise ValueError(
+            f"got {slot_expert_S.size} slots, but {num_ranks} ranks with {capacity} slots each "
+            f"need {num_slots}"
+        )
+    low, high = int(slot_expert_S.min()), int(slot_expert_S.max())
+    if low < 0 or high >= num_experts:
+        wrong = low if low < 0 else high
+        raise ValueError(f"slots hold expert {wrong}; experts must be in 0..{num_experts - 1}")
+    replicas_E = np.bincount(slot_expert_S.astype(np.int64), minlength=num_experts)
+    missing = np.flatnonzero(replicas_E == 0)
+    if missing.size > 0:
+        shown = ", ".join(str(expert) for expert in missing[:8])
+        more = f" and {missing.size - 8} more" if missing.size > 8 else ""
+        raise ValueError(
+            f"no slot holds expert {shown}{more}; every expert in 0..{num_experts - 1} needs one"
+        )

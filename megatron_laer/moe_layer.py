@@ -1,0 +1,138 @@
+"""`FSEPMoELayer`: Megatron's MoE layer with experts in slots.
+
+Router, losses, shared experts, permutations and the token All-to-All stay Megatron's. Only steps of
+`MoELayer` are overridden, never `forward`, which Megatron's combined 1F1B schedule bypasses.
+
+Legend: N ranks, E experts, C slots per rank, S = N·C slots, T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+from megatron_laer.activation import coordinator_for
+from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
+from megatron_laer.dispatch.slots import slot_ranges, to_slots
+from megatron_laer.experts.module import FSEPExperts
+from megatron_laer.runtime.coordinator import LayerState
+from megatron_laer.runtime.plan import MicrobatchPlan
+from megatron_laer.runtime.process_groups import get_fsep_groups
+
+
+class FSEPMoELayer(MoELayer):
+    """An MoE layer whose C local "experts" are slots, filled anew as the layout says."""
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: Any = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        assert submodules is not None
+        if pg_collection is None:
+            pg_collection = get_default_pg_collection()
+        groups = get_fsep_groups()
+        pg_collection.fsep = groups.tokens
+        coordinator = coordinator_for(config)
+        geometry = coordinator.geometry
+
+        def build_experts(num_local: int, config_: Any, /, **_: Any) -> FSEPExperts:
+            assert num_local == geometry.capacity
+            return FSEPExperts(
+                config,
+                groups=groups,
+                exchange=coordinator.exchange,
+                pg_collection=pg_collection,
+                device=coordinator.device,
+                activation_builder=_activation_builder(submodules),
+            )
+
+        def with_true_config(builder: Any) -> Any:
+            return lambda **kwargs: builder(**{**kwargs, "config": config})
+
+        # Stock sizes everything behind the router by config.num_moe_experts. It sees S of them;
+        # the router and the shared experts see the true config. Copies are shallow on purpose:
+        # dataclasses.replace would validate again, and layers share `submodules`.
+        slot_config = copy.copy(config)
+        slot_config.num_moe_experts = geometry.num_slots
+        slot_submodules = copy.copy(submodules)
+        slot_submodules.experts = build_experts
+        slot_submodules.router = with_true_config(submodules.router)
+        if submodules.shared_experts is not None:
+            slot_submodules.shared_experts = with_true_config(submodules.shared_experts)
+        super().__init__(
+            config=slot_config,
+            submodules=slot_submodules,
+            layer_number=layer_number,
+            pg_collection=pg_collection,
+            is_mtp_layer=is_mtp_layer,
+            name=name,
+        )
+        self.config = config
+        self.submodules = submodules
+        self.token_dispatcher = SlotTokenDispatcher(
+            self.num_local_experts,
+            self.local_expert_indices,
+            config=slot_config,
+            pg_collection=pg_collection,
+        )
+        if self.shared_experts is not None and self.shared_expert_overlap:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
+
+        self._coordinator = coordinator
+        self._state: LayerState | None = None
+        self._plan: MicrobatchPlan | None = None
+        if layer_number is not None:
+            self._register(layer_number)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Called by Megatron's transformer layer; the weights' seeds depend on the number."""
+        super().set_layer_number(layer_number)
+        if self._state is None:
+            self._register(layer_number)
+
+    def preprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> Any:
+        """Exchange counts, split tokens over replicas, and go on in slot space."""
+        assert self._state is not None, "set_layer_number was never called"
+        plan = self._coordinator.plan_microbatch(self._state, routing_map, training=self.training)
+        ranges_2S = torch.from_numpy(slot_ranges(plan.row_S, plan.layout.slot_expert_S))
+        probs_TS, slot_map_TS = to_slots(
+            probs,
+            routing_map,
+            plan.index.slot_expert_S,
+            ranges_2S.to(routing_map.device, non_blocking=True),
+        )
+        self._plan = plan
+        self.token_dispatcher.set_plan(plan)
+        return super().preprocess(hidden_states, probs_TS, slot_map_TS)
+
+    def routed_experts_compute(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Sort the received tokens by slot and let the restored experts compute."""
+        input_TH, _, probs_T = self.token_dispatcher.dispatch_postprocess(hidden_states, probs)
+        plan, self._plan = self._plan, None
+        assert plan is not None, "routed_experts_compute before preprocess"
+        # A call, not a method: Megatron waits for updated parameters in the call's pre-hook.
+        output_TH = self.experts(input_TH, probs_T, plan)
+        return self.token_dispatcher.combine_preprocess(output_TH), None
+
+    def _register(self, layer_number: int) -> None:
+        self._state = self._coordinator.register_layer(layer_number, self.is_mtp_layer)
+        self.experts.initialise(self._state.name, self._coordinator.seed)
+
+
+def _activation_builder(submodules: MoESubmodules) -> Any:
+    """Transformer Engine's activation module, where the module spec brings one."""
+    options = getattr(submodules.experts, "keywords", {})
+    return getattr(options.get("submodules"), "activation_func", None)

@@ -1,0 +1,82 @@
+"""The shape of a planning problem: ranks, experts, slots and nodes; no loads, no speeds.
+
+Symbols: N ranks, E experts, C slots per rank, G ranks per node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_laer.layout import ExpertLayout, check_shape
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What every layout of a layer has in common.
+
+    Attributes:
+        num_ranks: N, ranks in the FSEP group; ranks r*G..r*G+G-1 share a node.
+        num_experts: E, experts of the layer.
+        capacity: C, slots per rank.
+        node_size: G, ranks per node; it divides N.
+
+    Raises:
+        ValueError: N, C, E that admit no layout, or a node size that does not divide N.
+    """
+
+    num_ranks: int
+    num_experts: int
+    capacity: int
+    node_size: int
+
+    def __post_init__(self) -> None:
+        check_shape(self.num_ranks, self.capacity, self.num_experts)
+        check_node_size(self.num_ranks, self.node_size)
+
+    @property
+    def num_slots(self) -> int:
+        """S = N*C."""
+        return self.num_ranks * self.capacity
+
+    @property
+    def num_nodes(self) -> int:
+        """N / G."""
+        return self.num_ranks // self.node_size
+
+    def check_layout(self, layout: ExpertLayout) -> None:
+        """Reject a layout made for other N, C or E.
+
+        Raises:
+            ValueError: with both shapes.
+        """
+        given = (layout.num_ranks, layout.capacity, layout.num_experts)
+        wanted = (self.num_ranks, self.capacity, self.num_experts)
+        if given != wanted:
+            raise ValueError(
+                f"layout is for (ranks, capacity, experts) = {given}, the planner for {wanted}"
+            )
+
+    def check_counts(self, shape: tuple[int, ...]) -> None:
+        """Reject counts that are not [N, E].
+
+        Raises:
+            ValueError: with both shapes.
+        """
+        if shape != (self.num_ranks, self.num_experts):
+            raise ValueError(
+                f"counts_NE has shape {shape}, expected [ranks, experts] = "
+                f"{(self.num_ranks, self.num_experts)}"
+            )
+
+
+def check_node_size(num_ranks: int, node_size: int) -> None:
+    """Reject a node size that would leave a partly filled node.
+
+    Raises:
+        ValueError: with what was passed and the sizes that work.
+    """
+    if node_size < 1 or num_ranks % node_size != 0:
+        works = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
+        raise ValueError(
+            f"node size {node_size} does not divide the {num_ranks} ranks; use one of {works}"
+        )

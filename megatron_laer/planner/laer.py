@@ -1,0 +1,139 @@
+"""The planner of the LAER-MoE paper: candidate replica counts, greedy placement, choice by cost.
+
+Source: "LAER-MoE: Load-Adaptive Expert Re-layout for Efficient MoE Training", arXiv 2602.11686.
+What differs from its released code: any N, C, E and node size; replica counts are not rounded to
+multiples of the number of nodes; no rank takes an expert twice while another has a free slot for
+it; the even candidate also exists where E does not divide the slots; the current and the static
+layout compete too.
+
+Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LaerStrategy:
+    """Candidates by replica count, greedy placement, choice by predicted seconds. Deterministic.
+
+    Never predicted slower than the current or the static layout, as both are candidates. The
+    current one wins ties, so that a layout that cannot be improved does not change.
+    """
+
+    geometry: Geometry
+    costs: CostModel
+    name: str = "laer"
+
+    def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
+        """The cheapest candidate for these counts.
+
+        Args:
+            counts_NE: tokens on each source rank for each expert, int64 [N, E].
+            current: the layout in use.
+
+        Raises:
+            ValueError: counts or a layout of another shape.
+        """
+        geometry = self.geometry
+        geometry.check_counts(counts_NE.shape)
+        geometry.check_layout(current)
+        loads_E = counts_NE.sum(axis=0)
+        static = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
+        candidates = (
+            current,
+            static,
+            place(loads_E, replicas_by_load(loads_E, geometry), geometry),
+            place(loads_E, replicas_even(loads_E, geometry), geometry),
+        )
+        # min keeps the first of equals.
+        return min(
+            candidates,
+            key=lambda layout: self.costs.layer_seconds(counts_NE, layout, geometry.node_size),
+        )
+
+
+def replicas_by_load(loads_E: Int64, geometry: Geometry) -> Int64:
+    """Replica counts by priority queue: one more, again and again, for the hottest per replica.
+
+    Every expert has at least one and, as a second copy on one rank balances nothing, at most N.
+    Equal loads
+    per replica: fewest replicas first, then the lowest index.
+
+    Returns:
+        int64 [E], summing to S.
+    """
+    replicas_E = np.ones(geometry.num_experts, dtype=np.int64)
+    hottest = [(-float(load), 1, expert) for expert, load in enumerate(loads_E)]
+    heapq.heapify(hottest)
+    # The queue cannot run dry: N copies of every expert are N*E >= N*C slots.
+    for _ in range(geometry.num_slots - geometry.num_experts):
+        _, count, expert = heapq.heappop(hottest)
+        count += 1
+        replicas_E[expert] = count
+        if count < geometry.num_ranks:
+            heapq.heappush(hottest, (-float(loads_E[expert]) / count, count, expert))
+    return replicas_E
+
+
+def replicas_even(loads_E: Int64, geometry: Geometry) -> Int64:
+    """The same number of replicas for all; where E does not divide S, one more for the hottest.
+
+    Returns:
+        int64 [E], summing to S.
+    """
+    each, spare = divmod(geometry.num_slots, geometry.num_experts)
+    replicas_E = np.full(geometry.num_experts, each, dtype=np.int64)
+    replicas_E[np.argsort(-loads_E, kind="stable")[:spare]] += 1
+    return replicas_E
+
+
+def place(loads_E: Int64, replicas_E: Int64, geometry: Geometry) -> ExpertLayout:
+    """Give every replica a slot, heaviest replicas first.
+
+    Each goes to a rank with a free slot and without this expert; among those to a node with the
+    fewest replicas of it; there to the least loaded rank; ties to the lowest rank. Only where every
+    free slot is on a rank that has the expert already does a rank hold it twice. O(S*N).
+
+    Args:
+        loads_E: tokens per expert, int64 [E].
+        replicas_E: slots per expert, int64 [E], at least 1 each, summing to S.
+    """
+    load_per_replica_E = loads_E / replicas_E
+    node_N = np.arange(geometry.num_ranks) // geometry.node_size
+    free_N = np.full(geometry.num_ranks, geometry.capacity, dtype=np.int64)
+    rank_load_N = np.zeros(geometry.num_ranks)
+    held: list[list[int]] = [[] for _ in range(geometry.num_ranks)]
+
+    # All replicas of an expert weigh the same, so they are neighbours in the order by weight.
+    for expert in np.argsort(-load_per_replica_E, kind="stable").tolist():
+        without_N = np.ones(geometry.num_ranks, dtype=np.bool_)
+        node_replicas_Q = np.zeros(geometry.num_nodes, dtype=np.int64)
+        for _ in range(int(replicas_E[expert])):
+            open_N = free_N > 0
+            if (open_N & without_N).any():
+                open_N &= without_N
+            crowding_N = node_replicas_Q[node_N]
+            open_N &= crowding_N == crowding_N[open_N].min()
+            rank = int(np.argmin(np.where(open_N, rank_load_N, np.inf)))
+            held[rank].append(expert)
+            free_N[rank] -= 1
+            rank_load_N[rank] += load_per_replica_E[expert]
+            without_N[rank] = False
+            node_replicas_Q[rank // geometry.node_size] += 1
+
+    slots = [expert for experts in held for expert in sorted(experts)]
+    return ExpertLayout.from_slots(
+        geometry.num_ranks, geometry.capacity, geometry.num_experts, slots
+    )

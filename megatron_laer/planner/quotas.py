@@ -1,0 +1,244 @@
+"""The even split: how many of a source's tokens go to each replica, whatever the current loads.
+
+The paper's "lite routing": a source shares its tokens for an expert evenly among the replicas in
+its own node, and only where its node has none, among all replicas. Integers, conserved, the same on
+every rank. It does not choose layouts, and it does not balance (a split by load belongs in a file
+of its own). The looped definition is `reference.quota_NS`.
+
+Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G = N/Q ranks per
+    node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.layout import ExpertLayout, check_rank
+from megatron_laer.planner.geometry import Geometry
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SplitTotals:
+    """Sums over the N*S matrix of quotas, obtained without forming it.
+
+    Attributes:
+        near_S: tokens that each slot gets from sources of its own node, int64 [S].
+        far_S: tokens that each slot gets from other nodes, int64 [S].
+        sent_near_N: tokens that each rank sends inside its node, int64 [N].
+        sent_far_N: tokens that each rank sends to other nodes, int64 [N].
+        own_N: tokens that each rank sends to its own slots, int64 [N]; part of `near`.
+    """
+
+    near_S: Int64
+    far_S: Int64
+    sent_near_N: Int64
+    sent_far_N: Int64
+    own_N: Int64
+
+
+@dataclass(frozen=True, eq=False)
+class EvenSplit:
+    """The even split for one layout and node size. Build it with `even_split`, which caches.
+
+    Of c tokens over k replicas, each gets c // k, and the c % k left over go to replicas
+    source, source + 1, ... (mod k): a fixed first replica would collect the remainders of all
+    sources.
+
+    Every method takes `counts_NE`, int64 [N, E]: tokens on each source rank for each expert; a
+    different shape is a ValueError.
+    """
+
+    layout: ExpertLayout
+    geometry: Geometry
+    node_replicas_QE: Int64
+    # Slots in the order (node, expert, slot) and (expert, slot), where the replicas that share
+    # a count are neighbours; and each slot's place among those replicas.
+    near_order_S: Int64
+    far_order_S: Int64
+    near_place_S: Int64
+    far_place_S: Int64
+
+    def rank_row(self, counts_NE: Int64, rank: int) -> Int64:
+        """Tokens that `rank` sends to each slot, int64 [S]. O(S).
+
+        Raises:
+            ValueError: counts of another shape, or a rank outside 0..N-1.
+        """
+        self._check(counts_NE, rank)
+        expert_S = self.layout.slot_expert_S
+        first, end = self._node_slots(rank)
+        in_node_E = self.node_replicas_QE[rank // self.geometry.node_size]
+        shared_E = np.where(in_node_E > 0, in_node_E, self.layout.replicas_E)
+        share_E, left_E = np.divmod(counts_NE[rank], shared_E)
+
+        place_S = self.far_place_S.copy()
+        place_S[first:end] = self.near_place_S[first:end]
+        row_S: Int64 = share_E[expert_S] + _gets_extra(
+            place_S, rank, shared_E[expert_S], left_E[expert_S]
+        )
+        foreign_S = in_node_E[expert_S] > 0
+        foreign_S[first:end] = False
+        row_S[foreign_S] = 0
+        return row_S
+
+    def rank_columns(self, counts_NE: Int64, rank: int) -> Int64:
+        """Tokens that each source sends to the slots of `rank`, int64 [N, C]. O(N*C).
+
+        Raises:
+            ValueError: counts of another shape, or a rank outside 0..N-1.
+        """
+        self._check(counts_NE, rank)
+        geometry = self.geometry
+        node = rank // geometry.node_size
+        mine = slice(rank * geometry.capacity, (rank + 1) * geometry.capacity)
+        expert_C = self.layout.slot_expert_S[mine]
+        in_node_QC = self.node_replicas_QE[:, expert_C]
+
+        shared_QC = np.broadcast_to(self.layout.replicas_E[expert_C], in_node_QC.shape).copy()
+        shared_QC[node] = in_node_QC[node]
+        place_QC = np.broadcast_to(self.far_place_S[mine], in_node_QC.shape).copy()
+        place_QC[node] = self.near_place_S[mine]
+        sends_QC = in_node_QC == 0
+        sends_QC[node] = True
+
+        source_N = np.arange(geometry.num_ranks)
+        node_N = source_N // geometry.node_size
+        shared_NC = shared_QC[node_N]
+        share_NC, left_NC = np.divmod(counts_NE[:, expert_C], shared_NC)
+        extra_NC = _gets_extra(place_QC[node_N], source_N[:, None], shared_NC, left_NC)
+        columns_NC: Int64 = np.where(sends_QC[node_N], share_NC + extra_NC, 0)
+        return columns_NC
+
+    def slot_loads(self, counts_NE: Int64) -> Int64:
+        """Tokens that each slot computes, int64 [S]. O(N*E + S).
+
+        Raises:
+            ValueError: counts of another shape.
+        """
+        totals = self.totals(counts_NE)
+        return totals.near_S + totals.far_S
+
+    def totals(self, counts_NE: Int64) -> SplitTotals:
+        """What slots receive from near and far, and what ranks keep. O(N*E + S).
+
+        Raises:
+            ValueError: counts of another shape.
+        """
+        geometry = self.geometry
+        geometry.check_counts(counts_NE.shape)
+        source_N = np.arange(geometry.num_ranks)
+        node_N = source_N // geometry.node_size
+        near_NE = self.node_replicas_QE[node_N] > 0
+
+        near_group_NE = node_N[:, None] * geometry.num_experts + np.arange(geometry.num_experts)
+        near_counts_NE = np.where(near_NE, counts_NE, 0)
+        near_S = _group_loads(
+            near_counts_NE, near_group_NE, self.node_replicas_QE.reshape(-1), self.near_order_S
+        )
+        far_group_NE = np.broadcast_to(np.arange(geometry.num_experts), counts_NE.shape)
+        far_counts_NE = counts_NE - near_counts_NE
+        far_S = _group_loads(far_counts_NE, far_group_NE, self.layout.replicas_E, self.far_order_S)
+
+        # A rank's own slots are in its node, so their quota follows from the near replicas alone.
+        rank_S = np.repeat(source_N, geometry.capacity)
+        expert_S = self.layout.slot_expert_S
+        shared_S = self.node_replicas_QE[rank_S // geometry.node_size, expert_S]
+        share_S, left_S = np.divmod(counts_NE[rank_S, expert_S], shared_S)
+        own_S = share_S + _gets_extra(self.near_place_S, rank_S, shared_S, left_S)
+        return SplitTotals(
+            near_S=near_S,
+            far_S=far_S,
+            sent_near_N=near_counts_NE.sum(axis=1),
+            sent_far_N=far_counts_NE.sum(axis=1),
+            own_N=own_S.reshape(geometry.num_ranks, geometry.capacity).sum(axis=1),
+        )
+
+    def _check(self, counts_NE: Int64, rank: int) -> None:
+        self.geometry.check_counts(counts_NE.shape)
+        check_rank(self.geometry.num_ranks, rank)
+
+    def _node_slots(self, rank: int) -> tuple[int, int]:
+        slots_per_node = self.geometry.node_size * self.geometry.capacity
+        first = rank // self.geometry.node_size * slots_per_node
+        return first, first + slots_per_node
+
+
+# Two plans of a deep model, with the candidates of one solve, fit; a table is about 32*S + 8*Q*E
+# bytes.
+@lru_cache(maxsize=256)
+def even_split(layout: ExpertLayout, node_size: int) -> EvenSplit:
+    """The even split of a layout on nodes of `node_size` ranks, from a cache by content.
+
+    Raises:
+        ValueError: a node size that does not divide N.
+    """
+    geometry = Geometry(layout.num_ranks, layout.num_experts, layout.capacity, node_size)
+    expert_S = layout.slot_expert_S.astype(np.int64)
+    node_S = np.arange(geometry.num_slots) // (node_size * geometry.capacity)
+    group_S = node_S * geometry.num_experts + expert_S
+    replicas = np.bincount(group_S, minlength=geometry.num_nodes * geometry.num_experts)
+    near_order_S, near_place_S = _order_and_place(group_S, replicas)
+    far_order_S, far_place_S = _order_and_place(expert_S, layout.replicas_E)
+    node_replicas_QE = replicas.astype(np.int64).reshape(geometry.num_nodes, geometry.num_experts)
+    tables = (node_replicas_QE, near_order_S, far_order_S, near_place_S, far_place_S)
+    for table in tables:
+        table.setflags(write=False)
+    return EvenSplit(layout, geometry, *tables)
+
+
+def _order_and_place(group_S: Int64, group_sizes: Int64) -> tuple[Int64, Int64]:
+    """Slots sorted by group, then by number; and each slot's place within its group."""
+    order_S = np.argsort(group_S, kind="stable").astype(np.int64)
+    place_S = np.empty_like(order_S)
+    place_S[order_S] = np.arange(order_S.size) - np.repeat(_starts(group_sizes), group_sizes)
+    return order_S, place_S
+
+
+def _starts(group_sizes: Int64) -> Int64:
+    starts: Int64 = np.cumsum(group_sizes) - group_sizes
+    return starts
+
+
+def _gets_extra(
+    place: Int64, source: Int64 | int, shared: Int64, left: Int64
+) -> npt.NDArray[np.bool_]:
+    extra: npt.NDArray[np.bool_] = (place - source) % shared < left
+    return extra
+
+
+def _group_loads(counts_NE: Int64, group_NE: Int64, group_sizes: Int64, order_S: Int64) -> Int64:
+    """Sum the even splits of all sources, int64 [S], where (source, expert) shares among one group.
+
+    The extras of a source are a run of places in a ring, so all of them are summed as differences
+    at the
+    two ends of each run: O(N*E + S) in place of the O(N*S) of the matrix.
+    """
+    size_NE = np.maximum(group_sizes[group_NE], 1)
+    share_NE, left_NE = np.divmod(counts_NE, size_NE)
+    begin_NE = np.arange(counts_NE.shape[0])[:, None] % size_NE
+    end_NE = begin_NE + left_NE
+    start_NE = _starts(group_sizes)[group_NE]
+
+    num_slots = order_S.size
+    # A run past the end of the ring is two runs; for the others the second is empty, +1 and -1 at
+    # once.
+    ups = np.concatenate([start_NE + begin_NE, start_NE], axis=None)
+    downs = np.concatenate(
+        [start_NE + np.minimum(end_NE, size_NE), start_NE + np.maximum(end_NE - size_NE, 0)],
+        axis=None,
+    )
+    # Clipped, because an empty group at the end starts past the last slot, with an empty run.
+    diff = np.bincount(np.minimum(ups, num_slots), minlength=num_slots + 1) - np.bincount(
+        np.minimum(downs, num_slots), minlength=num_slots + 1
+    )
+    share = np.zeros(group_sizes.size, dtype=np.int64)
+    np.add.at(share, group_NE, share_NE)
+    loads_S = np.empty(num_slots, dtype=np.int64)
+    loads_S[order_S] = np.repeat(share, group_sizes) + np.cumsum(diff)[:-1]
+    return loads_S

@@ -1,0 +1,356 @@
+"""The planner's thread: counts in, plans out, never in the way of training.
+
+The thread only computes. It takes part in no collective and touches no device; handing layouts to
+the other ranks is the caller's business. Whatever a strategy does, the caller gets legal layouts or
+none.
+
+Shape suffixes: N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.strategies import Strategy
+
+Int64 = npt.NDArray[np.int64]
+
+# Steps that may be half submitted at once before the oldest is given up (not in lossless mode).
+_OPEN_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout for every layer, made from the counts of one step.
+
+    Attributes:
+        source_step: the step whose counts were used.
+        layouts: layer → layout, for all layers of the service. Not to be changed.
+        plan_ms: time spent in the strategy, summed over layers.
+    """
+
+    source_step: int
+    layouts: dict[int, ExpertLayout]
+    plan_ms: float
+
+
+@dataclass
+class _OpenStep:
+    """A step that is being submitted or planned; touched under the service's lock only."""
+
+    pending: dict[int, Int64] = field(default_factory=dict)
+    submitted: set[int] = field(default_factory=set)
+    layouts: dict[int, ExpertLayout] = field(default_factory=dict)
+    plan_ms: float = 0.0
+
+
+class PlannerService:
+    """One daemon thread that plans the layers of each step as their counts arrive.
+
+    Steps are planned one after the other, oldest first, and a layer is planned as soon as its
+    counts are there. A plan is complete when all layers are.
+
+    Dropped are, in both modes and with a warning, steps that still lack layers when a later one has
+    them all. Without `lossless` also those that have not been begun by then, so that a slow
+    strategy plans from the newest counts, and the oldest half-submitted steps beyond four. Complete
+    plans are kept until that one or a newer one is returned, so call `ready` or `wait` once per
+    step, or memory grows.
+
+    A strategy that raises, or returns something other than a layout of the initial one's shape,
+    leaves the layer at its last good layout (that of the last complete plan), counts in `failures`,
+    and is warned of once per cause. If the thread dies, there is a warning, and `ready` and `wait`
+    return None once the plans that were complete are used up: the caller keeps the layouts it has.
+
+    Args:
+        strategy: its `plan` runs in the thread.
+        layers: the layers of a step, by the numbers that `submit` uses.
+        initial: the layout in use for all layers, or one for each.
+        on_warning: takes a message; called from the planner's thread and from the caller's, never
+            under the service's lock. What it raises is ignored.
+        lossless: keep every step, in order, for callers that `wait` for each.
+
+    Raises:
+        ValueError: no layers, a layer twice, a layer without initial layout, or initial layouts
+            that differ in N, C or E.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        layers: Sequence[int],
+        initial: ExpertLayout | Mapping[int, ExpertLayout],
+        on_warning: Callable[[str], None],
+        lossless: bool = False,
+    ) -> None:
+        self._strategy = strategy
+        self._layers = tuple(layers)
+        self._good = _initial_layouts(self._layers, initial)
+        self._on_warning = on_warning
+        self._lossless = lossless
+
+        self._changed = threading.Condition()
+        self._open: dict[int, _OpenStep] = {}
+        self._complete: dict[int, Plan] = {}
+        self._returned_step: int | None = None
+        # The last step with all its layers submitted: no earlier one is opened any more.
+        self._full_step: int | None = None
+        self._failures = 0
+        self._warned: set[str] = set()
+        self._closing = False
+        self._alive = True
+
+        self._thread = threading.Thread(target=self._run, name="fsep-planner", daemon=True)
+        self._thread.start()
+
+    @property
+    def failures(self) -> int:
+        """Layers so far whose planning failed and that kept their last good layout."""
+        with self._changed:
+            return self._failures
+
+    def submit(self, step: int, layer: int, counts_NE: npt.NDArray[np.integer]) -> None:
+        """Hand over a layer's counts of a step; they are copied. Never waits for planning.
+
+        The same step and layer again replaces counts that are not planned yet; in lossless mode the
+        first ones stay, so that the result does not depend on timing. Ignored are dropped and
+        planned steps, new steps before one that was submitted in full, and everything after
+        `close`.
+
+        Args:
+            counts_NE: tokens on each source rank for each expert, integers [N, E].
+
+        Raises:
+            ValueError: a layer that is not the service's, or counts of another shape.
+        """
+        if layer not in self._good:
+            raise ValueError(f"layer {layer} is not planned here; layers are {self._layers}")
+        like = self._good[layer]
+        if counts_NE.shape != (like.num_ranks, like.num_experts):
+            raise ValueError(
+                f"counts_NE of step {step}, layer {layer} has shape {counts_NE.shape}, expected "
+                f"[ranks, experts] = {(like.num_ranks, like.num_experts)}"
+            )
+        copied_NE = np.array(counts_NE, dtype=np.int64)
+        with self._changed:
+            if self._closing or not self._alive or self._is_past(step):
+                return
+            opened = self._open.setdefault(step, _OpenStep())
+            again = layer in opened.submitted
+            if again and (self._lossless or layer not in opened.pending):
+                return
+            opened.pending[layer] = copied_NE
+            opened.submitted.add(layer)
+            warnings = self._drop_steps(step)
+            self._changed.notify_all()
+        for warning in warnings:
+            self._warn(warning)
+
+    def ready(self, step: int) -> Plan | None:
+        """The newest complete plan from a step at or before `step`; None if there is no new one.
+
+        Never waits. A plan is returned once, and older ones are forgotten with it.
+        """
+        with self._changed:
+            usable = [made for made in self._complete if made <= step]
+            return self._take(max(usable)) if usable else None
+
+    def wait(self, step: int, timeout_s: float) -> Plan | None:
+        """The plan made from exactly this step's counts, waiting for it up to `timeout_s` seconds.
+
+        None, with a warning, if it does not come: the time is over, the step was dropped, the
+        thread is dead or the service closed. The caller keeps the layouts it has, as with `ready`;
+        training goes on, but the run is then no longer a repetition of another one.
+
+        Raises:
+            ValueError: a step at or before one whose plan was already returned.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        with self._changed:
+            if _at_or_before(step, self._returned_step):
+                raise ValueError(
+                    f"cannot wait for step {step}: the plan of step {self._returned_step} was "
+                    f"already returned; wait for later steps"
+                )
+            while step not in self._complete:
+                problem = self._why_never(step)
+                left_s = deadline_s - time.monotonic()
+                if problem is None and left_s <= 0:
+                    problem = f"the plan of step {step} was not complete after {timeout_s} s"
+                if problem is not None:
+                    break
+                # A Condition takes no infinite timeout.
+                self._changed.wait(min(left_s, threading.TIMEOUT_MAX))
+            else:
+                return self._take(step)
+        self._warn(f"{problem}; layouts stay as they are")
+        return None
+
+    def close(self, timeout_s: float) -> bool:
+        """Stop the thread; True if it ended in time. Steps not planned by then are dropped.
+
+        A strategy that is running cannot be interrupted; the thread is a daemon and does not keep
+        the process alive.
+        """
+        with self._changed:
+            self._closing = True
+            self._open.clear()
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # The caller's side, under the lock.
+
+    def _take(self, step: int) -> Plan:
+        plan = self._complete[step]
+        self._complete = {made: kept for made, kept in self._complete.items() if made > step}
+        self._returned_step = step
+        return plan
+
+    def _why_never(self, step: int) -> str | None:
+        if self._closing:
+            return "the planner is closed"
+        if not self._alive:
+            return "the planner's thread is dead"
+        if self._is_past(step):
+            return f"step {step} was dropped by the planner, a later one was already submitted"
+        return None
+
+    def _is_past(self, step: int) -> bool:
+        return step not in self._open and _at_or_before(step, self._full_step)
+
+    def _drop_steps(self, submitted_step: int) -> list[str]:
+        """Give up steps that the submission of this one makes pointless; returns warnings."""
+        warnings = []
+        full = self._is_full(self._open[submitted_step])
+        if full and not _at_or_before(submitted_step, self._full_step):
+            self._full_step = submitted_step
+        for step in sorted(self._open):
+            opened = self._open[step]
+            if full and step < submitted_step and not self._is_full(opened):
+                missing = sorted(set(self._layers) - opened.submitted)
+                warnings.append(f"counts of step {step} never came for layers {missing}")
+                del self._open[step]
+            elif full and step < submitted_step and not self._lossless and not self._begun(opened):
+                del self._open[step]
+        while len(self._open) > _OPEN_STEPS and not self._lossless:
+            del self._open[min(self._open)]
+        return warnings
+
+    def _is_full(self, opened: _OpenStep) -> bool:
+        return len(opened.submitted) == len(self._layers)
+
+    def _begun(self, opened: _OpenStep) -> bool:
+        return len(opened.pending) < len(opened.submitted)
+
+    # The thread's side.
+
+    def _run(self) -> None:
+        try:
+            while (job := self._next_job()) is not None:
+                step, layer, counts_NE, current = job
+                start_s = time.perf_counter()
+                layout, problem = self._plan_layer(counts_NE, current)
+                self._store(step, layer, layout, (time.perf_counter() - start_s) * 1e3, problem)
+                if problem is not None:
+                    self._warn(problem)
+        finally:
+            with self._changed:
+                self._alive = False
+                died = not self._closing
+                self._changed.notify_all()
+            if died:
+                self._warn("the planner's thread is dead; layouts stay as they are")
+
+    def _next_job(self) -> tuple[int, int, Int64, ExpertLayout] | None:
+        with self._changed:
+            while not self._closing:
+                # Only the oldest step: a later one starts from its layouts.
+                if self._open:
+                    step = min(self._open)
+                    opened = self._open[step]
+                    if opened.pending:
+                        layer = next(iter(opened.pending))
+                        return step, layer, opened.pending.pop(layer), self._good[layer]
+                self._changed.wait()
+        return None
+
+    def _plan_layer(
+        self, counts_NE: Int64, current: ExpertLayout
+    ) -> tuple[ExpertLayout, str | None]:
+        """The strategy's layout, or the current one and what went wrong."""
+        try:
+            layout: object = self._strategy.plan(counts_NE, current)
+            if not isinstance(layout, ExpertLayout):
+                problem = f"returned {type(layout).__name__}, not an ExpertLayout"
+            elif _shape(layout) != _shape(current):
+                problem = (
+                    f"returned a layout for (ranks, capacity, experts) = {_shape(layout)}, "
+                    f"expected {_shape(current)}"
+                )
+            else:
+                return layout, None
+        except Exception as error:  # A planner that is wrong changes speed, never correctness.
+            problem = f"raised {type(error).__name__}: {error}"
+        return current, f"planner {self._strategy.name} {problem}; the layer keeps its layout"
+
+    def _store(
+        self, step: int, layer: int, layout: ExpertLayout, plan_ms: float, problem: str | None
+    ) -> None:
+        with self._changed:
+            self._failures += problem is not None
+            opened = self._open.get(step)
+            if opened is None:  # Dropped or closed meanwhile.
+                return
+            opened.layouts[layer] = layout
+            opened.plan_ms += plan_ms
+            if len(opened.layouts) == len(self._layers):
+                layouts = {planned: opened.layouts[planned] for planned in self._layers}
+                self._complete[step] = Plan(step, layouts, opened.plan_ms)
+                self._good = dict(layouts)
+                del self._open[step]
+            self._changed.notify_all()
+
+    def _warn(self, message: str) -> None:
+        with self._changed:
+            if message in self._warned:
+                return
+            self._warned.add(message)
+        try:
+            self._on_warning(message)
+        except Exception:  # A logger that fails must end neither the thread nor the training step.
+            return
+
+
+def _initial_layouts(
+    layers: tuple[int, ...], initial: ExpertLayout | Mapping[int, ExpertLayout]
+) -> dict[int, ExpertLayout]:
+    if not layers or len(set(layers)) != len(layers):
+        raise ValueError(f"layers must be at least one and all different, got {layers}")
+    if isinstance(initial, ExpertLayout):
+        return dict.fromkeys(layers, initial)
+    missing = [layer for layer in layers if layer not in initial]
+    if missing:
+        raise ValueError(f"initial has no layout for layers {missing}; it has {sorted(initial)}")
+    layouts = {layer: initial[layer] for layer in layers}
+    shapes = {_shape(layout) for layout in layouts.values()}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"initial layouts differ in (ranks, capacity, experts): {sorted(shapes)}; a service "
+            f"plans layers of one shape"
+        )
+    return layouts
+
+
+def _shape(layout: ExpertLayout) -> tuple[int, int, int]:
+    return layout.num_ranks, layout.capacity, layout.num_experts
+
+
+def _at_or_before(step: int, mark: int | None) -> bool:
+    return mark is not None and step <= mark

@@ -1,0 +1,31 @@
+"""The strategy that never moves an expert: the baseline of every comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class StaticStrategy:
+    """Always `ExpertLayout.static`, whatever the loads and the current layout."""
+
+    geometry: Geometry
+    name: str = "static"
+
+    def plan(self, counts_NE: npt.NDArray[np.int64], current: ExpertLayout) -> ExpertLayout:
+        """The static layout.
+
+        Raises:
+            ValueError: counts or a layout of another shape.
+        """
+        self.geometry.check_counts(counts_NE.shape)
+        self.geometry.check_layout(current)
+        return ExpertLayout.static(
+            self.geometry.num_ranks, self.geometry.capacity, self.geometry.num_experts
+        )

@@ -1,0 +1,357 @@
+"""The only place that touches Megatron's internals: what is changed, why, and how it is undone.
+
+Patches are attributes replaced at the place where Megatron looks them up. Each is found by name
+first, applied once, and put back by `disable` or `uninstall`. Without `--expert-parallel-mode fsep`
+only the two argument functions are wrapped, and those only by the launchers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.version import Version
+
+from megatron_laer import activation, config as settings, support
+from megatron_laer.activation import Activation
+from megatron_laer.config import FSEPConfig
+from megatron_laer.runtime import process_groups
+from megatron_laer.runtime.coordinator import current_coordinator
+
+logger = logging.getLogger(__name__)
+
+TESTED_VERSIONS = ("0.19.0", "0.19.2")
+_FIRST, _AFTER = Version("0.19"), Version("0.20.dev0")
+
+_HYBRID_SPECS = "megatron.core.models.hybrid.hybrid_layer_specs"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced attribute.
+
+    Attributes:
+        module: imported when the patch is applied.
+        path: of the attribute in the module, `name` or `Class.name`.
+        replace: takes the original and returns the replacement.
+        reason: for the printed table.
+    """
+
+    module: str
+    path: str
+    replace: Callable[[Any], Any]
+    reason: str
+
+    def owner_and_name(self) -> tuple[Any, str]:
+        """The object that holds the attribute.
+
+        Raises:
+            ImportError: Megatron lacks it; names the symbol and the tested versions.
+        """
+        try:
+            owner: Any = importlib.import_module(self.module)
+            *parents, name = self.path.split(".")
+            for parent in parents:
+                owner = getattr(owner, parent)
+            getattr(owner, name)
+        except (ImportError, AttributeError) as error:
+            raise ImportError(
+                f"megatron_laer needs {self.module}.{self.path} ({self.reason}), which "
+                f"megatron-core {_megatron_version()} does not have ({error}); tested with "
+                f"{TESTED_VERSIONS[0]} to {TESTED_VERSIONS[-1]}"
+            ) from error
+        return owner, name
+
+
+_applied: dict[Patch, tuple[Any, str, Any]] = {}
+
+
+def install() -> None:
+    """Teach Megatron's command line `--expert-parallel-mode`; idempotent.
+
+    FSEP itself is turned on when the arguments are validated and ask for it.
+    """
+    check_version()
+    for patch in ARGUMENT_PATCHES:
+        _apply(patch)
+
+
+def uninstall() -> None:
+    """Undo `install` and `enable`."""
+    disable()
+    for patch in ARGUMENT_PATCHES:
+        _undo(patch)
+
+
+def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None:
+    """Turn FSEP on: MoE layers built from now on are sharded.
+
+    Idempotent: called again it only changes the settings of models built later. Before Megatron's
+    model parallel state is initialised it makes no collective; after that it is collective over the
+    world, because it creates the FSEP groups.
+
+    Args:
+        config: settings; the defaults if None.
+        seed: of the experts' weights. None takes torch's initial seed of the group's first rank.
+
+    Raises:
+        ImportError: a Megatron without a seam that FSEP needs, naming it.
+        ValueError: a node size that does not divide the group, on every rank.
+    """
+    check_version()
+    config = config or FSEPConfig()
+    activation.set_active(Activation(config, seed))
+    fresh = [patch for patch in FSEP_PATCHES if _apply(patch)]
+    _repoint_hybrid_specs()
+    if fresh:
+        logger.info("FSEP is on:\n%s", patch_table())
+
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        process_groups.destroy_groups()
+        _create_groups()
+
+
+def disable() -> None:
+    """Turn FSEP off and put back what `enable` replaced; models already built keep their layers."""
+    activation.set_active(None)
+    process_groups.destroy_groups()
+    for patch in FSEP_PATCHES:
+        _undo(patch)
+    _repoint_hybrid_specs()
+
+
+def patch_table() -> str:
+    """What is replaced in Megatron at this moment, one line each."""
+    rows = [f"  {patch.module}.{patch.path}: {patch.reason}" for patch in _applied]
+    return "\n".join(rows)
+
+
+def check_version() -> None:
+    """Refuse a Megatron that was never tried.
+
+    Raises:
+        ImportError: with the version found and the tested range.
+    """
+    found = _megatron_version()
+    if not _FIRST <= Version(found) < _AFTER:
+        raise ImportError(
+            f"megatron_laer supports megatron-core {TESTED_VERSIONS[0]} to {TESTED_VERSIONS[-1]}, "
+            f"found {found}; install a supported version, or see patches/ for keeping a fork"
+        )
+
+
+def _megatron_version() -> str:
+    try:
+        from megatron.core.package_info import __version__
+    except ImportError:
+        return importlib.metadata.version("megatron-core")
+    return str(__version__)
+
+
+def _apply(patch: Patch) -> bool:
+    if patch in _applied:
+        return False
+    owner, name = patch.owner_and_name()
+    # The raw attribute, so that a classmethod is put back as one.
+    original = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
+    setattr(owner, name, patch.replace(original))
+    _applied[patch] = (owner, name, original)
+    return True
+
+
+def _undo(patch: Patch) -> None:
+    if patch in _applied:
+        owner, name, original = _applied.pop(patch)
+        setattr(owner, name, original)
+
+
+# Arguments.
+
+
+def _with_fsep_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_megatron_arguments(parser: Any) -> Any:
+        return settings.add_arguments(original(parser))
+
+    return add_megatron_arguments
+
+
+def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def validate_args(args: Namespace, *rest: Any, **kwargs: Any) -> Any:
+        config = settings.config_from_args(args)
+        if config is None:
+            return original(args, *rest, **kwargs)
+        if getattr(args, "deterministic_mode", False):
+            config = settings.deterministic(config)
+        support.check(args, config)
+        # Megatron demands that experts divide over ranks, which slots do not need. It reads the
+        # number for nothing else before the model is built.
+        experts, ranks = args.num_experts, args.expert_model_parallel_size
+        args.num_experts = -(-experts // ranks) * ranks
+        try:
+            result = original(args, *rest, **kwargs)
+        finally:
+            args.num_experts = experts
+        enable(config, seed=args.seed)
+        _install_metrics(args)
+        return result
+
+    return validate_args
+
+
+def _install_metrics(args: Namespace) -> None:
+    from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+
+    from megatron_laer.telemetry.tracker import FSEPMetricsTracker
+
+    tracker = FSEPMetricsTracker(args.log_interval, args.num_layers, args.mtp_num_layers or 0)
+    set_moe_metrics_tracker(tracker)
+
+
+# Model and process groups.
+
+
+def _fsep_layer(_original: Any) -> Any:
+    from megatron_laer.moe_layer import FSEPMoELayer
+
+    return FSEPMoELayer
+
+
+def _repoint_hybrid_specs() -> None:
+    """Make the hybrid model's layer specs, built when their module was imported, follow the switch.
+
+    Does nothing while that module is not imported: it will then be built with the right layer.
+    """
+    module = sys.modules.get(_HYBRID_SPECS)
+    if module is None:
+        return
+    from megatron.core.models.gpt import moe_module_specs
+
+    spec = module.hybrid_stack_spec.submodules.moe_layer.submodules
+    if spec.mlp.func is not moe_module_specs.MoELayer:
+        spec.mlp = functools.partial(
+            moe_module_specs.MoELayer, *spec.mlp.args, **spec.mlp.keywords
+        )
+
+
+def _create_groups() -> None:
+    from megatron.core import parallel_state
+
+    active = activation.active()
+    assert active is not None
+    process_groups.create_groups(
+        parallel_state.get_expert_model_parallel_group(),
+        active.config.node_size,
+        parallel_state.create_group,
+    )
+
+
+def _with_fsep_groups(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def initialize_model_parallel(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        _create_groups()
+        return result
+
+    return initialize_model_parallel
+
+
+def _with_fsep_teardown(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def destroy_model_parallel(*args: Any, **kwargs: Any) -> Any:
+        from megatron_laer.runtime.coordinator import set_coordinator
+
+        set_coordinator(None)
+        process_groups.destroy_groups()
+        return original(*args, **kwargs)
+
+    return destroy_model_parallel
+
+
+def _with_fsep_field(original: classmethod[Any, Any, Any]) -> classmethod[Any, Any, Any]:
+    def use_mpu_process_groups(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        collection = original.__func__(cls, *args, **kwargs)
+        if process_groups.initialized():
+            collection.fsep = process_groups.get_fsep_group()
+        return collection
+
+    return classmethod(functools.wraps(original.__func__)(use_mpu_process_groups))
+
+
+# Steps.
+
+
+def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        coordinator = current_coordinator()
+        if coordinator is None:  # a pipeline stage without MoE layers
+            return original(*args, **kwargs)
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+        from megatron.training import get_args
+
+        coordinator.begin_step(get_args().curr_iteration, get_num_microbatches())
+        result = original(*args, **kwargs)
+        coordinator.end_step()
+        return result
+
+    return train_step
+
+
+ARGUMENT_PATCHES = (
+    Patch(
+        "megatron.training.arguments",
+        "add_megatron_arguments",
+        _with_fsep_arguments,
+        "adds the FSEP flags",
+    ),
+    Patch(
+        "megatron.training.arguments",
+        "validate_args",
+        _with_fsep_validation,
+        "refuses what FSEP cannot run with, and turns FSEP on",
+    ),
+)
+
+FSEP_PATCHES = (
+    Patch(
+        "megatron.core.models.gpt.moe_module_specs",
+        "MoELayer",
+        _fsep_layer,
+        "MoE layers of GPT and Hybrid models are FSEP layers",
+    ),
+    Patch(
+        "megatron.core.parallel_state",
+        "initialize_model_parallel",
+        _with_fsep_groups,
+        "creates the FSEP groups",
+    ),
+    Patch(
+        "megatron.core.parallel_state",
+        "destroy_model_parallel",
+        _with_fsep_teardown,
+        "destroys the FSEP groups",
+    ),
+    Patch(
+        "megatron.core.process_groups_config",
+        "ProcessGroupCollection.use_mpu_process_groups",
+        _with_fsep_field,
+        "gives pg_collection.fsep to others",
+    ),
+    Patch(
+        "megatron.training.training",
+        "train_step",
+        _with_step_boundary,
+        "layouts change at step boundaries",
+    ),
+)

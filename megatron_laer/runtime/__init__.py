@@ -1,0 +1,1 @@
+"""Effects: collectives, process groups, streams, and the state that every rank agrees on."""

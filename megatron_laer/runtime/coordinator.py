@@ -1,0 +1,320 @@
+"""The layouts in force on this rank, and how they change: plans in, statistics out.
+
+Holds `(version, layout)` per MoE layer and each layer's FIFO of plans. Chooses no layout (`planner`)
+and moves no weights (`restore`).
+
+Legend: N ranks, E experts, C slots per rank, S = N·C slots.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_laer.config import FIXED_PLANNERS, RANDOM_PLANNER, FSEPConfig
+from megatron_laer.layout import ExpertLayout, default_capacity
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.quotas import even_split
+from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.runtime.agreement import (
+    LayoutTag,
+    PlannerStatus,
+    broadcast_layouts,
+    exchange_counts,
+    raise_together,
+)
+from megatron_laer.runtime.layout_index import layout_index
+from megatron_laer.runtime.plan import MicrobatchPlan
+from megatron_laer.runtime.process_groups import FSEPGroups
+from megatron_laer.runtime.restore import FlatExchange
+from megatron_laer.runtime.sources import (
+    LayoutRecorder,
+    LayoutSource,
+    PlannedLayouts,
+    ReplayedLayouts,
+    recording_path,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LayerState:
+    """One MoE layer on this rank.
+
+    Attributes:
+        name: "layer 3" or "mtp 1", counted over the whole model from 1.
+        pending: plans whose forward ran without gradients, under a checkpoint, oldest first; the
+            re-run takes them. Backward order equals forward order per layer, in 1F1B and
+            interleaved schedules alike.
+        history: (counts_NE, layout) of the microbatches since the metrics were last read; the
+            newest ones, so that a run that reads no metrics does not grow.
+    """
+
+    index: int
+    name: str
+    number: int
+    is_mtp: bool
+    layout: ExpertLayout
+    pending: deque[MicrobatchPlan] = field(default_factory=deque)
+    microbatches: int = 0
+    step_counts_NE: npt.NDArray[np.int64] | None = None
+    history: deque[tuple[npt.NDArray[np.int64], ExpertLayout]] = field(
+        default_factory=lambda: deque(maxlen=1024)
+    )
+    tag: tuple[LayoutTag, torch.Tensor] | None = None
+
+
+class Coordinator:
+    """Layouts, plans and statistics of one FSEP group, on one of its ranks.
+
+    Args:
+        num_experts: E.
+        seed: the run's seed; the same on every rank.
+        costs: the planner's model of a layer's time.
+    """
+
+    def __init__(
+        self,
+        config: FSEPConfig,
+        groups: FSEPGroups,
+        num_experts: int,
+        *,
+        seed: int,
+        costs: CostModel,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.groups = groups
+        self.seed = seed
+        self.device = device
+        self.geometry = Geometry(
+            num_ranks=groups.size,
+            num_experts=num_experts,
+            capacity=config.capacity or default_capacity(groups.size, num_experts),
+            node_size=groups.node_size,
+        )
+        self.exchange = FlatExchange(groups)
+        self.layers: list[LayerState] = []
+        self.version = 0
+        self.step = 0
+        self.planner_status = PlannerStatus()
+        self._costs = costs
+        self._num_microbatches: int | None = None
+        self._started = False
+        self._source: LayoutSource | None = None
+        self._recorder: LayoutRecorder | None = None
+
+    # What the layers call.
+
+    def register_layer(self, number: int, is_mtp: bool) -> LayerState:
+        """Add a MoE layer; every rank of the group adds the same ones in the same order.
+
+        Args:
+            number: 1-based, over the whole model.
+        """
+        assert not self._started, "a layer was built after training began"
+        shape = (self.geometry.num_ranks, self.geometry.capacity, self.geometry.num_experts)
+        name = f"mtp {number}" if is_mtp else f"layer {number}"
+        state = LayerState(
+            len(self.layers), name, number, is_mtp, ExpertLayout.static(*shape)
+        )
+        self.layers.append(state)
+        return state
+
+    def plan_microbatch(
+        self, layer: LayerState, routing_map_TE: torch.Tensor, *, training: bool
+    ) -> MicrobatchPlan:
+        """The plan that this forward pass follows. Collective, but for the re-run of a checkpoint.
+
+        A pass without gradients while training is the first one under a checkpoint: its plan is
+        kept for the re-run, which exchanges nothing, decides nothing and records nothing.
+        Evaluation leaves no trace.
+
+        Args:
+            routing_map_TE: bool [T, E], the router's choice.
+        """
+        if training and torch.is_grad_enabled() and layer.pending:
+            return layer.pending.popleft().for_rerun()
+        layout = self._layout_of(layer, training)
+        tag, tag_tensor = self._tag_of(layer, layout)
+        counts_NE = exchange_counts(
+            routing_map_TE.sum(dim=0), tag, tag_tensor, self.groups, layer.name
+        )
+        split = even_split(layout, self.geometry.node_size)
+        plan = MicrobatchPlan(
+            index=layout_index(layout, self.device),
+            row_S=split.rank_row(counts_NE, self.groups.rank),
+            columns_NC=split.rank_columns(counts_NE, self.groups.rank),
+        )
+        if training:
+            self._record(layer, counts_NE, layout)
+            if not torch.is_grad_enabled():
+                layer.pending.append(plan)
+        return plan
+
+    # What the training loop calls.
+
+    def begin_step(self, step: int, num_microbatches: int | None = None) -> None:
+        """A step boundary: layouts that are due take effect. Collective over the group.
+
+        Args:
+            step: of the run, so that a resumed run goes on with the same numbers.
+            num_microbatches: of this step; lets planning start while the last backward passes run.
+
+        Raises:
+            ValueError: at the first step, a recording that cannot be replayed.
+        """
+        self._check_fifos()
+        if not self._started:
+            self._start()
+        self.step = step
+        self._num_microbatches = num_microbatches
+        for layer in self.layers:
+            layer.microbatches = 0
+            layer.step_counts_NE = None
+        if not self._changes_layouts or not self.layers:
+            return
+        due = self._source.due(step) if self._source is not None else None
+        geometry = self.geometry
+        layouts, self.planner_status = broadcast_layouts(
+            due,
+            self._status(),
+            (geometry.num_ranks, geometry.capacity, geometry.num_experts),
+            len(self.layers),
+            self.groups,
+            self.device,
+        )
+        if layouts is not None:
+            self._apply(layouts)
+
+    def end_step(self) -> None:
+        """The step's statistics are complete.
+
+        Raises:
+            RuntimeError: a layer's plans were not all used by a backward pass.
+        """
+        self._check_fifos()
+        for layer in self.layers:
+            if layer.microbatches and layer.microbatches != self._num_microbatches:
+                self._observe(layer)
+
+    def close(self) -> None:
+        """Stop the planner and close the recording."""
+        if self._source is not None:
+            self._source.close()
+        if self._recorder is not None:
+            self._recorder.close()
+
+    # Inside.
+
+    @property
+    def _changes_layouts(self) -> bool:
+        config = self.config
+        return config.replay_layouts is not None or config.planner not in FIXED_PLANNERS
+
+    def _status(self) -> PlannerStatus:
+        source = self._source
+        if source is None:
+            return PlannerStatus()
+        return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, source.failures)
+
+    def _start(self) -> None:
+        self._started = True
+        error: Exception | None = None
+        if self.groups.rank == 0:
+            try:
+                self._open_source()
+            except (ValueError, OSError) as caught:
+                error = caught
+        raise_together(error, self.groups)
+
+    def _open_source(self) -> None:
+        names = [layer.name for layer in self.layers]
+        config = self.config
+        if config.record_layouts is not None:
+            path = recording_path(config.record_layouts, self.groups.index)
+            self._recorder = LayoutRecorder(path, self.geometry, names)
+        if config.replay_layouts is not None:
+            path = recording_path(config.replay_layouts, self.groups.index)
+            self._source = ReplayedLayouts(path, self.geometry, names)
+        elif self._changes_layouts and self.layers:
+            self._source = PlannedLayouts(
+                make_strategy(config.planner, geometry=self.geometry, costs=self._costs),
+                [layer.layout for layer in self.layers],
+                lag=config.plan_lag,
+                wait=config.late_plan == "wait",
+                on_warning=lambda message: logger.warning("FSEP planner: %s", message),
+            )
+
+    def _apply(self, layouts: list[ExpertLayout]) -> None:
+        self.version += 1
+        for layer, layout in zip(self.layers, layouts, strict=True):
+            layer.layout = layout
+        if self._recorder is not None:
+            self._recorder.record(self.step, self.version, layouts)
+
+    def _layout_of(self, layer: LayerState, training: bool) -> ExpertLayout:
+        if self.config.planner != RANDOM_PLANNER or not training:
+            return layer.layout
+        layout = layer.layout
+        return ExpertLayout.random(
+            layout.num_ranks,
+            layout.capacity,
+            layout.num_experts,
+            (self.seed, self.step, layer.index, layer.microbatches),
+        )
+
+    def _tag_of(self, layer: LayerState, layout: ExpertLayout) -> tuple[LayoutTag, torch.Tensor]:
+        """The layout's tag, with its tensor kept on the device as long as it holds."""
+        tag = LayoutTag(self.version, layout.digest)
+        if layer.tag is None or layer.tag[0] != tag:
+            layer.tag = (tag, tag.tensor(self.device))
+        return layer.tag
+
+    def _record(
+        self, layer: LayerState, counts_NE: npt.NDArray[np.int64], layout: ExpertLayout
+    ) -> None:
+        layer.microbatches += 1
+        layer.history.append((counts_NE, layout))
+        if layer.step_counts_NE is None:
+            layer.step_counts_NE = counts_NE.copy()
+        else:
+            layer.step_counts_NE += counts_NE
+        if layer.microbatches == self._num_microbatches:
+            self._observe(layer)
+
+    def _observe(self, layer: LayerState) -> None:
+        if self._source is not None and layer.step_counts_NE is not None:
+            self._source.observe(self.step, layer.index, layer.step_counts_NE)
+
+    def _check_fifos(self) -> None:
+        left = {layer.name: len(layer.pending) for layer in self.layers if layer.pending}
+        if left:
+            raise RuntimeError(
+                f"FSEP: forward passes without gradients left plans that no re-run used: {left}. A "
+                "forward in training mode under torch.no_grad() is taken for the first pass of a "
+                "checkpoint; call model.eval() for passes that have no backward"
+            )
+
+
+_coordinator: Coordinator | None = None
+
+
+def set_coordinator(coordinator: Coordinator | None) -> None:
+    """Install this process's coordinator; the one before is closed."""
+    global _coordinator
+    if _coordinator is not None:
+        _coordinator.close()
+    _coordinator = coordinator
+
+
+def current_coordinator() -> Coordinator | None:
+    """This process's coordinator, if an FSEP layer was built."""
+    return _coordinator

@@ -1,0 +1,175 @@
+"""The FSEP dimension: communicators over Megatron's expert-parallel group, and its node sub-groups.
+
+Does not decide what is exchanged (`restore.py`) or when (`coordinator.py`).
+
+The FSEP group is Megatron's expert-parallel group, because DDP, the optimizer, the gradient norm and
+checkpoints already treat parameters of that group as distinct per rank. Parameters and gradients get
+communicators of their own over the same ranks: two exchanges on one communicator run one after the
+other, so a restore would delay the token All-to-All it should hide behind.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class FSEPGroups:
+    """Communicators of one FSEP group of N ranks, G of them per node.
+
+    Attributes:
+        tokens: Megatron's expert-parallel group; token All-to-All and the exchange of counts.
+        parameters: same ranks, for restores.
+        gradients: same ranks, for gradient exchanges.
+        node: the ranks of this rank's node within the group.
+        across: the ranks at this rank's place in every node of the group.
+        index: which of the world's FSEP groups this is (one per pipeline stage and replica).
+    """
+
+    tokens: Group
+    parameters: Group
+    gradients: Group
+    node: Group
+    across: Group
+    ranks: tuple[int, ...]
+    node_size: int
+    index: int
+
+    @property
+    def size(self) -> int:
+        """N, ranks in the group."""
+        return len(self.ranks)
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group, 0..N-1."""
+        return dist.get_rank(self.tokens)
+
+    @property
+    def planner_rank(self) -> int:
+        """Global rank of the group's rank 0, where the planner runs."""
+        return self.ranks[0]
+
+    def extra(self) -> tuple[Group, ...]:
+        """The groups made here (Megatron owns `tokens`)."""
+        return (self.parameters, self.gradients, self.node, self.across)
+
+
+_groups: FSEPGroups | None = None
+
+
+def get_fsep_groups() -> FSEPGroups:
+    """The FSEP groups of this rank.
+
+    Raises:
+        RuntimeError: before Megatron's model parallel state was initialised with FSEP on.
+    """
+    if _groups is None:
+        raise RuntimeError(
+            "the FSEP groups do not exist: call megatron_laer.enable(...) before "
+            "parallel_state.initialize_model_parallel(...)"
+        )
+    return _groups
+
+
+def get_fsep_group() -> Group:
+    """The FSEP group of this rank: N ranks that together hold every expert of a layer."""
+    return get_fsep_groups().tokens
+
+
+def initialized() -> bool:
+    """Whether the FSEP groups exist."""
+    return _groups is not None
+
+
+def detect_node_size(ranks: Sequence[int], local_world_size: int) -> int:
+    """Ranks of the FSEP group per node, from the launcher's ranks per node.
+
+    Raises:
+        ValueError: the group's ranks do not fall on nodes in equal runs.
+    """
+    nodes = [rank // local_world_size for rank in ranks]
+    size = nodes.count(nodes[0])
+    runs = [nodes[start : start + size] for start in range(0, len(nodes), size)]
+    if any(len(run) != size or len(set(run)) != 1 for run in runs):
+        raise ValueError(
+            f"the FSEP group's ranks {list(ranks)} lie on nodes {nodes} ({local_world_size} ranks "
+            "per node): not the same number on each, in order; give --fsep-node-size, or choose "
+            "--expert-model-parallel-size so that groups fill nodes evenly"
+        )
+    return size
+
+
+def create_groups(
+    expert_group: Group,
+    node_size: int | None,
+    create_group: Callable[..., Group],
+) -> FSEPGroups:
+    """Make the FSEP communicators. Collective: every rank of the world must call it.
+
+    Args:
+        expert_group: Megatron's expert-parallel group of this rank.
+        node_size: G, or None to read it from `LOCAL_WORLD_SIZE`.
+        create_group: Megatron's `parallel_state.create_group`, which keeps the list of groups
+            whose time-outs Megatron changes after start-up.
+
+    Raises:
+        ValueError: a node size that does not divide N. Raised on every rank.
+    """
+    global _groups
+    mine = tuple(dist.get_process_group_ranks(expert_group))
+    gathered: list[tuple[int, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    all_ranks = sorted(set(gathered))
+
+    # Every rank checks every group, so that all of them raise and none waits for the others.
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    sizes = {ranks: node_size or detect_node_size(ranks, local_world_size) for ranks in all_ranks}
+    for ranks, size in sizes.items():
+        if len(ranks) % size:
+            raise ValueError(
+                f"--fsep-node-size {size} does not divide the FSEP group of {len(ranks)} ranks "
+                f"(--expert-model-parallel-size {len(ranks)}); divisors work: "
+                f"{[d for d in range(1, len(ranks) + 1) if len(ranks) % d == 0]}"
+            )
+
+    # new_group is collective: every rank creates every group, in the same order.
+    made: dict[str, Group] = {}
+
+    def make(kind: str, ranks: Sequence[int]) -> None:
+        group = create_group(list(ranks), group_desc=f"FSEP_{kind.upper()}")
+        if dist.get_rank() in ranks:
+            made[kind] = group
+
+    for ranks in all_ranks:
+        size = sizes[ranks]
+        make("parameters", ranks)
+        make("gradients", ranks)
+        for start in range(0, len(ranks), size):
+            make("node", ranks[start : start + size])
+        for place in range(size):
+            make("across", ranks[place::size])
+
+    _groups = FSEPGroups(
+        tokens=expert_group,
+        ranks=mine,
+        node_size=sizes[mine],
+        index=all_ranks.index(mine),
+        **made,
+    )
+    return _groups
+
+
+def destroy_groups() -> None:
+    """Destroy the communicators made here; called with Megatron's own teardown."""
+    global _groups
+    if _groups is not None and dist.is_initialized():
+        for group in _groups.extra():
+            dist.destroy_process_group(group)
+    _groups = None

@@ -1,0 +1,197 @@
+"""Where the layouts of a step come from, on rank 0 of the FSEP group: a planner or a recording.
+
+Sources take part in no collective; the coordinator tells the other ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.service import PlannerService
+from megatron_laer.planner.strategies import Strategy
+
+# A planner that takes longer than this under `wait` is taken for dead: training goes on with the
+# layouts in force.
+WAIT_TIMEOUT_S = 120.0
+
+
+class LayoutSource(Protocol):
+    """Counts in, layouts of a step out; one per FSEP group, on its rank 0."""
+
+    plan_ms: float
+    late_plans: int
+    failures: int
+
+    def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
+        """The routing of a whole step in one layer (index)."""
+
+    def due(self, step: int) -> list[ExpertLayout] | None:
+        """Layouts that take effect with `step`, one per layer, or None for nothing new."""
+
+    def close(self) -> None:
+        """Stop."""
+
+
+class PlannedLayouts:
+    """Layouts made by a strategy in a background thread.
+
+    Args:
+        lag: a plan from the counts of step t takes effect at step t + lag.
+        wait: wait for the plan that is due, instead of keeping the layouts in force.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        initial: Sequence[ExpertLayout],
+        *,
+        lag: int,
+        wait: bool,
+        on_warning: Callable[[str], None],
+    ) -> None:
+        self._lag = lag
+        self._wait = wait
+        self._layers = range(len(initial))
+        self._observed: dict[int, int] = {}
+        self._service = PlannerService(
+            strategy,
+            self._layers,
+            dict(enumerate(initial)),
+            on_warning,
+            lossless=wait,
+        )
+        self.plan_ms = 0.0
+        self.late_plans = 0
+
+    @property
+    def failures(self) -> int:
+        """Layers whose planning failed and that kept their layout."""
+        return self._service.failures
+
+    def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
+        """Queue for planning; never waits."""
+        self._observed[step] = self._observed.get(step, 0) + 1
+        self._service.submit(step, layer, counts_NE)
+
+    def due(self, step: int) -> list[ExpertLayout] | None:
+        """The plan from the counts of step - lag, or under `keep` the newest one before it."""
+        source_step = step - self._lag
+        is_expected = self._observed.get(source_step, 0) == len(self._layers)
+        if self._wait:
+            plan = self._service.wait(source_step, WAIT_TIMEOUT_S) if is_expected else None
+        else:
+            plan = self._service.ready(source_step)
+        if is_expected and (plan is None or plan.source_step != source_step):
+            self.late_plans += 1
+        self._observed = {seen: n for seen, n in self._observed.items() if seen > source_step}
+        if plan is None:
+            return None
+        self.plan_ms = plan.plan_ms
+        return [plan.layouts[layer] for layer in self._layers]
+
+    def close(self) -> None:
+        """Stop the planner's thread; a strategy that does not return is left behind."""
+        self._service.close(timeout_s=1.0)
+
+
+class ReplayedLayouts:
+    """Layouts that an earlier run recorded with `LayoutRecorder`."""
+
+    plan_ms = 0.0
+    late_plans = 0
+    failures = 0
+
+    def __init__(self, path: Path, geometry: Geometry, layers: Sequence[str]) -> None:
+        """Read and check the whole recording.
+
+        Raises:
+            ValueError: a missing or malformed file, or one of another shape, quoting the line.
+        """
+        self._layouts = _read_recording(path, geometry, list(layers))
+
+    def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
+        """A recording does not react to routing."""
+
+    def due(self, step: int) -> list[ExpertLayout] | None:
+        """What was recorded for this step."""
+        return self._layouts.get(step)
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+class LayoutRecorder:
+    """Writes every applied set of layouts as a line of JSON, so that a run can be replayed."""
+
+    def __init__(self, path: Path, geometry: Geometry, layers: Sequence[str]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Line by line, so that a run that is killed leaves every layout it used.
+        self._file = path.open("w", buffering=1)
+        self._write({**_shape(geometry), "layers": list(layers)})
+
+    def record(self, step: int, version: int, layouts: Sequence[ExpertLayout]) -> None:
+        """Layouts that took effect with `step`."""
+        slots = [layout.to_list() for layout in layouts]
+        self._write({"step": step, "version": version, "slots": slots})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+
+def recording_path(directory: str, group_index: int) -> Path:
+    """The file of one FSEP group; there is one group per pipeline stage and data-parallel replica."""
+    return Path(directory) / f"group-{group_index}.jsonl"
+
+
+def _shape(geometry: Geometry) -> dict[str, int]:
+    return {
+        "num_ranks": geometry.num_ranks,
+        "capacity": geometry.capacity,
+        "num_experts": geometry.num_experts,
+    }
+
+
+def _read_recording(
+    path: Path, geometry: Geometry, layers: list[str]
+) -> dict[int, list[ExpertLayout]]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--fsep-replay-layouts: cannot read {path}: {error}; give a directory written by "
+            "--fsep-record-layouts in a run with the same parallel sizes"
+        ) from error
+    wanted = {**_shape(geometry), "layers": layers}
+    layouts: dict[int, list[ExpertLayout]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            if number == 1:
+                if entry != wanted:
+                    raise ValueError(f"was recorded for {entry}, this run is {wanted}")
+                continue
+            if len(entry["slots"]) != len(layers):
+                raise ValueError(f"has {len(entry['slots'])} layers, expected {len(layers)}")
+            layouts[int(entry["step"])] = [
+                ExpertLayout.from_slots(
+                    geometry.num_ranks, geometry.capacity, geometry.num_experts, slots
+                )
+                for slots in entry["slots"]
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"--fsep-replay-layouts: {path}, line {number}: {error}") from error
+    if not lines:
+        raise ValueError(f"--fsep-replay-layouts: {path} is empty")
+    return layouts

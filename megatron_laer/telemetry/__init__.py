@@ -1,0 +1,1 @@
+"""What FSEP reports about a run."""

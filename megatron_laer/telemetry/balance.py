@@ -1,0 +1,63 @@
+"""Balance of tokens over ranks, as it is and as stock placement would have it. Pure functions.
+
+Legend: N ranks, E experts, C slots per rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.layout import ExpertLayout, stock_owner_E
+from megatron_laer.planner.quotas import even_split
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Mean over microbatches of max/mean tokens per rank; 1 is perfect, N the worst."""
+
+    fsep: float
+    stock: float
+
+
+def max_over_mean(tokens_N: Int64) -> float:
+    """Largest over mean; 1 when there is no token at all."""
+    total = int(tokens_N.sum())
+    return float(tokens_N.max()) * tokens_N.size / total if total else 1.0
+
+
+def fsep_tokens_N(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Int64:
+    """Tokens that each rank computes under the layout."""
+    loads_S = even_split(layout, node_size).slot_loads(counts_NE)
+    tokens_N: Int64 = loads_S.reshape(layout.num_ranks, -1).sum(axis=1)
+    return tokens_N
+
+
+def stock_tokens_N(counts_NE: Int64) -> Int64:
+    """Tokens that each rank would compute under stock Megatron's contiguous placement."""
+    num_ranks, num_experts = counts_NE.shape
+    owner_E = stock_owner_E(num_ranks, num_experts)
+    loads_E = counts_NE.sum(axis=0)
+    return np.bincount(owner_E, weights=loads_E, minlength=num_ranks).astype(np.int64)
+
+
+def balance(
+    history: Iterable[tuple[Int64, ExpertLayout]], node_size: int
+) -> Balance | None:
+    """Mean balance of a layer's microbatches, or None without any."""
+    pairs = [
+        (
+            max_over_mean(fsep_tokens_N(counts_NE, layout, node_size)),
+            max_over_mean(stock_tokens_N(counts_NE)),
+        )
+        for counts_NE, layout in history
+    ]
+    if not pairs:
+        return None
+    fsep, stock = np.mean(pairs, axis=0).tolist()
+    return Balance(fsep, stock)

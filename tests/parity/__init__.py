@@ -1,0 +1,1 @@
+"""The parity harness: stock Megatron and FSEP from the same weights, compared."""

@@ -1,0 +1,39 @@
+"""Command lines of a model small enough for tests and rich enough for routing to move."""
+
+from __future__ import annotations
+
+from megatron_laer.data import BYTES_TOKENIZER_FLAGS
+from megatron_laer.platform.cpu import CPU_FLAGS
+
+MODEL_FLAGS = """
+    --num-layers 2 --hidden-size 48 --num-attention-heads 4 --ffn-hidden-size 64
+    --seq-length 48 --max-position-embeddings 48
+    --swiglu --disable-bias-linear --normalization RMSNorm --position-embedding-type rope
+    --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+    --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none
+    --expert-tensor-parallel-size 1
+    --lr 3e-3 --min-lr 3e-3 --lr-decay-style constant --clip-grad 1.0 --weight-decay 0.1
+    --micro-batch-size 2 --seed 1234 --split 90,10,0 --num-workers 0
+    --log-interval 1000 --eval-interval 1000 --eval-iters 0 --no-save-optim --no-save-rng
+""".split()
+
+
+def command_line(
+    data: str,
+    *,
+    experts: int,
+    expert_parallel: int,
+    global_batch: int,
+    steps: int,
+    extra: str = "",
+) -> list[str]:
+    """Flags for one run; later ones win, so `extra` may override."""
+    return [
+        *MODEL_FLAGS,
+        *CPU_FLAGS,
+        *BYTES_TOKENIZER_FLAGS,
+        *f"--data-path {data} --num-experts {experts}".split(),
+        *f"--expert-model-parallel-size {expert_parallel}".split(),
+        *f"--global-batch-size {global_batch} --train-iters {steps}".split(),
+        *extra.split(),
+    ]

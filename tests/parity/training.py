@@ -1,0 +1,141 @@
+"""One run of Megatron's own pretraining loop on this rank, observed.
+
+Nothing of the loop is replaced: `pretrain_gpt.main()` runs with a command line. Observers wrap the
+functions through which weights, gradients, losses and norms pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from tests.parity import weights
+from tests.parity.weights import Tensors
+
+
+@dataclass
+class Record:
+    """What a run left, the same on every rank but for the tensors, which rank 0 has."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    eval_losses: list[float] = field(default_factory=list)
+    first_grads: Tensors = field(default_factory=dict)
+    weights: Tensors = field(default_factory=dict)
+    # What a probe returned after each step, on rank 0.
+    probes: list[Any] = field(default_factory=list)
+
+
+Probe = Callable[[list[torch.nn.Module]], Any]
+
+
+def train(flags: list[str], probe: Probe | None = None) -> Record:
+    """Run `pretrain_gpt.py` with these flags from the common weights. Collective.
+
+    Args:
+        probe: called after every step with the model chunks; its results are recorded.
+    """
+    import pretrain_gpt
+    from megatron.training import training
+
+    record = Record()
+    model: list[torch.nn.Module] = []
+    setup, step, evaluate = (
+        training.setup_model_and_optimizer,
+        training.train_step,
+        training.evaluate,
+    )
+
+    def observed_setup(*args: Any, **kwargs: Any) -> Any:
+        result = setup(*args, **kwargs)
+        model[:] = result[0]
+        weights.load_common_weights(model)
+        if result[1] is not None:
+            result[1].reload_model_params()
+        # Makes Megatron reduce whole gradients in the first step, and hand them over.
+        training.get_args().save_wgrads_interval = 1
+        return result
+
+    def observed_step(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        losses = {key: float(value) for key, value in result[0].items()}
+        record.losses.append(losses.get("lm loss", float("nan")))
+        record.grad_norms.append(float(result[5]))
+        training.get_args().save_wgrads_interval = None
+        if probe is not None:
+            record.probes.append(probe(model))
+        return result
+
+    def observed_gradients(*args: Any, **kwargs: Any) -> None:
+        record.first_grads = weights.assemble(_gather(weights.read(model, "main_grad")))
+
+    def observed_evaluation(*args: Any, **kwargs: Any) -> Any:
+        result = evaluate(*args, **kwargs)
+        if result[0]:
+            record.eval_losses.append(float(result[0]["lm loss"]))
+        return result
+
+    with (
+        mock.patch.object(training, "setup_model_and_optimizer", observed_setup),
+        mock.patch.object(training, "train_step", observed_step),
+        mock.patch.object(training, "save_grads", observed_gradients),
+        mock.patch.object(training, "evaluate", observed_evaluation),
+        mock.patch.object(sys, "argv", ["pretrain_gpt.py", *flags]),
+        fresh_megatron(),
+    ):
+        pretrain_gpt.main()
+        record.weights = weights.assemble(_gather(weights.read(model, "weight")))
+        # Only the last pipeline stage has the loss.
+        (record.losses,) = dist_object(record.losses, dist.get_world_size() - 1)
+        (record.eval_losses,) = dist_object(record.eval_losses, dist.get_world_size() - 1)
+        model.clear()
+    if rank_of_environment() != 0:
+        record.weights, record.first_grads = {}, {}
+    return record
+
+
+def dist_object(value: Any, source: int) -> list[Any]:
+    """The source rank's value, on every rank."""
+    holder = [value]
+    dist.broadcast_object_list(holder, src=source)
+    return holder
+
+
+def rank_of_environment() -> int:
+    """This process's rank, also when no process group exists."""
+    import os
+
+    return int(os.environ["RANK"])
+
+
+def _gather(value: Any) -> list[Any]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+@contextlib.contextmanager
+def fresh_megatron() -> Iterator[None]:
+    """Leave no state of a run behind, so that one process can train many models."""
+    try:
+        yield
+    finally:
+        from megatron.core.transformer.moe import moe_logging, moe_utils
+        from megatron.training import training
+        from megatron_laer import plugin
+
+        training.destroy_global_state()
+        plugin.disable()
+        moe_logging.destroy_moe_metrics_tracker()
+        moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()

@@ -1,0 +1,119 @@
+"""Weights, gradients and their names in a form that stock and FSEP models share.
+
+Every parameter has a key that no parallel size enters: its name with the global layer number, and for
+an expert matrix the expert. A rank's share of a key is a block of its rows.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+Tensors = dict[str, torch.Tensor]
+
+_STOCK_EXPERT = re.compile(r"(.*\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
+_FSEP_SLICE = re.compile(r"(.*\.mlp\.experts)\.(linear_fc[12])_slice$")
+_LAYER = re.compile(r"^(.*?layers)\.(\d+)\.(.*)$")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one rank holds of one key: rows [start, start + len) of a tensor of `shape`."""
+
+    key: str
+    shape: tuple[int, ...]
+    start: int
+    parameter: torch.nn.Parameter
+    # The piece within the parameter (one expert of a slice), applied to its gradient as well.
+    select: Callable[[torch.Tensor], torch.Tensor]
+
+
+def pieces(model: list[torch.nn.Module]) -> Iterator[Piece]:
+    """Every piece of every chunk on this rank, in the same order for the same model."""
+    from megatron.core.utils import unwrap_model
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    for chunk in unwrap_model(model):
+        numbers = {
+            name: module.layer_number
+            for name, module in chunk.named_modules()
+            if isinstance(module, TransformerLayer)
+        }
+        modules = dict(chunk.named_modules())
+        for name, parameter in chunk.named_parameters():
+            yield from _pieces_of(_globalise(name, numbers), name, parameter, modules)
+
+
+def _globalise(name: str, numbers: dict[str, int]) -> str:
+    match = _LAYER.match(name)
+    if match and f"{match[1]}.{match[2]}" in numbers:
+        return f"{match[1]}.{numbers[f'{match[1]}.{match[2]}']}.{match[3]}"
+    return name
+
+
+def _pieces_of(
+    key: str, name: str, parameter: torch.nn.Parameter, modules: dict[str, torch.nn.Module]
+) -> Iterator[Piece]:
+    shape = tuple(parameter.shape)
+    if stock := _STOCK_EXPERT.match(key):
+        experts = modules[name.split(".local_experts")[0]]
+        first = experts.ep_group.rank() * experts.num_local_experts
+        expert = first + int(stock[2])
+        yield Piece(f"{stock[1]}.{stock[3]}.{expert}", shape, 0, parameter, _whole)
+    elif fsep := _FSEP_SLICE.match(key):
+        experts = modules[name.rsplit(".", 1)[0]]
+        (spec,) = [spec for spec in experts.specs if spec.name == fsep[2]]
+        for expert in range(spec.num_experts):
+            yield Piece(
+                f"{fsep[1]}.{fsep[2]}.{expert}",
+                (spec.rows, spec.columns),
+                spec.start,
+                parameter,
+                lambda tensor, expert=expert: tensor[expert],
+            )
+    else:
+        yield Piece(key, shape, 0, parameter, _whole)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+@torch.no_grad()
+def load_common_weights(model: list[torch.nn.Module]) -> None:
+    """Give the model weights that depend on each key alone, so that all models start alike."""
+    for piece in pieces(model):
+        generator = torch.Generator().manual_seed(zlib.crc32(piece.key.encode()))
+        whole = torch.randn(piece.shape, generator=generator)
+        # Norm weights are vectors around one, matrices small enough for a stable start.
+        whole = 1 + 0.05 * whole if whole.dim() == 1 else 0.04 * whole
+        mine = piece.select(piece.parameter)
+        mine.copy_(whole[piece.start : piece.start + mine.shape[0]])
+
+
+def read(model: list[torch.nn.Module], what: str) -> list[tuple[str, int, torch.Tensor]]:
+    """(key, start, rows) of every piece: of the `weight`, or of the `main_grad`."""
+    return [
+        (piece.key, piece.start, piece.select(_tensor(piece.parameter, what)).detach().clone())
+        for piece in pieces(model)
+    ]
+
+
+def _tensor(parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
+    return parameter.data if what == "weight" else parameter.main_grad  # type: ignore[attr-defined]
+
+
+def assemble(parts: list[list[tuple[str, int, torch.Tensor]]]) -> Tensors:
+    """Whole tensors from all ranks' pieces; where ranks hold the same piece, the first one's."""
+    by_key: dict[str, dict[int, torch.Tensor]] = {}
+    for part in parts:
+        for key, start, rows in part:
+            by_key.setdefault(key, {}).setdefault(start, rows)
+    return {
+        key: torch.cat([found[start] for start in sorted(found)]) if len(found) > 1 else found[0]
+        for key, found in sorted(by_key.items())
+    }

@@ -1,0 +1,184 @@
+"""Processes that stand for ranks: started once, given one function after the other.
+
+    with RankPool(4) as pool:
+        results = pool.run(function, argument)      # one result per rank
+
+A function is found by its import path, so it must live at module level. An exception on any rank
+comes back with its traceback; a time-out dumps every rank's stacks and ends the pool.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+_STACK_SIGNAL = signal.SIGUSR1
+
+
+class RankError(AssertionError):
+    """A function failed on some rank, or did not come back."""
+
+
+@dataclass
+class Raised:
+    """What a rank raised, for tests of errors."""
+
+    type_name: str
+    message: str
+    traceback: str
+
+
+class RankPool:
+    """`world_size` processes on this machine, with the CPU stand-in installed in each."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+        self._logs: list[Path] = []
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> list[Any]:
+        """Call `function(*args)` on every rank and return the results, rank 0 first.
+
+        Raises:
+            RankError: with the traceback of the first rank that failed, or all stacks.
+        """
+        results = self.run_raw(function, *args, timeout_s=timeout_s)
+        for rank, result in enumerate(results):
+            if isinstance(result, Raised):
+                self.close()
+                raise RankError(f"rank {rank} of {self.world_size}:\n{result.traceback}")
+        return results
+
+    def run_raw(
+        self, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0
+    ) -> list[Any]:
+        """Like `run`, with a `Raised` in place of what a rank could not return."""
+        if not self._processes:
+            self._start()
+        # A port of its own for each call: a store from the call before may still hold the last one.
+        task = (function.__module__, function.__qualname__, args, _free_port())
+        for pipe in self._pipes:
+            pipe.send(task)
+        return self._collect(timeout_s)
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        for log in self._logs:
+            log.unlink(missing_ok=True)
+        self._processes, self._pipes, self._logs = [], [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        # Read when torch is imported, which in a child may be before `_serve` runs.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        os.environ["OMP_NUM_THREADS"] = "1"
+        for rank in range(self.world_size):
+            here, there = context.Pipe()
+            handle, name = tempfile.mkstemp(prefix=f"rank-{rank}-", suffix=".log")
+            os.close(handle)
+            process = context.Process(
+                target=_serve, args=(there, rank, self.world_size, name), daemon=False
+            )
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._pipes.append(here)
+            self._logs.append(Path(name))
+
+    def _collect(self, timeout_s: float) -> list[Any]:
+        deadline = time.monotonic() + timeout_s
+        results: dict[int, Any] = {}
+        while len(results) < self.world_size:
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
+            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RankError(self._stop_with_stacks(f"no result after {timeout_s} s"))
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    results[rank] = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    raise RankError(self._stop_with_stacks(f"rank {rank} died")) from None
+            if any(isinstance(result, Raised) for result in results.values()):
+                # The others may wait for the one that raised.
+                deadline = min(deadline, time.monotonic() + 20.0)
+        return [results[rank] for rank in range(self.world_size)]
+
+    def _stop_with_stacks(self, reason: str) -> str:
+        for process in self._processes:
+            if process.is_alive():
+                os.kill(process.pid, _STACK_SIGNAL)
+        time.sleep(1.0)
+        tails = [
+            f"--- rank {rank}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-60:])
+            for rank, log in enumerate(self._logs)
+        ]
+        self.close()
+        return f"{reason}; the last lines of every rank:\n" + "\n".join(tails)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    faulthandler.register(_STACK_SIGNAL, all_threads=True)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MEGATRON_LAER_DEVICE="cpu",
+        PYTHONWARNINGS="ignore",
+    )
+    from megatron_laer.launch import prepare
+
+    prepare()
+    while True:
+        try:
+            module, name, args, port = pipe.recv()
+        except EOFError:
+            return
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            function: Any = importlib.import_module(module)
+            for part in name.split("."):
+                function = getattr(function, part)
+            pipe.send(function(*args))
+        except BaseException as error:
+            traceback.print_exc()
+            pipe.send(Raised(type(error).__name__, str(error), traceback.format_exc()))
+        sys.stdout.flush()

@@ -1,0 +1,158 @@
+"""ExpertLayout: legal by construction, equal by content, the same on every machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_laer.layout import ExpertLayout, default_capacity, stock_owner_E
+
+pytestmark = pytest.mark.unit
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[int, int, int]:
+    """Any (N, C, E) that admits a layout, N in 1..40, E in 1..64."""
+    num_ranks = draw(st.integers(1, 40))
+    num_experts = draw(st.integers(1, 64))
+    capacity = draw(st.integers(-(-num_experts // num_ranks), num_experts))
+    return num_ranks, capacity, num_experts
+
+
+def assert_legal(layout: ExpertLayout, shape: tuple[int, int, int]) -> None:
+    num_ranks, capacity, _ = shape
+    assert (layout.num_ranks, layout.capacity, layout.num_experts) == shape
+    assert layout.slot_expert_S.shape == (num_ranks * capacity,) == (layout.num_slots,)
+    assert layout.replicas_E.min() >= 1
+    assert layout.replicas_E.sum() == layout.num_slots
+
+
+@given(shapes())
+def test_static_covers_every_expert_without_duplicates(shape: tuple[int, int, int]) -> None:
+    layout = ExpertLayout.static(*shape)
+    assert_legal(layout, shape)
+    for rank in range(layout.num_ranks):
+        assert len(set(layout.experts_of(rank))) == layout.capacity
+
+
+@given(shapes())
+def test_static_starts_with_stock_placement_where_ranks_divide_experts(
+    shape: tuple[int, int, int],
+) -> None:
+    num_ranks, _, num_experts = shape
+    layout = ExpertLayout.static(*shape)
+    if num_experts % num_ranks == 0:
+        owned = num_experts // num_ranks
+        for rank in range(num_ranks):
+            stock = np.flatnonzero(stock_owner_E(num_ranks, num_experts) == rank)
+            assert layout.experts_of(rank)[:owned] == tuple(stock.tolist())
+
+
+@given(shapes(), st.lists(st.integers(0, 2**40), min_size=1, max_size=3))
+def test_random_is_legal_and_repeatable(shape: tuple[int, int, int], seed: list[int]) -> None:
+    layout = ExpertLayout.random(*shape, seed=tuple(seed))
+    assert_legal(layout, shape)
+    assert layout == ExpertLayout.random(*shape, seed=tuple(seed))
+
+
+def test_random_is_the_same_on_every_machine() -> None:
+    # Made with this very call; it must hold for every NumPy version.
+    layout = ExpertLayout.random(4, 3, 5, seed=(7, 1))
+    assert layout.to_list() == [4, 0, 3, 0, 1, 4, 1, 2, 2, 2, 0, 3]
+
+
+@given(shapes(), st.integers(0, 1000))
+def test_layouts_are_equal_by_content(shape: tuple[int, int, int], seed: int) -> None:
+    layout = ExpertLayout.random(*shape, seed=(seed,))
+    for same in (
+        ExpertLayout.from_slots(*shape, layout.to_list()),
+        ExpertLayout.from_slots(*shape, layout.slot_expert_S),
+        pickle.loads(pickle.dumps(layout)),
+    ):
+        assert same == layout
+        assert hash(same) == hash(layout)
+        assert same.digest == layout.digest
+
+
+def test_digest_is_a_signed_64_bit_number_of_content_and_shape() -> None:
+    # The same bytes under another shape are another layout.
+    digests = {
+        ExpertLayout.from_slots(2, 2, 2, [0, 1, 1, 0]).digest,
+        ExpertLayout.from_slots(2, 2, 2, [0, 1, 0, 1]).digest,
+        ExpertLayout.from_slots(4, 1, 2, [0, 1, 0, 1]).digest,
+    }
+    assert len(digests) == 3
+    assert all(-(2**63) <= digest < 2**63 for digest in digests)
+    # Printed by this very expression: ranks on other machines must compute the same.
+    assert ExpertLayout.from_slots(2, 2, 2, [0, 1, 0, 1]).digest == -6403159899245028533
+
+
+def test_a_layout_cannot_be_changed() -> None:
+    layout = ExpertLayout.static(2, 2, 3)
+    with pytest.raises(ValueError, match="read-only"):
+        layout.slot_expert_S[0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        layout.replicas_E[0] = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layout.capacity = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("shape", "slots", "message"),
+    [
+        ((2, 2, 3), [0, 1, 2], "got 3 slots, but 2 ranks with 2 slots each need 4"),
+        ((2, 2, 3), [], "got 0 slots"),
+        ((2, 2, 3), [0, 1, 2, 3], r"expert 3; experts must be in 0\.\.2"),
+        ((2, 2, 3), [0, 1, 2, -1], r"expert -1; experts must be in 0\.\.2"),
+        # 65536 would wrap to expert 0 in int16.
+        ((2, 2, 3), [65536, 1, 2, 0], "expert 65536"),
+        ((2, 2, 3), [0, 1, 1, 0], "no slot holds expert 2"),
+        ((2, 2, 3), [0.0, 1.0, 2.0, 0.0], "flat sequence of integers.*float64"),
+        ((2, 2, 3), [[0, 1], [2, 0]], r"shape \(2, 2\)"),
+        ((0, 2, 3), [0], "at least 1, got 0, 2 and 3"),
+        ((2, 1, 3), [0, 1], "too few for 3 experts; use a capacity of at least 2"),
+        ((2, 4, 3), [0] * 8, "capacity 4 exceeds num_experts 3"),
+        ((2, 20000, 32768), [0] * 40000, "at most 32767, got 32768"),
+    ],
+)
+def test_illegal_layouts_are_refused_with_what_was_passed(
+    shape: tuple[int, int, int], slots: list[int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExpertLayout.from_slots(*shape, slots)
+
+
+def test_an_illegal_layout_cannot_be_built_from_bytes_either() -> None:
+    with pytest.raises(ValueError, match="no slot holds expert 1"):
+        ExpertLayout(1, 2, 2, np.zeros(2, dtype="<i2").tobytes())
+
+
+def test_ranks_and_seeds_are_checked() -> None:
+    layout = ExpertLayout.static(2, 2, 3)
+    with pytest.raises(ValueError, match=r"rank must be in 0\.\.1, got -1"):
+        layout.experts_of(-1)
+    with pytest.raises(ValueError, match=r"got \(3, -1\)"):
+        ExpertLayout.random(2, 2, 3, seed=(3, -1))
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_experts", "capacity"),
+    [(32, 8, 2), (4, 3, 2), (8, 64, 9), (4, 10, 4), (1, 8, 8), (2, 1, 1), (1, 1, 1)],
+)
+def test_default_capacity_is_one_more_than_the_share(
+    num_ranks: int, num_experts: int, capacity: int
+) -> None:
+    assert default_capacity(num_ranks, num_experts) == capacity
+    ExpertLayout.static(num_ranks, capacity, num_experts)
+
+
+def test_stock_owner_is_contiguous() -> None:
+    assert stock_owner_E(4, 8).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert stock_owner_E(4, 3).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="got 0 and 3"):
+        stock_owner_E(0, 3)

@@ -1,0 +1,291 @@
+"""Strategies give legal layouts for every shape, and laer never costs more than staying."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_laer.layout import ExpertLayout, default_capacity
+from megatron_laer.planner.costs import CostModel, cluster_file, load_cluster
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.laer import place, replicas_by_load, replicas_even
+from megatron_laer.planner.quotas import Int64, even_split
+from megatron_laer.planner.reference import quota_NS
+from megatron_laer.planner.strategies import make_strategy, strategy_names
+
+pytestmark = pytest.mark.unit
+
+COSTS = CostModel(
+    expert_s_per_token=1e-6, token_bytes=8192, intra_bytes_per_s=3e11, inter_bytes_per_s=1.25e10
+)
+# Transfers are free, so that cost is the largest load and nothing else.
+COMPUTE_ONLY = CostModel(1e-6, 8192, math.inf, math.inf)
+
+
+def skewed_counts_NE(geometry: Geometry, seed: int, skew: float = 1.2) -> Int64:
+    rng = np.random.default_rng(seed)
+    share_E = rng.permutation(1.0 / np.arange(1, geometry.num_experts + 1) ** skew)
+    return rng.multinomial(2000, share_E / share_E.sum(), size=geometry.num_ranks)
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> Geometry:
+    """Any N in 1..40, E in 1..64, C, and G that divides N."""
+    num_ranks = draw(st.integers(1, 40))
+    num_experts = draw(st.integers(1, 64))
+    least = -(-num_experts // num_ranks)
+    capacity = draw(st.integers(least, min(num_experts, least + 6)))
+    node_size = draw(st.sampled_from([g for g in range(1, num_ranks + 1) if num_ranks % g == 0]))
+    return Geometry(num_ranks, num_experts, capacity, node_size)
+
+
+def counts_for(draw_seed: int, geometry: Geometry) -> Int64:
+    kind = draw_seed % 4
+    shape = (geometry.num_ranks, geometry.num_experts)
+    if kind == 0:
+        return np.zeros(shape, dtype=np.int64)
+    if kind == 1:
+        # All tokens want one expert.
+        counts_NE = np.zeros(shape, dtype=np.int64)
+        counts_NE[:, draw_seed % geometry.num_experts] = 100
+        return counts_NE
+    if kind == 2:
+        return np.random.default_rng(draw_seed).integers(0, 50, shape)
+    return skewed_counts_NE(geometry, draw_seed)
+
+
+def shape_of(geometry: Geometry) -> tuple[int, int, int]:
+    return geometry.num_ranks, geometry.capacity, geometry.num_experts
+
+
+@settings(max_examples=150, deadline=None)
+@given(geometries(), st.integers(0, 2**16))
+def test_laer_is_legal_repeatable_and_never_costs_more(geometry: Geometry, seed: int) -> None:
+    counts_NE = counts_for(seed, geometry)
+    current = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
+    laer = make_strategy("laer", geometry=geometry, costs=COSTS)
+
+    planned = laer.plan(counts_NE, current)
+
+    geometry.check_layout(planned)
+    assert planned.replicas_E.min() >= 1
+    assert planned == laer.plan(counts_NE, current)
+    static = ExpertLayout.static(*shape_of(geometry))
+    seconds = COSTS.layer_seconds(counts_NE, planned, geometry.node_size)
+    for other in (current, static):
+        assert seconds <= COSTS.layer_seconds(counts_NE, other, geometry.node_size)
+    # Planning again from its own result changes nothing.
+    assert laer.plan(counts_NE, planned) is planned
+
+
+@settings(max_examples=100, deadline=None)
+@given(geometries(), st.integers(0, 2**16))
+def test_laer_balances_no_worse_than_static(geometry: Geometry, seed: int) -> None:
+    counts_NE = skewed_counts_NE(geometry, seed)
+    static = ExpertLayout.static(*shape_of(geometry))
+    laer = make_strategy("laer", geometry=geometry, costs=COMPUTE_ONLY)
+    planned = laer.plan(counts_NE, static)
+
+    def largest_load(layout: ExpertLayout) -> int:
+        loads_S = even_split(layout, geometry.node_size).slot_loads(counts_NE)
+        return int(loads_S.reshape(geometry.num_ranks, -1).sum(axis=1).max())
+
+    assert largest_load(planned) <= largest_load(static)
+
+
+@settings(max_examples=100, deadline=None)
+@given(geometries(), st.integers(0, 2**16))
+def test_replica_counts_use_every_slot(geometry: Geometry, seed: int) -> None:
+    loads_E = counts_for(seed, geometry).sum(axis=0)
+    for replicas_E in (replicas_by_load(loads_E, geometry), replicas_even(loads_E, geometry)):
+        assert replicas_E.sum() == geometry.num_slots
+        assert replicas_E.min() >= 1
+        assert replicas_E.max() <= geometry.num_ranks
+        layout = place(loads_E, replicas_E, geometry)
+        np.testing.assert_array_equal(layout.replicas_E, replicas_E)
+
+
+@settings(max_examples=100, deadline=None)
+@given(geometries(), st.integers(0, 2**16))
+def test_even_counts_differ_by_one_with_the_extra_for_the_hottest(
+    geometry: Geometry, seed: int
+) -> None:
+    loads_E = skewed_counts_NE(geometry, seed).sum(axis=0)
+    replicas_E = replicas_even(loads_E, geometry)
+    assert replicas_E.max() - replicas_E.min() <= 1
+    favoured_E = replicas_E > replicas_E.min()
+    if favoured_E.any():
+        assert loads_E[favoured_E].min() >= loads_E[~favoured_E].max()
+
+
+# In the paper's code these hang (fewer than 8 ranks) or read out of bounds (12 ranks).
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 6, 7, 12, 20])
+@pytest.mark.parametrize("num_experts", [1, 3, 8, 13])
+def test_laer_ends_for_rank_counts_where_the_paper_hangs(num_ranks: int, num_experts: int) -> None:
+    capacity = default_capacity(num_ranks, num_experts)
+    geometry = Geometry(num_ranks, num_experts, capacity, num_ranks)
+    static = ExpertLayout.static(*shape_of(geometry))
+    laer = make_strategy("laer", geometry=geometry, costs=COSTS)
+    geometry.check_layout(laer.plan(skewed_counts_NE(geometry, 1), static))
+
+
+def test_laer_removes_the_skew_that_static_suffers() -> None:
+    # 32 ranks, 8 experts, 2 slots, as in the paper; expert 0 takes half of the tokens.
+    geometry = Geometry(32, 8, 2, 8)
+    share_E = np.array([0.5, *[0.5 / 7] * 7])
+    counts_NE = np.random.default_rng(0).multinomial(32768, share_E, size=32)
+    static = ExpertLayout.static(*shape_of(geometry))
+    planned = make_strategy("laer", geometry=geometry, costs=COSTS).plan(counts_NE, static)
+
+    def imbalance(layout: ExpertLayout) -> float:
+        loads_N = even_split(layout, 8).slot_loads(counts_NE).reshape(32, 2).sum(axis=1)
+        return float(loads_N.max() / loads_N.mean())
+
+    assert imbalance(static) > 2.0
+    # What is left is the greedy's: it fills the first node before the last experts have been there.
+    assert imbalance(planned) < 1.3
+
+
+def test_placement_spreads_replicas_over_nodes_and_ranks() -> None:
+    geometry = Geometry(num_ranks=4, num_experts=4, capacity=2, node_size=2)
+    layout = place(np.array([80, 20, 5, 5]), np.array([4, 2, 1, 1]), geometry)
+    assert all(0 in layout.experts_of(rank) for rank in range(4))
+    holders = [rank // 2 for rank in range(4) if 1 in layout.experts_of(rank)]
+    assert holders == [0, 1]
+
+
+def test_laer_keeps_the_current_layout_when_nothing_is_better() -> None:
+    geometry = Geometry(4, 4, 2, 4)
+    current = ExpertLayout.random(4, 2, 4, seed=(5,))
+    idle_NE = np.zeros((4, 4), dtype=np.int64)
+    assert make_strategy("laer", geometry=geometry, costs=COSTS).plan(idle_NE, current) is current
+
+
+def test_static_ignores_counts() -> None:
+    geometry = Geometry(4, 6, 2, 2)
+    strategy = make_strategy("static", geometry=geometry, costs=COSTS)
+    current = ExpertLayout.random(4, 2, 6, seed=(0,))
+    planned = strategy.plan(skewed_counts_NE(geometry, 0), current)
+    assert planned == ExpertLayout.static(4, 2, 6)
+
+
+@pytest.mark.parametrize("name", strategy_names())
+def test_every_strategy_knows_its_name_and_refuses_other_shapes(name: str) -> None:
+    geometry = Geometry(4, 6, 2, 2)
+    strategy = make_strategy(name, geometry=geometry, costs=COSTS)
+    assert strategy.name == name
+    current = ExpertLayout.static(4, 2, 6)
+    with pytest.raises(ValueError, match=r"shape \(6, 4\)"):
+        strategy.plan(np.zeros((6, 4), dtype=np.int64), current)
+    with pytest.raises(ValueError, match=r"\(4, 3, 6\), the planner for \(4, 2, 6\)"):
+        strategy.plan(np.zeros((4, 6), dtype=np.int64), ExpertLayout.static(4, 3, 6))
+
+
+def test_unknown_strategies_and_illegal_geometries_are_quoted() -> None:
+    with pytest.raises(ValueError, match="unknown planner 'magic'; use one of laer, static"):
+        make_strategy("magic", geometry=Geometry(4, 4, 2, 2), costs=COSTS)
+    with pytest.raises(ValueError, match="node size 8 does not divide the 12 ranks"):
+        Geometry(12, 8, 2, 8)
+    with pytest.raises(ValueError, match="too few for 9 experts"):
+        Geometry(4, 9, 2, 2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(geometries().filter(lambda geometry: geometry.num_ranks <= 16), st.integers(0, 2**16))
+def test_cost_equals_its_definition_on_the_whole_matrix(geometry: Geometry, seed: int) -> None:
+    counts_NE = counts_for(seed, geometry)
+    layout = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
+    num_ranks = geometry.num_ranks
+    sent_NN = quota_NS(counts_NE, layout, geometry.node_size)
+    sent_NN = sent_NN.reshape(num_ranks, num_ranks, -1).sum(axis=2)
+    pass_s = [0.0] * num_ranks
+    for rank in range(num_ranks):
+        for near, rate in ((True, COSTS.intra_bytes_per_s), (False, COSTS.inter_bytes_per_s)):
+            peers = [
+                peer
+                for peer in range(num_ranks)
+                if peer != rank
+                and (peer // geometry.node_size == rank // geometry.node_size) == near
+            ]
+            sent, received = sent_NN[rank, peers].sum(), sent_NN[peers, rank].sum()
+            pass_s[rank] += COSTS.token_bytes * max(sent, received) / rate
+    expected = 3 * COSTS.expert_s_per_token * sent_NN.sum(axis=0).max() + 4 * max(pass_s)
+    seconds = COSTS.layer_seconds(counts_NE, layout, geometry.node_size)
+    assert seconds == pytest.approx(expected, rel=1e-12)
+
+
+def test_recompute_adds_one_forward_of_the_experts() -> None:
+    again = CostModel(1e-6, 8192, math.inf, math.inf, recompute=True)
+    counts_NE = np.full((2, 2), 10, dtype=np.int64)
+    layout = ExpertLayout.static(2, 1, 2)
+    assert COMPUTE_ONLY.layer_seconds(counts_NE, layout, 2) == pytest.approx(20 * 3e-6)
+    assert again.layer_seconds(counts_NE, layout, 2) == pytest.approx(20 * 4e-6)
+
+
+def test_cost_constants_follow_from_shapes() -> None:
+    cluster = load_cluster("a100-4x8-ib800")
+    costs = CostModel.from_shapes(
+        hidden=4096,
+        ffn=14336,
+        gated=True,
+        bytes_per_element=2,
+        flops_per_s=cluster.flops_per_s,
+        intra_bytes_per_s=cluster.intra_bytes_per_s,
+        inter_bytes_per_s=cluster.inter_bytes_per_s,
+    )
+    # 2 FLOPs for each of 3*H*F weights, at 237 TFLOP/s.
+    assert costs.expert_s_per_token == pytest.approx(1.4866e-6, rel=1e-4)
+    assert costs.token_bytes == 8192
+    with pytest.raises(ValueError, match=r"inter_bytes_per_s must be positive, got 0\.0"):
+        CostModel(1e-6, 8192, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["a100-4x8-ib800", "cpu-gloo"])
+def test_shipped_clusters_load_by_name_and_by_path(name: str) -> None:
+    cluster = load_cluster(name)
+    assert cluster.name == name
+    assert load_cluster(cluster_file(name)) == load_cluster(str(cluster_file(name))) == cluster
+
+
+def test_unknown_clusters_are_quoted_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown cluster 'b300'; known are \['a100-4x8-ib800'"):
+        load_cluster("b300")
+
+
+GOOD = """name: x
+source: y
+nodes: 1
+ranks_per_node: 8
+flops_per_s: 2.37e+14
+intra_bytes_per_s: 1
+inter_bytes_per_s: 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("2.37e+14", "237e12", r"flops_per_s must be .* like 2\.37e\+14, got '237e12'"),
+        ("2.37e+14", "-1.0", r"flops_per_s must be positive.*got -1\.0"),
+        ("2.37e+14", ".nan", "flops_per_s must be positive.*got nan"),
+        ("nodes: 1", "nodes: yes", "nodes must be an integer of at least 1, got True"),
+        ("nodes: 1", "nodes: 0", "nodes must be an integer of at least 1, got 0"),
+        ("source: y", "source: 3", "source must be a text that is not empty, got 3"),
+        ("source: y\n", "", r"lacks the keys \['source'\]"),
+        ("nodes: 1", "nodes: 1\nspeed: 3", r"unknown keys \['speed'\]"),
+        (GOOD, "- 1", r"holds \[1\], expected a mapping"),
+        (GOOD, "{", "is not valid YAML"),
+    ],
+)
+def test_cluster_files_are_checked(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(GOOD)
+    assert load_cluster(path).intra_bytes_per_s == 1.0
+    path.write_text(GOOD.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        load_cluster(path)
