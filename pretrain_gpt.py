@@ -2,10 +2,13 @@
 
     torchrun --nproc-per-node 2 pretrain_gpt.py <Megatron's flags> [<the plugin's flags>]
 
-The wheel holds Megatron's training loop but no script to run it; this is one, for plain pretraining,
-and computes what Megatron's own script computes, bit for bit. It leaves out fill-in-the-middle data,
-fine-tuning, packed sequences and distillation, and says so when a flag asks for them.
+The wheel holds Megatron's training loop but no script to run it; this is one, for plain
+pretraining, and computes what Megatron's own script computes, bit for bit. It leaves out
+fill-in-the-middle data, fine-tuning, packed sequences and distillation, and says so when a flag
+asks for them.
 """
+
+# ruff: noqa: E402, I001 -- imports of Megatron have to follow prepare()
 
 import time
 
@@ -32,8 +35,14 @@ from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, get_timers, inprocess_restart, pretrain, print_rank_0
-from megatron.training import set_startup_timestamps
+from megatron.training import (
+    get_args,
+    get_timers,
+    inprocess_restart,
+    pretrain,
+    print_rank_0,
+    set_startup_timestamps,
+)
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -41,6 +50,22 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 # A loss this many times the largest seen is reported by --check-for-spiky-loss, as in Megatron.
 SPIKE_FACTOR = 10
+# Fields of the dataset configuration that are called like their flag.
+SAME_IN_DATASET = (
+    "split",
+    "multiple_validation_sets",
+    "full_validation",
+    "num_dataset_builder_threads",
+    "mmap_bin_files",
+    "reset_position_ids",
+    "reset_attention_mask",
+    "eod_mask_loss",
+    "object_storage_cache_path",
+    "mid_level_dataset_surplus",
+    "allow_ambiguous_pad_tokens",
+    "context_parallel_size",
+    "data_parallel_size",
+)
 OUT_OF_SCOPE = {
     "fim_data": "--fim-data",
     "sft": "--sft",
@@ -69,7 +94,7 @@ def reads_batch(vp_stage):
 
 
 def get_batch(data_iterator, vp_stage=None):
-    """One microbatch on this rank, as `BATCH_KEYS`: read by tensor rank 0, sent, then cut by context rank."""
+    """One microbatch, as `BATCH_KEYS`: read by tensor rank 0, sent on, cut by context rank."""
     if not reads_batch(vp_stage):
         return [None] * len(BATCH_KEYS)
     args = get_args()
@@ -149,13 +174,8 @@ def dataset_config(args):
     if args.per_dataset_sequences_path is not None:
         with open(args.per_dataset_sequences_path) as file:
             sequences_per_dataset = json.load(file)
-    same_name = (
-        "split multiple_validation_sets full_validation num_dataset_builder_threads mmap_bin_files "
-        "reset_position_ids reset_attention_mask eod_mask_loss object_storage_cache_path "
-        "mid_level_dataset_surplus allow_ambiguous_pad_tokens context_parallel_size data_parallel_size"
-    ).split()
     return GPTDatasetConfig(
-        **{name: getattr(args, name) for name in same_name},
+        **{name: getattr(args, name) for name in SAME_IN_DATASET},
         tokenizer=build_tokenizer(args),
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -203,8 +223,8 @@ def refuse_out_of_scope(args):
     given = [flag for name, flag in OUT_OF_SCOPE.items() if getattr(args, name, None)]
     if given:
         raise ValueError(
-            f"{', '.join(given)} is not supported by this script, which does plain pretraining; run "
-            "Megatron's own script through `python -m megatron_laer train PATH/pretrain_gpt.py -- ...`"
+            f"{', '.join(given)} is not supported by this script, which does plain pretraining; "
+            "run Megatron's own through `python -m megatron_laer train PATH/pretrain_gpt.py -- ...`"
         )
 
 

@@ -3,9 +3,10 @@
 Writes through Megatron's own `IndexedDatasetBuilder`; there is no file format of ours, and no
 shuffling or splitting, which Megatron does when it reads.
 
-The tokenizer `bytes` needs no vocabulary: ids 0 to 255 are the bytes of the file, 256 ends a document.
-Train on it with `--tokenizer-type NullTokenizer --vocab-size 257` (`BYTES_TOKENIZER_FLAGS`): Megatron's
-NullTokenizer takes its last id, vocabulary size - 1, as the end of a document.
+The tokenizer `bytes` needs no vocabulary: ids 0 to 255 are the bytes of the file, 256 ends a
+document. Train on it with `--tokenizer-type NullTokenizer --vocab-size 257`
+(`BYTES_TOKENIZER_FLAGS`): Megatron's NullTokenizer takes its last id, vocabulary size - 1, as the
+end of a document.
 """
 
 import argparse
@@ -56,8 +57,9 @@ def prepare_data(
     """Write `output_prefix`.bin and .idx with one document per input file.
 
     `inputs` are files, and directories, which are walked in sorted order, without hidden and empty
-    files. `tokenizer` is `bytes` or a directory that holds a Hugging Face tokenizer; its end-of-sequence
-    token ends a document. A dataset that is there already is replaced only when the new one is complete.
+    files. `tokenizer` is `bytes` or a directory that holds a Hugging Face tokenizer; its
+    end-of-sequence token ends a document. A dataset that is there already is replaced only when the
+    new one is complete.
     """
     files = list(_files(inputs))
     prefix = _checked_prefix(output_prefix, files)
@@ -218,8 +220,8 @@ def _hugging_face(folder: str) -> _Tokenizer:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ImportError(
-            f"the tokenizer in {folder!r} needs the package transformers: `pip install transformers`, "
-            "or use --tokenizer bytes, which needs none"
+            f"the tokenizer in {folder!r} needs the package transformers: "
+            "`pip install transformers`, or use --tokenizer bytes, which needs none"
         ) from error
 
     # A directory was given, so nothing may be downloaded.

@@ -1,7 +1,7 @@
 """The first call of a training script: everything that must happen before Megatron is imported.
 
-Decides nothing about training; `plugin.py` knows what changes in Megatron, `platform` what the machine
-needs.
+Decides nothing about training; `plugin.py` knows what changes in Megatron, `platform` what the
+machine needs.
 """
 
 
@@ -9,8 +9,8 @@ def prepare(force_cpu: bool = False) -> None:
     """Make this process ready for Megatron and turn the plugin on.
 
     Call it before any import of `megatron`. Without a usable GPU, with `force_cpu`, or with
-    `MEGATRON_LAER_DEVICE=cpu` in the environment, Megatron runs on the CPU; its command line then needs
-    `megatron_laer.platform.cpu.CPU_FLAGS`.
+    `MEGATRON_LAER_DEVICE=cpu` in the environment, Megatron runs on the CPU; its command line then
+    needs `megatron_laer.platform.cpu.CPU_FLAGS`.
     """
     from megatron_laer.platform import cpu, wheel
 

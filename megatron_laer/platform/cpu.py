@@ -1,13 +1,15 @@
 """The CPU stand-in: lets Megatron's own training loop run with gloo where there is no GPU.
 
-Megatron calls `torch.cuda` unconditionally. `install` puts functions in its place that keep everything
-on the CPU; with a GPU nothing in here is active. Not here: what is replaced in torch (`cpu_torch.py`),
-what is mended in Megatron itself (`cpu_megatron.py`), defects that a GPU run shares (`wheel.py`).
+Megatron calls `torch.cuda` unconditionally. `install` puts functions in its place that keep
+everything on the CPU; with a GPU nothing in here is active. Not here: what is replaced in torch
+(`cpu_torch.py`), what is mended in Megatron itself (`cpu_megatron.py`), defects that a GPU run
+shares (`wheel.py`).
 
-Randomness: torch draws from its default generator on the CPU, whatever generator Megatron selects for
-"the GPU". Weights that are initialised in place are therefore equal on every tensor- and
-expert-parallel rank. That is right for dense weights; `--use-cpu-initialization` makes
-tensor-parallel shards differ as they should.
+Randomness: torch draws from its default generator on the CPU, whatever generator Megatron selects
+for "the GPU". Three things follow. Experts start equal on every expert-parallel rank. So do
+tensor-parallel shards, unless `--use-cpu-initialization` cuts them from one whole matrix. And
+dropout shares its draws with the data loader, so a run with dropout resumes correctly but not bit
+for bit; use `--attention-dropout 0 --hidden-dropout 0` where that matters.
 """
 
 import os
@@ -41,13 +43,14 @@ _installed = False
 def needed(force: bool = False) -> bool:
     """Whether Megatron has to run on the CPU: asked for, or no usable CUDA device.
 
-    `force` or `MEGATRON_LAER_DEVICE=cpu` ask for it; `MEGATRON_LAER_DEVICE=cuda` rules it out, so that
-    a broken driver shows as Megatron's own error. Imports torch only where neither decides.
+    `force` or `MEGATRON_LAER_DEVICE=cpu` ask for it; `MEGATRON_LAER_DEVICE=cuda` rules it out, so
+    that a broken driver shows as Megatron's own error. Imports torch only where neither decides.
     """
     asked = os.environ.get(_DEVICE_VARIABLE, "auto")
     if asked not in _DEVICES:
         raise ValueError(
-            f"{_DEVICE_VARIABLE}={asked!r} names no device; use one of {', '.join(_DEVICES)}, or unset it"
+            f"{_DEVICE_VARIABLE}={asked!r} names no device; use one of {', '.join(_DEVICES)}, "
+            "or unset it"
         )
     if _installed or force or asked == "cpu":
         return True

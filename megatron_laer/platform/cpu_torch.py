@@ -1,8 +1,10 @@
-"""What the CPU stand-in replaces in torch. Knows nothing of Megatron; applied once, by `cpu.install`.
+"""What the CPU stand-in replaces in torch; applied once, by `cpu.install`.
 
-Every replacement carries its reason. Nothing here is undone: the process stays on the CPU.
+Every replacement carries its reason. Nothing is undone: the process stays on the CPU. What Megatron
+itself gets wrong without a GPU is in `cpu_megatron.py`.
 """
 
+import atexit
 import collections
 import contextlib
 import functools
@@ -17,10 +19,30 @@ import torch
 _CPU = torch.device("cpu")
 
 _FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like rand "
-    "rand_like randint randint_like randn randn_like randperm scalar_tensor tensor zeros zeros_like"
-).split()
-_TENSOR_FACTORIES = "new_empty new_full new_ones new_tensor new_zeros".split()
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randint_like",
+    "randn",
+    "randn_like",
+    "randperm",
+    "scalar_tensor",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+_TENSOR_FACTORIES = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 
 def replace() -> None:
@@ -87,8 +109,12 @@ def _replace_memory() -> None:
     cuda = torch.cuda
     # Logged by Megatron in every run; the allocator that they ask about does not exist.
     for name in (
-        "memory_allocated max_memory_allocated memory_reserved max_memory_reserved device_memory_used"
-    ).split():
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+        "device_memory_used",
+    ):
         setattr(cuda, name, lambda *_: 0)
     cuda.memory_stats = lambda *_: collections.defaultdict(int)
     cuda.mem_get_info = lambda *_: (0, 0)
@@ -174,10 +200,12 @@ def _replace_collectives() -> None:
     def barrier(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
         return true_barrier(*args, **kwargs)
 
-    # A group must not be bound to a device that does not exist.
+    # A group must not be bound to a device that is not there. And Megatron leaves its groups open:
+    # a thread that is still alive after the interpreter can abort a run that has succeeded.
     @functools.wraps(true_init)
     def init_process_group(*args: Any, device_id: Any = None, **kwargs: Any) -> Any:
-        return true_init(*args, **kwargs)
+        true_init(*args, **kwargs)
+        atexit.register(_destroy_groups)
 
     for function in (all_to_all_single, barrier, init_process_group):
         setattr(dist, function.__name__, function)
@@ -258,6 +286,11 @@ class _OneGenerator:
 
     def __len__(self) -> int:
         return 1
+
+
+def _destroy_groups() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 def mend_dataset_helper() -> None:
     """Keep Megatron from building its dataset helper where the wheel brings it built.
 
-    `pretrain()` runs `make` for it; the wheel has the compiled helper and no Makefile, so the run would
-    end there. A source checkout, which has the Makefile, is left alone.
+    `pretrain()` runs `make` for it; the wheel has the compiled helper and no Makefile, so the run
+    would end there. A source checkout, which has the Makefile, is left alone.
     """
     from megatron.core.datasets import utils
 

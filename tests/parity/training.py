@@ -96,6 +96,14 @@ def train(flags: list[str], probe: Probe | None = None) -> Record:
         # Only the last pipeline stage has the loss.
         (record.losses,) = dist_object(record.losses, dist.get_world_size() - 1)
         (record.eval_losses,) = dist_object(record.eval_losses, dist.get_world_size() - 1)
+        for chunk in model:
+            # Megatron's DDP, the dispatchers' last probabilities and autograd's C++ nodes hold each
+            # other where Python's collector does not see it; with them would live all process
+            # groups and their threads.
+            chunk.grad_accs.clear()
+            for module in chunk.modules():
+                if hasattr(module, "token_dispatcher"):
+                    module.token_dispatcher = None
         model.clear()
     if rank_of_environment() != 0:
         record.weights, record.first_grads = {}, {}

@@ -244,7 +244,8 @@ def test_a_norm_carries_the_mark_of_sequence_parallelism(on_cpu):
             **shape, tensor_model_parallel_size=2, sequence_parallel=True
         )
         configs = split, TransformerConfig(**shape)
-        print([WrappedTorchNorm(c, 8).weight.sequence_parallel for c in configs], split.sequence_parallel)
+        norms = [WrappedTorchNorm(c, 8) for c in configs]
+        print([n.weight.sequence_parallel for n in norms], split.sequence_parallel)
     """
     assert on_cpu(code) == "[True, False] True"
 

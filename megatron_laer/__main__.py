@@ -1,0 +1,9 @@
+"""`python -m megatron_laer`: see `cli.py`."""
+
+import sys
+
+from megatron_laer.cli import main
+
+# Megatron's checkpoint writer starts processes that may import this module again.
+if __name__ == "__main__":
+    sys.exit(main())

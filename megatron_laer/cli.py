@@ -1,0 +1,88 @@
+"""The command line: thin callers of the modules that do the work.
+
+torchrun ... -m megatron_laer train PATH/TO/pretrain_gpt.py -- <Megatron's flags>
+python -m megatron_laer prepare-data --input FILES --output PREFIX
+python -m megatron_laer flags mixtral-8x7b-e8k2
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_laer import __version__, data
+from megatron_laer.model_flags import model_flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # What follows belongs to the script; argparse treats `--` differently from version to version.
+    own, script_args = _split_at_dashes(words)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(own)
+    if unknown:
+        hint = "; the script's own follow --" if args.command == "train" else ""
+        parser.error(f"unrecognized arguments: {shlex.join(unknown)}{hint}")
+    if script_args and args.command != "train":
+        parser.error(f"{args.command} takes nothing after --, got {shlex.join(script_args)}")
+    try:
+        if args.command == "train":
+            _prepare_training(args.script, script_args)
+        elif args.command == "prepare-data":
+            return data.run(args)
+        else:
+            print(shlex.join(model_flags(args.file)))
+            return 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"megatron_laer {args.command}: {error}", file=sys.stderr)
+        return 2
+    runpy.run_path(args.script, run_name="__main__")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron_laer", description="Fully Sharded Expert Parallel for Megatron-LM"
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="run an unmodified Megatron script with the plugin on",
+        usage="megatron_laer train SCRIPT -- ARGS",
+        description="Runs a script such as Megatron-LM's pretrain_gpt.py, under torchrun, with "
+        "--expert-parallel-mode and the --fsep flags added to Megatron's own.",
+    )
+    train.add_argument("script", metavar="SCRIPT", help="the script; its arguments follow --")
+    prepare_data = commands.add_parser("prepare-data", help="make a dataset from text files")
+    data.add_arguments(prepare_data)
+    flags = commands.add_parser("flags", help="print Megatron's flags for a model configuration")
+    flags.add_argument("file", metavar="FILE", help="a YAML file, or a name in configs/models")
+    return parser
+
+
+def _split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in words:
+        return words, []
+    position = words.index("--")
+    return words[:position], words[position + 1 :]
+
+
+def _prepare_training(script: str, script_args: list[str]) -> None:
+    """Make this process look as if `python SCRIPT ARGS` had started it, with the plugin on."""
+    if not Path(script).is_file():
+        raise ValueError(f"script {script!r} does not exist; give a path to Megatron's script")
+    sys.argv[:] = [script, *script_args]
+    # As Python does. It comes before the first import of Megatron, so that the `megatron` folder
+    # beside a checkout's script wins over an installed one, and is the one whose version is checked.
+    if not sys.flags.safe_path:
+        sys.path[0] = str(Path(script).resolve().parent)
+
+    from megatron_laer.launch import prepare
+
+    prepare()

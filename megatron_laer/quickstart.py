@@ -1,0 +1,265 @@
+"""`scripts/quickstart.sh`: a small MoE GPT on this machine's CPU, with FSEP and with stock.
+
+Starts `pretrain_gpt.py` twice under torchrun, follows its log, and compares; trains nothing itself.
+
+Legend: N ranks, E experts, M microbatches, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.data import default_text_sources, prepare_data
+from megatron_laer.model_flags import model_flags
+from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.telemetry.balance import max_over_mean, stock_tokens_N
+
+_SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_gpt.py"
+
+MODEL = "tiny-moe"
+STEPS = 200
+# Steps after which routing has settled enough to be worth averaging.
+BALANCE_AFTER = 0.5
+_SECONDS_BETWEEN_LINES = 5.0
+
+TRAINING_FLAGS = """
+    --micro-batch-size 4 --global-batch-size 16 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine
+    --lr-warmup-iters 10 --weight-decay 0.1 --clip-grad 1.0 --seed 1234 --split 95,5,0
+    --eval-iters 10 --eval-interval 1000000 --log-interval 1 --num-workers 0 --no-save-optim
+""".split()
+
+
+@dataclass
+class Run:
+    """What one training said about itself."""
+
+    name: str
+    losses: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+    load_imbalance: list[float] = field(default_factory=list)
+    layouts: int = 1
+    validation_loss: float | None = None
+    wall_s: float = 0.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train twice and print the comparison."""
+    args = _parser().parse_args(argv)
+    if not _SCRIPT.is_file():
+        print(f"quickstart needs {_SCRIPT}, which is in the repository only", file=sys.stderr)
+        return 2
+    started_s = time.monotonic()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    print("Making a dataset from the sources of Python's standard library ...", flush=True)
+    prepared = prepare_data(default_text_sources(), args.work_dir / "text", progress=False)
+    print(f"  {prepared.documents} documents, {prepared.tokens / 1e6:.1f} million bytes")
+
+    shared = [*model_flags(MODEL), *prepared.flags, *_run_flags(args)]
+    try:
+        fsep = _train("FSEP", [*shared, *_FSEP_FLAGS], args)
+        stock = _train("stock", shared, args)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    stock.load_imbalance = _traced_imbalance(args.work_dir / "stock-routing", args.ranks)
+
+    print(f"\n{_table(fsep, stock, args.ranks)}")
+    result = {"ranks": args.ranks, "steps": args.steps, "runs": [asdict(fsep), asdict(stock)]}
+    path = args.work_dir / "result.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(
+        f"\n{time.monotonic() - started_s:.0f} s. Every step is in {path}, full logs are beside it."
+    )
+    return 0
+
+
+_FSEP_FLAGS = "--expert-parallel-mode fsep --fsep-cluster cpu-gloo".split()
+
+
+def _parser() -> argparse.ArgumentParser:
+    cores = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(
+        prog="scripts/quickstart.sh",
+        description="Trains a small MoE GPT on this machine's CPU with FSEP, then with stock "
+        "expert parallelism, and compares them.",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        choices=(2, 4),
+        default=4 if cores >= 4 else 2,
+        help="CPU ranks (default %(default)s on this machine)",
+    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="default %(default)s")
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path(".quickstart"), help="default %(default)s"
+    )
+    return parser
+
+
+def _run_flags(args: argparse.Namespace) -> list[str]:
+    cache = args.work_dir / "cache"
+    return [
+        *CPU_FLAGS,
+        *TRAINING_FLAGS,
+        *f"--train-iters {args.steps} --data-cache-path {cache}".split(),
+        *f"--expert-model-parallel-size {args.ranks} --expert-tensor-parallel-size 1".split(),
+    ]
+
+
+def _train(name: str, flags: list[str], args: argparse.Namespace) -> Run:
+    print(f"\nTraining with {name} on {args.ranks} CPU ranks, {args.steps} steps", flush=True)
+    if name == "stock":
+        # Stock has no metric of balance, so its routing is written out and counted afterwards.
+        flags = [*flags, "--moe-routing-trace-path", str(args.work_dir / "stock-routing")]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--standalone", "--nproc-per-node", str(args.ranks)),
+        *(str(_SCRIPT), *flags),
+    ]
+    run = Run(name)
+    log_path = args.work_dir / f"{name.lower()}.log"
+    started_s = time.monotonic()
+    with (
+        log_path.open("w", encoding="utf-8") as log,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=os.environ | _ENVIRONMENT,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            _follow(_copied(process.stdout, log), run, args.steps)
+        except BaseException:
+            process.terminate()
+            raise
+    run.wall_s = time.monotonic() - started_s
+    if process.returncode or len(run.losses) != args.steps or run.validation_loss is None:
+        tail = "\n".join(log_path.read_text(encoding="utf-8").splitlines()[-30:])
+        raise RuntimeError(
+            f"{tail}\n\nTraining with {name} ended with status {process.returncode} after "
+            f"{len(run.losses)} of {args.steps} steps; its whole log is {log_path}"
+        )
+    return run
+
+
+_ENVIRONMENT = {
+    # Also where there is a GPU: the quick start is the same everywhere.
+    "MEGATRON_LAER_DEVICE": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def _copied(lines: Iterator[str], log: object) -> Iterator[str]:
+    for line in lines:
+        print(line, end="", file=log)  # type: ignore[call-overload]
+        yield line
+
+
+def _follow(lines: Iterator[str], run: Run, steps: int) -> None:
+    """Read a run's numbers from its log, printing progress now and then."""
+    printed_s = -float("inf")
+    for line in lines:
+        if match := re.search(r"validation loss at .*validation set .*lm loss value: (\S+)", line):
+            run.validation_loss = float(match[1])
+        if not re.search(r"iteration +\d+/ *\d+ \|", line):
+            continue
+        # `name: value |`, as Megatron and its metrics trackers write them.
+        values = dict(re.findall(r"([\w ()]+): +([-+.\dE]+) \|", line))
+        values = {key.strip(): float(value) for key, value in values.items()}
+        run.losses.append(values["lm loss"])
+        run.step_ms.append(values["elapsed time per iteration (ms)"])
+        if "fsep_load_imbalance" in values:
+            run.load_imbalance.append(values["fsep_load_imbalance"])
+            # The first layout has version 0.
+            run.layouts = int(values["fsep_layout_version"]) + 1
+        done = len(run.losses)
+        if done == steps or time.monotonic() - printed_s > _SECONDS_BETWEEN_LINES:
+            printed_s = time.monotonic()
+            left_s = (steps - done) * statistics.median(run.step_ms) / 1e3
+            balance = f", max/mean {run.load_imbalance[-1]:.2f}" if run.load_imbalance else ""
+            print(
+                f"  step {done:4d} of {steps}, loss {run.losses[-1]:.3f}{balance}, "
+                f"about {left_s:.0f} s left",
+                flush=True,
+            )
+
+
+def _traced_imbalance(folder: Path, num_ranks: int) -> list[float]:
+    """Per step, max/mean tokens per rank, over layers and microbatches: counted, not predicted."""
+    by_step: dict[int, list[float]] = {}
+    paths = [folder / f"router_trace_rank{rank}.jsonl" for rank in range(num_ranks)]
+    # Ranks run the same layers in the same order, so equal lines are the same microbatch.
+    for records in zip(*map(_trace_records, paths), strict=True):
+        assert len({(step, layer) for step, layer, _ in records}) == 1
+        counts_NE = np.stack([counts_E for _, _, counts_E in records])
+        by_step.setdefault(records[0][0], []).append(max_over_mean(stock_tokens_N(counts_NE)))
+    for path in paths:
+        path.unlink()
+    return [float(np.mean(by_step[step])) for step in sorted(by_step)]
+
+
+def _trace_records(path: Path) -> Iterator[tuple[int, int, npt.NDArray[np.int64]]]:
+    experts = int(_flag_value(model_flags(MODEL), "--num-experts"))
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            chosen_TK = np.asarray(record["top_indices"], dtype=np.int64)
+            counts_E = np.bincount(chosen_TK.ravel(), minlength=experts)
+            yield record["step"], record["layer"], counts_E
+
+
+def _flag_value(flags: list[str], name: str) -> str:
+    return flags[flags.index(name) + 1]
+
+
+def _table(fsep: Run, stock: Run, ranks: int) -> str:
+    def late(values: list[float]) -> float:
+        return statistics.fmean(values[int(len(values) * BALANCE_AFTER) :])
+
+    steps = len(fsep.losses)
+    settled = f"steps {int(steps * BALANCE_AFTER) + 1} to {steps}"
+    rows = [
+        ("loss at step 1", *(f"{run.losses[0]:.4f}" for run in (fsep, stock))),
+        (f"loss at step {steps}", *(f"{run.losses[-1]:.4f}" for run in (fsep, stock))),
+        ("validation loss", *(f"{run.validation_loss:.4f}" for run in (fsep, stock))),
+        (
+            f"max/mean tokens per rank, {settled}",
+            *(f"{late(run.load_imbalance):.3f}" for run in (fsep, stock)),
+        ),
+        ("expert layouts used", *(str(run.layouts) for run in (fsep, stock))),
+        (
+            "step time, median (ms)",
+            *(f"{statistics.median(run.step_ms):.0f}" for run in (fsep, stock)),
+        ),
+    ]
+    lines = [f"{'':46}{'FSEP':>10}{'stock EP':>10}"]
+    lines += [f"{label:46}{left:>10}{right:>10}" for label, left, right in rows]
+    lines.append(
+        f"1.000 is perfect balance, {ranks}.000 the worst; counted over every layer and microbatch. "
+        "On CPU ranks,\nwithout a fast network, step times show what FSEP costs, not what it gains."
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""What is bitwise: reruns, replays, evaluation or none, and stock when FSEP is not asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity.compare import identical
+from tests.parity.flags import command_line
+from tests.parity.training import Record, train
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 20
+WAIT = " --fsep-planner laer --fsep-cluster cpu-gloo --fsep-late-plan wait"
+
+
+def layout_version(model: object) -> int:
+    """A probe: how many times layouts changed so far."""
+    from megatron_laer.runtime.coordinator import current_coordinator
+
+    coordinator = current_coordinator()
+    return -1 if coordinator is None else coordinator.version
+
+
+@pytest.fixture
+def run(ranks: Callable[[int], RankPool], text_data: str) -> Callable[[str], Record]:
+    """Train on two ranks with accumulation 2 and these extra flags."""
+
+    def run_with(extra: str) -> Record:
+        flags = command_line(
+            text_data, experts=8, expert_parallel=2, global_batch=8, steps=STEPS, extra=extra
+        )
+        record: Record = ranks(2).run(train, flags, layout_version)[0]
+        assert len(record.losses) == STEPS
+        return record
+
+    return run_with
+
+
+def test_two_runs_that_wait_for_plans_are_bitwise_equal(run: Callable[[str], Record]) -> None:
+    first, second = (run(" --expert-parallel-mode fsep" + WAIT) for _ in range(2))
+    assert first.probes[-1] == STEPS - 1, "every step but the first has a plan from the one before"
+    assert identical(first, second)
+
+
+def test_a_replay_repeats_a_run_that_did_not_wait(
+    run: Callable[[str], Record], tmp_path: Path
+) -> None:
+    recorded = run(
+        " --expert-parallel-mode fsep --fsep-planner laer --fsep-cluster cpu-gloo"
+        f" --fsep-record-layouts {tmp_path}"
+    )
+    replayed = run(f" --expert-parallel-mode fsep --fsep-replay-layouts {tmp_path}")
+    assert recorded.probes[-1] > 0, "no layout ever changed, so nothing is shown"
+    assert replayed.probes == recorded.probes
+    assert identical(recorded, replayed)
+
+
+@pytest.mark.parametrize("planner", ["random", "laer --fsep-cluster cpu-gloo --fsep-late-plan wait"])
+def test_evaluation_changes_no_later_loss(run: Callable[[str], Record], planner: str) -> None:
+    fsep = f" --expert-parallel-mode fsep --fsep-planner {planner}"
+    with_evaluation = run(fsep + " --eval-interval 5 --eval-iters 2")
+    without = run(fsep)
+    assert len(with_evaluation.eval_losses) >= 3
+    assert identical(with_evaluation, without)
+
+
+def test_standard_mode_is_stock_to_the_bit(run: Callable[[str], Record]) -> None:
+    assert identical(run(" --expert-parallel-mode standard"), run(""))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda lines: [], "is empty"),
+        (lambda lines: [lines[0].replace('"num_experts":8', '"num_experts":16')], "recorded for"),
+        (lambda lines: [lines[0], lines[1][:40]], "line 2"),
+        (lambda lines: [lines[0], json.dumps({"step": 1, "slots": [[0] * 10] * 2})], "line 2"),
+        (None, "cannot read"),
+    ],
+    ids=["empty", "other experts", "truncated", "illegal layout", "missing"],
+)
+def test_a_bad_recording_is_refused_on_every_rank(
+    ranks: Callable[[int], RankPool],
+    text_data: str,
+    tmp_path: Path,
+    spoil: Callable[[list[str]], list[str]] | None,
+    message: str,
+) -> None:
+    flags = partial(
+        command_line, text_data, experts=8, expert_parallel=2, global_batch=4, steps=3
+    )
+    fsep = " --expert-parallel-mode fsep"
+    pool = ranks(2)
+    pool.run(
+        train,
+        flags(
+            extra=fsep + f" --fsep-cluster cpu-gloo --fsep-record-layouts {tmp_path}"
+            " --fsep-late-plan wait"
+        ),
+    )
+    path = tmp_path / "group-0.jsonl"
+    if spoil is None:
+        path.unlink()
+    else:
+        path.write_text("\n".join(spoil(path.read_text().splitlines())))
+    results: list[Any] = pool.run_raw(
+        train, flags(extra=fsep + f" --fsep-replay-layouts {tmp_path}")
+    )
+    for result in results:
+        assert result.type_name == "ValueError"
+        assert message in result.message and "group-0.jsonl" in result.message

@@ -1,0 +1,175 @@
+"""FSEP equals stock Megatron: losses, gradient norms, gradients and weights, whatever the layout.
+
+Each line of `ROWS` is one combination. Stock and FSEP start from the same weights and train in
+Megatron's own loop; FSEP gets a new random layout at every microbatch. The distance between two stock
+runs with different expert placement is the noise floor: what rounding alone does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from tests.parity.compare import Distance, distance
+from tests.parity.flags import command_line
+from tests.parity.training import Record, train
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 50
+FSEP = " --expert-parallel-mode fsep --fsep-planner random"
+
+FP32_BOUND = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4)
+# bf16 keeps 8 bits: a rounding is 4e-3 relative. Two layouts sum the same gradients in another
+# order, which after some steps of Adam decides the rounding of many weights.
+BF16_BOUND = Distance(grads=2e-2, losses=1e-2, norms=1e-1, weights=5e-2)
+FLOOR_FACTOR = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """One combination under test.
+
+    Attributes:
+        name: how the row is called in the output and in docs/support.md.
+        flags: given to both sides.
+        expert_parallel: FSEP's group size N.
+        stock_parallel: expert-parallel sizes of the two stock runs, the reference first.
+        reference_ranks: run the reference on this many ranks instead of `ranks`.
+        capacity: `--fsep-capacity`, where not the default.
+    """
+
+    name: str
+    ranks: int = 2
+    experts: int = 8
+    expert_parallel: int | None = None
+    stock_parallel: tuple[int, int] = (2, 1)
+    reference_ranks: int | None = None
+    accumulation: int = 1
+    flags: str = ""
+    capacity: int | None = None
+    bound: Distance = FP32_BOUND
+    steps: int = STEPS
+
+    def command(self, data: str, expert_parallel: int, extra: str = "", ranks: int = 0) -> list[str]:
+        """Megatron's command line; every run of the row sees the same global batches."""
+        pipeline = 2 if "--pipeline-model-parallel-size 2" in self.flags else 1
+        return command_line(
+            data,
+            experts=self.experts,
+            expert_parallel=expert_parallel,
+            global_batch=2 * self.accumulation * self.ranks // pipeline,
+            steps=self.steps,
+            extra=self.flags + extra,
+        )
+
+
+DIST_OPT = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+FULL_RECOMPUTE = (
+    " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+)
+PIPELINE = " --pipeline-model-parallel-size 2"
+
+ROWS = [
+    Row("plain DDP"),
+    Row("distributed optimizer with both overlaps", flags=DIST_OPT),
+    Row("accumulation 4", accumulation=4),
+    Row("accumulation 4, distributed optimizer", accumulation=4, flags=DIST_OPT),
+    Row("shared experts", flags=" --moe-shared-expert-intermediate-size 32"),
+    Row(
+        "aux loss",
+        flags=" --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2",
+    ),
+    Row(
+        "expert bias",
+        flags=" --moe-router-enable-expert-bias --moe-router-score-function sigmoid"
+        " --moe-router-bias-update-rate 1e-2",
+    ),
+    Row("full recompute", flags=FULL_RECOMPUTE),
+    Row(
+        "selective recompute of the MoE layer",
+        flags=" --recompute-granularity selective --recompute-modules moe",
+    ),
+    Row("bf16", flags=" --bf16", bound=BF16_BOUND),
+    Row("most slots", capacity=8),
+    Row("fewest slots", capacity=4),
+    Row("E = 8 on 4 ranks", ranks=4, stock_parallel=(4, 1)),
+    Row("E = 8 on 4 ranks, distributed optimizer", ranks=4, stock_parallel=(4, 2), flags=DIST_OPT),
+    Row(
+        "E = 6 on 4 ranks",
+        ranks=4,
+        experts=6,
+        stock_parallel=(1, 2),
+        reference_ranks=1,
+    ),
+    Row(
+        "E = 3 on 4 ranks",
+        ranks=4,
+        experts=3,
+        stock_parallel=(1, 1),
+        reference_ranks=1,
+    ),
+    Row("expert data parallel 2", ranks=4, expert_parallel=2, stock_parallel=(2, 1)),
+    Row(
+        "expert data parallel 2, distributed optimizer",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(2, 1),
+        flags=DIST_OPT,
+    ),
+    Row("pipeline 2", ranks=4, expert_parallel=2, stock_parallel=(2, 1), flags=PIPELINE),
+    Row(
+        "full recompute, pipeline 2, accumulation 4",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(2, 1),
+        accumulation=4,
+        flags=PIPELINE + FULL_RECOMPUTE,
+    ),
+]
+
+
+def check_nothing_left(model: object) -> tuple[int, int]:
+    """After a step: plans left in FIFOs (must be none), and restores so far."""
+    from megatron_laer.runtime.coordinator import current_coordinator
+
+    coordinator = current_coordinator()
+    if coordinator is None:
+        return 0, 0
+    return (
+        sum(len(layer.pending) for layer in coordinator.layers),
+        coordinator.exchange.count.restores,
+    )
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_fsep_equals_stock(
+    row: Row,
+    ranks: Callable[[int], RankPool],
+    text_data: str,
+    record_property: Callable[[str, object], None],
+) -> None:
+    pool = ranks(row.ranks)
+    first, second = row.stock_parallel
+    reference_pool = pool if row.reference_ranks is None else ranks(row.reference_ranks)
+    reference: Record = reference_pool.run(train, row.command(text_data, first))[0]
+    other: Record = pool.run(train, row.command(text_data, second))[0]
+    capacity = "" if row.capacity is None else f" --fsep-capacity {row.capacity}"
+    fsep_command = row.command(text_data, row.expert_parallel or row.ranks, FSEP + capacity)
+    fsep: Record = pool.run(train, fsep_command, check_nothing_left)[0]
+
+    assert len(fsep.losses) == row.steps
+    assert fsep.losses[-1] < 0.8 * fsep.losses[0], "the model must learn, or little is compared"
+    floor, found = distance(other, reference), distance(fsep, reference)
+    record_property("floor", str(floor))
+    record_property("fsep", str(found))
+    print(f"\n{row.name}\n  floor {floor}\n  fsep  {found}")
+    assert found.within(row.bound), f"{found} exceeds {row.bound}"
+    assert found.within(floor.times(FLOOR_FACTOR)), f"{found} exceeds ten times {floor}"
+
+    layers_on_rank = 1 if PIPELINE in row.flags else 2
+    restores_per_step = 2 * layers_on_rank * row.accumulation
+    assert fsep.probes == [(0, restores_per_step * (step + 1)) for step in range(row.steps)]

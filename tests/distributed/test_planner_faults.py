@@ -1,0 +1,170 @@
+"""A planner that is slow or wrong changes speed, never correctness; disagreement stops every rank."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from tests.parity.compare import identical
+from tests.parity.flags import command_line
+from tests.parity.training import Record, train
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+FSEP = " --expert-parallel-mode fsep --fsep-planner laer --fsep-cluster cpu-gloo"
+
+
+def flags(data: str, steps: int, extra: str = "") -> list[str]:
+    """Two ranks, small enough for hundreds of steps."""
+    return command_line(
+        data, experts=8, expert_parallel=2, global_batch=4, steps=steps, extra=FSEP + extra
+    )
+
+
+def planner_state(model: object) -> tuple[int, int, int]:
+    """A probe: version, late plans, failures, as this rank knows them."""
+    from megatron_laer.runtime.coordinator import current_coordinator
+
+    coordinator = current_coordinator()
+    assert coordinator is not None
+    status = coordinator.planner_status
+    return coordinator.version, status.late_plans, status.failures
+
+
+def train_with_slow_planner(command: list[str], longest_s: float) -> Record:
+    """The planner sleeps up to `longest_s` per layer before it answers."""
+    from megatron_laer.planner.laer import LaerStrategy
+
+    plan = LaerStrategy.plan
+    clock = random.Random(5)
+
+    def slow(self: Any, counts_NE: np.ndarray, current: Any) -> Any:
+        time.sleep(clock.uniform(0, longest_s))
+        return plan(self, counts_NE, current)
+
+    with mock.patch.object(LaerStrategy, "plan", slow):
+        return train(command, planner_state)
+
+
+def train_with_broken_planner(command: list[str], fault: str) -> Record:
+    """The planner raises, or returns a layout of another shape, every other time."""
+    from megatron_laer.layout import ExpertLayout
+    from megatron_laer.planner.laer import LaerStrategy
+
+    plan = LaerStrategy.plan
+    calls = 0
+
+    def broken(self: Any, counts_NE: np.ndarray, current: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls % 2:
+            return plan(self, counts_NE, current)
+        if fault == "raises":
+            raise RuntimeError("planner is ill")
+        return ExpertLayout.static(2, 8, 16)
+
+    with mock.patch.object(LaerStrategy, "plan", broken):
+        return train(command, planner_state)
+
+
+def train_with_corruption(command: list[str], rank: int, after_step: int) -> None:
+    """After some step, one rank's layout changes its content under the same version.
+
+    For a planner that changes no layout, or the next broadcast would repair it.
+    """
+    import torch.distributed as dist
+
+    from megatron_laer.layout import ExpertLayout
+    from megatron_laer.runtime.coordinator import current_coordinator
+
+    steps = 0
+
+    def corrupt(model: object) -> None:
+        nonlocal steps
+        steps += 1
+        coordinator = current_coordinator()
+        assert coordinator is not None
+        if steps == after_step and dist.get_rank() == rank:
+            layer = coordinator.layers[-1]
+            good = layer.layout
+            layer.layout = ExpertLayout.from_slots(
+                good.num_ranks, good.capacity, good.num_experts, good.to_list()[::-1]
+            )
+
+    train(command, corrupt)
+
+
+def test_a_randomly_slow_planner_never_stops_training(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    steps = 500
+    results = ranks(2).run(
+        train_with_slow_planner, flags(text_data, steps, " --lr 1e-4 --min-lr 1e-4"), 0.08
+    )
+    versions = [[state[0] for state in record.probes] for record in results]
+    assert versions[0] == versions[1], "ranks must change layouts at the same steps"
+    late = results[0].probes[-1][1]
+    print(f"\n{steps} steps: layouts changed {versions[0][-1]} times, {late} plans were late")
+    assert len(results[0].losses) == steps
+    assert 0 < versions[0][-1] < steps - 1 and late > 0
+
+
+def test_a_slow_planner_under_wait_changes_nothing(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    command = flags(text_data, 10, " --fsep-late-plan wait")
+    quick = ranks(2).run(train, command, planner_state)[0]
+    slow = ranks(2).run(train_with_slow_planner, command, 0.05)[0]
+    assert quick.probes[-1][0] == 9
+    assert identical(quick, slow)
+
+
+@pytest.mark.parametrize("fault", ["raises", "wrong shape"])
+def test_a_broken_planner_keeps_the_last_good_layout(
+    ranks: Callable[[int], RankPool], text_data: str, fault: str
+) -> None:
+    command = flags(text_data, 10, " --fsep-late-plan wait")
+    for record in ranks(2).run(train_with_broken_planner, command, fault):
+        assert len(record.losses) == 10
+        version, _, failures = record.probes[-1]
+        assert version == 9 and failures == 9  # one of the two layers, each step
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_corrupted_layout_stops_every_rank_and_names_the_layer(
+    ranks: Callable[[int], RankPool], text_data: str, rank: int
+) -> None:
+    command = command_line(
+        text_data,
+        experts=8,
+        expert_parallel=2,
+        global_batch=4,
+        steps=10,
+        extra=" --expert-parallel-mode fsep --fsep-planner static",
+    )
+    for raised in ranks(2).run_raw(train_with_corruption, command, rank, 3):
+        assert raised.type_name == "LayoutMismatchError"
+        assert "layer 2" in raised.message and "digest" in raised.message
+
+
+def test_a_corrupted_layout_names_the_rank_that_differs(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    command = command_line(
+        text_data,
+        experts=8,
+        expert_parallel=4,
+        global_batch=8,
+        steps=10,
+        extra=" --expert-parallel-mode fsep --fsep-planner static --fsep-capacity 3",
+    )
+    raised = ranks(4).run_raw(train_with_corruption, command, 2, 3)
+    assert {result.type_name for result in raised} == {"LayoutMismatchError"}
+    assert all("rank 2 (place 2 in the group)" in result.message for result in raised)

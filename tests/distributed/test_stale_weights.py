@@ -1,0 +1,63 @@
+"""Restores never read parameters that the distributed optimizer is still gathering.
+
+With `--overlap-param-gather`, Megatron waits for a parameter's all-gather in a hook before the call of
+the module that owns it. Slices are read inside such a call; this shows that it matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.parity.compare import Distance, distance
+from tests.parity.flags import command_line
+from tests.parity.training import Record, train
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 10
+OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+CLOSE = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4)
+
+
+def train_without_guard(command: list[str]) -> Record:
+    """The experts' forward runs without their call, so without the hook before it."""
+    from megatron_laer.experts.module import FSEPExperts
+    from megatron_laer.moe_layer import FSEPMoELayer
+
+    compute = FSEPMoELayer.routed_experts_compute
+
+    def bypass_call(self: Any, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
+        with mock.patch.object(FSEPExperts, "__call__", FSEPExperts.forward):
+            return compute(self, hidden_states, probs)
+
+    with mock.patch.object(FSEPMoELayer, "routed_experts_compute", bypass_call):
+        return train(command)
+
+
+def test_the_guard_is_what_keeps_restored_weights_fresh(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    def command(extra: str) -> list[str]:
+        return command_line(
+            text_data,
+            experts=8,
+            expert_parallel=2,
+            global_batch=8,
+            steps=STEPS,
+            extra=OVERLAP + extra,
+        )
+
+    fsep = " --expert-parallel-mode fsep --fsep-planner random"
+    pool = ranks(4)
+    stock = pool.run(train, command(""))[0]
+    unguarded = pool.run(train_without_guard, command(fsep))[0]
+    guarded = pool.run(train, command(fsep))[0]
+    print(f"\n  unguarded {distance(unguarded, stock)}\n  guarded   {distance(guarded, stock)}")
+    assert distance(unguarded, stock).losses > 100 * CLOSE.losses, "the guard guards nothing"
+    assert distance(guarded, stock).within(CLOSE)
