@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.metadata
 import logging
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -106,11 +107,13 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
         ValueError: a node size that does not divide the group, on every rank.
     """
     check_version()
-    config = config or FSEPConfig()
-    activation.set_active(Activation(config, seed))
+    # All seams are found before the first one is used, so that a missing one leaves nothing patched.
+    for patch in FSEP_PATCHES:
+        patch.owner_and_name()
+    activation.set_active(Activation(config or FSEPConfig(), seed))
     fresh = [patch for patch in FSEP_PATCHES if _apply(patch)]
     _repoint_hybrid_specs()
-    if fresh:
+    if fresh and int(os.environ.get("RANK", "0")) == 0:
         logger.info("FSEP is on:\n%s", patch_table())
 
     from megatron.core import parallel_state

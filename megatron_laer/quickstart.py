@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.data import default_text_sources, prepare_data
 from megatron_laer.model_flags import model_flags
 from megatron_laer.platform.cpu import CPU_FLAGS
 from megatron_laer.telemetry.balance import max_over_mean, stock_tokens_N
@@ -37,7 +36,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 TRAINING_FLAGS = """
     --micro-batch-size 4 --global-batch-size 16 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine
-    --lr-warmup-iters 10 --weight-decay 0.1 --clip-grad 1.0 --seed 1234 --split 95,5,0
+    --lr-warmup-fraction 0.05 --weight-decay 0.1 --clip-grad 1.0 --seed 1234 --split 95,5,0
     --eval-iters 10 --eval-interval 1000000 --log-interval 1 --num-workers 0 --no-save-optim
 """.split()
 
@@ -63,17 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     started_s = time.monotonic()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    print("Making a dataset from the sources of Python's standard library ...", flush=True)
-    prepared = prepare_data(default_text_sources(), args.work_dir / "text", progress=False)
-    print(f"  {prepared.documents} documents, {prepared.tokens / 1e6:.1f} million bytes")
-
-    shared = [*model_flags(MODEL), *prepared.flags, *_run_flags(args)]
     try:
+        text = _prepare_text(args.work_dir)
+        shared = [*model_flags(MODEL), "--data-path", str(text), *_run_flags(args)]
         fsep = _train("FSEP", [*shared, *_FSEP_FLAGS], args)
         stock = _train("stock", shared, args)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     stock.load_imbalance = _traced_imbalance(args.work_dir / "stock-routing", args.ranks)
 
     print(f"\n{_table(fsep, stock, args.ranks)}")
@@ -108,6 +106,22 @@ def _parser() -> argparse.ArgumentParser:
         "--work-dir", type=Path, default=Path(".quickstart"), help="default %(default)s"
     )
     return parser
+
+
+def _prepare_text(work_dir: Path) -> Path:
+    print("Making a dataset from the sources of Python's standard library ...", flush=True)
+    prefix = work_dir / "text"
+    result = subprocess.run(
+        [sys.executable, "-m", "megatron_laer", "prepare-data", "--python-sources"]
+        + ["--output", str(prefix)],
+        capture_output=True,
+        text=True,
+        env=os.environ | _ENVIRONMENT,
+    )
+    if result.returncode:
+        raise RuntimeError(f"Making the dataset failed:\n{result.stderr}")
+    print(f"  {result.stdout.splitlines()[0]}")
+    return prefix
 
 
 def _run_flags(args: argparse.Namespace) -> list[str]:
@@ -148,6 +162,7 @@ def _train(name: str, flags: list[str], args: argparse.Namespace) -> Run:
         try:
             _follow(_copied(process.stdout, log), run, args.steps)
         except BaseException:
+            # torchrun then ends its ranks.
             process.terminate()
             raise
     run.wall_s = time.monotonic() - started_s
@@ -255,8 +270,10 @@ def _table(fsep: Run, stock: Run, ranks: int) -> str:
     lines = [f"{'':46}{'FSEP':>10}{'stock EP':>10}"]
     lines += [f"{label:46}{left:>10}{right:>10}" for label, left, right in rows]
     lines.append(
-        f"1.000 is perfect balance, {ranks}.000 the worst; counted over every layer and microbatch. "
-        "On CPU ranks,\nwithout a fast network, step times show what FSEP costs, not what it gains."
+        f"Balance: 1.000 is perfect, {ranks}.000 the worst; counted over every layer and microbatch.\n"
+        "Losses: the two draw their experts' first weights differently, so losses are close, not equal;\n"
+        "  tests/distributed/test_parity.py compares them from equal weights.\n"
+        "Step time: without a fast network it shows what FSEP costs, not what it gains."
     )
     return "\n".join(lines)
 

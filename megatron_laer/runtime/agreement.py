@@ -65,13 +65,12 @@ def _describe_mismatch(tags_N2: npt.NDArray[np.int64], groups: FSEPGroups, layer
     right = tags_N2[0] if is_tie else tags[counts.argmax()]
     wrong = np.flatnonzero((tags_N2 != right).any(axis=1))
     names = ", ".join(
-        f"rank {groups.ranks[place]} (place {place} in the group) holds version "
-        f"{tags_N2[place, 0]}, digest {tags_N2[place, 1] & 0xFFFFFFFFFFFFFFFF:016x}"
+        f"rank {groups.ranks[place]} (place {place} in the group) holds {_tag_text(tags_N2[place])}"
         for place in wrong
     )
     return (
-        f"FSEP {layer}: {names}; the others hold version {right[0]}, digest "
-        f"{right[1] & 0xFFFFFFFFFFFFFFFF:016x}. Experts would be restored into the wrong slots, so "
+        f"FSEP {layer}: {names}; the others hold {_tag_text(right)}. Experts would be restored into "
+        "the wrong slots, so "
         "every rank stops. Layouts change only at step boundaries, from the group's rank 0: look "
         "for code that steps some ranks and not others, or for faulty memory on the named rank."
     )
@@ -90,6 +89,11 @@ class PlannerStatus:
     plan_us: int = 0
     late_plans: int = 0
     failures: int = 0
+
+
+def _tag_text(tag_2: npt.NDArray[np.int64]) -> str:
+    version, digest = tag_2.tolist()
+    return f"version {version}, digest {digest % 2**64:016x}"
 
 
 def broadcast_layouts(

@@ -1,0 +1,46 @@
+"""The balance that is reported, against balance counted by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.reference import quota_NS
+from megatron_laer.telemetry.balance import (
+    balance,
+    fsep_tokens_N,
+    max_over_mean,
+    stock_tokens_N,
+)
+
+pytestmark = pytest.mark.unit
+
+
+def test_max_over_mean_of_an_even_load_is_one_and_of_a_single_rank_is_their_number() -> None:
+    assert max_over_mean(np.array([5, 5, 5])) == 1.0
+    assert max_over_mean(np.array([0, 9, 0])) == 3.0
+    assert max_over_mean(np.zeros(4, dtype=np.int64)) == 1.0
+
+
+def test_stock_ranks_own_consecutive_experts() -> None:
+    counts_NE = np.array([[1, 2, 3, 4], [10, 20, 30, 40]])
+    assert stock_tokens_N(counts_NE).tolist() == [33, 77]
+
+
+def test_fsep_tokens_are_the_columns_of_the_quotas() -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        layout = ExpertLayout.random(4, 3, 6, (seed,))
+        counts_NE = rng.integers(0, 50, (4, 6))
+        expected = quota_NS(counts_NE, layout, 2).sum(0).reshape(4, 3).sum(1)
+        assert fsep_tokens_N(counts_NE, layout, 2).tolist() == expected.tolist()
+
+
+def test_balance_is_the_mean_over_microbatches() -> None:
+    layout = ExpertLayout.static(2, 1, 2)
+    even, skewed = np.array([[2, 2], [2, 2]]), np.array([[4, 0], [4, 0]])
+    found = balance([(even, layout), (skewed, layout)], node_size=2)
+    assert found is not None
+    assert (found.fsep, found.stock) == (1.5, 1.5)
+    assert balance([], node_size=2) is None

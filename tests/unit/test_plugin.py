@@ -1,0 +1,129 @@
+"""What the plugin changes in Megatron, and that it can be undone. Each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+PREPARE = "from megatron_laer.launch import prepare; prepare()\n"
+
+# Every attribute that a patch may replace, as an expression, read through Megatron's own modules.
+SNAPSHOT = """
+import importlib
+from megatron_laer.plugin import ARGUMENT_PATCHES, FSEP_PATCHES
+
+def snapshot(patches):
+    found = {}
+    for patch in patches:
+        owner, name = patch.owner_and_name()
+        found[patch.path] = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
+    return found
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    """Run code in a fresh interpreter and return what it prints.
+
+    Raises:
+        AssertionError: with the code's error output.
+    """
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MEGATRON_LAER_DEVICE": "cpu", **environment},
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_enabling_is_idempotent_undoable_and_refuses_what_it_does_not_know() -> None:
+    out = run(
+        PREPARE
+        + SNAPSHOT
+        + """
+import megatron.core.package_info as info
+from megatron.training import training
+
+import megatron_laer
+from megatron_laer import plugin
+
+def refusal():
+    try:
+        plugin.enable()
+    except ImportError as error:
+        assert all(snapshot(FSEP_PATCHES)[path] is before[path] for path in before)
+        print("refused:", error)
+
+before = snapshot(FSEP_PATCHES)
+megatron_laer.enable(megatron_laer.FSEPConfig(capacity=4))
+once = snapshot(FSEP_PATCHES)
+megatron_laer.enable(megatron_laer.FSEPConfig(capacity=5))
+assert all(snapshot(FSEP_PATCHES)[path] is once[path] for path in once)
+assert all(once[path] is not before[path] for path in before)
+megatron_laer.disable()
+megatron_laer.disable()
+assert all(snapshot(FSEP_PATCHES)[path] is before[path] for path in before)
+
+found = info.__version__
+for info.__version__ in ("0.16.1", "0.18.2", "0.20.0"):
+    refusal()
+info.__version__ = found
+
+original = training.train_step
+del training.train_step
+before.pop("train_step")
+FSEP_PATCHES, every = [p for p in FSEP_PATCHES if p.path != "train_step"], FSEP_PATCHES
+refusal()
+training.train_step = original
+FSEP_PATCHES = every
+
+plugin.uninstall()
+assert plugin.patch_table() == ""
+"""
+    )
+    refusals = [line for line in out.splitlines() if line.startswith("refused:")]
+    assert len(refusals) == 4
+    for version, refusal in zip(("0.16.1", "0.18.2", "0.20.0"), refusals):
+        assert f"found {version}" in refusal and "0.19.0 to 0.19.2" in refusal
+    assert "needs megatron.training.training.train_step" in refusals[3]
+    assert "0.19.0 to 0.19.2" in refusals[3]
+
+
+def test_installing_the_command_line_changes_nothing_but_the_argument_functions() -> None:
+    out = run(
+        "from megatron_laer.platform import cpu, wheel; cpu.install(); wheel.mend_dataset_helper()\n"
+        + SNAPSHOT
+        + """
+before = snapshot(FSEP_PATCHES)
+from megatron_laer import plugin
+plugin.install(); plugin.install()
+assert all(snapshot(FSEP_PATCHES)[path] is before[path] for path in before)
+print(plugin.patch_table())
+"""
+    )
+    assert [line.split(":")[0].strip() for line in out.splitlines()] == [
+        "megatron.training.arguments.add_megatron_arguments",
+        "megatron.training.arguments.validate_args",
+    ]
+
+
+@pytest.mark.parametrize("order", ["spec first", "plugin first"])
+def test_hybrid_models_get_the_layer_whenever_their_spec_was_built(order: str) -> None:
+    enable = "import megatron_laer; megatron_laer.enable()\n"
+    spec = "from megatron.core.models.hybrid import hybrid_layer_specs as hybrid\n"
+    show = """
+def layer():
+    return hybrid.hybrid_stack_spec.submodules.moe_layer.submodules.mlp.func.__name__
+"""
+    first, second = (spec, enable) if order == "spec first" else (enable, spec)
+    out = run(
+        PREPARE + first + second + show + "print(layer()); megatron_laer.disable(); print(layer())"
+    )
+    assert out.splitlines()[-2:] == ["FSEPMoELayer", "MoELayer"]

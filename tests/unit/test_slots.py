@@ -1,0 +1,87 @@
+"""The token → slot map serves every (token, expert) pair once, in the numbers the quotas say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_laer.dispatch.slots import slot_ranges, to_slots
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.quotas import even_split
+
+pytestmark = pytest.mark.unit
+
+
+def routed(tokens: int, experts: int, topk: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random top-k routing: probabilities [T, E], zero where not routed, and the map."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(tokens, experts, generator=generator)
+    routing_map = torch.zeros(tokens, experts, dtype=torch.bool)
+    routing_map.scatter_(1, scores.topk(topk, dim=1).indices, True)
+    return scores * routing_map, routing_map
+
+
+def map_to_slots(
+    probs: torch.Tensor, routing_map: torch.Tensor, layout: ExpertLayout, rank: int, node: int
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """The map of one rank whose tokens these are; the other ranks have none."""
+    counts_NE = np.zeros((layout.num_ranks, layout.num_experts), dtype=np.int64)
+    counts_NE[rank] = routing_map.sum(0).numpy()
+    row_S = even_split(layout, node).rank_row(counts_NE, rank)
+    slot_expert_S = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
+    ranges = torch.from_numpy(slot_ranges(row_S, layout.slot_expert_S))
+    return (*to_slots(probs, routing_map, slot_expert_S, ranges), row_S)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tokens=st.integers(0, 40),
+    experts=st.integers(1, 12),
+    ranks=st.integers(1, 6),
+    spare=st.integers(0, 3),
+    seed=st.integers(0, 2**20),
+)
+def test_every_pair_gets_exactly_one_slot_of_its_expert(
+    tokens: int, experts: int, ranks: int, spare: int, seed: int
+) -> None:
+    capacity = min(experts, -(-experts // ranks) + spare)
+    layout = ExpertLayout.random(ranks, capacity, experts, (seed,))
+    topk = 1 + seed % experts
+    probs, routing_map = routed(tokens, experts, topk, seed)
+    rank = seed % ranks
+    probs_TS, map_TS, row_S = map_to_slots(probs, routing_map, layout, rank, 1)
+
+    assert map_TS.sum(0).tolist() == row_S.tolist()
+    by_expert = torch.zeros(tokens, experts, dtype=torch.int64)
+    slot_expert = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
+    by_expert.index_add_(1, slot_expert, map_TS.long())
+    assert torch.equal(by_expert, routing_map.long())
+    assert torch.equal(probs_TS.sum(1), probs_TS[:, :].masked_fill(~map_TS, 0).sum(1))
+    recovered = torch.zeros_like(probs).index_add_(1, slot_expert, probs_TS)
+    assert torch.equal(recovered, probs)
+
+
+def test_replicas_take_consecutive_runs_of_tokens_in_slot_order() -> None:
+    layout = ExpertLayout.from_slots(2, 2, 2, [0, 1, 0, 0])
+    routing_map = torch.tensor([[True, False]] * 6 + [[False, True]])
+    _, map_TS, row_S = map_to_slots(routing_map.float(), routing_map, layout, 0, 2)
+    assert row_S.tolist() == [2, 1, 2, 2]
+    assert map_TS[:, 0].nonzero().flatten().tolist() == [0, 1]
+    assert map_TS[:, 2].nonzero().flatten().tolist() == [2, 3]
+    assert map_TS[:, 3].nonzero().flatten().tolist() == [4, 5]
+    assert map_TS[:, 1].nonzero().flatten().tolist() == [6]
+
+
+def test_gradients_of_probabilities_come_back_to_the_experts_exactly() -> None:
+    layout = ExpertLayout.random(4, 3, 6, (3,))
+    probs, routing_map = routed(64, 6, 2, seed=1)
+    probs.requires_grad_()
+    probs_TS, map_TS, _ = map_to_slots(probs, routing_map, layout, 1, 2)
+    weight_TS = torch.rand(probs_TS.shape, generator=torch.Generator().manual_seed(0))
+    (probs_TS * weight_TS).sum().backward()
+    slot_expert = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
+    expected = torch.zeros(64, 6).index_add_(1, slot_expert, weight_TS * map_TS)
+    assert torch.equal(probs.grad, expected)
