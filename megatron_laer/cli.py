@@ -78,8 +78,8 @@ def _prepare_training(script: str, script_args: list[str]) -> None:
     if not Path(script).is_file():
         raise ValueError(f"script {script!r} does not exist; give a path to Megatron's script")
     sys.argv[:] = [script, *script_args]
-    # As Python does. It comes before the first import of Megatron, so that the `megatron` folder
-    # beside a checkout's script wins over an installed one, and is the one whose version is checked.
+    # As Python does, and before the first import of Megatron: the `megatron` folder beside a
+    # checkout's script wins over an installed one, and is the one whose version is checked.
     if not sys.flags.safe_path:
         sys.path[0] = str(Path(script).resolve().parent)
 

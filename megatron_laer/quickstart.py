@@ -112,8 +112,10 @@ def _prepare_text(work_dir: Path) -> Path:
     print("Making a dataset from the sources of Python's standard library ...", flush=True)
     prefix = work_dir / "text"
     result = subprocess.run(
-        [sys.executable, "-m", "megatron_laer", "prepare-data", "--python-sources"]
-        + ["--output", str(prefix)],
+        [
+            *(sys.executable, "-m", "megatron_laer", "prepare-data"),
+            *("--python-sources", "--output", str(prefix)),
+        ],
         capture_output=True,
         text=True,
         env=os.environ | _ENVIRONMENT,
@@ -270,8 +272,8 @@ def _table(fsep: Run, stock: Run, ranks: int) -> str:
     lines = [f"{'':46}{'FSEP':>10}{'stock EP':>10}"]
     lines += [f"{label:46}{left:>10}{right:>10}" for label, left, right in rows]
     lines.append(
-        f"Balance: 1.000 is perfect, {ranks}.000 the worst; counted over every layer and microbatch.\n"
-        "Losses: the two draw their experts' first weights differently, so losses are close, not equal;\n"
+        f"Balance: 1.000 is perfect, {ranks}.000 the worst; over every layer and microbatch.\n"
+        "Losses: close, not equal, since the two draw their experts' first weights differently;\n"
         "  tests/distributed/test_parity.py compares them from equal weights.\n"
         "Step time: without a fast network it shows what FSEP costs, not what it gains."
     )

@@ -56,7 +56,7 @@ laer_progress() {
 }
 
 laer_install() {
-    echo "Installing into .venv (Megatron, torch and tools: about 5 GB, some minutes) ..."
+    echo "Installing into .venv (the first time Megatron, torch and tools: 5 GB, some minutes) ..."
     if ! "$laer_venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
         --constraint "$laer_root/constraints.txt" --editable "${laer_root}[test]" 2>&1 |
         tee "$laer_log" | laer_progress; then

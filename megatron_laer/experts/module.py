@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
 from megatron_laer.experts import restored as autograd
 from megatron_laer.experts.compute import SlotLinear
 from megatron_laer.experts.restored import RestoredExperts
-from megatron_laer.experts.slices import SliceSpec, initialise, sharded_tensor
+from megatron_laer.experts.slices import SliceSpec, initialise, sharded_slice
 from megatron_laer.runtime.plan import MicrobatchPlan
 from megatron_laer.runtime.process_groups import FSEPGroups
 from megatron_laer.runtime.restore import FlatExchange
+
+_EXTRA_STATE = "._extra_state"
 
 
 class FSEPExperts(MegatronModule):
@@ -51,6 +54,7 @@ class FSEPExperts(MegatronModule):
         config.ffn_hidden_size = config.moe_ffn_hidden_size
         super().__init__(config=config)
         self._exchange = exchange
+        self._rank, self._num_ranks = groups.rank, groups.size
         self._expert_dp_group = pg_collection.expt_dp
         self._layer_name: str | None = None
         self.mlp = MLP(
@@ -70,8 +74,8 @@ class FSEPExperts(MegatronModule):
                 config.num_moe_experts,
                 linear.output_size,
                 linear.input_size,
-                rank=groups.rank,
-                num_ranks=groups.size,
+                rank=self._rank,
+                num_ranks=self._num_ranks,
                 init_method=linear.init_method,
             )
             for name, linear in (
@@ -148,12 +152,29 @@ class FSEPExperts(MegatronModule):
     ) -> dict[str, Any]:
         """The slices under the names and shapes that stock Megatron saves its experts with."""
         replica_id = (0, 0, self._expert_dp_group.rank())
-        return {
-            f"{prefix}{spec.name}_slice": sharded_tensor(
-                slice_ErK, spec, f"{prefix}experts.{spec.name}.weight", sharded_offsets, replica_id
+        state: dict[str, Any] = {}
+        for slice_ErK, spec in zip(self.slices(), self._specs, strict=True):
+            saved_as = f"{prefix}experts.{spec.name}"
+            state[f"{prefix}{spec.name}_slice"] = sharded_slice(
+                slice_ErK, spec, f"{saved_as}.weight", sharded_offsets, replica_id
             )
-            for slice_ErK, spec in zip(self.slices(), self._specs, strict=True)
-        }
+            # Stock's linear layers ask for an extra state per expert, which is empty without fp8.
+            # Each is written by one rank.
+            for expert in range(self._rank, spec.num_experts, self._num_ranks):
+                state[f"{prefix}{spec.name}{_EXTRA_STATE}.{expert}"] = make_sharded_object_for_checkpoint(
+                    None,
+                    f"{saved_as}{_EXTRA_STATE}",
+                    (*sharded_offsets, (len(sharded_offsets), expert, spec.num_experts)),
+                    replica_id,
+                )
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix) and _EXTRA_STATE in key]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def _slot_linear_builder(position: int) -> Any:

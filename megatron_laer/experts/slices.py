@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_laer.runtime.restore import row_bounds
 
@@ -92,30 +93,41 @@ def initialise(slice_ErK: torch.Tensor, spec: SliceSpec, seed: int, layer: str) 
             slice_ErK[expert].copy_(whole_RK[spec.start : spec.end])
 
 
-def sharded_tensor(
+def sharded_slice(
     slice_ErK: torch.Tensor,
     spec: SliceSpec,
     key: str,
     sharded_offsets: tuple[tuple[int, int, int], ...],
     replica_id: tuple[int, int, int],
-) -> ShardedTensor:
+) -> ShardedTensorFactory:
     """The slice as a part of the tensor that stock Megatron saves under `key`.
 
-    Stock saves expert matrices as `[…, E, R, K]` with one shard per expert; this rank's rows of all
-    experts are the block at offset (0, start, 0) of it, so either side reads what the other wrote.
-    Row blocks may be uneven, hence no `axis_fragmentations`.
+    Stock saves expert matrices as `[…, E, R, K]` with one shard per expert, where `…` stands for
+    axes such as the layers'. This rank's rows of all experts are the block at offset (…, 0, start,
+    0) of it, so either side reads what the other wrote. Megatron takes uneven blocks, but not
+    together with axes that the local tensor lacks; so a factory adds them as axes of length one,
+    for the weight and for whatever the optimizer keeps of it.
     """
-    prepended = len(sharded_offsets)
-    global_shape = tuple(size for _, _, size in sharded_offsets)
-    global_offset = tuple(offset for _, offset, _ in sharded_offsets)
-    return ShardedTensor(
-        key=key,
-        data=slice_ErK,
-        dtype=slice_ErK.dtype,
-        local_shape=tuple(slice_ErK.shape),
-        global_shape=(*global_shape, spec.num_experts, spec.rows, spec.columns),
-        global_offset=(*global_offset, 0, spec.start, 0),
-        axis_fragmentations=None,
-        replica_id=replica_id,
-        prepend_axis_num=prepended,
-    )
+    extra = (1,) * len(sharded_offsets)
+    global_shape = (*(size for _, _, size in sharded_offsets), spec.num_experts, spec.rows)
+    global_offset = (*(offset for _, offset, _ in sharded_offsets), 0, spec.start, 0)
+
+    def build(
+        key: str, tensor: torch.Tensor, replica_id: Any, flattened_range: slice | None
+    ) -> ShardedTensor:
+        assert flattened_range is None, "Megatron no longer flattens shards"
+        return ShardedTensor(
+            key=key,
+            data=tensor.view(extra + tensor.shape),
+            dtype=tensor.dtype,
+            local_shape=extra + tuple(tensor.shape),
+            global_shape=(*global_shape, spec.columns),
+            global_offset=global_offset,
+            axis_fragmentations=None,
+            replica_id=replica_id,
+        )
+
+    def merge(loaded: torch.Tensor) -> torch.Tensor:
+        return loaded.view(loaded.shape[len(extra) :])
+
+    return ShardedTensorFactory(key, slice_ErK, build, merge, replica_id)

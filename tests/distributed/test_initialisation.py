@@ -4,36 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
-from unittest import mock
 
 import pytest
 import torch
 
 from tests.parity.flags import command_line
-from tests.parity.training import train
+from tests.parity.training import initial_weights
 from tests.parity.weights import Tensors
 from tests.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 
 FSEP = " --expert-parallel-mode fsep --fsep-planner static"
-
-
-def initial_weights(command: list[str]) -> Tensors:
-    """Whole weights as Megatron's setup leaves them, on rank 0."""
-    from megatron.training import training
-
-    from tests.parity import training as harness
-    from tests.parity import weights
-
-    found: Tensors = {}
-
-    def read(model: list[torch.nn.Module]) -> None:
-        found.update(weights.assemble(harness._gather(weights.read(model, "weight"))))
-
-    with mock.patch.object(weights, "load_common_weights", read):
-        train(command)
-    return found if harness.rank_of_environment() == 0 else {}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ MODEL_FLAGS = """
     --expert-tensor-parallel-size 1
     --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --clip-grad 1.0 --weight-decay 0.1
     --micro-batch-size 2 --seed 1234 --split 90,10,0 --num-workers 0
-    --log-interval 1000 --eval-interval 1000 --eval-iters 0 --no-save-optim --no-save-rng
+    --log-interval 1000 --eval-interval 1000 --eval-iters 0
 """.split()
 
 

@@ -40,6 +40,8 @@ Probe = Callable[[list[torch.nn.Module]], Any]
 def train(flags: list[str], probe: Probe | None = None) -> Record:
     """Run `pretrain_gpt.py` with these flags from the common weights. Collective.
 
+    A run with `--load` keeps the weights that it loads.
+
     Args:
         probe: called after every step with the model chunks; its results are recorded.
     """
@@ -57,8 +59,8 @@ def train(flags: list[str], probe: Probe | None = None) -> Record:
     def observed_setup(*args: Any, **kwargs: Any) -> Any:
         result = setup(*args, **kwargs)
         model[:] = result[0]
-        weights.load_common_weights(model)
-        if result[1] is not None:
+        if training.get_args().load is None:
+            weights.load_common_weights(model)
             result[1].reload_model_params()
         # Makes Megatron reduce whole gradients in the first step, and hand them over.
         training.get_args().save_wgrads_interval = 1
@@ -108,6 +110,23 @@ def train(flags: list[str], probe: Probe | None = None) -> Record:
     if rank_of_environment() != 0:
         record.weights, record.first_grads = {}, {}
     return record
+
+
+def initial_weights(flags: list[str]) -> Tensors:
+    """Whole weights as Megatron's setup leaves them, drawn or loaded; on rank 0. Collective."""
+    from megatron.training import training
+
+    found: Tensors = {}
+    setup = training.setup_model_and_optimizer
+
+    def read_after_setup(*args: Any, **kwargs: Any) -> Any:
+        result = setup(*args, **kwargs)
+        found.update(weights.assemble(_gather(weights.read(result[0], "weight"))))
+        return result
+
+    with mock.patch.object(training, "setup_model_and_optimizer", read_after_setup):
+        train(flags)
+    return found if rank_of_environment() == 0 else {}
 
 
 def dist_object(value: Any, source: int) -> list[Any]:

