@@ -8,7 +8,7 @@ fill-in-the-middle data, fine-tuning, packed sequences and distillation, and say
 asks for them.
 """
 
-# ruff: noqa: E402, I001 -- imports of Megatron have to follow prepare()
+# ruff: noqa: E402 -- imports of Megatron have to follow prepare()
 
 import time
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from packaging.version import Version
 
-from megatron_laer import activation, config as settings, support
+from megatron_laer import activation, support
+from megatron_laer import config as settings
 from megatron_laer.activation import Activation
 from megatron_laer.config import FSEPConfig
 from megatron_laer.runtime import process_groups
@@ -107,7 +108,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
         ValueError: a node size that does not divide the group, on every rank.
     """
     check_version()
-    # All seams are found before the first one is used, so that a missing one leaves nothing patched.
+    # All seams are found before one is used, so that a missing one leaves nothing patched.
     for patch in FSEP_PATCHES:
         patch.owner_and_name()
     activation.set_active(Activation(config or FSEPConfig(), seed))
@@ -242,9 +243,7 @@ def _repoint_hybrid_specs() -> None:
 
     spec = module.hybrid_stack_spec.submodules.moe_layer.submodules
     if spec.mlp.func is not moe_module_specs.MoELayer:
-        spec.mlp = functools.partial(
-            moe_module_specs.MoELayer, *spec.mlp.args, **spec.mlp.keywords
-        )
+        spec.mlp = functools.partial(moe_module_specs.MoELayer, *spec.mlp.args, **spec.mlp.keywords)
 
 
 def _create_groups() -> None:

@@ -1,7 +1,7 @@
-"""What FSEP refuses to run with, and why: checked on Megatron's parsed arguments before anything runs.
+"""What FSEP refuses to run with, and why: checked on Megatron's arguments before anything runs.
 
-Touches nothing of Megatron; `args` is its namespace. A combination that is not refused here is proved
-equal to stock by a line of the parity table (see docs/support.md).
+Touches nothing of Megatron; `args` is its parsed namespace. What the parity table proves equal to
+stock is in docs/support.md.
 """
 
 from __future__ import annotations
@@ -171,12 +171,8 @@ REFUSALS: tuple[Refusal, ...] = (
         "slices hold weights only",
         "give --disable-bias-linear, as current MoE models do",
     ),
-    Refusal(
-        _flag("--moe-latent-size"), "no test proves it yet", "leave it out"
-    ),
-    Refusal(
-        _flag("--moe-mlp-glu-interleave-size"), "no test proves it yet", "leave it out"
-    ),
+    Refusal(_flag("--moe-latent-size"), "no test proves it yet", "leave it out"),
+    Refusal(_flag("--moe-mlp-glu-interleave-size"), "no test proves it yet", "leave it out"),
     Refusal(
         _flag("--moe-use-upcycling"),
         "upcycling copies dense weights into whole experts",
@@ -210,7 +206,8 @@ def check(args: Namespace, config: FSEPConfig) -> None:
         problems = _shape_problems(args, config)
     if problems:
         raise ValueError(
-            "--expert-parallel-mode fsep cannot run with these settings:\n  " + "\n  ".join(problems)
+            "--expert-parallel-mode fsep cannot run with these settings:\n  "
+            + "\n  ".join(problems)
         )
 
 

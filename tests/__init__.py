@@ -1,1 +1,1 @@
-"""Tests: `unit` in milliseconds, `distributed` on gloo ranks in Megatron's loop, `convergence`, `gpu`."""
+"""Tests: `unit` in milliseconds, `distributed` on gloo ranks, `convergence`, and `gpu`."""

@@ -69,7 +69,9 @@ class SlotLinear(torch.nn.Module):
     `bind` gives it the weights of one forward call, `unbind` takes them away.
     """
 
-    def __init__(self, input_size: int, output_size: int, *, position: int, init_method: Any) -> None:
+    def __init__(
+        self, input_size: int, output_size: int, *, position: int, init_method: Any
+    ) -> None:
         super().__init__()
         self.input_size = input_size
         self.output_size = output_size
@@ -77,7 +79,9 @@ class SlotLinear(torch.nn.Module):
         self.init_method = init_method
         self._bound: tuple[torch.Tensor, RestoredExperts, list[int]] | None = None
 
-    def bind(self, weight_CRK: torch.Tensor, restored: RestoredExperts, tokens_C: list[int]) -> None:
+    def bind(
+        self, weight_CRK: torch.Tensor, restored: RestoredExperts, tokens_C: list[int]
+    ) -> None:
         """Use these slots' weights; the input's rows are sorted by slot, `tokens_C[c]` each."""
         self._bound = (weight_CRK, restored, tokens_C)
 

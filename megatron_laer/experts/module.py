@@ -161,11 +161,13 @@ class FSEPExperts(MegatronModule):
             # Stock's linear layers ask for an extra state per expert, which is empty without fp8.
             # Each is written by one rank.
             for expert in range(self._rank, spec.num_experts, self._num_ranks):
-                state[f"{prefix}{spec.name}{_EXTRA_STATE}.{expert}"] = make_sharded_object_for_checkpoint(
-                    None,
-                    f"{saved_as}{_EXTRA_STATE}",
-                    (*sharded_offsets, (len(sharded_offsets), expert, spec.num_experts)),
-                    replica_id,
+                state[f"{prefix}{spec.name}{_EXTRA_STATE}.{expert}"] = (
+                    make_sharded_object_for_checkpoint(
+                        None,
+                        f"{saved_as}{_EXTRA_STATE}",
+                        (*sharded_offsets, (len(sharded_offsets), expert, spec.num_experts)),
+                        replica_id,
+                    )
                 )
         return state
 

@@ -59,7 +59,7 @@ class RestoredExperts:
 
 
 class _Restore(torch.autograd.Function):
-    """Forward: slices out, whole experts in. Backward: whole gradients out, slices' gradients in."""
+    """Forward: slices out, whole experts in. Backward: whole gradients out, slices' in."""
 
     @staticmethod
     def forward(  # type: ignore[override]

@@ -130,7 +130,7 @@ def _replace_random() -> None:
         "get_rng_state": lambda *_, **__: generator.get_state(),
         "set_rng_state": lambda state, *_, **__: generator.set_state(state.cpu()) and None,
         "get_rng_state_all": lambda: [generator.get_state()],
-        "set_rng_state_all": lambda states: generator.set_state(list(states)[0].cpu()) and None,
+        "set_rng_state_all": lambda states: generator.set_state(next(iter(states)).cpu()) and None,
         "manual_seed": lambda seed: generator.manual_seed(int(seed)) and None,
         "manual_seed_all": lambda seed: generator.manual_seed(int(seed)) and None,
         "initial_seed": generator.initial_seed,

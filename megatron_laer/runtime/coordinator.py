@@ -1,7 +1,7 @@
 """The layouts in force on this rank, and how they change: plans in, statistics out.
 
-Holds `(version, layout)` per MoE layer and each layer's FIFO of plans. Chooses no layout (`planner`)
-and moves no weights (`restore`).
+Holds `(version, layout)` per MoE layer and each layer's FIFO of plans. Chooses no layout
+(`planner`) and moves no weights (`restore`).
 
 Legend: N ranks, E experts, C slots per rank, S = N·C slots.
 """
@@ -122,9 +122,7 @@ class Coordinator:
         assert not self._started, "a layer was built after training began"
         shape = (self.geometry.num_ranks, self.geometry.capacity, self.geometry.num_experts)
         name = f"mtp {number}" if is_mtp else f"layer {number}"
-        state = LayerState(
-            len(self.layers), name, number, is_mtp, ExpertLayout.static(*shape)
-        )
+        state = LayerState(len(self.layers), name, number, is_mtp, ExpertLayout.static(*shape))
         self.layers.append(state)
         return state
 

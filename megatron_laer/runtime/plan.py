@@ -1,4 +1,4 @@
-"""What one rank needs to know of one microbatch of one layer: the value that a forward pass follows.
+"""What one rank must know of one microbatch of one layer: the value that a forward pass follows.
 
 Legend: N ranks, E experts, C slots per rank, S = N·C slots.
 """

@@ -2,10 +2,10 @@
 
 Does not decide what is exchanged (`restore.py`) or when (`coordinator.py`).
 
-The FSEP group is Megatron's expert-parallel group, because DDP, the optimizer, the gradient norm and
-checkpoints already treat parameters of that group as distinct per rank. Parameters and gradients get
-communicators of their own over the same ranks: two exchanges on one communicator run one after the
-other, so a restore would delay the token All-to-All it should hide behind.
+The FSEP group is Megatron's expert-parallel group, because DDP, the optimizer, the gradient norm
+and checkpoints already treat parameters of that group as distinct per rank. Parameters and
+gradients get communicators of their own over the same ranks: two exchanges on one communicator run
+one after the other, so a restore would delay the token All-to-All it should hide behind.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The two exchanges of FSEP: restore whole experts from slices, reduce their gradients to slices.
 
-One All-to-All each over the whole group (`flat`). Does not decide when to run (`experts.module`) and
-knows nothing of autograd.
+One All-to-All each over the whole group (`flat`). Does not decide when to run (`experts.module`)
+and knows nothing of autograd.
 
 Legend: N ranks, E experts, C slots per rank, S = N·C slots, R rows of a matrix, r rows of the slice
 that one rank holds, K columns.

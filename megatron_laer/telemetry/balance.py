@@ -46,9 +46,7 @@ def stock_tokens_N(counts_NE: Int64) -> Int64:
     return np.bincount(owner_E, weights=loads_E, minlength=num_ranks).astype(np.int64)
 
 
-def balance(
-    history: Iterable[tuple[Int64, ExpertLayout]], node_size: int
-) -> Balance | None:
+def balance(history: Iterable[tuple[Int64, ExpertLayout]], node_size: int) -> Balance | None:
     """Mean balance of a layer's microbatches, or None without any."""
     pairs = [
         (

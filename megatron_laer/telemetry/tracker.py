@@ -89,4 +89,3 @@ def collect(
         scalars["fsep_late_plans"] = float(status.late_plans)
         scalars["fsep_plan_failures"] = float(status.failures)
     return scalars, per_layer
-

@@ -45,7 +45,12 @@ def test_a_small_model_learns_text_as_with_stock(
 ) -> None:
     def run(extra: str) -> Record:
         flags = command_line(
-            text_data, experts=8, expert_parallel=2, global_batch=8, steps=STEPS, extra=FLAGS + extra
+            text_data,
+            experts=8,
+            expert_parallel=2,
+            global_batch=8,
+            steps=STEPS,
+            extra=FLAGS + extra,
         )
         record: Record = ranks(2).run(train, flags, balance_of_step, timeout_s=400)[0]
         return record

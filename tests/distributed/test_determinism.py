@@ -63,7 +63,9 @@ def test_a_replay_repeats_a_run_that_did_not_wait(
     assert identical(recorded, replayed)
 
 
-@pytest.mark.parametrize("planner", ["random", "laer --fsep-cluster cpu-gloo --fsep-late-plan wait"])
+@pytest.mark.parametrize(
+    "planner", ["random", "laer --fsep-cluster cpu-gloo --fsep-late-plan wait"]
+)
 def test_evaluation_changes_no_later_loss(run: Callable[[str], Record], planner: str) -> None:
     fsep = f" --expert-parallel-mode fsep --fsep-planner {planner}"
     with_evaluation = run(fsep + " --eval-interval 5 --eval-iters 2")
@@ -94,9 +96,7 @@ def test_a_bad_recording_is_refused_on_every_rank(
     spoil: Callable[[list[str]], list[str]] | None,
     message: str,
 ) -> None:
-    flags = partial(
-        command_line, text_data, experts=8, expert_parallel=2, global_batch=4, steps=3
-    )
+    flags = partial(command_line, text_data, experts=8, expert_parallel=2, global_batch=4, steps=3)
     fsep = " --expert-parallel-mode fsep"
     pool = ranks(2)
     pool.run(

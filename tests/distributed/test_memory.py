@@ -116,9 +116,7 @@ def live_restored_matrices(command: list[str]) -> tuple[list[int], list[int], in
         return output
 
     with (
-        mock.patch.object(
-            FlatExchange, "restore", lambda *args: storage.watch(restore(*args))
-        ),
+        mock.patch.object(FlatExchange, "restore", lambda *args: storage.watch(restore(*args))),
         mock.patch.object(GPTModel, "forward", observed_forward),
     ):
         train(command, lambda model: after_step.append(storage.alive))

@@ -1,8 +1,8 @@
 """FSEP equals stock Megatron: losses, gradient norms, gradients and weights, whatever the layout.
 
 Each line of `ROWS` is one combination. Stock and FSEP start from the same weights and train in
-Megatron's own loop; FSEP gets a new random layout at every microbatch. The distance between two stock
-runs with different expert placement is the noise floor: what rounding alone does.
+Megatron's own loop; FSEP gets a new random layout at every microbatch. The distance between two
+stock runs with different expert placement is the noise floor: what rounding alone does.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class Row:
     bound: Distance = FP32_BOUND
     steps: int = STEPS
 
-    def command(self, data: str, expert_parallel: int, extra: str = "", ranks: int = 0) -> list[str]:
+    def command(
+        self, data: str, expert_parallel: int, extra: str = "", ranks: int = 0
+    ) -> list[str]:
         """Megatron's command line; every run of the row sees the same global batches."""
         pipeline = 2 if "--pipeline-model-parallel-size 2" in self.flags else 1
         return command_line(
@@ -68,9 +70,7 @@ class Row:
 
 
 DIST_OPT = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-FULL_RECOMPUTE = (
-    " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-)
+FULL_RECOMPUTE = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 PIPELINE = " --pipeline-model-parallel-size 2"
 
 ROWS = [

@@ -1,4 +1,4 @@
-"""A planner that is slow or wrong changes speed, never correctness; disagreement stops every rank."""
+"""A slow or wrong planner changes speed, never correctness; disagreement stops every rank."""
 
 from __future__ import annotations
 

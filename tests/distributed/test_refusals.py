@@ -60,9 +60,7 @@ CASES = {
 
 def commands(data: str, extra: str) -> list[str]:
     """A run that would work but for `extra`."""
-    return command_line(
-        data, experts=8, expert_parallel=2, global_batch=4, steps=1, extra=extra
-    )
+    return command_line(data, experts=8, expert_parallel=2, global_batch=4, steps=1, extra=extra)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -70,17 +68,13 @@ def test_what_cannot_work_is_refused_on_every_rank(
     ranks: Callable[[int], RankPool], text_data: str, case: str
 ) -> None:
     flags, quoted, offered = CASES[case]
-    results = ranks(2).run_raw(
-        train, commands(text_data, f"{FSEP} {flags}"), timeout_s=60.0
-    )
+    results = ranks(2).run_raw(train, commands(text_data, f"{FSEP} {flags}"), timeout_s=60.0)
     for result in results:
         assert result.type_name == "ValueError", result.traceback
         assert quoted in result.message and offered in result.message, result.message
 
 
-def test_fsep_without_experts_is_refused(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_fsep_without_experts_is_refused(ranks: Callable[[int], RankPool], text_data: str) -> None:
     flags = commands(text_data, FSEP)
     at = flags.index("--num-experts")
     del flags[at : at + 2]

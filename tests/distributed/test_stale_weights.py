@@ -1,7 +1,7 @@
 """Restores never read parameters that the distributed optimizer is still gathering.
 
-With `--overlap-param-gather`, Megatron waits for a parameter's all-gather in a hook before the call of
-the module that owns it. Slices are read inside such a call; this shows that it matters.
+With `--overlap-param-gather`, Megatron waits for a parameter's all-gather in a hook before the
+call of the module that owns it. Slices are read inside such a call; this shows that it matters.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Distance:
 
     def within(self, bound: Distance) -> bool:
         """Whether no part exceeds the bound's."""
-        return all(mine <= allowed for mine, allowed in zip(self.parts(), bound.parts()))
+        return all(mine <= allowed for mine, allowed in zip(self.parts(), bound.parts(), strict=True))
 
     def times(self, factor: float) -> Distance:
         """A bound `factor` times as wide."""
@@ -41,7 +41,7 @@ class Distance:
 
     def __str__(self) -> str:
         names = ("grads", "losses", "norms", "weights")
-        return " ".join(f"{name} {part:.1e}" for name, part in zip(names, self.parts()))
+        return " ".join(f"{name} {part:.1e}" for name, part in zip(names, self.parts(), strict=True))
 
 
 def distance(run: Record, reference: Record) -> Distance:
@@ -67,7 +67,7 @@ def identical(run: Record, reference: Record) -> bool:
 def _series(run: list[float], reference: list[float]) -> float:
     assert len(run) == len(reference) > 0
     assert all(math.isfinite(value) for value in run + reference)
-    return max(abs(a - b) / abs(b) for a, b in zip(run, reference))
+    return max(abs(a - b) / abs(b) for a, b in zip(run, reference, strict=True))
 
 
 def _tensors(run: Tensors, reference: Tensors) -> float:

@@ -45,8 +45,9 @@ def train(flags: list[str], probe: Probe | None = None) -> Record:
     Args:
         probe: called after every step with the model chunks; its results are recorded.
     """
-    import pretrain_gpt
     from megatron.training import training
+
+    import pretrain_gpt
 
     record = Record()
     model: list[torch.nn.Module] = []
@@ -157,6 +158,7 @@ def fresh_megatron() -> Iterator[None]:
     finally:
         from megatron.core.transformer.moe import moe_logging, moe_utils
         from megatron.training import training
+
         from megatron_laer import plugin
 
         training.destroy_global_state()

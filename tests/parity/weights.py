@@ -1,7 +1,7 @@
 """Weights, gradients and their names in a form that stock and FSEP models share.
 
-Every parameter has a key that no parallel size enters: its name with the global layer number, and for
-an expert matrix the expert. A rank's share of a key is a block of its rows.
+Every parameter has a key that no parallel size enters: its name with the global layer number, and
+for an expert matrix the expert. A rank's share of a key is a block of its rows.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Piece:
 
 def pieces(model: list[torch.nn.Module]) -> Iterator[Piece]:
     """Every piece of every chunk on this rank, in the same order for the same model."""
-    from megatron.core.utils import unwrap_model
     from megatron.core.transformer.transformer_layer import TransformerLayer
+    from megatron.core.utils import unwrap_model
 
     for chunk in unwrap_model(model):
         numbers = {

@@ -84,7 +84,7 @@ def test_the_user_decides_before_the_machine_does(monkeypatch):
 
 def test_an_unknown_device_is_refused_by_name(monkeypatch):
     monkeypatch.setenv("MEGATRON_LAER_DEVICE", "tpu")
-    with pytest.raises(ValueError, match="MEGATRON_LAER_DEVICE='tpu'.*auto, cpu, cuda"):
+    with pytest.raises(ValueError, match=r"MEGATRON_LAER_DEVICE='tpu'.*auto, cpu, cuda"):
         cpu.needed()
 
 

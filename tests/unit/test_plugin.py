@@ -21,7 +21,7 @@ def snapshot(patches):
     found = {}
     for patch in patches:
         owner, name = patch.owner_and_name()
-        found[patch.path] = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
+        found[patch.path] = vars(owner)[name]
     return found
 """
 
@@ -90,7 +90,7 @@ assert plugin.patch_table() == ""
     )
     refusals = [line for line in out.splitlines() if line.startswith("refused:")]
     assert len(refusals) == 4
-    for version, refusal in zip(("0.16.1", "0.18.2", "0.20.0"), refusals):
+    for version, refusal in zip(("0.16.1", "0.18.2", "0.20.0"), refusals, strict=False):
         assert f"found {version}" in refusal and "0.19.0 to 0.19.2" in refusal
     assert "needs megatron.training.training.train_step" in refusals[3]
     assert "0.19.0 to 0.19.2" in refusals[3]
@@ -98,7 +98,8 @@ assert plugin.patch_table() == ""
 
 def test_installing_the_command_line_changes_nothing_but_the_argument_functions() -> None:
     out = run(
-        "from megatron_laer.platform import cpu, wheel; cpu.install(); wheel.mend_dataset_helper()\n"
+        "from megatron_laer.platform import cpu, wheel\n"
+        "cpu.install(); wheel.mend_dataset_helper()\n"
         + SNAPSHOT
         + """
 before = snapshot(FSEP_PATCHES)
