@@ -1,8 +1,8 @@
 """`FSEPExperts`: the module that owns the slices, restores experts and lets them compute.
 
-It stands where Megatron's MoE layer keeps its local experts. The activation, its fusions, clamps and
-the routing probabilities are those of Megatron's own `MLP`, whose two linear layers are replaced;
-nothing of that is written again here.
+It stands where Megatron's MoE layer keeps its local experts. The activation, its fusions, clamps
+and the routing probabilities are those of Megatron's own `MLP`, whose two linear layers are
+replaced; nothing of that is written again here.
 
 Legend: E experts, C slots per rank, T tokens received, H hidden, r rows of a slice, K columns.
 """

@@ -70,8 +70,9 @@ def _describe_mismatch(tags_N2: npt.NDArray[np.int64], groups: FSEPGroups, layer
     )
     return (
         f"FSEP {layer}: {names}; the others hold {_tag_text(right)}. Experts would be restored "
-        "into the wrong slots, so every rank stops. Layouts change only at step boundaries, from the group's rank 0: look "
-        "for code that steps some ranks and not others, or for faulty memory on the named rank."
+        "into the wrong slots, so every rank stops. Layouts change only at step boundaries, from "
+        "the group's rank 0: look for code that steps some ranks and not others, or for faulty "
+        "memory on the named rank."
     )
 
 

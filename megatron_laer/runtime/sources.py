@@ -151,7 +151,7 @@ class LayoutRecorder:
 
 
 def recording_path(directory: str, group_index: int) -> Path:
-    """The file of one FSEP group, of which each pipeline stage and data-parallel replica has one."""
+    """The file of one FSEP group; each pipeline stage and data-parallel replica has one."""
     return Path(directory) / f"group-{group_index}.jsonl"
 
 

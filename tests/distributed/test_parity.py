@@ -58,12 +58,12 @@ class Row:
         self, data: str, expert_parallel: int, extra: str = "", ranks: int = 0
     ) -> list[str]:
         """Megatron's command line; every run of the row sees the same global batches."""
-        pipeline = 2 if "--pipeline-model-parallel-size 2" in self.flags else 1
+        model_parallel = 2 if PIPELINE in self.flags or TENSOR in self.flags else 1
         return command_line(
             data,
             experts=self.experts,
             expert_parallel=expert_parallel,
-            global_batch=2 * self.accumulation * self.ranks // pipeline,
+            global_batch=2 * self.accumulation * self.ranks // model_parallel,
             steps=self.steps,
             extra=self.flags + extra,
         )
@@ -72,6 +72,7 @@ class Row:
 DIST_OPT = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 FULL_RECOMPUTE = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 PIPELINE = " --pipeline-model-parallel-size 2"
+TENSOR = " --tensor-model-parallel-size 2 --sequence-parallel"
 
 ROWS = [
     Row("plain DDP"),
@@ -94,6 +95,13 @@ ROWS = [
         flags=" --recompute-granularity selective --recompute-modules moe",
     ),
     Row("bf16", flags=" --bf16", bound=BF16_BOUND),
+    Row(
+        "few tokens: experts, ranks and microbatches without any",
+        ranks=4,
+        stock_parallel=(4, 1),
+        flags=" --seq-length 2 --max-position-embeddings 2 --micro-batch-size 2",
+    ),
+    Row("top-1", flags=" --moe-router-topk 1 --moe-router-pre-softmax"),
     Row("most slots", capacity=8),
     Row("fewest slots", capacity=4),
     Row("E = 8 on 4 ranks", ranks=4, stock_parallel=(4, 1)),
@@ -120,7 +128,28 @@ ROWS = [
         stock_parallel=(2, 1),
         flags=DIST_OPT,
     ),
+    Row(
+        "tensor parallel 2 with sequence parallel",
+        ranks=4,
+        stock_parallel=(4, 2),
+        flags=TENSOR,
+    ),
+    Row(
+        "tensor parallel 2, expert data parallel 2, distributed optimizer",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(2, 4),
+        flags=TENSOR + DIST_OPT,
+    ),
     Row("pipeline 2", ranks=4, expert_parallel=2, stock_parallel=(2, 1), flags=PIPELINE),
+    Row(
+        "virtual pipeline 2 x 2, accumulation 4",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(2, 1),
+        accumulation=4,
+        flags=PIPELINE + " --num-layers 4 --num-layers-per-virtual-pipeline-stage 1",
+    ),
     Row(
         "full recompute, pipeline 2, accumulation 4",
         ranks=4,
@@ -145,21 +174,34 @@ def check_nothing_left(model: object) -> tuple[int, int]:
     )
 
 
+@pytest.fixture(scope="module")
+def stock(ranks: Callable[[int], RankPool]) -> Callable[[int, list[str]], Record]:
+    """`stock(ranks, flags)`: a stock run; rows that need the same one share it."""
+    records: dict[tuple[int, str], Record] = {}
+
+    def run(size: int, flags: list[str]) -> Record:
+        key = size, " ".join(flags)
+        if key not in records:
+            records[key] = ranks(size).run(train, flags)[0]
+        return records[key]
+
+    return run
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_fsep_equals_stock(
     row: Row,
     ranks: Callable[[int], RankPool],
+    stock: Callable[[int, list[str]], Record],
     text_data: str,
     record_property: Callable[[str, object], None],
 ) -> None:
-    pool = ranks(row.ranks)
     first, second = row.stock_parallel
-    reference_pool = pool if row.reference_ranks is None else ranks(row.reference_ranks)
-    reference: Record = reference_pool.run(train, row.command(text_data, first))[0]
-    other: Record = pool.run(train, row.command(text_data, second))[0]
+    reference = stock(row.reference_ranks or row.ranks, row.command(text_data, first))
+    other = stock(row.ranks, row.command(text_data, second))
     capacity = "" if row.capacity is None else f" --fsep-capacity {row.capacity}"
     fsep_command = row.command(text_data, row.expert_parallel or row.ranks, FSEP + capacity)
-    fsep: Record = pool.run(train, fsep_command, check_nothing_left)[0]
+    fsep: Record = ranks(row.ranks).run(train, fsep_command, check_nothing_left)[0]
 
     assert len(fsep.losses) == row.steps
     assert fsep.losses[-1] < 0.8 * fsep.losses[0], "the model must learn, or little is compared"
@@ -170,6 +212,6 @@ def test_fsep_equals_stock(
     assert found.within(row.bound), f"{found} exceeds {row.bound}"
     assert found.within(floor.times(FLOOR_FACTOR)), f"{found} exceeds ten times {floor}"
 
-    layers_on_rank = 1 if PIPELINE in row.flags else 2
+    layers_on_rank = 1 if PIPELINE in row.flags and "virtual" not in row.flags else 2
     restores_per_step = 2 * layers_on_rank * row.accumulation
     assert fsep.probes == [(0, restores_per_step * (step + 1)) for step in range(row.steps)]

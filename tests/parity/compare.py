@@ -29,7 +29,8 @@ class Distance:
 
     def within(self, bound: Distance) -> bool:
         """Whether no part exceeds the bound's."""
-        return all(mine <= allowed for mine, allowed in zip(self.parts(), bound.parts(), strict=True))
+        pairs = zip(self.parts(), bound.parts(), strict=True)
+        return all(mine <= allowed for mine, allowed in pairs)
 
     def times(self, factor: float) -> Distance:
         """A bound `factor` times as wide."""
@@ -41,7 +42,8 @@ class Distance:
 
     def __str__(self) -> str:
         names = ("grads", "losses", "norms", "weights")
-        return " ".join(f"{name} {part:.1e}" for name, part in zip(names, self.parts(), strict=True))
+        pairs = zip(names, self.parts(), strict=True)
+        return " ".join(f"{name} {part:.1e}" for name, part in pairs)
 
 
 def distance(run: Record, reference: Record) -> Distance:

@@ -76,7 +76,17 @@ def _pieces_of(
                 lambda tensor, expert=expert: tensor[expert],
             )
     else:
+        # Both sides cut dense tensors over tensor ranks alike, so each cut counts as a tensor.
+        if getattr(parameter, "tensor_model_parallel", False):
+            key += f"@{_tensor_rank()}"
         yield Piece(key, shape, 0, parameter, _whole)
+
+
+def _tensor_rank() -> int:
+    from megatron.core import parallel_state
+
+    rank: int = parallel_state.get_tensor_model_parallel_rank()
+    return rank
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
