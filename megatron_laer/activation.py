@@ -5,6 +5,8 @@ The plugin turns it on and off. Nothing here touches Megatron's internals.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel, load_cluster
 from megatron_laer.runtime import coordinator as coordinators
+from megatron_laer.runtime.agreement import raise_everywhere
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.process_groups import FSEPGroups, get_fsep_groups
 
@@ -31,13 +34,51 @@ class Activation:
 
 
 _active: Activation | None = None
+_is_started = False
 
 
 def set_active(activation: Activation | None) -> None:
-    """Turn FSEP on, with new settings, or off; layers built before keep what they have."""
+    """Turn FSEP on, with new settings, or off. Models built before cannot go on training."""
     global _active
     _active = activation
+    forget_model()
+
+
+def forget_model() -> None:
+    """Drop the coordinator; the next MoE layer that is built starts a new one."""
+    global _is_started
+    _is_started = False
     coordinators.set_coordinator(None)
+
+
+@contextlib.contextmanager
+def training_step(step: int, num_microbatches: int | None = None) -> Iterator[None]:
+    """A training step, at whose start layouts change. Collective: every rank must enter it.
+
+    Megatron's own loop is wrapped in it by the plugin; a loop of one's own does it like this:
+
+        with megatron_laer.training_step(iteration, num_microbatches):
+            ...  # forward and backward of all microbatches, optimizer
+
+    Args:
+        step: counted over the whole run, resumed runs included.
+        num_microbatches: of this step; without it, planning starts only when the step is over.
+
+    Raises:
+        ValueError: at the first step, on every rank of the world: a recording that cannot be
+            replayed or written.
+        RuntimeError: a plan that no backward pass used.
+    """
+    global _is_started
+    coordinator = coordinators.current_coordinator()  # None on a stage without MoE layers
+    if not _is_started:
+        raise_everywhere(None if coordinator is None else coordinator.start(step))
+        _is_started = True
+    if coordinator is not None:
+        coordinator.begin_step(step, num_microbatches)
+    yield
+    if coordinator is not None:
+        coordinator.end_step()
 
 
 def active() -> Activation | None:
@@ -83,6 +124,10 @@ def current_device() -> torch.device:
 
 
 def _common_seed(groups: FSEPGroups) -> int:
+    from megatron.training import global_vars
+
+    if global_vars._GLOBAL_ARGS is not None:
+        return int(global_vars.get_args().seed)
     seed = torch.tensor([torch.initial_seed()], dtype=torch.int64, device=current_device())
     dist.broadcast(seed, src=groups.planner_rank, group=groups.tokens)
     return int(seed.item())

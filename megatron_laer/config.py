@@ -159,7 +159,12 @@ def deterministic(config: FSEPConfig) -> FSEPConfig:
 
 
 def _check_effects(config: FSEPConfig, given: dict[str, Any]) -> None:
-    """Raise if one given flag leaves another without effect."""
+    """Raise if one given flag leaves another without effect, or would destroy what it names."""
+    if config.replay_layouts is not None and config.replay_layouts == config.record_layouts:
+        raise ValueError(
+            f"--fsep-record-layouts {config.record_layouts}: is being replayed; record to another "
+            "directory"
+        )
     if config.replay_layouts is not None:
         reason, idle = "layouts are replayed", ("planner", "plan_lag", "late_plan", "cluster")
     elif config.planner in FIXED_PLANNERS:

@@ -12,9 +12,11 @@ import copy
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
+from megatron_laer import support
 from megatron_laer.activation import coordinator_for
 from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
@@ -39,7 +41,11 @@ class FSEPMoELayer(MoELayer):
         assert submodules is not None
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
+        support.check_model(config)
         groups = get_fsep_groups()
+        assert dist.get_process_group_ranks(pg_collection.ep) == list(groups.ranks), (
+            "the model's expert-parallel group is not the one that FSEP was set up for"
+        )
         pg_collection.fsep = groups.tokens
         coordinator = coordinator_for(config)
         geometry = coordinator.geometry
@@ -105,13 +111,12 @@ class FSEPMoELayer(MoELayer):
         """Exchange counts, split tokens over replicas, and go on in slot space."""
         assert self._state is not None, "set_layer_number was never called"
         plan = self._coordinator.plan_microbatch(self._state, routing_map, training=self.training)
+        if plan.routing_map_TE is not None:
+            routing_map = plan.routing_map_TE
         ranges_2S = torch.from_numpy(slot_ranges(plan.row_S, plan.layout.slot_expert_S))
-        probs_TS, slot_map_TS = to_slots(
-            probs,
-            routing_map,
-            plan.index.slot_expert_S,
-            ranges_2S.to(routing_map.device, non_blocking=True),
-        )
+        if routing_map.is_cuda:  # a copy from pageable memory would wait for the stream
+            ranges_2S = ranges_2S.pin_memory().to(routing_map.device, non_blocking=True)
+        probs_TS, slot_map_TS = to_slots(probs, routing_map, plan.index.slot_expert_S, ranges_2S)
         self._plan = plan
         self.token_dispatcher.set_plan(plan)
         return super().preprocess(hidden_states, probs_TS, slot_map_TS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import inspect
 import logging
 import os
 import sys
@@ -25,7 +26,6 @@ from megatron_laer import config as settings
 from megatron_laer.activation import Activation
 from megatron_laer.config import FSEPConfig
 from megatron_laer.runtime import process_groups
-from megatron_laer.runtime.coordinator import current_coordinator
 
 logger = logging.getLogger(__name__)
 
@@ -95,23 +95,27 @@ def uninstall() -> None:
 def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None:
     """Turn FSEP on: MoE layers built from now on are sharded.
 
-    Idempotent: called again it only changes the settings of models built later. Before Megatron's
-    model parallel state is initialised it makes no collective; after that it is collective over the
-    world, because it creates the FSEP groups.
+    Idempotent. Other settings than before hold for models built from now on; those built before
+    cannot go on training. Before Megatron's model parallel state is initialised it makes no
+    collective; after that it is collective over the world, because it creates the FSEP groups.
 
     Args:
         config: settings; the defaults if None.
-        seed: of the experts' weights. None takes torch's initial seed of the group's first rank.
+        seed: of the experts' weights. None takes that of Megatron's arguments, or else torch's
+            initial seed of the group's first rank.
 
     Raises:
         ImportError: a Megatron without a seam that FSEP needs, naming it.
         ValueError: a node size that does not divide the group, on every rank.
     """
+    wanted = Activation(config or FSEPConfig(), seed)
+    if wanted == activation.active():
+        return
     check_version()
     # All seams are found before one is used, so that a missing one leaves nothing patched.
     for patch in FSEP_PATCHES:
         patch.owner_and_name()
-    activation.set_active(Activation(config or FSEPConfig(), seed))
+    activation.set_active(wanted)
     fresh = [patch for patch in FSEP_PATCHES if _apply(patch)]
     _repoint_hybrid_specs()
     if fresh and int(os.environ.get("RANK", "0")) == 0:
@@ -125,8 +129,12 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
 
 
 def disable() -> None:
-    """Turn FSEP off and put back what `enable` replaced; models already built keep their layers."""
+    """Turn FSEP off and put back what `enable` replaced.
+
+    Destroys the FSEP groups: models that were built with FSEP cannot go on training.
+    """
     activation.set_active(None)
+    _remove_metrics()
     process_groups.destroy_groups()
     for patch in FSEP_PATCHES:
         _undo(patch)
@@ -166,7 +174,7 @@ def _apply(patch: Patch) -> bool:
         return False
     owner, name = patch.owner_and_name()
     # The raw attribute, so that a classmethod is put back as one.
-    original = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
+    original = inspect.getattr_static(owner, name)
     setattr(owner, name, patch.replace(original))
     _applied[patch] = (owner, name, original)
     return True
@@ -196,6 +204,10 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
         if config is None:
             return original(args, *rest, **kwargs)
         if getattr(args, "deterministic_mode", False):
+            if settings.given_flags(args).get("late_plan") == "keep":
+                raise ValueError(
+                    "--fsep-late-plan keep: --deterministic-mode waits for plans; leave one out"
+                )
             config = settings.deterministic(config)
         support.check(args, config)
         # Megatron demands that experts divide over ranks, which slots do not need. It reads the
@@ -206,6 +218,7 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
             result = original(args, *rest, **kwargs)
         finally:
             args.num_experts = experts
+        support.check(args, config)  # again, since Megatron rewrites deprecated flags
         enable(config, seed=args.seed)
         _install_metrics(args)
         return result
@@ -220,6 +233,15 @@ def _install_metrics(args: Namespace) -> None:
 
     tracker = FSEPMetricsTracker(args.log_interval, args.num_layers, args.mtp_num_layers or 0)
     set_moe_metrics_tracker(tracker)
+
+
+def _remove_metrics() -> None:
+    from megatron.core.transformer.moe import moe_logging
+
+    from megatron_laer.telemetry.tracker import FSEPMetricsTracker
+
+    if isinstance(moe_logging.get_moe_metrics_tracker(), FSEPMetricsTracker):
+        moe_logging.destroy_moe_metrics_tracker()
 
 
 # Model and process groups.
@@ -271,9 +293,7 @@ def _with_fsep_groups(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_fsep_teardown(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def destroy_model_parallel(*args: Any, **kwargs: Any) -> Any:
-        from megatron_laer.runtime.coordinator import set_coordinator
-
-        set_coordinator(None)
+        activation.forget_model()
         process_groups.destroy_groups()
         return original(*args, **kwargs)
 
@@ -296,16 +316,11 @@ def _with_fsep_field(original: classmethod[Any, Any, Any]) -> classmethod[Any, A
 def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def train_step(*args: Any, **kwargs: Any) -> Any:
-        coordinator = current_coordinator()
-        if coordinator is None:  # a pipeline stage without MoE layers
-            return original(*args, **kwargs)
         from megatron.core.num_microbatches_calculator import get_num_microbatches
         from megatron.training import get_args
 
-        coordinator.begin_step(get_args().curr_iteration, get_num_microbatches())
-        result = original(*args, **kwargs)
-        coordinator.end_step()
-        return result
+        with activation.training_step(get_args().curr_iteration, get_num_microbatches()):
+            return original(*args, **kwargs)
 
     return train_step
 

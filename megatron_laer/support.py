@@ -9,6 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_laer.config import FIXED_PLANNERS, FSEPConfig
 from megatron_laer.layout import default_capacity
@@ -65,6 +66,13 @@ def _expert_tensor_parallel(args: Namespace) -> str | None:
             "--expert-tensor-parallel-size"
         )
     return f"--expert-tensor-parallel-size {given}"
+
+
+def _recomputes(module: str) -> Callable[[Namespace], str | None]:
+    def given(args: Namespace) -> str | None:
+        return f"--recompute-modules {module}" if module in (args.recompute_modules or ()) else None
+
+    return given
 
 
 def _linear_bias(args: Namespace) -> str | None:
@@ -142,6 +150,16 @@ REFUSALS: tuple[Refusal, ...] = (
         "leave it out; --use-distributed-optimizer shards the dense part",
     ),
     Refusal(
+        _flag("--mtp-use-repeated-layer"),
+        "one layer runs several times per microbatch, backward in another order than forward",
+        "leave it out",
+    ),
+    Refusal(
+        _recomputes("moe_act"),
+        "it belongs to Transformer Engine's grouped experts, which FSEP replaces",
+        "use --recompute-modules moe",
+    ),
+    Refusal(
         _value("--cuda-graph-impl", ("none",)),
         "layouts and split sizes are decided on the host, which a graph cannot record",
         "give --cuda-graph-impl none",
@@ -209,6 +227,40 @@ def check(args: Namespace, config: FSEPConfig) -> None:
             "--expert-parallel-mode fsep cannot run with these settings:\n  "
             + "\n  ".join(problems)
         )
+
+
+def check_model(config: Any) -> None:
+    """Refuse a model configuration that no argument check has seen, as in scripts of one's own.
+
+    Args:
+        config: Megatron's TransformerConfig.
+
+    Raises:
+        ValueError: the fields, and what would work.
+    """
+    wanted: dict[str, object] = {
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_tensor_parallel_size": 1,
+        "add_bias_linear": False,
+        "moe_expert_capacity_factor": None,
+        "moe_expert_rank_capacity_factor": None,
+        "moe_pad_expert_input_to_capacity": False,
+        "moe_latent_size": None,
+        "moe_mlp_glu_interleave_size": None,
+        "fp8": None,
+        "fp4": None,
+        "cuda_graph_impl": "none",
+        "delay_wgrad_compute": False,
+        "overlap_moe_expert_parallel_comm": False,
+        "overlap_dispatch_backward_with_experts_wgrad": False,
+    }
+    problems = [
+        f"{name}={getattr(config, name)!r}: must be {value!r}"
+        for name, value in wanted.items()
+        if getattr(config, name) != value
+    ]
+    if problems:
+        raise ValueError("FSEP cannot run this model:\n  " + "\n  ".join(problems))
 
 
 def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:

@@ -60,16 +60,16 @@ def exchange_counts(
 
 def _describe_mismatch(tags_N2: npt.NDArray[np.int64], groups: FSEPGroups, layer: str) -> str:
     tags, counts = np.unique(tags_N2, axis=0, return_counts=True)
-    # Without a majority the planner's rank is taken as right.
     is_tie = (counts == counts.max()).sum() > 1
-    right = tags_N2[0] if is_tie else tags[counts.argmax()]
-    wrong = np.flatnonzero((tags_N2 != right).any(axis=1))
+    right = tags[counts.argmax()]
+    wrong = range(groups.size) if is_tie else np.flatnonzero((tags_N2 != right).any(axis=1))
     names = ", ".join(
         f"rank {groups.ranks[place]} (place {place} in the group) holds {_tag_text(tags_N2[place])}"
         for place in wrong
     )
+    others = "which is right cannot be told" if is_tie else f"the others hold {_tag_text(right)}"
     return (
-        f"FSEP {layer}: {names}; the others hold {_tag_text(right)}. Experts would be restored "
+        f"FSEP {layer}: {names}; {others}. Experts would be restored "
         "into the wrong slots, so every rank stops. Layouts change only at step boundaries, from "
         "the group's rank 0: look for code that steps some ranks and not others, or for faulty "
         "memory on the named rank."
@@ -134,13 +134,14 @@ def broadcast_layouts(
     return [ExpertLayout.from_slots(*shape, slots_S) for slots_S in slots_LS], told
 
 
-def raise_together(error: Exception | None, groups: FSEPGroups) -> None:
-    """Raise on every rank of the group what went wrong on its rank 0. Collective.
+def raise_everywhere(problem: str | None) -> None:
+    """Raise on every rank of the world what went wrong on any. Collective over the world.
 
     Raises:
-        ValueError: with rank 0's message.
+        ValueError: with the first rank's problem.
     """
-    messages = [None if error is None else str(error)]
-    dist.broadcast_object_list(messages, src=groups.planner_rank, group=groups.tokens)
-    if messages[0] is not None:
-        raise ValueError(messages[0]) from error
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            raise ValueError(f"rank {rank}: {found}")

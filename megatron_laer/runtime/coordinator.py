@@ -27,7 +27,6 @@ from megatron_laer.runtime.agreement import (
     PlannerStatus,
     broadcast_layouts,
     exchange_counts,
-    raise_together,
 )
 from megatron_laer.runtime.layout_index import layout_index
 from megatron_laer.runtime.plan import MicrobatchPlan
@@ -44,6 +43,10 @@ from megatron_laer.runtime.sources import (
 logger = logging.getLogger(__name__)
 
 
+# Microbatches per layer whose balance is reported.
+_HISTORY = 32
+
+
 @dataclass
 class LayerState:
     """One MoE layer on this rank.
@@ -53,8 +56,9 @@ class LayerState:
         pending: plans whose forward ran without gradients, under a checkpoint, oldest first; the
             re-run takes them. Backward order equals forward order per layer, in 1F1B and
             interleaved schedules alike.
-        history: (counts_NE, layout) of the microbatches since the metrics were last read; the
-            newest ones, so that a run that reads no metrics does not grow.
+        history: (counts_NE, layout) of the newest microbatches since the metrics were last read,
+            on the group's rank 0. A sample: measuring all of a long log interval would hold up
+            the step that logs.
     """
 
     index: int
@@ -66,7 +70,7 @@ class LayerState:
     microbatches: int = 0
     step_counts_NE: npt.NDArray[np.int64] | None = None
     history: deque[tuple[npt.NDArray[np.int64], ExpertLayout]] = field(
-        default_factory=lambda: deque(maxlen=1024)
+        default_factory=lambda: deque(maxlen=_HISTORY)
     )
     tag: tuple[LayoutTag, torch.Tensor] | None = None
 
@@ -108,6 +112,7 @@ class Coordinator:
         self._costs = costs
         self._num_microbatches: int | None = None
         self._started = False
+        self._faults = 0
         self._source: LayoutSource | None = None
         self._recorder: LayoutRecorder | None = None
 
@@ -122,6 +127,10 @@ class Coordinator:
         assert not self._started, "a layer was built after training began"
         shape = (self.geometry.num_ranks, self.geometry.capacity, self.geometry.num_experts)
         name = f"mtp {number}" if is_mtp else f"layer {number}"
+        # Hybrid MTP numbers the layers of each depth from 1; seeds and messages need names apart.
+        same = sum(layer.name.split(" #")[0] == name for layer in self.layers)
+        if same:
+            name += f" #{same + 1}"
         state = LayerState(len(self.layers), name, number, is_mtp, ExpertLayout.static(*shape))
         self.layers.append(state)
         return state
@@ -139,7 +148,7 @@ class Coordinator:
             routing_map_TE: bool [T, E], the router's choice.
         """
         if training and torch.is_grad_enabled() and layer.pending:
-            return layer.pending.popleft().for_rerun()
+            return layer.pending.popleft()
         layout = self._layout_of(layer, training)
         tag, tag_tensor = self._tag_of(layer, layout)
         counts_NE = exchange_counts(
@@ -154,10 +163,24 @@ class Coordinator:
         if training:
             self._record(layer, counts_NE, layout)
             if not torch.is_grad_enabled():
-                layer.pending.append(plan)
+                layer.pending.append(plan.for_rerun(routing_map_TE))
         return plan
 
     # What the training loop calls.
+
+    def start(self, first_step: int) -> str | None:
+        """Open the planner, or the recordings, on the group's rank 0.
+
+        Returns:
+            What went wrong, for the caller to raise on every rank of the world.
+        """
+        self._started = True
+        if self.groups.rank == 0:
+            try:
+                self._open_source(first_step)
+            except Exception as error:  # whatever it is, the other ranks must hear of it
+                return f"{type(error).__name__}: {error}"
+        return None
 
     def begin_step(self, step: int, num_microbatches: int | None = None) -> None:
         """A step boundary: layouts that are due take effect. Collective over the group.
@@ -167,11 +190,10 @@ class Coordinator:
             num_microbatches: of this step; lets planning start while the last backward passes run.
 
         Raises:
-            ValueError: at the first step, a recording that cannot be replayed.
+            RuntimeError: plans of the step before were left over.
         """
+        assert self._started, "begin_step before start"
         self._check_fifos()
-        if not self._started:
-            self._start()
         self.step = step
         self._num_microbatches = num_microbatches
         for layer in self.layers:
@@ -179,7 +201,7 @@ class Coordinator:
             layer.step_counts_NE = None
         if not self._changes_layouts or not self.layers:
             return
-        due = self._source.due(step) if self._source is not None else None
+        due = self._ask_source(step)
         geometry = self.geometry
         layouts, self.planner_status = broadcast_layouts(
             due,
@@ -200,7 +222,7 @@ class Coordinator:
         """
         self._check_fifos()
         for layer in self.layers:
-            if layer.microbatches and layer.microbatches != self._num_microbatches:
+            if self._num_microbatches is None and layer.microbatches:
                 self._observe(layer)
 
     def close(self) -> None:
@@ -221,24 +243,12 @@ class Coordinator:
         source = self._source
         if source is None:
             return PlannerStatus()
-        return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, source.failures)
+        failures = source.failures + self._faults
+        return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, failures)
 
-    def _start(self) -> None:
-        self._started = True
-        error: Exception | None = None
-        if self.groups.rank == 0:
-            try:
-                self._open_source()
-            except (ValueError, OSError) as caught:
-                error = caught
-        raise_together(error, self.groups)
-
-    def _open_source(self) -> None:
+    def _open_source(self, first_step: int) -> None:
         names = [layer.name for layer in self.layers]
         config = self.config
-        if config.record_layouts is not None:
-            path = recording_path(config.record_layouts, self.groups.index)
-            self._recorder = LayoutRecorder(path, self.geometry, names)
         if config.replay_layouts is not None:
             path = recording_path(config.replay_layouts, self.groups.index)
             self._source = ReplayedLayouts(path, self.geometry, names)
@@ -248,15 +258,33 @@ class Coordinator:
                 [layer.layout for layer in self.layers],
                 lag=config.plan_lag,
                 wait=config.late_plan == "wait",
-                on_warning=lambda message: logger.warning("FSEP planner: %s", message),
+                on_warning=_warn,
             )
+        if config.record_layouts is not None:
+            path = recording_path(config.record_layouts, self.groups.index)
+            self._recorder = LayoutRecorder(path, self.geometry, names, first_step)
 
     def _apply(self, layouts: list[ExpertLayout]) -> None:
         self.version += 1
         for layer, layout in zip(self.layers, layouts, strict=True):
             layer.layout = layout
         if self._recorder is not None:
-            self._recorder.record(self.step, self.version, layouts)
+            try:
+                self._recorder.record(self.step, layouts)
+            except OSError as error:
+                _warn(f"the recording of layouts ends before step {self.step}: {error}")
+                self._recorder = None
+
+    def _ask_source(self, step: int) -> list[ExpertLayout] | None:
+        """Layouts that are due. The others wait for rank 0, so it must not fail here."""
+        if self._source is None:
+            return None
+        try:
+            return self._source.due(step)
+        except Exception as error:
+            self._faults += 1
+            _warn(f"no layouts for step {step}, they stay as they are: {error!r}")
+            return None
 
     def _layout_of(self, layer: LayerState, training: bool) -> ExpertLayout:
         if self.config.planner != RANDOM_PLANNER or not training:
@@ -279,8 +307,12 @@ class Coordinator:
     def _record(
         self, layer: LayerState, counts_NE: npt.NDArray[np.int64], layout: ExpertLayout
     ) -> None:
+        if layer.microbatches == self._num_microbatches:
+            # Megatron's rerun state machine repeats a step: what counts is the last time.
+            layer.microbatches, layer.step_counts_NE = 0, None
         layer.microbatches += 1
-        layer.history.append((counts_NE, layout))
+        if self.groups.rank == 0:
+            layer.history.append((counts_NE, layout))
         if layer.step_counts_NE is None:
             layer.step_counts_NE = counts_NE.copy()
         else:
@@ -289,8 +321,13 @@ class Coordinator:
             self._observe(layer)
 
     def _observe(self, layer: LayerState) -> None:
-        if self._source is not None and layer.step_counts_NE is not None:
+        if self._source is None or layer.step_counts_NE is None:
+            return
+        try:
             self._source.observe(self.step, layer.index, layer.step_counts_NE)
+        except Exception as error:  # the other ranks would wait for this one
+            self._faults += 1
+            _warn(f"the routing of step {self.step}, {layer.name} is not planned from: {error!r}")
 
     def _check_fifos(self) -> None:
         left = {layer.name: len(layer.pending) for layer in self.layers if layer.pending}
@@ -300,6 +337,10 @@ class Coordinator:
                 "forward in training mode under torch.no_grad() is taken for the first pass of a "
                 "checkpoint; call model.eval() for passes that have no backward"
             )
+
+
+def _warn(message: str) -> None:
+    logger.warning("FSEP: %s", message)
 
 
 _coordinator: Coordinator | None = None

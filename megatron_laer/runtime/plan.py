@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.runtime.layout_index import LayoutIndex
@@ -24,14 +25,23 @@ class MicrobatchPlan:
         index: the layout, with its index tensors on the device.
         row_S: tokens that this rank sends to each slot.
         columns_NC: tokens that each rank sends to this rank's slots.
-        backward_follows: the backward pass runs right after this forward (the re-run under a
-            checkpoint), so restored weights are kept for it.
+        routing_map_TE: only in the plan of a re-run under a checkpoint, the first pass's routing.
+            A router that runs again may decide a near-tie the other way (Megatron's combine adds
+            with atomics on CUDA), and the counts exchanged in the first pass would not fit.
     """
 
     index: LayoutIndex
     row_S: Int64
     columns_NC: Int64
-    backward_follows: bool = False
+    routing_map_TE: torch.Tensor | None = None
+
+    @property
+    def backward_follows(self) -> bool:
+        """Whether the backward pass runs right after this forward, as in a checkpoint's re-run.
+
+        Restored weights are then kept for it.
+        """
+        return self.routing_map_TE is not None
 
     @property
     def layout(self) -> ExpertLayout:
@@ -61,6 +71,6 @@ class MicrobatchPlan:
         """Tokens that this rank sends, one per (token, expert) pair."""
         return int(self.row_S.sum())
 
-    def for_rerun(self) -> MicrobatchPlan:
+    def for_rerun(self, routing_map_TE: torch.Tensor) -> MicrobatchPlan:
         """The same plan, for the re-run under a checkpoint."""
-        return replace(self, backward_follows=True)
+        return replace(self, routing_map_TE=routing_map_TE)

@@ -64,6 +64,7 @@ class FlatExchange:
         sent = [send_SrK.numel() // num_ranks] * num_ranks
         flat = self._all_to_all(send_SrK, received, sent, self.groups.parameters)
         self.count.restore_bytes += self._remote_bytes(flat, received)
+        del send_SrK  # before the next allocation
         blocks = [
             block.view(capacity, end - start, columns)
             for block, (start, end) in zip(flat.split(received), pairwise(bounds), strict=True)
@@ -78,7 +79,8 @@ class FlatExchange:
             index: the layout they were restored with.
 
         Returns:
-            [E, r, K] in the gradient's dtype. The sum runs in float32 and in slot order.
+            [E, r, K] in the gradient's dtype, as autograd demands; Megatron adds microbatches in
+            float32. The sum over replicas runs in float32 and in slot order.
         """
         num_ranks = index.layout.num_ranks
         capacity, rows, columns = grad_CRK.shape

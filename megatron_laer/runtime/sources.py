@@ -60,7 +60,7 @@ class PlannedLayouts:
         self._lag = lag
         self._wait = wait
         self._layers = range(len(initial))
-        self._observed: dict[int, int] = {}
+        self._observed: dict[int, set[int]] = {}
         self._service = PlannerService(
             strategy,
             self._layers,
@@ -78,20 +78,20 @@ class PlannedLayouts:
 
     def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
         """Queue for planning; never waits."""
-        self._observed[step] = self._observed.get(step, 0) + 1
+        self._observed.setdefault(step, set()).add(layer)
         self._service.submit(step, layer, counts_NE)
 
     def due(self, step: int) -> list[ExpertLayout] | None:
         """The plan from the counts of step - lag, or under `keep` the newest one before it."""
         source_step = step - self._lag
-        is_expected = self._observed.get(source_step, 0) == len(self._layers)
+        is_expected = len(self._observed.get(source_step, ())) == len(self._layers)
         if self._wait:
             plan = self._service.wait(source_step, WAIT_TIMEOUT_S) if is_expected else None
         else:
             plan = self._service.ready(source_step)
         if is_expected and (plan is None or plan.source_step != source_step):
             self.late_plans += 1
-        self._observed = {seen: n for seen, n in self._observed.items() if seen > source_step}
+        self._observed = {at: seen for at, seen in self._observed.items() if at > source_step}
         if plan is None:
             return None
         self.plan_ms = plan.plan_ms
@@ -116,12 +116,16 @@ class ReplayedLayouts:
             ValueError: a missing or malformed file, or one of another shape, quoting the line.
         """
         self._layouts = _read_recording(path, geometry, list(layers))
+        self._is_first = True
 
     def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
         """A recording does not react to routing."""
 
     def due(self, step: int) -> list[ExpertLayout] | None:
-        """What was recorded for this step."""
+        """What was recorded for this step; at first, what was in force by then."""
+        if self._is_first:
+            self._is_first = False
+            step = max((made for made in self._layouts if made <= step), default=step)
         return self._layouts.get(step)
 
     def close(self) -> None:
@@ -129,18 +133,33 @@ class ReplayedLayouts:
 
 
 class LayoutRecorder:
-    """Writes every applied set of layouts as a line of JSON, so that a run can be replayed."""
+    """Writes every applied set of layouts as a line of JSON, so that a run can be replayed.
 
-    def __init__(self, path: Path, geometry: Geometry, layers: Sequence[str]) -> None:
+    A recording that is there already is continued, as by a resumed run: what it holds of steps
+    before the first one recorded now stays.
+    """
+
+    def __init__(
+        self, path: Path, geometry: Geometry, layers: Sequence[str], first_step: int
+    ) -> None:
+        """Open the recording.
+
+        Raises:
+            ValueError: one of another shape, or a damaged one, is there already.
+            OSError: it cannot be written.
+        """
+        kept = _read_recording(path, geometry, list(layers)) if path.exists() else {}
         path.parent.mkdir(parents=True, exist_ok=True)
         # Line by line, so that a run that is killed leaves every layout it used.
         self._file = path.open("w", buffering=1)
         self._write({**_shape(geometry), "layers": list(layers)})
+        for step, layouts in kept.items():
+            if step < first_step:
+                self.record(step, layouts)
 
-    def record(self, step: int, version: int, layouts: Sequence[ExpertLayout]) -> None:
+    def record(self, step: int, layouts: Sequence[ExpertLayout]) -> None:
         """Layouts that took effect with `step`."""
-        slots = [layout.to_list() for layout in layouts]
-        self._write({"step": step, "version": version, "slots": slots})
+        self._write({"step": step, "slots": [layout.to_list() for layout in layouts]})
 
     def close(self) -> None:
         """Close the file."""
@@ -170,7 +189,7 @@ def _read_recording(
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"--fsep-replay-layouts: cannot read {path}: {error}; give a directory written by "
+            f"layout recording: cannot read {path}: {error}; give a directory written by "
             "--fsep-record-layouts in a run with the same parallel sizes"
         ) from error
     wanted = {**_shape(geometry), "layers": layers}
@@ -190,8 +209,8 @@ def _read_recording(
                 )
                 for slots in entry["slots"]
             ]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"--fsep-replay-layouts: {path}, line {number}: {error}") from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"layout recording: {path}, line {number}: {error}") from error
     if not lines:
-        raise ValueError(f"--fsep-replay-layouts: {path} is empty")
+        raise ValueError(f"layout recording: {path} is empty")
     return layouts

@@ -59,13 +59,14 @@ def collect(
     Returns:
         Scalars and per-layer values by name. Values of planning are those of this rank's group.
     """
-    # Columns: FSEP, stock, and how many ranks have a value; rows of other stages stay zero.
+    # Columns: FSEP, stock, and how many groups have a value; rows of other stages stay zero.
     values_L3 = torch.zeros(decoder_layers + mtp_layers, 3, dtype=torch.float64)
     for layer in [] if coordinator is None else coordinator.layers:
         measured = balance(layer.history, coordinator.geometry.node_size)
         layer.history.clear()
         if measured is not None:
             row = layer.number - 1 + (decoder_layers if layer.is_mtp else 0)
+            row = min(row, len(values_L3) - 1)
             values_L3[row] += torch.tensor([measured.fsep, measured.stock, 1.0])
     values_L3 = values_L3.to(current_device())
     dist.all_reduce(values_L3)

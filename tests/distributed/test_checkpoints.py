@@ -55,6 +55,10 @@ def test_weights_go_from_stock_to_fsep_and_back(
     more_slots = FSEP + " --fsep-capacity 7" + load_fsep
     assert_equal(two.run(initial_weights, command(2, more_slots))[0], trained)
     assert_equal(four.run(initial_weights, command(4, load_fsep))[0], trained)
+    # Two replicas of FSEP on two ranks, and two pipeline stages, each with half of the layers.
+    assert_equal(four.run(initial_weights, command(2, FSEP + load_fsep))[0], trained)
+    stages = " --pipeline-model-parallel-size 2"
+    assert_equal(four.run(initial_weights, command(2, FSEP + stages + load_fsep))[0], trained)
 
 
 def train_until_exit(flags: list[str]) -> None:

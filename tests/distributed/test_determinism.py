@@ -74,8 +74,25 @@ def test_evaluation_changes_no_later_loss(run: Callable[[str], Record], planner:
     assert identical(with_evaluation, without)
 
 
-def test_standard_mode_is_stock_to_the_bit(run: Callable[[str], Record]) -> None:
-    assert identical(run(" --expert-parallel-mode standard"), run(""))
+def train_without_plugin(flags: list[str]) -> Record:
+    """Train with Megatron as it is, its command line included."""
+    from megatron_laer import plugin
+
+    plugin.uninstall()
+    assert plugin.patch_table() == ""
+    try:
+        return train(flags)
+    finally:
+        plugin.install()
+
+
+def test_standard_mode_is_megatron_without_the_plugin_to_the_bit(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    flags = command_line(text_data, experts=8, expert_parallel=2, global_batch=8, steps=STEPS)
+    without = ranks(2).run(train_without_plugin, flags)[0]
+    standard = ranks(2).run(train, [*flags, "--expert-parallel-mode", "standard"])[0]
+    assert identical(standard, without)
 
 
 @pytest.mark.parametrize(
@@ -116,4 +133,20 @@ def test_a_bad_recording_is_refused_on_every_rank(
     )
     for result in results:
         assert result.type_name == "ValueError"
-        assert message in result.message and "group-0.jsonl" in result.message
+        assert message in result.message
+        assert "group-0.jsonl" in result.message
+
+
+def test_one_groups_bad_recording_stops_the_other_groups_too(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+) -> None:
+    flags = partial(command_line, text_data, experts=8, expert_parallel=2, global_batch=8, steps=3)
+    fsep = " --expert-parallel-mode fsep"
+    record = f" --fsep-cluster cpu-gloo --fsep-record-layouts {tmp_path}"
+    ranks(4).run(train, flags(extra=fsep + record))
+    (tmp_path / "group-1.jsonl").write_text("{}")
+    replay = f" --fsep-replay-layouts {tmp_path}"
+    for result in ranks(4).run_raw(train, flags(extra=fsep + replay)):
+        assert result.type_name == "ValueError"
+        assert "rank 2" in result.message
+        assert "group-1.jsonl" in result.message

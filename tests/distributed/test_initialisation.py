@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
+from unittest import mock
 
 import pytest
 import torch
@@ -72,10 +73,22 @@ def test_seeds_layers_and_experts_differ_and_spread_like_stock(
         assert abs(weight.mean()) < 0.02 * weight.std()
 
 
-def test_the_experts_draws_leave_the_dense_weights_as_in_another_fsep_run(
-    weights_of: Callable[[int, int, str], Tensors],
+def initial_weights_without_drawing_experts(flags: list[str]) -> Tensors:
+    """`initial_weights`, but no expert weight is drawn."""
+    from megatron_laer.experts import module
+
+    with mock.patch.object(module, "initialise", lambda slice_ErK, *_: slice_ErK.data.zero_()):
+        return initial_weights(flags)
+
+
+def test_drawing_experts_leaves_the_dense_weights_as_they_would_be_without(
+    ranks: Callable[[int], RankPool], text_data: str
 ) -> None:
-    # More slots draw nothing more; a generator that is not forked would show here.
-    few, many = weights_of(2, 2, FSEP), weights_of(2, 2, FSEP + " --fsep-capacity 4")
-    for key in few.keys() - experts_of(few).keys():
-        assert torch.equal(few[key], many[key]), key
+    flags = command_line(
+        text_data, experts=4, expert_parallel=2, global_batch=4, steps=1, extra=FSEP
+    )
+    drawn = ranks(2).run(initial_weights, flags)[0]
+    not_drawn = ranks(2).run(initial_weights_without_drawing_experts, flags)[0]
+    assert all(weight.abs().sum() == 0 for weight in experts_of(not_drawn).values())
+    for key in drawn.keys() - experts_of(drawn).keys():
+        assert torch.equal(drawn[key], not_drawn[key]), key

@@ -148,3 +148,50 @@ def test_no_restored_weight_outlives_its_use(
         assert set(after_forward) == {0}, "weights restored in forward are held for backward"
         assert set(after_step) == {0}
         assert most == 2, "one layer's two matrices at a time"
+
+
+def exchange_counts_of(command: list[str]) -> tuple[int, int, int, int, int]:
+    """Restores, reduces, and bytes received for each, after a run; and bytes of the slots."""
+    from megatron_laer.runtime.coordinator import current_coordinator
+
+    found: list[tuple[int, int, int, int, int]] = []
+
+    def read(model: list[torch.nn.Module]) -> None:
+        coordinator = current_coordinator()
+        assert coordinator is not None
+        count = coordinator.exchange.count
+        (specs, *_) = [
+            module.specs
+            for chunk in model
+            for module in chunk.modules()
+            if hasattr(module, "specs")
+        ]
+        expert_bytes = sum(4 * spec.rows * spec.columns for spec in specs)
+        found.append(
+            (
+                count.restores,
+                count.reduces,
+                count.restore_bytes,
+                count.reduce_bytes,
+                coordinator.geometry.capacity * expert_bytes,
+            )
+        )
+
+    train(command, read)
+    return found[-1]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_bytes_on_the_wire_follow_the_formula(
+    ranks: Callable[[int], RankPool], text_data: str, size: int
+) -> None:
+    command = command_line(
+        text_data, experts=8, expert_parallel=size, global_batch=4 * size, steps=3, extra=FSEP
+    )
+    passes = 3 * 2 * 2  # steps, microbatches, layers
+    for restores, reduces, restored, reduced, slots in ranks(size).run(exchange_counts_of, command):
+        assert restores == 2 * passes
+        assert reduces == passes
+        # C experts of P parameters, but for the 1/N of each that is here: C·P·(N-1)/N.
+        assert restored * size == restores * slots * (size - 1)
+        assert reduced * size == reduces * slots * (size - 1)

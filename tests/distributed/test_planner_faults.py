@@ -126,6 +126,29 @@ def test_a_slow_planner_under_wait_changes_nothing(
     assert identical(quick, slow)
 
 
+def train_with_dead_planner(command: list[str]) -> Record:
+    """The planner's thread ends with its first job."""
+    from megatron_laer.planner.service import PlannerService
+
+    def die(self: Any) -> None:
+        with self._changed:
+            self._alive = False
+            self._changed.notify_all()
+
+    with mock.patch.object(PlannerService, "_run", die):
+        return train(command, planner_state)
+
+
+@pytest.mark.parametrize("late", ["keep", "wait"])
+def test_a_dead_planner_leaves_training_alone(
+    ranks: Callable[[int], RankPool], text_data: str, late: str
+) -> None:
+    command = flags(text_data, 6, f" --fsep-late-plan {late}")
+    for record in ranks(2).run(train_with_dead_planner, command):
+        assert len(record.losses) == 6
+        assert record.probes[-1][0] == 0
+
+
 @pytest.mark.parametrize("fault", ["raises", "wrong shape"])
 def test_a_broken_planner_keeps_the_last_good_layout(
     ranks: Callable[[int], RankPool], text_data: str, fault: str
@@ -138,7 +161,7 @@ def test_a_broken_planner_keeps_the_last_good_layout(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_corrupted_layout_stops_every_rank_and_names_the_layer(
+def test_two_ranks_that_disagree_both_stop_and_name_both(
     ranks: Callable[[int], RankPool], text_data: str, rank: int
 ) -> None:
     command = command_line(
@@ -151,7 +174,9 @@ def test_a_corrupted_layout_stops_every_rank_and_names_the_layer(
     )
     for raised in ranks(2).run_raw(train_with_corruption, command, rank, 3):
         assert raised.type_name == "LayoutMismatchError"
-        assert "layer 2" in raised.message and "digest" in raised.message
+        assert "layer 2: rank 0" in raised.message
+        assert "rank 1" in raised.message
+        assert "which is right cannot be told" in raised.message
 
 
 def test_a_corrupted_layout_names_the_rank_that_differs(

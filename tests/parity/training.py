@@ -37,17 +37,19 @@ class Record:
 Probe = Callable[[list[torch.nn.Module]], Any]
 
 
-def train(flags: list[str], probe: Probe | None = None) -> Record:
+def train(flags: list[str], probe: Probe | None = None, script: str | None = None) -> Record:
     """Run `pretrain_gpt.py` with these flags from the common weights. Collective.
 
     A run with `--load` keeps the weights that it loads.
 
     Args:
         probe: called after every step with the model chunks; its results are recorded.
+        script: run this Megatron script by `megatron_laer train` instead of our own.
     """
     from megatron.training import training
 
     import pretrain_gpt
+    from megatron_laer import cli
 
     record = Record()
     model: list[torch.nn.Module] = []
@@ -94,7 +96,10 @@ def train(flags: list[str], probe: Probe | None = None) -> Record:
         mock.patch.object(sys, "argv", ["pretrain_gpt.py", *flags]),
         fresh_megatron(),
     ):
-        pretrain_gpt.main()
+        if script is None:
+            pretrain_gpt.main()
+        else:
+            assert cli.main(["train", script, "--", *flags]) == 0
         record.weights = weights.assemble(_gather(weights.read(model, "weight")))
         # Only the last pipeline stage has the loss.
         (record.losses,) = dist_object(record.losses, dist.get_world_size() - 1)

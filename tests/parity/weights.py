@@ -118,12 +118,20 @@ def _tensor(parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
 
 
 def assemble(parts: list[list[tuple[str, int, torch.Tensor]]]) -> Tensors:
-    """Whole tensors from all ranks' pieces; where ranks hold the same piece, the first one's."""
+    """Whole tensors from all ranks' pieces.
+
+    Raises:
+        AssertionError: ranks that hold the same piece differ, or pieces do not tile their tensor.
+    """
     by_key: dict[str, dict[int, torch.Tensor]] = {}
     for part in parts:
         for key, start, rows in part:
-            by_key.setdefault(key, {}).setdefault(start, rows)
+            kept = by_key.setdefault(key, {}).setdefault(start, rows)
+            assert torch.equal(kept, rows), f"replicas of {key} differ"
+    for key, found in by_key.items():
+        ends = [start + len(rows) for start, rows in sorted(found.items())]
+        assert [0, *ends[:-1]] == sorted(found), f"pieces of {key} leave gaps or overlap"
     return {
-        key: torch.cat([found[start] for start in sorted(found)]) if len(found) > 1 else found[0]
+        key: torch.cat([found[start] for start in sorted(found)])
         for key, found in sorted(by_key.items())
     }

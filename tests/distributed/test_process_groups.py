@@ -1,0 +1,86 @@
+"""The FSEP dimension in Megatron's process groups: made, reachable and destroyed with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+
+def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
+    """Initialise Megatron's state with FSEP on, look at the groups, and tear everything down."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    import megatron_laer
+    from megatron_laer.runtime import process_groups
+
+    dist.init_process_group("gloo")
+    try:
+        megatron_laer.enable(megatron_laer.FSEPConfig(node_size=node_size))
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel)
+        groups = process_groups.get_fsep_groups()
+        collection = ProcessGroupCollection.use_mpu_process_groups()
+        members = dist.get_process_group_ranks
+        found = {
+            "ranks": groups.ranks,
+            "index": groups.index,
+            "node": members(groups.node),
+            "across": members(groups.across),
+            "parameters": members(groups.parameters),
+            "gradients": members(groups.gradients),
+            "distinct": len({groups.tokens, groups.parameters, groups.gradients}) == 3,
+            "field": collection.fsep is megatron_laer.get_fsep_group(),
+        }
+        extra = groups.extra()
+        parallel_state.destroy_model_parallel()
+        found["destroyed"] = not process_groups.initialized() and all(
+            group not in dist.distributed_c10d._world.pg_map for group in extra
+        )
+        return found
+    finally:
+        megatron_laer.disable()
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def test_groups_of_four_ranks_on_two_nodes(ranks: Callable[[int], RankPool]) -> None:
+    for rank, found in enumerate(ranks(4).run(groups_of, 4, 2)):
+        assert found["ranks"] == (0, 1, 2, 3)
+        assert found["node"] == ([0, 1] if rank < 2 else [2, 3])
+        assert found["across"] == ([0, 2] if rank % 2 == 0 else [1, 3])
+        assert found["parameters"] == found["gradients"] == [0, 1, 2, 3]
+        assert found["distinct"]
+        assert found["field"]
+        assert found["destroyed"]
+
+
+def test_replicas_have_groups_of_their_own(ranks: Callable[[int], RankPool]) -> None:
+    for rank, found in enumerate(ranks(4).run(groups_of, 2, None)):
+        assert found["ranks"] == ((0, 1) if rank < 2 else (2, 3))
+        assert found["index"] == rank // 2
+        assert found["node"] == list(found["ranks"])
+
+
+def test_a_node_size_that_does_not_divide_is_refused_on_every_rank(
+    ranks: Callable[[int], RankPool],
+) -> None:
+    for raised in ranks(4).run_raw(groups_of, 4, 3):
+        assert raised.type_name == "ValueError"
+        assert "--fsep-node-size 3" in raised.message
+        assert "[1, 2, 4]" in raised.message
+
+
+def test_ranks_unevenly_spread_over_nodes_are_refused() -> None:
+    from megatron_laer.runtime.process_groups import detect_node_size
+
+    assert detect_node_size((0, 1, 2, 3), local_world_size=2) == 2
+    assert detect_node_size((0, 2, 4, 6), local_world_size=4) == 2
+    with pytest.raises(ValueError, match="--fsep-node-size"):
+        detect_node_size((0, 1, 2, 3), local_world_size=3)
