@@ -192,6 +192,14 @@ def _undo(patch: Patch) -> None:
 def _with_fsep_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_megatron_arguments(parser: Any) -> Any:
+        # With --yaml-cfg Megatron throws the command line away, ours included.
+        words = [word.split("=")[0] for word in sys.argv]
+        ours = [word for word in words if word.startswith(("--fsep-", "--expert-parallel-mode"))]
+        if ours and "--yaml-cfg" in words:
+            raise ValueError(
+                f"{', '.join(ours)} has no effect with --yaml-cfg, which replaces the command "
+                "line; give Megatron's settings as flags"
+            )
         return settings.add_arguments(original(parser))
 
     return add_megatron_arguments

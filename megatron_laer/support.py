@@ -31,9 +31,11 @@ class Refusal:
     way_out: str
 
 
-def _flag(name: str, default: object = None) -> Callable[[Namespace], str | None]:
+def _flag(
+    name: str, default: object = None, attribute: str = ""
+) -> Callable[[Namespace], str | None]:
     """The flag is given when its value is neither `default` nor false."""
-    attribute = name.removeprefix("--").replace("-", "_")
+    attribute = attribute or name.removeprefix("--").replace("-", "_")
 
     def given(args: Namespace) -> str | None:
         value = getattr(args, attribute, default)
@@ -126,13 +128,15 @@ REFUSALS: tuple[Refusal, ...] = (
         "leave it out: balanced layouts bound what a rank receives",
     ),
     Refusal(
-        _flag("--fp8-format"),
+        _flag("--fp8-format", attribute="fp8"),
         "restored experts are computed in bf16 or fp32",
         "leave it out, and train with --bf16",
     ),
-    Refusal(_flag("--fp8"), "restored experts are computed in bf16 or fp32", "use --bf16"),
-    Refusal(_flag("--fp4"), "restored experts are computed in bf16 or fp32", "use --bf16"),
-    Refusal(_flag("--fp4-format"), "restored experts are computed in bf16 or fp32", "use --bf16"),
+    Refusal(
+        _flag("--fp4-format", attribute="fp4"),
+        "restored experts are computed in bf16 or fp32",
+        "leave it out, and train with --bf16",
+    ),
     Refusal(
         _flag("--fp8-param-gather"), "slices are kept in the parameters' dtype", "leave it out"
     ),
@@ -158,6 +162,16 @@ REFUSALS: tuple[Refusal, ...] = (
         _recomputes("moe_act"),
         "it belongs to Transformer Engine's grouped experts, which FSEP replaces",
         "use --recompute-modules moe",
+    ),
+    Refusal(
+        _flag("--enable-cuda-graph"),
+        "layouts and split sizes are decided on the host, which a graph cannot record",
+        "give --cuda-graph-impl none",
+    ),
+    Refusal(
+        _flag("--external-cuda-graph"),
+        "layouts and split sizes are decided on the host, which a graph cannot record",
+        "give --cuda-graph-impl none",
     ),
     Refusal(
         _value("--cuda-graph-impl", ("none",)),
@@ -195,11 +209,6 @@ REFUSALS: tuple[Refusal, ...] = (
         _flag("--moe-use-upcycling"),
         "upcycling copies dense weights into whole experts",
         "upcycle with stock expert parallelism, then load the checkpoint with FSEP",
-    ),
-    Refusal(
-        _flag("--yaml-cfg"),
-        "Megatron's YAML configuration has its own, shorter argument check",
-        "give the settings as flags",
     ),
     Refusal(
         _value("--transformer-impl", ("local", "transformer_engine")),

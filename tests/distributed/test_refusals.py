@@ -53,6 +53,13 @@ CASES = {
     "cuda graphs": ("--cuda-graph-impl local", "--cuda-graph-impl local", "none"),
     "Muon": ("--optimizer muon", "--optimizer muon", "adam"),
     "delayed weight gradients": ("--delay-wgrad-compute", "--delay-wgrad-compute", "leave it out"),
+    "yaml": ("--yaml-cfg x.yaml", "--yaml-cfg", "no effect"),
+    "deprecated cuda graphs": ("--enable-cuda-graph", "--enable-cuda-graph", "none"),
+    "keep under determinism": (
+        "--deterministic-mode --fsep-late-plan keep",
+        "--fsep-late-plan keep",
+        "leave one out",
+    ),
     "idle lag": ("--fsep-planner static --fsep-plan-lag 2", "--fsep-plan-lag 2", "no effect"),
     "idle planner": ("--fsep-replay-layouts x --fsep-planner laer", "laer", "no effect"),
 }
