@@ -15,12 +15,18 @@ from typing import Any
 MODES = ("standard", "fsep")
 LATE_PLANS = ("keep", "wait")
 
+EXACT_SPLIT = "exact"
+EVEN_SPLIT = "even"
+SPLITS = (EXACT_SPLIT, EVEN_SPLIT)
+
 # Planners that need no thread and no broadcast: the layout never changes, or changes at every
 # microbatch in a way that each rank works out alone (it is no strategy; strategies are asked once
 # per step).
 STATIC_PLANNER = "static"
 RANDOM_PLANNER = "random"
 FIXED_PLANNERS = (STATIC_PLANNER, RANDOM_PLANNER)
+# Planners that compare candidates by the cost model.
+PRICING_PLANNERS = ("laer",)
 
 
 def _option(default: Any, help: str, **kwargs: Any) -> Any:
@@ -45,10 +51,17 @@ class FSEPConfig:
         type=int,
     )
     planner: str = _option(
-        "laer",
-        "strategy that chooses layouts on rank 0 of the FSEP group "
-        "(static, laer, or random: a new random layout per microbatch, for tests)",
+        "greedy",
+        "strategy that chooses layouts on rank 0 of the FSEP group: greedy; search (slower); laer "
+        "(the paper's); static; or random: a new random layout per microbatch, for tests",
         type=str,
+    )
+    split: str = _option(
+        EXACT_SPLIT,
+        "how a microbatch's tokens are split over an expert's replicas: exact (the largest rank "
+        "load is minimal for the layout) or even (the paper's)",
+        type=str,
+        choices=SPLITS,
     )
     plan_lag: int = _option(
         1,
@@ -95,6 +108,8 @@ class FSEPConfig:
             raise ValueError(
                 f"--fsep-late-plan {self.late_plan!r}: must be one of {', '.join(LATE_PLANS)}"
             )
+        if self.split not in SPLITS:
+            raise ValueError(f"--fsep-split {self.split!r}: must be one of {', '.join(SPLITS)}")
         if self.node_size is not None and self.node_size < 1:
             raise ValueError(f"--fsep-node-size {self.node_size}: must be at least 1 rank")
 
@@ -166,7 +181,10 @@ def _check_effects(config: FSEPConfig, given: dict[str, Any]) -> None:
             "directory"
         )
     if config.replay_layouts is not None:
-        reason, idle = "layouts are replayed", ("planner", "plan_lag", "late_plan", "cluster")
+        reason = "layouts are replayed"
+        idle: tuple[str, ...] = ("planner", "plan_lag", "late_plan", "cluster")
+    elif config.planner not in PRICING_PLANNERS and "cluster" in given:
+        reason, idle = f"--fsep-planner {config.planner} asks for no costs", ("cluster",)
     elif config.planner in FIXED_PLANNERS:
         reason = f"--fsep-planner {config.planner} makes no plans"
         idle = ("plan_lag", "late_plan", "cluster", "record_layouts")

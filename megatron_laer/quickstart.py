@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-_FSEP_FLAGS = "--expert-parallel-mode fsep --fsep-cluster cpu-gloo".split()
+_FSEP_FLAGS = "--expert-parallel-mode fsep".split()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,5 @@
 """From observed routing to layouts: quotas, costs, strategies, and the thread that runs them.
 
-Plain NumPy, no torch and no Megatron, so that the simulator runs the code that training runs.
+NumPy and a C++ core (`native/`), no torch and no Megatron, so that benchmarks run the code that
+training runs.
 """

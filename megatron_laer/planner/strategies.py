@@ -11,7 +11,9 @@ import numpy.typing as npt
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.laer import LaerStrategy
+from megatron_laer.planner.search import SearchStrategy
 from megatron_laer.planner.static import StaticStrategy
 
 
@@ -50,6 +52,8 @@ def make_strategy(name: str, *, geometry: Geometry, costs: CostModel) -> Strateg
 
 
 _STRATEGIES: Mapping[str, Callable[[Geometry, CostModel], Strategy]] = {
+    "greedy": lambda geometry, costs: GreedyStrategy(geometry),
     "laer": LaerStrategy,
+    "search": lambda geometry, costs: SearchStrategy(geometry),
     "static": lambda geometry, costs: StaticStrategy(geometry),
 }

@@ -20,7 +20,7 @@ from megatron_laer.config import FIXED_PLANNERS, RANDOM_PLANNER, FSEPConfig
 from megatron_laer.layout import ExpertLayout, default_capacity
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.quotas import even_split
+from megatron_laer.planner.splits import Quotas, solve_quotas
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.runtime.agreement import (
     LayoutTag,
@@ -56,7 +56,7 @@ class LayerState:
         pending: plans whose forward ran without gradients, under a checkpoint, oldest first; the
             re-run takes them. Backward order equals forward order per layer, in 1F1B and
             interleaved schedules alike.
-        history: (counts_NE, layout) of the newest microbatches since the metrics were last read,
+        history: quotas of the newest microbatches since the metrics were last read,
             on the group's rank 0. A sample: measuring all of a long log interval would hold up
             the step that logs.
     """
@@ -69,9 +69,7 @@ class LayerState:
     pending: deque[MicrobatchPlan] = field(default_factory=deque)
     microbatches: int = 0
     step_counts_NE: npt.NDArray[np.int64] | None = None
-    history: deque[tuple[npt.NDArray[np.int64], ExpertLayout]] = field(
-        default_factory=lambda: deque(maxlen=_HISTORY)
-    )
+    history: deque[Quotas] = field(default_factory=lambda: deque(maxlen=_HISTORY))
     tag: tuple[LayoutTag, torch.Tensor] | None = None
 
 
@@ -154,14 +152,14 @@ class Coordinator:
         counts_NE = exchange_counts(
             routing_map_TE.sum(dim=0), tag, tag_tensor, self.groups, layer.name
         )
-        split = even_split(layout, self.geometry.node_size)
+        quotas = solve_quotas(self.config.split, counts_NE, layout, self.geometry.node_size)
         plan = MicrobatchPlan(
             index=layout_index(layout, self.device),
-            row_S=split.rank_row(counts_NE, self.groups.rank),
-            columns_NC=split.rank_columns(counts_NE, self.groups.rank),
+            row_S=quotas.rank_row(self.groups.rank),
+            columns_NC=quotas.rank_columns(self.groups.rank),
         )
         if training:
-            self._record(layer, counts_NE, layout)
+            self._record(layer, quotas)
             if not torch.is_grad_enabled():
                 layer.pending.append(plan.for_rerun(routing_map_TE))
         return plan
@@ -251,7 +249,7 @@ class Coordinator:
         config = self.config
         if config.replay_layouts is not None:
             path = recording_path(config.replay_layouts, self.groups.index)
-            self._source = ReplayedLayouts(path, self.geometry, names)
+            self._source = ReplayedLayouts(path, self.geometry, config.split, names)
         elif self._changes_layouts and self.layers:
             self._source = PlannedLayouts(
                 make_strategy(config.planner, geometry=self.geometry, costs=self._costs),
@@ -262,7 +260,7 @@ class Coordinator:
             )
         if config.record_layouts is not None:
             path = recording_path(config.record_layouts, self.groups.index)
-            self._recorder = LayoutRecorder(path, self.geometry, names, first_step)
+            self._recorder = LayoutRecorder(path, self.geometry, config.split, names, first_step)
 
     def _apply(self, layouts: list[ExpertLayout]) -> None:
         self.version += 1
@@ -304,15 +302,14 @@ class Coordinator:
             layer.tag = (tag, tag.tensor(self.device))
         return layer.tag
 
-    def _record(
-        self, layer: LayerState, counts_NE: npt.NDArray[np.int64], layout: ExpertLayout
-    ) -> None:
+    def _record(self, layer: LayerState, quotas: Quotas) -> None:
+        counts_NE = quotas.counts_NE
         if layer.microbatches == self._num_microbatches:
             # Megatron's rerun state machine repeats a step: what counts is the last time.
             layer.microbatches, layer.step_counts_NE = 0, None
         layer.microbatches += 1
         if self.groups.rank == 0:
-            layer.history.append((counts_NE, layout))
+            layer.history.append(quotas)
         if layer.step_counts_NE is None:
             layer.step_counts_NE = counts_NE.copy()
         else:

@@ -109,13 +109,13 @@ class ReplayedLayouts:
     late_plans = 0
     failures = 0
 
-    def __init__(self, path: Path, geometry: Geometry, layers: Sequence[str]) -> None:
+    def __init__(self, path: Path, geometry: Geometry, split: str, layers: Sequence[str]) -> None:
         """Read and check the whole recording.
 
         Raises:
             ValueError: a missing or malformed file, or one of another shape, quoting the line.
         """
-        self._layouts = _read_recording(path, geometry, list(layers))
+        self._layouts = _read_recording(path, geometry, split, list(layers))
         self._is_first = True
 
     def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
@@ -140,7 +140,12 @@ class LayoutRecorder:
     """
 
     def __init__(
-        self, path: Path, geometry: Geometry, layers: Sequence[str], first_step: int
+        self,
+        path: Path,
+        geometry: Geometry,
+        split: str,
+        layers: Sequence[str],
+        first_step: int,
     ) -> None:
         """Open the recording.
 
@@ -148,11 +153,11 @@ class LayoutRecorder:
             ValueError: one of another shape, or a damaged one, is there already.
             OSError: it cannot be written.
         """
-        kept = _read_recording(path, geometry, list(layers)) if path.exists() else {}
+        kept = _read_recording(path, geometry, split, list(layers)) if path.exists() else {}
         path.parent.mkdir(parents=True, exist_ok=True)
         # Line by line, so that a run that is killed leaves every layout it used.
         self._file = path.open("w", buffering=1)
-        self._write({**_shape(geometry), "layers": list(layers)})
+        self._write(_header(geometry, split, list(layers)))
         for step, layouts in kept.items():
             if step < first_step:
                 self.record(step, layouts)
@@ -174,16 +179,19 @@ def recording_path(directory: str, group_index: int) -> Path:
     return Path(directory) / f"group-{group_index}.jsonl"
 
 
-def _shape(geometry: Geometry) -> dict[str, int]:
+def _header(geometry: Geometry, split: str, layers: list[str]) -> dict[str, Any]:
+    """What a recording is made for: its layouts fit nothing else, its results no other split."""
     return {
         "num_ranks": geometry.num_ranks,
         "capacity": geometry.capacity,
         "num_experts": geometry.num_experts,
+        "split": split,
+        "layers": layers,
     }
 
 
 def _read_recording(
-    path: Path, geometry: Geometry, layers: list[str]
+    path: Path, geometry: Geometry, split: str, layers: list[str]
 ) -> dict[int, list[ExpertLayout]]:
     try:
         lines = path.read_text().splitlines()
@@ -192,7 +200,7 @@ def _read_recording(
             f"layout recording: cannot read {path}: {error}; give a directory written by "
             "--fsep-record-layouts in a run with the same parallel sizes"
         ) from error
-    wanted = {**_shape(geometry), "layers": layers}
+    wanted = _header(geometry, split, layers)
     layouts: dict[int, list[ExpertLayout]] = {}
     for number, line in enumerate(lines, start=1):
         try:

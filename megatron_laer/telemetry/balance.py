@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.layout import ExpertLayout, stock_owner_E
-from megatron_laer.planner.quotas import even_split
+from megatron_laer.layout import stock_owner_E
+from megatron_laer.planner.splits import Quotas
 
 Int64 = npt.NDArray[np.int64]
 
@@ -31,10 +31,9 @@ def max_over_mean(tokens_N: Int64) -> float:
     return float(tokens_N.max()) * tokens_N.size / total if total else 1.0
 
 
-def fsep_tokens_N(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Int64:
-    """Tokens that each rank computes under the layout."""
-    loads_S = even_split(layout, node_size).slot_loads(counts_NE)
-    tokens_N: Int64 = loads_S.reshape(layout.num_ranks, -1).sum(axis=1)
+def fsep_tokens_N(quotas: Quotas) -> Int64:
+    """Tokens that each rank computes."""
+    tokens_N: Int64 = quotas.loads_S.reshape(len(quotas.counts_NE), -1).sum(axis=1)
     return tokens_N
 
 
@@ -46,14 +45,11 @@ def stock_tokens_N(counts_NE: Int64) -> Int64:
     return np.bincount(owner_E, weights=loads_E, minlength=num_ranks).astype(np.int64)
 
 
-def balance(history: Iterable[tuple[Int64, ExpertLayout]], node_size: int) -> Balance | None:
+def balance(history: Iterable[Quotas]) -> Balance | None:
     """Mean balance of a layer's microbatches, or None without any."""
     pairs = [
-        (
-            max_over_mean(fsep_tokens_N(counts_NE, layout, node_size)),
-            max_over_mean(stock_tokens_N(counts_NE)),
-        )
-        for counts_NE, layout in history
+        (max_over_mean(fsep_tokens_N(quotas)), max_over_mean(stock_tokens_N(quotas.counts_NE)))
+        for quotas in history
     ]
     if not pairs:
         return None

@@ -62,7 +62,7 @@ def collect(
     # Columns: FSEP, stock, and how many groups have a value; rows of other stages stay zero.
     values_L3 = torch.zeros(decoder_layers + mtp_layers, 3, dtype=torch.float64)
     for layer in [] if coordinator is None else coordinator.layers:
-        measured = balance(layer.history, coordinator.geometry.node_size)
+        measured = balance(layer.history)
         layer.history.clear()
         if measured is not None:
             row = layer.number - 1 + (decoder_layers if layer.is_mtp else 0)

@@ -21,9 +21,7 @@ FLAGS = (
     " --max-position-embeddings 96 --lr 2e-3 --min-lr 1e-5 --lr-decay-style cosine"
     " --lr-warmup-iters 20 --micro-batch-size 4 --eval-iters 16"
 )
-FSEP = (
-    " --expert-parallel-mode fsep --fsep-planner laer --fsep-cluster cpu-gloo --fsep-late-plan wait"
-)
+FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait"
 
 
 def balance_of_step(model: object) -> float:
@@ -34,7 +32,7 @@ def balance_of_step(model: object) -> float:
     coordinator = current_coordinator()
     if coordinator is None:
         return 0.0
-    found = [balance(layer.history, coordinator.geometry.node_size) for layer in coordinator.layers]
+    found = [balance(layer.history) for layer in coordinator.layers]
     for layer in coordinator.layers:
         layer.history.clear()
     return sum(part.fsep for part in found if part is not None) / len(found)

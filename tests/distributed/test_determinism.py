@@ -18,7 +18,7 @@ from tests.ranks import RankPool
 pytestmark = pytest.mark.distributed
 
 STEPS = 20
-WAIT = " --fsep-planner laer --fsep-cluster cpu-gloo --fsep-late-plan wait"
+WAIT = " --fsep-planner {} --fsep-late-plan wait"
 
 
 def layout_version(model: object) -> int:
@@ -44,8 +44,11 @@ def run(ranks: Callable[[int], RankPool], text_data: str) -> Callable[[str], Rec
     return run_with
 
 
-def test_two_runs_that_wait_for_plans_are_bitwise_equal(run: Callable[[str], Record]) -> None:
-    first, second = (run(" --expert-parallel-mode fsep" + WAIT) for _ in range(2))
+@pytest.mark.parametrize("planner", ["greedy", "search", "laer --fsep-split even"])
+def test_two_runs_that_wait_for_plans_are_bitwise_equal(
+    run: Callable[[str], Record], planner: str
+) -> None:
+    first, second = (run(" --expert-parallel-mode fsep" + WAIT.format(planner)) for _ in range(2))
     assert first.probes[-1] == STEPS - 1, "every step but the first has a plan from the one before"
     assert identical(first, second)
 
@@ -120,7 +123,7 @@ def test_a_bad_recording_is_refused_on_every_rank(
         train,
         flags(
             extra=fsep + f" --fsep-cluster cpu-gloo --fsep-record-layouts {tmp_path}"
-            " --fsep-late-plan wait"
+            " --fsep-planner laer --fsep-late-plan wait"
         ),
     )
     path = tmp_path / "group-0.jsonl"
@@ -142,7 +145,7 @@ def test_one_groups_bad_recording_stops_the_other_groups_too(
 ) -> None:
     flags = partial(command_line, text_data, experts=8, expert_parallel=2, global_batch=8, steps=3)
     fsep = " --expert-parallel-mode fsep"
-    record = f" --fsep-cluster cpu-gloo --fsep-record-layouts {tmp_path}"
+    record = f" --fsep-record-layouts {tmp_path}"
     ranks(4).run(train, flags(extra=fsep + record))
     (tmp_path / "group-1.jsonl").write_text("{}")
     replay = f" --fsep-replay-layouts {tmp_path}"

@@ -40,6 +40,7 @@ class Row:
         stock_parallel: expert-parallel sizes of the two stock runs, the reference first.
         reference_ranks: run the reference on this many ranks instead of `ranks`.
         capacity: `--fsep-capacity`, where not the default.
+        fsep: more flags for the FSEP side.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Row:
     accumulation: int = 1
     flags: str = ""
     capacity: int | None = None
+    fsep: str = ""
     bound: Distance = FP32_BOUND
     steps: int = STEPS
 
@@ -102,6 +104,9 @@ ROWS = [
         flags=" --seq-length 2 --max-position-embeddings 2 --micro-batch-size 2",
     ),
     Row("top-1", flags=" --moe-router-topk 1 --moe-router-pre-softmax"),
+    Row("even split", fsep=" --fsep-split even"),
+    Row("planned layouts", fsep=" --fsep-planner greedy"),
+    Row("even split, E = 8 on 4 ranks", ranks=4, stock_parallel=(4, 1), fsep=" --fsep-split even"),
     Row("most slots", capacity=8),
     Row("fewest slots", capacity=4),
     Row("E = 8 on 4 ranks", ranks=4, stock_parallel=(4, 1)),
@@ -200,7 +205,8 @@ def test_fsep_equals_stock(
     reference = stock(row.reference_ranks or row.ranks, row.command(text_data, first))
     other = stock(row.ranks, row.command(text_data, second))
     capacity = "" if row.capacity is None else f" --fsep-capacity {row.capacity}"
-    fsep_command = row.command(text_data, row.expert_parallel or row.ranks, FSEP + capacity)
+    fsep_flags = FSEP + capacity + row.fsep
+    fsep_command = row.command(text_data, row.expert_parallel or row.ranks, fsep_flags)
     fsep: Record = ranks(row.ranks).run(train, fsep_command, check_nothing_left)[0]
 
     assert len(fsep.losses) == row.steps

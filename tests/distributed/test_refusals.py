@@ -19,8 +19,12 @@ CASES = {
     "too few slots": ("--fsep-capacity 3", "--fsep-capacity 3", "use 4 to 8"),
     "more slots than experts": ("--fsep-capacity 9", "--fsep-capacity 9", "use 4 to 8"),
     "no slot": ("--fsep-capacity 0", "--fsep-capacity 0", "at least 1"),
-    "unknown planner": ("--fsep-planner magic", "--fsep-planner magic", "laer, random, static"),
-    "unknown cluster": ("--fsep-cluster moon", "moon", "cpu-gloo"),
+    "unknown planner": (
+        "--fsep-planner magic",
+        "--fsep-planner magic",
+        "greedy, laer, random, search, static",
+    ),
+    "unknown cluster": ("--fsep-planner laer --fsep-cluster moon", "moon", "cpu-gloo"),
     "plan lag 0": ("--fsep-plan-lag 0", "--fsep-plan-lag 0", "at least 1"),
     "node size": ("--fsep-node-size 3", "--fsep-node-size 3", "one of [1, 2]"),
     "expert tensor parallel": (

@@ -26,9 +26,7 @@ pytestmark = [
     ),
 ]
 
-FSEP = (
-    " --expert-parallel-mode fsep --fsep-planner laer --fsep-cluster cpu-gloo --fsep-late-plan wait"
-)
+FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait"
 
 
 @pytest.mark.parametrize("mode", ["", FSEP], ids=["standard", "fsep"])

@@ -59,7 +59,13 @@ def test_a_flag_without_the_mode_is_an_error_that_quotes_it(words: list[str]) ->
 
 @pytest.mark.parametrize("planner", ["static", "random"])
 @pytest.mark.parametrize(
-    "idle", ["--fsep-plan-lag 2", "--fsep-late-plan wait", "--fsep-record-layouts d"]
+    "idle",
+    [
+        "--fsep-plan-lag 2",
+        "--fsep-late-plan wait",
+        "--fsep-record-layouts d",
+        "--fsep-cluster cpu-gloo",
+    ],
 )
 def test_a_flag_that_the_planner_ignores_is_an_error(planner: str, idle: str) -> None:
     words = ["--expert-parallel-mode", "fsep", "--fsep-planner", planner, *idle.split()]
@@ -69,7 +75,7 @@ def test_a_flag_that_the_planner_ignores_is_an_error(planner: str, idle: str) ->
 
 @pytest.mark.parametrize(
     "values",
-    [{"capacity": 0}, {"plan_lag": 0}, {"late_plan": "never"}, {"node_size": 0}],
+    [{"capacity": 0}, {"plan_lag": 0}, {"late_plan": "never"}, {"node_size": 0}, {"split": "odd"}],
 )
 def test_values_out_of_range_are_quoted(values: dict[str, object]) -> None:
     (value,) = values.values()

@@ -187,7 +187,7 @@ def test_every_strategy_knows_its_name_and_refuses_other_shapes(name: str) -> No
 
 
 def test_unknown_strategies_and_illegal_geometries_are_quoted() -> None:
-    with pytest.raises(ValueError, match="unknown planner 'magic'; use one of laer, static"):
+    with pytest.raises(ValueError, match="unknown planner 'magic'; use one of greedy, laer, "):
         make_strategy("magic", geometry=Geometry(4, 4, 2, 2), costs=COSTS)
     with pytest.raises(ValueError, match="node size 8 does not divide the 12 ranks"):
         Geometry(12, 8, 2, 8)

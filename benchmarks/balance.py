@@ -1,0 +1,203 @@
+"""The balance of all planners on a routing trace, case by case.
+
+The trace is an npz file with tokens [iterations, layers, ranks, microbatches, experts]. Every case
+has a predecessor one record before it (its layout: lag `iteration`) or one microbatch before it
+(lag `microbatch`).
+
+Shape suffixes: N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.prices import Prices, paper_costs
+from benchmarks.report import median_ms
+from benchmarks.rivals.eplb import Eplb
+from benchmarks.rivals.even import Even
+from benchmarks.rivals.flexmoe import FlexMoE
+from benchmarks.splits import (
+    BalanceRow,
+    Outcome,
+    Planner,
+    Split,
+    split_evenly,
+    split_exactly,
+    split_like_eplb,
+)
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.construct import construct_layout
+from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.quotas import Int64
+from megatron_laer.planner.strategies import make_strategy
+
+NODE_SIZE = 8
+CAPACITIES = (3, 4, 6)
+TOLERANCE = 1.05
+
+
+@dataclass(frozen=True)
+class Case:
+    """Counts to be balanced, and all that was known at either lag."""
+
+    iteration: int
+    layer: int
+    microbatch: int
+
+
+class Trace:
+    """tokens[iteration, layer, microbatch] as counts_NE, and forecasts from earlier ones."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as content:
+            tokens = content["tokens"]
+        self.counts: npt.NDArray[np.int64] = np.ascontiguousarray(
+            tokens.transpose(0, 1, 3, 2, 4), dtype=np.int64
+        )
+        self._forecasts: dict[int, list[SmoothedForecast]] = {}
+
+    def cases(self, stride: int, offset: int) -> list[Case]:
+        iterations, layers, count = self.counts.shape[:3]
+        every = [
+            Case(iteration, layer, microbatch)
+            for iteration in range(1, iterations)
+            for layer in range(layers)
+            for microbatch in range(count)
+        ]
+        return every[offset::stride]
+
+    def now(self, case: Case) -> Int64:
+        counts_NE: Int64 = self.counts[case.iteration, case.layer, case.microbatch]
+        return counts_NE
+
+    def forecast(self, case: Case) -> Int64:
+        """From all iterations before the case's own."""
+        if case.layer not in self._forecasts:
+            state = SmoothedForecast()
+            states = []
+            for iteration in range(self.counts.shape[0]):
+                state = state.observe(self.counts[iteration, case.layer].sum(axis=0))
+                states.append(state)
+            self._forecasts[case.layer] = states
+        return self._forecasts[case.layer][case.iteration - 1].counts_NE()
+
+    def before(self, case: Case) -> Int64 | None:
+        """The microbatch before the case in its iteration, if there is one."""
+        if case.microbatch == 0:
+            return None
+        counts_NE: Int64 = self.counts[case.iteration, case.layer, case.microbatch - 1]
+        return counts_NE
+
+
+def balance(
+    trace: Trace, cases: Sequence[Case], predicted: list[dict[str, Any]]
+) -> Iterator[BalanceRow]:
+    """All rows of the table; appends the times behind the adaptive ones to `predicted`."""
+    num_ranks, num_experts = trace.counts.shape[3:]
+    for capacity in CAPACITIES:
+        geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
+        costs = paper_costs()
+        static = ExpertLayout.static(num_ranks, capacity, num_experts)
+        greedy = make_strategy("greedy", geometry=geometry, costs=costs)
+
+        exact = []
+        for case in cases:
+            counts_NE = trace.now(case)
+            layout = construct_layout(counts_NE, static, NODE_SIZE)
+            exact.append(split_exactly(counts_NE, layout, NODE_SIZE))
+        yield BalanceRow.of("greedy", "exact", "none", capacity, exact)
+
+        old = forecasts(trace, cases, greedy, split_exactly, static)
+        yield BalanceRow.of("greedy", "forecast", "iteration", capacity, old)
+        guarded = [
+            replace(fresh, replanned=True) if kept.ratio > TOLERANCE else kept
+            for kept, fresh in zip(old, exact, strict=True)
+        ]
+        yield BalanceRow.of("greedy", "tolerance", "iteration", capacity, guarded)
+        recent = []
+        for case in cases:
+            before_NE = trace.before(case)
+            if before_NE is None:
+                continue
+            layout = greedy.plan(before_NE, static)
+            recent.append(split_exactly(trace.now(case), layout, NODE_SIZE))
+        yield BalanceRow.of("greedy", "forecast", "microbatch", capacity, recent)
+
+        chosen, layers = adaptive(trace, cases, greedy, static)
+        predicted.extend(layers)
+        yield BalanceRow.of("greedy", "adaptive", "iteration", capacity, chosen)
+
+        search = make_strategy("search", geometry=geometry, costs=costs)
+        rivals: list[tuple[Planner, Split]] = [
+            (search, split_exactly),
+            (make_strategy("static", geometry=geometry, costs=costs), split_evenly),
+            (make_strategy("laer", geometry=geometry, costs=costs), split_evenly),
+            (Even(geometry), split_evenly),
+            (Eplb(geometry), split_like_eplb),
+            (FlexMoE(geometry), split_evenly),
+        ]
+        for planner, split in rivals:
+            outcomes = forecasts(trace, cases, planner, split, static)
+            yield BalanceRow.of(planner.name, "forecast", "iteration", capacity, outcomes)
+
+
+def forecasts(
+    trace: Trace, cases: Sequence[Case], planner: Planner, split: Split, static: ExpertLayout
+) -> list[Outcome]:
+    """Layouts from forecasts one iteration old; a layer's layout is the next one's `current`."""
+    layouts: dict[int, ExpertLayout] = defaultdict(lambda: static)
+    planned: dict[int, int] = {}
+    outcomes = []
+    for case in cases:
+        if planned.get(case.layer) != case.iteration:
+            layouts[case.layer] = planner.plan(trace.forecast(case), layouts[case.layer])
+            planned[case.layer] = case.iteration
+        outcomes.append(split(trace.now(case), layouts[case.layer], NODE_SIZE))
+    return outcomes
+
+
+def adaptive(
+    trace: Trace, cases: Sequence[Case], greedy: Planner, static: ExpertLayout
+) -> tuple[list[Outcome], list[dict[str, Any]]]:
+    """Outcomes of the cheaper choice, and the predicted mean layer time of all three by layer."""
+    geometry = Geometry(static.num_ranks, static.num_experts, static.capacity, NODE_SIZE)
+    first_NE = trace.now(cases[0])
+    solve_ms = median_ms(lambda: construct_layout(first_NE, static, NODE_SIZE), 21)
+    prices = Prices.of(geometry, solve_ms / 1e3)
+    layouts: dict[int, ExpertLayout] = defaultdict(lambda: static)
+    planned: dict[int, int] = {}
+    seconds: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    outcomes = []
+    for case in cases:
+        counts_NE = trace.now(case)
+        if planned.get(case.layer) != case.iteration:
+            layouts[case.layer] = greedy.plan(trace.forecast(case), layouts[case.layer])
+            planned[case.layer] = case.iteration
+        kept = layouts[case.layer]
+        fresh = construct_layout(counts_NE, kept, NODE_SIZE)
+        kept_s = prices.layer_s(counts_NE, kept, NODE_SIZE)
+        fresh_s = prices.layer_s(counts_NE, fresh, NODE_SIZE) + prices.change_s(kept, fresh)
+        seconds[case.layer].append((kept_s, fresh_s))
+        outcome = split_exactly(counts_NE, kept if kept_s <= fresh_s else fresh, NODE_SIZE)
+        outcomes.append(replace(outcome, replanned=kept_s > fresh_s))
+    layers = []
+    for layer in sorted(seconds):
+        kept_and_fresh = np.array(seconds[layer]) * 1e3
+        layers.append(
+            {
+                "capacity": static.capacity,
+                "layer": layer,
+                "forecast_ms": float(kept_and_fresh[:, 0].mean()),
+                "exact_ms": float(kept_and_fresh[:, 1].mean()),
+                "adaptive_ms": float(kept_and_fresh.min(axis=1).mean()),
+            }
+        )
+    return outcomes, layers

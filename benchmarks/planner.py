@@ -1,0 +1,124 @@
+"""Balance, locality and speed of planners and quotas: `python -m benchmarks.planner --help`.
+
+Everything runs here, in one process on one thread: our strategies with exact quotas, and rivals
+with their own splitting. The balance part needs a routing trace (see `balance`) and is skipped
+without one.
+
+Shape suffixes: N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.balance import Trace, balance
+from benchmarks.prices import paper_costs
+from benchmarks.report import machine, print_table
+from benchmarks.speed import GROWTH_SHAPES, SOLVE_SHAPES, quota_times, solve_times
+from benchmarks.splits import split_exactly
+from benchmarks.workloads import WORKLOADS, microbatches
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.construct import construct_layout
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.quotas import Int64
+from megatron_laer.planner.strategies import make_strategy
+
+# Every how many cases `--quick` takes one; prime, so that it meets all layers and microbatches.
+QUICK_STRIDE = 37
+NODE_SIZE = 8
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all parts."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--trace", type=Path, help="npz with tokens [I, L, N, M, E]")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--plot", type=Path, help="where to write the growth of the layout time")
+    parser.add_argument("--quick", action="store_true", help=f"every {QUICK_STRIDE}th case")
+    parser.add_argument("--offset", type=int, default=0, help="first case of --quick")
+    options = parser.parse_args(arguments)
+
+    result: dict[str, Any] = {"machine": machine(), "balance": []}
+    print(json.dumps(result["machine"]))
+    repeats = 21 if options.quick else 101
+    result["solve"] = list(solve_times(SOLVE_SHAPES, repeats))
+    print_table(result["solve"])
+    result["growth"] = list(solve_times(GROWTH_SHAPES, max(repeats // 5, 5)))
+    print_table(result["growth"])
+    result["quotas"] = list(quota_times(repeats))
+    print_table(result["quotas"])
+    result["workloads"] = list(named_workloads(4 if options.quick else 16))
+    print_table(result["workloads"])
+    if options.trace is None or not options.trace.exists():
+        print(f"no balance table: no trace at {options.trace}; pass --trace PATH", file=sys.stderr)
+    else:
+        trace = Trace(options.trace)
+        stride, offset = (QUICK_STRIDE, options.offset) if options.quick else (1, 0)
+        result["predicted"] = []
+        for row in balance(trace, trace.cases(stride, offset), result["predicted"]):
+            result["balance"].append(asdict(row))
+            print(json.dumps(result["balance"][-1]), file=sys.stderr, flush=True)
+        print_table(result["balance"])
+        print_table(result["predicted"])
+    if options.plot is not None:
+        plot_growth(result["growth"], options.plot)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def named_workloads(count: int) -> Iterator[dict[str, Any]]:
+    """Exact and one microbatch old, for shapes other than the trace's too."""
+    for num_ranks, num_experts, capacity in ((16, 32, 3), (16, 32, 4), (32, 8, 2), (64, 64, 4)):
+        geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
+        greedy = make_strategy("greedy", geometry=geometry, costs=paper_costs())
+        static = ExpertLayout.static(num_ranks, capacity, num_experts)
+        for name in WORKLOADS:
+            exact, old = [], []
+            before_NE: Int64 | None = None
+            for counts_NE in microbatches(name, geometry, count, seed=0):
+                layout = construct_layout(counts_NE, static, NODE_SIZE)
+                exact.append(split_exactly(counts_NE, layout, NODE_SIZE))
+                if before_NE is not None:
+                    layout = greedy.plan(before_NE, static)
+                    old.append(split_exactly(counts_NE, layout, NODE_SIZE))
+                before_NE = counts_NE
+            yield {
+                "workload": name,
+                "ranks": num_ranks,
+                "experts": num_experts,
+                "capacity": capacity,
+                "exact_violations": sum(outcome.violation for outcome in exact),
+                "exact_off_node_share": float(np.mean([o.off_node_share for o in exact])),
+                "microbatch_old_mean": float(np.mean([o.ratio for o in old])),
+            }
+
+
+def plot_growth(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Layout time against N, C = 8, E = 32."""
+    try:
+        from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+        return
+    figure, axes = pyplot.subplots()
+    ranks = [row["ranks"] for row in rows]
+    axes.loglog(ranks, [row["median_ms"] for row in rows], marker="o", label="fresh layout")
+    axes.loglog(ranks, [row["greedy_median_ms"] for row in rows], marker="s", label="greedy")
+    axes.set_xlabel("ranks")
+    axes.set_ylabel("ms, one thread, median")
+    axes.set_title("Layout time, C = 8, E = 32")
+    axes.legend()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

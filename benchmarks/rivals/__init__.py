@@ -1,0 +1,1 @@
+"""Other people's planners, each written from its public description, for comparison only."""

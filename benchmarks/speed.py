@@ -1,0 +1,87 @@
+"""How long layouts and quotas take, one thread, medians.
+
+Shape suffixes: N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.prices import paper_costs
+from benchmarks.report import median_ms
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.construct import construct_layout
+from megatron_laer.planner.exact import ExactSplit, exact_split
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.quotas import Int64
+from megatron_laer.planner.strategies import make_strategy
+
+NODE_SIZE = 8
+SOLVE_SHAPES = ((1024, 8, 32), (256, 2, 256), (64, 4, 64), (16, 3, 32), (16, 4, 32), (16, 6, 32))
+GROWTH_SHAPES = tuple((ranks, 8, 32) for ranks in (64, 128, 256, 512, 1024, 2048, 4096))
+QUOTA_SHAPES = ((64, 64), (256, 256))
+
+
+def zipf_counts_NE(
+    num_ranks: int, num_experts: int, rng: np.random.Generator
+) -> tuple[Int64, Int64]:
+    """Counts of a Zipf 1.0 workload, and the counts before every expert drifted by up to 20 %."""
+    share_E = rng.permutation(1.0 / np.arange(1, num_experts + 1))
+    before_E = share_E * rng.uniform(0.8, 1.2, num_experts)
+    now_NE = rng.multinomial(8192, share_E / share_E.sum(), size=num_ranks)
+    before_NE = rng.multinomial(8192, before_E / before_E.sum(), size=num_ranks)
+    return now_NE.astype(np.int64), before_NE.astype(np.int64)
+
+
+def solve_times(shapes: Sequence[tuple[int, int, int]], repeats: int) -> Iterator[dict[str, Any]]:
+    """The fresh layout and the greedy one, medians over several counts."""
+    for num_ranks, capacity, num_experts in shapes:
+        node_size = min(NODE_SIZE, num_ranks)
+        geometry = Geometry(num_ranks, num_experts, capacity, node_size)
+        static = ExpertLayout.static(num_ranks, capacity, num_experts)
+        greedy = make_strategy("greedy", geometry=geometry, costs=paper_costs())
+        rng = np.random.default_rng(0)
+        fresh_ms, greedy_ms = [], []
+        for _ in range(5):
+            counts_NE, _ = zipf_counts_NE(num_ranks, num_experts, rng)
+            fresh = partial(construct_layout, counts_NE, static, node_size)
+            fresh_ms.append(median_ms(fresh, repeats))
+            greedy_ms.append(median_ms(partial(greedy.plan, counts_NE, static), repeats))
+        yield {
+            "ranks": num_ranks,
+            "capacity": capacity,
+            "experts": num_experts,
+            "median_ms": statistics.median(fresh_ms),
+            "greedy_median_ms": statistics.median(greedy_ms),
+        }
+
+
+def quota_times(repeats: int) -> Iterator[dict[str, Any]]:
+    """Solve, one row and one rank's columns, C = 2, for a layout made before a drift of 20 %."""
+    capacity = 2
+    for num_ranks, num_experts in QUOTA_SHAPES:
+        static = ExpertLayout.static(num_ranks, capacity, num_experts)
+        rng = np.random.default_rng(0)
+        solve_ms = []
+        for _ in range(7):
+            now_NE, before_NE = zipf_counts_NE(num_ranks, num_experts, rng)
+            split = exact_split(construct_layout(before_NE, static, NODE_SIZE), NODE_SIZE)
+            solve_ms.append(median_ms(partial(_solve_for_one_rank, split, now_NE), repeats))
+        yield {
+            "ranks": num_ranks,
+            "experts": num_experts,
+            "capacity": capacity,
+            "workload": "zipf-1.0",
+            "median_ms": statistics.median(solve_ms),
+        }
+
+
+def _solve_for_one_rank(split: ExactSplit, counts_NE: Int64) -> None:
+    quotas = split.solve(counts_NE)
+    quotas.rank_row(1)
+    quotas.rank_columns(1)

@@ -1,0 +1,69 @@
+"""A fresh layout for counts that are known: what every rank computes after the gate.
+
+With C >= ceil(E/N) + 1 slots per rank (more exactly, with E <= N*(C-1) + 1), exact quotas on the
+result load no rank with more than ceil(total / N) tokens, whatever the counts. Few tokens leave
+their node: none, if nodes have equally many tokens and C >= ceil(E/G) + 1. It does not forecast
+(see `greedy` for layouts from older counts) and does not split tokens (see `exact`).
+
+Shape suffixes: N ranks, E experts, C slots per rank, G ranks per node.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner import _native
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.quotas import Int64
+
+
+def construct_layout(counts_NE: Int64, current: ExpertLayout, node_size: int) -> ExpertLayout:
+    """The layout for exactly these counts, the same on every rank and machine.
+
+    With fewer slots than that (see `always_balances`), replicas are in proportion to load.
+
+    Args:
+        counts_NE: tokens on each source rank for each expert, int64 [N, E].
+        current: the layout in use, of the same shape; inside a node, ranks and slots keep what they
+            hold where the new layout holds it too.
+        node_size: G.
+
+    Raises:
+        ValueError: counts of another shape, or negative, or a node size that does not divide N.
+    """
+    geometry = Geometry(current.num_ranks, current.num_experts, current.capacity, node_size)
+    counts_NE = checked_counts(counts_NE, geometry)
+    return from_native(_native.construct(counts_NE, current.slot_expert_S, node_size), current)
+
+
+def always_balances(geometry: Geometry) -> bool:
+    """Whether perfect balance exists for all counts: E <= N*(C-1) + 1."""
+    return geometry.num_experts <= geometry.num_ranks * (geometry.capacity - 1) + 1
+
+
+def checked_counts(counts_NE: Int64, geometry: Geometry) -> Int64:
+    """Counts as the native code reads them.
+
+    Raises:
+        ValueError: counts of another shape, or negative.
+    """
+    geometry.check_counts(counts_NE.shape)
+    counts_NE = np.ascontiguousarray(counts_NE, dtype=np.int64)
+    if counts_NE.min() < 0:
+        rank, expert = np.unravel_index(int(counts_NE.argmin()), counts_NE.shape)
+        raise ValueError(
+            f"counts_NE holds {counts_NE[rank, expert]} at rank {rank}, expert {expert}; "
+            f"token counts must not be negative"
+        )
+    return counts_NE
+
+
+def from_native(
+    slots_S: np.ndarray[tuple[int, ...], np.dtype[np.int16]], current: ExpertLayout
+) -> ExpertLayout:
+    """The layout of `current`'s shape with these slots; `current` itself if they are its own."""
+    slot_bytes = slots_S.astype("<i2", copy=False).tobytes()
+    if slot_bytes == current.slot_bytes:
+        return current
+    return ExpertLayout(current.num_ranks, current.capacity, current.num_experts, slot_bytes)

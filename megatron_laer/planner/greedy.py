@@ -1,0 +1,44 @@
+"""Our default strategy: the layout that exact quotas balance best when loads differ from these.
+
+What it does depends on how scarce slots are. With fewer than two spare slots per rank, S - E < 2*N,
+it is the construction for these counts, with headroom for every expert: its pair graph is
+connected, so load can flow from any rank to any other when counts drift. With more, it is replicas
+in proportion to load, heaviest first on the least loaded rank, inside each node on the node's own
+tokens where that fits. The threshold was chosen on the real trace and on the named workloads, on
+ten shapes of N, E and C (`python -m benchmarks.planner`).
+
+Shape suffixes: N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner import _native
+from megatron_laer.planner.construct import checked_counts, from_native
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.quotas import Int64
+
+
+@dataclass(frozen=True)
+class GreedyStrategy:
+    """Construction or proportional replicas, in near-linear time. Deterministic."""
+
+    geometry: Geometry
+    name: str = "greedy"
+
+    def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
+        """The next layout; where it holds what `current` holds, it stays in place.
+
+        Args:
+            counts_NE: forecast tokens on each source rank for each expert, int64 [N, E].
+            current: the layout in use.
+
+        Raises:
+            ValueError: counts or a layout of another shape, or negative counts.
+        """
+        counts_NE = checked_counts(counts_NE, self.geometry)
+        self.geometry.check_layout(current)
+        slots_S = _native.greedy(counts_NE, current.slot_expert_S, self.geometry.node_size)
+        return from_native(slots_S, current)

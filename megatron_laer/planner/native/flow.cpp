@@ -1,0 +1,441 @@
+#include "flow.hpp"
+
+#include <algorithm>
+#include <limits>
+
+namespace laer {
+namespace {
+
+constexpr int64_t kMany = std::numeric_limits<int64_t>::max() / 4;
+
+// Largest load: suppliers and ranks only, as groups do not matter for it.
+class LoadFlow {
+ public:
+  LoadFlow(const FlowGraph& graph, int64_t cap, std::vector<int64_t>& flow)
+      : graph_(graph), cap_(cap), flow_(flow) {
+    const int suppliers = graph.suppliers();
+    excess_ = graph.supply;
+    load_.assign(graph.ranks, 0);
+    for (int pair = 0; pair < graph.pairs(); ++pair) {
+      excess_[supplier(pair)] -= flow[pair];
+      load_[graph.pair_rank[pair]] += flow[pair];
+    }
+    level_.resize(suppliers + graph.ranks);
+    queue_.resize(suppliers + graph.ranks);
+    cursor_.resize(suppliers + graph.ranks);
+  }
+
+  int64_t run() {
+    while (any_excess()) {
+      if (find_levels()) {
+        block();
+      } else {
+        raise_cap();
+      }
+    }
+    return cap_;
+  }
+
+ private:
+  int supplier(int pair) const { return graph_.group_supplier[graph_.pair_group[pair]]; }
+  int first_pair(int supplier) const { return graph_.pair_begin[graph_.group_begin[supplier]]; }
+
+  bool any_excess() const {
+    return std::any_of(excess_.begin(), excess_.end(), [](int64_t left) { return left > 0; });
+  }
+
+  // Breadth first from all suppliers with excess; stops at the level of the first free rank.
+  bool find_levels() {
+    const int suppliers = graph_.suppliers();
+    std::fill(level_.begin(), level_.end(), -1);
+    int head = 0, tail = 0;
+    for (int u = 0; u < suppliers; ++u) {
+      if (excess_[u] > 0) {
+        level_[u] = 0;
+        queue_[tail++] = u;
+      }
+    }
+    int found = std::numeric_limits<int>::max();
+    while (head < tail) {
+      const int node = queue_[head++];
+      if (level_[node] >= found) break;
+      if (node < suppliers) {
+        for (int pair = first_pair(node); pair < first_pair(node + 1); ++pair) {
+          const int next = suppliers + graph_.pair_rank[pair];
+          if (level_[next] >= 0) continue;
+          level_[next] = level_[node] + 1;
+          queue_[tail++] = next;
+          if (load_[next - suppliers] < cap_) found = level_[next];
+        }
+      } else {
+        const int rank = node - suppliers;
+        for (int i = graph_.rank_begin[rank]; i < graph_.rank_begin[rank + 1]; ++i) {
+          const int pair = graph_.rank_pair[i];
+          const int next = supplier(pair);
+          if (flow_[pair] == 0 || level_[next] >= 0) continue;
+          level_[next] = level_[node] + 1;
+          queue_[tail++] = next;
+        }
+      }
+    }
+    visited_ = tail;
+    return found != std::numeric_limits<int>::max();
+  }
+
+  // The visited suppliers reach the visited ranks only, which are full: a cut, hence a bound.
+  void raise_cap() {
+    const int suppliers = graph_.suppliers();
+    int64_t tokens = 0, ranks = 0;
+    for (int i = 0; i < visited_; ++i) {
+      const int node = queue_[i];
+      if (node < suppliers) {
+        tokens += graph_.supply[node];
+      } else {
+        ++ranks;
+      }
+    }
+    cap_ = (tokens + ranks - 1) / ranks;
+  }
+
+  void block() {
+    const int suppliers = graph_.suppliers();
+    for (int u = 0; u < suppliers; ++u) cursor_[u] = first_pair(u);
+    for (int rank = 0; rank < graph_.ranks; ++rank) {
+      cursor_[suppliers + rank] = graph_.rank_begin[rank];
+    }
+    for (int u = 0; u < suppliers; ++u) {
+      while (excess_[u] > 0 && augment(u)) {
+      }
+    }
+  }
+
+  // One path along rising levels, depth first; pairs on it alternate forward and backward.
+  bool augment(int source) {
+    const int suppliers = graph_.suppliers();
+    path_.clear();
+    int node = source;
+    while (true) {
+      if (node >= suppliers && load_[node - suppliers] < cap_) break;
+      int next = -1, via = -1;
+      if (node < suppliers) {
+        for (int& pair = cursor_[node]; pair < first_pair(node + 1); ++pair) {
+          const int rank_node = suppliers + graph_.pair_rank[pair];
+          if (level_[rank_node] == level_[node] + 1) {
+            next = rank_node;
+            via = pair;
+            break;
+          }
+        }
+      } else {
+        const int rank = node - suppliers;
+        for (int& i = cursor_[node]; i < graph_.rank_begin[rank + 1]; ++i) {
+          const int pair = graph_.rank_pair[i];
+          if (flow_[pair] > 0 && level_[supplier(pair)] == level_[node] + 1) {
+            next = supplier(pair);
+            via = pair;
+            break;
+          }
+        }
+      }
+      if (next >= 0) {
+        path_.push_back({node, via});
+        node = next;
+        continue;
+      }
+      if (path_.empty()) return false;
+      node = path_.back().node;
+      path_.pop_back();
+      ++cursor_[node];
+    }
+    int64_t amount = std::min(excess_[source], cap_ - load_[node - suppliers]);
+    for (const Step& step : path_) {
+      if (step.node >= suppliers) amount = std::min(amount, flow_[step.pair]);
+    }
+    for (const Step& step : path_) {
+      flow_[step.pair] += step.node < suppliers ? amount : -amount;
+    }
+    excess_[source] -= amount;
+    load_[node - suppliers] += amount;
+    return true;
+  }
+
+  struct Step {
+    int node, pair;
+  };
+
+  const FlowGraph& graph_;
+  int64_t cap_;
+  std::vector<int64_t>& flow_;
+  std::vector<int64_t> excess_, load_;
+  std::vector<int> level_, queue_, cursor_;
+  std::vector<Step> path_;
+  int visited_ = 0;
+};
+
+// Fewest foreign tokens. Nodes: suppliers, groups, ranks, and one sink that stands for free
+// capacity. `taken` is what a group takes from its supplier; a group short of what its pairs carry
+// is a deficit, a supplier with tokens left is an excess, and flow goes from the one to the other.
+class ForeignFlow {
+ public:
+  ForeignFlow(const FlowGraph& graph, int64_t cap, std::vector<int64_t>& flow)
+      : graph_(graph),
+        cap_(cap),
+        flow_(flow),
+        group0_(graph.suppliers()),
+        rank0_(group0_ + graph.groups()),
+        sink_(rank0_ + graph.ranks) {
+    const int nodes = sink_ + 1;
+    load_.assign(graph.ranks, 0);
+    taken_.resize(graph.groups());
+    deficit_.resize(graph.groups());
+    excess_ = graph.supply;
+    for (int group = 0; group < graph.groups(); ++group) {
+      int64_t carried = 0;
+      for (int pair = graph.pair_begin[group]; pair < graph.pair_begin[group + 1]; ++pair) {
+        carried += flow[pair];
+        load_[graph.pair_rank[pair]] += flow[pair];
+      }
+      taken_[group] = std::min(carried, graph.own[group]);
+      deficit_[group] = carried - taken_[group];
+      left_ += deficit_[group];
+      excess_[graph.group_supplier[group]] -= taken_[group];
+    }
+    potential_.assign(nodes, 0);
+    distance_.resize(nodes);
+    level_.resize(nodes);
+    cursor_.resize(nodes);
+    queue_.resize(nodes);
+  }
+
+  void run() {
+    while (left_ > 0) {
+      find_distances();
+      while (left_ > 0 && find_levels()) block();
+    }
+  }
+
+ private:
+  // Arcs out of a node by position; returns false past the last one. cost and room are of the
+  // residual arc, room 0 where it is closed.
+  struct Arc {
+    int to;
+    int cost;
+    int64_t room;
+    int pair;
+  };
+
+  bool arc(int node, int position, Arc& out) const {
+    if (node < group0_) {
+      const int group = graph_.group_begin[node] + position;
+      if (group >= graph_.group_begin[node + 1]) return false;
+      const int64_t spare = graph_.own[group] - taken_[group];
+      out = {group0_ + group, spare > 0 ? 0 : 1, spare > 0 ? spare : kMany, -1};
+      return true;
+    }
+    if (node < rank0_) {
+      const int group = node - group0_;
+      if (position == 0) {
+        const int64_t foreign = taken_[group] - graph_.own[group];
+        out = {graph_.group_supplier[group], foreign > 0 ? -1 : 0,
+               foreign > 0 ? foreign : taken_[group], -1};
+        return true;
+      }
+      const int pair = graph_.pair_begin[group] + position - 1;
+      if (pair >= graph_.pair_begin[group + 1]) return false;
+      out = {rank0_ + graph_.pair_rank[pair], 0, kMany, pair};
+      return true;
+    }
+    if (node < sink_) {
+      const int rank = node - rank0_;
+      if (position == 0) {
+        out = {sink_, 0, cap_ - load_[rank], -1};
+        return true;
+      }
+      const int at = graph_.rank_begin[rank] + position - 1;
+      if (at >= graph_.rank_begin[rank + 1]) return false;
+      const int pair = graph_.rank_pair[at];
+      out = {group0_ + graph_.pair_group[pair], 0, flow_[pair], pair};
+      return true;
+    }
+    if (position >= graph_.ranks) return false;
+    out = {rank0_ + position, 0, load_[position], -1};
+    return true;
+  }
+
+  int reduced(int node, const Arc& out) const {
+    return out.cost + potential_[node] - potential_[out.to];
+  }
+
+  // Dijkstra with buckets: reduced costs are small integers.
+  void find_distances() {
+    const int unreached = std::numeric_limits<int>::max();
+    std::fill(distance_.begin(), distance_.end(), unreached);
+    buckets_.resize(1);
+    buckets_[0].clear();
+    for (int u = 0; u < group0_; ++u) {
+      if (excess_[u] > 0) {
+        distance_[u] = 0;
+        buckets_[0].push_back(u);
+      }
+    }
+    int nearest = unreached;
+    for (int at = 0; at < static_cast<int>(buckets_.size()) && at <= nearest; ++at) {
+      for (size_t i = 0; i < buckets_[at].size(); ++i) {
+        const int node = buckets_[at][i];
+        if (distance_[node] != at) continue;
+        if (is_target(node)) nearest = std::min(nearest, at);
+        Arc out;
+        for (int position = 0; arc(node, position, out); ++position) {
+          if (out.room == 0) continue;
+          const int reach = at + reduced(node, out);
+          if (reach >= distance_[out.to]) continue;
+          distance_[out.to] = reach;
+          while (static_cast<int>(buckets_.size()) <= reach) buckets_.emplace_back();
+          buckets_[reach].push_back(out.to);
+        }
+      }
+      buckets_[at].clear();
+    }
+    for (auto& bucket : buckets_) bucket.clear();
+    for (size_t node = 0; node < distance_.size(); ++node) {
+      potential_[node] += std::min(distance_[node], nearest);
+    }
+  }
+
+  bool is_target(int node) const {
+    return node >= group0_ && node < rank0_ && deficit_[node - group0_] > 0;
+  }
+
+  bool find_levels() {
+    std::fill(level_.begin(), level_.end(), -1);
+    int head = 0, tail = 0;
+    for (int u = 0; u < group0_; ++u) {
+      if (excess_[u] > 0) {
+        level_[u] = 0;
+        queue_[tail++] = u;
+      }
+    }
+    int found = std::numeric_limits<int>::max();
+    while (head < tail) {
+      const int node = queue_[head++];
+      // Paths of this round end at the level of the nearest deficit.
+      if (level_[node] >= found) break;
+      if (is_target(node)) {
+        found = level_[node];
+        continue;
+      }
+      Arc out;
+      for (int position = 0; arc(node, position, out); ++position) {
+        if (out.room == 0 || level_[out.to] >= 0 || reduced(node, out) != 0) continue;
+        level_[out.to] = level_[node] + 1;
+        queue_[tail++] = out.to;
+      }
+    }
+    return found != std::numeric_limits<int>::max();
+  }
+
+  void block() {
+    std::fill(cursor_.begin(), cursor_.end(), 0);
+    for (int u = 0; u < group0_; ++u) {
+      while (excess_[u] > 0 && augment(u)) {
+      }
+    }
+  }
+
+  bool augment(int source) {
+    path_.clear();
+    int node = source;
+    int64_t amount = excess_[source];
+    while (!is_target(node)) {
+      Arc out;
+      bool moved = false;
+      for (int& position = cursor_[node]; arc(node, position, out); ++position) {
+        if (out.room > 0 && level_[out.to] == level_[node] + 1 && reduced(node, out) == 0) {
+          moved = true;
+          break;
+        }
+      }
+      if (moved) {
+        path_.push_back({node, out});
+        node = out.to;
+        continue;
+      }
+      if (path_.empty()) return false;
+      node = path_.back().node;
+      path_.pop_back();
+      ++cursor_[node];
+    }
+    amount = std::min(amount, deficit_[node - group0_]);
+    for (const Step& step : path_) amount = std::min(amount, step.out.room);
+    for (const Step& step : path_) push(step.node, step.out, amount);
+    excess_[source] -= amount;
+    deficit_[node - group0_] -= amount;
+    left_ -= amount;
+    return true;
+  }
+
+  void push(int node, const Arc& out, int64_t amount) {
+    if (node < group0_) {
+      taken_[out.to - group0_] += amount;
+    } else if (node < rank0_) {
+      if (out.pair >= 0) {
+        flow_[out.pair] += amount;
+        // The rank keeps what it passes on to another pair; see the branch below.
+        load_[out.to - rank0_] += amount;
+      } else {
+        taken_[node - group0_] -= amount;
+      }
+    } else if (node < sink_) {
+      if (out.pair >= 0) {
+        flow_[out.pair] -= amount;
+        load_[node - rank0_] -= amount;
+      }
+    }
+  }
+
+  struct Step {
+    int node;
+    Arc out;
+  };
+
+  const FlowGraph& graph_;
+  int64_t cap_;
+  std::vector<int64_t>& flow_;
+  const int group0_, rank0_, sink_;
+  std::vector<int64_t> load_, taken_, deficit_, excess_;
+  int64_t left_ = 0;
+  std::vector<int> potential_, distance_, level_, cursor_, queue_;
+  std::vector<std::vector<int>> buckets_;
+  std::vector<Step> path_;
+};
+
+}  // namespace
+
+void FlowGraph::index() {
+  group_supplier.resize(groups());
+  for (int u = 0; u < suppliers(); ++u) {
+    for (int group = group_begin[u]; group < group_begin[u + 1]; ++group) group_supplier[group] = u;
+  }
+  pair_group.resize(pairs());
+  for (int group = 0; group < groups(); ++group) {
+    for (int pair = pair_begin[group]; pair < pair_begin[group + 1]; ++pair) {
+      pair_group[pair] = group;
+    }
+  }
+  rank_begin.assign(ranks + 1, 0);
+  for (int rank : pair_rank) ++rank_begin[rank + 1];
+  for (int rank = 0; rank < ranks; ++rank) rank_begin[rank + 1] += rank_begin[rank];
+  std::vector<int> place(rank_begin.begin(), rank_begin.end() - 1);
+  rank_pair.resize(pairs());
+  for (int pair = 0; pair < pairs(); ++pair) rank_pair[place[pair_rank[pair]]++] = pair;
+}
+
+int64_t minimise_largest_load(const FlowGraph& graph, int64_t cap, std::vector<int64_t>& flow) {
+  return LoadFlow(graph, cap, flow).run();
+}
+
+void minimise_foreign(const FlowGraph& graph, int64_t cap, std::vector<int64_t>& flow) {
+  ForeignFlow(graph, cap, flow).run();
+}
+
+}  // namespace laer

@@ -1,0 +1,220 @@
+#include "search.hpp"
+
+#include <algorithm>
+#include <numeric>
+
+#include "construct.hpp"
+#include "flow.hpp"
+#include "greedy.hpp"
+#include "proportional.hpp"
+
+namespace laer {
+namespace {
+
+// exp(0.3 z) at the 16 quantiles of the normal distribution, in 1/256: what an expert's load may
+// become until the layout is in use.
+constexpr int64_t kFactors[16] = {146, 172, 189, 203, 215, 227, 238, 250,
+                                  262, 275, 289, 305, 323, 347, 380, 448};
+
+// What all tokens off their node would cost, in percent of the mean load.
+constexpr int64_t kOffNodePercent = 8;
+
+// SplitMix64, the same on every machine.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+
+  uint64_t next() {
+    uint64_t z = (state_ += 0x9E3779B97F4A7C15ULL);
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
+    return z ^ (z >> 31);
+  }
+  int below(int limit) { return static_cast<int>(next() % static_cast<uint64_t>(limit)); }
+
+ private:
+  uint64_t state_;
+};
+
+std::vector<int64_t> disturb(const Shape& shape, const int64_t* node_counts_QE, Random& random) {
+  const int64_t size = static_cast<int64_t>(shape.nodes()) * shape.experts;
+  std::vector<int64_t> disturbed(node_counts_QE, node_counts_QE + size);
+  for (int e = 0; e < shape.experts; ++e) {
+    const int64_t factor = kFactors[random.below(16)];
+    for (int node = 0; node < shape.nodes(); ++node) {
+      int64_t& tokens = disturbed[static_cast<size_t>(node) * shape.experts + e];
+      tokens = (tokens * factor + 128) / 256;
+    }
+  }
+  return disturbed;
+}
+
+// The largest load after exact quotas in 2^-20 of the mean load, summed over all scenarios, and for
+// each the tokens whose node lacks their expert, at a price per token.
+class Judge {
+ public:
+  Judge(const Shape& shape, const int64_t* node_counts_QE,
+        std::vector<std::vector<int64_t>> scenarios)
+      : shape_(shape), node_counts_QE_(node_counts_QE), scenarios_(std::move(scenarios)) {
+    total_ = std::accumulate(scenarios_[0].begin(), scenarios_[0].end(), int64_t{0});
+    graph_.ranks = shape.ranks;
+    graph_.group_begin.resize(shape.experts + 1);
+    for (int e = 0; e <= shape.experts; ++e) graph_.group_begin[e] = e;
+    graph_.own.assign(shape.experts, 0);
+    graph_.supply.assign(shape.experts, 0);
+  }
+
+  // Stops early, with any value of at least `limit`, once that is reached.
+  int64_t score(const std::vector<int16_t>& slots_S, int64_t limit) {
+    std::vector<int>& begin = graph_.pair_begin;
+    begin.assign(shape_.experts + 1, 0);
+    for (int16_t e : slots_S) ++begin[e + 1];
+    for (int e = 0; e < shape_.experts; ++e) begin[e + 1] += begin[e];
+    place_.assign(begin.begin(), begin.end() - 1);
+    graph_.pair_rank.resize(slots_S.size());
+    for (size_t s = 0; s < slots_S.size(); ++s) {
+      graph_.pair_rank[place_[slots_S[s]]++] = static_cast<int>(s) / shape_.capacity;
+    }
+    graph_.index();
+    int64_t sum = price_off_node(slots_S);
+    if (sum >= limit) return sum;
+    for (const auto& loads_E : scenarios_) {
+      sum += largest(loads_E);
+      if (sum >= limit) break;
+    }
+    return sum;
+  }
+
+ private:
+  int64_t price_off_node(const std::vector<int16_t>& slots_S) {
+    if (shape_.nodes() == 1 || total_ == 0) return 0;
+    int64_t tokens = total_;
+    const size_t slots_per_node = static_cast<size_t>(shape_.node_size) * shape_.capacity;
+    served_.assign(shape_.experts, -1);
+    for (size_t s = 0; s < slots_S.size(); ++s) {
+      const int node = static_cast<int>(s / slots_per_node);
+      if (served_[slots_S[s]] == node) continue;
+      served_[slots_S[s]] = node;
+      tokens -= node_counts_QE_[static_cast<int64_t>(node) * shape_.experts + slots_S[s]];
+    }
+    const auto weighted = static_cast<__int128>(tokens) * kOffNodePercent << 20;
+    return static_cast<int64_t>(weighted * static_cast<int64_t>(scenarios_.size()) / 100 / total_);
+  }
+
+  int64_t largest(const std::vector<int64_t>& loads_E) {
+    int64_t total = 0, cap = 0;
+    for (int e = 0; e < shape_.experts; ++e) {
+      const int64_t pairs = graph_.pair_begin[e + 1] - graph_.pair_begin[e];
+      total += loads_E[e];
+      cap = std::max(cap, (loads_E[e] + pairs - 1) / pairs);
+    }
+    if (total == 0) return 0;
+    cap = std::max(cap, (total + shape_.ranks - 1) / shape_.ranks);
+    graph_.supply = loads_E;
+    flow_.assign(graph_.pairs(), 0);
+    room_.assign(shape_.ranks, cap);
+    for (int e = 0; e < shape_.experts; ++e) {
+      int64_t left = loads_E[e];
+      for (int pair = graph_.pair_begin[e]; left > 0 && pair < graph_.pair_begin[e + 1]; ++pair) {
+        flow_[pair] = std::min(left, room_[graph_.pair_rank[pair]]);
+        room_[graph_.pair_rank[pair]] -= flow_[pair];
+        left -= flow_[pair];
+      }
+    }
+    cap = minimise_largest_load(graph_, cap, flow_);
+    return static_cast<int64_t>((static_cast<__int128>(cap) << 20) * shape_.ranks / total);
+  }
+
+  const Shape& shape_;
+  const int64_t* node_counts_QE_;
+  std::vector<std::vector<int64_t>> scenarios_;
+  int64_t total_;
+  std::vector<int> served_;
+  FlowGraph graph_;
+  std::vector<int> place_;
+  std::vector<int64_t> flow_, room_;
+};
+
+bool holds(const Shape& shape, const std::vector<int16_t>& slots_S, int rank, int expert) {
+  const auto first = slots_S.begin() + static_cast<int64_t>(rank) * shape.capacity;
+  return std::find(first, first + shape.capacity, expert) != first + shape.capacity;
+}
+
+// Another expert in one slot, or two slots exchanged; false where that would leave an expert
+// without a slot or put one on a rank twice.
+bool exchange(const Shape& shape, std::vector<int16_t>& slots_S, std::vector<int>& replicas_E,
+              Random& random) {
+  const int a = random.below(shape.slots());
+  if (random.below(2) == 0) {
+    const int e = random.below(shape.experts);
+    if (replicas_E[slots_S[a]] < 2 || holds(shape, slots_S, a / shape.capacity, e)) return false;
+    --replicas_E[slots_S[a]];
+    ++replicas_E[e];
+    slots_S[a] = static_cast<int16_t>(e);
+    return true;
+  }
+  const int b = random.below(shape.slots());
+  if (holds(shape, slots_S, a / shape.capacity, slots_S[b]) ||
+      holds(shape, slots_S, b / shape.capacity, slots_S[a])) {
+    return false;
+  }
+  std::swap(slots_S[a], slots_S[b]);
+  return true;
+}
+
+}  // namespace
+
+std::vector<int16_t> search(const Shape& shape, const int64_t* node_counts_QE,
+                            const int16_t* current_S, const Effort& effort, uint64_t seed) {
+  Random random(seed);
+  const int64_t size = static_cast<int64_t>(shape.nodes()) * shape.experts;
+  const std::vector<int64_t> forecast_QE(node_counts_QE, node_counts_QE + size);
+  std::vector<std::vector<int64_t>> scenarios;
+  for (int i = 0; i < effort.scenarios; ++i) {
+    // The first one is the forecast itself.
+    const std::vector<int64_t> counts_QE = i == 0 ? forecast_QE
+                                                  : disturb(shape, node_counts_QE, random);
+    std::vector<int64_t> loads_E(shape.experts, 0);
+    for (size_t at = 0; at < counts_QE.size(); ++at) loads_E[at % shape.experts] += counts_QE[at];
+    scenarios.push_back(std::move(loads_E));
+  }
+  Judge judge(shape, node_counts_QE, std::move(scenarios));
+
+  std::vector<int16_t> best(current_S, current_S + shape.slots());
+  int64_t best_score = judge.score(best, INT64_MAX);
+  auto compete = [&](const std::vector<int16_t>& slots_S) {
+    const int64_t score = judge.score(slots_S, best_score);
+    if (score >= best_score) return false;
+    best_score = score;
+    best = slots_S;
+    return true;
+  };
+  compete(greedy(shape, node_counts_QE));
+  compete(proportional(shape, node_counts_QE));
+  if (can_balance(shape)) {
+    compete(construct(shape, node_counts_QE, Purpose::kForecast));
+    for (int i = 0; i < effort.candidates; ++i) {
+      compete(construct(shape, disturb(shape, node_counts_QE, random).data(),
+                        Purpose::kForecast));
+    }
+  }
+
+  // Nothing to gain from here on, up to rounding.
+  const int64_t perfect = (static_cast<int64_t>(effort.scenarios) << 20) + effort.scenarios;
+  std::vector<int> replicas_E(shape.experts, 0);
+  for (int16_t e : best) ++replicas_E[e];
+  for (int i = 0; i < effort.exchanges && best_score > perfect; ++i) {
+    std::vector<int16_t> changed = best;
+    std::vector<int> changed_replicas_E = replicas_E;
+    if (exchange(shape, changed, changed_replicas_E, random) && compete(changed)) {
+      replicas_E = changed_replicas_E;
+    }
+  }
+  for (int rank = 0; rank < shape.ranks; ++rank) {
+    const auto first = best.begin() + static_cast<int64_t>(rank) * shape.capacity;
+    std::sort(first, first + shape.capacity);
+  }
+  return best;
+}
+
+}  // namespace laer

@@ -1,0 +1,69 @@
+"""Forecasts: values that weigh observations and can be saved."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_laer.planner.forecast import LastValue, SmoothedForecast
+
+pytestmark = pytest.mark.unit
+
+FIRST_NE = np.array([[8, 0], [4, 4]])
+SECOND_NE = np.array([[0, 8], [4, 8]])
+
+
+def test_the_first_observation_is_the_forecast() -> None:
+    assert (SmoothedForecast().observe(FIRST_NE).counts_NE() == 16 * FIRST_NE).all()
+
+
+def test_the_newest_counts_weigh_as_much_as_asked() -> None:
+    forecast = SmoothedForecast(weight=0.75).observe(FIRST_NE).observe(SECOND_NE)
+    expected_NE = 16 * (0.25 * FIRST_NE + 0.75 * SECOND_NE)
+    assert (forecast.counts_NE() == expected_NE).all()
+
+
+def test_weight_one_is_the_last_value() -> None:
+    smoothed, last = SmoothedForecast(weight=1.0), LastValue()
+    for counts_NE in (FIRST_NE, SECOND_NE):
+        smoothed, last = smoothed.observe(counts_NE), last.observe(counts_NE)
+    assert (smoothed.counts_NE() == 16 * last.counts_NE()).all()
+
+
+def test_forecasts_are_never_negative() -> None:
+    rng = np.random.default_rng(0)
+    forecast = SmoothedForecast(weight=0.9)
+    for _ in range(50):
+        forecast = forecast.observe(rng.integers(0, 3, (4, 6)) ** 8)
+        assert forecast.counts_NE().min() >= 0
+
+
+def test_a_saved_state_goes_on_as_if_never_saved() -> None:
+    forecast = SmoothedForecast(weight=0.6).observe(FIRST_NE)
+    restored = SmoothedForecast(forecast.weight, forecast.level_NE)
+    expected_NE = forecast.observe(SECOND_NE).counts_NE()
+    assert (restored.observe(SECOND_NE).counts_NE() == expected_NE).all()
+
+
+def test_observing_changes_no_earlier_state_and_no_input() -> None:
+    counts_NE = FIRST_NE.copy()
+    for start in (SmoothedForecast(), LastValue()):
+        state = start.observe(counts_NE)
+        before_NE = state.counts_NE().copy()
+        state.observe(SECOND_NE)
+        counts_NE += 1
+        assert (state.counts_NE() == before_NE).all()
+        with pytest.raises(ValueError, match="read-only"):
+            state.counts_NE()[0, 0] = 1
+
+
+def test_wrong_arguments_are_quoted() -> None:
+    with pytest.raises(ValueError, match=r"weight must be above 0 and at most 1, got 1\.5"):
+        SmoothedForecast(weight=1.5)
+    with pytest.raises(ValueError, match=r"level_NE must be int64 \[N, E\], got float64"):
+        SmoothedForecast(level_NE=np.zeros((2, 2)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"shape \(1, 2\), observed before were \(2, 2\)"):
+        SmoothedForecast().observe(FIRST_NE).observe(FIRST_NE[:1])
+    for empty in (SmoothedForecast(), LastValue()):
+        with pytest.raises(ValueError, match="nothing was observed yet"):
+            empty.counts_NE()
