@@ -153,3 +153,46 @@ def test_one_groups_bad_recording_stops_the_other_groups_too(
         assert result.type_name == "ValueError"
         assert "rank 2" in result.message
         assert "group-1.jsonl" in result.message
+
+
+def train_with_fickle_router(flags: list[str]) -> Record:
+    """The router decides otherwise when a checkpoint runs it again."""
+    from unittest import mock
+
+    import torch
+    from megatron.core.tensor_parallel.random import is_checkpointing
+
+    from megatron_laer.moe_layer import FSEPMoELayer
+
+    route = FSEPMoELayer.route
+    flips = 0
+
+    def fickle(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal flips
+        probs, routing_map = route(self, *args, **kwargs)
+        if torch.is_grad_enabled() and is_checkpointing():
+            flips += 1
+            routing_map = routing_map.roll(1, dims=1)
+        return probs, routing_map
+
+    with mock.patch.object(FSEPMoELayer, "route", fickle):
+        record = train(flags)
+    assert flips > 0
+    return record
+
+
+def test_a_rerun_under_a_checkpoint_keeps_the_first_passes_routing(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    recompute = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 2"
+    flags = command_line(
+        text_data,
+        experts=8,
+        expert_parallel=2,
+        global_batch=8,
+        steps=5,
+        extra=" --expert-parallel-mode fsep --fsep-planner random" + recompute,
+    )
+    steady = ranks(2).run(train, flags)[0]
+    fickle = ranks(2).run(train_with_fickle_router, flags)[0]
+    assert identical(steady, fickle)
