@@ -5,8 +5,8 @@ it is the construction for these counts, with headroom for every expert: its pai
 connected, so load can flow from any rank to any other when counts drift. With more, it is replicas
 in proportion to load, heaviest first on the least loaded rank, inside each node on the node's own
 tokens where that fits. The threshold was chosen on the real trace and on the named workloads, on
-ten shapes of N, E and C (`python -m benchmarks.planner`); the headroom on the trace alone, so figures
-for forecasts on that trace are not held-out ones.
+ten shapes of N, E and C (`python -m benchmarks.planner`); the headroom on the trace alone, so
+figures for forecasts on that trace are not held-out ones.
 
 Shape suffixes: N ranks, E experts.
 """
