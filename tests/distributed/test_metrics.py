@@ -1,0 +1,54 @@
+"""FSEP's metrics reach TensorBoard through Megatron's own writer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.parity.flags import command_line
+from tests.parity.training import train
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 6
+
+
+@pytest.mark.parametrize(
+    ("size", "flags"), [(2, ""), (4, " --pipeline-model-parallel-size 2")], ids=["flat", "pipeline"]
+)
+def test_balance_and_planning_are_in_tensorboard(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, size: int, flags: str
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    command = command_line(
+        text_data,
+        experts=8,
+        expert_parallel=2,
+        global_batch=4,
+        steps=STEPS,
+        extra=" --expert-parallel-mode fsep --fsep-late-plan wait --log-interval 2"
+        f" --tensorboard-dir {tmp_path}" + flags,
+    )
+    ranks(size).run(train, command)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+
+    def series(name: str) -> list[float]:
+        found = events.Scalars(name)
+        assert [event.step for event in found] == [2, 4, 6]
+        return [event.value for event in found]
+
+    fsep, stock = series("fsep_load_imbalance"), series("fsep_stock_load_imbalance")
+    assert all(1.0 <= value < 2.0 for value in fsep + stock)
+    assert sum(fsep) < sum(stock)
+    # Both layers, also where each pipeline stage has one of them.
+    for layer in (0, 1):
+        assert all(value >= 1.0 for value in series(f"moe/fsep_load_imbalance_layer_{layer}"))
+    assert series("fsep_load_imbalance_p50") <= series("fsep_load_imbalance_p95")
+    assert series("fsep_layout_version") == [1, 3, 5]
+    assert all(value > 0 for value in series("fsep_plan_ms"))
+    assert series("fsep_late_plans") == series("fsep_plan_failures") == [0, 0, 0]
