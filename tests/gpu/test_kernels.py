@@ -1,0 +1,113 @@
+"""What runs inside a rank, on CUDA: slot GEMMs, the token → slot map, sums over replicas.
+
+`scripts/test.sh --gpu` runs these; they need one GPU and no process group.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_laer.dispatch.slots import slot_ranges, to_slots
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.splits import solve_quotas
+from megatron_laer.runtime.layout_index import layout_index
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda")
+TOKENS_C = [300, 0, 7, 129]
+
+
+class Kept:
+    """Stands for restored experts that stay where they are."""
+
+    def __init__(self, weight_CRK: torch.Tensor) -> None:
+        self._weight_CRK = weight_CRK
+
+    def matrix(self, position: int) -> torch.Tensor:
+        return self._weight_CRK
+
+    def release(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slot_gemms_equal_a_linear_layer_per_slot(dtype: torch.dtype) -> None:
+    from megatron_laer.experts.compute import SlotLinear
+
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    options: dict[str, Any] = {"device": DEVICE, "dtype": dtype, "generator": generator}
+    weight_CRK = torch.randn(len(TOKENS_C), 64, 32, **options).requires_grad_()
+    input_TK = torch.randn(sum(TOKENS_C), 32, **options).requires_grad_()
+    grad_TR = torch.randn(sum(TOKENS_C), 64, **options)
+
+    linear = SlotLinear(32, 64, position=0, init_method=None)
+    linear.bind(weight_CRK, Kept(weight_CRK.detach()), TOKENS_C)
+    output_TR, bias = linear(input_TK)
+    found = torch.autograd.grad(output_TR, (input_TK, weight_CRK), grad_TR)
+
+    spans = pairwise(accumulate(TOKENS_C, initial=0))
+    expected_TR = torch.cat(
+        [
+            torch.nn.functional.linear(input_TK[start:end], weight_CRK[slot])
+            for slot, (start, end) in enumerate(spans)
+        ]
+    )
+    expected = torch.autograd.grad(expected_TR, (input_TK, weight_CRK), grad_TR)
+    assert bias is None
+    torch.testing.assert_close(output_TR, expected_TR)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:
+    layout = ExpertLayout.random(4, 4, 12, (1,))
+    generator = torch.Generator().manual_seed(2)
+    scores_TE = torch.rand(4096, 12, generator=generator)
+    map_TE = torch.zeros(4096, 12, dtype=torch.bool)
+    map_TE.scatter_(1, scores_TE.topk(3, dim=1).indices, True)
+    counts_NE = np.zeros((4, 12), dtype=np.int64)
+    counts_NE[1] = map_TE.sum(0).numpy()
+    row_S = solve_quotas("exact", counts_NE, layout, 2).rank_row(1)
+    ranges_2S = torch.from_numpy(slot_ranges(row_S, layout.slot_expert_S))
+
+    def run(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        index = layout_index(layout, device)
+        mapped = to_slots(
+            (scores_TE * map_TE).to(device),
+            map_TE.to(device),
+            index.slot_expert_S,
+            ranges_2S.to(device),
+        )
+        return mapped[0].cpu(), mapped[1].cpu()
+
+    expected = run(torch.device("cpu"))
+    for _ in range(3):
+        for mine, theirs in zip(run(DEVICE), expected, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_sums_over_replicas_are_bitwise_the_same_every_time() -> None:
+    layout = ExpertLayout.random(8, 4, 6, (3,))
+    index = layout_index(layout, DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(4)
+    parts_SrK = torch.randn(layout.num_slots, 65, 33, device=DEVICE, generator=generator)
+
+    def reduce() -> torch.Tensor:
+        (_, first), *others = index.rounds
+        total = parts_SrK.index_select(0, first)
+        for experts, slots in others:
+            total.index_add_(0, experts, parts_SrK.index_select(0, slots))
+        return total
+
+    first_time = reduce()
+    assert all(torch.equal(reduce(), first_time) for _ in range(5))
+    expected = torch.zeros(6, 65, 33, device=DEVICE)
+    for slot, expert in enumerate(layout.to_list()):
+        expected[expert] += parts_SrK[slot]
+    assert torch.equal(first_time, expected)
