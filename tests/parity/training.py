@@ -94,7 +94,7 @@ def train(flags: list[str], probe: Probe | None = None, script: str | None = Non
         mock.patch.object(training, "save_grads", observed_gradients),
         mock.patch.object(training, "evaluate", observed_evaluation),
         mock.patch.object(sys, "argv", ["pretrain_gpt.py", *flags]),
-        fresh_megatron(),
+        fresh_megatron(model),
     ):
         if script is None:
             pretrain_gpt.main()
@@ -104,15 +104,6 @@ def train(flags: list[str], probe: Probe | None = None, script: str | None = Non
         # Only the last pipeline stage has the loss.
         (record.losses,) = dist_object(record.losses, dist.get_world_size() - 1)
         (record.eval_losses,) = dist_object(record.eval_losses, dist.get_world_size() - 1)
-        for chunk in model:
-            # Megatron's DDP, the dispatchers' last probabilities and autograd's C++ nodes hold each
-            # other where Python's collector does not see it; with them would live all process
-            # groups and their threads.
-            chunk.grad_accs.clear()
-            for module in chunk.modules():
-                if hasattr(module, "token_dispatcher"):
-                    module.token_dispatcher = None
-        model.clear()
     if rank_of_environment() != 0:
         record.weights, record.first_grads = {}, {}
     return record
@@ -156,8 +147,12 @@ def _gather(value: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def fresh_megatron() -> Iterator[None]:
-    """Leave no state of a run behind, so that one process can train many models."""
+def fresh_megatron(model: list[torch.nn.Module]) -> Iterator[None]:
+    """Leave no state of a run behind, so that one process can train many models.
+
+    Args:
+        model: the chunks that the run built, also if it failed.
+    """
     try:
         yield
     finally:
@@ -166,6 +161,15 @@ def fresh_megatron() -> Iterator[None]:
 
         from megatron_laer import plugin
 
+        for chunk in model:
+            # Megatron's DDP, the dispatchers' last probabilities and autograd's C++ nodes hold each
+            # other where Python's collector does not see it; with them would live all process
+            # groups and their threads.
+            chunk.grad_accs.clear()
+            for module in chunk.modules():
+                if hasattr(module, "token_dispatcher"):
+                    module.token_dispatcher = None
+        model.clear()
         training.destroy_global_state()
         plugin.disable()
         moe_logging.destroy_moe_metrics_tracker()
