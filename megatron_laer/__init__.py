@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_laer.config import FSEPConfig
 
 if TYPE_CHECKING:
-    from megatron_laer.activation import training_step
-    from megatron_laer.plugin import disable, enable
+    from megatron_laer.plugin import disable, enable, training_step
     from megatron_laer.runtime.process_groups import get_fsep_group
 
 __version__ = "0.1.0"
@@ -26,7 +25,7 @@ _LAZY = {
     "enable": "megatron_laer.plugin",
     "disable": "megatron_laer.plugin",
     "get_fsep_group": "megatron_laer.runtime.process_groups",
-    "training_step": "megatron_laer.activation",
+    "training_step": "megatron_laer.plugin",
 }
 
 

@@ -6,7 +6,7 @@ The plugin turns it on and off. Nothing here touches Megatron's internals.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron_laer.runtime import coordinator as coordinators
 from megatron_laer.runtime.agreement import raise_everywhere
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.process_groups import FSEPGroups, get_fsep_groups
+from megatron_laer.runtime.scheduler import Chunk
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,15 @@ def forget_model() -> None:
 
 
 @contextlib.contextmanager
-def training_step(step: int, num_microbatches: int | None = None) -> Iterator[None]:
+def training_step(
+    step: int, num_microbatches: int | None, chunks: Callable[[], Sequence[Chunk]]
+) -> Iterator[None]:
     """A training step, at whose start layouts change. Collective: every rank must enter it.
-
-    Megatron's own loop is wrapped in it by the plugin; a loop of one's own does it like this:
-
-        with megatron_laer.training_step(iteration, num_microbatches):
-            ...  # forward and backward of all microbatches, optimizer
 
     Args:
         step: counted over the whole run, resumed runs included.
         num_microbatches: of this step; without it, planning starts only when the step is over.
+        chunks: of the model, asked for at the first step.
 
     Raises:
         ValueError: at the first step, on every rank of the world: a recording that cannot be
@@ -73,6 +72,8 @@ def training_step(step: int, num_microbatches: int | None = None) -> Iterator[No
     coordinator = coordinators.current_coordinator()  # None on a stage without MoE layers
     if not _is_started:
         raise_everywhere(None if coordinator is None else coordinator.start(step))
+        if coordinator is not None:
+            coordinator.scheduler.attach(chunks())
         _is_started = True
     if coordinator is not None:
         coordinator.begin_step(step, num_microbatches)

@@ -19,6 +19,8 @@ EXACT_SPLIT = "exact"
 EVEN_SPLIT = "even"
 SPLITS = (EXACT_SPLIT, EVEN_SPLIT)
 
+SCHEDULERS = ("on", "off")
+
 # Planners that need no thread and no broadcast: the layout never changes, or changes at every
 # microbatch in a way that each rank works out alone (it is no strategy; strategies are asked once
 # per step).
@@ -75,6 +77,13 @@ class FSEPConfig:
         type=str,
         choices=LATE_PLANS,
     )
+    scheduler: str = _option(
+        "on",
+        "on: restores and gradient exchanges run while the layers beside them compute; off: each "
+        "is waited for at once",
+        type=str,
+        choices=SCHEDULERS,
+    )
     node_size: int | None = _option(
         None,
         "ranks of the FSEP group per node G; default: read from the launcher's LOCAL_WORLD_SIZE",
@@ -107,6 +116,10 @@ class FSEPConfig:
         if self.late_plan not in LATE_PLANS:
             raise ValueError(
                 f"--fsep-late-plan {self.late_plan!r}: must be one of {', '.join(LATE_PLANS)}"
+            )
+        if self.scheduler not in SCHEDULERS:
+            raise ValueError(
+                f"--fsep-scheduler {self.scheduler!r}: must be one of {', '.join(SCHEDULERS)}"
             )
         if self.split not in SPLITS:
             raise ValueError(f"--fsep-split {self.split!r}: must be one of {', '.join(SPLITS)}")

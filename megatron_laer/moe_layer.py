@@ -55,7 +55,6 @@ class FSEPMoELayer(MoELayer):
             return FSEPExperts(
                 config,
                 groups=groups,
-                exchange=coordinator.exchange,
                 pg_collection=pg_collection,
                 device=coordinator.device,
                 activation_builder=_activation_builder(submodules),
@@ -99,6 +98,12 @@ class FSEPMoELayer(MoELayer):
         if layer_number is not None:
             self._register(layer_number)
 
+    @property
+    def state(self) -> LayerState:
+        """The layer as the coordinator knows it."""
+        assert self._state is not None, "set_layer_number was never called"
+        return self._state
+
     def set_layer_number(self, layer_number: int) -> None:
         """Called by Megatron's transformer layer; the weights' seeds depend on the number."""
         super().set_layer_number(layer_number)
@@ -109,17 +114,24 @@ class FSEPMoELayer(MoELayer):
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> Any:
         """Exchange counts, split tokens over replicas, and go on in slot space."""
-        assert self._state is not None, "set_layer_number was never called"
-        plan = self._coordinator.plan_microbatch(self._state, routing_map, training=self.training)
+        plan = self._coordinator.plan_microbatch(self.state, routing_map, training=self.training)
         if plan.routing_map_TE is not None:
             routing_map = plan.routing_map_TE
         ranges_2S = torch.from_numpy(slot_ranges(plan.row_S, plan.layout.slot_expert_S))
         if routing_map.is_cuda:  # a copy from pageable memory would wait for the stream
             ranges_2S = ranges_2S.pin_memory().to(routing_map.device, non_blocking=True)
-        probs_TS, slot_map_TS = to_slots(probs, routing_map, plan.index.slot_expert_S, ranges_2S)
+        probs_TS, slot_map_TS = to_slots(
+            probs, routing_map, plan.restored.index.slot_expert_S, ranges_2S
+        )
         self._plan = plan
         self.token_dispatcher.set_plan(plan)
         return super().preprocess(hidden_states, probs_TS, slot_map_TS)
+
+    def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
+        """Exchange tokens; with that done, the next layer's experts may be fetched."""
+        dispatched = super().dispatch(hidden_states, probs)
+        self._coordinator.scheduler.dispatched(self.state, self.training)
+        return dispatched
 
     def routed_experts_compute(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
@@ -133,7 +145,9 @@ class FSEPMoELayer(MoELayer):
         return self.token_dispatcher.combine_preprocess(output_TH), None
 
     def _register(self, layer_number: int) -> None:
-        self._state = self._coordinator.register_layer(layer_number, self.is_mtp_layer)
+        self._state = self._coordinator.register_layer(
+            layer_number, self.is_mtp_layer, self.experts.held()
+        )
         self.experts.initialise(self._state.name, self._coordinator.seed)
 
 

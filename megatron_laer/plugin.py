@@ -15,10 +15,12 @@ import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from packaging.version import Version
 
 from megatron_laer import activation, support
@@ -26,6 +28,7 @@ from megatron_laer import config as settings
 from megatron_laer.activation import Activation
 from megatron_laer.config import FSEPConfig
 from megatron_laer.runtime import process_groups
+from megatron_laer.runtime.scheduler import Chunk
 
 logger = logging.getLogger(__name__)
 
@@ -323,14 +326,69 @@ def _with_fsep_field(original: classmethod[Any, Any, Any]) -> classmethod[Any, A
 
 def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def train_step(*args: Any, **kwargs: Any) -> Any:
+    def train_step(
+        forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         from megatron.core.num_microbatches_calculator import get_num_microbatches
         from megatron.training import get_args
 
-        with activation.training_step(get_args().curr_iteration, get_num_microbatches()):
-            return original(*args, **kwargs)
+        with training_step(get_args().curr_iteration, get_num_microbatches(), model):
+            return original(forward_step_func, data_iterator, model, *args, **kwargs)
 
     return train_step
+
+
+def training_step(
+    step: int, num_microbatches: int | None = None, model: Sequence[torch.nn.Module] = ()
+) -> AbstractContextManager[None]:
+    """A training step, at whose start layouts change. Collective: every rank must enter it.
+
+    Megatron's own loop is wrapped in it by the plugin; a loop of one's own does it like this:
+
+        with megatron_laer.training_step(iteration, num_microbatches, model):
+            ...  # forward and backward of all microbatches, optimizer
+
+    Args:
+        step: counted over the whole run, resumed runs included.
+        num_microbatches: of this step; without it, planning starts only when the step is over.
+        model: Megatron's list of model chunks, the same at every step; without it, restores are
+            scheduled within each layer only.
+
+    Raises:
+        ValueError: at the first step, on every rank of the world: a recording that cannot be
+            replayed or written.
+        RuntimeError: a plan that no backward pass used.
+    """
+    return activation.training_step(
+        step, num_microbatches, lambda: [_chunk(wrapped) for wrapped in model]
+    )
+
+
+def _chunk(wrapped: Any) -> Chunk:
+    """A model chunk as the scheduler sees it, from inside Megatron's data-parallel wrapper."""
+    from megatron.core.utils import unwrap_model
+
+    from megatron_laer.moe_layer import FSEPMoELayer
+
+    module = unwrap_model(wrapped)
+    layers = [part.state for part in module.modules() if isinstance(part, FSEPMoELayer)]
+    return Chunk(module, layers, functools.partial(_await_weights, wrapped))
+
+
+def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Do before an early read of weights what Megatron does in a hook before their owner's call.
+
+    With `--overlap-param-gather`, weights may still be on their way from other replicas.
+    """
+    if not getattr(wrapped, "remove_forward_pre_hook_handles", None):
+        return  # Megatron gathers nothing in forward, or has synchronised all weights
+    is_dispatched_elsewhere = (
+        wrapped.ddp_config.align_param_gather or wrapped.overlap_param_gather_with_optimizer_step
+    )
+    for parameter in parameters:
+        wrapped.param_to_bucket_group[parameter].finish_param_sync(
+            skip_next_bucket_dispatch=is_dispatched_elsewhere
+        )
 
 
 ARGUMENT_PATCHES = (

@@ -13,30 +13,31 @@ from typing import Any
 
 import torch
 
-from megatron_laer.experts.restored import RestoredExperts
+from megatron_laer.runtime.restored import RestoredExperts
 
 
 class _SlotLinear(torch.autograd.Function):
     """`F.linear` of each slot's tokens with the slot's matrix.
 
-    Takes the weight for the gradient's sake but saves the handle to it, so the restored weight can
-    be freed. Writes every slot's weight gradient straight into the `[C, R, K]` buffer that is
-    exchanged; separate `F.linear` calls would leave C tensors to be stacked.
+    The matrices come from the handle, in forward and again in backward, so that they can be freed
+    in between; the ticket stands for them in autograd's graph. Writes every slot's weight gradient
+    straight into the `[C, R, K]` buffer that is exchanged; separate `F.linear` calls would leave C
+    tensors to be stacked.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         input_TK: torch.Tensor,
-        weight_CRK: torch.Tensor,
+        ticket_CRK: torch.Tensor,
         restored: RestoredExperts,
         position: int,
         tokens_C: list[int],
     ) -> torch.Tensor:
         ctx.save_for_backward(input_TK)
         ctx.restored, ctx.position, ctx.tokens_C = restored, position, tokens_C
-        ctx.weight_shape = weight_CRK.shape
-        output_TR = input_TK.new_empty(input_TK.shape[0], weight_CRK.shape[1])
+        weight_CRK = restored.matrix(position)
+        output_TR = input_TK.new_empty(input_TK.shape[0], ticket_CRK.shape[1])
         for weight_RK, (start, end) in zip(weight_CRK.unbind(0), _spans(tokens_C), strict=True):
             torch.mm(input_TK[start:end], weight_RK.t(), out=output_TR[start:end])
         return output_TR
@@ -47,7 +48,7 @@ class _SlotLinear(torch.autograd.Function):
         weight_CRK = ctx.restored.matrix(ctx.position)
         input_needs, weight_needs = ctx.needs_input_grad[:2]
         grad_input_TK = torch.empty_like(input_TK) if input_needs else None
-        grad_weight_CRK = weight_CRK.new_empty(ctx.weight_shape) if weight_needs else None
+        grad_weight_CRK = torch.empty_like(weight_CRK) if weight_needs else None
         for slot, (start, end) in enumerate(_spans(ctx.tokens_C)):
             grad = grad_TR[start:end]
             if grad_input_TK is not None:
@@ -80,10 +81,10 @@ class SlotLinear(torch.nn.Module):
         self._bound: tuple[torch.Tensor, RestoredExperts, list[int]] | None = None
 
     def bind(
-        self, weight_CRK: torch.Tensor, restored: RestoredExperts, tokens_C: list[int]
+        self, ticket_CRK: torch.Tensor, restored: RestoredExperts, tokens_C: list[int]
     ) -> None:
         """Use these slots' weights; the input's rows are sorted by slot, `tokens_C[c]` each."""
-        self._bound = (weight_CRK, restored, tokens_C)
+        self._bound = (ticket_CRK, restored, tokens_C)
 
     def unbind(self) -> None:
         """Forget the weights, so that they can be freed."""
@@ -92,5 +93,5 @@ class SlotLinear(torch.nn.Module):
     def forward(self, input_TK: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Megatron's convention: the output, and no bias."""
         assert self._bound is not None, "SlotLinear called without weights"
-        weight_CRK, restored, tokens_C = self._bound
-        return _SlotLinear.apply(input_TK, weight_CRK, restored, self.position, tokens_C), None
+        ticket_CRK, restored, tokens_C = self._bound
+        return _SlotLinear.apply(input_TK, ticket_CRK, restored, self.position, tokens_C), None

@@ -1,4 +1,4 @@
-"""`FSEPExperts`: the module that owns the slices, restores experts and lets them compute.
+"""`FSEPExperts`: the module that owns the slices and lets restored experts compute.
 
 It stands where Megatron's MoE layer keeps its local experts. The activation, its fusions, clamps
 and the routing probabilities are those of Megatron's own `MLP`, whose two linear layers are
@@ -17,13 +17,11 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
-from megatron_laer.experts import restored as autograd
 from megatron_laer.experts.compute import SlotLinear
-from megatron_laer.experts.restored import RestoredExperts
 from megatron_laer.experts.slices import SliceSpec, initialise, sharded_slice
 from megatron_laer.runtime.plan import MicrobatchPlan
 from megatron_laer.runtime.process_groups import FSEPGroups
-from megatron_laer.runtime.restore import FlatExchange
+from megatron_laer.runtime.restored import Slices
 
 _EXTRA_STATE = "._extra_state"
 
@@ -44,7 +42,6 @@ class FSEPExperts(MegatronModule):
         config: Any,
         *,
         groups: FSEPGroups,
-        exchange: FlatExchange,
         pg_collection: Any,
         device: torch.device,
         activation_builder: Any = None,
@@ -53,7 +50,6 @@ class FSEPExperts(MegatronModule):
         config = copy.copy(config)
         config.ffn_hidden_size = config.moe_ffn_hidden_size
         super().__init__(config=config)
-        self._exchange = exchange
         self._rank, self._num_ranks = groups.rank, groups.size
         self._expert_dp_group = pg_collection.expt_dp
         self._layer_name: str | None = None
@@ -100,6 +96,10 @@ class FSEPExperts(MegatronModule):
         """The parameters, in the order of the matrices."""
         return [getattr(self, f"{spec.name}_slice") for spec in self._specs]
 
+    def held(self) -> Slices:
+        """What this rank holds, as exchanges see it."""
+        return Slices(tuple(self.slices()), tuple(spec.rows for spec in self._specs))
+
     @property
     def specs(self) -> tuple[SliceSpec, ...]:
         """What each slice is a slice of."""
@@ -123,13 +123,12 @@ class FSEPExperts(MegatronModule):
             input_TH = (probs_T.unsqueeze(-1) * input_TH).to(input_TH.dtype)
             probs_T = torch.ones_like(probs_T)
 
-        slices = self.slices()
-        restored = RestoredExperts(slices, self._specs, plan.index, self._exchange)
+        restored = plan.restored
         linears = (self.mlp.linear_fc1, self.mlp.linear_fc2)
+        tickets = restored.weight_tickets(plan.layout.capacity)
+        for linear, ticket_CRK in zip(linears, tickets, strict=True):
+            linear.bind(ticket_CRK, restored, plan.tokens_C)
         try:
-            matrices = autograd.restore(restored, slices)
-            for linear, weight_CRK in zip(linears, matrices, strict=True):
-                linear.bind(weight_CRK, restored, plan.tokens_C)
             output_TH, bias = self.mlp(input_TH, probs_T)
         finally:
             for linear in linears:
@@ -137,9 +136,7 @@ class FSEPExperts(MegatronModule):
         assert bias is None
         if not plan.backward_follows:
             restored.release()
-            if torch.is_grad_enabled():
-                output_TH = autograd.restore_before_backward(output_TH, restored)
-        return output_TH
+        return restored.before_backward(output_TH) if torch.is_grad_enabled() else output_TH
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients, which FSEP refuses at start."""

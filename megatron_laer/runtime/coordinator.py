@@ -1,7 +1,7 @@
 """The layouts in force on this rank, and how they change: plans in, statistics out.
 
 Holds `(version, layout)` per MoE layer and each layer's FIFO of plans. Chooses no layout
-(`planner`) and moves no weights (`restore`).
+(`planner`), and neither moves weights (`restore`) nor says when (`scheduler`).
 
 Legend: N ranks, E experts, C slots per rank, S = N·C slots.
 """
@@ -28,10 +28,13 @@ from megatron_laer.runtime.agreement import (
     broadcast_layouts,
     exchange_counts,
 )
-from megatron_laer.runtime.layout_index import layout_index
+from megatron_laer.runtime.device import make_lane
+from megatron_laer.runtime.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.plan import MicrobatchPlan
 from megatron_laer.runtime.process_groups import FSEPGroups
 from megatron_laer.runtime.restore import FlatExchange
+from megatron_laer.runtime.restored import ExchangeLanes, Slices
+from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.sources import (
     LayoutRecorder,
     LayoutSource,
@@ -39,6 +42,7 @@ from megatron_laer.runtime.sources import (
     ReplayedLayouts,
     recording_path,
 )
+from megatron_laer.schedule import SCHEDULES
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +57,7 @@ class LayerState:
 
     Attributes:
         name: "layer 3" or "mtp 1", counted over the whole model from 1.
+        slices: what this rank holds of its experts.
         pending: plans whose forward ran without gradients, under a checkpoint, oldest first; the
             re-run takes them. Backward order equals forward order per layer, in 1F1B and
             interleaved schedules alike.
@@ -65,6 +70,7 @@ class LayerState:
     name: str
     number: int
     is_mtp: bool
+    slices: Slices
     layout: ExpertLayout
     pending: deque[MicrobatchPlan] = field(default_factory=deque)
     microbatches: int = 0
@@ -103,6 +109,14 @@ class Coordinator:
             node_size=groups.node_size,
         )
         self.exchange = FlatExchange(groups)
+        schedule = SCHEDULES[config.scheduler]
+        overlaps = bool(schedule.restores)
+        lanes = ExchangeLanes(
+            self.exchange,
+            parameters=make_lane("parameters", device, overlaps=overlaps),
+            gradients=make_lane("gradients", device, overlaps=overlaps),
+        )
+        self.scheduler = Scheduler(schedule, lanes, self._index_of)
         self.layers: list[LayerState] = []
         self.version = 0
         self.step = 0
@@ -116,7 +130,7 @@ class Coordinator:
 
     # What the layers call.
 
-    def register_layer(self, number: int, is_mtp: bool) -> LayerState:
+    def register_layer(self, number: int, is_mtp: bool, slices: Slices) -> LayerState:
         """Add a MoE layer; every rank of the group adds the same ones in the same order.
 
         Args:
@@ -129,7 +143,8 @@ class Coordinator:
         same = sum(layer.name.split(" #")[0] == name for layer in self.layers)
         if same:
             name += f" #{same + 1}"
-        state = LayerState(len(self.layers), name, number, is_mtp, ExpertLayout.static(*shape))
+        layout = ExpertLayout.static(*shape)
+        state = LayerState(len(self.layers), name, number, is_mtp, slices, layout)
         self.layers.append(state)
         return state
 
@@ -147,14 +162,18 @@ class Coordinator:
         """
         if training and torch.is_grad_enabled() and layer.pending:
             return layer.pending.popleft()
-        layout = self._layout_of(layer, training)
+        restored = self.scheduler.enter(layer, training)
+        layout = restored.index.layout
         tag, tag_tensor = self._tag_of(layer, layout)
         counts_NE = exchange_counts(
             routing_map_TE.sum(dim=0), tag, tag_tensor, self.groups, layer.name
         )
         quotas = solve_quotas(self.config.split, counts_NE, layout, self.geometry.node_size)
+        self.scheduler.planned(layer, restored)
+        if not torch.is_grad_enabled():
+            restored.tickets = None  # the re-run makes its own, in its own graph
         plan = MicrobatchPlan(
-            index=layout_index(layout, self.device),
+            restored=restored,
             row_S=quotas.rank_row(self.groups.rank),
             columns_NC=quotas.rank_columns(self.groups.rank),
         )
@@ -224,7 +243,8 @@ class Coordinator:
                 self._observe(layer)
 
     def close(self) -> None:
-        """Stop the planner and close the recording."""
+        """Stop the planner and the lanes, and close the recording."""
+        self.scheduler.close()
         if self._source is not None:
             self._source.close()
         if self._recorder is not None:
@@ -284,16 +304,17 @@ class Coordinator:
             _warn(f"no layouts for step {step}, they stay as they are: {error!r}")
             return None
 
-    def _layout_of(self, layer: LayerState, training: bool) -> ExpertLayout:
-        if self.config.planner != RANDOM_PLANNER or not training:
-            return layer.layout
+    def _index_of(self, layer: LayerState, training: bool) -> LayoutIndex:
+        """The layout that the layer's next pass is planned with."""
         layout = layer.layout
-        return ExpertLayout.random(
-            layout.num_ranks,
-            layout.capacity,
-            layout.num_experts,
-            (self.seed, self.step, layer.index, layer.microbatches),
-        )
+        if self.config.planner == RANDOM_PLANNER and training:
+            layout = ExpertLayout.random(
+                layout.num_ranks,
+                layout.capacity,
+                layout.num_experts,
+                (self.seed, self.step, layer.index, layer.microbatches),
+            )
+        return layout_index(layout, self.device)
 
     def _tag_of(self, layer: LayerState, layout: ExpertLayout) -> tuple[LayoutTag, torch.Tensor]:
         """The layout's tag, with its tensor kept on the device as long as it holds."""

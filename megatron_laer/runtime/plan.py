@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.runtime.layout_index import LayoutIndex
+from megatron_laer.runtime.restored import RestoredExperts
 
 Int64 = npt.NDArray[np.int64]
 
@@ -22,7 +22,7 @@ class MicrobatchPlan:
     """Layout and quotas of one microbatch, as one rank sees them.
 
     Attributes:
-        index: the layout, with its index tensors on the device.
+        restored: the experts that the pass computes with, under the layout that was planned.
         row_S: tokens that this rank sends to each slot.
         columns_NC: tokens that each rank sends to this rank's slots.
         routing_map_TE: only in the plan of a re-run under a checkpoint, the first pass's routing.
@@ -30,7 +30,7 @@ class MicrobatchPlan:
             with atomics on CUDA), and the counts exchanged in the first pass would not fit.
     """
 
-    index: LayoutIndex
+    restored: RestoredExperts
     row_S: Int64
     columns_NC: Int64
     routing_map_TE: torch.Tensor | None = None
@@ -46,7 +46,7 @@ class MicrobatchPlan:
     @property
     def layout(self) -> ExpertLayout:
         """The layout."""
-        return self.index.layout
+        return self.restored.index.layout
 
     @property
     def input_splits_N(self) -> list[int]:

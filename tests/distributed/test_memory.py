@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_laer.schedule import SCHEDULES
 from tests.parity.flags import command_line
 from tests.parity.training import train
 from tests.ranks import RankPool
@@ -123,6 +124,7 @@ def live_restored_matrices(command: list[str]) -> tuple[list[int], list[int], in
     return after_forward, after_step, storage.most
 
 
+@pytest.mark.parametrize("scheduler", ["on", "off"])
 @pytest.mark.parametrize(
     "recompute",
     [
@@ -133,7 +135,7 @@ def live_restored_matrices(command: list[str]) -> tuple[list[int], list[int], in
     ids=["no recompute", "full recompute", "selective recompute"],
 )
 def test_no_restored_weight_outlives_its_use(
-    ranks: Callable[[int], RankPool], text_data: str, recompute: str
+    ranks: Callable[[int], RankPool], text_data: str, recompute: str, scheduler: str
 ) -> None:
     command = command_line(
         text_data,
@@ -141,13 +143,15 @@ def test_no_restored_weight_outlives_its_use(
         expert_parallel=2,
         global_batch=8,
         steps=4,
-        extra=FSEP + recompute + " --num-layers 3",
+        extra=f"{FSEP}{recompute} --num-layers 3 --fsep-scheduler {scheduler}",
     )
+    layers_in_flight = SCHEDULES[scheduler].restored_layers
+    assert layers_in_flight == {"on": 2, "off": 1}[scheduler]
     for after_forward, after_step, most in ranks(2).run(live_restored_matrices, command):
         assert len(after_forward) == 8 and len(after_step) == 4
         assert set(after_forward) == {0}, "weights restored in forward are held for backward"
         assert set(after_step) == {0}
-        assert most == 2, "one layer's two matrices at a time"
+        assert most == 2 * layers_in_flight, "two matrices for each layer that the schedule holds"
 
 
 def exchange_counts_of(command: list[str]) -> tuple[int, int, int, int, int]:

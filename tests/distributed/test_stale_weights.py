@@ -25,8 +25,8 @@ OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-ga
 CLOSE = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4)
 
 
-def train_without_guard(command: list[str]) -> Record:
-    """The experts' forward runs without their call, so without the hook before it."""
+def train_without_call(command: list[str]) -> Record:
+    """The experts' forward runs without their call, so without Megatron's hook before it."""
     from megatron_laer.experts.module import FSEPExperts
     from megatron_laer.moe_layer import FSEPMoELayer
 
@@ -40,8 +40,23 @@ def train_without_guard(command: list[str]) -> Record:
         return train(command)
 
 
+def train_without_waiting(command: list[str]) -> Record:
+    """The scheduler restores the next layer without asking whether its weights are there."""
+    from megatron_laer import plugin
+
+    with mock.patch.object(plugin, "_await_weights", lambda wrapped, parameters: None):
+        return train(command)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "train_unguarded"),
+    [("on", train_without_waiting), ("off", train_without_call)],
+)
 def test_the_guard_is_what_keeps_restored_weights_fresh(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: Callable[[int], RankPool],
+    text_data: str,
+    scheduler: str,
+    train_unguarded: Callable[[list[str]], Record],
 ) -> None:
     def command(extra: str) -> list[str]:
         return command_line(
@@ -53,10 +68,10 @@ def test_the_guard_is_what_keeps_restored_weights_fresh(
             extra=OVERLAP + extra,
         )
 
-    fsep = " --expert-parallel-mode fsep --fsep-planner random"
+    fsep = f" --expert-parallel-mode fsep --fsep-planner random --fsep-scheduler {scheduler}"
     pool = ranks(4)
     stock = pool.run(train, command(""))[0]
-    unguarded = pool.run(train_without_guard, command(fsep))[0]
+    unguarded = pool.run(train_unguarded, command(fsep))[0]
     guarded = pool.run(train, command(fsep))[0]
     print(f"\n  unguarded {distance(unguarded, stock)}\n  guarded   {distance(guarded, stock)}")
     assert distance(unguarded, stock).losses > 100 * CLOSE.losses, "the guard guards nothing"

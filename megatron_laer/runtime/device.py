@@ -1,0 +1,164 @@
+"""Lanes: work that runs beside the compute, in the order in which it was submitted.
+
+On CUDA a lane is a stream, on the CPU a thread, and without overlap the caller itself; the
+scheduler sees one interface. Lanes know nothing of experts.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+# How long a lane that is closed may take to end what it is doing.
+_CLOSE_S = 5.0
+
+Work = Callable[[], torch.Tensor]
+
+
+class Pending(Protocol):
+    """The result of work on a lane."""
+
+    def wait(self) -> torch.Tensor:
+        """The result, for use on the caller's stream; may be called more than once.
+
+        Raises:
+            BaseException: what the work raised.
+        """
+        ...
+
+
+class Lane(Protocol):
+    """Runs work in order. Every rank of a group must submit the same collectives in one order."""
+
+    def submit(self, work: Work, label: str) -> Pending:
+        """Start `work` once everything that the caller's stream holds so far is done.
+
+        Args:
+            work: runs without gradients; the result is what `Pending.wait` returns.
+            label: names it in timelines and profilers.
+        """
+        ...
+
+    def close(self) -> None:
+        """No more work will come."""
+        ...
+
+
+def make_lane(name: str, device: torch.device, *, overlaps: bool) -> Lane:
+    """A lane of its own beside the compute, or one that does the work at once."""
+    if not overlaps:
+        return ImmediateLane()
+    return StreamLane(device) if device.type == "cuda" else ThreadLane(name)
+
+
+class _Done:
+    """A result that is there already."""
+
+    def __init__(self, result: torch.Tensor) -> None:
+        self._result = result
+
+    def wait(self) -> torch.Tensor:
+        return self._result
+
+
+class ImmediateLane:
+    """No overlap: work is done when `submit` returns."""
+
+    def submit(self, work: Work, label: str) -> Pending:
+        """Do it."""
+        with torch.no_grad(), torch.autograd.profiler.record_function(label):
+            return _Done(work())
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+class _Promise:
+    """A result that a thread will bring."""
+
+    def __init__(self) -> None:
+        self._is_there = threading.Event()
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def fulfil(self, work: Work) -> None:
+        try:
+            self._result = work()
+        except BaseException as error:
+            self._error = error
+        self._is_there.set()
+
+    def wait(self) -> torch.Tensor:
+        self._is_there.wait()
+        if self._error is not None:
+            raise self._error
+        result: torch.Tensor = self._result
+        return result
+
+
+class ThreadLane:
+    """A thread, for gloo: its collectives release the interpreter while they wait.
+
+    A thread rather than asynchronous collectives, because an exchange is more than one collective:
+    it gathers rows, sends them, and lays out what arrives; by nodes it is two rounds of that.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._queue: queue.SimpleQueue[tuple[_Promise, Work, str] | None] = queue.SimpleQueue()
+        # A daemon: a collective whose partner died must not keep the process alive.
+        self._thread = threading.Thread(target=self._run, name=f"fsep-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Work, label: str) -> Pending:
+        """Queue it."""
+        promise = _Promise()
+        self._queue.put((promise, work, label))
+        return promise
+
+    def close(self) -> None:
+        """End the thread once its queue is done, if that is soon."""
+        self._queue.put(None)
+        self._thread.join(_CLOSE_S)
+
+    def _run(self) -> None:
+        with torch.no_grad():  # gradient mode belongs to a thread
+            while (job := self._queue.get()) is not None:
+                promise, work, label = job
+                with torch.autograd.profiler.record_function(label):
+                    promise.fulfil(work)
+                del job, promise, work  # or the last result would live until the next job
+
+
+class _StreamResult:
+    """A result that a stream will have written."""
+
+    def __init__(self, result: torch.Tensor, done: torch.cuda.Event) -> None:
+        self._result = result
+        self._done = done
+
+    def wait(self) -> torch.Tensor:
+        stream = torch.cuda.current_stream(self._result.device)
+        stream.wait_event(self._done)
+        self._result.record_stream(stream)
+        return self._result
+
+
+class StreamLane:
+    """A CUDA stream of low priority: token exchanges on Megatron's streams go first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device, priority=0)
+
+    def submit(self, work: Work, label: str) -> Pending:
+        """Enqueue it behind what the current stream holds; the host does not wait."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.no_grad(), torch.cuda.stream(self._stream), torch.cuda.nvtx.range(label):
+            result = work()
+            return _StreamResult(result, self._stream.record_event())
+
+    def close(self) -> None:
+        """The stream ends with its last reference."""

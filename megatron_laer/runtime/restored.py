@@ -1,0 +1,208 @@
+"""Whole experts of one layer for one microbatch, alive only while something computes with them.
+
+Restored weights are not saved by autograd. A forward pass drops them when it is done, and the
+backward pass restores them again for the experts' backward; only a pass whose backward follows at
+once (the re-run under a checkpoint) keeps them. When an exchange starts is the scheduler's
+business; this file holds what is in flight, and the autograd nodes between slices and experts.
+
+Two nodes lie on the way of a layer's gradients: `_Restore`, whose backward sends whole gradients
+off, and `_Arrive` before it, whose backward hands the slices' gradients to Megatron. Between the
+two the gradients are in flight. Autograd runs ready nodes latest first, so an `_Arrive` made early
+in forward, while the layer before was computing, waits only after that layer's backward.
+
+What travels along the edges of this graph are placeholders of the right shape without storage:
+weights and gradients themselves are held by `RestoredExperts`.
+
+Legend: E experts, C slots per rank, R rows of a matrix, r rows of this rank's slice, K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron_laer.runtime.device import Lane, Pending
+from megatron_laer.runtime.layout_index import LayoutIndex
+from megatron_laer.runtime.restore import FlatExchange
+
+
+@dataclass(frozen=True)
+class Slices:
+    """What this rank holds of every expert of a layer.
+
+    Attributes:
+        parameters: `[E, r, K]` for each matrix.
+        rows: R of each matrix.
+    """
+
+    parameters: tuple[torch.nn.Parameter, ...]
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ExchangeLanes:
+    """The exchanges, and the lanes that they run on."""
+
+    exchange: FlatExchange
+    parameters: Lane
+    gradients: Lane
+
+    def close(self) -> None:
+        """End both lanes."""
+        self.parameters.close()
+        self.gradients.close()
+
+
+class RestoredExperts:
+    """The slots' matrices `[C, R, K]` of one layer for one microbatch, and how to get them.
+
+    Attributes:
+        index: the layout that they are restored under.
+        before: the MoE layer before in the same chunk and microbatch, which backward comes to next.
+        tickets: the early `_Arrive` node's outputs, until `restore` takes them.
+    """
+
+    def __init__(self, name: str, slices: Slices, index: LayoutIndex, lanes: ExchangeLanes) -> None:
+        self.index = index
+        self.before: RestoredExperts | None = None
+        self.tickets: tuple[torch.Tensor, ...] | None = None
+        self._name = name
+        self._slices = slices
+        self._lanes = lanes
+        self._matrices: tuple[Pending, ...] | None = None
+        self._reduced: tuple[Pending, ...] | None = None
+
+    def start(self) -> None:
+        """Begin to fetch the slots' experts, unless that was begun. Collective over the group."""
+        if self._matrices is None:
+            exchange = self._lanes.exchange
+            # The slices as they are now: they change between steps only.
+            self._matrices = tuple(
+                self._lanes.parameters.submit(
+                    partial(exchange.restore, slice_ErK.detach(), self.index, rows),
+                    f"restore {self._name}",
+                )
+                for slice_ErK, rows in zip(self._slices.parameters, self._slices.rows, strict=True)
+            )
+            exchange.count.restores += 1
+
+    def matrix(self, position: int) -> torch.Tensor:
+        """The `position`-th matrix of every slot, waiting for it."""
+        self.start()
+        assert self._matrices is not None
+        return self._matrices[position].wait()
+
+    def release(self) -> None:
+        """Let go of the restored matrices."""
+        self._matrices = None
+
+    def reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
+        """Begin to send the experts' gradients to their slices. Collective over the group."""
+        exchange = self._lanes.exchange
+        self._reduced = tuple(
+            self._lanes.gradients.submit(
+                partial(exchange.reduce, grad_CRK, self.index), f"reduce {self._name}"
+            )
+            for grad_CRK in grads_CRK
+        )
+        exchange.count.reduces += 1
+
+    def reduced(self) -> tuple[torch.Tensor, ...]:
+        """Gradients of the slices `[E, r, K]`, waiting for them."""
+        assert self._reduced is not None, "gradients asked for before they were sent"
+        grads_ErK = tuple(pending.wait() for pending in self._reduced)
+        self._reduced = None
+        return grads_ErK
+
+    def issue_tickets(self) -> tuple[torch.Tensor, ...]:
+        """Make the node at which this layer's gradients will be waited for.
+
+        The earlier in forward, the later in backward.
+        """
+        tickets: tuple[torch.Tensor, ...] = _Arrive.apply(self, *self._slices.parameters)
+        return tickets
+
+    def weight_tickets(self, capacity: int) -> tuple[torch.Tensor, ...]:
+        """What the experts' linear layers take for their weights: they lead gradients back here."""
+        tickets, self.tickets = self.tickets, None
+        if tickets is None:
+            tickets = self.issue_tickets()
+        shapes = tuple(
+            (capacity, rows, ticket.shape[2])
+            for ticket, rows in zip(tickets, self._slices.rows, strict=True)
+        )
+        weights: tuple[torch.Tensor, ...] = _Restore.apply(self, shapes, *tickets)
+        return weights
+
+    def before_backward(self, output: torch.Tensor) -> torch.Tensor:
+        """Mark the experts' output: its gradient's arrival is when backward restores."""
+        marked: torch.Tensor = _BeforeBackward.apply(output, self)
+        return marked
+
+
+def _placeholder(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    return like.new_zeros(()).expand(shape)
+
+
+class _Arrive(torch.autograd.Function):
+    """Backward: the slices' gradients, once they are here."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, restored: RestoredExperts, *slices: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.restored = restored
+        return tuple(_placeholder(slice_ErK, slice_ErK.shape) for slice_ErK in slices)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        return (None, *ctx.restored.reduced())
+
+
+class _Restore(torch.autograd.Function):
+    """Backward: whole gradients out, on their way to the slices."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        restored: RestoredExperts,
+        shapes: tuple[tuple[int, int, int], ...],
+        *tickets: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.restored, ctx.shapes = restored, tuple(ticket.shape for ticket in tickets)
+        return tuple(
+            _placeholder(ticket, shape) for ticket, shape in zip(tickets, shapes, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        ctx.restored.reduce(grads)
+        return (
+            None,
+            None,
+            *(_placeholder(grad, shape) for grad, shape in zip(grads, ctx.shapes, strict=True)),
+        )
+
+
+class _BeforeBackward(torch.autograd.Function):
+    """Identity on the experts' output, whose backward starts what the schedule says.
+
+    An autograd node rather than a hook on the saved weights: it runs exactly once per backward, at
+    the same place on every rank, also on a rank that received no token.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, restored: RestoredExperts) -> torch.Tensor:  # type: ignore[override]
+        ctx.restored = restored
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        ctx.restored.start()
+        if ctx.restored.before is not None:
+            ctx.restored.before.start()
+        return grad, None

@@ -1,0 +1,184 @@
+"""Carries out the communication schedule: what overlaps what within one model chunk.
+
+Which moments start which exchange is data (`schedule.py`). The scheduler sees the moments: it
+follows a chunk's forward passes by hooks on the chunk, a layer tells when its tokens arrived, and
+autograd nodes tell about backward. It chooses no layout and moves no weights.
+
+A chunk's forward for one microbatch leaves a chain of `RestoredExperts`, each knowing the layer
+before. Backward follows it, whenever the pipeline comes to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from megatron_laer.runtime.layout_index import LayoutIndex
+from megatron_laer.runtime.restored import ExchangeLanes, RestoredExperts, Slices
+from megatron_laer.schedule import Moment, Schedule, Target
+
+
+class Layer(Protocol):
+    """What the scheduler knows of a layer."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def slices(self) -> Slices: ...
+
+
+@dataclass
+class Chunk:
+    """A model chunk: the MoE layers that one forward call of it passes, in order.
+
+    Attributes:
+        module: called once per microbatch and pass.
+        await_weights: waits until these slices hold this step's weights, which Megatron may still
+            be gathering over replicas.
+    """
+
+    module: torch.nn.Module
+    layers: Sequence[Layer]
+    await_weights: Callable[[Sequence[torch.nn.Parameter]], None]
+
+
+@dataclass
+class _Forward:
+    """One forward pass of a chunk."""
+
+    chunk: Chunk
+    entered: list[RestoredExperts] = field(default_factory=list)
+
+
+class Scheduler:
+    """The schedule of one rank.
+
+    Args:
+        index_of: the layout that a layer's next pass is planned with; `training` or not.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        lanes: ExchangeLanes,
+        index_of: Callable[[Any, bool], LayoutIndex],
+    ) -> None:
+        self._schedule = schedule
+        self._lanes = lanes
+        self._index_of = index_of
+        self._chunks: list[Chunk] = []
+        self._hooks: list[Any] = []
+        self._forward: _Forward | None = None
+        # Restored or being restored for a layer that has not come yet, by its index in the chunk.
+        self._ahead: dict[int, RestoredExperts] = {}
+
+    def attach(self, chunks: Sequence[Chunk]) -> None:
+        """Follow the forward passes of these chunks, and of no others."""
+        self._detach()
+        self._chunks = list(chunks)
+        for chunk in self._chunks:
+            # Kept alive by the module, so the chunk is bound by its number.
+            self._hooks += [
+                chunk.module.register_forward_pre_hook(_call(self._begin_forward, chunk)),
+                chunk.module.register_forward_hook(_call(self._end_forward)),
+            ]
+
+    def close(self) -> None:
+        """Let go of the chunks and end the lanes."""
+        self._detach()
+        self._lanes.close()
+
+    def enter(self, layer: Layer, training: bool) -> RestoredExperts:
+        """The experts of a layer whose forward begins, perhaps already on their way.
+
+        Not for the re-run of a checkpoint, which has those of its first pass.
+        """
+        forward = self._forward
+        position = self._position(layer)
+        if forward is None or position is None:
+            return self._make(layer, training)
+        restored = self._ahead.pop(position, None) or self._make(layer, training)
+        if self._schedule.target(Moment.COMBINE_GRADIENT) is Target.PREVIOUS and forward.entered:
+            restored.before = forward.entered[-1]
+        forward.entered.append(restored)
+        return restored
+
+    def planned(self, layer: Layer, restored: RestoredExperts) -> None:
+        """The layout of a pass is decided; its restore need not wait for the experts' call."""
+        if self._schedule.restores and self._forward is not None:
+            self._forward.chunk.await_weights(layer.slices.parameters)
+            restored.start()
+
+    def dispatched(self, layer: Layer, training: bool) -> None:
+        """A layer's tokens arrived."""
+        position = self._position(layer)
+        if position is not None and self._schedule.target(Moment.DISPATCHED) is Target.NEXT:
+            self._start_ahead(position + 1, training)
+
+    # Inside.
+
+    def _make(self, layer: Layer, training: bool) -> RestoredExperts:
+        return RestoredExperts(
+            layer.name, layer.slices, self._index_of(layer, training), self._lanes
+        )
+
+    def _position(self, layer: Layer) -> int | None:
+        """The layer's place in the chunk that is running forward; None outside of one.
+
+        The re-run of a checkpoint is outside: it happens in backward.
+        """
+        if self._forward is None:
+            return None
+        layers = self._forward.chunk.layers
+        return next((at for at, other in enumerate(layers) if other is layer), None)
+
+    def _start_ahead(self, position: int, training: bool) -> None:
+        assert self._forward is not None
+        chunk = self._forward.chunk
+        if position >= len(chunk.layers):
+            return
+        layer = chunk.layers[position]
+        restored = self._make(layer, training)
+        chunk.await_weights(layer.slices.parameters)
+        restored.start()
+        if training and torch.is_grad_enabled() and self._schedule.delays_gradients:
+            restored.tickets = restored.issue_tickets()
+        self._ahead[position] = restored
+
+    def _begin_forward(self, chunk: Chunk) -> None:
+        self._ahead.clear()
+        self._forward = _Forward(chunk)
+        if self._schedule.target(Moment.CHUNK_FORWARD) is Target.FIRST:
+            self._start_ahead(0, chunk.module.training)
+
+    def _end_forward(self, output: Any) -> None:
+        forward, self._forward = self._forward, None
+        assert forward is not None
+        if (
+            self._schedule.target(Moment.CHUNK_BACKWARD) is Target.LAST
+            and forward.entered
+            and isinstance(output, torch.Tensor)
+            and output.grad_fn is not None
+        ):
+            last = forward.entered[-1]
+            output.grad_fn.register_prehook(lambda _: last.start())
+
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._chunks = [], []
+        self._forward = None
+        self._ahead.clear()
+
+
+def _call(function: Callable[..., None], *bound: Any) -> Callable[..., None]:
+    """A module hook that passes on the bound arguments, and a forward hook's output."""
+
+    def hook(_module: torch.nn.Module, _inputs: Any, *output: Any) -> None:
+        function(*bound, *output)
+
+    return hook
