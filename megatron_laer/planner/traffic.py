@@ -69,9 +69,7 @@ class Traffic:
             ValueError: an unknown algorithm.
         """
         check_algorithm(algorithm)
-        inter_bytes = (
-            bytes_per_element if inter_bytes_per_element is None else (inter_bytes_per_element)
-        )
+        inter_bytes = inter_bytes_per_element or bytes_per_element
         intra_s_N = np.maximum(self.intra_N, self.sent_intra_N) * (
             bytes_per_element / intra_bytes_per_s
         )

@@ -1,46 +1,210 @@
 """A layout's index tensors on the device, so that no exchange builds them again.
 
 Holds no expert data and runs no collective.
+
+Legend: N ranks, E experts, C slots per rank, S = N·C slots; G ranks per span (a node, or the whole
+group), M = N/G spans, D distinct experts of a span.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.traffic import Bool, changed_slots
+
+Int64 = npt.NDArray[np.int64]
+
+# Pairs of index tensors: targets, all distinct, and the sources that are added to them.
+Rounds = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
 @dataclass(frozen=True, eq=False)
 class LayoutIndex:
-    """Index tensors of one layout on one device.
+    """One layout on one device.
 
     Attributes:
         slot_expert_S: int64, the expert in each slot.
-        rounds: the order in which replicas' gradients are summed. Round j pairs every expert that
-            has more than j replicas with its j-th slot, `(experts, slots)` int64. Experts of a
-            round are distinct, so adding a round needs no atomics, and each expert's replicas are
-            added in slot order: bitwise the same every time.
     """
 
     layout: ExpertLayout
     slot_expert_S: torch.Tensor
-    rounds: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index tensors live."""
+        return self.slot_expert_S.device
+
+
+@dataclass(frozen=True, eq=False)
+class RestoreIndex:
+    """What one rank sends and receives to restore some slots of a layout.
+
+    Attributes:
+        anything: whether any rank has a slot to restore.
+        sent_experts: the distinct experts of span 0, of span 1, …: what this rank sends to the rank
+            at its place in each span.
+        distinct_M: how many those are.
+        picked: for each slot to restore in this span, rank by rank, its expert's place among the
+            span's distinct experts, or the expert itself where there is but one span.
+        picked_M: the same with one entry per span, into M·D blocks.
+        fetched_G: slots to restore on each rank of this span.
+        runs: this rank's slots to restore as runs of neighbours: which of the rank's slots to
+            restore a run begins with, and its slots.
+    """
+
+    anything: bool
+    sent_experts: torch.Tensor
+    distinct_M: list[int]
+    picked: torch.Tensor
+    picked_M: torch.Tensor
+    fetched_G: list[int]
+    runs: list[tuple[int, slice]]
+
+
+@dataclass(frozen=True, eq=False)
+class ReduceIndex:
+    """How one rank sums the gradients of a layout's slots.
+
+    Attributes:
+        distinct_M: distinct experts of each span.
+        in_span: sums the span's slots into its distinct experts, or into all experts where there is
+            but one span; in slot order.
+        over_spans: sums what the spans send, `distinct_M` each, into all experts; in span order.
+    """
+
+    distinct_M: list[int]
+    in_span: Rounds
+    over_spans: Rounds
 
 
 @lru_cache(maxsize=1024)
 def layout_index(layout: ExpertLayout, device: torch.device) -> LayoutIndex:
-    """The index tensors of `layout` on `device`."""
-    slot_expert_S = np.asarray(layout.slot_expert_S, dtype=np.int64)
-    by_expert = np.argsort(slot_expert_S, kind="stable")
-    counts_E = np.bincount(slot_expert_S, minlength=layout.num_experts)
-    first_E = np.cumsum(counts_E) - counts_E
-    rounds = []
-    for j in range(int(counts_E.max())):
-        experts = np.flatnonzero(counts_E > j)
-        slots = by_expert[first_E[experts] + j]
-        rounds.append(tuple(torch.from_numpy(x).to(device) for x in (experts, slots)))
-    return LayoutIndex(layout, torch.from_numpy(slot_expert_S).to(device), tuple(rounds))
+    """`layout` on `device`."""
+    (slot_expert_S,) = _upload([layout.slot_expert_S.astype(np.int64)], device)
+    return LayoutIndex(layout, slot_expert_S)
+
+
+@lru_cache(maxsize=1024)
+def restore_index(
+    before: ExpertLayout | None,
+    after: ExpertLayout,
+    span: int,
+    rank: int,
+    device: torch.device,
+) -> RestoreIndex:
+    """The slots of `after` that hold another expert than under `before`, or all without one."""
+    num_ranks, capacity = after.num_ranks, after.capacity
+    if before is None:
+        changed_S = np.ones(after.num_slots, dtype=np.bool_)
+    else:
+        changed_S = changed_slots(before, after)
+    slot_expert_S = after.slot_expert_S.astype(np.int64)
+    mine, spans = rank // span, num_ranks // span
+
+    here = slice(mine * span * capacity, (mine + 1) * span * capacity)
+    wanted = slot_expert_S[here][changed_S[here]]
+    distinct: list[Int64] = []
+    if spans > 1:
+        distinct = _distinct_by_span(after, span, changed_S)
+        wanted = np.searchsorted(distinct[mine], wanted)
+    fetched_N = changed_S.reshape(num_ranks, capacity).sum(axis=1)
+    stride = len(distinct[mine]) if distinct else 0
+    sent_experts, picked, picked_M = _upload(
+        [
+            np.concatenate([np.empty(0, np.int64), *distinct]),
+            wanted,
+            (wanted[:, None] + stride * np.arange(spans)).reshape(-1),
+        ],
+        device,
+    )
+    return RestoreIndex(
+        anything=bool(changed_S.any()),
+        sent_experts=sent_experts,
+        distinct_M=[len(experts) for experts in distinct],
+        picked=picked,
+        picked_M=picked_M,
+        fetched_G=fetched_N[mine * span : (mine + 1) * span].tolist(),
+        runs=_runs(np.flatnonzero(changed_S[rank * capacity : (rank + 1) * capacity])),
+    )
+
+
+@lru_cache(maxsize=1024)
+def reduce_index(layout: ExpertLayout, span: int, rank: int, device: torch.device) -> ReduceIndex:
+    """The sums over replicas as the rank computes them."""
+    slot_expert_S = layout.slot_expert_S.astype(np.int64)
+    if layout.num_ranks == span:
+        return ReduceIndex([], _rounds(slot_expert_S, device), ())
+    mine = rank // span
+    distinct = _distinct_by_span(layout, span, np.ones(layout.num_slots, dtype=np.bool_))
+    slots = span * layout.capacity
+    in_span = np.searchsorted(distinct[mine], slot_expert_S[mine * slots : (mine + 1) * slots])
+    return ReduceIndex(
+        distinct_M=[len(experts) for experts in distinct],
+        in_span=_rounds(in_span, device),
+        over_spans=_rounds(np.concatenate(distinct), device),
+    )
+
+
+def _distinct_by_span(layout: ExpertLayout, span: int, changed_S: Bool) -> list[Int64]:
+    """Sorted distinct experts among the changed slots of each span."""
+    slots = span * layout.capacity
+    experts_MS = layout.slot_expert_S.reshape(-1, slots)
+    changed_MS = changed_S.reshape(-1, slots)
+    return [
+        np.unique(experts[changed]).astype(np.int64)
+        for experts, changed in zip(experts_MS, changed_MS, strict=True)
+    ]
+
+
+def _rounds(target_of_source: Int64, device: torch.device) -> Rounds:
+    """The order in which sources are added to their targets.
+
+    Round j pairs every target that has more than j sources with its j-th source. Targets of a round
+    are distinct, so adding a round needs no atomics, and a target's sources are added in their
+    order: bitwise the same every time. Every target has a source, so round 0 has all of them.
+    """
+    by_target = np.argsort(target_of_source, kind="stable")
+    counts = np.bincount(target_of_source)
+    first = np.cumsum(counts) - counts
+    arrays: list[Int64] = []
+    for j in range(int(counts.max())):
+        targets = np.flatnonzero(counts > j)
+        arrays += [targets, by_target[first[targets] + j]]
+    tensors = _upload(arrays, device)
+    return tuple(zip(tensors[::2], tensors[1::2], strict=True))
+
+
+def _runs(slots: Int64) -> list[tuple[int, slice]]:
+    """Ascending slots as runs of neighbours, each with how many slots come before it."""
+    runs, first = [], 0
+    for run in np.split(slots, np.flatnonzero(np.diff(slots) > 1) + 1):
+        if len(run):
+            runs.append((first, slice(int(run[0]), int(run[-1]) + 1)))
+        first += len(run)
+    return runs
+
+
+def _upload(arrays: Sequence[Int64], device: torch.device) -> list[torch.Tensor]:
+    """Arrays on the device, by one copy.
+
+    On CUDA the copy runs on a stream of its own, which is waited for: so the tensors may be used on
+    any stream at once, and the wait is never behind queued compute. They outlive any kernel that
+    reads them, because 1024 newer layouts must come before a cache lets go of them.
+    """
+    packed = torch.from_numpy(np.concatenate(arrays))
+    if device.type == "cuda":
+        with torch.cuda.stream(_upload_stream(device)):
+            packed = packed.to(device)
+    return list(packed.split([len(array) for array in arrays]))
+
+
+@cache
+def _upload_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -4,8 +4,9 @@ Does not decide what is exchanged (`restore.py`) or when (`coordinator.py`).
 
 The FSEP group is Megatron's expert-parallel group, because DDP, the optimizer, the gradient norm
 and checkpoints already treat parameters of that group as distinct per rank. Parameters and
-gradients get communicators of their own over the same ranks: two exchanges on one communicator run
-one after the other, so a restore would delay the token All-to-All it should hide behind.
+gradients get communicators of their own over the same ranks, and over the sub-groups of nodes: two
+exchanges on one communicator run one after the other, so a restore would delay the token All-to-All
+it should hide behind.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch.distributed as dist
 
 Group = dist.ProcessGroup
 
+_BY_NODE = ("parameters_node", "parameters_across", "gradients_node", "gradients_across")
+
 
 @dataclass(frozen=True)
 class FSEPGroups:
@@ -27,16 +30,20 @@ class FSEPGroups:
         tokens: Megatron's expert-parallel group; token All-to-All and the exchange of counts.
         parameters: same ranks, for restores.
         gradients: same ranks, for gradient exchanges.
-        node: the ranks of this rank's node within the group.
-        across: the ranks at this rank's place in every node of the group.
+        parameters_node, gradients_node: the ranks of this rank's node within the group. None, like
+            the next two, where nodes hold one rank or the whole group: then these groups would hold
+            one rank, or the same ranks as `parameters`.
+        parameters_across, gradients_across: the ranks at this rank's place in every node.
         index: which of the world's FSEP groups this is (one per pipeline stage and replica).
     """
 
     tokens: Group
     parameters: Group
     gradients: Group
-    node: Group
-    across: Group
+    parameters_node: Group | None
+    parameters_across: Group | None
+    gradients_node: Group | None
+    gradients_across: Group | None
     ranks: tuple[int, ...]
     node_size: int
     index: int
@@ -58,7 +65,15 @@ class FSEPGroups:
 
     def extra(self) -> tuple[Group, ...]:
         """The groups made here (Megatron owns `tokens`)."""
-        return (self.parameters, self.gradients, self.node, self.across)
+        groups = (
+            self.parameters,
+            self.gradients,
+            self.parameters_node,
+            self.parameters_across,
+            self.gradients_node,
+            self.gradients_across,
+        )
+        return tuple(group for group in groups if group is not None)
 
 
 _groups: FSEPGroups | None = None
@@ -140,7 +155,7 @@ def create_groups(
             )
 
     # new_group is collective: every rank creates every group, in the same order.
-    made: dict[str, Group] = {}
+    made: dict[str, Group | None] = dict.fromkeys(_BY_NODE)
 
     def make(kind: str, ranks: Sequence[int]) -> None:
         group = create_group(list(ranks), group_desc=f"FSEP_{kind.upper()}")
@@ -151,10 +166,13 @@ def create_groups(
         size = sizes[ranks]
         make("parameters", ranks)
         make("gradients", ranks)
-        for start in range(0, len(ranks), size):
-            make("node", ranks[start : start + size])
-        for place in range(size):
-            make("across", ranks[place::size])
+        if size in (1, len(ranks)):
+            continue
+        for exchange in ("parameters", "gradients"):
+            for start in range(0, len(ranks), size):
+                make(f"{exchange}_node", ranks[start : start + size])
+            for place in range(size):
+                make(f"{exchange}_across", ranks[place::size])
 
     _groups = FSEPGroups(
         tokens=expert_group,

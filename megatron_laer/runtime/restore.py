@@ -1,110 +1,458 @@
 """The two exchanges of FSEP: restore whole experts from slices, reduce their gradients to slices.
 
-One All-to-All each over the whole group (`flat`). Does not decide when to run (`experts.module`)
-and knows nothing of autograd.
+What every algorithm offers (`Exchange`), and the one routine behind both of them: two legs, across
+spans of ranks and inside a span. `FlatExchange` has one span that holds the whole group, so only
+the inner leg is left, one All-to-All; `node_exchange.NodeExchange` has one span per node.
 
-Legend: N ranks, E experts, C slots per rank, S = N·C slots, R rows of a matrix, r rows of the slice
-that one rank holds, K columns.
+Does not decide when to run (`experts.module`) and knows nothing of autograd.
+
+Legend: N ranks, E experts, C slots per rank; G ranks per span, M = N/G spans, D distinct experts of
+a span, n slots of a span to restore; R rows of a matrix, r rows of the slice that one rank holds,
+K columns.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from megatron_laer.runtime.layout_index import LayoutIndex
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.traffic import row_bounds
+from megatron_laer.runtime.layout_index import (
+    LayoutIndex,
+    ReduceIndex,
+    RestoreIndex,
+    Rounds,
+    reduce_index,
+    restore_index,
+)
 from megatron_laer.runtime.process_groups import FSEPGroups
+from megatron_laer.runtime.row_blocks import RowBlocks, row_blocks
+from megatron_laer.runtime.workspace import Workspace, reduce_workspace, restore_workspace
+
+# `Workspace.take` with the sizes of one matrix: a tensor on a named buffer, by shape and dtype.
+_Take = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
+
+__all__ = ["Exchange", "ExchangeCount", "FlatExchange", "Kept", "TwoLegExchange", "row_bounds"]
 
 
-def row_bounds(rows: int, num_ranks: int) -> list[int]:
-    """N + 1 bounds of the row blocks that ranks hold; blocks differ by at most one row."""
-    return [rank * rows // num_ranks for rank in range(num_ranks + 1)]
+@dataclass(frozen=True)
+class Kept:
+    """A restored matrix that may be updated in place, and the layout it was restored under.
+
+    Its slices must not have changed since: not across an optimizer step.
+    """
+
+    index: LayoutIndex
+    matrix_CRK: torch.Tensor
 
 
 @dataclass
 class ExchangeCount:
-    """What went over the wire, for metrics and for tests of the documented formulas."""
+    """What this rank received from others, for metrics and for tests of the documented formulas.
+
+    Counted from the sizes that collectives are given. Restores and reduces are counted by their
+    caller, since a layer restores several matrices at once.
+    """
 
     restores: int = 0
     reduces: int = 0
-    restore_bytes: int = 0
-    reduce_bytes: int = 0
+    restore_intra_bytes: int = 0
+    restore_inter_bytes: int = 0
+    reduce_intra_bytes: int = 0
+    reduce_inter_bytes: int = 0
+    restore_collectives: int = 0
+    reduce_collectives: int = 0
+
+    @property
+    def restore_bytes(self) -> int:
+        """Received by restores, over any link."""
+        return self.restore_intra_bytes + self.restore_inter_bytes
+
+    @property
+    def reduce_bytes(self) -> int:
+        """Received by reduces, over any link."""
+        return self.reduce_intra_bytes + self.reduce_inter_bytes
 
 
-@dataclass
-class FlatExchange:
-    """Restore and reduce by one All-to-All over the group.
+class Exchange(Protocol):
+    """Restore and reduce, collective over the FSEP group: all ranks call them in the same order.
 
-    A restore receives C·R·K elements of which C·(R - r)·K come from other ranks; a reduce sends as
-    many. Neither depends on the layout.
+    Restores share a communicator and a workspace, reduces another of each. So one restore and one
+    reduce may be in flight at once, from two threads or two streams, but no two restores.
     """
 
-    groups: FSEPGroups
-    count: ExchangeCount = field(default_factory=ExchangeCount)
+    count: ExchangeCount
 
-    def restore(self, slice_ErK: torch.Tensor, index: LayoutIndex, rows: int) -> torch.Tensor:
+    def restore(
+        self,
+        slice_ErK: torch.Tensor,
+        index: LayoutIndex,
+        rows: int,
+        *,
+        kept: Kept | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Whole experts for this rank's slots.
 
         Args:
             slice_ErK: this rank's rows of every expert.
             index: the layout to restore.
             rows: R, rows of the whole matrix.
+            kept: what was restored under another layout. Only slots whose expert differs are
+                fetched, into this very tensor. If no slot of any rank differs, there is no
+                collective. All ranks must keep the same layout.
+            out: where to restore to, contiguous [C, R, K]; a new tensor without it. Not with
+                `kept`.
 
         Returns:
-            [C, R, K], expert `slots[c]` of this rank at c.
+            [C, R, K], expert `slots[c]` of this rank at c; `out` or the kept tensor if given.
         """
-        num_ranks, capacity = index.layout.num_ranks, index.layout.capacity
-        columns = slice_ErK.shape[2]
-        bounds = row_bounds(rows, num_ranks)
-        send_SrK = slice_ErK.index_select(0, index.slot_expert_S)
-        received = [capacity * (end - start) * columns for start, end in pairwise(bounds)]
-        sent = [send_SrK.numel() // num_ranks] * num_ranks
-        flat = self._all_to_all(send_SrK, received, sent, self.groups.parameters)
-        self.count.restore_bytes += self._remote_bytes(flat, received)
-        del send_SrK  # before the next allocation
-        blocks = [
-            block.view(capacity, end - start, columns)
-            for block, (start, end) in zip(flat.split(received), pairwise(bounds), strict=True)
-        ]
-        return torch.cat(blocks, dim=1)
+        ...
 
-    def reduce(self, grad_CRK: torch.Tensor, index: LayoutIndex) -> torch.Tensor:
+    def reduce(
+        self, grad_CRK: torch.Tensor, index: LayoutIndex, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Gradients of this rank's slice of every expert, summed over the expert's replicas.
 
+        Sums run in float32 and in a fixed order: the same gradients give the same bits.
+
         Args:
-            grad_CRK: gradients of this rank's restored experts.
+            grad_CRK: gradients of this rank's restored experts, contiguous; left as they are.
             index: the layout they were restored with.
+            out: where to reduce to, contiguous [E, r, K]; a new tensor without it.
 
         Returns:
             [E, r, K] in the gradient's dtype, as autograd demands; Megatron adds microbatches in
-            float32. The sum over replicas runs in float32 and in slot order.
+            float32.
         """
-        num_ranks = index.layout.num_ranks
-        capacity, rows, columns = grad_CRK.shape
-        bounds = row_bounds(rows, num_ranks)
-        mine = bounds[self.groups.rank + 1] - bounds[self.groups.rank]
-        blocks = [grad_CRK[:, start:end].reshape(-1) for start, end in pairwise(bounds)]
-        sent = [block.numel() for block in blocks]
-        received = [capacity * mine * columns] * num_ranks
-        flat = self._all_to_all(torch.cat(blocks), received, sent, self.groups.gradients)
-        self.count.reduce_bytes += self._remote_bytes(flat, received)
-        parts_SrK = flat.view(num_ranks * capacity, mine, columns)
+        ...
 
-        (_, first_slot_E), *others = index.rounds
-        total_ErK = parts_SrK.index_select(0, first_slot_E).float()
-        for experts, slots in others:
-            total_ErK.index_add_(0, experts, parts_SrK.index_select(0, slots).float())
-        return total_ErK.to(grad_CRK.dtype)
+    def prepare(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
+        """Build the index tensors that exchanges of this layout need; they would do it themselves.
 
-    def _all_to_all(
-        self, send: torch.Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup
+        Args:
+            before: the layout of what will be kept.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A communicator, and which of its ranks are here or near.
+
+    Attributes:
+        position: of this rank in the group.
+        near: the range of ranks in the group that are on this rank's node.
+    """
+
+    group: dist.ProcessGroup
+    position: int
+    near: slice
+
+    def all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, sizes: list[int], sent_sizes: list[int]
+    ) -> tuple[int, int]:
+        """Exchange flat tensors; returns bytes received inside the node and between nodes."""
+        dist.all_to_all_single(received, sent, sizes, sent_sizes, group=self.group)
+        near = sum(sizes[self.near])
+        element = received.element_size()
+        return (near - sizes[self.position]) * element, (sum(sizes) - near) * element
+
+
+class TwoLegExchange:
+    """Restore and reduce through spans of G ranks.
+
+    A restore fetches, from the rank at the same place of every span, the rows that those ranks hold
+    of each distinct expert of this span (leg `across`); then the ranks of a span give each other
+    those rows for their slots (leg `inside`). A reduce goes the other way, and sums before and
+    after the leg across. With one span, or with one rank per span, one leg is left out.
+
+    Args:
+        span: G, ranks per span; it divides N.
+        restore_legs, reduce_legs: `(across, inside)`, None for a leg that is left out.
+        grad_wire_dtype: of gradients between spans; the gradients' own by default.
+    """
+
+    def __init__(
+        self,
+        groups: FSEPGroups,
+        span: int,
+        restore_legs: tuple[Leg | None, Leg | None],
+        reduce_legs: tuple[Leg | None, Leg | None],
+        grad_wire_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.groups = groups
+        self.count = ExchangeCount()
+        self.restore_workspace, self.reduce_workspace = Workspace(), Workspace()
+        self._span = span
+        self._mine, self._place = divmod(groups.rank, span)
+        self._restore_legs, self._reduce_legs = restore_legs, reduce_legs
+        self._grad_wire_dtype = grad_wire_dtype
+
+    def prepare(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
+        """See `Exchange`."""
+        self._restore_index(index, before)
+        self._reduce_index(index)
+
+    @torch.no_grad()
+    def restore(
+        self,
+        slice_ErK: torch.Tensor,
+        index: LayoutIndex,
+        rows: int,
+        *,
+        kept: Kept | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        output = send.new_empty(sum(received))
-        dist.all_to_all_single(output, send.reshape(-1), received, sent, group=group)
-        return output
+        """See `Exchange`."""
+        assert kept is None or out is None, "what is kept is updated in place"
+        columns = slice_ErK.shape[2]
+        shape = (index.layout.capacity, rows, columns)
+        out_CRK = out if kept is None else kept.matrix_CRK
+        out_CRK = slice_ErK.new_empty(shape) if out_CRK is None else out_CRK
+        assert out_CRK.shape == shape and out_CRK.is_contiguous()
+        plan = self._restore_index(index, None if kept is None else kept.index)
+        if not plan.anything:
+            return out_CRK
 
-    def _remote_bytes(self, flat: torch.Tensor, received: list[int]) -> int:
-        return (sum(received) - received[self.groups.rank]) * flat.element_size()
+        blocks = row_blocks(rows, self.groups.size, self._span)
+        most = restore_workspace(self._geometry(index), rows, columns, slice_ErK.element_size())
+        take = partial(self.restore_workspace.take, device=slice_ErK.device, most=most)
+        across, inside = self._restore_legs
+        # Without a leg across, the span's experts are all experts, and a place's rows a rank's.
+        source = slice_ErK
+        if across is not None:
+            source = self._fetch(across, slice_ErK, plan, blocks, take)
+        if inside is not None:
+            self._spread(inside, source, plan, blocks, take, out_CRK)
+        else:
+            for first, slots in plan.runs:
+                self._pick(source, plan, blocks, first, out_CRK[slots])
+        return out_CRK
+
+    @torch.no_grad()
+    def reduce(
+        self, grad_CRK: torch.Tensor, index: LayoutIndex, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `Exchange`."""
+        _, rows, columns = grad_CRK.shape
+        blocks = row_blocks(rows, self.groups.size, self._span)
+        shape = (index.layout.num_experts, blocks.rows(self._mine, self._place), columns)
+        out_ErK = grad_CRK.new_empty(shape) if out is None else out
+        assert out_ErK.shape == shape and out_ErK.is_contiguous()
+        plan = self._reduce_index(index)
+        wire = self._grad_wire_dtype or grad_CRK.dtype
+        most = reduce_workspace(
+            self._geometry(index), rows, columns, grad_CRK.element_size(), wire.itemsize
+        )
+        take = partial(self.reduce_workspace.take, device=grad_CRK.device, most=most)
+        across, inside = self._reduce_legs
+        parts, rounds = grad_CRK, plan.in_span
+        if inside is not None:
+            parts = self._collect(inside, grad_CRK, blocks, take)
+        if across is not None:
+            parts = self._sum_and_send(across, parts, plan, blocks, take, wire)
+            rounds = plan.over_spans
+        _sum(parts, rounds, out_ErK, take)
+        return out_ErK
+
+    def _fetch(
+        self,
+        leg: Leg,
+        slice_ErK: torch.Tensor,
+        plan: RestoreIndex,
+        blocks: RowBlocks,
+        take: _Take,
+    ) -> torch.Tensor:
+        """Leg across: this place's rows of the span's D experts, flat, [D, r, K] span by span."""
+        _, mine, columns = slice_ErK.shape
+        send = take("send", (sum(plan.distinct_M), mine, columns), slice_ErK.dtype)
+        torch.index_select(slice_ErK, 0, plan.sent_experts, out=send)
+        distinct = plan.distinct_M[self._mine]
+        sizes = [distinct * rows * columns for rows in blocks.rows_of_place(self._place)]
+        received = take("receive", (sum(sizes),), slice_ErK.dtype)
+        sent_sizes = [count * mine * columns for count in plan.distinct_M]
+        intra, inter = leg.all_to_all(received, send.view(-1), sizes, sent_sizes)
+        self._count_restore(intra, inter)
+        return received
+
+    def _spread(
+        self,
+        leg: Leg,
+        source: torch.Tensor,
+        plan: RestoreIndex,
+        blocks: RowBlocks,
+        take: _Take,
+        out_CRK: torch.Tensor,
+    ) -> None:
+        """Leg inside: this place's rows to the slots of the span, whole experts to mine."""
+        total = sum(plan.fetched_G)
+        if total == 0:  # known to every rank of the span
+            return
+        columns = out_CRK.shape[2]
+        place_rows = [sum(blocks.rows_of_place(place)) for place in range(self._span)]
+        mine, fetched = place_rows[self._place], plan.fetched_G[self._place]
+        send = take("send", (total, mine, columns), out_CRK.dtype)
+        self._pick(source, plan, blocks, 0, send)
+        sizes = [fetched * rows * columns for rows in place_rows]
+        received = take("receive", (sum(sizes),), out_CRK.dtype)
+        sent_sizes = [count * mine * columns for count in plan.fetched_G]
+        intra, inter = leg.all_to_all(received, send.view(-1), sizes, sent_sizes)
+        self._count_restore(intra, inter)
+        for first, slots in plan.runs:
+            for whole, part in blocks.pairs(out_CRK[slots], received, first, fetched):
+                whole.copy_(part)
+
+    def _pick(
+        self,
+        source: torch.Tensor,
+        plan: RestoreIndex,
+        blocks: RowBlocks,
+        first: int,
+        target_nPK: torch.Tensor,
+    ) -> None:
+        """This place's rows of the experts of some of the span's slots to restore.
+
+        Args:
+            source: what `_fetch` returned, or the slices of all experts.
+            first: which of the slots to restore is the first of the target's.
+        """
+        count, rows, columns = target_nPK.shape
+        if not plan.distinct_M:
+            torch.index_select(source, 0, plan.picked[first : first + count], out=target_nPK)
+            return
+        distinct, spans = plan.distinct_M[self._mine], blocks.num_spans
+        if blocks.even:
+            torch.index_select(
+                source.view(distinct * spans, rows // spans * columns),
+                0,
+                plan.picked_M[first * spans : (first + count) * spans],
+                out=target_nPK.view(count * spans, rows // spans * columns),
+            )
+            return
+        picked = plan.picked[first : first + count]
+        offset = 0
+        for size in blocks.rows_of_place(self._place):
+            here = source[distinct * offset * columns : distinct * (offset + size) * columns]
+            target_nPK[:, offset : offset + size] = here.view(distinct, size, columns)[picked]
+            offset += size
+
+    def _collect(
+        self, leg: Leg, grad_CRK: torch.Tensor, blocks: RowBlocks, take: _Take
+    ) -> torch.Tensor:
+        """Leg inside: this place's rows of the gradients of all slots of the span."""
+        capacity, _, columns = grad_CRK.shape
+        place_rows = [sum(blocks.rows_of_place(place)) for place in range(self._span)]
+        mine = place_rows[self._place]
+        send = take("send", (grad_CRK.numel(),), grad_CRK.dtype)
+        for whole, part in blocks.pairs(grad_CRK, send, 0, capacity):
+            part.copy_(whole)
+        received = take("receive", (self._span * capacity, mine, columns), grad_CRK.dtype)
+        sizes = [capacity * mine * columns] * self._span
+        sent_sizes = [capacity * rows * columns for rows in place_rows]
+        intra, inter = leg.all_to_all(received.view(-1), send, sizes, sent_sizes)
+        self._count_reduce(intra, inter)
+        return received
+
+    def _sum_and_send(
+        self,
+        leg: Leg,
+        parts_nPK: torch.Tensor,
+        plan: ReduceIndex,
+        blocks: RowBlocks,
+        take: _Take,
+        wire: torch.dtype,
+    ) -> torch.Tensor:
+        """Leg across: this rank's rows of every span's sums, D of them span by span."""
+        _, rows, columns = parts_nPK.shape
+        distinct = plan.distinct_M[self._mine]
+        sizes_M = blocks.rows_of_place(self._place)
+        send = take("send", (distinct * rows * columns,), wire)
+        sent_sizes = [distinct * size * columns for size in sizes_M]
+        offset = 0
+        for size, part in zip(sizes_M, send.split(sent_sizes), strict=True):
+            rows_of_span = parts_nPK[:, offset : offset + size]
+            _sum(rows_of_span, plan.in_span, part.view(distinct, size, columns), take)
+            offset += size
+        mine = sizes_M[self._mine]
+        received = take("receive", (sum(plan.distinct_M), mine, columns), wire)
+        sizes = [count * mine * columns for count in plan.distinct_M]
+        intra, inter = leg.all_to_all(received.view(-1), send, sizes, sent_sizes)
+        self._count_reduce(intra, inter)
+        return received
+
+    def _restore_index(self, index: LayoutIndex, before: LayoutIndex | None) -> RestoreIndex:
+        return restore_index(
+            None if before is None else before.layout,
+            index.layout,
+            self._span,
+            self.groups.rank,
+            index.device,
+        )
+
+    def _reduce_index(self, index: LayoutIndex) -> ReduceIndex:
+        return reduce_index(index.layout, self._span, self.groups.rank, index.device)
+
+    def _geometry(self, index: LayoutIndex) -> Geometry:
+        layout = index.layout
+        return Geometry(layout.num_ranks, layout.num_experts, layout.capacity, self._span)
+
+    def _count_restore(self, intra_bytes: int, inter_bytes: int) -> None:
+        self.count.restore_intra_bytes += intra_bytes
+        self.count.restore_inter_bytes += inter_bytes
+        self.count.restore_collectives += 1
+
+    def _count_reduce(self, intra_bytes: int, inter_bytes: int) -> None:
+        self.count.reduce_intra_bytes += intra_bytes
+        self.count.reduce_inter_bytes += inter_bytes
+        self.count.reduce_collectives += 1
+
+
+class FlatExchange(TwoLegExchange):
+    """Restore and reduce by one All-to-All over the group: one span.
+
+    A restore receives C·R·K elements of which C·(R - r)·K come from other ranks; a reduce sends as
+    many. Neither depends on the layout.
+    """
+
+    def __init__(self, groups: FSEPGroups) -> None:
+        first = groups.rank - groups.rank % groups.node_size
+        near = slice(first, first + groups.node_size)
+        legs = [
+            Leg(group, groups.rank, near) if groups.size > 1 else None
+            for group in (groups.parameters, groups.gradients)
+        ]
+        super().__init__(groups, groups.size, (None, legs[0]), (None, legs[1]))
+
+
+def _sum(parts: torch.Tensor, rounds: Rounds, target_DrK: torch.Tensor, take: _Take) -> None:
+    """Sum parts [n, r, K] into their targets in float32, round by round."""
+    (_, first), *others = rounds
+    if not others and parts.dtype == target_DrK.dtype:
+        torch.index_select(parts, 0, first, out=target_DrK)
+        return
+
+    def widened(sources: torch.Tensor) -> torch.Tensor:
+        shape = (len(sources), *parts.shape[1:])
+        picked = take("picked", shape, parts.dtype)
+        torch.index_select(parts, 0, sources, out=picked)
+        if parts.dtype == torch.float32:
+            return picked
+        return take("widened", shape, torch.float32).copy_(picked)
+
+    in_place = target_DrK.dtype == torch.float32
+    total = target_DrK if in_place else take("total", tuple(target_DrK.shape), torch.float32)
+    if parts.dtype == torch.float32:
+        torch.index_select(parts, 0, first, out=total)
+    else:
+        total.copy_(widened(first))
+    for targets, sources in others:
+        total.index_add_(0, targets, widened(sources))
+    if not in_place:
+        target_DrK.copy_(total)

@@ -1,0 +1,423 @@
+"""Restore and reduce on real ranks: right, bit for bit, and as many bytes as the formulas say."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.traffic import ALGORITHMS
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+COLUMNS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """Layouts that follow each other, and one matrix."""
+
+    capacity: int
+    experts: int
+    rows: int
+    dtype: str
+    seed: int
+
+    def layout(self, ranks: int, step: int = 0) -> ExpertLayout:
+        return ExpertLayout.random(ranks, self.capacity, self.experts, seed=(self.seed, step))
+
+
+# E that does and does not divide by N, N above E, every expert once, one expert only; rows that
+# divide by 4, that do not, and fewer rows than ranks.
+SHAPES = [(2, 5), (1, 3), (3, 6), (1, 4), (2, 8), (1, 1)]
+CASES = [
+    Case(capacity, experts, rows, dtype, seed)
+    for seed, (capacity, experts) in enumerate(SHAPES)
+    for rows in (8, 7, 3)
+    for dtype in ("float32", "bfloat16")
+]
+
+
+@contextmanager
+def exchanges_on(node_size: int) -> Iterator[Callable[..., Any]]:
+    """`make(algorithm, grad_wire_dtype)` over fresh gloo groups of all ranks."""
+    import torch.distributed as dist
+
+    from megatron_laer.runtime import process_groups
+    from megatron_laer.runtime.node_exchange import NodeExchange
+    from megatron_laer.runtime.restore import FlatExchange
+
+    dist.init_process_group("gloo")
+    try:
+        groups = process_groups.create_groups(dist.group.WORLD, node_size, dist.new_group)
+
+        def make(algorithm: str, grad_wire_dtype: Any = None) -> Any:
+            if algorithm == "flat":
+                return FlatExchange(groups)
+            return NodeExchange(groups, grad_wire_dtype)
+
+        yield make
+    finally:
+        process_groups.destroy_groups()
+        dist.destroy_process_group()
+
+
+class Rank:
+    """What this rank has in one case, and what plain code without communication makes of it."""
+
+    def __init__(self, case: Case, node_size: int) -> None:
+        import torch
+        import torch.distributed as dist
+
+        self.case, self.node_size = case, node_size
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.dtype = getattr(torch, case.dtype)
+        generator = torch.Generator().manual_seed(case.seed)
+        self.whole_ERK = torch.randn((case.experts, case.rows, COLUMNS), generator=generator).to(
+            self.dtype
+        )
+        self.grads_SRK = torch.randn(
+            (self.size * case.capacity, case.rows, COLUMNS), generator=generator
+        ).to(self.dtype)
+        self.start = self.rank * case.rows // self.size
+        self.end = (self.rank + 1) * case.rows // self.size
+
+    def index(self, step: int = 0) -> Any:
+        import torch
+
+        from megatron_laer.runtime.layout_index import layout_index
+
+        return layout_index(self.case.layout(self.size, step), torch.device("cpu"))
+
+    @property
+    def slice_ErK(self) -> Any:
+        return self.whole_ERK[:, self.start : self.end].contiguous()
+
+    @property
+    def grad_CRK(self) -> Any:
+        first = self.rank * self.case.capacity
+        return self.grads_SRK[first : first + self.case.capacity].contiguous()
+
+    def expected_CRK(self, step: int = 0) -> Any:
+        return self.whole_ERK[list(self.case.layout(self.size, step).experts_of(self.rank))]
+
+    def expected_ErK(self, algorithm: str, wire: Any) -> Any:
+        """Sums in float32, slot by slot; `node` rounds what a node sends to its wire dtype."""
+        import torch
+
+        slots = self.case.layout(self.size).slot_expert_S.tolist()
+        parts = self.grads_SRK[:, self.start : self.end].float()
+        span = len(slots) if algorithm == "flat" else self.node_size * self.case.capacity
+        reduced = []
+        for expert in range(self.case.experts):
+            total = None
+            for first in range(0, len(slots), span):
+                node = [s for s in range(first, first + span) if slots[s] == expert]
+                if not node:
+                    continue
+                summed = parts[node[0]].clone()
+                for slot in node[1:]:
+                    summed += parts[slot]
+                if span < len(slots):
+                    summed = summed.to(wire).float()
+                total = summed if total is None else total + summed
+            assert total is not None
+            reduced.append(total)
+        return torch.stack(reduced).to(self.dtype)
+
+    def bound_ErK(self, wire: Any) -> Any:
+        """How far apart the sums of flat and node may be, as `NodeExchange` states it."""
+        import torch
+
+        roundoff = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}
+        slots = torch.tensor(self.case.layout(self.size).slot_expert_S.tolist())
+        sums = torch.zeros(self.case.experts, self.end - self.start, COLUMNS)
+        sums.index_add_(0, slots, self.grads_SRK[:, self.start : self.end].float().abs())
+        replicas = torch.bincount(slots)[:, None, None]
+        return sums * (roundoff[wire] + 2 * roundoff[self.dtype] + 2 * replicas * 2.0**-24)
+
+
+def every_case(node_size: int) -> int:
+    """Restore and reduce all cases with both algorithms; returns how many reduces differed."""
+    import torch
+
+    differed = 0
+    with exchanges_on(node_size) as make:
+        made = [
+            (algorithm, wire, make(algorithm, wire))
+            for algorithm, wire in (("flat", None), ("node", None), ("node", torch.float32))
+        ]
+        for case in CASES:
+            here, results = Rank(case, node_size), []
+            for algorithm, wire, exchange in made:
+                wire = wire or here.dtype
+                index = here.index()
+                restored = exchange.restore(here.slice_ErK, index, case.rows)
+                assert torch.equal(restored, here.expected_CRK()), (case, algorithm)
+
+                grad = here.grad_CRK
+                reduced = exchange.reduce(grad, index)
+                assert reduced.dtype == here.dtype
+                assert torch.equal(reduced, here.expected_ErK(algorithm, wire)), (case, algorithm)
+                assert torch.equal(reduced, exchange.reduce(grad, index)), "not the same bits again"
+                assert torch.equal(grad, here.grad_CRK), "the gradients were changed"
+                results.append((wire, reduced))
+            flat = results[0][1].float()
+            for wire, reduced in results[1:]:
+                distance = (reduced.float() - flat).abs()
+                assert (distance <= here.bound_ErK(wire)).all(), (case, wire)
+                differed += int(distance.any())
+    return differed
+
+
+@pytest.mark.parametrize("node_size", [1, 2, 4])
+def test_both_algorithms_equal_plain_code_bit_for_bit_and_each_other_within_the_bound(
+    ranks: Callable[[int], RankPool], node_size: int
+) -> None:
+    differed = sum(ranks(4).run(every_case, node_size))
+    # Only nodes of two ranks sum before they send, or the bound would have bounded nothing.
+    assert (differed > 0) == (node_size == 2)
+
+
+def alone(case: Case) -> int:
+    import torch
+
+    with exchanges_on(1) as make:
+        here = Rank(case, 1)
+        for algorithm in ALGORITHMS:
+            exchange = make(algorithm)
+            restored = exchange.restore(here.slice_ErK, here.index(), case.rows)
+            assert torch.equal(restored, here.expected_CRK())
+            reduced = exchange.reduce(here.grad_CRK, here.index())
+            assert torch.equal(reduced, here.grad_CRK[here.index().slot_expert_S.argsort()])
+            assert exchange.count.restore_collectives == exchange.count.reduce_collectives == 0
+        return exchange.count.restore_bytes + exchange.count.reduce_bytes
+
+
+def test_a_group_of_one_rank_needs_no_collective(ranks: Callable[[int], RankPool]) -> None:
+    assert ranks(1).run(alone, Case(4, 4, 6, "float32", 0)) == [0]
+
+
+def bytes_of_every_case(node_size: int) -> list[tuple[Case, str, str, int, int]]:
+    """(case, what, algorithm, bytes inside, bytes across) as counted on this rank."""
+    import torch
+
+    rows = []
+    with exchanges_on(node_size) as make:
+        for case in CASES:
+            here = Rank(case, node_size)
+            for algorithm in ALGORITHMS:
+                exchange = make(algorithm, torch.float32)
+                count = exchange.count
+                restored = exchange.restore(here.slice_ErK, here.index(), case.rows)
+                rows.append(
+                    (case, "full", algorithm, count.restore_intra_bytes, count.restore_inter_bytes)
+                )
+                exchange.reduce(here.grad_CRK, here.index())
+                rows.append(
+                    (case, "reduce", algorithm, count.reduce_intra_bytes, count.reduce_inter_bytes)
+                )
+                before = count.restore_intra_bytes, count.restore_inter_bytes
+                kept = kept_under(here.index(), restored)
+                exchange.restore(here.slice_ErK, here.index(1), case.rows, kept=kept)
+                rows.append(
+                    (
+                        case,
+                        "changed",
+                        algorithm,
+                        count.restore_intra_bytes - before[0],
+                        count.restore_inter_bytes - before[1],
+                    )
+                )
+    return rows
+
+
+def kept_under(index: Any, matrix_CRK: Any) -> Any:
+    from megatron_laer.runtime.restore import Kept
+
+    return Kept(index, matrix_CRK)
+
+
+@pytest.mark.parametrize("node_size", [1, 2, 4])
+def test_bytes_of_the_collectives_equal_the_formulas(
+    ranks: Callable[[int], RankPool], node_size: int
+) -> None:
+    from megatron_laer.planner.traffic import changed_slots, reduce_traffic, restore_traffic
+
+    for rank, counted in enumerate(ranks(4).run(bytes_of_every_case, node_size)):
+        for case, what, algorithm, intra_bytes, inter_bytes in counted:
+            layout, matrices = case.layout(4), [(case.rows, COLUMNS)]
+            near = far = {"float32": 4, "bfloat16": 2}[case.dtype]
+            if what == "full":
+                traffic = restore_traffic(layout, node_size, matrices, algorithm)
+            elif what == "changed":
+                after = case.layout(4, 1)
+                changed_S = changed_slots(layout, after)
+                traffic = restore_traffic(after, node_size, matrices, algorithm, changed_S)
+            else:
+                traffic = reduce_traffic(layout, node_size, matrices, algorithm)
+                far = 4 if algorithm == "node" else far
+            assert intra_bytes == near * traffic.intra_N[rank], (case, what, algorithm)
+            assert inter_bytes == far * traffic.inter_N[rank], (case, what, algorithm)
+
+
+def layouts_that_follow(case: Case) -> None:
+    """Restore five layouts one after the other into the same tensor, then the last one again."""
+    import torch
+
+    for node_size in (1, 2, 4):
+        with exchanges_on(node_size) as make:
+            for algorithm in ALGORITHMS:
+                here, exchange = Rank(case, node_size), make(algorithm)
+                matrix = torch.full_like(here.expected_CRK(), torch.nan)
+                exchange.restore(here.slice_ErK, here.index(), case.rows, out=matrix)
+                for step in range(1, 5):
+                    kept = kept_under(here.index(step - 1), matrix)
+                    result = exchange.restore(
+                        here.slice_ErK, here.index(step), case.rows, kept=kept
+                    )
+                    assert result is matrix
+                    assert torch.equal(matrix, here.expected_CRK(step)), (case, algorithm, step)
+                collectives = exchange.count.restore_collectives
+                kept = kept_under(here.index(4), matrix)
+                # Other weights, so that fetching anything would show.
+                exchange.restore(here.slice_ErK + 1, here.index(4), case.rows, kept=kept)
+                assert torch.equal(matrix, here.expected_CRK(4))
+                assert exchange.count.restore_collectives == collectives
+
+
+def test_kept_matrices_fetch_changed_slots_only_and_nothing_if_nothing_changed(
+    ranks: Callable[[int], RankPool],
+) -> None:
+    for capacity, experts, rows in [(2, 5, 8), (3, 6, 7), (2, 3, 3)]:
+        ranks(4).run(layouts_that_follow, Case(capacity, experts, rows, "float32", 1))
+
+
+def one_slot_changes(slot: int) -> list[int]:
+    """Only `slot` changes; poison all that is kept, and see what is fetched on this rank."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_laer.runtime.layout_index import layout_index
+
+    before_S = [0, 1, 2, 3, 0, 1, 2, 3]
+    after_S = list(before_S)
+    after_S[slot] = 3 if before_S[slot] != 3 else 0
+    before, after = (
+        layout_index(ExpertLayout.from_slots(4, 2, 4, slots), torch.device("cpu"))
+        for slots in (before_S, after_S)
+    )
+    fetched: list[int] = []
+    with exchanges_on(2) as make:
+        here = Rank(Case(2, 4, 7, "float32", 0), 2)
+        for algorithm in ALGORITHMS:
+            matrix = torch.full((2, 7, COLUMNS), torch.nan)
+            exchange = make(algorithm)
+            exchange.restore(here.slice_ErK, after, 7, kept=kept_under(before, matrix))
+            mine = [here.rank * 2 + c for c in range(2) if not matrix[c].isnan().any()]
+            for there in mine:
+                assert torch.equal(matrix[there % 2], here.whole_ERK[after_S[there]])
+            assert matrix.isnan().sum() == (2 - len(mine)) * 7 * COLUMNS
+            fetched += mine
+        assert dist.is_initialized()
+    return fetched
+
+
+@pytest.mark.parametrize("slot", [0, 3, 5])
+def test_what_is_kept_is_not_touched(ranks: Callable[[int], RankPool], slot: int) -> None:
+    fetched = ranks(4).run(one_slot_changes, slot)
+    for rank, slots in enumerate(fetched):
+        assert slots == ([slot] * len(ALGORITHMS) if rank == slot // 2 else [])
+
+
+def buffers_over_layouts(node_size: int) -> list[tuple[str, str, str, int, int, int]]:
+    """Workspace bytes after the first and after many layouts, and by formula."""
+    import torch
+
+    from megatron_laer.planner.geometry import Geometry
+    from megatron_laer.runtime.workspace import reduce_workspace, restore_workspace
+
+    found = []
+    with exchanges_on(node_size) as make:
+        for dtype in ("float32", "bfloat16"):
+            case = Case(2, 5, 8, dtype, 0)
+            here = Rank(case, node_size)
+            out_CRK, out_ErK = torch.empty_like(here.expected_CRK()), here.slice_ErK
+            for algorithm in ALGORITHMS:
+                exchange = make(algorithm, torch.float32)
+                held = []
+                for step in range(12):
+                    index = here.index(step)
+                    restored = exchange.restore(here.slice_ErK, index, case.rows, out=out_CRK)
+                    reduced = exchange.reduce(here.grad_CRK, index, out=out_ErK)
+                    assert restored is out_CRK and reduced is out_ErK
+                    assert torch.equal(out_CRK, here.expected_CRK(step))
+                    held.append(
+                        (exchange.restore_workspace.num_bytes, exchange.reduce_workspace.num_bytes)
+                    )
+                geometry = Geometry(4, 5, 2, 4 if algorithm == "flat" else node_size)
+                size, wire = here.dtype.itemsize, 4 if algorithm == "node" else here.dtype.itemsize
+                most = (
+                    restore_workspace(geometry, case.rows, COLUMNS, size),
+                    reduce_workspace(geometry, case.rows, COLUMNS, size, wire),
+                )
+                for what, first, last, bound in zip(
+                    ("restore", "reduce"), held[0], held[-1], most, strict=True
+                ):
+                    found.append((algorithm, dtype, what, first, last, sum(bound.values())))
+    return found
+
+
+@pytest.mark.parametrize("node_size", [1, 2, 4])
+def test_buffers_are_allocated_once_and_as_large_as_the_formula(
+    ranks: Callable[[int], RankPool], node_size: int
+) -> None:
+    for rows in ranks(4).run(buffers_over_layouts, node_size):
+        for algorithm, dtype, what, first, last, bound in rows:
+            assert 0 < last <= bound, (algorithm, dtype, what)
+            if what == "restore":
+                assert first == last == bound, (algorithm, dtype)
+            elif dtype == "bfloat16":
+                assert last == bound, algorithm
+
+
+def both_at_once(node_size: int) -> None:
+    """Restores on one thread, reduces on another, started in either order."""
+    import torch
+
+    case = Case(3, 6, 8, "float32", 2)
+    with exchanges_on(node_size) as make:
+        for algorithm in ALGORITHMS:
+            here, exchange = Rank(case, node_size), make(algorithm)
+            restored: list[Any] = []
+
+            def restore(here: Any = here, exchange: Any = exchange, to: Any = restored) -> None:
+                for _ in range(20):
+                    to.append(exchange.restore(here.slice_ErK, here.index(), case.rows))
+
+            thread = threading.Thread(target=restore)
+            if here.rank % 2:
+                thread.start()
+            reduced = [exchange.reduce(here.grad_CRK, here.index()) for _ in range(20)]
+            if here.rank % 2 == 0:
+                thread.start()
+            thread.join(60.0)
+            assert not thread.is_alive()
+            for matrix in restored:
+                assert torch.equal(matrix, here.expected_CRK())
+            for gradient in reduced:
+                assert torch.equal(gradient, here.expected_ErK(algorithm, here.dtype))
+            assert len(restored) == 20
+
+
+def test_a_restore_and_a_reduce_may_be_in_flight_at_once_in_any_order(
+    ranks: Callable[[int], RankPool],
+) -> None:
+    for node_size in (1, 2):
+        ranks(4).run(both_at_once, node_size)
