@@ -6,6 +6,7 @@ The plugin turns it on and off. Nothing here touches Megatron's internals.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from megatron_laer.runtime.agreement import raise_everywhere
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.process_groups import FSEPGroups, get_fsep_groups
 from megatron_laer.runtime.scheduler import Chunk
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,23 @@ def current_device() -> torch.device:
     return device if isinstance(device, torch.device) else torch.device("cuda", device)
 
 
+def default_cluster() -> str:
+    """The shipped cluster whose devices are most like this process's."""
+    if current_device().type == "cpu":
+        return "cpu-gloo"
+    name = torch.cuda.get_device_name()
+    known = {"A100": "a100-4x8-ib800", "H100": "h100-8"}
+    for part, cluster in known.items():
+        if part in name:
+            return cluster
+    logger.warning(
+        "FSEP: no hardware constants for %s, taking those of %s; give --fsep-cluster a YAML file",
+        name,
+        known["H100"],
+    )
+    return known["H100"]
+
+
 def _common_seed(groups: FSEPGroups) -> int:
     from megatron.training import global_vars
 
@@ -138,7 +158,7 @@ def _common_seed(groups: FSEPGroups) -> int:
 def _costs(config: FSEPConfig, transformer_config: Any) -> CostModel:
     recompute = transformer_config.recompute_granularity
     return CostModel(
-        cluster=load_cluster(config.cluster),
+        cluster=load_cluster(config.cluster or default_cluster()),
         hidden=transformer_config.hidden_size,
         ffn=transformer_config.moe_ffn_hidden_size,
         gated=transformer_config.gated_linear_unit,

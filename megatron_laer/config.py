@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,15 @@ SPLITS = (EXACT_SPLIT, EVEN_SPLIT)
 
 SCHEDULERS = ("on", "off")
 
+# What a microbatch is computed with: the planned layout, one made for its very counts after the
+# gate, or the cheaper of the two.
+FORECAST_MODE, EXACT_MODE, ADAPTIVE_MODE = PLAN_MODES = ("forecast", "exact", "adaptive")
+
+# How exchanges cross nodes; `auto` takes the faster by the cost model.
+FLAT, NODE = EXCHANGES = ("flat", "node")
+AUTO = "auto"
+WIRE_DTYPES = ("bf16", "fp16", "fp32")
+
 # Planners that need no thread and no broadcast: the layout never changes, or changes at every
 # microbatch in a way that each rank works out alone (it is no strategy; strategies are asked once
 # per step).
@@ -29,6 +40,7 @@ RANDOM_PLANNER = "random"
 FIXED_PLANNERS = (STATIC_PLANNER, RANDOM_PLANNER)
 # Planners that compare candidates by the cost model.
 PRICING_PLANNERS = ("laer",)
+DEFAULT_PLANNER = "greedy"
 
 
 def _option(default: Any, help: str, **kwargs: Any) -> Any:
@@ -53,7 +65,7 @@ class FSEPConfig:
         type=int,
     )
     planner: str = _option(
-        "greedy",
+        DEFAULT_PLANNER,
         "strategy that chooses layouts on rank 0 of the FSEP group: greedy; search (slower); laer "
         "(the paper's); static; or random: a new random layout per microbatch, for tests",
         type=str,
@@ -64,6 +76,21 @@ class FSEPConfig:
         "load is minimal for the layout) or even (the paper's)",
         type=str,
         choices=SPLITS,
+    )
+    plan_mode: str | None = _option(
+        None,
+        "what a microbatch is computed with: forecast (the planned layout), exact (a fresh one, "
+        "made after the gate for its very counts: no rank above the mean), or adaptive (per layer "
+        "the cheaper of the two in predicted seconds); default adaptive, or forecast with a "
+        "planner that makes no plans or with --fsep-split even",
+        type=str,
+        choices=PLAN_MODES,
+    )
+    imbalance_tolerance: float | None = _option(
+        None,
+        "adaptive takes the fresh layout where the planned one would load a rank with more than "
+        "1 + TOLERANCE times the mean, instead of deciding by cost",
+        type=float,
     )
     plan_lag: int = _option(
         1,
@@ -89,9 +116,25 @@ class FSEPConfig:
         "ranks of the FSEP group per node G; default: read from the launcher's LOCAL_WORLD_SIZE",
         type=int,
     )
-    cluster: str = _option(
-        "a100-4x8-ib800",
-        "hardware constants for the planner's cost model: a name in configs/clusters or a path",
+    restore_algorithm: str = _option(
+        AUTO,
+        "how experts and their gradients cross nodes: flat (one All-to-All), node (each distinct "
+        "expert of a node crosses once, then an exchange inside the node), or auto (the faster by "
+        "the cost model)",
+        type=str,
+        choices=(*EXCHANGES, AUTO),
+    )
+    grad_wire_dtype: str | None = _option(
+        None,
+        "of gradients between nodes under --fsep-restore-algorithm node; default that of the "
+        "weights",
+        type=str,
+        choices=WIRE_DTYPES,
+    )
+    cluster: str | None = _option(
+        None,
+        "hardware constants for the cost model: a name in configs/clusters or a path; default by "
+        "the device's name",
         type=str,
     )
     record_layouts: str | None = _option(
@@ -121,10 +164,60 @@ class FSEPConfig:
             raise ValueError(
                 f"--fsep-scheduler {self.scheduler!r}: must be one of {', '.join(SCHEDULERS)}"
             )
+        if self.plan_mode is not None and self.plan_mode not in PLAN_MODES:
+            raise ValueError(
+                f"--fsep-plan-mode {self.plan_mode!r}: must be one of {', '.join(PLAN_MODES)}"
+            )
+        if self.imbalance_tolerance is not None and not 0 <= self.imbalance_tolerance < math.inf:
+            raise ValueError(
+                f"--fsep-imbalance-tolerance {self.imbalance_tolerance}: must be 0 or more; 0.05 "
+                "allows a rank 5 % above the mean"
+            )
+        if self.restore_algorithm not in (*EXCHANGES, AUTO):
+            raise ValueError(
+                f"--fsep-restore-algorithm {self.restore_algorithm!r}: must be one of "
+                f"{', '.join((*EXCHANGES, AUTO))}"
+            )
+        if self.grad_wire_dtype is not None and self.grad_wire_dtype not in WIRE_DTYPES:
+            raise ValueError(
+                f"--fsep-grad-wire-dtype {self.grad_wire_dtype!r}: must be one of "
+                f"{', '.join(WIRE_DTYPES)}"
+            )
         if self.split not in SPLITS:
             raise ValueError(f"--fsep-split {self.split!r}: must be one of {', '.join(SPLITS)}")
         if self.node_size is not None and self.node_size < 1:
             raise ValueError(f"--fsep-node-size {self.node_size}: must be at least 1 rank")
+        if self.split == EVEN_SPLIT and self.mode != FORECAST_MODE:
+            raise ValueError(
+                f"--fsep-plan-mode {self.mode}: fresh layouts are made for exact splits, got "
+                f"--fsep-split {EVEN_SPLIT}; leave one out"
+            )
+
+    @property
+    def mode(self) -> str:
+        """The plan mode in force."""
+        if self.plan_mode is not None:
+            return self.plan_mode
+        is_fixed = self.planner in FIXED_PLANNERS and self.replay_layouts is None
+        return FORECAST_MODE if is_fixed or self.split == EVEN_SPLIT else ADAPTIVE_MODE
+
+    @property
+    def plans(self) -> bool:
+        """Whether layouts come from a planner's thread."""
+        return (
+            self.replay_layouts is None
+            and self.planner not in FIXED_PLANNERS
+            and self.mode != EXACT_MODE
+        )
+
+    @property
+    def prices(self) -> bool:
+        """Whether anything is decided by the cost model."""
+        return (
+            (self.mode == ADAPTIVE_MODE and self.imbalance_tolerance is None)
+            or (self.plans and self.planner in PRICING_PLANNERS)
+            or self.restore_algorithm == AUTO
+        )
 
 
 def flag_name(field_name: str) -> str:
@@ -193,18 +286,32 @@ def _check_effects(config: FSEPConfig, given: dict[str, Any]) -> None:
             f"--fsep-record-layouts {config.record_layouts}: is being replayed; record to another "
             "directory"
         )
+    for reason, idle in _idle(config):
+        for name in idle:
+            if name in given:
+                raise ValueError(
+                    f"{flag_name(name)} {given[name]}: no effect, since {reason}; leave it out"
+                )
+
+
+def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Why flags have no effect, and which."""
+    planning = ("plan_lag", "late_plan")
     if config.replay_layouts is not None:
-        reason = "layouts are replayed"
-        idle: tuple[str, ...] = ("planner", "plan_lag", "late_plan", "cluster")
-    elif config.planner not in PRICING_PLANNERS and "cluster" in given:
-        reason, idle = f"--fsep-planner {config.planner} asks for no costs", ("cluster",)
+        yield "layouts are replayed", ("planner", *planning)
+    if config.mode == EXACT_MODE:
+        yield (
+            "--fsep-plan-mode exact makes every layout after the gate",
+            ("planner", *planning, "record_layouts", "replay_layouts"),
+        )
     elif config.planner in FIXED_PLANNERS:
-        reason = f"--fsep-planner {config.planner} makes no plans"
-        idle = ("plan_lag", "late_plan", "cluster", "record_layouts")
-    else:
-        return
-    for name in idle:
-        if name in given:
-            raise ValueError(
-                f"{flag_name(name)} {given[name]}: no effect, since {reason}; leave it out"
-            )
+        yield (
+            f"--fsep-planner {config.planner} makes no plans",
+            (*planning, "record_layouts"),
+        )
+    if config.mode != ADAPTIVE_MODE:
+        yield f"--fsep-plan-mode is {config.mode}", ("imbalance_tolerance",)
+    if config.restore_algorithm == FLAT:
+        yield "--fsep-restore-algorithm is flat", ("grad_wire_dtype",)
+    if not config.prices:
+        yield "nothing is decided by cost", ("cluster",)

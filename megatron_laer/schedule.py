@@ -68,16 +68,11 @@ class Schedule:
         return 2 if self.delays_gradients else 1
 
 
-SCHEDULES = {
-    "on": Schedule(
-        restores=(
-            (Moment.CHUNK_FORWARD, Target.FIRST),
-            (Moment.DISPATCHED, Target.NEXT),
-            (Moment.CHUNK_BACKWARD, Target.LAST),
-            (Moment.COMBINE_GRADIENT, Target.PREVIOUS),
-        ),
-        delays_gradients=True,
-    ),
-    "off": Schedule(restores=(), delays_gradients=False),
-}
-"""By the value of `--fsep-scheduler`."""
+UNSCHEDULED = Schedule(restores=(), delays_gradients=False)
+_BACKWARD = ((Moment.CHUNK_BACKWARD, Target.LAST), (Moment.COMBINE_GRADIENT, Target.PREVIOUS))
+SCHEDULED = Schedule(
+    restores=((Moment.CHUNK_FORWARD, Target.FIRST), (Moment.DISPATCHED, Target.NEXT), *_BACKWARD),
+    delays_gradients=True,
+)
+# Where the layout is made after the gate, there is nothing to restore ahead in forward.
+SCHEDULED_AFTER_GATE = Schedule(restores=_BACKWARD, delays_gradients=True)

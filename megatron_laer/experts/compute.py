@@ -48,7 +48,7 @@ class _SlotLinear(torch.autograd.Function):
         weight_CRK = ctx.restored.matrix(ctx.position)
         input_needs, weight_needs = ctx.needs_input_grad[:2]
         grad_input_TK = torch.empty_like(input_TK) if input_needs else None
-        grad_weight_CRK = torch.empty_like(weight_CRK) if weight_needs else None
+        grad_weight_CRK = ctx.restored.new_grad(weight_CRK) if weight_needs else None
         for slot, (start, end) in enumerate(_spans(ctx.tokens_C)):
             grad = grad_TR[start:end]
             if grad_input_TK is not None:

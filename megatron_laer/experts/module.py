@@ -125,7 +125,7 @@ class FSEPExperts(MegatronModule):
 
         restored = plan.restored
         linears = (self.mlp.linear_fc1, self.mlp.linear_fc2)
-        tickets = restored.weight_tickets(plan.layout.capacity)
+        tickets = restored.weight_tickets()
         for linear, ticket_CRK in zip(linears, tickets, strict=True):
             linear.bind(ticket_CRK, restored, plan.tokens_C)
         try:

@@ -2,7 +2,7 @@
 
 `SmoothedForecast` is the one to use; `LastValue` is its check. Its weight was chosen among five on
 the one public trace that the benchmark reads, so figures there are not held-out ones. It does not
-plan, and training does not use it yet.
+plan.
 
 Shape suffixes: N ranks, E experts.
 """

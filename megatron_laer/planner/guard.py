@@ -171,9 +171,7 @@ class Guard:
         least = -(-total // self.geometry.num_ranks)
         # At the bound no layout is better, whatever the tolerance; one token is N times the mean.
         if largest == least or max_over_mean(kept) <= 1.0 + tolerance:
-            return Decision(
-                kept.layout, kept, kept.layout, kept, solved=False, tolerance=tolerance
-            )
+            return Decision(kept.layout, kept, kept.layout, kept, solved=False, tolerance=tolerance)
         layout = self._fresh(kept.counts_NE, kept.layout)
         quotas = self._exact(kept.counts_NE, layout)
         if _largest_and_total(quotas)[0] >= largest:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.forecast import Forecast, SmoothedForecast
 from megatron_laer.planner.strategies import Strategy
 
 Int64 = npt.NDArray[np.int64]
@@ -55,7 +56,8 @@ class PlannerService:
     """One daemon thread that plans the layers of each step as their counts arrive.
 
     Steps are planned one after the other, oldest first, and a layer is planned as soon as its
-    counts are there. A plan is complete when all layers are.
+    counts are there, from a forecast that they are the newest part of. A plan is complete when all
+    layers are.
 
     Dropped are, in both modes and with a warning, steps that still lack layers when a later one has
     them all. Without `lossless` also those that have not been begun by then, so that a slow
@@ -75,6 +77,7 @@ class PlannerService:
         on_warning: takes a message; called from the planner's thread and from the caller's, never
             under the service's lock. What it raises is ignored.
         lossless: keep every step, in order, for callers that `wait` for each.
+        forecast: that every layer begins with; the smoothed one without it.
 
     Raises:
         ValueError: no layers, a layer twice, a layer without initial layout, or initial layouts
@@ -88,12 +91,15 @@ class PlannerService:
         initial: ExpertLayout | Mapping[int, ExpertLayout],
         on_warning: Callable[[str], None],
         lossless: bool = False,
+        forecast: Forecast | None = None,
     ) -> None:
         self._strategy = strategy
         self._layers = tuple(layers)
         self._good = _initial_layouts(self._layers, initial)
         self._on_warning = on_warning
         self._lossless = lossless
+        # Touched by the thread alone.
+        self._forecasts = dict.fromkeys(self._layers, forecast or SmoothedForecast())
 
         self._changed = threading.Condition()
         self._open: dict[int, _OpenStep] = {}
@@ -256,7 +262,7 @@ class PlannerService:
             while (job := self._next_job()) is not None:
                 step, layer, counts_NE, current = job
                 start_s = time.perf_counter()
-                layout, problem = self._plan_layer(counts_NE, current)
+                layout, problem = self._plan_layer(layer, counts_NE, current)
                 self._store(step, layer, layout, (time.perf_counter() - start_s) * 1e3, problem)
                 if problem is not None:
                     self._warn(problem)
@@ -282,11 +288,13 @@ class PlannerService:
         return None
 
     def _plan_layer(
-        self, counts_NE: Int64, current: ExpertLayout
+        self, layer: int, counts_NE: Int64, current: ExpertLayout
     ) -> tuple[ExpertLayout, str | None]:
         """The strategy's layout, or the current one and what went wrong."""
         try:
-            layout: object = self._strategy.plan(counts_NE, current)
+            forecast = self._forecasts[layer].observe(counts_NE)
+            self._forecasts[layer] = forecast
+            layout: object = self._strategy.plan(forecast.counts_NE(), current)
             if not isinstance(layout, ExpertLayout):
                 problem = f"returned {type(layout).__name__}, not an ExpertLayout"
             elif _shape(layout) != _shape(current):

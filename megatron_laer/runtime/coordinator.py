@@ -11,16 +11,24 @@ from __future__ import annotations
 import logging
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_laer.config import FIXED_PLANNERS, RANDOM_PLANNER, FSEPConfig
+from megatron_laer.config import (
+    AUTO,
+    EXACT_MODE,
+    EXCHANGES,
+    NODE,
+    RANDOM_PLANNER,
+    FSEPConfig,
+)
 from megatron_laer.layout import ExpertLayout, default_capacity
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.splits import Quotas, solve_quotas
+from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.runtime.agreement import (
     LayoutTag,
@@ -30,9 +38,10 @@ from megatron_laer.runtime.agreement import (
 )
 from megatron_laer.runtime.device import make_lane
 from megatron_laer.runtime.layout_index import LayoutIndex, layout_index
+from megatron_laer.runtime.node_exchange import NodeExchange
 from megatron_laer.runtime.plan import MicrobatchPlan
 from megatron_laer.runtime.process_groups import FSEPGroups
-from megatron_laer.runtime.restore import FlatExchange
+from megatron_laer.runtime.restore import Exchange, FlatExchange
 from megatron_laer.runtime.restored import ExchangeLanes, Slices
 from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.sources import (
@@ -42,10 +51,12 @@ from megatron_laer.runtime.sources import (
     ReplayedLayouts,
     recording_path,
 )
-from megatron_laer.schedule import SCHEDULES
+from megatron_laer.schedule import SCHEDULED, SCHEDULED_AFTER_GATE, UNSCHEDULED, Schedule
 
 logger = logging.getLogger(__name__)
 
+
+_WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Microbatches per layer whose balance is reported.
 _HISTORY = 32
@@ -61,9 +72,9 @@ class LayerState:
         pending: plans whose forward ran without gradients, under a checkpoint, oldest first; the
             re-run takes them. Backward order equals forward order per layer, in 1F1B and
             interleaved schedules alike.
-        history: quotas of the newest microbatches since the metrics were last read,
-            on the group's rank 0. A sample: measuring all of a long log interval would hold up
-            the step that logs.
+        history: decisions on the newest microbatches since the metrics were last read, on the
+            group's rank 0. A sample: measuring all of a long log interval would hold up the step
+            that logs.
     """
 
     index: int
@@ -75,7 +86,7 @@ class LayerState:
     pending: deque[MicrobatchPlan] = field(default_factory=deque)
     microbatches: int = 0
     step_counts_NE: npt.NDArray[np.int64] | None = None
-    history: deque[Quotas] = field(default_factory=lambda: deque(maxlen=_HISTORY))
+    history: deque[Decision] = field(default_factory=lambda: deque(maxlen=_HISTORY))
     tag: tuple[LayoutTag, torch.Tensor] | None = None
 
 
@@ -108,15 +119,18 @@ class Coordinator:
             capacity=config.capacity or default_capacity(groups.size, num_experts),
             node_size=groups.node_size,
         )
-        self.exchange = FlatExchange(groups)
-        schedule = SCHEDULES[config.scheduler]
-        overlaps = bool(schedule.restores)
-        lanes = ExchangeLanes(
+        self.guard = Guard(
+            config.mode, costs, self.geometry, config.imbalance_tolerance, config.split
+        )
+        self.exchange = _exchange(config, groups, self.geometry, costs)
+        self.schedule = _schedule(config)
+        overlaps = bool(self.schedule.restores)
+        self.lanes = ExchangeLanes(
             self.exchange,
             parameters=make_lane("parameters", device, overlaps=overlaps),
             gradients=make_lane("gradients", device, overlaps=overlaps),
         )
-        self.scheduler = Scheduler(schedule, lanes, self._index_of)
+        self.scheduler = Scheduler(self.schedule, self.lanes, self._index_of)
         self.layers: list[LayerState] = []
         self.version = 0
         self.step = 0
@@ -168,17 +182,19 @@ class Coordinator:
         counts_NE = exchange_counts(
             routing_map_TE.sum(dim=0), tag, tag_tensor, self.groups, layer.name
         )
-        quotas = solve_quotas(self.config.split, counts_NE, layout, self.geometry.node_size)
-        self.scheduler.planned(layer, restored)
+        decision = self.guard.decide(counts_NE, layout)
+        if decision.replanned:
+            restored.change(layout_index(decision.layout, self.device))
+        self.scheduler.decided(layer, restored)
         if not torch.is_grad_enabled():
             restored.tickets = None  # the re-run makes its own, in its own graph
         plan = MicrobatchPlan(
             restored=restored,
-            row_S=quotas.rank_row(self.groups.rank),
-            columns_NC=quotas.rank_columns(self.groups.rank),
+            row_S=decision.quotas.rank_row(self.groups.rank),
+            columns_NC=decision.quotas.rank_columns(self.groups.rank),
         )
         if training:
-            self._record(layer, quotas)
+            self._record(layer, decision)
             if not torch.is_grad_enabled():
                 layer.pending.append(plan.for_rerun(routing_map_TE))
         return plan
@@ -254,8 +270,7 @@ class Coordinator:
 
     @property
     def _changes_layouts(self) -> bool:
-        config = self.config
-        return config.replay_layouts is not None or config.planner not in FIXED_PLANNERS
+        return self.config.plans or self.config.replay_layouts is not None
 
     def _status(self) -> PlannerStatus:
         source = self._source
@@ -269,7 +284,7 @@ class Coordinator:
         config = self.config
         if config.replay_layouts is not None:
             path = recording_path(config.replay_layouts, self.groups.index)
-            self._source = ReplayedLayouts(path, self.geometry, config.split, names)
+            self._source = ReplayedLayouts(path, self.geometry, _regime(config), names)
         elif self._changes_layouts and self.layers:
             self._source = PlannedLayouts(
                 make_strategy(config.planner, geometry=self.geometry, costs=self._costs),
@@ -280,7 +295,7 @@ class Coordinator:
             )
         if config.record_layouts is not None:
             path = recording_path(config.record_layouts, self.groups.index)
-            self._recorder = LayoutRecorder(path, self.geometry, config.split, names, first_step)
+            self._recorder = LayoutRecorder(path, self.geometry, _regime(config), names, first_step)
 
     def _apply(self, layouts: list[ExpertLayout]) -> None:
         self.version += 1
@@ -323,14 +338,14 @@ class Coordinator:
             layer.tag = (tag, tag.tensor(self.device))
         return layer.tag
 
-    def _record(self, layer: LayerState, quotas: Quotas) -> None:
-        counts_NE = quotas.counts_NE
+    def _record(self, layer: LayerState, decision: Decision) -> None:
+        counts_NE = decision.quotas.counts_NE
         if layer.microbatches == self._num_microbatches:
             # Megatron's rerun state machine repeats a step: what counts is the last time.
             layer.microbatches, layer.step_counts_NE = 0, None
         layer.microbatches += 1
         if self.groups.rank == 0:
-            layer.history.append(quotas)
+            layer.history.append(decision)
         if layer.step_counts_NE is None:
             layer.step_counts_NE = counts_NE.copy()
         else:
@@ -355,6 +370,41 @@ class Coordinator:
                 "forward in training mode under torch.no_grad() is taken for the first pass of a "
                 "checkpoint; call model.eval() for passes that have no backward"
             )
+
+
+def _exchange(
+    config: FSEPConfig, groups: FSEPGroups, geometry: Geometry, costs: CostModel
+) -> Exchange:
+    algorithm = config.restore_algorithm
+    if algorithm == AUTO:
+        static = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
+        # Two restores for each reduce; the first of equals is the flat one.
+        algorithm = min(
+            EXCHANGES,
+            key=lambda name: (
+                2 * costs.restore_seconds(static, geometry.node_size, name)
+                + costs.reduce_seconds(static, geometry.node_size, name)
+            ),
+        )
+    if algorithm == NODE:
+        dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
+        return NodeExchange(groups, dtype)
+    return FlatExchange(groups)
+
+
+def _schedule(config: FSEPConfig) -> Schedule:
+    if config.scheduler == "off":
+        return UNSCHEDULED
+    return SCHEDULED_AFTER_GATE if config.mode == EXACT_MODE else SCHEDULED
+
+
+def _regime(config: FSEPConfig) -> dict[str, Any]:
+    """What a recording's results depend on beside its layouts."""
+    return {
+        "split": config.split,
+        "plan_mode": config.mode,
+        "imbalance_tolerance": config.imbalance_tolerance,
+    }
 
 
 def _warn(message: str) -> None:

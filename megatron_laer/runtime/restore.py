@@ -56,11 +56,12 @@ class Kept:
 class ExchangeCount:
     """What this rank received from others, for metrics and for tests of the documented formulas.
 
-    Counted from the sizes that collectives are given. Restores and reduces are counted by their
-    caller, since a layer restores several matrices at once.
+    Counted from the sizes that collectives are given. Restores, changes of what was restored and
+    reduces are counted by their caller, since a layer restores several matrices at once.
     """
 
     restores: int = 0
+    changes: int = 0
     reduces: int = 0
     restore_intra_bytes: int = 0
     restore_inter_bytes: int = 0

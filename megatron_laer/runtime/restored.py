@@ -19,15 +19,16 @@ Legend: E experts, C slots per rank, R rows of a matrix, r rows of this rank's s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
+from megatron_laer.runtime.buffers import BufferPool
 from megatron_laer.runtime.device import Lane, Pending
 from megatron_laer.runtime.layout_index import LayoutIndex
-from megatron_laer.runtime.restore import FlatExchange
+from megatron_laer.runtime.restore import Exchange, Kept
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,18 @@ class Slices:
 
 @dataclass(frozen=True)
 class ExchangeLanes:
-    """The exchanges, and the lanes that they run on."""
+    """The exchanges, the lanes that they run on, and the memory that they fill.
 
-    exchange: FlatExchange
+    Attributes:
+        weights: restored matrices; as many as the schedule restores layers at once.
+        grads: gradients of restored matrices, likewise.
+    """
+
+    exchange: Exchange
     parameters: Lane
     gradients: Lane
+    weights: BufferPool = field(default_factory=BufferPool)
+    grads: BufferPool = field(default_factory=BufferPool)
 
     def close(self) -> None:
         """End both lanes."""
@@ -63,7 +71,7 @@ class RestoredExperts:
     Attributes:
         index: the layout that they are restored under.
         before: the MoE layer before in the same chunk and microbatch, which backward comes to next.
-        tickets: the early `_Arrive` node's outputs, until `restore` takes them.
+        tickets: the early `_Arrive` node's outputs, until `weight_tickets` takes them.
     """
 
     def __init__(self, name: str, slices: Slices, index: LayoutIndex, lanes: ExchangeLanes) -> None:
@@ -74,21 +82,48 @@ class RestoredExperts:
         self._slices = slices
         self._lanes = lanes
         self._matrices: tuple[Pending, ...] | None = None
+        self._grads: list[torch.Tensor] = []
         self._reduced: tuple[Pending, ...] | None = None
 
     def start(self) -> None:
         """Begin to fetch the slots' experts, unless that was begun. Collective over the group."""
         if self._matrices is None:
-            exchange = self._lanes.exchange
-            # The slices as they are now: they change between steps only.
+            exchange, weights = self._lanes.exchange, self._lanes.weights
             self._matrices = tuple(
                 self._lanes.parameters.submit(
-                    partial(exchange.restore, slice_ErK.detach(), self.index, rows),
+                    # The slices as they are now: they change between steps only.
+                    partial(
+                        exchange.restore,
+                        slice_ErK.detach(),
+                        self.index,
+                        rows,
+                        out=weights.take(shape, slice_ErK.dtype, slice_ErK.device),
+                    ),
                     f"restore {self._name}",
                 )
-                for slice_ErK, rows in zip(self._slices.parameters, self._slices.rows, strict=True)
+                for slice_ErK, rows, shape in zip(
+                    self._slices.parameters, self._slices.rows, self._shapes(), strict=True
+                )
             )
             exchange.count.restores += 1
+
+    def change(self, index: LayoutIndex) -> None:
+        """Follow another layout; of what was begun, only slots that differ are fetched again.
+
+        Collective over the group if `start` was.
+        """
+        before, self.index = self.index, index
+        if self._matrices is not None and index is not before:
+            self._matrices = tuple(
+                self._lanes.parameters.submit(
+                    partial(self._update, slice_ErK.detach(), index, rows, before, pending),
+                    f"change {self._name}",
+                )
+                for slice_ErK, rows, pending in zip(
+                    self._slices.parameters, self._slices.rows, self._matrices, strict=True
+                )
+            )
+            self._lanes.exchange.count.changes += 1
 
     def matrix(self, position: int) -> torch.Tensor:
         """The `position`-th matrix of every slot, waiting for it."""
@@ -98,7 +133,16 @@ class RestoredExperts:
 
     def release(self) -> None:
         """Let go of the restored matrices."""
-        self._matrices = None
+        if self._matrices is not None:
+            for pending in self._matrices:
+                self._lanes.weights.give(pending.wait())
+            self._matrices = None
+
+    def new_grad(self, like_CRK: torch.Tensor) -> torch.Tensor:
+        """Memory for the gradient of a matrix, whose content `reduce` will send."""
+        grad_CRK = self._lanes.grads.take(tuple(like_CRK.shape), like_CRK.dtype, like_CRK.device)
+        self._grads.append(grad_CRK)
+        return grad_CRK
 
     def reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
         """Begin to send the experts' gradients to their slices. Collective over the group."""
@@ -116,6 +160,9 @@ class RestoredExperts:
         assert self._reduced is not None, "gradients asked for before they were sent"
         grads_ErK = tuple(pending.wait() for pending in self._reduced)
         self._reduced = None
+        for grad_CRK in self._grads:
+            self._lanes.grads.give(grad_CRK)
+        self._grads.clear()
         return grads_ErK
 
     def issue_tickets(self) -> tuple[torch.Tensor, ...]:
@@ -126,22 +173,37 @@ class RestoredExperts:
         tickets: tuple[torch.Tensor, ...] = _Arrive.apply(self, *self._slices.parameters)
         return tickets
 
-    def weight_tickets(self, capacity: int) -> tuple[torch.Tensor, ...]:
+    def weight_tickets(self) -> tuple[torch.Tensor, ...]:
         """What the experts' linear layers take for their weights: they lead gradients back here."""
         tickets, self.tickets = self.tickets, None
         if tickets is None:
             tickets = self.issue_tickets()
-        shapes = tuple(
-            (capacity, rows, ticket.shape[2])
-            for ticket, rows in zip(tickets, self._slices.rows, strict=True)
-        )
-        weights: tuple[torch.Tensor, ...] = _Restore.apply(self, shapes, *tickets)
+        weights: tuple[torch.Tensor, ...] = _Restore.apply(self, self._shapes(), *tickets)
         return weights
 
     def before_backward(self, output: torch.Tensor) -> torch.Tensor:
         """Mark the experts' output: its gradient's arrival is when backward restores."""
         marked: torch.Tensor = _BeforeBackward.apply(output, self)
         return marked
+
+    def _shapes(self) -> tuple[tuple[int, int, int], ...]:
+        capacity = self.index.layout.capacity
+        return tuple(
+            (capacity, rows, slice_ErK.shape[2])
+            for slice_ErK, rows in zip(self._slices.parameters, self._slices.rows, strict=True)
+        )
+
+    def _update(
+        self,
+        slice_ErK: torch.Tensor,
+        index: LayoutIndex,
+        rows: int,
+        before: LayoutIndex,
+        pending: Pending,
+    ) -> torch.Tensor:
+        """On the lane that `pending` was submitted to, hence after it."""
+        kept = Kept(before, pending.wait())
+        return self._lanes.exchange.restore(slice_ErK, index, rows, kept=kept)
 
 
 def _placeholder(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

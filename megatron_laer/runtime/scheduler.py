@@ -73,7 +73,7 @@ class Scheduler:
         self._chunks: list[Chunk] = []
         self._hooks: list[Any] = []
         self._forward: _Forward | None = None
-        # Restored or being restored for a layer that has not come yet, by its index in the chunk.
+        # The experts of a layer that comes next, perhaps on their way, by its index in the chunk.
         self._ahead: dict[int, RestoredExperts] = {}
 
     def attach(self, chunks: Sequence[Chunk]) -> None:
@@ -107,7 +107,7 @@ class Scheduler:
         forward.entered.append(restored)
         return restored
 
-    def planned(self, layer: Layer, restored: RestoredExperts) -> None:
+    def decided(self, layer: Layer, restored: RestoredExperts) -> None:
         """The layout of a pass is decided; its restore need not wait for the experts' call."""
         if self._schedule.restores and self._forward is not None:
             self._forward.chunk.await_weights(layer.slices.parameters)
@@ -116,8 +116,9 @@ class Scheduler:
     def dispatched(self, layer: Layer, training: bool) -> None:
         """A layer's tokens arrived."""
         position = self._position(layer)
-        if position is not None and self._schedule.target(Moment.DISPATCHED) is Target.NEXT:
-            self._start_ahead(position + 1, training)
+        if position is not None:
+            starts = self._schedule.target(Moment.DISPATCHED) is Target.NEXT
+            self._announce(position + 1, training, starts)
 
     # Inside.
 
@@ -136,15 +137,17 @@ class Scheduler:
         layers = self._forward.chunk.layers
         return next((at for at, other in enumerate(layers) if other is layer), None)
 
-    def _start_ahead(self, position: int, training: bool) -> None:
+    def _announce(self, position: int, training: bool, starts: bool) -> None:
+        """A layer is next; its restore starts already, or only its place in backward is taken."""
         assert self._forward is not None
         chunk = self._forward.chunk
         if position >= len(chunk.layers):
             return
         layer = chunk.layers[position]
         restored = self._make(layer, training)
-        chunk.await_weights(layer.slices.parameters)
-        restored.start()
+        if starts:
+            chunk.await_weights(layer.slices.parameters)
+            restored.start()
         if training and torch.is_grad_enabled() and self._schedule.delays_gradients:
             restored.tickets = restored.issue_tickets()
         self._ahead[position] = restored
@@ -152,8 +155,8 @@ class Scheduler:
     def _begin_forward(self, chunk: Chunk) -> None:
         self._ahead.clear()
         self._forward = _Forward(chunk)
-        if self._schedule.target(Moment.CHUNK_FORWARD) is Target.FIRST:
-            self._start_ahead(0, chunk.module.training)
+        starts = self._schedule.target(Moment.CHUNK_FORWARD) is Target.FIRST
+        self._announce(0, chunk.module.training, starts)
 
     def _end_forward(self, output: Any) -> None:
         forward, self._forward = self._forward, None

@@ -6,7 +6,7 @@ Sources take part in no collective; the coordinator tells the other ranks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,9 @@ from megatron_laer.planner.strategies import Strategy
 # A planner that takes longer than this under `wait` is taken for dead: training goes on with the
 # layouts in force.
 WAIT_TIMEOUT_S = 120.0
+
+# How a run uses its layouts, by the names of settings; part of a recording's header.
+Regime = Mapping[str, Any]
 
 
 class LayoutSource(Protocol):
@@ -109,13 +112,15 @@ class ReplayedLayouts:
     late_plans = 0
     failures = 0
 
-    def __init__(self, path: Path, geometry: Geometry, split: str, layers: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, geometry: Geometry, regime: Regime, layers: Sequence[str]
+    ) -> None:
         """Read and check the whole recording.
 
         Raises:
             ValueError: a missing or malformed file, or one of another shape, quoting the line.
         """
-        self._layouts = _read_recording(path, geometry, split, list(layers))
+        self._layouts = _read_recording(path, geometry, regime, list(layers))
         self._is_first = True
 
     def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
@@ -143,7 +148,7 @@ class LayoutRecorder:
         self,
         path: Path,
         geometry: Geometry,
-        split: str,
+        regime: Regime,
         layers: Sequence[str],
         first_step: int,
     ) -> None:
@@ -153,11 +158,11 @@ class LayoutRecorder:
             ValueError: one of another shape, or a damaged one, is there already.
             OSError: it cannot be written.
         """
-        kept = _read_recording(path, geometry, split, list(layers)) if path.exists() else {}
+        kept = _read_recording(path, geometry, regime, list(layers)) if path.exists() else {}
         path.parent.mkdir(parents=True, exist_ok=True)
         # Line by line, so that a run that is killed leaves every layout it used.
         self._file = path.open("w", buffering=1)
-        self._write(_header(geometry, split, list(layers)))
+        self._write(_header(geometry, regime, list(layers)))
         for step, layouts in kept.items():
             if step < first_step:
                 self.record(step, layouts)
@@ -179,19 +184,19 @@ def recording_path(directory: str, group_index: int) -> Path:
     return Path(directory) / f"group-{group_index}.jsonl"
 
 
-def _header(geometry: Geometry, split: str, layers: list[str]) -> dict[str, Any]:
-    """What a recording is made for: its layouts fit nothing else, its results no other split."""
+def _header(geometry: Geometry, regime: Regime, layers: list[str]) -> dict[str, Any]:
+    """What a recording is made for: its layouts fit nothing else, its results no other regime."""
     return {
         "num_ranks": geometry.num_ranks,
         "capacity": geometry.capacity,
         "num_experts": geometry.num_experts,
-        "split": split,
+        **regime,
         "layers": layers,
     }
 
 
 def _read_recording(
-    path: Path, geometry: Geometry, split: str, layers: list[str]
+    path: Path, geometry: Geometry, regime: Regime, layers: list[str]
 ) -> dict[int, list[ExpertLayout]]:
     try:
         lines = path.read_text().splitlines()
@@ -200,7 +205,7 @@ def _read_recording(
             f"layout recording: cannot read {path}: {error}; give a directory written by "
             "--fsep-record-layouts in a run with the same parallel sizes"
         ) from error
-    wanted = _header(geometry, split, layers)
+    wanted = _header(geometry, regime, layers)
     layouts: dict[int, list[ExpertLayout]] = {}
     for number, line in enumerate(lines, start=1):
         try:

@@ -6,6 +6,7 @@ log line; the tracker is replaceable by design (`set_moe_metrics_tracker`), so n
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron_laer.activation import current_device
 from megatron_laer.runtime.coordinator import Coordinator, current_coordinator
 from megatron_laer.telemetry.balance import balance
+
+logger = logging.getLogger(__name__)
 
 PERCENTILES = (50, 95)
 
@@ -59,20 +62,24 @@ def collect(
     Returns:
         Scalars and per-layer values by name. Values of planning are those of this rank's group.
     """
-    # Columns: FSEP, stock, and how many groups have a value; rows of other stages stay zero.
-    values_L3 = torch.zeros(decoder_layers + mtp_layers, 3, dtype=torch.float64)
+    # Columns: FSEP, stock, share of fresh layouts, and how many groups have a value; rows of other
+    # stages stay zero.
+    values_L4 = torch.zeros(decoder_layers + mtp_layers, 4, dtype=torch.float64)
     for layer in [] if coordinator is None else coordinator.layers:
-        measured = balance(layer.history)
+        decisions = list(layer.history)
         layer.history.clear()
+        measured = balance(decision.quotas for decision in decisions)
         if measured is not None:
+            logger.info("FSEP %s: %s", layer.name, decisions[-1].reason)
+            fresh = sum(decision.replanned for decision in decisions) / len(decisions)
             row = layer.number - 1 + (decoder_layers if layer.is_mtp else 0)
-            row = min(row, len(values_L3) - 1)
-            values_L3[row] += torch.tensor([measured.fsep, measured.stock, 1.0])
-    values_L3 = values_L3.to(current_device())
-    dist.all_reduce(values_L3)
-    values_L3 = values_L3.cpu()
-    has_value = values_L3[:, 2] > 0
-    fsep, stock = (values_L3[has_value, :2] / values_L3[has_value, 2:]).unbind(1)
+            row = min(row, len(values_L4) - 1)
+            values_L4[row] += torch.tensor([measured.fsep, measured.stock, fresh, 1.0])
+    values_L4 = values_L4.to(current_device())
+    dist.all_reduce(values_L4)
+    values_L4 = values_L4.cpu()
+    has_value = values_L4[:, 3] > 0
+    fsep, stock, fresh_layouts = (values_L4[has_value, :3] / values_L4[has_value, 3:]).unbind(1)
     layers = (torch.nonzero(has_value).flatten()).tolist()
     per_layer: dict[str, float] = {}
     scalars: dict[str, float] = {}
@@ -83,6 +90,8 @@ def collect(
             scalars[name] = values.mean().item()
             for percentile in PERCENTILES:
                 scalars[f"{name}_p{percentile}"] = values.quantile(percentile / 100).item()
+    if fresh_layouts.numel():
+        scalars["fsep_fresh_layouts"] = fresh_layouts.mean().item()
     if coordinator is not None:
         status = coordinator.planner_status
         scalars["fsep_plan_ms"] = status.plan_us / 1e3

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.forecast import LastValue
 from megatron_laer.planner.quotas import Int64
 from megatron_laer.planner.service import Plan, PlannerService
 
@@ -71,7 +72,7 @@ class Services:
         self, plan: Planner, layers: tuple[int, ...] = (0, 1), lossless: bool = False
     ) -> PlannerService:
         service = PlannerService(
-            Scripted(plan), layers, INITIAL, self.warnings.append, lossless=lossless
+            Scripted(plan), layers, INITIAL, self.warnings.append, lossless, LastValue()
         )
         self.started.append(service)
         return service
