@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.runtime.sources import LayoutRecorder, PlannedLayouts, ReplayedLayouts
+from tests.costs import make_costs
 
 pytestmark = pytest.mark.unit
 
 GEOMETRY = Geometry(num_ranks=2, num_experts=4, capacity=3, node_size=2)
 LAYERS = ["layer 1", "layer 2"]
-COSTS = CostModel(1e-6, 64, 1e9, 1e9)
+REGIME = {"split": "exact", "plan_mode": "forecast"}
+COSTS = make_costs()
 
 
 def layouts(seed: int) -> list[ExpertLayout]:
@@ -44,15 +45,15 @@ def test_a_step_that_is_observed_twice_is_planned_from_under_wait() -> None:
 
 def test_a_recording_goes_on_where_a_resumed_run_starts(tmp_path: Path) -> None:
     path = tmp_path / "group-0.jsonl"
-    first = LayoutRecorder(path, GEOMETRY, "exact", LAYERS, first_step=0)
+    first = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0)
     for step in (1, 2, 3):
         first.record(step, layouts(step))
     first.close()
-    resumed = LayoutRecorder(path, GEOMETRY, "exact", LAYERS, first_step=3)
+    resumed = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=3)
     resumed.record(3, layouts(33))
     resumed.close()
 
-    replay = ReplayedLayouts(path, GEOMETRY, "exact", LAYERS)
+    replay = ReplayedLayouts(path, GEOMETRY, REGIME, LAYERS)
     assert [replay.due(step) for step in (1, 2, 3, 4)] == [
         layouts(1),
         layouts(2),
@@ -63,11 +64,11 @@ def test_a_recording_goes_on_where_a_resumed_run_starts(tmp_path: Path) -> None:
 
 def test_a_replay_that_starts_late_begins_with_the_layouts_in_force(tmp_path: Path) -> None:
     path = tmp_path / "group-0.jsonl"
-    recorder = LayoutRecorder(path, GEOMETRY, "exact", LAYERS, first_step=0)
+    recorder = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0)
     recorder.record(2, layouts(2))
     recorder.record(9, layouts(9))
     recorder.close()
-    replay = ReplayedLayouts(path, GEOMETRY, "exact", LAYERS)
+    replay = ReplayedLayouts(path, GEOMETRY, REGIME, LAYERS)
     assert replay.due(6) == layouts(2)
     assert replay.due(7) is None
     assert replay.due(9) == layouts(9)
@@ -77,4 +78,4 @@ def test_a_recording_made_with_another_split_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "group-0.jsonl"
     LayoutRecorder(path, GEOMETRY, "even", LAYERS, first_step=0).close()
     with pytest.raises(ValueError, match="even"):
-        ReplayedLayouts(path, GEOMETRY, "exact", LAYERS)
+        ReplayedLayouts(path, GEOMETRY, REGIME, LAYERS)
