@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
-from megatron_laer.schedule import SCHEDULES
 from tests.parity.flags import command_line
 from tests.parity.training import train
 from tests.ranks import RankPool
@@ -78,50 +77,59 @@ def test_a_rank_holds_its_share_of_weights_gradients_and_optimizer_state(
         assert mine * size == whole
 
 
-class RestoredStorage:
-    """Counts restored matrices whose storage is alive, whoever holds it, autograd's C++ included.
+@dataclass
+class Held:
+    """Buffers of restored weights and of their gradients on one rank, over a run.
 
-    Each restored tensor is put on memory of a NumPy array, which dies with the tensor's storage.
+    Attributes:
+        after_forward: restored matrices in use after each chunk's forward.
+        after_step: restored matrices and gradients in use after each step.
+        buffer_bytes: of weights, of gradients, and of the exchanges' workspaces, after each step.
+        layer_bytes: restored matrices of one layer, C·R·K elements each.
+        layers: MoE layers that the schedule restores at once, and whose gradients it keeps.
     """
 
-    def __init__(self) -> None:
-        self.alive = 0
-        self.most = 0
-
-    def watch(self, restored: torch.Tensor) -> torch.Tensor:
-        array = restored.numpy().copy()
-        self.alive += 1
-        self.most = max(self.most, self.alive)
-        watched = torch.from_numpy(array)
-        weakref.finalize(array, self._died)
-        return watched
-
-    def _died(self) -> None:
-        self.alive -= 1
+    after_forward: list[int]
+    after_step: list[tuple[int, int]]
+    buffer_bytes: list[tuple[int, int, int]]
+    layer_bytes: int
+    layers: tuple[int, int]
 
 
-def live_restored_matrices(command: list[str]) -> tuple[list[int], list[int], int]:
-    """Restored matrices alive after each chunk's forward, after each step, and at most."""
+def held_buffers(command: list[str]) -> Held:
+    """Train, and look at the buffers."""
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_laer.runtime.restore import FlatExchange
+    from megatron_laer.runtime.coordinator import current_coordinator
 
-    storage = RestoredStorage()
-    restore, forward = FlatExchange.restore, GPTModel.forward
-    after_forward: list[int] = []
-    after_step: list[int] = []
+    held = Held([], [], [], 0, (0, 0))
+    forward = GPTModel.forward
 
     def observed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = forward(self, *args, **kwargs)
-        after_forward.append(storage.alive)
+        coordinator = current_coordinator()
+        assert coordinator is not None
+        held.after_forward.append(coordinator.lanes.weights.in_use)
         return output
 
-    with (
-        mock.patch.object(FlatExchange, "restore", lambda *args: storage.watch(restore(*args))),
-        mock.patch.object(GPTModel, "forward", observed_forward),
-    ):
-        train(command, lambda model: after_step.append(storage.alive))
-    return after_forward, after_step, storage.most
+    def look(model: object) -> None:
+        coordinator = current_coordinator()
+        assert coordinator is not None
+        lanes, exchange = coordinator.lanes, coordinator.exchange
+        held.after_step.append((lanes.weights.in_use, lanes.grads.in_use))
+        spaces = exchange.restore_workspace.num_bytes + exchange.reduce_workspace.num_bytes
+        held.buffer_bytes.append((lanes.weights.num_bytes, lanes.grads.num_bytes, spaces))
+        slices = coordinator.layers[0].slices
+        held.layer_bytes = sum(
+            coordinator.geometry.capacity * rows * slice_ErK.shape[2] * slice_ErK.element_size()
+            for rows, slice_ErK in zip(slices.rows, slices.parameters, strict=True)
+        )
+        schedule = coordinator.schedule
+        held.layers = (schedule.restored_layers, schedule.gradient_layers)
+
+    with mock.patch.object(GPTModel, "forward", observed_forward):
+        train(command, look)
+    return held
 
 
 @pytest.mark.parametrize("scheduler", ["on", "off"])
@@ -145,13 +153,16 @@ def test_no_restored_weight_outlives_its_use(
         steps=4,
         extra=f"{FSEP}{recompute} --num-layers 3 --fsep-scheduler {scheduler}",
     )
-    layers_in_flight = SCHEDULES[scheduler].restored_layers
-    assert layers_in_flight == {"on": 2, "off": 1}[scheduler]
-    for after_forward, after_step, most in ranks(2).run(live_restored_matrices, command):
-        assert len(after_forward) == 8 and len(after_step) == 4
-        assert set(after_forward) == {0}, "weights restored in forward are held for backward"
-        assert set(after_step) == {0}
-        assert most == 2 * layers_in_flight, "two matrices for each layer that the schedule holds"
+    for held in ranks(2).run(held_buffers, command):
+        assert len(held.after_forward) == 8 and len(held.after_step) == 4
+        assert set(held.after_forward) == {0}, "weights restored in forward are held for backward"
+        assert set(held.after_step) == {(0, 0)}
+        assert len(set(held.buffer_bytes)) == 1, "steady state allocates"
+        weights, grads, _ = held.buffer_bytes[0]
+        assert held.layers == ((2, 2) if scheduler == "on" else (1, 1))
+        assert weights == held.layers[0] * held.layer_bytes
+        # Under a checkpoint a layer's gradients arrive before its own backward ends.
+        assert held.layer_bytes <= grads <= held.layers[1] * held.layer_bytes
 
 
 def exchange_counts_of(command: list[str]) -> tuple[int, int, int, int, int]:

@@ -20,7 +20,8 @@ from tests.ranks import RankPool
 pytestmark = pytest.mark.distributed
 
 STEPS = 50
-FSEP = " --expert-parallel-mode fsep --fsep-planner random"
+FSEP = " --expert-parallel-mode fsep"
+RANDOM = " --fsep-planner random"
 
 FP32_BOUND = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4)
 # bf16 keeps 8 bits: a rounding is 4e-3 relative. Two layouts sum the same gradients in another
@@ -40,7 +41,7 @@ class Row:
         stock_parallel: expert-parallel sizes of the two stock runs, the reference first.
         reference_ranks: run the reference on this many ranks instead of `ranks`.
         capacity: `--fsep-capacity`, where not the default.
-        fsep: more flags for the FSEP side.
+        fsep: flags for the FSEP side alone.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Row:
     accumulation: int = 1
     flags: str = ""
     capacity: int | None = None
-    fsep: str = ""
+    fsep: str = RANDOM
     bound: Distance = FP32_BOUND
     steps: int = STEPS
 
@@ -104,9 +105,30 @@ ROWS = [
         flags=" --seq-length 2 --max-position-embeddings 2 --micro-batch-size 2",
     ),
     Row("top-1", flags=" --moe-router-topk 1 --moe-router-pre-softmax"),
-    Row("even split", fsep=" --fsep-split even"),
-    Row("planned layouts", fsep=" --fsep-planner greedy"),
-    Row("even split, E = 8 on 4 ranks", ranks=4, stock_parallel=(4, 1), fsep=" --fsep-split even"),
+    Row("even split", fsep=RANDOM + " --fsep-split even"),
+    Row("planner greedy, adaptive", fsep=" --fsep-planner greedy"),
+    Row("planner search, forecast", fsep=" --fsep-planner search --fsep-plan-mode forecast"),
+    Row("planner laer, tolerance 0", fsep=" --fsep-planner laer --fsep-imbalance-tolerance 0"),
+    Row("fresh layouts after the gate, exact", fsep=" --fsep-plan-mode exact"),
+    Row(
+        "exact on nodes of 2, E = 8 on 4 ranks",
+        ranks=4,
+        stock_parallel=(4, 1),
+        fsep=" --fsep-plan-mode exact --fsep-node-size 2 --fsep-restore-algorithm node",
+    ),
+    Row(
+        "exchange through nodes of 2, E = 8 on 4 ranks",
+        ranks=4,
+        stock_parallel=(4, 1),
+        fsep=RANDOM + " --fsep-node-size 2 --fsep-restore-algorithm node",
+    ),
+    Row("scheduler off", fsep=RANDOM + " --fsep-scheduler off"),
+    Row(
+        "even split, E = 8 on 4 ranks",
+        ranks=4,
+        stock_parallel=(4, 1),
+        fsep=RANDOM + " --fsep-split even",
+    ),
     Row("most slots", capacity=8),
     Row("fewest slots", capacity=4),
     Row("E = 8 on 4 ranks", ranks=4, stock_parallel=(4, 1)),

@@ -57,25 +57,79 @@ def test_a_flag_without_the_mode_is_an_error_that_quotes_it(words: list[str]) ->
         config_from_args(parse(*words))
 
 
-@pytest.mark.parametrize("planner", ["static", "random"])
 @pytest.mark.parametrize(
-    "idle",
+    ("idle", "reason"),
     [
-        "--fsep-plan-lag 2",
-        "--fsep-late-plan wait",
-        "--fsep-record-layouts d",
-        "--fsep-cluster cpu-gloo",
+        (flag, f"--fsep-planner {planner}")
+        for planner in ("static", "random")
+        for flag in ("--fsep-plan-lag 2", "--fsep-late-plan wait", "--fsep-record-layouts d")
+    ]
+    + [
+        (flag, "--fsep-plan-mode exact")
+        for flag in (
+            "--fsep-planner laer",
+            "--fsep-plan-lag 2",
+            "--fsep-late-plan wait",
+            "--fsep-record-layouts d",
+            "--fsep-replay-layouts d",
+        )
+    ]
+    + [
+        ("--fsep-imbalance-tolerance 0.1", "--fsep-plan-mode forecast"),
+        ("--fsep-imbalance-tolerance 0.1", "--fsep-plan-mode exact"),
+        ("--fsep-grad-wire-dtype fp32", "--fsep-restore-algorithm flat"),
+        ("--fsep-planner greedy", "--fsep-replay-layouts d"),
+        ("--fsep-cluster cpu-gloo", "--fsep-restore-algorithm flat --fsep-plan-mode exact"),
+        (
+            "--fsep-cluster cpu-gloo",
+            "--fsep-restore-algorithm flat --fsep-imbalance-tolerance 0.1",
+        ),
     ],
 )
-def test_a_flag_that_the_planner_ignores_is_an_error(planner: str, idle: str) -> None:
-    words = ["--expert-parallel-mode", "fsep", "--fsep-planner", planner, *idle.split()]
-    with pytest.raises(ValueError, match=f"{idle}.*{planner}"):
-        config_from_args(parse(*words))
+def test_a_flag_that_others_leave_without_effect_is_an_error(idle: str, reason: str) -> None:
+    words = ["--expert-parallel-mode", "fsep", *reason.split()]
+    assert config_from_args(parse(*words)) is not None
+    with pytest.raises(ValueError, match=f"{idle}.*no effect"):
+        config_from_args(parse(*words, *idle.split()))
+
+
+@pytest.mark.parametrize(
+    ("words", "mode"),
+    [
+        ("", "adaptive"),
+        ("--fsep-planner static", "forecast"),
+        ("--fsep-planner random", "forecast"),
+        ("--fsep-planner laer --fsep-split even", "forecast"),
+        ("--fsep-replay-layouts d", "adaptive"),
+        ("--fsep-planner static --fsep-plan-mode adaptive", "adaptive"),
+    ],
+)
+def test_the_plan_mode_by_default(words: str, mode: str) -> None:
+    config = config_from_args(parse("--expert-parallel-mode", "fsep", *words.split()))
+    assert config is not None and config.mode == mode
+
+
+@pytest.mark.parametrize("mode", ["exact", "adaptive"])
+def test_fresh_layouts_need_exact_splits(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"{mode}.*even"):
+        FSEPConfig(plan_mode=mode, split="even")
 
 
 @pytest.mark.parametrize(
     "values",
-    [{"capacity": 0}, {"plan_lag": 0}, {"late_plan": "never"}, {"node_size": 0}, {"split": "odd"}],
+    [
+        {"capacity": 0},
+        {"plan_lag": 0},
+        {"late_plan": "never"},
+        {"node_size": 0},
+        {"split": "odd"},
+        {"plan_mode": "guess"},
+        {"imbalance_tolerance": -0.5},
+        {"imbalance_tolerance": float("inf")},
+        {"scheduler": "maybe"},
+        {"restore_algorithm": "pigeon"},
+        {"grad_wire_dtype": "fp8"},
+    ],
 )
 def test_values_out_of_range_are_quoted(values: dict[str, object]) -> None:
     (value,) = values.values()

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.unit
 GEOMETRY = Geometry(num_ranks=2, num_experts=4, capacity=3, node_size=2)
 LAYERS = ["layer 1", "layer 2"]
 REGIME = {"split": "exact", "plan_mode": "forecast"}
+REGIME = {"split": "exact", "plan_mode": "forecast"}
 COSTS = make_costs()
 
 
@@ -76,6 +77,6 @@ def test_a_replay_that_starts_late_begins_with_the_layouts_in_force(tmp_path: Pa
 
 def test_a_recording_made_with_another_split_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "group-0.jsonl"
-    LayoutRecorder(path, GEOMETRY, "even", LAYERS, first_step=0).close()
+    LayoutRecorder(path, GEOMETRY, REGIME | {"split": "even"}, LAYERS, first_step=0).close()
     with pytest.raises(ValueError, match="even"):
         ReplayedLayouts(path, GEOMETRY, REGIME, LAYERS)
