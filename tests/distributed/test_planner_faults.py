@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -147,6 +148,50 @@ def test_a_dead_planner_leaves_training_alone(
     for record in ranks(2).run(train_with_dead_planner, command):
         assert len(record.losses) == 6
         assert record.probes[-1][0] == 0
+
+
+def train_with_planner_that_stops(command: list[str], fault: str, calls: int) -> Record:
+    """After some calls the planner hangs for good, or its thread is gone."""
+    import threading
+
+    from megatron_laer.planner.laer import LaerStrategy
+
+    plan = LaerStrategy.plan
+    left = calls
+
+    def stopping(self: Any, counts_NE: np.ndarray, current: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 and fault == "hangs":
+            threading.Event().wait()
+        if left < 0:
+            raise SystemExit("the planner's thread ends")
+        return plan(self, counts_NE, current)
+
+    with mock.patch.object(LaerStrategy, "plan", stopping):
+        return train(command, planner_state)
+
+
+@pytest.mark.parametrize("fault", ["hangs", "dies"])
+def test_a_planner_that_stops_leaves_a_run_that_a_replay_repeats(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, fault: str
+) -> None:
+    steps = 10
+    record = f" --fsep-record-layouts {tmp_path}"
+    stopped = ranks(2).run(
+        train_with_planner_that_stops, flags(text_data, steps, record), fault, 2 * 4
+    )[0]
+    version = stopped.probes[-1][0]
+    assert 0 < version <= 4 and stopped.probes[-3][0] == version, "the planner did not stop"
+    replay = command_line(
+        text_data,
+        experts=8,
+        expert_parallel=2,
+        global_batch=4,
+        steps=steps,
+        extra=f" --expert-parallel-mode fsep --fsep-replay-layouts {tmp_path}",
+    )
+    assert identical(stopped, ranks(2).run(train, replay)[0])
 
 
 @pytest.mark.parametrize("fault", ["raises", "wrong shape"])
