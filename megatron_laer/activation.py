@@ -56,11 +56,24 @@ def forget_model() -> None:
     coordinators.set_coordinator(None)
 
 
+@dataclass
+class StepOutcome:
+    """How a step ended.
+
+    Attributes:
+        weights_changed: false where the optimizer skipped its step, say for an infinite gradient.
+    """
+
+    weights_changed: bool = True
+
+
 @contextlib.contextmanager
 def training_step(
     step: int, num_microbatches: int | None, chunks: Callable[[], Sequence[Chunk]]
-) -> Iterator[None]:
+) -> Iterator[StepOutcome]:
     """A training step, at whose start layouts change. Collective: every rank must enter it.
+
+    Yields what the caller may say of the step before it ends.
 
     Args:
         step: counted over the whole run, resumed runs included.
@@ -81,9 +94,10 @@ def training_step(
         _is_started = True
     if coordinator is not None:
         coordinator.begin_step(step, num_microbatches)
-    yield
+    outcome = StepOutcome()
+    yield outcome
     if coordinator is not None:
-        coordinator.end_step()
+        coordinator.end_step(weights_changed=outcome.weights_changed)
 
 
 def active() -> Activation | None:

@@ -22,6 +22,7 @@ EVEN_SPLIT = "even"
 SPLITS = (EXACT_SPLIT, EVEN_SPLIT)
 
 SCHEDULERS = ("on", "off")
+LAYER_RESTORE, STEP_RESTORE = RESTORES = ("layer", "step")
 
 # What a microbatch is computed with: the planned layout, one made for its very counts after the
 # gate, or the cheaper of the two.
@@ -82,7 +83,7 @@ class FSEPConfig:
         "what a microbatch is computed with: forecast (the planned layout), exact (a fresh one, "
         "made after the gate for its very counts: no rank above the mean), or adaptive (per layer "
         "the cheaper of the two in predicted seconds); default adaptive, or forecast with a "
-        "planner that makes no plans or with --fsep-split even",
+        "planner that makes no plans, --fsep-split even or --fsep-restore step",
         type=str,
         choices=PLAN_MODES,
     )
@@ -103,6 +104,14 @@ class FSEPConfig:
         "(bitwise reproducible; implied by --deterministic-mode)",
         type=str,
         choices=LATE_PLANS,
+    )
+    restore: str = _option(
+        "layer",
+        "how often experts are restored: layer (for each layer and microbatch, forward and "
+        "backward: two layers in memory), or step (once per step, gradients exchanged once: all "
+        "layers in memory; implies --fsep-plan-mode forecast)",
+        type=str,
+        choices=RESTORES,
     )
     scheduler: str = _option(
         "on",
@@ -160,6 +169,10 @@ class FSEPConfig:
             raise ValueError(
                 f"--fsep-late-plan {self.late_plan!r}: must be one of {', '.join(LATE_PLANS)}"
             )
+        if self.restore not in RESTORES:
+            raise ValueError(
+                f"--fsep-restore {self.restore!r}: must be one of {', '.join(RESTORES)}"
+            )
         if self.scheduler not in SCHEDULERS:
             raise ValueError(
                 f"--fsep-scheduler {self.scheduler!r}: must be one of {', '.join(SCHEDULERS)}"
@@ -187,6 +200,11 @@ class FSEPConfig:
             raise ValueError(f"--fsep-split {self.split!r}: must be one of {', '.join(SPLITS)}")
         if self.node_size is not None and self.node_size < 1:
             raise ValueError(f"--fsep-node-size {self.node_size}: must be at least 1 rank")
+        if self.restore == STEP_RESTORE and self.mode != FORECAST_MODE:
+            raise ValueError(
+                f"--fsep-plan-mode {self.mode}: --fsep-restore {STEP_RESTORE} keeps layouts for a "
+                "step; leave one out"
+            )
         if self.split == EVEN_SPLIT and self.mode != FORECAST_MODE:
             raise ValueError(
                 f"--fsep-plan-mode {self.mode}: fresh layouts are made for exact splits, got "
@@ -199,7 +217,8 @@ class FSEPConfig:
         if self.plan_mode is not None:
             return self.plan_mode
         is_fixed = self.planner in FIXED_PLANNERS and self.replay_layouts is None
-        return FORECAST_MODE if is_fixed or self.split == EVEN_SPLIT else ADAPTIVE_MODE
+        is_kept = self.split == EVEN_SPLIT or self.restore == STEP_RESTORE
+        return FORECAST_MODE if is_fixed or is_kept else ADAPTIVE_MODE
 
     @property
     def plans(self) -> bool:

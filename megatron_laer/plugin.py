@@ -25,7 +25,7 @@ from packaging.version import Version
 
 from megatron_laer import activation, support
 from megatron_laer import config as settings
-from megatron_laer.activation import Activation
+from megatron_laer.activation import Activation, StepOutcome
 from megatron_laer.config import FSEPConfig
 from megatron_laer.runtime import process_groups
 from megatron_laer.runtime.scheduler import Chunk
@@ -332,15 +332,17 @@ def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.core.num_microbatches_calculator import get_num_microbatches
         from megatron.training import get_args
 
-        with training_step(get_args().curr_iteration, get_num_microbatches(), model):
-            return original(forward_step_func, data_iterator, model, *args, **kwargs)
+        with training_step(get_args().curr_iteration, get_num_microbatches(), model) as step:
+            result = original(forward_step_func, data_iterator, model, *args, **kwargs)
+            step.weights_changed = not result[1]  # Megatron's skipped_iter
+            return result
 
     return train_step
 
 
 def training_step(
     step: int, num_microbatches: int | None = None, model: Sequence[torch.nn.Module] = ()
-) -> AbstractContextManager[None]:
+) -> AbstractContextManager[StepOutcome]:
     """A training step, at whose start layouts change. Collective: every rank must enter it.
 
     Megatron's own loop is wrapped in it by the plugin; a loop of one's own does it like this:
@@ -354,9 +356,12 @@ def training_step(
         model: Megatron's list of model chunks, the same at every step; without it, restores are
             scheduled within each layer only.
 
+    Returns:
+        A context; what it yields has `weights_changed`, to be set to False if the optimizer skips.
+
     Raises:
         ValueError: at the first step, on every rank of the world: a recording that cannot be
-            replayed or written.
+            replayed or written. With `--fsep-restore step`: no `num_microbatches`.
         RuntimeError: a plan that no backward pass used.
     """
     return activation.training_step(

@@ -47,32 +47,49 @@ class Schedule:
             is restored when its experts compute.
         delays_gradients: whether a layer's gradients travel while the backward of the layer before
             runs, or are waited for at once.
+        holds_step: whether experts stay restored, and gradients are summed, over a whole step.
     """
 
     restores: tuple[tuple[Moment, Target], ...]
     delays_gradients: bool
+    holds_step: bool = False
 
     def target(self, moment: Moment) -> Target | None:
         """The layer to restore at this moment, if any."""
         return dict(self.restores).get(moment)
 
-    @property
-    def restored_layers(self) -> int:
-        """Layers of a chunk whose restored experts may be alive at once."""
+    def restored_layers(self, num_layers: int) -> int:
+        """Of so many layers of a rank, how many have restored experts in memory at once, at most.
+
+        A chunk looks one layer ahead; where there are several chunks, one is at work at a time.
+        """
         looks_ahead = any(target in (Target.NEXT, Target.PREVIOUS) for _, target in self.restores)
-        return 2 if looks_ahead else 1
+        return num_layers if self.holds_step else min(2 if looks_ahead else 1, num_layers)
 
-    @property
-    def gradient_layers(self) -> int:
-        """Layers whose gradients of restored experts may be alive at once."""
-        return 2 if self.delays_gradients else 1
+    def gradient_layers(self, num_layers: int) -> int:
+        """The same of gradients of restored experts, in the dtype that experts compute in.
+
+        A schedule that holds a step has sums of all layers beside them, in float32.
+        """
+        return min(2 if self.delays_gradients and not self.holds_step else 1, num_layers)
 
 
-UNSCHEDULED = Schedule(restores=(), delays_gradients=False)
+_FORWARD = ((Moment.CHUNK_FORWARD, Target.FIRST), (Moment.DISPATCHED, Target.NEXT))
 _BACKWARD = ((Moment.CHUNK_BACKWARD, Target.LAST), (Moment.COMBINE_GRADIENT, Target.PREVIOUS))
-SCHEDULED = Schedule(
-    restores=((Moment.CHUNK_FORWARD, Target.FIRST), (Moment.DISPATCHED, Target.NEXT), *_BACKWARD),
-    delays_gradients=True,
-)
-# Where the layout is made after the gate, there is nothing to restore ahead in forward.
-SCHEDULED_AFTER_GATE = Schedule(restores=_BACKWARD, delays_gradients=True)
+
+
+def make_schedule(
+    *, overlaps: bool, after_gate: bool = False, holds_step: bool = False
+) -> Schedule:
+    """The schedule for a way of running.
+
+    Args:
+        overlaps: whether exchanges run beside the compute at all.
+        after_gate: every layout is made after the gate, so forward has nothing to restore ahead.
+        holds_step: experts are restored once per step, so backward has nothing to restore.
+    """
+    if not overlaps:
+        return Schedule((), delays_gradients=False, holds_step=holds_step)
+    forward = () if after_gate else _FORWARD
+    backward = () if holds_step else _BACKWARD
+    return Schedule((*forward, *backward), delays_gradients=True, holds_step=holds_step)

@@ -23,6 +23,7 @@ from megatron_laer.config import (
     EXCHANGES,
     NODE,
     RANDOM_PLANNER,
+    STEP_RESTORE,
     FSEPConfig,
 )
 from megatron_laer.layout import ExpertLayout, default_capacity
@@ -42,7 +43,7 @@ from megatron_laer.runtime.node_exchange import NodeExchange
 from megatron_laer.runtime.plan import MicrobatchPlan
 from megatron_laer.runtime.process_groups import FSEPGroups
 from megatron_laer.runtime.restore import Exchange, FlatExchange
-from megatron_laer.runtime.restored import ExchangeLanes, Slices
+from megatron_laer.runtime.restored import ExchangeLanes, RestoredExperts, Slices
 from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.sources import (
     LayoutRecorder,
@@ -51,7 +52,8 @@ from megatron_laer.runtime.sources import (
     ReplayedLayouts,
     recording_path,
 )
-from megatron_laer.schedule import SCHEDULED, SCHEDULED_AFTER_GATE, UNSCHEDULED, Schedule
+from megatron_laer.runtime.step_experts import StepExperts
+from megatron_laer.schedule import make_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ class LayerState:
         history: decisions on the newest microbatches since the metrics were last read, on the
             group's rank 0. A sample: measuring all of a long log interval would hold up the step
             that logs.
+        step_experts: restored for the whole step, where the schedule holds it.
     """
 
     index: int
@@ -88,6 +91,7 @@ class LayerState:
     step_counts_NE: npt.NDArray[np.int64] | None = None
     history: deque[Decision] = field(default_factory=lambda: deque(maxlen=_HISTORY))
     tag: tuple[LayoutTag, torch.Tensor] | None = None
+    step_experts: StepExperts | None = None
 
 
 class Coordinator:
@@ -123,14 +127,18 @@ class Coordinator:
             config.mode, costs, self.geometry, config.imbalance_tolerance, config.split
         )
         self.exchange = _exchange(config, groups, self.geometry, costs)
-        self.schedule = _schedule(config)
-        overlaps = bool(self.schedule.restores)
+        overlaps = config.scheduler == "on"
+        self.schedule = make_schedule(
+            overlaps=overlaps,
+            after_gate=config.mode == EXACT_MODE,
+            holds_step=config.restore == STEP_RESTORE,
+        )
         self.lanes = ExchangeLanes(
             self.exchange,
             parameters=make_lane("parameters", device, overlaps=overlaps),
             gradients=make_lane("gradients", device, overlaps=overlaps),
         )
-        self.scheduler = Scheduler(self.schedule, self.lanes, self._index_of)
+        self.scheduler = Scheduler(self.schedule, self.lanes, self._experts_of)
         self.layers: list[LayerState] = []
         self.version = 0
         self.step = 0
@@ -223,7 +231,8 @@ class Coordinator:
             num_microbatches: of this step; lets planning start while the last backward passes run.
 
         Raises:
-            RuntimeError: plans of the step before were left over.
+                RuntimeError: plans of the step before were left over.
+            ValueError: `--fsep-restore step` without a number of microbatches.
         """
         assert self._started, "begin_step before start"
         self._check_fifos()
@@ -232,9 +241,40 @@ class Coordinator:
         for layer in self.layers:
             layer.microbatches = 0
             layer.step_counts_NE = None
+        self._change_layouts()
+        if self.schedule.holds_step:
+            self._hold_experts()
+
+    def end_step(self, *, weights_changed: bool) -> None:
+        """The step's statistics are complete.
+
+        Args:
+            weights_changed: whether the optimizer made its step.
+
+        Raises:
+            RuntimeError: a layer's plans were not all used by a backward pass.
+        """
+        self._check_fifos()
+        for layer in self.layers:
+            if self._num_microbatches is None and layer.microbatches:
+                self._observe(layer)
+            if layer.step_experts is not None:
+                layer.step_experts.end_step(weights_changed=weights_changed)
+
+    def close(self) -> None:
+        """Stop the planner and the lanes, and close the recording."""
+        self.scheduler.close()
+        if self._source is not None:
+            self._source.close()
+        if self._recorder is not None:
+            self._recorder.close()
+
+    # Inside.
+
+    def _change_layouts(self) -> None:
         if not self._changes_layouts or not self.layers:
             return
-        due = self._ask_source(step)
+        due = self._ask_source(self.step)
         geometry = self.geometry
         layouts, self.planner_status = broadcast_layouts(
             due,
@@ -247,26 +287,17 @@ class Coordinator:
         if layouts is not None:
             self._apply(layouts)
 
-    def end_step(self) -> None:
-        """The step's statistics are complete.
-
-        Raises:
-            RuntimeError: a layer's plans were not all used by a backward pass.
-        """
-        self._check_fifos()
+    def _hold_experts(self) -> None:
+        if self._num_microbatches is None:
+            raise ValueError(
+                "--fsep-restore step must know the microbatches of a step: give "
+                "training_step(step, num_microbatches), or take --fsep-restore layer"
+            )
         for layer in self.layers:
-            if self._num_microbatches is None and layer.microbatches:
-                self._observe(layer)
-
-    def close(self) -> None:
-        """Stop the planner and the lanes, and close the recording."""
-        self.scheduler.close()
-        if self._source is not None:
-            self._source.close()
-        if self._recorder is not None:
-            self._recorder.close()
-
-    # Inside.
+            index = self._index_of(layer, training=True)
+            if layer.step_experts is None:
+                layer.step_experts = StepExperts(layer.name, layer.slices, index, self.lanes)
+            layer.step_experts.begin_step(index, self._num_microbatches)
 
     @property
     def _changes_layouts(self) -> bool:
@@ -319,6 +350,13 @@ class Coordinator:
             _warn(f"no layouts for step {step}, they stay as they are: {error!r}")
             return None
 
+    def _experts_of(self, layer: LayerState, training: bool) -> RestoredExperts:
+        if training and layer.step_experts is not None:
+            return layer.step_experts
+        return RestoredExperts(
+            layer.name, layer.slices, self._index_of(layer, training), self.lanes
+        )
+
     def _index_of(self, layer: LayerState, training: bool) -> LayoutIndex:
         """The layout that the layer's next pass is planned with."""
         layout = layer.layout
@@ -327,9 +365,13 @@ class Coordinator:
                 layout.num_ranks,
                 layout.capacity,
                 layout.num_experts,
-                (self.seed, self.step, layer.index, layer.microbatches),
+                (self.seed, self.step, layer.index, self._draw_of(layer)),
             )
         return layout_index(layout, self.device)
+
+    def _draw_of(self, layer: LayerState) -> int:
+        """A random layout's number within the step."""
+        return 0 if self.schedule.holds_step else layer.microbatches
 
     def _tag_of(self, layer: LayerState, layout: ExpertLayout) -> tuple[LayoutTag, torch.Tensor]:
         """The layout's tag, with its tensor kept on the device as long as it holds."""
@@ -390,12 +432,6 @@ def _exchange(
         dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
         return NodeExchange(groups, dtype)
     return FlatExchange(groups)
-
-
-def _schedule(config: FSEPConfig) -> Schedule:
-    if config.scheduler == "off":
-        return UNSCHEDULED
-    return SCHEDULED_AFTER_GATE if config.mode == EXACT_MODE else SCHEDULED
 
 
 def _regime(config: FSEPConfig) -> dict[str, Any]:

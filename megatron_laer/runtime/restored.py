@@ -160,9 +160,7 @@ class RestoredExperts:
         assert self._reduced is not None, "gradients asked for before they were sent"
         grads_ErK = tuple(pending.wait() for pending in self._reduced)
         self._reduced = None
-        for grad_CRK in self._grads:
-            self._lanes.grads.give(grad_CRK)
-        self._grads.clear()
+        self._give_grads()
         return grads_ErK
 
     def issue_tickets(self) -> tuple[torch.Tensor, ...]:
@@ -186,6 +184,11 @@ class RestoredExperts:
         marked: torch.Tensor = _BeforeBackward.apply(output, self)
         return marked
 
+    def _give_grads(self) -> None:
+        for grad_CRK in self._grads:
+            self._lanes.grads.give(grad_CRK)
+        self._grads.clear()
+
     def _shapes(self) -> tuple[tuple[int, int, int], ...]:
         capacity = self.index.layout.capacity
         return tuple(
@@ -206,7 +209,8 @@ class RestoredExperts:
         return self._lanes.exchange.restore(slice_ErK, index, rows, kept=kept)
 
 
-def _placeholder(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def placeholder(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Zeros of this shape without storage, for the edges of autograd's graph."""
     return like.new_zeros(()).expand(shape)
 
 
@@ -218,7 +222,7 @@ class _Arrive(torch.autograd.Function):
         ctx: Any, restored: RestoredExperts, *slices: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.restored = restored
-        return tuple(_placeholder(slice_ErK, slice_ErK.shape) for slice_ErK in slices)
+        return tuple(placeholder(slice_ErK, slice_ErK.shape) for slice_ErK in slices)
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -237,7 +241,7 @@ class _Restore(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.restored, ctx.shapes = restored, tuple(ticket.shape for ticket in tickets)
         return tuple(
-            _placeholder(ticket, shape) for ticket, shape in zip(tickets, shapes, strict=True)
+            placeholder(ticket, shape) for ticket, shape in zip(tickets, shapes, strict=True)
         )
 
     @staticmethod
@@ -246,7 +250,7 @@ class _Restore(torch.autograd.Function):
         return (
             None,
             None,
-            *(_placeholder(grad, shape) for grad, shape in zip(grads, ctx.shapes, strict=True)),
+            *(placeholder(grad, shape) for grad, shape in zip(grads, ctx.shapes, strict=True)),
         )
 
 

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_laer.runtime.layout_index import LayoutIndex
 from megatron_laer.runtime.restored import ExchangeLanes, RestoredExperts, Slices
 from megatron_laer.schedule import Moment, Schedule, Target
 
@@ -58,18 +57,19 @@ class Scheduler:
     """The schedule of one rank.
 
     Args:
-        index_of: the layout that a layer's next pass is planned with; `training` or not.
+        experts_of: the experts for a layer's next pass, `training` or not, under the layout that
+            was planned for it.
     """
 
     def __init__(
         self,
         schedule: Schedule,
         lanes: ExchangeLanes,
-        index_of: Callable[[Any, bool], LayoutIndex],
+        experts_of: Callable[[Any, bool], RestoredExperts],
     ) -> None:
         self._schedule = schedule
         self._lanes = lanes
-        self._index_of = index_of
+        self._experts_of = experts_of
         self._chunks: list[Chunk] = []
         self._hooks: list[Any] = []
         self._forward: _Forward | None = None
@@ -100,8 +100,8 @@ class Scheduler:
         forward = self._forward
         position = self._position(layer)
         if forward is None or position is None:
-            return self._make(layer, training)
-        restored = self._ahead.pop(position, None) or self._make(layer, training)
+            return self._experts_of(layer, training)
+        restored = self._ahead.pop(position, None) or self._experts_of(layer, training)
         if self._schedule.target(Moment.COMBINE_GRADIENT) is Target.PREVIOUS and forward.entered:
             restored.before = forward.entered[-1]
         forward.entered.append(restored)
@@ -122,11 +122,6 @@ class Scheduler:
 
     # Inside.
 
-    def _make(self, layer: Layer, training: bool) -> RestoredExperts:
-        return RestoredExperts(
-            layer.name, layer.slices, self._index_of(layer, training), self._lanes
-        )
-
     def _position(self, layer: Layer) -> int | None:
         """The layer's place in the chunk that is running forward; None outside of one.
 
@@ -144,7 +139,7 @@ class Scheduler:
         if position >= len(chunk.layers):
             return
         layer = chunk.layers[position]
-        restored = self._make(layer, training)
+        restored = self._experts_of(layer, training)
         if starts:
             chunk.await_weights(layer.slices.parameters)
             restored.start()

@@ -125,7 +125,8 @@ def held_buffers(command: list[str]) -> Held:
             for rows, slice_ErK in zip(slices.rows, slices.parameters, strict=True)
         )
         schedule = coordinator.schedule
-        held.layers = (schedule.restored_layers, schedule.gradient_layers)
+        layers = len(coordinator.layers)
+        held.layers = (schedule.restored_layers(layers), schedule.gradient_layers(layers))
 
     with mock.patch.object(GPTModel, "forward", observed_forward):
         train(command, look)

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.distributed
 STEPS = 50
 FSEP = " --expert-parallel-mode fsep"
 RANDOM = " --fsep-planner random"
+STEP = " --fsep-restore step"
 
 FP32_BOUND = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4)
 # bf16 keeps 8 bits: a rounding is 4e-3 relative. Two layouts sum the same gradients in another
@@ -123,6 +124,20 @@ ROWS = [
         fsep=RANDOM + " --fsep-node-size 2 --fsep-restore-algorithm node",
     ),
     Row("scheduler off", fsep=RANDOM + " --fsep-scheduler off"),
+    Row("restored once per step, accumulation 4", accumulation=4, fsep=RANDOM + STEP),
+    Row(
+        "restored once per step, accumulation 4, distributed optimizer",
+        accumulation=4,
+        flags=DIST_OPT,
+        fsep=RANDOM + STEP,
+    ),
+    Row(
+        "restored once per step, bf16, accumulation 4",
+        accumulation=4,
+        flags=" --bf16",
+        fsep=RANDOM + STEP,
+        bound=BF16_BOUND,
+    ),
     Row(
         "even split, E = 8 on 4 ranks",
         ranks=4,
@@ -176,6 +191,15 @@ ROWS = [
         stock_parallel=(2, 1),
         accumulation=4,
         flags=PIPELINE + " --num-layers 4 --num-layers-per-virtual-pipeline-stage 1",
+    ),
+    Row(
+        "restored once per step, virtual pipeline 2 x 2, accumulation 4",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(2, 1),
+        accumulation=4,
+        flags=PIPELINE + " --num-layers 4 --num-layers-per-virtual-pipeline-stage 1",
+        fsep=RANDOM + STEP,
     ),
     Row(
         "full recompute, pipeline 2, accumulation 4",

@@ -21,6 +21,9 @@ SELECTIVE = " --recompute-granularity selective --recompute-modules moe"
 PIPELINE = " --pipeline-model-parallel-size 2"
 VIRTUAL = PIPELINE + " --num-layers-per-virtual-pipeline-stage 1"
 
+STEP = " --fsep-restore step"
+EXACT = " --fsep-plan-mode exact"
+
 # Ranks and flags; 3 layers where not said otherwise, 4 microbatches of 2 sequences per rank.
 CASES = {
     "plain": (2, " --num-layers 3"),
@@ -30,6 +33,10 @@ CASES = {
     "expert data parallel 2, overlaps": (4, " --num-layers 3" + OVERLAP),
     "pipeline 2": (4, " --num-layers 4" + PIPELINE),
     "virtual pipeline 2 x 2": (4, " --num-layers 4" + VIRTUAL),
+    "exact": (2, " --num-layers 3" + EXACT),
+    "restored once per step, full recompute": (2, " --num-layers 3" + FULL + STEP),
+    "restored once per step, overlaps": (4, " --num-layers 3" + OVERLAP + STEP),
+    "restored once per step, virtual pipeline 2 x 2": (4, " --num-layers 4" + VIRTUAL + STEP),
     "virtual pipeline 2 x 2, full recompute": (4, " --num-layers 4" + VIRTUAL + FULL),
 }
 
@@ -39,6 +46,7 @@ def test_the_schedule_changes_no_bit(
     ranks: Callable[[int], RankPool], text_data: str, case: str
 ) -> None:
     size, extra = CASES[case]
+    planner = "" if EXACT in extra else " --fsep-planner random"
     pipelines = 2 if "pipeline" in case else 1
     on, off = (
         ranks(size).run(
@@ -49,7 +57,7 @@ def test_the_schedule_changes_no_bit(
                 expert_parallel=2,
                 global_batch=8 * size // pipelines,
                 steps=STEPS,
-                extra=f" --expert-parallel-mode fsep --fsep-planner random{extra}"
+                extra=f" --expert-parallel-mode fsep{planner}{extra}"
                 f" --fsep-scheduler {scheduler} --eval-interval 2 --eval-iters 1",
             ),
         )[0]
