@@ -18,7 +18,9 @@ from benchmarks.report import machine, print_table
 from benchmarks.speed import NODE_SIZE, zipf_counts_NE
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
+from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.quotas import Int64
 
 REPEATS = 40
 SHAPES = (
@@ -56,7 +58,7 @@ def main() -> None:
     print(f"solve: {{base_s: {base_s:.2e}, slot_s: {slot_s:.2e}, count_s: {count_s:.2e}}}")
 
 
-def _solve_s(costs, counts_NE, planned, node_size):  # type: ignore[no-untyped-def]
+def _solve_s(costs: CostModel, counts_NE: Int64, planned: ExpertLayout, node_size: int) -> float:
     start = time.thread_time()
     layout = construct_layout(counts_NE, planned, node_size)
     quotas = exact_split(layout, node_size).solve(counts_NE)

@@ -41,8 +41,6 @@ _ALL_TO_ALL_PASSES = 4
 # Forward, and two GEMMs of the same size for each in backward; recompute runs forward once more.
 _EXPERT_PASSES = 3
 _EXPERT_PASSES_RECOMPUTE = 4
-# Collectives that restore or reduce one matrix, one after the other.
-_PHASES = {"flat": 1, "node": 2}
 # Lower bounds give way by more than the rounding of what they bound, which is some 1e-15.
 _BELOW_ROUNDING = 1.0 - 1e-9
 
@@ -272,8 +270,11 @@ class CostModel:
             self.cluster.intra.bytes_per_s,
             self.cluster.inter.bytes_per_s,
         )
-        collectives = len(self.matrices) * _PHASES[algorithm]
-        return wire_s + collectives * self._latency_seconds(num_ranks, node_size)
+        latency_s = self._latency_seconds(num_ranks, node_size)
+        if algorithm == "node":  # two collectives, one after the other
+            in_node_s = self._latency_seconds(node_size, node_size)
+            latency_s = in_node_s + (latency_s if num_ranks > node_size else 0.0)
+        return wire_s + len(self.matrices) * latency_s
 
     def _latency_seconds(self, num_ranks: int, node_size: int) -> float:
         """Of one collective of all ranks: that of the slowest links it spans."""

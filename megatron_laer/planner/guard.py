@@ -86,6 +86,8 @@ class Decision:
             return f"kept forecast: {self._price()}"
         if self.solved:
             return f"kept forecast: {ratio}, a fresh layout is no better"
+        if self.tolerance is not None and self.max_over_mean_after > 1.0 + self.tolerance:
+            return f"kept forecast: {ratio}, the least for so few tokens"
         if self.tolerance is not None:
             return f"kept forecast: {ratio}, tolerance {1 + self.tolerance:.2f}"
         return f"forecast: {ratio}"

@@ -127,6 +127,13 @@ def test_a_file_that_grows_when_quoted_is_quoted_in_short() -> None:
         parse_cluster(GOOD.replace("name: x", "name: &n [*n, *n]"))
 
 
+def test_bytes_that_are_no_text_are_a_value_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"name: \xff\xfe")
+    with pytest.raises(ValueError, match=r"x\.yaml: .*decode"):
+        load_cluster(path)
+
+
 def test_tags_build_nothing() -> None:
     with pytest.raises(ValueError, match="name must be a text that is not empty"):
         parse_cluster(GOOD.replace("name: x", "name: !!python/object/apply:os.getcwd []"))

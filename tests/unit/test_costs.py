@@ -180,7 +180,12 @@ def test_restores_of_the_papers_setting_have_the_papers_bytes() -> None:
     # By rate of the slower class, 12.5 GB/s between nodes, and a latency for each matrix.
     expected_s = received.inter_N.max() / 12.5e9 + 2 * costs.cluster.inter.latency_s
     assert costs.restore_seconds(layout, 8, "flat") == pytest.approx(expected_s, rel=1e-9)
-    assert costs.restore_seconds(layout, 8, "node") < expected_s
+    # By node, the two phases one after the other, each with the latency of its links.
+    phased = costs.restore_bytes(layout, 8, "node")
+    latencies_s = costs.cluster.intra.latency_s + costs.cluster.inter.latency_s
+    expected_node_s = phased.intra_N.max() / 3e11 + phased.inter_N.max() / 12.5e9 + 2 * latencies_s
+    assert costs.restore_seconds(layout, 8, "node") == pytest.approx(expected_node_s, rel=1e-9)
+    assert expected_node_s < expected_s
     given_back = costs.reduce_bytes(layout, 8, "flat")
     assert given_back.intra_N.sum() == received.intra_N.sum()
     assert costs.reduce_seconds(layout, 8, "flat") == pytest.approx(expected_s, rel=1e-3)

@@ -177,6 +177,9 @@ def test_no_token_and_one_token_keep_or_spread_as_well_as_can_be(mode: str) -> N
     assert single.max_over_mean_after == 4.0
     if mode != EXACT:
         assert single.layout is planned
+    tolerant = Guard(ADAPTIVE, make_costs(), geometry, 0.05).decide(one_token(geometry, 9), planned)
+    assert not tolerant.solved
+    assert tolerant.reason == "kept forecast: max/mean 4.00, the least for so few tokens"
 
 
 HOT_NE = np.array([[90, 2, 2, 2], [90, 2, 2, 2], [90, 2, 2, 2], [90, 2, 2, 2]])
