@@ -27,15 +27,18 @@ def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
         parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel)
         groups = process_groups.get_fsep_groups()
         collection = ProcessGroupCollection.use_mpu_process_groups()
-        members = dist.get_process_group_ranks
+
+        def members(group: Any) -> list[int] | None:
+            return None if group is None else dist.get_process_group_ranks(group)
+
         found = {
             "ranks": groups.ranks,
             "index": groups.index,
-            "node": members(groups.node),
-            "across": members(groups.across),
+            "node": [members(groups.parameters_node), members(groups.gradients_node)],
+            "across": [members(groups.parameters_across), members(groups.gradients_across)],
             "parameters": members(groups.parameters),
             "gradients": members(groups.gradients),
-            "distinct": len({groups.tokens, groups.parameters, groups.gradients}) == 3,
+            "distinct": len({groups.tokens, *groups.extra()}),
             "field": collection.fsep is megatron_laer.get_fsep_group(),
         }
         extra = groups.extra()
@@ -53,10 +56,10 @@ def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
 def test_groups_of_four_ranks_on_two_nodes(ranks: Callable[[int], RankPool]) -> None:
     for rank, found in enumerate(ranks(4).run(groups_of, 4, 2)):
         assert found["ranks"] == (0, 1, 2, 3)
-        assert found["node"] == ([0, 1] if rank < 2 else [2, 3])
-        assert found["across"] == ([0, 2] if rank % 2 == 0 else [1, 3])
+        assert found["node"] == [[0, 1] if rank < 2 else [2, 3]] * 2
+        assert found["across"] == [[0, 2] if rank % 2 == 0 else [1, 3]] * 2
         assert found["parameters"] == found["gradients"] == [0, 1, 2, 3]
-        assert found["distinct"]
+        assert found["distinct"] == 7, "no two exchanges share a communicator"
         assert found["field"]
         assert found["destroyed"]
 
@@ -65,7 +68,8 @@ def test_replicas_have_groups_of_their_own(ranks: Callable[[int], RankPool]) -> 
     for rank, found in enumerate(ranks(4).run(groups_of, 2, None)):
         assert found["ranks"] == ((0, 1) if rank < 2 else (2, 3))
         assert found["index"] == rank // 2
-        assert found["node"] == list(found["ranks"])
+        assert found["node"] == found["across"] == [None, None], "one node holds the whole group"
+        assert found["distinct"] == 3
 
 
 def test_a_node_size_that_does_not_divide_is_refused_on_every_rank(

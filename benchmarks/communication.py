@@ -1,0 +1,251 @@
+"""Bytes that restores and gradients put on the links: `python -m benchmarks.communication --help`.
+
+Eight gloo ranks stand for 1, 2, 4 and 8 nodes. Every exchange is run, its result is compared with
+plain indexing, its bytes are counted from the sizes that the collectives were given, and the counts
+are compared with the formulas of `docs/communication.md` on every rank. The JSON holds the rank
+that receives most.
+
+Legend: N ranks, E experts, C slots per rank, S = N·C slots, R rows, r rows of a slice, K columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.traffic import (
+    ALGORITHMS,
+    Int64,
+    Traffic,
+    changed_slots,
+    reduce_traffic,
+    restore_traffic,
+    row_bounds,
+)
+from megatron_laer.runtime import process_groups
+from megatron_laer.runtime.layout_index import layout_index
+from megatron_laer.runtime.node_exchange import NodeExchange
+from megatron_laer.runtime.restore import ExchangeCount, FlatExchange, Kept, TwoLegExchange
+
+try:
+    from benchmarks.report import print_table
+except ModuleNotFoundError:  # run as a file, not as a module
+    from report import print_table  # type: ignore[import-not-found,no-redef,unused-ignore]
+
+RANKS = 8
+NODE_SIZES = (8, 4, 2, 1)
+DTYPE = torch.bfloat16
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A layer: its layouts in turn, and (R, K) of its matrices."""
+
+    name: str
+    layouts: tuple[ExpertLayout, ...]
+    matrices: tuple[tuple[int, int], ...]
+
+
+def workloads(quick: bool) -> list[Workload]:
+    """The first one goes into the JSON: four experts, two slots, each expert twice in a half."""
+    hidden, ffn = (64, 96) if quick else (512, 1024)
+    twice = ExpertLayout.from_slots(RANKS, 2, 4, np.arange(RANKS * 2) % 4)
+    found = [Workload("E=4 C=2", (twice,), ((2 * ffn, hidden), (hidden, ffn)))]
+    # Rows that do not divide by N, experts that do not either, and E > N.
+    for capacity, experts in ((2, 8), (2, 5), (3, 12), (1, 8)):
+        layouts = tuple(
+            ExpertLayout.random(RANKS, capacity, experts, seed=(experts, step))
+            for step in range(2 if quick else 8)
+        )
+        found.append(
+            Workload(f"random E={experts} C={capacity}", layouts, ((2 * ffn + 3, 40), (5, ffn)))
+        )
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all exchanges; 1 if any count differs from its formula."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--quick", action="store_true", help="small matrices, fewer layouts")
+    options = parser.parse_args(arguments)
+
+    cases = workloads(options.quick)
+    by_rank = run_ranks(options.quick)
+    first, wrong = [], 0
+    for case in cases:
+        rows = list(summary(case, [counts[case.name] for counts in by_rank]))
+        print(f"{case.name}, largest rank:")
+        print_table(rows)
+        wrong += sum(
+            row["intra_node_bytes"] != row["formula_intra"]
+            or row["inter_node_bytes"] != row["formula_inter"]
+            or not row["all_ranks_equal_formula"]
+            for row in rows
+        )
+        if case is cases[0]:
+            first = [
+                {key: value for key, value in row.items() if key != "all_ranks_equal_formula"}
+                for row in rows
+                if row["what"] in ("restore", "gradients")
+            ]
+    print(f"{wrong} rows differ from their formula" if wrong else "every count equals its formula")
+    if options.json is not None:
+        options.json.write_text(json.dumps(first, indent=1) + "\n")
+    return int(wrong > 0)
+
+
+# Per exchange: (what, node size, algorithm, step) → bytes received inside the node and across.
+Counts = dict[tuple[str, int, str, int], Int64]
+
+
+def summary(case: Workload, counts_of_ranks: Sequence[Counts]) -> Iterator[dict[str, Any]]:
+    """One row per kind of exchange, summed over layouts, of the rank that receives most."""
+    keys = sorted(
+        {key[:3] for key in counts_of_ranks[0]}, key=lambda key: (key[0], -key[1], key[2])
+    )
+    for what, node_size, algorithm in keys:
+        steps = sorted(
+            key[3] for key in counts_of_ranks[0] if key[:3] == (what, node_size, algorithm)
+        )
+        counted_2N = np.zeros((2, RANKS), dtype=np.int64)
+        formula_2N = np.zeros((2, RANKS), dtype=np.int64)
+        for step in steps:
+            key = (what, node_size, algorithm, step)
+            counted_2N += np.array([counts[key] for counts in counts_of_ranks]).T
+            traffic = formula(case, what, node_size, algorithm, step)
+            formula_2N += np.stack([traffic.intra_N, traffic.inter_N]) * DTYPE.itemsize
+        yield {
+            "what": what,
+            "ranks": RANKS,
+            "node_size": node_size,
+            "algorithm": algorithm,
+            "intra_node_bytes": int(counted_2N[0].max()),
+            "inter_node_bytes": int(counted_2N[1].max()),
+            "formula_intra": int(formula_2N[0].max()),
+            "formula_inter": int(formula_2N[1].max()),
+            "all_ranks_equal_formula": bool((counted_2N == formula_2N).all()),
+        }
+
+
+def formula(case: Workload, what: str, node_size: int, algorithm: str, step: int) -> Traffic:
+    """What an exchange should move."""
+    layout = case.layouts[step]
+    if what == "gradients":
+        return reduce_traffic(layout, node_size, case.matrices, algorithm)
+    changed_S = changed_slots(case.layouts[step - 1], layout) if what == "changed slots" else None
+    return restore_traffic(layout, node_size, case.matrices, algorithm, changed_S)
+
+
+def run_ranks(quick: bool) -> list[dict[str, Counts]]:
+    """What each rank counted, by workload; every rank is a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    processes, pipes = [], []
+    for rank in range(RANKS):
+        here, there = context.Pipe()
+        processes.append(context.Process(target=serve, args=(there, rank, address, quick)))
+        processes[-1].start()
+        there.close()
+        pipes.append(here)
+    try:
+        return [pipe.recv() for pipe in pipes]
+    except EOFError:
+        raise SystemExit("a rank failed; its error is above") from None
+    finally:
+        for process in processes:
+            process.join(timeout=30)
+            process.kill()
+
+
+def serve(pipe: Connection, rank: int, address: str, quick: bool) -> None:
+    """One rank: run every workload on every node size."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
+    found: dict[str, Counts] = {case.name: {} for case in workloads(quick)}
+    for node_size in NODE_SIZES:
+        world = dist.group.WORLD
+        assert world is not None
+        groups = process_groups.create_groups(world, node_size, dist.new_group)
+        for case in workloads(quick):
+            for algorithm in ALGORITHMS:
+                exchange = (FlatExchange if algorithm == "flat" else NodeExchange)(groups)
+                for what, step, received_2 in exchange_all(case, exchange, rank):
+                    found[case.name][what, node_size, algorithm, step] = received_2
+        process_groups.destroy_groups()
+    pipe.send(found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def exchange_all(
+    case: Workload, exchange: TwoLegExchange, rank: int
+) -> Iterator[tuple[str, int, Int64]]:
+    """Restore and reduce under each layout, and update what the layout before has restored."""
+    count = exchange.count
+    generator = torch.Generator().manual_seed(0)
+    experts = case.layouts[0].num_experts
+    whole = [
+        torch.randn((experts, rows, columns), generator=generator).to(DTYPE)
+        for rows, columns in case.matrices
+    ]
+    slices = []
+    for matrix_ERK in whole:
+        bounds = row_bounds(matrix_ERK.shape[1], RANKS)
+        slices.append(matrix_ERK[:, bounds[rank] : bounds[rank + 1]].contiguous())
+    before: list[Kept] = []
+    for step, layout in enumerate(case.layouts):
+        index, mine = layout_index(layout, CPU), list(layout.experts_of(rank))
+        start = received(count, "restore")
+        restored = []
+        for matrix_ERK, slice_ErK in zip(whole, slices, strict=True):
+            restored.append(exchange.restore(slice_ErK, index, matrix_ERK.shape[1]))
+            check(restored[-1], matrix_ERK[mine])
+        yield "restore", step, received(count, "restore") - start
+
+        start = received(count, "restore")
+        for matrix_ERK, slice_ErK, kept in zip(whole, slices, before, strict=False):
+            exchange.restore(slice_ErK, index, matrix_ERK.shape[1], kept=kept)
+            check(kept.matrix_CRK, matrix_ERK[mine])
+        if before:
+            yield "changed slots", step, received(count, "restore") - start
+
+        start = received(count, "reduce")
+        replicas_E11 = torch.from_numpy(layout.replicas_E.copy()).to(DTYPE)[:, None, None]
+        for slice_ErK, matrix_CRK in zip(slices, restored, strict=True):
+            # Ones: a sum is the number of replicas, exact in bfloat16.
+            reduced = exchange.reduce(torch.ones_like(matrix_CRK), index)
+            check(reduced, replicas_E11.expand_as(slice_ErK))
+        yield "gradients", step, received(count, "reduce") - start
+        before = [Kept(index, matrix_CRK) for matrix_CRK in restored]
+
+
+def check(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bytes of an exchange that went wrong mean nothing."""
+    if not torch.equal(got, expected):
+        raise RuntimeError("an exchange gave a wrong result")
+
+
+def received(count: ExchangeCount, what: str) -> Int64:
+    """Bytes received so far by `what`, inside the node and across."""
+    return np.array([getattr(count, f"{what}_intra_bytes"), getattr(count, f"{what}_inter_bytes")])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
