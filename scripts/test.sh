@@ -37,5 +37,5 @@ echo "== import-linter"
 
 echo "== pytest -m '$selection'"
 # Ends when pytest has printed its summary, whatever a test left running.
-"$PYTHON" -m tests.supervise -m "$selection" "$@" || exit
+"$PYTHON" -m tests.supervise -m "$selection" --durations 20 "$@" || exit
 ((${#failed[@]} == 0))

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.parity.flags import command_line
 from tests.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -125,3 +126,26 @@ def test_results_hold_no_files_open(ranks: Callable[[int], RankPool]) -> None:
     found = pool.run(tensors)[1]
     assert torch.equal(found[1999], torch.full((2,), 1999.0))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def open_after_training(flags: list[str]) -> tuple[int, int]:
+    """Threads and open files of this rank after a run."""
+    from tests.parity.training import train
+
+    train(flags)
+    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("mode", ["", " --expert-parallel-mode fsep"], ids=["stock", "fsep"])
+def test_a_run_leaves_no_process_group_in_its_rank(
+    ranks: Callable[[int], RankPool], text_data: str, mode: str
+) -> None:
+    overlap = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+    flags = command_line(
+        text_data, experts=8, expert_parallel=2, global_batch=4, steps=1, extra=overlap + mode
+    )
+    # What the first run opens for good, such as the dataset, the second does not open again.
+    runs = [ranks(2).run(open_after_training, flags) for _ in range(3)]
+    for (threads, files), (threads_after, files_after) in zip(runs[1], runs[2], strict=True):
+        assert threads_after <= threads
+        assert files_after <= files + 1
