@@ -51,28 +51,14 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 # A loss this many times the largest seen is reported by --check-for-spiky-loss, as in Megatron.
 SPIKE_FACTOR = 10
 # Fields of the dataset configuration that are called like their flag.
-SAME_IN_DATASET = (
-    "split",
-    "multiple_validation_sets",
-    "full_validation",
-    "num_dataset_builder_threads",
-    "mmap_bin_files",
-    "reset_position_ids",
-    "reset_attention_mask",
-    "eod_mask_loss",
-    "object_storage_cache_path",
-    "mid_level_dataset_surplus",
-    "allow_ambiguous_pad_tokens",
-    "context_parallel_size",
-    "data_parallel_size",
+SAME_IN_DATASET = """
+    split multiple_validation_sets full_validation num_dataset_builder_threads mmap_bin_files
+    reset_position_ids reset_attention_mask eod_mask_loss object_storage_cache_path
+    mid_level_dataset_surplus allow_ambiguous_pad_tokens context_parallel_size data_parallel_size
+""".split()
+OUT_OF_SCOPE = (
+    "fim_data sft dataloader_inter_document_masking hybrid_context_parallel logits_load_dir".split()
 )
-OUT_OF_SCOPE = {
-    "fim_data": "--fim-data",
-    "sft": "--sft",
-    "dataloader_inter_document_masking": "--dataloader-inter-document-masking",
-    "hybrid_context_parallel": "--hybrid-context-parallel",
-    "logits_load_dir": "--logits-load-dir",
-}
 
 stragglers = StragglerDetector()
 
@@ -220,7 +206,7 @@ def embedding_ranks(pp_ranks):
 
 def refuse_out_of_scope(args):
     """Raise for a flag that this script would silently ignore."""
-    given = [flag for name, flag in OUT_OF_SCOPE.items() if getattr(args, name, None)]
+    given = ["--" + name.replace("_", "-") for name in OUT_OF_SCOPE if getattr(args, name, None)]
     if given:
         raise ValueError(
             f"{', '.join(given)} is not supported by this script, which does plain pretraining; "

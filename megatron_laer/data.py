@@ -11,6 +11,7 @@ end of a document.
 
 import argparse
 import os
+import shutil
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ BYTES_TOKENIZER_FLAGS: tuple[str, ...] = (
 """Megatron's flags for a dataset written with the tokenizer `bytes`."""
 
 _END_OF_DOCUMENT = 256
+_CACHE = "cache"
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def prepare_data(
     `inputs` are files, and directories, which are walked in sorted order, without hidden and empty
     files. `tokenizer` is `bytes` or a directory that holds a Hugging Face tokenizer; its
     end-of-sequence token ends a document. A dataset that is there already is replaced only when the
-    new one is complete.
+    new one is complete, and with it what Megatron has cached beside it; a folder given to Megatron
+    as --data-cache-path is the user's to clear.
     """
     files = list(_files(inputs))
     prefix = _checked_prefix(output_prefix, files)
@@ -161,7 +164,9 @@ def _walk(root: Path, skipped: Iterable[str]) -> Iterator[Path]:
 
 def _checked_prefix(output_prefix: str | os.PathLike[str], files: Sequence[Path]) -> Path:
     prefix = Path(output_prefix)
-    if prefix.is_dir() or prefix.suffix in (".bin", ".idx"):
+    # Megatron keeps its indices of a dataset in a directory called like the prefix.
+    is_cache = prefix.is_dir() and {path.name for path in prefix.iterdir()} == {_CACHE}
+    if (prefix.is_dir() and not is_cache) or prefix.suffix in (".bin", ".idx"):
         raise ValueError(
             f"output prefix {str(output_prefix)!r} must be a path without .bin or .idx that is no "
             "directory, such as 'data/train'; both endings are added"
@@ -193,6 +198,8 @@ def _replaced_when_complete(prefix: Path) -> Iterator[tuple[Path, Path]]:
         # whereas an index beside the wrong data would be read as if it were right: so the old index
         # goes first, and the new one comes last.
         idx_path.unlink(missing_ok=True)
+        # Megatron's own indices are found by the prefix, and would be taken for the new data's.
+        shutil.rmtree(prefix / _CACHE, ignore_errors=True)
         os.replace(new_bin, bin_path)
         os.replace(new_idx, idx_path)
     finally:

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ STEPS = 200
 # Steps after which routing has settled enough to be worth averaging.
 BALANCE_AFTER = 0.5
 _SECONDS_BETWEEN_LINES = 5.0
+_CACHE = "cache"
 
 TRAINING_FLAGS = """
     --micro-batch-size 4 --global-batch-size 16 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine
@@ -122,12 +124,14 @@ def _prepare_text(work_dir: Path) -> Path:
     )
     if result.returncode:
         raise RuntimeError(f"Making the dataset failed:\n{result.stderr}")
+    # Of an earlier quick start, perhaps with another Python's sources.
+    shutil.rmtree(work_dir / _CACHE, ignore_errors=True)
     print(f"  {result.stdout.splitlines()[0]}")
     return prefix
 
 
 def _run_flags(args: argparse.Namespace) -> list[str]:
-    cache = args.work_dir / "cache"
+    cache = args.work_dir / _CACHE
     return [
         *CPU_FLAGS,
         *TRAINING_FLAGS,

@@ -36,5 +36,6 @@ echo "== import-linter"
 ((${#failed[@]} == 0)) || echo "FAILED: ${failed[*]} (the tests follow)"
 
 echo "== pytest -m '$selection'"
-"$PYTHON" -m pytest -m "$selection" "$@" || exit
+# Ends when pytest has printed its summary, whatever a test left running.
+"$PYTHON" -m tests.supervise -m "$selection" --durations 20 "$@" || exit
 ((${#failed[@]} == 0))

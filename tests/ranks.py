@@ -5,18 +5,26 @@
 
 A function is found by its import path, so it must live at module level. An exception on any rank
 comes back with its traceback; a time-out dumps every rank's stacks and ends the pool.
+
+Nothing outlives a pool. Each rank leads a session of its own, and what it starts ends with it:
+Megatron's checkpoint writer, for one, leaves a server process on every rank, and one that outlives
+its rank keeps Python from exiting, since it holds the pipe of multiprocessing's resource tracker.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import faulthandler
 import importlib
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -49,6 +57,8 @@ class RankPool:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._logs: list[Path] = []
+        # Before multiprocessing's own handler, which would wait for ranks that serve for ever.
+        atexit.register(self.close)
 
     def __enter__(self) -> RankPool:
         return self
@@ -82,8 +92,11 @@ class RankPool:
         return self._collect(timeout_s)
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes, and whatever they started."""
         for process in self._processes:
+            # A rank that has not yet come to lead its session has started nothing.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
         for process in self._processes:
             process.join()
@@ -122,7 +135,7 @@ class RankPool:
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
-                    results[rank] = pipe.recv()  # type: ignore[union-attr]
+                    results[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
                 except EOFError:
                     raise RankError(self._stop_with_stacks(f"rank {rank} died")) from None
             if any(isinstance(result, Raised) for result in results.values()):
@@ -151,6 +164,8 @@ def _free_port() -> int:
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
+    os.setsid()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -177,8 +192,18 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
             function: Any = importlib.import_module(module)
             for part in name.split("."):
                 function = getattr(function, part)
-            pipe.send(function(*args))
+            result = pickle.dumps(function(*args))
         except BaseException as error:
             traceback.print_exc()
-            pipe.send(Raised(type(error).__name__, str(error), traceback.format_exc()))
+            raised = Raised(type(error).__name__, str(error), traceback.format_exc())
+            result = pickle.dumps(raised)
+        # Bytes, since `send` would pass every tensor as an open file that lives as long as it does.
+        pipe.send_bytes(result)
         sys.stdout.flush()
+
+
+def _end_with(parent: int) -> None:
+    """End this rank and whatever it started when the process that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)

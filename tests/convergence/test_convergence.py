@@ -24,18 +24,19 @@ FLAGS = (
 FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait"
 
 
-def balance_of_step(model: object) -> float:
+def balance_of_step(model: object) -> tuple[float, int]:
     """A probe: mean max/mean tokens per rank of the step, and its layouts' version."""
     from megatron_laer.runtime.coordinator import current_coordinator
     from megatron_laer.telemetry.balance import balance
 
     coordinator = current_coordinator()
     if coordinator is None:
-        return 0.0
+        return 0.0, -1
     found = [balance(layer.history) for layer in coordinator.layers]
     for layer in coordinator.layers:
         layer.history.clear()
-    return sum(part.fsep for part in found if part is not None) / len(found)
+    mean = sum(part.fsep for part in found if part is not None) / len(found)
+    return mean, coordinator.version
 
 
 def test_a_small_model_learns_text_as_with_stock(
@@ -55,9 +56,11 @@ def test_a_small_model_learns_text_as_with_stock(
 
     stock, fsep = run(""), run(FSEP)
     found, expected = fsep.eval_losses[-1], stock.eval_losses[-1]
+    balance = sum(mean for mean, _ in fsep.probes) / STEPS
     print(
         f"\n{STEPS} steps: training loss {fsep.losses[0]:.3f} to {fsep.losses[-1]:.3f}, validation "
-        f"loss {found:.4f} (stock {expected:.4f}), max/mean {sum(fsep.probes) / STEPS:.3f}"
+        f"loss {found:.4f} (stock {expected:.4f}), max/mean {balance:.3f}"
     )
+    assert fsep.probes[-1][1] == STEPS - 1, "layouts must change, or FSEP is not what learned"
     assert found < VALIDATION_BOUND
     assert found == pytest.approx(expected, rel=0.005)

@@ -20,7 +20,7 @@ FSEP = " --expert-parallel-mode fsep --fsep-planner random"
 
 
 def expert_state_bytes(command: list[str]) -> tuple[int, int]:
-    """Bytes of this rank's expert weights, main gradients and optimizer state; and of the whole."""
+    """Bytes of this rank's expert weights, main gradients and optimizer state; elements of all."""
     from megatron.training import training
 
     sizes: list[tuple[int, int]] = []
@@ -53,9 +53,8 @@ def expert_state_bytes(command: list[str]) -> tuple[int, int]:
             tensors += [] if found is parameter else [found]
             tensors += [value for value in state.values() if value.dim() > 0]
             mine += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        # fp32: weight, gradient, and Adam's two moments.
         whole = sum(
-            4 * 4 * spec.num_experts * spec.rows * spec.columns
+            spec.num_experts * spec.rows * spec.columns
             for module in experts
             for spec in module.specs
         )
@@ -66,15 +65,25 @@ def expert_state_bytes(command: list[str]) -> tuple[int, int]:
     return sizes[0]
 
 
-@pytest.mark.parametrize("size", [2, 4])
+# Weight, main gradient, and Adam's two moments; under bf16 also the weight in fp32.
+@pytest.mark.parametrize(
+    ("size", "flags", "element_bytes"),
+    [(2, "", 4 + 4 + 8), (4, "", 4 + 4 + 8), (2, " --bf16", 2 + 4 + 8 + 4)],
+    ids=["2 ranks", "4 ranks", "bf16"],
+)
 def test_a_rank_holds_its_share_of_weights_gradients_and_optimizer_state(
-    ranks: Callable[[int], RankPool], text_data: str, size: int
+    ranks: Callable[[int], RankPool], text_data: str, size: int, flags: str, element_bytes: int
 ) -> None:
     command = command_line(
-        text_data, experts=8, expert_parallel=size, global_batch=2 * size, steps=2, extra=FSEP
+        text_data,
+        experts=8,
+        expert_parallel=size,
+        global_batch=2 * size,
+        steps=2,
+        extra=FSEP + flags,
     )
-    for mine, whole in ranks(size).run(expert_state_bytes, command):
-        assert mine * size == whole
+    for mine_bytes, elements in ranks(size).run(expert_state_bytes, command):
+        assert mine_bytes * size == elements * element_bytes
 
 
 @dataclass

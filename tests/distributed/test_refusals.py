@@ -105,6 +105,16 @@ def test_an_fsep_flag_without_the_mode_is_refused(
         assert "--expert-parallel-mode fsep" in result.message
 
 
+@pytest.mark.parametrize("flag", ["--fim-data", "--dataloader-inter-document-masking"])
+def test_our_script_refuses_what_only_megatrons_script_does(
+    ranks: Callable[[int], RankPool], text_data: str, flag: str
+) -> None:
+    for result in ranks(2).run_raw(train, commands(text_data, f" {flag}"), timeout_s=60.0):
+        assert result.type_name == "ValueError", result.traceback
+        assert flag in result.message
+        assert "megatron_laer train" in result.message
+
+
 def test_ranks_still_train_after_a_refusal(
     ranks: Callable[[int], RankPool], text_data: str
 ) -> None:

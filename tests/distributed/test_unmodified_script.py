@@ -1,12 +1,15 @@
 """Megatron's own `pretrain_gpt.py`, unmodified, trains through `megatron_laer train` like ours.
 
 Needs a checkout of Megatron-LM 0.19, whose folder MEGATRON_LM_CHECKOUT names: no wheel holds the
-script.
+script. Megatron builds the checkout's dataset helper itself, with `make`, a compiler and the
+`python3` in the PATH, which must be this one and have pybind11.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from tests.parity.flags import command_line
 from tests.parity.training import train
 from tests.ranks import RankPool
 
+_ROOT = Path(__file__).resolve().parents[2]
 CHECKOUT = os.environ.get("MEGATRON_LM_CHECKOUT")
 
 pytestmark = [
@@ -42,3 +46,42 @@ def test_megatrons_script_and_ours_are_bitwise_equal(
     theirs = ranks(2).run(train, flags, None, str(script))[0]
     assert len(theirs.losses) == 10
     assert identical(ours, theirs)
+
+
+def test_the_checkouts_own_megatron_trains_like_the_wheel(text_data: str, tmp_path: Path) -> None:
+    """As a user starts it: in the tests above ranks have imported the wheel's Megatron already."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert CHECKOUT is not None
+    flags = command_line(
+        text_data,
+        experts=8,
+        expert_parallel=2,
+        global_batch=8,
+        steps=10,
+        extra=FSEP + " --log-interval 1",
+    )
+
+    def scalars(name: str, script: list[str]) -> dict[str, list[tuple[int, float]]]:
+        folder = tmp_path / name
+        launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+        result = subprocess.run(
+            [sys.executable, *launcher, *script, *flags, "--tensorboard-dir", str(folder)],
+            env=os.environ | {"MEGATRON_LAER_DEVICE": "cpu", "PYTHONPATH": str(_ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        return {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag in ("lm loss", "grad-norm", "fsep_load_imbalance")
+        }
+
+    ours = scalars("ours", [str(_ROOT / "pretrain_gpt.py")])
+    script = str(Path(CHECKOUT) / "pretrain_gpt.py")
+    theirs = scalars("theirs", ["-m", "megatron_laer", "train", script, "--"])
+    assert len(ours["lm loss"]) == 10
+    assert theirs == ours

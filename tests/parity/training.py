@@ -156,19 +156,16 @@ def fresh_megatron(model: list[torch.nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
+        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
         from megatron.core.transformer.moe import moe_logging, moe_utils
         from megatron.training import training
 
         from megatron_laer import plugin
 
         for chunk in model:
-            # Megatron's DDP, the dispatchers' last probabilities and autograd's C++ nodes hold each
-            # other where Python's collector does not see it; with them would live all process
-            # groups and their threads.
-            chunk.grad_accs.clear()
-            for module in chunk.modules():
-                if hasattr(module, "token_dispatcher"):
-                    module.token_dispatcher = None
+            _strip(chunk)
+        # Its cache of rotary embeddings is one of the class, and each holds a group.
+        RotaryEmbedding.forward.cache_clear()
         model.clear()
         training.destroy_global_state()
         plugin.disable()
@@ -177,3 +174,24 @@ def fresh_megatron(model: list[torch.nn.Module]) -> Iterator[None]:
         if dist.is_initialized():
             dist.destroy_process_group()
         gc.collect()
+
+
+def _strip(chunk: Any) -> None:
+    """Take from a model what holds process groups, whose threads and sockets live as long as they.
+
+    Megatron's DDP, the dispatchers' last probabilities, the loop's functions in the configuration
+    and autograd's C++ nodes hold each other where Python's collector does not see it.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    chunk.grad_accs.clear()
+    for name in ("grad_scale_func", "no_sync_func", "grad_sync_func", "param_sync_func"):
+        setattr(chunk.config, name, None)
+    for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+        vars(group).clear()
+    for module in chunk.modules():
+        for name, value in list(vars(module).items()):
+            if name == "token_dispatcher" or isinstance(
+                value, dist.ProcessGroup | ProcessGroupCollection
+            ):
+                setattr(module, name, None)

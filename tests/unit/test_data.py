@@ -169,6 +169,24 @@ def test_an_existing_dataset_is_replaced(texts, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["texts", "train.bin", "train.idx"]
 
 
+def test_a_dataset_that_was_trained_on_is_replaced_with_megatrons_indices_of_it(texts, tmp_path):
+    prepare([texts], tmp_path / "train")
+    indices = tmp_path / "train" / "cache" / "GPTDataset_indices"
+    indices.mkdir(parents=True)
+    (indices / "train-document_index.npy").write_text("of the old dataset")
+    (texts / "b.txt").write_text("new")
+    prepare([texts], tmp_path / "train")
+    assert bytes(read_documents(tmp_path / "train")[1][:-1].tolist()) == b"new"
+    assert not indices.exists()
+
+
+def test_a_directory_of_the_users_is_no_prefix_though_it_holds_a_cache(texts, tmp_path):
+    (tmp_path / "train" / "cache").mkdir(parents=True)
+    (tmp_path / "train" / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="train' must be a path"):
+        prepare([texts], tmp_path / "train")
+
+
 def test_an_interrupt_while_tokenizing_keeps_the_old_dataset(texts, tmp_path, monkeypatch):
     prepare([texts], tmp_path / "train")
     before = read_documents(tmp_path / "train")

@@ -1,0 +1,151 @@
+"""A rank pool leaves no process behind, however stubborn what its ranks started is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.parity.flags import command_line
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+# A rank that starts a child of its own, and a process that ends while its pool is open.
+USER = """
+import os, signal, sys
+from tests.distributed.test_ranks import start_stubborn_child
+from tests.ranks import RankPool
+
+if __name__ == "__main__":
+    pool = RankPool(1)
+    print(*pool.run(start_stubborn_child)[0], flush=True)
+    how = sys.argv[1]
+    if how == "closes":
+        pool.close()
+    elif how == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def stay_for_ever() -> None:
+    """Outlive every polite request, and whoever started this process."""
+    import signal
+
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)
+    while True:
+        time.sleep(1.0)
+
+
+def start_stubborn_child() -> tuple[int, int]:
+    """Start one as Megatron's checkpoint writer does; this rank's process id and the child's."""
+    import multiprocessing
+
+    child = multiprocessing.get_context("spawn").Process(target=stay_for_ever)
+    child.start()
+    assert child.pid is not None
+    return os.getpid(), child.pid
+
+
+def still_alive(pids: list[int], within_s: float) -> list[int]:
+    """Those that have not ended after some seconds."""
+    deadline_s = time.monotonic() + within_s
+    while True:
+        # A zombie has ended; its parent was killed and cannot say so.
+        alive = [pid for pid in pids if psutil.pid_exists(pid) and not is_zombie(pid)]
+        if not alive or time.monotonic() > deadline_s:
+            return alive
+        time.sleep(0.1)
+
+
+def is_zombie(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.parametrize("how", ["closes", "forgets", "is killed"])
+def test_what_ranks_started_ends_with_the_pool_and_keeps_nobody_waiting(
+    tmp_path: Path, how: str
+) -> None:
+    script = tmp_path / "user.py"
+    script.write_text(USER)
+    root = str(Path(__file__).resolve().parents[2])
+    # The pipe is read to its end, so a process that inherited it would be waited for.
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), how],
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == (-9 if how == "is killed" else 0), result.stderr
+    pids = [int(word) for word in result.stdout.split()]
+    assert len(pids) == 2
+    assert still_alive(pids, within_s=10.0) == []
+
+
+def raise_on_one_rank() -> None:
+    """Rank 1 fails, rank 0 waits for it."""
+    assert os.environ["RANK"] == "0", "rank 1 is ill"
+    time.sleep(3600)
+
+
+def test_a_rank_that_fails_is_heard_while_the_others_hang() -> None:
+    from tests.ranks import RankError
+
+    with RankPool(2) as pool:
+        pool.run(os.getpid)
+        pids = [process.pid for process in pool._processes]
+        with pytest.raises(RankError, match="rank 1 is ill"):
+            pool.run(raise_on_one_rank, timeout_s=2.0)
+        assert still_alive(pids, within_s=5.0) == []
+
+
+def tensors() -> object:
+    """More tensors than a pipe could carry as open files, whose number is limited."""
+    import torch
+
+    return [torch.full((2,), float(number)) for number in range(2000)]
+
+
+def test_results_hold_no_files_open(ranks: Callable[[int], RankPool]) -> None:
+    import torch
+
+    pool = ranks(2)
+    pool.run(os.getpid)
+    before = len(os.listdir("/proc/self/fd"))
+    found = pool.run(tensors)[1]
+    assert torch.equal(found[1999], torch.full((2,), 1999.0))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def open_after_training(flags: list[str]) -> tuple[int, int]:
+    """Threads and open files of this rank after a run."""
+    from tests.parity.training import train
+
+    train(flags)
+    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("mode", ["", " --expert-parallel-mode fsep"], ids=["stock", "fsep"])
+def test_a_run_leaves_no_process_group_in_its_rank(
+    ranks: Callable[[int], RankPool], text_data: str, mode: str
+) -> None:
+    overlap = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+    flags = command_line(
+        text_data, experts=8, expert_parallel=2, global_batch=4, steps=1, extra=overlap + mode
+    )
+    # What the first run opens for good, such as the dataset, the second does not open again.
+    runs = [ranks(2).run(open_after_training, flags) for _ in range(3)]
+    for (threads, files), (threads_after, files_after) in zip(runs[1], runs[2], strict=True):
+        assert threads_after <= threads
+        assert files_after <= files + 1

@@ -1,0 +1,86 @@
+"""Runs pytest, and ends with it: `python -m tests.supervise <pytest's arguments>`.
+
+pytest's status is final when its summary is printed, but its process may stay: Python waits for
+threads and children at exit, and whoever reads our output waits for every process that holds it.
+So pytest runs as a child, tells its status in a file, and some time after that everything that is
+left is ended. Decides nothing about the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+STATUS_VARIABLE = "MEGATRON_LAER_TEST_STATUS"
+GRACE_S = 30.0
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def main(arguments: Sequence[str], grace_s: float = GRACE_S) -> int:
+    """Run pytest and return its exit status, at most `grace_s` seconds after its summary."""
+    # What pytest's children leave behind becomes a child of this process, and is found.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "status"
+        pytest = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-p", "tests.supervise", *arguments],
+            env=os.environ | {STATUS_VARIABLE: str(path)},
+        )
+        try:
+            status = _wait(pytest, path, grace_s)
+        finally:
+            _end_what_is_left()
+    return status
+
+
+def _wait(pytest: subprocess.Popen[bytes], path: Path, grace_s: float) -> int:
+    deadline_s = float("inf")
+    while time.monotonic() < deadline_s:
+        try:
+            return pytest.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            if path.exists() and deadline_s == float("inf"):
+                deadline_s = time.monotonic() + grace_s
+        except KeyboardInterrupt:
+            # The terminal told pytest too, which is now tearing down and printing.
+            deadline_s = min(deadline_s, time.monotonic() + 2 * grace_s)
+    print(f"pytest did not end {grace_s:.0f} s after its last word and is killed", file=sys.stderr)
+    return int(path.read_text()) if path.exists() else 2
+
+
+def _end_what_is_left() -> None:
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                print(f"left behind, and killed: {' '.join(process.cmdline())}", file=sys.stderr)
+            process.kill()
+    psutil.wait_procs(left, timeout=5.0)
+
+
+def pytest_sessionfinish(session: object, exitstatus: int) -> None:
+    """A hook of pytest, to which this module is a plugin: remember the status."""
+    session.config.final_status = int(exitstatus)  # type: ignore[attr-defined]
+
+
+def pytest_unconfigure(config: object) -> None:
+    """A hook of pytest: its summary is printed."""
+    status = getattr(config, "final_status", None)
+    if status is not None and STATUS_VARIABLE in os.environ:
+        path = Path(os.environ[STATUS_VARIABLE])
+        written = path.with_suffix(".new")
+        written.write_text(str(status))
+        written.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,68 @@
+"""Tests end when pytest has said how they went, whatever they leave behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.unit
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+# A test that leaves a process in a session of its own which holds our output, and that keeps
+# pytest's process from ending.
+STUBBORN = """
+import atexit, subprocess, sys, time
+
+def test_that_leaves_a_mess():
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    open("pid", "w").write(str(child.pid))
+    if {hangs}:
+        atexit.register(time.sleep, 600)
+    assert {passes}
+"""
+
+
+def supervise(folder: Path, *arguments: str, hangs: bool, passes: bool) -> tuple[int, str, int]:
+    """Exit status, output, and the id of the process that the test left behind."""
+    (folder / "test_mess.py").write_text(STUBBORN.format(hangs=hangs, passes=passes))
+    code = "import sys; from tests.supervise import main; sys.exit(main(sys.argv[1:], grace_s=1.0))"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(_ROOT)},
+        stdout=subprocess.PIPE,  # read until nobody holds it
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+    )
+    return result.returncode, result.stdout, int((folder / "pid").read_text())
+
+
+@pytest.mark.parametrize(("passes", "status"), [(True, 0), (False, 1)])
+@pytest.mark.parametrize("hangs", [False, True], ids=["ends", "hangs"])
+def test_the_status_is_pytests_and_nothing_is_left(
+    tmp_path: Path, hangs: bool, passes: bool, status: int
+) -> None:
+    started_s = time.monotonic()
+    # -s hands our output to what the test starts, as a rank has it before it writes to its log.
+    returned, output, pid = supervise(tmp_path, "-s", hangs=hangs, passes=passes)
+    assert time.monotonic() - started_s < 30
+    assert returned == status, output
+    assert ("1 passed" if passes else "1 failed") in output
+    assert "left behind, and killed" in output
+    assert ("did not end" in output) is hangs
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_wrong_argument_keeps_pytests_status(tmp_path: Path) -> None:
+    (tmp_path / "pid").write_text("0")
+    returned, output, _ = supervise(tmp_path, "--no-such-flag", hangs=False, passes=True)
+    assert returned == 4, output
