@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatron_laer.layout import default_capacity
 from megatron_laer.model_flags import model_flags
@@ -97,7 +97,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(mode_names())}; default: all",
     )
     parser.add_argument(
-        "--lag", type=int, default=1, metavar="D", help="age of the newest counts, in recorded steps"
+        "--lag",
+        type=int,
+        default=1,
+        metavar="D",
+        help="age of the newest counts, in recorded steps",
     )
     parser.add_argument("--config", metavar="NAME|YAML", help="a model, for its experts' sizes")
     parser.add_argument("--hidden", type=int, metavar="H", help="width of a token")
@@ -131,11 +135,8 @@ def run(args: argparse.Namespace) -> int:
     num_experts = args.experts if args.experts is not None else sizes.num_experts
     ranks = None if args.trace_ranks is None else _rank_range(args.trace_ranks)
 
-    def reading(files: Iterable[Any]) -> Iterable[Any]:
-        return tqdm(files, desc="reading", unit="file", leave=False, disable=None)
-
     recorded = read_trace(
-        args.trace, args.format, ranks=ranks, num_experts=num_experts, progress=reading
+        args.trace, args.format, ranks=ranks, num_experts=num_experts, progress=_reading
     )
     num_ranks = recorded.num_ranks if args.ranks is None else args.ranks
     trace = recorded.with_ranks(num_ranks)
@@ -174,9 +175,6 @@ def run(args: argparse.Namespace) -> int:
         f"{sizes.hidden} x {sizes.ffn}\n"
     )
 
-    def planning(cases: Sequence[int]) -> Iterable[int]:
-        return tqdm(cases, desc="planning", unit="case", disable=None)
-
     rows = simulate(
         trace,
         geometries,
@@ -186,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
         expert_bytes=sizes.expert_bytes,
         lag=args.lag,
         every=args.every,
-        progress=planning,
+        progress=_planning,
     )
     print(table_text(rows))
     print(f"\n{rows[0].cases} cases, each a microbatch of a layer with {args.lag} step before it.")
@@ -200,12 +198,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+# Bars show on a terminal only.
+
+
+def _reading(files: Iterable[Any]) -> Iterable[Any]:
+    bar: Iterable[Any] = tqdm(files, desc="reading", leave=False, disable=None)
+    return bar
+
+
+def _planning(cases: Sequence[int]) -> Iterable[int]:
+    bar: Iterable[int] = tqdm(cases, desc="planning", unit="case", disable=None)
+    return bar
+
+
 def _check_names(strategies: Sequence[str], modes: Sequence[str]) -> None:
     for name in strategies:
         if name not in strategy_names():
-            raise ValueError(
-                f"unknown strategy {name!r}; use one of {', '.join(strategy_names())}"
-            )
+            raise ValueError(f"unknown strategy {name!r}; use one of {', '.join(strategy_names())}")
     for name in modes:
         mode_by_name(name)
     for names in (strategies, modes):

@@ -77,9 +77,7 @@ def least_seconds(least_load: int, costs: CostModel) -> float:
     return costs.layer_seconds(np.array([[least_load]], dtype=np.int64), alone, 1)
 
 
-def _totals(
-    counts_NE: Int64, layout: ExpertLayout, node_size: int, split: str
-) -> SplitTotals:
+def _totals(counts_NE: Int64, layout: ExpertLayout, node_size: int, split: str) -> SplitTotals:
     if split == EXACT_SPLIT:
         return exact_split(layout, node_size).totals(counts_NE)
     return even_split(layout, node_size).totals(counts_NE)

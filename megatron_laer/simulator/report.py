@@ -31,7 +31,7 @@ _COLUMNS = (
 )
 
 LEGEND = """\
-mean, p95, p99, max: of max/mean tokens per rank. load/bound: largest load over ceil(tokens/N), mean.
+mean, p95, p99, max: of max/mean tokens per rank. load/bound: largest load / ceil(tokens/N), mean.
 off-node: tokens computed on another node than their own. fresh: cases in which slots were restored
 after the gate. plan ms: a layout, mean; in the background, or after the gate (exact). restored GiB:
 what the busiest rank receives in one forward pass. layer ms: predicted, forward and backward,

@@ -163,9 +163,7 @@ def simulate(
                     _evaluate(entry, counts_NE, layout, costs)
     # The bar closes when it is exhausted.
     next(bar, None)
-    return [
-        _row(entry, planner, expert_bytes) for planner in planners for entry in planner.entries
-    ]
+    return [_row(entry, planner, expert_bytes) for planner in planners for entry in planner.entries]
 
 
 def _planners(

@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,19 @@ from megatron_laer.trace.records import MAX_COUNT, MAX_INDEX, Int32, Trace, chec
 FILE_NAME = re.compile(r"table_iter([0-9]{1,15})_rank([0-9]{1,7})\.log")
 
 _LINE = re.compile(rb"([0-9]{1,15}):(.*)")
+# What `zipfile` and NumPy's header parser raise for damaged files; neither documents a list.
+_DAMAGE = (
+    ValueError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    OverflowError,
+    OSError,
+    SyntaxError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 # NumPy's own limit for what it parses as a Python literal.
 _MAX_NPY_HEADER_BYTES = 10_000
 
@@ -85,30 +99,12 @@ def read_npz(path: Path) -> Trace:
         ValueError: not such a file, or sizes that do not fit the file's own.
         OSError: the file cannot be read.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if "tokens.npy" not in names:
-                raise ValueError(f"it has no array `tokens`, but {sorted(names)[:8]}")
-            tokens_ILNME = _read_array(archive, "tokens.npy", path)
-            iteration_I = (
-                _read_array(archive, "iteration.npy", path)
-                if "iteration.npy" in names
-                else np.arange(len(tokens_ILNME) if tokens_ILNME.ndim else 0)
-            )
-    # What the zip module raises for damage is not documented as a list.
-    except (
-        ValueError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        LookupError,
-        OverflowError,
-        zipfile.BadZipFile,
-        zlib.error,
-        SyntaxError,
-    ) as error:
-        raise ValueError(f"{path} is not a trace in npz: {error}") from error
+    # A file that cannot be opened is an OSError; those after it are of offsets without sense.
+    with path.open("rb") as file:
+        try:
+            tokens_ILNME, iteration_I = _read_archive(file, path.stat().st_size)
+        except _DAMAGE as error:
+            raise ValueError(f"{path} is not a trace in npz: {error}") from error
     if tokens_ILNME.ndim != 5 or 0 in tokens_ILNME.shape:
         raise ValueError(
             f"{path}: tokens has shape {tokens_ILNME.shape}, expected [iterations, layers, ranks, "
@@ -190,14 +186,26 @@ def _counts_ME(content: object) -> Int32:
     return whole_ME
 
 
+def _read_archive(
+    file: BinaryIO, file_bytes: int
+) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.integer[Any]]]:
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        if "tokens.npy" not in names:
+            raise ValueError(f"it has no array `tokens`, but {sorted(names)[:8]}")
+        tokens_ILNME = _read_array(archive, "tokens.npy", file_bytes)
+        if "iteration.npy" in names:
+            return tokens_ILNME, _read_array(archive, "iteration.npy", file_bytes)
+    return tokens_ILNME, np.arange(len(tokens_ILNME) if tokens_ILNME.ndim > 0 else 0)
+
+
 def _read_array(
-    archive: zipfile.ZipFile, name: str, path: Path
+    archive: zipfile.ZipFile, name: str, file_bytes: int
 ) -> npt.NDArray[np.integer[Any]]:
     """One integer array of an npz, with its sizes checked before memory is taken for it."""
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed by method {info.compress_type}; use NumPy to write")
-    file_bytes = path.stat().st_size
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
         if version not in ((1, 0), (2, 0)):
