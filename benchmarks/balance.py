@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.prices import Prices, paper_costs
-from benchmarks.report import median_ms
+from benchmarks.adaptive import adaptive
+from benchmarks.prices import paper_costs
 from benchmarks.rivals.eplb import Eplb
 from benchmarks.rivals.even import Even
 from benchmarks.rivals.flexmoe import FlexMoE
@@ -131,7 +131,7 @@ def balance(
             recent.append(split_exactly(trace.now(case), layout, NODE_SIZE))
         yield BalanceRow.of("greedy", "forecast", "microbatch", capacity, recent)
 
-        chosen, layers = adaptive(trace, cases, greedy, static)
+        chosen, layers = adaptive(trace, cases, greedy, static, NODE_SIZE)
         predicted.extend(layers)
         yield BalanceRow.of("greedy", "adaptive", "iteration", capacity, chosen)
 
@@ -162,42 +162,3 @@ def forecasts(
             planned[case.layer] = case.iteration
         outcomes.append(split(trace.now(case), layouts[case.layer], NODE_SIZE))
     return outcomes
-
-
-def adaptive(
-    trace: Trace, cases: Sequence[Case], greedy: Planner, static: ExpertLayout
-) -> tuple[list[Outcome], list[dict[str, Any]]]:
-    """Outcomes of the cheaper choice, and the predicted mean layer time of all three by layer."""
-    geometry = Geometry(static.num_ranks, static.num_experts, static.capacity, NODE_SIZE)
-    first_NE = trace.now(cases[0])
-    solve_ms = median_ms(lambda: construct_layout(first_NE, static, NODE_SIZE), 21)
-    prices = Prices.of(geometry, solve_ms / 1e3)
-    layouts: dict[int, ExpertLayout] = defaultdict(lambda: static)
-    planned: dict[int, int] = {}
-    seconds: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    outcomes = []
-    for case in cases:
-        counts_NE = trace.now(case)
-        if planned.get(case.layer) != case.iteration:
-            layouts[case.layer] = greedy.plan(trace.forecast(case), layouts[case.layer])
-            planned[case.layer] = case.iteration
-        kept = layouts[case.layer]
-        fresh = construct_layout(counts_NE, kept, NODE_SIZE)
-        kept_s = prices.layer_s(counts_NE, kept, NODE_SIZE)
-        fresh_s = prices.layer_s(counts_NE, fresh, NODE_SIZE) + prices.change_s(kept, fresh)
-        seconds[case.layer].append((kept_s, fresh_s))
-        outcome = split_exactly(counts_NE, kept if kept_s <= fresh_s else fresh, NODE_SIZE)
-        outcomes.append(replace(outcome, replanned=kept_s > fresh_s))
-    layers = []
-    for layer in sorted(seconds):
-        kept_and_fresh = np.array(seconds[layer]) * 1e3
-        layers.append(
-            {
-                "capacity": static.capacity,
-                "layer": layer,
-                "forecast_ms": float(kept_and_fresh[:, 0].mean()),
-                "exact_ms": float(kept_and_fresh[:, 1].mean()),
-                "adaptive_ms": float(kept_and_fresh.min(axis=1).mean()),
-            }
-        )
-    return outcomes, layers

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.config import FSEPConfig
-from megatron_laer.planner.costs import CostModel, load_cluster
+from megatron_laer.planner.clusters import load_cluster
+from megatron_laer.planner.costs import CostModel
 from megatron_laer.runtime import coordinator as coordinators
 from megatron_laer.runtime.agreement import raise_everywhere
 from megatron_laer.runtime.coordinator import Coordinator
@@ -134,16 +135,13 @@ def _common_seed(groups: FSEPGroups) -> int:
 
 
 def _costs(config: FSEPConfig, transformer_config: Any) -> CostModel:
-    cluster = load_cluster(config.cluster)
     recompute = transformer_config.recompute_granularity
-    return CostModel.from_shapes(
+    return CostModel(
+        cluster=load_cluster(config.cluster),
         hidden=transformer_config.hidden_size,
         ffn=transformer_config.moe_ffn_hidden_size,
         gated=transformer_config.gated_linear_unit,
         bytes_per_element=transformer_config.params_dtype.itemsize,
-        flops_per_s=cluster.flops_per_s,
-        intra_bytes_per_s=cluster.intra_bytes_per_s,
-        inter_bytes_per_s=cluster.inter_bytes_per_s,
         recompute=recompute == "full"
         or (recompute == "selective" and "moe" in transformer_config.recompute_modules),
     )

@@ -1,8 +1,14 @@
-"""Predicted seconds of one MoE layer under a layout, and the hardware constants that this needs.
+"""Predicted seconds of one MoE layer and microbatch under a layout, and of changing the layout.
 
-It prices what a layout changes at dispatch time: expert compute and token All-to-All. Not in here:
-the exchange of parameters and gradients, which is scheduled under computation and in a flat restore
-does not depend on the layout, and the solve itself.
+`layer_seconds` prices what a layout changes at dispatch time: expert compute and token All-to-All.
+What the design schedules under computation costs nothing there: restores of planned layouts, in
+forward and in backward, and the exchange of gradients; how long they take is told by
+`restore_seconds` and `reduce_seconds`, by algorithm. `change_seconds` prices a layout made after
+the gate. Hardware constants are in `clusters`, element counts of exchanges in `traffic`.
+
+Every rank reaches the same numbers from the same counts, bit for bit: token counts are added as
+integers, floats only element by element, slot after slot, and across ranks only by maximum. No
+floating-point reduction whose order NumPy chooses, and nothing measured at run time.
 
 Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots.
 """
@@ -10,219 +16,281 @@ Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-import yaml  # type: ignore[import-untyped]
 
+from megatron_laer.config import EVEN_SPLIT, EXACT_SPLIT
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.quotas import even_split
+from megatron_laer.planner.clusters import Cluster
+from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.quotas import Int64, SplitTotals, even_split
+from megatron_laer.planner.traffic import (
+    Traffic,
+    changed_slots,
+    check_algorithm,
+    reduce_traffic,
+    restore_traffic,
+)
 
 # Dispatch and combine, forward and backward.
 _ALL_TO_ALL_PASSES = 4
 # Forward, and two GEMMs of the same size for each in backward; recompute runs forward once more.
 _EXPERT_PASSES = 3
 _EXPERT_PASSES_RECOMPUTE = 4
+# Collectives that restore or reduce one matrix, one after the other.
+_PHASES = {"flat": 1, "node": 2}
+# Lower bounds give way by more than the rounding of what they bound, which is some 1e-15.
+_BELOW_ROUNDING = 1.0 - 1e-9
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Speeds of one device, and what they make of a layout.
+    """An expert's shape on a cluster, and what they make of a layout.
 
     Attributes:
-        expert_s_per_token: seconds that one expert needs for the forward pass of one token.
-        token_bytes: bytes of one token's hidden state on the wire.
-        intra_bytes_per_s: what one rank sends (and, at the same time, receives) inside its node.
-        inter_bytes_per_s: the same to other nodes; the share of one rank, not the node's total.
+        cluster: hardware constants.
+        hidden: H, width of a token.
+        ffn: F, width of one expert.
+        gated: whether the first matrix is [2F, H] (SwiGLU and its kin) or [F, H].
+        bytes_per_element: of tokens, weights and gradients on the wire; 2 for bf16.
         recompute: whether backward runs the experts' forward again.
+        restore_algorithm: how changed slots are fetched, "flat" or "node".
 
     Raises:
-        ValueError: a value that is not positive. Infinite bandwidths are allowed and make transfers
-            free.
+        ValueError: a size below 1, or an unknown algorithm.
     """
 
-    expert_s_per_token: float
-    token_bytes: int
-    intra_bytes_per_s: float
-    inter_bytes_per_s: float
+    cluster: Cluster
+    hidden: int
+    ffn: int
+    gated: bool
+    bytes_per_element: int
     recompute: bool = False
+    restore_algorithm: str = "flat"
 
     def __post_init__(self) -> None:
-        for name in ("expert_s_per_token", "token_bytes", "intra_bytes_per_s", "inter_bytes_per_s"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value!r}")
+        for name in ("hidden", "ffn", "bytes_per_element"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        check_algorithm(self.restore_algorithm)
 
-    @classmethod
-    def from_shapes(
-        cls,
-        hidden: int,
-        ffn: int,
-        gated: bool,
-        bytes_per_element: int,
-        flops_per_s: float,
-        intra_bytes_per_s: float,
-        inter_bytes_per_s: float,
-        recompute: bool = False,
-    ) -> CostModel:
-        """Derive the constants from an expert's shape and a device's achieved speed.
+    @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of an expert's matrices, as they are restored."""
+        return ((2 if self.gated else 1) * self.ffn, self.hidden), (self.hidden, self.ffn)
 
-        Args:
-            hidden: H, width of a token.
-            ffn: F, width of one expert.
-            gated: whether the first matrix is [2F, H] (SwiGLU and its kin) or [F, H].
-            bytes_per_element: of a token on the wire; 2 for bf16.
-            flops_per_s: achieved in the experts' GEMMs, not the data sheet's peak.
-            intra_bytes_per_s: see the class; so for `inter_bytes_per_s` and `recompute`.
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's hidden state."""
+        return self.hidden * self.bytes_per_element
 
-        Raises:
-            ValueError: a value that is not positive.
-        """
-        if not flops_per_s > 0:
-            raise ValueError(f"flops_per_s must be positive, got {flops_per_s!r}")
-        flops_per_token = 2 * hidden * ffn * (3 if gated else 2)
-        return cls(
-            expert_s_per_token=flops_per_token / flops_per_s,
-            token_bytes=hidden * bytes_per_element,
-            intra_bytes_per_s=intra_bytes_per_s,
-            inter_bytes_per_s=inter_bytes_per_s,
-            recompute=recompute,
-        )
+    @property
+    def flops_per_token(self) -> int:
+        """Of one expert's GEMMs, forward: one multiplication and one addition for every weight."""
+        return 2 * sum(rows * columns for rows, columns in self.matrices)
 
     def layer_seconds(
-        self, counts_NE: npt.NDArray[np.int64], layout: ExpertLayout, node_size: int
+        self,
+        counts_NE: Int64,
+        layout: ExpertLayout,
+        node_size: int,
+        split: str = EXACT_SPLIT,
     ) -> float:
-        """Forward and backward of one MoE layer and microbatch under the even split, in seconds.
-
-        The busiest rank's expert compute, plus the All-to-All of the rank that takes longest: per
-        link class the slower of send and receive (links are full duplex), the classes one after the
-        other, which is an upper bound where hardware overlaps them. Tokens for a rank's own slots
-        travel nowhere.
-
-        The paper adds up communication over all devices but takes the maximum of compute; here both
-        are the time of one device, so their sum means something.
+        """Forward and backward of one MoE layer and microbatch, in seconds; see `split_seconds`.
 
         Args:
             counts_NE: tokens on each source rank for each expert, int64 [N, E].
+            split: how tokens are split over replicas, by its name in `config.SPLITS`.
 
         Raises:
-            ValueError: counts of another shape, or a node size that does not divide N.
+            ValueError: counts of another shape, a node size that does not divide N, or an unknown
+                split.
         """
-        totals = even_split(layout, node_size).totals(counts_NE)
+        if split == EXACT_SPLIT:
+            totals = exact_split(layout, node_size).totals(counts_NE)
+        elif split == EVEN_SPLIT:
+            totals = even_split(layout, node_size).totals(counts_NE)
+        else:
+            raise ValueError(f"unknown split {split!r}; use {EXACT_SPLIT!r} or {EVEN_SPLIT!r}")
+        return self.split_seconds(totals, layout, node_size)
+
+    def split_seconds(self, totals: SplitTotals, layout: ExpertLayout, node_size: int) -> float:
+        """Forward and backward of one MoE layer and microbatch whose split is known, in seconds.
+
+        The busiest rank's expert compute, one GEMM per slot and matrix, plus the All-to-All of the
+        rank that takes longest: per link class the slower of send and receive (links are full
+        duplex), and of the classes the slower, as one collective drives both; so is a flat restore
+        priced (`Traffic.seconds`). Tokens for a rank's own slots travel nowhere.
+
+        The paper adds up communication over all devices but takes the maximum of compute; here both
+        are the time of one device, so their sum means something.
+        """
         near_N = totals.near_S.reshape(layout.num_ranks, layout.capacity).sum(axis=1)
         far_N = totals.far_S.reshape(layout.num_ranks, layout.capacity).sum(axis=1)
-
         intra_N = np.maximum(totals.sent_near_N, near_N) - totals.own_N
         inter_N = np.maximum(totals.sent_far_N, far_N)
-        pass_s_N = self.token_bytes * (
-            intra_N / self.intra_bytes_per_s + inter_N / self.inter_bytes_per_s
+        pass_s = max(
+            intra_N.max() * (self.token_bytes / self.cluster.intra.bytes_per_s),
+            inter_N.max() * (self.token_bytes / self.cluster.inter.bytes_per_s),
         )
-        expert_passes = _EXPERT_PASSES_RECOMPUTE if self.recompute else _EXPERT_PASSES
-        expert_s = expert_passes * self.expert_s_per_token * int((near_N + far_N).max())
-        return float(expert_s + _ALL_TO_ALL_PASSES * pass_s_N.max())
 
+        slot_s_S = self.cluster.gemm.unit_seconds(totals.near_S + totals.far_S)
+        slot_s_NC = slot_s_S.reshape(layout.num_ranks, layout.capacity)
+        rank_s_N = slot_s_NC[:, 0].copy()
+        for slot in range(1, layout.capacity):
+            rank_s_N += slot_s_NC[:, slot]
+        expert_s = self._expert_flops * rank_s_N.max()
+        latency_s = self._latency_seconds(layout.num_ranks, node_size)
+        return float(expert_s + _ALL_TO_ALL_PASSES * (pass_s + latency_s))
 
-@dataclass(frozen=True)
-class Cluster:
-    """Hardware constants with their name and origin, as kept in `configs/clusters/*.yaml`.
+    def least_layer_seconds(self, counts_NE: Int64, geometry: Geometry) -> float:
+        """What no layout of this geometry and no split gets below.
 
-    Attributes:
-        name: of the hardware; for the files we ship, also the name of the file.
-        source: who measured or published the numbers, and how.
-        nodes: number of nodes.
-        ranks_per_node: G.
-        flops_per_s: achieved per rank in the experts' GEMMs.
-        intra_bytes_per_s: per rank and direction, inside a node.
-        inter_bytes_per_s: per rank and direction, between nodes.
-    """
+        Compute: the busiest rank has at least the mean load, and no less than the mean of all
+        ranks' times, with each expert in as few GEMMs as are fastest. Tokens: a rank keeps at most
+        those of its own C most wanted experts; the others leave it, over all its links at once.
+        """
+        gemm, num_ranks = self.cluster.gemm, geometry.num_ranks
+        loads_E = counts_NE.sum(axis=0)
+        largest = np.array([-(-int(loads_E.sum()) // num_ranks)])
+        experts_s = math.fsum(gemm.least_unit_seconds(loads_E).tolist()) / num_ranks
+        expert_s = self._expert_flops * max(experts_s, float(gemm.least_unit_seconds(largest)[0]))
 
-    name: str
-    source: str
-    nodes: int
-    ranks_per_node: int
-    flops_per_s: float
-    intra_bytes_per_s: float
-    inter_bytes_per_s: float
+        foreign = geometry.num_experts - geometry.capacity
+        leaving_NE = np.partition(counts_NE, foreign - 1, axis=1) if foreign else counts_NE
+        leaving = int(leaving_NE[:, :foreign].sum(axis=1).max())
+        links_bytes_per_s = 0.0
+        if geometry.node_size > 1:
+            links_bytes_per_s += self.cluster.intra.bytes_per_s
+        if geometry.num_nodes > 1:
+            links_bytes_per_s += self.cluster.inter.bytes_per_s
+        pass_s = leaving * self.token_bytes / links_bytes_per_s if num_ranks > 1 else 0.0
+        pass_s += self._latency_seconds(num_ranks, geometry.node_size)
+        return (expert_s + _ALL_TO_ALL_PASSES * pass_s) * _BELOW_ROUNDING
 
+    def restore_bytes(
+        self,
+        layout: ExpertLayout,
+        node_size: int,
+        algorithm: str,
+        changed_S: npt.NDArray[np.bool_] | None = None,
+    ) -> Traffic:
+        """Bytes per rank and link class of one restore of a layer's experts.
 
-def load_cluster(path_or_name: str | Path) -> Cluster:
-    """Read a cluster's constants, by path to a YAML file or by the name of one we ship.
+        Args:
+            algorithm: "flat" or "node".
+            changed_S: bool [S], the slots to fetch; None for all.
 
-    Raises:
-        ValueError: an unknown name, or a file whose content does not fit; the message says what
-            would.
-        OSError: a path that cannot be read.
-    """
-    given = str(path_or_name)
-    is_path = isinstance(path_or_name, Path) or given.endswith((".yaml", ".yml")) or "/" in given
-    path = Path(path_or_name) if is_path else cluster_file(given)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    return _parse_cluster(content, path)
+        Raises:
+            ValueError: a node size that does not divide N, or an unknown algorithm.
+        """
+        traffic = restore_traffic(layout, node_size, self.matrices, algorithm, changed_S)
+        return self._bytes(traffic)
 
+    def reduce_bytes(self, layout: ExpertLayout, node_size: int, algorithm: str) -> Traffic:
+        """Bytes per rank and link class of one reduce of a layer's gradients.
 
-def cluster_file(name: str) -> Path:
-    """The shipped YAML file of a cluster, from the installed package or from a source checkout.
+        Raises:
+            ValueError: a node size that does not divide N, or an unknown algorithm.
+        """
+        return self._bytes(reduce_traffic(layout, node_size, self.matrices, algorithm))
 
-    Raises:
-        ValueError: an unknown name; the message lists the known ones.
-    """
-    # The package's own data first: beside an installed package, `configs` may be somebody else's.
-    package = Path(__file__).resolve().parents[1]
-    folders = (package / "configs" / "clusters", package.parent / "configs" / "clusters")
-    known = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
-    if name not in known:
-        raise ValueError(
-            f"unknown cluster {name!r}; known are {sorted(known)}, or pass a path to a YAML file"
+    def restore_seconds(
+        self,
+        layout: ExpertLayout,
+        node_size: int,
+        algorithm: str,
+        changed_S: npt.NDArray[np.bool_] | None = None,
+    ) -> float:
+        """Seconds of one restore, if nothing hides it; arguments and errors as `restore_bytes`."""
+        traffic = restore_traffic(layout, node_size, self.matrices, algorithm, changed_S)
+        return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
+
+    def reduce_seconds(self, layout: ExpertLayout, node_size: int, algorithm: str) -> float:
+        """Seconds of one reduce, if nothing hides it; arguments and errors as `reduce_bytes`."""
+        traffic = reduce_traffic(layout, node_size, self.matrices, algorithm)
+        return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
+
+    def solve_seconds(self, geometry: Geometry) -> float:
+        """Of a fresh layout and its exact quotas. A constant: a time measured at run time would
+        differ between ranks, and so would their decisions."""
+        shape = (geometry.num_ranks, geometry.capacity, geometry.num_experts)
+        return self.cluster.solve.seconds(*shape)
+
+    def change_seconds(self, before: ExpertLayout, after: ExpertLayout, node_size: int) -> float:
+        """What a layout made after the gate costs over a planned one; none for the same layout.
+
+        The solve, and in forward the fetch of the changed slots, which starts when the gate is
+        known and which the experts wait for. The other slots were restored ahead for the planned
+        layout. Backward adds nothing: the layout is known since forward, so its whole restore and
+        the whole reduce are prefetched and delayed like those of the planned layout, and this model
+        takes hidden exchanges for free. In a flat exchange they have the same bytes for any layout;
+        by node, a layout with more distinct experts on a node moves more, which `restore_seconds`
+        and `reduce_seconds` tell.
+
+        Raises:
+            ValueError: layouts of different shapes, or a node size that does not divide N.
+        """
+        changed_S = changed_slots(before, after)
+        geometry = Geometry(before.num_ranks, before.num_experts, before.capacity, node_size)
+        if not changed_S.any():
+            return 0.0
+        fetch_s = self.restore_seconds(after, node_size, self.restore_algorithm, changed_S)
+        return fetch_s + self.solve_seconds(geometry)
+
+    def least_change_seconds(self, geometry: Geometry) -> float:
+        """What no change of layout gets below: the solve, and one expert for one rank."""
+        return _least_change_seconds(self, geometry)
+
+    @property
+    def _expert_flops(self) -> int:
+        """Per token, over all passes of a microbatch."""
+        passes = _EXPERT_PASSES_RECOMPUTE if self.recompute else _EXPERT_PASSES
+        return passes * self.flops_per_token
+
+    def _bytes(self, traffic: Traffic) -> Traffic:
+        return Traffic(
+            intra_N=traffic.intra_N * self.bytes_per_element,
+            inter_N=traffic.inter_N * self.bytes_per_element,
+            sent_intra_N=traffic.sent_intra_N * self.bytes_per_element,
+            sent_inter_N=traffic.sent_inter_N * self.bytes_per_element,
         )
-    return known[name]
 
-
-def _parse_cluster(content: object, path: Path) -> Cluster:
-    keys = [field.name for field in fields(Cluster)]
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {content!r}, expected a mapping with the keys {keys}")
-    missing = [key for key in keys if key not in content]
-    unknown = [key for key in content if key not in keys]
-    if missing or unknown:
-        raise ValueError(
-            f"{path} lacks the keys {missing} and has the unknown keys {unknown}; "
-            f"expected exactly {keys}"
+    def _exchange_seconds(
+        self, traffic: Traffic, num_ranks: int, node_size: int, algorithm: str
+    ) -> float:
+        wire_s = traffic.seconds(
+            algorithm,
+            self.bytes_per_element,
+            self.cluster.intra.bytes_per_s,
+            self.cluster.inter.bytes_per_s,
         )
-    return Cluster(
-        name=_text(content, "name", path),
-        source=_text(content, "source", path),
-        nodes=_count(content, "nodes", path),
-        ranks_per_node=_count(content, "ranks_per_node", path),
-        flops_per_s=_rate(content, "flops_per_s", path),
-        intra_bytes_per_s=_rate(content, "intra_bytes_per_s", path),
-        inter_bytes_per_s=_rate(content, "inter_bytes_per_s", path),
-    )
+        collectives = len(self.matrices) * _PHASES[algorithm]
+        return wire_s + collectives * self._latency_seconds(num_ranks, node_size)
+
+    def _latency_seconds(self, num_ranks: int, node_size: int) -> float:
+        """Of one collective of all ranks: that of the slowest links it spans."""
+        if num_ranks == 1:
+            return 0.0
+        return (self.cluster.intra if num_ranks == node_size else self.cluster.inter).latency_s
 
 
-def _text(content: Mapping[str, object], key: str, path: Path) -> str:
-    value = content[key]
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{path}: {key} must be a text that is not empty, got {value!r}")
-    return value
+@lru_cache(maxsize=64)
+def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
+    """One slot of rank 0, with as many rows on every rank as the smallest slice has.
 
-
-def _count(content: Mapping[str, object], key: str, path: Path) -> int:
-    value = content[key]
-    # bool is an int in Python, and `yes` is a bool in YAML.
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{path}: {key} must be an integer of at least 1, got {value!r}")
-    return value
-
-
-def _rate(content: Mapping[str, object], key: str, path: Path) -> float:
-    value = content[key]
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        # PyYAML reads YAML 1.1, where 237e12 is text: a number has a point and a signed exponent.
-        raise ValueError(f"{path}: {key} must be positive and written like 2.37e+14, got {value!r}")
-    return float(value)
+    Every term of either algorithm's traffic grows with the changed slots and with rows, so no
+    change moves less; and with equal slices it does not matter which slot it is.
+    """
+    num_ranks = geometry.num_ranks
+    layout = ExpertLayout.static(num_ranks, geometry.capacity, geometry.num_experts)
+    first_S = np.arange(geometry.num_slots) == 0
+    matrices = [(rows // num_ranks * num_ranks, columns) for rows, columns in costs.matrices]
+    algorithm = costs.restore_algorithm
+    traffic = restore_traffic(layout, geometry.node_size, matrices, algorithm, first_S)
+    fetch_s = costs._exchange_seconds(traffic, num_ranks, geometry.node_size, algorithm)
+    return (fetch_s + costs.solve_seconds(geometry)) * _BELOW_ROUNDING

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.config import EVEN_SPLIT
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -60,7 +61,9 @@ class LaerStrategy:
         # min keeps the first of equals.
         return min(
             candidates,
-            key=lambda layout: self.costs.layer_seconds(counts_NE, layout, geometry.node_size),
+            key=lambda layout: self.costs.layer_seconds(
+                counts_NE, layout, geometry.node_size, EVEN_SPLIT
+            ),
         )
 
 

@@ -1,0 +1,216 @@
+"""After the gate, two choices: keep the planned layout, or make a fresh one for these counts.
+
+A pure function of the counts of one microbatch, the same on every rank: integers, and the cost
+model's floats, which are equal everywhere (see `costs`). It moves nothing and measures nothing.
+
+Shape suffixes: N ranks, E experts, S slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from megatron_laer.config import EVEN_SPLIT, EXACT_SPLIT, SPLITS
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.construct import construct_layout
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.exact import ExactQuotas, exact_split
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.quotas import Int64
+from megatron_laer.planner.splits import Quotas, solve_quotas
+from megatron_laer.planner.traffic import changed_slots
+
+FORECAST, EXACT, ADAPTIVE = PLAN_MODES = ("forecast", "exact", "adaptive")
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """The layout of one microbatch of one layer, and why.
+
+    Attributes:
+        layout: the planned one or a fresh one.
+        quotas: of `layout`.
+        planned_layout: what the choice started from.
+        planned_quotas: of the planned layout; None under `exact`, which does not ask for them.
+        solved: whether a fresh layout was made, also if it was not taken.
+        gain_s: what the fresh layout saves in the layer's predicted time; None where the choice was
+            not made by cost. Without `solved`, the most that any layout could save.
+        cost_s: what changing to it costs; None with `gain_s`. Without `solved`, the least that any
+            change costs.
+        tolerance: None, or what the choice was made by.
+    """
+
+    layout: ExpertLayout
+    quotas: Quotas
+    planned_layout: ExpertLayout
+    planned_quotas: Quotas | None
+    solved: bool
+    gain_s: float | None = None
+    cost_s: float | None = None
+    tolerance: float | None = None
+
+    @property
+    def replanned(self) -> bool:
+        """Whether slots have to be fetched for this layout."""
+        return self.layout is not self.planned_layout
+
+    @cached_property
+    def changed_slots(self) -> int:
+        """Slots that hold another expert than in the planned layout."""
+        return int(changed_slots(self.planned_layout, self.layout).sum())
+
+    @cached_property
+    def max_over_mean_before(self) -> float | None:
+        """Largest over mean rank load with the planned layout; None where that was not solved."""
+        return None if self.planned_quotas is None else max_over_mean(self.planned_quotas)
+
+    @cached_property
+    def max_over_mean_after(self) -> float:
+        """The same with the layout that was chosen."""
+        return max_over_mean(self.quotas)
+
+    @property
+    def reason(self) -> str:
+        """For the log, without the layer's name. Made when asked for."""
+        ratio = f"max/mean {self.max_over_mean_after:.2f}"
+        if self.replanned:
+            if self.max_over_mean_before is not None:
+                ratio = f"max/mean {self.max_over_mean_before:.2f} -> {ratio[9:]}"
+            price = f", {self._price()}" if self.gain_s is not None else ""
+            slots = f"{self.changed_slots} slot{'' if self.changed_slots == 1 else 's'} changed"
+            return f"fresh layout: {ratio}{price} ({slots})"
+        if self.gain_s is not None:
+            return f"kept forecast: {self._price()}"
+        if self.solved:
+            return f"kept forecast: {ratio}, a fresh layout is no better"
+        if self.tolerance is not None:
+            return f"kept forecast: {ratio}, tolerance {1 + self.tolerance:.2f}"
+        return f"forecast: {ratio}"
+
+    def _price(self) -> str:
+        assert self.gain_s is not None and self.cost_s is not None
+        most, least = ("", "") if self.solved else ("at most ", "at least ")
+        sign = ">" if self.gain_s > self.cost_s else "<" if self.gain_s < self.cost_s else "="
+        gain, cost = f"{self.gain_s * 1e3:.1f} ms", f"{self.cost_s * 1e3:.1f} ms"
+        return f"gain {most}{gain} {sign} cost {least}{cost}"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Which of the two layouts a microbatch gets, by `mode`.
+
+    - `forecast`: the planned one, always.
+    - `exact`: a fresh one, always.
+    - `adaptive`: the fresh one if it saves more predicted seconds than the change costs; with a
+      tolerance x instead, if the planned one's largest load exceeds (1 + x) times the mean and the
+      fresh one's is smaller.
+
+    Attributes:
+        mode: one of `PLAN_MODES`.
+        tolerance: x, only with `adaptive`; None decides by cost.
+        split: how tokens are split over replicas; a fresh layout needs the exact split.
+
+    Raises:
+        ValueError: a combination that has no meaning; the message says what would work.
+    """
+
+    mode: str
+    costs: CostModel
+    geometry: Geometry
+    tolerance: float | None = None
+    split: str = EXACT_SPLIT
+
+    def __post_init__(self) -> None:
+        if self.mode not in PLAN_MODES:
+            raise ValueError(f"plan mode {self.mode!r}: must be one of {', '.join(PLAN_MODES)}")
+        if self.split not in SPLITS:
+            raise ValueError(f"split {self.split!r}: must be one of {', '.join(SPLITS)}")
+        if self.mode != FORECAST and self.split == EVEN_SPLIT:
+            raise ValueError(
+                f"plan mode {self.mode!r} makes layouts for the exact split, got split "
+                f"{self.split!r}; use split {EXACT_SPLIT!r} or plan mode {FORECAST!r}"
+            )
+        if self.tolerance is not None and self.mode != ADAPTIVE:
+            raise ValueError(
+                f"a tolerance of {self.tolerance} has no effect on plan mode {self.mode!r}; use "
+                f"plan mode {ADAPTIVE!r}"
+            )
+        if self.tolerance is not None and not 0 <= self.tolerance < self.geometry.num_ranks:
+            raise ValueError(
+                f"tolerance {self.tolerance}: must be at least 0 and less than the number of ranks "
+                f"({self.geometry.num_ranks}), since no rank has more than all tokens"
+            )
+
+    def decide(self, counts_NE: Int64, planned: ExpertLayout) -> Decision:
+        """The layout and quotas of one microbatch.
+
+        Args:
+            counts_NE: tokens on each source rank for each expert, int64 [N, E].
+            planned: the layout that the slow loop planned, whose slots are restored ahead.
+
+        Raises:
+            ValueError: counts or a layout of another shape, or negative counts.
+        """
+        self.geometry.check_layout(planned)
+        if self.mode == EXACT:
+            layout = self._fresh(counts_NE, planned)
+            return Decision(layout, self._exact(counts_NE, layout), planned, None, solved=True)
+        if self.mode == FORECAST:
+            quotas = solve_quotas(self.split, counts_NE, planned, self.geometry.node_size)
+            return Decision(planned, quotas, planned, quotas, solved=False)
+        kept = self._exact(counts_NE, planned)
+        if self.tolerance is not None:
+            return self._by_tolerance(kept, self.tolerance)
+        return self._by_cost(kept)
+
+    def _by_tolerance(self, kept: ExactQuotas, tolerance: float) -> Decision:
+        largest, total = _largest_and_total(kept)
+        least = -(-total // self.geometry.num_ranks)
+        # At the bound no layout is better, whatever the tolerance; one token is N times the mean.
+        if largest == least or max_over_mean(kept) <= 1.0 + tolerance:
+            return Decision(
+                kept.layout, kept, kept.layout, kept, solved=False, tolerance=tolerance
+            )
+        layout = self._fresh(kept.counts_NE, kept.layout)
+        quotas = self._exact(kept.counts_NE, layout)
+        if _largest_and_total(quotas)[0] >= largest:
+            layout, quotas = kept.layout, kept
+        return Decision(layout, quotas, kept.layout, kept, solved=True, tolerance=tolerance)
+
+    def _by_cost(self, kept: ExactQuotas) -> Decision:
+        costs, node_size = self.costs, self.geometry.node_size
+        kept_s = costs.split_seconds(kept.totals(), kept.layout, node_size)
+        # Both bounds are below what they bound, so leaving here never changes the choice.
+        most_s = kept_s - costs.least_layer_seconds(kept.counts_NE, self.geometry)
+        least_s = costs.least_change_seconds(self.geometry)
+        if most_s <= least_s:
+            return Decision(kept.layout, kept, kept.layout, kept, False, most_s, least_s)
+        layout = self._fresh(kept.counts_NE, kept.layout)
+        if layout is kept.layout:
+            return Decision(layout, kept, layout, kept, solved=True)
+        quotas = self._exact(kept.counts_NE, layout)
+        gain_s = kept_s - costs.split_seconds(quotas.totals(), layout, node_size)
+        cost_s = costs.change_seconds(kept.layout, layout, node_size)
+        if gain_s > cost_s:
+            return Decision(layout, quotas, kept.layout, kept, True, gain_s, cost_s)
+        return Decision(kept.layout, kept, kept.layout, kept, True, gain_s, cost_s)
+
+    def _fresh(self, counts_NE: Int64, planned: ExpertLayout) -> ExpertLayout:
+        return construct_layout(counts_NE, planned, self.geometry.node_size)
+
+    def _exact(self, counts_NE: Int64, layout: ExpertLayout) -> ExactQuotas:
+        return exact_split(layout, self.geometry.node_size).solve(counts_NE)
+
+
+def max_over_mean(quotas: Quotas) -> float:
+    """Largest over mean rank load; 1 without tokens."""
+    largest, total = _largest_and_total(quotas)
+    return largest * quotas.counts_NE.shape[0] / total if total > 0 else 1.0
+
+
+def _largest_and_total(quotas: Quotas) -> tuple[int, int]:
+    loads_N = np.asarray(quotas.loads_S).reshape(quotas.counts_NE.shape[0], -1).sum(axis=1)
+    return int(loads_N.max()), int(loads_N.sum())

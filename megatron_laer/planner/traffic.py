@@ -1,0 +1,218 @@
+"""What the exchange of parameters and gradients puts on the links, by formula; no torch, no wire.
+
+Two algorithms move the same values. `flat` is one All-to-All over all ranks. `node` crosses nodes
+once for each distinct expert of a node, place by place (rank g of a node with rank g of the other
+nodes), and spreads the experts inside the node. `runtime.restore` and `runtime.node_exchange` count
+what they really send; tests hold the counts equal to the formulas here.
+
+Legend: N ranks, E experts, C slots per rank, S = N·C slots, G ranks per node, M = N/G nodes,
+R rows of a matrix, K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.geometry import check_node_size
+
+Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+ALGORITHMS = ("flat", "node")
+
+
+def row_bounds(rows: int, num_ranks: int) -> list[int]:
+    """N + 1 bounds of the row blocks that ranks hold; blocks differ by at most one row."""
+    return [rank * rows // num_ranks for rank in range(num_ranks + 1)]
+
+
+@dataclass(frozen=True, eq=False)
+class Traffic:
+    """Elements of one exchange per rank and link class; what stays on a rank is in none of them.
+
+    Received and sent are kept apart because their largest values differ: ranks of a node with many
+    distinct experts receive more than others send, and with few changed slots nearly all ranks send
+    while few receive. Links are full duplex, so a rank is busy for the larger of the two.
+
+    Attributes:
+        intra_N, inter_N: int64 [N], received from ranks of the same node and of other nodes.
+        sent_intra_N, sent_inter_N: int64 [N], sent to them.
+    """
+
+    intra_N: Int64
+    inter_N: Int64
+    sent_intra_N: Int64
+    sent_inter_N: Int64
+
+    def seconds(
+        self,
+        algorithm: str,
+        bytes_per_element: float,
+        intra_bytes_per_s: float,
+        inter_bytes_per_s: float,
+        inter_bytes_per_element: float | None = None,
+    ) -> float:
+        """Predicted duration of the exchange, from each rank's own link rates; no latency.
+
+        `flat` drives both link classes in one collective and takes the slower class of the slowest
+        rank. `node` runs one collective after the other and takes the sum of the two.
+
+        Args:
+            inter_bytes_per_element: of what crosses nodes, where it travels in another dtype.
+
+        Raises:
+            ValueError: an unknown algorithm.
+        """
+        check_algorithm(algorithm)
+        inter_bytes = (
+            bytes_per_element if inter_bytes_per_element is None else (inter_bytes_per_element)
+        )
+        intra_s_N = np.maximum(self.intra_N, self.sent_intra_N) * (
+            bytes_per_element / intra_bytes_per_s
+        )
+        inter_s_N = np.maximum(self.inter_N, self.sent_inter_N) * (inter_bytes / inter_bytes_per_s)
+        if algorithm == "flat":
+            return float(np.maximum(intra_s_N, inter_s_N).max())
+        return float(intra_s_N.max() + inter_s_N.max())
+
+
+def changed_slots(before: ExpertLayout, after: ExpertLayout) -> Bool:
+    """Slots whose expert differs, bool [S].
+
+    Raises:
+        ValueError: layouts of different N, C or E.
+    """
+    shapes = [(given.num_ranks, given.capacity, given.num_experts) for given in (before, after)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"layouts of different (ranks, capacity, experts): {shapes}")
+    return np.asarray(before.slot_expert_S != after.slot_expert_S)
+
+
+def restore_traffic(
+    layout: ExpertLayout,
+    node_size: int,
+    matrices: Sequence[tuple[int, int]],
+    algorithm: str,
+    changed_S: Bool | None = None,
+) -> Traffic:
+    """Elements that one restore moves.
+
+    With c_n slots to fetch on rank n, D_J distinct experts among those of node J, and r_n rows on
+    rank n = (node J, place g), per matrix and times K, a rank receives
+
+        flat  c_n · (rows of its node - r_n) intra   c_n · (R - rows of its node) inter
+        node  c_n · (R - rows of its place) intra    D_J · (rows of its place - r_n) inter
+
+    where a place's rows are those of rank g of every node. Since D_J is at most the sum of c_n over
+    the node, a node never receives more from other nodes with `node` than with `flat`; nor does
+    any single rank if N divides R and all ranks of the node fetch equally many slots.
+
+    Args:
+        node_size: G, ranks per node.
+        matrices: (R, K) of each expert matrix.
+        changed_S: slots to fetch; all of them by default.
+
+    Raises:
+        ValueError: an unknown algorithm, a node size that does not divide N, or a `changed_S` of
+            another shape.
+    """
+    check_algorithm(algorithm)
+    num_ranks, num_slots = layout.num_ranks, layout.num_slots
+    check_node_size(num_ranks, node_size)
+    if changed_S is None:
+        changed_S = np.ones(num_slots, dtype=np.bool_)
+    if changed_S.shape != (num_slots,):
+        raise ValueError(f"changed_S has shape {changed_S.shape}, expected {(num_slots,)}")
+
+    fetched_N = changed_S.reshape(num_ranks, -1).sum(axis=1, dtype=np.int64)
+    fetched_J = fetched_N.reshape(-1, node_size).sum(axis=1)
+    distinct_J = _distinct_experts(layout, node_size, changed_S)
+    node_N = np.arange(num_ranks) // node_size
+
+    received_intra_N, received_inter_N, sent_intra_N, sent_inter_N = np.zeros(
+        (4, num_ranks), dtype=np.int64
+    )
+    for rows, columns in matrices:
+        bounds = np.asarray(row_bounds(rows, num_ranks), dtype=np.int64)
+        rows_N = bounds[1:] - bounds[:-1]
+        rows_JG = rows_N.reshape(-1, node_size)
+        place_rows_N = np.tile(rows_JG.sum(axis=0), num_ranks // node_size)
+        if algorithm == "flat":
+            node_rows_N = rows_JG.sum(axis=1)[node_N]
+            received_intra_N += fetched_N * (node_rows_N - rows_N) * columns
+            received_inter_N += fetched_N * (rows - node_rows_N) * columns
+            sent_intra_N += (fetched_J[node_N] - fetched_N) * rows_N * columns
+            sent_inter_N += (fetched_J.sum() - fetched_J[node_N]) * rows_N * columns
+        else:
+            received_intra_N += fetched_N * (rows - place_rows_N) * columns
+            received_inter_N += distinct_J[node_N] * (place_rows_N - rows_N) * columns
+            sent_intra_N += (fetched_J[node_N] - fetched_N) * place_rows_N * columns
+            sent_inter_N += (distinct_J.sum() - distinct_J[node_N]) * rows_N * columns
+    return Traffic(received_intra_N, received_inter_N, sent_intra_N, sent_inter_N)
+
+
+def reduce_traffic(
+    layout: ExpertLayout, node_size: int, matrices: Sequence[tuple[int, int]], algorithm: str
+) -> Traffic:
+    """Elements that one gradient exchange moves: a restore of all slots, run backwards.
+
+    Elements between nodes may be of another dtype than those inside (`--fsep-grad-wire-dtype`).
+
+    Raises:
+        ValueError: an unknown algorithm, or a node size that does not divide N.
+    """
+    there = restore_traffic(layout, node_size, matrices, algorithm)
+    return Traffic(
+        intra_N=there.sent_intra_N,
+        inter_N=there.sent_inter_N,
+        sent_intra_N=there.intra_N,
+        sent_inter_N=there.inter_N,
+    )
+
+
+def choose_algorithm(
+    layout: ExpertLayout,
+    node_size: int,
+    matrices: Sequence[tuple[int, int]],
+    bytes_per_element: float,
+    intra_bytes_per_s: float,
+    inter_bytes_per_s: float,
+) -> str:
+    """The algorithm whose restore is predicted to take less time; `flat` if equal.
+
+    Every rank that asks with the same arguments gets the same answer.
+
+    Raises:
+        ValueError: a node size that does not divide N.
+    """
+    seconds = {
+        algorithm: restore_traffic(layout, node_size, matrices, algorithm).seconds(
+            algorithm, bytes_per_element, intra_bytes_per_s, inter_bytes_per_s
+        )
+        for algorithm in ALGORITHMS
+    }
+    return min(ALGORITHMS, key=lambda algorithm: seconds[algorithm])
+
+
+def check_algorithm(algorithm: str) -> None:
+    """Reject a name that is not in `ALGORITHMS`.
+
+    Raises:
+        ValueError: with the names that work.
+    """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {algorithm!r}; use one of {ALGORITHMS}")
+
+
+def _distinct_experts(layout: ExpertLayout, node_size: int, changed_S: Bool) -> Int64:
+    """Distinct experts among the changed slots of each node, int64 [M]."""
+    num_nodes = layout.num_ranks // node_size
+    node_S = np.arange(layout.num_slots) // (node_size * layout.capacity)
+    pair_S = node_S * layout.num_experts + layout.slot_expert_S
+    pairs = np.unique(pair_S[changed_S])
+    return np.bincount(pairs // layout.num_experts, minlength=num_nodes).astype(np.int64)

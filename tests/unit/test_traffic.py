@@ -1,0 +1,206 @@
+"""Traffic of restores and gradient exchanges: equal to a message-by-message count, and bounded."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.traffic import (
+    ALGORITHMS,
+    Bool,
+    Traffic,
+    changed_slots,
+    choose_algorithm,
+    reduce_traffic,
+    restore_traffic,
+    row_bounds,
+)
+
+pytestmark = pytest.mark.unit
+
+
+@dataclass
+class Case:
+    layout: ExpertLayout
+    node_size: int
+    matrices: list[tuple[int, int]]
+    changed_S: Bool
+
+
+@st.composite
+def cases(draw: st.DrawFn, max_ranks: int, even_rows: bool = False) -> Case:
+    """Random layouts of any N, C, E and G, and two matrices, also with fewer rows than ranks."""
+    num_ranks = draw(st.integers(1, max_ranks))
+    num_experts = draw(st.integers(1, 64))
+    least = -(-num_experts // num_ranks)
+    capacity = draw(st.integers(least, min(num_experts, least + 4)))
+    node_size = draw(st.sampled_from([g for g in range(1, num_ranks + 1) if num_ranks % g == 0]))
+    seed = draw(st.integers(0, 2**16))
+    layout = ExpertLayout.random(num_ranks, capacity, num_experts, seed=(seed,))
+    unit = num_ranks if even_rows else 1
+    matrices = [(unit * draw(st.integers(1, 70)), draw(st.integers(1, 5))) for _ in range(2)]
+    share = draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+    changed_S = np.random.default_rng(seed).random(layout.num_slots) < share
+    return Case(layout, node_size, matrices, changed_S)
+
+
+def traffic_by_message(case: Case, algorithm: str) -> Traffic:
+    """Every message of a restore, written down one by one."""
+    layout, G = case.layout, case.node_size
+    N, C = layout.num_ranks, layout.capacity
+    sent: dict[tuple[int, int], int] = defaultdict(int)  # (from, to) → elements
+    for rows, columns in case.matrices:
+        bounds = row_bounds(rows, N)
+        block_N = [(bounds[n + 1] - bounds[n]) * columns for n in range(N)]
+        wanted = {
+            rank: [
+                int(layout.slot_expert_S[slot])
+                for slot in range(rank * C, rank * C + C)
+                if case.changed_S[slot]
+            ]
+            for rank in range(N)
+        }
+        for to in range(N):
+            if algorithm == "flat":
+                for source in range(N):
+                    sent[source, to] += len(wanted[to]) * block_N[source]
+                continue
+            node = range(to // G * G, to // G * G + G)
+            distinct = {expert for rank in node for expert in wanted[rank]}
+            for source in range(to % G, N, G):
+                sent[source, to] += len(distinct) * block_N[source]
+            for helper in node:
+                place_rows = sum(block_N[n] for n in range(helper % G, N, G))
+                if helper != to:
+                    sent[helper, to] += len(wanted[to]) * place_rows
+
+    counted = Traffic(*np.zeros((4, N), dtype=np.int64))
+    for (source, to), elements in sent.items():
+        if source == to:
+            continue
+        near = source // G == to // G
+        (counted.intra_N if near else counted.inter_N)[to] += elements
+        (counted.sent_intra_N if near else counted.sent_inter_N)[source] += elements
+    return counted
+
+
+def assert_equal(a: Traffic, b: Traffic) -> None:
+    for name in ("intra_N", "inter_N", "sent_intra_N", "sent_inter_N"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+
+
+@settings(max_examples=80, deadline=None)
+@given(cases(max_ranks=12), st.sampled_from(ALGORITHMS))
+def test_the_formula_equals_a_count_message_by_message(case: Case, algorithm: str) -> None:
+    formula = restore_traffic(case.layout, case.node_size, case.matrices, algorithm, case.changed_S)
+    assert_equal(formula, traffic_by_message(case, algorithm))
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(max_ranks=12), st.sampled_from(ALGORITHMS))
+def test_gradients_travel_as_a_full_restore_backwards(case: Case, algorithm: str) -> None:
+    case.changed_S[:] = True
+    there = traffic_by_message(case, algorithm)
+    back = reduce_traffic(case.layout, case.node_size, case.matrices, algorithm)
+    assert_equal(
+        back, Traffic(there.sent_intra_N, there.sent_inter_N, there.intra_N, there.inter_N)
+    )
+
+
+def per_node(elements_N: np.ndarray, node_size: int) -> np.ndarray:
+    return elements_N.reshape(-1, node_size).sum(axis=1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(max_ranks=1024))
+def test_no_node_receives_or_sends_more_across_nodes_than_flat(case: Case) -> None:
+    flat, node = (
+        restore_traffic(case.layout, case.node_size, case.matrices, algorithm, case.changed_S)
+        for algorithm in ALGORITHMS
+    )
+    for name in ("inter_N", "sent_inter_N"):
+        by_node, by_flat = (
+            per_node(getattr(traffic, name), case.node_size) for traffic in (node, flat)
+        )
+        assert (by_node <= by_flat).all(), name
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(max_ranks=1024, even_rows=True))
+def test_no_rank_receives_or_sends_more_across_nodes_where_rows_are_even(case: Case) -> None:
+    for formula in (restore_traffic, reduce_traffic):
+        flat, node = (
+            formula(case.layout, case.node_size, case.matrices, algorithm)
+            for algorithm in ALGORITHMS
+        )
+        assert (node.inter_N <= flat.inter_N).all()
+        assert (node.sent_inter_N <= flat.sent_inter_N).all()
+
+
+@pytest.mark.parametrize(("nodes", "node_size", "experts"), [(4, 8, 8), (2, 4, 4), (128, 8, 8)])
+def test_half_of_flat_crosses_nodes_where_a_node_holds_each_expert_twice(
+    nodes: int, node_size: int, experts: int
+) -> None:
+    num_ranks = nodes * node_size
+    slots = np.tile(np.arange(experts), num_ranks * 2 // experts)
+    layout = ExpertLayout.from_slots(num_ranks, 2, experts, slots)
+    for formula in (restore_traffic, reduce_traffic):
+        flat, node = (
+            formula(layout, node_size, [(28672, 4096), (4096, 14336)], algorithm)
+            for algorithm in ALGORITHMS
+        )
+        assert 2 * node.inter_N.sum() <= flat.inter_N.sum()
+        if 28672 % num_ranks == 0:
+            assert (2 * node.inter_N == flat.inter_N).all()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_nothing_changed_moves_nothing(algorithm: str) -> None:
+    layout = ExpertLayout.random(8, 2, 8, seed=(0,))
+    traffic = restore_traffic(layout, 4, [(64, 8)], algorithm, changed_slots(layout, layout))
+    assert_equal(traffic, Traffic(*np.zeros((4, 8), dtype=np.int64)))
+
+
+@pytest.mark.parametrize("node_size", [1, 8])
+@pytest.mark.parametrize("formula", [restore_traffic, reduce_traffic])
+def test_one_rank_per_node_and_one_node_cost_the_same_either_way(
+    node_size: int, formula: object
+) -> None:
+    layout = ExpertLayout.static(8, 2, 8)
+    flat, node = (formula(layout, node_size, [(67, 3)], name) for name in ALGORITHMS)  # type: ignore[operator]
+    assert_equal(flat, node)
+
+
+def test_seconds_follow_the_slower_direction_of_the_slowest_rank() -> None:
+    traffic = Traffic(*np.array([[10, 0], [0, 6], [0, 4], [8, 0]]))
+    # Rank 0: 10 received inside, 8 sent across. Rank 1: 4 sent inside, 6 received across.
+    assert traffic.seconds("node", 2, 10.0, 4.0) == pytest.approx(2 * 10 / 10 + 2 * 8 / 4)
+    assert traffic.seconds("flat", 2, 10.0, 4.0) == pytest.approx(2 * 8 / 4)
+    assert traffic.seconds("flat", 2, 10.0, 4.0, inter_bytes_per_element=4) == pytest.approx(8.0)
+
+
+def test_the_choice_follows_the_link_rates() -> None:
+    layout = ExpertLayout.random(32, 2, 8, seed=(1,))
+    matrices = [(28672, 4096), (4096, 14336)]
+    assert choose_algorithm(layout, 8, matrices, 2, 300e9, 12.5e9) == "node"
+    assert choose_algorithm(layout, 8, matrices, 2, 12.5e9, 12.5e9) == "flat"
+    assert choose_algorithm(layout, 32, matrices, 2, 300e9, 12.5e9) == "flat"
+    assert choose_algorithm(ExpertLayout.static(32, 2, 8), 1, matrices, 2, 3e11, 1e10) == "flat"
+
+
+def test_wrong_arguments_are_refused_with_what_works() -> None:
+    layout = ExpertLayout.static(4, 2, 4)
+    with pytest.raises(ValueError, match=r"'tree'.*'flat', 'node'"):
+        restore_traffic(layout, 2, [(8, 8)], "tree")
+    with pytest.raises(ValueError, match="node size 3 does not divide the 4 ranks"):
+        reduce_traffic(layout, 3, [(8, 8)], "node")
+    with pytest.raises(ValueError, match=r"expected \(8,\)"):
+        restore_traffic(layout, 2, [(8, 8)], "node", np.ones(3, dtype=np.bool_))
+    with pytest.raises(ValueError, match="different"):
+        changed_slots(layout, ExpertLayout.static(4, 3, 4))
