@@ -12,10 +12,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatron_laer.layout import default_capacity
 from megatron_laer.model_flags import model_flags
-from megatron_laer.planner.costs import CostModel, load_cluster
+from megatron_laer.planner.clusters import load_cluster
+from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.strategies import strategy_names
-from megatron_laer.simulator.modes import mode_by_name, mode_names
+from megatron_laer.planner.traffic import ALGORITHMS
 from megatron_laer.simulator.report import (
     LEGEND,
     check_can_plot,
@@ -23,7 +24,7 @@ from megatron_laer.simulator.report import (
     write_json,
     write_plot,
 )
-from megatron_laer.simulator.table import simulate
+from megatron_laer.simulator.table import BASELINES, MODES, check_modes, simulate
 from megatron_laer.trace import FORMATS, read_trace
 
 _DEFAULT_CLUSTER = "a100-4x8-ib800"
@@ -38,11 +39,6 @@ class ExpertSizes:
     ffn: int
     gated: bool
     num_experts: int | None = None
-
-    @property
-    def expert_bytes(self) -> int:
-        """Of its weights, in bf16."""
-        return (3 if self.gated else 2) * self.hidden * self.ffn * _BYTES_PER_ELEMENT
 
 
 # Mixtral-8x7B's experts, as the paper has them.
@@ -93,15 +89,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         nargs="+",
         metavar="MODE",
-        default=list(mode_names()),
-        help=f"of {', '.join(mode_names())}; default: all",
+        default=list(MODES),
+        help=f"of {', '.join(MODES)}; default: all",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="of mode tolerance: replan where max/mean exceeds 1 + X; default: %(default)s",
     )
     parser.add_argument(
         "--lag",
         type=int,
         default=1,
         metavar="D",
-        help="age of the newest counts, in recorded steps",
+        help="age of the newest counts, in steps of the trace",
+    )
+    parser.add_argument(
+        "--restore-algorithm",
+        default=ALGORITHMS[0],
+        choices=ALGORITHMS,
+        help="how experts are fetched; default: %(default)s",
     )
     parser.add_argument("--config", metavar="NAME|YAML", help="a model, for its experts' sizes")
     parser.add_argument("--hidden", type=int, metavar="H", help="width of a token")
@@ -132,6 +141,14 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"cannot write {str(output)!r}: its folder does not exist")
     cluster = load_cluster(args.cluster)
     sizes = _sizes(args.config, args.hidden, args.ffn)
+    costs = CostModel(
+        cluster=cluster,
+        hidden=sizes.hidden,
+        ffn=sizes.ffn,
+        gated=sizes.gated,
+        bytes_per_element=_BYTES_PER_ELEMENT,
+        restore_algorithm=args.restore_algorithm,
+    )
     num_experts = args.experts if args.experts is not None else sizes.num_experts
     ranks = None if args.trace_ranks is None else _rank_range(args.trace_ranks)
 
@@ -145,15 +162,8 @@ def run(args: argparse.Namespace) -> int:
     geometries = [
         Geometry(num_ranks, trace.num_experts, capacity, node_size) for capacity in capacities
     ]
-    costs = CostModel.from_shapes(
-        hidden=sizes.hidden,
-        ffn=sizes.ffn,
-        gated=sizes.gated,
-        bytes_per_element=_BYTES_PER_ELEMENT,
-        flops_per_s=cluster.flops_per_s,
-        intra_bytes_per_s=cluster.intra_bytes_per_s,
-        inter_bytes_per_s=cluster.inter_bytes_per_s,
-    )
+    for geometry in geometries:
+        check_modes(args.mode, costs, geometry, args.tolerance)
     about = {
         "trace": str(args.trace),
         "steps": len(set(trace.step_R.tolist())),
@@ -165,6 +175,8 @@ def run(args: argparse.Namespace) -> int:
         "node_size": node_size,
         "cluster": cluster.name,
         "expert_sizes": asdict(sizes),
+        "restore_algorithm": args.restore_algorithm,
+        "tolerance": args.tolerance,
         "lag": args.lag,
         "every": args.every,
     }
@@ -181,13 +193,17 @@ def run(args: argparse.Namespace) -> int:
         costs,
         args.strategy,
         args.mode,
-        expert_bytes=sizes.expert_bytes,
+        tolerance=args.tolerance,
         lag=args.lag,
         every=args.every,
         progress=_planning,
     )
     print(table_text(rows))
-    print(f"\n{rows[0].cases} cases, each a microbatch of a layer with {args.lag} step before it.")
+    print(
+        f"\n{rows[0].cases} cases: microbatches of one layer each, with layouts from counts that are "
+        f"{args.lag} recorded step(s) old.\nRows of {' and '.join(BASELINES)} are for comparison, "
+        "always in mode forecast."
+    )
     if trace.num_experts % num_ranks != 0:
         print(f"No row for stock EP, which needs {trace.num_experts} experts / {num_ranks} ranks.")
     print(LEGEND)
@@ -216,7 +232,8 @@ def _check_names(strategies: Sequence[str], modes: Sequence[str]) -> None:
         if name not in strategy_names():
             raise ValueError(f"unknown strategy {name!r}; use one of {', '.join(strategy_names())}")
     for name in modes:
-        mode_by_name(name)
+        if name not in MODES:
+            raise ValueError(f"unknown mode {name!r}; use one of {', '.join(MODES)}")
     for names in (strategies, modes):
         if len(set(names)) != len(names):
             raise ValueError(f"{' '.join(names)!r} names one of them twice")
@@ -262,8 +279,8 @@ def _model_sizes(config: str) -> ExpertSizes:
         text = values.get(flag, "")
         if not (text.isascii() and text.isdigit()) or int(text) < 1:
             raise ValueError(
-                f"model {config!r} has no usable {flag.removeprefix('--')} ({text!r}); give --hidden "
-                "and --ffn instead of --config"
+                f"model {config!r} has no usable {flag.removeprefix('--')} ({text!r}); give "
+                "--hidden and --ffn instead of --config"
             )
         sizes[name] = int(text)
     return ExpertSizes(sizes["hidden"], sizes["ffn"], "--swiglu" in flags, sizes["num_experts"])

@@ -23,8 +23,9 @@ _COLUMNS = (
     ("max", ">", lambda row: f"{row.max:.3f}"),
     ("load/bound", ">", lambda row: f"{row.load_over_bound:.4f}"),
     ("off-node", ">", lambda row: f"{row.off_node_share:.1%}"),
-    ("fresh", ">", lambda row: f"{row.fresh_share:.1%}"),
+    ("replans", ">", lambda row: f"{row.replan_share:.1%}"),
     ("plan ms", ">", lambda row: f"{row.plan_ms:.3f}"),
+    ("gate ms", ">", lambda row: f"{row.gate_ms:.3f}"),
     ("restored GiB", ">", lambda row: f"{row.restored_bytes / _GIB:.3f}"),
     ("layer ms", ">", lambda row: f"{row.layer_ms:.3f}"),
     ("time/bound", ">", lambda row: f"{row.time_over_bound:.3f}"),
@@ -32,10 +33,11 @@ _COLUMNS = (
 
 LEGEND = """\
 mean, p95, p99, max: of max/mean tokens per rank. load/bound: largest load / ceil(tokens/N), mean.
-off-node: tokens computed on another node than their own. fresh: cases in which slots were restored
-after the gate. plan ms: a layout, mean; in the background, or after the gate (exact). restored GiB:
-what the busiest rank receives in one forward pass. layer ms: predicted, forward and backward,
-without restores. time/bound: the same over balanced compute without any communication."""
+off-node: tokens computed on another node than their own. replans: microbatches whose layout was
+made after the gate. plan ms: a planned layout, in the background; gate ms: split and guard, on the
+critical path; both measured here, medians. restored GiB: what the busiest rank receives in one
+forward pass. layer ms: predicted, forward and backward, with the cost of replans; other restores
+are taken to be hidden. time/bound: the same / what no layout of C slots and no split gets below."""
 
 
 def table_text(rows: Sequence[Row]) -> str:

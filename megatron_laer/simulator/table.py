@@ -20,16 +20,22 @@ from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.guard import ADAPTIVE, FORECAST, PLAN_MODES, Guard
 from megatron_laer.planner.quotas import Int64
 from megatron_laer.planner.strategies import Strategy, make_strategy
-from megatron_laer.simulator.modes import Decision, Mode, keep_forecast, mode_by_name
-from megatron_laer.simulator.outcome import Outcome, evaluate
+from megatron_laer.simulator.outcome import Outcome, evaluate, restored_bytes
 from megatron_laer.trace.records import Trace
 
 STOCK = "stock EP"
 
+# `adaptive` by cost, and by a tolerance.
+TOLERANCE = "tolerance"
+MODES = (*PLAN_MODES, TOLERANCE)
+
 # The paper's planner reckons with even splits, and is shown with them.
 _SPLITS = {"laer": EVEN_SPLIT}
+# Shown as they are; a layout made after the gate would hide what they do.
+BASELINES = ("static", "laer")
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,13 @@ class Row:
         mean, p95, p99, max: of max/mean tokens per rank.
         load_over_bound: mean of largest load / ceil(tokens / N).
         off_node_share, off_node_tokens: tokens that leave their node, of all and per case.
-        plan_ms: mean time of a layout, in the background or (mode `exact`) after the gate.
+        replan_share: cases whose layout was made after the gate.
+        plan_ms: measured time of a planned layout, in the background, median.
+        gate_ms: measured time after the gate, on the critical path: split and guard, median.
         restored_bytes: that the busiest rank receives for one forward pass, mean.
-        fresh_share: cases in which slots were restored after the gate.
-        layer_ms: mean predicted time of a layer, forward and backward; restores not included.
+        fetched_bytes: what of that is fetched after the gate, mean.
+        layer_ms: mean predicted time of a layer, forward and backward, with what layouts that are
+            made after the gate cost; other restores are taken to be hidden.
         time_over_bound: sum of predicted times / sum of their lower bounds.
         ratios_R: max/mean of each case, for plots.
     """
@@ -62,9 +71,11 @@ class Row:
     load_over_bound: float
     off_node_share: float
     off_node_tokens: float
+    replan_share: float
     plan_ms: float
+    gate_ms: float
     restored_bytes: float
-    fresh_share: float
+    fetched_bytes: float
     layer_ms: float
     time_over_bound: float
     ratios_R: tuple[float, ...] = field(repr=False)
@@ -76,25 +87,25 @@ class _Entry:
 
     strategy: str
     mode: str
-    split: str
-    geometry: Geometry
-    decide: Mode
-    restored_slots: int
+    guard: Guard
     outcomes: list[Outcome] = field(default_factory=list)
-    decisions: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass
 class _Planner:
-    """A strategy at work, with the layouts in force by layer, and its lines."""
+    """A strategy at work, with the layouts in force by layer, and its lines.
+
+    Without a strategy it is stock: `ExpertLayout.static` at C = E/N, and nothing is restored.
+    """
 
     strategy: Strategy | None
     geometry: Geometry
     entries: list[_Entry]
     layouts: dict[int, ExpertLayout] = field(default_factory=dict)
     plan_s: list[float] = field(default_factory=list)
+    restored_bytes: list[int] = field(default_factory=list)
 
-    def layout(self, layer: int, forecast_NE: Int64) -> ExpertLayout:
+    def layout(self, layer: int, forecast_NE: Int64, costs: CostModel) -> ExpertLayout:
         """The next layout of a layer."""
         geometry = self.geometry
         current = self.layouts.get(layer) or ExpertLayout.static(
@@ -104,6 +115,7 @@ class _Planner:
             start_s = time.perf_counter()
             current = self.strategy.plan(forecast_NE, current)
             self.plan_s.append(time.perf_counter() - start_s)
+            self.restored_bytes.append(restored_bytes(current, geometry.node_size, costs))
         self.layouts[layer] = current
         return current
 
@@ -115,19 +127,19 @@ def simulate(
     strategies: Sequence[str],
     modes: Sequence[str],
     *,
-    expert_bytes: int,
+    tolerance: float = 0.05,
     lag: int = 1,
     every: int = 1,
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[Row]:
     """Run all strategies and modes over a trace of the geometries' ranks and experts.
 
-    Modes other than `forecast` are for exact splits, so `laer` has none of them. Stock expert
-    parallelism is the first row, where E is a multiple of N.
+    `BASELINES` are always in mode `forecast`. Stock expert parallelism is the first row, where E
+    is a multiple of N.
 
     Args:
         geometries: one per capacity; N, E and node size are the same in all.
-        expert_bytes: of one expert's weights.
+        modes: of `MODES`; `tolerance` is `adaptive` with `tolerance`.
         lag: a layout is planned from counts that are this many recorded steps old, or older.
         every: evaluate each so many-th case; a number that divides neither the layers nor the
             microbatches meets them all.
@@ -140,7 +152,7 @@ def simulate(
         geometry.check_counts(trace.counts_RNE.shape[1:])
     if lag < 1 or every < 1:
         raise ValueError(f"lag and every must be at least 1, got {lag} and {every}")
-    planners = list(_planners(geometries, costs, strategies, modes))
+    planners = list(_planners(geometries, costs, strategies, modes, tolerance))
     cases = _cases(trace, lag)[::every]
     if not cases:
         raise ValueError(
@@ -154,16 +166,28 @@ def simulate(
         if not chosen or forecast_NE is None:
             continue
         layer = int(trace.layer_R[chosen[0]])
-        planned = [planner.layout(layer, forecast_NE) for planner in planners]
+        planned = [planner.layout(layer, forecast_NE, costs) for planner in planners]
         for record in chosen:
             counts_NE = trace.counts_NE(record)
             next(bar)
             for planner, layout in zip(planners, planned, strict=True):
                 for entry in planner.entries:
-                    _evaluate(entry, counts_NE, layout, costs)
+                    entry.outcomes.append(evaluate(entry.guard, counts_NE, layout))
     # The bar closes when it is exhausted.
     next(bar, None)
-    return [_row(entry, planner, expert_bytes) for planner in planners for entry in planner.entries]
+    return [_row(entry, planner) for planner in planners for entry in planner.entries]
+
+
+def check_modes(
+    modes: Sequence[str], costs: CostModel, geometry: Geometry, tolerance: float
+) -> None:
+    """Reject names of modes, or a tolerance, that the guard does not know.
+
+    Raises:
+        ValueError: with what was passed and what would work.
+    """
+    for mode in modes:
+        _guard(mode, costs, geometry, EXACT_SPLIT, tolerance)
 
 
 def _planners(
@@ -171,21 +195,30 @@ def _planners(
     costs: CostModel,
     strategies: Sequence[str],
     modes: Sequence[str],
+    tolerance: float,
 ) -> Iterator[_Planner]:
     first = geometries[0]
     if first.num_experts % first.num_ranks == 0:
         each = first.num_experts // first.num_ranks
         stock = Geometry(first.num_ranks, first.num_experts, each, first.node_size)
-        entry = _Entry(STOCK, "-", EVEN_SPLIT, stock, keep_forecast, restored_slots=0)
-        yield _Planner(None, stock, [entry])
+        guard = Guard(FORECAST, costs, stock, split=EVEN_SPLIT)
+        yield _Planner(None, stock, [_Entry(STOCK, "-", guard)])
     for geometry in geometries:
         for name in strategies:
             split = _SPLITS.get(name, EXACT_SPLIT)
             entries = [
-                _Entry(name, mode, split, geometry, mode_by_name(mode), geometry.capacity)
-                for mode in (modes if split == EXACT_SPLIT else ["forecast"])
+                _Entry(name, mode, _guard(mode, costs, geometry, split, tolerance))
+                for mode in ([FORECAST] if name in BASELINES else modes)
             ]
             yield _Planner(make_strategy(name, geometry=geometry, costs=costs), geometry, entries)
+
+
+def _guard(mode: str, costs: CostModel, geometry: Geometry, split: str, tolerance: float) -> Guard:
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; use one of {', '.join(MODES)}")
+    if mode == TOLERANCE:
+        return Guard(ADAPTIVE, costs, geometry, tolerance, split)
+    return Guard(mode, costs, geometry, split=split)
 
 
 def _walk(trace: Trace, lag: int) -> Iterator[tuple[list[int], Int64 | None]]:
@@ -220,29 +253,18 @@ def _cases(trace: Trace, lag: int) -> list[int]:
     return cases
 
 
-def _evaluate(entry: _Entry, counts_NE: Int64, planned: ExpertLayout, costs: CostModel) -> None:
-    node_size = entry.geometry.node_size
-    decision: Decision = entry.decide(counts_NE, planned, node_size)
-    entry.outcomes.append(evaluate(counts_NE, decision.layout, node_size, entry.split, costs))
-    entry.decisions.append((decision.fetched_slots, decision.plan_s))
-
-
-def _row(entry: _Entry, planner: _Planner, expert_bytes: int) -> Row:
+def _row(entry: _Entry, planner: _Planner) -> Row:
     outcomes = entry.outcomes
     ratios = np.array([outcome.max_over_mean for outcome in outcomes])
-    fetched_R, decided_s_R = np.array(entry.decisions).T
-    # A mode that makes a layout after the gate has that on its line, the others the plan's time.
-    plan_s = decided_s_R.mean() if decided_s_R.any() else np.mean(planner.plan_s or [0.0])
-    num_ranks = entry.geometry.num_ranks
-    slot_bytes = expert_bytes * (num_ranks - 1) / num_ranks
+    fetched_bytes = float(np.mean([outcome.fetched_bytes for outcome in outcomes]))
     tokens = sum(outcome.tokens for outcome in outcomes)
     off_node = sum(outcome.off_node_tokens for outcome in outcomes)
     seconds = sum(outcome.layer_s for outcome in outcomes)
     return Row(
         strategy=entry.strategy,
         mode=entry.mode,
-        split=entry.split,
-        capacity=entry.geometry.capacity,
+        split=entry.guard.split,
+        capacity=planner.geometry.capacity,
         cases=len(outcomes),
         mean=float(ratios.mean()),
         p95=float(np.percentile(ratios, 95)),
@@ -251,9 +273,11 @@ def _row(entry: _Entry, planner: _Planner, expert_bytes: int) -> Row:
         load_over_bound=float(np.mean([outcome.load_over_bound for outcome in outcomes])),
         off_node_share=off_node / tokens,
         off_node_tokens=off_node / len(outcomes),
-        plan_ms=float(plan_s) * 1e3,
-        restored_bytes=float((entry.restored_slots + fetched_R).mean() * slot_bytes),
-        fresh_share=float((fetched_R > 0).mean()),
+        replan_share=float(np.mean([outcome.replanned for outcome in outcomes])),
+        plan_ms=float(np.median(planner.plan_s or [0.0])) * 1e3,
+        gate_ms=float(np.median([outcome.gate_s for outcome in outcomes])) * 1e3,
+        restored_bytes=float(np.mean(planner.restored_bytes or [0])) + fetched_bytes,
+        fetched_bytes=fetched_bytes,
         layer_ms=seconds / len(outcomes) * 1e3,
         time_over_bound=seconds / sum(outcome.least_s for outcome in outcomes),
         ratios_R=tuple(ratios.tolist()),

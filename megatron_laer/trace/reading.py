@@ -54,7 +54,10 @@ def read_trace(
     else:
         raise ValueError(f"unknown trace format {found!r}; use one of {', '.join(FORMATS)}")
     if num_experts is not None and trace.num_experts != num_experts:
-        raise ValueError(f"{path} has {trace.num_experts} experts, not {num_experts}")
+        raise ValueError(
+            f"{path} has {trace.num_experts} experts, not {num_experts} as --experts or --config "
+            "say"
+        )
     return trace if ranks is None else trace.of_ranks(ranks)
 
 
