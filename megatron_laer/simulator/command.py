@@ -200,9 +200,9 @@ def run(args: argparse.Namespace) -> int:
     )
     print(table_text(rows))
     print(
-        f"\n{rows[0].cases} cases: microbatches of one layer each, with layouts from counts that are "
-        f"{args.lag} recorded step(s) old.\nRows of {' and '.join(BASELINES)} are for comparison, "
-        "always in mode forecast."
+        f"\n{rows[0].cases} cases: microbatches of one layer each, with layouts from counts that "
+        f"are {args.lag} recorded step(s) old.\nRows of {' and '.join(BASELINES)} are for "
+        "comparison, always in mode forecast."
     )
     if trace.num_experts % num_ranks != 0:
         print(f"No row for stock EP, which needs {trace.num_experts} experts / {num_ranks} ranks.")

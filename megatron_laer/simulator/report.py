@@ -79,15 +79,27 @@ def write_plot(path: Path, title: str, rows: Sequence[Row]) -> None:
     """The quantiles of max/mean, a line per row."""
     from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    # A colour per strategy and capacity, a dash per mode.
+    colours: dict[tuple[str, int], str] = {}
+    dashes = {"forecast": "-", "exact": ":", "adaptive": "--", "tolerance": "-."}
+    figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots()
     for row in rows:
+        colour = colours.setdefault((row.strategy, row.capacity), f"C{len(colours)}")
         ratios = sorted(row.ratios_R)
         shares = [(index + 1) / len(ratios) for index in range(len(ratios))]
-        axes.plot(shares, ratios, label=f"{row.strategy} {row.mode}, C={row.capacity}")
+        axes.plot(
+            shares,
+            ratios,
+            color=colour,
+            linestyle=dashes.get(row.mode, "-"),
+            label=f"{row.strategy} {row.mode}, C={row.capacity}",
+        )
     axes.set_xlabel("share of microbatches (one layer each)")
     axes.set_ylabel("max/mean tokens per rank, at most")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_title(title)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path)

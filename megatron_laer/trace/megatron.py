@@ -156,8 +156,10 @@ def _parse(record: object, num_experts: int | None) -> tuple[int, _Layer, npt.ND
     given = record.get("top_indices")
     if not isinstance(given, list):
         raise ValueError("top_indices must be a list of lists of expert numbers")
-    # Megatron writes [] for no tokens.
-    index_TK = np.array(given) if given else np.zeros(shape, dtype=np.int64)[:0]
+    # Megatron writes [] for no tokens, which says nothing about K.
+    index_TK = np.array(given) if given else np.zeros((0, min(shape[1], 1)), dtype=np.int64)
+    if not given and shape[0] == 0:
+        shape = (0, index_TK.shape[1])
     if index_TK.shape != shape or index_TK.dtype.kind not in "iu":
         raise ValueError(
             f"top_indices have shape {index_TK.shape} of {index_TK.dtype}, but num_tokens and topk "

@@ -23,7 +23,7 @@ MAX_INDEX = 2**53
 # A file may be far smaller than the dense counts it stands for (sparse tables, compression), but
 # not without limit: a few damaged digits must not ask for all of the memory.
 _FREE_BYTES = 2**24
-_BYTES_PER_FILE_BYTE = 64
+_BYTES_PER_FILE_BYTE = 512
 
 
 @dataclass(frozen=True, eq=False)

@@ -375,6 +375,7 @@ def test_ranks_that_routed_other_layers_are_refused(tmp_path):
         ({"top_indices": [[0], [0.5]]}, "of float64"),
         ({"top_indices": [[0], []]}, "inhomogeneous"),
         ({"top_indices": "01"}, "must be a list of lists"),
+        ({"top_indices": [], "num_tokens": 10**15, "topk": 10**15}, "but num_tokens and topk are"),
         ([], r"expected an object, got \[\]"),
     ],
 )
