@@ -228,7 +228,7 @@ def parse_cluster(text: str) -> Cluster:
         ValueError: whatever is wrong with it.
     """
     try:
-        content = yaml.load(text, Loader=_TextLoader)  # noqa: S506 - a BaseLoader builds no objects
+        content = yaml.load(text, Loader=_TextLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {error}") from error
     except RecursionError as error:
@@ -313,9 +313,7 @@ def _number(value: object, where: str) -> float:
 
 def _gemm(value: object, where: str) -> GemmCurve:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(
-            f"{where} must be a list of points [tokens, FLOP/s], got {_quote(value)}"
-        )
+        raise ValueError(f"{where} must be a list of points [tokens, FLOP/s], got {_quote(value)}")
     points = []
     for number, point in enumerate(value):
         if not isinstance(point, Sequence) or isinstance(point, str) or len(point) != 2:

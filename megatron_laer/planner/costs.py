@@ -152,24 +152,27 @@ class CostModel:
 
         Compute: the busiest rank has at least the mean load, and no less than the mean of all
         ranks' times, with each expert in as few GEMMs as are fastest. Tokens: a rank keeps at most
-        those of its own C most wanted experts; the others leave it, over all its links at once.
+        those of its own C most wanted experts, and the others leave it over all its links at once;
+        a node keeps at most those of its G*C most wanted, and the others leave over its ranks'
+        links to other nodes.
         """
-        gemm, num_ranks = self.cluster.gemm, geometry.num_ranks
+        gemm, intra, inter = self.cluster.gemm, self.cluster.intra, self.cluster.inter
+        num_ranks, node_size, capacity = geometry.num_ranks, geometry.node_size, geometry.capacity
         loads_E = counts_NE.sum(axis=0)
         largest = np.array([-(-int(loads_E.sum()) // num_ranks)])
         experts_s = math.fsum(gemm.least_unit_seconds(loads_E).tolist()) / num_ranks
         expert_s = self._expert_flops * max(experts_s, float(gemm.least_unit_seconds(largest)[0]))
 
-        foreign = geometry.num_experts - geometry.capacity
-        leaving_NE = np.partition(counts_NE, foreign - 1, axis=1) if foreign else counts_NE
-        leaving = int(leaving_NE[:, :foreign].sum(axis=1).max())
-        links_bytes_per_s = 0.0
-        if geometry.node_size > 1:
-            links_bytes_per_s += self.cluster.intra.bytes_per_s
+        pass_s = 0.0
+        if num_ranks > 1:
+            near_bytes_per_s = intra.bytes_per_s if node_size > 1 else 0.0
+            far_bytes_per_s = inter.bytes_per_s if geometry.num_nodes > 1 else 0.0
+            pass_s = _least_leaving(counts_NE, capacity) / (near_bytes_per_s + far_bytes_per_s)
         if geometry.num_nodes > 1:
-            links_bytes_per_s += self.cluster.inter.bytes_per_s
-        pass_s = leaving * self.token_bytes / links_bytes_per_s if num_ranks > 1 else 0.0
-        pass_s += self._latency_seconds(num_ranks, geometry.node_size)
+            node_counts_QE = counts_NE.reshape(geometry.num_nodes, node_size, -1).sum(axis=1)
+            leaving = _least_leaving(node_counts_QE, node_size * capacity)
+            pass_s = max(pass_s, leaving / node_size / inter.bytes_per_s)
+        pass_s = pass_s * self.token_bytes + self._latency_seconds(num_ranks, node_size)
         return (expert_s + _ALL_TO_ALL_PASSES * pass_s) * _BELOW_ROUNDING
 
     def restore_bytes(
@@ -277,6 +280,14 @@ class CostModel:
         if num_ranks == 1:
             return 0.0
         return (self.cluster.intra if num_ranks == node_size else self.cluster.inter).latency_s
+
+
+def _least_leaving(counts: Int64, kept_experts: int) -> int:
+    """Tokens that leave the row which keeps fewest, if a row keeps its most wanted experts'."""
+    others = counts.shape[1] - kept_experts
+    if others <= 0:
+        return 0
+    return int(np.partition(counts, others - 1, axis=1)[:, :others].sum(axis=1).max())
 
 
 @lru_cache(maxsize=64)

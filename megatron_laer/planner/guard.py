@@ -163,40 +163,38 @@ class Guard:
             return Decision(planned, quotas, planned, quotas, solved=False)
         kept = self._exact(counts_NE, planned)
         if self.tolerance is not None:
-            return self._by_tolerance(kept, self.tolerance)
-        return self._by_cost(kept)
+            return self._by_tolerance(planned, kept, self.tolerance)
+        return self._by_cost(planned, kept)
 
-    def _by_tolerance(self, kept: ExactQuotas, tolerance: float) -> Decision:
+    def _by_tolerance(self, planned: ExpertLayout, kept: ExactQuotas, tolerance: float) -> Decision:
         largest, total = _largest_and_total(kept)
         least = -(-total // self.geometry.num_ranks)
         # At the bound no layout is better, whatever the tolerance; one token is N times the mean.
         if largest == least or max_over_mean(kept) <= 1.0 + tolerance:
-            return Decision(
-                kept.layout, kept, kept.layout, kept, solved=False, tolerance=tolerance
-            )
-        layout = self._fresh(kept.counts_NE, kept.layout)
-        quotas = self._exact(kept.counts_NE, layout)
+            return Decision(planned, kept, planned, kept, solved=False, tolerance=tolerance)
+        fresh = self._fresh(kept.counts_NE, planned)
+        quotas = self._exact(kept.counts_NE, fresh)
         if _largest_and_total(quotas)[0] >= largest:
-            layout, quotas = kept.layout, kept
-        return Decision(layout, quotas, kept.layout, kept, solved=True, tolerance=tolerance)
+            return Decision(planned, kept, planned, kept, solved=True, tolerance=tolerance)
+        return Decision(fresh, quotas, planned, kept, solved=True, tolerance=tolerance)
 
-    def _by_cost(self, kept: ExactQuotas) -> Decision:
+    def _by_cost(self, planned: ExpertLayout, kept: ExactQuotas) -> Decision:
         costs, node_size = self.costs, self.geometry.node_size
-        kept_s = costs.split_seconds(kept.totals(), kept.layout, node_size)
+        kept_s = costs.split_seconds(kept.totals(), planned, node_size)
         # Both bounds are below what they bound, so leaving here never changes the choice.
         most_s = kept_s - costs.least_layer_seconds(kept.counts_NE, self.geometry)
         least_s = costs.least_change_seconds(self.geometry)
         if most_s <= least_s:
-            return Decision(kept.layout, kept, kept.layout, kept, False, most_s, least_s)
-        layout = self._fresh(kept.counts_NE, kept.layout)
-        if layout is kept.layout:
-            return Decision(layout, kept, layout, kept, solved=True)
-        quotas = self._exact(kept.counts_NE, layout)
-        gain_s = kept_s - costs.split_seconds(quotas.totals(), layout, node_size)
-        cost_s = costs.change_seconds(kept.layout, layout, node_size)
+            return Decision(planned, kept, planned, kept, False, most_s, least_s)
+        fresh = self._fresh(kept.counts_NE, planned)
+        if fresh is planned:
+            return Decision(planned, kept, planned, kept, solved=True)
+        quotas = self._exact(kept.counts_NE, fresh)
+        gain_s = kept_s - costs.split_seconds(quotas.totals(), fresh, node_size)
+        cost_s = costs.change_seconds(planned, fresh, node_size)
         if gain_s > cost_s:
-            return Decision(layout, quotas, kept.layout, kept, True, gain_s, cost_s)
-        return Decision(kept.layout, kept, kept.layout, kept, True, gain_s, cost_s)
+            return Decision(fresh, quotas, planned, kept, True, gain_s, cost_s)
+        return Decision(planned, kept, planned, kept, True, gain_s, cost_s)
 
     def _fresh(self, counts_NE: Int64, planned: ExpertLayout) -> ExpertLayout:
         return construct_layout(counts_NE, planned, self.geometry.node_size)

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.runtime.sources import LayoutRecorder, PlannedLayouts, ReplayedLayouts
+from tests.costs import make_costs
 
 pytestmark = pytest.mark.unit
 
 GEOMETRY = Geometry(num_ranks=2, num_experts=4, capacity=3, node_size=2)
 LAYERS = ["layer 1", "layer 2"]
-COSTS = CostModel(1e-6, 64, 1e9, 1e9)
+COSTS = make_costs()
 
 
 def layouts(seed: int) -> list[ExpertLayout]:

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_laer.config import EVEN_SPLIT
 from megatron_laer.layout import ExpertLayout, default_capacity
-from megatron_laer.planner.costs import CostModel, cluster_file, load_cluster
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.laer import place, replicas_by_load, replicas_even
 from megatron_laer.planner.quotas import Int64, even_split
-from megatron_laer.planner.reference import quota_NS
 from megatron_laer.planner.strategies import make_strategy, strategy_names
+from tests.costs import COMPUTE_ONLY, make_costs
 
 pytestmark = pytest.mark.unit
 
-COSTS = CostModel(
-    expert_s_per_token=1e-6, token_bytes=8192, intra_bytes_per_s=3e11, inter_bytes_per_s=1.25e10
-)
-# Transfers are free, so that cost is the largest load and nothing else.
-COMPUTE_ONLY = CostModel(1e-6, 8192, math.inf, math.inf)
+COSTS = make_costs()
 
 
 def skewed_counts_NE(geometry: Geometry, seed: int, skew: float = 1.2) -> Int64:
@@ -76,9 +69,9 @@ def test_laer_is_legal_repeatable_and_never_costs_more(geometry: Geometry, seed:
     assert planned.replicas_E.min() >= 1
     assert planned == laer.plan(counts_NE, current)
     static = ExpertLayout.static(*shape_of(geometry))
-    seconds = COSTS.layer_seconds(counts_NE, planned, geometry.node_size)
+    seconds = COSTS.layer_seconds(counts_NE, planned, geometry.node_size, EVEN_SPLIT)
     for other in (current, static):
-        assert seconds <= COSTS.layer_seconds(counts_NE, other, geometry.node_size)
+        assert seconds <= COSTS.layer_seconds(counts_NE, other, geometry.node_size, EVEN_SPLIT)
     # Planning again from its own result changes nothing.
     assert laer.plan(counts_NE, planned) is planned
 
@@ -193,99 +186,3 @@ def test_unknown_strategies_and_illegal_geometries_are_quoted() -> None:
         Geometry(12, 8, 2, 8)
     with pytest.raises(ValueError, match="too few for 9 experts"):
         Geometry(4, 9, 2, 2)
-
-
-@settings(max_examples=50, deadline=None)
-@given(geometries().filter(lambda geometry: geometry.num_ranks <= 16), st.integers(0, 2**16))
-def test_cost_equals_its_definition_on_the_whole_matrix(geometry: Geometry, seed: int) -> None:
-    counts_NE = counts_for(seed, geometry)
-    layout = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
-    num_ranks = geometry.num_ranks
-    sent_NN = quota_NS(counts_NE, layout, geometry.node_size)
-    sent_NN = sent_NN.reshape(num_ranks, num_ranks, -1).sum(axis=2)
-    pass_s = [0.0] * num_ranks
-    for rank in range(num_ranks):
-        for near, rate in ((True, COSTS.intra_bytes_per_s), (False, COSTS.inter_bytes_per_s)):
-            peers = [
-                peer
-                for peer in range(num_ranks)
-                if peer != rank
-                and (peer // geometry.node_size == rank // geometry.node_size) == near
-            ]
-            sent, received = sent_NN[rank, peers].sum(), sent_NN[peers, rank].sum()
-            pass_s[rank] += COSTS.token_bytes * max(sent, received) / rate
-    expected = 3 * COSTS.expert_s_per_token * sent_NN.sum(axis=0).max() + 4 * max(pass_s)
-    seconds = COSTS.layer_seconds(counts_NE, layout, geometry.node_size)
-    assert seconds == pytest.approx(expected, rel=1e-12)
-
-
-def test_recompute_adds_one_forward_of_the_experts() -> None:
-    again = CostModel(1e-6, 8192, math.inf, math.inf, recompute=True)
-    counts_NE = np.full((2, 2), 10, dtype=np.int64)
-    layout = ExpertLayout.static(2, 1, 2)
-    assert COMPUTE_ONLY.layer_seconds(counts_NE, layout, 2) == pytest.approx(20 * 3e-6)
-    assert again.layer_seconds(counts_NE, layout, 2) == pytest.approx(20 * 4e-6)
-
-
-def test_cost_constants_follow_from_shapes() -> None:
-    cluster = load_cluster("a100-4x8-ib800")
-    costs = CostModel.from_shapes(
-        hidden=4096,
-        ffn=14336,
-        gated=True,
-        bytes_per_element=2,
-        flops_per_s=cluster.flops_per_s,
-        intra_bytes_per_s=cluster.intra_bytes_per_s,
-        inter_bytes_per_s=cluster.inter_bytes_per_s,
-    )
-    # 2 FLOPs for each of 3*H*F weights, at 237 TFLOP/s.
-    assert costs.expert_s_per_token == pytest.approx(1.4866e-6, rel=1e-4)
-    assert costs.token_bytes == 8192
-    with pytest.raises(ValueError, match=r"inter_bytes_per_s must be positive, got 0\.0"):
-        CostModel(1e-6, 8192, 1.0, 0.0)
-
-
-@pytest.mark.parametrize("name", ["a100-4x8-ib800", "cpu-gloo"])
-def test_shipped_clusters_load_by_name_and_by_path(name: str) -> None:
-    cluster = load_cluster(name)
-    assert cluster.name == name
-    assert load_cluster(cluster_file(name)) == load_cluster(str(cluster_file(name))) == cluster
-
-
-def test_unknown_clusters_are_quoted_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown cluster 'b300'; known are \['a100-4x8-ib800'"):
-        load_cluster("b300")
-
-
-GOOD = """name: x
-source: y
-nodes: 1
-ranks_per_node: 8
-flops_per_s: 2.37e+14
-intra_bytes_per_s: 1
-inter_bytes_per_s: 1.0
-"""
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("2.37e+14", "237e12", r"flops_per_s must be .* like 2\.37e\+14, got '237e12'"),
-        ("2.37e+14", "-1.0", r"flops_per_s must be positive.*got -1\.0"),
-        ("2.37e+14", ".nan", "flops_per_s must be positive.*got nan"),
-        ("nodes: 1", "nodes: yes", "nodes must be an integer of at least 1, got True"),
-        ("nodes: 1", "nodes: 0", "nodes must be an integer of at least 1, got 0"),
-        ("source: y", "source: 3", "source must be a text that is not empty, got 3"),
-        ("source: y\n", "", r"lacks the keys \['source'\]"),
-        ("nodes: 1", "nodes: 1\nspeed: 3", r"unknown keys \['speed'\]"),
-        (GOOD, "- 1", r"holds \[1\], expected a mapping"),
-        (GOOD, "{", "is not valid YAML"),
-    ],
-)
-def test_cluster_files_are_checked(tmp_path: Path, old: str, new: str, message: str) -> None:
-    path = tmp_path / "x.yaml"
-    path.write_text(GOOD)
-    assert load_cluster(path).intra_bytes_per_s == 1.0
-    path.write_text(GOOD.replace(old, new))
-    with pytest.raises(ValueError, match=message):
-        load_cluster(path)

@@ -1,0 +1,39 @@
+"""Cost models that tests price layouts with."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron_laer.planner.clusters import Cluster, GemmCurve, Link, SolveTime
+from megatron_laer.planner.costs import CostModel
+
+
+def make_costs(
+    *,
+    points: tuple[tuple[int, float], ...] = ((1, 1e10),),
+    intra: Link | None = None,
+    inter: Link | None = None,
+    solve: SolveTime | None = None,
+    **shape: Any,
+) -> CostModel:
+    """A small expert on a made-up cluster; by default at one speed for any number of tokens."""
+    cluster = Cluster(
+        name="test",
+        source="made up",
+        assumed="everything",
+        nodes=1,
+        ranks_per_node=1,
+        gemm=GemmCurve(points),
+        intra=intra or Link(3e11, 1e-6),
+        inter=inter or Link(1.25e10, 2e-6),
+        solve=solve or SolveTime(1e-6, 0.0, 0.0),
+    )
+    return CostModel(
+        cluster, **{"hidden": 64, "ffn": 24, "gated": True, "bytes_per_element": 2, **shape}
+    )
+
+
+# Transfers take no time, so that cost is the largest load and nothing else.
+FREE = Link(math.inf, 0.0)
+COMPUTE_ONLY = make_costs(intra=FREE, inter=FREE)

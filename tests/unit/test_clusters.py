@@ -1,0 +1,209 @@
+"""Cluster files: what is shipped loads, and whatever else is in a file is a ValueError."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from megatron_laer.planner.clusters import (
+    GemmCurve,
+    Link,
+    SolveTime,
+    cluster_file,
+    load_cluster,
+    parse_cluster,
+)
+
+pytestmark = pytest.mark.unit
+
+SHIPPED = ["a100-4x8-ib800", "cpu-gloo", "h100-8"]
+
+GOOD = """name: x
+source: y
+assumed: z
+nodes: 1
+ranks_per_node: 8
+gemm:
+  - [1, 2e12]
+  - [4096, 237e12]
+intra: {bytes_per_s: 3e11, latency_s: 0}
+inter: {bytes_per_s: 1.25e+10, latency_s: 2e-5}
+solve: {base_s: 1e-5, slot_s: 1e-7, count_s: 1e-9}
+"""
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_clusters_load_by_name_and_by_path(name: str) -> None:
+    cluster = load_cluster(name)
+    assert cluster.name == name
+    assert load_cluster(cluster_file(name)) == load_cluster(str(cluster_file(name))) == cluster
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_few_tokens_cost_more_each_on_every_shipped_cluster(name: str) -> None:
+    gemm = load_cluster(name).gemm
+    tokens = np.array([1, 8, 64, 512])
+    each = gemm.unit_seconds(tokens) / tokens
+    assert (np.diff(each) < 0).all()
+
+
+def test_the_papers_cluster_has_the_papers_numbers() -> None:
+    cluster = load_cluster("a100-4x8-ib800")
+    # Its profile: 6.7096 ms for 4096 tokens through an expert of Mixtral-8x7B.
+    expert_flops = 2 * 3 * 4096 * 14336
+    seconds = expert_flops * cluster.gemm.unit_seconds(np.array([4096]))[0]
+    assert seconds == pytest.approx(6.7096e-3, rel=2e-3)
+    assert cluster.gemm.points[-1][1] == 2.37e14
+    assert (cluster.intra.bytes_per_s, cluster.inter.bytes_per_s) == (3e11, 100e9 / 8)
+    assert (cluster.nodes, cluster.ranks_per_node) == (4, 8)
+
+
+def test_unknown_clusters_are_quoted_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown cluster 'b300'; known are \['a100-4x8-ib800'"):
+        load_cluster("b300")
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(GOOD)
+    cluster = load_cluster(path)
+    # YAML 1.1 takes a number without a point or without the exponent's sign for text.
+    assert cluster.gemm == GemmCurve(((1, 2e12), (4096, 2.37e14)))
+    assert cluster.intra == Link(3e11, 0.0)
+    assert cluster.solve == SolveTime(1e-5, 1e-7, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("237e12", "fast", r"gemm\[1\] must be a number like 2\.37e\+14, got 'fast'"),
+        ("237e12", "-1.0", r"gemm: GEMM point \[4096, -1\.0\]: .* FLOP/s positive"),
+        ("237e12", ".nan", r"gemm\[1\] must be a number .*got '\.nan'"),
+        ("237e12", "inf", r"gemm\[1\] must be a number .*got 'inf'"),
+        ("237e12", "1_0", r"gemm\[1\] must be a number .*got '1_0'"),
+        ("[4096, 237e12]", "[4096]", r"gemm\[1\] must be a point \[tokens, FLOP/s\], got \['4096'"),
+        ("[4096, 237e12]", "[1, 237e12]", "increasing tokens, got 1 after 1"),
+        ("[4096, 237e12]", "[2, 237e12]", r"less time for more tokens; at 2 .* most 4\.000e\+12"),
+        ("nodes: 1", "nodes: yes", "nodes must be an integer of at least 1, got 'yes'"),
+        ("nodes: 1", "nodes: 0", "nodes must be an integer of at least 1, got '0'"),
+        ("nodes: 1", "nodes: ²", "nodes must be an integer of at least 1, got '²'"),
+        ("nodes: 1", "nodes: " + "9" * 5000, "nodes must be an integer of at least 1, got '999"),
+        ("source: y", "source: [y]", r"source must be a text that is not empty, got \['y'\]"),
+        ("source: y\n", "source:\n", "source must be a text that is not empty, got ''"),
+        ("source: y\n", "", r"lacks the keys \['source'\]"),
+        ("nodes: 1", "nodes: 1\nspeed: 3", r"unknown keys \['speed'\]; expected exactly"),
+        ("nodes: 1", "nodes: 1\nnodes: 2", r"the keys \['nodes'\] are given more than once"),
+        ("3e11, latency_s: 0", "0, latency_s: 0", r"intra: bytes_per_s must be positive, got 0\.0"),
+        ("latency_s: 2e-5", "latency_s: -1", r"inter: latency_s must be .* not negative, got -1"),
+        ("{base_s: 1e-5, ", "{", r"solve lacks the keys \['base_s'\]"),
+        ("base_s: 1e-5", "base_s: -1", r"solve: base_s must be .* not negative, got -1"),
+        (GOOD, "- 1", r"the file holds \['1'\], expected a mapping"),
+        (GOOD, "", "the file holds None, expected a mapping"),
+        (GOOD, "{", "not valid YAML"),
+        (GOOD, "[" * 20000, "nested too deeply"),
+        (GOOD, GOOD + "? [a]\n: b\n", "not valid YAML.*unhashable"),
+    ],
+)
+def test_cluster_files_are_checked(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(GOOD.replace(old, new), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"(?s)x\.yaml: .*{message}"):
+        load_cluster(path)
+
+
+def test_a_file_that_grows_when_quoted_is_quoted_in_short() -> None:
+    # Nine levels of nine aliases each: 400 million entries when written out.
+    bomb = "a0: &a0 [x]\n" + "".join(
+        f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 10)
+    )
+    with pytest.raises(ValueError) as error:
+        parse_cluster(GOOD.replace("name: x", bomb + "name: *a9"))
+    assert len(str(error.value)) < 1000
+    with pytest.raises(ValueError, match="recursive"):
+        parse_cluster(GOOD.replace("name: x", "name: &n [*n, *n]"))
+
+
+def test_tags_build_nothing() -> None:
+    with pytest.raises(ValueError, match="name must be a text that is not empty"):
+        parse_cluster(GOOD.replace("name: x", "name: !!python/object/apply:os.getcwd []"))
+
+
+VALUES = st.recursive(
+    st.one_of(
+        st.text(max_size=8),
+        st.sampled_from(["1", "-1", "1e999", "~", "yes", "2001-99-99", "!!int ''", "!!bool x"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map(lambda items: f"[{', '.join(items)}]"),
+        inner.map(lambda item: f"{{tokens: {item}}}"),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(GOOD.splitlines(keepends=True)), VALUES)
+@example("nodes: 1\n", "&x [*x]")
+def test_any_value_loads_or_is_a_value_error(line: str, value: str) -> None:
+    key = line.split(":")[0]
+    try:
+        cluster = parse_cluster(GOOD.replace(line, f"{key}: {value}\n"))
+    except ValueError:
+        return
+    assert cluster.nodes >= 1
+    assert cluster.gemm.unit_seconds(np.array([1]))[0] > 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_any_text_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_cluster(text)
+
+
+@st.composite
+def curves(draw: st.DrawFn) -> GemmCurve:
+    """Any curve with growing times."""
+    tokens = sorted(draw(st.sets(st.integers(1, 5000), min_size=1, max_size=6)))
+    seconds = sorted(draw(st.floats(1e-6, 1.0)) for _ in tokens)
+    return GemmCurve(tuple((m, m / s) for m, s in zip(tokens, seconds, strict=True)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_time_grows_with_tokens_and_meets_the_points(data: st.DataObject) -> None:
+    try:
+        curve = data.draw(curves())
+    except ValueError:  # two equal times that rounding put the other way round
+        return
+    tokens = np.unique(data.draw(st.lists(st.integers(0, 6000), min_size=1, max_size=40)))
+    seconds = curve.unit_seconds(tokens)
+    assert (np.diff(seconds) >= 0).all()
+    assert (seconds[tokens == 0] == 0).all()
+    for point, flops_per_s in curve.points:
+        assert curve.unit_seconds(np.array([point]))[0] == pytest.approx(point / flops_per_s)
+    assert (curve.least_unit_seconds(tokens) <= seconds).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_division_into_gemms_is_faster_than_the_bound(data: st.DataObject) -> None:
+    try:
+        curve = data.draw(curves())
+    except ValueError:
+        return
+    parts = np.array(data.draw(st.lists(st.integers(0, 6000), min_size=1, max_size=6)))
+    least = curve.least_unit_seconds(np.array([parts.sum()]))[0]
+    assert least <= curve.unit_seconds(parts).sum() * (1 + 1e-12)
+
+
+def test_time_is_linear_between_points_and_constant_below_the_first() -> None:
+    curve = GemmCurve(((10, 1e3), (30, 1.5e3)))  # 10 ms and 20 ms
+    tokens = np.array([0, 1, 10, 20, 30, 60])
+    np.testing.assert_allclose(curve.unit_seconds(tokens), [0, 0.01, 0.01, 0.015, 0.02, 0.04])
+    with pytest.raises(ValueError, match="at least one point"):
+        GemmCurve(())

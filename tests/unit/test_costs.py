@@ -1,0 +1,235 @@
+"""Predicted seconds: equal to their definition, and bounded as physics bounds them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_laer.config import EVEN_SPLIT, EXACT_SPLIT
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.clusters import Link, SolveTime, load_cluster
+from megatron_laer.planner.construct import construct_layout
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.quotas import Int64, SplitTotals
+from megatron_laer.planner.reference import quota_NS
+from megatron_laer.planner.traffic import ALGORITHMS
+from tests.costs import COMPUTE_ONLY, FREE, make_costs
+from tests.unit.test_strategies import counts_for, geometries, shape_of
+
+pytestmark = pytest.mark.unit
+
+# Curved, with transfers and latencies that matter beside compute.
+COSTS = make_costs(
+    points=((1, 1e8), (16, 1e9), (256, 1e10)), intra=Link(3e8, 1e-6), inter=Link(2e7, 3e-6)
+)
+SMALL = geometries().filter(lambda geometry: geometry.num_ranks <= 16)
+
+
+def matrix_seconds(costs: CostModel, quota: Int64, layout: ExpertLayout, node_size: int) -> float:
+    """The cost's definition, rank by rank and slot by slot on the matrix of quotas."""
+    num_ranks = layout.num_ranks
+    gemm, intra, inter = costs.cluster.gemm, costs.cluster.intra, costs.cluster.inter
+    loads_NC = quota.sum(axis=0).reshape(num_ranks, -1)
+    expert_s = max(
+        sum(float(gemm.unit_seconds(np.array([tokens]))[0]) for tokens in loads_C)
+        for loads_C in loads_NC
+    )
+    sent_NN = quota.reshape(num_ranks, num_ranks, -1).sum(axis=2)
+    pass_s = 0.0
+    for rank in range(num_ranks):
+        for near, link in ((True, intra), (False, inter)):
+            peers = [
+                peer
+                for peer in range(num_ranks)
+                if peer != rank and (peer // node_size == rank // node_size) == near
+            ]
+            tokens = max(sent_NN[rank, peers].sum(), sent_NN[peers, rank].sum())
+            pass_s = max(pass_s, costs.token_bytes * tokens / link.bytes_per_s)
+    if num_ranks > 1:
+        pass_s += intra.latency_s if num_ranks == node_size else inter.latency_s
+    passes = 4 if costs.recompute else 3
+    return passes * costs.flops_per_token * expert_s + 4 * pass_s
+
+
+@settings(max_examples=50, deadline=None)
+@given(SMALL, st.integers(0, 2**16))
+def test_the_even_cost_equals_its_definition_on_the_whole_matrix(
+    geometry: Geometry, seed: int
+) -> None:
+    counts_NE = counts_for(seed, geometry)
+    layout = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
+    quota = quota_NS(counts_NE, layout, geometry.node_size)
+    for costs in (COSTS, replace(COSTS, recompute=True)):
+        expected = matrix_seconds(costs, quota, layout, geometry.node_size)
+        seconds = costs.layer_seconds(counts_NE, layout, geometry.node_size, EVEN_SPLIT)
+        assert seconds == pytest.approx(expected, rel=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SMALL, st.integers(0, 2**16))
+def test_the_exact_cost_equals_its_definition_on_the_whole_matrix(
+    geometry: Geometry, seed: int
+) -> None:
+    counts_NE = counts_for(seed, geometry)
+    layout = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
+    quotas = exact_split(layout, geometry.node_size).solve(counts_NE)
+    quota = np.stack([quotas.rank_row(rank) for rank in range(geometry.num_ranks)])
+    expected = matrix_seconds(COSTS, quota, layout, geometry.node_size)
+    seconds = COSTS.layer_seconds(counts_NE, layout, geometry.node_size)
+    assert seconds == pytest.approx(expected, rel=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(geometries(), st.integers(0, 2**16))
+def test_nothing_is_faster_than_the_lower_bound(geometry: Geometry, seed: int) -> None:
+    counts_NE = counts_for(seed, geometry)
+    random = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
+    for costs in (COSTS, COMPUTE_ONLY, make_costs(points=((1, 1e9), (40, 2e9), (80, 1.9e9)))):
+        least_s = costs.least_layer_seconds(counts_NE, geometry)
+        for layout in (random, construct_layout(counts_NE, random, geometry.node_size)):
+            for split in (EXACT_SPLIT, EVEN_SPLIT):
+                seconds = costs.layer_seconds(counts_NE, layout, geometry.node_size, split)
+                assert least_s <= seconds
+
+
+def test_the_lower_bound_is_met_by_a_balanced_layer_without_transfers() -> None:
+    # Every rank has its own expert, which all its tokens want.
+    counts_NE = np.diag([50, 50, 50, 50])
+    geometry = Geometry(4, 4, 1, 2)
+    seconds = COSTS.layer_seconds(counts_NE, ExpertLayout.static(4, 1, 4), 2)
+    assert COSTS.least_layer_seconds(counts_NE, geometry) == pytest.approx(seconds, rel=1e-8)
+
+
+def totals_of(loads_S: list[int], num_ranks: int) -> SplitTotals:
+    """Tokens that were where they are computed."""
+    loads = np.array(loads_S)
+    own_N = loads.reshape(num_ranks, -1).sum(axis=1)
+    nothing_N = np.zeros(num_ranks, dtype=np.int64)
+    return SplitTotals(loads, np.zeros_like(loads), own_N, nothing_N, own_N)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 500), min_size=8, max_size=8), st.integers(0, 7))
+def test_more_tokens_in_a_slot_never_take_less_time(loads_S: list[int], slot: int) -> None:
+    layout = ExpertLayout.static(4, 2, 8)
+    more_S = loads_S.copy()
+    more_S[slot] += 1
+    before_s = COSTS.split_seconds(totals_of(loads_S, 4), layout, 4)
+    assert COSTS.split_seconds(totals_of(more_S, 4), layout, 4) >= before_s
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 500), min_size=8, max_size=8))
+def test_a_balanced_layer_is_no_slower_than_a_skewed_one_at_one_speed(loads_S: list[int]) -> None:
+    layout = ExpertLayout.static(8, 1, 8)
+    even_S = [sum(loads_S) // 8 + (slot < sum(loads_S) % 8) for slot in range(8)]
+    skewed_s = COMPUTE_ONLY.split_seconds(totals_of(loads_S, 8), layout, 8)
+    assert COMPUTE_ONLY.split_seconds(totals_of(even_S, 8), layout, 8) <= skewed_s
+
+
+def test_free_links_leave_the_largest_load() -> None:
+    counts_NE = np.full((2, 2), 10, dtype=np.int64)
+    layout = ExpertLayout.static(2, 1, 2)
+    # 20 tokens on each rank at 1e10 FLOP/s; 3 passes, 4 with recompute.
+    token_s = COMPUTE_ONLY.flops_per_token / 1e10
+    assert COMPUTE_ONLY.layer_seconds(counts_NE, layout, 2) == pytest.approx(20 * 3 * token_s)
+    again = replace(COMPUTE_ONLY, recompute=True)
+    assert again.layer_seconds(counts_NE, layout, 2) == pytest.approx(20 * 4 * token_s)
+
+
+def test_two_small_gemms_take_longer_than_one_large_one() -> None:
+    costs = make_costs(points=((1, 1e9), (100, 1e10)), intra=FREE, inter=FREE)
+    layout = ExpertLayout.static(1, 2, 2)
+    whole_s = costs.split_seconds(totals_of([100, 0], 1), layout, 1)
+    assert costs.split_seconds(totals_of([50, 50], 1), layout, 1) > whole_s
+
+
+def test_faster_links_and_fewer_nodes_are_never_slower() -> None:
+    geometry = Geometry(8, 8, 2, 4)
+    counts_NE = np.random.default_rng(0).integers(0, 50, (8, 8))
+    layout = ExpertLayout.random(8, 2, 8, seed=(3,))
+    faster = make_costs(points=COSTS.cluster.gemm.points, intra=Link(6e8, 1e-6), inter=FREE)
+    for node_size in (1, 2, 4, 8):
+        slow_s = COSTS.layer_seconds(counts_NE, layout, node_size)
+        assert faster.layer_seconds(counts_NE, layout, node_size) <= slow_s
+    assert COSTS.layer_seconds(counts_NE, layout, 8) <= COSTS.layer_seconds(counts_NE, layout, 1)
+    assert geometry.num_nodes == 2
+
+
+def test_shapes_of_mixtral_8x7b() -> None:
+    costs = CostModel(load_cluster("a100-4x8-ib800"), 4096, 14336, True, 2)
+    assert costs.matrices == ((2 * 14336, 4096), (4096, 14336))
+    assert costs.flops_per_token == 2 * 3 * 4096 * 14336
+    assert costs.token_bytes == 8192
+    assert replace(costs, gated=False).matrices[0] == (14336, 4096)
+
+
+def test_restores_of_the_papers_setting_have_the_papers_bytes() -> None:
+    # 32 ranks on 4 nodes, 8 experts, 2 slots: 683 MB received per restore, 528 MB from other nodes.
+    costs = CostModel(load_cluster("a100-4x8-ib800"), 4096, 14336, True, 2)
+    layout = ExpertLayout.static(32, 2, 8)
+    received = costs.restore_bytes(layout, 8, "flat")
+    np.testing.assert_allclose(received.intra_N + received.inter_N, 683e6, rtol=1e-3)
+    np.testing.assert_allclose(received.inter_N, 528.5e6, rtol=1e-3)
+    # By rate of the slower class, 12.5 GB/s between nodes, and a latency for each matrix.
+    expected_s = received.inter_N.max() / 12.5e9 + 2 * costs.cluster.inter.latency_s
+    assert costs.restore_seconds(layout, 8, "flat") == pytest.approx(expected_s, rel=1e-9)
+    assert costs.restore_seconds(layout, 8, "node") < expected_s
+    given_back = costs.reduce_bytes(layout, 8, "flat")
+    assert given_back.intra_N.sum() == received.intra_N.sum()
+    assert costs.reduce_seconds(layout, 8, "flat") == pytest.approx(expected_s, rel=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(geometries(), st.integers(0, 2**16), st.sampled_from(ALGORITHMS))
+def test_a_change_costs_at_least_its_bound_and_more_for_more_slots(
+    geometry: Geometry, seed: int, algorithm: str
+) -> None:
+    costs = make_costs(restore_algorithm=algorithm, solve=SolveTime(1e-5, 1e-7, 1e-8))
+    before, after = (ExpertLayout.random(*shape_of(geometry), seed=(seed, n)) for n in (0, 1))
+    node_size = geometry.node_size
+    assert costs.change_seconds(before, before, node_size) == 0.0
+    if before != after:
+        seconds = costs.change_seconds(before, after, node_size)
+        assert costs.least_change_seconds(geometry) <= seconds
+        whole_s = costs.restore_seconds(after, node_size, algorithm)
+        assert seconds <= whole_s + costs.solve_seconds(geometry)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_one_changed_slot_of_equal_slices_costs_exactly_the_bound(algorithm: str) -> None:
+    costs = make_costs(hidden=64, ffn=32, restore_algorithm=algorithm)
+    geometry = Geometry(8, 8, 2, 4)
+    before = ExpertLayout.static(8, 2, 8)
+    slots = before.to_list()
+    slots[5] = (slots[5] + 3) % 8
+    after = ExpertLayout.from_slots(8, 2, 8, slots)
+    least_s = costs.least_change_seconds(geometry)
+    assert costs.change_seconds(before, after, 4) == pytest.approx(least_s, rel=1e-8)
+
+
+def test_solve_time_is_linear_in_slots_and_counts() -> None:
+    costs = make_costs(solve=SolveTime(1e-5, 1e-7, 1e-8))
+    assert costs.solve_seconds(Geometry(16, 32, 3, 8)) == pytest.approx(
+        1e-5 + 48 * 1e-7 + 512 * 1e-8
+    )
+
+
+def test_bad_values_are_quoted() -> None:
+    with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
+        make_costs(hidden=0)
+    with pytest.raises(ValueError, match="unknown algorithm 'ring'"):
+        make_costs(restore_algorithm="ring")
+    with pytest.raises(ValueError, match=r"bytes_per_s must be positive, got 0\.0"):
+        Link(0.0, 0.0)
+    counts_NE = np.ones((2, 2), dtype=np.int64)
+    with pytest.raises(ValueError, match="unknown split 'odd'; use 'exact' or 'even'"):
+        COSTS.layer_seconds(counts_NE, ExpertLayout.static(2, 1, 2), 2, "odd")
+    with pytest.raises(ValueError, match="layouts of different"):
+        COSTS.change_seconds(ExpertLayout.static(2, 1, 2), ExpertLayout.static(2, 2, 2), 1)

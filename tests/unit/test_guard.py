@@ -1,0 +1,251 @@
+"""The guard: legal, the same for everybody, and never slower by its own prediction than keeping."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.clusters import Link, SolveTime
+from megatron_laer.planner.construct import always_balances, construct_layout
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.guard import (
+    ADAPTIVE,
+    EXACT,
+    FORECAST,
+    PLAN_MODES,
+    Decision,
+    Guard,
+    max_over_mean,
+)
+from megatron_laer.planner.quotas import Int64
+from megatron_laer.planner.traffic import ALGORITHMS
+from tests.costs import COMPUTE_ONLY, FREE, make_costs
+from tests.unit.test_strategies import counts_for, geometries, shape_of
+
+pytestmark = pytest.mark.unit
+
+# From changes that cost next to nothing to changes that never pay.
+SOLVES = (SolveTime(0.0, 0.0, 0.0), SolveTime(1e-6, 1e-8, 1e-9), SolveTime(1e-3, 0.0, 0.0))
+
+
+@st.composite
+def cost_models(draw: st.DrawFn) -> CostModel:
+    return make_costs(
+        points=draw(st.sampled_from([((1, 1e10),), ((1, 1e8), (16, 1e9), (256, 1e10))])),
+        intra=draw(st.sampled_from([FREE, Link(3e11, 1e-7), Link(3e8, 1e-6)])),
+        inter=draw(st.sampled_from([FREE, Link(1e9, 1e-7), Link(2e7, 3e-6)])),
+        solve=draw(st.sampled_from(SOLVES)),
+        hidden=8,
+        ffn=draw(st.sampled_from([4, 40])),
+        restore_algorithm=draw(st.sampled_from(ALGORITHMS)),
+    )
+
+
+def one_token(geometry: Geometry, seed: int) -> Int64:
+    counts_NE = np.zeros((geometry.num_ranks, geometry.num_experts), dtype=np.int64)
+    counts_NE.flat[seed % counts_NE.size] = 1
+    return counts_NE
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Geometry, Int64, ExpertLayout]:
+    """Any geometry; counts with no, one, few and skewed tokens; planned well, badly or for them."""
+    geometry, seed = draw(geometries()), draw(st.integers(0, 2**16))
+    make = draw(st.sampled_from([counts_for, lambda seed, shape: one_token(shape, seed)]))
+    counts_NE = make(seed, geometry)
+    planned = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
+    if draw(st.booleans()):
+        drifted_NE = counts_NE + np.random.default_rng(seed).integers(0, 5, counts_NE.shape)
+        planned = construct_layout(drifted_NE, planned, geometry.node_size)
+    return geometry, counts_NE, planned
+
+
+def same(one: Decision, other: Decision) -> bool:
+    return (
+        one.layout == other.layout
+        and np.array_equal(one.quotas.loads_S, other.quotas.loads_S)
+        and one.reason == other.reason
+        and (one.gain_s, one.cost_s) == (other.gain_s, other.cost_s)
+    )
+
+
+def check_legal(decision: Decision, counts_NE: Int64, geometry: Geometry) -> None:
+    geometry.check_layout(decision.layout)
+    loads_E = np.zeros(geometry.num_experts, dtype=np.int64)
+    np.add.at(loads_E, decision.layout.slot_expert_S.astype(int), decision.quotas.loads_S)
+    np.testing.assert_array_equal(loads_E, counts_NE.sum(axis=0))
+    # The quotas are those of the layout: as good as exact quotas get.
+    again = exact_split(decision.layout, geometry.node_size).solve(counts_NE)
+    np.testing.assert_array_equal(again.loads_S, decision.quotas.loads_S)
+    assert decision.replanned == (decision.layout != decision.planned_layout)
+    assert (decision.changed_slots > 0) == decision.replanned
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), cost_models(), st.sampled_from(PLAN_MODES))
+def test_decisions_are_legal_and_depend_on_nothing_but_the_arguments(
+    case: tuple[Geometry, Int64, ExpertLayout], costs: CostModel, mode: str
+) -> None:
+    geometry, counts_NE, planned = case
+    guard = Guard(mode, costs, geometry)
+    decision = guard.decide(counts_NE, planned)
+    check_legal(decision, counts_NE, geometry)
+    # Whatever was decided in between, from an equal layout that is another object, by another guard
+    # that is equal, from counts that lie differently in memory.
+    guard.decide(counts_NE[::-1].copy(), decision.layout)
+    twin = ExpertLayout(
+        planned.num_ranks, planned.capacity, planned.num_experts, bytes(planned.slot_bytes)
+    )
+    assert same(decision, guard.decide(counts_NE, twin))
+    elsewhere_NE = np.asfortranarray(counts_NE)
+    assert same(decision, Guard(mode, costs, geometry).decide(elsewhere_NE, planned))
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), cost_models())
+def test_adaptive_takes_the_cheaper_and_its_early_way_out_changes_nothing(
+    case: tuple[Geometry, Int64, ExpertLayout], costs: CostModel
+) -> None:
+    geometry, counts_NE, planned = case
+    decision = Guard(ADAPTIVE, costs, geometry).decide(counts_NE, planned)
+
+    # Both choices in full, as if there were no bounds to leave by.
+    fresh = construct_layout(counts_NE, planned, geometry.node_size)
+    kept_s = costs.layer_seconds(counts_NE, planned, geometry.node_size)
+    fresh_s = costs.layer_seconds(counts_NE, fresh, geometry.node_size)
+    cost_s = costs.change_seconds(planned, fresh, geometry.node_size)
+    wanted = fresh if kept_s - fresh_s > cost_s else planned
+    assert decision.layout == wanted
+    if decision.solved and decision.gain_s is not None:
+        assert (decision.gain_s, decision.cost_s) == (kept_s - fresh_s, cost_s)
+    elif not decision.solved:
+        assert decision.gain_s is not None and decision.cost_s is not None
+        assert decision.gain_s >= kept_s - fresh_s
+        assert fresh == planned or decision.cost_s <= cost_s
+    chosen_s = fresh_s + cost_s if decision.replanned else kept_s
+    assert chosen_s <= kept_s
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), cost_models())
+def test_exact_reaches_the_bound_wherever_it_can_be_reached(
+    case: tuple[Geometry, Int64, ExpertLayout], costs: CostModel
+) -> None:
+    geometry, counts_NE, planned = case
+    decision = Guard(EXACT, costs, geometry).decide(counts_NE, planned)
+    loads_N = decision.quotas.loads_S.reshape(geometry.num_ranks, -1).sum(axis=1)
+    if always_balances(geometry):
+        assert loads_N.max() == -(-counts_NE.sum() // geometry.num_ranks)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.sampled_from([0.0, 0.05, 0.5]))
+def test_tolerance_keeps_what_is_good_enough_and_never_takes_what_is_worse(
+    case: tuple[Geometry, Int64, ExpertLayout], tolerance: float
+) -> None:
+    geometry, counts_NE, planned = case
+    tolerance = min(tolerance, geometry.num_ranks / 2)
+    guard = Guard(ADAPTIVE, COMPUTE_ONLY, geometry, tolerance)
+    decision = guard.decide(counts_NE, planned)
+    check_legal(decision, counts_NE, geometry)
+    before, after = decision.max_over_mean_before, decision.max_over_mean_after
+    assert before is not None and after <= before
+    if before <= 1 + tolerance:
+        assert not decision.solved and decision.layout is planned
+    if decision.replanned:
+        assert after < before
+        fresh = construct_layout(counts_NE, planned, geometry.node_size)
+        assert decision.layout == fresh
+    total = int(counts_NE.sum())
+    if always_balances(geometry) and total % geometry.num_ranks == 0:
+        assert after <= 1 + tolerance
+
+
+@pytest.mark.parametrize("mode", PLAN_MODES)
+def test_no_token_and_one_token_keep_or_spread_as_well_as_can_be(mode: str) -> None:
+    geometry = Geometry(4, 6, 3, 2)
+    planned = ExpertLayout.static(4, 3, 6)
+    guard = Guard(mode, make_costs(), geometry)
+    idle = guard.decide(np.zeros((4, 6), dtype=np.int64), planned)
+    assert idle.max_over_mean_after == 1.0 and idle.quotas.loads_S.sum() == 0
+    single = guard.decide(one_token(geometry, 9), planned)
+    assert single.max_over_mean_after == 4.0
+    if mode != EXACT:
+        assert single.layout is planned
+
+
+HOT_NE = np.array([[90, 2, 2, 2], [90, 2, 2, 2], [90, 2, 2, 2], [90, 2, 2, 2]])
+
+
+def decide(mode: str, costs: CostModel, tolerance: float | None = None) -> Decision:
+    """Expert 0 takes 94 % of the tokens, and has one slot of eight in the planned layout."""
+    planned = ExpertLayout.from_slots(4, 2, 4, [0, 1, 1, 2, 2, 3, 3, 1])
+    return Guard(mode, costs, Geometry(4, 4, 2, 4), tolerance).decide(HOT_NE, planned)
+
+
+def test_reasons_say_what_was_compared() -> None:
+    slow = make_costs(points=((1, 1e8),), solve=SolveTime(5e-4, 0.0, 0.0))
+    gain_ms = (360 - 96) * 3 * slow.flops_per_token / 1e8 * 1e3
+    taken = decide(ADAPTIVE, slow)
+    assert taken.replanned
+    slots = taken.changed_slots
+    assert taken.reason.startswith("fresh layout: max/mean 3.75 -> 1.00, gain ")
+    assert taken.reason.endswith(f" ms > cost 0.5 ms ({slots} slots changed)")
+    assert taken.gain_s is not None and taken.gain_s * 1e3 == pytest.approx(gain_ms, rel=0.01)
+
+    # The gain cannot reach the cost, which is clear without a fresh layout.
+    early = decide(ADAPTIVE, make_costs(solve=SolveTime(1.0, 0.0, 0.0)))
+    assert not early.solved
+    assert early.reason.startswith("kept forecast: gain at most ")
+    assert early.reason.endswith(" ms < cost at least 1000.0 ms")
+
+    # It could, but every rank of the fresh layout has a second, small GEMM, as slow as 80 tokens.
+    small = make_costs(points=((80, 1e8),), intra=FREE, solve=SolveTime(0.055, 0.0, 0.0))
+    late = decide(ADAPTIVE, small)
+    assert late.solved and not late.replanned
+    assert late.reason.startswith("kept forecast: gain ") and " < cost " in late.reason
+
+    assert decide(FORECAST, slow).reason == "forecast: max/mean 3.75"
+    assert decide(EXACT, slow).reason == f"fresh layout: max/mean 1.00 ({slots} slots changed)"
+    kept = decide(ADAPTIVE, slow, tolerance=2.8)
+    assert kept.reason == "kept forecast: max/mean 3.75, tolerance 3.80"
+    taken = decide(ADAPTIVE, slow, tolerance=0.05)
+    assert taken.reason == f"fresh layout: max/mean 3.75 -> 1.00 ({slots} slots changed)"
+
+
+def test_forecast_and_exact_ask_for_no_more_than_they_need() -> None:
+    assert decide(EXACT, COMPUTE_ONLY).planned_quotas is None
+    forecast = decide(FORECAST, COMPUTE_ONLY)
+    assert forecast.quotas is forecast.planned_quotas and not forecast.solved
+
+
+def test_the_even_split_keeps_the_forecast() -> None:
+    geometry = Geometry(4, 4, 2, 4)
+    planned = ExpertLayout.static(4, 2, 4)
+    decision = Guard(FORECAST, COMPUTE_ONLY, geometry, split="even").decide(HOT_NE, planned)
+    assert decision.layout is planned and max_over_mean(decision.quotas) > 1
+    with pytest.raises(ValueError, match="'adaptive' makes layouts for the exact split"):
+        Guard(ADAPTIVE, COMPUTE_ONLY, geometry, split="even")
+
+
+def test_combinations_without_meaning_are_refused() -> None:
+    geometry = Geometry(4, 4, 2, 4)
+    with pytest.raises(ValueError, match="plan mode 'guess': must be one of forecast, exact"):
+        Guard("guess", COMPUTE_ONLY, geometry)
+    with pytest.raises(ValueError, match="split 'odd': must be one of exact, even"):
+        Guard(FORECAST, COMPUTE_ONLY, geometry, split="odd")
+    with pytest.raises(ValueError, match=r"a tolerance of 0\.1 has no effect on plan mode 'exact'"):
+        Guard(EXACT, COMPUTE_ONLY, geometry, 0.1)
+    for wrong in (-0.1, 4.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"tolerance {wrong}: must be at least 0 and less"):
+            Guard(ADAPTIVE, COMPUTE_ONLY, geometry, wrong)
+    guard = Guard(ADAPTIVE, COMPUTE_ONLY, geometry)
+    with pytest.raises(ValueError, match=r"shape \(2, 4\)"):
+        guard.decide(np.ones((2, 4), dtype=np.int64), ExpertLayout.static(4, 2, 4))
+    with pytest.raises(ValueError, match=r"the planner for \(4, 2, 4\)"):
+        guard.decide(HOT_NE, ExpertLayout.static(4, 3, 4))
