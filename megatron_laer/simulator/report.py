@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_laer.simulator.table import Row
 
-_GIB = 2**30
+_MIB = 2**20
 _COLUMNS = (
     ("strategy", "<", lambda row: row.strategy),
     ("mode", "<", lambda row: row.mode),
@@ -26,7 +26,7 @@ _COLUMNS = (
     ("replans", ">", lambda row: f"{row.replan_share:.1%}"),
     ("plan ms", ">", lambda row: f"{row.plan_ms:.3f}"),
     ("gate ms", ">", lambda row: f"{row.gate_ms:.3f}"),
-    ("restored GiB", ">", lambda row: f"{row.restored_bytes / _GIB:.3f}"),
+    ("restored MiB", ">", lambda row: f"{row.restored_bytes / _MIB:.1f}"),
     ("layer ms", ">", lambda row: f"{row.layer_ms:.3f}"),
     ("time/bound", ">", lambda row: f"{row.time_over_bound:.3f}"),
 )
@@ -35,7 +35,7 @@ LEGEND = """\
 mean, p95, p99, max: of max/mean tokens per rank. load/bound: largest load / ceil(tokens/N), mean.
 off-node: tokens computed on another node than their own. replans: microbatches whose layout was
 made after the gate. plan ms: a planned layout, in the background; gate ms: split and guard, on the
-critical path; both measured here, medians. restored GiB: what the busiest rank receives in one
+critical path; both measured here, medians. restored MiB: what the busiest rank receives in one
 forward pass. layer ms: predicted, forward and backward, with the cost of replans; other restores
 are taken to be hidden. time/bound: the same / what no layout of C slots and no split gets below."""
 
