@@ -2,8 +2,9 @@
 
 Each line is one call of one router: step, block, layer, rank and the experts of every token. Lines
 of one step and layer are its microbatches, in order (a router that runs again under recompute
-counts as one more, those of an evaluation count towards the step after it). Megatron numbers layers within a pipeline stage, and its ranks are global: with
-several stages or FSEP groups, choose the ranks of one group.
+counts as one more, those of an evaluation count towards the step after it). Megatron numbers layers
+within a pipeline stage, and its ranks are global: with several stages or FSEP groups, choose the
+ranks of one group.
 
 Files do not say how many experts there are; without `num_experts` it is the largest one seen + 1.
 
