@@ -170,6 +170,16 @@ def test_a_resumed_run_keeps_the_steps_before_its_own(tmp_path):
     assert_holds(read_trace(path), np.concatenate([before[:2], after]))
 
 
+def test_a_resumed_run_leaves_nothing_of_the_steps_that_it_repeats(tmp_path):
+    path = tmp_path / "group.trace"
+    before, after = some_counts(1, microbatches=3), some_counts(2, steps=1, microbatches=1)
+    write_recording(path, before)
+    write_recording(path, after, first_step=1)
+    trace = read_trace(path)
+    assert trace.step_R.tolist() == [0] * 6 + [1] * 2
+    np.testing.assert_array_equal(trace.counts_RNE[6:], after.reshape(2, 2, 4))
+
+
 def test_a_run_killed_within_a_record_is_resumed(tmp_path):
     path = tmp_path / "group.trace"
     before, after = some_counts(1, steps=2), some_counts(2, steps=1)
