@@ -14,10 +14,11 @@ import numpy as np
 
 from benchmarks.prices import paper_costs
 from benchmarks.splits import Outcome, Planner, split_exactly
+from megatron_laer.config import ADAPTIVE
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.guard import ADAPTIVE, Guard
+from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.traffic import ALGORITHMS
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 torchrun ... -m megatron_laer train PATH/TO/pretrain_gpt.py -- <Megatron's flags>
 python -m megatron_laer prepare-data --input FILES --output PREFIX
 python -m megatron_laer flags mixtral-8x7b-e8k2
+python -m megatron_laer plan TRACE --ranks N --capacity C --cluster a100-4x8-ib800
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from megatron_laer import __version__, data
 from megatron_laer.model_flags import model_flags
+from megatron_laer.simulator import command as plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _prepare_training(args.script, script_args)
         elif args.command == "prepare-data":
             return data.run(args)
+        elif args.command == "plan":
+            return plan.run(args)
         else:
             print(shlex.join(model_flags(args.file)))
             return 0
@@ -63,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     data.add_arguments(prepare_data)
     flags = commands.add_parser("flags", help="print Megatron's flags for a model configuration")
     flags.add_argument("file", metavar="FILE", help="a YAML file, or a name in configs/models")
+    plan_command = commands.add_parser(
+        "plan",
+        help="compare strategies on a routing trace",
+        description="What each strategy would have made of a recorded run: balance, traffic and "
+        "predicted time of a layer.",
+    )
+    plan.add_arguments(plan_command)
     return parser
 
 

@@ -26,7 +26,7 @@ LAYER_RESTORE, STEP_RESTORE = RESTORES = ("layer", "step")
 
 # What a microbatch is computed with: the planned layout, one made for its very counts after the
 # gate, or the cheaper of the two.
-FORECAST_MODE, EXACT_MODE, ADAPTIVE_MODE = PLAN_MODES = ("forecast", "exact", "adaptive")
+FORECAST, EXACT, ADAPTIVE = PLAN_MODES = ("forecast", "exact", "adaptive")
 
 # How exchanges cross nodes; `auto` takes the faster by the cost model.
 FLAT, NODE = EXCHANGES = ("flat", "node")
@@ -157,6 +157,13 @@ class FSEPConfig:
         type=str,
     )
 
+    record_trace: str | None = _option(
+        None,
+        "directory to which the routing of every microbatch is recorded, one file per FSEP group, "
+        "for `megatron_laer plan`",
+        type=str,
+    )
+
     def __post_init__(self) -> None:
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"--fsep-capacity {self.capacity}: must be at least 1 slot per rank")
@@ -200,12 +207,12 @@ class FSEPConfig:
             raise ValueError(f"--fsep-split {self.split!r}: must be one of {', '.join(SPLITS)}")
         if self.node_size is not None and self.node_size < 1:
             raise ValueError(f"--fsep-node-size {self.node_size}: must be at least 1 rank")
-        if self.restore == STEP_RESTORE and self.mode != FORECAST_MODE:
+        if self.restore == STEP_RESTORE and self.mode != FORECAST:
             raise ValueError(
                 f"--fsep-plan-mode {self.mode}: --fsep-restore {STEP_RESTORE} keeps layouts for a "
                 "step; leave one out"
             )
-        if self.split == EVEN_SPLIT and self.mode != FORECAST_MODE:
+        if self.split == EVEN_SPLIT and self.mode != FORECAST:
             raise ValueError(
                 f"--fsep-plan-mode {self.mode}: fresh layouts are made for exact splits, got "
                 f"--fsep-split {EVEN_SPLIT}; leave one out"
@@ -218,7 +225,7 @@ class FSEPConfig:
             return self.plan_mode
         is_fixed = self.planner in FIXED_PLANNERS and self.replay_layouts is None
         is_kept = self.split == EVEN_SPLIT or self.restore == STEP_RESTORE
-        return FORECAST_MODE if is_fixed or is_kept else ADAPTIVE_MODE
+        return FORECAST if is_fixed or is_kept else ADAPTIVE
 
     @property
     def plans(self) -> bool:
@@ -226,14 +233,14 @@ class FSEPConfig:
         return (
             self.replay_layouts is None
             and self.planner not in FIXED_PLANNERS
-            and self.mode != EXACT_MODE
+            and self.mode != EXACT
         )
 
     @property
     def prices(self) -> bool:
         """Whether anything is decided by the cost model."""
         return (
-            (self.mode == ADAPTIVE_MODE and self.imbalance_tolerance is None)
+            (self.mode == ADAPTIVE and self.imbalance_tolerance is None)
             or (self.plans and self.planner in PRICING_PLANNERS)
             or self.restore_algorithm == AUTO
         )
@@ -318,7 +325,7 @@ def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     planning = ("plan_lag", "late_plan")
     if config.replay_layouts is not None:
         yield "layouts are replayed", ("planner", *planning)
-    if config.mode == EXACT_MODE:
+    if config.mode == EXACT:
         yield (
             "--fsep-plan-mode exact makes every layout after the gate",
             ("planner", *planning, "record_layouts", "replay_layouts"),
@@ -328,7 +335,7 @@ def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
             f"--fsep-planner {config.planner} makes no plans",
             (*planning, "record_layouts"),
         )
-    if config.mode != ADAPTIVE_MODE:
+    if config.mode != ADAPTIVE:
         yield f"--fsep-plan-mode is {config.mode}", ("imbalance_tolerance",)
     if config.restore_algorithm == FLAT:
         yield "--fsep-restore-algorithm is flat", ("grad_wire_dtype",)

@@ -13,7 +13,15 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_laer.config import EVEN_SPLIT, EXACT_SPLIT, SPLITS
+from megatron_laer.config import (
+    ADAPTIVE,
+    EVEN_SPLIT,
+    EXACT,
+    EXACT_SPLIT,
+    FORECAST,
+    PLAN_MODES,
+    SPLITS,
+)
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
@@ -22,8 +30,6 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.quotas import Int64
 from megatron_laer.planner.splits import Quotas, solve_quotas
 from megatron_laer.planner.traffic import changed_slots
-
-FORECAST, EXACT, ADAPTIVE = PLAN_MODES = ("forecast", "exact", "adaptive")
 
 
 @dataclass(frozen=True, eq=False)

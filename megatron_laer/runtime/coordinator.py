@@ -19,7 +19,7 @@ import torch
 
 from megatron_laer.config import (
     AUTO,
-    EXACT_MODE,
+    EXACT,
     EXCHANGES,
     NODE,
     RANDOM_PLANNER,
@@ -54,6 +54,8 @@ from megatron_laer.runtime.sources import (
 )
 from megatron_laer.runtime.step_experts import StepExperts
 from megatron_laer.schedule import make_schedule
+from megatron_laer.trace.recording import TraceWriter
+from megatron_laer.trace.recording import recording_path as trace_path
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +132,7 @@ class Coordinator:
         overlaps = config.scheduler == "on"
         self.schedule = make_schedule(
             overlaps=overlaps,
-            after_gate=config.mode == EXACT_MODE,
+            after_gate=config.mode == EXACT,
             holds_step=config.restore == STEP_RESTORE,
         )
         self.lanes = ExchangeLanes(
@@ -149,6 +151,7 @@ class Coordinator:
         self._faults = 0
         self._source: LayoutSource | None = None
         self._recorder: LayoutRecorder | None = None
+        self._trace: TraceWriter | None = None
 
     # What the layers call.
 
@@ -266,8 +269,9 @@ class Coordinator:
         self.scheduler.close()
         if self._source is not None:
             self._source.close()
-        if self._recorder is not None:
-            self._recorder.close()
+        for recording in (self._recorder, self._trace):
+            if recording is not None:
+                recording.close()
 
     # Inside.
 
@@ -327,6 +331,10 @@ class Coordinator:
         if config.record_layouts is not None:
             path = recording_path(config.record_layouts, self.groups.index)
             self._recorder = LayoutRecorder(path, self.geometry, _regime(config), names, first_step)
+        if config.record_trace is not None and self.layers:
+            path = trace_path(config.record_trace, self.groups.index)
+            geometry = self.geometry
+            self._trace = TraceWriter(path, geometry.num_ranks, geometry.num_experts, names)
 
     def _apply(self, layouts: list[ExpertLayout]) -> None:
         self.version += 1
@@ -385,6 +393,12 @@ class Coordinator:
         if layer.microbatches == self._num_microbatches:
             # Megatron's rerun state machine repeats a step: what counts is the last time.
             layer.microbatches, layer.step_counts_NE = 0, None
+        if self._trace is not None:
+            try:
+                self._trace.append(self.step, layer.index, layer.microbatches, counts_NE)
+            except OSError as error:  # the other ranks would wait for this one
+                _warn(f"the recording of routing ends at step {self.step}: {error}")
+                self._trace = None
         layer.microbatches += 1
         if self.groups.rank == 0:
             layer.history.append(decision)

@@ -7,21 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_laer.config import ADAPTIVE, EXACT, FORECAST, PLAN_MODES
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Link, SolveTime
 from megatron_laer.planner.construct import always_balances, construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.guard import (
-    ADAPTIVE,
-    EXACT,
-    FORECAST,
-    PLAN_MODES,
-    Decision,
-    Guard,
-    max_over_mean,
-)
+from megatron_laer.planner.guard import Decision, Guard, max_over_mean
 from megatron_laer.planner.quotas import Int64
 from megatron_laer.planner.traffic import ALGORITHMS
 from tests.costs import COMPUTE_ONLY, FREE, make_costs

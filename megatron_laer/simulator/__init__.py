@@ -1,0 +1,5 @@
+"""What the strategies would have made of a recorded run, by the code that training runs.
+
+Layouts, splits, forecasts and predicted seconds come from `planner`; here are only the order of
+events, the statistics and the `plan` command. Neither Megatron nor torch is imported.
+"""

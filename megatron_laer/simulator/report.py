@@ -1,0 +1,105 @@
+"""The table as text, as JSON and as a plot. It works nothing out (see `table`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_laer.simulator.table import Row
+
+_MIB = 2**20
+_COLUMNS = (
+    ("strategy", "<", lambda row: row.strategy),
+    ("mode", "<", lambda row: row.mode),
+    ("C", ">", lambda row: f"{row.capacity}"),
+    ("split", "<", lambda row: row.split),
+    ("mean", ">", lambda row: f"{row.mean:.4f}"),
+    ("p95", ">", lambda row: f"{row.p95:.4f}"),
+    ("p99", ">", lambda row: f"{row.p99:.4f}"),
+    ("max", ">", lambda row: f"{row.max:.3f}"),
+    ("load/bound", ">", lambda row: f"{row.load_over_bound:.4f}"),
+    ("off-node", ">", lambda row: f"{row.off_node_share:.1%}"),
+    ("replans", ">", lambda row: f"{row.replan_share:.1%}"),
+    ("plan ms", ">", lambda row: f"{row.plan_ms:.3f}"),
+    ("gate ms", ">", lambda row: f"{row.gate_ms:.3f}"),
+    ("restored MiB", ">", lambda row: f"{row.restored_bytes / _MIB:.1f}"),
+    ("layer ms", ">", lambda row: f"{row.layer_ms:.3f}"),
+    ("time/bound", ">", lambda row: f"{row.time_over_bound:.3f}"),
+)
+
+LEGEND = """\
+mean, p95, p99, max: of max/mean tokens per rank. load/bound: largest load / ceil(tokens/N), mean.
+off-node: tokens computed on another node than their own. replans: microbatches whose layout was
+made after the gate. plan ms: a planned layout, in the background; gate ms: split and guard, on the
+critical path; both measured here, medians. restored MiB: what the busiest rank receives in one
+forward pass. layer ms: predicted, forward and backward, with the cost of replans; other restores
+are taken to be hidden. time/bound: the same / what no layout of C slots and no split gets below."""
+
+
+def table_text(rows: Sequence[Row]) -> str:
+    """The table, aligned, with a line of names."""
+    cells = [[name for name, _, _ in _COLUMNS]]
+    cells += [[text(row) for _, _, text in _COLUMNS] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            f"{cell:{align}{width}}"
+            for cell, width, (_, align, _) in zip(line, widths, _COLUMNS, strict=True)
+        ).rstrip()
+        for line in cells
+    )
+
+
+def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Write what was asked and the rows, without the single cases."""
+    lines = [
+        {name: value for name, value in asdict(row).items() if name != "ratios_R"} for row in rows
+    ]
+    path.write_text(json.dumps({**about, "rows": lines}, indent=1) + "\n")
+
+
+def check_can_plot() -> None:
+    """Say that a plot cannot be made before the work is done.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "--plot needs the package matplotlib: `pip install matplotlib`, or leave --plot out "
+            "(--json has the figures)"
+        )
+
+
+def write_plot(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """The quantiles of max/mean, a line per row."""
+    from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
+
+    # A colour per strategy and capacity, a dash per mode.
+    colours: dict[tuple[str, int], str] = {}
+    dashes = {"forecast": "-", "exact": ":", "adaptive": "--", "tolerance": "-."}
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        colour = colours.setdefault((row.strategy, row.capacity), f"C{len(colours)}")
+        ratios = sorted(row.ratios_R)
+        shares = [(index + 1) / len(ratios) for index in range(len(ratios))]
+        axes.plot(
+            shares,
+            ratios,
+            color=colour,
+            linestyle=dashes.get(row.mode, "-"),
+            label=f"{row.strategy} {row.mode}, C={row.capacity}",
+        )
+    axes.set_xlabel("share of microbatches (one layer each)")
+    axes.set_ylabel("max/mean tokens per rank, at most")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_title(title)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path)

@@ -1,0 +1,20 @@
+"""Routing traces: how many tokens each rank sent to each expert, over a training run.
+
+`read_trace` reads the formats below and tells them apart by their content; `TraceWriter` writes
+ours during training. Nothing is unpickled, and no size that a file states is trusted before it was
+compared with the size of the file. Neither Megatron nor torch is imported.
+
+| format | what it is | file |
+| --- | --- | --- |
+| `fsep` | ours, one file per FSEP group, from `--fsep-record-trace` | `recording` |
+| `megatron` | JSONL, one file per rank, from Megatron's `--moe-routing-trace-path` | `megatron` |
+| `smartmoe` | the folder `moe_trace` of SmartMoE's artifact | `smartmoe` |
+| `npz` | one array `tokens` [iterations, layers, ranks, microbatches, experts] | `smartmoe` |
+| `csv` | a table of counts, long or wide | `table` |
+"""
+
+from megatron_laer.trace.reading import FORMATS, read_trace
+from megatron_laer.trace.recording import TraceWriter
+from megatron_laer.trace.records import Trace
+
+__all__ = ["FORMATS", "Trace", "TraceWriter", "read_trace"]

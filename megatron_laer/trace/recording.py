@@ -1,0 +1,317 @@
+"""Our own trace format: what `--fsep-record-trace` writes, one file per FSEP group.
+
+A line of JSON, then binary records, all little-endian:
+
+    {"format":"megatron_laer-trace","version":1,"num_ranks":N,"num_experts":E,"layers":[...]}\\n
+    record:  uint32  CRC-32 of the rest of the record
+             uint32  bytes per count: 1, 2 or 4, the least that holds the record's largest
+             int64   step
+             uint32  layer, index into `layers`
+             uint32  microbatch
+             N*E counts, source rank by source rank
+
+A record is written at once and without buffering, so a run that is killed leaves a file that is
+readable up to its last complete record. Neither compressed nor indexed: it is written by the thread
+that trains.
+
+Shape suffixes: N source ranks, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.layout import MAX_EXPERTS
+from megatron_laer.trace.records import MAX_COUNT, MAX_INDEX, Trace, check_cells
+
+FORMAT = "megatron_laer-trace"
+VERSION = 1
+
+# Files begin with this, whatever their version: what detection looks for.
+MAGIC = b'{"format":"' + FORMAT.encode() + b'"'
+
+_FRAME = struct.Struct("<IIqII")
+_CRC_BYTES = 4
+_WIDTHS: dict[int, np.dtype[np.unsignedinteger[Any]]] = {
+    1: np.dtype("<u1"),
+    2: np.dtype("<u2"),
+    4: np.dtype("<u4"),
+}
+_MAX_HEADER_BYTES = 2**20
+
+
+class _Frame(NamedTuple):
+    """Where a record lies and what it is, without its counts."""
+
+    offset: int
+    crc: int
+    width: int
+    step: int
+    layer: int
+    microbatch: int
+
+
+class TraceWriter:
+    """Writes the counts of every microbatch; on rank 0 of an FSEP group.
+
+    A recording that is there already is continued, as by a resumed run: its records of steps before
+    the first one that is appended now stay, those from that step on are cut off. The same happens
+    whenever the step goes back.
+
+    Args:
+        path: the file; its folders are made.
+        layer_names: of all the MoE layers whose counts will come.
+
+    Raises:
+        ValueError: sizes below 1, or a recording of another shape or version is there already.
+        OSError: the file cannot be written.
+    """
+
+    def __init__(
+        self, path: Path, num_ranks: int, num_experts: int, layer_names: Sequence[str]
+    ) -> None:
+        self._path = path
+        self._shape = (num_ranks, num_experts)
+        self._layers = tuple(layer_names)
+        self._last_step: int | None = None
+        header = _header_line(num_ranks, num_experts, self._layers)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        try:
+            self._first = self._open(header)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(
+        self,
+        step: int,
+        layer_index: int,
+        microbatch: int,
+        counts_NE: npt.NDArray[np.integer[Any]],
+    ) -> None:
+        """Write one record. Of two with the same keys, readers take the later one.
+
+        Args:
+            layer_index: into `layer_names`.
+            counts_NE: tokens on each source rank for each expert.
+
+        Raises:
+            ValueError: counts of another shape, a negative one or one beyond int32, or a key out of
+                range.
+            OSError: the record cannot be written; the file then ends with the record before.
+        """
+        payload, width = self._packed(counts_NE)
+        for name, value in (("step", step), ("microbatch", microbatch)):
+            if not 0 <= value <= (MAX_INDEX if name == "step" else 2**32 - 1):
+                raise ValueError(f"{name} is out of range, got {value}")
+        if not 0 <= layer_index < len(self._layers):
+            raise ValueError(
+                f"layer_index must be in 0..{len(self._layers) - 1}, got {layer_index}"
+            )
+        if self._last_step is None or step < self._last_step:
+            self._cut_from(step)
+        self._last_step = step
+        rest = _FRAME.pack(0, width, step, layer_index, microbatch)[_CRC_BYTES:] + payload
+        self._write(zlib.crc32(rest).to_bytes(_CRC_BYTES, "little") + rest)
+
+    def close(self) -> None:
+        """Close the file; the writer is of no use after that."""
+        self._file.close()
+
+    def _open(self, header: bytes) -> int:
+        """The offset of the first record, with the header written or checked."""
+        size = self._path.stat().st_size
+        begin = self._file.read(_MAX_HEADER_BYTES) if size else b""
+        # A run that was killed at once leaves a part of its header.
+        if header.startswith(begin):
+            self._file.seek(0)
+            self._file.truncate()
+            self._write(header)
+        elif not begin.startswith(header):
+            line = begin.split(b"\n", 1)[0][:300]
+            raise ValueError(
+                f"trace recording: {self._path} begins with {line!r}, this run would write "
+                f"{header[:300]!r}; record to another path, or remove the file"
+            )
+        return len(header)
+
+    def _packed(self, counts_NE: npt.NDArray[np.integer[Any]]) -> tuple[bytes, int]:
+        if counts_NE.shape != self._shape:
+            raise ValueError(
+                f"counts_NE has shape {counts_NE.shape}, expected [ranks, experts] = {self._shape}"
+            )
+        low, high = int(counts_NE.min()), int(counts_NE.max())
+        if low < 0 or high > MAX_COUNT:
+            raise ValueError(f"counts must be in 0..{MAX_COUNT}, got {low} to {high}")
+        width = next(width for width in _WIDTHS if high < 256**width)
+        return counts_NE.astype(_WIDTHS[width]).tobytes(), width
+
+    def _cut_from(self, step: int) -> None:
+        size = self._path.stat().st_size
+        end = self._first
+        for frame in _frames(self._file, self._first, size, self._shape):
+            if frame.step >= step:
+                break
+            end = _end(frame, self._shape)
+        self._file.seek(end)
+        self._file.truncate()
+
+    def _write(self, content: bytes) -> None:
+        begin = self._file.tell()
+        left = memoryview(content)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            # A part of a record would make what follows it unreadable.
+            self._file.truncate(begin)
+            self._file.seek(begin)
+            raise
+
+
+def recording_path(directory: str | Path, group_index: int) -> Path:
+    """The file of one FSEP group; each pipeline stage and data-parallel replica has one."""
+    return Path(directory) / f"group-{group_index}.trace"
+
+
+def read_recording(path: Path) -> Trace:
+    """Read what a `TraceWriter` wrote; an incomplete last record is left out.
+
+    Raises:
+        ValueError: another format or version, or a damaged record, by number and offset.
+        OSError: the file cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        num_ranks, num_experts, layers = _read_header(path, file.readline(_MAX_HEADER_BYTES))
+        first, shape = file.tell(), (num_ranks, num_experts)
+        records: dict[tuple[int, int, int], npt.NDArray[np.unsignedinteger[Any]]] = {}
+        for number, frame in enumerate(_frames(file, first, size, shape), start=1):
+            where = f"{path}, record {number} at byte {frame.offset}"
+            counts_NE = _read_counts(file, frame, shape)
+            if counts_NE is None:
+                # What a machine that lost power may leave at the end.
+                if _end(frame, shape) >= size:
+                    break
+                raise ValueError(f"{where}: the checksum does not fit; the file is damaged there")
+            if not 0 <= frame.step <= MAX_INDEX or frame.layer >= len(layers):
+                raise ValueError(
+                    f"{where}: step {frame.step}, layer {frame.layer} is out of range; there are "
+                    f"{len(layers)} layers"
+                )
+            if int(counts_NE.max()) > MAX_COUNT:
+                raise ValueError(f"{where}: {int(counts_NE.max())} tokens exceed {MAX_COUNT}")
+            records[frame.step, frame.layer, frame.microbatch] = counts_NE
+    if not records:
+        raise ValueError(f"{path} holds no complete record; record at least two steps")
+    check_cells(len(records), num_ranks, num_experts, size)
+    keys_R3 = np.array(list(records), dtype=np.int64)
+    counts_RNE = np.empty((len(records), *shape), dtype=np.int32)
+    for record, counts_NE in enumerate(records.values()):
+        counts_RNE[record] = counts_NE
+    return Trace(layers, keys_R3[:, 0], keys_R3[:, 1], keys_R3[:, 2], counts_RNE)
+
+
+def _header_line(num_ranks: int, num_experts: int, layers: Sequence[str]) -> bytes:
+    problem = _header_problem(num_ranks, num_experts, list(layers))
+    if problem:
+        raise ValueError(problem)
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "num_ranks": num_ranks,
+        "num_experts": num_experts,
+        "layers": list(layers),
+    }
+    return json.dumps(header, separators=(",", ":")).encode() + b"\n"
+
+
+def _header_problem(num_ranks: object, num_experts: object, layers: object) -> str | None:
+    for name, value, most in (
+        ("num_ranks", num_ranks, 2**20),
+        ("num_experts", num_experts, MAX_EXPERTS),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            return f"{name} must be an integer in 1..{most}, got {value!r}"
+    if not isinstance(layers, list) or not layers or not all(isinstance(n, str) for n in layers):
+        return f"layers must be names of at least one layer, got {str(layers)[:200]}"
+    if len(set(layers)) != len(layers):
+        return f"layers must all be different, got {str(layers)[:200]}"
+    return None
+
+
+def _read_header(path: Path, line: bytes) -> tuple[int, int, tuple[str, ...]]:
+    try:
+        header = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line 1: not a trace's header: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"{path}, line 1: not a trace's header: {line[:100]!r}")
+    if header.get("version") != VERSION:
+        raise ValueError(
+            f"{path}, line 1: version {header.get('version')!r} of the format; this release reads "
+            f"version {VERSION}"
+        )
+    problem = _header_problem(
+        header.get("num_ranks"), header.get("num_experts"), header.get("layers")
+    )
+    if problem:
+        raise ValueError(f"{path}, line 1: {problem}")
+    return header["num_ranks"], header["num_experts"], tuple(header["layers"])
+
+
+def _frames(file: BinaryIO, first: int, size: int, shape: tuple[int, int]) -> Iterator[_Frame]:
+    """All the complete records from the offset `first` on; their counts are skipped.
+
+    Raises:
+        ValueError: a record that cannot be stepped over.
+    """
+    offset = first
+    while offset + _FRAME.size <= size:
+        file.seek(offset)
+        frame = _Frame(offset, *_FRAME.unpack(file.read(_FRAME.size)))
+        if frame.width not in _WIDTHS:
+            if _only_zeros(file, offset):
+                return
+            raise ValueError(
+                f"{getattr(file, 'name', 'trace')}, byte {offset}: {frame.width} bytes per count, "
+                f"expected one of {list(_WIDTHS)}; the file is damaged there"
+            )
+        if _end(frame, shape) > size:
+            return
+        yield frame
+        offset = _end(frame, shape)
+
+
+def _only_zeros(file: BinaryIO, offset: int) -> bool:
+    """Whether nothing else follows: what a machine that lost power may leave at the end."""
+    file.seek(offset)
+    while chunk := file.read(2**20):
+        if chunk.strip(b"\0"):
+            return False
+    return True
+
+
+def _end(frame: _Frame, shape: tuple[int, int]) -> int:
+    return frame.offset + _FRAME.size + shape[0] * shape[1] * frame.width
+
+
+def _read_counts(
+    file: BinaryIO, frame: _Frame, shape: tuple[int, int]
+) -> npt.NDArray[np.unsignedinteger[Any]] | None:
+    """The counts [N, E], or None if the checksum does not fit."""
+    file.seek(frame.offset + _CRC_BYTES)
+    rest = file.read(_end(frame, shape) - frame.offset - _CRC_BYTES)
+    if zlib.crc32(rest) != frame.crc:
+        return None
+    payload = rest[_FRAME.size - _CRC_BYTES :]
+    return np.frombuffer(payload, dtype=_WIDTHS[frame.width]).reshape(shape)

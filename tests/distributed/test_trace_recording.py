@@ -1,0 +1,45 @@
+"""Routing recorded in training is what the router did, and what `plan` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_laer import cli
+from megatron_laer.trace.reading import read_trace
+from tests.parity.flags import command_line
+from tests.parity.training import train
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+STEPS, MICROBATCHES = 4, 2
+
+
+def test_a_recorded_run_can_be_planned_for(
+    ranks: Callable[[int], RankPool],
+    text_data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = command_line(
+        text_data,
+        experts=8,
+        expert_parallel=2,
+        global_batch=2 * 2 * MICROBATCHES,
+        steps=STEPS,
+        extra=f" --expert-parallel-mode fsep --fsep-record-trace {tmp_path}"
+        " --eval-interval 2 --eval-iters 1",
+    )
+    ranks(2).run(train, command)
+    trace = read_trace(tmp_path / "group-0.trace")
+    assert trace.layers == ("layer 1", "layer 2")
+    records = STEPS * MICROBATCHES * len(trace.layers)
+    assert trace.counts_RNE.shape == (records, 2, 8), "evaluation must not be recorded"
+    # Two sequences of 48 tokens per rank and microbatch, two experts each.
+    assert (trace.counts_RNE.sum(axis=2) == 2 * 48 * 2).all()
+
+    assert cli.main(["plan", str(tmp_path / "group-0.trace"), "--node-size", "2"]) == 0
+    assert "greedy" in capsys.readouterr().out
