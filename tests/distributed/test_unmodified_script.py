@@ -8,13 +8,13 @@ script. Megatron builds the checkout's dataset helper itself, with `make`, a com
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 from tests.parity.training import train
@@ -65,12 +65,11 @@ def test_the_checkouts_own_megatron_trains_like_the_wheel(text_data: str, tmp_pa
     def scalars(name: str, script: list[str]) -> dict[str, list[tuple[int, float]]]:
         folder = tmp_path / name
         launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-        result = subprocess.run(
+        paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        result = processes.run(
             [sys.executable, *launcher, *script, *flags, "--tensorboard-dir", str(folder)],
-            env=os.environ | {"MEGATRON_LAER_DEVICE": "cpu", "PYTHONPATH": str(_ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=300,
+            timeout_s=300.0,
+            env=os.environ | {"MEGATRON_LAER_DEVICE": "cpu", "PYTHONPATH": os.pathsep.join(paths)},
         )
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
         events = EventAccumulator(str(folder))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.platform.cpu import CPU_FLAGS
+from tests import processes
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
@@ -20,14 +21,8 @@ _PATCH = _ROOT / "patches" / "core_v0.19" / "fsep.patch"
 
 def shell(*words, cwd=_ROOT, timeout_s=60, **environment):
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-    return subprocess.run(
-        ["bash", *map(str, words)],
-        env=kept | environment,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
+    command = ["bash", *map(str, words)]
+    return processes.run(command, timeout_s, env=kept | environment, cwd=cwd)
 
 
 @pytest.mark.unit

@@ -1,0 +1,33 @@
+"""`subprocess.run` for commands that start processes of their own, such as torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+
+
+def run(
+    command: Sequence[str], timeout_s: float, **kwargs: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end and capture the output; after `timeout_s`, end all descendants as well.
+
+    `subprocess.run` ends the command alone, and then waits for what holds its pipes.
+
+    Raises:
+        subprocess.TimeoutExpired: with what was printed so far.
+    """
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout_s)
+        except BaseException:
+            for descendant in (*psutil.Process(process.pid).children(recursive=True), process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    descendant.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
