@@ -146,7 +146,10 @@ class FSEPMoELayer(MoELayer):
 
     def _register(self, layer_number: int) -> None:
         self._state = self._coordinator.register_layer(
-            layer_number, self.is_mtp_layer, self.experts.held()
+            layer_number,
+            self.is_mtp_layer,
+            self.experts.held(),
+            recomputes=self.moe_layer_recompute,
         )
         self.experts.initialise(self._state.name, self._coordinator.seed)
 

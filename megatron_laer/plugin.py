@@ -376,8 +376,18 @@ def _chunk(wrapped: Any) -> Chunk:
     from megatron_laer.moe_layer import FSEPMoELayer
 
     module = unwrap_model(wrapped)
-    layers = [part.state for part in module.modules() if isinstance(part, FSEPMoELayer)]
-    return Chunk(module, layers, functools.partial(_await_weights, wrapped))
+    found = [
+        (part.state, block)
+        for block in module.modules()
+        for part in block.children()
+        if isinstance(part, FSEPMoELayer)
+    ]
+    return Chunk(
+        module,
+        layers=[state for state, _ in found],
+        blocks=[block for _, block in found],
+        await_weights=functools.partial(_await_weights, wrapped),
+    )
 
 
 def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> None:

@@ -73,6 +73,7 @@ class LayerState:
     Attributes:
         name: "layer 3" or "mtp 1", counted over the whole model from 1.
         slices: what this rank holds of its experts.
+        recomputes: whether the MoE layer is a checkpoint of its own.
         pending: plans whose forward ran without gradients, under a checkpoint, oldest first; the
             re-run takes them. Backward order equals forward order per layer, in 1F1B and
             interleaved schedules alike.
@@ -87,6 +88,7 @@ class LayerState:
     number: int
     is_mtp: bool
     slices: Slices
+    recomputes: bool
     layout: ExpertLayout
     pending: deque[MicrobatchPlan] = field(default_factory=deque)
     microbatches: int = 0
@@ -94,6 +96,11 @@ class LayerState:
     history: deque[Decision] = field(default_factory=lambda: deque(maxlen=_HISTORY))
     tag: tuple[LayoutTag, torch.Tensor] | None = None
     step_experts: StepExperts | None = None
+
+    @property
+    def rerun(self) -> RestoredExperts | None:
+        """The experts of the next re-run under a checkpoint, if one is to come."""
+        return self.pending[0].restored if self.pending else None
 
 
 class Coordinator:
@@ -155,11 +162,15 @@ class Coordinator:
 
     # What the layers call.
 
-    def register_layer(self, number: int, is_mtp: bool, slices: Slices) -> LayerState:
+    def register_layer(
+        self, number: int, is_mtp: bool, slices: Slices, *, recomputes: bool
+    ) -> LayerState:
         """Add a MoE layer; every rank of the group adds the same ones in the same order.
 
         Args:
             number: 1-based, over the whole model.
+            slices: what this rank holds of its experts.
+            recomputes: whether it is a checkpoint of its own.
         """
         assert not self._started, "a layer was built after training began"
         shape = (self.geometry.num_ranks, self.geometry.capacity, self.geometry.num_experts)
@@ -169,7 +180,7 @@ class Coordinator:
         if same:
             name += f" #{same + 1}"
         layout = ExpertLayout.static(*shape)
-        state = LayerState(len(self.layers), name, number, is_mtp, slices, layout)
+        state = LayerState(len(self.layers), name, number, is_mtp, slices, recomputes, layout)
         self.layers.append(state)
         return state
 

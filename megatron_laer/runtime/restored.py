@@ -6,9 +6,14 @@ once (the re-run under a checkpoint) keeps them. When an exchange starts is the 
 business; this file holds what is in flight, and the autograd nodes between slices and experts.
 
 Two nodes lie on the way of a layer's gradients: `_Restore`, whose backward sends whole gradients
-off, and `_Arrive` before it, whose backward hands the slices' gradients to Megatron. Between the
-two the gradients are in flight. Autograd runs ready nodes latest first, so an `_Arrive` made early
-in forward, while the layer before was computing, waits only after that layer's backward.
+off, and one before it, whose backward hands the slices' gradients to Megatron. Between the two the
+gradients are in flight. The second is `_Arrive`, or under a checkpoint `_ArriveAfter`:
+
+- Autograd runs ready nodes latest first, so an `_Arrive` made early in forward, while the layer
+  before was computing, waits only after that layer's backward.
+- A checkpoint's backward is a backward pass of its own, at whose end all its nodes are done.
+  `_ArriveAfter` lies on the hidden states that enter the transformer layer, so it waits when their
+  gradient is there, after the attention's backward.
 
 What travels along the edges of this graph are placeholders of the right shape without storage:
 weights and gradients themselves are held by `RestoredExperts`.
@@ -72,12 +77,14 @@ class RestoredExperts:
         index: the layout that they are restored under.
         before: the MoE layer before in the same chunk and microbatch, which backward comes to next.
         tickets: the early `_Arrive` node's outputs, until `weight_tickets` takes them.
+        arrives_after: whether an `_ArriveAfter` takes the gradients.
     """
 
     def __init__(self, name: str, slices: Slices, index: LayoutIndex, lanes: ExchangeLanes) -> None:
         self.index = index
         self.before: RestoredExperts | None = None
         self.tickets: tuple[torch.Tensor, ...] | None = None
+        self.arrives_after = False
         self._name = name
         self._slices = slices
         self._lanes = lanes
@@ -171,10 +178,25 @@ class RestoredExperts:
         tickets: tuple[torch.Tensor, ...] = _Arrive.apply(self, *self._slices.parameters)
         return tickets
 
+    def arrive_after(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Mark hidden states: when their gradient is there, this layer's gradients are waited for.
+
+        Whatever uses the hidden states must use the marked ones.
+        """
+        self.arrives_after = True
+        marked: torch.Tensor = _ArriveAfter.apply(self, hidden, *self._slices.parameters)
+        return marked
+
     def weight_tickets(self) -> tuple[torch.Tensor, ...]:
         """What the experts' linear layers take for their weights: they lead gradients back here."""
         tickets, self.tickets = self.tickets, None
-        if tickets is None:
+        if self.arrives_after:
+            # Gradients take the other way; these only make autograd run `_Restore`.
+            tickets = tuple(
+                placeholder(slice_ErK.detach(), slice_ErK.shape).requires_grad_()
+                for slice_ErK in self._slices.parameters
+            )
+        elif tickets is None:
             tickets = self.issue_tickets()
         weights: tuple[torch.Tensor, ...] = _Restore.apply(self, self._shapes(), *tickets)
         return weights
@@ -229,6 +251,21 @@ class _Arrive(torch.autograd.Function):
         return (None, *ctx.restored.reduced())
 
 
+class _ArriveAfter(torch.autograd.Function):
+    """Identity on hidden states. Backward: their gradient, and the slices' once they are here."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, restored: RestoredExperts, hidden: torch.Tensor, *_: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.restored = restored
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        return (None, grad, *ctx.restored.reduced())
+
+
 class _Restore(torch.autograd.Function):
     """Backward: whole gradients out, on their way to the slices."""
 
@@ -247,6 +284,8 @@ class _Restore(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         ctx.restored.reduce(grads)
+        if ctx.restored.arrives_after:
+            return (None,) * (2 + len(grads))
         return (
             None,
             None,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,16 @@ class Layer(Protocol):
     @property
     def slices(self) -> Slices: ...
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether its MoE layer is a checkpoint of its own."""
+        ...
+
+    @property
+    def rerun(self) -> RestoredExperts | None:
+        """The experts of the next re-run under a checkpoint, if one is to come."""
+        ...
+
 
 @dataclass
 class Chunk:
@@ -36,12 +47,15 @@ class Chunk:
 
     Attributes:
         module: called once per microbatch and pass.
+        blocks: for each layer, the transformer layer that it belongs to, called with the hidden
+            states as its first argument or as `hidden_states`.
         await_weights: waits until these slices hold this step's weights, which Megatron may still
             be gathering over replicas.
     """
 
     module: torch.nn.Module
     layers: Sequence[Layer]
+    blocks: Sequence[torch.nn.Module]
     await_weights: Callable[[Sequence[torch.nn.Parameter]], None]
 
 
@@ -86,6 +100,15 @@ class Scheduler:
                 chunk.module.register_forward_pre_hook(_call(self._begin_forward, chunk)),
                 chunk.module.register_forward_hook(_call(self._end_forward)),
             ]
+            if self._schedule.delays_gradients:
+                self._hooks += [
+                    block.register_forward_pre_hook(
+                        partial(self._begin_block, position, layer), with_kwargs=True
+                    )
+                    for position, (layer, block) in enumerate(
+                        zip(chunk.layers, chunk.blocks, strict=True)
+                    )
+                ]
 
     def close(self) -> None:
         """Let go of the chunks and end the lanes."""
@@ -143,7 +166,8 @@ class Scheduler:
         if starts:
             chunk.await_weights(layer.slices.parameters)
             restored.start()
-        if training and torch.is_grad_enabled() and self._schedule.delays_gradients:
+        delays = self._schedule.delays_gradients and not layer.recomputes
+        if training and torch.is_grad_enabled() and delays:
             restored.tickets = restored.issue_tickets()
         self._ahead[position] = restored
 
@@ -152,6 +176,27 @@ class Scheduler:
         self._forward = _Forward(chunk)
         starts = self._schedule.target(Moment.CHUNK_FORWARD) is Target.FIRST
         self._announce(0, chunk.module.training, starts)
+
+    def _begin_block(
+        self,
+        position: int,
+        layer: Layer,
+        block: torch.nn.Module,
+        inputs: tuple[Any, ...],
+        named: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Under a checkpoint, have the layer's gradients arrive after the block's backward."""
+        if not (block.training and torch.is_grad_enabled()):
+            return None
+        if self._forward is None:
+            restored = layer.rerun
+        else:
+            restored = self._ahead.get(position) if layer.recomputes else None
+        if restored is None:
+            return None
+        if inputs:
+            return (restored.arrive_after(inputs[0]), *inputs[1:]), named
+        return inputs, named | {"hidden_states": restored.arrive_after(named["hidden_states"])}
 
     def _end_forward(self, output: Any) -> None:
         forward, self._forward = self._forward, None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -65,3 +67,84 @@ def test_the_schedule_changes_no_bit(
     )
     assert len(on.losses) == STEPS
     assert identical(on, off)
+
+
+def order_of_events(command: list[str]) -> list[str]:
+    """What starts, leaves and arrives on this rank in the first microbatch, in program order.
+
+    `attention N` is the end of the backward pass of layer N's attention.
+    """
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    from megatron_laer.runtime.restored import RestoredExperts
+
+    events: list[str] = []
+
+    def told(word: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *args: Any) -> Any:
+            if word != "restore" or self._matrices is None:
+                events.append(f"{word} {self._name.split()[1]}")
+            return method(self, *args)
+
+        return call
+
+    init = TransformerLayer.__init__
+
+    def hooked(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.self_attention.register_full_backward_hook(
+            lambda *_: events.append(f"attention {self.layer_number}")
+        )
+
+    with (
+        mock.patch.object(TransformerLayer, "__init__", hooked),
+        mock.patch.object(RestoredExperts, "start", told("restore", RestoredExperts.start)),
+        mock.patch.object(RestoredExperts, "reduce", told("leave", RestoredExperts.reduce)),
+        mock.patch.object(RestoredExperts, "reduced", told("arrive", RestoredExperts.reduced)),
+    ):
+        train(command)
+    return events
+
+
+FORWARD = ["restore 1", "restore 2", "restore 3"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (
+            "",
+            # Gradients of a layer arrive under the experts' backward of the layer before.
+            "restore 3, restore 2, leave 3, attention 3, "
+            "restore 1, leave 2, arrive 3, attention 2, "
+            "leave 1, arrive 2, attention 1, arrive 1",
+        ),
+        (
+            FULL,
+            # Each layer's backward is one of its own: they arrive when its attention is done.
+            "restore 3, restore 2, leave 3, attention 3, arrive 3, "
+            "restore 1, leave 2, attention 2, arrive 2, "
+            "leave 1, attention 1, arrive 1",
+        ),
+        (
+            SELECTIVE,
+            "restore 3, restore 2, leave 3, attention 3, arrive 3, "
+            "restore 1, leave 2, attention 2, arrive 2, "
+            "leave 1, attention 1, arrive 1",
+        ),
+    ],
+    ids=["plain", "full recompute", "selective recompute"],
+)
+def test_exchanges_start_early_and_arrive_late(
+    ranks: Callable[[int], RankPool], text_data: str, extra: str, expected: str
+) -> None:
+    command = command_line(
+        text_data,
+        experts=8,
+        expert_parallel=2,
+        global_batch=4,
+        steps=1,
+        extra=f" --expert-parallel-mode fsep --fsep-planner random --num-layers 3{extra}",
+    )
+    for events in ranks(2).run(order_of_events, command):
+        assert events == FORWARD + expected.split(", ")
