@@ -9,6 +9,7 @@ Legend: N ranks, E experts, C slots per rank, S = N·C slots.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,9 +78,9 @@ class LayerState:
         pending: plans whose forward ran without gradients, under a checkpoint, oldest first; the
             re-run takes them. Backward order equals forward order per layer, in 1F1B and
             interleaved schedules alike.
-        history: decisions on the newest microbatches since the metrics were last read, on the
-            group's rank 0. A sample: measuring all of a long log interval would hold up the step
-            that logs.
+        history: decisions on the newest microbatches since the metrics were last read, and the
+            seconds that the host took for each, on the group's rank 0. A sample: measuring all of a
+            long log interval would hold up the step that logs.
         step_experts: restored for the whole step, where the schedule holds it.
     """
 
@@ -93,7 +94,7 @@ class LayerState:
     pending: deque[MicrobatchPlan] = field(default_factory=deque)
     microbatches: int = 0
     step_counts_NE: npt.NDArray[np.int64] | None = None
-    history: deque[Decision] = field(default_factory=lambda: deque(maxlen=_HISTORY))
+    history: deque[tuple[Decision, float]] = field(default_factory=lambda: deque(maxlen=_HISTORY))
     tag: tuple[LayoutTag, torch.Tensor] | None = None
     step_experts: StepExperts | None = None
 
@@ -204,7 +205,11 @@ class Coordinator:
         counts_NE = exchange_counts(
             routing_map_TE.sum(dim=0), tag, tag_tensor, self.groups, layer.name
         )
+        start_s = time.perf_counter()
         decision = self.guard.decide(counts_NE, layout)
+        row_S = decision.quotas.rank_row(self.groups.rank)
+        columns_NC = decision.quotas.rank_columns(self.groups.rank)
+        solve_s = time.perf_counter() - start_s
         if decision.replanned:
             restored.change(layout_index(decision.layout, self.device))
         self.scheduler.decided(layer, restored)
@@ -212,11 +217,11 @@ class Coordinator:
             restored.tickets = None  # the re-run makes its own, in its own graph
         plan = MicrobatchPlan(
             restored=restored,
-            row_S=decision.quotas.rank_row(self.groups.rank),
-            columns_NC=decision.quotas.rank_columns(self.groups.rank),
+            row_S=row_S,
+            columns_NC=columns_NC,
         )
         if training:
-            self._record(layer, decision)
+            self._record(layer, decision, solve_s)
             if not torch.is_grad_enabled():
                 layer.pending.append(plan.for_rerun(routing_map_TE))
         return plan
@@ -399,7 +404,7 @@ class Coordinator:
             layer.tag = (tag, tag.tensor(self.device))
         return layer.tag
 
-    def _record(self, layer: LayerState, decision: Decision) -> None:
+    def _record(self, layer: LayerState, decision: Decision, solve_s: float) -> None:
         counts_NE = decision.quotas.counts_NE
         if layer.microbatches == self._num_microbatches:
             # Megatron's rerun state machine repeats a step: what counts is the last time.
@@ -412,7 +417,7 @@ class Coordinator:
                 self._trace = None
         layer.microbatches += 1
         if self.groups.rank == 0:
-            layer.history.append(decision)
+            layer.history.append((decision, solve_s))
         if layer.step_counts_NE is None:
             layer.step_counts_NE = counts_NE.copy()
         else:

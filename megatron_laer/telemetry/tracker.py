@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
@@ -62,24 +63,25 @@ def collect(
     Returns:
         Scalars and per-layer values by name. Values of planning are those of this rank's group.
     """
-    # Columns: FSEP, stock, share of fresh layouts, and how many groups have a value; rows of other
-    # stages stay zero.
-    values_L4 = torch.zeros(decoder_layers + mtp_layers, 4, dtype=torch.float64)
+    # Columns: FSEP, stock, share of fresh layouts, milliseconds to decide, and how many groups have
+    # a value; rows of other stages stay zero.
+    values_L5 = torch.zeros(decoder_layers + mtp_layers, 5, dtype=torch.float64)
     for layer in [] if coordinator is None else coordinator.layers:
-        decisions = list(layer.history)
+        history = list(layer.history)
         layer.history.clear()
-        measured = balance(decision.quotas for decision in decisions)
+        measured = balance(decision.quotas for decision, _ in history)
         if measured is not None:
-            logger.info("FSEP %s: %s", layer.name, decisions[-1].reason)
-            fresh = sum(decision.replanned for decision in decisions) / len(decisions)
+            logger.info("FSEP %s: %s", layer.name, history[-1][0].reason)
+            fresh, solve_s = np.mean([(d.replanned, seconds) for d, seconds in history], axis=0)
             row = layer.number - 1 + (decoder_layers if layer.is_mtp else 0)
-            row = min(row, len(values_L4) - 1)
-            values_L4[row] += torch.tensor([measured.fsep, measured.stock, fresh, 1.0])
-    values_L4 = values_L4.to(current_device())
-    dist.all_reduce(values_L4)
-    values_L4 = values_L4.cpu()
-    has_value = values_L4[:, 3] > 0
-    fsep, stock, fresh_layouts = (values_L4[has_value, :3] / values_L4[has_value, 3:]).unbind(1)
+            row = min(row, len(values_L5) - 1)
+            values_L5[row] += torch.tensor([measured.fsep, measured.stock, fresh, solve_s * 1e3, 1])
+    values_L5 = values_L5.to(current_device())
+    dist.all_reduce(values_L5)
+    values_L5 = values_L5.cpu()
+    has_value = values_L5[:, 4] > 0
+    means_L4 = values_L5[has_value, :4] / values_L5[has_value, 4:]
+    fsep, stock, fresh_layouts, decide_ms = means_L4.unbind(1)
     layers = (torch.nonzero(has_value).flatten()).tolist()
     per_layer: dict[str, float] = {}
     scalars: dict[str, float] = {}
@@ -92,6 +94,7 @@ def collect(
                 scalars[f"{name}_p{percentile}"] = values.quantile(percentile / 100).item()
     if fresh_layouts.numel():
         scalars["fsep_fresh_layouts"] = fresh_layouts.mean().item()
+        scalars["fsep_quota_ms"] = decide_ms.mean().item()
     if coordinator is not None:
         status = coordinator.planner_status
         scalars["fsep_plan_ms"] = status.plan_us / 1e3

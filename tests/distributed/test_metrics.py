@@ -49,6 +49,8 @@ def test_balance_and_planning_are_in_tensorboard(
     for layer in (0, 1):
         assert all(value >= 1.0 for value in series(f"moe/fsep_load_imbalance_layer_{layer}"))
     assert series("fsep_load_imbalance_p50") <= series("fsep_load_imbalance_p95")
+    assert all(0 <= value <= 1 for value in series("fsep_fresh_layouts"))
+    assert all(0 < value < 1e3 for value in series("fsep_quota_ms"))
     assert series("fsep_layout_version") == [1, 3, 5]
     assert all(value > 0 for value in series("fsep_plan_ms"))
     assert series("fsep_late_plans") == series("fsep_plan_failures") == [0, 0, 0]
