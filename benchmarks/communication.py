@@ -30,7 +30,6 @@ from megatron_laer.planner.traffic import (
     ALGORITHMS,
     Int64,
     Traffic,
-    changed_slots,
     reduce_traffic,
     restore_traffic,
     row_bounds,
@@ -147,8 +146,8 @@ def formula(case: Workload, what: str, node_size: int, algorithm: str, step: int
     layout = case.layouts[step]
     if what == "gradients":
         return reduce_traffic(layout, node_size, case.matrices, algorithm)
-    changed_S = changed_slots(case.layouts[step - 1], layout) if what == "changed slots" else None
-    return restore_traffic(layout, node_size, case.matrices, algorithm, changed_S)
+    before = case.layouts[step - 1] if what == "changed slots" else None
+    return restore_traffic(layout, node_size, case.matrices, algorithm, before=before)
 
 
 def run_ranks(quick: bool) -> list[dict[str, Counts]]:

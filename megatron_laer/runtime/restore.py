@@ -105,8 +105,9 @@ class Exchange(Protocol):
             index: the layout to restore.
             rows: R, rows of the whole matrix.
             kept: what was restored under another layout. Only slots whose expert differs are
-                fetched, into this very tensor. If no slot of any rank differs, there is no
-                collective. All ranks must keep the same layout.
+                restored, into this very tensor; `node` moves only experts between nodes that the
+                receiving node did not have. If no slot of any rank differs, there is no collective.
+                All ranks must keep the same layout.
             out: where to restore to, contiguous [C, R, K]; a new tensor without it. Not with
                 `kept`.
 
@@ -228,7 +229,7 @@ class TwoLegExchange:
         # Without a leg across, the span's experts are all experts, and a place's rows a rank's.
         source = slice_ErK
         if across is not None:
-            source = self._fetch(across, slice_ErK, plan, blocks, take)
+            source = self._fetch(across, slice_ErK, plan, blocks, take, out_CRK)
         if inside is not None:
             self._spread(inside, source, plan, blocks, take, out_CRK)
         else:
@@ -269,18 +270,55 @@ class TwoLegExchange:
         plan: RestoreIndex,
         blocks: RowBlocks,
         take: _Take,
+        kept_CRK: torch.Tensor,
     ) -> torch.Tensor:
-        """Leg across: this place's rows of the span's D experts, flat, [D, r, K] span by span."""
+        """Leg across: this place's rows of the experts that the span needs.
+
+        Returns:
+            Flat: experts fetched from other spans, [D, r, K] span by span, then those that ranks of
+            this span gave each other, [D, P, K] with the P rows of this place.
+        """
         _, mine, columns = slice_ErK.shape
-        send = take("send", (sum(plan.distinct_M), mine, columns), slice_ErK.dtype)
-        torch.index_select(slice_ErK, 0, plan.sent_experts, out=send)
-        distinct = plan.distinct_M[self._mine]
-        sizes = [distinct * rows * columns for rows in blocks.rows_of_place(self._place)]
-        received = take("receive", (sum(sizes),), slice_ErK.dtype)
-        sent_sizes = [count * mine * columns for count in plan.distinct_M]
-        intra, inter = leg.all_to_all(received, send.view(-1), sizes, sent_sizes)
-        self._count_restore(intra, inter)
+        fetched, given = plan.fetched_M[self._mine], sum(plan.given_G)
+        rows_M = blocks.rows_of_place(self._place)
+        expert_size = sum(rows_M) * columns
+        received = take("receive", ((fetched + given) * expert_size,), slice_ErK.dtype)
+        from_far, from_near = received.split([fetched * expert_size, given * expert_size])
+        if sum(plan.fetched_M):  # known to every rank
+            send = take("send", (sum(plan.fetched_M), mine, columns), slice_ErK.dtype)
+            torch.index_select(slice_ErK, 0, plan.sent_experts, out=send)
+            sizes = [fetched * rows * columns for rows in rows_M]
+            sent_sizes = [count * mine * columns for count in plan.fetched_M]
+            intra, inter = leg.all_to_all(from_far, send.view(-1), sizes, sent_sizes)
+            self._count_restore(intra, inter)
+        if given:
+            self._give(kept_CRK, plan, blocks, take, from_near)
         return received
+
+    def _give(
+        self,
+        kept_CRK: torch.Tensor,
+        plan: RestoreIndex,
+        blocks: RowBlocks,
+        take: _Take,
+        received: torch.Tensor,
+    ) -> None:
+        """This place's rows of experts that ranks of the span have whole, from before."""
+        _, inside = self._restore_legs
+        count, (_, rows, columns) = len(plan.given_slots), kept_CRK.shape
+        send = received
+        if inside is not None:
+            send = take("send", (count * rows * columns,), kept_CRK.dtype)
+        for position, slot in enumerate(plan.given_slots):
+            for whole, part in blocks.pairs(kept_CRK[slot : slot + 1], send, position, count):
+                part.copy_(whole)
+        if inside is None:
+            return
+        place_rows = [sum(blocks.rows_of_place(place)) for place in range(self._span)]
+        sizes = [given * place_rows[self._place] * columns for given in plan.given_G]
+        sent_sizes = [count * rows * columns for rows in place_rows]
+        intra, inter = inside.all_to_all(received, send, sizes, sent_sizes)
+        self._count_restore(intra, inter)
 
     def _spread(
         self,
@@ -292,21 +330,21 @@ class TwoLegExchange:
         out_CRK: torch.Tensor,
     ) -> None:
         """Leg inside: this place's rows to the slots of the span, whole experts to mine."""
-        total = sum(plan.fetched_G)
+        total = sum(plan.restored_G)
         if total == 0:  # known to every rank of the span
             return
         columns = out_CRK.shape[2]
         place_rows = [sum(blocks.rows_of_place(place)) for place in range(self._span)]
-        mine, fetched = place_rows[self._place], plan.fetched_G[self._place]
+        mine, restored = place_rows[self._place], plan.restored_G[self._place]
         send = take("send", (total, mine, columns), out_CRK.dtype)
         self._pick(source, plan, blocks, 0, send)
-        sizes = [fetched * rows * columns for rows in place_rows]
+        sizes = [restored * rows * columns for rows in place_rows]
         received = take("receive", (sum(sizes),), out_CRK.dtype)
-        sent_sizes = [count * mine * columns for count in plan.fetched_G]
+        sent_sizes = [count * mine * columns for count in plan.restored_G]
         intra, inter = leg.all_to_all(received, send.view(-1), sizes, sent_sizes)
         self._count_restore(intra, inter)
         for first, slots in plan.runs:
-            for whole, part in blocks.pairs(out_CRK[slots], received, first, fetched):
+            for whole, part in blocks.pairs(out_CRK[slots], received, first, restored):
                 whole.copy_(part)
 
     def _pick(
@@ -320,27 +358,32 @@ class TwoLegExchange:
         """This place's rows of the experts of some of the span's slots to restore.
 
         Args:
-            source: what `_fetch` returned, or the slices of all experts.
+            source: what `_fetch` returned; with one span, the slices of all experts.
             first: which of the slots to restore is the first of the target's.
         """
         count, rows, columns = target_nPK.shape
-        if not plan.distinct_M:
+        spans = blocks.num_spans
+        if spans == 1:
             torch.index_select(source, 0, plan.picked[first : first + count], out=target_nPK)
             return
-        distinct, spans = plan.distinct_M[self._mine], blocks.num_spans
+        fetched, given = plan.fetched_M[self._mine], sum(plan.given_G)
         if blocks.even:
+            block = rows // spans * columns
             torch.index_select(
-                source.view(distinct * spans, rows // spans * columns),
+                source.view((fetched + given) * spans, block),
                 0,
                 plan.picked_M[first * spans : (first + count) * spans],
-                out=target_nPK.view(count * spans, rows // spans * columns),
+                out=target_nPK.view(count * spans, block),
             )
             return
         picked = plan.picked[first : first + count]
+        from_far, from_near = source.split([part * rows * columns for part in (fetched, given)])
         offset = 0
         for size in blocks.rows_of_place(self._place):
-            here = source[distinct * offset * columns : distinct * (offset + size) * columns]
-            target_nPK[:, offset : offset + size] = here.view(distinct, size, columns)[picked]
+            here = slice(offset, offset + size)
+            far = from_far[fetched * offset * columns : fetched * (offset + size) * columns]
+            near = from_near.view(given, rows, columns)[:, here]
+            target_nPK[:, here] = torch.cat((far.view(fetched, size, columns), near))[picked]
             offset += size
 
     def _collect(

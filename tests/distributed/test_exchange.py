@@ -248,7 +248,7 @@ def kept_under(index: Any, matrix_CRK: Any) -> Any:
 def test_bytes_of_the_collectives_equal_the_formulas(
     ranks: Callable[[int], RankPool], node_size: int
 ) -> None:
-    from megatron_laer.planner.traffic import changed_slots, reduce_traffic, restore_traffic
+    from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
 
     for rank, counted in enumerate(ranks(4).run(bytes_of_every_case, node_size)):
         for case, what, algorithm, intra_bytes, inter_bytes in counted:
@@ -258,8 +258,7 @@ def test_bytes_of_the_collectives_equal_the_formulas(
                 traffic = restore_traffic(layout, node_size, matrices, algorithm)
             elif what == "changed":
                 after = case.layout(4, 1)
-                changed_S = changed_slots(layout, after)
-                traffic = restore_traffic(after, node_size, matrices, algorithm, changed_S)
+                traffic = restore_traffic(after, node_size, matrices, algorithm, before=layout)
             else:
                 traffic = reduce_traffic(layout, node_size, matrices, algorithm)
                 far = 4 if algorithm == "node" else far
@@ -298,8 +297,12 @@ def test_kept_matrices_fetch_changed_slots_and_nothing_if_nothing_changed(
     ranks(4).run(layouts_that_follow, node_size)
 
 
-def one_slot_changes(slot: int) -> list[int]:
-    """Only `slot` changes; poison all that is kept, and see what is fetched on this rank."""
+def one_slot_changes(slot: int, algorithm: str) -> tuple[list[int], int]:
+    """Only `slot` changes. Returns this rank's slots that came anew, and bytes from other nodes.
+
+    With `flat`, all that is kept is poisoned: what is not poison was fetched. With `node`, nodes
+    have all experts, and it is the slices that are poisoned: what is not poison came from slots.
+    """
     import torch
 
     from megatron_laer.runtime.layout_index import layout_index
@@ -311,26 +314,30 @@ def one_slot_changes(slot: int) -> list[int]:
         layout_index(ExpertLayout.from_slots(4, 2, 4, slots), torch.device("cpu"))
         for slots in (before_S, after_S)
     )
-    fetched: list[int] = []
     with exchanges_on(2) as make:
-        here = Rank(Case(2, 4, 7, "float32", 0), 2)
-        for algorithm in ALGORITHMS:
-            matrix = torch.full((2, 7, COLUMNS), torch.nan)
-            exchange = make(algorithm)
-            exchange.restore(here.slice_ErK, after, 7, kept=kept_under(before, matrix))
-            mine = [here.rank * 2 + c for c in range(2) if not matrix[c].isnan().any()]
-            for there in mine:
-                assert torch.equal(matrix[there % 2], here.whole_ERK[after_S[there]])
-            assert matrix.isnan().sum() == (2 - len(mine)) * 7 * COLUMNS
-            fetched += mine
-    return fetched
+        here, exchange = Rank(Case(2, 4, 7, "float32", 0), 2), make(algorithm)
+        mine = range(here.rank * 2, here.rank * 2 + 2)
+        slice_ErK, matrix = here.slice_ErK, here.whole_ERK[[before_S[there] for there in mine]]
+        (slice_ErK if algorithm == "node" else matrix).fill_(torch.nan)
+        exchange.restore(slice_ErK, after, 7, kept=kept_under(before, matrix))
+        right = [
+            there
+            for there in mine
+            if torch.equal(matrix[there % 2], here.whole_ERK[after_S[there]])
+        ]
+        return right, exchange.count.restore_inter_bytes
 
 
 @pytest.mark.parametrize("slot", [0, 3, 5])
-def test_what_is_kept_is_not_touched(ranks: Callable[[int], RankPool], slot: int) -> None:
-    fetched = ranks(4).run(one_slot_changes, slot)
-    for rank, slots in enumerate(fetched):
-        assert slots == ([slot] * len(ALGORITHMS) if rank == slot // 2 else [])
+def test_only_changed_slots_are_fetched_and_from_the_own_node_where_it_has_them(
+    ranks: Callable[[int], RankPool], slot: int
+) -> None:
+    for rank, (right, inter_bytes) in enumerate(ranks(4).run(one_slot_changes, slot, "flat")):
+        assert right == ([slot] if rank == slot // 2 else [])
+        assert (inter_bytes > 0) == (rank == slot // 2)
+    for rank, (right, inter_bytes) in enumerate(ranks(4).run(one_slot_changes, slot, "node")):
+        assert right == [2 * rank, 2 * rank + 1]
+        assert inter_bytes == 0
 
 
 def buffers_over_layouts(node_size: int) -> list[tuple[str, str, str, int, int, int]]:

@@ -17,6 +17,7 @@ from megatron_laer.planner.traffic import (
     Traffic,
     changed_slots,
     choose_algorithm,
+    node_sources,
     reduce_traffic,
     restore_traffic,
     row_bounds,
@@ -31,6 +32,7 @@ class Case:
     node_size: int
     matrices: list[tuple[int, int]]
     changed_S: Bool
+    before: ExpertLayout
 
 
 @st.composite
@@ -47,13 +49,25 @@ def cases(draw: st.DrawFn, max_ranks: int, even_rows: bool = False) -> Case:
     matrices = [(unit * draw(st.integers(1, 70)), draw(st.integers(1, 5))) for _ in range(2)]
     share = draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
     changed_S = np.random.default_rng(seed).random(layout.num_slots) < share
-    return Case(layout, node_size, matrices, changed_S)
+    # Before: experts of some slots were in each other's places.
+    before_S = layout.slot_expert_S.copy()
+    before_S[changed_S] = np.random.default_rng(seed + 1).permutation(before_S[changed_S])
+    before = ExpertLayout.from_slots(num_ranks, capacity, num_experts, before_S)
+    return Case(layout, node_size, matrices, changed_S, before)
 
 
-def traffic_by_message(case: Case, algorithm: str) -> Traffic:
+def traffic_by_message(case: Case, algorithm: str, keep: bool = False) -> Traffic:
     """Every message of a restore, written down one by one."""
     layout, G = case.layout, case.node_size
     N, C = layout.num_ranks, layout.capacity
+    changed_S = changed_slots(case.before, layout) if keep else case.changed_S
+    held: dict[tuple[int, int], int] = {}  # (node, expert) → the slot that has it
+    if keep and G < N:
+        found = node_sources(layout, G, changed_S, case.before)
+        for pair, slot in zip(found.held_pairs.tolist(), found.held_slots.tolist(), strict=True):
+            node, expert = divmod(pair, layout.num_experts)
+            assert slot // C // G == node and case.before.slot_expert_S[slot] == expert
+            held[node, expert] = slot
     sent: dict[tuple[int, int], int] = defaultdict(int)  # (from, to) → elements
     for rows, columns in case.matrices:
         bounds = row_bounds(rows, N)
@@ -62,7 +76,7 @@ def traffic_by_message(case: Case, algorithm: str) -> Traffic:
             rank: [
                 int(layout.slot_expert_S[slot])
                 for slot in range(rank * C, rank * C + C)
-                if case.changed_S[slot]
+                if changed_S[slot]
             ]
             for rank in range(N)
         }
@@ -73,8 +87,14 @@ def traffic_by_message(case: Case, algorithm: str) -> Traffic:
                 continue
             node = range(to // G * G, to // G * G + G)
             distinct = {expert for rank in node for expert in wanted[rank]}
+            before_S = case.before.slot_expert_S.reshape(N // G, -1)[to // G]
+            have = set(before_S.tolist()) if keep and G < N else set()
+            assert {e for node, e in held if node == to // G} == distinct & have
             for source in range(to % G, N, G):
-                sent[source, to] += len(distinct) * block_N[source]
+                sent[source, to] += len(distinct - have) * block_N[source]
+            for expert in distinct & have:
+                to_rows = sum(block_N[n] for n in range(to % G, N, G))
+                sent[held[to // G, expert] // C, to] += to_rows
             for helper in node:
                 place_rows = sum(block_N[n] for n in range(helper % G, N, G))
                 if helper != to:
@@ -102,6 +122,15 @@ def test_the_formula_equals_a_count_message_by_message(case: Case, algorithm: st
     assert_equal(formula, traffic_by_message(case, algorithm))
 
 
+@settings(max_examples=80, deadline=None)
+@given(cases(max_ranks=12), st.sampled_from(ALGORITHMS))
+def test_so_does_the_formula_where_ranks_keep_a_layout(case: Case, algorithm: str) -> None:
+    formula = restore_traffic(
+        case.layout, case.node_size, case.matrices, algorithm, before=case.before
+    )
+    assert_equal(formula, traffic_by_message(case, algorithm, keep=True))
+
+
 @settings(max_examples=40, deadline=None)
 @given(cases(max_ranks=12), st.sampled_from(ALGORITHMS))
 def test_gradients_travel_as_a_full_restore_backwards(case: Case, algorithm: str) -> None:
@@ -120,15 +149,16 @@ def per_node(elements_N: np.ndarray, node_size: int) -> np.ndarray:
 @settings(max_examples=100, deadline=None)
 @given(cases(max_ranks=1024))
 def test_no_node_receives_or_sends_more_across_nodes_than_flat(case: Case) -> None:
-    flat, node = (
-        restore_traffic(case.layout, case.node_size, case.matrices, algorithm, case.changed_S)
-        for algorithm in ALGORITHMS
-    )
-    for name in ("inter_N", "sent_inter_N"):
-        by_node, by_flat = (
-            per_node(getattr(traffic, name), case.node_size) for traffic in (node, flat)
+    for keep in ({"changed_S": case.changed_S}, {"before": case.before}, {}):
+        flat, node = (
+            restore_traffic(case.layout, case.node_size, case.matrices, algorithm, **keep)  # type: ignore[arg-type]
+            for algorithm in ALGORITHMS
         )
-        assert (by_node <= by_flat).all(), name
+        for name in ("inter_N", "sent_inter_N"):
+            by_node, by_flat = (
+                per_node(getattr(traffic, name), case.node_size) for traffic in (node, flat)
+            )
+            assert (by_node <= by_flat).all(), (name, keep)
 
 
 @settings(max_examples=100, deadline=None)
@@ -163,7 +193,7 @@ def test_half_of_flat_crosses_nodes_where_a_node_holds_each_expert_twice(
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_nothing_changed_moves_nothing(algorithm: str) -> None:
     layout = ExpertLayout.random(8, 2, 8, seed=(0,))
-    traffic = restore_traffic(layout, 4, [(64, 8)], algorithm, changed_slots(layout, layout))
+    traffic = restore_traffic(layout, 4, [(64, 8)], algorithm, before=layout)
     assert_equal(traffic, Traffic(*np.zeros((4, 8), dtype=np.int64)))
 
 
