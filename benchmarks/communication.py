@@ -37,7 +37,7 @@ from megatron_laer.planner.traffic import (
 from megatron_laer.runtime import process_groups
 from megatron_laer.runtime.layout_index import layout_index
 from megatron_laer.runtime.node_exchange import NodeExchange
-from megatron_laer.runtime.restore import ExchangeCount, FlatExchange, Kept, TwoLegExchange
+from megatron_laer.runtime.restore import Exchange, ExchangeCount, FlatExchange, Kept
 
 try:
     from benchmarks.report import print_table
@@ -193,9 +193,7 @@ def serve(pipe: Connection, rank: int, address: str, quick: bool) -> None:
     dist.destroy_process_group()
 
 
-def exchange_all(
-    case: Workload, exchange: TwoLegExchange, rank: int
-) -> Iterator[tuple[str, int, Int64]]:
+def exchange_all(case: Workload, exchange: Exchange, rank: int) -> Iterator[tuple[str, int, Int64]]:
     """Restore and reduce under each layout, and update what the layout before has restored."""
     count = exchange.count
     generator = torch.Generator().manual_seed(0)
