@@ -137,7 +137,7 @@ class TwoLegExchange:
         grad_CRK = grad_CRK.contiguous()
         _, rows, columns = grad_CRK.shape
         blocks = row_blocks(rows, self.groups.size, self._span)
-        shape = (index.layout.num_experts, blocks.rows(self._mine, self._place), columns)
+        shape = (index.layout.num_experts, blocks.rows_GM[self._place][self._mine], columns)
         out_ErK = grad_CRK.new_empty(shape) if out is None else out
         assert out_ErK.shape == shape and out_ErK.is_contiguous()
         plan = self._reduce_index(index)
@@ -173,7 +173,7 @@ class TwoLegExchange:
         """
         _, mine, columns = slice_ErK.shape
         fetched, given = plan.fetched_M[self._mine], sum(plan.given_G)
-        rows_M = blocks.rows_of_place(self._place)
+        rows_M = blocks.rows_GM[self._place]
         expert_size = sum(rows_M) * columns
         received = take("receive", ((fetched + given) * expert_size,), slice_ErK.dtype)
         from_far, from_near = received.split([fetched * expert_size, given * expert_size])
@@ -207,7 +207,7 @@ class TwoLegExchange:
                 part.copy_(whole)
         if inside is None:
             return
-        place_rows = [sum(blocks.rows_of_place(place)) for place in range(self._span)]
+        place_rows = blocks.place_rows_G
         sizes = [given * place_rows[self._place] * columns for given in plan.given_G]
         sent_sizes = [count * rows * columns for rows in place_rows]
         intra, inter = inside.all_to_all(received, send, sizes, sent_sizes)
@@ -227,7 +227,7 @@ class TwoLegExchange:
         if total == 0:  # known to every rank of the span
             return
         columns = out_CRK.shape[2]
-        place_rows = [sum(blocks.rows_of_place(place)) for place in range(self._span)]
+        place_rows = blocks.place_rows_G
         mine, restored = place_rows[self._place], plan.restored_G[self._place]
         send = take("send", (total, mine, columns), out_CRK.dtype)
         self._pick(source, plan, blocks, 0, send)
@@ -272,7 +272,7 @@ class TwoLegExchange:
         picked = plan.picked[first : first + count]
         from_far, from_near = source.split([part * rows * columns for part in (fetched, given)])
         offset = 0
-        for size in blocks.rows_of_place(self._place):
+        for size in blocks.rows_GM[self._place]:
             here = slice(offset, offset + size)
             far = from_far[fetched * offset * columns : fetched * (offset + size) * columns]
             near = from_near.view(given, rows, columns)[:, here]
@@ -284,7 +284,7 @@ class TwoLegExchange:
     ) -> torch.Tensor:
         """Leg inside: this place's rows of the gradients of all slots of the span."""
         capacity, _, columns = grad_CRK.shape
-        place_rows = [sum(blocks.rows_of_place(place)) for place in range(self._span)]
+        place_rows = blocks.place_rows_G
         mine = place_rows[self._place]
         send = take("send", (grad_CRK.numel(),), grad_CRK.dtype)
         for whole, part in blocks.pairs(grad_CRK, send, 0, capacity):
@@ -308,7 +308,7 @@ class TwoLegExchange:
         """Leg across: this rank's rows of every span's sums, D of them span by span."""
         _, rows, columns = parts_nPK.shape
         distinct = plan.distinct_M[self._mine]
-        sizes_M = blocks.rows_of_place(self._place)
+        sizes_M = blocks.rows_GM[self._place]
         send = take("send", (distinct * rows * columns,), wire)
         sent_sizes = [distinct * size * columns for size in sizes_M]
         offset = 0
