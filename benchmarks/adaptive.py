@@ -14,12 +14,11 @@ import numpy as np
 
 from benchmarks.prices import paper_costs
 from benchmarks.splits import Outcome, Planner, split_exactly
-from megatron_laer.config import ADAPTIVE
+from megatron_laer.config import ADAPTIVE, EXCHANGES
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
-from megatron_laer.planner.traffic import ALGORITHMS
 
 if TYPE_CHECKING:
     from benchmarks.balance import Case, Trace
@@ -54,7 +53,7 @@ def adaptive(
     """
     geometry = Geometry(static.num_ranks, static.num_experts, static.capacity, node_size)
     guards = {
-        algorithm: Guard(ADAPTIVE, paper_costs(algorithm), geometry) for algorithm in ALGORITHMS
+        algorithm: Guard(ADAPTIVE, paper_costs(algorithm), geometry) for algorithm in EXCHANGES
     }
     pairs = int(trace.now(cases[0]).sum()) // geometry.num_ranks
     scales = sorted({1, max(1, PAPER_PAIRS // pairs)})

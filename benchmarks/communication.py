@@ -25,20 +25,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_laer.config import EXCHANGES
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.traffic import (
-    ALGORITHMS,
     Int64,
     Traffic,
-    changed_slots,
     reduce_traffic,
     restore_traffic,
     row_bounds,
 )
 from megatron_laer.runtime import process_groups
+from megatron_laer.runtime.exchange import Exchange, ExchangeCount, Kept
+from megatron_laer.runtime.flat_exchange import FlatExchange
 from megatron_laer.runtime.layout_index import layout_index
 from megatron_laer.runtime.node_exchange import NodeExchange
-from megatron_laer.runtime.restore import ExchangeCount, FlatExchange, Kept, TwoLegExchange
 
 try:
     from benchmarks.report import print_table
@@ -147,8 +147,8 @@ def formula(case: Workload, what: str, node_size: int, algorithm: str, step: int
     layout = case.layouts[step]
     if what == "gradients":
         return reduce_traffic(layout, node_size, case.matrices, algorithm)
-    changed_S = changed_slots(case.layouts[step - 1], layout) if what == "changed slots" else None
-    return restore_traffic(layout, node_size, case.matrices, algorithm, changed_S)
+    before = case.layouts[step - 1] if what == "changed slots" else None
+    return restore_traffic(layout, node_size, case.matrices, algorithm, before=before)
 
 
 def run_ranks(quick: bool) -> list[dict[str, Counts]]:
@@ -184,7 +184,7 @@ def serve(pipe: Connection, rank: int, address: str, quick: bool) -> None:
         assert world is not None
         groups = process_groups.create_groups(world, node_size, dist.new_group)
         for case in workloads(quick):
-            for algorithm in ALGORITHMS:
+            for algorithm in EXCHANGES:
                 exchange = (FlatExchange if algorithm == "flat" else NodeExchange)(groups)
                 for what, step, received_2 in exchange_all(case, exchange, rank):
                     found[case.name][what, node_size, algorithm, step] = received_2
@@ -194,9 +194,7 @@ def serve(pipe: Connection, rank: int, address: str, quick: bool) -> None:
     dist.destroy_process_group()
 
 
-def exchange_all(
-    case: Workload, exchange: TwoLegExchange, rank: int
-) -> Iterator[tuple[str, int, Int64]]:
+def exchange_all(case: Workload, exchange: Exchange, rank: int) -> Iterator[tuple[str, int, Int64]]:
     """Restore and reduce under each layout, and update what the layout before has restored."""
     count = exchange.count
     generator = torch.Generator().manual_seed(0)

@@ -16,13 +16,13 @@ Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.config import EVEN_SPLIT, EXACT_SPLIT
+from megatron_laer.config import AUTO, EVEN_SPLIT, EXACT_SPLIT, EXCHANGES
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.exact import exact_split
@@ -215,6 +215,26 @@ class CostModel:
         """Seconds of one reduce, if nothing hides it; arguments and errors as `reduce_bytes`."""
         traffic = reduce_traffic(layout, node_size, self.matrices, algorithm)
         return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
+
+    def with_exchange(self, algorithm: str, geometry: Geometry) -> CostModel:
+        """The same with another exchange; `auto` takes the faster for layouts of this shape.
+
+        Raises:
+            ValueError: an unknown algorithm.
+        """
+        if algorithm == AUTO:
+            static = ExpertLayout.static(
+                geometry.num_ranks, geometry.capacity, geometry.num_experts
+            )
+            # Two restores for each reduce; the first of equals is the flat one.
+            algorithm = min(
+                EXCHANGES,
+                key=lambda name: (
+                    2 * self.restore_seconds(static, geometry.node_size, name)
+                    + self.reduce_seconds(static, geometry.node_size, name)
+                ),
+            )
+        return replace(self, restore_algorithm=algorithm)
 
     def solve_seconds(self, geometry: Geometry) -> float:
         """Of a fresh layout and its exact quotas. A constant: a time measured at run time would

@@ -2,8 +2,8 @@
 
 Two algorithms move the same values. `flat` is one All-to-All over all ranks. `node` crosses nodes
 once for each distinct expert of a node, place by place (rank g of a node with rank g of the other
-nodes), and spreads the experts inside the node. `runtime.restore` and `runtime.node_exchange` count
-what they really send; tests hold the counts equal to the formulas here.
+nodes), and spreads the experts inside the node. The runtime's exchanges count what they really
+send; tests hold the counts equal to the formulas here.
 
 Legend: N ranks, E experts, C slots per rank, S = N·C slots, G ranks per node, M = N/G nodes,
 R rows of a matrix, K columns.
@@ -17,13 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.config import EXCHANGES
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import check_node_size
 
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
-
-ALGORITHMS = ("flat", "node")
 
 
 def row_bounds(rows: int, num_ranks: int) -> list[int]:
@@ -91,46 +90,102 @@ def changed_slots(before: ExpertLayout, after: ExpertLayout) -> Bool:
     return np.asarray(before.slot_expert_S != after.slot_expert_S)
 
 
+@dataclass(frozen=True, eq=False)
+class NodeSources:
+    """Where each node gets the distinct experts of its changed slots from.
+
+    Pairs of a node and an expert are numbered node·E + expert.
+
+    Attributes:
+        far_pairs: ascending; from the slices of all ranks.
+        held_pairs: ascending; from a slot of the same node, under the layout before.
+        held_slots: those slots, one per held pair.
+    """
+
+    far_pairs: Int64
+    held_pairs: Int64
+    held_slots: Int64
+
+
+def node_sources(
+    layout: ExpertLayout, node_size: int, changed_S: Bool, before: ExpertLayout | None = None
+) -> NodeSources:
+    """Which experts cross nodes in a restore by node, and which the nodes have.
+
+    Args:
+        before: the layout under which ranks keep what they restored, or None if they keep nothing.
+    """
+    num_experts = layout.num_experts
+    node_S = np.arange(layout.num_slots) // (node_size * layout.capacity)
+    wanted = np.unique((node_S * num_experts + layout.slot_expert_S)[changed_S])
+    if before is None:
+        return NodeSources(wanted, wanted[:0], wanted[:0])
+    pair_S = node_S * num_experts + before.slot_expert_S
+    by_pair = np.argsort(pair_S, kind="stable")
+    first = np.searchsorted(pair_S[by_pair], wanted)
+    count = np.searchsorted(pair_S[by_pair], wanted, side="right") - first
+    held = count > 0
+    # Not always the first of an expert's slots, or the first rank of a node would hand out most.
+    slots = by_pair[first[held] + wanted[held] % num_experts % count[held]]
+    return NodeSources(wanted[~held], wanted[held], slots)
+
+
 def restore_traffic(
     layout: ExpertLayout,
     node_size: int,
     matrices: Sequence[tuple[int, int]],
     algorithm: str,
     changed_S: Bool | None = None,
+    *,
+    before: ExpertLayout | None = None,
 ) -> Traffic:
     """Elements that one restore moves.
 
-    With c_n slots to fetch on rank n, D_J distinct experts among those of node J, and r_n rows on
+    With c_n slots to fetch on rank n, F_J distinct experts among those of node J, and r_n rows on
     rank n = (node J, place g), per matrix and times K, a rank receives
 
         flat  c_n · (rows of its node - r_n) intra   c_n · (R - rows of its node) inter
-        node  c_n · (R - rows of its place) intra    D_J · (rows of its place - r_n) inter
+        node  c_n · (R - rows of its place) intra    F_J · (rows of its place - r_n) inter
 
-    where a place's rows are those of rank g of every node. Since D_J is at most the sum of c_n over
-    the node, a node never receives more from other nodes with `node` than with `flat`; nor does
-    any single rank if N divides R and all ranks of the node fetch equally many slots.
+    where a place's rows are those of rank g of every node. Experts that node J still has from the
+    layout before are not in F_J: one rank of the node that has the expert gives each place its
+    rows, so that rank n also receives (H_J - h_n) · (rows of its place) intra, with H_J such
+    experts in the node of which n gives h_n.
+
+    Since F_J is at most the sum of c_n over the node, a node never receives more from other nodes
+    with `node` than with `flat`; nor does any single rank if N divides R and all ranks of the node
+    fetch equally many slots.
 
     Args:
         node_size: G, ranks per node.
         matrices: (R, K) of each expert matrix.
-        changed_S: slots to fetch; all of them by default.
+        changed_S: slots to fetch, by ranks that keep nothing else; all slots by default.
+        before: instead of `changed_S`, the layout under which all ranks keep what they restored.
 
     Raises:
-        ValueError: an unknown algorithm, a node size that does not divide N, or a `changed_S` of
-            another shape.
+        ValueError: an unknown algorithm, a node size that does not divide N, a `changed_S` of
+            another shape, or a layout before of other N, C or E.
     """
     check_algorithm(algorithm)
     num_ranks, num_slots = layout.num_ranks, layout.num_slots
     check_node_size(num_ranks, node_size)
-    if changed_S is None:
+    assert changed_S is None or before is None, "changed_S follows from the layout before"
+    if before is not None:
+        changed_S = changed_slots(before, layout)
+    elif changed_S is None:
         changed_S = np.ones(num_slots, dtype=np.bool_)
     if changed_S.shape != (num_slots,):
         raise ValueError(f"changed_S has shape {changed_S.shape}, expected {(num_slots,)}")
 
+    num_nodes = num_ranks // node_size
+    node_N = np.arange(num_ranks) // node_size
     fetched_N = changed_S.reshape(num_ranks, -1).sum(axis=1, dtype=np.int64)
     fetched_J = fetched_N.reshape(-1, node_size).sum(axis=1)
-    distinct_J = _distinct_experts(layout, node_size, changed_S)
-    node_N = np.arange(num_ranks) // node_size
+    # A group on one node has every expert's rows there anyway.
+    sources = node_sources(layout, node_size, changed_S, before if num_nodes > 1 else None)
+    far_J = np.bincount(sources.far_pairs // layout.num_experts, minlength=num_nodes)
+    given_N = np.bincount(sources.held_slots // layout.capacity, minlength=num_ranks)
+    given_J = given_N.reshape(-1, node_size).sum(axis=1)
 
     received_intra_N, received_inter_N, sent_intra_N, sent_inter_N = np.zeros(
         (4, num_ranks), dtype=np.int64
@@ -139,7 +194,7 @@ def restore_traffic(
         bounds = np.asarray(row_bounds(rows, num_ranks), dtype=np.int64)
         rows_N = bounds[1:] - bounds[:-1]
         rows_JG = rows_N.reshape(-1, node_size)
-        place_rows_N = np.tile(rows_JG.sum(axis=0), num_ranks // node_size)
+        place_rows_N = np.tile(rows_JG.sum(axis=0), num_nodes)
         if algorithm == "flat":
             node_rows_N = rows_JG.sum(axis=1)[node_N]
             received_intra_N += fetched_N * (node_rows_N - rows_N) * columns
@@ -147,10 +202,13 @@ def restore_traffic(
             sent_intra_N += (fetched_J[node_N] - fetched_N) * rows_N * columns
             sent_inter_N += (fetched_J.sum() - fetched_J[node_N]) * rows_N * columns
         else:
-            received_intra_N += fetched_N * (rows - place_rows_N) * columns
-            received_inter_N += distinct_J[node_N] * (place_rows_N - rows_N) * columns
+            other_rows_N = rows - place_rows_N
+            received_intra_N += fetched_N * other_rows_N * columns
+            received_intra_N += (given_J[node_N] - given_N) * place_rows_N * columns
+            received_inter_N += far_J[node_N] * (place_rows_N - rows_N) * columns
             sent_intra_N += (fetched_J[node_N] - fetched_N) * place_rows_N * columns
-            sent_inter_N += (distinct_J.sum() - distinct_J[node_N]) * rows_N * columns
+            sent_intra_N += given_N * other_rows_N * columns
+            sent_inter_N += (far_J.sum() - far_J[node_N]) * rows_N * columns
     return Traffic(received_intra_N, received_inter_N, sent_intra_N, sent_inter_N)
 
 
@@ -173,44 +231,11 @@ def reduce_traffic(
     )
 
 
-def choose_algorithm(
-    layout: ExpertLayout,
-    node_size: int,
-    matrices: Sequence[tuple[int, int]],
-    bytes_per_element: float,
-    intra_bytes_per_s: float,
-    inter_bytes_per_s: float,
-) -> str:
-    """The algorithm whose restore is predicted to take less time; `flat` if equal.
-
-    Every rank that asks with the same arguments gets the same answer.
-
-    Raises:
-        ValueError: a node size that does not divide N.
-    """
-    seconds = {
-        algorithm: restore_traffic(layout, node_size, matrices, algorithm).seconds(
-            algorithm, bytes_per_element, intra_bytes_per_s, inter_bytes_per_s
-        )
-        for algorithm in ALGORITHMS
-    }
-    return min(ALGORITHMS, key=lambda algorithm: seconds[algorithm])
-
-
 def check_algorithm(algorithm: str) -> None:
-    """Reject a name that is not in `ALGORITHMS`.
+    """Reject a name that is not in `EXCHANGES`.
 
     Raises:
         ValueError: with the names that work.
     """
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm {algorithm!r}; use one of {ALGORITHMS}")
-
-
-def _distinct_experts(layout: ExpertLayout, node_size: int, changed_S: Bool) -> Int64:
-    """Distinct experts among the changed slots of each node, int64 [M]."""
-    num_nodes = layout.num_ranks // node_size
-    node_S = np.arange(layout.num_slots) // (node_size * layout.capacity)
-    pair_S = node_S * layout.num_experts + layout.slot_expert_S
-    pairs = np.unique(pair_S[changed_S])
-    return np.bincount(pairs // layout.num_experts, minlength=num_nodes).astype(np.int64)
+    if algorithm not in EXCHANGES:
+        raise ValueError(f"unknown algorithm {algorithm!r}; use one of {EXCHANGES}")

@@ -1,7 +1,7 @@
 """The layouts in force on this rank, and how they change: plans in, statistics out.
 
 Holds `(version, layout)` per MoE layer and each layer's FIFO of plans. Chooses no layout
-(`planner`), and neither moves weights (`restore`) nor says when (`scheduler`).
+(`planner`), and neither moves weights (`exchange`) nor says when (`scheduler`).
 
 Legend: N ranks, E experts, C slots per rank, S = N·C slots.
 """
@@ -19,9 +19,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_laer.config import (
-    AUTO,
     EXACT,
-    EXCHANGES,
     NODE,
     RANDOM_PLANNER,
     STEP_RESTORE,
@@ -39,11 +37,12 @@ from megatron_laer.runtime.agreement import (
     exchange_counts,
 )
 from megatron_laer.runtime.device import make_lane
+from megatron_laer.runtime.exchange import Exchange
+from megatron_laer.runtime.flat_exchange import FlatExchange
 from megatron_laer.runtime.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.node_exchange import NodeExchange
 from megatron_laer.runtime.plan import MicrobatchPlan
 from megatron_laer.runtime.process_groups import FSEPGroups
-from megatron_laer.runtime.restore import Exchange, FlatExchange
 from megatron_laer.runtime.restored import ExchangeLanes, RestoredExperts, Slices
 from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.sources import (
@@ -133,10 +132,11 @@ class Coordinator:
             capacity=config.capacity or default_capacity(groups.size, num_experts),
             node_size=groups.node_size,
         )
+        costs = costs.with_exchange(config.restore_algorithm, self.geometry)
         self.guard = Guard(
             config.mode, costs, self.geometry, config.imbalance_tolerance, config.split
         )
-        self.exchange = _exchange(config, groups, self.geometry, costs)
+        self.exchange = _exchange(config, groups, costs.restore_algorithm)
         overlaps = config.scheduler == "on"
         self.schedule = make_schedule(
             overlaps=overlaps,
@@ -444,20 +444,7 @@ class Coordinator:
             )
 
 
-def _exchange(
-    config: FSEPConfig, groups: FSEPGroups, geometry: Geometry, costs: CostModel
-) -> Exchange:
-    algorithm = config.restore_algorithm
-    if algorithm == AUTO:
-        static = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
-        # Two restores for each reduce; the first of equals is the flat one.
-        algorithm = min(
-            EXCHANGES,
-            key=lambda name: (
-                2 * costs.restore_seconds(static, geometry.node_size, name)
-                + costs.reduce_seconds(static, geometry.node_size, name)
-            ),
-        )
+def _exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: str) -> Exchange:
     if algorithm == NODE:
         dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
         return NodeExchange(groups, dtype)

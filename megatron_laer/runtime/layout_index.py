@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.traffic import Bool, changed_slots
+from megatron_laer.planner.traffic import changed_slots, node_sources
 
 Int64 = npt.NDArray[np.int64]
 
@@ -48,23 +48,29 @@ class RestoreIndex:
 
     Attributes:
         anything: whether any rank has a slot to restore.
-        sent_experts: the distinct experts of span 0, of span 1, …: what this rank sends to the rank
-            at its place in each span.
-        distinct_M: how many those are.
-        picked: for each slot to restore in this span, rank by rank, its expert's place among the
-            span's distinct experts, or the expert itself where there is but one span.
-        picked_M: the same with one entry per span, into M·D blocks.
-        fetched_G: slots to restore on each rank of this span.
+        sent_experts: the experts that span 0, span 1, … fetch: what this rank sends to the rank at
+            its place in each span.
+        fetched_M: how many those are.
+        given_slots: this rank's slots, of what is kept, whose experts it gives to its span.
+        given_G: how many experts each rank of this span gives.
+        picked: for each slot to restore in this span, rank by rank, where its expert is among those
+            that the span fetched and, after them, was given; or the expert itself where there is
+            but one span.
+        picked_M: the same with one entry per span: where that span's rows of the expert are if all
+            spans' rows are equally many.
+        restored_G: slots to restore on each rank of this span.
         runs: this rank's slots to restore as runs of neighbours: which of the rank's slots to
             restore a run begins with, and its slots.
     """
 
     anything: bool
     sent_experts: torch.Tensor
-    distinct_M: list[int]
+    fetched_M: list[int]
+    given_slots: list[int]
+    given_G: list[int]
     picked: torch.Tensor
     picked_M: torch.Tensor
-    fetched_G: list[int]
+    restored_G: list[int]
     runs: list[tuple[int, slice]]
 
 
@@ -105,32 +111,44 @@ def restore_index(
         changed_S = np.ones(after.num_slots, dtype=np.bool_)
     else:
         changed_S = changed_slots(before, after)
-    slot_expert_S = after.slot_expert_S.astype(np.int64)
     mine, spans = rank // span, num_ranks // span
-
     here = slice(mine * span * capacity, (mine + 1) * span * capacity)
-    wanted = slot_expert_S[here][changed_S[here]]
-    distinct: list[Int64] = []
+    wanted = after.slot_expert_S.astype(np.int64)[here][changed_S[here]]
+    sent, given = np.empty(0, np.int64), np.empty(0, np.int64)
+    fetched_M, given_slots, given_G = [0] * spans, [], [0] * span
+    picked_M = wanted[:, None]
     if spans > 1:
-        distinct = _distinct_by_span(after, span, changed_S)
-        wanted = np.searchsorted(distinct[mine], wanted)
-    fetched_N = changed_S.reshape(num_ranks, capacity).sum(axis=1)
-    stride = len(distinct[mine]) if distinct else 0
-    sent_experts, picked, picked_M = _upload(
-        [
-            np.concatenate([np.empty(0, np.int64), *distinct]),
-            wanted,
-            (wanted[:, None] + stride * np.arange(spans)).reshape(-1),
-        ],
-        device,
-    )
+        sources = node_sources(after, span, changed_S, before)
+        span_of_pair, sent = np.divmod(sources.far_pairs, after.num_experts)
+        fetched_M = np.bincount(span_of_pair, minlength=spans).tolist()
+        # Given experts arrive rank by rank, and per rank in the order of its slots.
+        order = np.argsort(sources.held_slots)
+        slots, experts = sources.held_slots[order], sources.held_pairs[order] % after.num_experts
+        in_span = slots // (span * capacity) == mine
+        slots, given = slots[in_span], experts[in_span]
+        given_G = np.bincount(slots // capacity - mine * span, minlength=span).tolist()
+        given_slots = (slots[slots // capacity == rank] % capacity).tolist()
+
+        place_E = np.full(after.num_experts, -1)
+        place_E[sent[span_of_pair == mine]] = np.arange(fetched_M[mine])
+        place_E[given] = fetched_M[mine] + np.arange(len(given))
+        wanted = place_E[wanted]
+        # Fetched rows come span by span, D each; given ones expert by expert, M spans each.
+        fetched = wanted < fetched_M[mine]
+        stride = np.where(fetched, fetched_M[mine], 1)
+        first = np.where(fetched, wanted, wanted * spans)
+        picked_M = first[:, None] + stride[:, None] * np.arange(spans)
+    restored_N = changed_S.reshape(num_ranks, capacity).sum(axis=1)
+    sent_experts, picked, picked_M = _upload([sent, wanted, picked_M.reshape(-1)], device)
     return RestoreIndex(
         anything=bool(changed_S.any()),
         sent_experts=sent_experts,
-        distinct_M=[len(experts) for experts in distinct],
+        fetched_M=fetched_M,
+        given_slots=given_slots,
+        given_G=given_G,
         picked=picked,
         picked_M=picked_M,
-        fetched_G=fetched_N[mine * span : (mine + 1) * span].tolist(),
+        restored_G=restored_N[mine * span : (mine + 1) * span].tolist(),
         runs=_runs(np.flatnonzero(changed_S[rank * capacity : (rank + 1) * capacity])),
     )
 
@@ -142,25 +160,18 @@ def reduce_index(layout: ExpertLayout, span: int, rank: int, device: torch.devic
     if layout.num_ranks == span:
         return ReduceIndex([], _rounds(slot_expert_S, device), ())
     mine = rank // span
-    distinct = _distinct_by_span(layout, span, np.ones(layout.num_slots, dtype=np.bool_))
-    slots = span * layout.capacity
-    in_span = np.searchsorted(distinct[mine], slot_expert_S[mine * slots : (mine + 1) * slots])
-    return ReduceIndex(
-        distinct_M=[len(experts) for experts in distinct],
-        in_span=_rounds(in_span, device),
-        over_spans=_rounds(np.concatenate(distinct), device),
+    all_S = np.ones(layout.num_slots, dtype=np.bool_)
+    span_of_pair, experts = np.divmod(
+        node_sources(layout, span, all_S).far_pairs, layout.num_experts
     )
-
-
-def _distinct_by_span(layout: ExpertLayout, span: int, changed_S: Bool) -> list[Int64]:
-    """Sorted distinct experts among the changed slots of each span."""
     slots = span * layout.capacity
-    experts_MS = layout.slot_expert_S.reshape(-1, slots)
-    changed_MS = changed_S.reshape(-1, slots)
-    return [
-        np.unique(experts[changed]).astype(np.int64)
-        for experts, changed in zip(experts_MS, changed_MS, strict=True)
-    ]
+    mine_S = slot_expert_S[mine * slots : (mine + 1) * slots]
+    in_span = np.searchsorted(experts[span_of_pair == mine], mine_S)
+    return ReduceIndex(
+        distinct_M=np.bincount(span_of_pair, minlength=layout.num_ranks // span).tolist(),
+        in_span=_rounds(in_span, device),
+        over_spans=_rounds(experts, device),
+    )
 
 
 def _rounds(target_of_source: Int64, device: torch.device) -> Rounds:

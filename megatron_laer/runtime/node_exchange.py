@@ -3,7 +3,7 @@
 Between nodes, each rank exchanges with the ranks at its own place of the other nodes; inside a
 node, all ranks with each other. Gradients of a node's replicas are summed before they cross.
 
-The collectives and sums themselves are in `restore.TwoLegExchange`.
+The collectives and sums themselves are in `two_legs.TwoLegExchange`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from megatron_laer.runtime.process_groups import FSEPGroups, Group
-from megatron_laer.runtime.restore import Leg, TwoLegExchange
+from megatron_laer.runtime.two_legs import Leg, TwoLegExchange
 
 
 class NodeExchange(TwoLegExchange):

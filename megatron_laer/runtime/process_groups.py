@@ -1,6 +1,6 @@
 """The FSEP dimension: communicators over Megatron's expert-parallel group, and its node sub-groups.
 
-Does not decide what is exchanged (`restore.py`) or when (`coordinator.py`).
+Does not decide what is exchanged (`flat_exchange.py`, `node_exchange.py`) or when (`scheduler.py`).
 
 The FSEP group is Megatron's expert-parallel group, because DDP, the optimizer, the gradient norm
 and checkpoints already treat parameters of that group as distinct per rank. Parameters and

@@ -32,8 +32,8 @@ import torch
 
 from megatron_laer.runtime.buffers import BufferPool
 from megatron_laer.runtime.device import Lane, Pending
+from megatron_laer.runtime.exchange import Exchange, Kept
 from megatron_laer.runtime.layout_index import LayoutIndex
-from megatron_laer.runtime.restore import Exchange, Kept
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -32,16 +33,18 @@ class RowBlocks:
     @property
     def num_spans(self) -> int:
         """M."""
-        return (len(self.bounds_N1) - 1) // self.span
+        return len(self.rows_GM[0])
 
-    def rows(self, span: int, place: int) -> int:
-        """r, rows of one rank."""
-        rank = span * self.span + place
-        return self.bounds_N1[rank + 1] - self.bounds_N1[rank]
+    @cached_property
+    def rows_GM(self) -> list[list[int]]:
+        """r of each rank, by place and then by span."""
+        rows_N = [end - start for start, end in pairwise(self.bounds_N1)]
+        return [rows_N[place :: self.span] for place in range(self.span)]
 
-    def rows_of_place(self, place: int) -> list[int]:
-        """r of rank g of every span."""
-        return [self.rows(span, place) for span in range(self.num_spans)]
+    @cached_property
+    def place_rows_G(self) -> list[int]:
+        """Rows that rank g of every span hold together."""
+        return [sum(rows_M) for rows_M in self.rows_GM]
 
     @property
     def even(self) -> bool:
@@ -69,7 +72,7 @@ class RowBlocks:
                 parts.permute(1, 2, 0, 3, 4),
             )
             return
-        sizes = [sum(self.rows_of_place(place)) for place in range(span)]
+        sizes = self.place_rows_G
         pieces = by_place.split([capacity * size * columns for size in sizes])
         for place, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
             part = piece.view(capacity, size, columns)[first : first + slots]

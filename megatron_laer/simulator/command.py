@@ -10,13 +10,13 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from megatron_laer.config import EXCHANGES
 from megatron_laer.layout import default_capacity
 from megatron_laer.model_flags import model_flags
 from megatron_laer.planner.clusters import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.strategies import strategy_names
-from megatron_laer.planner.traffic import ALGORITHMS
 from megatron_laer.simulator.report import (
     LEGEND,
     check_can_plot,
@@ -108,8 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--restore-algorithm",
-        default=ALGORITHMS[0],
-        choices=ALGORITHMS,
+        default=EXCHANGES[0],
+        choices=EXCHANGES,
         help="how experts are fetched; default: %(default)s",
     )
     parser.add_argument("--config", metavar="NAME|YAML", help="a model, for its experts' sizes")

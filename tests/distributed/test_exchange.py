@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from megatron_laer.config import EXCHANGES
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.traffic import ALGORITHMS
 from tests.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -50,8 +50,8 @@ def exchanges_on(node_size: int) -> Iterator[Callable[..., Any]]:
     import torch.distributed as dist
 
     from megatron_laer.runtime import process_groups
+    from megatron_laer.runtime.flat_exchange import FlatExchange
     from megatron_laer.runtime.node_exchange import NodeExchange
-    from megatron_laer.runtime.restore import FlatExchange
 
     dist.init_process_group("gloo")
     try:
@@ -190,7 +190,7 @@ def alone(case: Case) -> int:
 
     with exchanges_on(1) as make:
         here = Rank(case, 1)
-        for algorithm in ALGORITHMS:
+        for algorithm in EXCHANGES:
             exchange = make(algorithm)
             restored = exchange.restore(here.slice_ErK, here.index(), case.rows)
             assert torch.equal(restored, here.expected_CRK())
@@ -212,7 +212,7 @@ def bytes_of_every_case(node_size: int) -> list[tuple[Case, str, str, int, int]]
     with exchanges_on(node_size) as make:
         for case in CASES:
             here = Rank(case, node_size)
-            for algorithm in ALGORITHMS:
+            for algorithm in EXCHANGES:
                 exchange = make(algorithm, torch.float32)
                 count = exchange.count
                 restored = exchange.restore(here.slice_ErK, here.index(), case.rows)
@@ -239,7 +239,7 @@ def bytes_of_every_case(node_size: int) -> list[tuple[Case, str, str, int, int]]
 
 
 def kept_under(index: Any, matrix_CRK: Any) -> Any:
-    from megatron_laer.runtime.restore import Kept
+    from megatron_laer.runtime.exchange import Kept
 
     return Kept(index, matrix_CRK)
 
@@ -248,7 +248,7 @@ def kept_under(index: Any, matrix_CRK: Any) -> Any:
 def test_bytes_of_the_collectives_equal_the_formulas(
     ranks: Callable[[int], RankPool], node_size: int
 ) -> None:
-    from megatron_laer.planner.traffic import changed_slots, reduce_traffic, restore_traffic
+    from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
 
     for rank, counted in enumerate(ranks(4).run(bytes_of_every_case, node_size)):
         for case, what, algorithm, intra_bytes, inter_bytes in counted:
@@ -258,8 +258,7 @@ def test_bytes_of_the_collectives_equal_the_formulas(
                 traffic = restore_traffic(layout, node_size, matrices, algorithm)
             elif what == "changed":
                 after = case.layout(4, 1)
-                changed_S = changed_slots(layout, after)
-                traffic = restore_traffic(after, node_size, matrices, algorithm, changed_S)
+                traffic = restore_traffic(after, node_size, matrices, algorithm, before=layout)
             else:
                 traffic = reduce_traffic(layout, node_size, matrices, algorithm)
                 far = 4 if algorithm == "node" else far
@@ -274,7 +273,7 @@ def layouts_that_follow(node_size: int) -> None:
     with exchanges_on(node_size) as make:
         for capacity, experts, rows in [(2, 5, 8), (3, 6, 7), (2, 3, 3)]:
             here = Rank(Case(capacity, experts, rows, "float32", 1), node_size)
-            for algorithm in ALGORITHMS:
+            for algorithm in EXCHANGES:
                 exchange = make(algorithm)
                 matrix = torch.full_like(here.expected_CRK(), torch.nan)
                 exchange.restore(here.slice_ErK, here.index(), rows, out=matrix)
@@ -298,8 +297,12 @@ def test_kept_matrices_fetch_changed_slots_and_nothing_if_nothing_changed(
     ranks(4).run(layouts_that_follow, node_size)
 
 
-def one_slot_changes(slot: int) -> list[int]:
-    """Only `slot` changes; poison all that is kept, and see what is fetched on this rank."""
+def one_slot_changes(slot: int, algorithm: str) -> tuple[list[int], int]:
+    """Only `slot` changes. Returns this rank's slots that came anew, and bytes from other nodes.
+
+    With `flat`, all that is kept is poisoned: what is not poison was fetched. With `node`, nodes
+    have all experts, and it is the slices that are poisoned: what is not poison came from slots.
+    """
     import torch
 
     from megatron_laer.runtime.layout_index import layout_index
@@ -311,26 +314,30 @@ def one_slot_changes(slot: int) -> list[int]:
         layout_index(ExpertLayout.from_slots(4, 2, 4, slots), torch.device("cpu"))
         for slots in (before_S, after_S)
     )
-    fetched: list[int] = []
     with exchanges_on(2) as make:
-        here = Rank(Case(2, 4, 7, "float32", 0), 2)
-        for algorithm in ALGORITHMS:
-            matrix = torch.full((2, 7, COLUMNS), torch.nan)
-            exchange = make(algorithm)
-            exchange.restore(here.slice_ErK, after, 7, kept=kept_under(before, matrix))
-            mine = [here.rank * 2 + c for c in range(2) if not matrix[c].isnan().any()]
-            for there in mine:
-                assert torch.equal(matrix[there % 2], here.whole_ERK[after_S[there]])
-            assert matrix.isnan().sum() == (2 - len(mine)) * 7 * COLUMNS
-            fetched += mine
-    return fetched
+        here, exchange = Rank(Case(2, 4, 7, "float32", 0), 2), make(algorithm)
+        mine = range(here.rank * 2, here.rank * 2 + 2)
+        slice_ErK, matrix = here.slice_ErK, here.whole_ERK[[before_S[there] for there in mine]]
+        (slice_ErK if algorithm == "node" else matrix).fill_(torch.nan)
+        exchange.restore(slice_ErK, after, 7, kept=kept_under(before, matrix))
+        right = [
+            there
+            for there in mine
+            if torch.equal(matrix[there % 2], here.whole_ERK[after_S[there]])
+        ]
+        return right, exchange.count.restore_inter_bytes
 
 
 @pytest.mark.parametrize("slot", [0, 3, 5])
-def test_what_is_kept_is_not_touched(ranks: Callable[[int], RankPool], slot: int) -> None:
-    fetched = ranks(4).run(one_slot_changes, slot)
-    for rank, slots in enumerate(fetched):
-        assert slots == ([slot] * len(ALGORITHMS) if rank == slot // 2 else [])
+def test_only_changed_slots_are_fetched_and_from_the_own_node_where_it_has_them(
+    ranks: Callable[[int], RankPool], slot: int
+) -> None:
+    for rank, (right, inter_bytes) in enumerate(ranks(4).run(one_slot_changes, slot, "flat")):
+        assert right == ([slot] if rank == slot // 2 else [])
+        assert (inter_bytes > 0) == (rank == slot // 2)
+    for rank, (right, inter_bytes) in enumerate(ranks(4).run(one_slot_changes, slot, "node")):
+        assert right == [2 * rank, 2 * rank + 1]
+        assert inter_bytes == 0
 
 
 def buffers_over_layouts(node_size: int) -> list[tuple[str, str, str, int, int, int]]:
@@ -346,7 +353,7 @@ def buffers_over_layouts(node_size: int) -> list[tuple[str, str, str, int, int, 
             case = Case(2, 5, 8, dtype, 0)
             here = Rank(case, node_size)
             out_CRK, out_ErK = torch.empty_like(here.expected_CRK()), here.slice_ErK
-            for algorithm in ALGORITHMS:
+            for algorithm in EXCHANGES:
                 exchange = make(algorithm, torch.float32)
                 held = []
                 for step in range(12):
@@ -390,7 +397,7 @@ def both_at_once(node_size: int) -> None:
 
     case = Case(3, 6, 8, "float32", 2)
     with exchanges_on(node_size) as make:
-        for algorithm in ALGORITHMS:
+        for algorithm in EXCHANGES:
             here, exchange = Rank(case, node_size), make(algorithm)
             restored: list[Any] = []
 

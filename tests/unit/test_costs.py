@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.config import EVEN_SPLIT, EXACT_SPLIT
+from megatron_laer.config import AUTO, EVEN_SPLIT, EXACT_SPLIT, EXCHANGES
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Link, SolveTime, load_cluster
 from megatron_laer.planner.construct import construct_layout
@@ -18,7 +18,6 @@ from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.quotas import Int64, SplitTotals
 from megatron_laer.planner.reference import quota_NS
-from megatron_laer.planner.traffic import ALGORITHMS
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
@@ -192,7 +191,7 @@ def test_restores_of_the_papers_setting_have_the_papers_bytes() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(geometries(), st.integers(0, 2**16), st.sampled_from(ALGORITHMS))
+@given(geometries(), st.integers(0, 2**16), st.sampled_from(EXCHANGES))
 def test_a_change_costs_at_least_its_bound_and_more_for_more_slots(
     geometry: Geometry, seed: int, algorithm: str
 ) -> None:
@@ -207,7 +206,7 @@ def test_a_change_costs_at_least_its_bound_and_more_for_more_slots(
         assert seconds <= whole_s + costs.solve_seconds(geometry)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", EXCHANGES)
 def test_one_changed_slot_of_equal_slices_costs_exactly_the_bound(algorithm: str) -> None:
     costs = make_costs(hidden=64, ffn=32, restore_algorithm=algorithm)
     geometry = Geometry(8, 8, 2, 4)
@@ -217,6 +216,19 @@ def test_one_changed_slot_of_equal_slices_costs_exactly_the_bound(algorithm: str
     after = ExpertLayout.from_slots(8, 2, 8, slots)
     least_s = costs.least_change_seconds(geometry)
     assert costs.change_seconds(before, after, 4) == pytest.approx(least_s, rel=1e-8)
+
+
+def test_auto_takes_the_exchange_that_the_links_favour() -> None:
+    def chosen(intra: float, node_size: int) -> str:
+        costs = make_costs(
+            hidden=4096, ffn=14336, intra=Link(intra, 1e-6), inter=Link(12.5e9, 2e-6)
+        )
+        return costs.with_exchange(AUTO, Geometry(32, 8, 2, node_size)).restore_algorithm
+
+    assert chosen(300e9, 8) == "node"
+    assert chosen(12.5e9, 8) == "flat"
+    # Without nodes to speak of there is but one way.
+    assert chosen(300e9, 32) == chosen(300e9, 1) == "flat"
 
 
 def test_solve_time_is_linear_in_slots_and_counts() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.config import ADAPTIVE, EXACT, FORECAST, PLAN_MODES
+from megatron_laer.config import ADAPTIVE, EXACT, EXCHANGES, FORECAST, PLAN_MODES
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Link, SolveTime
 from megatron_laer.planner.construct import always_balances, construct_layout
@@ -16,7 +16,6 @@ from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard, max_over_mean
 from megatron_laer.planner.quotas import Int64
-from megatron_laer.planner.traffic import ALGORITHMS
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
@@ -35,7 +34,7 @@ def cost_models(draw: st.DrawFn) -> CostModel:
         solve=draw(st.sampled_from(SOLVES)),
         hidden=8,
         ffn=draw(st.sampled_from([4, 40])),
-        restore_algorithm=draw(st.sampled_from(ALGORITHMS)),
+        restore_algorithm=draw(st.sampled_from(EXCHANGES)),
     )
 
 

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_laer.config import EXCHANGES
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.traffic import (
-    ALGORITHMS,
     Bool,
     Traffic,
     changed_slots,
-    choose_algorithm,
+    node_sources,
     reduce_traffic,
     restore_traffic,
     row_bounds,
@@ -31,6 +31,7 @@ class Case:
     node_size: int
     matrices: list[tuple[int, int]]
     changed_S: Bool
+    before: ExpertLayout
 
 
 @st.composite
@@ -47,13 +48,25 @@ def cases(draw: st.DrawFn, max_ranks: int, even_rows: bool = False) -> Case:
     matrices = [(unit * draw(st.integers(1, 70)), draw(st.integers(1, 5))) for _ in range(2)]
     share = draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
     changed_S = np.random.default_rng(seed).random(layout.num_slots) < share
-    return Case(layout, node_size, matrices, changed_S)
+    # Before: experts of some slots were in each other's places.
+    before_S = layout.slot_expert_S.copy()
+    before_S[changed_S] = np.random.default_rng(seed + 1).permutation(before_S[changed_S])
+    before = ExpertLayout.from_slots(num_ranks, capacity, num_experts, before_S)
+    return Case(layout, node_size, matrices, changed_S, before)
 
 
-def traffic_by_message(case: Case, algorithm: str) -> Traffic:
+def traffic_by_message(case: Case, algorithm: str, keep: bool = False) -> Traffic:
     """Every message of a restore, written down one by one."""
     layout, G = case.layout, case.node_size
     N, C = layout.num_ranks, layout.capacity
+    changed_S = changed_slots(case.before, layout) if keep else case.changed_S
+    held: dict[tuple[int, int], int] = {}  # (node, expert) → the slot that has it
+    if keep and G < N:
+        found = node_sources(layout, G, changed_S, case.before)
+        for pair, slot in zip(found.held_pairs.tolist(), found.held_slots.tolist(), strict=True):
+            node, expert = divmod(pair, layout.num_experts)
+            assert slot // C // G == node and case.before.slot_expert_S[slot] == expert
+            held[node, expert] = slot
     sent: dict[tuple[int, int], int] = defaultdict(int)  # (from, to) → elements
     for rows, columns in case.matrices:
         bounds = row_bounds(rows, N)
@@ -62,7 +75,7 @@ def traffic_by_message(case: Case, algorithm: str) -> Traffic:
             rank: [
                 int(layout.slot_expert_S[slot])
                 for slot in range(rank * C, rank * C + C)
-                if case.changed_S[slot]
+                if changed_S[slot]
             ]
             for rank in range(N)
         }
@@ -73,8 +86,14 @@ def traffic_by_message(case: Case, algorithm: str) -> Traffic:
                 continue
             node = range(to // G * G, to // G * G + G)
             distinct = {expert for rank in node for expert in wanted[rank]}
+            before_S = case.before.slot_expert_S.reshape(N // G, -1)[to // G]
+            have = set(before_S.tolist()) if keep and G < N else set()
+            assert {e for node, e in held if node == to // G} == distinct & have
             for source in range(to % G, N, G):
-                sent[source, to] += len(distinct) * block_N[source]
+                sent[source, to] += len(distinct - have) * block_N[source]
+            for expert in distinct & have:
+                to_rows = sum(block_N[n] for n in range(to % G, N, G))
+                sent[held[to // G, expert] // C, to] += to_rows
             for helper in node:
                 place_rows = sum(block_N[n] for n in range(helper % G, N, G))
                 if helper != to:
@@ -96,14 +115,23 @@ def assert_equal(a: Traffic, b: Traffic) -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(cases(max_ranks=12), st.sampled_from(ALGORITHMS))
+@given(cases(max_ranks=12), st.sampled_from(EXCHANGES))
 def test_the_formula_equals_a_count_message_by_message(case: Case, algorithm: str) -> None:
     formula = restore_traffic(case.layout, case.node_size, case.matrices, algorithm, case.changed_S)
     assert_equal(formula, traffic_by_message(case, algorithm))
 
 
+@settings(max_examples=80, deadline=None)
+@given(cases(max_ranks=12), st.sampled_from(EXCHANGES))
+def test_so_does_the_formula_where_ranks_keep_a_layout(case: Case, algorithm: str) -> None:
+    formula = restore_traffic(
+        case.layout, case.node_size, case.matrices, algorithm, before=case.before
+    )
+    assert_equal(formula, traffic_by_message(case, algorithm, keep=True))
+
+
 @settings(max_examples=40, deadline=None)
-@given(cases(max_ranks=12), st.sampled_from(ALGORITHMS))
+@given(cases(max_ranks=12), st.sampled_from(EXCHANGES))
 def test_gradients_travel_as_a_full_restore_backwards(case: Case, algorithm: str) -> None:
     case.changed_S[:] = True
     there = traffic_by_message(case, algorithm)
@@ -120,15 +148,16 @@ def per_node(elements_N: np.ndarray, node_size: int) -> np.ndarray:
 @settings(max_examples=100, deadline=None)
 @given(cases(max_ranks=1024))
 def test_no_node_receives_or_sends_more_across_nodes_than_flat(case: Case) -> None:
-    flat, node = (
-        restore_traffic(case.layout, case.node_size, case.matrices, algorithm, case.changed_S)
-        for algorithm in ALGORITHMS
-    )
-    for name in ("inter_N", "sent_inter_N"):
-        by_node, by_flat = (
-            per_node(getattr(traffic, name), case.node_size) for traffic in (node, flat)
+    for keep in ({"changed_S": case.changed_S}, {"before": case.before}, {}):
+        flat, node = (
+            restore_traffic(case.layout, case.node_size, case.matrices, algorithm, **keep)  # type: ignore[arg-type]
+            for algorithm in EXCHANGES
         )
-        assert (by_node <= by_flat).all(), name
+        for name in ("inter_N", "sent_inter_N"):
+            by_node, by_flat = (
+                per_node(getattr(traffic, name), case.node_size) for traffic in (node, flat)
+            )
+            assert (by_node <= by_flat).all(), (name, keep)
 
 
 @settings(max_examples=100, deadline=None)
@@ -137,7 +166,7 @@ def test_no_rank_receives_or_sends_more_across_nodes_where_rows_are_even(case: C
     for formula in (restore_traffic, reduce_traffic):
         flat, node = (
             formula(case.layout, case.node_size, case.matrices, algorithm)
-            for algorithm in ALGORITHMS
+            for algorithm in EXCHANGES
         )
         assert (node.inter_N <= flat.inter_N).all()
         assert (node.sent_inter_N <= flat.sent_inter_N).all()
@@ -153,17 +182,17 @@ def test_half_of_flat_crosses_nodes_where_a_node_holds_each_expert_twice(
     for formula in (restore_traffic, reduce_traffic):
         flat, node = (
             formula(layout, node_size, [(28672, 4096), (4096, 14336)], algorithm)
-            for algorithm in ALGORITHMS
+            for algorithm in EXCHANGES
         )
         assert 2 * node.inter_N.sum() <= flat.inter_N.sum()
         if 28672 % num_ranks == 0:
             assert (2 * node.inter_N == flat.inter_N).all()
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", EXCHANGES)
 def test_nothing_changed_moves_nothing(algorithm: str) -> None:
     layout = ExpertLayout.random(8, 2, 8, seed=(0,))
-    traffic = restore_traffic(layout, 4, [(64, 8)], algorithm, changed_slots(layout, layout))
+    traffic = restore_traffic(layout, 4, [(64, 8)], algorithm, before=layout)
     assert_equal(traffic, Traffic(*np.zeros((4, 8), dtype=np.int64)))
 
 
@@ -173,7 +202,7 @@ def test_one_rank_per_node_and_one_node_cost_the_same_either_way(
     node_size: int, formula: object
 ) -> None:
     layout = ExpertLayout.static(8, 2, 8)
-    flat, node = (formula(layout, node_size, [(67, 3)], name) for name in ALGORITHMS)  # type: ignore[operator]
+    flat, node = (formula(layout, node_size, [(67, 3)], name) for name in EXCHANGES)  # type: ignore[operator]
     assert_equal(flat, node)
 
 
@@ -183,15 +212,6 @@ def test_seconds_follow_the_slower_direction_of_the_slowest_rank() -> None:
     assert traffic.seconds("node", 2, 10.0, 4.0) == pytest.approx(2 * 10 / 10 + 2 * 8 / 4)
     assert traffic.seconds("flat", 2, 10.0, 4.0) == pytest.approx(2 * 8 / 4)
     assert traffic.seconds("flat", 2, 10.0, 4.0, inter_bytes_per_element=4) == pytest.approx(8.0)
-
-
-def test_the_choice_follows_the_link_rates() -> None:
-    layout = ExpertLayout.random(32, 2, 8, seed=(1,))
-    matrices = [(28672, 4096), (4096, 14336)]
-    assert choose_algorithm(layout, 8, matrices, 2, 300e9, 12.5e9) == "node"
-    assert choose_algorithm(layout, 8, matrices, 2, 12.5e9, 12.5e9) == "flat"
-    assert choose_algorithm(layout, 32, matrices, 2, 300e9, 12.5e9) == "flat"
-    assert choose_algorithm(ExpertLayout.static(32, 2, 8), 1, matrices, 2, 3e11, 1e10) == "flat"
 
 
 def test_wrong_arguments_are_refused_with_what_works() -> None:

@@ -1,14 +1,11 @@
-"""The two exchanges of FSEP: restore whole experts from slices, reduce their gradients to slices.
+"""The routine behind all exchanges: one leg across spans of ranks, one inside a span.
 
-What every algorithm offers (`Exchange`), and the one routine behind both of them: two legs, across
-spans of ranks and inside a span. `FlatExchange` has one span that holds the whole group, so only
-the inner leg is left, one All-to-All; `node_exchange.NodeExchange` has one span per node.
-
-Does not decide when to run (`experts.module`) and knows nothing of autograd.
+A span is a node (`node_exchange`) or the whole group (`restore.FlatExchange`), whose only leg is
+the inner one.
 
 Legend: N ranks, E experts, C slots per rank; G ranks per span, M = N/G spans, D distinct experts of
 a span, n slots of a span to restore; R rows of a matrix, r rows of the slice that one rank holds,
-K columns.
+P rows of a place (rank g of every span), K columns.
 """
 
 from __future__ import annotations
@@ -16,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.traffic import row_bounds
+from megatron_laer.runtime.exchange import ExchangeCount, Kept
 from megatron_laer.runtime.layout_index import (
     LayoutIndex,
     ReduceIndex,
@@ -37,110 +33,6 @@ from megatron_laer.runtime.workspace import Workspace, reduce_workspace, restore
 
 # `Workspace.take` with the sizes of one matrix: a tensor on a named buffer, by shape and dtype.
 _Take = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
-
-__all__ = ["Exchange", "ExchangeCount", "FlatExchange", "Kept", "TwoLegExchange", "row_bounds"]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A restored matrix that may be updated in place, and the layout it was restored under.
-
-    Its slices must not have changed since: not across an optimizer step.
-    """
-
-    index: LayoutIndex
-    matrix_CRK: torch.Tensor
-
-
-@dataclass
-class ExchangeCount:
-    """What this rank received from others, for metrics and for tests of the documented formulas.
-
-    Counted from the sizes that collectives are given. Restores, changes of what was restored and
-    reduces are counted by their caller, since a layer restores several matrices at once.
-    """
-
-    restores: int = 0
-    changes: int = 0
-    reduces: int = 0
-    restore_intra_bytes: int = 0
-    restore_inter_bytes: int = 0
-    reduce_intra_bytes: int = 0
-    reduce_inter_bytes: int = 0
-    restore_collectives: int = 0
-    reduce_collectives: int = 0
-
-    @property
-    def restore_bytes(self) -> int:
-        """Received by restores, over any link."""
-        return self.restore_intra_bytes + self.restore_inter_bytes
-
-    @property
-    def reduce_bytes(self) -> int:
-        """Received by reduces, over any link."""
-        return self.reduce_intra_bytes + self.reduce_inter_bytes
-
-
-class Exchange(Protocol):
-    """Restore and reduce, collective over the FSEP group: all ranks call them in the same order.
-
-    Restores share a communicator and a workspace, reduces another of each. So one restore and one
-    reduce may be in flight at once, from two threads or two streams, but no two restores.
-    """
-
-    count: ExchangeCount
-
-    def restore(
-        self,
-        slice_ErK: torch.Tensor,
-        index: LayoutIndex,
-        rows: int,
-        *,
-        kept: Kept | None = None,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Whole experts for this rank's slots.
-
-        Args:
-            slice_ErK: this rank's rows of every expert.
-            index: the layout to restore.
-            rows: R, rows of the whole matrix.
-            kept: what was restored under another layout. Only slots whose expert differs are
-                fetched, into this very tensor. If no slot of any rank differs, there is no
-                collective. All ranks must keep the same layout.
-            out: where to restore to, contiguous [C, R, K]; a new tensor without it. Not with
-                `kept`.
-
-        Returns:
-            [C, R, K], expert `slots[c]` of this rank at c; `out` or the kept tensor if given.
-        """
-        ...
-
-    def reduce(
-        self, grad_CRK: torch.Tensor, index: LayoutIndex, *, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Gradients of this rank's slice of every expert, summed over the expert's replicas.
-
-        Sums run in float32 and in a fixed order: the same gradients give the same bits.
-
-        Args:
-            grad_CRK: gradients of this rank's restored experts, contiguous; left as they are.
-            index: the layout they were restored with.
-            out: where to reduce to, contiguous [E, r, K]; a new tensor without it.
-
-        Returns:
-            [E, r, K] in the gradient's dtype, as autograd demands; Megatron adds microbatches in
-            float32.
-        """
-        ...
-
-    def prepare(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
-        """Build the index tensors that exchanges of this layout need; they would do it themselves.
-
-        Args:
-            before: the layout of what will be kept.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -229,7 +121,7 @@ class TwoLegExchange:
         # Without a leg across, the span's experts are all experts, and a place's rows a rank's.
         source = slice_ErK
         if across is not None:
-            source = self._fetch(across, slice_ErK, plan, blocks, take)
+            source = self._fetch(across, slice_ErK, plan, blocks, take, out_CRK)
         if inside is not None:
             self._spread(inside, source, plan, blocks, take, out_CRK)
         else:
@@ -242,9 +134,10 @@ class TwoLegExchange:
         self, grad_CRK: torch.Tensor, index: LayoutIndex, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `Exchange`."""
+        grad_CRK = grad_CRK.contiguous()
         _, rows, columns = grad_CRK.shape
         blocks = row_blocks(rows, self.groups.size, self._span)
-        shape = (index.layout.num_experts, blocks.rows(self._mine, self._place), columns)
+        shape = (index.layout.num_experts, blocks.rows_GM[self._place][self._mine], columns)
         out_ErK = grad_CRK.new_empty(shape) if out is None else out
         assert out_ErK.shape == shape and out_ErK.is_contiguous()
         plan = self._reduce_index(index)
@@ -270,18 +163,55 @@ class TwoLegExchange:
         plan: RestoreIndex,
         blocks: RowBlocks,
         take: _Take,
+        kept_CRK: torch.Tensor,
     ) -> torch.Tensor:
-        """Leg across: this place's rows of the span's D experts, flat, [D, r, K] span by span."""
+        """Leg across: this place's rows of the experts that the span needs.
+
+        Returns:
+            Flat: experts fetched from other spans, [D, r, K] span by span, then those that ranks of
+            this span gave each other, [D, P, K] with the P rows of this place.
+        """
         _, mine, columns = slice_ErK.shape
-        send = take("send", (sum(plan.distinct_M), mine, columns), slice_ErK.dtype)
-        torch.index_select(slice_ErK, 0, plan.sent_experts, out=send)
-        distinct = plan.distinct_M[self._mine]
-        sizes = [distinct * rows * columns for rows in blocks.rows_of_place(self._place)]
-        received = take("receive", (sum(sizes),), slice_ErK.dtype)
-        sent_sizes = [count * mine * columns for count in plan.distinct_M]
-        intra, inter = leg.all_to_all(received, send.view(-1), sizes, sent_sizes)
-        self._count_restore(intra, inter)
+        fetched, given = plan.fetched_M[self._mine], sum(plan.given_G)
+        rows_M = blocks.rows_GM[self._place]
+        expert_size = sum(rows_M) * columns
+        received = take("receive", ((fetched + given) * expert_size,), slice_ErK.dtype)
+        from_far, from_near = received.split([fetched * expert_size, given * expert_size])
+        if sum(plan.fetched_M):  # known to every rank
+            send = take("send", (sum(plan.fetched_M), mine, columns), slice_ErK.dtype)
+            torch.index_select(slice_ErK, 0, plan.sent_experts, out=send)
+            sizes = [fetched * rows * columns for rows in rows_M]
+            sent_sizes = [count * mine * columns for count in plan.fetched_M]
+            intra, inter = leg.all_to_all(from_far, send.view(-1), sizes, sent_sizes)
+            self._count_restore(intra, inter)
+        if given:
+            self._give(kept_CRK, plan, blocks, take, from_near)
         return received
+
+    def _give(
+        self,
+        kept_CRK: torch.Tensor,
+        plan: RestoreIndex,
+        blocks: RowBlocks,
+        take: _Take,
+        received: torch.Tensor,
+    ) -> None:
+        """This place's rows of experts that ranks of the span have whole, from before."""
+        _, inside = self._restore_legs
+        count, (_, rows, columns) = len(plan.given_slots), kept_CRK.shape
+        send = received
+        if inside is not None:
+            send = take("send", (count * rows * columns,), kept_CRK.dtype)
+        for position, slot in enumerate(plan.given_slots):
+            for whole, part in blocks.pairs(kept_CRK[slot : slot + 1], send, position, count):
+                part.copy_(whole)
+        if inside is None:
+            return
+        place_rows = blocks.place_rows_G
+        sizes = [given * place_rows[self._place] * columns for given in plan.given_G]
+        sent_sizes = [count * rows * columns for rows in place_rows]
+        intra, inter = inside.all_to_all(received, send, sizes, sent_sizes)
+        self._count_restore(intra, inter)
 
     def _spread(
         self,
@@ -293,21 +223,21 @@ class TwoLegExchange:
         out_CRK: torch.Tensor,
     ) -> None:
         """Leg inside: this place's rows to the slots of the span, whole experts to mine."""
-        total = sum(plan.fetched_G)
+        total = sum(plan.restored_G)
         if total == 0:  # known to every rank of the span
             return
         columns = out_CRK.shape[2]
-        place_rows = [sum(blocks.rows_of_place(place)) for place in range(self._span)]
-        mine, fetched = place_rows[self._place], plan.fetched_G[self._place]
+        place_rows = blocks.place_rows_G
+        mine, restored = place_rows[self._place], plan.restored_G[self._place]
         send = take("send", (total, mine, columns), out_CRK.dtype)
         self._pick(source, plan, blocks, 0, send)
-        sizes = [fetched * rows * columns for rows in place_rows]
+        sizes = [restored * rows * columns for rows in place_rows]
         received = take("receive", (sum(sizes),), out_CRK.dtype)
-        sent_sizes = [count * mine * columns for count in plan.fetched_G]
+        sent_sizes = [count * mine * columns for count in plan.restored_G]
         intra, inter = leg.all_to_all(received, send.view(-1), sizes, sent_sizes)
         self._count_restore(intra, inter)
         for first, slots in plan.runs:
-            for whole, part in blocks.pairs(out_CRK[slots], received, first, fetched):
+            for whole, part in blocks.pairs(out_CRK[slots], received, first, restored):
                 whole.copy_(part)
 
     def _pick(
@@ -321,27 +251,32 @@ class TwoLegExchange:
         """This place's rows of the experts of some of the span's slots to restore.
 
         Args:
-            source: what `_fetch` returned, or the slices of all experts.
+            source: what `_fetch` returned; with one span, the slices of all experts.
             first: which of the slots to restore is the first of the target's.
         """
         count, rows, columns = target_nPK.shape
-        if not plan.distinct_M:
+        spans = blocks.num_spans
+        if spans == 1:
             torch.index_select(source, 0, plan.picked[first : first + count], out=target_nPK)
             return
-        distinct, spans = plan.distinct_M[self._mine], blocks.num_spans
+        fetched, given = plan.fetched_M[self._mine], sum(plan.given_G)
         if blocks.even:
+            block = rows // spans * columns
             torch.index_select(
-                source.view(distinct * spans, rows // spans * columns),
+                source.view((fetched + given) * spans, block),
                 0,
                 plan.picked_M[first * spans : (first + count) * spans],
-                out=target_nPK.view(count * spans, rows // spans * columns),
+                out=target_nPK.view(count * spans, block),
             )
             return
         picked = plan.picked[first : first + count]
+        from_far, from_near = source.split([part * rows * columns for part in (fetched, given)])
         offset = 0
-        for size in blocks.rows_of_place(self._place):
-            here = source[distinct * offset * columns : distinct * (offset + size) * columns]
-            target_nPK[:, offset : offset + size] = here.view(distinct, size, columns)[picked]
+        for size in blocks.rows_GM[self._place]:
+            here = slice(offset, offset + size)
+            far = from_far[fetched * offset * columns : fetched * (offset + size) * columns]
+            near = from_near.view(given, rows, columns)[:, here]
+            target_nPK[:, here] = torch.cat((far.view(fetched, size, columns), near))[picked]
             offset += size
 
     def _collect(
@@ -349,7 +284,7 @@ class TwoLegExchange:
     ) -> torch.Tensor:
         """Leg inside: this place's rows of the gradients of all slots of the span."""
         capacity, _, columns = grad_CRK.shape
-        place_rows = [sum(blocks.rows_of_place(place)) for place in range(self._span)]
+        place_rows = blocks.place_rows_G
         mine = place_rows[self._place]
         send = take("send", (grad_CRK.numel(),), grad_CRK.dtype)
         for whole, part in blocks.pairs(grad_CRK, send, 0, capacity):
@@ -373,7 +308,7 @@ class TwoLegExchange:
         """Leg across: this rank's rows of every span's sums, D of them span by span."""
         _, rows, columns = parts_nPK.shape
         distinct = plan.distinct_M[self._mine]
-        sizes_M = blocks.rows_of_place(self._place)
+        sizes_M = blocks.rows_GM[self._place]
         send = take("send", (distinct * rows * columns,), wire)
         sent_sizes = [distinct * size * columns for size in sizes_M]
         offset = 0
@@ -413,23 +348,6 @@ class TwoLegExchange:
         self.count.reduce_intra_bytes += intra_bytes
         self.count.reduce_inter_bytes += inter_bytes
         self.count.reduce_collectives += 1
-
-
-class FlatExchange(TwoLegExchange):
-    """Restore and reduce by one All-to-All over the group: one span.
-
-    A restore receives C·R·K elements of which C·(R - r)·K come from other ranks; a reduce sends as
-    many. Neither depends on the layout.
-    """
-
-    def __init__(self, groups: FSEPGroups) -> None:
-        first = groups.rank - groups.rank % groups.node_size
-        near = slice(first, first + groups.node_size)
-        legs = [
-            Leg(group, groups.rank, near) if groups.size > 1 else None
-            for group in (groups.parameters, groups.gradients)
-        ]
-        super().__init__(groups, groups.size, (None, legs[0]), (None, legs[1]))
 
 
 def _sum(parts: torch.Tensor, rounds: Rounds, target_DrK: torch.Tensor, take: _Take) -> None:
