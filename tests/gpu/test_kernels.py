@@ -1,4 +1,4 @@
-"""What runs inside a rank, on CUDA: slot GEMMs, the token → slot map, sums over replicas.
+"""What runs inside a rank, on CUDA: slot GEMMs, the slot map, sums over replicas, lanes.
 
 `scripts/test.sh --gpu` runs these; they need one GPU and no process group.
 """
@@ -15,7 +15,8 @@ import torch
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import solve_quotas
-from megatron_laer.runtime.layout_index import layout_index
+from megatron_laer.runtime.device import make_lane
+from megatron_laer.runtime.layout_index import layout_index, reduce_index
 
 pytestmark = pytest.mark.gpu
 
@@ -31,6 +32,9 @@ class Kept:
 
     def matrix(self, position: int) -> torch.Tensor:
         return self._weight_CRK
+
+    def new_grad(self, like_CRK: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(like_CRK)
 
     def release(self) -> None:
         pass
@@ -94,12 +98,12 @@ def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:
 
 def test_sums_over_replicas_are_bitwise_the_same_every_time() -> None:
     layout = ExpertLayout.random(8, 4, 6, (3,))
-    index = layout_index(layout, DEVICE)
+    index = reduce_index(layout, layout.num_ranks, 0, DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(4)
     parts_SrK = torch.randn(layout.num_slots, 65, 33, device=DEVICE, generator=generator)
 
     def reduce() -> torch.Tensor:
-        (_, first), *others = index.rounds
+        (_, first), *others = index.in_span
         total = parts_SrK.index_select(0, first)
         for experts, slots in others:
             total.index_add_(0, experts, parts_SrK.index_select(0, slots))
@@ -111,3 +115,13 @@ def test_sums_over_replicas_are_bitwise_the_same_every_time() -> None:
     for slot, expert in enumerate(layout.to_list()):
         expected[expert] += parts_SrK[slot]
     assert torch.equal(first_time, expected)
+
+
+def test_a_lane_sees_what_was_computed_before_and_shows_what_it_did() -> None:
+    lane = make_lane("parameters", DEVICE, overlaps=True)
+    value = torch.zeros(1 << 22, device=DEVICE)
+    for step in range(1, 51):
+        value = value + 1  # on the compute stream, perhaps not done when the lane is asked
+        doubled = lane.submit(lambda value=value: value * 2, "double").wait()
+        assert torch.equal(doubled, torch.full_like(doubled, 2.0 * step))
+    lane.close()
