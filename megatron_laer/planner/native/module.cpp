@@ -93,6 +93,10 @@ py::array_t<int16_t> make_layout(const Counts& counts_NE, const Slots& current_S
   return py::array_t<int16_t>(static_cast<py::ssize_t>(slots_S.size()), slots_S.data());
 }
 
+std::vector<int16_t> proportional(const laer::Shape& shape, const int64_t* node_counts_QE) {
+  return laer::proportional(shape, node_counts_QE, laer::Purpose::kForecast);
+}
+
 py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int node_size,
                             int scenarios, int candidates, int exchanges, uint64_t seed) {
   const laer::Shape shape = shape_of(counts_NE, current_S, node_size);
@@ -118,7 +122,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("rank_columns", &rank_columns);
   module.def("totals", &totals);
   module.def("construct", &make_layout<laer::fresh>);
-  module.def("proportional", &make_layout<laer::proportional>);
+  module.def("proportional", &make_layout<proportional>);
   module.def("greedy", &make_layout<laer::greedy>);
   module.def("search", &search);
 }

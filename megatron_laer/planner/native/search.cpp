@@ -190,7 +190,7 @@ std::vector<int16_t> search(const Shape& shape, const int64_t* node_counts_QE,
     return true;
   };
   compete(greedy(shape, node_counts_QE));
-  compete(proportional(shape, node_counts_QE));
+  compete(proportional(shape, node_counts_QE, Purpose::kForecast));
   if (can_balance(shape)) {
     compete(construct(shape, node_counts_QE, Purpose::kForecast));
     for (int i = 0; i < effort.candidates; ++i) {
