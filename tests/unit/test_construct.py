@@ -12,6 +12,7 @@ from megatron_laer.planner.construct import always_balances, construct_layout
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.quotas import Int64
+from tests.unit.planner_cases import KINDS, counts_of
 
 pytestmark = pytest.mark.unit
 
@@ -25,29 +26,6 @@ def geometries(draw: st.DrawFn, spare: int = 4) -> Geometry:
     capacity = draw(st.integers(least, min(num_experts, least + spare)))
     node_size = draw(st.sampled_from([g for g in range(1, num_ranks + 1) if num_ranks % g == 0]))
     return Geometry(num_ranks, num_experts, capacity, node_size)
-
-
-def counts_of(kind: str, geometry: Geometry, seed: int) -> Int64:
-    rng = np.random.default_rng(seed)
-    shape = (geometry.num_ranks, geometry.num_experts)
-    counts_NE = np.zeros(shape, dtype=np.int64)
-    if kind == "one token":
-        counts_NE[seed % shape[0], seed % shape[1]] = 1
-    elif kind == "one expert":
-        counts_NE[:, seed % shape[1]] = 100
-    elif kind == "one source":
-        counts_NE[seed % shape[0]] = rng.integers(0, 1000, shape[1])
-    elif kind == "few":
-        counts_NE = rng.integers(0, 2, shape)
-    elif kind == "even":
-        counts_NE = rng.integers(0, 1000, shape)
-    elif kind == "zipf":
-        share_E = rng.permutation(1.0 / np.arange(1, shape[1] + 1) ** 1.3)
-        counts_NE = rng.multinomial(700, share_E / share_E.sum(), size=shape[0])
-    return counts_NE.astype(np.int64)
-
-
-KINDS = ("zero", "one token", "one expert", "one source", "few", "even", "zipf")
 
 
 def largest_load(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> int:

@@ -13,6 +13,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.quotas import Int64
 from megatron_laer.planner.search import SearchStrategy
+from tests.unit.planner_cases import KINDS, counts_of
 
 pytestmark = pytest.mark.unit
 
@@ -55,10 +56,10 @@ def quick_search(geometry: Geometry) -> SearchStrategy:
     return SearchStrategy(geometry, scenarios=4, candidates=2, exchanges=10)
 
 
-@settings(max_examples=200, deadline=None)
-@given(geometries(), st.integers(0, 2**16))
-def test_greedy_is_legal_repeatable_and_steady(geometry: Geometry, seed: int) -> None:
-    counts_NE = zipf_counts_NE(geometry, seed)
+@settings(max_examples=250, deadline=None)
+@given(geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
+def test_greedy_is_legal_repeatable_and_steady(geometry: Geometry, kind: str, seed: int) -> None:
+    counts_NE = counts_of(kind, geometry, seed)
     greedy = GreedyStrategy(geometry)
     planned = greedy.plan(counts_NE, random_layout(geometry, seed))
     geometry.check_layout(planned)
@@ -68,24 +69,53 @@ def test_greedy_is_legal_repeatable_and_steady(geometry: Geometry, seed: int) ->
 
 
 @settings(max_examples=200, deadline=None)
-@given(geometries(), st.integers(0, 2**16))
-def test_greedy_holds_no_expert_twice_on_a_rank(geometry: Geometry, seed: int) -> None:
+@given(geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
+def test_greedy_holds_no_expert_twice_on_a_rank(geometry: Geometry, kind: str, seed: int) -> None:
     planned = GreedyStrategy(geometry).plan(
-        zipf_counts_NE(geometry, seed), random_layout(geometry, seed)
+        counts_of(kind, geometry, seed), random_layout(geometry, seed)
     )
     for rank in range(geometry.num_ranks):
         assert len(set(planned.experts_of(rank))) == geometry.capacity
 
 
+@settings(max_examples=100, deadline=None)
+@given(geometries(), st.sampled_from(KINDS), st.integers(0, 2**16), st.integers(2, 50))
+def test_layouts_depend_on_proportions_and_not_on_the_unit(
+    geometry: Geometry, kind: str, seed: int, unit: int
+) -> None:
+    # Forecasts are in parts of a token.
+    counts_NE = counts_of(kind, geometry, seed) * 4096
+    static = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
+    greedy = GreedyStrategy(geometry)
+    largest = [
+        imbalance(counts_NE + (counts_NE.sum() == 0), layout, geometry.node_size)
+        for layout in (greedy.plan(counts_NE, static), greedy.plan(counts_NE * unit, static))
+    ]
+    assert largest[0] == pytest.approx(largest[1], rel=0.01)
+
+
 @settings(max_examples=60, deadline=None)
-@given(geometries(), st.integers(0, 2**16))
-def test_search_is_legal_and_repeatable(geometry: Geometry, seed: int) -> None:
-    counts_NE = zipf_counts_NE(geometry, seed)
+@given(geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
+def test_search_is_legal_and_repeatable(geometry: Geometry, kind: str, seed: int) -> None:
+    counts_NE = counts_of(kind, geometry, seed)
     current = random_layout(geometry, seed)
     search = quick_search(geometry)
     planned = search.plan(counts_NE, current)
     geometry.check_layout(planned)
     assert search.plan(counts_NE, current) == planned
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shape", [(16, 32, 4, 8), (16, 30, 4, 8), (24, 24, 4, 4), (12, 18, 4, 12)])
+def test_equal_experts_leave_no_rank_cut_off(shape: tuple[int, int, int, int], seed: int) -> None:
+    # If equal experts were dealt out in turns, ranks would share all of their experts with the
+    # same few others, and their common load could not flow to the rest.
+    geometry = Geometry(*shape)
+    num_ranks, num_experts, capacity, node_size = shape
+    equal_NE = np.full((num_ranks, num_experts), 1000)
+    static = ExpertLayout.static(num_ranks, capacity, num_experts)
+    layout = GreedyStrategy(geometry).plan(drifted_NE(equal_NE, seed, 0.02), static)
+    assert imbalance(drifted_NE(equal_NE, seed + 100, 0.1), layout, node_size) <= 1.002
 
 
 @pytest.mark.parametrize("capacity", [3, 4, 6])
