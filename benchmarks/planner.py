@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.balance import Trace, balance
+from benchmarks.bounds import must_show
 from benchmarks.prices import paper_costs
 from benchmarks.report import machine, print_table
 from benchmarks.speed import GROWTH_SHAPES, SOLVE_SHAPES, quota_times, solve_times
@@ -34,6 +35,7 @@ from megatron_laer.planner.strategies import make_strategy
 # Every how many cases `--quick` takes one; prime, so that it meets all layers and microbatches.
 QUICK_STRIDE = 37
 NODE_SIZE = 8
+SOLVE_KEYS = ("ranks", "capacity", "experts", "median_ms")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {"machine": machine(), "balance": []}
     print(json.dumps(result["machine"]))
     repeats = 21 if options.quick else 101
-    result["solve"] = list(solve_times(SOLVE_SHAPES, repeats))
-    print_table(result["solve"])
+    solved = list(solve_times(SOLVE_SHAPES, repeats))
+    print_table(solved)
+    result["solve"] = [{key: row[key] for key in SOLVE_KEYS} for row in solved]
     result["growth"] = list(solve_times(GROWTH_SHAPES, max(repeats // 5, 5)))
     print_table(result["growth"])
     result["quotas"] = list(quota_times(repeats))
@@ -68,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps(result["balance"][-1]), file=sys.stderr, flush=True)
         print_table(result["balance"])
         print_table(result["predicted"])
+    print_table([asdict(figure) for figure in must_show(result)])
     if options.plot is not None:
         plot_growth(result["growth"], options.plot)
     if options.json is not None:
@@ -103,19 +107,25 @@ def named_workloads(count: int) -> Iterator[dict[str, Any]]:
 
 
 def plot_growth(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Layout time against N, C = 8, E = 32."""
+    """Layout time against N."""
     try:
         from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         print("no plot: matplotlib is not installed", file=sys.stderr)
         return
     figure, axes = pyplot.subplots()
-    ranks = [row["ranks"] for row in rows]
-    axes.loglog(ranks, [row["median_ms"] for row in rows], marker="o", label="fresh layout")
-    axes.loglog(ranks, [row["greedy_median_ms"] for row in rows], marker="s", label="greedy")
+    for capacity, experts in sorted({(row["capacity"], row["experts"]) for row in rows}):
+        chosen = [row for row in rows if (row["capacity"], row["experts"]) == (capacity, experts)]
+        ranks = [row["ranks"] for row in chosen]
+        for key, name, marker in (
+            ("fresh_median_ms", "known counts", "o"),
+            ("greedy_median_ms", "greedy", "s"),
+        ):
+            label = f"{name}, C = {capacity}, E = {experts}"
+            axes.loglog(ranks, [row[key] for row in chosen], marker=marker, label=label)
     axes.set_xlabel("ranks")
     axes.set_ylabel("ms, one thread, median")
-    axes.set_title("Layout time, C = 8, E = 32")
+    axes.set_title("Layout time")
     axes.legend()
     figure.savefig(path)
 

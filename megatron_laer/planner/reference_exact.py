@@ -89,11 +89,14 @@ def off_rank_tokens(quota_NS: Int64, layout: ExpertLayout) -> int:
 
 
 def proportional_experts(counts_NE: Int64, geometry: Geometry) -> list[list[int]]:
-    """Experts of each rank, ascending: replicas in proportion to load, heaviest first.
+    """Experts of each rank, ascending: a forecast's replicas in proportion to load, heaviest first.
 
-    Nodes whose slots suffice are served one by one, on their own tokens. A replica goes to the
-    node with most tokens of its expert that no replica there serves yet, and in it to the least
-    loaded rank; never to a rank that has the expert.
+    Every expert counts as having a quarter of the mean load more. Nodes whose slots suffice are
+    served one by one, on their own tokens. A replica goes to the node with most tokens of its
+    expert that no replica there serves yet. In it, of the eight least loaded ranks without the
+    expert, and at most half a replica's load above the least of them, it goes to the first one that
+    is not linked to the expert's other ranks by shared experts, else to the one that shares fewest
+    experts with them.
     """
     per_node = geometry.num_experts <= geometry.node_size * (geometry.capacity - 1)
     size = geometry.node_size if per_node else geometry.num_ranks
@@ -105,10 +108,13 @@ def proportional_experts(counts_NE: Int64, geometry: Geometry) -> list[list[int]
 
 def _proportional_part(counts_NE: Int64, geometry: Geometry) -> list[list[int]]:
     num_ranks, num_experts = counts_NE.shape
-    loads = counts_NE.sum(axis=0).tolist()
+    prior = int(counts_NE.sum()) // (4 * num_experts)
+    loads = [int(load) + prior for load in counts_NE.sum(axis=0)]
     replicas = [1] * num_experts
     for _ in range(num_ranks * geometry.capacity - num_experts):
         growing = [expert for expert in range(num_experts) if replicas[expert] < num_ranks]
+        if not growing:
+            break
         hottest = min(growing, key=lambda e: (-Fraction(loads[e], replicas[e]), replicas[e], e))
         replicas[hottest] += 1
 
@@ -119,6 +125,7 @@ def _proportional_part(counts_NE: Int64, geometry: Geometry) -> list[list[int]]:
     for expert in order:
         unserved = node_counts_QE[:, expert].tolist()
         share = loads[expert] // replicas[expert]
+        chosen: list[int] = []
         for _ in range(replicas[expert]):
             free = [
                 rank
@@ -127,10 +134,34 @@ def _proportional_part(counts_NE: Int64, geometry: Geometry) -> list[list[int]]:
             ]
             if not free:
                 break
-            rank = min(free, key=lambda r: (-unserved[r // geometry.node_size], rank_loads[r], r))
+            first = min(free, key=lambda r: (-unserved[r // geometry.node_size], rank_loads[r], r))
+            node = first // geometry.node_size
+            close = [
+                rank
+                for rank in sorted(free, key=lambda r: (rank_loads[r], r))
+                if rank // geometry.node_size == node
+                and rank_loads[rank] <= rank_loads[first] + share // 2
+            ]
+            rank = min(close[:8], key=lambda r: _links(r, chosen, held))
             held[rank].append(expert)
+            chosen.append(rank)
             rank_loads[rank] += share
-            unserved[rank // geometry.node_size] -= share
+            unserved[node] -= share
     for experts in held:
         experts += [e for e in order if e not in experts][: geometry.capacity - len(experts)]
     return [sorted(experts) for experts in held]
+
+
+def _links(rank: int, chosen: list[int], held: list[list[int]]) -> int:
+    """0 if no chain of shared experts leads from a rank to the chosen ones, else 1 or more."""
+    reached = set(chosen)
+    while True:
+        experts = {expert for other in reached for expert in held[other]}
+        more = {r for r, hosted in enumerate(held) if experts & set(hosted)} | reached
+        if more == reached:
+            break
+        reached = more
+    if rank not in reached:
+        return 0
+    beside = {expert for other in chosen for expert in held[other]}
+    return 1 + len(beside & set(held[rank]))

@@ -1,4 +1,4 @@
-"""Fresh layouts: perfect balance for any counts, locality, and the named workloads' bounds."""
+"""Fresh layouts: perfect balance for any counts, and locality."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.workloads import WORKLOADS, microbatches
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import always_balances, construct_layout
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.quotas import Int64
+from tests.unit.planner_cases import KINDS, counts_of
 
 pytestmark = pytest.mark.unit
 
@@ -26,29 +26,6 @@ def geometries(draw: st.DrawFn, spare: int = 4) -> Geometry:
     capacity = draw(st.integers(least, min(num_experts, least + spare)))
     node_size = draw(st.sampled_from([g for g in range(1, num_ranks + 1) if num_ranks % g == 0]))
     return Geometry(num_ranks, num_experts, capacity, node_size)
-
-
-def counts_of(kind: str, geometry: Geometry, seed: int) -> Int64:
-    rng = np.random.default_rng(seed)
-    shape = (geometry.num_ranks, geometry.num_experts)
-    counts_NE = np.zeros(shape, dtype=np.int64)
-    if kind == "one token":
-        counts_NE[seed % shape[0], seed % shape[1]] = 1
-    elif kind == "one expert":
-        counts_NE[:, seed % shape[1]] = 100
-    elif kind == "one source":
-        counts_NE[seed % shape[0]] = rng.integers(0, 1000, shape[1])
-    elif kind == "few":
-        counts_NE = rng.integers(0, 2, shape)
-    elif kind == "even":
-        counts_NE = rng.integers(0, 1000, shape)
-    elif kind == "zipf":
-        share_E = rng.permutation(1.0 / np.arange(1, shape[1] + 1) ** 1.3)
-        counts_NE = rng.multinomial(700, share_E / share_E.sum(), size=shape[0])
-    return counts_NE.astype(np.int64)
-
-
-KINDS = ("zero", "one token", "one expert", "one source", "few", "even", "zipf")
 
 
 def largest_load(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> int:
@@ -128,41 +105,6 @@ def test_the_dead_spot_of_the_paper_is_gone() -> None:
     counts_NE = counts_of("zipf", geometry, 3)
     layout = construct_layout(counts_NE, static(geometry), 8)
     assert largest_load(counts_NE, layout, 8) == least_load(counts_NE)
-
-
-# Largest share of tokens off their node that any of eight microbatches may have; about a tenth
-# above what `python -m benchmarks.planner` prints as its mean for N = 16, G = 8, E = 32.
-OFF_NODE_BOUNDS = {
-    "balanced": (0.43, 0.24),
-    "hot expert set": (0.21, 0.11),
-    "hot rank": (0.28, 0.13),
-    "spread hot experts": (0.22, 0.11),
-    "source ragged": (0.36, 0.30),
-    "zero-expert rank": (0.36, 0.32),
-    "rotating hotspot": (0.24, 0.12),
-    "burst": (0.43, 0.24),
-}
-
-
-@pytest.mark.parametrize("name", WORKLOADS)
-@pytest.mark.parametrize("capacity", [3, 4])
-def test_named_workloads_balance_perfectly_within_their_bound_off_node(
-    name: str, capacity: int
-) -> None:
-    geometry = Geometry(16, 32, capacity, 8)
-    for counts_NE in microbatches(name, geometry, 8, seed=0):
-        layout = construct_layout(counts_NE, static(geometry), 8)
-        assert largest_load(counts_NE, layout, 8) == least_load(counts_NE)
-        assert off_node_share(counts_NE, layout, 8) <= OFF_NODE_BOUNDS[name][capacity - 3]
-
-
-def test_every_named_workload_has_a_bound() -> None:
-    assert set(OFF_NODE_BOUNDS) == set(WORKLOADS)
-
-
-def test_unknown_workloads_are_quoted() -> None:
-    with pytest.raises(ValueError, match="unknown workload 'x'; use one of balanced, "):
-        next(microbatches("x", Geometry(2, 2, 1, 2), 1, seed=0))
 
 
 def test_wrong_arguments_are_quoted() -> None:

@@ -170,7 +170,7 @@ std::vector<int16_t> construct(const Shape& shape, const int64_t* node_counts_QE
 
 std::vector<int16_t> fresh(const Shape& shape, const int64_t* node_counts_QE) {
   return can_balance(shape) ? construct(shape, node_counts_QE, Purpose::kNow)
-                            : proportional(shape, node_counts_QE);
+                            : proportional(shape, node_counts_QE, Purpose::kNow);
 }
 
 }  // namespace laer

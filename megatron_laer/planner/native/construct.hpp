@@ -16,9 +16,6 @@ namespace laer {
 // Whether the window argument holds: E <= N * (C - 1) + 1.
 bool can_balance(const Shape& shape);
 
-// For these very counts, or for ones that will differ somewhat.
-enum class Purpose { kNow, kForecast };
-
 // Slots for counts by node. Needs can_balance(shape).
 std::vector<int16_t> construct(const Shape& shape, const int64_t* node_counts_QE,
                                Purpose purpose);

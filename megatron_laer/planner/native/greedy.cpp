@@ -38,7 +38,9 @@ std::vector<int64_t> with_headroom(const Shape& shape, const int64_t* node_count
 std::vector<int16_t> greedy(const Shape& shape, const int64_t* node_counts_QE) {
   const int64_t spare = static_cast<int64_t>(shape.slots()) - shape.experts;
   const bool scarce = spare < 2 * static_cast<int64_t>(shape.ranks);
-  if (!scarce || !can_balance(shape)) return proportional(shape, node_counts_QE);
+  if (!scarce || !can_balance(shape)) {
+    return proportional(shape, node_counts_QE, Purpose::kForecast);
+  }
   return construct(shape, with_headroom(shape, node_counts_QE).data(), Purpose::kForecast);
 }
 

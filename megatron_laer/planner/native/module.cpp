@@ -1,4 +1,5 @@
-// Python's view of the native planner: checks nothing beyond sizes, see planner/exact.py.
+// Python's view of the native planner: checks nothing beyond sizes, see planner/exact.py. All work
+// is done without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -29,6 +30,21 @@ laer::Shape shape_of(const Counts& counts_NE, const Slots& slots_S, int node_siz
           node_size};
 }
 
+// Solved quotas as plain pointers, to be read without the GIL.
+struct Inputs {
+  const int64_t* counts;
+  const int64_t* node_counts;
+  const int16_t* slots;
+  const int64_t* loads;
+
+  Inputs(const Counts& counts_NE, const Counts& node_counts_QE, const Slots& slots_S,
+         const Counts& loads_S)
+      : counts(counts_NE.data()),
+        node_counts(node_counts_QE.data()),
+        slots(slots_S.data()),
+        loads(loads_S.data()) {}
+};
+
 py::tuple slot_loads(const Counts& counts_NE, const Slots& slots_S, int node_size) {
   const laer::Shape shape = shape_of(counts_NE, slots_S, node_size);
   py::array_t<int64_t> node_counts_QE({shape.nodes(), shape.experts});
@@ -50,8 +66,12 @@ py::array_t<int64_t> rank_row(const Counts& counts_NE, const Counts& node_counts
                               int rank) {
   const laer::Shape shape = shape_of(counts_NE, slots_S, node_size);
   py::array_t<int64_t> row_S(shape.slots());
-  laer::rank_row(shape, counts_NE.data(), node_counts_QE.data(), slots_S.data(), loads_S.data(),
-                 rank, row_S.mutable_data());
+  {
+    const Inputs in(counts_NE, node_counts_QE, slots_S, loads_S);
+    int64_t* row = row_S.mutable_data();
+    py::gil_scoped_release release;
+    laer::rank_row(shape, in.counts, in.node_counts, in.slots, in.loads, rank, row);
+  }
   return row_S;
 }
 
@@ -60,16 +80,24 @@ py::array_t<int64_t> rank_columns(const Counts& counts_NE, const Counts& node_co
                                   int rank) {
   const laer::Shape shape = shape_of(counts_NE, slots_S, node_size);
   py::array_t<int64_t> columns_NC({shape.ranks, shape.capacity});
-  laer::rank_columns(shape, counts_NE.data(), node_counts_QE.data(), slots_S.data(),
-                     loads_S.data(), rank, columns_NC.mutable_data());
+  {
+    const Inputs in(counts_NE, node_counts_QE, slots_S, loads_S);
+    int64_t* columns = columns_NC.mutable_data();
+    py::gil_scoped_release release;
+    laer::rank_columns(shape, in.counts, in.node_counts, in.slots, in.loads, rank, columns);
+  }
   return columns_NC;
 }
 
 py::tuple totals(const Counts& counts_NE, const Counts& node_counts_QE, const Slots& slots_S,
                  const Counts& loads_S, int node_size) {
   const laer::Shape shape = shape_of(counts_NE, slots_S, node_size);
-  const laer::Totals sums = laer::totals(shape, counts_NE.data(), node_counts_QE.data(),
-                                         slots_S.data(), loads_S.data());
+  laer::Totals sums;
+  {
+    const Inputs in(counts_NE, node_counts_QE, slots_S, loads_S);
+    py::gil_scoped_release release;
+    sums = laer::totals(shape, in.counts, in.node_counts, in.slots, in.loads);
+  }
   return py::make_tuple(to_array(sums.near_S), to_array(sums.far_S), to_array(sums.sent_near_N),
                         to_array(sums.sent_far_N), to_array(sums.own_N));
 }
@@ -91,6 +119,10 @@ py::array_t<int16_t> make_layout(const Counts& counts_NE, const Slots& current_S
     laer::settle(shape, current, slots_S);
   }
   return py::array_t<int16_t>(static_cast<py::ssize_t>(slots_S.size()), slots_S.data());
+}
+
+std::vector<int16_t> proportional(const laer::Shape& shape, const int64_t* node_counts_QE) {
+  return laer::proportional(shape, node_counts_QE, laer::Purpose::kForecast);
 }
 
 py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int node_size,
@@ -118,7 +150,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("rank_columns", &rank_columns);
   module.def("totals", &totals);
   module.def("construct", &make_layout<laer::fresh>);
-  module.def("proportional", &make_layout<laer::proportional>);
+  module.def("proportional", &make_layout<proportional>);
   module.def("greedy", &make_layout<laer::greedy>);
   module.def("search", &search);
 }

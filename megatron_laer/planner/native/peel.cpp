@@ -1,6 +1,7 @@
 #include "peel.hpp"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <vector>
 
@@ -8,6 +9,12 @@ namespace laer {
 namespace {
 
 constexpr int64_t kMany = std::numeric_limits<int64_t>::max() / 4;
+
+// With more pieces, only the two largest shares are tried to fill up with.
+constexpr int kFewPieces = 64, kMostFillings = 8;
+
+// With more pieces, not all pairs of them are tried.
+constexpr int kFewForPairs = 48;
 
 // An expert that a rank fills up with comes back as the rest of another rank, often in another
 // node, so one split serves both balance and locality. Nodes take turns; each rank takes what is
@@ -43,7 +50,15 @@ class Peel {
     int64_t cost = kMany;
     int64_t amount = 0;
     int filling = -1;
-    std::vector<int> finished;
+    int one = -1, two = -1;     // of the finished pieces, those that were searched for
+    std::vector<int> finished;  // all of them
+  };
+
+  // A piece that a rank may be filled up with.
+  struct Filling {
+    int index;
+    int64_t rest, local;
+    bool mixed;
   };
 
   static bool smaller(const Piece& a, const Piece& b) {
@@ -57,11 +72,16 @@ class Peel {
     pure_.assign(nodes, {});
     open_ranks_ = shape_.ranks;
     split_ahead();
-    for (int e = 0; e < experts; ++e) {
-      int64_t rest = 0;
-      for (int node = 0; node < nodes; ++node) rest += local_QE_[index(node, e)];
-      add({rest, e, -1});
+    std::vector<int64_t> rest_E(experts, 0);
+    for (int node = 0; node < nodes; ++node) {
+      for (int e = 0; e < experts; ++e) rest_E[e] += local_QE_[index(node, e)];
     }
+    for (int e = 0; e < experts; ++e) {
+      mixed_.push_back({rest_E[e], e, -1});
+      total_rest_ += rest_E[e];
+    }
+    std::sort(mixed_.begin(), mixed_.end(), smaller);
+    open_items_ += experts;
   }
 
   // Spare splits go to the largest shares that are not their expert's largest.
@@ -69,22 +89,34 @@ class Peel {
     const int64_t spare =
         static_cast<int64_t>(shape_.ranks) * whole_ + 1 - shape_.experts;
     if (spare <= 0 || shape_.nodes() == 1) return;
-    std::vector<Piece> shares;
-    for (int e = 0; e < shape_.experts; ++e) {
-      int largest = 0;
-      for (int node = 1; node < shape_.nodes(); ++node) {
-        if (counts_QE_[index(node, e)] > counts_QE_[index(largest, e)]) largest = node;
-      }
-      for (int node = 0; node < shape_.nodes(); ++node) {
-        if (node != largest) shares.push_back({counts_QE_[index(node, e)], e, node});
+    std::vector<int> largest_E(shape_.experts, 0);
+    std::vector<int64_t> most_E(counts_QE_, counts_QE_ + shape_.experts);
+    for (int node = 1; node < shape_.nodes(); ++node) {
+      const int64_t* counts_E = counts_QE_ + index(node, 0);
+      for (int e = 0; e < shape_.experts; ++e) {
+        if (counts_E[e] > most_E[e]) largest_E[e] = node;
+        most_E[e] = std::max(most_E[e], counts_E[e]);
       }
     }
-    const size_t taken = std::min<size_t>(spare, shares.size());
-    std::partial_sort(shares.begin(), shares.begin() + taken, shares.end(),
-                      [](const Piece& a, const Piece& b) { return smaller(b, a); });
-    for (size_t i = 0; i < taken && shares[i].rest > 0; ++i) {
-      local_QE_[index(shares[i].home, shares[i].expert)] = 0;
-      add(shares[i]);
+    // Only the largest are kept, in a heap with the least of them in front.
+    std::vector<Piece> shares;
+    auto larger = [](const Piece& a, const Piece& b) { return smaller(b, a); };
+    for (int node = 0; node < shape_.nodes(); ++node) {
+      for (int e = 0; e < shape_.experts; ++e) {
+        const Piece share{counts_QE_[index(node, e)], e, node};
+        if (node == largest_E[e] || share.rest == 0) continue;
+        if (static_cast<int64_t>(shares.size()) == spare) {
+          if (!smaller(shares.front(), share)) continue;
+          std::pop_heap(shares.begin(), shares.end(), larger);
+          shares.pop_back();
+        }
+        shares.push_back(share);
+        std::push_heap(shares.begin(), shares.end(), larger);
+      }
+    }
+    for (const Piece& share : shares) {
+      local_QE_[index(share.home, share.expert)] = 0;
+      add(share);
     }
   }
 
@@ -131,7 +163,6 @@ class Peel {
     if (open_items_ > 0) {
       // The least that this rank must take so that the others can carry the rest.
       least_ = std::max<int64_t>(total_rest_ - (open_ranks_ - 1) * cap_, 0);
-      merge(pure_[node]);
       Choice choice = choose(node);
       if (choice.cost == kMany) {
         merge(all_pure_);
@@ -142,41 +173,49 @@ class Peel {
     --open_ranks_;
   }
 
-  // The pieces to choose from: those that belong to no node, and some that do.
+  // Pieces to choose from: those that belong to no node, and the given ones, ascending.
   void merge(const std::vector<Piece>& pure) {
+    if (pure.empty()) {
+      pieces_ = mixed_;
+      return;
+    }
     pieces_.resize(pure.size() + mixed_.size());
     std::merge(pure.begin(), pure.end(), mixed_.begin(), mixed_.end(), pieces_.begin(), smaller);
   }
 
   Choice choose(int node) {
-    const int size = static_cast<int>(pieces_.size());
     Choice best;
+    merge(pure_[node]);
+    const int size = static_cast<int>(pieces_.size());
     // Ranks may leave out as many finished pieces as the argument could still add empty ones.
     spare_ = std::min<int64_t>(whole_, open_ranks_ * whole_ + 1 - open_items_);
     if (size + spare_ < whole_ + 1) return best;
     price_.resize(size);
     local_.resize(size);
+    const int64_t* local_E = local_QE_.data() + index(node, 0);
     for (int i = 0; i < size; ++i) {
-      local_[i] = local(node, pieces_[i]);
-      price_[i] = pieces_[i].rest - local_[i];
+      const Piece& piece = pieces_[i];
+      local_[i] = piece.home < 0 ? local_E[piece.expert] : piece.rest;
+      price_[i] = piece.rest - local_[i];
     }
-    fillings(size);
-    for (int filling : fillings_) try_filling(filling, best);
+    find_fillings();
+    for (int i = 0; i < num_fillings_; ++i) try_filling(fillings_[i], best);
     return best;
   }
 
-  // Candidates to fill up with: the largest shares of the node.
-  void fillings(int size) {
-    const size_t most = size > 64 ? 2 : 8;
-    fillings_.clear();
+  // Candidates to fill up with: the largest shares of the node, of equal ones the larger piece.
+  void find_fillings() {
+    const int size = static_cast<int>(pieces_.size());
+    const int most = size > kFewPieces ? 2 : kMostFillings;
+    num_fillings_ = 0;
+    int64_t least = -1;
     for (int i = size - 1; i >= 0; --i) {
-      if (fillings_.size() == most) {
-        if (local_[i] <= local_[fillings_.back()]) continue;
-        fillings_.pop_back();
-      }
-      size_t at = fillings_.size();
-      while (at > 0 && local_[fillings_[at - 1]] < local_[i]) --at;
-      fillings_.insert(fillings_.begin() + at, i);
+      const int64_t share = local_[i];
+      if (share <= least) continue;
+      int at = num_fillings_ < most ? num_fillings_++ : most - 1;
+      for (; at > 0 && local_[fillings_[at - 1]] < share; --at) fillings_[at] = fillings_[at - 1];
+      fillings_[at] = i;
+      if (num_fillings_ == most) least = local_[fillings_[most - 1]];
     }
   }
 
@@ -184,6 +223,8 @@ class Peel {
     const int size = static_cast<int>(pieces_.size());
     // All but two of the finished pieces are the smallest ones.
     const int searched = std::min(whole_, 2);
+    const Filling fill{filling, pieces_[filling].rest, local_[filling], pieces_[filling].home < 0};
+    const int64_t cost_before = best.cost;
     finished_.clear();
     int64_t sum = 0, price = 0;
     int64_t spare = spare_;
@@ -200,41 +241,56 @@ class Peel {
       price += price_[first];
       ++first;
     }
-    if (searched == 0 || spare >= searched) consider(filling, sum, price, -1, -1, best);
+    if (searched == 0 || spare >= searched) consider(fill, sum, price, -1, -1, best);
     if (searched == 1 || (searched == 2 && spare > 0)) {
-      for (int i = first; i < size; ++i) {
-        if (i == filling || price + price_[i] >= best.cost) continue;
+      // A smaller piece would leave more to fill than the filling has.
+      const int64_t enough = least_ - sum - fill.rest;
+      const auto start = std::lower_bound(
+          pieces_.begin() + first, pieces_.end(), enough,
+          [](const Piece& piece, int64_t rest) { return piece.rest < rest; });
+      for (int i = static_cast<int>(start - pieces_.begin()); i < size; ++i) {
         if (sum + pieces_[i].rest > cap_) break;
-        consider(filling, sum + pieces_[i].rest, price + price_[i], i, -1, best);
+        if (i == filling) continue;
+        consider(fill, sum + pieces_[i].rest, price + price_[i], i, -1, best);
       }
     }
-    if (searched < 2) return;
-    if (size <= 48) {
+    if (searched == 2) search_pairs(fill, first, sum, price, best);
+    if (best.cost < cost_before) {
+      best.finished = finished_;
+      if (best.one >= 0) best.finished.push_back(best.one);
+      if (best.two >= 0) best.finished.push_back(best.two);
+    }
+  }
+
+  // Two more finished pieces from `first` on, beside ones with this sum and price.
+  void search_pairs(const Filling& fill, int first, int64_t sum, int64_t price, Choice& best) {
+    const int size = static_cast<int>(pieces_.size());
+    if (size <= kFewForPairs) {
       for (int i = first; i < size; ++i) {
-        if (i == filling || price + price_[i] >= best.cost) continue;
+        if (i == fill.index || price + price_[i] >= best.cost) continue;
         for (int j = i + 1; j < size; ++j) {
-          if (j == filling) continue;
+          if (j == fill.index) continue;
           const int64_t both = sum + pieces_[i].rest + pieces_[j].rest;
           if (both > cap_) break;
-          consider(filling, both, price + price_[i] + price_[j], i, j, best);
+          consider(fill, both, price + price_[i] + price_[j], i, j, best);
         }
       }
       return;
     }
     // Two pointers towards the sum that leaves the filling just its local tokens.
-    const int64_t wanted = cap_ - std::min(cap_, local_[filling]);
+    const int64_t wanted = cap_ - std::min(cap_, fill.local);
     int i = first, j = size - 1;
     while (i < j) {
-      if (i == filling) {
+      if (i == fill.index) {
         ++i;
         continue;
       }
-      if (j == filling) {
+      if (j == fill.index) {
         --j;
         continue;
       }
       const int64_t both = sum + pieces_[i].rest + pieces_[j].rest;
-      consider(filling, both, price + price_[i] + price_[j], i, j, best);
+      consider(fill, both, price + price_[i] + price_[j], i, j, best);
       if (both < wanted) {
         ++i;
       } else {
@@ -243,26 +299,27 @@ class Peel {
     }
   }
 
-  void consider(int filling, int64_t sum, int64_t price, int i, int j, Choice& best) {
-    if (sum > cap_ || price >= best.cost) return;
+  // The best amount of the filling beside finished pieces with this sum and price.
+  void consider(const Filling& fill, int64_t sum, int64_t price, int one, int two,
+                Choice& best) const {
     const int64_t low = std::max<int64_t>(least_ - sum, 0);
-    const int64_t high = std::min(pieces_[filling].rest, cap_ - sum);
+    // No amount costs less than this; most choices end here.
+    if (sum > cap_ || price + std::max<int64_t>(low - fill.local, 0) >= best.cost) return;
+    const int64_t high = std::min(fill.rest, cap_ - sum);
     if (low > high) return;
-    const int64_t amount = std::min(std::max(local_[filling], low), high);
-    price += std::max<int64_t>(amount - local_[filling], 0);
-    const int64_t left = local_[filling] - amount;
-    if (left > 0 && pieces_[filling].home < 0 &&
-        left * 2 < cap_) {
+    const int64_t amount = std::min(std::max(fill.local, low), high);
+    price += std::max<int64_t>(amount - fill.local, 0);
+    const int64_t left = fill.local - amount;
+    if (left > 0 && fill.mixed && left * 2 < cap_) {
       price += left * taste_.stranded_percent / 100;
     }
     price += std::max<int64_t>(sum * taste_.slack_percent / 100 - amount, 0);
     if (price >= best.cost) return;
     best.cost = price;
     best.amount = amount;
-    best.filling = filling;
-    best.finished = finished_;
-    if (i >= 0) best.finished.push_back(i);
-    if (j >= 0) best.finished.push_back(j);
+    best.filling = fill.index;
+    best.one = one;
+    best.two = two;
   }
 
   // Whatever the window argument gives over all open pieces.
@@ -318,7 +375,9 @@ class Peel {
   int64_t open_items_ = 0, open_ranks_ = 0, spare_ = 0;
   std::vector<Piece> pieces_;
   std::vector<int64_t> price_, local_;
-  std::vector<int> fillings_, finished_;
+  std::array<int, kMostFillings> fillings_{};
+  int num_fillings_ = 0;
+  std::vector<int> finished_;
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
-// Layouts for loads that will differ from the ones at hand: replicas in proportion to load, heavy
-// replicas placed first, each on the least loaded rank. Integers only, ties by index.
+// Replicas in proportion to load, heavy ones placed first, each on a rank that is about the least
+// loaded and links the pair graph. For loads that will differ from the ones at hand, and for known
+// ones where slots are too few for the construction. Integers only, ties by index.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@ namespace laer {
 
 // Slots for counts by node; any shape that admits a layout. Every node is served on its own where
 // its slots suffice for all experts and one more replica per rank.
-std::vector<int16_t> proportional(const Shape& shape, const int64_t* node_counts_QE);
+std::vector<int16_t> proportional(const Shape& shape, const int64_t* node_counts_QE,
+                                  Purpose purpose);
 
 }  // namespace laer

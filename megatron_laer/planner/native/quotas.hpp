@@ -19,6 +19,9 @@ struct Shape {
   int nodes() const { return ranks / node_size; }
 };
 
+// What a layout is made for: these very counts, or ones that will differ somewhat.
+enum class Purpose { kNow, kForecast };
+
 struct Totals {
   std::vector<int64_t> near_S, far_S, sent_near_N, sent_far_N, own_N;
 };

@@ -49,7 +49,10 @@ std::vector<int64_t> disturb(const Shape& shape, const int64_t* node_counts_QE, 
   return disturbed;
 }
 
-// The largest load after exact quotas in 2^-20 of the mean load, summed over all scenarios, and for
+// What a scenario scores in which all ranks carry the mean load.
+constexpr int64_t kPerfect = int64_t{1} << 20;
+
+// The largest load after exact quotas in parts of the mean load, summed over all scenarios, and for
 // each the tokens whose node lacks their expert, at a price per token.
 class Judge {
  public:
@@ -62,9 +65,18 @@ class Judge {
     for (int e = 0; e <= shape.experts; ++e) graph_.group_begin[e] = e;
     graph_.own.assign(shape.experts, 0);
     graph_.supply.assign(shape.experts, 0);
+    order_.resize(scenarios_.size());
+    std::iota(order_.begin(), order_.end(), 0);
+    largest_.resize(scenarios_.size());
   }
 
-  // Stops early, with any value of at least `limit`, once that is reached.
+  // Later layouts are tried on the scenarios first that the last one scored in full did worst on.
+  void reorder() {
+    std::stable_sort(order_.begin(), order_.end(),
+                     [&](int a, int b) { return largest_[a] > largest_[b]; });
+  }
+
+  // Stops early, with any value of at least `limit`, once that is sure to be reached.
   int64_t score(const std::vector<int16_t>& slots_S, int64_t limit) {
     std::vector<int>& begin = graph_.pair_begin;
     begin.assign(shape_.experts + 1, 0);
@@ -76,11 +88,12 @@ class Judge {
       graph_.pair_rank[place_[slots_S[s]]++] = static_cast<int>(s) / shape_.capacity;
     }
     graph_.index();
-    int64_t sum = price_off_node(slots_S);
-    if (sum >= limit) return sum;
-    for (const auto& loads_E : scenarios_) {
-      sum += largest(loads_E);
-      if (sum >= limit) break;
+    // From a perfect score upwards.
+    int64_t sum = price_off_node(slots_S) + kPerfect * static_cast<int64_t>(scenarios_.size());
+    for (int i : order_) {
+      if (sum >= limit) return sum;
+      largest_[i] = largest(scenarios_[i]);
+      sum += largest_[i] - kPerfect;
     }
     return sum;
   }
@@ -97,7 +110,7 @@ class Judge {
       served_[slots_S[s]] = node;
       tokens -= node_counts_QE_[static_cast<int64_t>(node) * shape_.experts + slots_S[s]];
     }
-    const auto weighted = static_cast<__int128>(tokens) * kOffNodePercent << 20;
+    const auto weighted = static_cast<__int128>(tokens) * kOffNodePercent * kPerfect;
     return static_cast<int64_t>(weighted * static_cast<int64_t>(scenarios_.size()) / 100 / total_);
   }
 
@@ -108,7 +121,7 @@ class Judge {
       total += loads_E[e];
       cap = std::max(cap, (loads_E[e] + pairs - 1) / pairs);
     }
-    if (total == 0) return 0;
+    if (total == 0) return kPerfect;
     cap = std::max(cap, (total + shape_.ranks - 1) / shape_.ranks);
     graph_.supply = loads_E;
     flow_.assign(graph_.pairs(), 0);
@@ -122,7 +135,7 @@ class Judge {
       }
     }
     cap = minimise_largest_load(graph_, cap, flow_);
-    return static_cast<int64_t>((static_cast<__int128>(cap) << 20) * shape_.ranks / total);
+    return static_cast<int64_t>((static_cast<__int128>(cap) * kPerfect) * shape_.ranks / total);
   }
 
   const Shape& shape_;
@@ -133,6 +146,8 @@ class Judge {
   FlowGraph graph_;
   std::vector<int> place_;
   std::vector<int64_t> flow_, room_;
+  std::vector<int> order_;
+  std::vector<int64_t> largest_;  // by scenario, of the last layout scored in full
 };
 
 bool holds(const Shape& shape, const std::vector<int16_t>& slots_S, int rank, int expert) {
@@ -185,12 +200,13 @@ std::vector<int16_t> search(const Shape& shape, const int64_t* node_counts_QE,
   auto compete = [&](const std::vector<int16_t>& slots_S) {
     const int64_t score = judge.score(slots_S, best_score);
     if (score >= best_score) return false;
+    judge.reorder();
     best_score = score;
     best = slots_S;
     return true;
   };
   compete(greedy(shape, node_counts_QE));
-  compete(proportional(shape, node_counts_QE));
+  compete(proportional(shape, node_counts_QE, Purpose::kForecast));
   if (can_balance(shape)) {
     compete(construct(shape, node_counts_QE, Purpose::kForecast));
     for (int i = 0; i < effort.candidates; ++i) {
@@ -200,7 +216,7 @@ std::vector<int16_t> search(const Shape& shape, const int64_t* node_counts_QE,
   }
 
   // Nothing to gain from here on, up to rounding.
-  const int64_t perfect = (static_cast<int64_t>(effort.scenarios) << 20) + effort.scenarios;
+  const int64_t perfect = (kPerfect + 1) * effort.scenarios;
   std::vector<int> replicas_E(shape.experts, 0);
   for (int16_t e : best) ++replicas_E[e];
   for (int i = 0; i < effort.exchanges && best_score > perfect; ++i) {

@@ -1,0 +1,34 @@
+"""Counts of the kinds that planners get wrong, for property tests.
+
+Shape suffixes: N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.quotas import Int64
+
+KINDS = ("zero", "one token", "one expert", "one source", "few", "even", "zipf")
+
+
+def counts_of(kind: str, geometry: Geometry, seed: int) -> Int64:
+    """counts_NE of a kind, int64 [N, E]."""
+    rng = np.random.default_rng(seed)
+    shape = (geometry.num_ranks, geometry.num_experts)
+    counts_NE = np.zeros(shape, dtype=np.int64)
+    if kind == "one token":
+        counts_NE[seed % shape[0], seed % shape[1]] = 1
+    elif kind == "one expert":
+        counts_NE[:, seed % shape[1]] = 100
+    elif kind == "one source":
+        counts_NE[seed % shape[0]] = rng.integers(0, 1000, shape[1])
+    elif kind == "few":
+        counts_NE = rng.integers(0, 2, shape)
+    elif kind == "even":
+        counts_NE = rng.integers(0, 1000, shape)
+    elif kind == "zipf":
+        share_E = rng.permutation(1.0 / np.arange(1, shape[1] + 1) ** 1.3)
+        counts_NE = rng.multinomial(700, share_E / share_E.sum(), size=shape[0])
+    return counts_NE.astype(np.int64)

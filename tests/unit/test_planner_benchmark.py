@@ -1,0 +1,87 @@
+"""What the planner benchmark writes, and how it judges its own figures."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import planner, speed
+from benchmarks.balance import Case, Trace
+from benchmarks.bounds import must_show
+from benchmarks.splits import BalanceRow, Outcome, split_exactly
+from megatron_laer.layout import ExpertLayout
+
+pytestmark = pytest.mark.unit
+
+
+def row(strategy: str, mode: str, lag: str, capacity: int, **values: float) -> dict[str, Any]:
+    return {"strategy": strategy, "mode": mode, "lag": lag, "capacity": capacity, **values}
+
+
+def test_rows_have_the_promised_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [field.name for field in fields(BalanceRow)] == (
+        "strategy mode lag capacity cases mean p95 p99 max violations off_node_share replan_share"
+    ).split()
+    assert planner.SOLVE_KEYS == ("ranks", "capacity", "experts", "median_ms")
+    monkeypatch.setattr(speed, "QUOTA_SHAPES", ((8, 4),))
+    (quotas,) = speed.quota_times(1)
+    assert list(quotas) == ["ranks", "experts", "capacity", "workload", "median_ms"]
+    (solve,) = speed.solve_times(((8, 2, 4),), 1)
+    assert set(planner.SOLVE_KEYS) <= set(solve)
+    assert solve["median_ms"] == max(solve["fresh_median_ms"], solve["greedy_median_ms"])
+
+
+def test_a_row_sums_up_its_outcomes() -> None:
+    outcomes = [Outcome(1.0, False, 0.1), Outcome(1.5, True, 0.3, replanned=True)]
+    summed = BalanceRow.of("greedy", "tolerance", "iteration", 3, outcomes)
+    assert (summed.cases, summed.violations, summed.max) == (2, 1, 1.5)
+    assert (summed.mean, summed.replan_share) == (1.25, 0.5)
+    assert summed.off_node_share == pytest.approx(0.2)
+
+
+def test_a_violation_is_any_token_above_the_bound() -> None:
+    layout = ExpertLayout.from_slots(2, 1, 2, [0, 1])
+    assert not split_exactly(np.array([[3, 2], [0, 0]]), layout, 2).violation
+    assert split_exactly(np.array([[4, 1], [0, 0]]), layout, 2).violation
+
+
+def test_bounds_are_judged_by_strategy_mode_lag_and_capacity() -> None:
+    result = {
+        "solve": [{"ranks": 64, "capacity": 4, "experts": 64, "median_ms": 0.2}],
+        "quotas": [{"ranks": 64, "capacity": 2, "experts": 64, "median_ms": 0.1}],
+        "balance": [
+            row("greedy", "exact", "none", 3, violations=0, off_node_share=0.09),
+            row("greedy", "forecast", "iteration", 6, p95=1.0, off_node_share=0.01),
+            row("eplb", "forecast", "iteration", 6, p95=9.0, off_node_share=0.5),
+        ],
+    }
+    judged = {figure.figure: figure.met for figure in must_show(result)}
+    assert judged == {
+        "solve ms, N=64 C=4 E=64": False,
+        "quotas ms, N=64 C=2 E=64": True,
+        "greedy exact none, C=3: violations": True,
+        "greedy exact none, C=3: off_node_share": False,
+        "greedy forecast iteration, C=6: p95": True,
+        "greedy forecast iteration, C=6: off_node_share": True,
+    }
+
+
+def test_a_trace_gives_only_what_was_known_before_the_case(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 9, (3, 2, 4, 2, 5)).astype(np.int16)
+    np.savez(tmp_path / "trace.npz", tokens=tokens)
+    trace = Trace(tmp_path / "trace.npz")
+    every = trace.cases(1, 0)
+    assert len(every) == 2 * 2 * 2
+    assert trace.cases(3, 1) == every[1::3]
+    first = Case(1, 1, 0)
+    assert (trace.now(first) == tokens[1, 1, :, 0]).all()
+    # Only iteration 0 is before it; a forecast from one observation is that observation.
+    assert (trace.forecast(first) == 16 * tokens[0, 1].astype(np.int64).sum(axis=1)).all()
+    assert trace.before(first) is None
+    before_NE = trace.before(Case(1, 1, 1))
+    assert before_NE is not None
+    assert (before_NE == tokens[1, 1, :, 0]).all()
