@@ -27,7 +27,8 @@ from megatron_laer import activation, support
 from megatron_laer import config as settings
 from megatron_laer.activation import Activation, StepOutcome
 from megatron_laer.config import FSEPConfig
-from megatron_laer.runtime import process_groups
+from megatron_laer.runtime import planner_checkpoint, process_groups
+from megatron_laer.runtime.coordinator import current_coordinator
 from megatron_laer.runtime.scheduler import Chunk
 
 logger = logging.getLogger(__name__)
@@ -406,6 +407,36 @@ def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> No
         )
 
 
+# Checkpoints. Megatron looks these two up in the package at each call. A checkpoint counts only when
+# its tracker file names it, which is written after `save` has returned, also under async save.
+
+
+def _with_planner_saved(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        from megatron.core.msc_utils import maybe_msc
+
+        request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        planner_checkpoint.save_states(str(checkpoint_dir), current_coordinator(), maybe_msc)
+        return request
+
+    return save
+
+
+def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        from megatron.core.msc_utils import maybe_msc
+
+        loaded = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        active = activation.active()
+        if active is not None and active.config.plans:
+            planner_checkpoint.load_states(str(checkpoint_dir), current_coordinator(), maybe_msc)
+        return loaded
+
+    return load
+
+
 ARGUMENT_PATCHES = (
     Patch(
         "megatron.training.arguments",
@@ -451,5 +482,17 @@ FSEP_PATCHES = (
         "train_step",
         _with_step_boundary,
         "layouts change at step boundaries",
+    ),
+    Patch(
+        "megatron.core.dist_checkpointing",
+        "save",
+        _with_planner_saved,
+        "checkpoints carry the planner's state",
+    ),
+    Patch(
+        "megatron.core.dist_checkpointing",
+        "load",
+        _with_planner_loaded,
+        "a resumed run goes on planning",
     ),
 )

@@ -77,7 +77,9 @@ class PlannerService:
         on_warning: takes a message; called from the planner's thread and from the caller's, never
             under the service's lock. What it raises is ignored.
         lossless: keep every step, in order, for callers that `wait` for each.
-        forecast: that every layer begins with; the smoothed one without it.
+        forecast: that every layer begins with, or one for each; the smoothed one without it.
+        plans: complete ones to go on with, as `state` returned them; `initial` is then unused but
+            for its shape.
 
     Raises:
         ValueError: no layers, a layer twice, a layer without initial layout, or initial layouts
@@ -91,22 +93,26 @@ class PlannerService:
         initial: ExpertLayout | Mapping[int, ExpertLayout],
         on_warning: Callable[[str], None],
         lossless: bool = False,
-        forecast: Forecast | None = None,
+        forecast: Forecast | Mapping[int, Forecast] | None = None,
+        plans: Sequence[Plan] = (),
     ) -> None:
         self._strategy = strategy
         self._layers = tuple(layers)
-        self._good = _initial_layouts(self._layers, initial)
+        self._good = _initial_layouts(self._layers, plans[-1].layouts if plans else initial)
         self._on_warning = on_warning
         self._lossless = lossless
-        # Touched by the thread alone.
-        self._forecasts = dict.fromkeys(self._layers, forecast or SmoothedForecast())
+        # Changed by the thread alone, a layer at a time.
+        if isinstance(forecast, Mapping):
+            self._forecasts = {layer: forecast[layer] for layer in self._layers}
+        else:
+            self._forecasts = dict.fromkeys(self._layers, forecast or SmoothedForecast())
 
         self._changed = threading.Condition()
         self._open: dict[int, _OpenStep] = {}
-        self._complete: dict[int, Plan] = {}
+        self._complete = {plan.source_step: plan for plan in plans}
         self._returned_step: int | None = None
         # The last step with all its layers submitted: no earlier one is opened any more.
-        self._full_step: int | None = None
+        self._full_step = max(self._complete, default=None)
         self._failures = 0
         self._warned: set[str] = set()
         self._closing = False
@@ -197,6 +203,21 @@ class PlannerService:
                 return self._take(step)
         self._warn(f"{problem}; layouts stay as they are")
         return None
+
+    def state(self, timeout_s: float) -> tuple[dict[int, Forecast], list[Plan]]:
+        """Forecasts by layer, and the complete plans not yet returned, oldest first.
+
+        Waits up to `timeout_s` seconds until every step that was submitted in full is planned:
+        what is not planned by then is lost to a service that goes on from here. Changes nothing.
+        """
+
+        def is_settled() -> bool:
+            busy = any(self._is_full(opened) for opened in self._open.values())
+            return not busy or self._closing or not self._alive
+
+        with self._changed:
+            self._changed.wait_for(is_settled, timeout_s)
+            return dict(self._forecasts), [self._complete[step] for step in sorted(self._complete)]
 
     def close(self, timeout_s: float) -> bool:
         """Stop the thread; True if it ended in time. Steps not planned by then are dropped.

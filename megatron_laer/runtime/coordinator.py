@@ -29,6 +29,7 @@ from megatron_laer.layout import ExpertLayout, default_capacity
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
+from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.runtime.agreement import (
     LayoutTag,
@@ -160,6 +161,7 @@ class Coordinator:
         self._source: LayoutSource | None = None
         self._recorder: LayoutRecorder | None = None
         self._trace: TraceWriter | None = None
+        self._resumed: PlannerState | None = None
 
     # What the layers call.
 
@@ -235,6 +237,7 @@ class Coordinator:
             What went wrong, for the caller to raise on every rank of the world.
         """
         self._started = True
+        self._go_on(first_step)
         if self.groups.rank == 0:
             try:
                 self._open_source(first_step)
@@ -280,6 +283,42 @@ class Coordinator:
             if layer.step_experts is not None:
                 layer.step_experts.end_step(weights_changed=weights_changed)
 
+    # What checkpoints call.
+
+    @property
+    def started(self) -> bool:
+        """Whether training began, so that it is too late to resume."""
+        return self._started
+
+    def planner_state(self) -> PlannerState | None:
+        """The planner's state between two steps, on the group's rank 0; None without a planner.
+
+        Waits for plans in the making.
+        """
+        if isinstance(self._source, PlannedLayouts):
+            forecasts, plans = self._source.state()
+            return PlannerState(
+                next_step=self.step + 1,
+                version=self.version,
+                layers=tuple(layer.name for layer in self.layers),
+                layouts=tuple(layer.layout for layer in self.layers),
+                forecasts=forecasts,
+                plans=plans,
+            )
+        return self._resumed  # loaded, and saved again before the first step
+
+    def resume(self, state: PlannerState) -> None:
+        """Go on from an earlier run's state, if the first step is the one it was saved for.
+
+        The same on every rank of the group, before `start`.
+
+        Raises:
+            ValueError: a state of another run.
+        """
+        assert not self._started
+        state.check_fits(self.geometry, [layer.name for layer in self.layers])
+        self._resumed = state
+
     def close(self) -> None:
         """Stop the planner and the lanes, and close the recording."""
         self.scheduler.close()
@@ -290,6 +329,22 @@ class Coordinator:
                 recording.close()
 
     # Inside.
+
+    def _go_on(self, first_step: int) -> None:
+        state = self._resumed
+        if state is None:
+            return
+        if state.next_step != first_step:
+            self._resumed = None
+            if self.groups.rank == 0 and self.groups.index == 0:  # it is so for all of them
+                _warn(
+                    f"the planner's state was saved before step {state.next_step} and training "
+                    f"begins at step {first_step}: planning starts anew, from the static layout"
+                )
+            return
+        self.version = state.version
+        for layer, layout in zip(self.layers, state.layouts, strict=True):
+            layer.layout = layout
 
     def _change_layouts(self) -> None:
         if not self._changes_layouts or not self.layers:
@@ -343,6 +398,7 @@ class Coordinator:
                 lag=config.plan_lag,
                 wait=config.late_plan == "wait",
                 on_warning=_warn,
+                resumed=self._resumed,
             )
         if config.record_layouts is not None:
             path = recording_path(config.record_layouts, self.groups.index)

@@ -14,13 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.service import PlannerService
+from megatron_laer.planner.service import Plan, PlannerService
+from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.strategies import Strategy
 
 # A planner that takes longer than this under `wait` is taken for dead: training goes on with the
 # layouts in force.
 WAIT_TIMEOUT_S = 120.0
+
+# How long saving a checkpoint waits for plans in the making under `keep`.
+SETTLE_TIMEOUT_S = 1.0
 
 # How a run uses its layouts, by the names of settings; part of a recording's header.
 Regime = Mapping[str, Any]
@@ -49,6 +54,7 @@ class PlannedLayouts:
     Args:
         lag: a plan from the counts of step t takes effect at step t + lag.
         wait: wait for the plan that is due, instead of keeping the layouts in force.
+        resumed: an earlier run's state to go on with; it fits these layers.
     """
 
     def __init__(
@@ -59,17 +65,21 @@ class PlannedLayouts:
         lag: int,
         wait: bool,
         on_warning: Callable[[str], None],
+        resumed: PlannerState | None = None,
     ) -> None:
         self._lag = lag
         self._wait = wait
         self._layers = range(len(initial))
-        self._observed: dict[int, set[int]] = {}
+        plans = resumed.plans if resumed else ()
+        self._observed = {plan.source_step: set(self._layers) for plan in plans}
         self._service = PlannerService(
             strategy,
             self._layers,
             dict(enumerate(initial)),
             on_warning,
             lossless=wait,
+            forecast=dict(enumerate(resumed.forecasts)) if resumed else SmoothedForecast(),
+            plans=plans,
         )
         self.plan_ms = 0.0
         self.late_plans = 0
@@ -99,6 +109,15 @@ class PlannedLayouts:
             return None
         self.plan_ms = plan.plan_ms
         return [plan.layouts[layer] for layer in self._layers]
+
+    def state(self) -> tuple[tuple[SmoothedForecast, ...], tuple[Plan, ...]]:
+        """Forecasts of the layers, and plans that are not in force yet, oldest first.
+
+        Waits for plans in the making: under `wait` as long as a step would, else a moment.
+        """
+        timeout_s = WAIT_TIMEOUT_S if self._wait else SETTLE_TIMEOUT_S
+        forecasts, plans = self._service.state(timeout_s)
+        return tuple(forecasts[layer] for layer in self._layers), tuple(plans)
 
     def close(self) -> None:
         """Stop the planner's thread; a strategy that does not return is left behind."""

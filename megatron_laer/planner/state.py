@@ -1,0 +1,284 @@
+"""What a planner carries from one step to the next, as a value and as bytes for a checkpoint.
+
+The bytes are read without trust: a digest, then every size and range. Nothing is unpickled. Files
+are not opened here.
+
+    magic, format, length of the header | header, JSON | slots in force, slots of the plans, int16
+    | levels of the forecasts, int64 | BLAKE2b digest of all before
+
+Numbers are little-endian. Shape suffixes: L layers, N ranks, E experts, S = N*C slots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_laer.layout import ExpertLayout, check_shape
+from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.service import Plan
+
+_MAGIC = b"FSEPPLAN"
+_FORMAT = 1
+_PREFIX = struct.Struct("<8sII")
+_DIGEST_BYTES = 32
+_SLOT, _LEVEL = np.dtype("<i2"), np.dtype("<i8")
+
+_KEYS = {
+    "num_ranks": int,
+    "capacity": int,
+    "num_experts": int,
+    "next_step": int,
+    "version": int,
+    "layers": list,
+    "observed": list,
+    "plans": list,
+}
+_PLAN_KEYS = {"source_step": int, "plan_ms": float}
+
+_MAX_LAYERS = 2**16
+_MAX_NAME = 200
+_MAX_STEP = 2**62
+# Sums of expected tokens stay exact in doubles, and far from overflow in int64.
+_MAX_LEVEL_SUM = 2**52
+
+
+@dataclass(frozen=True, eq=False)
+class PlannerState:
+    """The planner of one FSEP group between two steps.
+
+    Attributes:
+        next_step: the step that comes next.
+        version: how often layouts have changed.
+        layers: names of the group's MoE layers, in order.
+        layouts: in force, one per layer.
+        forecasts: one per layer.
+        plans: made, but not in force yet, oldest first; layers by their place in `layers`.
+
+    Raises:
+        ValueError: parts that do not fit together, or a number out of range.
+    """
+
+    next_step: int
+    version: int
+    layers: tuple[str, ...]
+    layouts: tuple[ExpertLayout, ...]
+    forecasts: tuple[SmoothedForecast, ...]
+    plans: tuple[Plan, ...]
+
+    def __post_init__(self) -> None:
+        _check_names(self.layers)
+        for what, number in (("next_step", self.next_step), ("version", self.version)):
+            _check_range(what, number, _MAX_STEP)
+        if not len(self.layers) == len(self.layouts) == len(self.forecasts):
+            raise ValueError(
+                f"{len(self.layers)} layers with {len(self.layouts)} layouts and "
+                f"{len(self.forecasts)} forecasts: there must be one each"
+            )
+        for forecast in self.forecasts:
+            self._check_forecast(forecast)
+        before = -1
+        for plan in self.plans:
+            _check_range("source_step", plan.source_step, self.next_step - 1)
+            if plan.source_step <= before:
+                raise ValueError(f"the plan of step {plan.source_step} comes after {before}'s")
+            before = plan.source_step
+            if not (math.isfinite(plan.plan_ms) and plan.plan_ms >= 0):
+                raise ValueError(f"plan_ms must be a time, got {plan.plan_ms!r}")
+            if list(plan.layouts) != list(range(len(self.layers))):
+                raise ValueError(f"the plan of step {plan.source_step} lacks layers")
+        made = [layout for plan in self.plans for layout in plan.layouts.values()]
+        shapes = {_shape(layout) for layout in (*self.layouts, *made)}
+        if len(shapes) != 1:
+            raise ValueError(f"layouts differ in (ranks, capacity, experts): {sorted(shapes)}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(N, C, E)."""
+        return _shape(self.layouts[0])
+
+    def check_fits(self, geometry: Geometry, layers: Sequence[str]) -> None:
+        """Refuse a state of another run.
+
+        Raises:
+            ValueError: what differs, as found and as this run is.
+        """
+        wanted = (geometry.num_ranks, geometry.capacity, geometry.num_experts)
+        if self.shape != wanted:
+            found, here = _shape_text(self.shape), _shape_text(wanted)
+            raise ValueError(f"the state is of a group with {found}, this one has {here}")
+        if self.layers != tuple(layers):
+            raise ValueError(
+                f"the state is of {_names_text(self.layers)}, this group has {_names_text(layers)}"
+            )
+
+    def to_bytes(self) -> bytes:
+        """What `from_bytes` reads."""
+        num_ranks, capacity, num_experts = self.shape
+        levels = [forecast.level_NE for forecast in self.forecasts]
+        header = {
+            "num_ranks": num_ranks,
+            "capacity": capacity,
+            "num_experts": num_experts,
+            "next_step": self.next_step,
+            "version": self.version,
+            "layers": list(self.layers),
+            "observed": [level_NE is not None for level_NE in levels],
+            "plans": [
+                {"source_step": plan.source_step, "plan_ms": float(plan.plan_ms)}
+                for plan in self.plans
+            ],
+        }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        made = [layout for plan in self.plans for layout in plan.layouts.values()]
+        parts = [_PREFIX.pack(_MAGIC, _FORMAT, len(text)), text]
+        parts += [layout.slot_bytes for layout in (*self.layouts, *made)]
+        parts += [level_NE.astype(_LEVEL).tobytes() for level_NE in levels if level_NE is not None]
+        body = b"".join(parts)
+        return body + _digest(body)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> PlannerState:
+        """Read and check what `to_bytes` made.
+
+        Raises:
+            ValueError: anything else, saying what is wrong.
+        """
+        header, payload = _read_header(data)
+        num_ranks, capacity, num_experts = (
+            header["num_ranks"],
+            header["capacity"],
+            header["num_experts"],
+        )
+        check_shape(num_ranks, capacity, num_experts)
+        observed, plans = header["observed"], header["plans"]
+        num_layers = len(header["layers"])
+        slots_bytes = num_ranks * capacity * _SLOT.itemsize
+        level_bytes = num_ranks * num_experts * _LEVEL.itemsize
+        num_layouts = num_layers * (1 + len(plans))
+        expected = num_layouts * slots_bytes + sum(observed) * level_bytes
+        if len(payload) != expected:
+            raise ValueError(f"has {len(payload)} bytes of arrays, its header says {expected}")
+        layouts = tuple(
+            ExpertLayout(num_ranks, capacity, num_experts, payload[at : at + slots_bytes])
+            for at in range(0, num_layouts * slots_bytes, slots_bytes)
+        )
+        at = num_layouts * slots_bytes
+        forecasts = []
+        for is_observed in observed:
+            if not is_observed:
+                forecasts.append(SmoothedForecast())
+                continue
+            level = np.frombuffer(payload[at : at + level_bytes], dtype=_LEVEL).astype(np.int64)
+            level.setflags(write=False)
+            forecasts.append(SmoothedForecast(level_NE=level.reshape(num_ranks, num_experts)))
+            at += level_bytes
+        return cls(
+            next_step=header["next_step"],
+            version=header["version"],
+            layers=tuple(header["layers"]),
+            layouts=layouts[:num_layers],
+            forecasts=tuple(forecasts),
+            plans=tuple(
+                Plan(
+                    plan["source_step"],
+                    dict(enumerate(layouts[first : first + num_layers])),
+                    plan["plan_ms"],
+                )
+                for plan, first in zip(
+                    plans, range(num_layers, num_layouts, num_layers), strict=True
+                )
+            ),
+        )
+
+    def _check_forecast(self, forecast: SmoothedForecast) -> None:
+        level_NE = forecast.level_NE
+        if level_NE is None:
+            return
+        num_ranks, _, num_experts = self.shape
+        if level_NE.shape != (num_ranks, num_experts):
+            raise ValueError(
+                f"a forecast has shape {level_NE.shape}, expected {(num_ranks, num_experts)}"
+            )
+        if int(level_NE.min()) < 0 or float(level_NE.sum(dtype=np.float64)) > _MAX_LEVEL_SUM:
+            raise ValueError("a forecast holds negative loads, or more than a step can have")
+
+
+def _read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header, its types checked, and the bytes of the arrays."""
+    least = _PREFIX.size + _DIGEST_BYTES
+    if len(data) < least:
+        raise ValueError(f"has {len(data)} bytes, a planner's state has at least {least}")
+    magic, number, length = _PREFIX.unpack_from(data)
+    if magic != _MAGIC:
+        raise ValueError(f"is no planner's state: begins with {magic!r}, not {_MAGIC!r}")
+    if number != _FORMAT:
+        raise ValueError(f"has format {number}, this version reads format {_FORMAT}")
+    body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
+    if _digest(body) != digest:
+        raise ValueError("is damaged or cut off: its digest does not match")
+    text = body[_PREFIX.size : _PREFIX.size + length]
+    if len(text) != length:
+        raise ValueError(f"has a header of {len(text)} bytes, expected {length}")
+    try:
+        header = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("has a header that is nested too deeply") from error
+    _check_types("header", header, _KEYS)
+    _check_names(header["layers"])
+    if len(header["observed"]) != len(header["layers"]) or any(
+        type(flag) is not bool for flag in header["observed"]
+    ):
+        raise ValueError(f"observed must be a truth value per layer, got {header['observed']}")
+    for plan in header["plans"]:
+        _check_types("plan", plan, _PLAN_KEYS)
+    return header, body[_PREFIX.size + length :]
+
+
+def _check_types(what: str, found: object, wanted: dict[str, type]) -> None:
+    """Exactly these keys, of exactly these types (a truth value is no integer)."""
+    types = {key: type(value) for key, value in found.items()} if isinstance(found, dict) else found
+    if types != wanted:
+        raise ValueError(f"{what} must have {_types_text(wanted)}, got {types!r}")
+
+
+def _check_names(names: Sequence[object]) -> None:
+    if not 1 <= len(names) <= _MAX_LAYERS or len(set(map(repr, names))) != len(names):
+        raise ValueError(f"layers must be 1 to {_MAX_LAYERS} different names, got {len(names)}")
+    if not all(isinstance(name, str) and 1 <= len(name) <= _MAX_NAME for name in names):
+        raise ValueError(f"layer names must be texts of 1 to {_MAX_NAME} characters")
+
+
+def _check_range(what: str, number: int, highest: int) -> None:
+    if not 0 <= number <= highest:
+        raise ValueError(f"{what} must be in 0..{highest}, got {number}")
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest()
+
+
+def _shape(layout: ExpertLayout) -> tuple[int, int, int]:
+    return layout.num_ranks, layout.capacity, layout.num_experts
+
+
+def _shape_text(shape: tuple[int, int, int]) -> str:
+    return "N = {} ranks, C = {} slots and E = {} experts".format(*shape)
+
+
+def _names_text(names: Sequence[str]) -> str:
+    if len(names) <= 2:
+        return " and ".join(names)
+    return f"{len(names)} layers, {names[0]} to {names[-1]}"
+
+
+def _types_text(wanted: dict[str, type]) -> str:
+    return ", ".join(f"{key} ({kind.__name__})" for key, kind in wanted.items())

@@ -1,0 +1,139 @@
+"""The planners' states inside a checkpoint: one small file per FSEP group, in its directory.
+
+What a state is, and what its bytes are, says `planner/state.py`. The files are Megatron's to delete
+with the checkpoint; whoever reads its tensors does not look at them. No fault here stops a run: it
+then plans anew, from the static layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_laer.planner.state import PlannerState
+from megatron_laer.runtime.coordinator import Coordinator
+from megatron_laer.runtime.process_groups import FSEPGroups
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "fsep_planner"
+
+# Far above the 0.2 GB of 128 layers with 512 experts on 256 ranks.
+MAX_FILE_BYTES = 2**32
+
+
+def state_path(directory: str, group_index: int) -> str:
+    """The file of one FSEP group within a checkpoint's directory."""
+    return os.path.join(directory, FOLDER, f"group-{group_index}.bin")
+
+
+def save_states(directory: str, coordinator: Coordinator | None, storage: Any) -> None:
+    """Write this group's state, on its rank 0; elsewhere, and without a planner, do nothing.
+
+    Args:
+        directory: of one checkpoint; it exists.
+        storage: what has `open` and `os`, like Megatron's `maybe_msc`.
+    """
+    if coordinator is None or coordinator.groups.rank != 0:
+        return
+    path = state_path(directory, coordinator.groups.index)
+    try:
+        state = coordinator.planner_state()
+        if state is None:
+            return
+        storage.os.makedirs(os.path.dirname(path), exist_ok=True)
+        with storage.open(path, "wb") as file:
+            file.write(state.to_bytes())
+    except Exception as error:  # the other ranks wait for this one, and the weights are saved
+        with contextlib.suppress(Exception):
+            storage.os.remove(path)
+        logger.warning(
+            "FSEP: the planner's state is not in the checkpoint; a run that resumes from it plans "
+            "anew: %s: %r",
+            path,
+            error,
+        )
+
+
+def load_states(directory: str, coordinator: Coordinator | None, storage: Any) -> None:
+    """Hand each group's state to its ranks. Collective over the world.
+
+    Where a state is missing or does not fit, the group starts from the static layout, and one line
+    is logged for the whole run.
+
+    Args:
+        directory: of the checkpoint that was loaded.
+        coordinator: None on a pipeline stage without MoE layers.
+        storage: what has `open` and `os`, like Megatron's `maybe_msc`.
+    """
+    problem = None
+    if coordinator is not None and coordinator.layers and not coordinator.started:
+        problem = _load_state(directory, coordinator, storage)
+        if coordinator.groups.rank != 0:
+            problem = None  # rank 0 has the same to say
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    found = [text for text in problems if text is not None]
+    if found and dist.get_rank() == 0:
+        more = f" (and {len(found) - 1} more groups)" if len(found) > 1 else ""
+        logger.warning(
+            "FSEP: planning starts anew, from the static layout, after loading %s: %s%s",
+            directory,
+            found[0],
+            more,
+        )
+
+
+def _load_state(directory: str, coordinator: Coordinator, storage: Any) -> str | None:
+    """Read on the group's rank 0, tell the group; returns what went wrong."""
+    groups = coordinator.groups
+    path = state_path(directory, groups.index)
+    data, problem = b"", f"there is no planner's state {path}"
+    if groups.rank == 0:
+        try:
+            data = read_state(path, storage)
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # the others wait for rank 0
+            problem = f"{path} cannot be read: {error!r}"
+    data = _broadcast(data, groups, coordinator.device)
+    if not data:
+        return problem
+    try:
+        coordinator.resume(PlannerState.from_bytes(data))
+    except ValueError as error:
+        return f"{path}: {error}"
+    return None
+
+
+def read_state(path: str, storage: Any = None) -> bytes:
+    """The bytes of a state's file, unchecked but for their number.
+
+    Raises:
+        ValueError: a file that is larger than any state.
+        OSError: it cannot be read.
+    """
+    with (storage.open if storage else open)(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"{path} has {size} bytes, more than {MAX_FILE_BYTES}")
+        file.seek(0)
+        data: bytes = file.read()
+    return data
+
+
+def _broadcast(data: bytes, groups: FSEPGroups, device: torch.device) -> bytes:
+    """Rank 0's bytes, on every rank of the group."""
+    size = torch.tensor([len(data)], dtype=torch.int64, device=device)
+    dist.broadcast(size, src=groups.planner_rank, group=groups.tokens)
+    message = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
+    if groups.rank == 0 and data:
+        message.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if message.numel():
+        dist.broadcast(message, src=groups.planner_rank, group=groups.tokens)
+    return message.cpu().numpy().tobytes()
