@@ -157,6 +157,13 @@ class FSEPConfig:
         type=str,
     )
 
+    timeline: str | None = _option(
+        None,
+        "directory to which a Chrome/Perfetto trace of steps 3 to 5 of the run is written, one "
+        "file per rank: compute, token, parameter and gradient lanes",
+        type=str,
+    )
+
     def __post_init__(self) -> None:
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"--fsep-capacity {self.capacity}: must be at least 1 slot per rank")

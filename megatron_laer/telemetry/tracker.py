@@ -63,8 +63,10 @@ def collect(
         Scalars and per-layer values by name. Values of planning are those of this rank's group.
     """
     # Columns: FSEP, stock, share of fresh layouts, and how many groups have a value; rows of other
-    # stages stay zero.
-    values_L4 = torch.zeros(decoder_layers + mtp_layers, 4, dtype=torch.float64)
+    # stages stay zero. The last row: exposed times of restores and of gradients, per rank.
+    values_L4 = torch.zeros(decoder_layers + mtp_layers + 1, 4, dtype=torch.float64)
+    if coordinator is not None:
+        values_L4[-1] = torch.tensor([*coordinator.take_exposed_ms(), 0.0, 1.0])
     for layer in [] if coordinator is None else coordinator.layers:
         decisions = list(layer.history)
         layer.history.clear()
@@ -73,11 +75,12 @@ def collect(
             logger.info("FSEP %s: %s", layer.name, decisions[-1].reason)
             fresh = sum(decision.replanned for decision in decisions) / len(decisions)
             row = layer.number - 1 + (decoder_layers if layer.is_mtp else 0)
-            row = min(row, len(values_L4) - 1)
+            row = min(row, len(values_L4) - 2)
             values_L4[row] += torch.tensor([measured.fsep, measured.stock, fresh, 1.0])
     values_L4 = values_L4.to(current_device())
     dist.all_reduce(values_L4)
-    values_L4 = values_L4.cpu()
+    *values, exposed_4 = values_L4.cpu()
+    values_L4 = torch.stack(values)
     has_value = values_L4[:, 3] > 0
     fsep, stock, fresh_layouts = (values_L4[has_value, :3] / values_L4[has_value, 3:]).unbind(1)
     layers = (torch.nonzero(has_value).flatten()).tolist()
@@ -92,6 +95,10 @@ def collect(
                 scalars[f"{name}_p{percentile}"] = values.quantile(percentile / 100).item()
     if fresh_layouts.numel():
         scalars["fsep_fresh_layouts"] = fresh_layouts.mean().item()
+    if exposed_4[3] > 0:
+        restore_ms, reduce_ms, _, _ = (exposed_4 / exposed_4[3]).tolist()
+        scalars["fsep_restore_exposed_ms"] = restore_ms
+        scalars["fsep_reduce_exposed_ms"] = reduce_ms
     if coordinator is not None:
         status = coordinator.planner_status
         scalars["fsep_plan_ms"] = status.plan_us / 1e3
