@@ -163,6 +163,12 @@ class FSEPConfig:
         "for `megatron_laer plan`",
         type=str,
     )
+    timeline: str | None = _option(
+        None,
+        "directory to which a Chrome/Perfetto trace of steps 3 to 5 of the run is written, one "
+        "file per rank: compute, token, parameter and gradient lanes",
+        type=str,
+    )
 
     def __post_init__(self) -> None:
         if self.capacity is not None and self.capacity < 1:

@@ -125,6 +125,7 @@ class FSEPMoELayer(MoELayer):
         )
         self._plan = plan
         self.token_dispatcher.set_plan(plan)
+        self.token_dispatcher.set_timeline(self._coordinator.timeline, self.state.name)
         return super().preprocess(hidden_states, probs_TS, slot_map_TS)
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:

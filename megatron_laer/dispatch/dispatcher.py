@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+from megatron_laer.dispatch.exchange_edges import exchange_edges
 from megatron_laer.runtime.plan import MicrobatchPlan
+from megatron_laer.telemetry.timeline import DENSE, Timeline
 
 
 class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -20,6 +22,12 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._plan: MicrobatchPlan | None = None
+        self._timeline: Timeline | None = None
+        self._layer_name = ""
+
+    def set_timeline(self, timeline: Timeline | None, layer_name: str) -> None:
+        """Where to record this layer's exchanges, if anywhere."""
+        self._timeline, self._layer_name = timeline, layer_name
 
     def set_plan(self, plan: MicrobatchPlan) -> None:
         """Sizes for the next `dispatch_preprocess`."""
@@ -46,3 +54,25 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
             columns_NC.to(routing_map.device) if self.config.moe_permute_fusion else columns_NC
         )
         return columns_NC.sum(dim=0)
+
+    def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
+        """Megatron's, with its begin and end on the timeline."""
+        if self._timeline is None:
+            return super().token_dispatch(tokens, probs)
+        name = f"dispatch {self._layer_name}"
+        before, after = exchange_edges(
+            self._timeline, name, f"experts {self._layer_name}", f"{DENSE}, backward"
+        )
+        return after(*super().token_dispatch(*before(tokens, probs)))
+
+    def token_combine(self, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Megatron's, with its begin and end on the timeline."""
+        if self._timeline is None:
+            return super().token_combine(tokens, *args, **kwargs)
+        name = f"combine {self._layer_name}"
+        before, after = exchange_edges(
+            self._timeline, name, DENSE, f"experts {self._layer_name}, backward"
+        )
+        (tokens,) = before(tokens)
+        (combined,) = after(super().token_combine(tokens, *args, **kwargs))
+        return combined

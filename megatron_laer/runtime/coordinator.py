@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 
 from megatron_laer.config import (
     EXACT,
@@ -55,6 +56,8 @@ from megatron_laer.runtime.sources import (
 )
 from megatron_laer.runtime.step_experts import StepExperts
 from megatron_laer.schedule import make_schedule
+from megatron_laer.telemetry.clock import make_clock
+from megatron_laer.telemetry.timeline import Timeline, timeline_path
 from megatron_laer.trace.recording import TraceWriter
 from megatron_laer.trace.recording import recording_path as trace_path
 
@@ -154,6 +157,8 @@ class Coordinator:
         self.version = 0
         self.step = 0
         self.planner_status = PlannerStatus()
+        self.timeline: Timeline | None = None
+        self._unreported_steps = 0
         self._costs = costs
         self._num_microbatches: int | None = None
         self._started = False
@@ -231,18 +236,19 @@ class Coordinator:
     # What the training loop calls.
 
     def start(self, first_step: int) -> str | None:
-        """Open the planner, or the recordings, on the group's rank 0.
+        """Open the timeline; on the group's rank 0 also the planner, or the recordings.
 
         Returns:
             What went wrong, for the caller to raise on every rank of the world.
         """
         self._started = True
         self._go_on(first_step)
-        if self.groups.rank == 0:
-            try:
+        try:
+            self._open_timeline(first_step)
+            if self.groups.rank == 0:
                 self._open_source(first_step)
-            except Exception as error:  # whatever it is, the other ranks must hear of it
-                return f"{type(error).__name__}: {error}"
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            return f"{type(error).__name__}: {error}"
         return None
 
     def begin_step(self, step: int, num_microbatches: int | None = None) -> None:
@@ -258,6 +264,8 @@ class Coordinator:
         """
         assert self._started, "begin_step before start"
         self._check_fifos()
+        if self.timeline is not None:
+            self.timeline.begin_step(step)
         self.step = step
         self._num_microbatches = num_microbatches
         for layer in self.layers:
@@ -282,6 +290,18 @@ class Coordinator:
                 self._observe(layer)
             if layer.step_experts is not None:
                 layer.step_experts.end_step(weights_changed=weights_changed)
+        self._unreported_steps += 1
+        if self.timeline is not None:
+            self.timeline.end_step(self.step)
+
+    def take_exposed_ms(self) -> tuple[float, float]:
+        """What the compute waited for restores and for gradients, per step since the last call."""
+        steps, self._unreported_steps = max(1, self._unreported_steps), 0
+        lanes = self.lanes
+        return (
+            lanes.parameters.times.exposed.take_ms() / steps,
+            lanes.gradients.times.exposed.take_ms() / steps,
+        )
 
     # What checkpoints call.
 
@@ -320,8 +340,10 @@ class Coordinator:
         self._resumed = state
 
     def close(self) -> None:
-        """Stop the planner and the lanes, and close the recording."""
+        """Stop the planner and the lanes, and close the recording and the timeline."""
         self.scheduler.close()
+        if self.timeline is not None:
+            self.timeline.close()
         if self._source is not None:
             self._source.close()
         for recording in (self._recorder, self._trace):
@@ -384,6 +406,15 @@ class Coordinator:
             return PlannerStatus()
         failures = source.failures + self._faults
         return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, failures)
+
+    def _open_timeline(self, first_step: int) -> None:
+        if self.config.timeline is None:
+            return
+        rank = dist.get_rank()
+        path = timeline_path(self.config.timeline, rank)
+        self.timeline = Timeline(path, rank, make_clock(self.device), first_step)
+        for lane in (self.lanes.parameters, self.lanes.gradients):
+            lane.times.timeline = self.timeline
 
     def _open_source(self, first_step: int) -> None:
         names = [layer.name for layer in self.layers]

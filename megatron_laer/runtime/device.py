@@ -6,12 +6,16 @@ scheduler sees one interface. Lanes know nothing of experts.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
+
+from megatron_laer.telemetry.clock import Moment, Stopwatch, make_clock
+from megatron_laer.telemetry.timeline import COMPUTE, Timeline
 
 # How long a lane that is closed may take to end what it is doing.
 _CLOSE_S = 5.0
@@ -31,8 +35,47 @@ class Pending(Protocol):
         ...
 
 
+class LaneTimes:
+    """When a lane worked, and when the compute waited for it.
+
+    Attributes:
+        exposed: what the compute waited, on its own stream.
+        timeline: where intervals are recorded, if anywhere.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.clock = make_clock(device)
+        self.exposed = Stopwatch(self.clock)
+        self.timeline: Timeline | None = None
+        self._name = name
+        self._is_cuda = device.type == "cuda"
+
+    def waited(self, start: Moment, label: str) -> None:
+        """The compute waited since `start`."""
+        end = self.clock.now()
+        self.exposed.add(start, end)
+        if self.timeline is not None:
+            self.timeline.add(COMPUTE, f"wait: {label}", start, end)
+
+    @contextlib.contextmanager
+    def working(self, label: str) -> Iterator[None]:
+        """The lane works, under this name in profilers."""
+        named = torch.cuda.nvtx.range if self._is_cuda else torch.autograd.profiler.record_function
+        start = None if self.timeline is None else self.clock.now()
+        with named(label):
+            yield
+        if self.timeline is not None and start is not None:
+            self.timeline.add(self._name, label, start, self.clock.now())
+
+
 class Lane(Protocol):
-    """Runs work in order. Every rank of a group must submit the same collectives in one order."""
+    """Runs work in order. Every rank of a group must submit the same collectives in one order.
+
+    Attributes:
+        times: what is known of when it works.
+    """
+
+    times: LaneTimes
 
     def submit(self, work: Work, label: str) -> Pending:
         """Start `work` once everything that the caller's stream holds so far is done.
@@ -50,9 +93,10 @@ class Lane(Protocol):
 
 def make_lane(name: str, device: torch.device, *, overlaps: bool) -> Lane:
     """A lane of its own beside the compute, or one that does the work at once."""
+    times = LaneTimes(name, device)
     if not overlaps:
-        return ImmediateLane()
-    return StreamLane(device) if device.type == "cuda" else ThreadLane(name)
+        return ImmediateLane(times)
+    return StreamLane(times, device) if device.type == "cuda" else ThreadLane(times, name)
 
 
 class _Done:
@@ -68,10 +112,16 @@ class _Done:
 class ImmediateLane:
     """No overlap: work is done when `submit` returns."""
 
+    def __init__(self, times: LaneTimes) -> None:
+        self.times = times
+
     def submit(self, work: Work, label: str) -> Pending:
         """Do it."""
-        with torch.no_grad(), torch.autograd.profiler.record_function(label):
-            return _Done(work())
+        start = self.times.clock.now()
+        with torch.no_grad(), self.times.working(label):
+            done = _Done(work())
+        self.times.waited(start, label)
+        return done
 
     def close(self) -> None:
         """Nothing runs."""
@@ -80,20 +130,28 @@ class ImmediateLane:
 class _Promise:
     """A result that a thread will bring."""
 
-    def __init__(self) -> None:
+    def __init__(self, times: LaneTimes, label: str) -> None:
+        self._times, self._label = times, label
         self._is_there = threading.Event()
         self._result: Any = None
         self._error: BaseException | None = None
 
-    def fulfil(self, work: Work) -> None:
+    def work(self, work: Work) -> None:
+        """Bring it, or what went wrong."""
         try:
             self._result = work()
         except BaseException as error:
             self._error = error
+
+    def announce(self) -> None:
+        """It is there, and everything about it is noted."""
         self._is_there.set()
 
     def wait(self) -> torch.Tensor:
-        self._is_there.wait()
+        if not self._is_there.is_set():
+            start = self._times.clock.now()
+            self._is_there.wait()
+            self._times.waited(start, self._label)
         if self._error is not None:
             raise self._error
         result: torch.Tensor = self._result
@@ -107,7 +165,8 @@ class ThreadLane:
     it gathers rows, sends them, and lays out what arrives; by nodes it is two rounds of that.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, times: LaneTimes, name: str) -> None:
+        self.times = times
         self._queue: queue.SimpleQueue[tuple[_Promise, Work, str] | None] = queue.SimpleQueue()
         # A daemon: a collective whose partner died must not keep the process alive.
         self._thread = threading.Thread(target=self._run, name=f"fsep-{name}", daemon=True)
@@ -115,7 +174,7 @@ class ThreadLane:
 
     def submit(self, work: Work, label: str) -> Pending:
         """Queue it."""
-        promise = _Promise()
+        promise = _Promise(self.times, label)
         self._queue.put((promise, work, label))
         return promise
 
@@ -128,21 +187,30 @@ class ThreadLane:
         with torch.no_grad():  # gradient mode belongs to a thread
             while (job := self._queue.get()) is not None:
                 promise, work, label = job
-                with torch.autograd.profiler.record_function(label):
-                    promise.fulfil(work)
+                with self.times.working(label):
+                    promise.work(work)
+                promise.announce()
                 del job, promise, work  # or the last result would live until the next job
 
 
 class _StreamResult:
     """A result that a stream will have written."""
 
-    def __init__(self, result: torch.Tensor, done: torch.cuda.Event) -> None:
+    def __init__(
+        self, result: torch.Tensor, done: torch.cuda.Event, times: LaneTimes, label: str
+    ) -> None:
         self._result = result
         self._done = done
+        self._times, self._label = times, label
 
     def wait(self) -> torch.Tensor:
         stream = torch.cuda.current_stream(self._result.device)
-        stream.wait_event(self._done)
+        if self._done.query():  # asks, and does not wait
+            stream.wait_event(self._done)
+        else:
+            start = self._times.clock.now()
+            stream.wait_event(self._done)
+            self._times.waited(start, self._label)
         self._result.record_stream(stream)
         return self._result
 
@@ -150,15 +218,17 @@ class _StreamResult:
 class StreamLane:
     """A CUDA stream of low priority: token exchanges on Megatron's streams go first."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, times: LaneTimes, device: torch.device) -> None:
+        self.times = times
         self._stream = torch.cuda.Stream(device, priority=0)
 
     def submit(self, work: Work, label: str) -> Pending:
         """Enqueue it behind what the current stream holds; the host does not wait."""
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.no_grad(), torch.cuda.stream(self._stream), torch.cuda.nvtx.range(label):
-            result = work()
-            return _StreamResult(result, self._stream.record_event())
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            with self.times.working(label):
+                result = work()
+            return _StreamResult(result, self._stream.record_event(), self.times, label)
 
     def close(self) -> None:
         """The stream ends with its last reference."""

@@ -64,8 +64,11 @@ def collect(
         Scalars and per-layer values by name. Values of planning are those of this rank's group.
     """
     # Columns: FSEP, stock, share of fresh layouts, milliseconds to decide, and how many groups have
-    # a value; rows of other stages stay zero.
-    values_L5 = torch.zeros(decoder_layers + mtp_layers, 5, dtype=torch.float64)
+    # a value; rows of other stages stay zero. The last row: exposed times of restores and of
+    # gradients, per rank.
+    values_L5 = torch.zeros(decoder_layers + mtp_layers + 1, 5, dtype=torch.float64)
+    if coordinator is not None:
+        values_L5[-1] = torch.tensor([*coordinator.take_exposed_ms(), 0.0, 0.0, 1.0])
     for layer in [] if coordinator is None else coordinator.layers:
         history = list(layer.history)
         layer.history.clear()
@@ -74,11 +77,12 @@ def collect(
             logger.info("FSEP %s: %s", layer.name, history[-1][0].reason)
             fresh, solve_s = np.mean([(d.replanned, seconds) for d, seconds in history], axis=0)
             row = layer.number - 1 + (decoder_layers if layer.is_mtp else 0)
-            row = min(row, len(values_L5) - 1)
+            row = min(row, len(values_L5) - 2)
             values_L5[row] += torch.tensor([measured.fsep, measured.stock, fresh, solve_s * 1e3, 1])
     values_L5 = values_L5.to(current_device())
     dist.all_reduce(values_L5)
-    values_L5 = values_L5.cpu()
+    *values, exposed_5 = values_L5.cpu()
+    values_L5 = torch.stack(values)
     has_value = values_L5[:, 4] > 0
     means_L4 = values_L5[has_value, :4] / values_L5[has_value, 4:]
     fsep, stock, fresh_layouts, decide_ms = means_L4.unbind(1)
@@ -95,6 +99,9 @@ def collect(
     if fresh_layouts.numel():
         scalars["fsep_fresh_layouts"] = fresh_layouts.mean().item()
         scalars["fsep_quota_ms"] = decide_ms.mean().item()
+    if exposed_5[4] > 0:
+        scalars["fsep_restore_exposed_ms"] = (exposed_5[0] / exposed_5[4]).item()
+        scalars["fsep_reduce_exposed_ms"] = (exposed_5[1] / exposed_5[4]).item()
     if coordinator is not None:
         status = coordinator.planner_status
         scalars["fsep_plan_ms"] = status.plan_us / 1e3

@@ -1,0 +1,352 @@
+"""Step times of stock expert parallelism and FSEP: `python -m benchmarks.end_to_end --help`.
+
+Gloo ranks on this machine, one thread each, run Megatron's own training loop. All configurations
+run in turn, again and again, in one start: the ideal (stock, routing forced to balance), stock and
+FSEP under three skews, FSEP with layouts that never change, and FSEP on balanced routing in every
+mode. What to expect and what is left is in `docs/end_to_end.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run as a file
+
+from benchmarks import routing
+from benchmarks.report import machine, print_table
+from benchmarks.routing import RoutingShape
+from benchmarks.training_run import Measured, Routing, measure
+from megatron_laer.data import BYTES_TOKENIZER_FLAGS, default_text_sources, prepare_data
+from megatron_laer.platform.cpu import CPU_FLAGS
+from tests.ranks import RankPool
+
+SKEWS = ("fixed", "drifting", "burst")
+BIAS_STD = 1.0
+SEED = 0
+
+# On this share of the ideal's throughput, and at most so much slower on balanced routing.
+LEAST_THROUGHPUT, MOST_SLOWDOWN = 0.90, 0.05
+
+FSEP = "--expert-parallel-mode fsep"
+STATIC = f"{FSEP} --fsep-planner static"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+MODES = {
+    "adaptive": FSEP,
+    "forecast": f"{FSEP} --fsep-plan-mode forecast",
+    "exact": f"{FSEP} --fsep-plan-mode exact",
+    "restore step": f"{FSEP} --fsep-restore step",
+    "scheduler off": f"{FSEP} --fsep-scheduler off",
+    "recompute": f"{FSEP} {RECOMPUTE}",
+    "recompute, scheduler off": f"{FSEP} {RECOMPUTE} --fsep-scheduler off",
+}
+# Compared with stock under the same recompute, which is no configuration of its own here.
+UNCOMPARED = ("recompute", "recompute, scheduler off")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained, for how long.
+
+    Attributes:
+        sequences: of one microbatch of a rank, which is all that it trains on in a step.
+        warm_up: steps that are not counted.
+        steps: that are, per configuration and repeat; a whole period of bursts for the burst.
+    """
+
+    layers: int
+    hidden: int
+    ffn: int
+    experts: int
+    topk: int
+    sequence: int
+    sequences: int
+    warm_up: int
+    steps: int
+    repeats: int
+
+    def flags(self, data: str, ranks: int) -> list[str]:
+        """Megatron's."""
+        return [
+            *f"""
+            --num-layers {self.layers} --hidden-size {self.hidden} --num-attention-heads 8
+            --ffn-hidden-size {self.ffn} --moe-ffn-hidden-size {self.ffn}
+            --num-experts {self.experts} --moe-router-topk {self.topk}
+            --seq-length {self.sequence} --max-position-embeddings {self.sequence}
+            --micro-batch-size {self.sequences} --global-batch-size {self.sequences * ranks}
+            --expert-model-parallel-size {ranks} --expert-tensor-parallel-size 1
+            --disable-bias-linear --normalization RMSNorm --position-embedding-type rope
+            --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+            --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none
+            --lr 1e-4 --min-lr 1e-4 --lr-decay-style constant --clip-grad 1.0 --seed 1234
+            --split 90,10,0 --num-workers 0 --log-interval 1000 --eval-interval 1000 --eval-iters 0
+            --data-path {data}
+            """.split(),
+            *CPU_FLAGS,
+            *BYTES_TOKENIZER_FLAGS,
+        ]
+
+    def routing_shape(self, ranks: int) -> RoutingShape:
+        """Sizes of a trace."""
+        tokens = self.sequence * self.sequences
+        return RoutingShape(self.layers, ranks, self.experts, tokens, self.topk)
+
+
+# Where experts dominate, and the same program at a size that shows that it runs.
+FULL = Size(2, 512, 2048, 8, 2, 256, 32, warm_up=2, steps=6, repeats=3)
+QUICK = Size(2, 128, 512, 8, 2, 64, 16, warm_up=2, steps=4, repeats=2)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One line of the table."""
+
+    name: str
+    flags: str
+    routing: Routing
+    steps: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure everything; 1 if a skew is not what it should be."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=2, help="gloo ranks; they share the cores")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--quick", action="store_true", help="a small model: says nothing of speed")
+    parser.add_argument("--repeats", type=int, help="of every configuration")
+    parser.add_argument("--only", help="configurations whose names contain this, and the ideal")
+    options = parser.parse_args(arguments)
+    size = QUICK if options.quick else FULL
+    if options.repeats is not None:
+        size = replace(size, repeats=options.repeats)
+    with tempfile.TemporaryDirectory() as scratch:
+        cases = configurations(size, options.ranks, Path(scratch))
+        if options.only is not None:
+            cases = [case for case in cases if options.only in case.name or case.name == "ideal"]
+        runs = run_all(size, options.ranks, cases, Path(scratch))
+    result = summary(cases, runs, size) | {"machine": machine(), "ranks": options.ranks}
+    report(cases, runs, size)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    wrong = [
+        f"{skew}: stock's max/mean is {value:.2f}, which should be {routing.LEAST_SKEW} to "
+        f"{routing.MOST_SKEW}"
+        for skew, value in result["stock_max_over_mean"].items()
+        if not routing.LEAST_SKEW <= value <= routing.MOST_SKEW
+    ]
+    print("\n".join(wrong), end="\n" if wrong else "")
+    return int(bool(wrong))
+
+
+def configurations(size: Size, ranks: int, scratch: Path) -> list[Configuration]:
+    """All of them, with their traces written."""
+    shape = size.routing_shape(ranks)
+    burst_steps = size.warm_up + routing.BURST_EVERY
+    steps = size.warm_up + size.steps
+    makers = {"drifting": routing.drifting_trace, "burst": routing.burst_trace}
+    skewed = {
+        "fixed": Routing(
+            f"--moe-router-force-biased {-BIAS_STD}",
+            bias=(BIAS_STD, routing.fixed_bias_seed(shape, BIAS_STD)),
+        )
+    }
+    for name, maker in makers.items():
+        path = scratch / f"{name}.npy"
+        np.save(path, maker(shape, burst_steps + 1, SEED))
+        skewed[name] = Routing("--moe-enable-routing-replay", trace=path)
+    balanced = Routing("--moe-router-force-load-balancing")
+
+    found = [Configuration("ideal", "", balanced, steps)]
+    for skew in SKEWS:
+        for kind, flags in (("stock", ""), ("fsep", FSEP), ("fsep static", STATIC)):
+            long = burst_steps if skew == "burst" else steps
+            found.append(Configuration(f"{kind}, {skew}", flags, skewed[skew], long))
+    for mode, flags in MODES.items():
+        found.append(Configuration(f"fsep balanced, {mode}", flags, balanced, steps))
+    return found
+
+
+# Of each configuration, one entry per repeat with one entry per rank.
+Runs = dict[str, list[list[Measured]]]
+
+
+def run_all(size: Size, ranks: int, cases: Sequence[Configuration], scratch: Path) -> Runs:
+    """Every configuration once, then again, in the opposite order."""
+    runs: Runs = {case.name: [] for case in cases}
+    prefix = str(scratch / "text")
+    prepare_data(default_text_sources()[:150], prefix, progress=False)
+    flags = [*size.flags(prefix, ranks), "--data-cache-path", str(scratch / "cache")]
+    with RankPool(ranks) as pool:
+        for repeat in range(size.repeats):
+            for case in cases if repeat % 2 == 0 else reversed(cases):
+                start_s = time.monotonic()
+                measured = pool.run(
+                    measure,
+                    [*flags, *case.flags.split()],
+                    case.routing,
+                    size.routing_shape(ranks),
+                    case.steps,
+                    timeout_s=3600,
+                )
+                runs[case.name].append(measured)
+                print(
+                    f"repeat {repeat + 1}  {case.name:38}"
+                    f"{statistics.median(step_times(size, measured)):9.1f} ms per step"
+                    f"{time.monotonic() - start_s:8.1f} s  load {os.getloadavg()[0]:.1f}",
+                    flush=True,
+                )
+    return runs
+
+
+def step_times(size: Size, ranks: Sequence[Measured]) -> list[float]:
+    """Of the steps that count; every rank waits for the others, so rank 0 speaks for all."""
+    return ranks[0].step_ms[size.warm_up :]
+
+
+def spread(times: Iterable[float]) -> dict[str, float]:
+    """Median, least and most, in milliseconds."""
+    found = list(times)
+    return {"median": statistics.median(found), "min": min(found), "max": max(found)}
+
+
+def summary(cases: Sequence[Configuration], runs: Runs, size: Size) -> dict[str, Any]:
+    """The JSON, without what was not measured."""
+
+    def times(name: str) -> dict[str, float]:
+        return spread(time for ranks in runs[name] for time in step_times(size, ranks))
+
+    def by_skew(kind: str) -> dict[str, Any]:
+        return {skew: times(f"{kind}, {skew}") for skew in SKEWS if f"{kind}, {skew}" in runs}
+
+    modes = [mode for mode in MODES if f"fsep balanced, {mode}" in runs]
+    shares = {mode: exposed_shares(runs[f"fsep balanced, {mode}"], size) for mode in modes}
+
+    def share(mode: str) -> float | None:
+        return sum(shares[mode].values()) if mode in shares else None
+
+    return {
+        "ideal_ms": times("ideal"),
+        "stock": by_skew("stock"),
+        "fsep": by_skew("fsep"),
+        "fsep_static": by_skew("fsep static"),
+        "fsep_balanced_ms": times("fsep balanced, adaptive") if "adaptive" in shares else None,
+        "stock_max_over_mean": {
+            skew: stock_skew(runs[f"stock, {skew}"], size, bursts_only=skew == "burst")
+            for skew in SKEWS
+            if f"stock, {skew}" in runs
+        },
+        "exposed_restore_share": {
+            "scheduled": share("adaptive"),
+            "unscheduled": share("scheduler off"),
+            "scheduled_recompute": share("recompute"),
+            "unscheduled_recompute": share("recompute, scheduler off"),
+        },
+        "exposed_share_by_mode": shares,
+        "fsep_balanced_by_mode_ms": {mode: times(f"fsep balanced, {mode}") for mode in modes},
+        "throughput_of_ideal": {case.name: throughput(runs, case.name, size) for case in cases},
+        "burst_steps_ms": {
+            kind: spread(burst_times(runs[f"{kind}, burst"]))
+            for kind in ("stock", "fsep", "fsep static")
+            if f"{kind}, burst" in runs
+        },
+    }
+
+
+def exposed_shares(repeats: Sequence[Sequence[Measured]], size: Size) -> dict[str, float]:
+    """What the compute waited for restores and for gradients, mean of ranks, per step time."""
+    found = {}
+    for name in ("restore", "reduce"):
+        parts = [
+            exposed / step
+            for ranks in repeats
+            for measured in ranks
+            for exposed, step in zip(
+                getattr(measured, f"{name}_exposed_ms")[size.warm_up :],
+                measured.step_ms[size.warm_up :],
+                strict=True,
+            )
+        ]
+        found[name] = statistics.median(parts)
+    return found
+
+
+def stock_skew(
+    repeats: Sequence[Sequence[Measured]], size: Size, *, bursts_only: bool = False
+) -> float:
+    """Measured max/mean tokens per rank with stock placement, mean over the steps that count."""
+    return statistics.fmean(
+        skew
+        for ranks in repeats
+        for step, skew in enumerate(ranks[0].stock_skew)
+        if (routing.is_burst(step) if bursts_only else step >= size.warm_up)
+    )
+
+
+def burst_times(repeats: Sequence[Sequence[Measured]]) -> list[float]:
+    """Times of the skewed steps only."""
+    return [
+        step_ms
+        for ranks in repeats
+        for step, step_ms in enumerate(ranks[0].step_ms)
+        if routing.is_burst(step)
+    ]
+
+
+def throughput(runs: Runs, name: str, size: Size) -> dict[str, float]:
+    """Share of the ideal's throughput: the ideal's median step over this one's, per repeat.
+
+    Of the repeats, because a machine that slows down for a while slows both of one repeat.
+    """
+    return spread(
+        statistics.median(step_times(size, ideal)) / statistics.median(step_times(size, ranks))
+        for ideal, ranks in zip(runs["ideal"], runs[name], strict=True)
+    )
+
+
+def report(cases: Sequence[Configuration], runs: Runs, size: Size) -> None:
+    """The table, and which goals were met."""
+    rows = []
+    for case in cases:
+        repeats = runs[case.name]
+        times = spread(time for ranks in repeats for time in step_times(size, ranks))
+        fsep = [skew for ranks in repeats for skew in ranks[0].fsep_skew]
+        is_fsep = FSEP in case.flags
+        exposed = exposed_shares(repeats, size) if is_fsep else {}
+        rows.append(
+            {
+                "configuration": case.name,
+                **{f"{key} ms": round(value, 1) for key, value in times.items()},
+                "of ideal": round(throughput(runs, case.name, size)["median"], 3),
+                "max/mean stock": round(stock_skew(repeats, size), 2),
+                "max/mean fsep": round(statistics.fmean(fsep), 2) if fsep else "",
+                "exposed restore %": round(100 * exposed["restore"], 2) if is_fsep else "",
+                "exposed reduce %": round(100 * exposed["reduce"], 2) if is_fsep else "",
+            }
+        )
+    print_table(rows)
+    shares = {row["configuration"]: float(str(row["of ideal"])) for row in rows}
+    goals = {f"fsep, {skew}": LEAST_THROUGHPUT for skew in ("fixed", "drifting")}
+    goals |= {
+        f"fsep balanced, {mode}": 1 / (1 + MOST_SLOWDOWN)
+        for mode in MODES
+        if mode not in UNCOMPARED
+    }
+    for name, least in goals.items():
+        if name in shares:
+            verdict = "met" if shares[name] >= least else "MISSED"
+            print(f"{verdict:7} {name}: {shares[name]:.3f} of the ideal, goal {least:.3f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""One run of Megatron's own training loop on this rank, with times of its steps.
+
+`pretrain_gpt.main()` runs with a command line; observers note when a step begins, which experts
+tokens went to, and what the compute waited for. Routing is imposed through Megatron's own means:
+its flags for balanced and biased routing, and its router replay.
+
+Legend: P steps, L layers, N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from benchmarks.routing import RoutingShape, fixed_biases
+from megatron_laer.runtime.coordinator import current_coordinator
+from megatron_laer.telemetry.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
+from tests.parity.training import fresh_megatron
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How tokens find their experts.
+
+    Attributes:
+        flags: Megatron's.
+        trace: file of a trace that is replayed, one step after the other.
+        bias: standard deviation and seed of a fixed bias per expert.
+    """
+
+    flags: str = ""
+    trace: Path | None = None
+    bias: tuple[float, int] | None = None
+
+
+@dataclass
+class Measured:
+    """What a run says about itself; lists have one entry per step.
+
+    Attributes:
+        step_ms: from the begin of a step to the begin of the next.
+        stock_skew: mean over layers of max/mean tokens per rank as stock placement has it.
+        restore_exposed_ms, reduce_exposed_ms: what this rank's compute waited for, FSEP only.
+        fsep_skew: max/mean tokens per rank as FSEP computed them, per layer and microbatch; of the
+            newest ones, on rank 0.
+    """
+
+    step_ms: list[float] = field(default_factory=list)
+    stock_skew: list[float] = field(default_factory=list)
+    restore_exposed_ms: list[float] = field(default_factory=list)
+    reduce_exposed_ms: list[float] = field(default_factory=list)
+    fsep_skew: list[float] = field(default_factory=list)
+
+
+def measure(flags: list[str], routing: Routing, shape: RoutingShape, steps: int) -> Measured:
+    """Train for so many steps, and one more whose begin ends the last. Collective."""
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+    from megatron.training import training
+
+    import pretrain_gpt
+
+    trace = None if routing.trace is None else np.load(routing.trace, mmap_mode="r")
+    model: list[torch.nn.Module] = []
+    begins_s: list[float] = []
+    exposed_ms: list[tuple[float, float]] = []
+    counts_E: list[torch.Tensor] = []
+    setup, train_step = training.setup_model_and_optimizer, training.train_step
+
+    def observed_setup(*args: Any, **kwargs: Any) -> Any:
+        result = setup(*args, **kwargs)
+        model[:] = result[0]
+        routers = [
+            part for chunk in model for part in chunk.modules() if isinstance(part, TopKRouter)
+        ]
+        for router in routers:
+            router.register_forward_hook(lambda _, __, out: counts_E.append(out[1].sum(dim=0)))
+        RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+        if routing.bias is not None:
+            _set_fixed_biases(shape, *routing.bias)
+        torch.manual_seed(dist.get_rank())  # what forced routing draws its noise from
+        return result
+
+    def observed_step(*args: Any, **kwargs: Any) -> Any:
+        begins_s.append(time.perf_counter())
+        coordinator = current_coordinator()
+        if coordinator is not None:
+            exposed_ms.append(coordinator.take_exposed_ms())
+        if trace is not None:
+            RouterReplay.clear_global_indices()
+            chosen_LTK = torch.from_numpy(
+                trace[len(begins_s) - 1, :, dist.get_rank()].astype(np.int64)
+            )
+            RouterReplay.set_replay_data(list(chosen_LTK))
+        return train_step(*args, **kwargs)
+
+    argv = ["pretrain_gpt.py", *flags, *routing.flags.split(), "--train-iters", str(steps + 1)]
+    RouterReplay.clear_global_router_replay_instances()
+    with (
+        mock.patch.object(training, "setup_model_and_optimizer", observed_setup),
+        mock.patch.object(training, "train_step", observed_step),
+        mock.patch.object(sys, "argv", argv),
+        fresh_megatron(model),
+    ):
+        pretrain_gpt.main()
+        RouterReplay.clear_global_router_replay_instances()
+        restore_ms, reduce_ms = zip(*exposed_ms[1:], strict=True) if exposed_ms else ((), ())
+        return Measured(
+            step_ms=[1e3 * seconds for seconds in np.diff(begins_s)],
+            stock_skew=_stock_skew(torch.stack(counts_E), steps),
+            restore_exposed_ms=list(restore_ms),
+            reduce_exposed_ms=list(reduce_ms),
+            fsep_skew=_fsep_skew(),
+        )
+
+
+def _set_fixed_biases(shape: RoutingShape, std: float, seed: int) -> None:
+    """Give Megatron's cache of fixed biases its content, which it would otherwise draw.
+
+    It draws from the generator that also draws stock's experts, and FSEP's come from others: stock
+    and FSEP would get different biases.
+    """
+    from megatron.core.transformer.moe.moe_utils import RandomSTEShared
+
+    RandomSTEShared._cache.clear()
+    for layer, bias_E in enumerate(fixed_biases(shape, std, seed), start=1):
+        RandomSTEShared._cache[layer] = bias_E
+
+
+def _stock_skew(counts_ME: torch.Tensor, steps: int) -> list[float]:
+    """Per step; M = P·L, or more where layers are run again."""
+    counts_NME = counts_ME.new_empty((dist.get_world_size(), *counts_ME.shape))
+    dist.all_gather_into_tensor(counts_NME.view(-1, counts_ME.shape[1]), counts_ME.contiguous())
+    counts_MNE = counts_NME.transpose(0, 1).numpy()
+    skew_M = np.array([max_over_mean(stock_tokens_N(counts_NE)) for counts_NE in counts_MNE])
+    per_step: list[float] = skew_M.reshape(steps + 1, -1).mean(axis=1).tolist()
+    return per_step[:-1]
+
+
+def _fsep_skew() -> list[float]:
+    coordinator = current_coordinator()
+    layers = [] if coordinator is None else coordinator.layers
+    return [
+        max_over_mean(fsep_tokens_N(decision.quotas))
+        for layer in layers
+        for decision in layer.history
+    ]

@@ -1,0 +1,148 @@
+"""`--fsep-timeline`: what a rank did when, for a few steps, as a trace that Perfetto shows.
+
+A process per rank with four lanes: compute, tokens, parameters, gradients. The compute lane shows
+phases, which begin and end where tokens are exchanged, and in them what it waited for. Written
+once, after the last of the steps; nothing here changes what runs when.
+
+Format: the JSON of Chrome's trace viewer, complete events (`"ph": "X"`), times in microseconds
+since 1970. Files of several ranks go into one by joining their `traceEvents`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_laer.telemetry.clock import Clock, Moment
+
+logger = logging.getLogger(__name__)
+
+COMPUTE, TOKENS = "compute", "tokens"
+LANES = (COMPUTE, TOKENS, "parameters", "gradients")
+
+# Of the run, counted from 0: the first steps allocate memory and have no plan yet.
+FIRST_STEP, NUM_STEPS = 2, 3
+
+DENSE = "dense layers"
+
+
+class Timeline:
+    """One rank's trace.
+
+    Args:
+        path: of the trace, created at once so that a run does not train in vain.
+        rank: global; the trace's process.
+        origin_step: the first step of this run, which may be a resumed one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, rank: int, clock: Clock, origin_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._rank, self._clock = path, rank, clock
+        self._file = path.open("w")
+        self._steps = range(origin_step + FIRST_STEP, origin_step + FIRST_STEP + NUM_STEPS)
+        self._is_recording = False
+        self._origin: tuple[Moment, int] | None = None
+        self._spans: list[tuple[str, str, Moment, Moment]] = []
+        self._phase: tuple[str, Moment] | None = None
+        self._exchange: tuple[str, Moment] | None = None
+        self._step_start: Moment = None
+
+    def begin_step(self, step: int) -> None:
+        """A step begins."""
+        if step not in self._steps:
+            return
+        if self._origin is None:
+            # The device is made to stand where the host is, once, so that ranks can be compared.
+            self._clock.catch_up()
+            self._origin = self._clock.now(), time.time_ns()
+        self._is_recording = True
+        self._step_start = self._clock.now()
+        self._phase = DENSE, self._step_start
+
+    def end_step(self, step: int) -> None:
+        """A step ends; with the last one the trace is written."""
+        if not self._is_recording:
+            return
+        self._end_phase(self._clock.now())
+        self.add(COMPUTE, f"step {step + 1}", self._step_start, self._clock.now())
+        self._is_recording = False
+        if step + 1 not in self._steps:
+            self.close()
+
+    def add(self, lane: str, label: str, start: Moment, end: Moment) -> None:
+        """Something happened on a lane."""
+        if self._is_recording:
+            self._spans.append((lane, label, start, end))
+
+    def begin_exchange(self, label: str) -> None:
+        """Tokens leave, and the compute waits for those that come."""
+        now = self._clock.now()
+        self._end_phase(now)
+        self._exchange = label, now
+
+    def end_exchange(self, phase: str) -> None:
+        """Tokens are here, and the compute goes on with a phase."""
+        now = self._clock.now()
+        if self._exchange is not None:
+            label, start = self._exchange
+            self.add(TOKENS, label, start, now)
+        self._exchange = None
+        self._phase = phase, now
+
+    def close(self) -> None:
+        """Write what was recorded; once."""
+        if self._file.closed:
+            return
+        self._is_recording = False
+        self._clock.catch_up()
+        try:
+            with self._file:
+                json.dump(
+                    {"displayTimeUnit": "ms", "traceEvents": list(self._events())}, self._file
+                )
+        except OSError as error:  # a run does not end for a picture
+            logger.warning("FSEP: the timeline %s is not complete: %s", self._path, error)
+
+    def _end_phase(self, now: Moment) -> None:
+        if self._phase is not None:
+            label, start = self._phase
+            self.add(COMPUTE, label, start, now)
+            self._phase = None
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        def named(kind: str, name: str, **where: int) -> dict[str, Any]:
+            return {"ph": "M", "name": kind, "pid": self._rank, "args": {"name": name}, **where}
+
+        yield named("process_name", f"rank {self._rank}")
+        for place, lane in enumerate(LANES):
+            yield named("thread_name", lane, tid=place)
+        if self._origin is None:
+            return
+        origin, origin_ns = self._origin
+
+        def microseconds(moment: Moment) -> float:
+            return round(origin_ns / 1e3 + self._clock.seconds(origin, moment) * 1e6, 1)
+
+        for lane, label, start, end in self._spans:
+            first, last = microseconds(start), microseconds(end)
+            yield {
+                "ph": "X",
+                "name": label,
+                "cat": lane,
+                "pid": self._rank,
+                "tid": LANES.index(lane),
+                "ts": first,
+                "dur": round(last - first, 1),
+            }
+
+
+def timeline_path(directory: str, rank: int) -> Path:
+    """The file of one rank."""
+    return Path(directory) / f"rank-{rank}.json"
