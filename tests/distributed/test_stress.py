@@ -1,0 +1,184 @@
+"""Whatever is late, no bit changes: random delays in every exchange and in every plan.
+
+A configuration starts once. Its seeds are consecutive steps of one run, two steps for each, and
+after every step each rank's weights and gradients are compared with the undisturbed run's. That is
+no weaker than a fresh start for every seed: as long as nothing differs, a seed begins from the very
+state it would be given, and with lanes, planner and workspaces in use.
+
+Runs 10 seeds. The 200 are for a machine with time:
+
+    MEGATRON_LAER_STRESS=1 scripts/test.sh --all -- tests/distributed/test_stress.py -k 200
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.delays import STEPS_PER_SEED, Trace, train_with_delays
+from tests.parity.flags import command_line
+from tests.ranks import RankError, RankPool
+
+pytestmark = pytest.mark.distributed
+
+FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+FORECAST = " --fsep-plan-mode forecast"
+NODES = " --fsep-node-size 2 --fsep-restore-algorithm node"
+# Below what a forecast achieves here, so that layouts also change between gate and experts.
+ADAPTIVE = " --fsep-plan-mode adaptive --fsep-imbalance-tolerance 0.02"
+
+
+class Case:
+    """One configuration: ranks, size of the FSEP group, microbatches and flags."""
+
+    def __init__(self, ranks: int, group: int, microbatches: int, layers: int, flags: str) -> None:
+        self.ranks = ranks
+        self.group = group
+        self.microbatches = microbatches
+        self.flags = f" --num-layers {layers}{flags}"
+
+    def command(self, data: str, seeds: int, extra: str) -> list[str]:
+        """Megatron's command line for so many seeds."""
+        replicas = self.ranks // (2 if VIRTUAL in self.flags else 1)
+        return command_line(
+            data,
+            experts=8,
+            expert_parallel=self.group,
+            global_batch=self.microbatches * replicas,
+            steps=seeds * STEPS_PER_SEED,
+            extra=" --micro-batch-size 1 --expert-parallel-mode fsep" + self.flags + extra,
+        )
+
+
+CASES = {
+    "restored per layer": Case(2, 2, 2, 3, FORECAST),
+    "by nodes, 2 of 2": Case(4, 4, 2, 2, FORECAST + NODES),
+    "restored per step, accumulation 4": Case(2, 2, 4, 3, " --fsep-restore step"),
+    "pipeline 2 x virtual 2": Case(4, 2, 4, 4, FORECAST + VIRTUAL),
+    "full recompute": Case(2, 2, 2, 3, FORECAST + FULL),
+    "adaptive": Case(2, 2, 2, 3, ADAPTIVE),
+}
+SEEDS = [
+    10,
+    pytest.param(
+        200,
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif("MEGATRON_LAER_STRESS" not in os.environ, reason="asked for only"),
+        ],
+    ),
+]
+WAIT = " --fsep-late-plan wait"
+
+
+def reordered_seeds(disturbed: list[Trace], steady: list[Trace]) -> int:
+    """Seeds in which some rank saw exchanges complete in another order; all see the same ones."""
+    seeds = set()
+    for mine, other in zip(disturbed, steady, strict=True):
+        for step, pair in enumerate(zip(mine.completed, other.completed, strict=True)):
+            assert Counter(pair[0]) == Counter(pair[1]), f"other exchanges in step {step}"
+            if pair[0] != pair[1]:
+                seeds.add(step // STEPS_PER_SEED)
+    return len(seeds)
+
+
+def differing_steps(disturbed: list[Trace], steady: list[Trace]) -> list[tuple[int, int]]:
+    """(rank, step) wherever a bit of weights, gradients, loss or gradient norm differs."""
+    return [
+        (rank, step)
+        for rank, (mine, other) in enumerate(zip(disturbed, steady, strict=True))
+        for step, (ours, theirs) in enumerate(zip(_results(mine), _results(other), strict=True))
+        if ours != theirs
+    ]
+
+
+def _results(trace: Trace) -> list[tuple[str, float, float]]:
+    record = trace.record
+    return list(zip(trace.digests, record.losses, record.grad_norms, strict=True))
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
+@pytest.mark.parametrize("case", CASES)
+def test_delays_change_no_bit_of_a_run_that_waits_for_plans(
+    ranks: Callable[[int], RankPool], text_data: str, case: str, seeds: int
+) -> None:
+    pool, timeout_s = ranks(CASES[case].ranks), 60.0 + 31.0 * seeds
+    command = CASES[case].command(text_data, seeds, WAIT)
+    steady = pool.run(train_with_delays, command, None, timeout_s=timeout_s)
+    disturbed = pool.run(train_with_delays, command, 0, timeout_s=timeout_s)
+    assert disturbed[0].versions[-1] == seeds * STEPS_PER_SEED - 1, "a plan for every step"
+    assert len(disturbed[0].digests) == seeds * STEPS_PER_SEED
+    assert differing_steps(disturbed, steady) == []
+    reordered = reordered_seeds(disturbed, steady)
+    slept = sum(trace.slept for trace in disturbed)
+    print(f"\n{case}, wait: {seeds} seeds, {slept} delays, {reordered} seeds reordered completions")
+    assert reordered > 0
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_disturbed_run_that_keeps_its_layouts_equals_its_replay(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, case: str, seeds: int
+) -> None:
+    pool, timeout_s = ranks(CASES[case].ranks), 60.0 + 31.0 * seeds
+    record = CASES[case].command(text_data, seeds, f" --fsep-record-layouts {tmp_path}")
+    replay = CASES[case].command(text_data, seeds, f" --fsep-replay-layouts {tmp_path}")
+    disturbed = pool.run(train_with_delays, record, 0, timeout_s=timeout_s)
+    steady = pool.run(train_with_delays, replay, None, timeout_s=timeout_s)
+    late = sum(trace.late_plans for trace in disturbed)
+    assert late > 0, "no plan was late, so nothing is shown"
+    assert disturbed[0].versions[-1] > 0
+    assert [trace.versions for trace in steady] == [trace.versions for trace in disturbed]
+    assert differing_steps(disturbed, steady) == []
+    reordered = reordered_seeds(disturbed, steady)
+    print(f"\n{case}, keep: {seeds} seeds, {late} late plans, {reordered} seeds reordered")
+    assert reordered > 0
+
+
+def test_without_lanes_delays_reorder_nothing(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    """The control: where everything runs in program order, the same delays must show as none."""
+    command = CASES["restored per layer"].command(text_data, 5, WAIT + " --fsep-scheduler off")
+    steady = ranks(2).run(train_with_delays, command, None)
+    disturbed = ranks(2).run(train_with_delays, command, 0)
+    assert sum(trace.slept for trace in disturbed) > 100
+    assert differing_steps(disturbed, steady) == []
+    assert reordered_seeds(disturbed, steady) == 0
+
+
+def train_into_a_hang(flags: list[str], watchdog_s: float) -> None:
+    """The gradients' lane of rank 1 stops in the middle of a step."""
+    import threading
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    from megatron_laer.runtime.restore import TwoLegExchange
+
+    reduce, calls = TwoLegExchange.reduce, 0
+
+    def stuck_reduce(self: TwoLegExchange, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if dist.get_rank() == 1 and calls == 20:
+            threading.Event().wait()
+        return reduce(self, *args)
+
+    with mock.patch.object(TwoLegExchange, "reduce", stuck_reduce):
+        train_with_delays(flags, 0, watchdog_s)
+
+
+def test_the_watchdog_ends_a_hang_and_shows_every_ranks_stacks(text_data: str) -> None:
+    command = CASES["restored per layer"].command(text_data, 2, WAIT)
+    with RankPool(2) as pool, pytest.raises(RankError) as error:
+        pool.run(train_into_a_hang, command, 5.0, timeout_s=120.0)
+    rank_0, rank_1 = str(error.value).split("--- rank 1")
+    assert "all_to_all" in rank_0
+    assert "stuck_reduce" in rank_1

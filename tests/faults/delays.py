@@ -1,0 +1,198 @@
+"""Random delays wherever ranks meet or plans are made, and the order in which exchanges completed.
+
+A delay is drawn from (seed, rank, site, number of the call), so a seed repeats its delays whatever
+the threads do. A seed covers some steps of one training run. Nothing of training is decided here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import hashlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+
+from tests.parity.training import Record, rank_of_environment, train
+
+STEPS_PER_SEED = 2
+WATCHDOG_S = 30.0
+
+# A seed makes each site of each rank quick or slow, so that lanes overtake each other both ways.
+_LONGEST_MS = (0.0, 0.0, 0.5, 2.0, 6.0)
+# A plan is due a step later: longer delays, or none is ever late.
+_LONGEST_PLAN_MS = (0.0, 5.0, 40.0, 150.0)
+
+
+class Delays:
+    """The delays of one rank; without a seed there are none."""
+
+    def __init__(self, rank: int) -> None:
+        self.slept = 0
+        self._rank = rank
+        self._seed: int | None = None
+        self._sites: dict[str, tuple[random.Random, float]] = {}
+
+    def reseed(self, seed: int) -> None:
+        """Other delays from now on."""
+        self._seed = seed
+        self._sites = {}
+
+    def at(self, site: str) -> None:
+        """Sleep as long as the seed says; each site belongs to one thread."""
+        if self._seed is None:
+            return
+        if site not in self._sites:
+            draws = random.Random(f"{self._seed} {self._rank} {site}")
+            longest = _LONGEST_PLAN_MS if site == "plan" else _LONGEST_MS
+            self._sites[site] = draws, draws.choice(longest)
+        draws, longest_ms = self._sites[site]
+        delay_ms = draws.uniform(0.0, longest_ms)
+        if delay_ms > 0.0:
+            self.slept += 1
+            time.sleep(delay_ms / 1e3)
+
+
+@dataclass
+class Trace:
+    """What one rank left of a run; index is the step.
+
+    Attributes:
+        digests: of all weights and main gradients after each step.
+        completed: exchanges by name, as their completion was seen: lanes and compute together.
+        versions: how many times layouts had changed.
+        late_plans: plans that were not ready in time, as this rank was told.
+        slept: delays longer than zero.
+    """
+
+    record: Record
+    digests: list[str] = field(default_factory=list)
+    completed: list[list[str]] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    late_plans: int = 0
+    slept: int = 0
+
+
+def train_with_delays(
+    flags: list[str], first_seed: int | None, watchdog_s: float = WATCHDOG_S
+) -> Trace:
+    """Train; step s has the delays of seed `first_seed + s // STEPS_PER_SEED`, or none. Collective.
+
+    A seed that takes longer than `watchdog_s` ends the rank with all its stacks in its log, on
+    which the pool of ranks asks the others for theirs.
+    """
+    from megatron_laer.runtime.coordinator import current_coordinator
+
+    delays, trace = Delays(rank_of_environment()), Trace(Record())
+
+    def begin_step(step: int) -> None:
+        trace.completed.append([])
+        seed, first = divmod(step, STEPS_PER_SEED)
+        if first == 0:
+            faulthandler.dump_traceback_later(watchdog_s, exit=True, file=2)
+            if first_seed is not None:
+                delays.reseed(first_seed + seed)
+
+    def after_step(model: list[torch.nn.Module]) -> None:
+        coordinator = current_coordinator()
+        assert coordinator is not None
+        trace.digests.append(_digest(model))
+        trace.versions.append(coordinator.version)
+        trace.late_plans = coordinator.planner_status.late_plans
+
+    with _injected(delays.at, lambda name: trace.completed[-1].append(name), begin_step):
+        try:
+            trace.record = train(flags, after_step)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    trace.slept = delays.slept
+    return trace
+
+
+def _digest(model: list[torch.nn.Module]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for chunk in model:
+        for parameter in chunk.parameters():
+            for tensor in (parameter.detach(), parameter.main_grad):
+                digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _injected(
+    delay: Callable[[str], None],
+    completed: Callable[[str], None],
+    begin_step: Callable[[int], None],
+) -> Iterator[None]:
+    from megatron.core.tensor_parallel.mappings import _AllToAll
+
+    from megatron_laer.planner.guard import Guard
+    from megatron_laer.planner.service import PlannerService
+    from megatron_laer.runtime import coordinator
+    from megatron_laer.runtime.device import ImmediateLane, ThreadLane
+    from megatron_laer.runtime.restore import Leg
+
+    leg, tokens, start = Leg.all_to_all, _AllToAll.forward, coordinator.Coordinator.begin_step
+    plan, decide = PlannerService._plan_layer, Guard.decide
+
+    def slow_leg(self: Any, *args: Any) -> Any:
+        # The lane's thread, or the caller's without overlap; a node's two legs are two calls.
+        delay(f"leg {self.group.group_name}")
+        return leg(self, *args)
+
+    def slow_tokens(ctx: Any, *args: Any) -> Any:
+        # Dispatch and combine, forward and backward: Megatron's backward applies it again.
+        delay("tokens")
+        result = tokens(ctx, *args)
+        completed("tokens")
+        return result
+
+    def slow_plan(self: Any, *args: Any) -> Any:
+        delay("plan")
+        return plan(self, *args)
+
+    def slow_decision(self: Any, *args: Any) -> Any:
+        delay("decision")
+        return decide(self, *args)
+
+    def started(self: Any, step: int, *args: Any) -> Any:
+        begin_step(step)
+        return start(self, step, *args)
+
+    def slow(function: Callable[..., Any], site: str) -> Callable[..., Any]:
+        def delayed(*args: Any) -> Any:
+            delay(site)
+            return function(*args)
+
+        return delayed
+
+    def observed(submit: Callable[..., Any]) -> Callable[..., Any]:
+        def observed_submit(self: Any, work: Callable[[], Any], label: str) -> Any:
+            def job() -> Any:
+                result = work()
+                completed(label)
+                return result
+
+            return submit(self, job, label)
+
+        return observed_submit
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in (
+            (Leg, "all_to_all", slow_leg),
+            (_AllToAll, "forward", staticmethod(slow_tokens)),
+            (PlannerService, "_plan_layer", slow_plan),
+            (Guard, "decide", slow_decision),
+            (coordinator.Coordinator, "begin_step", started),
+            (coordinator, "exchange_counts", slow(coordinator.exchange_counts, "counts")),
+            (coordinator, "broadcast_layouts", slow(coordinator.broadcast_layouts, "layouts")),
+            (ThreadLane, "submit", observed(ThreadLane.submit)),
+            (ImmediateLane, "submit", observed(ImmediateLane.submit)),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        yield
