@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-from megatron_laer import support
+from megatron_laer import model_support
 from megatron_laer.activation import coordinator_for
 from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
@@ -41,7 +41,7 @@ class FSEPMoELayer(MoELayer):
         assert submodules is not None
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
-        support.check_model(config)
+        model_support.check(config)
         groups = get_fsep_groups()
         assert dist.get_process_group_ranks(pg_collection.ep) == list(groups.ranks), (
             "the model's expert-parallel group is not the one that FSEP was set up for"

@@ -1,7 +1,7 @@
 """What FSEP refuses to run with, and why: checked on Megatron's arguments before anything runs.
 
-Touches nothing of Megatron; `args` is its parsed namespace. What the parity table proves equal to
-stock is in docs/support.md.
+Touches nothing of Megatron; `args` is its parsed namespace. A model's configuration is checked in
+`model_support`; what the parity table proves equal to stock is in docs/support.md.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_laer.config import FIXED_PLANNERS, FSEPConfig
 from megatron_laer.layout import default_capacity
@@ -21,20 +20,22 @@ class Refusal:
     """One unsupported setting.
 
     Attributes:
+        setting: its flag, with what is refused of it; the key under which docs list it.
         given: the setting as the user passed it, or None when it is not set.
         reason: why FSEP cannot run with it.
         way_out: what would work.
     """
 
+    setting: str
     given: Callable[[Namespace], str | None]
     reason: str
     way_out: str
 
 
 def _flag(
-    name: str, default: object = None, attribute: str = ""
-) -> Callable[[Namespace], str | None]:
-    """The flag is given when its value is neither `default` nor false."""
+    name: str, reason: str, way_out: str, *, default: object = None, attribute: str = ""
+) -> Refusal:
+    """Refused when its value is neither `default` nor false."""
     attribute = attribute or name.removeprefix("--").replace("-", "_")
 
     def given(args: Namespace) -> str | None:
@@ -43,18 +44,18 @@ def _flag(
             return None
         return name if value is True else f"{name} {value}"
 
-    return given
+    return Refusal(name, given, reason, way_out)
 
 
-def _value(name: str, allowed: tuple[object, ...]) -> Callable[[Namespace], str | None]:
-    """The flag's value is none of `allowed`."""
+def _other_than(name: str, allowed: tuple[str, ...], reason: str, way_out: str) -> Refusal:
+    """Refused when its value is none of `allowed`."""
     attribute = name.removeprefix("--").replace("-", "_")
 
     def given(args: Namespace) -> str | None:
         value = getattr(args, attribute, None)
         return None if value is None or value in allowed else f"{name} {value}"
 
-    return given
+    return Refusal(f"{name} other than {', '.join(allowed)}", given, reason, way_out)
 
 
 def _expert_tensor_parallel(args: Namespace) -> str | None:
@@ -70,11 +71,8 @@ def _expert_tensor_parallel(args: Namespace) -> str | None:
     return f"--expert-tensor-parallel-size {given}"
 
 
-def _recomputes(module: str) -> Callable[[Namespace], str | None]:
-    def given(args: Namespace) -> str | None:
-        return f"--recompute-modules {module}" if module in (args.recompute_modules or ()) else None
-
-    return given
+def _recomputes_activation(args: Namespace) -> str | None:
+    return "--recompute-modules moe_act" if "moe_act" in (args.recompute_modules or ()) else None
 
 
 def _linear_bias(args: Namespace) -> str | None:
@@ -88,130 +86,174 @@ def _too_few_ranks(args: Namespace) -> str | None:
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
+        "--num-experts absent",
         lambda args: None if args.num_experts else f"--num-experts {args.num_experts}",
         "there are no experts to shard",
         "give --num-experts, or leave out --expert-parallel-mode fsep",
     ),
     Refusal(
+        "--expert-model-parallel-size 1",
         _too_few_ranks,
         "the FSEP group is the expert-parallel group, and one rank has nobody to share with",
         "give --expert-model-parallel-size 2 or more",
     ),
     Refusal(
+        "--expert-tensor-parallel-size above 1",
         _expert_tensor_parallel,
         "a slice already cuts an expert's rows over the group",
         "give --expert-tensor-parallel-size 1",
     ),
-    Refusal(
-        _flag("--expert-tensor-parallel-num-weight-shards", default=1),
+    _flag(
+        "--expert-tensor-parallel-num-weight-shards",
         "Megatron's expert GTP would shard a shard",
         "leave it out: FSEP shards expert weights already",
+        default=1,
     ),
-    Refusal(
-        _value("--moe-token-dispatcher-type", ("alltoall",)),
+    _other_than(
+        "--moe-token-dispatcher-type",
+        ("alltoall",),
         "tokens travel by Megatron's All-to-All dispatcher over slots",
         "give --moe-token-dispatcher-type alltoall",
     ),
-    Refusal(
-        _flag("--moe-expert-capacity-factor"),
+    _flag(
+        "--moe-expert-capacity-factor",
         "FSEP computes every token; dropping them would make replicas differ",
         "leave it out: balance comes from layouts, not from dropping",
     ),
-    Refusal(
-        _flag("--moe-pad-expert-input-to-capacity"),
+    _flag(
+        "--moe-pad-expert-input-to-capacity",
         "it pads to a capacity, and FSEP drops no token",
         "leave it out",
     ),
-    Refusal(
-        _flag("--moe-expert-rank-capacity-factor"),
+    _flag(
+        "--moe-expert-rank-capacity-factor",
         "it drops tokens over a rank's budget",
         "leave it out: balanced layouts bound what a rank receives",
     ),
-    Refusal(
-        _flag("--fp8-format", attribute="fp8"),
+    _flag(
+        "--fp8-format",
         "restored experts are computed in bf16 or fp32",
         "leave it out, and train with --bf16",
+        attribute="fp8",
     ),
-    Refusal(
-        _flag("--fp4-format", attribute="fp4"),
+    _flag(
+        "--fp4-format",
         "restored experts are computed in bf16 or fp32",
         "leave it out, and train with --bf16",
+        attribute="fp4",
     ),
-    Refusal(
-        _flag("--fp8-param-gather"), "slices are kept in the parameters' dtype", "leave it out"
-    ),
-    Refusal(
-        _flag("--fp4-param-gather"), "slices are kept in the parameters' dtype", "leave it out"
-    ),
-    Refusal(
-        _flag("--use-megatron-fsdp"),
+    _flag("--fp8-param-gather", "slices are kept in the parameters' dtype", "leave it out"),
+    _flag("--fp4-param-gather", "slices are kept in the parameters' dtype", "leave it out"),
+    _flag(
+        "--use-megatron-fsdp",
         "Megatron-FSDP would shard slices again",
         "leave it out; --use-distributed-optimizer shards the dense part",
     ),
-    Refusal(
-        _flag("--use-torch-fsdp2"),
+    _flag(
+        "--use-torch-fsdp2",
         "torch FSDP2 excludes expert parallelism",
         "leave it out; --use-distributed-optimizer shards the dense part",
     ),
-    Refusal(
-        _flag("--mtp-use-repeated-layer"),
+    _flag(
+        "--mtp-use-repeated-layer",
         "one layer runs several times per microbatch, backward in another order than forward",
         "leave it out",
     ),
     Refusal(
-        _recomputes("moe_act"),
+        "--recompute-modules moe_act",
+        _recomputes_activation,
         "it belongs to Transformer Engine's grouped experts, which FSEP replaces",
         "use --recompute-modules moe",
     ),
-    Refusal(
-        _flag("--enable-cuda-graph"),
+    _flag(
+        "--enable-cuda-graph",
         "layouts and split sizes are decided on the host, which a graph cannot record",
         "give --cuda-graph-impl none",
     ),
-    Refusal(
-        _flag("--external-cuda-graph"),
+    _flag(
+        "--external-cuda-graph",
         "layouts and split sizes are decided on the host, which a graph cannot record",
         "give --cuda-graph-impl none",
     ),
-    Refusal(
-        _value("--cuda-graph-impl", ("none",)),
+    _other_than(
+        "--cuda-graph-impl",
+        ("none",),
         "layouts and split sizes are decided on the host, which a graph cannot record",
         "give --cuda-graph-impl none",
     ),
-    Refusal(
-        _flag("--delay-wgrad-compute"),
+    _flag(
+        "--delay-wgrad-compute",
         "gradients of restored experts leave the rank as soon as they are computed",
         "leave it out",
     ),
-    Refusal(
-        _flag("--overlap-dispatch-backward-with-experts-wgrad"),
+    _flag(
+        "--overlap-dispatch-backward-with-experts-wgrad",
         "gradients of restored experts leave the rank as soon as they are computed",
         "leave it out",
     ),
-    Refusal(
-        _flag("--overlap-moe-expert-parallel-comm"),
+    _flag(
+        "--overlap-moe-expert-parallel-comm",
         "its schedule frees what a restore still needs; no test proves the combination",
         "leave it out",
     ),
-    Refusal(
-        _value("--optimizer", ("adam", "sgd", "lion")),
+    _other_than(
+        "--optimizer",
+        ("adam", "sgd", "lion"),
         "the optimizer needs whole matrices, and a rank holds rows of them",
         "give --optimizer adam or sgd",
     ),
     Refusal(
+        "--disable-bias-linear absent",
         _linear_bias,
         "slices hold weights only",
         "give --disable-bias-linear, as current MoE models do",
     ),
-    Refusal(_flag("--moe-latent-size"), "no test proves it yet", "leave it out"),
-    Refusal(_flag("--moe-mlp-glu-interleave-size"), "no test proves it yet", "leave it out"),
-    Refusal(
-        _flag("--moe-use-upcycling"),
+    _flag(
+        "--moe-mlp-glu-interleave-size",
+        "interleaved gates belong to Transformer Engine's grouped experts, which FSEP replaces; "
+        "restored experts hold gate and up as halves",
+        "leave it out",
+    ),
+    _flag(
+        "--moe-single-grouped-weight",
+        "it is a form of Transformer Engine's grouped experts, which FSEP replaces",
+        "leave it out",
+    ),
+    _flag(
+        "--moe-router-padding-for-quantization",
+        "it routes tokens for the sake of fp8's alignment, which FSEP does not compute in",
+        "leave it out",
+    ),
+    _flag(
+        "--moe-router-padding-for-fp8",
+        "it routes tokens for the sake of fp8's alignment, which FSEP does not compute in",
+        "leave it out",
+    ),
+    _flag(
+        "--moe-paged-stash",
+        "it stashes activations of Transformer Engine's grouped experts, which FSEP replaces, and "
+        "needs token dropping",
+        "leave it out; --recompute-modules moe saves the same memory",
+    ),
+    _flag(
+        "--fine-grained-activation-offloading",
+        "it needs Transformer Engine and a GPU, and no test there proves the combination",
+        "leave it out, and use --recompute-granularity",
+    ),
+    _flag(
+        "--cpu-offloading-num-layers",
+        "it needs Transformer Engine and a GPU, and no test there proves the combination",
+        "leave it out, and use --recompute-granularity",
+        default=0,
+    ),
+    _flag(
+        "--moe-use-upcycling",
         "upcycling copies dense weights into whole experts",
         "upcycle with stock expert parallelism, then load the checkpoint with FSEP",
     ),
-    Refusal(
-        _value("--transformer-impl", ("local", "transformer_engine")),
+    _other_than(
+        "--transformer-impl",
+        ("local", "transformer_engine"),
         "it builds layers for inference",
         "give --transformer-impl local or transformer_engine",
     ),
@@ -236,40 +278,6 @@ def check(args: Namespace, config: FSEPConfig) -> None:
             "--expert-parallel-mode fsep cannot run with these settings:\n  "
             + "\n  ".join(problems)
         )
-
-
-def check_model(config: Any) -> None:
-    """Refuse a model configuration that no argument check has seen, as in scripts of one's own.
-
-    Args:
-        config: Megatron's TransformerConfig.
-
-    Raises:
-        ValueError: the fields, and what would work.
-    """
-    wanted: dict[str, object] = {
-        "moe_token_dispatcher_type": "alltoall",
-        "expert_tensor_parallel_size": 1,
-        "add_bias_linear": False,
-        "moe_expert_capacity_factor": None,
-        "moe_expert_rank_capacity_factor": None,
-        "moe_pad_expert_input_to_capacity": False,
-        "moe_latent_size": None,
-        "moe_mlp_glu_interleave_size": None,
-        "fp8": None,
-        "fp4": None,
-        "cuda_graph_impl": "none",
-        "delay_wgrad_compute": False,
-        "overlap_moe_expert_parallel_comm": False,
-        "overlap_dispatch_backward_with_experts_wgrad": False,
-    }
-    problems = [
-        f"{name}={getattr(config, name)!r}: must be {value!r}"
-        for name, value in wanted.items()
-        if getattr(config, name) != value
-    ]
-    if problems:
-        raise ValueError("FSEP cannot run this model:\n  " + "\n  ".join(problems))
 
 
 def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:

@@ -13,6 +13,8 @@ import torch
 def mend() -> None:
     """Mend all of them. Imports `megatron.core`."""
     _mend_norm()
+    _mend_attention()
+    _mend_latent_projections()
     _mend_optimizer_load()
 
 
@@ -33,6 +35,87 @@ def _mend_norm() -> None:
         return norm
 
     torch_norm.WrappedTorchNorm.__new__ = staticmethod(new)
+
+
+def _mend_attention() -> None:
+    from megatron.core import parallel_state
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    stock_init, stock_forward = DotProductAttention.__init__, DotProductAttention.forward
+
+    # Without Transformer Engine, attention refuses a sequence that is cut over context-parallel
+    # ranks. With keys and values of the whole sequence it needs nothing more: Megatron cuts the
+    # mask by its queries.
+    @functools.wraps(stock_init)
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        uncut = copy.copy(config)
+        uncut.context_parallel_size = 1
+        stock_init(self, uncut, *args, **kwargs)
+        self.config = config
+
+    @functools.wraps(stock_forward)
+    def forward(
+        self: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if self.config.context_parallel_size > 1:
+            assert mask is not None, "context parallelism on the CPU needs masks from the loader"
+            group = parallel_state.get_context_parallel_group()
+            key, value = _whole_sequence(key, group), _whole_sequence(value, group)
+        return stock_forward(self, query, key, value, mask, *args, **kwargs)
+
+    DotProductAttention.__init__ = init
+    DotProductAttention.forward = forward
+
+
+def _whole_sequence(part: torch.Tensor, group: Any) -> torch.Tensor:
+    """The sequence `[s, …]` of which rank r of n holds pieces r and 2n - 1 - r of 2n.
+
+    Backward sums what all ranks' queries send to this rank's pieces.
+    """
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+    gathered = gather_from_sequence_parallel_region(part.contiguous(), group=group)
+    pieces = gathered.chunk(2 * group.size())
+    return torch.cat([*pieces[0::2], *reversed(pieces[1::2])])
+
+
+def _mend_latent_projections() -> None:
+    from megatron.core.transformer.moe import moe_layer
+
+    if moe_layer.HAVE_TE:
+        return
+    # Megatron has a linear layer for projections to a latent space in Transformer Engine alone.
+    moe_layer.HAVE_TE = True
+    moe_layer.TELinear = DuplicatedLinear
+
+
+class DuplicatedLinear(torch.nn.Module):
+    """Transformer Engine's linear layer, as far as projections to a latent space use it.
+
+    The weight is whole on every tensor-parallel rank.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: Any, init_method: Any, **_: Any
+    ) -> None:
+        super().__init__()
+        weight = torch.empty(output_size, input_size, dtype=config.params_dtype)
+        self.weight = torch.nn.Parameter(weight)
+        if config.perform_initialization:
+            init_method(self.weight)
+        # With sequence parallelism each rank has the gradient of its own tokens.
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.allreduce = True
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Megatron's convention: the output, and no bias."""
+        return torch.nn.functional.linear(input, self.weight), None
 
 
 def _mend_optimizer_load() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 
 import torch
 
 from tests.parity.training import Record
 from tests.parity.weights import Tensors
+
+# Guards a division: a logged value of a layer that has none is 0 on both sides.
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -17,15 +20,18 @@ class Distance:
 
     Attributes:
         grads: largest relative L2 distance of a tensor's gradient in the first step.
-        losses: largest relative difference of a step's loss.
+        losses: largest relative difference of a step's or an evaluation's loss.
         norms: largest relative difference of a step's gradient norm.
         weights: largest relative L2 distance of a final weight.
+        logged: largest relative difference of a loss that Megatron logs of the MoE layers, for a
+            layer or over all of them; 0 where it logs none.
     """
 
     grads: float
     losses: float
     norms: float
     weights: float
+    logged: float = 0.0
 
     def within(self, bound: Distance) -> bool:
         """Whether no part exceeds the bound's."""
@@ -36,23 +42,36 @@ class Distance:
         """A bound `factor` times as wide."""
         return Distance(*(factor * part for part in self.parts()))
 
-    def parts(self) -> tuple[float, float, float, float]:
+    def at_least(self, smallest: float) -> Distance:
+        """The distance, with no part below `smallest`."""
+        return Distance(*(max(part, smallest) for part in self.parts()))
+
+    def parts(self) -> tuple[float, ...]:
         """In the order of the attributes."""
-        return self.grads, self.losses, self.norms, self.weights
+        return astuple(self)
 
     def __str__(self) -> str:
-        names = ("grads", "losses", "norms", "weights")
+        names = (field.name for field in fields(self))
         pairs = zip(names, self.parts(), strict=True)
         return " ".join(f"{name} {part:.1e}" for name, part in pairs)
 
 
 def distance(run: Record, reference: Record) -> Distance:
-    """How far `run` is from `reference`; both have the same steps and the same tensors."""
+    """How far `run` is from `reference`; both have the same steps and the same tensors.
+
+    Of runs without a training step, only what they have is compared.
+    """
+    assert run.moe_losses.keys() == reference.moe_losses.keys()
+    trained = bool(reference.losses)
     return Distance(
-        grads=_tensors(run.first_grads, reference.first_grads),
-        losses=_series(run.losses, reference.losses),
-        norms=_series(run.grad_norms, reference.grad_norms),
+        grads=_tensors(run.first_grads, reference.first_grads) if trained else 0.0,
+        losses=_series(run.losses + run.eval_losses, reference.losses + reference.eval_losses),
+        norms=_series(run.grad_norms, reference.grad_norms) if trained else 0.0,
         weights=_tensors(run.weights, reference.weights),
+        logged=max(
+            (_series(run.moe_losses[name], reference.moe_losses[name]) for name in run.moe_losses),
+            default=0.0,
+        ),
     )
 
 
@@ -69,7 +88,8 @@ def identical(run: Record, reference: Record) -> bool:
 def _series(run: list[float], reference: list[float]) -> float:
     assert len(run) == len(reference) > 0
     assert all(math.isfinite(value) for value in run + reference)
-    return max(abs(a - b) / abs(b) for a, b in zip(run, reference, strict=True))
+    pairs = zip(run, reference, strict=True)
+    return max(0.0 if a == b else abs(a - b) / max(abs(b), _TINY) for a, b in pairs)
 
 
 def _tensors(run: Tensors, reference: Tensors) -> float:

@@ -26,10 +26,17 @@ def command_line(
     global_batch: int,
     steps: int,
     extra: str = "",
+    without: str = "",
 ) -> list[str]:
-    """Flags for one run; later ones win, so `extra` may override."""
+    """Flags for one run; later ones win, so `extra` may override.
+
+    Args:
+        without: switches of the model to leave out, which no later flag could turn off.
+    """
+    dropped = without.split()
+    assert set(dropped) <= set(MODEL_FLAGS), f"the model has not all of {without}"
     return [
-        *MODEL_FLAGS,
+        *(flag for flag in MODEL_FLAGS if flag not in dropped),
         *CPU_FLAGS,
         *BYTES_TOKENIZER_FLAGS,
         *f"--data-path {data} --num-experts {experts}".split(),

@@ -28,6 +28,8 @@ class Record:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     eval_losses: list[float] = field(default_factory=list)
+    # What Megatron logs of the MoE layers' losses: each one's mean, and by layer.
+    moe_losses: dict[str, list[float]] = field(default_factory=dict)
     first_grads: Tensors = field(default_factory=dict)
     weights: Tensors = field(default_factory=dict)
     # What a probe returned after each step, on rank 0.
@@ -46,6 +48,7 @@ def train(flags: list[str], probe: Probe | None = None, script: str | None = Non
         probe: called after every step with the model chunks; its results are recorded.
         script: run this Megatron script by `megatron_laer train` instead of our own.
     """
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
     from megatron.training import training
 
     import pretrain_gpt
@@ -58,6 +61,7 @@ def train(flags: list[str], probe: Probe | None = None, script: str | None = Non
         training.train_step,
         training.evaluate,
     )
+    report = MoEMetricsTracker.report
 
     def observed_setup(*args: Any, **kwargs: Any) -> Any:
         result = setup(*args, **kwargs)
@@ -82,6 +86,11 @@ def train(flags: list[str], probe: Probe | None = None, script: str | None = Non
     def observed_gradients(*args: Any, **kwargs: Any) -> None:
         record.first_grads = weights.assemble(_gather(weights.read(model, "main_grad")))
 
+    def observed_report(*args: Any, **kwargs: Any) -> str:
+        observer = _Writer(record.moe_losses)
+        line: str = report(*args, **{**kwargs, "writer": observer, "per_layer_logging": True})
+        return line
+
     def observed_evaluation(*args: Any, **kwargs: Any) -> Any:
         result = evaluate(*args, **kwargs)
         if result[0]:
@@ -93,6 +102,7 @@ def train(flags: list[str], probe: Probe | None = None, script: str | None = Non
         mock.patch.object(training, "train_step", observed_step),
         mock.patch.object(training, "save_grads", observed_gradients),
         mock.patch.object(training, "evaluate", observed_evaluation),
+        mock.patch.object(MoEMetricsTracker, "report", observed_report),
         mock.patch.object(sys, "argv", ["pretrain_gpt.py", *flags]),
         fresh_megatron(model),
     ):
@@ -107,6 +117,17 @@ def train(flags: list[str], probe: Probe | None = None, script: str | None = Non
     if rank_of_environment() != 0:
         record.weights, record.first_grads = {}, {}
     return record
+
+
+@dataclass
+class _Writer:
+    """Stands for TensorBoard's writer."""
+
+    series: dict[str, list[float]]
+
+    def add_scalar(self, name: str, value: Any, _step: int) -> None:
+        """Keep the value."""
+        self.series.setdefault(name, []).append(float(value))
 
 
 def initial_weights(flags: list[str]) -> Tensors:

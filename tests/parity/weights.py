@@ -17,6 +17,7 @@ Tensors = dict[str, torch.Tensor]
 
 _STOCK_EXPERT = re.compile(r"(.*\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
 _FSEP_SLICE = re.compile(r"(.*\.mlp\.experts)\.(linear_fc[12])_slice$")
+_TIED = "embedding.word_embeddings.weight"
 _LAYER = re.compile(r"^(.*?layers)\.(\d+)\.(.*)$")
 
 
@@ -76,6 +77,9 @@ def _pieces_of(
                 lambda tensor, expert=expert: tensor[expert],
             )
     else:
+        # One weight that the first and the last pipeline stage each hold a copy of.
+        if getattr(parameter, "shared_embedding", False):
+            key = _TIED
         # Both sides cut dense tensors over tensor ranks alike, so each cut counts as a tensor.
         if getattr(parameter, "tensor_model_parallel", False):
             key += f"@{_tensor_rank()}"

@@ -1,0 +1,403 @@
+"""The parity table: the combinations in which FSEP is compared with stock Megatron.
+
+One `Row` is one combination; `tests/distributed/test_parity.py` runs it and docs/support.md lists
+it. Nothing is run here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.parity.compare import Distance
+from tests.parity.flags import command_line
+
+STEPS = 50
+# Enough for a wrong gradient to show, for rows that differ from a longer one in one setting.
+FEW_STEPS = 12
+
+FSEP = " --expert-parallel-mode fsep"
+RANDOM = " --fsep-planner random"
+STEP = " --fsep-restore step"
+
+FP32_BOUND = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4, logged=1e-5)
+# bf16 keeps 8 bits: a rounding is 4e-3 relative. Two layouts sum the same gradients in another
+# order, which after some steps of Adam decides the rounding of many weights.
+BF16_BOUND = Distance(grads=2e-2, losses=1e-2, norms=1e-1, weights=5e-2, logged=1e-2)
+FLOOR_FACTOR = 10
+# Two stock runs of few steps may agree in every loss, but no run can be held to less than a
+# rounding of fp32.
+SMALLEST_FLOOR = 2.0**-23
+
+
+@dataclass(frozen=True)
+class Row:
+    """One combination under test.
+
+    Attributes:
+        name: how the row is called in the output and in docs/support.md.
+        flags: given to both sides.
+        without: switches of the model that neither side gets.
+        expert_parallel: FSEP's group size N.
+        stock_parallel: expert-parallel sizes of the two stock runs, the reference first.
+        reference_ranks: run the reference on this many ranks instead of `ranks`.
+        reference_flags: given to the reference instead of `flags`: it shows what the same model
+            computes when it is cut less.
+        capacity: `--fsep-capacity`, where not the default.
+        fsep: flags for the FSEP side alone.
+        steps: training steps; 0 for a run that only evaluates.
+        evaluations: how often the run evaluates.
+        moe_layers: on rank 0.
+    """
+
+    name: str
+    ranks: int = 2
+    experts: int = 8
+    expert_parallel: int | None = None
+    stock_parallel: tuple[int, int] = (2, 1)
+    reference_ranks: int | None = None
+    reference_flags: str | None = None
+    accumulation: int = 1
+    flags: str = ""
+    without: str = ""
+    capacity: int | None = None
+    fsep: str = RANDOM
+    bound: Distance = FP32_BOUND
+    steps: int = STEPS
+    evaluations: int = 0
+    moe_layers: int = 2
+
+    def reference(self, data: str) -> tuple[int, list[str]]:
+        """Ranks and command line of the stock run that the others are compared with."""
+        flags = self.flags if self.reference_flags is None else self.reference_flags
+        command = self._command(data, self.stock_parallel[0], flags)
+        return self.reference_ranks or self.ranks, command
+
+    def other_stock(self, data: str) -> tuple[int, list[str]]:
+        """The stock run whose distance from the reference is the floor."""
+        return self.ranks, self._command(data, self.stock_parallel[1], self.flags)
+
+    def fsep_run(self, data: str) -> tuple[int, list[str]]:
+        """The run under test."""
+        capacity = "" if self.capacity is None else f" --fsep-capacity {self.capacity}"
+        flags = self.flags + FSEP + capacity + self.fsep
+        return self.ranks, self._command(data, self.expert_parallel or self.ranks, flags)
+
+    def _command(self, data: str, expert_parallel: int, flags: str) -> list[str]:
+        """Every run of the row sees the same global batches."""
+        model_parallel = 1
+        for size in ("tensor-model", "pipeline-model", "context"):
+            model_parallel *= 2 if f"--{size}-parallel-size 2" in self.flags else 1
+        return command_line(
+            data,
+            experts=self.experts,
+            expert_parallel=expert_parallel,
+            global_batch=2 * self.accumulation * self.ranks // model_parallel,
+            steps=self.steps or 1,
+            extra=flags,
+            without=self.without,
+        )
+
+
+DIST_OPT = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+FULL_RECOMPUTE = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+# The first layer of a stage only.
+BLOCK_RECOMPUTE = " --recompute-granularity full --recompute-method block --recompute-num-layers 1"
+MOE_RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"
+PIPELINE = " --pipeline-model-parallel-size 2"
+VIRTUAL = PIPELINE + " --num-layers 4 --num-layers-per-virtual-pipeline-stage 1"
+TENSOR = " --tensor-model-parallel-size 2 --sequence-parallel"
+CONTEXT = " --context-parallel-size 2"
+AUX_LOSSES = (
+    " --moe-router-load-balancing-type aux_loss seq_aux_loss global_aux_loss"
+    " --moe-aux-loss-coeff 1e-2 2e-2 3e-2 --moe-z-loss-coeff 1e-3"
+)
+UNTIED = "--untie-embeddings-and-output-weights"
+
+ROWS = [
+    Row("plain DDP"),
+    Row("distributed optimizer with both overlaps", flags=DIST_OPT),
+    Row("accumulation 4", accumulation=4),
+    Row("accumulation 4, distributed optimizer", accumulation=4, flags=DIST_OPT),
+    Row("shared experts", flags=" --moe-shared-expert-intermediate-size 32"),
+    Row(
+        "aux loss",
+        flags=" --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2",
+    ),
+    Row(
+        "expert bias",
+        flags=" --moe-router-enable-expert-bias --moe-router-score-function sigmoid"
+        " --moe-router-bias-update-rate 1e-2",
+    ),
+    Row("full recompute", flags=FULL_RECOMPUTE),
+    Row(
+        "selective recompute of the MoE layer",
+        flags=MOE_RECOMPUTE,
+    ),
+    Row("bf16", flags=" --bf16", bound=BF16_BOUND),
+    Row(
+        "few tokens: experts, ranks and microbatches without any",
+        ranks=4,
+        stock_parallel=(4, 1),
+        flags=" --seq-length 2 --max-position-embeddings 2 --micro-batch-size 2",
+    ),
+    Row("top-1", flags=" --moe-router-topk 1 --moe-router-pre-softmax"),
+    Row("even split", fsep=RANDOM + " --fsep-split even"),
+    Row("planner greedy, adaptive", fsep=" --fsep-planner greedy"),
+    Row("planner search, forecast", fsep=" --fsep-planner search --fsep-plan-mode forecast"),
+    Row("planner laer, tolerance 0", fsep=" --fsep-planner laer --fsep-imbalance-tolerance 0"),
+    Row("fresh layouts after the gate, exact", fsep=" --fsep-plan-mode exact"),
+    Row(
+        "exact on nodes of 2, E = 8 on 4 ranks",
+        ranks=4,
+        stock_parallel=(4, 1),
+        fsep=" --fsep-plan-mode exact --fsep-node-size 2 --fsep-restore-algorithm node",
+    ),
+    Row(
+        "exchange through nodes of 2, E = 8 on 4 ranks",
+        ranks=4,
+        stock_parallel=(4, 1),
+        fsep=RANDOM + " --fsep-node-size 2 --fsep-restore-algorithm node",
+    ),
+    Row("scheduler off", fsep=RANDOM + " --fsep-scheduler off"),
+    Row("restored once per step, accumulation 4", accumulation=4, fsep=RANDOM + STEP),
+    Row(
+        "restored once per step, accumulation 4, distributed optimizer",
+        accumulation=4,
+        flags=DIST_OPT,
+        fsep=RANDOM + STEP,
+    ),
+    Row(
+        "restored once per step, bf16, accumulation 4",
+        accumulation=4,
+        flags=" --bf16",
+        fsep=RANDOM + STEP,
+        bound=BF16_BOUND,
+    ),
+    Row(
+        "even split, E = 8 on 4 ranks",
+        ranks=4,
+        stock_parallel=(4, 1),
+        fsep=RANDOM + " --fsep-split even",
+    ),
+    Row("most slots", capacity=8),
+    Row("fewest slots", capacity=4),
+    Row("E = 8 on 4 ranks", ranks=4, stock_parallel=(4, 1)),
+    Row("E = 8 on 4 ranks, distributed optimizer", ranks=4, stock_parallel=(4, 2), flags=DIST_OPT),
+    Row(
+        "E = 6 on 4 ranks",
+        ranks=4,
+        experts=6,
+        stock_parallel=(1, 2),
+        reference_ranks=1,
+    ),
+    Row(
+        "E = 3 on 4 ranks",
+        ranks=4,
+        experts=3,
+        stock_parallel=(1, 1),
+        reference_ranks=1,
+    ),
+    Row("expert data parallel 2", ranks=4, expert_parallel=2, stock_parallel=(2, 1)),
+    Row(
+        "expert data parallel 2, distributed optimizer",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(2, 1),
+        flags=DIST_OPT,
+    ),
+    Row(
+        "tensor parallel 2 with sequence parallel",
+        ranks=4,
+        stock_parallel=(4, 2),
+        flags=TENSOR,
+    ),
+    Row(
+        "tensor parallel 2, expert data parallel 2, distributed optimizer",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(2, 4),
+        flags=TENSOR + DIST_OPT,
+    ),
+    Row(
+        "pipeline 2",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(2, 1),
+        flags=PIPELINE,
+        moe_layers=1,
+    ),
+    Row(
+        "virtual pipeline 2 x 2, accumulation 4",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(2, 1),
+        accumulation=4,
+        flags=VIRTUAL,
+    ),
+    Row(
+        "restored once per step, virtual pipeline 2 x 2, accumulation 4",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(2, 1),
+        accumulation=4,
+        flags=VIRTUAL,
+        fsep=RANDOM + STEP,
+    ),
+    Row(
+        "full recompute, pipeline 2, accumulation 4",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(2, 1),
+        accumulation=4,
+        flags=PIPELINE + FULL_RECOMPUTE,
+        moe_layers=1,
+    ),
+    # Losses and routers.
+    Row(
+        "aux, sequence, global and z losses, accumulation 2",
+        accumulation=2,
+        flags=AUX_LOSSES,
+        steps=FEW_STEPS,
+    ),
+    Row(
+        "the same losses, full recompute of one layer in two",
+        accumulation=2,
+        flags=AUX_LOSSES + BLOCK_RECOMPUTE,
+        steps=FEW_STEPS,
+    ),
+    Row(
+        "the same losses, recompute of the MoE layer, per-token loss",
+        accumulation=2,
+        flags=AUX_LOSSES + MOE_RECOMPUTE + " --calculate-per-token-loss",
+        steps=FEW_STEPS,
+    ),
+    Row(
+        "sinkhorn router",
+        flags=" --moe-router-load-balancing-type sinkhorn",
+        steps=FEW_STEPS,
+    ),
+    Row(
+        "quantile balancing, accumulation 2",
+        accumulation=2,
+        flags=" --moe-router-load-balancing-type quantile_balancing",
+        steps=FEW_STEPS,
+    ),
+    Row(
+        "group-limited sigmoid router in fp64 with expert bias, scaling and sequence aux loss",
+        flags=" --moe-router-score-function sigmoid --moe-router-enable-expert-bias"
+        " --moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-topk-scaling-factor 2.5"
+        " --moe-router-dtype fp64"
+        " --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-4",
+        steps=FEW_STEPS,
+    ),
+    Row(
+        "square-root softplus router, biased by force",
+        flags=" --moe-router-score-function sqrtsoftplus --moe-router-force-biased 0.5",
+        steps=FEW_STEPS,
+    ),
+    # Models.
+    Row(
+        "shared experts with a gate and overlap",
+        flags=" --moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate"
+        " --moe-shared-expert-overlap",
+        steps=FEW_STEPS,
+    ),
+    Row(
+        "first layer dense, recompute of attention, norms, dense and shared experts",
+        flags=" --num-layers 3 --moe-layer-freq ([0]*1+[1]*2) --moe-ffn-hidden-size 40"
+        " --moe-shared-expert-intermediate-size 32 --recompute-granularity selective"
+        " --recompute-modules core_attn layernorm mlp shared_experts",
+        steps=FEW_STEPS,
+    ),
+    Row(
+        "multi-token prediction with aux losses",
+        flags=AUX_LOSSES + " --mtp-num-layers 1",
+        steps=FEW_STEPS,
+        moe_layers=3,
+    ),
+    Row(
+        "clamped and offset quick-GEGLU",
+        without="--swiglu",
+        flags=" --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0",
+        steps=FEW_STEPS,
+    ),
+    Row(
+        "probabilities applied on input, top-1",
+        flags=" --moe-apply-probs-on-input --moe-router-topk 1 --moe-router-pre-softmax",
+        steps=FEW_STEPS,
+    ),
+    Row(
+        "latent MoE without a gate, shared experts",
+        without="--swiglu",
+        flags=" --squared-relu --moe-latent-size 24 --moe-shared-expert-intermediate-size 32",
+        steps=FEW_STEPS,
+    ),
+    Row(
+        "tied embeddings, bf16, distributed optimizer, full recompute",
+        without=UNTIED,
+        flags=" --bf16" + DIST_OPT + FULL_RECOMPUTE,
+        bound=BF16_BOUND,
+        steps=FEW_STEPS,
+    ),
+    # Parallelism.
+    Row(
+        "context parallel 2 with aux losses",
+        ranks=4,
+        stock_parallel=(2, 4),
+        reference_ranks=2,
+        reference_flags=AUX_LOSSES,
+        flags=AUX_LOSSES + CONTEXT,
+        steps=FEW_STEPS,
+    ),
+    Row(
+        "distributed optimizer in 2 instances, expert data parallel 2",
+        ranks=4,
+        expert_parallel=2,
+        flags=DIST_OPT + " --num-distributed-optimizer-instances 2",
+        steps=FEW_STEPS,
+    ),
+    Row(
+        "tensor parallel 2, MoE in every second layer, aux losses, overlapped shared experts",
+        ranks=4,
+        stock_parallel=(4, 2),
+        flags=TENSOR
+        + AUX_LOSSES
+        + " --num-layers 4 --moe-layer-freq 2 --moe-shared-expert-intermediate-size 32"
+        " --moe-shared-expert-overlap",
+        steps=FEW_STEPS,
+    ),
+    Row(
+        "pipeline 2 whose first stage has no MoE layer, aux losses, accumulation 2",
+        ranks=4,
+        expert_parallel=2,
+        accumulation=2,
+        flags=PIPELINE + AUX_LOSSES + " --num-layers 4 --moe-layer-freq ([0]*2+[1]*2)",
+        steps=FEW_STEPS,
+        moe_layers=0,
+    ),
+    Row(
+        "pipeline 2 with multi-token prediction and tied embeddings, accumulation 2",
+        ranks=4,
+        expert_parallel=2,
+        accumulation=2,
+        without=UNTIED,
+        flags=PIPELINE + " --mtp-num-layers 1",
+        steps=FEW_STEPS,
+        moe_layers=1,
+    ),
+    # Runs.
+    Row(
+        "evaluation and hashes of weights between steps, expert data parallel 2",
+        ranks=4,
+        expert_parallel=2,
+        flags=" --eval-interval 4 --eval-iters 2 --check-weight-hash-across-dp-replicas-interval 2",
+        steps=FEW_STEPS,
+        evaluations=4,
+    ),
+    Row(
+        "evaluation alone",
+        flags=" --skip-train --eval-iters 2",
+        steps=0,
+        evaluations=1,
+    ),
+]
