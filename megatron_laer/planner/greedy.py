@@ -3,10 +3,9 @@
 What it does depends on how scarce slots are. With fewer than two spare slots per rank, S - E < 2*N,
 it is the construction for these counts, with headroom for every expert: its pair graph is
 connected, so load can flow from any rank to any other when counts drift. With more, it is replicas
-in proportion to load, heaviest first on the least loaded rank, inside each node on the node's own
-tokens where that fits. The threshold was chosen on the real trace and on the named workloads, on
-ten shapes of N, E and C (`python -m benchmarks.planner`); the headroom on the trace alone, so
-figures for forecasts on that trace are not held-out ones.
+in proportion to load (with a little for experts that grow out of nothing), heaviest first on a
+rank that is about the least loaded and links the pair graph, inside each node on the node's own
+tokens where that fits. What was chosen on which data is in `docs/planner.md`.
 
 Shape suffixes: N ranks, E experts.
 """

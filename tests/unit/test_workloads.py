@@ -21,7 +21,7 @@ pytestmark = pytest.mark.unit
 SHAPES = ((16, 32, 3), (16, 32, 4), (16, 32, 6), (32, 8, 2))
 
 # Mean of max/mean with a layout one microbatch old, by shape. Seeds 1 to 6 stay a little below;
-# the test takes others.
+# the test takes others, which no choice in the planner was made on either.
 MICROBATCH_OLD_BOUNDS = {
     # Only the noise of drawing 4096 tokens per rank.
     "balanced": (1.02, 1.001, 1.001, 1.01),
@@ -67,7 +67,7 @@ def test_fresh_layouts_balance_perfectly_within_their_bound_off_node(
     name: str, shape: tuple[int, int, int]
 ) -> None:
     geometry, static = problem(shape)
-    for counts_NE in microbatches(name, geometry, 8, seed=7):
+    for counts_NE in microbatches(name, geometry, 8, seed=11):
         layout = construct_layout(counts_NE, static, geometry.node_size)
         outcome = split_exactly(counts_NE, layout, geometry.node_size)
         assert not outcome.violation
@@ -83,7 +83,7 @@ def test_layouts_one_microbatch_old_stay_within_their_bound(
     greedy = GreedyStrategy(geometry)
     ratios = [
         split_exactly(now_NE, greedy.plan(before_NE, static), geometry.node_size).ratio
-        for before_NE, now_NE in pairwise(microbatches(name, geometry, 9, seed=8))
+        for before_NE, now_NE in pairwise(microbatches(name, geometry, 9, seed=12))
     ]
     assert np.mean(ratios) <= MICROBATCH_OLD_BOUNDS[name][SHAPES.index(shape)]
 

@@ -10,8 +10,7 @@ namespace {
 constexpr int kCompared = 8;
 
 // A forecast counts every expert as having a quarter of the mean load more than it has, so that
-// one that grows out of nothing finds some replicas. Of 0, 1/4, 3/8, 1/2 and 1, the largest at which
-// no named workload loses balance; the trace would take 1/2.
+// one that grows out of nothing finds some replicas. Chosen as docs/planner.md says.
 constexpr int64_t kPriorParts = 4;
 
 // Load per replica; whole tokens decide nearly always, the exact fraction where they do not.
