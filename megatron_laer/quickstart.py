@@ -37,7 +37,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 _CACHE = "cache"
 
 TRAINING_FLAGS = """
-    --micro-batch-size 4 --global-batch-size 16 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine
+    --micro-batch-size 4 --global-batch-size 16 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine
     --lr-warmup-fraction 0.05 --weight-decay 0.1 --clip-grad 1.0 --seed 1234 --split 95,5,0
     --eval-iters 10 --eval-interval 1000000 --log-interval 1 --num-workers 0 --no-save-optim
 """.split()
