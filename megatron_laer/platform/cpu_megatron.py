@@ -103,7 +103,7 @@ def _mend_output_discarding() -> None:
 
     if random.HAVE_TE:
         return
-    # The checkpoint that recomputes norms asks Transformer Engine for fp8, even where there is none.
+    # The checkpoint that recomputes norms asks Transformer Engine for fp8, there or not.
     random.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=lambda: False)
     random.activation_recompute_forward = lambda **_: contextlib.nullcontext()
     random.fp8_autocast = lambda **_: contextlib.nullcontext()
