@@ -45,8 +45,8 @@ PROVED = frozenset(
     """
     moe_apply_probs_on_input moe_aux_loss_coeff moe_ffn_hidden_size moe_latent_size moe_layer_freq
     moe_router_bias_update_rate moe_router_dtype moe_router_enable_expert_bias
-    moe_router_force_biased moe_router_group_topk moe_router_load_balancing_type
-    moe_router_num_groups moe_router_pre_softmax moe_router_quantile_balancing_ema
+    moe_router_group_topk moe_router_load_balancing_type
+    moe_router_num_groups moe_router_pre_softmax
     moe_router_score_function moe_router_topk moe_router_topk_scaling_factor moe_shared_expert_gate
     moe_shared_expert_intermediate_size moe_shared_expert_overlap moe_z_loss_coeff
     """.split()
@@ -80,8 +80,9 @@ WITHOUT_EFFECT: dict[str, str] = {
 # FSEP is made to run with these, but no row of the parity table shows it.
 UNPROVED = frozenset(
     """
-    moe_enable_routing_replay moe_input_jitter_eps moe_permute_fusion
-    moe_router_force_load_balancing moe_router_fusion moe_router_topk_limited_devices
+    moe_enable_routing_replay moe_input_jitter_eps moe_permute_fusion moe_router_force_biased
+    moe_router_force_load_balancing moe_router_fusion moe_router_quantile_balancing_ema
+    moe_router_topk_limited_devices
     moe_shared_expert_glu_interleave_size
     """.split()
 )

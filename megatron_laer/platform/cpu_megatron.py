@@ -3,8 +3,10 @@
 Not here: `torch.cuda` (`cpu_torch.py`), which has to be replaced before Megatron is imported.
 """
 
+import contextlib
 import copy
 import functools
+import types
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ def mend() -> None:
     _mend_norm()
     _mend_attention()
     _mend_latent_projections()
+    _mend_output_discarding()
     _mend_optimizer_load()
 
 
@@ -93,6 +96,17 @@ def _mend_latent_projections() -> None:
     # Megatron has a linear layer for projections to a latent space in Transformer Engine alone.
     moe_layer.HAVE_TE = True
     moe_layer.TELinear = DuplicatedLinear
+
+
+def _mend_output_discarding() -> None:
+    from megatron.core.tensor_parallel import random
+
+    if random.HAVE_TE:
+        return
+    # The checkpoint that recomputes norms asks Transformer Engine for fp8, there or not.
+    random.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=lambda: False)
+    random.activation_recompute_forward = lambda **_: contextlib.nullcontext()
+    random.fp8_autocast = lambda **_: contextlib.nullcontext()
 
 
 class DuplicatedLinear(torch.nn.Module):

@@ -311,12 +311,17 @@ def _is_gpu(device: Any) -> bool:
 
 
 def _on_cpu(function: Callable[..., Any], positional: bool = False) -> Callable[..., Any]:
-    """`function` with a GPU in `device=`, or in its second positional argument, made the CPU."""
+    """`function` with a GPU in `device=`, or in its second positional argument, made the CPU.
+
+    Nothing is pinned.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs and _is_gpu(kwargs["device"]):
             kwargs["device"] = _CPU
+        # Pinning asks the driver.
+        kwargs.pop("pin_memory", None)
         if positional and len(args) > 1 and _is_gpu(args[1]):
             args = (args[0], _CPU, *args[2:])
         return function(*args, **kwargs)

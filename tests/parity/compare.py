@@ -59,12 +59,13 @@ class Distance:
 def distance(run: Record, reference: Record) -> Distance:
     """How far `run` is from `reference`; both have the same steps and the same tensors.
 
-    Of runs without a training step, only what they have is compared.
+    What neither run has counts as equal: gradients, and norms where there was no training step.
     """
     assert run.moe_losses.keys() == reference.moe_losses.keys()
-    trained = bool(reference.losses)
+    has_gradients = bool(run.first_grads or reference.first_grads)
+    trained = bool(run.grad_norms or reference.grad_norms)
     return Distance(
-        grads=_tensors(run.first_grads, reference.first_grads) if trained else 0.0,
+        grads=_tensors(run.first_grads, reference.first_grads) if has_gradients else 0.0,
         losses=_series(run.losses + run.eval_losses, reference.losses + reference.eval_losses),
         norms=_series(run.grad_norms, reference.grad_norms) if trained else 0.0,
         weights=_tensors(run.weights, reference.weights),

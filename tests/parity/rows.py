@@ -47,6 +47,7 @@ class Row:
         steps: training steps; 0 for a run that only evaluates.
         evaluations: how often the run evaluates.
         moe_layers: on rank 0.
+        gradients: whether Megatron can hand over the first step's; norms are compared without.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Row:
     steps: int = STEPS
     evaluations: int = 0
     moe_layers: int = 2
+    gradients: bool = True
 
     def reference(self, data: str) -> tuple[int, list[str]]:
         """Ranks and command line of the stock run that the others are compared with."""
@@ -291,8 +293,8 @@ ROWS = [
         steps=FEW_STEPS,
     ),
     Row(
-        "square-root softplus router, biased by force",
-        flags=" --moe-router-score-function sqrtsoftplus --moe-router-force-biased 0.5",
+        "square-root softplus router",
+        flags=" --moe-router-score-function sqrtsoftplus",
         steps=FEW_STEPS,
     ),
     # Models.
@@ -355,6 +357,7 @@ ROWS = [
         expert_parallel=2,
         flags=DIST_OPT + " --num-distributed-optimizer-instances 2",
         steps=FEW_STEPS,
+        gradients=False,
     ),
     Row(
         "tensor parallel 2, MoE in every second layer, aux losses, overlapped shared experts",
@@ -387,6 +390,11 @@ ROWS = [
     ),
     # Runs.
     Row(
+        "SGD with momentum",
+        flags=" --optimizer sgd --sgd-momentum 0.9 --lr 2e-1 --min-lr 2e-1",
+        steps=FEW_STEPS,
+    ),
+    Row(
         "evaluation and hashes of weights between steps, expert data parallel 2",
         ranks=4,
         expert_parallel=2,
@@ -399,5 +407,6 @@ ROWS = [
         flags=" --skip-train --eval-iters 2",
         steps=0,
         evaluations=1,
+        gradients=False,
     ),
 ]

@@ -1,0 +1,113 @@
+"""What users ask for, and where the answer is: in rows of the parity table, or in refusals.
+
+Names that begin with a flag are settings of `megatron_laer.support.REFUSALS`.
+"""
+
+from __future__ import annotations
+
+FEATURES: dict[str, tuple[str, ...]] = {
+    "tensor parallel 2 with sequence parallel": (
+        "tensor parallel 2 with sequence parallel",
+        "tensor parallel 2, expert data parallel 2, distributed optimizer",
+        "tensor parallel 2, MoE in every second layer, aux losses, overlapped shared experts",
+    ),
+    "pipeline 2": (
+        "pipeline 2",
+        "pipeline 2 whose first stage has no MoE layer, aux losses, accumulation 2",
+        "full recompute, pipeline 2, accumulation 4",
+    ),
+    "virtual pipeline": (
+        "virtual pipeline 2 x 2, accumulation 4",
+        "restored once per step, virtual pipeline 2 x 2, accumulation 4",
+    ),
+    "context parallel 2": ("context parallel 2 with aux losses",),
+    "expert data parallel above 1": (
+        "expert data parallel 2",
+        "expert data parallel 2, distributed optimizer",
+    ),
+    "`--num-distributed-optimizer-instances` above 1": (
+        "distributed optimizer in 2 instances, expert data parallel 2",
+    ),
+    "distributed optimizer with both overlaps": ("distributed optimizer with both overlaps",),
+    "gradient accumulation": (
+        "accumulation 4",
+        "accumulation 4, distributed optimizer",
+    ),
+    "bf16": ("bf16", "tied embeddings, bf16, distributed optimizer, full recompute"),
+    "per-token loss": ("the same losses, recompute of the MoE layer, per-token loss",),
+    "full recompute, uniform": ("full recompute",),
+    "full recompute, by block": ("the same losses, full recompute of one layer in two",),
+    "selective recompute of `moe`": ("selective recompute of the MoE layer",),
+    "selective recompute of `core_attn`, `layernorm`, `mlp`, `shared_experts`": (
+        "first layer dense, recompute of attention, norms, dense and shared experts",
+    ),
+    "selective recompute of `moe_act`": ("--recompute-modules moe_act",),
+    "shared experts": ("shared experts",),
+    "shared experts with `--moe-shared-expert-overlap`": (
+        "shared experts with a gate and overlap",
+        "tensor parallel 2, MoE in every second layer, aux losses, overlapped shared experts",
+    ),
+    "multi-token prediction": (
+        "multi-token prediction with aux losses",
+        "pipeline 2 with multi-token prediction and tied embeddings, accumulation 2",
+    ),
+    "multi-token prediction with one layer repeated": ("--mtp-use-repeated-layer",),
+    "expert bias": (
+        "expert bias",
+        "group-limited sigmoid router in fp64 with expert bias, scaling and sequence aux loss",
+    ),
+    "softmax router": ("plain DDP", "top-1"),
+    "sigmoid router": ("expert bias",),
+    "square-root softplus router": ("square-root softplus router",),
+    "no load balancing": ("plain DDP",),
+    "load balancing by aux, sequence and global aux losses, z loss": (
+        "aux loss",
+        "aux, sequence, global and z losses, accumulation 2",
+    ),
+    "the losses of load balancing as logged, under recompute": (
+        "the same losses, full recompute of one layer in two",
+        "the same losses, recompute of the MoE layer, per-token loss",
+    ),
+    "load balancing by sinkhorn": ("sinkhorn router",),
+    "load balancing by quantiles": ("quantile balancing, accumulation 2",),
+    "group-limited routing": (
+        "group-limited sigmoid router in fp64 with expert bias, scaling and sequence aux loss",
+    ),
+    "first layers dense": (
+        "first layer dense, recompute of attention, norms, dense and shared experts",
+    ),
+    "`--moe-layer-freq` patterns": (
+        "tensor parallel 2, MoE in every second layer, aux losses, overlapped shared experts",
+        "pipeline 2 whose first stage has no MoE layer, aux losses, accumulation 2",
+    ),
+    "untied embeddings": ("plain DDP",),
+    "tied embeddings": (
+        "tied embeddings, bf16, distributed optimizer, full recompute",
+        "pipeline 2 with multi-token prediction and tied embeddings, accumulation 2",
+    ),
+    "latent MoE": ("latent MoE without a gate, shared experts",),
+    "experts without a gate": ("latent MoE without a gate, shared experts",),
+    "`--moe-apply-probs-on-input`": ("probabilities applied on input, top-1",),
+    "GLU clamp and offset": ("clamped and offset quick-GEGLU",),
+    "GLU interleave": ("--moe-mlp-glu-interleave-size",),
+    "activation offloading": (
+        "--fine-grained-activation-offloading",
+        "--cpu-offloading-num-layers",
+    ),
+    "paged stash": ("--moe-paged-stash",),
+    "evaluation": ("evaluation and hashes of weights between steps, expert data parallel 2",),
+    "`--skip-train`": ("evaluation alone",),
+    "`--check-weight-hash-across-dp-replicas-interval`": (
+        "evaluation and hashes of weights between steps, expert data parallel 2",
+    ),
+    "optimizers": ("plain DDP", "SGD with momentum", "--optimizer other than adam, sgd, lion"),
+    "FSEP's planners": (
+        "planner greedy, adaptive",
+        "planner search, forecast",
+        "planner laer, tolerance 0",
+    ),
+    "FSEP's plan modes": ("planner greedy, adaptive", "fresh layouts after the gate, exact"),
+    "FSEP's exchange through nodes": ("exchange through nodes of 2, E = 8 on 4 ranks",),
+    "`--fsep-restore step`": ("restored once per step, accumulation 4",),
+    "`--fsep-scheduler off`": ("scheduler off",),
+}

@@ -1,0 +1,132 @@
+"""docs/support.md, written from the parity table, the refusals and the figures of test runs.
+
+    python -m pytest tests/distributed/test_parity.py --junitxml results.xml
+    python -m tests.parity.report results.xml …
+
+Everything on the page but the figures follows from the code, so a unit test can tell whether it is
+up to date: `render(figures_on(page)) == page`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from megatron_laer.model_support import UNPROVED
+from megatron_laer.support import REFUSALS
+from tests.parity.compare import Distance
+from tests.parity.features import FEATURES
+from tests.parity.rows import FLOOR_FACTOR, ROWS, Row
+
+TEMPLATE = Path(__file__).with_name("support_page.md")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
+
+_NONE = "–"
+_COLUMNS = ("gradients", "losses", "norms", "weights", "MoE losses")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run of a row measured, as the page shows it: (distance, floor) by column."""
+
+    cells: tuple[str, ...]
+
+    @classmethod
+    def of(cls, found: Distance, floor: Distance, row: Row) -> Figures:
+        """Cells without meaning for the row are left out."""
+        logs = "--moe-aux-loss-coeff" in row.flags
+        shows = (row.gradients, True, row.steps > 0, row.steps > 0, logs)
+        pairs = zip(found.parts(), floor.parts(), shows, strict=True)
+        return cls(tuple(f"{a:.1e} ({b:.1e})" if shown else _NONE for a, b, shown in pairs))
+
+
+def figures_in(results: Path) -> dict[str, Figures]:
+    """Figures by row's name, from pytest's `--junitxml`.
+
+    Raises:
+        ValueError: a row failed: a page must not show figures of a run that proves nothing.
+    """
+    rows = {row.name: row for row in ROWS}
+    found: dict[str, Figures] = {}
+    for case in ElementTree.parse(results).iter("testcase"):
+        values = {item.get("name"): item.get("value") or "" for item in case.iter("property")}
+        if case.find("failure") is not None or case.find("error") is not None:
+            raise ValueError(f"{results}: {case.get('name')} failed; its row must pass first")
+        name = values.get("row")
+        if name in rows:
+            distances = (_distance(values["fsep"]), _distance(values["floor"]))
+            found[name] = Figures.of(*distances, rows[name])
+    return found
+
+
+def _distance(text: str) -> Distance:
+    words = text.split()
+    return Distance(
+        **{name: float(part) for name, part in zip(words[::2], words[1::2], strict=True)}
+    )
+
+
+def figures_on(page: str) -> dict[str, Figures]:
+    """Figures by row's name, from a page."""
+    lines = (line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| "))
+    width = 3 + len(_COLUMNS)
+    return {cells[0]: Figures(tuple(cells[3:])) for cells in lines if len(cells) == width}
+
+
+def render(figures: Mapping[str, Figures]) -> str:
+    """The page. Rows without figures are listed without."""
+    blank = Figures((_NONE,) * len(_COLUMNS))
+    heads = " | ".join(f"{column} (floor)" for column in _COLUMNS)
+    rows = (
+        f"| {row.name} | {row.ranks} | {row.steps} | "
+        + " | ".join(figures.get(row.name, blank).cells)
+        + " |"
+        for row in ROWS
+    )
+    refusals = (f"| `{item.setting}` | {item.reason} | {item.way_out} |" for item in REFUSALS)
+    features = (
+        f"| {feature} | {'refused' if _refused(names) else 'proved'} | {_listed(names)} |"
+        for feature, names in FEATURES.items()
+    )
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        proved=len(ROWS),
+        refused=len(REFUSALS),
+        factor=FLOOR_FACTOR,
+        features="\n".join(features),
+        heads=heads,
+        dashes="|".join("---" for _ in range(3 + len(_COLUMNS))),
+        rows="\n".join(rows),
+        refusals="\n".join(refusals),
+        unproved=", ".join(f"`{field}`" for field in sorted(UNPROVED)),
+    )
+
+
+def _refused(names: Iterable[str]) -> bool:
+    return all(name.startswith("--") for name in names)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return "; ".join(f"`{name}`" if name.startswith("--") else name for name in names)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page, with the figures of all results; complain of rows that have none."""
+    parser = argparse.ArgumentParser(prog="python -m tests.parity.report", description=__doc__)
+    parser.add_argument("results", nargs="+", type=Path, help="junit XML files of pytest")
+    options = parser.parse_args(arguments)
+    figures: dict[str, Figures] = {}
+    for results in options.results:
+        figures.update(figures_in(results))
+    missing = [row.name for row in ROWS if row.name not in figures]
+    PAGE.write_text(render(figures), encoding="utf-8")
+    if missing:
+        print(f"no figures for {len(missing)} rows: {'; '.join(missing)}", file=sys.stderr)
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,113 @@
+"""MoE fields of Megatron's configuration: each is proved, refused, without effect, or warned of."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+
+from megatron_laer import model_support
+from megatron_laer.model_support import PROVED, REQUIRED, UNPROVED, WITHOUT_EFFECT
+from tests.parity.flags import MODEL_FLAGS
+from tests.parity.rows import ROWS
+
+pytestmark = pytest.mark.unit
+
+PROGRAM = """
+import dataclasses, json
+from megatron_laer.launch import prepare
+prepare()
+from megatron.core.transformer.transformer_config import TransformerConfig
+print(json.dumps([field.name for field in dataclasses.fields(TransformerConfig)]))
+"""
+
+
+@dataclass
+class Config:
+    """As much of Megatron's configuration as is looked at, with a field that nobody knows."""
+
+    moe_token_dispatcher_type: str = "alltoall"
+    moe_router_topk: int = 2
+    moe_router_fusion: bool = False
+    moe_grouped_gemm: bool = False
+    moe_teleport: bool = False
+    moe_teleport_targets: list[str] = field(default_factory=list)
+    recompute_granularity: str | None = None
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    expert_tensor_parallel_size: int | None = 1
+    add_bias_linear: bool = False
+
+
+def test_every_moe_field_of_this_megatron_is_known() -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MEGATRON_LAER_DEVICE": "cpu"},
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    fields = set(json.loads(result.stdout.splitlines()[-1]))
+    moe_fields = {name for name in fields if name.startswith("moe_")}
+    known = [*REQUIRED, *PROVED, *WITHOUT_EFFECT, *UNPROVED]
+    assert len(known) == len(set(known)), "a field is in two lists"
+    assert moe_fields <= set(known), "new in this Megatron: decide what FSEP makes of it"
+    assert set(known) <= fields, "gone from this Megatron"
+
+
+def test_every_field_called_proved_is_set_by_a_row_of_the_parity_table() -> None:
+    given = {flag for row in ROWS for flag in row.flags.split()} | set(MODEL_FLAGS)
+    flags = {name: f"--{name.replace('_', '-')}" for name in PROVED}
+    assert [name for name, flag in flags.items() if flag not in given] == []
+
+
+def test_a_plain_model_is_taken_without_a_warning() -> None:
+    model_support.check(Config(moe_router_topk=4, moe_grouped_gemm=True))
+    assert model_support.warnings_of(Config(moe_router_topk=4, moe_grouped_gemm=True)) == []
+
+
+def test_fields_that_no_test_covers_are_named_in_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    model_support._warn_once.cache_clear()
+    config = Config(moe_router_fusion=True, moe_teleport=True, moe_teleport_targets=["moon"])
+    with caplog.at_level(logging.WARNING):
+        model_support.check(config)
+        model_support.check(config)  # the next layer of the same model
+    fusion, teleport, targets = (record.getMessage() for record in caplog.records)
+    assert "moe_router_fusion=True" in fusion and "no test proves" in fusion
+    assert "moe_teleport=True" in teleport and "does not know" in teleport
+    assert "moe_teleport_targets=['moon']" in targets
+
+
+def test_only_the_first_rank_warns(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    model_support._warn_once.cache_clear()
+    model_support.check(Config(moe_teleport=True))
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("config", "quoted"),
+    [
+        (Config(moe_token_dispatcher_type="flex"), "moe_token_dispatcher_type='flex'"),
+        (Config(add_bias_linear=True), "add_bias_linear=True"),
+        (Config(expert_tensor_parallel_size=2), "expert_tensor_parallel_size=2"),
+        (
+            Config(recompute_granularity="selective", recompute_modules=["moe_act"]),
+            "'moe_act': use 'moe'",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(config: Config, quoted: str) -> None:
+    with pytest.raises(ValueError, match="cannot run this model") as error:
+        model_support.check(config)
+    assert quoted in str(error.value)

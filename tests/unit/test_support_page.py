@@ -1,0 +1,86 @@
+"""docs/support.md says what the parity table, the refusals and the figures of a run say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_laer.support import REFUSALS
+from tests.parity import report
+from tests.parity.compare import Distance
+from tests.parity.features import FEATURES
+from tests.parity.report import Figures, figures_in, figures_on, render
+from tests.parity.rows import ROWS
+
+pytestmark = pytest.mark.unit
+
+FOUND = Distance(grads=1e-7, losses=2e-7, norms=3e-7, weights=4e-7, logged=5e-7)
+FLOOR = FOUND.times(2)
+
+
+def results(tmp_path: Path, inside: str = "") -> Path:
+    """Results of one row, as pytest writes them."""
+    path = tmp_path / "results.xml"
+    properties = {"row": "aux loss", "floor": str(FLOOR), "fsep": str(FOUND)}
+    listed = "".join(f'<property name="{k}" value="{v}"/>' for k, v in properties.items())
+    path.write_text(
+        "<testsuites><testsuite><testcase name='test_fsep_equals_stock[aux loss]'>"
+        f"<properties>{listed}</properties>{inside}</testcase></testsuite></testsuites>"
+    )
+    return path
+
+
+def test_the_page_is_up_to_date() -> None:
+    page = report.PAGE.read_text(encoding="utf-8")
+    assert render(figures_on(page)) == page, "run python -m tests.parity.report"
+
+
+def test_the_page_has_figures_of_every_row() -> None:
+    figures = figures_on(report.PAGE.read_text(encoding="utf-8"))
+    assert [row.name for row in ROWS if row.name not in figures] == []
+    # A row without a loss was never run.
+    assert [name for name, found in figures.items() if "(" not in found.cells[1]] == []
+
+
+def test_the_page_lists_every_row_and_every_refusal_once_and_counts_them() -> None:
+    page = report.PAGE.read_text(encoding="utf-8").splitlines()
+    for name in (*(row.name for row in ROWS), *(f"`{item.setting}`" for item in REFUSALS)):
+        assert sum(line.startswith(f"| {name} | ") and line.count(" | ") > 1 for line in page) >= 1
+    assert any(
+        f"{len(ROWS)} combinations are proved equal to stock, {len(REFUSALS)} settings" in line
+        for line in page
+    )
+
+
+def test_rows_have_names_of_their_own() -> None:
+    names = [row.name for row in ROWS]
+    assert len(names) == len(set(names))
+
+
+def test_features_point_at_rows_and_refusals_that_exist() -> None:
+    there = {row.name for row in ROWS} | {refusal.setting for refusal in REFUSALS}
+    assert {name for names in FEATURES.values() for name in names} <= there
+
+
+def test_figures_of_a_run_reach_the_page_and_come_back(tmp_path: Path) -> None:
+    found = figures_in(results(tmp_path))
+    cells = ("1.0e-07 (2.0e-07)", "2.0e-07 (4.0e-07)", "3.0e-07 (6.0e-07)", "4.0e-07 (8.0e-07)")
+    assert found == {"aux loss": Figures((*cells, "5.0e-07 (1.0e-06)"))}
+    page = render(found)
+    assert figures_on(page)["aux loss"] == found["aux loss"]
+    assert render(figures_on(page)) == page
+
+
+def test_a_row_that_failed_gets_no_figures(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="failed"):
+        figures_in(results(tmp_path, "<failure message='too far'/>"))
+
+
+def test_rows_without_figures_are_complained_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "PAGE", tmp_path / "support.md")
+    assert report.main([str(results(tmp_path))]) == 1
+    assert f"no figures for {len(ROWS) - 1} rows" in capsys.readouterr().err
+    assert "5.0e-07 (1.0e-06)" in report.PAGE.read_text(encoding="utf-8")
