@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from megatron_laer.runtime import planner_checkpoint
+from megatron_laer.runtime.coordinator import current_coordinator
+from megatron_laer.runtime.planner_checkpoint import FOLDER
 from tests.checkpoints import iteration_folder, saved_iteration, saved_tensors
 from tests.parity.flags import command_line
 from tests.parity.training import initial_weights, train
@@ -159,17 +165,146 @@ def train_until_exit(flags: list[str]) -> None:
         train(flags)
 
 
-@pytest.mark.parametrize("optimizer", ["", " --use-distributed-optimizer"])
+def layouts_in_force(_: list[torch.nn.Module]) -> Any:
+    """What decides where experts are, after a step; nothing on a stage without MoE layers."""
+    coordinator = current_coordinator()
+    if coordinator is None:
+        return None
+    return coordinator.version, [layer.layout.to_list() for layer in coordinator.layers]
+
+
+PLANNED = " --expert-parallel-mode fsep --fsep-late-plan wait"
+INTERRUPTED = {
+    "no planner": (4, FSEP + " --use-distributed-optimizer"),
+    "greedy, adaptive": (4, PLANNED),
+    "greedy, adaptive, async, distributed optimizer": (4, PLANNED + DISTRIBUTED + ASYNC),
+    "laer, forecast, two plans on their way": (
+        4,
+        PLANNED + " --fsep-planner laer --fsep-plan-mode forecast --fsep-plan-lag 2",
+    ),
+    "two stages, step restore": (2, PLANNED + STAGES + " --fsep-restore step"),
+    "two replicas": (2, PLANNED + DISTRIBUTED),
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, optimizer: str
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, case: str
 ) -> None:
-    flags = partial(command_line, text_data, experts=6, expert_parallel=4, global_batch=8, steps=8)
-    extra = FSEP + optimizer + " --ckpt-format torch_dist"
+    expert_parallel, extra = INTERRUPTED[case]
+    flags = partial(
+        command_line,
+        text_data,
+        experts=6,
+        expert_parallel=expert_parallel,
+        global_batch=8,
+        steps=7,
+    )
+    extra += TORCH_DIST
     save = f" --save {tmp_path} --save-interval 4"
     pool = ranks(4)
-    whole = pool.run(train, flags(extra=extra))[0]
+    whole = pool.run(train, flags(extra=extra), layouts_in_force)
     pool.run(train_until_exit, flags(extra=extra + save + " --exit-interval 4"))
-    rest = pool.run(train, flags(extra=extra + save + f" --load {tmp_path}"))[0]
-    assert rest.losses == whole.losses[4:]
-    assert rest.grad_norms == whole.grad_norms[4:]
-    assert_equal(rest.weights, whole.weights)
+    rest = pool.run(train, flags(extra=extra + save + f" --load {tmp_path}"), layouts_in_force)
+    for found, expected in zip(rest, whole, strict=True):
+        assert found.probes == expected.probes[4:]
+        assert found.losses == expected.losses[4:]
+        assert found.grad_norms == expected.grad_norms[4:]
+    assert_equal(rest[0].weights, whole[0].weights)
+
+    versions = [version for version, _ in whole[0].probes]
+    lag = 2 if "lag 2" in extra else 1
+    planned = list(range(1, 7 - lag + 1)) if PLANNED in extra else [0] * (7 - lag)
+    assert versions == [0] * lag + planned
+    groups = len(list((iteration_folder(tmp_path, 4) / FOLDER).glob("*")))
+    assert groups == (4 // expert_parallel if PLANNED in extra else 0)
+
+
+def order_of_files(flags: list[str], tracker: str) -> list[bool]:
+    """For each planner's state that this rank writes, whether its checkpoint counted by then."""
+    counted = []
+    save = planner_checkpoint.save_states
+
+    def observed(*args: Any) -> None:
+        save(*args)
+        if current_coordinator().groups.rank == 0:
+            assert Path(planner_checkpoint.state_path(args[0], 0)).exists()
+            counted.append(Path(tracker).exists())
+
+    with mock.patch.object(planner_checkpoint, "save_states", observed):
+        train(flags)
+    assert Path(tracker).exists()
+    return counted
+
+
+@pytest.mark.parametrize("how", ["", ASYNC], ids=["sync", "async"])
+def test_a_checkpoint_counts_only_after_its_planner_state_is_there(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, how: str
+) -> None:
+    extra = PLANNED + TORCH_DIST + how + f" --save {tmp_path} --save-interval 1000"
+    command = command_line(
+        text_data, experts=4, expert_parallel=2, global_batch=4, steps=2, extra=extra
+    )
+    tracker = str(tmp_path / "latest_checkpointed_iteration.txt")
+    assert ranks(2).run(order_of_files, command, tracker) == [[False], []]
+
+
+def train_and_listen(flags: list[str]) -> tuple[list[str], Any]:
+    """Train; returns what FSEP logged on this rank of planning anew, and the layouts at the end."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron_laer")
+    logger.addHandler(handler)
+    try:
+        record = train(flags, layouts_in_force)
+    finally:
+        logger.removeHandler(handler)
+    return [line for line in lines if "anew" in line], record.probes[0]
+
+
+def test_a_state_that_is_missing_damaged_or_of_another_run_costs_a_line(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+) -> None:
+    pool = ranks(2)
+
+    def command(extra: str) -> list[str]:
+        return command_line(
+            text_data,
+            experts=4,
+            expert_parallel=2,
+            global_batch=4,
+            steps=4,
+            extra=TORCH_DIST + extra,
+        )
+
+    whole = pool.run(train, command(PLANNED), layouts_in_force)[0]
+    pool.run(
+        train_until_exit,
+        command(PLANNED + f" --save {tmp_path} --save-interval 3 --exit-interval 3"),
+    )
+    load = f" --load {tmp_path}"
+    file = Path(planner_checkpoint.state_path(str(iteration_folder(tmp_path, 3)), 0))
+
+    def resumed(extra: str, expected: str | None) -> Any:
+        found = pool.run(train_and_listen, command(load + extra))
+        lines = [line for line_of_rank, _ in found for line in line_of_rank]
+        assert len(lines) == (expected is not None), lines
+        assert expected is None or expected in lines[0]
+        assert found[0][1] == found[1][1]
+        return found[0][1]
+
+    assert resumed(PLANNED, None) == whole.probes[3]
+    more_slots = resumed(PLANNED + " --fsep-capacity 4", "this one has N = 2 ranks, C = 4 slots")
+    assert more_slots[0] == 0
+    again = resumed(PLANNED + WEIGHTS_ONLY, "before step 3 and training begins at step 0")
+    assert again == whole.probes[0]
+    state = file.read_bytes()
+    for wrong, said in ((state[:-5], "cut off"), (b"x" * len(state), "is no planner's state")):
+        file.write_bytes(wrong)
+        assert resumed(PLANNED, said) == whole.probes[0]
+    file.unlink()
+    assert resumed(PLANNED, "there is no planner's state") == whole.probes[0]
+    # Stock expert parallelism does not mind the file.
+    file.write_bytes(state)
+    assert len(pool.run(train, command(load))[0].losses) == 1
