@@ -4,6 +4,7 @@ torchrun ... -m megatron_laer train PATH/TO/pretrain_gpt.py -- <Megatron's flags
 python -m megatron_laer prepare-data --input FILES --output PREFIX
 python -m megatron_laer flags mixtral-8x7b-e8k2
 python -m megatron_laer plan TRACE --ranks N --capacity C --cluster a100-4x8-ib800
+python -m megatron_laer inspect CHECKPOINT
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_laer import __version__, data
+from megatron_laer import __version__, data, inspection
 from megatron_laer.model_flags import model_flags
 from megatron_laer.simulator import command as plan
 
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return data.run(args)
         elif args.command == "plan":
             return plan.run(args)
+        elif args.command == "inspect":
+            print(inspection.describe(args.checkpoint))
+            return 0
         else:
             print(shlex.join(model_flags(args.file)))
             return 0
@@ -65,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("script", metavar="SCRIPT", help="the script; its arguments follow --")
     prepare_data = commands.add_parser("prepare-data", help="make a dataset from text files")
     data.add_arguments(prepare_data)
+    inspect = commands.add_parser("inspect", help="print what is in a checkpoint")
+    inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="of a run, or of one iteration")
     flags = commands.add_parser("flags", help="print Megatron's flags for a model configuration")
     flags.add_argument("file", metavar="FILE", help="a YAML file, or a name in configs/models")
     plan_command = commands.add_parser(

@@ -237,7 +237,7 @@ def _read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
     if len(header["observed"]) != len(header["layers"]) or any(
         type(flag) is not bool for flag in header["observed"]
     ):
-        raise ValueError(f"observed must be a truth value per layer, got {header['observed']}")
+        raise ValueError("observed must be a list of truth values, one per layer")
     for plan in header["plans"]:
         _check_types("plan", plan, _PLAN_KEYS)
     return header, body[_PREFIX.size + length :]
@@ -245,16 +245,18 @@ def _read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 def _check_types(what: str, found: object, wanted: dict[str, type]) -> None:
     """Exactly these keys, of exactly these types (a truth value is no integer)."""
-    types = {key: type(value) for key, value in found.items()} if isinstance(found, dict) else found
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} must have {_types_text(wanted)}, got a {type(found).__name__}")
+    types = {key: type(value) for key, value in found.items()}
     if types != wanted:
-        raise ValueError(f"{what} must have {_types_text(wanted)}, got {types!r}")
+        raise ValueError(f"{what} must have {_types_text(wanted)}, got {_types_text(types)}")
 
 
 def _check_names(names: Sequence[object]) -> None:
-    if not 1 <= len(names) <= _MAX_LAYERS or len(set(map(repr, names))) != len(names):
-        raise ValueError(f"layers must be 1 to {_MAX_LAYERS} different names, got {len(names)}")
     if not all(isinstance(name, str) and 1 <= len(name) <= _MAX_NAME for name in names):
         raise ValueError(f"layer names must be texts of 1 to {_MAX_NAME} characters")
+    if not 1 <= len(names) <= _MAX_LAYERS or len(set(names)) != len(names):
+        raise ValueError(f"layers must be 1 to {_MAX_LAYERS} different names, got {len(names)}")
 
 
 def _check_range(what: str, number: int, highest: int) -> None:

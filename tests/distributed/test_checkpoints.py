@@ -1,14 +1,23 @@
-"""Checkpoints hold stock's names and shapes: either side loads what the other saved, to the bit."""
+"""Checkpoints hold stock's names and shapes, and what a resumed planner needs."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from megatron_laer import inspection
+from megatron_laer.runtime import planner_checkpoint
+from megatron_laer.runtime.coordinator import current_coordinator
+from megatron_laer.runtime.planner_checkpoint import FOLDER
+from tests.checkpoints import iteration_folder, saved_iteration, saved_tensors
 from tests.parity.flags import command_line
 from tests.parity.training import initial_weights, train
 from tests.parity.weights import Tensors
@@ -18,6 +27,7 @@ pytestmark = pytest.mark.distributed
 
 FSEP = " --expert-parallel-mode fsep --fsep-planner static"
 WEIGHTS_ONLY = " --no-load-optim --no-load-rng --finetune"
+TORCH_DIST = " --ckpt-format torch_dist"
 
 
 def assert_equal(found: Tensors, expected: Tensors) -> None:
@@ -25,6 +35,98 @@ def assert_equal(found: Tensors, expected: Tensors) -> None:
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert torch.equal(found[key], tensor), key
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A run that loads a checkpoint and saves it again, and how it is parallel."""
+
+    ranks: int
+    expert_parallel: int
+    mode: str = ""
+
+
+@dataclass(frozen=True)
+class Journey:
+    """A checkpoint goes from one way of being parallel to the next."""
+
+    name: str
+    flags: str
+    stops: tuple[Stop, ...]
+    gated: bool = True
+
+
+STOCK_TO_STOCK = (
+    Stop(2, 2),
+    Stop(4, 4, FSEP),
+    Stop(2, 2, FSEP + " --fsep-capacity 7"),
+    Stop(4, 2, FSEP),
+    Stop(4, 4),
+)
+DISTRIBUTED = " --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+ASYNC = " --async-save --async-strategy mcore"
+STAGES = " --pipeline-model-parallel-size 2"
+# Megatron pads the vocabulary to a multiple of 128 per tensor rank.
+TENSOR = " --tensor-model-parallel-size 2 --sequence-parallel --make-vocab-size-divisible-by 64"
+JOURNEYS = (
+    Journey("plain optimizer", "", STOCK_TO_STOCK),
+    Journey(
+        "distributed optimizer, bf16, async, fully parallel",
+        DISTRIBUTED + ASYNC + " --bf16 --ckpt-fully-parallel-load",
+        STOCK_TO_STOCK,
+    ),
+    Journey(
+        "uneven rows of both matrices",  # 10 and 54 on four ranks
+        DISTRIBUTED + " --ffn-hidden-size 10 --hidden-size 54 --num-attention-heads 3",
+        STOCK_TO_STOCK,
+        gated=False,
+    ),
+    Journey(
+        "pipeline and tensor parallel",
+        DISTRIBUTED,
+        (
+            Stop(2, 2),
+            Stop(4, 4, FSEP + TENSOR),
+            Stop(4, 2, FSEP + STAGES),
+            Stop(4, 2, TENSOR),
+            Stop(4, 4, FSEP),
+        ),
+    ),
+)
+
+
+@pytest.mark.parametrize("journey", JOURNEYS, ids=lambda journey: journey.name)
+def test_weights_and_optimizer_state_survive_every_change_of_parallelism(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, journey: Journey
+) -> None:
+    folders = []
+    for number, stop in enumerate(journey.stops):
+        source, target = tmp_path / str(number - 1), tmp_path / str(number)
+        # The first run trains; the others have no step left, and save what they loaded.
+        flags = journey.flags + TORCH_DIST + stop.mode + f" --save {target} --save-interval 1000"
+        flags += " --save-interval 2" if number == 0 else f" --load {source}"
+        command = command_line(
+            text_data,
+            experts=8,
+            expert_parallel=stop.expert_parallel,
+            global_batch=8,
+            steps=2,
+            extra=flags,
+        )
+        if not journey.gated:
+            command.remove("--swiglu")
+        ranks(stop.ranks).run(train, command)
+        assert saved_iteration(target) == 2
+        folders.append(iteration_folder(target, 2))
+
+    first, *others = map(saved_tensors, folders)
+    states = {key.split(".")[2] for key in first if key.startswith("optimizer.state.")}
+    assert {"exp_avg", "exp_avg_sq"} <= states
+    assert first[
+        "optimizer.state.exp_avg.decoder.layers.mlp.experts.experts.linear_fc1.weight"
+    ].any()
+    for other in others:
+        assert_equal(other, first)
 
 
 @pytest.mark.parametrize("ffn", [64, 10], ids=["even rows", "uneven rows"])
@@ -67,17 +169,148 @@ def train_until_exit(flags: list[str]) -> None:
         train(flags)
 
 
-@pytest.mark.parametrize("optimizer", ["", " --use-distributed-optimizer"])
+def layouts_in_force(_: list[torch.nn.Module]) -> Any:
+    """What decides where experts are, after a step; nothing on a stage without MoE layers."""
+    coordinator = current_coordinator()
+    if coordinator is None:
+        return None
+    return coordinator.version, [layer.layout.to_list() for layer in coordinator.layers]
+
+
+PLANNED = " --expert-parallel-mode fsep --fsep-late-plan wait"
+INTERRUPTED = {
+    "no planner": (4, FSEP + " --use-distributed-optimizer"),
+    "greedy, adaptive": (4, PLANNED),
+    "greedy, adaptive, async, distributed optimizer": (4, PLANNED + DISTRIBUTED + ASYNC),
+    "laer, forecast, two plans on their way": (
+        4,
+        PLANNED + " --fsep-planner laer --fsep-plan-mode forecast --fsep-plan-lag 2",
+    ),
+    "two stages, step restore": (2, PLANNED + STAGES + " --fsep-restore step"),
+    "two replicas": (2, PLANNED + DISTRIBUTED),
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, optimizer: str
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, case: str
 ) -> None:
-    flags = partial(command_line, text_data, experts=6, expert_parallel=4, global_batch=8, steps=8)
-    extra = FSEP + optimizer + " --ckpt-format torch_dist"
+    expert_parallel, extra = INTERRUPTED[case]
+    flags = partial(
+        command_line,
+        text_data,
+        experts=6,
+        expert_parallel=expert_parallel,
+        global_batch=8,
+        steps=7,
+    )
+    extra += TORCH_DIST
     save = f" --save {tmp_path} --save-interval 4"
     pool = ranks(4)
-    whole = pool.run(train, flags(extra=extra))[0]
+    whole = pool.run(train, flags(extra=extra), layouts_in_force)
     pool.run(train_until_exit, flags(extra=extra + save + " --exit-interval 4"))
-    rest = pool.run(train, flags(extra=extra + save + f" --load {tmp_path}"))[0]
-    assert rest.losses == whole.losses[4:]
-    assert rest.grad_norms == whole.grad_norms[4:]
-    assert_equal(rest.weights, whole.weights)
+    rest = pool.run(train, flags(extra=extra + save + f" --load {tmp_path}"), layouts_in_force)
+    for found, expected in zip(rest, whole, strict=True):
+        assert found.probes == expected.probes[4:]
+        assert found.losses == expected.losses[4:]
+        assert found.grad_norms == expected.grad_norms[4:]
+    assert_equal(rest[0].weights, whole[0].weights)
+
+    versions = [version for version, _ in whole[0].probes]
+    lag = 2 if "lag 2" in extra else 1
+    planned = list(range(1, 7 - lag + 1)) if PLANNED in extra else [0] * (7 - lag)
+    assert versions == [0] * lag + planned
+    groups = len(list((iteration_folder(tmp_path, 4) / FOLDER).glob("*")))
+    assert groups == (4 // expert_parallel if PLANNED in extra else 0)
+
+
+def order_of_files(flags: list[str], tracker: str) -> list[bool]:
+    """For each planner's state that this rank writes, whether its checkpoint counted by then."""
+    counted = []
+    save = planner_checkpoint.save_states
+
+    def observed(*args: Any) -> None:
+        save(*args)
+        if current_coordinator().groups.rank == 0:
+            assert Path(planner_checkpoint.state_path(args[0], 0)).exists()
+            counted.append(Path(tracker).exists())
+
+    with mock.patch.object(planner_checkpoint, "save_states", observed):
+        train(flags)
+    assert Path(tracker).exists()
+    return counted
+
+
+@pytest.mark.parametrize("how", ["", ASYNC], ids=["sync", "async"])
+def test_a_checkpoint_counts_only_after_its_planner_state_is_there(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, how: str
+) -> None:
+    extra = PLANNED + TORCH_DIST + how + f" --save {tmp_path} --save-interval 1000"
+    command = command_line(
+        text_data, experts=4, expert_parallel=2, global_batch=4, steps=2, extra=extra
+    )
+    tracker = str(tmp_path / "latest_checkpointed_iteration.txt")
+    assert ranks(2).run(order_of_files, command, tracker) == [[False], []]
+
+
+def train_and_listen(flags: list[str]) -> tuple[list[str], Any]:
+    """Train; returns what FSEP logged on this rank of planning anew, and the layouts at the end."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron_laer")
+    logger.addHandler(handler)
+    try:
+        record = train(flags, layouts_in_force)
+    finally:
+        logger.removeHandler(handler)
+    return [line for line in lines if "anew" in line], record.probes[0]
+
+
+def test_a_state_that_is_missing_damaged_or_of_another_run_costs_a_line(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+) -> None:
+    pool = ranks(2)
+
+    def command(extra: str) -> list[str]:
+        return command_line(
+            text_data,
+            experts=4,
+            expert_parallel=2,
+            global_batch=4,
+            steps=4,
+            extra=TORCH_DIST + extra,
+        )
+
+    whole = pool.run(train, command(PLANNED), layouts_in_force)[0]
+    pool.run(
+        train_until_exit,
+        command(PLANNED + f" --save {tmp_path} --save-interval 3 --exit-interval 3"),
+    )
+    report = inspection.describe(tmp_path)
+    assert "group 0: N = 2 ranks, C = 3 slots, E = 4 experts; goes on with step 3" in report
+    load = f" --load {tmp_path}"
+    file = Path(planner_checkpoint.state_path(str(iteration_folder(tmp_path, 3)), 0))
+
+    def resumed(extra: str, expected: str | None) -> Any:
+        found = pool.run(train_and_listen, command(load + extra))
+        lines = [line for line_of_rank, _ in found for line in line_of_rank]
+        assert len(lines) == (expected is not None), lines
+        assert expected is None or expected in lines[0]
+        assert found[0][1] == found[1][1]
+        return found[0][1]
+
+    assert resumed(PLANNED, None) == whole.probes[3]
+    more_slots = resumed(PLANNED + " --fsep-capacity 4", "this one has N = 2 ranks, C = 4 slots")
+    assert more_slots[0] == 0
+    again = resumed(PLANNED + WEIGHTS_ONLY, "before step 3 and training begins at step 0")
+    assert again == whole.probes[0]
+    state = file.read_bytes()
+    for wrong, said in ((state[:-5], "cut off"), (b"x" * len(state), "is no planner's state")):
+        file.write_bytes(wrong)
+        assert resumed(PLANNED, said) == whole.probes[0]
+    file.unlink()
+    assert resumed(PLANNED, "there is no planner's state") == whole.probes[0]
+    # Stock expert parallelism does not mind the file.
+    file.write_bytes(state)
+    assert len(pool.run(train, command(load))[0].losses) == 1

@@ -1,0 +1,43 @@
+"""What a checkpoint on disk holds, read without ranks."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from tests.parity.weights import Tensors
+
+
+def iteration_folder(directory: Path, iteration: int) -> Path:
+    """Where Megatron keeps one checkpoint of a run."""
+    return directory / f"iter_{iteration:07d}"
+
+
+def saved_iteration(directory: Path) -> int:
+    """The checkpoint that counts."""
+    return int((directory / "latest_checkpointed_iteration.txt").read_text())
+
+
+def saved_tensors(folder: Path) -> Tensors:
+    """Every tensor of a checkpoint, whole, under its global name.
+
+    Raises:
+        AssertionError: shards leave a gap, seen as NaN.
+    """
+    reader = torch_checkpoint.FileSystemReader(folder)
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.full(entry.size, torch.nan, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+    for name, tensor in tensors.items():
+        assert not tensor.isnan().any(), f"shards of {name} leave gaps"
+    return tensors

@@ -1,0 +1,142 @@
+"""`inspect` tells what a checkpoint holds, in one process, and runs nothing that it finds there."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+
+from megatron_laer import cli, inspection
+from megatron_laer.runtime.planner_checkpoint import state_path
+from tests.unit.test_planner_state import make_state
+
+pytestmark = pytest.mark.unit
+
+EXPERTS = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's directory with one checkpoint, at iteration 7."""
+    folder = tmp_path / "iter_0000007"
+    folder.mkdir()
+    tensors = {
+        "embedding.word_embeddings.weight": torch.zeros(16, 4, dtype=torch.bfloat16),
+        EXPERTS: torch.zeros(2, 6, 8, 4, dtype=torch.bfloat16),
+        f"optimizer.state.exp_avg.{EXPERTS}": torch.zeros(2, 6, 8, 4),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch_checkpoint.save(tensors, checkpoint_id=folder, no_dist=True)
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    return tmp_path
+
+
+def write_state(run: Path, data: bytes) -> None:
+    path = Path(state_path(str(run / "iter_0000007"), 3))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+
+
+def test_a_run_and_its_checkpoint_are_described(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_state(run, make_state().to_bytes())
+    assert cli.main(["inspect", str(run)]) == 0
+    report = capsys.readouterr().out
+    for expected in (
+        "iter_0000007",
+        "2 tensors, 448 elements, 896 bytes (bfloat16)",
+        "vocabulary 16, hidden 4",
+        "2 layers, 6 experts of 8 x 4",
+        "1 tensors, 1,536 bytes (exp_avg)",
+        "planner, group 3: N = 4 ranks, C = 3 slots, E = 6 experts; goes on with step 8, layout "
+        "version 5, plans not in force yet from steps 6, 7",
+        "layer 2: replicas per expert",
+        "mtp 1: replicas per expert",
+    ):
+        assert expected in report
+    assert inspection.describe(run / "iter_0000007") == report.rstrip("\n")
+
+
+def test_a_damaged_state_is_part_of_the_report(run: Path) -> None:
+    assert "no state" in inspection.describe(run)
+    write_state(run, make_state().to_bytes()[:-1])
+    assert "planner, group 3: is damaged or cut off" in inspection.describe(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latest_checkpointed_iteration.txt", "seven", "expected an iteration"),
+        ("latest_checkpointed_iteration.txt", "8", "names iter_0000008"),
+        ("iter_0000007/metadata.json", "[1]", "no JSON object"),
+        ("iter_0000007/metadata.json", "{", "metadata.json"),
+        ("iter_0000007/.metadata", "text", "no list of tensors"),
+    ],
+)
+def test_a_damaged_checkpoint_is_an_error_that_says_what(
+    run: Path, name: str, content: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / name).write_text(content)
+    assert cli.main(["inspect", str(run)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_no_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no checkpoint: it holds neither"):
+        inspection.describe(tmp_path)
+    with pytest.raises(ValueError, match="is no directory"):
+        inspection.describe(tmp_path / "absent")
+
+
+class Command:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self._call = function, arguments
+
+    def __reduce__(self) -> object:
+        return self._call
+
+
+def test_a_pickle_that_would_run_something_is_refused(run: Path) -> None:
+    mark = run / "ran"
+    metadata = run / "iter_0000007" / ".metadata"
+    by_import = (
+        b"ctorch.distributed.checkpoint.metadata\nos.mkdir\n(V" + os.fsencode(mark) + b"\ntR."
+    )
+    for data in (
+        pickle.dumps(Command(os.mkdir, str(mark))),
+        pickle.dumps(Command(eval, f"__import__('os').mkdir({str(mark)!r})")),
+        pickle.dumps(Command(torch.save, 1, str(mark))),
+        b"\x80\x04" + by_import,
+    ):
+        metadata.write_bytes(data)
+        with pytest.raises(ValueError, match="it asks for"):
+            inspection.describe(run)
+    assert not mark.exists()
+
+
+def test_only_value_errors_come_out_of_a_mutated_list_of_tensors(run: Path) -> None:
+    metadata = run / "iter_0000007" / ".metadata"
+    data = metadata.read_bytes()
+    draw = random.Random(2)
+    refused = 0
+    for _ in range(300):
+        changed = bytearray(data)
+        for _ in range(draw.randint(1, 3)):
+            changed[draw.randrange(len(changed))] = draw.randrange(256)
+        metadata.write_bytes(bytes(changed[: draw.randint(1, len(changed))]))
+        try:
+            inspection.describe(run)
+        except ValueError:
+            refused += 1
+    assert refused > 200

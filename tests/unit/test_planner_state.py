@@ -1,0 +1,184 @@
+"""A planner's state comes back from its bytes; nothing else passes for one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner import state as states
+from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.service import Plan
+from megatron_laer.planner.state import PlannerState
+
+pytestmark = pytest.mark.unit
+
+N, C, E = 4, 3, 6
+LAYERS = ("layer 2", "layer 3", "mtp 1")
+PREFIX = struct.Struct("<8sII")
+# Not too deep for the reader of JSON.
+NESTED: list[Any] = []
+for _ in range(900):
+    NESTED = [NESTED]
+
+
+def layouts(seed: int) -> tuple[ExpertLayout, ...]:
+    return tuple(ExpertLayout.random(N, C, E, (seed, layer)) for layer in range(len(LAYERS)))
+
+
+def make_state(**changes: Any) -> PlannerState:
+    counts = np.random.default_rng(0).integers(0, 1000, (2, N, E))
+    observed = SmoothedForecast().observe(counts[0]).observe(counts[1])
+    state = PlannerState(
+        next_step=8,
+        version=5,
+        layers=LAYERS,
+        layouts=layouts(0),
+        forecasts=(observed, SmoothedForecast(), SmoothedForecast().observe(counts[0])),
+        plans=tuple(Plan(step, dict(enumerate(layouts(step))), 1.5 * step) for step in (6, 7)),
+    )
+    return dataclasses.replace(state, **changes)
+
+
+def signed(header: object, payload: bytes) -> bytes:
+    """A file with a right digest, whatever its content."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    body = PREFIX.pack(b"FSEPPLAN", 1, len(text)) + text + payload
+    return body + states._digest(body)
+
+
+def taken_apart(data: bytes) -> tuple[dict[str, Any], bytes]:
+    length = PREFIX.unpack_from(data)[2]
+    end = PREFIX.size + length
+    return json.loads(data[PREFIX.size : end]), data[end:-32]
+
+
+def test_a_state_comes_back_as_it_was() -> None:
+    state = make_state()
+    found = PlannerState.from_bytes(state.to_bytes())
+    for name in ("next_step", "version", "layers", "layouts", "plans"):
+        assert getattr(found, name) == getattr(state, name), name
+    for forecast, saved in zip(found.forecasts, state.forecasts, strict=True):
+        assert (forecast.level_NE is None) == (saved.level_NE is None)
+        assert forecast.level_NE is None or (forecast.level_NE == saved.level_NE).all()
+        assert forecast.weight == saved.weight
+
+
+def test_a_state_of_another_group_is_refused_with_what_differs() -> None:
+    state = make_state()
+    state.check_fits(Geometry(num_ranks=N, num_experts=E, capacity=C, node_size=2), LAYERS)
+    for other in ({"num_ranks": 8}, {"capacity": 4}, {"num_experts": 5}):
+        sizes = {"num_ranks": N, "capacity": C, "num_experts": E} | other
+        with pytest.raises(ValueError, match=r"C = 3 slots and E = 6 experts, this one has N ="):
+            state.check_fits(Geometry(node_size=1, **sizes), LAYERS)
+    geometry = Geometry(num_ranks=N, num_experts=E, capacity=C, node_size=2)
+    with pytest.raises(ValueError, match=r"3 layers, layer 2 to mtp 1, this group has layer 2"):
+        state.check_fits(geometry, LAYERS[:1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"next_step": -1}, "next_step"),
+        ({"version": True}, "version"),
+        ({"version": 1.0}, "version"),
+        ({"num_ranks": 2**70}, "arrays"),
+        ({"num_ranks": N * 2, "num_experts": E // 2}, "slots|arrays|expert"),
+        ({"capacity": 0}, "at least 1"),
+        ({"capacity": 7}, "exceeds"),
+        ({"layers": ["a", "a", "b"]}, "different names"),
+        ({"layers": ["a", "b", 3]}, "names"),
+        ({"layers": ["a", "b", "c" * 1000]}, "characters"),
+        ({"layers": []}, "names"),
+        ({"observed": [True, 0, True]}, "observed"),
+        ({"observed": [True, True, True]}, "arrays"),
+        ({"plans": [{"source_step": 7, "plan_ms": 1.0}]}, "arrays"),
+        ({"plans": [{"source_step": 7, "plan_ms": 1.0}] * 2}, "comes after"),
+        ({"plans": [{"source_step": s, "plan_ms": 1.0} for s in (7, 8)]}, "source_step"),
+        ({"plans": [{"source_step": s, "plan_ms": float("nan")} for s in (6, 7)]}, "plan_ms"),
+        ({"plans": [{"source_step": 6}, {"source_step": 7}]}, "plan must have"),
+        ({"plans": [6, 7]}, "plan must have"),
+        ({"more": 1}, "header must have"),
+        ({"observed": NESTED}, "observed"),
+        ({"layers": NESTED}, "names"),
+        ({"plans": NESTED}, "plan must have"),
+    ],
+)
+def test_a_wrong_number_with_a_right_digest_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    header, payload = taken_apart(make_state().to_bytes())
+    assert PlannerState.from_bytes(signed(header, payload)).version == 5
+    with pytest.raises(ValueError, match=message):
+        PlannerState.from_bytes(signed(header | changes, payload))
+
+
+@pytest.mark.parametrize(
+    "header", [b"[" * 100_000, b"", b"\xff", b"null", b"[]", b'{"a":1}', b"1" * 10_000]
+)
+def test_a_header_that_is_none_is_refused(header: bytes) -> None:
+    with pytest.raises(ValueError):
+        PlannerState.from_bytes(signed(header, b""))
+
+
+def test_loads_that_no_step_can_have_are_refused() -> None:
+    header, payload = taken_apart(make_state().to_bytes())
+    for level in (-1, 2**62):
+        wrong = payload[:-8] + struct.pack("<q", level)
+        with pytest.raises(ValueError, match="loads"):
+            PlannerState.from_bytes(signed(header, wrong))
+    twice = payload[: -2 * 8] + struct.pack("<qq", 2**63 - 1, 2**63 - 1)  # wraps in int64
+    with pytest.raises(ValueError, match="loads"):
+        PlannerState.from_bytes(signed(header, twice))
+
+
+def test_every_changed_byte_and_every_cut_is_found() -> None:
+    data = make_state().to_bytes()
+    for at in range(len(data)):
+        for wrong in (data[:at], data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]):
+            with pytest.raises(ValueError):
+                PlannerState.from_bytes(wrong)
+    with pytest.raises(ValueError, match="digest"):
+        PlannerState.from_bytes(data + b"\0")
+
+
+def mutated(data: bytes, draw: random.Random) -> bytes:
+    """Bytes changed, cut out, repeated or added."""
+    changed = bytearray(data)
+    for _ in range(draw.randint(1, 4)):
+        first = draw.randrange(len(changed) + 1)
+        last = min(len(changed), first + draw.choice([1, 1, 2, 8, 40]))
+        part = bytes(changed[first:last])
+        digits = bytes(draw.choice(b'0123456789-eE.,:{}[]"tn') for _ in part)
+        changed[first:last] = draw.choice([b"", part + part, draw.randbytes(len(part)), digits])
+    return bytes(changed)
+
+
+def test_only_value_errors_come_out_of_mutated_bytes() -> None:
+    state = make_state().to_bytes()
+    end = len(state) - 32
+    text_end = PREFIX.size + PREFIX.unpack_from(state)[2]
+    draw = random.Random(1)
+    accepted = 0
+    for case in range(6000):
+        if case % 3 == 0:
+            data = mutated(state, draw)
+        elif case % 3 == 1:  # with a right digest, so that what lies behind it is reached
+            body = mutated(state[:end], draw)
+            data = body + states._digest(body)
+        else:  # with a right prefix as well
+            data = signed(mutated(state[PREFIX.size : text_end], draw), state[text_end:end])
+        try:
+            found = PlannerState.from_bytes(data)
+        except ValueError:
+            continue
+        accepted += 1
+        assert PlannerState.from_bytes(found.to_bytes()).to_bytes() == found.to_bytes()
+    assert 0 < accepted < 1500  # some changes make another legal state
