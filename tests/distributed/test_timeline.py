@@ -1,9 +1,10 @@
-"""`--fsep-timeline` writes what each lane did when, and the log line says what compute waited for."""
+"""`--fsep-timeline` writes what each lane did when; the log says what compute waited for."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,11 @@ def test_work_on_one_lane_is_in_order_and_phases_alternate_with_exchanges(
     for rank in range(2):
         lanes = read(tmp_path, rank)
         phases = [
-            event
-            for event in lanes[COMPUTE]
-            if not event["name"].startswith(("step ", "wait: "))
+            event for event in lanes[COMPUTE] if not event["name"].startswith(("step ", "wait: "))
         ]
         main_thread = sorted(phases + lanes[TOKENS], key=lambda event: event["ts"])
         for series in (main_thread, lanes["parameters"], lanes["gradients"]):
-            for before, after in zip(series, series[1:], strict=False):
+            for before, after in pairwise(series):
                 assert after["ts"] >= end(before) - ROUNDING_US, (before, after)
         # Phases and exchanges follow each other without a gap, within each step.
         kinds = [event["cat"] for event in main_thread]
@@ -134,8 +133,7 @@ def test_the_next_layers_restore_begins_before_this_layers_experts_end(
         restores = named(lanes["parameters"], "restore layer 2")[::4]
         experts = named(lanes[COMPUTE], "experts layer 1")
         early = sum(
-            restore["ts"] < end(compute)
-            for restore, compute in zip(restores, experts, strict=True)
+            restore["ts"] < end(compute) for restore, compute in zip(restores, experts, strict=True)
         )
         overlapped[scheduler] = early
     # On a machine that is busy, a lane's thread may get its turn only after the experts.
