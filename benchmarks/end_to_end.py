@@ -125,11 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--quick", action="store_true", help="a small model: says nothing of speed")
     parser.add_argument("--repeats", type=int, help="of every configuration")
+    parser.add_argument("--steps", type=int, help="that are counted, but for bursts")
     parser.add_argument("--only", help="configurations whose names contain this, and the ideal")
     options = parser.parse_args(arguments)
     size = QUICK if options.quick else FULL
     if options.repeats is not None:
         size = replace(size, repeats=options.repeats)
+    if options.steps is not None:
+        size = replace(size, steps=options.steps)
     with tempfile.TemporaryDirectory() as scratch:
         cases = configurations(size, options.ranks, Path(scratch))
         if options.only is not None:
@@ -214,6 +217,12 @@ def step_times(size: Size, ranks: Sequence[Measured]) -> list[float]:
     return ranks[0].step_ms[size.warm_up :]
 
 
+def cpu_times(size: Size, ranks: Sequence[Measured]) -> list[float]:
+    """Processor time of each such step on its busiest rank: the step's time but for waiting."""
+    by_step = zip(*(measured.cpu_ms for measured in ranks), strict=True)
+    return [max(of_ranks) for of_ranks in by_step][size.warm_up :]
+
+
 def spread(times: Iterable[float]) -> dict[str, float]:
     """Median, least and most, in milliseconds."""
     found = list(times)
@@ -249,11 +258,17 @@ def summary(cases: Sequence[Configuration], runs: Runs, size: Size) -> dict[str,
         "exposed_restore_share": {
             "scheduled": share("adaptive"),
             "unscheduled": share("scheduler off"),
-            "scheduled_recompute": share("recompute"),
-            "unscheduled_recompute": share("recompute, scheduler off"),
+        },
+        "exposed_restore_share_recompute": {
+            "scheduled": share("recompute"),
+            "unscheduled": share("recompute, scheduler off"),
         },
         "exposed_share_by_mode": shares,
         "fsep_balanced_by_mode_ms": {mode: times(f"fsep balanced, {mode}") for mode in modes},
+        "cpu_ms": {
+            case.name: spread(ms for ranks in runs[case.name] for ms in cpu_times(size, ranks))
+            for case in cases
+        },
         "throughput_of_ideal": {case.name: throughput(runs, case.name, size) for case in cases},
         "burst_steps_ms": {
             kind: spread(burst_times(runs[f"{kind}, burst"]))
@@ -327,6 +342,9 @@ def report(cases: Sequence[Configuration], runs: Runs, size: Size) -> None:
             {
                 "configuration": case.name,
                 **{f"{key} ms": round(value, 1) for key, value in times.items()},
+                "CPU ms": round(
+                    statistics.median(ms for ranks in repeats for ms in cpu_times(size, ranks)), 1
+                ),
                 "of ideal": round(throughput(runs, case.name, size)["median"], 3),
                 "max/mean stock": round(stock_skew(repeats, size), 2),
                 "max/mean fsep": round(statistics.fmean(fsep), 2) if fsep else "",

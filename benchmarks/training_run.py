@@ -47,6 +47,8 @@ class Measured:
 
     Attributes:
         step_ms: from the begin of a step to the begin of the next.
+        cpu_ms: processor time of this rank in the meantime, all threads. Unlike the wall clock it
+            hardly grows when other work shares the cores, and it leaves out waiting.
         stock_skew: mean over layers of max/mean tokens per rank as stock placement has it.
         restore_exposed_ms, reduce_exposed_ms: what this rank's compute waited for, FSEP only.
         fsep_skew: max/mean tokens per rank as FSEP computed them, per layer and microbatch; of the
@@ -54,6 +56,7 @@ class Measured:
     """
 
     step_ms: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
     stock_skew: list[float] = field(default_factory=list)
     restore_exposed_ms: list[float] = field(default_factory=list)
     reduce_exposed_ms: list[float] = field(default_factory=list)
@@ -71,6 +74,7 @@ def measure(flags: list[str], routing: Routing, shape: RoutingShape, steps: int)
     trace = None if routing.trace is None else np.load(routing.trace, mmap_mode="r")
     model: list[torch.nn.Module] = []
     begins_s: list[float] = []
+    begins_cpu_s: list[float] = []
     exposed_ms: list[tuple[float, float]] = []
     counts_E: list[torch.Tensor] = []
     setup, train_step = training.setup_model_and_optimizer, training.train_step
@@ -91,6 +95,7 @@ def measure(flags: list[str], routing: Routing, shape: RoutingShape, steps: int)
 
     def observed_step(*args: Any, **kwargs: Any) -> Any:
         begins_s.append(time.perf_counter())
+        begins_cpu_s.append(time.process_time())
         coordinator = current_coordinator()
         if coordinator is not None:
             exposed_ms.append(coordinator.take_exposed_ms())
@@ -114,7 +119,8 @@ def measure(flags: list[str], routing: Routing, shape: RoutingShape, steps: int)
         RouterReplay.clear_global_router_replay_instances()
         restore_ms, reduce_ms = zip(*exposed_ms[1:], strict=True) if exposed_ms else ((), ())
         return Measured(
-            step_ms=[1e3 * seconds for seconds in np.diff(begins_s)],
+            step_ms=(1e3 * np.diff(begins_s)).tolist(),
+            cpu_ms=(1e3 * np.diff(begins_cpu_s)).tolist(),
             stock_skew=_stock_skew(torch.stack(counts_E), steps),
             restore_exposed_ms=list(restore_ms),
             reduce_exposed_ms=list(reduce_ms),

@@ -1,0 +1,202 @@
+"""`--fsep-timeline` writes what each lane did when; the log says what compute waited for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_laer.telemetry.timeline import COMPUTE, FIRST_STEP, LANES, NUM_STEPS, TOKENS
+from tests.parity.compare import identical
+from tests.parity.flags import command_line
+from tests.parity.training import train
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+STEPS = FIRST_STEP + NUM_STEPS + 1
+MICROBATCHES = 2
+LAYERS = ("layer 1", "layer 2")
+# Times are written in tenths of a microsecond.
+ROUNDING_US = 0.2
+
+
+def flags(data: str, extra: str, steps: int = STEPS) -> list[str]:
+    return command_line(
+        data,
+        experts=8,
+        expert_parallel=2,
+        global_batch=4 * MICROBATCHES,
+        steps=steps,
+        extra=" --expert-parallel-mode fsep --fsep-late-plan wait" + extra,
+    )
+
+
+def read(directory: Path, rank: int) -> dict[str, list[dict[str, Any]]]:
+    """Intervals by lane, in order of their begin."""
+    events = json.loads((directory / f"rank-{rank}.json").read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {rank}
+    names = {
+        event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"
+    }
+    assert tuple(names[place] for place in sorted(names)) == LANES
+    lanes: dict[str, list[dict[str, Any]]] = {lane: [] for lane in LANES}
+    for event in sorted(events, key=lambda event: event.get("ts", 0.0)):
+        if event["ph"] == "X":
+            lanes[names[event["tid"]]].append(event)
+    return lanes
+
+
+def named(events: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [event for event in events if event["name"] == name]
+
+
+def end(event: dict[str, Any]) -> float:
+    return float(event["ts"] + event["dur"])
+
+
+@pytest.mark.parametrize("extra", ["", " --fsep-scheduler off"], ids=["scheduled", "unscheduled"])
+def test_every_exchange_of_the_recorded_steps_is_on_its_lane(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, extra: str
+) -> None:
+    ranks(2).run(
+        train, flags(text_data, f" --fsep-plan-mode forecast --fsep-timeline {tmp_path}{extra}")
+    )
+    for rank in range(2):
+        lanes = read(tmp_path, rank)
+        steps = [event for event in lanes[COMPUTE] if event["name"].startswith("step ")]
+        wanted = range(FIRST_STEP, FIRST_STEP + NUM_STEPS)
+        assert [event["name"] for event in steps] == [f"step {step + 1}" for step in wanted]
+        for layer in LAYERS:
+            passes = NUM_STEPS * MICROBATCHES
+            matrices = 2
+            # Forward and backward restore, and both matrices are exchanged by themselves.
+            assert len(named(lanes["parameters"], f"restore {layer}")) == 2 * matrices * passes
+            assert len(named(lanes["gradients"], f"reduce {layer}")) == matrices * passes
+            for exchange in (f"dispatch {layer}", f"combine {layer}"):
+                assert len(named(lanes[TOKENS], exchange)) == passes
+                assert len(named(lanes[TOKENS], f"{exchange}, backward")) == passes
+            for phase in (f"experts {layer}", f"experts {layer}, backward"):
+                assert len(named(lanes[COMPUTE], phase)) == passes
+        for lane in LANES:
+            outside = [
+                event
+                for event in lanes[lane]
+                if event["ts"] < steps[0]["ts"] - ROUNDING_US
+                or end(event) > end(steps[-1]) + ROUNDING_US
+            ]
+            assert not outside
+
+
+def test_work_on_one_lane_is_in_order_and_phases_alternate_with_exchanges(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+) -> None:
+    ranks(2).run(train, flags(text_data, f" --fsep-timeline {tmp_path}"))
+    for rank in range(2):
+        lanes = read(tmp_path, rank)
+        phases = [
+            event for event in lanes[COMPUTE] if not event["name"].startswith(("step ", "wait: "))
+        ]
+        main_thread = sorted(phases + lanes[TOKENS], key=lambda event: event["ts"])
+        for series in (main_thread, lanes["parameters"], lanes["gradients"]):
+            for before, after in pairwise(series):
+                assert after["ts"] >= end(before) - ROUNDING_US, (before, after)
+        # Phases and exchanges follow each other without a gap, within each step.
+        kinds = [event["cat"] for event in main_thread]
+        per_step = len(kinds) // NUM_STEPS
+        for start in range(0, len(kinds), per_step):
+            step = kinds[start : start + per_step]
+            assert step == [COMPUTE, TOKENS] * (per_step // 2) + [COMPUTE]
+
+
+def test_the_next_layers_restore_begins_before_this_layers_experts_end(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+) -> None:
+    """What the schedule is for; without it, the trace must show that nothing overlaps."""
+    overlapped = {}
+    for scheduler in ("on", "off"):
+        directory = tmp_path / scheduler
+        ranks(2).run(
+            train,
+            flags(
+                text_data,
+                f" --fsep-plan-mode forecast --fsep-scheduler {scheduler}"
+                f" --fsep-timeline {directory}",
+            ),
+        )
+        lanes = read(directory, 0)
+        # Each microbatch restores both matrices in forward, then in backward.
+        restores = named(lanes["parameters"], "restore layer 2")[::4]
+        experts = named(lanes[COMPUTE], "experts layer 1")
+        early = sum(
+            restore["ts"] < end(compute) for restore, compute in zip(restores, experts, strict=True)
+        )
+        overlapped[scheduler] = early
+    # On a machine that is busy, a lane's thread may get its turn only after the experts.
+    assert overlapped["on"] > 0
+    assert overlapped["off"] == 0
+
+
+def test_a_timeline_changes_no_bit(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+) -> None:
+    plain = ranks(2).run(train, flags(text_data, ""))[0]
+    traced = ranks(2).run(train, flags(text_data, f" --fsep-timeline {tmp_path}"))[0]
+    assert identical(traced, plain)
+
+
+def test_a_run_that_ends_early_leaves_what_it_recorded(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+) -> None:
+    ranks(2).run(train, flags(text_data, f" --fsep-timeline {tmp_path}", steps=FIRST_STEP + 1))
+    for rank in range(2):
+        steps = [
+            event["name"]
+            for event in read(tmp_path, rank)[COMPUTE]
+            if event["name"].startswith("step ")
+        ]
+        assert steps == [f"step {FIRST_STEP + 1}"]
+
+
+def test_a_timeline_that_cannot_be_written_is_refused_on_every_rank(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+) -> None:
+    # In the way of one rank's file only, so that the other must be told.
+    (tmp_path / "rank-1.json").mkdir()
+    command = flags(text_data, f" --fsep-timeline {tmp_path}")
+    for result in ranks(2).run_raw(train, command, timeout_s=60.0):
+        assert result.type_name == "ValueError", result.traceback
+        assert "rank-1.json" in result.message
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "waits"), [("on", False), ("off", True)], ids=["scheduled", "unscheduled"]
+)
+def test_exposed_times_are_in_tensorboard(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, scheduler: str, waits: bool
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    extra = (
+        f" --fsep-scheduler {scheduler} --log-interval 2 --tensorboard-dir {tmp_path / 'board'}"
+        f" --fsep-timeline {tmp_path / 'trace'}"
+    )
+    ranks(2).run(train, flags(text_data, extra))
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    for what, label in (("restore", "parameters"), ("reduce", "gradients")):
+        series = [event.value for event in events.Scalars(f"fsep_{what}_exposed_ms")]
+        assert len(series) == STEPS // 2
+        assert all(value >= 0 for value in series)
+        if waits:  # for everything that the lane does; steps 3 and 4 are the second report's
+            lane_ms = 0.0
+            for rank in range(2):
+                lanes = read(tmp_path / "trace", rank)
+                until = end(named(lanes[COMPUTE], "step 4")[0])
+                lane_ms += sum(e["dur"] for e in lanes[label] if e["ts"] < until) / 1e3
+            mean_of_ranks_and_steps_ms = lane_ms / 2 / 2
+            assert series[1] == pytest.approx(mean_of_ranks_and_steps_ms, rel=0.2, abs=0.5)
