@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import hashlib
 import random
 import time
@@ -24,9 +25,9 @@ STEPS_PER_SEED = 2
 WATCHDOG_S = 30.0
 
 # A seed makes each site of each rank quick or slow, so that lanes overtake each other both ways.
-_LONGEST_MS = (0.0, 0.0, 0.5, 2.0, 6.0)
-# A plan is due a step later: longer delays, or none is ever late.
-_LONGEST_PLAN_MS = (0.0, 5.0, 40.0, 150.0)
+_LONGEST_MS = (0.0, 0.0, 0.5, 2.0, 10.0)
+# A plan is due a step later: delays longer than a step, or none is ever late.
+_LONGEST_PLAN_MS = (0.0, 5.0, 40.0, 300.0)
 
 
 class Delays:
@@ -173,6 +174,7 @@ def _injected(
 
     def observed(submit: Callable[..., Any]) -> Callable[..., Any]:
         def observed_submit(self: Any, work: Callable[[], Any], label: str) -> Any:
+            @functools.wraps(work, assigned=(), updated=())  # leaves the work itself to be found
             def job() -> Any:
                 result = work()
                 completed(label)
