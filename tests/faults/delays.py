@@ -102,7 +102,7 @@ def train_with_delays(
     def after_step(model: list[torch.nn.Module]) -> None:
         coordinator = current_coordinator()
         assert coordinator is not None
-        trace.digests.append(_digest(model))
+        trace.digests.append(digest(model))
         trace.versions.append(coordinator.version)
         trace.late_plans = coordinator.planner_status.late_plans
 
@@ -115,13 +115,14 @@ def train_with_delays(
     return trace
 
 
-def _digest(model: list[torch.nn.Module]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def digest(model: list[torch.nn.Module]) -> str:
+    """Of every bit of this rank's weights and main gradients."""
+    found = hashlib.blake2b(digest_size=16)
     for chunk in model:
         for parameter in chunk.parameters():
             for tensor in (parameter.detach(), parameter.main_grad):
-                digest.update(tensor.contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+                found.update(tensor.contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 @contextlib.contextmanager
