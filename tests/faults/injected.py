@@ -100,6 +100,64 @@ def train_with_rerun(flags: list[str], step: int) -> tuple[Record, list[str]]:
     return record, digests
 
 
+@dataclass
+class Skipped:
+    """A run in which the optimizer skipped a step.
+
+    Attributes:
+        digests: of this rank's weights and gradients after each step.
+        restores: how often a layer's experts were restored, in full.
+        skipped: steps after which no weight had changed.
+    """
+
+    digests: list[str] = field(default_factory=list)
+    restores: int = 0
+    skipped: list[int] = field(default_factory=list)
+
+
+def train_with_skipped_step(flags: list[str], step: int, forgets: bool) -> Skipped:
+    """An infinite loss makes a loss-scaling optimizer skip; `forgets` then restores all anew."""
+    from megatron.training import training
+
+    import pretrain_gpt
+    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.runtime.step_experts import StepExperts
+
+    loss_func, end_step, found = pretrain_gpt.loss_func, StepExperts.end_step, Skipped()
+    train_step = training.train_step
+    before: list[torch.Tensor] = []
+
+    def infinite(loss_mask: torch.Tensor, output: torch.Tensor) -> Any:
+        return loss_func(loss_mask, output * float("inf") if current_step() == step else output)
+
+    def step_with_norm(*args: Any, **kwargs: Any) -> Any:
+        result = list(train_step(*args, **kwargs))
+        if result[5] is None:  # of a step that is skipped
+            result[5] = float("nan")
+        return tuple(result)
+
+    def end(self: StepExperts, *, weights_changed: bool) -> None:
+        end_step(self, weights_changed=weights_changed or forgets)
+
+    def look(model: list[torch.nn.Module]) -> None:
+        coordinator = current_coordinator()
+        assert coordinator is not None
+        weights = [weight.detach().clone() for chunk in model for weight in chunk.parameters()]
+        if before and all(map(torch.equal, weights, before)):
+            found.skipped.append(current_step())
+        before[:] = weights
+        found.digests.append(digest(model))
+        found.restores = coordinator.exchange.count.restores
+
+    with (
+        mock.patch.object(pretrain_gpt, "loss_func", infinite),
+        mock.patch.object(StepExperts, "end_step", end),
+        mock.patch.object(training, "train_step", step_with_norm),
+    ):
+        train(flags, look)
+    return found
+
+
 # Which tokens go to which experts, from what the router chose: bool [T, E] to bool [T, E].
 Routing = Callable[[torch.Tensor], torch.Tensor]
 
