@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import hashlib
 import random
 import time
@@ -24,9 +25,9 @@ STEPS_PER_SEED = 2
 WATCHDOG_S = 30.0
 
 # A seed makes each site of each rank quick or slow, so that lanes overtake each other both ways.
-_LONGEST_MS = (0.0, 0.0, 0.5, 2.0, 6.0)
-# A plan is due a step later: longer delays, or none is ever late.
-_LONGEST_PLAN_MS = (0.0, 5.0, 40.0, 150.0)
+_LONGEST_MS = (0.0, 0.0, 0.5, 2.0, 10.0)
+# A plan is due a step later: delays longer than a step, or none is ever late.
+_LONGEST_PLAN_MS = (0.0, 5.0, 40.0, 300.0)
 
 
 class Delays:
@@ -101,7 +102,7 @@ def train_with_delays(
     def after_step(model: list[torch.nn.Module]) -> None:
         coordinator = current_coordinator()
         assert coordinator is not None
-        trace.digests.append(_digest(model))
+        trace.digests.append(digest(model))
         trace.versions.append(coordinator.version)
         trace.late_plans = coordinator.planner_status.late_plans
 
@@ -114,13 +115,14 @@ def train_with_delays(
     return trace
 
 
-def _digest(model: list[torch.nn.Module]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def digest(model: list[torch.nn.Module]) -> str:
+    """Of every bit of this rank's weights and main gradients."""
+    found = hashlib.blake2b(digest_size=16)
     for chunk in model:
         for parameter in chunk.parameters():
             for tensor in (parameter.detach(), parameter.main_grad):
-                digest.update(tensor.contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+                found.update(tensor.contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 @contextlib.contextmanager
@@ -173,6 +175,7 @@ def _injected(
 
     def observed(submit: Callable[..., Any]) -> Callable[..., Any]:
         def observed_submit(self: Any, work: Callable[[], Any], label: str) -> Any:
+            @functools.wraps(work, assigned=(), updated=())  # leaves the work itself to be found
             def job() -> Any:
                 result = work()
                 completed(label)

@@ -1,0 +1,378 @@
+"""What goes wrong in long runs, with real processes: as stock Megatron does, and nobody hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.faults.delays import digest
+from tests.faults.injected import (
+    ROUTINGS,
+    train_with_bad_loss,
+    train_with_bursts,
+    train_with_full_disk,
+    train_with_rerun,
+    train_with_routing,
+    train_with_signal,
+    train_with_skipped_step,
+)
+from tests.parity.compare import Distance, distance, identical
+from tests.parity.flags import command_line
+from tests.parity.training import train
+from tests.ranks import Raised, RankPool
+
+pytestmark = pytest.mark.distributed
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+FSEP = " --expert-parallel-mode fsep"
+STATIC = FSEP + " --fsep-planner static"
+EXACT = FSEP + " --fsep-plan-mode exact"
+WAIT = FSEP + " --fsep-planner greedy --fsep-late-plan wait"
+# What fragmentation and the interpreter may add in 400 steps: a sixth of one restored matrix each.
+ALLOCATOR_SLACK_BYTES = 8 * 2**20
+FP32_BOUND = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4)
+
+
+@pytest.fixture
+def command(text_data: str) -> Callable[..., list[str]]:
+    """Two ranks, 8 experts, 2 microbatches unless said otherwise."""
+    return partial(command_line, text_data, experts=8, expert_parallel=2, global_batch=8, steps=8)
+
+
+# A rank that dies.
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        STATIC,
+        EXACT,
+        pytest.param(
+            WAIT,
+            marks=pytest.mark.xfail(
+                strict=True, reason="checkpoints do not hold the planner's state yet"
+            ),
+        ),
+    ],
+    ids=["static", "exact", "greedy"],
+)
+def test_a_rank_killed_in_a_step_is_restarted_and_ends_bitwise_as_without(
+    ranks: Callable[[int], RankPool],
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    mode: str,
+) -> None:
+    def flags(folder: str) -> list[str]:
+        path = tmp_path / folder
+        return command(extra=f"{mode} --save {path} --load {path} --save-interval 3")
+
+    whole = [record.probes for record in ranks(2).run(train, flags("whole"), digest)]
+    spec = {"flags": flags("killed"), "folder": str(tmp_path), "step": 4, "rank": 1}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    assert restarted_run(tmp_path) == 0, (tmp_path / "output").read_text()[-4000:]
+    for rank in range(2):
+        lines = (tmp_path / f"rank-{rank}.jsonl").read_text().splitlines()
+        steps = [json.loads(line) for line in lines]
+        made = [(step["attempt"], step["step"]) for step in steps]
+        # Killed in step 4, resumed from the checkpoint after three steps.
+        assert made == [(0, step) for step in range(4)] + [(1, step) for step in range(3, 8)]
+        assert [step["digest"] for step in steps[4:]] == whole[rank][3:]
+
+
+def restarted_run(folder: Path) -> int:
+    """`torchrun` with one restart, all its processes ended afterwards; its exit status."""
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1".split()
+    with (folder / "output").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *launcher, "-m", "tests.faults.run", str(folder / "spec.json")],
+            env=os.environ
+            | {"MEGATRON_LAER_DEVICE": "cpu", "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            return process.wait(timeout=600.0)
+        finally:
+            # Ranks lead sessions of their own. When all is well, torchrun has ended them.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for rank in psutil.Process(process.pid).children(recursive=True):
+                    rank.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+# A rank that is told to stop.
+
+
+def test_a_signal_in_a_step_saves_and_exits_as_stock_does(
+    ranks: Callable[[int], RankPool], command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    pool = ranks(2)
+    for name, mode in (("stock", ""), ("fsep", STATIC)):
+        folder = tmp_path / name
+        whole = pool.run(train, command(extra=mode))[0]
+        save = f"{mode} --save {folder} --exit-signal-handler"
+        stopped = pool.run_raw(train_with_signal, command(extra=save), 4, 1, signal.SIGTERM)
+        assert [(result.type_name, result.message) for result in stopped] == [
+            ("SystemExit", "0")
+        ] * 2
+        assert saved_steps(folder) == 5, name
+        rest = pool.run(train, command(extra=f"{mode} --load {folder}"))[0]
+        assert rest.losses == whole.losses[5:], name
+        rest.losses, rest.grad_norms = whole.losses, whole.grad_norms
+        assert identical(rest, whole), name
+
+
+def saved_steps(folder: Path) -> int | None:
+    """Which checkpoint a run would resume from."""
+    path = folder / "latest_checkpointed_iteration.txt"
+    return int(path.read_text()) if path.exists() else None
+
+
+# Layouts that differ.
+
+
+def train_with_other_version(flags: list[str], rank: int, after_step: int) -> None:
+    """One rank is a layout ahead of the others: as if it had heard one broadcast more."""
+    import torch.distributed as dist
+
+    from megatron_laer.layout import ExpertLayout
+    from megatron_laer.runtime.coordinator import current_coordinator
+
+    steps = 0
+
+    def overtake(_model: object) -> None:
+        nonlocal steps
+        steps += 1
+        coordinator = current_coordinator()
+        assert coordinator is not None
+        if steps == after_step and dist.get_rank() == rank:
+            coordinator.version += 1
+            for layer in coordinator.layers:
+                good = layer.layout
+                layer.layout = ExpertLayout.from_slots(
+                    good.num_ranks, good.capacity, good.num_experts, good.to_list()[::-1]
+                )
+
+    train(flags, overtake)
+
+
+@pytest.mark.parametrize(
+    "extra", ["", " --fsep-restore step", " --fsep-scheduler off"], ids=["layer", "step", "off"]
+)
+def test_a_rank_with_another_layout_and_version_stops_every_rank(
+    ranks: Callable[[int], RankPool], command: Callable[..., list[str]], extra: str
+) -> None:
+    flags = command(extra=STATIC + extra, expert_parallel=4)
+    raised = ranks(4).run_raw(train_with_other_version, flags, 2, 3)
+    assert [result.type_name for result in raised] == ["LayoutMismatchError"] * 4
+    for result in raised:
+        assert "layer 1: rank 2 (place 2 in the group) holds version 1" in result.message
+        assert "the others hold version 0" in result.message
+
+
+# Checkpoints that are damaged, and disks that are full.
+
+
+def damage(folder: Path, how: str) -> None:
+    """Spoil the newest checkpoint."""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    newest = folder / f"iter_{saved_steps(folder):07d}"
+    largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    match how:
+        case "truncated data":
+            os.truncate(largest, largest.stat().st_size // 2)
+        case "missing data":
+            largest.unlink()
+        case "truncated metadata":
+            os.truncate(newest / ".metadata", 100)
+        case "missing metadata":
+            (newest / ".metadata").unlink()
+        case "missing common state":
+            (newest / "common.pt").unlink()
+        case "missing folder":
+            newest.rename(folder / "elsewhere")
+        case "missing tracker":
+            tracker.unlink()
+        case "damaged tracker":
+            tracker.write_text("many")
+
+
+DAMAGES = [
+    "truncated data",
+    "missing data",
+    "truncated metadata",
+    "missing metadata",
+    "missing common state",
+    "missing folder",
+    "missing tracker",
+    "damaged tracker",
+]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_is_met_as_stock_meets_it(
+    ranks: Callable[[int], RankPool],
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    how: str,
+) -> None:
+    ends = []
+    for name, mode in (("stock", ""), ("fsep", STATIC)):
+        save = f"{mode} --save {tmp_path / name} --save-interval 2"
+        ranks(2).run(train, command(extra=save, steps=2))
+        damage(tmp_path / name, how)
+        load = f"{mode} --load {tmp_path / name}"
+        results = ranks(2).run_raw(train, command(extra=load, steps=3))
+        ends.append([how_it_ended(result) for result in results])
+    print(f"\n{how}: {ends[1]}")
+    assert ends[0] == ends[1]
+    assert (ends[1][0] == "3 steps") == (how == "missing tracker")
+
+
+def how_it_ended(result: Any) -> str:
+    """The kind of error, or how many steps were made."""
+    if isinstance(result, Raised):
+        return (
+            f"{result.type_name} {result.message}"
+            if result.type_name == "SystemExit"
+            else (result.type_name)
+        )
+    return f"{len(result.losses)} steps"
+
+
+def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(
+    command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    ends = []
+    for name, mode in (("stock", ""), ("fsep", STATIC)):
+        folder = tmp_path / name
+        with RankPool(2) as pool:  # of its own, since it limits its processes
+            save = f"{mode} --save {folder} --save-interval 2"
+            whole = pool.run(train, command(extra=mode, steps=6))[0]
+            failed = pool.run_raw(train_with_full_disk, command(extra=save, steps=6), 3, 200_000)
+            ends.append([how_it_ended(result) for result in failed])
+            assert saved_steps(folder) == 2, name
+            rest = pool.run(train, command(extra=save + f" --load {folder}", steps=6))[0]
+            assert rest.losses == whole.losses[2:], name
+    print(f"\nfull disk: {ends[1]}")
+    assert ends[0] == ends[1]
+    assert "6 steps" not in ends[1]
+
+
+# Numbers that are none.
+
+
+@pytest.mark.parametrize("passing", [False, True], ids=["for good", "passing"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["NaN", "Inf"])
+def test_a_bad_loss_ends_the_run_as_stock_does(
+    ranks: Callable[[int], RankPool],
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    value: float,
+    passing: bool,
+) -> None:
+    ends = {}
+    for name, mode in (
+        ("stock", ""),
+        ("fsep", WAIT),
+        ("step", STATIC + " --fsep-restore step"),
+    ):
+        save = f"{mode} --save {tmp_path / name}"
+        results = ranks(2).run_raw(train_with_bad_loss, command(extra=save), 3, value, passing)
+        ends[name] = [how_it_ended(result) for result in results], saved_steps(tmp_path / name)
+    print(f"\n{value}, passing {passing}: {ends['fsep']}")
+    assert ends["fsep"] == ends["step"] == ends["stock"]
+
+
+@pytest.mark.parametrize("restore", ["layer", "step"])
+def test_a_step_that_megatron_repeats_changes_no_bit(
+    ranks: Callable[[int], RankPool], command: Callable[..., list[str]], restore: str
+) -> None:
+    flags = command(extra=f"{WAIT} --fsep-restore {restore}")
+    plain = ranks(2).run(train_with_rerun, flags, -1)
+    again = ranks(2).run(train_with_rerun, flags, 3)
+    assert [digests for _, digests in again] == [digests for _, digests in plain]
+    assert again[0][0].losses == plain[0][0].losses
+
+
+def test_experts_kept_over_a_skipped_step_are_those_that_a_restore_brings(
+    ranks: Callable[[int], RankPool], command: Callable[..., list[str]]
+) -> None:
+    flags = command(
+        extra=f"{WAIT} --fsep-restore step --fp16 --no-check-for-nan-in-loss-and-grad"
+        " --initial-loss-scale 1024"
+    )
+    kept = ranks(2).run(train_with_skipped_step, flags, 3, False)
+    anew = ranks(2).run(train_with_skipped_step, flags, 3, True)
+    for mine, other in zip(kept, anew, strict=True):
+        assert mine.skipped == other.skipped == [3]
+        assert mine.restores < other.restores, "nothing was kept"
+        assert mine.digests == other.digests
+
+
+# Tokens that are unevenly spread, or not there.
+
+
+@pytest.mark.parametrize("mode", [FSEP + " --fsep-planner random", EXACT], ids=["random", "exact"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_extreme_routing_trains_as_stock_does(
+    ranks: Callable[[int], RankPool],
+    command: Callable[..., list[str]],
+    routing: str,
+    mode: str,
+) -> None:
+    stock = ranks(2).run(train_with_routing, command(steps=5), routing)[0]
+    fsep = ranks(2).run(train_with_routing, command(steps=5, extra=mode), routing)[0]
+    print(f"\n{routing}: {distance(fsep, stock)}")
+    assert distance(fsep, stock).within(FP32_BOUND)
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_even"),
+    [
+        (EXACT, True),
+        (FSEP + " --fsep-planner greedy --fsep-imbalance-tolerance 0", True),
+        (STATIC, False),
+    ],
+    ids=["exact", "adaptive", "static"],
+)
+def test_a_burst_to_one_expert_gives_no_rank_more_than_its_share(
+    ranks: Callable[[int], RankPool], command: Callable[..., list[str]], mode: str, is_even: bool
+) -> None:
+    flags = command(extra=mode, expert_parallel=4, steps=3)
+    received = ranks(4).run(train_with_bursts, flags, 1, 1)
+    shares = []
+    for per_rank in zip(*(rank.tokens for rank in received), strict=True):
+        (total,) = {routed for _, routed in per_rank}
+        assert total == 4 * 2 * 48, "each token has one expert here"
+        shares.append(max(mine for mine, _ in per_rank) / -(-total // 4))
+    assert (set(shares) == {1.0}) == is_even, shares
+
+
+def test_bursts_leave_no_memory_behind_in_500_steps(
+    ranks: Callable[[int], RankPool], command: Callable[..., list[str]]
+) -> None:
+    flags = command(extra=f"{WAIT} --lr 1e-4 --min-lr 1e-4", global_batch=4, steps=500)
+    for rank, held in enumerate(ranks(2).run(train_with_bursts, flags, 10, 100, timeout_s=900.0)):
+        grown = held.rss_bytes[-1] - held.rss_bytes[0]
+        print(
+            f"\nrank {rank}: {held.tensors} live tensors, {held.tensor_bytes} bytes; "
+            f"resident from step 100 to 500: {grown / 2**20:+.1f} MiB"
+        )
+        assert len(set(held.tensors)) == len(set(held.tensor_bytes)) == 1
+        assert grown < ALLOCATOR_SLACK_BYTES

@@ -1,0 +1,310 @@
+"""Faults put into one run of Megatron's training loop, alike under stock and under FSEP.
+
+Each is a context manager, or a function that a rank runs. What a fault should lead to is the
+tests' business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import psutil
+import torch
+
+from tests.faults.delays import digest
+from tests.parity.training import Record, rank_of_environment, train
+
+
+def current_step() -> int:
+    """The step that Megatron is in, from 0."""
+    from megatron.training import get_args
+
+    step: int = get_args().curr_iteration
+    return step
+
+
+@contextlib.contextmanager
+def signal_in_step(step: int, rank: int, number: int) -> Iterator[None]:
+    """A rank gets a signal in the middle of a step, once: at a token exchange of its backward."""
+    from megatron.core.tensor_parallel.mappings import _AllToAll
+
+    forward, calls = _AllToAll.forward, 0
+
+    def exchange(ctx: Any, *args: Any) -> Any:
+        nonlocal calls
+        if current_step() == step and rank_of_environment() == rank:
+            calls += 1
+            # Two layers, each with tokens, probabilities and outputs: the eighth is in backward.
+            if calls == 8:
+                os.kill(os.getpid(), number)
+        return forward(ctx, *args)
+
+    with mock.patch.object(_AllToAll, "forward", staticmethod(exchange)):
+        yield
+
+
+def train_with_signal(flags: list[str], step: int, rank: int, number: int) -> Record:
+    """Train with `signal_in_step`; leaves no handler of Megatron's behind."""
+    before = signal.getsignal(number)
+    try:
+        with signal_in_step(step, rank, number):
+            return train(flags)
+    finally:
+        signal.signal(number, before)
+
+
+def train_with_bad_loss(flags: list[str], step: int, value: float, passing: bool) -> Record:
+    """The loss of one step is NaN or infinite on rank 0; a `passing` fault is gone in a rerun."""
+    import pretrain_gpt
+
+    loss_func, calls = pretrain_gpt.loss_func, 0
+
+    def bad(loss_mask: torch.Tensor, output: torch.Tensor) -> Any:
+        nonlocal calls
+        if current_step() == step and rank_of_environment() == 0:
+            calls += 1
+            if calls == 1 or not passing:
+                output = output * value
+        return loss_func(loss_mask, output)
+
+    with mock.patch.object(pretrain_gpt, "loss_func", bad):
+        return train(flags)
+
+
+def train_with_rerun(flags: list[str], step: int) -> tuple[Record, list[str]]:
+    """Megatron's rerun state machine repeats one step, and goes on; also a digest per step."""
+    import pretrain_gpt
+
+    check_loss, passes, digests = pretrain_gpt.check_loss, 0, []
+
+    def suspicious(loss: torch.Tensor) -> None:
+        nonlocal passes
+        if current_step() == step:
+            passes += 1
+            pretrain_gpt.get_rerun_state_machine().validate_result(
+                result=loss, rejection_func=lambda _: True, message="suspicious", fatal=False
+            )
+        check_loss(loss)
+
+    with mock.patch.object(pretrain_gpt, "check_loss", suspicious):
+        record = train(flags, lambda model: digests.append(digest(model)))
+    assert step < 0 or passes > 0
+    return record, digests
+
+
+@dataclass
+class Skipped:
+    """A run in which the optimizer skipped a step.
+
+    Attributes:
+        digests: of this rank's weights and gradients after each step.
+        restores: how often a layer's experts were restored, in full.
+        skipped: steps after which no weight had changed.
+    """
+
+    digests: list[str] = field(default_factory=list)
+    restores: int = 0
+    skipped: list[int] = field(default_factory=list)
+
+
+def train_with_skipped_step(flags: list[str], step: int, forgets: bool) -> Skipped:
+    """An infinite loss makes a loss-scaling optimizer skip; `forgets` then restores all anew."""
+    from megatron.training import training
+
+    import pretrain_gpt
+    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.runtime.step_experts import StepExperts
+
+    loss_func, end_step, found = pretrain_gpt.loss_func, StepExperts.end_step, Skipped()
+    train_step = training.train_step
+    before: list[torch.Tensor] = []
+
+    def infinite(loss_mask: torch.Tensor, output: torch.Tensor) -> Any:
+        return loss_func(loss_mask, output * float("inf") if current_step() == step else output)
+
+    def step_with_norm(*args: Any, **kwargs: Any) -> Any:
+        result = list(train_step(*args, **kwargs))
+        if result[5] is None:  # of a step that is skipped
+            result[5] = float("nan")
+        return tuple(result)
+
+    def end(self: StepExperts, *, weights_changed: bool) -> None:
+        end_step(self, weights_changed=weights_changed or forgets)
+
+    def look(model: list[torch.nn.Module]) -> None:
+        coordinator = current_coordinator()
+        assert coordinator is not None
+        weights = [weight.detach().clone() for chunk in model for weight in chunk.parameters()]
+        if before and all(map(torch.equal, weights, before)):
+            found.skipped.append(current_step())
+        before[:] = weights
+        found.digests.append(digest(model))
+        found.restores = coordinator.exchange.count.restores
+
+    with (
+        mock.patch.object(pretrain_gpt, "loss_func", infinite),
+        mock.patch.object(StepExperts, "end_step", end),
+        mock.patch.object(training, "train_step", step_with_norm),
+    ):
+        train(flags, look)
+    return found
+
+
+# Which tokens go to which experts, from what the router chose: bool [T, E] to bool [T, E].
+Routing = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _one_expert(map_TE: torch.Tensor) -> torch.Tensor:
+    routed_TE = torch.zeros_like(map_TE)
+    routed_TE[:, 3] = True
+    return routed_TE
+
+
+def _first_half(map_TE: torch.Tensor) -> torch.Tensor:
+    routed_TE = map_TE.clone()
+    routed_TE[:, map_TE.shape[1] // 2 :] = False
+    return routed_TE
+
+
+def _silent_rank(map_TE: torch.Tensor) -> torch.Tensor:
+    return map_TE if rank_of_environment() == 0 else torch.zeros_like(map_TE)
+
+
+def _one_token(map_TE: torch.Tensor) -> torch.Tensor:
+    routed_TE = torch.zeros_like(map_TE)
+    routed_TE[0, 3] = rank_of_environment() == 0
+    return routed_TE
+
+
+ROUTINGS: dict[str, Routing] = {
+    "every token to one expert": _one_expert,
+    "half of the experts get none": _first_half,
+    "a rank sends none": _silent_rank,
+    "one token in all": _one_token,
+    "no token at all": torch.zeros_like,
+}
+
+
+@contextlib.contextmanager
+def routed(routing: Callable[[], Routing | None]) -> Iterator[None]:
+    """What MoE layers take for the router's choice, asked for at every pass; None leaves it."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    route, preprocess = MoELayer.route, MoEAlltoAllTokenDispatcher.preprocess
+
+    def other_route(self: Any, *args: Any, **kwargs: Any) -> Any:
+        probs_TE, map_TE = route(self, *args, **kwargs)
+        choose = routing()
+        if choose is None:
+            return probs_TE, map_TE
+        routed_TE = choose(map_TE)
+        # A token keeps the router's probabilities where it has them, so that gradients flow.
+        return (probs_TE + 0.5 * (routed_TE & ~map_TE)) * routed_TE, routed_TE
+
+    def sized(self: Any, map_TE: torch.Tensor) -> Any:
+        # Stock takes T·K for granted as long as no capacity drops tokens.
+        result = preprocess(self, map_TE)
+        self.num_out_tokens = int(map_TE.sum())
+        return result
+
+    with (
+        mock.patch.object(MoELayer, "route", other_route),
+        mock.patch.object(MoEAlltoAllTokenDispatcher, "preprocess", sized),
+    ):
+        yield
+
+
+def train_with_routing(flags: list[str], name: str) -> Record:
+    """Train with one of `ROUTINGS`."""
+    with routed(lambda: ROUTINGS[name]):
+        return train(flags)
+
+
+@dataclass
+class Received:
+    """What one rank received and held over a run with bursts; index is the step.
+
+    Attributes:
+        tokens: per microbatch, of each layer: (received by this rank, routed by all ranks).
+        tensors: live tensors after a step.
+        tensor_bytes: of their storages, each counted once.
+        rss_bytes: resident memory of the process after a step.
+    """
+
+    tokens: list[tuple[int, int]] = field(default_factory=list)
+    tensors: list[int] = field(default_factory=list)
+    tensor_bytes: list[int] = field(default_factory=list)
+    rss_bytes: list[int] = field(default_factory=list)
+
+
+def train_with_bursts(flags: list[str], every: int, look_every: int) -> Received:
+    """All tokens go to one expert in every so-many-th step; memory is looked at now and then."""
+    from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
+
+    received, preprocess, steps = Received(), SlotTokenDispatcher.preprocess, 0
+
+    def counted(self: Any, routing_map: torch.Tensor) -> Any:
+        plan = self._plan
+        mine = int(plan.columns_NC.sum())
+        total = torch.tensor([mine])
+        torch.distributed.all_reduce(total, group=self.ep_group)
+        received.tokens.append((mine, int(total)))
+        return preprocess(self, routing_map)
+
+    def look(_model: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps % look_every == 0:
+            gc.collect()
+            found = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+            storages = {item.untyped_storage().data_ptr(): item for item in found}
+            received.tensors.append(len(found))
+            received.tensor_bytes.append(
+                sum(item.untyped_storage().nbytes() for item in storages.values())
+            )
+            received.rss_bytes.append(psutil.Process().memory_info().rss)
+
+    def burst() -> Routing | None:
+        return _one_expert if every and current_step() % every == 0 else None
+
+    with routed(burst), mock.patch.object(SlotTokenDispatcher, "preprocess", counted):
+        train(flags, look)
+    return received
+
+
+def train_with_full_disk(flags: list[str], from_step: int, limit_bytes: int) -> Record:
+    """From some step on, no file of this rank or of its checkpoint writers may grow beyond that.
+
+    By the system's limit on file sizes: a write fails in the middle, as on a full disk.
+    """
+    steps = 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(_model: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == from_step:
+            limit_files(limit_bytes)
+
+    try:
+        return train(flags, fill)
+    finally:
+        limit_files(before[0])
+
+
+def limit_files(limit_bytes: int) -> None:
+    """The limit for this process and all that it started; above it, writes fail."""
+    # Without the handler the first such write would end the process.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        _, most = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit_bytes, most))
