@@ -201,7 +201,6 @@ def train_into_a_hang(flags: list[str], watchdog_s: float) -> None:
     from unittest import mock
 
     import torch.distributed as dist
-
     from megatron_laer.runtime.restore import TwoLegExchange
 
     reduce, calls = TwoLegExchange.reduce, 0

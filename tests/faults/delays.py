@@ -137,7 +137,7 @@ def _injected(
     from megatron_laer.planner.service import PlannerService
     from megatron_laer.runtime import coordinator
     from megatron_laer.runtime.device import ImmediateLane, ThreadLane
-    from megatron_laer.runtime.restore import Leg
+    from megatron_laer.runtime.two_legs import Leg
 
     leg, tokens, start = Leg.all_to_all, _AllToAll.forward, coordinator.Coordinator.begin_step
     plan, decide = PlannerService._plan_layer, Guard.decide
