@@ -201,7 +201,8 @@ def train_into_a_hang(flags: list[str], watchdog_s: float) -> None:
     from unittest import mock
 
     import torch.distributed as dist
-    from megatron_laer.runtime.restore import TwoLegExchange
+
+    from megatron_laer.runtime.two_legs import TwoLegExchange
 
     reduce, calls = TwoLegExchange.reduce, 0
 
