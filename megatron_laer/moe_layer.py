@@ -21,7 +21,7 @@ from megatron_laer.activation import coordinator_for
 from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
 from megatron_laer.experts.module import FSEPExperts
-from megatron_laer.runtime.coordinator import LayerState
+from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.plan import MicrobatchPlan
 from megatron_laer.runtime.process_groups import get_fsep_groups
 

@@ -10,12 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -31,7 +26,6 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.state import PlannerState
-from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.runtime.agreement import (
     LayoutTag,
     PlannerStatus,
@@ -41,70 +35,23 @@ from megatron_laer.runtime.agreement import (
 from megatron_laer.runtime.device import make_lane
 from megatron_laer.runtime.exchange import Exchange
 from megatron_laer.runtime.flat_exchange import FlatExchange
+from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.layout_index import LayoutIndex, layout_index
+from megatron_laer.runtime.lead_rank import LeadRank
 from megatron_laer.runtime.node_exchange import NodeExchange
 from megatron_laer.runtime.plan import MicrobatchPlan
 from megatron_laer.runtime.process_groups import FSEPGroups
 from megatron_laer.runtime.restored import ExchangeLanes, RestoredExperts, Slices
 from megatron_laer.runtime.scheduler import Scheduler
-from megatron_laer.runtime.sources import (
-    LayoutRecorder,
-    LayoutSource,
-    PlannedLayouts,
-    ReplayedLayouts,
-    recording_path,
-)
 from megatron_laer.runtime.step_experts import StepExperts
 from megatron_laer.schedule import make_schedule
 from megatron_laer.telemetry.clock import make_clock
 from megatron_laer.telemetry.timeline import Timeline, timeline_path
-from megatron_laer.trace.recording import TraceWriter
-from megatron_laer.trace.recording import recording_path as trace_path
 
 logger = logging.getLogger(__name__)
 
 
 _WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-# Microbatches per layer whose balance is reported.
-_HISTORY = 32
-
-
-@dataclass
-class LayerState:
-    """One MoE layer on this rank.
-
-    Attributes:
-        name: "layer 3" or "mtp 1", counted over the whole model from 1.
-        slices: what this rank holds of its experts.
-        recomputes: whether the MoE layer is a checkpoint of its own.
-        pending: plans whose forward ran without gradients, under a checkpoint, oldest first; the
-            re-run takes them. Backward order equals forward order per layer, in 1F1B and
-            interleaved schedules alike.
-        history: decisions on the newest microbatches since the metrics were last read, and the
-            seconds that the host took for each, on the group's rank 0. A sample: measuring all of a
-            long log interval would hold up the step that logs.
-        step_experts: restored for the whole step, where the schedule holds it.
-    """
-
-    index: int
-    name: str
-    number: int
-    is_mtp: bool
-    slices: Slices
-    recomputes: bool
-    layout: ExpertLayout
-    pending: deque[MicrobatchPlan] = field(default_factory=deque)
-    microbatches: int = 0
-    step_counts_NE: npt.NDArray[np.int64] | None = None
-    history: deque[tuple[Decision, float]] = field(default_factory=lambda: deque(maxlen=_HISTORY))
-    tag: tuple[LayoutTag, torch.Tensor] | None = None
-    step_experts: StepExperts | None = None
-
-    @property
-    def rerun(self) -> RestoredExperts | None:
-        """The experts of the next re-run under a checkpoint, if one is to come."""
-        return self.pending[0].restored if self.pending else None
 
 
 class Coordinator:
@@ -162,10 +109,7 @@ class Coordinator:
         self._costs = costs
         self._num_microbatches: int | None = None
         self._started = False
-        self._faults = 0
-        self._source: LayoutSource | None = None
-        self._recorder: LayoutRecorder | None = None
-        self._trace: TraceWriter | None = None
+        self._lead: LeadRank | None = None
         self._resumed: PlannerState | None = None
 
     # What the layers call.
@@ -245,8 +189,16 @@ class Coordinator:
         self._go_on(first_step)
         try:
             self._open_timeline(first_step)
-            if self.groups.rank == 0:
-                self._open_source(first_step)
+            if self.groups.rank == 0 and self.layers:
+                self._lead = LeadRank(
+                    self.config,
+                    self.geometry,
+                    self._costs,
+                    self.layers,
+                    group_index=self.groups.index,
+                    first_step=first_step,
+                    resumed=self._resumed,
+                )
         except Exception as error:  # whatever it is, the other ranks must hear of it
             return f"{type(error).__name__}: {error}"
         return None
@@ -259,7 +211,7 @@ class Coordinator:
             num_microbatches: of this step; lets planning start while the last backward passes run.
 
         Raises:
-                RuntimeError: plans of the step before were left over.
+            RuntimeError: plans of the step before were left over.
             ValueError: `--fsep-restore step` without a number of microbatches.
         """
         assert self._started, "begin_step before start"
@@ -315,8 +267,9 @@ class Coordinator:
 
         Waits for plans in the making.
         """
-        if isinstance(self._source, PlannedLayouts):
-            forecasts, plans = self._source.state()
+        planned = None if self._lead is None else self._lead.planned()
+        if planned is not None:
+            forecasts, plans = planned
             return PlannerState(
                 next_step=self.step + 1,
                 version=self.version,
@@ -344,11 +297,8 @@ class Coordinator:
         self.scheduler.close()
         if self.timeline is not None:
             self.timeline.close()
-        if self._source is not None:
-            self._source.close()
-        for recording in (self._recorder, self._trace):
-            if recording is not None:
-                recording.close()
+        if self._lead is not None:
+            self._lead.close()
 
     # Inside.
 
@@ -371,11 +321,11 @@ class Coordinator:
     def _change_layouts(self) -> None:
         if not self._changes_layouts or not self.layers:
             return
-        due = self._ask_source(self.step)
+        lead = self._lead
         geometry = self.geometry
         layouts, self.planner_status = broadcast_layouts(
-            due,
-            self._status(),
+            None if lead is None else lead.due(self.step),
+            PlannerStatus() if lead is None else lead.status,
             (geometry.num_ranks, geometry.capacity, geometry.num_experts),
             len(self.layers),
             self.groups,
@@ -400,13 +350,6 @@ class Coordinator:
     def _changes_layouts(self) -> bool:
         return self.config.plans or self.config.replay_layouts is not None
 
-    def _status(self) -> PlannerStatus:
-        source = self._source
-        if source is None:
-            return PlannerStatus()
-        failures = source.failures + self._faults
-        return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, failures)
-
     def _open_timeline(self, first_step: int) -> None:
         if self.config.timeline is None:
             return
@@ -416,50 +359,12 @@ class Coordinator:
         for lane in (self.lanes.parameters, self.lanes.gradients):
             lane.times.timeline = self.timeline
 
-    def _open_source(self, first_step: int) -> None:
-        names = [layer.name for layer in self.layers]
-        config = self.config
-        if config.replay_layouts is not None:
-            path = recording_path(config.replay_layouts, self.groups.index)
-            self._source = ReplayedLayouts(path, self.geometry, _regime(config), names)
-        elif self._changes_layouts and self.layers:
-            self._source = PlannedLayouts(
-                make_strategy(config.planner, geometry=self.geometry, costs=self._costs),
-                [layer.layout for layer in self.layers],
-                lag=config.plan_lag,
-                wait=config.late_plan == "wait",
-                on_warning=_warn,
-                resumed=self._resumed,
-            )
-        if config.record_layouts is not None:
-            path = recording_path(config.record_layouts, self.groups.index)
-            self._recorder = LayoutRecorder(path, self.geometry, _regime(config), names, first_step)
-        if config.record_trace is not None and self.layers:
-            path = trace_path(config.record_trace, self.groups.index)
-            geometry = self.geometry
-            self._trace = TraceWriter(path, geometry.num_ranks, geometry.num_experts, names)
-
     def _apply(self, layouts: list[ExpertLayout]) -> None:
         self.version += 1
         for layer, layout in zip(self.layers, layouts, strict=True):
             layer.layout = layout
-        if self._recorder is not None:
-            try:
-                self._recorder.record(self.step, layouts)
-            except OSError as error:
-                _warn(f"the recording of layouts ends before step {self.step}: {error}")
-                self._recorder = None
-
-    def _ask_source(self, step: int) -> list[ExpertLayout] | None:
-        """Layouts that are due. The others wait for rank 0, so it must not fail here."""
-        if self._source is None:
-            return None
-        try:
-            return self._source.due(step)
-        except Exception as error:
-            self._faults += 1
-            _warn(f"no layouts for step {step}, they stay as they are: {error!r}")
-            return None
+        if self._lead is not None:
+            self._lead.applied(self.step, layouts)
 
     def _experts_of(self, layer: LayerState, training: bool) -> RestoredExperts:
         if training and layer.step_experts is not None:
@@ -496,15 +401,10 @@ class Coordinator:
         if layer.microbatches == self._num_microbatches:
             # Megatron's rerun state machine repeats a step: what counts is the last time.
             layer.microbatches, layer.step_counts_NE = 0, None
-        if self._trace is not None:
-            try:
-                self._trace.append(self.step, layer.index, layer.microbatches, counts_NE)
-            except OSError as error:  # the other ranks would wait for this one
-                _warn(f"the recording of routing ends at step {self.step}: {error}")
-                self._trace = None
-        layer.microbatches += 1
-        if self.groups.rank == 0:
+        if self._lead is not None:
+            self._lead.routed(self.step, layer, counts_NE)
             layer.history.append((decision, solve_s))
+        layer.microbatches += 1
         if layer.step_counts_NE is None:
             layer.step_counts_NE = counts_NE.copy()
         else:
@@ -513,13 +413,8 @@ class Coordinator:
             self._observe(layer)
 
     def _observe(self, layer: LayerState) -> None:
-        if self._source is None or layer.step_counts_NE is None:
-            return
-        try:
-            self._source.observe(self.step, layer.index, layer.step_counts_NE)
-        except Exception as error:  # the other ranks would wait for this one
-            self._faults += 1
-            _warn(f"the routing of step {self.step}, {layer.name} is not planned from: {error!r}")
+        if self._lead is not None and layer.step_counts_NE is not None:
+            self._lead.observe(self.step, layer, layer.step_counts_NE)
 
     def _check_fifos(self) -> None:
         left = {layer.name: len(layer.pending) for layer in self.layers if layer.pending}
@@ -536,15 +431,6 @@ def _exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: str) -> Exchang
         dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
         return NodeExchange(groups, dtype)
     return FlatExchange(groups)
-
-
-def _regime(config: FSEPConfig) -> dict[str, Any]:
-    """What a recording's results depend on beside its layouts."""
-    return {
-        "split": config.split,
-        "plan_mode": config.mode,
-        "imbalance_tolerance": config.imbalance_tolerance,
-    }
 
 
 def _warn(message: str) -> None:

@@ -1,0 +1,157 @@
+"""What only rank 0 of an FSEP group has: where layouts come from, and recordings.
+
+The other ranks wait for it in the next collective, so once training runs nothing here raises.
+
+Legend: N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.config import FSEPConfig
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.service import Plan
+from megatron_laer.planner.state import PlannerState
+from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.runtime.agreement import PlannerStatus
+from megatron_laer.runtime.layer_state import LayerState
+from megatron_laer.runtime.sources import (
+    LayoutRecorder,
+    LayoutSource,
+    PlannedLayouts,
+    ReplayedLayouts,
+    recording_path,
+)
+from megatron_laer.trace.recording import TraceWriter
+from megatron_laer.trace.recording import recording_path as trace_path
+
+logger = logging.getLogger(__name__)
+
+
+class LeadRank:
+    """The planner or a recording to replay, and the recordings that are written.
+
+    Args:
+        group_index: which of the world's FSEP groups this is; names the recordings.
+        first_step: that training begins with.
+        resumed: the planner's state from a checkpoint.
+
+    Raises:
+        ValueError: a recording that cannot be replayed or continued.
+        OSError: one that cannot be written.
+    """
+
+    def __init__(
+        self,
+        config: FSEPConfig,
+        geometry: Geometry,
+        costs: CostModel,
+        layers: Sequence[LayerState],
+        *,
+        group_index: int,
+        first_step: int,
+        resumed: PlannerState | None,
+    ) -> None:
+        names = [layer.name for layer in layers]
+        self._faults = 0
+        self._source: LayoutSource | None = None
+        self._recorder: LayoutRecorder | None = None
+        self._trace: TraceWriter | None = None
+        if config.replay_layouts is not None:
+            path = recording_path(config.replay_layouts, group_index)
+            self._source = ReplayedLayouts(path, geometry, _regime(config), names)
+        elif config.plans:
+            self._source = PlannedLayouts(
+                make_strategy(config.planner, geometry=geometry, costs=costs),
+                [layer.layout for layer in layers],
+                lag=config.plan_lag,
+                wait=config.late_plan == "wait",
+                on_warning=_warn,
+                resumed=resumed,
+            )
+        if config.record_layouts is not None:
+            path = recording_path(config.record_layouts, group_index)
+            self._recorder = LayoutRecorder(path, geometry, _regime(config), names, first_step)
+        if config.record_trace is not None:
+            path = trace_path(config.record_trace, group_index)
+            self._trace = TraceWriter(path, geometry.num_ranks, geometry.num_experts, names)
+
+    @property
+    def status(self) -> PlannerStatus:
+        """How planning goes."""
+        source = self._source
+        if source is None:
+            return PlannerStatus()
+        failures = source.failures + self._faults
+        return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, failures)
+
+    def planned(self) -> tuple[tuple[SmoothedForecast, ...], tuple[Plan, ...]] | None:
+        """Forecasts and plans in the making, waiting for them; None without a planner."""
+        return self._source.state() if isinstance(self._source, PlannedLayouts) else None
+
+    def due(self, step: int) -> list[ExpertLayout] | None:
+        """Layouts that take effect with this step, or None for nothing new."""
+        if self._source is None:
+            return None
+        try:
+            return self._source.due(step)
+        except Exception as error:
+            self._faults += 1
+            _warn(f"no layouts for step {step}, they stay as they are: {error!r}")
+            return None
+
+    def applied(self, step: int, layouts: list[ExpertLayout]) -> None:
+        """Layouts took effect with this step."""
+        if self._recorder is not None:
+            try:
+                self._recorder.record(step, layouts)
+            except OSError as error:
+                _warn(f"the recording of layouts ends before step {step}: {error}")
+                self._recorder = None
+
+    def routed(self, step: int, layer: LayerState, counts_NE: npt.NDArray[np.int64]) -> None:
+        """A microbatch, the layer's next one in this step, was routed."""
+        if self._trace is not None:
+            try:
+                self._trace.append(step, layer.index, layer.microbatches, counts_NE)
+            except OSError as error:
+                _warn(f"the recording of routing ends at step {step}: {error}")
+                self._trace = None
+
+    def observe(self, step: int, layer: LayerState, counts_NE: npt.NDArray[np.int64]) -> None:
+        """The layer's counts of this step are complete."""
+        if self._source is None:
+            return
+        try:
+            self._source.observe(step, layer.index, counts_NE)
+        except Exception as error:
+            self._faults += 1
+            _warn(f"the routing of step {step}, {layer.name} is not planned from: {error!r}")
+
+    def close(self) -> None:
+        """Stop the planner and close the recordings."""
+        for part in (self._source, self._recorder, self._trace):
+            if part is not None:
+                part.close()
+
+
+def _regime(config: FSEPConfig) -> dict[str, Any]:
+    """What a recording's results depend on beside its layouts."""
+    return {
+        "split": config.split,
+        "plan_mode": config.mode,
+        "imbalance_tolerance": config.imbalance_tolerance,
+    }
+
+
+def _warn(message: str) -> None:
+    logger.warning("FSEP: %s", message)
