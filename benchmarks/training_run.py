@@ -157,5 +157,5 @@ def _fsep_skew() -> list[float]:
     return [
         max_over_mean(fsep_tokens_N(decision.quotas))
         for layer in layers
-        for decision in layer.history
+        for decision, _ in layer.history
     ]

@@ -32,7 +32,7 @@ def balance_of_step(model: object) -> tuple[float, int]:
     coordinator = current_coordinator()
     if coordinator is None:
         return 0.0, -1
-    found = [balance(layer.history) for layer in coordinator.layers]
+    found = [balance(d.quotas for d, _ in layer.history) for layer in coordinator.layers]
     for layer in coordinator.layers:
         layer.history.clear()
     mean = sum(part.fsep for part in found if part is not None) / len(found)
