@@ -24,7 +24,7 @@ _EXPERTS = ".mlp.experts.experts.linear_fc"
 _OPTIMIZER = "optimizer."
 
 # What torch's list of tensors is made of: plain records, and torch's names for types.
-_ALLOWED = {
+_ALLOWED: dict[str, set[str] | None] = {
     "torch.distributed.checkpoint.metadata": None,
     "torch.distributed.checkpoint.planner": None,
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
@@ -126,7 +126,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         import torch
 
-        allowed = _ALLOWED.get(module, frozenset())
+        allowed = _ALLOWED.get(module, set())
         is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_type and allowed is not None and name not in allowed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")

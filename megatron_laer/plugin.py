@@ -408,7 +408,7 @@ def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> No
 
 
 # Checkpoints. Megatron looks these two up in the package at each call. A checkpoint counts once its
-# tracker file names it, which is written after `save` has returned, also under async save.
+# tracker file names it; that is written after `save` has returned, also under async save.
 
 
 def _with_planner_saved(original: Callable[..., Any]) -> Callable[..., Any]:

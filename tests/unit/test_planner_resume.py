@@ -1,0 +1,108 @@
+"""A planner that goes on from its saved state makes the plans that it would have made."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.service import Int64, PlannerService
+from megatron_laer.planner.state import PlannerState
+from megatron_laer.planner.strategies import Strategy, make_strategy
+from megatron_laer.runtime.sources import PlannedLayouts
+from tests.costs import make_costs
+
+pytestmark = pytest.mark.unit
+
+GEOMETRY = Geometry(num_ranks=4, num_experts=6, capacity=3, node_size=2)
+SHAPE = (GEOMETRY.num_ranks, GEOMETRY.capacity, GEOMETRY.num_experts)
+LAYERS = ("layer 1", "layer 2", "layer 3")
+STEPS = 9
+
+
+class Slow:
+    """A strategy that takes its time, so that plans are in the making when state is asked for."""
+
+    name = "slow"
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+
+    def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
+        time.sleep(0.01)
+        return self._strategy.plan(counts_NE, current)
+
+
+def planner(name: str, lag: int, resumed: PlannerState | None = None) -> PlannedLayouts:
+    return PlannedLayouts(
+        Slow(make_strategy(name, geometry=GEOMETRY, costs=make_costs())),
+        resumed.layouts if resumed else [ExpertLayout.static(*SHAPE)] * len(LAYERS),
+        lag=lag,
+        wait=True,
+        on_warning=pytest.fail,
+        resumed=resumed,
+    )
+
+
+def counts(step: int, layer: int) -> Int64:
+    """Skewed, and changing from step to step."""
+    draw = np.random.default_rng((step, layer))
+    return (draw.pareto(1.0, (GEOMETRY.num_ranks, GEOMETRY.num_experts)) * 100).astype(np.int64)
+
+
+def run(source: PlannedLayouts, steps: range, layouts: list[ExpertLayout]) -> list[object]:
+    """What is in force in each step; `layouts` is changed to what is in force at the end."""
+    in_force = []
+    for step in steps:
+        due = source.due(step)
+        if due is not None:
+            layouts[:] = due
+        in_force.append(list(layouts))
+        for layer in range(len(LAYERS)):
+            source.observe(step, layer, counts(step, layer))
+    return in_force
+
+
+@pytest.mark.parametrize("lag", [1, 2, 4])
+@pytest.mark.parametrize("name", ["greedy", "laer", "search"])
+def test_layouts_after_a_resume_are_those_without_an_interruption(name: str, lag: int) -> None:
+    whole = planner(name, lag)
+    expected = run(whole, range(STEPS), [ExpertLayout.static(*SHAPE)] * len(LAYERS))
+    whole.close()
+    assert len({tuple(layouts) for layouts in expected}) > STEPS // 2  # type: ignore[arg-type]
+
+    source, layouts, found = planner(name, lag), [ExpertLayout.static(*SHAPE)] * len(LAYERS), []
+    for stop in (2, 5, STEPS):
+        found += run(source, range(len(found), stop), layouts)
+        forecasts, plans = source.state()
+        source.close()
+        assert [plan.source_step for plan in plans] == list(range(max(0, stop - lag), stop))
+        state = PlannerState(stop, 0, LAYERS, tuple(layouts), forecasts, plans)
+        source = planner(name, lag, PlannerState.from_bytes(state.to_bytes()))
+    source.close()
+    assert found == expected
+
+
+def test_state_does_not_wait_for_ever_and_leaves_out_what_is_not_planned() -> None:
+    go_on = threading.Event()
+
+    class Hung:
+        name = "hung"
+
+        def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
+            go_on.wait()
+            return current
+
+    service = PlannerService(Hung(), [0], ExpertLayout.static(*SHAPE), pytest.fail, lossless=True)
+    service.submit(0, 0, counts(0, 0))
+    _, plans = service.state(timeout_s=0.05)
+    assert plans == []
+    go_on.set()
+    _, plans = service.state(timeout_s=10.0)
+    assert [plan.source_step for plan in plans] == [0]
+    assert service.wait(0, 10.0) is plans[0]  # asking changed nothing
+    assert service.close(10.0)

@@ -1,0 +1,40 @@
+"""The ranks' blocks of a saved matrix cover it, each element once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_laer.experts.slices import SliceSpec, sharded_slice
+
+pytestmark = pytest.mark.unit
+
+EXPERTS, COLUMNS, LAYERS = 3, 2, 4
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10, 64, 97])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
+def test_blocks_tile_the_matrix(rows: int, num_ranks: int) -> None:
+    covered = torch.zeros(LAYERS, EXPERTS, rows, COLUMNS, dtype=torch.int64)
+    for layer in range(LAYERS):
+        for rank in range(num_ranks):
+            spec = SliceSpec.for_rank(
+                "linear_fc1",
+                EXPERTS,
+                rows,
+                COLUMNS,
+                rank=rank,
+                num_ranks=num_ranks,
+                init_method=torch.nn.init.zeros_,
+            )
+            slice_ErK = spec.new_parameter(torch.float32, torch.device("cpu"))
+            factory = sharded_slice(slice_ErK, spec, "key", ((0, layer, LAYERS),), (0, 0, 0))
+            shard = factory.build()
+            assert shard.global_shape == tuple(covered.shape)
+            block = tuple(
+                slice(first, first + size)
+                for first, size in zip(shard.global_offset, shard.local_shape, strict=True)
+            )
+            covered[block] += 1
+            assert factory.merge_fn(shard.data).shape == slice_ErK.shape
+    assert (covered == 1).all()
