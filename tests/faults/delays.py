@@ -11,6 +11,7 @@ import faulthandler
 import functools
 import hashlib
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,8 +27,11 @@ WATCHDOG_S = 30.0
 
 # A seed makes each site of each rank quick or slow, so that lanes overtake each other both ways.
 _LONGEST_MS = (0.0, 0.0, 0.5, 2.0, 10.0)
-# A plan is due a step later: delays longer than a step, or none is ever late.
-_LONGEST_PLAN_MS = (0.0, 5.0, 40.0, 300.0)
+# How often a plan is held until the step that it is made for has begun: then it is late, however
+# long steps take.
+_HELD_PLANS = (0.0, 0.2, 0.8)
+# A plan for a step that never comes is let go after this.
+_HELD_S = 5.0
 
 
 class Delays:
@@ -38,6 +42,31 @@ class Delays:
         self._rank = rank
         self._seed: int | None = None
         self._sites: dict[str, tuple[random.Random, float]] = {}
+        self._step = -1
+        self._stepped = threading.Condition()
+
+    def begin_step(self, step: int) -> None:
+        """Plans that were held for this step are made now."""
+        with self._stepped:
+            self._step = step
+            self._stepped.notify_all()
+
+    def at_plan(self, source_step: int) -> None:
+        """Wait, as often as the seed says, until the step after the plan's source has begun.
+
+        That cannot block a run which waits for plans: it begins a step, and then waits.
+        """
+        if self._seed is None:
+            return
+        if "plan" not in self._sites:
+            draws = random.Random(f"{self._seed} {self._rank} plan")
+            self._sites["plan"] = draws, draws.choice(_HELD_PLANS)
+        draws, share = self._sites["plan"]
+        if draws.random() < share:
+            self.slept += 1
+            with self._stepped:
+                self._stepped.wait_for(lambda: self._step > source_step, _HELD_S)
+            time.sleep(draws.uniform(0.0, 0.02))
 
     def reseed(self, seed: int) -> None:
         """Other delays from now on."""
@@ -50,8 +79,7 @@ class Delays:
             return
         if site not in self._sites:
             draws = random.Random(f"{self._seed} {self._rank} {site}")
-            longest = _LONGEST_PLAN_MS if site == "plan" else _LONGEST_MS
-            self._sites[site] = draws, draws.choice(longest)
+            self._sites[site] = draws, draws.choice(_LONGEST_MS)
         draws, longest_ms = self._sites[site]
         delay_ms = draws.uniform(0.0, longest_ms)
         if delay_ms > 0.0:
@@ -93,6 +121,7 @@ def train_with_delays(
 
     def begin_step(step: int) -> None:
         trace.completed.append([])
+        delays.begin_step(step)
         seed, first = divmod(step, STEPS_PER_SEED)
         if first == 0:
             faulthandler.dump_traceback_later(watchdog_s, exit=True, file=2)
@@ -106,7 +135,7 @@ def train_with_delays(
         trace.versions.append(coordinator.version)
         trace.late_plans = coordinator.planner_status.late_plans
 
-    with _injected(delays.at, lambda name: trace.completed[-1].append(name), begin_step):
+    with _injected(delays, lambda name: trace.completed[-1].append(name), begin_step):
         try:
             trace.record = train(flags, after_step)
         finally:
@@ -127,7 +156,7 @@ def digest(model: list[torch.nn.Module]) -> str:
 
 @contextlib.contextmanager
 def _injected(
-    delay: Callable[[str], None],
+    delays: Delays,
     completed: Callable[[str], None],
     begin_step: Callable[[int], None],
 ) -> Iterator[None]:
@@ -140,7 +169,8 @@ def _injected(
     from megatron_laer.runtime.two_legs import Leg
 
     leg, tokens, start = Leg.all_to_all, _AllToAll.forward, coordinator.Coordinator.begin_step
-    plan, decide = PlannerService._plan_layer, Guard.decide
+    next_job, decide = PlannerService._next_job, Guard.decide
+    delay = delays.at
 
     def slow_leg(self: Any, *args: Any) -> Any:
         # The lane's thread, or the caller's without overlap; a node's two legs are two calls.
@@ -154,9 +184,12 @@ def _injected(
         completed("tokens")
         return result
 
-    def slow_plan(self: Any, *args: Any) -> Any:
-        delay("plan")
-        return plan(self, *args)
+    def slow_job(self: Any) -> Any:
+        # Between the choice of a layer to plan and its plan, on the planner's thread.
+        job = next_job(self)
+        if job is not None:
+            delays.at_plan(job[0])
+        return job
 
     def slow_decision(self: Any, *args: Any) -> Any:
         delay("decision")
@@ -189,7 +222,7 @@ def _injected(
         for owner, name, replacement in (
             (Leg, "all_to_all", slow_leg),
             (_AllToAll, "forward", staticmethod(slow_tokens)),
-            (PlannerService, "_plan_layer", slow_plan),
+            (PlannerService, "_next_job", slow_job),
             (Guard, "decide", slow_decision),
             (coordinator.Coordinator, "begin_step", started),
             (coordinator, "exchange_counts", slow(coordinator.exchange_counts, "counts")),
