@@ -61,6 +61,8 @@ def test_fsep_equals_stock(
 
     assert len(fsep.losses) == row.steps and len(fsep.eval_losses) == row.evaluations
     assert bool(fsep.first_grads) == row.gradients
+    logged = any(max(values) > 0.0 for values in fsep.moe_losses.values())
+    assert logged == ("--moe-aux-loss-coeff" in row.flags)
     if row.steps:
         falls = 0.8 if row.steps >= STEPS else 0.95
         assert fsep.losses[-1] < falls * fsep.losses[0], "must learn, or little is compared"

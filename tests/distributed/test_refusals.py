@@ -49,6 +49,22 @@ CASES = {
     ),
     "fp8": ("--fp8-format hybrid", "--fp8", "bf16"),
     "Megatron-FSDP": ("--use-megatron-fsdp", "--use-megatron-fsdp", "--use-distributed-optimizer"),
+    "paged stash": ("--moe-paged-stash", "--moe-paged-stash", "--recompute-modules moe"),
+    "GLU interleave": (
+        "--moe-mlp-glu-interleave-size 8",
+        "--moe-mlp-glu-interleave-size 8",
+        "leave it out",
+    ),
+    "activation offloading": (
+        "--fine-grained-activation-offloading --offload-modules core_attn",
+        "--fine-grained-activation-offloading",
+        "--recompute-granularity",
+    ),
+    "repeated MTP layer": (
+        "--mtp-num-layers 2 --mtp-use-repeated-layer",
+        "--mtp-use-repeated-layer",
+        "leave it out",
+    ),
     "one rank": (
         "--expert-model-parallel-size 1",
         "--expert-model-parallel-size 1",

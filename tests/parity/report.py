@@ -35,6 +35,11 @@ class Figures:
 
     cells: tuple[str, ...]
 
+    @property
+    def measured(self) -> bool:
+        """Whether there is any."""
+        return any(cell != _NONE for cell in self.cells)
+
     @classmethod
     def of(cls, found: Distance, floor: Distance, row: Row) -> Figures:
         """Cells without meaning for the row are left out."""
@@ -42,6 +47,9 @@ class Figures:
         shows = (row.gradients, True, row.steps > 0, row.steps > 0, logs)
         pairs = zip(found.parts(), floor.parts(), shows, strict=True)
         return cls(tuple(f"{a:.1e} ({b:.1e})" if shown else _NONE for a, b, shown in pairs))
+
+
+BLANK = Figures((_NONE,) * len(_COLUMNS))
 
 
 def figures_in(results: Path) -> dict[str, Figures]:
@@ -79,11 +87,10 @@ def figures_on(page: str) -> dict[str, Figures]:
 
 def render(figures: Mapping[str, Figures]) -> str:
     """The page. Rows without figures are listed without."""
-    blank = Figures((_NONE,) * len(_COLUMNS))
     heads = " | ".join(f"{column} (floor)" for column in _COLUMNS)
     rows = (
         f"| {row.name} | {row.ranks} | {row.steps} | "
-        + " | ".join(figures.get(row.name, blank).cells)
+        + " | ".join(figures.get(row.name, BLANK).cells)
         + " |"
         for row in ROWS
     )
@@ -114,14 +121,17 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page, with the figures of all results; complain of rows that have none."""
+    """Write the page with the figures of these results; rows not in them keep what they have.
+
+    Complains of rows that have no figures at all.
+    """
     parser = argparse.ArgumentParser(prog="python -m tests.parity.report", description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, help="junit XML files of pytest")
     options = parser.parse_args(arguments)
-    figures: dict[str, Figures] = {}
+    figures = figures_on(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
     for results in options.results:
         figures.update(figures_in(results))
-    missing = [row.name for row in ROWS if row.name not in figures]
+    missing = [row.name for row in ROWS if not figures.get(row.name, BLANK).measured]
     PAGE.write_text(render(figures), encoding="utf-8")
     if missing:
         print(f"no figures for {len(missing)} rows: {'; '.join(missing)}", file=sys.stderr)

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, field
 
 import pytest
+from packaging.version import Version
 
 from megatron_laer import model_support
 from megatron_laer.model_support import PROVED, REQUIRED, UNPROVED, WITHOUT_EFFECT
@@ -23,7 +24,8 @@ import dataclasses, json
 from megatron_laer.launch import prepare
 prepare()
 from megatron.core.transformer.transformer_config import TransformerConfig
-print(json.dumps([field.name for field in dataclasses.fields(TransformerConfig)]))
+from megatron.core.package_info import __version__
+print(json.dumps([__version__, [field.name for field in dataclasses.fields(TransformerConfig)]]))
 """
 
 
@@ -52,12 +54,14 @@ def test_every_moe_field_of_this_megatron_is_known() -> None:
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    fields = set(json.loads(result.stdout.splitlines()[-1]))
+    version, names = json.loads(result.stdout.splitlines()[-1])
+    fields = set(names)
     moe_fields = {name for name in fields if name.startswith("moe_")}
     known = [*REQUIRED, *PROVED, *WITHOUT_EFFECT, *UNPROVED]
     assert len(known) == len(set(known)), "a field is in two lists"
     assert moe_fields <= set(known), "new in this Megatron: decide what FSEP makes of it"
-    assert set(known) <= fields, "gone from this Megatron"
+    if Version(version) >= Version("0.19"):
+        assert set(known) <= fields, "gone from this Megatron"
 
 
 def test_every_field_called_proved_is_set_by_a_row_of_the_parity_table() -> None:
