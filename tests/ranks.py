@@ -136,7 +136,7 @@ class RankPool:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
                     results[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
-                except EOFError:
+                except (EOFError, ConnectionError):
                     raise RankError(self._stop_with_stacks(f"rank {rank} died")) from None
             if any(isinstance(result, Raised) for result in results.values()):
                 # The others may wait for the one that raised.

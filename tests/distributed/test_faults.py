@@ -59,12 +59,7 @@ def command(text_data: str) -> Callable[..., list[str]]:
     [
         STATIC,
         EXACT,
-        pytest.param(
-            WAIT,
-            marks=pytest.mark.xfail(
-                strict=True, reason="checkpoints do not hold the planner's state yet"
-            ),
-        ),
+        WAIT,
     ],
     ids=["static", "exact", "greedy"],
 )
