@@ -21,6 +21,9 @@ from megatron_laer.planner.traffic import changed_slots, node_sources
 
 Int64 = npt.NDArray[np.int64]
 
+# Layouts whose index tensors are kept: those in force in all layers of a stage, and fresh ones.
+_LAYOUTS = 256
+
 # Pairs of index tensors: targets, all distinct, and the sources that are added to them.
 Rounds = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
@@ -90,14 +93,14 @@ class ReduceIndex:
     over_spans: Rounds
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=_LAYOUTS)
 def layout_index(layout: ExpertLayout, device: torch.device) -> LayoutIndex:
     """`layout` on `device`."""
     (slot_expert_S,) = _upload([layout.slot_expert_S.astype(np.int64)], device)
     return LayoutIndex(layout, slot_expert_S)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=_LAYOUTS)
 def restore_index(
     before: ExpertLayout | None,
     after: ExpertLayout,
@@ -153,7 +156,7 @@ def restore_index(
     )
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=_LAYOUTS)
 def reduce_index(layout: ExpertLayout, span: int, rank: int, device: torch.device) -> ReduceIndex:
     """The sums over replicas as the rank computes them."""
     slot_expert_S = layout.slot_expert_S.astype(np.int64)
@@ -207,7 +210,7 @@ def _upload(arrays: Sequence[Int64], device: torch.device) -> list[torch.Tensor]
 
     On CUDA the copy runs on a stream of its own, which is waited for: so the tensors may be used on
     any stream at once, and the wait is never behind queued compute. They outlive any kernel that
-    reads them, because 1024 newer layouts must come before a cache lets go of them.
+    reads them, because many newer layouts must come before a cache lets go of them.
     """
     packed = torch.from_numpy(np.concatenate(arrays))
     if device.type == "cuda":
