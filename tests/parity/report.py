@@ -82,7 +82,11 @@ def figures_on(page: str) -> dict[str, Figures]:
     """Figures by row's name, from a page."""
     lines = (line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| "))
     width = 3 + len(_COLUMNS)
-    return {cells[0]: Figures(tuple(cells[3:])) for cells in lines if len(cells) == width}
+    return {
+        cells[0]: Figures(tuple(cells[3:]))
+        for cells in lines
+        if len(cells) == width and cells[0] != "row"
+    }
 
 
 def render(figures: Mapping[str, Figures]) -> str:
