@@ -18,6 +18,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ from megatron_laer.runtime.scheduler import Chunk
 
 logger = logging.getLogger(__name__)
 
-TESTED_VERSIONS = ("0.19.0", "0.19.2")
-_FIRST, _AFTER = Version("0.19"), Version("0.20.dev0")
+TESTED_VERSIONS = ("0.18.0", "0.18.2", "0.19.0", "0.19.2")
+_FIRST, _AFTER = Version("0.18"), Version("0.20.dev0")
 
 _HYBRID_SPECS = "megatron.core.models.hybrid.hybrid_layer_specs"
 
@@ -411,13 +412,22 @@ def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> No
 # tracker file names it; that is written after `save` has returned, also under async save.
 
 
+def _storage() -> Any:
+    """What checkpoints are written with: has `open` and `os`, of an object store where it is on."""
+    from megatron.core import msc_utils
+
+    if hasattr(msc_utils, "maybe_msc"):
+        return msc_utils.maybe_msc
+    # Megatron 0.18 decides at each place by itself.
+    feature = msc_utils.MultiStorageClientFeature
+    return feature.import_package() if feature.is_enabled() else SimpleNamespace(open=open, os=os)
+
+
 def _with_planner_saved(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        from megatron.core.msc_utils import maybe_msc
-
         request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        planner_checkpoint.save_states(str(checkpoint_dir), current_coordinator(), maybe_msc)
+        planner_checkpoint.save_states(str(checkpoint_dir), current_coordinator(), _storage())
         return request
 
     return save
@@ -426,12 +436,10 @@ def _with_planner_saved(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        from megatron.core.msc_utils import maybe_msc
-
         loaded = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         active = activation.active()
         if active is not None and active.config.plans:
-            planner_checkpoint.load_states(str(checkpoint_dir), current_coordinator(), maybe_msc)
+            planner_checkpoint.load_states(str(checkpoint_dir), current_coordinator(), _storage())
         return loaded
 
     return load

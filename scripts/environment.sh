@@ -73,6 +73,21 @@ laer_stamp() {
     } | sha256sum
 }
 
+# Puts another release of Megatron before the installed one, for this shell and what it starts. Only
+# Megatron differs: what it needs is the same.
+laer_use_megatron() {
+    local folder=$laer_venv/megatron-$1
+    if [[ ! -d $folder ]]; then
+        echo "Installing megatron-core $1 beside the other (the first time) ..."
+        rm -rf "$folder.part"
+        "$PYTHON" -m pip install --disable-pip-version-check --quiet --no-deps \
+            --target "$folder.part" "megatron-core==$1" >"$folder.log" 2>&1 ||
+            laer_stop "Installation failed; all of pip's output is in $folder.log"
+        mv "$folder.part" "$folder"
+    fi
+    export PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH}
+}
+
 laer_environment() {
     local stamp
     stamp=$(laer_stamp)

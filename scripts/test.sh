@@ -2,21 +2,27 @@
 # Lint, types, layers and tests.
 #
 #   scripts/test.sh               the quick set: tests marked unit
-#   scripts/test.sh --all         everything that needs no GPU (also with CI=true)
+#   scripts/test.sh --all         everything that needs no GPU (also with CI=true), and then what is
+#                                 marked `releases` once more, with the oldest Megatron supported
 #   scripts/test.sh --gpu         the tests that need one
+#   scripts/test.sh --megatron X  the chosen set with megatron-core X instead
 #   scripts/test.sh ... -- ARGS   ARGS are given to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+everything="not gpu"
 selection=unit
-[[ ${CI:-} == true ]] && selection="not gpu"
+[[ ${CI:-} == true ]] && selection=$everything
+megatron=
+oldest=0.18.2
 while (($#)); do
     case $1 in
-        --all) selection="not gpu" ;;
+        --all) selection=$everything ;;
         --gpu) selection=gpu ;;
+        --megatron) megatron=${2:?--megatron needs a version, such as $oldest} && shift ;;
         --) shift && break ;;
-        -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0" && exit ;;
-        *) echo "unknown option $1; allowed are --all, --gpu, and -- followed by pytest's" >&2 && exit 2 ;;
+        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit ;;
+        *) echo "unknown option $1; allowed are --all, --gpu, --megatron X, and -- followed by pytest's" >&2 && exit 2 ;;
     esac
     shift
 done
@@ -35,7 +41,17 @@ echo "== import-linter"
 .venv/bin/lint-imports || failed+=(import-linter)
 ((${#failed[@]} == 0)) || echo "FAILED: ${failed[*]} (the tests follow)"
 
-echo "== pytest -m '$selection'"
 # Ends when pytest has printed its summary, whatever a test left running.
-"$PYTHON" -m tests.supervise -m "$selection" --durations 20 "$@" || exit
+run_tests() {
+    echo "== pytest -m '$1'${megatron:+ with megatron-core $megatron}"
+    "$PYTHON" -m tests.supervise -m "$1" --durations 20 "${@:2}" || failed+=("tests")
+}
+[[ -z $megatron ]] || laer_use_megatron "$megatron"
+run_tests "$selection" "$@"
+if [[ $selection == "$everything" && -z $megatron ]] && (($# == 0)); then
+    megatron=$oldest
+    laer_use_megatron "$megatron"
+    run_tests "$everything and releases"
+fi
+((${#failed[@]} == 0)) || echo "FAILED: ${failed[*]}"
 ((${#failed[@]} == 0))

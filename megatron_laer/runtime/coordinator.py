@@ -46,6 +46,7 @@ from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.step_experts import StepExperts
 from megatron_laer.schedule import make_schedule
 from megatron_laer.telemetry.clock import make_clock
+from megatron_laer.telemetry.ranges import make_ranges
 from megatron_laer.telemetry.timeline import Timeline, timeline_path
 
 logger = logging.getLogger(__name__)
@@ -355,7 +356,8 @@ class Coordinator:
             return
         rank = dist.get_rank()
         path = timeline_path(self.config.timeline, rank)
-        self.timeline = Timeline(path, rank, make_clock(self.device), first_step)
+        clock, ranges = make_clock(self.device), make_ranges(self.device)
+        self.timeline = Timeline(path, rank, clock, ranges, first_step)
         for lane in (self.lanes.parameters, self.lanes.gradients):
             lane.times.timeline = self.timeline
 

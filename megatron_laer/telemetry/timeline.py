@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_laer.telemetry.clock import Clock, Moment
+from megatron_laer.telemetry.ranges import OpenRange
 
 logger = logging.getLogger(__name__)
 
@@ -30,28 +32,41 @@ FIRST_STEP, NUM_STEPS = 2, 3
 DENSE = "dense layers"
 
 
+@dataclass(frozen=True)
+class _Open:
+    """What has begun."""
+
+    label: str
+    start: Moment
+    end_range: Callable[[], None]
+
+
 class Timeline:
     """One rank's trace.
 
     Args:
         path: of the trace, created at once so that a run does not train in vain.
         rank: global; the trace's process.
+        open_range: of the device's profiler, for the compute and token lanes; the other lanes
+            name their work themselves.
         origin_step: the first step of this run, which may be a resumed one.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, rank: int, clock: Clock, origin_step: int) -> None:
+    def __init__(
+        self, path: Path, rank: int, clock: Clock, open_range: OpenRange, origin_step: int
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path, self._rank, self._clock = path, rank, clock
+        self._path, self._rank, self._clock, self._open_range = path, rank, clock, open_range
         self._file = path.open("w")
         self._steps = range(origin_step + FIRST_STEP, origin_step + FIRST_STEP + NUM_STEPS)
         self._is_recording = False
         self._origin: tuple[Moment, int] | None = None
         self._spans: list[tuple[str, str, Moment, Moment]] = []
-        self._phase: tuple[str, Moment] | None = None
-        self._exchange: tuple[str, Moment] | None = None
+        self._phase: _Open | None = None
+        self._exchange: _Open | None = None
         self._step_start: Moment = None
 
     def begin_step(self, step: int) -> None:
@@ -62,9 +77,10 @@ class Timeline:
             # The device is made to stand where the host is, once, so that ranks can be compared.
             self._clock.catch_up()
             self._origin = self._clock.now(), time.time_ns()
-        self._is_recording = True
         self._step_start = self._clock.now()
-        self._phase = DENSE, self._step_start
+        self._end_phase(self._step_start)
+        self._is_recording = True
+        self._phase = self._open(DENSE, self._step_start)
 
     def end_step(self, step: int) -> None:
         """A step ends; with the last one the trace is written."""
@@ -85,16 +101,14 @@ class Timeline:
         """Tokens leave, and the compute waits for those that come."""
         now = self._clock.now()
         self._end_phase(now)
-        self._exchange = label, now
+        self._exchange = self._open(label, now)
 
     def end_exchange(self, phase: str) -> None:
         """Tokens are here, and the compute goes on with a phase."""
         now = self._clock.now()
-        if self._exchange is not None:
-            label, start = self._exchange
-            self.add(TOKENS, label, start, now)
+        self._close(TOKENS, self._exchange, now)
         self._exchange = None
-        self._phase = phase, now
+        self._phase = self._open(phase, now)
 
     def close(self) -> None:
         """Write what was recorded; once."""
@@ -111,10 +125,16 @@ class Timeline:
             logger.warning("FSEP: the timeline %s is not complete: %s", self._path, error)
 
     def _end_phase(self, now: Moment) -> None:
-        if self._phase is not None:
-            label, start = self._phase
-            self.add(COMPUTE, label, start, now)
-            self._phase = None
+        self._close(COMPUTE, self._phase, now)
+        self._phase = None
+
+    def _open(self, label: str, now: Moment) -> _Open:
+        return _Open(label, now, self._open_range(label))
+
+    def _close(self, lane: str, opened: _Open | None, now: Moment) -> None:
+        if opened is not None:
+            opened.end_range()
+            self.add(lane, opened.label, opened.start, now)
 
     def _events(self) -> Iterator[dict[str, Any]]:
         def named(kind: str, name: str, **where: int) -> dict[str, Any]:

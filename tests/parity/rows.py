@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from tests.parity.compare import Distance
 from tests.parity.flags import command_line
 
-STEPS = 50
-# Enough for a wrong gradient to show, for rows that differ from a longer one in one setting.
-FEW_STEPS = 12
+# Enough for a wrong gradient to show. Rows of what most runs use train longer, so that rounding
+# adds up as it does in training.
+STEPS = 12
+LONG = 50
 
 FSEP = " --expert-parallel-mode fsep"
 RANDOM = " --fsep-planner random"
 STEP = " --fsep-restore step"
+NODES = " --fsep-node-size {} --fsep-restore-algorithm node"
 
 FP32_BOUND = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4, logged=1e-5)
 # bf16 keeps 8 bits: a rounding is 4e-3 relative. Two layouts sum the same gradients in another
@@ -48,6 +50,7 @@ class Row:
         evaluations: how often the run evaluates.
         moe_layers: on rank 0.
         gradients: whether Megatron can hand over the first step's; norms are compared without.
+        releases: whether the row is run with the oldest supported Megatron as well.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Row:
     evaluations: int = 0
     moe_layers: int = 2
     gradients: bool = True
+    releases: bool = False
 
     def reference(self, data: str) -> tuple[int, list[str]]:
         """Ranks and command line of the stock run that the others are compared with."""
@@ -116,26 +120,25 @@ AUX_LOSSES = (
 UNTIED = "--untie-embeddings-and-output-weights"
 
 ROWS = [
-    Row("plain DDP"),
-    Row("distributed optimizer with both overlaps", flags=DIST_OPT),
-    Row("accumulation 4", accumulation=4),
-    Row("accumulation 4, distributed optimizer", accumulation=4, flags=DIST_OPT),
-    Row("shared experts", flags=" --moe-shared-expert-intermediate-size 32"),
+    Row("plain DDP", steps=LONG),
+    Row("distributed optimizer with both overlaps", flags=DIST_OPT, steps=LONG),
+    Row("accumulation 4", accumulation=4, steps=LONG),
+    Row("accumulation 4, distributed optimizer", accumulation=4, flags=DIST_OPT, steps=LONG),
+    Row("shared experts", flags=" --moe-shared-expert-intermediate-size 32", steps=LONG),
     Row(
         "aux loss",
         flags=" --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2",
+        steps=LONG,
     ),
     Row(
         "expert bias",
         flags=" --moe-router-enable-expert-bias --moe-router-score-function sigmoid"
         " --moe-router-bias-update-rate 1e-2",
+        steps=LONG,
     ),
-    Row("full recompute", flags=FULL_RECOMPUTE),
-    Row(
-        "selective recompute of the MoE layer",
-        flags=MOE_RECOMPUTE,
-    ),
-    Row("bf16", flags=" --bf16", bound=BF16_BOUND),
+    Row("full recompute", flags=FULL_RECOMPUTE, steps=LONG),
+    Row("selective recompute of the MoE layer", flags=MOE_RECOMPUTE, steps=LONG),
+    Row("bf16", flags=" --bf16", bound=BF16_BOUND, steps=LONG),
     Row(
         "few tokens: experts, ranks and microbatches without any",
         ranks=4,
@@ -147,21 +150,45 @@ ROWS = [
     Row("planner greedy, adaptive", fsep=" --fsep-planner greedy"),
     Row("planner search, forecast", fsep=" --fsep-planner search --fsep-plan-mode forecast"),
     Row("planner laer, tolerance 0", fsep=" --fsep-planner laer --fsep-imbalance-tolerance 0"),
-    Row("fresh layouts after the gate, exact", fsep=" --fsep-plan-mode exact"),
+    Row("fresh layouts after the gate, exact", fsep=" --fsep-plan-mode exact", releases=True),
     Row(
         "exact on nodes of 2, E = 8 on 4 ranks",
         ranks=4,
         stock_parallel=(4, 1),
-        fsep=" --fsep-plan-mode exact --fsep-node-size 2 --fsep-restore-algorithm node",
+        fsep=" --fsep-plan-mode exact" + NODES.format(2),
     ),
     Row(
         "exchange through nodes of 2, E = 8 on 4 ranks",
         ranks=4,
         stock_parallel=(4, 1),
-        fsep=RANDOM + " --fsep-node-size 2 --fsep-restore-algorithm node",
+        fsep=RANDOM + NODES.format(2),
+    ),
+    Row(
+        "exchange through nodes of 2, full recompute, distributed optimizer, E = 8 on 4 ranks",
+        ranks=4,
+        stock_parallel=(4, 1),
+        flags=DIST_OPT + FULL_RECOMPUTE,
+        fsep=RANDOM + NODES.format(2),
+    ),
+    Row(
+        "exchange through nodes of 1, virtual pipeline 2 x 2, accumulation 4",
+        ranks=4,
+        expert_parallel=2,
+        accumulation=4,
+        flags=VIRTUAL,
+        fsep=RANDOM + NODES.format(1),
+    ),
+    Row(
+        "restored once per step through nodes of 2, accumulation 2, E = 8 on 4 ranks",
+        ranks=4,
+        stock_parallel=(4, 1),
+        accumulation=2,
+        fsep=RANDOM + NODES.format(2) + STEP,
     ),
     Row("scheduler off", fsep=RANDOM + " --fsep-scheduler off"),
-    Row("restored once per step, accumulation 4", accumulation=4, fsep=RANDOM + STEP),
+    Row(
+        "restored once per step, accumulation 4", accumulation=4, fsep=RANDOM + STEP, releases=True
+    ),
     Row(
         "restored once per step, accumulation 4, distributed optimizer",
         accumulation=4,
@@ -183,7 +210,7 @@ ROWS = [
     ),
     Row("most slots", capacity=8),
     Row("fewest slots", capacity=4),
-    Row("E = 8 on 4 ranks", ranks=4, stock_parallel=(4, 1)),
+    Row("E = 8 on 4 ranks", ranks=4, stock_parallel=(4, 1), steps=LONG),
     Row("E = 8 on 4 ranks, distributed optimizer", ranks=4, stock_parallel=(4, 2), flags=DIST_OPT),
     Row(
         "E = 6 on 4 ranks",
@@ -191,6 +218,7 @@ ROWS = [
         experts=6,
         stock_parallel=(1, 2),
         reference_ranks=1,
+        steps=LONG,
     ),
     Row(
         "E = 3 on 4 ranks",
@@ -198,20 +226,23 @@ ROWS = [
         experts=3,
         stock_parallel=(1, 1),
         reference_ranks=1,
+        steps=LONG,
     ),
-    Row("expert data parallel 2", ranks=4, expert_parallel=2, stock_parallel=(2, 1)),
+    Row("expert data parallel 2", ranks=4, expert_parallel=2, stock_parallel=(2, 1), steps=LONG),
     Row(
         "expert data parallel 2, distributed optimizer",
         ranks=4,
         expert_parallel=2,
         stock_parallel=(2, 1),
         flags=DIST_OPT,
+        releases=True,
     ),
     Row(
         "tensor parallel 2 with sequence parallel",
         ranks=4,
         stock_parallel=(4, 2),
         flags=TENSOR,
+        releases=True,
     ),
     Row(
         "tensor parallel 2, expert data parallel 2, distributed optimizer",
@@ -227,6 +258,7 @@ ROWS = [
         stock_parallel=(2, 1),
         flags=PIPELINE,
         moe_layers=1,
+        steps=LONG,
     ),
     Row(
         "virtual pipeline 2 x 2, accumulation 4",
@@ -235,6 +267,7 @@ ROWS = [
         stock_parallel=(2, 1),
         accumulation=4,
         flags=VIRTUAL,
+        releases=True,
     ),
     Row(
         "restored once per step, virtual pipeline 2 x 2, accumulation 4",
@@ -253,36 +286,30 @@ ROWS = [
         accumulation=4,
         flags=PIPELINE + FULL_RECOMPUTE,
         moe_layers=1,
+        steps=LONG,
     ),
     # Losses and routers.
     Row(
         "aux, sequence, global and z losses, accumulation 2",
         accumulation=2,
         flags=AUX_LOSSES,
-        steps=FEW_STEPS,
+        releases=True,
     ),
     Row(
         "the same losses, full recompute of one layer in two",
         accumulation=2,
         flags=AUX_LOSSES + BLOCK_RECOMPUTE,
-        steps=FEW_STEPS,
     ),
     Row(
         "the same losses, recompute of the MoE layer, per-token loss",
         accumulation=2,
         flags=AUX_LOSSES + MOE_RECOMPUTE + " --calculate-per-token-loss",
-        steps=FEW_STEPS,
     ),
-    Row(
-        "sinkhorn router",
-        flags=" --moe-router-load-balancing-type sinkhorn",
-        steps=FEW_STEPS,
-    ),
+    Row("sinkhorn router", flags=" --moe-router-load-balancing-type sinkhorn"),
     Row(
         "quantile balancing, accumulation 2",
         accumulation=2,
         flags=" --moe-router-load-balancing-type quantile_balancing",
-        steps=FEW_STEPS,
     ),
     Row(
         "group-limited sigmoid router in fp64 with expert bias, scaling and sequence aux loss",
@@ -290,56 +317,48 @@ ROWS = [
         " --moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-topk-scaling-factor 2.5"
         " --moe-router-dtype fp64"
         " --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-4",
-        steps=FEW_STEPS,
+        releases=True,
     ),
-    Row(
-        "square-root softplus router",
-        flags=" --moe-router-score-function sqrtsoftplus",
-        steps=FEW_STEPS,
-    ),
+    Row("square-root softplus router", flags=" --moe-router-score-function sqrtsoftplus"),
     # Models.
     Row(
         "shared experts with a gate and overlap",
         flags=" --moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate"
         " --moe-shared-expert-overlap",
-        steps=FEW_STEPS,
+        releases=True,
     ),
     Row(
         "first layer dense, recompute of attention, norms, dense and shared experts",
         flags=" --num-layers 3 --moe-layer-freq ([0]*1+[1]*2) --moe-ffn-hidden-size 40"
         " --moe-shared-expert-intermediate-size 32 --recompute-granularity selective"
         " --recompute-modules core_attn layernorm mlp shared_experts",
-        steps=FEW_STEPS,
+        releases=True,
     ),
     Row(
         "multi-token prediction with aux losses",
         flags=AUX_LOSSES + " --mtp-num-layers 1",
-        steps=FEW_STEPS,
         moe_layers=3,
+        releases=True,
     ),
     Row(
         "clamped and offset quick-GEGLU",
         without="--swiglu",
         flags=" --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0",
-        steps=FEW_STEPS,
     ),
     Row(
         "probabilities applied on input, top-1",
         flags=" --moe-apply-probs-on-input --moe-router-topk 1 --moe-router-pre-softmax",
-        steps=FEW_STEPS,
     ),
     Row(
         "latent MoE without a gate, shared experts",
         without="--swiglu",
         flags=" --squared-relu --moe-latent-size 24 --moe-shared-expert-intermediate-size 32",
-        steps=FEW_STEPS,
     ),
     Row(
         "tied embeddings, bf16, distributed optimizer, full recompute",
         without=UNTIED,
         flags=" --bf16" + DIST_OPT + FULL_RECOMPUTE,
         bound=BF16_BOUND,
-        steps=FEW_STEPS,
     ),
     # Parallelism.
     Row(
@@ -349,14 +368,13 @@ ROWS = [
         reference_ranks=2,
         reference_flags=AUX_LOSSES,
         flags=AUX_LOSSES + CONTEXT,
-        steps=FEW_STEPS,
+        releases=True,
     ),
     Row(
         "distributed optimizer in 2 instances, expert data parallel 2",
         ranks=4,
         expert_parallel=2,
         flags=DIST_OPT + " --num-distributed-optimizer-instances 2",
-        steps=FEW_STEPS,
         gradients=False,
     ),
     Row(
@@ -367,7 +385,6 @@ ROWS = [
         + AUX_LOSSES
         + " --num-layers 4 --moe-layer-freq 2 --moe-shared-expert-intermediate-size 32"
         " --moe-shared-expert-overlap",
-        steps=FEW_STEPS,
     ),
     Row(
         "pipeline 2 whose first stage has no MoE layer, aux losses, accumulation 2",
@@ -375,7 +392,6 @@ ROWS = [
         expert_parallel=2,
         accumulation=2,
         flags=PIPELINE + AUX_LOSSES + " --num-layers 4 --moe-layer-freq ([0]*2+[1]*2)",
-        steps=FEW_STEPS,
         moe_layers=0,
     ),
     Row(
@@ -385,22 +401,18 @@ ROWS = [
         accumulation=2,
         without=UNTIED,
         flags=PIPELINE + " --mtp-num-layers 1",
-        steps=FEW_STEPS,
         moe_layers=1,
+        releases=True,
     ),
     # Runs.
-    Row(
-        "SGD with momentum",
-        flags=" --optimizer sgd --sgd-momentum 0.9 --lr 2e-1 --min-lr 2e-1",
-        steps=FEW_STEPS,
-    ),
+    Row("SGD with momentum", flags=" --optimizer sgd --sgd-momentum 0.9 --lr 2e-1 --min-lr 2e-1"),
     Row(
         "evaluation and hashes of weights between steps, expert data parallel 2",
         ranks=4,
         expert_parallel=2,
         flags=" --eval-interval 4 --eval-iters 2 --check-weight-hash-across-dp-replicas-interval 2",
-        steps=FEW_STEPS,
         evaluations=4,
+        releases=True,
     ),
     Row(
         "evaluation alone",

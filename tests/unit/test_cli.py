@@ -71,7 +71,7 @@ def test_a_checkout_beside_the_script_is_the_megatron_whose_version_is_checked(s
     # The CPU stand-in would mend modules that this checkout does not have.
     result = run("train", path, device="cuda")
     assert result.returncode == 2
-    assert "supports megatron-core 0.19.0 to 0.19.2, found 0.17.1" in result.stderr
+    assert "supports megatron-core 0.18.0 to 0.19.2, found 0.17.1" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_laer.platform import cpu
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.releases]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PATH = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

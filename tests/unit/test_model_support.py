@@ -17,7 +17,7 @@ from megatron_laer.model_support import PROVED, REQUIRED, UNPROVED, WITHOUT_EFFE
 from tests.parity.flags import MODEL_FLAGS
 from tests.parity.rows import ROWS
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.releases]
 
 PROGRAM = """
 import dataclasses, json

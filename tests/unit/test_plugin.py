@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.releases]
 
 PREPARE = "from megatron_laer.launch import prepare; prepare()\n"
 
@@ -72,7 +72,7 @@ megatron_laer.disable()
 assert all(snapshot(FSEP_PATCHES)[path] is before[path] for path in before)
 
 found = info.__version__
-for info.__version__ in ("0.16.1", "0.18.2", "0.20.0"):
+for info.__version__ in ("0.16.1", "0.17.1", "0.20.0"):
     refusal()
 info.__version__ = found
 
@@ -90,10 +90,10 @@ assert plugin.patch_table() == ""
     )
     refusals = [line for line in out.splitlines() if line.startswith("refused:")]
     assert len(refusals) == 4
-    for version, refusal in zip(("0.16.1", "0.18.2", "0.20.0"), refusals, strict=False):
-        assert f"found {version}" in refusal and "0.19.0 to 0.19.2" in refusal
+    for version, refusal in zip(("0.16.1", "0.17.1", "0.20.0"), refusals, strict=False):
+        assert f"found {version}" in refusal and "0.18.0 to 0.19.2" in refusal
     assert "needs megatron.training.training.train_step" in refusals[3]
-    assert "0.19.0 to 0.19.2" in refusals[3]
+    assert "0.18.0 to 0.19.2" in refusals[3]
 
 
 def test_installing_the_command_line_changes_nothing_but_the_argument_functions() -> None:

@@ -16,7 +16,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
 SCRIPTS = sorted([*_ROOT.glob("scripts/**/*.sh"), *_ROOT.glob("scripts/**/*.sbatch")])
 SCRIPTS.append(_ROOT / ".ci" / "run")
-_PATCH = _ROOT / "patches" / "core_v0.19" / "fsep.patch"
+_PATCHES = sorted(_ROOT.glob("patches/core_v*/fsep.patch"))
 
 
 def shell(*words, cwd=_ROOT, timeout_s=60, **environment):
@@ -208,8 +208,9 @@ def test_the_slurm_command_line_trains_on_this_machine(text_data, tmp_path):
 
 
 @pytest.mark.unit
-def test_the_patch_adds_one_line_and_has_no_context():
-    lines = _PATCH.read_text().splitlines()
+@pytest.mark.parametrize("patch", _PATCHES, ids=lambda path: path.parent.name)
+def test_the_patch_adds_one_line_and_has_no_context(patch):
+    lines = patch.read_text().splitlines()
     hunks = [line for line in lines if line.startswith("@@")]
     body = [line for line in lines if not line.startswith(("diff ", "--- ", "+++ ", "@@"))]
     assert lines[0] == "diff --git a/megatron/training/__init__.py b/megatron/training/__init__.py"
@@ -218,19 +219,33 @@ def test_the_patch_adds_one_line_and_has_no_context():
         "+import megatron_laer.plugin; megatron_laer.plugin.install()"
         "  # adds --expert-parallel-mode"
     ]
-    assert "`megatron/training/__init__.py`" in (_ROOT / "patches" / "README.md").read_text()
+    readme = (_ROOT / "patches" / "README.md").read_text()
+    assert "`megatron/training/__init__.py`" in readme
+    assert f"\n| `{patch.parent.name}/` | " in readme
 
 
 @pytest.mark.unit
+def test_every_supported_release_has_a_patch():
+    from megatron_laer.plugin import TESTED_VERSIONS
+
+    releases = {".".join(version.split(".")[:2]) for version in TESTED_VERSIONS}
+    assert {path.parent.name for path in _PATCHES} == {f"core_v{release}" for release in releases}
+
+
+@pytest.mark.unit
+@pytest.mark.releases
 def test_the_patch_applies_to_the_installed_megatron(tmp_path):
+    from importlib.metadata import version
     from importlib.util import find_spec
 
+    release = ".".join(version("megatron-core").split(".")[:2])
     # Found without importing Megatron, which needs a GPU or the stand-in.
-    (folder,) = find_spec("megatron").submodule_search_locations
+    source = find_spec("megatron.training").origin
     target = tmp_path / "megatron" / "training"
     target.mkdir(parents=True)
-    shutil.copy(Path(folder) / "training" / "__init__.py", target)
-    apply = ["git", "apply", "--unidiff-zero", str(_PATCH)]
+    shutil.copy(source, target)
+    patch = _ROOT / "patches" / f"core_v{release}" / "fsep.patch"
+    apply = ["git", "apply", "--unidiff-zero", str(patch)]
     subprocess.run(apply, cwd=tmp_path, check=True, env=os.environ | {"GIT_DIR": "/nowhere"})
     last = (target / "__init__.py").read_text().splitlines()[-1]
     assert last.startswith("import megatron_laer.plugin")
@@ -240,6 +255,12 @@ def test_the_patch_applies_to_the_installed_megatron(tmp_path):
 @pytest.mark.skipif(
     not os.environ.get("MEGATRON_LM_CHECKOUT"), reason="MEGATRON_LM_CHECKOUT names no checkout"
 )
-def test_the_patch_applies_to_the_checkout():
-    apply = ["git", "apply", "--unidiff-zero", "--check", str(_PATCH)]
-    subprocess.run(apply, cwd=os.environ["MEGATRON_LM_CHECKOUT"], check=True)
+def test_a_patch_applies_to_the_checkout():
+    results = [
+        subprocess.run(
+            ["git", "apply", "--unidiff-zero", "--check", str(patch)],
+            cwd=os.environ["MEGATRON_LM_CHECKOUT"],
+        ).returncode
+        for patch in _PATCHES
+    ]
+    assert 0 in results

@@ -1,0 +1,101 @@
+"""What a training script must do differently from one release of Megatron to the next.
+
+0.18 wants a function that builds the model, and its wheel has none; later releases build a GPT
+model from a configuration. What the plugin itself does by release is in `plugin.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from argparse import Namespace
+from typing import Any
+
+
+def pretrain_arguments(args: Namespace) -> dict[str, Any]:
+    """The keywords of Megatron's `pretrain` that say which GPT model is trained, and how.
+
+    Raises:
+        ValueError: under 0.18, a flag that asks for a model that `build_gpt` cannot build.
+    """
+    from megatron.training import argument_utils
+
+    container = argument_utils.pretrain_cfg_container_from_args
+    if hasattr(argument_utils, "gpt_config_from_args"):
+        return {"cfg_container": container(args, argument_utils.gpt_config_from_args(args))}
+    asked = [name for name in _OTHER_MODELS if getattr(args, name, None) is not None]
+    if asked:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise ValueError(
+            f"{flags}: this script builds no such model with megatron-core 0.18; use 0.19, or run "
+            "Megatron's own script through `python -m megatron_laer train PATH/pretrain_gpt.py`"
+        )
+    return {"cfg_container": container(args), "model_provider": build_gpt}
+
+
+_OTHER_MODELS = (
+    "spec",
+    "yaml_cfg",
+    "experimental_attention_variant",
+    "heterogeneous_layers_config_path",
+)
+
+
+def no_packed_sequences() -> dict[str, bool]:
+    """The keyword of `get_batch_on_this_tp_rank` that says so."""
+    from megatron.core.utils import get_batch_on_this_tp_rank
+
+    names = inspect.signature(get_batch_on_this_tp_rank).parameters
+    return {"has_cu_seqlens" if "has_cu_seqlens" in names else "is_sft": False}
+
+
+def build_gpt(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
+) -> Any:
+    """One chunk of the GPT model that Megatron's arguments describe, for releases before 0.19.
+
+    Args:
+        pre_process: the chunk holds the embedding.
+        post_process: the chunk holds the output layer.
+        vp_stage: of the chunk, with virtual pipeline stages.
+        config: Megatron's transformer configuration; from the arguments if None.
+        pg_collection: process groups; Megatron's global ones if None.
+    """
+    from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    args = get_args()
+    config = config or core_transformer_config_from_args(args)
+    use_te = args.transformer_impl == "transformer_engine"
+    layer_flags = {"normalization": args.normalization, "qk_l2_norm": args.qk_l2_norm}
+    mtp_block = None
+    if args.mtp_num_layers is not None:
+        # Like the last layer of the model, which may be on another stage.
+        layers = gpt_layer_specs.get_gpt_decoder_layer_specs(config, use_te, **layer_flags)
+        mtp_block = gpt_layer_specs.get_gpt_mtp_block_spec(
+            config, layers[-1], use_te, vp_stage=vp_stage
+        )
+    return GPTModel(
+        config,
+        gpt_layer_specs.get_gpt_decoder_block_spec(
+            config, use_te, vp_stage=vp_stage, **layer_flags
+        ),
+        args.padded_vocab_size,
+        args.max_position_embeddings,
+        pre_process,
+        post_process,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        mtp_block_spec=mtp_block,
+        pg_collection=pg_collection,
+        vp_stage=vp_stage,
+    )

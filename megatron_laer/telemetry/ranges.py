@@ -1,0 +1,33 @@
+"""Named ranges in the device's profiler: NVTX on CUDA, which Nsight Systems shows.
+
+Unlike `with` blocks, they may end in another thread than they began in: a phase of the forward pass
+ends in autograd's thread. On the CPU torch's own profiler names every operation, and nothing is
+added.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+OpenRange = Callable[[str], Callable[[], None]]
+"""Begins a range of this name, and returns what ends it."""
+
+
+def make_ranges(device: torch.device) -> OpenRange:
+    """The ranges of a device's profiler."""
+    return _nvtx_range if device.type == "cuda" else _no_range
+
+
+def _nvtx_range(name: str) -> Callable[[], None]:
+    return functools.partial(torch.cuda.nvtx.range_end, torch.cuda.nvtx.range_start(name))
+
+
+def _no_range(name: str) -> Callable[[], None]:
+    return _nothing
+
+
+def _nothing() -> None:
+    return None
