@@ -1,15 +1,32 @@
-"""Rank pools and data that tests share."""
+"""Rank pools and data that tests share, and a count of cases at the end."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.ranks import RankPool
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A hook of pytest: `@pytest.mark.counts(fuzz_cases=300)` goes into the test's report."""
+    for mark in item.iter_markers("counts"):
+        item.user_properties += [("counts", mark.kwargs)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A hook of pytest: how many cases passed and how many did not, by kind."""
+    counted = {True: Counter[str](), False: Counter[str]()}
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, cases in getattr(report, "user_properties", []):
+                if name == "counts" and (report.when == "call" or outcome != "passed"):
+                    counted[outcome == "passed"].update(cases)
+    for kind in sorted(counted[True] | counted[False]):
+        passed, failed = counted[True][kind], counted[False][kind]
+        terminalreporter.write_line(f"{kind.replace('_', ' ')}: {passed} passed, {failed} failed")
 
 
 @pytest.fixture(scope="session")

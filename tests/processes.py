@@ -1,13 +1,22 @@
-"""`subprocess.run` for commands that start processes of their own, such as torchrun."""
+"""Programs that tests start: `subprocess.run` for such as torchrun, which start others."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def python_path() -> str:
+    """PYTHONPATH with this repository first, and then what is in it: another Megatron, maybe."""
+    return os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def run(

@@ -241,7 +241,7 @@ def _read_recording(
                 )
                 for slots in entry["slots"]
             ]
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"layout recording: {path}, line {number}: {error}") from error
     if not lines:
         raise ValueError(f"layout recording: {path} is empty")

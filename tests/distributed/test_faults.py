@@ -30,11 +30,11 @@ from tests.faults.injected import (
 from tests.parity.compare import Distance, distance, identical
 from tests.parity.flags import command_line
 from tests.parity.training import train
+from tests.processes import python_path
 from tests.ranks import Raised, RankPool
 
 pytestmark = pytest.mark.distributed
 
-_ROOT = Path(__file__).resolve().parents[2]
 
 FSEP = " --expert-parallel-mode fsep"
 STATIC = FSEP + " --fsep-planner static"
@@ -54,6 +54,7 @@ def command(text_data: str) -> Callable[..., list[str]]:
 # A rank that dies.
 
 
+@pytest.mark.counts(fault_runs=1, resumed_runs=1)
 @pytest.mark.parametrize(
     "mode",
     [
@@ -95,7 +96,7 @@ def restarted_run(folder: Path) -> int:
             env=os.environ
             | {
                 "MEGATRON_LAER_DEVICE": "cpu",
-                "PYTHONPATH": str(_ROOT),
+                "PYTHONPATH": python_path(),
                 "OMP_NUM_THREADS": "1",
                 # Or a restarted rank may find addresses of the attempt before in the shared store:
                 # github.com/pytorch/pytorch/issues/135712.
@@ -120,6 +121,7 @@ def restarted_run(folder: Path) -> int:
 # A rank that is told to stop.
 
 
+@pytest.mark.counts(fault_runs=1, resumed_runs=1)
 def test_a_signal_in_a_step_saves_and_exits_as_stock_does(
     ranks: Callable[[int], RankPool], command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -173,6 +175,7 @@ def train_with_other_version(flags: list[str], rank: int, after_step: int) -> No
     train(flags, overtake)
 
 
+@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize(
     "extra", ["", " --fsep-restore step", " --fsep-scheduler off"], ids=["layer", "step", "off"]
 )
@@ -223,6 +226,7 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_checkpoint_is_met_as_stock_meets_it(
     ranks: Callable[[int], RankPool],
@@ -251,6 +255,7 @@ def how_it_ended(result: Any, folder: Path) -> str:
     return f"{len(result.losses)} steps"
 
 
+@pytest.mark.counts(fault_runs=1, resumed_runs=1)
 def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(
     command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -273,6 +278,7 @@ def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(
 # Numbers that are none.
 
 
+@pytest.mark.counts(fault_runs=2)
 @pytest.mark.parametrize("passing", [False, True], ids=["for good", "passing"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["NaN", "Inf"])
 def test_a_bad_loss_ends_the_run_as_stock_does(
@@ -296,6 +302,7 @@ def test_a_bad_loss_ends_the_run_as_stock_does(
     assert ends["fsep"] == ends["step"] == ends["stock"]
 
 
+@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("restore", ["layer", "step"])
 def test_a_step_that_megatron_repeats_changes_no_bit(
     ranks: Callable[[int], RankPool], command: Callable[..., list[str]], restore: str
@@ -307,6 +314,7 @@ def test_a_step_that_megatron_repeats_changes_no_bit(
     assert again[0][0].losses == plain[0][0].losses
 
 
+@pytest.mark.counts(fault_runs=2)
 def test_experts_kept_over_a_skipped_step_are_those_that_a_restore_brings(
     ranks: Callable[[int], RankPool], command: Callable[..., list[str]]
 ) -> None:
@@ -325,6 +333,7 @@ def test_experts_kept_over_a_skipped_step_are_those_that_a_restore_brings(
 # Tokens that are unevenly spread, or not there.
 
 
+@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("mode", [FSEP + " --fsep-planner random", EXACT], ids=["random", "exact"])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_extreme_routing_trains_as_stock_does(
@@ -339,6 +348,7 @@ def test_extreme_routing_trains_as_stock_does(
     assert distance(fsep, stock).within(FP32_BOUND)
 
 
+@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize(
     ("mode", "is_even"),
     [
@@ -361,6 +371,7 @@ def test_a_burst_to_one_expert_gives_no_rank_more_than_its_share(
     assert (set(shares) == {1.0}) == is_even, shares
 
 
+@pytest.mark.counts(fault_runs=1)
 def test_bursts_leave_no_memory_behind_in_500_steps(
     ranks: Callable[[int], RankPool], command: Callable[..., list[str]]
 ) -> None:

@@ -102,6 +102,7 @@ def train_with_corruption(command: list[str], rank: int, after_step: int) -> Non
     train(command, corrupt)
 
 
+@pytest.mark.counts(fault_runs=1)
 def test_a_randomly_slow_planner_never_stops_training(
     ranks: Callable[[int], RankPool], text_data: str
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_randomly_slow_planner_never_stops_training(
     assert 0 < versions[0][-1] < steps - 1 and late > 0
 
 
+@pytest.mark.counts(fault_runs=1)
 def test_a_slow_planner_under_wait_changes_nothing(
     ranks: Callable[[int], RankPool], text_data: str
 ) -> None:
@@ -140,6 +142,7 @@ def train_with_dead_planner(command: list[str]) -> Record:
         return train(command, planner_state)
 
 
+@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("late", ["keep", "wait"])
 def test_a_dead_planner_leaves_training_alone(
     ranks: Callable[[int], RankPool], text_data: str, late: str
@@ -172,6 +175,7 @@ def train_with_planner_that_stops(command: list[str], fault: str, calls: int) ->
         return train(command, planner_state)
 
 
+@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("fault", ["hangs", "dies"])
 def test_a_planner_that_stops_leaves_a_run_that_a_replay_repeats(
     ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, fault: str
@@ -194,6 +198,7 @@ def test_a_planner_that_stops_leaves_a_run_that_a_replay_repeats(
     assert identical(stopped, ranks(2).run(train, replay)[0])
 
 
+@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("fault", ["raises", "wrong shape"])
 def test_a_broken_planner_keeps_the_last_good_layout(
     ranks: Callable[[int], RankPool], text_data: str, fault: str
@@ -205,6 +210,7 @@ def test_a_broken_planner_keeps_the_last_good_layout(
         assert version == 9 and failures == 9  # one of the two layers, each step
 
 
+@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_ranks_that_disagree_both_stop_and_name_both(
     ranks: Callable[[int], RankPool], text_data: str, rank: int
@@ -224,6 +230,7 @@ def test_two_ranks_that_disagree_both_stop_and_name_both(
         assert "which is right cannot be told" in raised.message
 
 
+@pytest.mark.counts(fault_runs=1)
 def test_a_corrupted_layout_names_the_rank_that_differs(
     ranks: Callable[[int], RankPool], text_data: str
 ) -> None:

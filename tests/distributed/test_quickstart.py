@@ -22,7 +22,7 @@ def test_the_quick_start_trains_with_fsep_and_with_stock_and_compares(tmp_path: 
     result = processes.run(
         [sys.executable, *words, str(tmp_path)],
         timeout_s=300.0,
-        env=os.environ | {"PYTHONPATH": str(_ROOT)},
+        env=os.environ | {"PYTHONPATH": processes.python_path()},
         cwd=_ROOT,
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.parity.flags import command_line
+from tests.processes import python_path
 from tests.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -78,11 +79,10 @@ def test_what_ranks_started_ends_with_the_pool_and_keeps_nobody_waiting(
 ) -> None:
     script = tmp_path / "user.py"
     script.write_text(USER)
-    root = str(Path(__file__).resolve().parents[2])
     # The pipe is read to its end, so a process that inherited it would be waited for.
     result = subprocess.run(
         [sys.executable, "-W", "ignore", str(script), how],
-        env=os.environ | {"PYTHONPATH": root},
+        env=os.environ | {"PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         timeout=60,

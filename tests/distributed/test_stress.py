@@ -67,10 +67,11 @@ CASES = {
     "adaptive": Case(2, 2, 2, 3, ADAPTIVE),
 }
 SEEDS = [
-    10,
+    pytest.param(10, marks=pytest.mark.counts(seeds_of_delays=10)),
     pytest.param(
         200,
         marks=[
+            pytest.mark.counts(seeds_of_delays=200),
             pytest.mark.slow,
             pytest.mark.skipif("MEGATRON_LAER_STRESS" not in os.environ, reason="asked for only"),
         ],

@@ -65,11 +65,10 @@ def test_the_checkouts_own_megatron_trains_like_the_wheel(text_data: str, tmp_pa
     def scalars(name: str, script: list[str]) -> dict[str, list[tuple[int, float]]]:
         folder = tmp_path / name
         launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-        paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         result = processes.run(
             [sys.executable, *launcher, *script, *flags, "--tensorboard-dir", str(folder)],
             timeout_s=300.0,
-            env=os.environ | {"MEGATRON_LAER_DEVICE": "cpu", "PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ | {"MEGATRON_LAER_DEVICE": "cpu", "PYTHONPATH": processes.python_path()},
         )
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
         events = EventAccumulator(str(folder))

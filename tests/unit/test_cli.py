@@ -5,23 +5,20 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
 from megatron_laer import __version__, cli
 from megatron_laer.model_flags import model_flags
+from tests.processes import python_path
 
 pytestmark = pytest.mark.unit
 
-_ROOT = Path(__file__).resolve().parents[2]
-
 
 def run(*words, cwd=None, device="cpu"):
-    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "megatron_laer", *map(str, words)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "MEGATRON_LAER_DEVICE": device},
+        env=os.environ | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": device},
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -152,6 +152,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.counts(fuzz_cases=300)
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(GOOD.splitlines(keepends=True)), VALUES)
 @example("nodes: 1\n", "&x [*x]")
@@ -165,6 +166,7 @@ def test_any_value_loads_or_is_a_value_error(line: str, value: str) -> None:
     assert cluster.gemm.unit_seconds(np.array([1]))[0] > 0
 
 
+@pytest.mark.counts(fuzz_cases=200)
 @settings(max_examples=200, deadline=None)
 @given(st.text())
 def test_any_text_is_a_value_error(text: str) -> None:

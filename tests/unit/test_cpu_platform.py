@@ -5,16 +5,13 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
 from megatron_laer.platform import cpu
+from tests.processes import python_path
 
 pytestmark = [pytest.mark.unit, pytest.mark.releases]
-
-_ROOT = Path(__file__).resolve().parents[2]
-_PATH = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def run(code, **environment):
@@ -22,7 +19,7 @@ def run(code, **environment):
     kept = {k: v for k, v in os.environ.items() if k != "MEGATRON_LAER_DEVICE"}
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        env=kept | {"PYTHONPATH": _PATH} | environment,
+        env=kept | {"PYTHONPATH": python_path()} | environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -54,7 +51,7 @@ def on_cpu():
     """A function that runs code under the stand-in and returns the last line it prints."""
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", _SERVER],
-        env=os.environ | {"PYTHONPATH": _PATH},
+        env=os.environ | {"PYTHONPATH": python_path()},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

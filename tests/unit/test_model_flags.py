@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.model_flags import model_file, model_flags
+from tests.processes import python_path
 
 pytestmark = pytest.mark.unit
 
@@ -118,7 +119,7 @@ def parsed():
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _PARSE, " ".join(MODELS), _RUN_FLAGS],
         env=os.environ
-        | {"PYTHONPATH": str(_ROOT), "MEGATRON_LAER_DEVICE": "cpu"}
+        | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"}
         | {"RANK": "0", "WORLD_SIZE": "8"},
         capture_output=True,
         text=True,

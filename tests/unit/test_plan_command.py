@@ -23,6 +23,7 @@ from megatron_laer.simulator import report
 from megatron_laer.simulator.table import MODES, STOCK, simulate
 from megatron_laer.telemetry.balance import max_over_mean, stock_tokens_N
 from megatron_laer.trace import Trace, TraceWriter
+from tests.processes import python_path
 
 pytestmark = pytest.mark.unit
 
@@ -302,7 +303,7 @@ def test_neither_torch_nor_megatron_is_imported():
         "import sys, megatron_laer.trace, megatron_laer.simulator.command; "
         "sys.exit(any(name.split('.')[0] in ('torch', 'megatron') for name in sys.modules))"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": python_path()}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 

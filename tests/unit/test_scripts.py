@@ -193,7 +193,7 @@ def test_the_slurm_command_line_trains_on_this_machine(text_data, tmp_path):
         *("--split", "90,10,0", "--data-cache-path", tmp_path),
         timeout_s=180,
         PYTHON=sys.executable,
-        PYTHONPATH=str(_ROOT),
+        PYTHONPATH=processes.python_path(),
         MODEL="tiny-moe",
         DATA_PREFIX=text_data,
         GPUS_PER_NODE="2",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,12 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.runtime.sources import LayoutRecorder, PlannedLayouts, ReplayedLayouts
 from tests.costs import make_costs
+from tests.fuzz import damaged
 
 pytestmark = pytest.mark.unit
 
 GEOMETRY = Geometry(num_ranks=2, num_experts=4, capacity=3, node_size=2)
 LAYERS = ["layer 1", "layer 2"]
-REGIME = {"split": "exact", "plan_mode": "forecast"}
 REGIME = {"split": "exact", "plan_mode": "forecast"}
 COSTS = make_costs()
 
@@ -80,3 +81,31 @@ def test_a_recording_made_with_another_split_is_refused(tmp_path: Path) -> None:
     LayoutRecorder(path, GEOMETRY, REGIME | {"split": "even"}, LAYERS, first_step=0).close()
     with pytest.raises(ValueError, match="even"):
         ReplayedLayouts(path, GEOMETRY, REGIME, LAYERS)
+
+
+CASES = 2000
+
+
+@pytest.mark.counts(fuzz_cases=CASES)
+def test_a_damaged_recording_gives_legal_layouts_or_a_value_error(tmp_path: Path) -> None:
+    path = tmp_path / "group-0.jsonl"
+    recorder = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0)
+    for step in range(4):
+        recorder.record(step, layouts(step))
+    recorder.close()
+    content = path.read_bytes()
+    luck = random.Random(3)
+    accepted = 0
+    for _ in range(CASES):
+        path.write_bytes(damaged(content, luck))
+        try:
+            replay = ReplayedLayouts(path, GEOMETRY, REGIME, LAYERS)
+        except ValueError as error:
+            assert "layout recording: " in str(error)
+            continue
+        accepted += 1
+        due = [replay.due(step) for step in range(6)]
+        assert all(len(layers) == len(LAYERS) for layers in due if layers is not None)
+        for layout in (layout for layers in due if layers is not None for layout in layers):
+            assert ExpertLayout.from_slots(2, 3, 4, layout.to_list()) == layout
+    assert 0 < accepted < CASES // 2  # a change may make another legal layout

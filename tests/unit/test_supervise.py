@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import python_path
+
 pytestmark = pytest.mark.unit
 
-_ROOT = Path(__file__).resolve().parents[2]
 
 # A test that leaves a process in a session of its own which holds our output, and that keeps
 # pytest's process from ending.
@@ -37,7 +38,7 @@ def supervise(folder: Path, *arguments: str, hangs: bool, passes: bool) -> tuple
     result = subprocess.run(
         [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(_ROOT)},
+        env=os.environ | {"PYTHONPATH": python_path()},
         stdout=subprocess.PIPE,  # read until nobody holds it
         stderr=subprocess.STDOUT,
         text=True,

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_laer.trace import FORMATS, Trace, TraceWriter, read_trace
 from megatron_laer.trace.recording import MAGIC, recording_path
+from tests.fuzz import damaged
 
 pytestmark = pytest.mark.unit
 
@@ -636,40 +637,7 @@ def write_each(folder, counts):
 
 
 KINDS = ("fsep", "npz", "npz, stored", "csv, long", "csv, wide", "smartmoe", "megatron")
-NASTY = [
-    b"9" * 18,
-    b"-1",
-    b"1e400",
-    b"[" * 5000,
-    b"\0",
-    b"\xff\xff\xff\xff",
-    b"{",
-    b'"',
-    b"\n",
-    b"]",
-]
-
-
-def damaged(content, luck):
-    """A copy with one to three parts changed, removed, doubled or replaced."""
-    changed = bytearray(content)
-    for _ in range(luck.choice((1, 1, 2, 3))):
-        begin = luck.randrange(len(changed) + 1)
-        end = min(len(changed), begin + luck.choice((1, 1, 4, 30)))
-        kind = luck.randrange(6)
-        if kind == 0 and begin < len(changed):
-            changed[begin] = luck.randrange(256)
-        elif kind == 1:
-            del changed[begin:end]
-        elif kind == 2:
-            changed[begin:begin] = changed[begin:end]
-        elif kind == 3:
-            changed[begin:end] = luck.choice(NASTY)
-        elif kind == 4:
-            changed[begin:end] = luck.randbytes(end - begin)
-        else:
-            del changed[begin:]
-    return bytes(changed)
+DAMAGED, RANDOM = 300, 200
 
 
 def read_or_refuse(path, format=None):
@@ -687,6 +655,7 @@ def read_or_refuse(path, format=None):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.counts(fuzz_cases=DAMAGED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_are_read_or_refused(tmp_path, kind):
     path, file = write_each(tmp_path, some_counts(0, steps=2, most=5))[kind]
@@ -694,7 +663,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, kind):
     luck = random.Random(kind)
     tracemalloc.start()
     valid = 0
-    for _ in range(300):
+    for _ in range(DAMAGED):
         file.write_bytes(damaged(content, luck))
         valid += read_or_refuse(path)
         valid += read_or_refuse(path, kind.split(",")[0])
@@ -702,10 +671,11 @@ def test_damaged_files_are_read_or_refused(tmp_path, kind):
     file.write_bytes(content)
     assert len(read_trace(path)) == 8
     # Most damage is found; some (a changed digit, a cut recording) is no damage to the format.
-    assert valid < 500
+    assert valid < 2 * DAMAGED - 100
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.counts(fuzz_cases=RANDOM)
 @pytest.mark.parametrize("format", [None, *FORMATS])
 def test_any_bytes_are_read_or_refused(tmp_path, format):
     luck = random.Random(1)
@@ -713,7 +683,7 @@ def test_any_bytes_are_read_or_refused(tmp_path, format):
     names = {"smartmoe": "table_iter1_rank0.log", "megatron": "router_trace_rank0.jsonl"}
     file = tmp_path / names.get(format, "x")
     tracemalloc.start()
-    for _ in range(200):
+    for _ in range(RANDOM):
         file.write_bytes(luck.choice(starts) + luck.randbytes(luck.choice((0, 1, 20, 300))))
         read_or_refuse(tmp_path if format in names else file, format)
     tracemalloc.stop()

@@ -1,0 +1,45 @@
+"""Damaged copies of files, for the tests of everything that reads from disk."""
+
+from __future__ import annotations
+
+import random
+
+NASTY = (
+    b"9" * 18,
+    b"9" * 5000,
+    b"-1",
+    b"1e400",
+    b"NaN",
+    b"[" * 5000,
+    b"\0",
+    b"\xff\xff\xff\xff",
+    b"{",
+    b'"',
+    b"\n",
+    b"]",
+)
+JSON = b'0123456789-eE.,:{}[]"tn'
+
+
+def damaged(content: bytes, luck: random.Random) -> bytes:
+    """A copy with one to four parts changed, removed, doubled, replaced or all that follows cut."""
+    changed = bytearray(content)
+    for _ in range(luck.choice((1, 1, 2, 4))):
+        begin = luck.randrange(len(changed) + 1)
+        end = min(len(changed), begin + luck.choice((1, 1, 2, 8, 40)))
+        kind = luck.randrange(7)
+        if kind == 0 and begin < len(changed):
+            changed[begin] = luck.randrange(256)
+        elif kind == 1:
+            del changed[begin:end]
+        elif kind == 2:
+            changed[begin:begin] = changed[begin:end]
+        elif kind == 3:
+            changed[begin:end] = luck.choice(NASTY)
+        elif kind == 4:
+            changed[begin:end] = luck.randbytes(end - begin)
+        elif kind == 5:
+            changed[begin:end] = bytes(luck.choices(JSON, k=end - begin))
+        else:
+            del changed[begin:]
+    return bytes(changed)
