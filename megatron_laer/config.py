@@ -2,7 +2,7 @@
 
 Flags are generated from the dataclass fields: a field `plan_lag` is the flag `--fsep-plan-lag`, its
 `help` is the flag's help and the row in the docs. What a combination of flags means for Megatron is
-not decided here (see `plugin.support`).
+not decided here (see `support`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The first call of a training script: everything that must happen before Megatron is imported.
 
-Decides nothing about training; `plugin.py` knows what changes in Megatron, `platform` what the
+Decides nothing about training; `plugin` knows what changes in Megatron, `platform` what the
 machine needs.
 """
 

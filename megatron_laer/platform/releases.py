@@ -1,7 +1,7 @@
 """What a training script must do differently from one release of Megatron to the next.
 
 0.18 wants a function that builds the model, and its wheel has none; later releases build a GPT
-model from a configuration. What the plugin itself does by release is in `plugin.py`.
+model from a configuration. What the plugin itself does by release is in `plugin`.
 """
 
 from __future__ import annotations

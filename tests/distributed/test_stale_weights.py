@@ -42,9 +42,9 @@ def train_without_call(command: list[str]) -> Record:
 
 def train_without_waiting(command: list[str]) -> Record:
     """The scheduler restores the next layer without asking whether its weights are there."""
-    from megatron_laer import plugin
+    from megatron_laer.plugin import steps
 
-    with mock.patch.object(plugin, "_await_weights", lambda wrapped, parameters: None):
+    with mock.patch.object(steps, "_await_weights", lambda wrapped, parameters: None):
         return train(command)
 
 

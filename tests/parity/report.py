@@ -106,6 +106,7 @@ def render(figures: Mapping[str, Figures]) -> str:
     return TEMPLATE.read_text(encoding="utf-8").format(
         proved=len(ROWS),
         refused=len(REFUSALS),
+        releases=sum(row.releases for row in ROWS),
         factor=FLOOR_FACTOR,
         features="\n".join(features),
         heads=heads,

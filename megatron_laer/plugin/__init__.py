@@ -1,0 +1,24 @@
+"""The only place that touches Megatron's internals: what is changed, why, and how it is undone.
+
+Patches are attributes replaced at the place where Megatron looks them up. Each is found by name
+first, applied once, and put back by `disable` or `uninstall`. Without `--expert-parallel-mode fsep`
+only the two argument functions are wrapped, and those only by the launchers.
+"""
+
+from megatron_laer.plugin.command_line import ARGUMENT_PATCHES, install, uninstall
+from megatron_laer.plugin.patching import TESTED_VERSIONS, check_version, patch_table
+from megatron_laer.plugin.steps import training_step
+from megatron_laer.plugin.switch import FSEP_PATCHES, disable, enable
+
+__all__ = [
+    "ARGUMENT_PATCHES",
+    "FSEP_PATCHES",
+    "TESTED_VERSIONS",
+    "check_version",
+    "disable",
+    "enable",
+    "install",
+    "patch_table",
+    "training_step",
+    "uninstall",
+]

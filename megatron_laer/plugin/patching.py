@@ -1,0 +1,102 @@
+"""Attributes of Megatron that are replaced: found by name, replaced once, and put back."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.version import Version
+
+TESTED_VERSIONS = ("0.18.0", "0.18.2", "0.19.0", "0.19.2")
+_FIRST, _AFTER = Version("0.18"), Version("0.20.dev0")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced attribute.
+
+    Attributes:
+        module: imported when the patch is applied.
+        path: of the attribute in the module, `name` or `Class.name`.
+        replace: takes the original and returns the replacement.
+        reason: for the printed table.
+    """
+
+    module: str
+    path: str
+    replace: Callable[[Any], Any]
+    reason: str
+
+    def owner_and_name(self) -> tuple[Any, str]:
+        """The object that holds the attribute.
+
+        Raises:
+            ImportError: Megatron lacks it; names the symbol and the tested versions.
+        """
+        try:
+            owner: Any = importlib.import_module(self.module)
+            *parents, name = self.path.split(".")
+            for parent in parents:
+                owner = getattr(owner, parent)
+            getattr(owner, name)
+        except (ImportError, AttributeError) as error:
+            raise ImportError(
+                f"megatron_laer needs {self.module}.{self.path} ({self.reason}), which "
+                f"megatron-core {_megatron_version()} does not have ({error}); tested with "
+                f"{TESTED_VERSIONS[0]} to {TESTED_VERSIONS[-1]}"
+            ) from error
+        return owner, name
+
+
+_applied: dict[Patch, tuple[Any, str, Any]] = {}
+
+
+def apply(patch: Patch) -> bool:
+    """Replace the attribute; False if it is replaced already."""
+    if patch in _applied:
+        return False
+    owner, name = patch.owner_and_name()
+    # The raw attribute, so that a classmethod is put back as one.
+    original = inspect.getattr_static(owner, name)
+    setattr(owner, name, patch.replace(original))
+    _applied[patch] = (owner, name, original)
+    return True
+
+
+def undo(patch: Patch) -> None:
+    """Put the original back, if it is replaced."""
+    if patch in _applied:
+        owner, name, original = _applied.pop(patch)
+        setattr(owner, name, original)
+
+
+def patch_table() -> str:
+    """What is replaced in Megatron at this moment, one line each."""
+    rows = [f"  {patch.module}.{patch.path}: {patch.reason}" for patch in _applied]
+    return "\n".join(rows)
+
+
+def check_version() -> None:
+    """Refuse a Megatron that was never tried.
+
+    Raises:
+        ImportError: with the version found and the tested range.
+    """
+    found = _megatron_version()
+    if not _FIRST <= Version(found) < _AFTER:
+        raise ImportError(
+            f"megatron_laer supports megatron-core {TESTED_VERSIONS[0]} to {TESTED_VERSIONS[-1]}, "
+            f"found {found}; install a supported version, or see patches/ for keeping a fork"
+        )
+
+
+def _megatron_version() -> str:
+    try:
+        from megatron.core.package_info import __version__
+    except ImportError:
+        return importlib.metadata.version("megatron-core")
+    return str(__version__)

@@ -1,0 +1,107 @@
+"""Steps: layouts change at their boundaries, and the scheduler learns of their model chunks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from megatron_laer import activation
+from megatron_laer.activation import StepOutcome
+from megatron_laer.plugin.patching import Patch
+from megatron_laer.runtime.scheduler import Chunk
+
+
+def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def train_step(
+        forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+        from megatron.training import get_args
+
+        with training_step(get_args().curr_iteration, get_num_microbatches(), model) as step:
+            result = original(forward_step_func, data_iterator, model, *args, **kwargs)
+            step.weights_changed = not result[1]  # Megatron's skipped_iter
+            return result
+
+    return train_step
+
+
+def training_step(
+    step: int, num_microbatches: int | None = None, model: Sequence[torch.nn.Module] = ()
+) -> AbstractContextManager[StepOutcome]:
+    """A training step, at whose start layouts change. Collective: every rank must enter it.
+
+    Megatron's own loop is wrapped in it by the plugin; a loop of one's own does it like this:
+
+        with megatron_laer.training_step(iteration, num_microbatches, model):
+            ...  # forward and backward of all microbatches, optimizer
+
+    Args:
+        step: counted over the whole run, resumed runs included.
+        num_microbatches: of this step; without it, planning starts only when the step is over.
+        model: Megatron's list of model chunks, the same at every step; without it, restores are
+            scheduled within each layer only.
+
+    Returns:
+        A context; what it yields has `weights_changed`, to be set to False if the optimizer skips.
+
+    Raises:
+        ValueError: at the first step, on every rank of the world: a recording that cannot be
+            replayed or written. With `--fsep-restore step`: no `num_microbatches`.
+        RuntimeError: a plan that no backward pass used.
+    """
+    return activation.training_step(
+        step, num_microbatches, lambda: [_chunk(wrapped) for wrapped in model]
+    )
+
+
+def _chunk(wrapped: Any) -> Chunk:
+    """A model chunk as the scheduler sees it, from inside Megatron's data-parallel wrapper."""
+    from megatron.core.utils import unwrap_model
+
+    from megatron_laer.moe_layer import FSEPMoELayer
+
+    module = unwrap_model(wrapped)
+    found = [
+        (part.state, block)
+        for block in module.modules()
+        for part in block.children()
+        if isinstance(part, FSEPMoELayer)
+    ]
+    return Chunk(
+        module,
+        layers=[state for state, _ in found],
+        blocks=[block for _, block in found],
+        await_weights=functools.partial(_await_weights, wrapped),
+    )
+
+
+def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Do before an early read of weights what Megatron does in a hook before their owner's call.
+
+    With `--overlap-param-gather`, weights may still be on their way from other replicas.
+    """
+    if not getattr(wrapped, "remove_forward_pre_hook_handles", None):
+        return  # Megatron gathers nothing in forward, or has synchronised all weights
+    is_dispatched_elsewhere = (
+        wrapped.ddp_config.align_param_gather or wrapped.overlap_param_gather_with_optimizer_step
+    )
+    for parameter in parameters:
+        wrapped.param_to_bucket_group[parameter].finish_param_sync(
+            skip_next_bucket_dispatch=is_dispatched_elsewhere
+        )
+
+
+STEP_PATCHES = (
+    Patch(
+        "megatron.training.training",
+        "train_step",
+        _with_step_boundary,
+        "layouts change at step boundaries",
+    ),
+)

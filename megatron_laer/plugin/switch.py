@@ -1,0 +1,69 @@
+"""FSEP on and off."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from megatron_laer import activation
+from megatron_laer.activation import Activation
+from megatron_laer.config import FSEPConfig
+from megatron_laer.plugin.checkpoints import CHECKPOINT_PATCHES
+from megatron_laer.plugin.layers import LAYER_PATCHES, create_groups, repoint_hybrid_specs
+from megatron_laer.plugin.metrics import remove_metrics
+from megatron_laer.plugin.patching import apply, check_version, patch_table, undo
+from megatron_laer.plugin.steps import STEP_PATCHES
+from megatron_laer.runtime import process_groups
+
+logger = logging.getLogger(__name__)
+
+FSEP_PATCHES = (*LAYER_PATCHES, *STEP_PATCHES, *CHECKPOINT_PATCHES)
+
+
+def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None:
+    """Turn FSEP on: MoE layers built from now on are sharded.
+
+    Idempotent. Other settings than before hold for models built from now on; those built before
+    cannot go on training. Before Megatron's model parallel state is initialised it makes no
+    collective; after that it is collective over the world, because it creates the FSEP groups.
+
+    Args:
+        config: settings; the defaults if None.
+        seed: of the experts' weights. None takes that of Megatron's arguments, or else torch's
+            initial seed of the group's first rank.
+
+    Raises:
+        ImportError: a Megatron without a seam that FSEP needs, naming it.
+        ValueError: a node size that does not divide the group, on every rank.
+    """
+    wanted = Activation(config or FSEPConfig(), seed)
+    if wanted == activation.active():
+        return
+    check_version()
+    # All seams are found before one is used, so that a missing one leaves nothing patched.
+    for patch in FSEP_PATCHES:
+        patch.owner_and_name()
+    activation.set_active(wanted)
+    fresh = [patch for patch in FSEP_PATCHES if apply(patch)]
+    repoint_hybrid_specs()
+    if fresh and int(os.environ.get("RANK", "0")) == 0:
+        logger.info("FSEP is on:\n%s", patch_table())
+
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        process_groups.destroy_groups()
+        create_groups()
+
+
+def disable() -> None:
+    """Turn FSEP off and put back what `enable` replaced.
+
+    Destroys the FSEP groups: models that were built with FSEP cannot go on training.
+    """
+    activation.set_active(None)
+    remove_metrics()
+    process_groups.destroy_groups()
+    for patch in FSEP_PATCHES:
+        undo(patch)
+    repoint_hybrid_specs()
