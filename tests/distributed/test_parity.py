@@ -58,7 +58,7 @@ def parameter(row: Row) -> object:
     return pytest.param(row, id=row.name, marks=[pytest.mark.releases] if row.releases else [])
 
 
-@pytest.mark.parametrize("row", map(parameter, ROWS))
+@pytest.mark.parametrize("row", [parameter(row) for row in ROWS])
 def test_fsep_equals_stock(
     row: Row,
     refused: dict[str, str],

@@ -368,7 +368,6 @@ ROWS = [
         reference_ranks=2,
         reference_flags=AUX_LOSSES,
         flags=AUX_LOSSES + CONTEXT,
-        releases=True,
     ),
     Row(
         "distributed optimizer in 2 instances, expert data parallel 2",
