@@ -21,6 +21,8 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
+from megatron_laer.shipped import yaml_file
+
 GROUPS = ("architecture", "moe", "initialization", "precision", "data")
 
 _KEY = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")
@@ -34,9 +36,7 @@ def model_flags(path_or_name: str | Path) -> list[str]:
             would.
         OSError: a path that cannot be read.
     """
-    given = str(path_or_name)
-    is_path = isinstance(path_or_name, Path) or given.endswith((".yaml", ".yml")) or "/" in given
-    path = Path(path_or_name) if is_path else model_file(given)
+    path = yaml_file("model", path_or_name)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -47,23 +47,6 @@ def model_flags(path_or_name: str | Path) -> list[str]:
             raise ValueError(f"{path}: {key} is given twice; leave one out")
         flags[key] = [f"--{key}", *_words(key, value, path)]
     return [word for words in flags.values() for word in words]
-
-
-def model_file(name: str) -> Path:
-    """The shipped YAML file of a model, from the installed package or from a source checkout.
-
-    Raises:
-        ValueError: an unknown name; the message lists the known ones.
-    """
-    # The package's own data first: beside an installed package, `configs` may be somebody else's.
-    package = Path(__file__).resolve().parent
-    folders = (package / "configs" / "models", package.parent / "configs" / "models")
-    known = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
-    if name not in known:
-        raise ValueError(
-            f"unknown model {name!r}; known are {sorted(known)}, or pass a path to a YAML file"
-        )
-    return known[name]
 
 
 def _settings(content: object, path: Path) -> Iterator[tuple[str, object]]:

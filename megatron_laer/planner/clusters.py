@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import yaml  # type: ignore[import-untyped]
 
+from megatron_laer.shipped import yaml_file
+
 
 @dataclass(frozen=True)
 class GemmCurve:
@@ -179,30 +181,11 @@ def load_cluster(path_or_name: str | Path) -> Cluster:
             would.
         OSError: a path that cannot be read.
     """
-    given = str(path_or_name)
-    is_path = isinstance(path_or_name, Path) or given.endswith((".yaml", ".yml")) or "/" in given
-    path = Path(path_or_name) if is_path else cluster_file(given)
+    path = yaml_file("cluster", path_or_name)
     try:
         return parse_cluster(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def cluster_file(name: str) -> Path:
-    """The shipped YAML file of a cluster, from the installed package or from a source checkout.
-
-    Raises:
-        ValueError: an unknown name; the message lists the known ones.
-    """
-    # The package's own data first: beside an installed package, `configs` may be somebody else's.
-    package = Path(__file__).resolve().parents[1]
-    folders = (package / "configs" / "clusters", package.parent / "configs" / "clusters")
-    known = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
-    if name not in known:
-        raise ValueError(
-            f"unknown cluster {name!r}; known are {sorted(known)}, or pass a path to a YAML file"
-        )
-    return known[name]
 
 
 class _TextLoader(yaml.BaseLoader):  # type: ignore[misc]

@@ -13,10 +13,10 @@ from megatron_laer.planner.clusters import (
     GemmCurve,
     Link,
     SolveTime,
-    cluster_file,
     load_cluster,
     parse_cluster,
 )
+from megatron_laer.shipped import yaml_file
 
 pytestmark = pytest.mark.unit
 
@@ -39,8 +39,9 @@ solve: {base_s: 1e-5, slot_s: 1e-7, count_s: 1e-9}
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_clusters_load_by_name_and_by_path(name: str) -> None:
     cluster = load_cluster(name)
+    file = yaml_file("cluster", name)
     assert cluster.name == name
-    assert load_cluster(cluster_file(name)) == load_cluster(str(cluster_file(name))) == cluster
+    assert load_cluster(file) == load_cluster(str(file)) == cluster
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.model_flags import model_file, model_flags
+from megatron_laer.model_flags import model_flags
+from megatron_laer.shipped import yaml_file
 from tests.processes import python_path
 
 pytestmark = pytest.mark.unit
@@ -75,7 +76,7 @@ def test_an_unknown_name_lists_the_known():
 
 
 def test_a_name_is_found_in_the_repository():
-    assert model_file("tiny-moe") == _ROOT / "configs" / "models" / "tiny-moe.yaml"
+    assert yaml_file("model", "tiny-moe") == _ROOT / "configs" / "models" / "tiny-moe.yaml"
 
 
 # One process for all models, since importing Megatron takes seconds.
