@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -198,8 +199,7 @@ def run_all(size: Size, ranks: int, cases: Sequence[Configuration], scratch: Pat
     prefix = str(scratch / "text")
     prepare_data(default_text_sources()[:150], prefix, progress=False)
     flags = [*size.flags(prefix, ranks), "--data-cache-path", str(scratch / "cache")]
-    os.environ.update(KEEP_MEMORY)
-    with RankPool(ranks) as pool:
+    with mock.patch.dict(os.environ, KEEP_MEMORY), RankPool(ranks) as pool:
         for repeat in range(size.repeats):
             for case in cases if repeat % 2 == 0 else reversed(cases):
                 start_s = time.monotonic()

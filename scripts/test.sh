@@ -6,7 +6,7 @@
 #                                 marked `releases` once more, with the oldest Megatron supported
 #   scripts/test.sh --gpu         the tests that need one
 #   scripts/test.sh --megatron X  the chosen set with megatron-core X instead
-#   scripts/test.sh ... -- ARGS   ARGS are given to pytest
+#   scripts/test.sh ... -- ARGS   ARGS are given to pytest, which then runs once
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,14 +14,20 @@ everything="not gpu"
 selection=unit
 [[ ${CI:-} == true ]] && selection=$everything
 megatron=
-oldest=0.18.2
+oldest=0.18.0
 while (($#)); do
     case $1 in
         --all) selection=$everything ;;
         --gpu) selection=gpu ;;
-        --megatron) megatron=${2:?--megatron needs a version, such as $oldest} && shift ;;
+        --megatron)
+            megatron=${2:-}
+            if [[ $megatron != [0-9]* ]]; then
+                echo "--megatron '$megatron' is no version; give one, such as $oldest" >&2 && exit 2
+            fi
+            shift
+            ;;
         --) shift && break ;;
-        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit ;;
+        -h | --help) sed -n '2,9s/^# \{0,1\}//p' scripts/test.sh && exit ;;
         *) echo "unknown option $1; allowed are --all, --gpu, --megatron X, and -- followed by pytest's" >&2 && exit 2 ;;
     esac
     shift
@@ -43,8 +49,11 @@ echo "== import-linter"
 
 # Ends when pytest has printed its summary, whatever a test left running.
 run_tests() {
-    echo "== pytest -m '$1'${megatron:+ with megatron-core $megatron}"
-    "$PYTHON" -m tests.supervise -m "$1" --durations 20 "${@:2}" || failed+=("tests")
+    local with=${megatron:+ with megatron-core $megatron} status=0
+    echo "== pytest -m '$1'$with"
+    "$PYTHON" -m tests.supervise -m "$1" --durations 20 "${@:2}" || status=$?
+    ((status < 2)) || exit "$status" # interrupted, or there was nothing to run
+    ((status == 0)) || failed+=("tests$with")
 }
 [[ -z $megatron ]] || laer_use_megatron "$megatron"
 run_tests "$selection" "$@"

@@ -18,12 +18,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """A hook of pytest: how many cases passed and how many did not, by kind."""
-    counted = {True: Counter[str](), False: Counter[str]()}
-    for outcome in ("passed", "failed", "error"):
+    found = {}
+    for outcome in ("passed", "failed", "error"):  # the worst one of a test's phases counts
         for report in terminalreporter.stats.get(outcome, []):
-            for name, cases in getattr(report, "user_properties", []):
-                if name == "counts" and (report.when == "call" or outcome != "passed"):
-                    counted[outcome == "passed"].update(cases)
+            cases = dict(getattr(report, "user_properties", ())).get("counts")
+            if cases is not None:
+                found[report.nodeid] = outcome == "passed", cases
+    counted = {True: Counter[str](), False: Counter[str]()}
+    for passed, cases in found.values():
+        counted[passed].update(cases)
     for kind in sorted(counted[True] | counted[False]):
         passed, failed = counted[True][kind], counted[False][kind]
         terminalreporter.write_line(f"{kind.replace('_', ' ')}: {passed} passed, {failed} failed")

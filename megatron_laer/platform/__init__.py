@@ -1,1 +1,1 @@
-"""What depends on the machine and on the installation, not on the model."""
+"""What depends on the machine and on the installed Megatron, not on FSEP."""

@@ -15,28 +15,32 @@ def pretrain_arguments(args: Namespace) -> dict[str, Any]:
     """The keywords of Megatron's `pretrain` that say which GPT model is trained, and how.
 
     Raises:
-        ValueError: under 0.18, a flag that asks for a model that `build_gpt` cannot build.
+        ValueError: under 0.18, what `build_gpt` does not build, quoting the flag.
     """
     from megatron.training import argument_utils
 
     container = argument_utils.pretrain_cfg_container_from_args
     if hasattr(argument_utils, "gpt_config_from_args"):
         return {"cfg_container": container(args, argument_utils.gpt_config_from_args(args))}
-    asked = [name for name in _OTHER_MODELS if getattr(args, name, None) is not None]
-    if asked:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+    asked = [name for name in _NOT_BUILT if getattr(args, name, None) not in (None, False)]
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+    if args.num_experts is None:
+        flags = "no --num-experts"
+    if flags:
         raise ValueError(
-            f"{flags}: this script builds no such model with megatron-core 0.18; use 0.19, or run "
-            "Megatron's own script through `python -m megatron_laer train PATH/pretrain_gpt.py`"
+            f"{flags}: with megatron-core 0.18 this script builds plain MoE models only; use 0.19, "
+            "or Megatron's own script: `python -m megatron_laer train PATH/pretrain_gpt.py -- ...`"
         )
     return {"cfg_container": container(args), "model_provider": build_gpt}
 
 
-_OTHER_MODELS = (
+# What Megatron 0.18 leaves to the function that builds the model, beside what is built here.
+_NOT_BUILT = (
     "spec",
     "yaml_cfg",
     "experimental_attention_variant",
     "heterogeneous_layers_config_path",
+    "record_memory_history",
 )
 
 
@@ -55,7 +59,7 @@ def build_gpt(
     config: Any = None,
     pg_collection: Any = None,
 ) -> Any:
-    """One chunk of the GPT model that Megatron's arguments describe, for releases before 0.19.
+    """One chunk of the MoE GPT model that Megatron's arguments describe, before release 0.19.
 
     Args:
         pre_process: the chunk holds the embedding.

@@ -1,8 +1,7 @@
 """Named ranges in the device's profiler: NVTX on CUDA, which Nsight Systems shows.
 
 Unlike `with` blocks, they may end in another thread than they began in: a phase of the forward pass
-ends in autograd's thread. On the CPU torch's own profiler names every operation, and nothing is
-added.
+ends in autograd's thread. On the CPU there is no such profiler, and nothing is done.
 """
 
 from __future__ import annotations

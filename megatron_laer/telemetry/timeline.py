@@ -115,6 +115,10 @@ class Timeline:
         if self._file.closed:
             return
         self._is_recording = False
+        for opened in (self._phase, self._exchange):
+            if opened is not None:
+                opened.end_range()
+        self._phase = self._exchange = None
         self._clock.catch_up()
         try:
             with self._file:

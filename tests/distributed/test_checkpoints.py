@@ -221,7 +221,13 @@ INTERRUPTED = {
 
 
 @pytest.mark.counts(resumed_runs=1)
-@pytest.mark.parametrize("case", INTERRUPTED)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.releases] if case == "greedy, adaptive" else [])
+        for case in INTERRUPTED
+    ],
+)
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, case: str
 ) -> None:

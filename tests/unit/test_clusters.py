@@ -140,6 +140,7 @@ def test_tags_build_nothing() -> None:
         parse_cluster(GOOD.replace("name: x", "name: !!python/object/apply:os.getcwd []"))
 
 
+CASES = 300
 VALUES = st.recursive(
     st.one_of(
         st.text(max_size=8),
@@ -153,8 +154,8 @@ VALUES = st.recursive(
 )
 
 
-@pytest.mark.counts(fuzz_cases=300)
-@settings(max_examples=300, deadline=None)
+@pytest.mark.counts(fuzz_cases=CASES)
+@settings(max_examples=CASES, deadline=None)
 @given(st.sampled_from(GOOD.splitlines(keepends=True)), VALUES)
 @example("nodes: 1\n", "&x [*x]")
 def test_any_value_loads_or_is_a_value_error(line: str, value: str) -> None:
@@ -167,8 +168,8 @@ def test_any_value_loads_or_is_a_value_error(line: str, value: str) -> None:
     assert cluster.gemm.unit_seconds(np.array([1]))[0] > 0
 
 
-@pytest.mark.counts(fuzz_cases=200)
-@settings(max_examples=200, deadline=None)
+@pytest.mark.counts(fuzz_cases=CASES)
+@settings(max_examples=CASES, deadline=None)
 @given(st.text())
 def test_any_text_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError):

@@ -73,7 +73,6 @@ from megatron_laer.launch import prepare
 prepare()
 from megatron.training import arguments
 from megatron_laer.support import REFUSALS
-from tests.releases import refused_flags
 
 def fired(line):
     words = BASE.split()

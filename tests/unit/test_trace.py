@@ -6,6 +6,7 @@ import json
 import random
 import tracemalloc
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 
 from megatron_laer.trace import FORMATS, Trace, TraceWriter, read_trace
 from megatron_laer.trace.recording import MAGIC, recording_path
@@ -70,16 +72,21 @@ def write_csv(path, counts, is_wide):
     path.write_text("\n".join(lines) + "\n")
 
 
+def megatrons_tracer():
+    if Version(version("megatron-core")) < Version("0.19"):
+        pytest.skip("Megatron 0.18 writes no traces")
+    from megatron.core.transformer.moe.router_trace import RouterTracer
+
+    return RouterTracer
+
+
 def write_megatron(folder, counts, topk=1, training_mode=True):
     """By Megatron's own tracer and its hooks, from tokens that give these counts with top-1."""
     torch = pytest.importorskip("torch")
-    tracing = pytest.importorskip(
-        "megatron.core.transformer.moe.router_trace", reason="Megatron 0.18 writes no traces"
-    )
-
+    tracer_type = megatrons_tracer()
     steps, layers, microbatches, ranks, experts = counts.shape
     for rank in range(ranks):
-        tracer = tracing.RouterTracer(str(folder), steps, rank, training_mode=training_mode)
+        tracer = tracer_type(str(folder), steps, rank, training_mode=training_mode)
         hooks = [tracer.make_hook(f"decoder.layers.{layer}.mlp.router") for layer in range(layers)]
         for step in range(steps):
             for microbatch, layer in np.ndindex(microbatches, layers):
@@ -340,11 +347,8 @@ def test_megatrons_own_tracer_is_read_with_its_microbatches(tmp_path):
 
 def test_megatrons_top_k_indices_and_heads_are_read(tmp_path):
     torch = pytest.importorskip("torch")
-    tracing = pytest.importorskip(
-        "megatron.core.transformer.moe.router_trace", reason="Megatron 0.18 writes no traces"
-    )
-
-    tracer = tracing.RouterTracer(str(tmp_path), 9, 0, training_mode=True)
+    tracer_type = megatrons_tracer()
+    tracer = tracer_type(str(tmp_path), 9, 0, training_mode=True)
     tracer.record_indices([torch.tensor([[0, 2], [2, 1]])], layer_ids=[11])
     tracer.record_indices([torch.tensor([[0, 1], [0, 1]])], layer_ids=[2])
     tracer.record_indices([torch.tensor([[1, 2], [1, 2]])], layer_ids=[0], block="mtp", mtp_idx=1)
