@@ -122,7 +122,8 @@ class FSEPConfig:
     )
     node_size: int | None = _option(
         None,
-        "ranks of the FSEP group per node G; default: read from the launcher's LOCAL_WORLD_SIZE",
+        "ranks of the FSEP group per node G; default: as the launcher says (torchrun's "
+        "LOCAL_WORLD_SIZE)",
         type=int,
     )
     restore_algorithm: str = _option(

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import os
+import re
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 REQUIRED: dict[str, object] = {
     "moe_token_dispatcher_type": "alltoall",
     "expert_tensor_parallel_size": 1,
+    "expert_gtp_weight_remat_size": 1,
     "add_bias_linear": False,
     "moe_expert_capacity_factor": None,
     "moe_expert_rank_capacity_factor": None,
@@ -43,6 +45,7 @@ REQUIRED: dict[str, object] = {
 # Set by a row of the parity table.
 PROVED = frozenset(
     """
+    num_moe_experts expert_model_parallel_size
     moe_apply_probs_on_input moe_aux_loss_coeff moe_ffn_hidden_size moe_latent_size moe_layer_freq
     moe_router_bias_update_rate moe_router_dtype moe_router_enable_expert_bias
     moe_router_group_topk moe_router_load_balancing_type
@@ -54,6 +57,9 @@ PROVED = frozenset(
 
 # Change nothing that FSEP does: the reason by field.
 WITHOUT_EFFECT: dict[str, str] = {
+    "expert_tensor_parallel_num_weight_shards": "what it implies is looked at",
+    "inference_moe_disable_fused_quant_kernels": "of inference",
+    "inference_moe_token_dispatcher_type": "of inference",
     "moe_grouped_gemm": "FSEP computes with experts of its own",
     "moe_grad_scale_func": "scales the router's losses, which are Megatron's",
     "moe_per_layer_logging": "logs",
@@ -83,9 +89,13 @@ UNPROVED = frozenset(
     moe_enable_routing_replay moe_input_jitter_eps moe_permute_fusion moe_router_force_biased
     moe_router_force_load_balancing moe_router_fusion moe_router_quantile_balancing_ema
     moe_router_topk_limited_devices
-    moe_shared_expert_glu_interleave_size
+    moe_shared_expert_glu_interleave_size use_grouped_gemm_for_shared_expert
     """.split()
 )
+
+
+# Of Megatron's fields, those whose names say that they are about MoE.
+MOE_FIELD = re.compile(r"moe|expert|router")
 
 
 def check(config: Any) -> None:
@@ -111,10 +121,10 @@ def check(config: Any) -> None:
 
 
 def warnings_of(config: Any) -> list[str]:
-    """A warning for each MoE field that differs from its default and that no test covers."""
+    """A warning for each field about MoE that differs from its default and that no test covers."""
     found = []
     for field in dataclasses.fields(config):
-        if not field.name.startswith("moe_") or field.name in REQUIRED:
+        if not MOE_FIELD.search(field.name) or field.name in REQUIRED:
             continue
         value = getattr(config, field.name)
         if field.name in PROVED or field.name in WITHOUT_EFFECT or value == _default(field):

@@ -21,6 +21,7 @@ from megatron_laer.activation import coordinator_for
 from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
 from megatron_laer.experts.module import FSEPExperts
+from megatron_laer.runtime.device import upload
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.plan import MicrobatchPlan
 from megatron_laer.runtime.process_groups import get_fsep_groups
@@ -117,9 +118,8 @@ class FSEPMoELayer(MoELayer):
         plan = self._coordinator.plan_microbatch(self.state, routing_map, training=self.training)
         if plan.routing_map_TE is not None:
             routing_map = plan.routing_map_TE
-        ranges_2S = torch.from_numpy(slot_ranges(plan.row_S, plan.layout.slot_expert_S))
-        if routing_map.is_cuda:  # a copy from pageable memory would wait for the stream
-            ranges_2S = ranges_2S.pin_memory().to(routing_map.device, non_blocking=True)
+        ranges = torch.from_numpy(slot_ranges(plan.row_S, plan.layout.slot_expert_S))
+        ranges_2S = upload(ranges, routing_map.device)
         probs_TS, slot_map_TS = to_slots(
             probs, routing_map, plan.restored.index.slot_expert_S, ranges_2S
         )
@@ -129,7 +129,12 @@ class FSEPMoELayer(MoELayer):
         return super().preprocess(hidden_states, probs_TS, slot_map_TS)
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Exchange tokens; with that done, the next layer's experts may be fetched."""
+        """Exchange tokens; with that done, the next layer's experts may be fetched.
+
+        In backward likewise: with the tokens' gradients here, those of the experts may leave.
+        """
+        assert self._plan is not None, "dispatch before preprocess"
+        hidden_states = self._plan.restored.send_after(hidden_states)
         dispatched = super().dispatch(hidden_states, probs)
         self._coordinator.scheduler.dispatched(self.state, self.training)
         return dispatched

@@ -6,9 +6,9 @@ scheduler's (`runtime/scheduler.py`); this file imports neither torch nor Megatr
 
     forward   layer i:    attention  router  dispatch ┬ experts i ──────── combine
               parameters:                             └ restore i+1
-    backward  layer i:    combine ┬ experts i ──┬ dispatch  attention ── combine ┬ experts i-1
-              parameters:         └ restore i-1 │                                └ restore i-2
-              gradients:                        └ reduce i ───────────────────────────────┘
+    backward  layer i:    combine ┬ experts i ── dispatch ┬ attention ── combine ┬ experts i-1
+              parameters:         └ restore i-1           │                      └ restore i-2
+              gradients:                                  └ reduce i ─────────────────────┘
 
 Source: the LAER-MoE paper's fine-grained schedule (arXiv 2602.11686), with parameters and gradients
 on communicators of their own.

@@ -7,7 +7,7 @@ Touches nothing of Megatron; `args` is its parsed namespace. A model's configura
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_laer.config import FIXED_PLANNERS, FSEPConfig
@@ -83,6 +83,8 @@ def _too_few_ranks(args: Namespace) -> str | None:
     size = args.expert_model_parallel_size
     return f"--expert-model-parallel-size {size}" if size < 2 else None
 
+
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
@@ -278,6 +280,18 @@ def check(args: Namespace, config: FSEPConfig) -> None:
             "--expert-parallel-mode fsep cannot run with these settings:\n  "
             + "\n  ".join(problems)
         )
+
+
+def warnings(config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: bool) -> list[str]:
+    """What FSEP runs with, but not well."""
+    if on_cuda and config.scheduler == "on" and environment.get(_CONNECTIONS) == "1":
+        return [
+            f"{_CONNECTIONS}=1: kernels of all streams wait for each other in the order of their "
+            "launch, so exchanges of weights and gradients hardly overlap with compute; unset it, "
+            "or set it to 32, unless --tensor-model-parallel-size or --context-parallel-size above "
+            "1 needs it (before Blackwell)"
+        ]
+    return []
 
 
 def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_laer.dispatch.exchange_edges import exchange_edges
+from megatron_laer.runtime.device import upload
 from megatron_laer.runtime.plan import MicrobatchPlan
 from megatron_laer.telemetry.timeline import DENSE, Timeline
 
@@ -21,6 +22,8 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # On the group's own stream, whose priority the plugin raises, tokens overtake other work.
+        self.use_nccl_stream = True
         self._plan: MicrobatchPlan | None = None
         self._timeline: Timeline | None = None
         self._layer_name = ""
@@ -51,7 +54,7 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         columns_NC = torch.from_numpy(plan.columns_NC)
         # The fused sort of chunks runs on the device and reads sizes there, stock's on the host.
         self.num_global_tokens_per_local_expert = (
-            columns_NC.to(routing_map.device) if self.config.moe_permute_fusion else columns_NC
+            upload(columns_NC, routing_map.device) if self.config.moe_permute_fusion else columns_NC
         )
         return columns_NC.sum(dim=0)
 

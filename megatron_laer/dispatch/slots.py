@@ -53,7 +53,8 @@ def to_slots(
     Returns:
         probs_TS and the bool map [T, S].
     """
-    place_TE = torch.cumsum(routing_map_TE, dim=0, dtype=torch.int32) - 1
+    # Along the inner dimension, whose scan is parallel on CUDA; the other one's walks all tokens.
+    place_TE = torch.cumsum(routing_map_TE.t().contiguous(), dim=1, dtype=torch.int32).t() - 1
     place_TS = place_TE.index_select(1, slot_expert_S)
     routed_TS = routing_map_TE.index_select(1, slot_expert_S)
     slot_map_TS = routed_TS & (place_TS >= ranges_2S[0]) & (place_TS < ranges_2S[1])

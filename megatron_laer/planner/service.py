@@ -76,7 +76,8 @@ class PlannerService:
         initial: the layout in use for all layers, or one for each.
         on_warning: takes a message; called from the planner's thread and from the caller's, never
             under the service's lock. What it raises is ignored.
-        lossless: keep every step, in order, for callers that `wait` for each.
+        lossless: keep every step, in order, for callers that `wait` for each, until
+            `drop_late_steps`.
         forecast: that every layer begins with, or one for each; the smoothed one without it.
         plans: complete ones to go on with, as `state` returned them; `initial` is then unused but
             for its shape.
@@ -218,6 +219,11 @@ class PlannerService:
         with self._changed:
             self._changed.wait_for(is_settled, timeout_s)
             return dict(self._forecasts), [self._complete[step] for step in sorted(self._complete)]
+
+    def drop_late_steps(self) -> None:
+        """Stop being `lossless`: the caller does not wait any more."""
+        with self._changed:
+            self._lossless = False
 
     def close(self, timeout_s: float) -> bool:
         """Stop the thread; True if it ended in time. Steps not planned by then are dropped.

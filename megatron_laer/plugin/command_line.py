@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -10,9 +12,12 @@ from typing import Any
 
 from megatron_laer import config as settings
 from megatron_laer import support
+from megatron_laer.platform import cpu
 from megatron_laer.plugin.metrics import install_metrics
 from megatron_laer.plugin.patching import Patch, apply, check_version, undo
 from megatron_laer.plugin.switch import disable, enable
+
+logger = logging.getLogger(__name__)
 
 
 def install() -> None:
@@ -70,6 +75,10 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             args.num_experts = experts
         support.check(args, config)  # again, since Megatron rewrites deprecated flags
+        if args.rank == 0:
+            on_cuda = not cpu.installed()
+            for warning in support.warnings(config, os.environ, on_cuda=on_cuda):
+                logger.warning("FSEP: %s", warning)
         enable(config, seed=args.seed)
         install_metrics(args)
         return result

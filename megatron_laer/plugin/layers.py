@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
+import yaml
 
 from megatron_laer import activation
 from megatron_laer.plugin.patching import Patch
@@ -35,24 +41,57 @@ def repoint_hybrid_specs() -> None:
         spec.mlp = functools.partial(moe_module_specs.MoELayer, *spec.mlp.args, **spec.mlp.keywords)
 
 
-def create_groups() -> None:
-    """Create the FSEP groups. Collective over the world."""
+def create_groups(timeout: timedelta | None = None, nccl_settings: str | None = None) -> None:
+    """Create the FSEP groups. Collective over the world.
+
+    Args:
+        timeout: of their collectives; torch's default without it.
+        nccl_settings: the file of Megatron's `--nccl-communicator-config-path`. Ours are under
+            `fsep_parameters` and `fsep_gradients`.
+    """
     from megatron.core import parallel_state
 
     active = activation.active()
     assert active is not None
+    by_group: dict[str, Any] = {}
+    if nccl_settings is not None and _uses_nccl():
+        by_group = yaml.safe_load(Path(nccl_settings).read_text())
+
+    def create_group(ranks: Sequence[int], group_desc: str) -> Any:
+        exchange = "_".join(group_desc.lower().split("_")[:2])
+        return parallel_state.create_group(
+            ranks,
+            timeout=timeout,
+            pg_options=parallel_state.get_nccl_options(exchange, by_group),
+            group_desc=group_desc,
+        )
+
     process_groups.create_groups(
-        parallel_state.get_expert_model_parallel_group(),
-        active.config.node_size,
-        parallel_state.create_group,
+        parallel_state.get_expert_model_parallel_group(), active.config.node_size, create_group
     )
+
+
+def _uses_nccl() -> bool:
+    return "nccl" in dist.get_backend()
 
 
 def _with_fsep_groups(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def initialize_model_parallel(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        create_groups()
+        call = inspect.signature(original).bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        if _uses_nccl():
+            # Tokens go before weights and gradients, whose exchanges have streams of low priority.
+            given["high_priority_stream_groups"] = [
+                *(given["high_priority_stream_groups"] or ()),
+                "ep",
+            ]
+        result = original(*call.args, **call.kwargs)
+        create_groups(
+            timedelta(minutes=given["distributed_timeout_minutes"]),
+            given["nccl_communicator_config_path"],
+        )
         return result
 
     return initialize_model_parallel

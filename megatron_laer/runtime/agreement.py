@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.layout import ExpertLayout
+from megatron_laer.runtime.device import upload
 from megatron_laer.runtime.process_groups import FSEPGroups
 
 
@@ -32,7 +33,7 @@ class LayoutTag:
 
     def tensor(self, device: torch.device) -> torch.Tensor:
         """int64 [2]."""
-        return torch.tensor([self.version, self.digest], dtype=torch.int64, device=device)
+        return upload(torch.tensor([self.version, self.digest], dtype=torch.int64), device)
 
 
 def exchange_counts(

@@ -91,6 +91,16 @@ class Lane(Protocol):
         ...
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device, without waiting for the current stream.
+
+    A copy from memory that is not pinned would wait.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def make_lane(name: str, device: torch.device, *, overlaps: bool) -> Lane:
     """A lane of its own beside the compute, or one that does the work at once."""
     times = LaneTimes(name, device)
@@ -216,7 +226,7 @@ class _StreamResult:
 
 
 class StreamLane:
-    """A CUDA stream of low priority: token exchanges on Megatron's streams go first."""
+    """A CUDA stream of the lowest priority; Megatron's token exchanges are given a high one."""
 
     def __init__(self, times: LaneTimes, device: torch.device) -> None:
         self.times = times
@@ -228,6 +238,8 @@ class StreamLane:
         with torch.no_grad(), torch.cuda.stream(self._stream):
             with self.times.working(label):
                 result = work()
+            # Should nobody wait for it, its memory is not another's while this stream writes.
+            result.record_stream(self._stream)
             return _StreamResult(result, self._stream.record_event(), self.times, label)
 
     def close(self) -> None:

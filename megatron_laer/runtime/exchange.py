@@ -91,7 +91,12 @@ class Exchange(Protocol):
         ...
 
     def reduce(
-        self, grad_CRK: torch.Tensor, index: LayoutIndex, *, out: torch.Tensor | None = None
+        self,
+        grad_CRK: torch.Tensor,
+        index: LayoutIndex,
+        *,
+        wire_dtype: torch.dtype | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Gradients of this rank's slice of every expert, summed over the expert's replicas.
 
@@ -100,6 +105,8 @@ class Exchange(Protocol):
         Args:
             grad_CRK: gradients of this rank's restored experts; left as they are.
             index: the layout they were restored with.
+            wire_dtype: of sums that `node` sends to other nodes, unless it was made for one; the
+                gradient's own without either.
             out: where to reduce to, contiguous [E, r, K]; a new tensor without it.
 
         Returns:

@@ -19,12 +19,12 @@ class NodeExchange(TwoLegExchange):
 
     Restores equal `FlatExchange`'s bit for bit. Reduces add up the same replicas with other
     roundings: |node - flat| <= (u_wire + 2·u_grad + 2·n·2**-24)·Σ|replica|, where n is the number
-    of replicas and u = 2**-8 for bfloat16; u_wire and u_grad are 0 for float32, whose roundings are
-    in the last term.
+    of replicas and u = 2**-8 for bfloat16, 2**-11 for float16; u_wire and u_grad are 0 for float32,
+    whose roundings are in the last term. With float16 add n·2**-24 for what is too small for it.
 
     Args:
-        grad_wire_dtype: of gradients between nodes; the gradients' own by default. Inside a node
-            they keep their own.
+        grad_wire_dtype: of gradients between nodes, whatever a reduce says. Inside a node they keep
+            their own.
     """
 
     def __init__(self, groups: FSEPGroups, grad_wire_dtype: torch.dtype | None = None) -> None:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 Group = dist.ProcessGroup
@@ -121,6 +122,28 @@ def detect_node_size(ranks: Sequence[int], local_world_size: int) -> int:
     return size
 
 
+# What launchers say of ranks per node: torchrun, Slurm, Open MPI.
+_PER_NODE = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+
+
+def ranks_per_node() -> int:
+    """Ranks of the world on each node, as the launcher says; without one, all ranks are on one.
+
+    Raises:
+        ValueError: no launcher says it, and the ranks are more than this node's GPUs.
+    """
+    said = [value for name in _PER_NODE if (value := os.environ.get(name, "")).isdecimal()]
+    if said:
+        return int(said[0])
+    world, devices = dist.get_world_size(), torch.cuda.device_count()
+    if "nccl" in dist.get_backend() and world > devices:
+        raise ValueError(
+            f"{world} ranks on nodes of {devices} GPUs, and none of {', '.join(_PER_NODE)} is set: "
+            "give --fsep-node-size, or export LOCAL_WORLD_SIZE"
+        )
+    return world
+
+
 def create_groups(
     expert_group: Group,
     node_size: int | None,
@@ -130,12 +153,13 @@ def create_groups(
 
     Args:
         expert_group: Megatron's expert-parallel group of this rank.
-        node_size: G, or None to read it from `LOCAL_WORLD_SIZE`.
-        create_group: Megatron's `parallel_state.create_group`, which keeps the list of groups
-            whose time-outs Megatron changes after start-up.
+        node_size: G, or None to take it from `ranks_per_node`.
+        create_group: called with ranks and `group_desc`; goes through Megatron's
+            `parallel_state.create_group`, which keeps the list of groups whose time-outs Megatron
+            changes after start-up.
 
     Raises:
-        ValueError: a node size that does not divide N. Raised on every rank.
+        ValueError: a node size that does not divide N, or that is not known. On every rank.
     """
     global _groups
     mine = tuple(dist.get_process_group_ranks(expert_group))
@@ -144,8 +168,7 @@ def create_groups(
     all_ranks = sorted(set(gathered))
 
     # Every rank checks every group, so that all of them raise and none waits for the others.
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    sizes = {ranks: node_size or detect_node_size(ranks, local_world_size) for ranks in all_ranks}
+    sizes = {ranks: node_size or detect_node_size(ranks, ranks_per_node()) for ranks in all_ranks}
     for ranks, size in sizes.items():
         if len(ranks) % size:
             raise ValueError(

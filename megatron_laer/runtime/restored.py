@@ -5,9 +5,10 @@ backward pass restores them again for the experts' backward; only a pass whose b
 once (the re-run under a checkpoint) keeps them. When an exchange starts is the scheduler's
 business; this file holds what is in flight, and the autograd nodes between slices and experts.
 
-Two nodes lie on the way of a layer's gradients: `_Restore`, whose backward sends whole gradients
-off, and one before it, whose backward hands the slices' gradients to Megatron. Between the two the
-gradients are in flight. The second is `_Arrive`, or under a checkpoint `_ArriveAfter`:
+Two nodes lie on the way of a layer's gradients: `_Restore`, whose backward has whole gradients, and
+one before it, whose backward hands the slices' gradients to Megatron. Between the two the gradients
+are in flight; they leave when the tokens' gradients have arrived (`_SendAfterTokens`), since the
+backward pass waits for those. The second node is `_Arrive`, or under a checkpoint `_ArriveAfter`:
 
 - Autograd runs ready nodes latest first, so an `_Arrive` made early in forward, while the layer
   before was computing, waits only after that layer's backward.
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class ExchangeLanes:
     Attributes:
         weights: restored matrices; as many as the schedule restores layers at once.
         grads: gradients of restored matrices, likewise.
+        reduced: gradients of slices, on their way to Megatron's main gradients.
     """
 
     exchange: Exchange
@@ -63,6 +65,7 @@ class ExchangeLanes:
     gradients: Lane
     weights: BufferPool = field(default_factory=BufferPool)
     grads: BufferPool = field(default_factory=BufferPool)
+    reduced: BufferPool = field(default_factory=BufferPool)
 
     def close(self) -> None:
         """End both lanes."""
@@ -78,6 +81,7 @@ class RestoredExperts:
         before: the MoE layer before in the same chunk and microbatch, which backward comes to next.
         tickets: the early `_Arrive` node's outputs, until `weight_tickets` takes them.
         arrives_after: whether an `_ArriveAfter` takes the gradients.
+        sends_after: whether a `_SendAfterTokens` sends the gradients of the pass that is to come.
     """
 
     def __init__(self, name: str, slices: Slices, index: LayoutIndex, lanes: ExchangeLanes) -> None:
@@ -85,6 +89,8 @@ class RestoredExperts:
         self.before: RestoredExperts | None = None
         self.tickets: tuple[torch.Tensor, ...] | None = None
         self.arrives_after = False
+        self.sends_after = False
+        self._held_CRK: tuple[torch.Tensor, ...] | None = None
         self._name = name
         self._slices = slices
         self._lanes = lanes
@@ -156,19 +162,31 @@ class RestoredExperts:
         exchange = self._lanes.exchange
         self._reduced = tuple(
             self._lanes.gradients.submit(
-                partial(exchange.reduce, grad_CRK, self.index), f"reduce {self._name}"
+                partial(
+                    exchange.reduce,
+                    grad_CRK,
+                    self.index,
+                    # A step's sums are float32, and cross nodes as one microbatch's would.
+                    wire_dtype=slice_ErK.dtype,
+                    out=self._new_reduced(slice_ErK, grad_CRK.dtype),
+                ),
+                f"reduce {self._name}",
             )
-            for grad_CRK in grads_CRK
+            for grad_CRK, slice_ErK in zip(grads_CRK, self._slices.parameters, strict=True)
         )
         exchange.count.reduces += 1
 
     def reduced(self) -> tuple[torch.Tensor, ...]:
-        """Gradients of the slices `[E, r, K]`, waiting for them."""
+        """What autograd hands to the slices `[E, r, K]`, waiting for their gradients.
+
+        Where Megatron keeps main gradients, these receive them here, so that the memory they
+        arrived in is used again; autograd is given stand-ins, as by Megatron's own fused kernels.
+        """
         assert self._reduced is not None, "gradients asked for before they were sent"
         grads_ErK = tuple(pending.wait() for pending in self._reduced)
         self._reduced = None
         self._give_grads()
-        return grads_ErK
+        return tuple(map(self._hand_over, self._slices.parameters, grads_ErK))
 
     def issue_tickets(self) -> tuple[torch.Tensor, ...]:
         """Make the node at which this layer's gradients will be waited for.
@@ -187,6 +205,28 @@ class RestoredExperts:
         marked: torch.Tensor = _ArriveAfter.apply(self, hidden, *self._slices.parameters)
         return marked
 
+    def send_after(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Mark what is dispatched: when its gradient is there, this layer's gradients are sent.
+
+        Unless nobody waits for them later than that, or the tokens need no gradient.
+        """
+        waits_later = self.arrives_after or self.tickets is not None
+        if not (waits_later and torch.is_grad_enabled() and tokens.requires_grad):
+            return tokens
+        self.sends_after = True
+        marked: torch.Tensor = _SendAfterTokens.apply(tokens, self)
+        return marked
+
+    def hold(self, grads_CRK: tuple[torch.Tensor, ...]) -> None:
+        """Keep gradients until `send_held`."""
+        self._held_CRK = grads_CRK
+
+    def send_held(self) -> None:
+        """Begin to send them. Collective over the group."""
+        assert self._held_CRK is not None, "tokens' gradients arrived before the experts had any"
+        held_CRK, self._held_CRK = self._held_CRK, None
+        self.reduce(held_CRK)
+
     def weight_tickets(self) -> tuple[torch.Tensor, ...]:
         """What the experts' linear layers take for their weights: they lead gradients back here."""
         tickets, self.tickets = self.tickets, None
@@ -198,13 +238,28 @@ class RestoredExperts:
             )
         elif tickets is None:
             tickets = self.issue_tickets()
-        weights: tuple[torch.Tensor, ...] = _Restore.apply(self, self._shapes(), *tickets)
+        sends_after, self.sends_after = self.sends_after, False
+        weights: tuple[torch.Tensor, ...] = _Restore.apply(
+            self, self._shapes(), sends_after, *tickets
+        )
         return weights
 
     def before_backward(self, output: torch.Tensor) -> torch.Tensor:
         """Mark the experts' output: its gradient's arrival is when backward restores."""
         marked: torch.Tensor = _BeforeBackward.apply(output, self)
         return marked
+
+    def _new_reduced(self, slice_ErK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        if not hasattr(slice_ErK, "main_grad"):
+            return None  # autograd accumulates it, and keeps its memory
+        return self._lanes.reduced.take(tuple(slice_ErK.shape), dtype, slice_ErK.device)
+
+    def _hand_over(self, slice_ErK: torch.nn.Parameter, grad_ErK: torch.Tensor) -> torch.Tensor:
+        if not hasattr(slice_ErK, "main_grad"):
+            return grad_ErK
+        slice_ErK.main_grad.add_(grad_ErK)
+        self._lanes.reduced.give(grad_ErK)
+        return in_main_grad(slice_ErK)
 
     def _give_grads(self) -> None:
         for grad_CRK in self._grads:
@@ -234,6 +289,21 @@ class RestoredExperts:
 def placeholder(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Zeros of this shape without storage, for the edges of autograd's graph."""
     return like.new_zeros(()).expand(shape)
+
+
+def in_main_grad(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Mark a parameter whose gradient is in its main gradient; what autograd is given instead.
+
+    Megatron looks at the mark when autograd is done with the parameter, and takes it off at each
+    step. A new tensor of whole memory is taken as it is, where a placeholder would be copied.
+    """
+    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return _stand_in(tuple(parameter.shape), parameter.dtype, parameter.device).detach()
+
+
+@cache
+def _stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class _Arrive(torch.autograd.Function):
@@ -266,27 +336,47 @@ class _ArriveAfter(torch.autograd.Function):
         return (None, grad, *ctx.restored.reduced())
 
 
+class _SendAfterTokens(torch.autograd.Function):
+    """Identity on tokens before their dispatch. Backward, when theirs are here: sends gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, restored: RestoredExperts) -> torch.Tensor:  # type: ignore[override]
+        ctx.restored = restored
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        ctx.restored.send_held()
+        return grad, None
+
+
 class _Restore(torch.autograd.Function):
-    """Backward: whole gradients out, on their way to the slices."""
+    """Backward: whole gradients out, on their way to the slices, now or after the tokens'."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         restored: RestoredExperts,
         shapes: tuple[tuple[int, int, int], ...],
+        sends_after: bool,
         *tickets: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.restored, ctx.shapes = restored, tuple(ticket.shape for ticket in tickets)
+        ctx.sends_after = sends_after
         return tuple(
             placeholder(ticket, shape) for ticket, shape in zip(tickets, shapes, strict=True)
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        ctx.restored.reduce(grads)
+        if ctx.sends_after:
+            ctx.restored.hold(grads)
+        else:
+            ctx.restored.reduce(grads)
         if ctx.restored.arrives_after:
-            return (None,) * (2 + len(grads))
+            return (None,) * (3 + len(grads))
         return (
+            None,
             None,
             None,
             *(placeholder(grad, shape) for grad, shape in zip(grads, ctx.shapes, strict=True)),

@@ -20,8 +20,8 @@ from megatron_laer.planner.service import Plan, PlannerService
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.strategies import Strategy
 
-# A planner that takes longer than this under `wait` is taken for dead: training goes on with the
-# layouts in force.
+# A planner that takes longer than this under `wait` is not waited for again: the run goes on with
+# the layouts in force, as under `keep`.
 WAIT_TIMEOUT_S = 120.0
 
 # How long saving a checkpoint waits for plans in the making under `keep`.
@@ -53,7 +53,8 @@ class PlannedLayouts:
 
     Args:
         lag: a plan from the counts of step t takes effect at step t + lag.
-        wait: wait for the plan that is due, instead of keeping the layouts in force.
+        wait: wait for the plan that is due, instead of keeping the layouts in force; until one does
+            not come in time.
         resumed: an earlier run's state to go on with; it fits these layers.
     """
 
@@ -69,6 +70,7 @@ class PlannedLayouts:
     ) -> None:
         self._lag = lag
         self._wait = wait
+        self._on_warning = on_warning
         self._layers = range(len(initial))
         plans = resumed.plans if resumed else ()
         self._observed = {plan.source_step: set(self._layers) for plan in plans}
@@ -98,10 +100,14 @@ class PlannedLayouts:
         """The plan from the counts of step - lag, or under `keep` the newest one before it."""
         source_step = step - self._lag
         is_expected = len(self._observed.get(source_step, ())) == len(self._layers)
-        if self._wait:
-            plan = self._service.wait(source_step, WAIT_TIMEOUT_S) if is_expected else None
-        else:
+        if not self._wait:
             plan = self._service.ready(source_step)
+        elif not is_expected:
+            plan = None
+        else:
+            plan = self._service.wait(source_step, WAIT_TIMEOUT_S)
+            if plan is None:
+                self._stop_waiting()
         if is_expected and (plan is None or plan.source_step != source_step):
             self.late_plans += 1
         self._observed = {at: seen for at, seen in self._observed.items() if at > source_step}
@@ -122,6 +128,14 @@ class PlannedLayouts:
     def close(self) -> None:
         """Stop the planner's thread; a strategy that does not return is left behind."""
         self._service.close(timeout_s=1.0)
+
+    def _stop_waiting(self) -> None:
+        """A planner that hangs must cost its time once, and not at every step and checkpoint."""
+        self._wait = False
+        self._service.drop_late_steps()
+        self._on_warning(
+            "from here on late plans are not waited for, as with --fsep-late-plan keep"
+        )
 
 
 class ReplayedLayouts:
@@ -233,9 +247,14 @@ def _read_recording(
                 if entry != wanted:
                     raise ValueError(f"was recorded for {entry}, this run is {wanted}")
                 continue
+            if set(entry) != {"step", "slots"}:
+                raise ValueError(f"has {sorted(entry)}, expected 'slots' and 'step'")
+            step, last = entry["step"], next(reversed(layouts), -1)
+            if type(step) is not int or step <= last:
+                raise ValueError(f"step {step!r} is no integer above {last}")
             if len(entry["slots"]) != len(layers):
                 raise ValueError(f"has {len(entry['slots'])} layers, expected {len(layers)}")
-            layouts[int(entry["step"])] = [
+            layouts[step] = [
                 ExpertLayout.from_slots(
                     geometry.num_ranks, geometry.capacity, geometry.num_experts, slots
                 )

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import torch
 
 from megatron_laer.runtime.layout_index import LayoutIndex
-from megatron_laer.runtime.restored import ExchangeLanes, RestoredExperts, Slices, placeholder
+from megatron_laer.runtime.restored import ExchangeLanes, RestoredExperts, Slices, in_main_grad
 
 
 class StepExperts(RestoredExperts):
     """One layer's restored experts, shared by the microbatches of a step, and by steps.
 
-    Gradients of the slices are added to Megatron's float32 main gradients here, and autograd is
-    given placeholders: through a bfloat16 parameter's `grad` the sum of a step would be rounded.
+    Needs Megatron's main gradients: through a bfloat16 parameter's `grad` the sum of a step would
+    be rounded.
     """
 
     def __init__(self, name: str, slices: Slices, index: LayoutIndex, lanes: ExchangeLanes) -> None:
@@ -62,14 +62,11 @@ class StepExperts(RestoredExperts):
             self._left = self._num_microbatches  # Megatron's rerun state machine repeats steps
 
     def reduced(self) -> tuple[torch.Tensor, ...]:
-        """Placeholders; with the last microbatch, main gradients receive the step's sum."""
-        if self._reduced is not None:
-            for parameter, grad_ErK in zip(self._slices.parameters, super().reduced(), strict=True):
-                parameter.main_grad.add_(grad_ErK)  # type: ignore[attr-defined]
-            for sum_CRK in self._sums_CRK:
-                self._lanes.grads.give(sum_CRK)
-            self._sums_CRK = []
-        for parameter in self._slices.parameters:
-            # Megatron's own mark for gradients that are in place; it takes it off at each step.
-            parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return tuple(placeholder(slice_, slice_.shape) for slice_ in self._slices.parameters)
+        """Stand-ins; with the last microbatch, main gradients receive the step's sum."""
+        if self._reduced is None:
+            return tuple(map(in_main_grad, self._slices.parameters))
+        handed_over = super().reduced()
+        for sum_CRK in self._sums_CRK:
+            self._lanes.grads.give(sum_CRK)
+        self._sums_CRK = []
+        return handed_over

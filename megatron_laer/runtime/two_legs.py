@@ -69,7 +69,7 @@ class TwoLegExchange:
     Args:
         span: G, ranks per span; it divides N.
         restore_legs, reduce_legs: `(across, inside)`, None for a leg that is left out.
-        grad_wire_dtype: of gradients between spans; the gradients' own by default.
+        grad_wire_dtype: of gradients between spans, whatever a reduce says.
     """
 
     def __init__(
@@ -131,7 +131,12 @@ class TwoLegExchange:
 
     @torch.no_grad()
     def reduce(
-        self, grad_CRK: torch.Tensor, index: LayoutIndex, *, out: torch.Tensor | None = None
+        self,
+        grad_CRK: torch.Tensor,
+        index: LayoutIndex,
+        *,
+        wire_dtype: torch.dtype | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Exchange`."""
         grad_CRK = grad_CRK.contiguous()
@@ -141,7 +146,7 @@ class TwoLegExchange:
         out_ErK = grad_CRK.new_empty(shape) if out is None else out
         assert out_ErK.shape == shape and out_ErK.is_contiguous()
         plan = self._reduce_index(index)
-        wire = self._grad_wire_dtype or grad_CRK.dtype
+        wire = self._grad_wire_dtype or wire_dtype or grad_CRK.dtype
         most = reduce_workspace(
             self._geometry(index), rows, columns, grad_CRK.element_size(), wire.itemsize
         )

@@ -40,7 +40,7 @@ CASES = [
     Case(capacity, experts, rows, dtype, seed)
     for seed, (capacity, experts) in enumerate(SHAPES)
     for rows in (8, 7, 3)
-    for dtype in ("float32", "bfloat16")
+    for dtype in ("float32", "bfloat16", "float16")
 ]
 
 
@@ -135,12 +135,13 @@ class Rank:
         """How far apart the sums of flat and node may be, as `NodeExchange` states it."""
         import torch
 
-        roundoff = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}
+        roundoff = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
         slots = torch.tensor(self.case.layout(self.size).slot_expert_S.tolist())
         sums = torch.zeros(self.case.experts, self.end - self.start, COLUMNS)
         sums.index_add_(0, slots, self.grads_SRK[:, self.start : self.end].float().abs())
         replicas = torch.bincount(slots)[:, None, None]
-        return sums * (roundoff[wire] + 2 * roundoff[self.dtype] + 2 * replicas * 2.0**-24)
+        bound = sums * (roundoff[wire] + 2 * roundoff[self.dtype] + 2 * replicas * 2.0**-24)
+        return bound + (replicas * 2.0**-24 if torch.float16 in (wire, self.dtype) else 0.0)
 
 
 def every_case(node_size: int) -> int:
@@ -149,10 +150,9 @@ def every_case(node_size: int) -> int:
 
     differed = 0
     with exchanges_on(node_size) as make:
-        made = [
-            (algorithm, wire, make(algorithm, wire))
-            for algorithm, wire in (("flat", None), ("node", None), ("node", torch.float32))
-        ]
+        wires = (None, torch.float32, torch.bfloat16, torch.float16)
+        made = [("flat", None, make("flat"))]
+        made += [("node", wire, make("node", wire)) for wire in wires]
         for case in CASES:
             here, results = Rank(case, node_size), []
             for algorithm, wire, exchange in made:
@@ -167,6 +167,9 @@ def every_case(node_size: int) -> int:
                 assert torch.equal(reduced, here.expected_ErK(algorithm, wire)), (case, algorithm)
                 assert torch.equal(reduced, exchange.reduce(grad, index)), "not the same bits again"
                 assert torch.equal(grad, here.grad_CRK), "the gradients were changed"
+                told = exchange.reduce(grad, index, wire_dtype=torch.bfloat16)
+                told_wire = wire if exchange is not made[1][2] else torch.bfloat16
+                assert torch.equal(told, here.expected_ErK(algorithm, told_wire)), (case, algorithm)
                 results.append((wire, reduced))
             flat = results[0][1].float()
             for wire, reduced in results[1:]:
@@ -253,7 +256,7 @@ def test_bytes_of_the_collectives_equal_the_formulas(
     for rank, counted in enumerate(ranks(4).run(bytes_of_every_case, node_size)):
         for case, what, algorithm, intra_bytes, inter_bytes in counted:
             layout, matrices = case.layout(4), [(case.rows, COLUMNS)]
-            near = far = {"float32": 4, "bfloat16": 2}[case.dtype]
+            near = far = 4 if case.dtype == "float32" else 2
             if what == "full":
                 traffic = restore_traffic(layout, node_size, matrices, algorithm)
             elif what == "changed":

@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from tests.faults.injected import train_with_other_layout
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 from tests.parity.training import Record, train
@@ -75,33 +76,6 @@ def train_with_broken_planner(command: list[str], fault: str) -> Record:
         return train(command, planner_state)
 
 
-def train_with_corruption(command: list[str], rank: int, after_step: int) -> None:
-    """After some step, one rank's layout changes its content under the same version.
-
-    For a planner that changes no layout, or the next broadcast would repair it.
-    """
-    import torch.distributed as dist
-
-    from megatron_laer.layout import ExpertLayout
-    from megatron_laer.runtime.coordinator import current_coordinator
-
-    steps = 0
-
-    def corrupt(model: object) -> None:
-        nonlocal steps
-        steps += 1
-        coordinator = current_coordinator()
-        assert coordinator is not None
-        if steps == after_step and dist.get_rank() == rank:
-            layer = coordinator.layers[-1]
-            good = layer.layout
-            layer.layout = ExpertLayout.from_slots(
-                good.num_ranks, good.capacity, good.num_experts, good.to_list()[::-1]
-            )
-
-    train(command, corrupt)
-
-
 @pytest.mark.counts(fault_runs=1)
 def test_a_randomly_slow_planner_never_stops_training(
     ranks: Callable[[int], RankPool], text_data: str
@@ -154,10 +128,15 @@ def test_a_dead_planner_leaves_training_alone(
 
 
 def train_with_planner_that_stops(command: list[str], fault: str, calls: int) -> Record:
-    """After some calls the planner hangs for good, or its thread is gone."""
+    """After some calls the planner hangs for good, or its thread is gone.
+
+    A step that waits for it gives up after a second, and no other step waits.
+    """
     import threading
 
     from megatron_laer.planner.laer import LaerStrategy
+    from megatron_laer.planner.service import PlannerService
+    from megatron_laer.runtime import sources
 
     plan = LaerStrategy.plan
     left = calls
@@ -171,17 +150,33 @@ def train_with_planner_that_stops(command: list[str], fault: str, calls: int) ->
             raise SystemExit("the planner's thread ends")
         return plan(self, counts_NE, current)
 
-    with mock.patch.object(LaerStrategy, "plan", stopping):
-        return train(command, planner_state)
+    wait, given_up = PlannerService.wait, 0
+
+    def waiting(self: Any, step: int, timeout_s: float) -> Any:
+        nonlocal given_up
+        plan = wait(self, step, timeout_s)
+        given_up += plan is None
+        return plan
+
+    with (
+        mock.patch.object(LaerStrategy, "plan", stopping),
+        mock.patch.object(PlannerService, "wait", waiting),
+        mock.patch.object(sources, "WAIT_TIMEOUT_S", 1.0),
+    ):
+        record = train(command, planner_state)
+    assert given_up <= 1
+    return record
 
 
 @pytest.mark.counts(fault_runs=1)
-@pytest.mark.parametrize("fault", ["hangs", "dies"])
+@pytest.mark.parametrize(
+    ("fault", "late"), [("hangs", "keep"), ("hangs", "wait"), ("dies", "keep")]
+)
 def test_a_planner_that_stops_leaves_a_run_that_a_replay_repeats(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, fault: str
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, fault: str, late: str
 ) -> None:
     steps = 10
-    record = f" --fsep-record-layouts {tmp_path}"
+    record = f" --fsep-record-layouts {tmp_path} --fsep-late-plan {late}"
     stopped = ranks(2).run(
         train_with_planner_that_stops, flags(text_data, steps, record), fault, 2 * 4
     )[0]
@@ -223,7 +218,7 @@ def test_two_ranks_that_disagree_both_stop_and_name_both(
         steps=10,
         extra=" --expert-parallel-mode fsep --fsep-planner static",
     )
-    for raised in ranks(2).run_raw(train_with_corruption, command, rank, 3):
+    for raised in ranks(2).run_raw(train_with_other_layout, command, rank, 3, False):
         assert raised.type_name == "LayoutMismatchError"
         assert "layer 2: rank 0" in raised.message
         assert "rank 1" in raised.message
@@ -242,6 +237,6 @@ def test_a_corrupted_layout_names_the_rank_that_differs(
         steps=10,
         extra=" --expert-parallel-mode fsep --fsep-planner static --fsep-capacity 3",
     )
-    raised = ranks(4).run_raw(train_with_corruption, command, 2, 3)
+    raised = ranks(4).run_raw(train_with_other_layout, command, 2, 3, False)
     assert {result.type_name for result in raised} == {"LayoutMismatchError"}
     assert all("rank 2 (place 2 in the group)" in result.message for result in raised)

@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
@@ -25,6 +26,9 @@ VIRTUAL = PIPELINE + " --num-layers-per-virtual-pipeline-stage 1"
 
 STEP = " --fsep-restore step"
 EXACT = " --fsep-plan-mode exact"
+# Some microbatches keep the planned layout and some do not; a plan that is late would differ.
+ADAPTIVE = " --fsep-imbalance-tolerance 0.02 --fsep-late-plan wait"
+NODES = " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-restore-algorithm node"
 
 # Ranks and flags; 3 layers where not said otherwise, 4 microbatches of 2 sequences per rank.
 CASES = {
@@ -36,6 +40,9 @@ CASES = {
     "pipeline 2": (4, " --num-layers 4" + PIPELINE),
     "virtual pipeline 2 x 2": (4, " --num-layers 4" + VIRTUAL),
     "exact": (2, " --num-layers 3" + EXACT),
+    "adaptive": (2, " --num-layers 3" + ADAPTIVE),
+    "nodes of 2": (4, " --num-layers 3" + NODES),
+    "restored once per step, pipeline 2": (4, " --num-layers 4" + PIPELINE + STEP),
     "restored once per step, full recompute": (2, " --num-layers 3" + FULL + STEP),
     "restored once per step, overlaps": (4, " --num-layers 3" + OVERLAP + STEP),
     "restored once per step, virtual pipeline 2 x 2": (4, " --num-layers 4" + VIRTUAL + STEP),
@@ -48,7 +55,7 @@ def test_the_schedule_changes_no_bit(
     ranks: Callable[[int], RankPool], text_data: str, case: str
 ) -> None:
     size, extra = CASES[case]
-    planner = "" if EXACT in extra else " --fsep-planner random"
+    planner = "" if case in ("exact", "adaptive") else " --fsep-planner random"
     pipelines = 2 if "pipeline" in case else 1
     on, off = (
         ranks(size).run(
@@ -72,10 +79,19 @@ def test_the_schedule_changes_no_bit(
 def order_of_events(command: list[str]) -> list[str]:
     """What starts, leaves and arrives on this rank in the first microbatch, in program order.
 
-    `attention N` is the end of the backward pass of layer N's attention.
+    Between them, of layer N: `attends N` is the end of its attention's forward, `tokens N` says
+    that its tokens were dispatched, `experts N` that the experts are called, `back N` that its
+    tokens' gradients came back, and `attention N` that its attention's backward is done. The first
+    forward begins with `embedding`; `head` is the end of the output layer's backward.
     """
+    from megatron.core.models.common.embeddings.language_model_embedding import (
+        LanguageModelEmbedding,
+    )
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
+    from megatron_laer.moe_layer import FSEPMoELayer
     from megatron_laer.runtime.restored import RestoredExperts
 
     events: list[str] = []
@@ -88,16 +104,47 @@ def order_of_events(command: list[str]) -> list[str]:
 
         return call
 
-    init = TransformerLayer.__init__
+    layer_init, model_init = TransformerLayer.__init__, GPTModel.__init__
+    embed, dispatch = LanguageModelEmbedding.forward, MoELayer.dispatch
+    compute = FSEPMoELayer.routed_experts_compute
 
-    def hooked(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
+    def layer_hooked(self: Any, *args: Any, **kwargs: Any) -> None:
+        layer_init(self, *args, **kwargs)
+        self.self_attention.register_forward_hook(
+            lambda *_: events.append(f"attends {self.layer_number}")
+        )
         self.self_attention.register_full_backward_hook(
             lambda *_: events.append(f"attention {self.layer_number}")
         )
 
+    def before_head(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        inputs[0].register_hook(lambda _: events.append("head"))
+
+    def model_hooked(self: Any, *args: Any, **kwargs: Any) -> None:
+        model_init(self, *args, **kwargs)
+        self.output_layer.register_forward_pre_hook(before_head)
+
+    def embedding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        events.append("embedding")
+        return embed(self, *args, **kwargs)
+
+    def dispatched(self: Any, tokens: torch.Tensor, *args: Any) -> Any:
+        if tokens.requires_grad:
+            tokens.register_hook(lambda _: events.append(f"back {self.layer_number}"))
+        result = dispatch(self, tokens, *args)
+        events.append(f"tokens {self.layer_number}")
+        return result
+
+    def experts(self: Any, *args: Any) -> Any:
+        events.append(f"experts {self.layer_number}")
+        return compute(self, *args)
+
     with (
-        mock.patch.object(TransformerLayer, "__init__", hooked),
+        mock.patch.object(TransformerLayer, "__init__", layer_hooked),
+        mock.patch.object(GPTModel, "__init__", model_hooked),
+        mock.patch.object(LanguageModelEmbedding, "forward", embedding),
+        mock.patch.object(MoELayer, "dispatch", dispatched),
+        mock.patch.object(FSEPMoELayer, "routed_experts_compute", experts),
         mock.patch.object(RestoredExperts, "start", told("restore", RestoredExperts.start)),
         mock.patch.object(RestoredExperts, "reduce", told("leave", RestoredExperts.reduce)),
         mock.patch.object(RestoredExperts, "reduced", told("arrive", RestoredExperts.reduced)),
@@ -106,7 +153,16 @@ def order_of_events(command: list[str]) -> list[str]:
     return events
 
 
-FORWARD = ["restore 1", "restore 2", "restore 3"]
+# A layer's experts are under way before its attention begins, since the tokens of the layer before
+# were dispatched; the first one's before anything of the chunk is computed.
+FORWARD = (
+    "restore 1, embedding, attends 1, tokens 1, restore 2, experts 1, "
+    "attends 2, tokens 2, restore 3, experts 2, attends 3, tokens 3, experts 3, "
+)
+FORWARD_WITHOUT = (
+    "embedding, attends 1, tokens 1, experts 1, restore 1, attends 2, tokens 2, experts 2, "
+    "restore 2, attends 3, tokens 3, experts 3, restore 3, "
+)
 
 
 @pytest.mark.parametrize(
@@ -114,37 +170,58 @@ FORWARD = ["restore 1", "restore 2", "restore 3"]
     [
         (
             "",
-            # Gradients of a layer arrive under the experts' backward of the layer before.
-            "restore 3, restore 2, leave 3, attention 3, "
-            "restore 1, leave 2, arrive 3, attention 2, "
-            "leave 1, arrive 2, attention 1, arrive 1",
+            # The last layer's experts before the output layer's backward. Gradients of a layer
+            # leave behind its tokens' and arrive when the experts' backward of the layer before
+            # is done.
+            FORWARD + "restore 3, head, restore 2, back 3, leave 3, attention 3, "
+            "restore 1, arrive 3, back 2, leave 2, attention 2, "
+            "arrive 2, back 1, leave 1, attention 1, arrive 1",
         ),
         (
             FULL,
             # Each layer's backward is one of its own: they arrive when its attention is done.
-            "restore 3, restore 2, leave 3, attention 3, arrive 3, "
-            "restore 1, leave 2, attention 2, arrive 2, "
-            "leave 1, attention 1, arrive 1",
+            FORWARD + "restore 3, head, "
+            "attends 3, tokens 3, experts 3, restore 2, back 3, leave 3, attention 3, arrive 3, "
+            "attends 2, tokens 2, experts 2, restore 1, back 2, leave 2, attention 2, arrive 2, "
+            "attends 1, tokens 1, experts 1, back 1, leave 1, attention 1, arrive 1",
         ),
         (
             SELECTIVE,
-            "restore 3, restore 2, leave 3, attention 3, arrive 3, "
-            "restore 1, leave 2, attention 2, arrive 2, "
-            "leave 1, attention 1, arrive 1",
+            FORWARD + "restore 3, head, "
+            "tokens 3, experts 3, restore 2, back 3, leave 3, attention 3, arrive 3, "
+            "tokens 2, experts 2, restore 1, back 2, leave 2, attention 2, arrive 2, "
+            "tokens 1, experts 1, back 1, leave 1, attention 1, arrive 1",
+        ),
+        (
+            " --fsep-scheduler off",
+            FORWARD_WITHOUT + "head, restore 3, leave 3, arrive 3, back 3, attention 3, "
+            "restore 2, leave 2, arrive 2, back 2, attention 2, "
+            "restore 1, leave 1, arrive 1, back 1, attention 1",
+        ),
+        (
+            EXACT,
+            # What to restore is known after the gate, and that is when it starts.
+            "embedding, attends 1, restore 1, tokens 1, experts 1, "
+            "attends 2, restore 2, tokens 2, experts 2, "
+            "attends 3, restore 3, tokens 3, experts 3, "
+            "restore 3, head, restore 2, back 3, leave 3, attention 3, "
+            "restore 1, arrive 3, back 2, leave 2, attention 2, "
+            "arrive 2, back 1, leave 1, attention 1, arrive 1",
         ),
     ],
-    ids=["plain", "full recompute", "selective recompute"],
+    ids=["plain", "full recompute", "selective recompute", "off", "exact"],
 )
 def test_exchanges_start_early_and_arrive_late(
     ranks: Callable[[int], RankPool], text_data: str, extra: str, expected: str
 ) -> None:
+    planner = "" if extra == EXACT else " --fsep-planner random"
     command = command_line(
         text_data,
         experts=8,
         expert_parallel=2,
         global_batch=4,
         steps=1,
-        extra=f" --expert-parallel-mode fsep --fsep-planner random --num-layers 3{extra}",
+        extra=f" --expert-parallel-mode fsep{planner} --num-layers 3{extra}",
     )
     for events in ranks(2).run(order_of_events, command):
-        assert events == FORWARD + expected.split(", ")
+        assert ", ".join(events) == expected

@@ -61,6 +61,41 @@ def train_with_signal(flags: list[str], step: int, rank: int, number: int) -> Re
         signal.signal(number, before)
 
 
+def other_layout(rank: int, after_step: int, *, ahead: bool) -> Callable[[object], None]:
+    """A probe after which, from some step on, one rank holds another layout than the others.
+
+    Args:
+        ahead: under the next version and in every layer, as if the rank had heard one broadcast
+            more; else under the same version and in the last layer.
+    """
+    import torch.distributed as dist
+
+    from megatron_laer.layout import ExpertLayout
+    from megatron_laer.runtime.coordinator import current_coordinator
+
+    steps = 0
+
+    def change(_model: object) -> None:
+        nonlocal steps
+        steps += 1
+        coordinator = current_coordinator()
+        assert coordinator is not None
+        if steps == after_step and dist.get_rank() == rank:
+            coordinator.version += ahead
+            for layer in coordinator.layers if ahead else coordinator.layers[-1:]:
+                good = layer.layout
+                layer.layout = ExpertLayout.from_slots(
+                    good.num_ranks, good.capacity, good.num_experts, good.to_list()[::-1]
+                )
+
+    return change
+
+
+def train_with_other_layout(flags: list[str], rank: int, after_step: int, ahead: bool) -> None:
+    """For planners that change no layout, or the next broadcast would repair it."""
+    train(flags, other_layout(rank, after_step, ahead=ahead))
+
+
 def train_with_bad_loss(flags: list[str], step: int, value: float, passing: bool) -> Record:
     """The loss of one step is NaN or infinite on rank 0; a `passing` fault is gone in a rerun."""
     import pretrain_gpt

@@ -13,8 +13,7 @@ import pytest
 from packaging.version import Version
 
 from megatron_laer import model_support
-from megatron_laer.model_support import PROVED, REQUIRED, UNPROVED, WITHOUT_EFFECT
-from tests.parity.flags import MODEL_FLAGS
+from megatron_laer.model_support import MOE_FIELD, PROVED, REQUIRED, UNPROVED, WITHOUT_EFFECT
 from tests.parity.rows import ROWS
 
 pytestmark = [pytest.mark.unit, pytest.mark.releases]
@@ -38,6 +37,7 @@ class Config:
     moe_router_fusion: bool = False
     moe_grouped_gemm: bool = False
     moe_teleport: bool = False
+    warp_experts: bool = False
     moe_teleport_targets: list[str] = field(default_factory=list)
     recompute_granularity: str | None = None
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
@@ -56,7 +56,7 @@ def test_every_moe_field_of_this_megatron_is_known() -> None:
     assert result.returncode == 0, result.stderr
     version, names = json.loads(result.stdout.splitlines()[-1])
     fields = set(names)
-    moe_fields = {name for name in fields if name.startswith("moe_")}
+    moe_fields = {name for name in fields if MOE_FIELD.search(name)}
     known = [*REQUIRED, *PROVED, *WITHOUT_EFFECT, *UNPROVED]
     assert len(known) == len(set(known)), "a field is in two lists"
     assert moe_fields <= set(known), "new in this Megatron: decide what FSEP makes of it"
@@ -65,8 +65,9 @@ def test_every_moe_field_of_this_megatron_is_known() -> None:
 
 
 def test_every_field_called_proved_is_set_by_a_row_of_the_parity_table() -> None:
-    given = {flag for row in ROWS for flag in row.flags.split()} | set(MODEL_FLAGS)
+    given = {flag for row in ROWS for flag in row.fsep_run("")[1]}
     flags = {name: f"--{name.replace('_', '-')}" for name in PROVED}
+    flags["num_moe_experts"] = "--num-experts"
     assert [name for name, flag in flags.items() if flag not in given] == []
 
 
@@ -80,14 +81,20 @@ def test_fields_that_no_test_covers_are_named_in_a_warning(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     model_support._warn_once.cache_clear()
-    config = Config(moe_router_fusion=True, moe_teleport=True, moe_teleport_targets=["moon"])
+    config = Config(
+        moe_router_fusion=True,
+        moe_teleport=True,
+        moe_teleport_targets=["moon"],
+        warp_experts=True,
+    )
     with caplog.at_level(logging.WARNING):
         model_support.check(config)
         model_support.check(config)  # the next layer of the same model
-    fusion, teleport, targets = (record.getMessage() for record in caplog.records)
+    fusion, teleport, warp, targets = (record.getMessage() for record in caplog.records)
     assert "moe_router_fusion=True" in fusion and "no test proves" in fusion
     assert "moe_teleport=True" in teleport and "does not know" in teleport
     assert "moe_teleport_targets=['moon']" in targets
+    assert "warp_experts=True" in warp and "does not know" in warp
 
 
 def test_only_the_first_rank_warns(

@@ -185,6 +185,22 @@ def test_a_slurm_job_without_its_settings_stops_at_once(environment, message):
     assert message in result.stderr
 
 
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("words", "environment", "connections"),
+    [
+        ((), {}, "32"),
+        (("--tensor-model-parallel-size", "1"), {}, "32"),
+        (("--tensor-model-parallel-size", "2"), {}, "1"),
+        (("--context-parallel-size=4",), {}, "1"),
+        ((), {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8"),
+    ],
+)
+def test_streams_are_kept_apart_unless_megatron_forbids_it(words, environment, connections):
+    command = slurm_command(*words, MODEL="tiny-moe", DATA_PREFIX="/data/text", **environment)
+    assert f"CUDA_DEVICE_MAX_CONNECTIONS={connections}" in command
+
+
 @pytest.mark.distributed
 def test_the_slurm_command_line_trains_on_this_machine(text_data, tmp_path):
     result = shell(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
+import threading
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.service import PlannerService
 from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.runtime import sources
 from megatron_laer.runtime.sources import LayoutRecorder, PlannedLayouts, ReplayedLayouts
 from tests.costs import make_costs
 from tests.fuzz import damaged
@@ -42,6 +48,41 @@ def test_a_step_that_is_observed_twice_is_planned_from_under_wait() -> None:
             source.observe(5, layer, counts_NE)
     assert source.due(6) is not None
     assert source.late_plans == 0
+    source.close()
+
+
+def test_a_planner_that_hangs_is_waited_for_once_and_its_return_is_noticed() -> None:
+    released = threading.Event()
+
+    class Hanging:
+        name = "hanging"
+
+        def plan(self, _counts_NE: Any, current: ExpertLayout) -> ExpertLayout:
+            released.wait()
+            return current
+
+    warnings: list[str] = []
+    with (
+        mock.patch.object(sources, "WAIT_TIMEOUT_S", 0.2),
+        mock.patch.object(
+            PlannerService, "wait", autospec=True, side_effect=PlannerService.wait
+        ) as wait,
+    ):
+        source = PlannedLayouts(Hanging(), layouts(0), lag=1, wait=True, on_warning=warnings.append)
+        for step in range(60):
+            for layer in range(len(LAYERS)):
+                source.observe(step, layer, np.ones((2, 4), dtype=np.int64))
+            assert source.due(step + 1) is None
+        assert wait.call_count == 1
+        assert any("not waited for" in warning for warning in warnings)
+        _, plans = source.state()  # a checkpoint is not kept waiting either
+        assert not plans and source.late_plans == 60
+
+        released.set()
+        # Of the 60 steps the first and the newest are planned, as under `keep`.
+        _, plans = source.state()
+        assert plans[-1].source_step == 59 and len(plans) <= 3
+        assert source.due(60) == layouts(0)
     source.close()
 
 
@@ -80,6 +121,32 @@ def test_a_recording_made_with_another_split_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "group-0.jsonl"
     LayoutRecorder(path, GEOMETRY, REGIME | {"split": "even"}, LAYERS, first_step=0).close()
     with pytest.raises(ValueError, match="even"):
+        ReplayedLayouts(path, GEOMETRY, REGIME, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"step": -5}, "-5"),
+        ({"step": 1.9}, "1.9"),
+        ({"step": True}, "True"),
+        ({"step": "7"}, "'7'"),
+        ({"step": 2}, "above 2"),
+        ({"more": 1}, "more"),
+        ({"slots": []}, "0 layers"),
+    ],
+)
+def test_an_entry_that_no_recorder_writes_is_refused(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    path = tmp_path / "group-0.jsonl"
+    recorder = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0)
+    recorder.record(2, layouts(2))
+    recorder.record(3, layouts(3))
+    recorder.close()
+    *before, last = path.read_text().splitlines()
+    path.write_text("\n".join([*before, json.dumps(json.loads(last) | change)]))
+    with pytest.raises(ValueError, match=f"line 3: .*{named}"):
         ReplayedLayouts(path, GEOMETRY, REGIME, LAYERS)
 
 

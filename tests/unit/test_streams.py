@@ -1,0 +1,125 @@
+"""Settings that decide, on CUDA, which exchange goes first and what overlaps; with stand-ins."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_laer import support
+from megatron_laer.config import FSEPConfig
+from megatron_laer.runtime import process_groups
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    ("config", "connections", "on_cuda", "warned"),
+    [
+        (FSEPConfig(), "1", True, 1),
+        (FSEPConfig(), "32", True, 0),
+        (FSEPConfig(), None, True, 0),
+        (FSEPConfig(), "1", False, 0),
+        (FSEPConfig(scheduler="off"), "1", True, 0),
+    ],
+)
+def test_one_connection_is_warned_of_where_it_hides_nothing(
+    config: FSEPConfig, connections: str | None, on_cuda: bool, warned: int
+) -> None:
+    environment = {} if connections is None else {"CUDA_DEVICE_MAX_CONNECTIONS": connections}
+    warnings = support.warnings(config, environment, on_cuda=on_cuda)
+    assert len(warnings) == warned
+    assert all("CUDA_DEVICE_MAX_CONNECTIONS=1" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "backend", "expected"),
+    [
+        ({"LOCAL_WORLD_SIZE": "4", "SLURM_NTASKS_PER_NODE": "8"}, 8, "nccl", 4),
+        ({"SLURM_NTASKS_PER_NODE": "8"}, 8, "nccl", 8),
+        ({"SLURM_NTASKS_PER_NODE": "8(x2)", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 8, "nccl", 2),
+        ({}, 16, "nccl", 16),
+        ({}, 0, "gloo", 16),
+        ({}, 8, "cpu:gloo,cuda:nccl", None),
+    ],
+)
+def test_ranks_per_node_are_the_launchers_or_all_or_an_error(
+    environment: dict[str, str],
+    devices: int,
+    backend: str,
+    expected: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in process_groups._PER_NODE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with (
+        mock.patch.object(dist, "get_world_size", return_value=16),
+        mock.patch.object(dist, "get_backend", return_value=backend),
+        mock.patch.object(torch.cuda, "device_count", return_value=devices),
+    ):
+        if expected is not None:
+            assert process_groups.ranks_per_node() == expected
+            return
+        with pytest.raises(ValueError, match=r"16 ranks on nodes of 8 GPUs.*--fsep-node-size"):
+            process_groups.ranks_per_node()
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core import parallel_state
+
+    from megatron_laer import activation
+    from megatron_laer.activation import Activation
+    from megatron_laer.plugin import layers
+
+    calls: list[dict[str, Any]] = []
+
+    def initialize(
+        tensor: int = 1,
+        distributed_timeout_minutes: int = 30,
+        nccl_communicator_config_path: str | None = None,
+        high_priority_stream_groups: list[str] | None = None,
+    ) -> None:
+        calls.append({"tensor": tensor, "high": high_priority_stream_groups})
+
+    def create(expert_group: Any, node_size: int | None, create_group: Any) -> None:
+        for kind in ("PARAMETERS", "GRADIENTS", "GRADIENTS_ACROSS"):
+            create_group([0, 1], group_desc=f"FSEP_{kind}")
+
+    def options(name: str, settings: dict[str, Any]) -> Any:
+        return settings.get(name)
+
+    def group(ranks: list[int], **given: Any) -> None:
+        calls.append(given)
+
+    settings = tmp_path / "nccl.yaml"
+    settings.write_text("fsep_gradients: {max_ctas: 8}\n")
+    monkeypatch.setattr(activation, "_active", Activation(FSEPConfig(), None))
+    with (
+        mock.patch.object(dist, "get_backend", return_value=backend),
+        mock.patch.object(process_groups, "create_groups", create),
+        mock.patch.object(parallel_state, "get_expert_model_parallel_group"),
+        mock.patch.object(parallel_state, "get_nccl_options", options),
+        mock.patch.object(parallel_state, "create_group", group),
+    ):
+        layers._with_fsep_groups(initialize)(
+            2,
+            distributed_timeout_minutes=60,
+            high_priority_stream_groups=["dp_cp"],
+            nccl_communicator_config_path=str(settings),
+        )
+    first, *made = calls
+    on_nccl = backend == "nccl"
+    assert first == {"tensor": 2, "high": ["dp_cp", "ep"] if on_nccl else ["dp_cp"]}
+    assert [call["timeout"] for call in made] == [timedelta(minutes=60)] * 3
+    few = {"max_ctas": 8} if on_nccl else None
+    assert [call["pg_options"] for call in made] == [None, few, few]
