@@ -94,8 +94,14 @@ UNPROVED = frozenset(
 )
 
 
+# What rows of the parity table recompute, of Megatron's selective recompute.
+PROVED_RECOMPUTE = frozenset({"core_attn", "layernorm", "mlp", "moe", "shared_experts"})
+
 # Of Megatron's fields, those whose names say that they are about MoE.
 MOE_FIELD = re.compile(r"moe|expert|router")
+
+
+_UNPROVED = "no test proves that it works with FSEP"
 
 
 def check(config: Any) -> None:
@@ -121,7 +127,7 @@ def check(config: Any) -> None:
 
 
 def warnings_of(config: Any) -> list[str]:
-    """A warning for each field about MoE that differs from its default and that no test covers."""
+    """A warning for each setting about MoE or recompute that no test covers."""
     found = []
     for field in dataclasses.fields(config):
         if not MOE_FIELD.search(field.name) or field.name in REQUIRED:
@@ -130,11 +136,14 @@ def warnings_of(config: Any) -> list[str]:
         if field.name in PROVED or field.name in WITHOUT_EFFECT or value == _default(field):
             continue
         why = (
-            "no test proves that it works with FSEP"
+            _UNPROVED
             if field.name in UNPROVED
             else "megatron_laer does not know this field, and FSEP may not honour it"
         )
         found.append(f"{field.name}={value!r}: {why}")
+    if config.recompute_granularity == "selective":
+        unproved = sorted(set(config.recompute_modules) - PROVED_RECOMPUTE)
+        found += [f"recompute_modules with {name!r}: {_UNPROVED}" for name in unproved]
     return found
 
 

@@ -282,16 +282,21 @@ def check(args: Namespace, config: FSEPConfig) -> None:
         )
 
 
-def warnings(config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: bool) -> list[str]:
-    """What FSEP runs with, but not well."""
+def warnings(
+    args: Namespace, config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: bool
+) -> list[str]:
+    """What FSEP runs with, but not well, or without a test that shows it."""
+    found = []
     if on_cuda and config.scheduler == "on" and environment.get(_CONNECTIONS) == "1":
-        return [
+        found.append(
             f"{_CONNECTIONS}=1: kernels of all streams wait for each other in the order of their "
             "launch, so exchanges of weights and gradients hardly overlap with compute; unset it, "
             "or set it to 32, unless --tensor-model-parallel-size or --context-parallel-size above "
             "1 needs it (before Blackwell)"
-        ]
-    return []
+        )
+    if args.optimizer == "lion":
+        found.append("--optimizer lion: no test proves that it works with FSEP")
+    return found
 
 
 def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:

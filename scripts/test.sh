@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types, layers and tests.
 #
-#   scripts/test.sh               the quick set: tests marked unit
+#   scripts/test.sh               the quick set: tests marked unit or quick
 #   scripts/test.sh --all         everything that needs no GPU (also with CI=true), and then what is
 #                                 marked `releases` once more, with the oldest Megatron supported
 #   scripts/test.sh --gpu         the tests that need one
@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 everything="not gpu"
-selection=unit
+selection="unit or quick"
 [[ ${CI:-} == true ]] && selection=$everything
 megatron=
 oldest=0.18.0

@@ -77,7 +77,7 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
         support.check(args, config)  # again, since Megatron rewrites deprecated flags
         if args.rank == 0:
             on_cuda = not cpu.installed()
-            for warning in support.warnings(config, os.environ, on_cuda=on_cuda):
+            for warning in support.warnings(args, config, os.environ, on_cuda=on_cuda):
                 logger.warning("FSEP: %s", warning)
         enable(config, seed=args.seed)
         install_metrics(args)

@@ -43,7 +43,7 @@ from megatron_laer.runtime.plan import MicrobatchPlan
 from megatron_laer.runtime.process_groups import FSEPGroups
 from megatron_laer.runtime.restored import ExchangeLanes, RestoredExperts, Slices
 from megatron_laer.runtime.scheduler import Scheduler
-from megatron_laer.runtime.step_experts import StepExperts
+from megatron_laer.runtime.step_experts import StepExperts, memory_held
 from megatron_laer.schedule import make_schedule
 from megatron_laer.telemetry.clock import make_clock
 from megatron_laer.telemetry.ranges import make_ranges
@@ -341,6 +341,10 @@ class Coordinator:
                 "--fsep-restore step must know the microbatches of a step: give "
                 "training_step(step, num_microbatches), or take --fsep-restore layer"
             )
+        is_first = any(layer.step_experts is None for layer in self.layers)
+        if is_first and self.groups.rank == 0:
+            held = memory_held([layer.slices for layer in self.layers], self.geometry.capacity)
+            logger.info("FSEP: %s", held)
         for layer in self.layers:
             index = self._index_of(layer, training=True)
             if layer.step_experts is None:

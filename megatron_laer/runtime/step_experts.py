@@ -70,3 +70,18 @@ class StepExperts(RestoredExperts):
             self._lanes.grads.give(sum_CRK)
         self._sums_CRK = []
         return handed_over
+
+
+def memory_held(layers: Sequence[Slices], capacity: int) -> str:
+    """What holding these layers' experts over a step takes on one rank, in words."""
+    matrices = [
+        (capacity * rows * slice_ErK.shape[2], slice_ErK.element_size())
+        for layer in layers
+        for rows, slice_ErK in zip(layer.rows, layer.parameters, strict=True)
+    ]
+    weights = sum(elements * size for elements, size in matrices)
+    sums = sum(4 * elements for elements, _ in matrices)
+    return (
+        f"--fsep-restore step holds the restored experts of {len(layers)} layers "
+        f"({weights / 2**20:.1f} MiB), and sums of their gradients ({sums / 2**20:.1f} MiB)"
+    )

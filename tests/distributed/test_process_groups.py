@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from megatron_laer.shipped import yaml_file
+from tests.parity.flags import command_line
+from tests.parity.training import train
 from tests.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -79,6 +84,49 @@ def test_a_node_size_that_does_not_divide_is_refused_on_every_rank(
         assert raised.type_name == "ValueError"
         assert "--fsep-node-size 3" in raised.message
         assert "[1, 2, 4]" in raised.message
+
+
+def chosen_exchange(command: list[str]) -> str:
+    """Which exchange a run takes."""
+    from megatron_laer.runtime.coordinator import current_coordinator
+
+    names: list[str] = []
+
+    def look(_model: object) -> None:
+        coordinator = current_coordinator()
+        assert coordinator is not None
+        names.append(type(coordinator.exchange).__name__)
+
+    train(command, look)
+    return names[-1]
+
+
+@pytest.mark.parametrize(
+    ("inside_bytes_per_s", "expected"), [(1e12, "NodeExchange"), (1e9, "FlatExchange")]
+)
+def test_auto_goes_through_nodes_where_links_inside_are_faster(
+    ranks: Callable[[int], RankPool],
+    text_data: str,
+    tmp_path: Path,
+    inside_bytes_per_s: float,
+    expected: str,
+) -> None:
+    values = yaml.safe_load(yaml_file("cluster", "cpu-gloo").read_text())
+    values["intra"] = {"bytes_per_s": inside_bytes_per_s, "latency_s": 0.0}
+    values["inter"] = {"bytes_per_s": 1e9, "latency_s": 0.0}
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(yaml.safe_dump(values))
+    # A node holds each expert twice, so half of the bytes need not cross.
+    command = command_line(
+        text_data,
+        experts=4,
+        expert_parallel=4,
+        global_batch=8,
+        steps=1,
+        extra=" --expert-parallel-mode fsep --fsep-planner static --fsep-capacity 4"
+        f" --fsep-node-size 2 --fsep-restore-algorithm auto --fsep-cluster {cluster}",
+    )
+    assert ranks(4).run(chosen_exchange, command) == [expected] * 4
 
 
 def test_ranks_unevenly_spread_over_nodes_are_refused() -> None:

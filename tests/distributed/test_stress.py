@@ -106,8 +106,15 @@ def _results(trace: Trace) -> list[tuple[str, float, float]]:
     return list(zip(trace.digests, record.losses, record.grad_norms, strict=True))
 
 
+# One configuration is quick enough for the quick set.
+QUICK = "restored per layer"
+
+
 @pytest.mark.parametrize("seeds", SEEDS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.quick] if case == QUICK else []) for case in CASES],
+)
 def test_delays_change_no_bit_of_a_run_that_waits_for_plans(
     ranks: Callable[[int], RankPool], text_data: str, case: str, seeds: int
 ) -> None:

@@ -13,7 +13,14 @@ import pytest
 from packaging.version import Version
 
 from megatron_laer import model_support
-from megatron_laer.model_support import MOE_FIELD, PROVED, REQUIRED, UNPROVED, WITHOUT_EFFECT
+from megatron_laer.model_support import (
+    MOE_FIELD,
+    PROVED,
+    PROVED_RECOMPUTE,
+    REQUIRED,
+    UNPROVED,
+    WITHOUT_EFFECT,
+)
 from tests.parity.rows import ROWS
 
 pytestmark = [pytest.mark.unit, pytest.mark.releases]
@@ -95,6 +102,15 @@ def test_fields_that_no_test_covers_are_named_in_a_warning(
     assert "moe_teleport=True" in teleport and "does not know" in teleport
     assert "moe_teleport_targets=['moon']" in targets
     assert "warp_experts=True" in warp and "does not know" in warp
+
+
+def test_recompute_that_no_row_of_the_parity_table_has_is_named() -> None:
+    modules = ["core_attn", "mla_up_proj"]
+    config = Config(recompute_granularity="selective", recompute_modules=modules)
+    (warning,) = model_support.warnings_of(config)
+    assert "'mla_up_proj'" in warning and "no test proves" in warning
+    given = {word for row in ROWS for word in row.flags.split()}
+    assert given | {"core_attn"} >= PROVED_RECOMPUTE
 
 
 def test_only_the_first_rank_warns(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def test_one_connection_is_warned_of_where_it_hides_nothing(
     config: FSEPConfig, connections: str | None, on_cuda: bool, warned: int
 ) -> None:
     environment = {} if connections is None else {"CUDA_DEVICE_MAX_CONNECTIONS": connections}
-    warnings = support.warnings(config, environment, on_cuda=on_cuda)
+    args = Namespace(optimizer="adam")
+    warnings = support.warnings(args, config, environment, on_cuda=on_cuda)
     assert len(warnings) == warned
     assert all("CUDA_DEVICE_MAX_CONNECTIONS=1" in warning for warning in warnings)
 
