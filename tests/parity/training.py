@@ -39,6 +39,8 @@ class Record:
     probes: list[Any] = field(default_factory=list)
 
 
+_docstrings: dict[type, Any] = {}
+
 Probe = Callable[[list[torch.nn.Module]], Any]
 
 
@@ -53,6 +55,7 @@ def train(flags: list[str], probe: Probe | None = None, script: str | None = Non
     """
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
     from megatron.training import training
+    from megatron.training.argument_utils import ArgumentGroupFactory
 
     import pretrain_gpt
     from megatron_laer import cli
@@ -65,6 +68,7 @@ def train(flags: list[str], probe: Probe | None = None, script: str | None = Non
         training.evaluate,
     )
     report = MoEMetricsTracker.report
+    docstrings = ArgumentGroupFactory._get_field_docstrings
 
     def observed_setup(*args: Any, **kwargs: Any) -> Any:
         result = setup(*args, **kwargs)
@@ -97,6 +101,12 @@ def train(flags: list[str], probe: Probe | None = None, script: str | None = Non
         line: str = report(*args, **{**kwargs, "writer": observer, "per_layer_logging": True})
         return line
 
+    def remembered_docstrings(self: Any, config_class: type) -> Any:
+        # Each run parses Megatron's sources for the help of its flags, a fifth of a short run.
+        if config_class not in _docstrings:
+            _docstrings[config_class] = docstrings(self, config_class)
+        return _docstrings[config_class]
+
     def observed_evaluation(*args: Any, **kwargs: Any) -> Any:
         result = evaluate(*args, **kwargs)
         if result[0]:
@@ -109,6 +119,7 @@ def train(flags: list[str], probe: Probe | None = None, script: str | None = Non
         mock.patch.object(training, "save_grads", observed_gradients),
         mock.patch.object(training, "evaluate", observed_evaluation),
         mock.patch.object(MoEMetricsTracker, "report", observed_report),
+        mock.patch.object(ArgumentGroupFactory, "_get_field_docstrings", remembered_docstrings),
         mock.patch.object(sys, "argv", ["pretrain_gpt.py", *flags]),
         fresh_megatron(model),
     ):
