@@ -426,7 +426,6 @@ ROWS = [
         without=UNTIED,
         flags=PIPELINE + " --mtp-num-layers 1",
         moe_layers=1,
-        releases=True,
     ),
     # Runs.
     Row("SGD with momentum", flags=" --optimizer sgd --sgd-momentum 0.9 --lr 2e-1 --min-lr 2e-1"),
@@ -436,7 +435,6 @@ ROWS = [
         expert_parallel=2,
         flags=" --eval-interval 4 --eval-iters 2 --check-weight-hash-across-dp-replicas-interval 2",
         evaluations=4,
-        releases=True,
     ),
     Row(
         "evaluation alone",
