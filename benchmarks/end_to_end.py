@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a small model: says nothing of speed")
     parser.add_argument("--repeats", type=int, help="of every configuration")
     parser.add_argument("--steps", type=int, help="that are counted, but for bursts")
-    parser.add_argument("--only", help="configurations whose names contain this, and the ideal")
+    parser.add_argument("--only", help="configurations whose names contain this, and stock's")
     options = parser.parse_args(arguments)
     size = QUICK if options.quick else FULL
     if options.repeats is not None:
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         cases = configurations(size, options.ranks, Path(scratch))
         if options.only is not None:
-            cases = [case for case in cases if options.only in case.name or case.name == "ideal"]
+            cases = chosen(cases, options.only)
         runs = run_all(size, options.ranks, cases, Path(scratch))
     result = summary(cases, runs, size) | {"machine": machine(), "ranks": options.ranks}
     report(cases, runs, size)
@@ -160,6 +160,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     print("\n".join(wrong), end="\n" if wrong else "")
     return int(bool(wrong))
+
+
+def chosen(cases: Sequence[Configuration], part: str) -> list[Configuration]:
+    """Those whose names contain this, and what they are compared with."""
+    names = {"ideal"} | {case.name for case in cases if part in case.name}
+    if any("recompute" in name for name in names):
+        names.add(STOCK_RECOMPUTE)
+    return [case for case in cases if case.name in names]
 
 
 def configurations(size: Size, ranks: int, scratch: Path) -> list[Configuration]:
@@ -198,7 +206,8 @@ class Run:
 
     Attributes:
         ranks: what each rank measured.
-        ideals: runs of the ideal just before and just after; of the ideal, itself.
+        ideals: runs of the ideal just before and just after; of the ideal, the one before, so that
+            its shares show how much the machine drifts.
     """
 
     ranks: list[Measured]
@@ -247,7 +256,7 @@ def run_all(size: Size, ranks: int, cases: Sequence[Configuration], scratch: Pat
             for pair in batched(rivals if repeat % 2 == 0 else rivals[::-1], 2):
                 between = [run(case) for case in pair]
                 after = run(ideal)
-                after.ideals = [after]
+                after.ideals = [before]
                 for rival in between:
                     rival.ideals = [before, after]
                 before = after

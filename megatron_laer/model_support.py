@@ -101,7 +101,7 @@ PROVED_RECOMPUTE = frozenset({"core_attn", "layernorm", "mlp", "moe", "shared_ex
 MOE_FIELD = re.compile(r"moe|expert|router")
 
 
-_UNPROVED = "no test proves that it works with FSEP"
+NO_PROOF = "no test proves that it works with FSEP"
 
 
 def check(config: Any) -> None:
@@ -136,14 +136,14 @@ def warnings_of(config: Any) -> list[str]:
         if field.name in PROVED or field.name in WITHOUT_EFFECT or value == _default(field):
             continue
         why = (
-            _UNPROVED
+            NO_PROOF
             if field.name in UNPROVED
             else "megatron_laer does not know this field, and FSEP may not honour it"
         )
         found.append(f"{field.name}={value!r}: {why}")
     if config.recompute_granularity == "selective":
         unproved = sorted(set(config.recompute_modules) - PROVED_RECOMPUTE)
-        found += [f"recompute_modules with {name!r}: {_UNPROVED}" for name in unproved]
+        found += [f"recompute_modules with {name!r}: {NO_PROOF}" for name in unproved]
     return found
 
 

@@ -205,8 +205,8 @@ class PlannerService:
         self._warn(f"{problem}; layouts stay as they are")
         return None
 
-    def state(self, timeout_s: float) -> tuple[dict[int, Forecast], list[Plan]]:
-        """Forecasts by layer, and the complete plans not yet returned, oldest first.
+    def state(self, timeout_s: float) -> tuple[dict[int, Forecast], list[Plan], bool]:
+        """Forecasts by layer; complete plans not yet returned, oldest first; whether that is all.
 
         Waits up to `timeout_s` seconds until every step that was submitted in full is planned:
         what is not planned by then is lost to a service that goes on from here. Changes nothing.
@@ -217,8 +217,9 @@ class PlannerService:
             return not busy or self._closing or not self._alive
 
         with self._changed:
-            self._changed.wait_for(is_settled, timeout_s)
-            return dict(self._forecasts), [self._complete[step] for step in sorted(self._complete)]
+            settled = self._changed.wait_for(is_settled, timeout_s)
+            plans = [self._complete[step] for step in sorted(self._complete)]
+            return dict(self._forecasts), plans, settled
 
     def drop_late_steps(self) -> None:
         """Stop being `lossless`: the caller does not wait any more."""

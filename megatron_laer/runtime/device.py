@@ -226,7 +226,7 @@ class _StreamResult:
 
 
 class StreamLane:
-    """A CUDA stream of the lowest priority; Megatron's token exchanges are given a high one."""
+    """A CUDA stream of the lowest priority; the plugin gives token exchanges a high one."""
 
     def __init__(self, times: LaneTimes, device: torch.device) -> None:
         self.times = times

@@ -12,6 +12,7 @@ it should hide behind.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -122,24 +123,31 @@ def detect_node_size(ranks: Sequence[int], local_world_size: int) -> int:
     return size
 
 
-# What launchers say of ranks per node: torchrun, Slurm, Open MPI.
-_PER_NODE = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+# What launchers say of ranks per node: torchrun and Open MPI; Slurm, as `8(x2)`.
+_PER_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+_SLURM_PER_NODE = "SLURM_STEP_TASKS_PER_NODE"
 
 
 def ranks_per_node() -> int:
     """Ranks of the world on each node, as the launcher says; without one, all ranks are on one.
 
     Raises:
-        ValueError: no launcher says it, and the ranks are more than this node's GPUs.
+        ValueError: no launcher says it, and the ranks are more than this node's several GPUs.
     """
     said = [value for name in _PER_NODE if (value := os.environ.get(name, "")).isdecimal()]
     if said:
         return int(said[0])
     world, devices = dist.get_world_size(), torch.cuda.device_count()
-    if "nccl" in dist.get_backend() and world > devices:
+    # Of a step whose tasks are the ranks, and not launchers of them.
+    alike = re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ.get(_SLURM_PER_NODE, ""))
+    if alike and os.environ.get("SLURM_STEP_NUM_TASKS") == str(world):
+        return int(alike[1])
+    # Where each rank sees one GPU, their number says nothing.
+    if "nccl" in dist.get_backend() and world > devices > 1:
         raise ValueError(
-            f"{world} ranks on nodes of {devices} GPUs, and none of {', '.join(_PER_NODE)} is set: "
-            "give --fsep-node-size, or export LOCAL_WORLD_SIZE"
+            f"{world} ranks on nodes of {devices} GPUs, and the launcher does not say how many are "
+            f"on each ({', '.join((*_PER_NODE, _SLURM_PER_NODE))}): give --fsep-node-size, or "
+            "export LOCAL_WORLD_SIZE"
         )
     return world
 
@@ -163,12 +171,28 @@ def create_groups(
     """
     global _groups
     mine = tuple(dist.get_process_group_ranks(expert_group))
-    gathered: list[tuple[int, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
-    all_ranks = sorted(set(gathered))
+    per_node: int | str = 0
+    if node_size is None:
+        try:
+            per_node = ranks_per_node()
+        except ValueError as error:
+            per_node = str(error)
+    gathered: list[tuple[tuple[int, ...], int | str]] = [((), 0)] * dist.get_world_size()
+    dist.all_gather_object(gathered, (mine, per_node))
+    all_ranks = sorted({ranks for ranks, _ in gathered})
 
     # Every rank checks every group, so that all of them raise and none waits for the others.
-    sizes = {ranks: node_size or detect_node_size(ranks, ranks_per_node()) for ranks in all_ranks}
+    said = {of_rank for _, of_rank in gathered}
+    problems = sorted(of_rank for of_rank in said if isinstance(of_rank, str))
+    if problems:
+        raise ValueError(problems[0])
+    if len(said) > 1:
+        raise ValueError(
+            f"nodes have {sorted(said, key=str)} ranks: not the same number on each; give "
+            "--fsep-node-size, if the group's ranks lie evenly on them"
+        )
+    local_world_size = int(per_node)
+    sizes = {ranks: node_size or detect_node_size(ranks, local_world_size) for ranks in all_ranks}
     for ranks, size in sizes.items():
         if len(ranks) % size:
             raise ValueError(

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +49,11 @@ class Slices:
     parameters: tuple[torch.nn.Parameter, ...]
     rows: tuple[int, ...]
 
+    @property
+    def have_main_grads(self) -> bool:
+        """Whether Megatron's data-parallel wrapper keeps their gradients."""
+        return all(hasattr(parameter, "main_grad") for parameter in self.parameters)
+
 
 @dataclass(frozen=True)
 class ExchangeLanes:
@@ -58,6 +63,7 @@ class ExchangeLanes:
         weights: restored matrices; as many as the schedule restores layers at once.
         grads: gradients of restored matrices, likewise.
         reduced: gradients of slices, on their way to Megatron's main gradients.
+        stand_ins: zeros in the shapes of slices, see `mark_in_main_grad`.
     """
 
     exchange: Exchange
@@ -66,6 +72,19 @@ class ExchangeLanes:
     weights: BufferPool = field(default_factory=BufferPool)
     grads: BufferPool = field(default_factory=BufferPool)
     reduced: BufferPool = field(default_factory=BufferPool)
+    stand_ins: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = field(default_factory=dict)
+
+    def mark_in_main_grad(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Mark a parameter whose gradient is in its main gradient; what autograd is given instead.
+
+        Megatron looks at the mark when autograd is done with the parameter, and takes it off at
+        each step. A new tensor on whole memory is taken as it is; a placeholder would be copied.
+        """
+        parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        kind = parameter.shape, parameter.dtype
+        if kind not in self.stand_ins:
+            self.stand_ins[kind] = torch.zeros_like(parameter, requires_grad=False)
+        return self.stand_ins[kind].detach()
 
     def close(self) -> None:
         """End both lanes."""
@@ -208,9 +227,10 @@ class RestoredExperts:
     def send_after(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mark what is dispatched: when its gradient is there, this layer's gradients are sent.
 
-        Unless nobody waits for them later than that, or the tokens need no gradient.
+        Unless nobody waits for them later than that, or experts or tokens need no gradient.
         """
-        waits_later = self.arrives_after or self.tickets is not None
+        tickets = self.tickets or ()
+        waits_later = self.arrives_after or any(ticket.requires_grad for ticket in tickets)
         if not (waits_later and torch.is_grad_enabled() and tokens.requires_grad):
             return tokens
         self.sends_after = True
@@ -250,16 +270,16 @@ class RestoredExperts:
         return marked
 
     def _new_reduced(self, slice_ErK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-        if not hasattr(slice_ErK, "main_grad"):
+        if not self._slices.have_main_grads:
             return None  # autograd accumulates it, and keeps its memory
         return self._lanes.reduced.take(tuple(slice_ErK.shape), dtype, slice_ErK.device)
 
     def _hand_over(self, slice_ErK: torch.nn.Parameter, grad_ErK: torch.Tensor) -> torch.Tensor:
-        if not hasattr(slice_ErK, "main_grad"):
+        if not self._slices.have_main_grads:
             return grad_ErK
-        slice_ErK.main_grad.add_(grad_ErK)
+        slice_ErK.main_grad.add_(grad_ErK)  # type: ignore[attr-defined]
         self._lanes.reduced.give(grad_ErK)
-        return in_main_grad(slice_ErK)
+        return self._lanes.mark_in_main_grad(slice_ErK)
 
     def _give_grads(self) -> None:
         for grad_CRK in self._grads:
@@ -289,21 +309,6 @@ class RestoredExperts:
 def placeholder(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Zeros of this shape without storage, for the edges of autograd's graph."""
     return like.new_zeros(()).expand(shape)
-
-
-def in_main_grad(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Mark a parameter whose gradient is in its main gradient; what autograd is given instead.
-
-    Megatron looks at the mark when autograd is done with the parameter, and takes it off at each
-    step. A new tensor of whole memory is taken as it is, where a placeholder would be copied.
-    """
-    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return _stand_in(tuple(parameter.shape), parameter.dtype, parameter.device).detach()
-
-
-@cache
-def _stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class _Arrive(torch.autograd.Function):

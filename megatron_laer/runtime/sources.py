@@ -122,7 +122,9 @@ class PlannedLayouts:
         Waits for plans in the making: under `wait` as long as a step would, else a moment.
         """
         timeout_s = WAIT_TIMEOUT_S if self._wait else SETTLE_TIMEOUT_S
-        forecasts, plans = self._service.state(timeout_s)
+        forecasts, plans, settled = self._service.state(timeout_s)
+        if self._wait and not settled:
+            self._stop_waiting()
         return tuple(forecasts[layer] for layer in self._layers), tuple(plans)
 
     def close(self) -> None:

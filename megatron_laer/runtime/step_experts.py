@@ -13,17 +13,26 @@ from collections.abc import Sequence
 import torch
 
 from megatron_laer.runtime.layout_index import LayoutIndex
-from megatron_laer.runtime.restored import ExchangeLanes, RestoredExperts, Slices, in_main_grad
+from megatron_laer.runtime.restored import ExchangeLanes, RestoredExperts, Slices
 
 
 class StepExperts(RestoredExperts):
     """One layer's restored experts, shared by the microbatches of a step, and by steps.
 
     Needs Megatron's main gradients: through a bfloat16 parameter's `grad` the sum of a step would
-    be rounded.
+    be rounded, on more than the wire between nodes.
+
+    Raises:
+        ValueError: slices without main gradients.
     """
 
     def __init__(self, name: str, slices: Slices, index: LayoutIndex, lanes: ExchangeLanes) -> None:
+        if not slices.have_main_grads:
+            raise ValueError(
+                f"--fsep-restore step, {name}: adds gradients to Megatron's main gradients, and "
+                "these parameters have none; wrap the model in Megatron's DistributedDataParallel, "
+                "or take --fsep-restore layer"
+            )
         super().__init__(name, slices, index, lanes)
         self._num_microbatches = self._left = 0
         self._sums_CRK: list[torch.Tensor] = []
@@ -64,7 +73,7 @@ class StepExperts(RestoredExperts):
     def reduced(self) -> tuple[torch.Tensor, ...]:
         """Stand-ins; with the last microbatch, main gradients receive the step's sum."""
         if self._reduced is None:
-            return tuple(map(in_main_grad, self._slices.parameters))
+            return tuple(map(self._lanes.mark_in_main_grad, self._slices.parameters))
         handed_over = super().reduced()
         for sum_CRK in self._sums_CRK:
             self._lanes.grads.give(sum_CRK)

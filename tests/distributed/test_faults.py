@@ -381,7 +381,7 @@ def test_a_burst_to_one_expert_gives_no_rank_more_than_its_share(
         (total,) = {routed for _, routed in per_rank}
         assert total == 4 * 2 * 48, "each token has one expert here"
         shares.append(max(mine for mine, _ in per_rank) / -(-total // 4))
-    # What docs/architecture.md promises: its share, or what the layout's replicas allow.
+    # As the README says: its even share, or what the layout's replicas allow.
     replicas = int(ExpertLayout.static(4, 3, 8).replicas_E[3])
     assert set(shares) == ({1.0} if is_even else {4 / replicas}), shares
 

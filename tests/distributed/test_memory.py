@@ -217,8 +217,8 @@ def test_buffers_stay_as_they_are_after_the_first_steps(
         restored, arriving = held.layers
         assert weights == restored * held.layer_bytes
         sums = restored * held.layer_bytes if "restore step" in flags else 0  # float32, like all
-        assert grads - sums <= arriving * held.layer_bytes
-        assert reduced <= 2 * held.slice_bytes
+        assert held.layer_bytes <= grads - sums <= arriving * held.layer_bytes
+        assert held.slice_bytes <= reduced <= 2 * held.slice_bytes
 
 
 def exchange_counts_of(command: list[str]) -> tuple[int, int, int, int, int]:

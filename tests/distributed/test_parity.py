@@ -96,6 +96,7 @@ def test_fsep_equals_stock(
     # With M microbatches 3·M exchanges of a layer in a step, or 2.
     passes = 1 if STEP in row.fsep else row.accumulation
     restores = passes if STEP in row.fsep else 2 * passes
+    assert len(fsep.probes) == row.steps
     for step, (left, restored, reduced) in enumerate(fsep.probes, start=1):
         assert left == 0 and reduced == row.moe_layers * passes * step
         if not row.evaluations:  # which restore experts as well

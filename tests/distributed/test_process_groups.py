@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -84,6 +86,21 @@ def test_a_node_size_that_does_not_divide_is_refused_on_every_rank(
         assert raised.type_name == "ValueError"
         assert "--fsep-node-size 3" in raised.message
         assert "[1, 2, 4]" in raised.message
+
+
+def groups_where_a_rank_is_told_otherwise() -> dict[str, Any]:
+    """Rank 3 is told of another number of ranks per node than the others."""
+    told = "1" if os.environ["RANK"] == "3" else "4"
+    with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=told):
+        return groups_of(4, None)
+
+
+def test_launchers_that_disagree_are_refused_on_every_rank(
+    ranks: Callable[[int], RankPool],
+) -> None:
+    for raised in ranks(4).run_raw(groups_where_a_rank_is_told_otherwise):
+        assert raised.type_name == "ValueError"
+        assert "[1, 4] ranks: not the same number" in raised.message
 
 
 def chosen_exchange(command: list[str]) -> str:

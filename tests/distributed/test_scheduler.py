@@ -11,7 +11,7 @@ import torch
 
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
-from tests.parity.training import train
+from tests.parity.training import Record, train
 from tests.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -74,6 +74,42 @@ def test_the_schedule_changes_no_bit(
     )
     assert len(on.losses) == STEPS
     assert identical(on, off)
+
+
+def train_with_frozen_experts(command: list[str]) -> Record:
+    """Train all but the experts, as fine-tuning may."""
+    from megatron_laer.moe_layer import FSEPMoELayer
+
+    register = FSEPMoELayer._register
+
+    def frozen(self: Any, layer_number: int) -> None:
+        register(self, layer_number)
+        for parameter in self.experts.parameters():
+            parameter.requires_grad_(False)
+
+    with mock.patch.object(FSEPMoELayer, "_register", frozen):
+        return train(command)
+
+
+def test_experts_that_need_no_gradient_hold_up_nothing(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    on, off = (
+        ranks(2).run(
+            train_with_frozen_experts,
+            command_line(
+                text_data,
+                experts=8,
+                expert_parallel=2,
+                global_batch=4,
+                steps=2,
+                extra=" --expert-parallel-mode fsep --fsep-planner random"
+                f" --fsep-scheduler {scheduler}",
+            ),
+        )[0]
+        for scheduler in ("on", "off")
+    )
+    assert on.losses[1] != on.losses[0] and identical(on, off)
 
 
 def order_of_events(command: list[str]) -> list[str]:

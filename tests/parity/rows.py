@@ -179,11 +179,13 @@ ROWS = [
         fsep=RANDOM + NODES.format(1),
     ),
     Row(
-        "restored once per step through nodes of 2, accumulation 2, E = 8 on 4 ranks",
+        "restored once per step through nodes of 2, accumulation 2, bf16, E = 8 on 4 ranks",
         ranks=4,
         stock_parallel=(4, 1),
         accumulation=2,
+        flags=" --bf16",
         fsep=RANDOM + NODES.format(2) + STEP,
+        bound=BF16_BOUND,
     ),
     Row("scheduler off", fsep=RANDOM + " --fsep-scheduler off"),
     Row(

@@ -110,10 +110,11 @@ def load_common_weights(model: list[torch.nn.Module]) -> None:
 
 
 def read(model: list[torch.nn.Module], what: str) -> list[tuple[str, int, torch.Tensor]]:
-    """(key, start, rows) of every piece: of the `weight`, or of the `main_grad`."""
+    """(key, start, rows) of every piece: of the `weight`, or of the `main_grad` if it has one."""
     return [
         (piece.key, piece.start, piece.select(_tensor(piece.parameter, what)).detach().clone())
         for piece in pieces(model)
+        if what == "weight" or piece.parameter.requires_grad
     ]
 
 

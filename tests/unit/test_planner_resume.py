@@ -99,10 +99,12 @@ def test_state_does_not_wait_for_ever_and_leaves_out_what_is_not_planned() -> No
 
     service = PlannerService(Hung(), [0], ExpertLayout.static(*SHAPE), pytest.fail, lossless=True)
     service.submit(0, 0, counts(0, 0))
-    _, plans = service.state(timeout_s=0.05)
+    _, plans, settled = service.state(timeout_s=0.05)
+    assert not settled
     assert plans == []
     go_on.set()
-    _, plans = service.state(timeout_s=10.0)
+    _, plans, settled = service.state(timeout_s=10.0)
+    assert settled
     assert [plan.source_step for plan in plans] == [0]
     assert service.wait(0, 10.0) is plans[0]  # asking changed nothing
     assert service.close(10.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
@@ -39,13 +40,44 @@ def test_one_connection_is_warned_of_where_it_hides_nothing(
     assert all("CUDA_DEVICE_MAX_CONNECTIONS=1" in warning for warning in warnings)
 
 
+def test_warnings_are_logged_when_arguments_are_validated(caplog: pytest.LogCaptureFixture) -> None:
+    from megatron_laer.plugin import command_line
+
+    args = Namespace(
+        expert_parallel_mode="fsep",
+        optimizer="lion",
+        num_experts=8,
+        expert_model_parallel_size=2,
+        seed=1,
+        rank=0,
+    )
+    with (
+        mock.patch.object(support, "check"),
+        mock.patch.object(command_line, "enable"),
+        mock.patch.object(command_line, "install_metrics"),
+        caplog.at_level(logging.WARNING),
+    ):
+        assert command_line._with_fsep_validation(lambda args: args)(args) is args
+        args.rank = 1
+        command_line._with_fsep_validation(lambda args: args)(args)
+    (record,) = (record for record in caplog.records if "lion" in record.getMessage())
+    assert "no test proves" in record.getMessage()
+
+
+SLURM_8 = {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_STEP_NUM_TASKS": "16"}
+
+
 @pytest.mark.parametrize(
     ("environment", "devices", "backend", "expected"),
     [
-        ({"LOCAL_WORLD_SIZE": "4", "SLURM_NTASKS_PER_NODE": "8"}, 8, "nccl", 4),
-        ({"SLURM_NTASKS_PER_NODE": "8"}, 8, "nccl", 8),
-        ({"SLURM_NTASKS_PER_NODE": "8(x2)", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 8, "nccl", 2),
+        ({"LOCAL_WORLD_SIZE": "4", **SLURM_8}, 8, "nccl", 4),
+        (SLURM_8, 1, "nccl", 8),
+        (SLURM_8 | {"SLURM_STEP_TASKS_PER_NODE": "4"}, 8, "nccl", 4),
+        (SLURM_8 | {"SLURM_STEP_NUM_TASKS": "2"}, 16, "nccl", 16),  # tasks start several ranks
+        (SLURM_8 | {"SLURM_STEP_TASKS_PER_NODE": "8(x1),4(x2)"}, 8, "nccl", None),
+        (SLURM_8 | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 8, "nccl", 2),
         ({}, 16, "nccl", 16),
+        ({}, 1, "nccl", 16),
         ({}, 0, "gloo", 16),
         ({}, 8, "cpu:gloo,cuda:nccl", None),
     ],
@@ -57,7 +89,7 @@ def test_ranks_per_node_are_the_launchers_or_all_or_an_error(
     expected: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in process_groups._PER_NODE:
+    for name in (*process_groups._PER_NODE, *SLURM_8):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

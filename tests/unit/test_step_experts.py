@@ -1,0 +1,42 @@
+"""Experts that are held over a step: what they need, and what they take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.runtime.exchange import Exchange
+from megatron_laer.runtime.layout_index import layout_index
+from megatron_laer.runtime.restored import ExchangeLanes, Slices
+from megatron_laer.runtime.step_experts import StepExperts, memory_held
+
+pytestmark = pytest.mark.unit
+
+
+def slices(dtype: torch.dtype = torch.float32) -> Slices:
+    """Of 4 experts on 2 ranks; matrices of 8 × 3 and 3 × 4."""
+    shapes = [(4, 4, 3), (4, 2, 4)]
+    parameters = tuple(torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes)
+    return Slices(parameters, rows=(8, 3))
+
+
+def test_parameters_without_main_gradients_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    index = layout_index(ExpertLayout.static(2, 3, 4), torch.device("cpu"))
+    lanes = ExchangeLanes(Exchange, None, None)  # type: ignore[arg-type]  # none of it is reached
+    held = slices()
+    with pytest.raises(ValueError, match=r"step, layer 1: .*DistributedDataParallel"):
+        StepExperts("layer 1", held, index, lanes)
+    for parameter in held.parameters:
+        parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+    StepExperts("layer 1", held, index, lanes)
+
+
+def test_memory_is_that_of_slots_and_of_float32_sums() -> None:
+    elements = 2 * 1024 * (8 * 3 + 3 * 4)  # of two layers with 1024 slots
+    text = memory_held([slices(torch.bfloat16)] * 2, capacity=1024)
+    assert "2 layers" in text
+    assert f"({2 * elements / 2**20:.1f} MiB)" in text
+    assert f"({4 * elements / 2**20:.1f} MiB)" in text
