@@ -189,7 +189,9 @@ ROWS = [
     ),
     Row("scheduler off", fsep=RANDOM + " --fsep-scheduler off"),
     Row(
-        "restored once per step, accumulation 4", accumulation=4, fsep=RANDOM + STEP, releases=True
+        "restored once per step, accumulation 4",
+        accumulation=4,
+        fsep=RANDOM + STEP,
     ),
     Row(
         "restored once per step, accumulation 4, distributed optimizer",
@@ -240,7 +242,6 @@ ROWS = [
         expert_parallel=2,
         stock_parallel=(2, 1),
         flags=DIST_OPT,
-        releases=True,
     ),
     Row(
         "tensor parallel 2 with sequence parallel",
@@ -344,7 +345,6 @@ ROWS = [
         " --moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-topk-scaling-factor 2.5"
         " --moe-router-dtype fp64"
         " --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-4",
-        releases=True,
     ),
     Row("square-root softplus router", flags=" --moe-router-score-function sqrtsoftplus"),
     # Models.
@@ -359,7 +359,6 @@ ROWS = [
         flags=" --num-layers 3 --moe-layer-freq ([0]*1+[1]*2) --moe-ffn-hidden-size 40"
         " --moe-shared-expert-intermediate-size 32 --recompute-granularity selective"
         " --recompute-modules core_attn layernorm mlp shared_experts",
-        releases=True,
     ),
     Row(
         "multi-token prediction with aux losses",
