@@ -214,12 +214,12 @@ def train_into_a_hang(flags: list[str], watchdog_s: float) -> None:
 
     reduce, calls = TwoLegExchange.reduce, 0
 
-    def stuck_reduce(self: TwoLegExchange, *args: Any) -> Any:
+    def stuck_reduce(self: TwoLegExchange, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if dist.get_rank() == 1 and calls == 20:
             threading.Event().wait()
-        return reduce(self, *args)
+        return reduce(self, *args, **kwargs)
 
     with mock.patch.object(TwoLegExchange, "reduce", stuck_reduce):
         train_with_delays(flags, 0, watchdog_s)
