@@ -47,11 +47,14 @@ echo "== import-linter"
 .venv/bin/lint-imports || failed+=(import-linter)
 ((${#failed[@]} == 0)) || echo "FAILED: ${failed[*]} (the tests follow)"
 
-# Ends when pytest has printed its summary, whatever a test left running.
+# Ends when pytest has printed its summary, whatever a test left running. Files are spread over two
+# workers, since ranks wait for each other a third of the time; given arguments, pytest runs alone,
+# so that -s, --pdb and -x mean what they say.
 run_tests() {
-    local with=${megatron:+ with megatron-core $megatron} status=0
+    local with=${megatron:+ with megatron-core $megatron} status=0 arguments=("${@:2}")
+    ((${#arguments[@]})) || arguments=(--numprocesses 2 --dist loadfile)
     echo "== pytest -m '$1'$with"
-    "$PYTHON" -m tests.supervise -m "$1" --durations 20 "${@:2}" || status=$?
+    "$PYTHON" -m tests.supervise -m "$1" --durations 20 "${arguments[@]}" || status=$?
     ((status < 2)) || exit "$status" # interrupted, or there was nothing to run
     ((status == 0)) || failed+=("tests$with")
 }

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.ranks import RankPool
+from tests.ranks import RankPool, RankPools
+
+# At once: a rank holds up to a gigabyte, and two sessions may run side by side.
+RANKS_KEPT = 6
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -35,16 +38,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], RankPool]]:
     """`ranks(4)`: the session's pool of four ranks; ranks start once and serve many tests."""
-    pools: dict[int, RankPool] = {}
-
-    def pool(world_size: int) -> RankPool:
-        if world_size not in pools:
-            pools[world_size] = RankPool(world_size)
-        return pools[world_size]
-
-    yield pool
-    for started in pools.values():
-        started.close()
+    with RankPools(RANKS_KEPT) as pools:
+        yield pools
 
 
 @pytest.fixture(scope="session")

@@ -16,12 +16,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -57,6 +57,7 @@ class RankPool:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._logs: list[Path] = []
+        self._store: Any = None
         # Before multiprocessing's own handler, which would wait for ranks that serve for ever.
         atexit.register(self.close)
 
@@ -65,6 +66,11 @@ class RankPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def running(self) -> bool:
+        """Whether the processes have started; a closed pool starts them again when it is used."""
+        return bool(self._processes)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> list[Any]:
         """Call `function(*args)` on every rank and return the results, rank 0 first.
@@ -85,8 +91,7 @@ class RankPool:
         """Like `run`, with a `Raised` in place of what a rank could not return."""
         if not self._processes:
             self._start()
-        # A port of its own for each call: a store from the call before may still hold the last one.
-        task = (function.__module__, function.__qualname__, args, _free_port())
+        task = (function.__module__, function.__qualname__, args, self._open_store())
         for pipe in self._pipes:
             pipe.send(task)
         return self._collect(timeout_s)
@@ -104,7 +109,18 @@ class RankPool:
             pipe.close()
         for log in self._logs:
             log.unlink(missing_ok=True)
-        self._processes, self._pipes, self._logs = [], [], []
+        self._processes, self._pipes, self._logs, self._store = [], [], [], None
+
+    def _open_store(self) -> int:
+        """The port of a store for one call's process group, served here as torchrun does it.
+
+        Where rank 0 serves it, ranks that come before it try again later, after up to a second.
+        """
+        from torch.distributed import TCPStore
+
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port: int = self._store.port
+        return port
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -156,11 +172,33 @@ class RankPool:
         return f"{reason}; the last lines of every rank:\n" + "\n".join(tails)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+class RankPools:
+    """`pools(4)`: the pool of four ranks. As many ranks are kept as the memory is meant for.
+
+    Where a pool would make more than `most` of them, the others are closed; they start again when
+    they are used.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._pools: dict[int, RankPool] = {}
+
+    def __call__(self, world_size: int) -> RankPool:
+        if world_size not in self._pools:
+            self._pools[world_size] = RankPool(world_size)
+        wanted = self._pools[world_size]
+        others = [pool for pool in self._pools.values() if pool.running and pool is not wanted]
+        if world_size + sum(pool.world_size for pool in others) > self._most:
+            for pool in others:
+                pool.close()
+        return wanted
+
+    def __enter__(self) -> RankPools:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools.values():
+            pool.close()
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
@@ -176,12 +214,15 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
         WORLD_SIZE=str(world_size),
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
+        TORCHELASTIC_USE_AGENT_STORE="True",
         MEGATRON_LAER_DEVICE="cpu",
         PYTHONWARNINGS="ignore",
     )
     from megatron_laer.launch import prepare
 
     prepare()
+    _share_gloo_device()
+    frozen = False
     while True:
         try:
             module, name, args, port = pipe.recv()
@@ -200,6 +241,33 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
         # Bytes, since `send` would pass every tensor as an open file that lives as long as it does.
         pipe.send_bytes(result)
         sys.stdout.flush()
+        if not frozen:
+            # What was imported stays; each later collection walked all of it, a fifth of a run.
+            gc.collect()
+            gc.freeze()
+            frozen = True
+
+
+def _share_gloo_device() -> None:
+    """Let all process groups use one of gloo's devices, instead of a thread and its end for each.
+
+    A device's thread ends within 10 ms, for which the end of a group waits.
+    """
+    from torch.distributed import ProcessGroupGloo, distributed_c10d
+
+    device = ProcessGroupGloo.create_default_device()
+
+    def create(given: Any, _: object) -> ProcessGroupGloo:
+        options = ProcessGroupGloo._Options()
+        options._devices, options._timeout = [device], given.timeout
+        options.enable_reconfigure = given.enable_reconfigure
+        options.global_ranks_in_group, options.group_name = (
+            given.global_ranks_in_group,
+            given.group_id,
+        )
+        return ProcessGroupGloo(given.store, given.group_rank, given.group_size, options)
+
+    distributed_c10d._create_gloo_process_group = create
 
 
 def _end_with(parent: int) -> None:

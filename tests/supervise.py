@@ -73,9 +73,10 @@ def pytest_sessionfinish(session: object, exitstatus: int) -> None:
 
 
 def pytest_unconfigure(config: object) -> None:
-    """A hook of pytest: its summary is printed."""
+    """A hook of pytest: its summary is printed. Its workers load this plugin as well."""
     status = getattr(config, "final_status", None)
-    if status is not None and STATUS_VARIABLE in os.environ:
+    worker = hasattr(config, "workerinput")
+    if status is not None and STATUS_VARIABLE in os.environ and not worker:
         path = Path(os.environ[STATUS_VARIABLE])
         written = path.with_suffix(".new")
         written.write_text(str(status))

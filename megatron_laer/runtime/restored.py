@@ -3,21 +3,8 @@
 Restored weights are not saved by autograd. A forward pass drops them when it is done, and the
 backward pass restores them again for the experts' backward; only a pass whose backward follows at
 once (the re-run under a checkpoint) keeps them. When an exchange starts is the scheduler's
-business; this file holds what is in flight, and the autograd nodes between slices and experts.
-
-Two nodes lie on the way of a layer's gradients: `_Restore`, whose backward has whole gradients, and
-one before it, whose backward hands the slices' gradients to Megatron. Between the two the gradients
-are in flight; they leave when the tokens' gradients have arrived (`_SendAfterTokens`), since the
-backward pass waits for those. The second node is `_Arrive`, or under a checkpoint `_ArriveAfter`:
-
-- Autograd runs ready nodes latest first, so an `_Arrive` made early in forward, while the layer
-  before was computing, waits only after that layer's backward.
-- A checkpoint's backward is a backward pass of its own, at whose end all its nodes are done.
-  `_ArriveAfter` lies on the hidden states that enter the transformer layer, so it waits when their
-  gradient is there, after the attention's backward.
-
-What travels along the edges of this graph are placeholders of the right shape without storage:
-weights and gradients themselves are held by `RestoredExperts`.
+business; this file holds what is in flight, and `restored_nodes` the autograd nodes between slices
+and experts.
 
 Legend: E experts, C slots per rank, R rows of a matrix, r rows of this rank's slice, K columns.
 """
@@ -27,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -35,6 +21,14 @@ from megatron_laer.runtime.buffers import BufferPool
 from megatron_laer.runtime.device import Lane, Pending
 from megatron_laer.runtime.exchange import Exchange, Kept
 from megatron_laer.runtime.layout_index import LayoutIndex
+from megatron_laer.runtime.restored_nodes import (
+    Arrive,
+    ArriveAfter,
+    BeforeBackward,
+    Restore,
+    SendAfterTokens,
+    placeholder,
+)
 
 
 @dataclass(frozen=True)
@@ -98,9 +92,9 @@ class RestoredExperts:
     Attributes:
         index: the layout that they are restored under.
         before: the MoE layer before in the same chunk and microbatch, which backward comes to next.
-        tickets: the early `_Arrive` node's outputs, until `weight_tickets` takes them.
-        arrives_after: whether an `_ArriveAfter` takes the gradients.
-        sends_after: whether a `_SendAfterTokens` sends the gradients of the pass that is to come.
+        tickets: the early `Arrive` node's outputs, until `weight_tickets` takes them.
+        arrives_after: whether an `ArriveAfter` takes the gradients.
+        sends_after: whether a `SendAfterTokens` sends the gradients of the pass that is to come.
     """
 
     def __init__(self, name: str, slices: Slices, index: LayoutIndex, lanes: ExchangeLanes) -> None:
@@ -212,7 +206,7 @@ class RestoredExperts:
 
         The earlier in forward, the later in backward.
         """
-        tickets: tuple[torch.Tensor, ...] = _Arrive.apply(self, *self._slices.parameters)
+        tickets: tuple[torch.Tensor, ...] = Arrive.apply(self, *self._slices.parameters)
         return tickets
 
     def arrive_after(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -221,7 +215,7 @@ class RestoredExperts:
         Whatever uses the hidden states must use the marked ones.
         """
         self.arrives_after = True
-        marked: torch.Tensor = _ArriveAfter.apply(self, hidden, *self._slices.parameters)
+        marked: torch.Tensor = ArriveAfter.apply(self, hidden, *self._slices.parameters)
         return marked
 
     def send_after(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -234,7 +228,7 @@ class RestoredExperts:
         if not (waits_later and torch.is_grad_enabled() and tokens.requires_grad):
             return tokens
         self.sends_after = True
-        marked: torch.Tensor = _SendAfterTokens.apply(tokens, self)
+        marked: torch.Tensor = SendAfterTokens.apply(tokens, self)
         return marked
 
     def hold(self, grads_CRK: tuple[torch.Tensor, ...]) -> None:
@@ -251,7 +245,7 @@ class RestoredExperts:
         """What the experts' linear layers take for their weights: they lead gradients back here."""
         tickets, self.tickets = self.tickets, None
         if self.arrives_after:
-            # Gradients take the other way; these only make autograd run `_Restore`.
+            # Gradients take the other way; these only make autograd run `Restore`.
             tickets = tuple(
                 placeholder(slice_ErK.detach(), slice_ErK.shape).requires_grad_()
                 for slice_ErK in self._slices.parameters
@@ -259,14 +253,14 @@ class RestoredExperts:
         elif tickets is None:
             tickets = self.issue_tickets()
         sends_after, self.sends_after = self.sends_after, False
-        weights: tuple[torch.Tensor, ...] = _Restore.apply(
+        weights: tuple[torch.Tensor, ...] = Restore.apply(
             self, self._shapes(), sends_after, *tickets
         )
         return weights
 
     def before_backward(self, output: torch.Tensor) -> torch.Tensor:
         """Mark the experts' output: its gradient's arrival is when backward restores."""
-        marked: torch.Tensor = _BeforeBackward.apply(output, self)
+        marked: torch.Tensor = BeforeBackward.apply(output, self)
         return marked
 
     def _new_reduced(self, slice_ErK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -304,105 +298,3 @@ class RestoredExperts:
         """On the lane that `pending` was submitted to, hence after it."""
         kept = Kept(before, pending.wait())
         return self._lanes.exchange.restore(slice_ErK, index, rows, kept=kept)
-
-
-def placeholder(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Zeros of this shape without storage, for the edges of autograd's graph."""
-    return like.new_zeros(()).expand(shape)
-
-
-class _Arrive(torch.autograd.Function):
-    """Backward: the slices' gradients, once they are here."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, restored: RestoredExperts, *slices: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.restored = restored
-        return tuple(placeholder(slice_ErK, slice_ErK.shape) for slice_ErK in slices)
-
-    @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        return (None, *ctx.restored.reduced())
-
-
-class _ArriveAfter(torch.autograd.Function):
-    """Identity on hidden states. Backward: their gradient, and the slices' once they are here."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, restored: RestoredExperts, hidden: torch.Tensor, *_: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.restored = restored
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        return (None, grad, *ctx.restored.reduced())
-
-
-class _SendAfterTokens(torch.autograd.Function):
-    """Identity on tokens before their dispatch. Backward, when theirs are here: sends gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, restored: RestoredExperts) -> torch.Tensor:  # type: ignore[override]
-        ctx.restored = restored
-        return tokens.view_as(tokens)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        ctx.restored.send_held()
-        return grad, None
-
-
-class _Restore(torch.autograd.Function):
-    """Backward: whole gradients out, on their way to the slices, now or after the tokens'."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        restored: RestoredExperts,
-        shapes: tuple[tuple[int, int, int], ...],
-        sends_after: bool,
-        *tickets: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.restored, ctx.shapes = restored, tuple(ticket.shape for ticket in tickets)
-        ctx.sends_after = sends_after
-        return tuple(
-            placeholder(ticket, shape) for ticket, shape in zip(tickets, shapes, strict=True)
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        if ctx.sends_after:
-            ctx.restored.hold(grads)
-        else:
-            ctx.restored.reduce(grads)
-        if ctx.restored.arrives_after:
-            return (None,) * (3 + len(grads))
-        return (
-            None,
-            None,
-            None,
-            *(placeholder(grad, shape) for grad, shape in zip(grads, ctx.shapes, strict=True)),
-        )
-
-
-class _BeforeBackward(torch.autograd.Function):
-    """Identity on the experts' output, whose backward starts what the schedule says.
-
-    An autograd node rather than a hook on the saved weights: it runs exactly once per backward, at
-    the same place on every rank, also on a rank that received no token.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, restored: RestoredExperts) -> torch.Tensor:  # type: ignore[override]
-        ctx.restored = restored
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        ctx.restored.start()
-        if ctx.restored.before is not None:
-            ctx.restored.before.start()
-        return grad, None

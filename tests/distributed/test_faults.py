@@ -65,8 +65,8 @@ def command(text_data: str) -> Callable[..., list[str]]:
 @pytest.mark.counts(fault_runs=1, resumed_runs=1)
 @pytest.mark.parametrize(
     "mode",
-    [STATIC, WAIT],
-    ids=["static", "greedy"],
+    [STATIC, EXACT, WAIT],
+    ids=["static", "exact", "greedy"],
 )
 def test_a_rank_killed_in_a_step_is_restarted_and_ends_bitwise_as_without(
     ranks: Callable[[int], RankPool],

@@ -14,7 +14,7 @@ import pytest
 
 from tests.parity.flags import command_line
 from tests.processes import python_path
-from tests.ranks import RankPool
+from tests.ranks import RankPool, RankPools
 
 pytestmark = pytest.mark.distributed
 
@@ -108,6 +108,20 @@ def test_a_rank_that_fails_is_heard_while_the_others_hang() -> None:
         with pytest.raises(RankError, match="rank 1 is ill"):
             pool.run(raise_on_one_rank, timeout_s=2.0)
         assert still_alive(pids, within_s=5.0) == []
+
+
+def test_no_more_ranks_are_kept_than_said() -> None:
+    with RankPools(2) as pools:
+        one = pools(1)
+        (before,) = one.run(os.getpid)
+        assert pools(1) is one and pools(1).run(os.getpid) == [before]
+        two = pools(2)
+        assert not one.running and len(set(two.run(os.getpid))) == 2
+        # Who still has the pool gets it started again; the other ends when it is next in the way.
+        (after,) = one.run(os.getpid)
+        assert after != before and two.running
+        assert pools(1).running and not two.running
+    assert not one.running
 
 
 def tensors() -> object:

@@ -27,13 +27,18 @@ def test_that_leaves_a_mess():
     open("pid", "w").write(str(child.pid))
     if {hangs}:
         atexit.register(time.sleep, 600)
+    time.sleep({lasts_s})
     assert {passes}
 """
 
 
-def supervise(folder: Path, *arguments: str, hangs: bool, passes: bool) -> tuple[int, str, int]:
+def supervise(
+    folder: Path, *arguments: str, hangs: bool, passes: bool, lasts_s: float = 0.0
+) -> tuple[int, str, int]:
     """Exit status, output, and the id of the process that the test left behind."""
-    (folder / "test_mess.py").write_text(STUBBORN.format(hangs=hangs, passes=passes))
+    (folder / "test_mess.py").write_text(
+        STUBBORN.format(hangs=hangs, passes=passes, lasts_s=lasts_s)
+    )
     code = "import sys; from tests.supervise import main; sys.exit(main(sys.argv[1:], grace_s=1.0))"
     result = subprocess.run(
         [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", *arguments],
@@ -47,7 +52,10 @@ def supervise(folder: Path, *arguments: str, hangs: bool, passes: bool) -> tuple
     return result.returncode, result.stdout, int((folder / "pid").read_text())
 
 
-@pytest.mark.parametrize(("passes", "status"), [(True, 0), (False, 1)])
+STATUS = pytest.mark.parametrize(("passes", "status"), [(True, 0), (False, 1)])
+
+
+@STATUS
 @pytest.mark.parametrize("hangs", [False, True], ids=["ends", "hangs"])
 def test_the_status_is_pytests_and_nothing_is_left(
     tmp_path: Path, hangs: bool, passes: bool, status: int
@@ -60,6 +68,17 @@ def test_the_status_is_pytests_and_nothing_is_left(
     assert ("1 passed" if passes else "1 failed") in output
     assert "left behind, and killed" in output
     assert ("did not end" in output) is hangs
+    assert not psutil.pid_exists(pid)
+
+
+@STATUS
+def test_the_status_is_that_of_all_workers(tmp_path: Path, passes: bool, status: int) -> None:
+    (tmp_path / "test_tidy.py").write_text("def test_that_ends_long_before(): pass")
+    workers = ["--numprocesses", "2", "--dist", "loadfile"]
+    # The other worker ends at once, which must not begin the grace of a second.
+    returned, output, pid = supervise(tmp_path, *workers, hangs=False, passes=passes, lasts_s=4.0)
+    assert returned == status, output
+    assert ("2 passed" if passes else "1 failed, 1 passed") in output
     assert not psutil.pid_exists(pid)
 
 
