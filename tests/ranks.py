@@ -114,6 +114,7 @@ class RankPool:
     def _open_store(self) -> int:
         """The port of a store for one call's process group, served here as torchrun does it.
 
+        A call makes one such group, since a second one would find the first one's addresses.
         Where rank 0 serves it, ranks that come before it try again later, after up to a second.
         """
         from torch.distributed import TCPStore
@@ -222,7 +223,6 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
 
     prepare()
     _share_gloo_device()
-    frozen = False
     while True:
         try:
             module, name, args, port = pipe.recv()
@@ -241,17 +241,17 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
         # Bytes, since `send` would pass every tensor as an open file that lives as long as it does.
         pipe.send_bytes(result)
         sys.stdout.flush()
-        if not frozen:
+        if not gc.get_freeze_count():
             # What was imported stays; each later collection walked all of it, a fifth of a run.
             gc.collect()
             gc.freeze()
-            frozen = True
 
 
 def _share_gloo_device() -> None:
     """Let all process groups use one of gloo's devices, instead of a thread and its end for each.
 
-    A device's thread ends within 10 ms, for which the end of a group waits.
+    A device's thread ends within 10 ms, for which the end of a group waits. The name replaced is
+    torch's own, not public; where it is another, groups keep a device each.
     """
     from torch.distributed import ProcessGroupGloo, distributed_c10d
 
@@ -261,10 +261,8 @@ def _share_gloo_device() -> None:
         options = ProcessGroupGloo._Options()
         options._devices, options._timeout = [device], given.timeout
         options.enable_reconfigure = given.enable_reconfigure
-        options.global_ranks_in_group, options.group_name = (
-            given.global_ranks_in_group,
-            given.group_id,
-        )
+        options.global_ranks_in_group = given.global_ranks_in_group
+        options.group_name = given.group_id
         return ProcessGroupGloo(given.store, given.group_rank, given.group_size, options)
 
     distributed_c10d._create_gloo_process_group = create

@@ -24,9 +24,8 @@ from megatron_laer.runtime.layout_index import LayoutIndex
 from megatron_laer.runtime.restored_nodes import (
     Arrive,
     ArriveAfter,
-    BeforeBackward,
+    AtBackward,
     Restore,
-    SendAfterTokens,
     placeholder,
 )
 
@@ -94,7 +93,7 @@ class RestoredExperts:
         before: the MoE layer before in the same chunk and microbatch, which backward comes to next.
         tickets: the early `Arrive` node's outputs, until `weight_tickets` takes them.
         arrives_after: whether an `ArriveAfter` takes the gradients.
-        sends_after: whether a `SendAfterTokens` sends the gradients of the pass that is to come.
+        sends_after: whether the tokens' gradients send those of the pass that is to come.
     """
 
     def __init__(self, name: str, slices: Slices, index: LayoutIndex, lanes: ExchangeLanes) -> None:
@@ -132,6 +131,12 @@ class RestoredExperts:
                 )
             )
             exchange.count.restores += 1
+
+    def start_backward(self) -> None:
+        """Begin to fetch what this layer's backward needs, and the next one's behind it."""
+        self.start()
+        if self.before is not None:
+            self.before.start()
 
     def change(self, index: LayoutIndex) -> None:
         """Follow another layout; of what was begun, only slots that differ are fetched again.
@@ -228,7 +233,7 @@ class RestoredExperts:
         if not (waits_later and torch.is_grad_enabled() and tokens.requires_grad):
             return tokens
         self.sends_after = True
-        marked: torch.Tensor = SendAfterTokens.apply(tokens, self)
+        marked: torch.Tensor = AtBackward.apply(tokens, self.send_held)
         return marked
 
     def hold(self, grads_CRK: tuple[torch.Tensor, ...]) -> None:
@@ -260,7 +265,7 @@ class RestoredExperts:
 
     def before_backward(self, output: torch.Tensor) -> torch.Tensor:
         """Mark the experts' output: its gradient's arrival is when backward restores."""
-        marked: torch.Tensor = BeforeBackward.apply(output, self)
+        marked: torch.Tensor = AtBackward.apply(output, self.start_backward)
         return marked
 
     def _new_reduced(self, slice_ErK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

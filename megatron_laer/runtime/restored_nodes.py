@@ -2,7 +2,7 @@
 
 Two nodes lie on the way of a layer's gradients: `Restore`, whose backward has whole gradients, and
 one before it, whose backward hands the slices' gradients to Megatron. Between the two the gradients
-are in flight; they leave when the tokens' gradients have arrived (`SendAfterTokens`), since the
+are in flight; they leave when the tokens' gradients have arrived (an `AtBackward`), since the
 backward pass waits for those. The second node is `Arrive`, or under a checkpoint `ArriveAfter`:
 
 - Autograd runs ready nodes latest first, so an `Arrive` made early in forward, while the layer
@@ -17,7 +17,7 @@ weights and gradients themselves are held by `RestoredExperts`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,17 +61,21 @@ class ArriveAfter(torch.autograd.Function):
         return (None, grad, *ctx.restored.reduced())
 
 
-class SendAfterTokens(torch.autograd.Function):
-    """Identity on tokens before their dispatch. Backward, when theirs are here: sends gradients."""
+class AtBackward(torch.autograd.Function):
+    """Identity, whose backward calls something when the gradient is there.
+
+    An autograd node rather than a hook: it runs exactly once per backward, at the same place on
+    every rank, also on a rank that received no token.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, restored: RestoredExperts) -> torch.Tensor:  # type: ignore[override]
-        ctx.restored = restored
-        return tokens.view_as(tokens)
+    def forward(ctx: Any, tensor: torch.Tensor, call: Callable[[], None]) -> torch.Tensor:  # type: ignore[override]
+        ctx.call = call
+        return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        ctx.restored.send_held()
+        ctx.call()
         return grad, None
 
 
@@ -106,23 +110,3 @@ class Restore(torch.autograd.Function):
             None,
             *(placeholder(grad, shape) for grad, shape in zip(grads, ctx.shapes, strict=True)),
         )
-
-
-class BeforeBackward(torch.autograd.Function):
-    """Identity on the experts' output, whose backward starts what the schedule says.
-
-    An autograd node rather than a hook on the saved weights: it runs exactly once per backward, at
-    the same place on every rank, also on a rank that received no token.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, restored: RestoredExperts) -> torch.Tensor:  # type: ignore[override]
-        ctx.restored = restored
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        ctx.restored.start()
-        if ctx.restored.before is not None:
-            ctx.restored.before.start()
-        return grad, None
