@@ -37,7 +37,7 @@ from megatron_laer.runtime.exchange import Exchange
 from megatron_laer.runtime.flat_exchange import FlatExchange
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.layout_index import LayoutIndex, layout_index
-from megatron_laer.runtime.lead_rank import LeadRank
+from megatron_laer.runtime.lead_rank import LeadRank, naming_flag
 from megatron_laer.runtime.node_exchange import NodeExchange
 from megatron_laer.runtime.plan import MicrobatchPlan
 from megatron_laer.runtime.process_groups import FSEPGroups
@@ -361,7 +361,8 @@ class Coordinator:
         rank = dist.get_rank()
         path = timeline_path(self.config.timeline, rank)
         clock, ranges = make_clock(self.device), make_ranges(self.device)
-        self.timeline = Timeline(path, rank, clock, ranges, first_step)
+        with naming_flag("timeline", self.config.timeline):
+            self.timeline = Timeline(path, rank, clock, ranges, first_step)
         for lane in (self.lanes.parameters, self.lanes.gradients):
             lane.times.timeline = self.timeline
 
