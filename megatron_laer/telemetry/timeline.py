@@ -146,7 +146,7 @@ class Timeline:
                 else:
                     self._write({"displayTimeUnit": "ms", "traceEvents": list(self._events())})
         except OSError as error:  # a run does not end for a picture
-            logger.warning("FSEP: the timeline %s is not complete: %s", self._path, error)
+            logger.warning("FSEP: the timeline %s could not be written: %s", self._path, error)
 
     def _write(self, trace: dict[str, Any]) -> None:
         with replaced_when_complete(self._path) as file:

@@ -21,7 +21,7 @@ from packaging.version import Version
 
 from megatron_laer.trace import FORMATS, Trace, TraceWriter, read_trace
 from megatron_laer.trace.recording import MAGIC, recording_path
-from tests.fuzz import damaged
+from tests.fuzz import bytes_read, damaged
 
 pytestmark = pytest.mark.unit
 
@@ -179,12 +179,6 @@ def test_a_damaged_last_record_is_left_out_and_what_follows_later_is_readable(tm
     assert_holds(read_trace(path), counts[:1])
     write_recording(path, counts[1:], first_step=1)
     assert_holds(read_trace(path), counts)
-
-
-def bytes_read():
-    """By this process since its start, from whatever files."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(dict(line.split(": ") for line in lines)["rchar"])
 
 
 def test_a_huge_tail_is_refused_where_it_begins_and_is_not_read(tmp_path):
