@@ -105,6 +105,8 @@ class Coordinator:
         self.version = 0
         self.step = 0
         self.planner_status = PlannerStatus()
+        # Why the state of an earlier run is not gone on from.
+        self.resume_problem: str | None = None
         self.timeline: Timeline | None = None
         self._unreported_steps = 0
         self._costs = costs
@@ -263,6 +265,11 @@ class Coordinator:
         """Whether training began, so that it is too late to resume."""
         return self._started
 
+    @property
+    def resumed_version(self) -> int | None:
+        """The layout version of the earlier run's state that is gone on from, if there is one."""
+        return None if self._resumed is None else self._resumed.version
+
     def planner_state(self) -> PlannerState | None:
         """The planner's state between two steps, on the group's rank 0; None without a planner.
 
@@ -309,11 +316,10 @@ class Coordinator:
             return
         if state.next_step != first_step:
             self._resumed = None
-            if self.groups.rank == 0 and self.groups.index == 0:  # it is so for all of them
-                _warn(
-                    f"the planner's state was saved before step {state.next_step} and training "
-                    f"begins at step {first_step}: planning starts anew, from the static layout"
-                )
+            self.resume_problem = (
+                f"its state was saved before step {state.next_step} and training begins at step "
+                f"{first_step}"
+            )
             return
         self.version = state.version
         for layer, layout in zip(self.layers, state.layouts, strict=True):
@@ -437,10 +443,6 @@ def _exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: str) -> Exchang
         dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
         return NodeExchange(groups, dtype)
     return FlatExchange(groups)
-
-
-def _warn(message: str) -> None:
-    logger.warning("FSEP: %s", message)
 
 
 _coordinator: Coordinator | None = None

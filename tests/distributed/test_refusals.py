@@ -95,7 +95,7 @@ def test_what_cannot_work_is_refused_on_every_rank(
     ranks: Callable[[int], RankPool], text_data: str, case: str
 ) -> None:
     flags, quoted, offered = CASES[case]
-    results = ranks(2).run_raw(train, commands(text_data, f"{FSEP} {flags}"), timeout_s=60.0)
+    results = ranks(2).run_raw(train, commands(text_data, f"{FSEP} {flags}"))
     for result in results:
         assert result.type_name == "ValueError", result.traceback
         assert quoted in result.message and offered in result.message, result.message
@@ -105,7 +105,7 @@ def test_fsep_without_experts_is_refused(ranks: Callable[[int], RankPool], text_
     flags = commands(text_data, FSEP)
     at = flags.index("--num-experts")
     del flags[at : at + 2]
-    for result in ranks(2).run_raw(train, flags, timeout_s=60.0):
+    for result in ranks(2).run_raw(train, flags):
         assert result.type_name == "ValueError"
         assert "--num-experts" in result.message
 
@@ -113,9 +113,7 @@ def test_fsep_without_experts_is_refused(ranks: Callable[[int], RankPool], text_
 def test_an_fsep_flag_without_the_mode_is_refused(
     ranks: Callable[[int], RankPool], text_data: str
 ) -> None:
-    for result in ranks(2).run_raw(
-        train, commands(text_data, " --fsep-capacity 5"), timeout_s=60.0
-    ):
+    for result in ranks(2).run_raw(train, commands(text_data, " --fsep-capacity 5")):
         assert result.type_name == "ValueError"
         assert "--fsep-capacity 5" in result.message
         assert "--expert-parallel-mode fsep" in result.message
@@ -125,7 +123,7 @@ def test_an_fsep_flag_without_the_mode_is_refused(
 def test_our_script_refuses_what_only_megatrons_script_does(
     ranks: Callable[[int], RankPool], text_data: str, flag: str
 ) -> None:
-    for result in ranks(2).run_raw(train, commands(text_data, f" {flag}"), timeout_s=60.0):
+    for result in ranks(2).run_raw(train, commands(text_data, f" {flag}")):
         assert result.type_name == "ValueError", result.traceback
         assert flag in result.message
         assert "megatron_laer train" in result.message

@@ -97,7 +97,7 @@ def test_every_refusal_fires_on_its_own_flags_and_on_no_other() -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "MEGATRON_LAER_DEVICE": "cpu"},
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     fired: dict[str, list[str]] = json.loads(result.stdout.splitlines()[-1])
