@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from megatron_laer import activation
+from megatron_laer import activation, run_files
 from megatron_laer.activation import Activation
 from megatron_laer.config import FSEPConfig
 from megatron_laer.plugin.checkpoint_writer import WRITER_PATCHES
@@ -36,12 +36,14 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
 
     Raises:
         ImportError: a Megatron without a seam that FSEP needs, naming it.
-        ValueError: a node size that does not divide the group, on every rank.
+        ValueError: a file or folder of the settings that cannot be used; a node size that does not
+            divide the group, on every rank.
     """
     wanted = Activation(config or FSEPConfig(), seed)
     if wanted == activation.active():
         return
     check_version()
+    run_files.check(wanted.config)
     # All seams are found before one is used, so that a missing one leaves nothing patched.
     for patch in FSEP_PATCHES:
         patch.owner_and_name()

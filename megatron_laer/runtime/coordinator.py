@@ -112,6 +112,7 @@ class Coordinator:
         self._costs = costs
         self._num_microbatches: int | None = None
         self._started = False
+        self._warned_without_steps = False
         self._lead: LeadRank | None = None
         self._resumed: PlannerState | None = None
 
@@ -151,6 +152,8 @@ class Coordinator:
         Args:
             routing_map_TE: bool [T, E], the router's choice.
         """
+        if training and not self._started:
+            self._warn_without_steps()
         if training and torch.is_grad_enabled() and layer.pending:
             return layer.pending.popleft()
         restored = self.scheduler.enter(layer, training)
@@ -309,6 +312,22 @@ class Coordinator:
             self._lead.close()
 
     # Inside.
+
+    def _warn_without_steps(self) -> None:
+        """Say once that training goes on without steps: a backward pass came before this forward.
+
+        Evaluation has no backward pass, and what tries a model out has a single one.
+        """
+        trains = self.exchange.count.reduces > 0
+        if trains and self.config.follows_steps and not self._warned_without_steps:
+            self._warned_without_steps = True
+            if self.groups.rank == 0 and self.groups.index == 0:  # it is so for all of them
+                _warn(
+                    "training goes on without steps, so layouts stay as they are, nothing is "
+                    "planned, replayed or recorded, and experts are restored layer by layer: enter "
+                    "`with megatron_laer.training_step(step, num_microbatches, model):` around the "
+                    "forward and backward passes and the optimizer's step, on every rank"
+                )
 
     def _go_on(self, first_step: int) -> None:
         state = self._resumed
