@@ -37,7 +37,7 @@ from megatron_laer.runtime.exchange import Exchange
 from megatron_laer.runtime.flat_exchange import FlatExchange
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.layout_index import LayoutIndex, layout_index
-from megatron_laer.runtime.lead_rank import LeadRank
+from megatron_laer.runtime.lead_rank import LeadRank, naming_flag
 from megatron_laer.runtime.node_exchange import NodeExchange
 from megatron_laer.runtime.plan import MicrobatchPlan
 from megatron_laer.runtime.process_groups import FSEPGroups
@@ -322,8 +322,8 @@ class Coordinator:
         if trains and self.config.follows_steps and not self._warned_without_steps:
             self._warned_without_steps = True
             if self.groups.rank == 0 and self.groups.index == 0:  # it is so for all of them
-                _warn(
-                    "training goes on without steps, so layouts stay as they are, nothing is "
+                logger.warning(
+                    "FSEP: training goes on without steps, so layouts stay as they are, nothing is "
                     "planned, replayed or recorded, and experts are restored layer by layer: enter "
                     "`with megatron_laer.training_step(step, num_microbatches, model):` around the "
                     "forward and backward passes and the optimizer's step, on every rank"
@@ -386,7 +386,8 @@ class Coordinator:
         rank = dist.get_rank()
         path = timeline_path(self.config.timeline, rank)
         clock, ranges = make_clock(self.device), make_ranges(self.device)
-        self.timeline = Timeline(path, rank, clock, ranges, first_step)
+        with naming_flag("timeline", self.config.timeline):
+            self.timeline = Timeline(path, rank, clock, ranges, first_step)
         for lane in (self.lanes.parameters, self.lanes.gradients):
             lane.times.timeline = self.timeline
 

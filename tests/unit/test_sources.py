@@ -18,7 +18,8 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.service import PlannerService
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.runtime import sources
-from megatron_laer.runtime.sources import LayoutRecorder, PlannedLayouts, ReplayedLayouts
+from megatron_laer.runtime.layout_recording import LayoutRecorder
+from megatron_laer.runtime.sources import PlannedLayouts, ReplayedLayouts
 from tests.costs import make_costs
 from tests.fuzz import damaged
 
