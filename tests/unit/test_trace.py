@@ -114,9 +114,7 @@ def assert_holds(trace, counts, steps=None):
 
 
 @given(seed=st.integers(0, 99), most=st.sampled_from([2, 256, 257, 70_000, 2**31]))
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_recording_gives_back_every_count(tmp_path, seed, most):
     path = tmp_path / "group.trace"
     path.unlink(missing_ok=True)
