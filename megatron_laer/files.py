@@ -98,11 +98,22 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 def quoted(text: object, longest: int = 200) -> str:
     """Quote what a user passed, on one line, escaped and of limited length, for a message."""
-    shown = str(text)
-    if len(shown) > longest:
-        half = longest // 2
-        shown = f"{shown[:half]}...{shown[-half:]}"
+    shown = _shortened(str(text), longest)
     return ascii(shown) if not shown.isprintable() else repr(shown)
+
+
+def one_line(text: object, longest: int = 2000) -> str:
+    """Show a text that somebody else may have written, on one line of limited length.
+
+    Control characters, which could move a terminal's cursor, are escaped; quotes are not added.
+    """
+    shown = _shortened(str(text), longest)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+
+
+def _shortened(text: str, longest: int) -> str:
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
 
 
 def is_same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:

@@ -270,7 +270,7 @@ def test_bad_input_is_quoted_and_told_what_works(tmp_path, trace, capsys, words,
     path = recording(tmp_path / "x.trace", trace)
     status, out, err = run(path, *words.split(), capsys=capsys)
     assert status == 2
-    assert problem in err and err.startswith("megatron_laer plan: ")
+    assert problem in err and err.startswith("megatron-laer plan: ")
     assert "strategy  mode" not in out
 
 
