@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import re
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 # Of files that people write by hand, and of lists that describe other files.
 MAX_TEXT_BYTES = 2**20
+
+# Of files that machines write, line by line: the longest are the routing of some million tokens.
+MAX_LINE = 2**25
 
 # Where a file system has no locks (Lustre without `-o flock`, some network mounts).
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -75,9 +79,14 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
         OSError: it cannot be read.
     """
     with open_input(path) as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        size = max(path.stat().st_size, len(content))
+        size = os.fstat(file.fileno()).st_size
+        content = b""
+        if size <= max_bytes:
+            content = file.read(size + 1)
+            if len(content) > size:  # it has grown, or its file system tells no sizes, as /proc
+                content += file.read(max_bytes + 1 - len(content))
+                size = len(content)
+    if size > max_bytes:
         raise ValueError(f"{quoted(path)} has {size:,} bytes; at most {max_bytes:,} are expected")
     return content
 
@@ -94,6 +103,22 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{quoted(path)} is not UTF-8 text: {error.reason}") from error
+
+
+def lines[T: (str, bytes)](file: IO[T], path: Path) -> Iterator[T]:
+    """Yield the lines of an open file, with their ends.
+
+    Raises:
+        ValueError: a line that is longer than `MAX_LINE`, as where a file holds no lines.
+        OSError: the file cannot be read.
+    """
+    for number in itertools.count(1):
+        line = file.readline(MAX_LINE + 1)
+        if not line:
+            return
+        if len(line) > MAX_LINE:
+            raise ValueError(f"{path}, line {number}: longer than {MAX_LINE:,} characters")
+        yield line
 
 
 def quoted(text: object, longest: int = 200) -> str:
