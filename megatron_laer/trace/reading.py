@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_laer.files import open_input
 from megatron_laer.layout import MAX_EXPERTS
+from megatron_laer.recording_file import is_cut_off
 from megatron_laer.trace import megatron, recording, smartmoe, table
 from megatron_laer.trace.records import Trace
 
@@ -106,5 +107,8 @@ def _detect_folder(path: Path) -> tuple[Path, str]:
 
 
 def _is_recording(file: Path) -> bool:
+    # Neither what a killed run left, nor steps that a later one made again.
+    if file.name.startswith(".") or is_cut_off(file):
+        return False
     with open_input(file) as content:
         return content.read(len(recording.MAGIC)) == recording.MAGIC
