@@ -12,12 +12,13 @@ it should hide behind.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from megatron_laer.runtime.launcher import PER_NODE, SLURM_PER_NODE, told_ranks_per_node
 
 Group = dist.ProcessGroup
 
@@ -123,30 +124,23 @@ def detect_node_size(ranks: Sequence[int], local_world_size: int) -> int:
     return size
 
 
-# What launchers say of ranks per node: torchrun and Open MPI; Slurm, as `8(x2)`.
-_PER_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
-_SLURM_PER_NODE = "SLURM_STEP_TASKS_PER_NODE"
-
-
 def ranks_per_node() -> int:
     """Ranks of the world on each node, as the launcher says; without one, all ranks are on one.
 
     Raises:
-        ValueError: no launcher says it, and the ranks are more than this node's several GPUs.
+        ValueError: no launcher says it, and the ranks are more than this node's several GPUs; or
+            what it says is no number.
     """
-    said = [value for name in _PER_NODE if (value := os.environ.get(name, "")).isdecimal()]
-    if said:
-        return int(said[0])
-    world, devices = dist.get_world_size(), torch.cuda.device_count()
-    # Of a step whose tasks are the ranks, and not launchers of them.
-    alike = re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ.get(_SLURM_PER_NODE, ""))
-    if alike and os.environ.get("SLURM_STEP_NUM_TASKS") == str(world):
-        return int(alike[1])
+    world = dist.get_world_size()
+    told = told_ranks_per_node(os.environ, world)
+    if told is not None:
+        return told[1]
+    devices = torch.cuda.device_count()
     # Where each rank sees one GPU, their number says nothing.
     if "nccl" in dist.get_backend() and world > devices > 1:
         raise ValueError(
             f"{world} ranks on nodes of {devices} GPUs, and the launcher does not say how many are "
-            f"on each ({', '.join((*_PER_NODE, _SLURM_PER_NODE))}): give --fsep-node-size, or "
+            f"on each ({', '.join((*PER_NODE, SLURM_PER_NODE))}): give --fsep-node-size, or "
             "export LOCAL_WORLD_SIZE"
         )
     return world

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_laer import support
 from megatron_laer.config import FSEPConfig
-from megatron_laer.runtime import process_groups
+from megatron_laer.runtime import launcher, process_groups
 
 pytestmark = pytest.mark.unit
 
@@ -89,7 +89,7 @@ def test_ranks_per_node_are_the_launchers_or_all_or_an_error(
     expected: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in (*process_groups._PER_NODE, *SLURM_8):
+    for name in (*launcher.PER_NODE, *SLURM_8):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -103,6 +103,13 @@ def test_ranks_per_node_are_the_launchers_or_all_or_an_error(
             return
         with pytest.raises(ValueError, match=r"16 ranks on nodes of 8 GPUs.*--fsep-node-size"):
             process_groups.ranks_per_node()
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-2", "2.5"])
+@pytest.mark.parametrize("name", launcher.PER_NODE)
+def test_a_launchers_number_that_is_none_is_quoted(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}='{value}' is no number of ranks per node"):
+        launcher.told_ranks_per_node({name: value} | SLURM_8, 16)
 
 
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])
