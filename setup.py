@@ -32,7 +32,7 @@ setup(
     package_data={
         "megatron_laer": ["py.typed"],
         "megatron_laer.planner": ["*.pyi"],
-        **dict.fromkeys(CONFIGS, ["*.yaml"]),
+        **{name: ["*.yaml"] for name in CONFIGS},
     },
     # Else the C++ sources that the sdist holds would be in the wheel as well.
     include_package_data=False,

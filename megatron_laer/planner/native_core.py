@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 from megatron_laer.planner.native_sources import digest
 
+__all__ = ["load", "native"]
+
 _NAME = "megatron_laer.planner._native"
 _HERE = Path(__file__).resolve().parent
 _SOURCES = _HERE / "native"

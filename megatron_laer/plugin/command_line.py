@@ -13,8 +13,9 @@ from typing import Any
 from megatron_laer import config as settings
 from megatron_laer import support
 from megatron_laer.platform import cpu
+from megatron_laer.platform.versions import check_version
 from megatron_laer.plugin.metrics import install_metrics
-from megatron_laer.plugin.patching import Patch, apply, check_version, undo
+from megatron_laer.plugin.patching import Patch, apply, undo
 from megatron_laer.plugin.switch import disable, enable
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_laer.runtime.launcher import PER_NODE, SLURM_PER_NODE, told_ranks_per_node
+from megatron_laer.runtime import launcher
 
 Group = dist.ProcessGroup
 
@@ -125,25 +125,13 @@ def detect_node_size(ranks: Sequence[int], local_world_size: int) -> int:
 
 
 def ranks_per_node() -> int:
-    """Ranks of the world on each node, as the launcher says; without one, all ranks are on one.
-
-    Raises:
-        ValueError: no launcher says it, and the ranks are more than this node's several GPUs; or
-            what it says is no number.
-    """
-    world = dist.get_world_size()
-    told = told_ranks_per_node(os.environ, world)
-    if told is not None:
-        return told[1]
-    devices = torch.cuda.device_count()
-    # Where each rank sees one GPU, their number says nothing.
-    if "nccl" in dist.get_backend() and world > devices > 1:
-        raise ValueError(
-            f"{world} ranks on nodes of {devices} GPUs, and the launcher does not say how many are "
-            f"on each ({', '.join((*PER_NODE, SLURM_PER_NODE))}): give --fsep-node-size, or "
-            "export LOCAL_WORLD_SIZE"
-        )
-    return world
+    """Ranks of the world on each node: see `launcher.ranks_per_node`."""
+    return launcher.ranks_per_node(
+        os.environ,
+        dist.get_world_size(),
+        torch.cuda.device_count(),
+        on_cuda="nccl" in dist.get_backend(),
+    )
 
 
 def create_groups(
