@@ -5,6 +5,10 @@ python -m megatron_laer prepare-data --input FILES --output PREFIX
 python -m megatron_laer flags mixtral-8x7b-e8k2
 python -m megatron_laer plan TRACE --ranks N --capacity C --cluster a100-4x8-ib800
 python -m megatron_laer inspect CHECKPOINT
+python -m megatron_laer doctor
+
+A command's module is imported when the command is asked for, so that the others, and `doctor` above
+all, work where it cannot be imported.
 """
 
 from __future__ import annotations
@@ -22,10 +26,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from megatron_laer import __version__, data, inspection
+from megatron_laer import __version__, doctor
 from megatron_laer.files import one_line
-from megatron_laer.model_flags import model_flags
-from megatron_laer.simulator import command as plan
+from megatron_laer.launch import in_one_line
 
 # As shells report a process that a signal ended.
 _INTERRUPTED = 128 + signal.SIGINT
@@ -45,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
-            args, script_args = _parse(words)
-            status = _run(args, script_args)
+            status, script = _run(words)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -56,37 +58,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _discard_output()
         return _fail(f"the output cannot be written: {error}")
-    if args.command == "train" and status == 0:
-        runpy.run_path(args.script, run_name="__main__")
+    if script is not None:
+        runpy.run_path(script, run_name="__main__")
     return status
 
 
-def _run(args: argparse.Namespace, script_args: list[str]) -> int:
-    """Do what `args` say, up to the start of the script of `train`."""
+def _run(words: list[str]) -> tuple[int, str | None]:
+    """Run a command; returns its status, and the script that `train` has everything ready for."""
+    command = words[0] if words else ""
     try:
+        args, script_args = _parse(words)
         if args.command == "train":
             _prepare_training(args.script, script_args)
-            return 0
+            return 0, str(args.script)
         with _stopped_by_exceptions():
-            return _run_command(args)
+            return _run_command(args), None
     except KeyboardInterrupt:
-        return _fail(f"{args.command}: interrupted", _INTERRUPTED)
+        return _fail(f"{command}: interrupted", _INTERRUPTED), None
     except BrokenPipeError:
         raise
     except (ValueError, OSError, ImportError) as error:
-        return _fail(f"{args.command}: {error}")
+        return _fail(f"{command}: {in_one_line(error)}"), None
     except MemoryError:
-        return _fail(f"{args.command}: the memory of this process does not suffice")
+        return _fail(f"{command}: the memory of this process does not suffice"), None
 
 
 def _run_command(args: argparse.Namespace) -> int:
     if args.command == "prepare-data":
+        from megatron_laer import data
+
         return data.run(args)
     if args.command == "plan":
+        from megatron_laer.simulator import command as plan
+
         return plan.run(args)
+    if args.command == "doctor":
+        return doctor.run()
     if args.command == "inspect":
+        from megatron_laer import inspection
+
         print(inspection.describe(args.checkpoint))
     else:
+        from megatron_laer.model_flags import model_flags
+
         print(shlex.join(model_flags(args.file)))
     return 0
 
@@ -140,10 +154,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and what follows `--`."""
+    """The arguments, and what follows `--`.
+
+    Raises:
+        ImportError: the module of the command cannot be imported.
+    """
     # That belongs to the script; argparse treats `--` differently from version to version.
     own, script_args = _split_at_dashes(words)
-    parser = _parser()
+    parser = _parser(own[0] if own else "")
     args, unknown = parser.parse_known_args(own)
     parser.prog = f"{parser.prog} {args.command}"
     if unknown:
@@ -154,7 +172,12 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, script_args
 
 
-def _parser() -> _Parser:
+def _parser(command: str) -> _Parser:
+    """The parser of all commands, of which `command` alone has its arguments if they are elsewhere.
+
+    Raises:
+        ImportError: the module of `command` cannot be imported.
+    """
     prog = _program()
     parser = _Parser(prog=prog, description="Fully Sharded Expert Parallel for Megatron-LM")
     parser.add_argument("--version", action="version", version=f"megatron-laer {__version__}")
@@ -168,7 +191,10 @@ def _parser() -> _Parser:
     )
     train.add_argument("script", metavar="SCRIPT", help="the script; its arguments follow --")
     prepare_data = commands.add_parser("prepare-data", help="make a dataset from text files")
-    data.add_arguments(prepare_data)
+    if command == "prepare-data":
+        from megatron_laer import data
+
+        data.add_arguments(prepare_data)
     inspect = commands.add_parser("inspect", help="print what is in a checkpoint")
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="of a run, or of one iteration")
     flags = commands.add_parser("flags", help="print Megatron's flags for a model configuration")
@@ -179,7 +205,16 @@ def _parser() -> _Parser:
         description="What each strategy would have made of a recorded run: balance, traffic and "
         "predicted time of a layer.",
     )
-    plan.add_arguments(plan_command)
+    if command == "plan":
+        from megatron_laer.simulator import command as plan
+
+        plan.add_arguments(plan_command)
+    commands.add_parser(
+        "doctor",
+        help="print what this machine has, and what is missing",
+        description="What a bug report needs: versions, devices, the native core and the launcher "
+        "as seen from here. Status 1 if something that training needs is missing.",
+    )
     return parser
 
 

@@ -108,17 +108,27 @@ class Trace:
         Raises:
             ValueError: neither number divides the other.
         """
+        self.check_divides(num_ranks)
         recorded = self.num_ranks
         if num_ranks == recorded:
             return self
-        if num_ranks >= 1 and recorded % num_ranks == 0:
+        if recorded % num_ranks == 0:
             grouped = self.counts_RNE.reshape(len(self), num_ranks, -1, self.num_experts)
             merged = grouped.sum(axis=2, dtype=np.int64)
             if int(merged.max()) > MAX_COUNT:
                 raise ValueError(f"merged counts exceed {MAX_COUNT} tokens; use more ranks")
             return replace(self, counts_RNE=merged.astype(np.int32))
-        if num_ranks >= 1 and num_ranks % recorded == 0:
-            return replace(self, counts_RNE=_dealt_out(self.counts_RNE, num_ranks // recorded))
+        return replace(self, counts_RNE=_dealt_out(self.counts_RNE, num_ranks // recorded))
+
+    def check_divides(self, num_ranks: int) -> None:
+        """Reject a number of ranks that `with_ranks` cannot make.
+
+        Raises:
+            ValueError: neither number divides the other; with those that work.
+        """
+        recorded = self.num_ranks
+        if num_ranks >= 1 and (recorded % num_ranks == 0 or num_ranks % recorded == 0):
+            return
         works = [size for size in range(1, recorded + 1) if recorded % size == 0]
         raise ValueError(
             f"a trace of {recorded} source ranks cannot be planned for {num_ranks} ranks; use one "
