@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_laer.doctor.row import Answer, Row, Verdict
 from megatron_laer.runtime import launcher
 
-_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+CONNECTIONS = "CUDA_DEVICE_MAXCONNECTIONS"
 _WORLD = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", launcher.SLURM_TASKS)
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
@@ -37,15 +37,15 @@ def cuda(torch: Answer, environment: Mapping[str, str]) -> Row:
         found += f", driver {driver}"
     if "device_error" in torch:
         return Row("CUDA", found, Verdict.UNSUPPORTED, torch["device_error"])
-    if torch["cards"]:
-        note = "" if torch["device"] == "cuda" else "turned down by MEGATRON_LAER_DEVICE=cpu"
-        return Row("CUDA", found, note=note)
     if torch["device"] == "cuda":
+        if torch["cards"]:
+            return Row("CUDA", found)
         return Row("CUDA", found, Verdict.MISSING, f"asked for: {torch.get('cuda_error')}")
-    hidden = environment.get("CUDA_VISIBLE_DEVICES")
-    if driver and hidden in (None, ""):
-        if hidden == "" or environment.get("MEGATRON_LAER_DEVICE") == "cpu":
-            return Row("CUDA", found, note="its cards are hidden from this process")
+    hides = ("MEGATRON_LAER_DEVICE", "cpu"), ("CUDA_VISIBLE_DEVICES", "")
+    hiding = [f"{name}={value!r}" for name, value in hides if environment.get(name) == value]
+    if driver and hiding:
+        return Row("CUDA", found, note=f"cards are turned down by {hiding[0]}")
+    if driver:
         return Row("CUDA", found, Verdict.MISSING, f"torch sees no card: {torch.get('cuda_error')}")
     note = "no GPU: Megatron runs on the CPU, with megatron_laer.platform.cpu.CPU_FLAGS"
     return Row("CUDA", found, note=note)
@@ -84,7 +84,8 @@ def dataset_helper(megatron: Answer, environment: Mapping[str, str]) -> Row:
             return Row(name, "built")
         way_out = f"{megatron['folder']} has neither the helper nor its Makefile: install it again"
         return Row(name, "none", Verdict.MISSING, way_out)
-    lacks = list(_build_lacks(environment.get("CXX") or "g++"))
+    compiler = (environment.get("CXX", "").split() or ["g++"])[0]
+    lacks = list(_build_lacks(compiler))
     if lacks:
         note = f"training would build it with {'; '.join(lacks)}"
         return Row(name, "to be built", Verdict.MISSING, note)
@@ -93,7 +94,7 @@ def dataset_helper(megatron: Answer, environment: Mapping[str, str]) -> Row:
 
 def _build_lacks(compiler: str) -> Iterator[str]:
     # As the Makefile calls them.
-    for tool in ("make", compiler.split()[0]):
+    for tool in ("make", compiler):
         if shutil.which(tool) is None:
             yield f"{tool}, which is not in the PATH"
     for command in (["python3", "-m", "pybind11", "--includes"], ["python3-config", "--help"]):
@@ -156,16 +157,16 @@ def node_size(environment: Mapping[str, str], cards: int, on_cuda: bool) -> Row:
 
 def connections(environment: Mapping[str, str], on_cuda: bool) -> Row:
     """The number of CUDA's queues, on which overlap depends."""
-    value = environment.get(_CONNECTIONS)
+    value = environment.get(CONNECTIONS)
     found = "not set" if value is None else _shown(value)
     if not on_cuda:
-        return Row(_CONNECTIONS, found, note="not used without a GPU")
+        return Row(CONNECTIONS, found, note="not used without a GPU")
     if value is not None and not (value.isdecimal() and 1 <= int(value) <= 32):
-        return Row(_CONNECTIONS, found, Verdict.UNSUPPORTED, "set it to 1 to 32, or unset it")
+        return Row(CONNECTIONS, found, Verdict.UNSUPPORTED, "set it to 1 to 32, or unset it")
     if value == "1":
         note = "exchanges hardly overlap; unset it but for tensor or context parallelism"
-        return Row(_CONNECTIONS, found, Verdict.OPTIONAL, note)
-    return Row(_CONNECTIONS, found)
+        return Row(CONNECTIONS, found, Verdict.OPTIONAL, note)
+    return Row(CONNECTIONS, found)
 
 
 def _shown(value: str) -> str:
