@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_laer.doctor.row import Answer, Row, Verdict
 from megatron_laer.runtime import launcher
 
-CONNECTIONS = "CUDA_DEVICE_MAXCONNECTIONS"
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _WORLD = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", launcher.SLURM_TASKS)
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 

@@ -133,8 +133,8 @@ class Maker:
     def environment(self, name: str) -> Environment:
         made = Environment(self._folder / f"environment-{name}")
         succeed([sys.executable, "-m", "venv", "--without-pip", made.folder])
-        (made.packages / "dependencies.pth").write_text(f"{self._dependencies}\n")
-        (made.packages / "sitecustomize.py").write_text(TELLING)
+        (made.packages / "dependencies.pth").write_text(f"{self._dependencies}\nimport telling\n")
+        (made.packages / "telling.py").write_text(TELLING)
         return made
 
     def checkout(self, name: str) -> Path:

@@ -259,7 +259,7 @@ def test_gpus_are_listed_and_what_they_could_use_is_optional(doctor: Doctor) -> 
         "optional: Megatron's default on a GPU"
     )
     assert "--no-gradient-accumulation-fusion" in examined.verdict("apex")
-    assert examined.rows[machine.CONNECTIONS] == ("not set", "ok")
+    assert examined.rows["CUDA_DEVICE_MAX_CONNECTIONS"] == ("not set", "ok")
 
 
 def test_gpus_without_nccl_cannot_train(doctor: Doctor) -> None:
@@ -374,7 +374,7 @@ def test_a_node_size_that_training_would_refuse_is_unsupported() -> None:
     [("32", "ok"), ("1", "optional: exchanges"), ("0", "unsupported"), ("x", "unsupported")],
 )
 def test_connections_are_judged_on_a_gpu(value: str, verdict: str) -> None:
-    environment = {machine.CONNECTIONS: value}
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": value}
     assert machine.connections(environment, True).verdict_and_note.startswith(verdict)
     assert not machine.connections(environment, False).stops
 
