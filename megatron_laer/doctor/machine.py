@@ -13,8 +13,8 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from megatron_laer import launcher
 from megatron_laer.doctor.row import Answer, Row, Verdict
-from megatron_laer.runtime import launcher
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _WORLD = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", launcher.SLURM_TASKS)

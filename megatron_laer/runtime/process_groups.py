@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_laer.runtime import launcher
+from megatron_laer import launcher
 
 Group = dist.ProcessGroup
 

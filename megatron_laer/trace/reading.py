@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer.layout import MAX_EXPERTS
+from megatron_laer.recording_file import is_cut_off
 from megatron_laer.trace import megatron, recording, smartmoe, table
 from megatron_laer.trace.records import Trace
 
@@ -105,5 +106,8 @@ def _detect_folder(path: Path) -> tuple[Path, str]:
 
 
 def _is_recording(file: Path) -> bool:
+    # Neither what a killed run left, nor steps that a later one made again.
+    if file.name.startswith(".") or is_cut_off(file):
+        return False
     with file.open("rb") as content:
         return content.read(len(recording.MAGIC)) == recording.MAGIC

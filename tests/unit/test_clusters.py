@@ -155,7 +155,7 @@ VALUES = st.recursive(
 
 
 @pytest.mark.counts(fuzz_cases=CASES)
-@settings(max_examples=CASES, deadline=None)
+@settings(max_examples=CASES)
 @given(st.sampled_from(GOOD.splitlines(keepends=True)), VALUES)
 @example("nodes: 1\n", "&x [*x]")
 def test_any_value_loads_or_is_a_value_error(line: str, value: str) -> None:
@@ -169,7 +169,7 @@ def test_any_value_loads_or_is_a_value_error(line: str, value: str) -> None:
 
 
 @pytest.mark.counts(fuzz_cases=CASES)
-@settings(max_examples=CASES, deadline=None)
+@settings(max_examples=CASES)
 @given(st.text())
 def test_any_text_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError):
@@ -184,7 +184,7 @@ def curves(draw: st.DrawFn) -> GemmCurve:
     return GemmCurve(tuple((m, m / s) for m, s in zip(tokens, seconds, strict=True)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_time_grows_with_tokens_and_meets_the_points(data: st.DataObject) -> None:
     try:
@@ -200,7 +200,7 @@ def test_time_grows_with_tokens_and_meets_the_points(data: st.DataObject) -> Non
     assert (curve.least_unit_seconds(tokens) <= seconds).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_no_division_into_gemms_is_faster_than_the_bound(data: st.DataObject) -> None:
     try:

@@ -124,7 +124,7 @@ def parsed():
         | {"RANK": "0", "WORLD_SIZE": "8"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     # Loggers that wrote to stdout before it was redirected still do.

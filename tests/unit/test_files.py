@@ -1,0 +1,179 @@
+"""Opening what others made, writing what others need."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_laer import files
+
+pytestmark = pytest.mark.unit
+
+_WRITER = """
+import sys
+from pathlib import Path
+from megatron_laer.files import Replacement
+replacement = Replacement(Path(sys.argv[1]))
+replacement.file.write(b"half")
+print(replacement.path, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_pipe_is_refused_without_waiting_for_its_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe' is a pipe; give a regular file"):
+        files.open_input(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [("/dev/zero", "a device"), ("/", "a folder")], ids=["device", "folder"]
+)
+def test_what_is_no_file_is_named(path: str, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"is {kind}"):
+        files.read_text(Path(path))
+
+
+def test_a_text_is_read_up_to_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(b"\xef\xbb\xbf12345678")
+    assert files.read_text(path, max_bytes=11) == "12345678"
+    with pytest.raises(ValueError, match=r"has 11 bytes; at most 10 are expected"):
+        files.read_text(path, max_bytes=10)
+
+
+def test_a_text_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"text' is not UTF-8 text"):
+        files.read_text(tmp_path / "text")
+
+
+def test_quotes_are_one_short_line_without_control_characters() -> None:
+    shown = files.quoted("a\x1b[31m\nb" + "x" * 5000)
+    assert shown.isprintable() and len(shown) < 300
+    assert files.quoted("plain") == "'plain'"
+
+
+@pytest.mark.parametrize("name", ["out", "../{folder}/out", "link", "hard", "loop/out"])
+def test_an_output_that_is_the_input_is_refused_by_whatever_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").write_text("kept")
+    (tmp_path / "link").symlink_to("out")
+    (tmp_path / "hard").hardlink_to(tmp_path / "out")
+    (tmp_path / "loop").symlink_to(".")
+    output = tmp_path / name.format(folder=tmp_path.name)
+    with pytest.raises(ValueError, match=r"--json .* would write over the input"):
+        files.refuse_overwriting(output, [tmp_path / "out"], "--json")
+
+
+def test_an_output_in_a_folder_that_is_an_input_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with pytest.raises(ValueError, match="would write over the input"):
+        files.refuse_overwriting(tmp_path / "in" / "new", [tmp_path / "in"], "--json")
+    files.refuse_overwriting(tmp_path / "beside", [tmp_path / "in"], "--json")
+
+
+def test_outputs_that_cannot_be_written_are_refused_and_nothing_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.iterdir())
+    for output in ("", tmp_path, tmp_path / "none" / "x", tmp_path / "file" / "x", "/dev/full"):
+        with pytest.raises(ValueError, match="--json"):
+            files.refuse_unwritable(output, "--json")
+    for folder in ("", tmp_path / "file", tmp_path / "file" / "x", "/proc/x"):
+        with pytest.raises(ValueError, match="--fsep-timeline"):
+            files.refuse_unusable_folder(folder, "--fsep-timeline")
+    files.refuse_unwritable(tmp_path / "file", "--json")
+    files.refuse_unusable_folder(tmp_path / "a" / "b", "--fsep-timeline")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_second_writer_is_refused_until_the_first_has_closed(tmp_path: Path) -> None:
+    first = files.open_exclusively(tmp_path / "log")
+    with pytest.raises(files.InUseError, match="is being written by another run"):
+        files.open_exclusively(tmp_path / "log")
+    first.close()
+    files.open_exclusively(tmp_path / "log").close()
+
+
+def test_a_replacement_stays_locked_in_its_targets_place(tmp_path: Path) -> None:
+    replacement = files.Replacement(tmp_path / "log")
+    replacement.file.write(b"new")
+    replacement.commit()
+    assert (tmp_path / "log").read_bytes() == b"new"
+    with pytest.raises(files.InUseError):
+        files.open_exclusively(tmp_path / "log")
+    replacement.file.close()
+
+
+def test_a_failed_replacement_leaves_the_target_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "log"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), files.replaced_when_complete(target) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["log"]
+
+
+def test_leftovers_of_a_killed_run_go_and_those_of_a_living_one_stay(tmp_path: Path) -> None:
+    target = tmp_path / "log"
+    others = [tmp_path / name for name in (".log.tmp", ".log.0123456789abcdeg.tmp", "log.tmp")]
+    for other in others:
+        other.touch()
+    command = [sys.executable, "-c", _WRITER, str(target)]
+    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    with writer:
+        left = Path(writer.stdout.readline().strip())
+        files.remove_leftovers(target)
+        assert left.read_bytes() == b"half"
+        writer.send_signal(signal.SIGKILL)
+    files.remove_leftovers(target)
+    assert not left.exists() and all(other.exists() for other in others)
+
+
+_FORKING_WRITER = """
+import os, sys
+from pathlib import Path
+from megatron_laer.files import open_exclusively
+log = open_exclusively(Path(sys.argv[1]))
+child = os.fork()
+if child == 0:
+    log.write(b"lost")
+    print("child\\n", end="", flush=True)  # at once, also where output is not buffered
+    os.read(0, 1)
+    os._exit(0)
+print(f"parent of {child}\\n", end="", flush=True)
+os.waitpid(child, 0)
+"""
+
+
+def test_a_child_that_outlives_a_killed_writer_keeps_no_lock(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", _FORKING_WRITER, str(log)]
+    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert writer.stdin is not None and writer.stdout is not None
+    with writer:
+        said = sorted(writer.stdout.readline().split()[0] for _ in range(2))
+        assert said == ["child", "parent"]
+        with pytest.raises(files.InUseError):
+            files.open_exclusively(log)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        files.open_exclusively(log).close()
+        assert log.read_bytes() == b""
+        writer.stdin.close()  # ends the child
+
+
+def test_a_replacement_can_take_another_name(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("old")
+    replacement = files.Replacement(tmp_path / "log")
+    files.write_all(replacement.file, b"new")
+    replacement.commit(tmp_path / "beside")
+    replacement.file.close()
+    assert (tmp_path / "log").read_text() == "old"
+    assert (tmp_path / "beside").read_text() == "new"
+    assert len(os.listdir(tmp_path)) == 2
