@@ -273,8 +273,9 @@ def test_variables_that_are_wrong_are_quoted(doctor: Doctor) -> None:
     examined = doctor(fake_torch() | fake_megatron(), **wrong)
     assert examined.status == 1
     assert "MEGATRON_LAER_DEVICE='tpu' names no device" in examined.verdict("CUDA")
-    assert r"LOCAL_WORLD_SIZE='a\nb' is no number" in examined.verdict("node size")
-    assert "WORLD_SIZE='many' is no number" in examined.verdict("launcher")
+    assert r"LOCAL_WORLD_SIZE='a\nb': must be an integer" in examined.verdict("node size")
+    assert examined.rows["launcher"][0] == "torchrun: no rank of 'many'"
+    assert "WORLD_SIZE='many': must be an integer" in examined.verdict("launcher")
     assert examined.last_line == "missing or unsupported: CUDA, launcher, node size"
 
 
@@ -371,7 +372,13 @@ def test_a_node_size_that_training_would_refuse_is_unsupported() -> None:
 @pytest.mark.unit
 @pytest.mark.parametrize(
     ("value", "verdict"),
-    [("32", "ok"), ("1", "optional: exchanges"), ("0", "unsupported"), ("x", "unsupported")],
+    [
+        ("32", "ok"),
+        ("1", "optional: exchanges"),
+        ("0", "unsupported"),
+        ("x\n", "unsupported"),
+        ("9" * 5000, "unsupported"),
+    ],
 )
 def test_connections_are_judged_on_a_gpu(value: str, verdict: str) -> None:
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": value}
