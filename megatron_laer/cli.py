@@ -5,6 +5,10 @@ python -m megatron_laer prepare-data --input FILES --output PREFIX
 python -m megatron_laer flags mixtral-8x7b-e8k2
 python -m megatron_laer plan TRACE --ranks N --capacity C --cluster a100-4x8-ib800
 python -m megatron_laer inspect CHECKPOINT
+python -m megatron_laer doctor
+
+A command's module is imported when the command is asked for, so that the others, and `doctor` above
+all, work where it cannot be imported.
 """
 
 from __future__ import annotations
@@ -16,9 +20,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_laer import __version__, data, inspection
-from megatron_laer.model_flags import model_flags
-from megatron_laer.simulator import command as plan
+from megatron_laer import __version__, doctor
+from megatron_laer.launch import in_one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # What follows belongs to the script; argparse treats `--` differently from version to version.
     own, script_args = _split_at_dashes(words)
-    parser = _parser()
+    try:
+        parser = _parser(own[0] if own else "")
+    except ImportError as error:
+        return _stopped(own[0], error)
     args, unknown = parser.parse_known_args(own)
     if unknown:
         hint = "; the script's own follow --" if args.command == "train" else ""
@@ -37,23 +43,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "train":
             _prepare_training(args.script, script_args)
         elif args.command == "prepare-data":
+            from megatron_laer import data
+
             return data.run(args)
         elif args.command == "plan":
+            from megatron_laer.simulator import command as plan
+
             return plan.run(args)
         elif args.command == "inspect":
+            from megatron_laer import inspection
+
             print(inspection.describe(args.checkpoint))
             return 0
+        elif args.command == "doctor":
+            return doctor.run()
         else:
+            from megatron_laer.model_flags import model_flags
+
             print(shlex.join(model_flags(args.file)))
             return 0
     except (ValueError, OSError, ImportError) as error:
-        print(f"megatron_laer {args.command}: {error}", file=sys.stderr)
-        return 2
+        return _stopped(args.command, error)
     runpy.run_path(args.script, run_name="__main__")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _stopped(command: str, error: Exception) -> int:
+    print(f"megatron_laer {command}: {in_one_line(error)}", file=sys.stderr)
+    return 2
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    """The parser of all commands, of which `command` alone has its arguments if they are elsewhere.
+
+    Raises:
+        ImportError: the module of `command` cannot be imported.
+    """
     parser = argparse.ArgumentParser(
         prog="megatron_laer", description="Fully Sharded Expert Parallel for Megatron-LM"
     )
@@ -68,7 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("script", metavar="SCRIPT", help="the script; its arguments follow --")
     prepare_data = commands.add_parser("prepare-data", help="make a dataset from text files")
-    data.add_arguments(prepare_data)
+    if command == "prepare-data":
+        from megatron_laer import data
+
+        data.add_arguments(prepare_data)
     inspect = commands.add_parser("inspect", help="print what is in a checkpoint")
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="of a run, or of one iteration")
     flags = commands.add_parser("flags", help="print Megatron's flags for a model configuration")
@@ -79,7 +107,16 @@ def _parser() -> argparse.ArgumentParser:
         description="What each strategy would have made of a recorded run: balance, traffic and "
         "predicted time of a layer.",
     )
-    plan.add_arguments(plan_command)
+    if command == "plan":
+        from megatron_laer.simulator import command as plan
+
+        plan.add_arguments(plan_command)
+    commands.add_parser(
+        "doctor",
+        help="print what this machine has, and what is missing",
+        description="What a bug report needs: versions, devices, the native core and the launcher "
+        "as seen from here. Status 1 if something that training needs is missing.",
+    )
     return parser
 
 

@@ -9,11 +9,12 @@ from megatron_laer import activation, run_files
 from megatron_laer.activation import Activation
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.strategies import check_planner
+from megatron_laer.platform.versions import check_version
 from megatron_laer.plugin.checkpoint_writer import WRITER_PATCHES
 from megatron_laer.plugin.checkpoints import CHECKPOINT_PATCHES
 from megatron_laer.plugin.layers import LAYER_PATCHES, create_groups, repoint_hybrid_specs
 from megatron_laer.plugin.metrics import remove_metrics
-from megatron_laer.plugin.patching import apply, check_version, patch_table, undo
+from megatron_laer.plugin.patching import apply, patch_table, undo
 from megatron_laer.plugin.steps import STEP_PATCHES
 from megatron_laer.runtime import process_groups
 

@@ -48,11 +48,11 @@ def test_warnings_are_logged_when_arguments_are_validated(caplog: pytest.LogCapt
         optimizer="lion",
         num_experts=8,
         expert_model_parallel_size=2,
-        moe_token_dispatcher_type=None,
-        expert_tensor_parallel_size=None,
+        expert_tensor_parallel_size=1,
+        moe_token_dispatcher_type="alltoall",
+        world_size=2,
         seed=1,
         rank=0,
-        world_size=2,
     )
     with (
         mock.patch.object(support, "check"),
@@ -104,8 +104,7 @@ def test_ranks_per_node_are_the_launchers_or_all_or_an_error(
         if expected is not None:
             assert process_groups.ranks_per_node() == expected
             return
-        of_nodes = "16 ranks on nodes of 8 GPUs" if not environment else "not the same number"
-        with pytest.raises(ValueError, match=rf"{of_nodes}.*--fsep-node-size"):
+        with pytest.raises(ValueError, match="--fsep-node-size"):
             process_groups.ranks_per_node()
 
 
