@@ -7,6 +7,7 @@ import sys
 from megatron_laer.data.documents import FORMATS
 from megatron_laer.data.prepare import prepare_data
 from megatron_laer.data.sources import default_text_sources
+from megatron_laer.files import one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         json_key=args.json_key,
         follow_links=args.follow_links,
     )
-    print(f"{written.prefix}: {written.documents} documents, {written.tokens} tokens")
+    print(f"{one_line(written.prefix)}: {written.documents} documents, {written.tokens} tokens")
     print(f"train with: {shlex.join(written.flags)}")
     for sentence in written.left_out:
         print(sentence, file=sys.stderr)

@@ -54,8 +54,7 @@ def documents(
         yield tokenizer.encode_file(file, path)
         return
     for number, line in _lines(file, path):
-        where = f"{quoted(path)}, line {number}"
-        text = _text(line, json_key, where)
+        text = _text(line, json_key, f"{quoted(path)}, line {number}")
         yield tokenizer.encode_text(text) if text else None
 
 
@@ -92,8 +91,8 @@ def _text(line: bytes, key: str, where: str) -> str:
     text = content[key]
     if not isinstance(text, str):
         raise ValueError(
-            f"{where}: {quoted(key)} is {quoted(json.dumps(text), 80)}, which is no text; name the "
-            "text's key with --json-key"
+            f"{where}: {quoted(key)} is of type {type(text).__name__} and no string in "
+            f"{_shown(line)}; name the text's key with --json-key"
         )
     try:
         text.encode("utf-8")
