@@ -18,6 +18,7 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.clusters import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.runtime import coordinator as coordinators
+from megatron_laer.runtime import planner_checkpoint
 from megatron_laer.runtime.agreement import raise_everywhere
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.process_groups import FSEPGroups, get_fsep_groups
@@ -89,6 +90,8 @@ def training_step(
     coordinator = coordinators.current_coordinator()  # None on a stage without MoE layers
     if not _is_started:
         raise_everywhere(None if coordinator is None else coordinator.start(step))
+        if _active is not None and _active.config.plans:
+            planner_checkpoint.report_resumption(coordinator, step)
         if coordinator is not None:
             coordinator.scheduler.attach(chunks())
         _is_started = True

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-MODES = ("standard", "fsep")
+STANDARD_MODE, FSEP_MODE = MODES = ("standard", "fsep")
 LATE_PLANS = ("keep", "wait")
 
 EXACT_SPLIT = "exact"
@@ -42,6 +42,10 @@ FIXED_PLANNERS = (STATIC_PLANNER, RANDOM_PLANNER)
 # Planners that compare candidates by the cost model.
 PRICING_PLANNERS = ("laer",)
 DEFAULT_PLANNER = "greedy"
+
+# Until they take effect, plans are kept in memory and in checkpoints; and what was routed a
+# thousand steps ago says little of now.
+MAX_PLAN_LAG = 1000
 
 
 def _option(default: Any, help: str, **kwargs: Any) -> Any:
@@ -172,6 +176,12 @@ class FSEPConfig:
     )
 
     def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value, choices = getattr(self, spec.name), spec.metadata.get("choices")
+            if choices is not None and value not in (spec.default, *choices):
+                raise ValueError(
+                    f"{flag_name(spec.name)} {value!r}: must be one of {', '.join(choices)}"
+                )
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"--fsep-capacity {self.capacity}: must be at least 1 slot per rank")
         if self.plan_lag < 1:
@@ -179,39 +189,16 @@ class FSEPConfig:
                 f"--fsep-plan-lag {self.plan_lag}: must be at least 1; a plan cannot act on the "
                 "step whose routing it was made from"
             )
-        if self.late_plan not in LATE_PLANS:
+        if self.plan_lag > MAX_PLAN_LAG:
             raise ValueError(
-                f"--fsep-late-plan {self.late_plan!r}: must be one of {', '.join(LATE_PLANS)}"
-            )
-        if self.restore not in RESTORES:
-            raise ValueError(
-                f"--fsep-restore {self.restore!r}: must be one of {', '.join(RESTORES)}"
-            )
-        if self.scheduler not in SCHEDULERS:
-            raise ValueError(
-                f"--fsep-scheduler {self.scheduler!r}: must be one of {', '.join(SCHEDULERS)}"
-            )
-        if self.plan_mode is not None and self.plan_mode not in PLAN_MODES:
-            raise ValueError(
-                f"--fsep-plan-mode {self.plan_mode!r}: must be one of {', '.join(PLAN_MODES)}"
+                f"--fsep-plan-lag {self.plan_lag}: must be at most {MAX_PLAN_LAG}; plans are kept "
+                "in memory and in checkpoints for so many steps"
             )
         if self.imbalance_tolerance is not None and not 0 <= self.imbalance_tolerance < math.inf:
             raise ValueError(
                 f"--fsep-imbalance-tolerance {self.imbalance_tolerance}: must be 0 or more; 0.05 "
                 "allows a rank 5 % above the mean"
             )
-        if self.restore_algorithm not in (*EXCHANGES, AUTO):
-            raise ValueError(
-                f"--fsep-restore-algorithm {self.restore_algorithm!r}: must be one of "
-                f"{', '.join((*EXCHANGES, AUTO))}"
-            )
-        if self.grad_wire_dtype is not None and self.grad_wire_dtype not in WIRE_DTYPES:
-            raise ValueError(
-                f"--fsep-grad-wire-dtype {self.grad_wire_dtype!r}: must be one of "
-                f"{', '.join(WIRE_DTYPES)}"
-            )
-        if self.split not in SPLITS:
-            raise ValueError(f"--fsep-split {self.split!r}: must be one of {', '.join(SPLITS)}")
         if self.node_size is not None and self.node_size < 1:
             raise ValueError(f"--fsep-node-size {self.node_size}: must be at least 1 rank")
         if self.restore == STEP_RESTORE and self.mode != FORECAST:
@@ -244,6 +231,17 @@ class FSEPConfig:
         )
 
     @property
+    def follows_steps(self) -> bool:
+        """Whether anything that the settings ask for happens at step boundaries only."""
+        written = (self.record_layouts, self.record_trace, self.timeline)
+        return (
+            self.plans
+            or self.replay_layouts is not None
+            or self.restore == STEP_RESTORE
+            or any(folder is not None for folder in written)
+        )
+
+    @property
     def prices(self) -> bool:
         """Whether anything is decided by the cost model."""
         return (
@@ -268,7 +266,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--expert-parallel-mode",
         choices=MODES,
-        default="standard",
+        default=STANDARD_MODE,
         help="standard: Megatron's expert parallelism, untouched; fsep: every rank holds 1/N of "
         "every expert and restores whole experts per layer",
     )
@@ -294,7 +292,7 @@ def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
         ValueError: an FSEP flag without `--expert-parallel-mode fsep`, which would have no effect.
     """
     given = given_flags(args)
-    if args.expert_parallel_mode == "fsep":
+    if args.expert_parallel_mode == FSEP_MODE:
         config = FSEPConfig(**given)
         _check_effects(config, given)
         return config
@@ -313,12 +311,7 @@ def deterministic(config: FSEPConfig) -> FSEPConfig:
 
 
 def _check_effects(config: FSEPConfig, given: dict[str, Any]) -> None:
-    """Raise if one given flag leaves another without effect, or would destroy what it names."""
-    if config.replay_layouts is not None and config.replay_layouts == config.record_layouts:
-        raise ValueError(
-            f"--fsep-record-layouts {config.record_layouts}: is being replayed; record to another "
-            "directory"
-        )
+    """Raise if one given flag leaves another without effect."""
     for reason, idle in _idle(config):
         for name in idle:
             if name in given:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import re
 import secrets
 import stat
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 # Of files that people write by hand, and of lists that describe other files.
 MAX_TEXT_BYTES = 2**20
+
+# Of files that machines write, line by line: the longest are the routing of some million tokens.
+MAX_LINE = 2**25
 
 # Where a file system has no locks (Lustre without `-o flock`, some network mounts).
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -75,9 +80,14 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
         OSError: it cannot be read.
     """
     with open_input(path) as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        size = max(path.stat().st_size, len(content))
+        size = os.fstat(file.fileno()).st_size
+        content = b""
+        if size <= max_bytes:
+            content = file.read(size + 1)
+            if len(content) > size:  # it has grown, or its file system tells no sizes, as /proc
+                content += file.read(max_bytes + 1 - len(content))
+                size = len(content)
+    if size > max_bytes:
         raise ValueError(f"{quoted(path)} has {size:,} bytes; at most {max_bytes:,} are expected")
     return content
 
@@ -94,6 +104,22 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{quoted(path)} is not UTF-8 text: {error.reason}") from error
+
+
+def lines[T: (str, bytes)](file: IO[T], path: Path) -> Iterator[T]:
+    """Yield the lines of an open file, with their ends.
+
+    Raises:
+        ValueError: a line that is longer than `MAX_LINE`, as where a file holds no lines.
+        OSError: the file cannot be read.
+    """
+    for number in itertools.count(1):
+        line = file.readline(MAX_LINE + 1)
+        if not line:
+            return
+        if len(line) > MAX_LINE:
+            raise ValueError(f"{path}, line {number}: longer than {MAX_LINE:,} characters")
+        yield line
 
 
 def quoted(text: object, longest: int = 200) -> str:
@@ -199,14 +225,20 @@ class InUseError(ValueError):
     """A file has a writer already."""
 
 
+# What this process has locked, for `_unlock_in_child`.
+_locked: weakref.WeakSet[IO[bytes] | IO[str]] = weakref.WeakSet()
+
+
 def lock(file: IO[bytes] | IO[str], path: Path) -> None:
     """Make this open file its only writer, until it is closed or the process ends.
 
-    On a file system without locks it says so in a warning and goes on.
+    Children that the process forks, such as a data loader's workers, do not hold the lock. On a
+    file system without locks it says so in a warning and goes on.
 
     Raises:
         InUseError: another process, or another open file of this one, is its writer.
     """
+    _locked.add(file)  # first, since another thread may fork at any time
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -220,6 +252,18 @@ def lock(file: IO[bytes] | IO[str], path: Path) -> None:
         logger.warning(
             "%s: its file system has no locks, so two runs that write it are not noticed", path
         )
+
+
+def _unlock_in_child() -> None:
+    """Let go of what the parent has locked, so that a child that outlives it keeps no lock."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for file in _locked:
+        if not file.closed:
+            os.dup2(null, file.fileno(), inheritable=False)
+    os.close(null)
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def open_exclusively(path: Path) -> BinaryIO:
@@ -295,11 +339,15 @@ class Replacement:
             self.discard()
             raise
 
-    def commit(self) -> None:
-        """Put the content on disk, then the file in its target's place; leaves it open."""
+    def commit(self, target: Path | None = None) -> None:
+        """Put the content on disk, then the file in its target's place; leaves it open.
+
+        Args:
+            target: another file of the same folder to replace.
+        """
         # Also what came through another open file of the same name.
         os.fsync(self.file.fileno())
-        os.replace(self.path, self._target)
+        os.replace(self.path, target or self._target)
         sync_folder(self._target.parent)
 
     def discard(self) -> None:
@@ -330,11 +378,27 @@ def remove_leftovers(target: Path) -> None:
         if not pattern.fullmatch(path.name) or path.is_symlink() or not path.is_file():
             continue
         try:
-            with path.open("rb") as file:
+            # For writing, since network file systems lock nothing else exclusively.
+            with path.open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
         except OSError as error:  # it has a writer, has gone, is another user's, or has no locks
             logger.debug("left %s: %s", path, error)
+
+
+def free_name(path: Path) -> Path:
+    """The path, or the first of PATH.2, PATH.3 and so on, before its suffix, that nothing has."""
+    names = itertools.chain(
+        (path,), (path.with_stem(f"{path.stem}.{n}") for n in itertools.count(2))
+    )
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def write_all(file: BinaryIO, content: bytes) -> None:
+    """Write to an unbuffered file, which may take a part at a time."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
 
 
 def sync_folder(folder: Path) -> None:

@@ -116,7 +116,7 @@ def check(config: Any) -> None:
     problems = [
         f"{name}={getattr(config, name)!r}: must be {value!r}"
         for name, value in REQUIRED.items()
-        if getattr(config, name, value) != value
+        if not _is_as_required(getattr(config, name, value), value)
     ]
     if config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules:
         problems.append("recompute_modules with 'moe_act': use 'moe'")
@@ -124,6 +124,12 @@ def check(config: Any) -> None:
         raise ValueError("FSEP cannot run this model:\n  " + "\n  ".join(problems))
     for warning in warnings_of(config):
         _warn_once(warning)
+
+
+def _is_as_required(value: object, required: object) -> bool:
+    """Whether a field is as it must be; off is off, said by None or by False."""
+    is_off = value is None or value is False
+    return value == required or (is_off and (required is None or required is False))
 
 
 def warnings_of(config: Any) -> list[str]:

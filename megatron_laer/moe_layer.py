@@ -8,7 +8,10 @@ Legend: N ranks, E experts, C slots per rank, S = N·C slots, T tokens, H hidden
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -26,9 +29,29 @@ from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.plan import MicrobatchPlan
 from megatron_laer.runtime.process_groups import get_fsep_groups
 
+_is_numbered_later = ContextVar("is_numbered_later", default=False)
+
+
+@contextlib.contextmanager
+def numbered_later() -> Iterator[None]:
+    """In this block, who builds a layer without a number gives it one by `set_layer_number`."""
+    token = _is_numbered_later.set(True)
+    try:
+        yield
+    finally:
+        _is_numbered_later.reset(token)
+
 
 class FSEPMoELayer(MoELayer):
-    """An MoE layer whose C local "experts" are slots, filled anew as the layout says."""
+    """An MoE layer whose C local "experts" are slots, filled anew as the layout says.
+
+    Args:
+        layer_number: of the layer in the whole model, from 1; may be left out only where Megatron's
+            transformer layer builds this one and numbers it.
+
+    Raises:
+        ValueError: no layer number, or a configuration that FSEP cannot run.
+    """
 
     def __init__(
         self,
@@ -40,6 +63,12 @@ class FSEPMoELayer(MoELayer):
         name: str | None = None,
     ) -> None:
         assert submodules is not None
+        if layer_number is None and not _is_numbered_later.get():
+            raise ValueError(
+                "layer_number=None: the experts' weights and the layer's plans go by its number; "
+                "pass layer_number=, counted over the whole model from 1, or build the layer "
+                "through Megatron's TransformerLayer"
+            )
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         model_support.check(config)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_laer.config import FIXED_PLANNERS, FSEPConfig
-from megatron_laer.layout import default_capacity
+from megatron_laer.layout import MAX_EXPERTS, default_capacity
 from megatron_laer.planner.strategies import strategy_names
 
 
@@ -58,21 +58,27 @@ def _other_than(name: str, allowed: tuple[str, ...], reason: str, way_out: str) 
     return Refusal(f"{name} other than {', '.join(allowed)}", given, reason, way_out)
 
 
+def _no_experts(args: Namespace) -> str | None:
+    experts = args.num_experts
+    return f"--num-experts {experts}" if experts is None or experts < 1 else None
+
+
 def _expert_tensor_parallel(args: Namespace) -> str | None:
-    # Megatron defaults the expert tensor parallel size to the dense one.
-    given = args.expert_tensor_parallel_size
-    if (given if given is not None else args.tensor_model_parallel_size) == 1:
-        return None
-    if given is None:
-        return (
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} without "
-            "--expert-tensor-parallel-size"
-        )
-    return f"--expert-tensor-parallel-size {given}"
+    size = args.expert_tensor_parallel_size
+    return None if size == 1 else f"--expert-tensor-parallel-size {size}"
+
+
+def _capacity_factor(args: Namespace) -> str | None:
+    factor = args.moe_expert_capacity_factor
+    # A negative one means none to Megatron.
+    return None if factor is None or factor < 0 else f"--moe-expert-capacity-factor {factor}"
 
 
 def _recomputes_activation(args: Namespace) -> str | None:
-    return "--recompute-modules moe_act" if "moe_act" in (args.recompute_modules or ()) else None
+    # Without selective recompute Megatron ignores the modules.
+    is_used = args.recompute_granularity == "selective" and args.recompute_modules is not None
+    is_given = is_used and "moe_act" in args.recompute_modules
+    return "--recompute-modules moe_act" if is_given else None
 
 
 def _linear_bias(args: Namespace) -> str | None:
@@ -89,7 +95,7 @@ _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--num-experts absent",
-        lambda args: None if args.num_experts else f"--num-experts {args.num_experts}",
+        _no_experts,
         "there are no experts to shard",
         "give --num-experts, or leave out --expert-parallel-mode fsep",
     ),
@@ -103,7 +109,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "--expert-tensor-parallel-size above 1",
         _expert_tensor_parallel,
         "a slice already cuts an expert's rows over the group",
-        "give --expert-tensor-parallel-size 1",
+        "leave it out, or give --expert-tensor-parallel-size 1",
     ),
     _flag(
         "--expert-tensor-parallel-num-weight-shards",
@@ -115,10 +121,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "--moe-token-dispatcher-type",
         ("alltoall",),
         "tokens travel by Megatron's All-to-All dispatcher over slots",
-        "give --moe-token-dispatcher-type alltoall",
+        "leave it out, or give --moe-token-dispatcher-type alltoall, which goes before a "
+        "checkpoint's arguments",
     ),
-    _flag(
+    Refusal(
         "--moe-expert-capacity-factor",
+        _capacity_factor,
         "FSEP computes every token; dropping them would make replicas differ",
         "leave it out: balance comes from layouts, not from dropping",
     ),
@@ -262,6 +270,31 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
+# Settings that FSEP needs and that leave the model as it is, so that they need not be given.
+NEEDED: dict[str, object] = {
+    "moe_token_dispatcher_type": "alltoall",
+    "expert_tensor_parallel_size": 1,
+}
+
+
+def fill_in(args: Namespace, script_defaults: Mapping[str, object]) -> list[str]:
+    """Set what FSEP needs where nobody set it: where the argument is None.
+
+    Args:
+        script_defaults: what a Megatron script gives for arguments that are left out; not touched.
+
+    Returns:
+        The flags that are now as if they had been given.
+    """
+    filled = []
+    for name, needed in NEEDED.items():
+        if getattr(args, name) is None:
+            setattr(args, name, script_defaults.get(name, needed))
+            if name not in script_defaults:
+                filled.append(f"--{name.replace('_', '-')} {needed}")
+    return filled
+
+
 def check(args: Namespace, config: FSEPConfig) -> None:
     """Refuse what FSEP cannot run with, all of it in one message.
 
@@ -302,12 +335,26 @@ def warnings(
 def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
     problems = []
     ranks, experts = args.expert_model_parallel_size, args.num_experts
+    if experts > MAX_EXPERTS:
+        return [f"--num-experts {experts}: must be at most {MAX_EXPERTS}"]
+    if ranks > args.world_size:
+        return [
+            f"--expert-model-parallel-size {ranks}: must be at most the number of ranks, "
+            f"{args.world_size} (WORLD_SIZE)"
+        ]
     fewest, default = -(-experts // ranks), default_capacity(ranks, experts)
     if config.capacity is not None and not fewest <= config.capacity <= experts:
         problems.append(
             f"--fsep-capacity {config.capacity} with --num-experts {experts} on "
             f"--expert-model-parallel-size {ranks}: the slots must hold every expert and a rank "
             f"none twice; use {fewest} to {experts} (default {default})"
+        )
+    tolerance = config.imbalance_tolerance
+    if tolerance is not None and tolerance >= ranks - 1:
+        problems.append(
+            f"--fsep-imbalance-tolerance {tolerance}: no fresh layout would ever be taken, since "
+            f"no rank has more than {ranks} times the mean; give less than {ranks - 1}, or "
+            "--fsep-plan-mode forecast"
         )
     if config.node_size is not None and ranks % config.node_size:
         divisors = [d for d in range(1, ranks + 1) if ranks % d == 0]

@@ -6,8 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.ranks import RankPool, RankPools
+
+# A busy machine takes its time for an example, and for making one.
+settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any")
 
 # At once: a rank holds up to a gigabyte, and two sessions may run side by side.
 RANKS_KEPT = 6

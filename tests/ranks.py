@@ -54,6 +54,8 @@ class RankPool:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
+        # How long the others are waited for once a rank has raised: they may wait for it.
+        self.patience_s = 120.0
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._logs: list[Path] = []
@@ -72,7 +74,7 @@ class RankPool:
         """Whether the processes have started; a closed pool starts them again when it is used."""
         return bool(self._processes)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 1200.0) -> list[Any]:
         """Call `function(*args)` on every rank and return the results, rank 0 first.
 
         Raises:
@@ -86,7 +88,7 @@ class RankPool:
         return results
 
     def run_raw(
-        self, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0
+        self, function: Callable[..., Any], *args: Any, timeout_s: float = 1200.0
     ) -> list[Any]:
         """Like `run`, with a `Raised` in place of what a rank could not return."""
         if not self._processes:
@@ -156,21 +158,32 @@ class RankPool:
                 except (EOFError, ConnectionError):
                     raise RankError(self._stop_with_stacks(f"rank {rank} died")) from None
             if any(isinstance(result, Raised) for result in results.values()):
-                # The others may wait for the one that raised.
-                deadline = min(deadline, time.monotonic() + 20.0)
+                deadline = min(deadline, time.monotonic() + self.patience_s)
         return [results[rank] for rank in range(self.world_size)]
 
     def _stop_with_stacks(self, reason: str) -> str:
-        for process in self._processes:
+        for process, log in zip(self._processes, self._logs, strict=True):
             if process.is_alive():
                 os.kill(process.pid, _STACK_SIGNAL)
-        time.sleep(1.0)
+                _await_stacks(log)
         tails = [
             f"--- rank {rank}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-60:])
             for rank, log in enumerate(self._logs)
         ]
         self.close()
         return f"{reason}; the last lines of every rank:\n" + "\n".join(tails)
+
+
+def _await_stacks(log: Path, within_s: float = 60.0) -> None:
+    """Return when a rank that was asked for its stacks has written them all."""
+    give_up_s = time.monotonic() + within_s
+    size = log.stat().st_size
+    while time.monotonic() < give_up_s:
+        time.sleep(0.5)
+        before, size = size, log.stat().st_size
+        # One of the threads is called so, wherever it comes.
+        if before == size and "Current thread" in log.read_text(errors="replace"):
+            return
 
 
 class RankPools:

@@ -45,7 +45,7 @@ def refused_flags(lines: Sequence[str]) -> dict[str, str]:
         capture_output=True,
         text=True,
         env={**os.environ, "MEGATRON_LAER_DEVICE": "cpu"},
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     version, complaints = json.loads(result.stdout.splitlines()[-1])

@@ -64,7 +64,7 @@ def _end_what_is_left() -> None:
             if process.status() != psutil.STATUS_ZOMBIE:
                 print(f"left behind, and killed: {' '.join(process.cmdline())}", file=sys.stderr)
             process.kill()
-    psutil.wait_procs(left, timeout=5.0)
+    psutil.wait_procs(left, timeout=60.0)
 
 
 def pytest_sessionfinish(session: object, exitstatus: int) -> None:

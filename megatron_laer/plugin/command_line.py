@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import logging
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_laer import config as settings
-from megatron_laer import support
+from megatron_laer import launcher, support
+from megatron_laer.files import quoted, read_text
 from megatron_laer.platform import cpu
 from megatron_laer.plugin.metrics import install_metrics
 from megatron_laer.plugin.patching import Patch, apply, check_version, undo
@@ -40,17 +44,55 @@ def uninstall() -> None:
 def _with_fsep_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_megatron_arguments(parser: Any) -> Any:
-        # With --yaml-cfg Megatron throws the command line away, ours included.
-        words = [word.split("=")[0] for word in sys.argv]
-        ours = [word for word in words if word.startswith(("--fsep-", "--expert-parallel-mode"))]
-        if ours and "--yaml-cfg" in words:
-            raise ValueError(
-                f"{', '.join(ours)} has no effect with --yaml-cfg, which replaces the command "
-                "line; give Megatron's settings as flags"
-            )
-        return settings.add_arguments(original(parser))
+        mode, yaml_cfg = _asked_for()
+        if yaml_cfg is not None:
+            _refuse_yaml(yaml_cfg)
+        if mode == settings.FSEP_MODE:
+            # Megatron reads them as they are while it adds its arguments and parses.
+            launcher.check_ranks(os.environ)
+        parser = settings.add_arguments(original(parser))
+        if mode == settings.FSEP_MODE:
+            # None tells what was left out from what was given, and Megatron then takes what it
+            # reads of a checkpoint's arguments. Filled in when the arguments are validated.
+            parser.set_defaults(**dict.fromkeys(support.NEEDED))
+        return parser
 
     return add_megatron_arguments
+
+
+def _asked_for() -> tuple[str | None, str | None]:
+    """The command line's `--expert-parallel-mode` and `--yaml-cfg`, as Megatron will read them."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--expert-parallel-mode", nargs="?")
+    parser.add_argument("--yaml-cfg", nargs="?")
+    args, _ = parser.parse_known_args()
+    return args.expert_parallel_mode, args.yaml_cfg
+
+
+def _refuse_yaml(path: str) -> None:
+    """Refuse settings of ours beside Megatron's YAML file, or in it: it would not see them.
+
+    Raises:
+        ValueError: naming them.
+    """
+    # The file takes the place of the command line, ours included.
+    words = [word.split("=")[0] for word in sys.argv]
+    ours = [word for word in words if word.startswith(("--fsep-", "--expert-parallel-mode"))]
+    if ours:
+        raise ValueError(
+            f"{', '.join(ours)} has no effect with --yaml-cfg, which replaces the command line; "
+            "give Megatron's settings as flags"
+        )
+    try:
+        text = read_text(Path(path))
+    except (OSError, ValueError):
+        return  # Megatron says what is wrong with it
+    keys = re.findall(r"^\s*(expert_parallel_mode|fsep_\w+)\s*:", text, re.MULTILINE)
+    if keys:
+        raise ValueError(
+            f"--yaml-cfg {quoted(path)}: {', '.join(keys)} has no effect there; give Megatron's "
+            "settings and FSEP's as flags"
+        )
 
 
 def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,7 +107,10 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
                     "--fsep-late-plan keep: --deterministic-mode waits for plans; leave one out"
                 )
             config = settings.deterministic(config)
+        filled = support.fill_in(args, rest[0] if rest else kwargs.get("defaults", {}))
         support.check(args, config)
+        if config.node_size is None:
+            launcher.ranks_per_node(os.environ, args.world_size)
         # Megatron demands that experts divide over ranks, which slots do not need. It reads the
         # number for nothing else before the model is built.
         experts, ranks = args.num_experts, args.expert_model_parallel_size
@@ -76,6 +121,9 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
             args.num_experts = experts
         support.check(args, config)  # again, since Megatron rewrites deprecated flags
         if args.rank == 0:
+            if filled:
+                # Printed like Megatron's own lines on what it derives, before logging has a level.
+                print(f"FSEP takes {' '.join(filled)}, which it needs", flush=True)
             on_cuda = not cpu.installed()
             for warning in support.warnings(args, config, os.environ, on_cuda=on_cuda):
                 logger.warning("FSEP: %s", warning)

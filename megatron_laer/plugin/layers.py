@@ -26,6 +26,17 @@ def _fsep_layer(_original: Any) -> Any:
     return FSEPMoELayer
 
 
+def _numbering_its_layer(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        from megatron_laer.moe_layer import numbered_later
+
+        with numbered_later():
+            original(self, *args, **kwargs)
+
+    return __init__
+
+
 def repoint_hybrid_specs() -> None:
     """Make the hybrid model's layer specs, built when their module was imported, follow the switch.
 
@@ -123,6 +134,12 @@ LAYER_PATCHES = (
         "MoELayer",
         _fsep_layer,
         "MoE layers of GPT and Hybrid models are FSEP layers",
+    ),
+    Patch(
+        "megatron.core.transformer.transformer_layer",
+        "TransformerLayer.__init__",
+        _numbering_its_layer,
+        "tells the layers that are numbered after they are built from those that never are",
     ),
     Patch(
         "megatron.core.parallel_state",

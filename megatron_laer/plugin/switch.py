@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 
-from megatron_laer import activation
+from megatron_laer import activation, run_files
 from megatron_laer.activation import Activation
 from megatron_laer.config import FSEPConfig
+from megatron_laer.plugin.checkpoint_writer import WRITER_PATCHES
 from megatron_laer.plugin.checkpoints import CHECKPOINT_PATCHES
 from megatron_laer.plugin.layers import LAYER_PATCHES, create_groups, repoint_hybrid_specs
 from megatron_laer.plugin.metrics import remove_metrics
@@ -17,7 +18,7 @@ from megatron_laer.runtime import process_groups
 
 logger = logging.getLogger(__name__)
 
-FSEP_PATCHES = (*LAYER_PATCHES, *STEP_PATCHES, *CHECKPOINT_PATCHES)
+FSEP_PATCHES = (*LAYER_PATCHES, *STEP_PATCHES, *CHECKPOINT_PATCHES, *WRITER_PATCHES)
 
 
 def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None:
@@ -35,12 +36,14 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
 
     Raises:
         ImportError: a Megatron without a seam that FSEP needs, naming it.
-        ValueError: a node size that does not divide the group, on every rank.
+        ValueError: a file or folder of the settings that cannot be used; a node size that does not
+            divide the group, on every rank.
     """
     wanted = Activation(config or FSEPConfig(), seed)
     if wanted == activation.active():
         return
     check_version()
+    run_files.check(wanted.config)
     # All seams are found before one is used, so that a missing one leaves nothing patched.
     for patch in FSEP_PATCHES:
         patch.owner_and_name()

@@ -37,7 +37,7 @@ from megatron_laer.runtime.exchange import Exchange
 from megatron_laer.runtime.flat_exchange import FlatExchange
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.layout_index import LayoutIndex, layout_index
-from megatron_laer.runtime.lead_rank import LeadRank
+from megatron_laer.runtime.lead_rank import LeadRank, naming_flag
 from megatron_laer.runtime.node_exchange import NodeExchange
 from megatron_laer.runtime.plan import MicrobatchPlan
 from megatron_laer.runtime.process_groups import FSEPGroups
@@ -105,11 +105,14 @@ class Coordinator:
         self.version = 0
         self.step = 0
         self.planner_status = PlannerStatus()
+        # Why the state of an earlier run is not gone on from.
+        self.resume_problem: str | None = None
         self.timeline: Timeline | None = None
         self._unreported_steps = 0
         self._costs = costs
         self._num_microbatches: int | None = None
         self._started = False
+        self._warned_without_steps = False
         self._lead: LeadRank | None = None
         self._resumed: PlannerState | None = None
 
@@ -149,6 +152,8 @@ class Coordinator:
         Args:
             routing_map_TE: bool [T, E], the router's choice.
         """
+        if training and not self._started:
+            self._warn_without_steps()
         if training and torch.is_grad_enabled() and layer.pending:
             return layer.pending.popleft()
         restored = self.scheduler.enter(layer, training)
@@ -263,6 +268,11 @@ class Coordinator:
         """Whether training began, so that it is too late to resume."""
         return self._started
 
+    @property
+    def resumed_version(self) -> int | None:
+        """The layout version of the earlier run's state that is gone on from, if there is one."""
+        return None if self._resumed is None else self._resumed.version
+
     def planner_state(self) -> PlannerState | None:
         """The planner's state between two steps, on the group's rank 0; None without a planner.
 
@@ -303,17 +313,32 @@ class Coordinator:
 
     # Inside.
 
+    def _warn_without_steps(self) -> None:
+        """Say once that training goes on without steps: a backward pass came before this forward.
+
+        Evaluation has no backward pass, and what tries a model out has a single one.
+        """
+        trains = self.exchange.count.reduces > 0
+        if trains and self.config.follows_steps and not self._warned_without_steps:
+            self._warned_without_steps = True
+            if self.groups.rank == 0 and self.groups.index == 0:  # it is so for all of them
+                logger.warning(
+                    "FSEP: training goes on without steps, so layouts stay as they are, nothing is "
+                    "planned, replayed or recorded, and experts are restored layer by layer: enter "
+                    "`with megatron_laer.training_step(step, num_microbatches, model):` around the "
+                    "forward and backward passes and the optimizer's step, on every rank"
+                )
+
     def _go_on(self, first_step: int) -> None:
         state = self._resumed
         if state is None:
             return
         if state.next_step != first_step:
             self._resumed = None
-            if self.groups.rank == 0 and self.groups.index == 0:  # it is so for all of them
-                _warn(
-                    f"the planner's state was saved before step {state.next_step} and training "
-                    f"begins at step {first_step}: planning starts anew, from the static layout"
-                )
+            self.resume_problem = (
+                f"its state was saved before step {state.next_step} and training begins at step "
+                f"{first_step}"
+            )
             return
         self.version = state.version
         for layer, layout in zip(self.layers, state.layouts, strict=True):
@@ -361,7 +386,8 @@ class Coordinator:
         rank = dist.get_rank()
         path = timeline_path(self.config.timeline, rank)
         clock, ranges = make_clock(self.device), make_ranges(self.device)
-        self.timeline = Timeline(path, rank, clock, ranges, first_step)
+        with naming_flag("timeline", self.config.timeline):
+            self.timeline = Timeline(path, rank, clock, ranges, first_step)
         for lane in (self.lanes.parameters, self.lanes.gradients):
             lane.times.timeline = self.timeline
 
@@ -437,10 +463,6 @@ def _exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: str) -> Exchang
         dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
         return NodeExchange(groups, dtype)
     return FlatExchange(groups)
-
-
-def _warn(message: str) -> None:
-    logger.warning("FSEP: %s", message)
 
 
 _coordinator: Coordinator | None = None

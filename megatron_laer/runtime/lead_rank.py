@@ -8,13 +8,16 @@ Legend: N ranks, E experts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.config import FSEPConfig
+from megatron_laer.config import FSEPConfig, flag_name
+from megatron_laer.files import quoted, refuse_overwriting
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
@@ -24,13 +27,8 @@ from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.runtime.agreement import PlannerStatus
 from megatron_laer.runtime.layer_state import LayerState
-from megatron_laer.runtime.sources import (
-    LayoutRecorder,
-    LayoutSource,
-    PlannedLayouts,
-    ReplayedLayouts,
-    recording_path,
-)
+from megatron_laer.runtime.layout_recording import LayoutRecorder, recording_path
+from megatron_laer.runtime.sources import LayoutSource, PlannedLayouts, ReplayedLayouts
 from megatron_laer.trace.recording import TraceWriter
 from megatron_laer.trace.recording import recording_path as trace_path
 
@@ -46,7 +44,7 @@ class LeadRank:
         resumed: the planner's state from a checkpoint.
 
     Raises:
-        ValueError: a recording that cannot be replayed or continued.
+        ValueError: a recording that cannot be replayed or continued, or that another run writes.
         OSError: one that cannot be written.
     """
 
@@ -66,24 +64,23 @@ class LeadRank:
         self._source: LayoutSource | None = None
         self._recorder: LayoutRecorder | None = None
         self._trace: TraceWriter | None = None
-        if config.replay_layouts is not None:
-            path = recording_path(config.replay_layouts, group_index)
-            self._source = ReplayedLayouts(path, geometry, _regime(config), names)
-        elif config.plans:
-            self._source = PlannedLayouts(
-                make_strategy(config.planner, geometry=geometry, costs=costs),
-                [layer.layout for layer in layers],
-                lag=config.plan_lag,
-                wait=config.late_plan == "wait",
-                on_warning=_warn,
-                resumed=resumed,
-            )
-        if config.record_layouts is not None:
-            path = recording_path(config.record_layouts, group_index)
-            self._recorder = LayoutRecorder(path, geometry, _regime(config), names, first_step)
-        if config.record_trace is not None:
-            path = trace_path(config.record_trace, group_index)
-            self._trace = TraceWriter(path, geometry.num_ranks, geometry.num_experts, names)
+        try:
+            if config.replay_layouts is not None:
+                path = recording_path(config.replay_layouts, group_index)
+                self._source = ReplayedLayouts(path, geometry, _regime(config), names)
+            elif config.plans:
+                self._source = PlannedLayouts(
+                    make_strategy(config.planner, geometry=geometry, costs=costs),
+                    [layer.layout for layer in layers],
+                    lag=config.plan_lag,
+                    wait=config.late_plan == "wait",
+                    on_warning=_warn,
+                    resumed=resumed,
+                )
+            self._open_recordings(config, geometry, names, group_index, first_step)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def status(self) -> PlannerStatus:
@@ -100,6 +97,11 @@ class LeadRank:
 
     def due(self, step: int) -> list[ExpertLayout] | None:
         """Layouts that take effect with this step, or None for nothing new."""
+        if self._recorder is not None:
+            try:
+                self._recorder.begin_step(step)
+            except (OSError, ValueError) as error:
+                self._end_recording(step, error)
         if self._source is None:
             return None
         try:
@@ -114,17 +116,17 @@ class LeadRank:
         if self._recorder is not None:
             try:
                 self._recorder.record(step, layouts)
-            except OSError as error:
-                _warn(f"the recording of layouts ends before step {step}: {error}")
-                self._recorder = None
+            except (OSError, ValueError) as error:
+                self._end_recording(step, error)
 
     def routed(self, step: int, layer: LayerState, counts_NE: npt.NDArray[np.int64]) -> None:
         """A microbatch, the layer's next one in this step, was routed."""
         if self._trace is not None:
             try:
                 self._trace.append(step, layer.index, layer.microbatches, counts_NE)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 _warn(f"the recording of routing ends at step {step}: {error}")
+                self._trace.close()
                 self._trace = None
 
     def observe(self, step: int, layer: LayerState, counts_NE: npt.NDArray[np.int64]) -> None:
@@ -142,6 +144,44 @@ class LeadRank:
         for part in (self._source, self._recorder, self._trace):
             if part is not None:
                 part.close()
+
+    def _open_recordings(
+        self,
+        config: FSEPConfig,
+        geometry: Geometry,
+        names: list[str],
+        group_index: int,
+        first_step: int,
+    ) -> None:
+        if config.record_layouts is not None:
+            path = recording_path(config.record_layouts, group_index)
+            if config.replay_layouts is not None:
+                # Of any group, since a link may have any name.
+                replayed = Path(config.replay_layouts).glob(f"*{path.suffix}")
+                refuse_overwriting(path, replayed, flag_name("record_layouts"))
+            with naming_flag("record_layouts", config.record_layouts):
+                self._recorder = LayoutRecorder(path, geometry, _regime(config), names, first_step)
+        if config.record_trace is not None:
+            path = trace_path(config.record_trace, group_index)
+            with naming_flag("record_trace", config.record_trace):
+                self._trace = TraceWriter(
+                    path, geometry.num_ranks, geometry.num_experts, names, first_step
+                )
+
+    def _end_recording(self, step: int, error: Exception) -> None:
+        _warn(f"the recording of layouts ends before step {step}: {error}")
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+
+
+@contextmanager
+def naming_flag(field_name: str, folder: str) -> Iterator[None]:
+    """Name the flag, by its field of the config, when its folder is refused."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{flag_name(field_name)} {quoted(folder)}: {error}") from error
 
 
 def _regime(config: FSEPConfig) -> dict[str, Any]:

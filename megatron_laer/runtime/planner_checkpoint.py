@@ -61,36 +61,65 @@ def save_states(directory: str, coordinator: Coordinator | None, storage: Any) -
 
 
 def load_states(directory: str, coordinator: Coordinator | None, storage: Any) -> None:
-    """Hand each group's state to its ranks. Collective over the world.
+    """Hand this group's state to its ranks. Collective over the group.
 
-    Where a state is missing or does not fit, the group starts from the static layout, and one line
-    is logged for the whole run.
+    Where it is missing or does not fit, the group starts from the static layout;
+    `report_resumption` says why.
 
     Args:
         directory: of the checkpoint that was loaded.
         coordinator: None on a pipeline stage without MoE layers.
         storage: what has `open` and `os`, like Megatron's `maybe_msc`.
     """
-    problem = None
     if coordinator is not None and coordinator.layers and not coordinator.started:
-        problem = _load_state(directory, coordinator, storage)
-        if coordinator.groups.rank != 0:
-            problem = None  # rank 0 has the same to say
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    found = [text for text in problems if text is not None]
-    if found and dist.get_rank() == 0:
-        more = f" (and {len(found) - 1} more groups)" if len(found) > 1 else ""
+        coordinator.resume_problem = _load_state(directory, coordinator, storage)
+
+
+def report_resumption(coordinator: Coordinator | None, first_step: int) -> None:
+    """Log one line for the whole run, if it is a resumed one. Collective over the world.
+
+    Args:
+        coordinator: started; None on a pipeline stage without MoE layers.
+        first_step: that training begins with.
+    """
+    mine: tuple[int | None, str | None] = None, None
+    if coordinator is not None and coordinator.layers and coordinator.groups.rank == 0:
+        version, problem = coordinator.resumed_version, coordinator.resume_problem
+        if version is not None:
+            problem = None
+        elif problem is None and first_step > 0:
+            problem = "what the run is resumed from has no place for the planner's state"
+        mine = version, problem
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if dist.get_rank() == 0:
+        _log_resumption(
+            [version for version, _ in everyone if version is not None],
+            [problem for _, problem in everyone if problem is not None],
+            first_step,
+        )
+
+
+def _log_resumption(versions: list[int], problems: list[str], first_step: int) -> None:
+    groups = len(versions) + len(problems)
+    if problems:
+        some = f" in {len(problems)} of {groups} groups" if groups > 1 else ""
         logger.warning(
-            "FSEP: planning starts anew, from the static layout, after loading %s: %s%s",
-            directory,
-            found[0],
-            more,
+            "FSEP: planning starts anew, from the static layout%s: %s", some, problems[0]
+        )
+    elif versions:
+        least, most = min(versions), max(versions)
+        logger.info(
+            "FSEP: the planner's state is restored: training goes on with step %d, layout version "
+            "%s%s",
+            first_step,
+            least if least == most else f"{least} to {most}",
+            f", {groups} groups" if groups > 1 else "",
         )
 
 
 def _load_state(directory: str, coordinator: Coordinator, storage: Any) -> str | None:
-    """Read on the group's rank 0, tell the group; returns what went wrong."""
+    """Read on the group's rank 0, tell the group; returns what went wrong, in full on rank 0."""
     groups = coordinator.groups
     path = state_path(directory, groups.index)
     data, problem = b"", f"there is no planner's state {path}"

@@ -12,12 +12,13 @@ it should hide behind.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from megatron_laer import launcher
 
 Group = dist.ProcessGroup
 
@@ -123,31 +124,24 @@ def detect_node_size(ranks: Sequence[int], local_world_size: int) -> int:
     return size
 
 
-# What launchers say of ranks per node: torchrun and Open MPI; Slurm, as `8(x2)`.
-_PER_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
-_SLURM_PER_NODE = "SLURM_STEP_TASKS_PER_NODE"
-
-
 def ranks_per_node() -> int:
     """Ranks of the world on each node, as the launcher says; without one, all ranks are on one.
 
     Raises:
-        ValueError: no launcher says it, and the ranks are more than this node's several GPUs.
+        ValueError: what it says cannot be, or no launcher says it and the ranks are more than this
+            node's several GPUs.
     """
-    said = [value for name in _PER_NODE if (value := os.environ.get(name, "")).isdecimal()]
-    if said:
-        return int(said[0])
-    world, devices = dist.get_world_size(), torch.cuda.device_count()
-    # Of a step whose tasks are the ranks, and not launchers of them.
-    alike = re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ.get(_SLURM_PER_NODE, ""))
-    if alike and os.environ.get("SLURM_STEP_NUM_TASKS") == str(world):
-        return int(alike[1])
+    world = dist.get_world_size()
+    said = launcher.ranks_per_node(os.environ, world)
+    if said is not None:
+        return said
+    devices = torch.cuda.device_count()
     # Where each rank sees one GPU, their number says nothing.
     if "nccl" in dist.get_backend() and world > devices > 1:
+        names = (*launcher.PER_NODE, launcher.SLURM_PER_NODE)
         raise ValueError(
             f"{world} ranks on nodes of {devices} GPUs, and the launcher does not say how many are "
-            f"on each ({', '.join((*_PER_NODE, _SLURM_PER_NODE))}): give --fsep-node-size, or "
-            "export LOCAL_WORLD_SIZE"
+            f"on each ({', '.join(names)}): give --fsep-node-size, or export LOCAL_WORLD_SIZE"
         )
     return world
 

@@ -5,10 +5,9 @@ Sources take part in no collective; the coordinator tells the other ranks.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.service import Plan, PlannerService
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.strategies import Strategy
+from megatron_laer.runtime.layout_recording import LayoutRecording, Regime
 
 # A planner that takes longer than this under `wait` is not waited for again: the run goes on with
 # the layouts in force, as under `keep`.
@@ -26,9 +26,6 @@ WAIT_TIMEOUT_S = 120.0
 
 # How long saving a checkpoint waits for plans in the making under `keep`.
 SETTLE_TIMEOUT_S = 1.0
-
-# How a run uses its layouts, by the names of settings; part of a recording's header.
-Regime = Mapping[str, Any]
 
 
 class LayoutSource(Protocol):
@@ -150,12 +147,12 @@ class ReplayedLayouts:
     def __init__(
         self, path: Path, geometry: Geometry, regime: Regime, layers: Sequence[str]
     ) -> None:
-        """Read and check the whole recording.
+        """Check the whole recording.
 
         Raises:
             ValueError: a missing or malformed file, or one of another shape, quoting the line.
         """
-        self._layouts = _read_recording(path, geometry, regime, list(layers))
+        self._recording = LayoutRecording(path, geometry, regime, layers)
         self._is_first = True
 
     def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
@@ -165,105 +162,10 @@ class ReplayedLayouts:
         """What was recorded for this step; at first, what was in force by then."""
         if self._is_first:
             self._is_first = False
-            step = max((made for made in self._layouts if made <= step), default=step)
-        return self._layouts.get(step)
+            in_force = self._recording.newest(step)
+            step = step if in_force is None else in_force
+        return self._recording.layouts(step)
 
     def close(self) -> None:
-        """Nothing runs."""
-
-
-class LayoutRecorder:
-    """Writes every applied set of layouts as a line of JSON, so that a run can be replayed.
-
-    A recording that is there already is continued, as by a resumed run: what it holds of steps
-    before the first one recorded now stays.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        geometry: Geometry,
-        regime: Regime,
-        layers: Sequence[str],
-        first_step: int,
-    ) -> None:
-        """Open the recording.
-
-        Raises:
-            ValueError: one of another shape, or a damaged one, is there already.
-            OSError: it cannot be written.
-        """
-        kept = _read_recording(path, geometry, regime, list(layers)) if path.exists() else {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Line by line, so that a run that is killed leaves every layout it used.
-        self._file = path.open("w", buffering=1)
-        self._write(_header(geometry, regime, list(layers)))
-        for step, layouts in kept.items():
-            if step < first_step:
-                self.record(step, layouts)
-
-    def record(self, step: int, layouts: Sequence[ExpertLayout]) -> None:
-        """Layouts that took effect with `step`."""
-        self._write({"step": step, "slots": [layout.to_list() for layout in layouts]})
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
-
-
-def recording_path(directory: str, group_index: int) -> Path:
-    """The file of one FSEP group; each pipeline stage and data-parallel replica has one."""
-    return Path(directory) / f"group-{group_index}.jsonl"
-
-
-def _header(geometry: Geometry, regime: Regime, layers: list[str]) -> dict[str, Any]:
-    """What a recording is made for: its layouts fit nothing else, its results no other regime."""
-    return {
-        "num_ranks": geometry.num_ranks,
-        "capacity": geometry.capacity,
-        "num_experts": geometry.num_experts,
-        **regime,
-        "layers": layers,
-    }
-
-
-def _read_recording(
-    path: Path, geometry: Geometry, regime: Regime, layers: list[str]
-) -> dict[int, list[ExpertLayout]]:
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"layout recording: cannot read {path}: {error}; give a directory written by "
-            "--fsep-record-layouts in a run with the same parallel sizes"
-        ) from error
-    wanted = _header(geometry, regime, layers)
-    layouts: dict[int, list[ExpertLayout]] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            if number == 1:
-                if entry != wanted:
-                    raise ValueError(f"was recorded for {entry}, this run is {wanted}")
-                continue
-            if set(entry) != {"step", "slots"}:
-                raise ValueError(f"has {sorted(entry)}, expected 'slots' and 'step'")
-            step, last = entry["step"], next(reversed(layouts), -1)
-            if type(step) is not int or step <= last:
-                raise ValueError(f"step {step!r} is no integer above {last}")
-            if len(entry["slots"]) != len(layers):
-                raise ValueError(f"has {len(entry['slots'])} layers, expected {len(layers)}")
-            layouts[step] = [
-                ExpertLayout.from_slots(
-                    geometry.num_ranks, geometry.capacity, geometry.num_experts, slots
-                )
-                for slots in entry["slots"]
-            ]
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(f"layout recording: {path}, line {number}: {error}") from error
-    if not lines:
-        raise ValueError(f"layout recording: {path} is empty")
-    return layouts
+        """Close the recording."""
+        self._recording.close()

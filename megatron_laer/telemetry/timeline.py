@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_laer.files import free_name, open_exclusively, replaced_when_complete, write_all
 from megatron_laer.telemetry.clock import Clock, Moment
 from megatron_laer.telemetry.ranges import OpenRange
 
@@ -45,23 +46,36 @@ class Timeline:
     """One rank's trace.
 
     Args:
-        path: of the trace, created at once so that a run does not train in vain.
+        path: of the trace, created empty at once so that a run does not train in vain. A resumed
+            run adds its first recorded step to the name, and a number if that is taken.
         rank: global; the trace's process.
         open_range: of the device's profiler, for the compute and token lanes; the other lanes
             name their work themselves.
         origin_step: the first step of this run, which may be a resumed one.
 
     Raises:
-        OSError: the file cannot be written.
+        InUseError: another run writes the file.
+        ValueError: it holds a trace of an earlier run, and this run begins at step 0.
+        OSError: it cannot be written.
     """
 
     def __init__(
         self, path: Path, rank: int, clock: Clock, open_range: OpenRange, origin_step: int
     ) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path, self._rank, self._clock, self._open_range = path, rank, clock, open_range
-        self._file = path.open("w")
+        self._rank, self._clock, self._open_range = rank, clock, open_range
         self._steps = range(origin_step + FIRST_STEP, origin_step + FIRST_STEP + NUM_STEPS)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if origin_step > 0:
+            path = free_name(path.with_stem(f"{path.stem}.step-{self._steps[0] + 1}"))
+        self._path = path
+        # Empty, and open until the end so that no other run takes the name.
+        self._file = open_exclusively(path)
+        if path.stat().st_size > 0:
+            self._file.close()
+            raise ValueError(
+                f"{path} holds the timeline of an earlier run, and this run begins at step 0; give "
+                "an empty folder, or resume the run that wrote it from a checkpoint"
+            )
         self._is_recording = False
         self._origin: tuple[Moment, int] | None = None
         self._spans: list[tuple[str, str, Moment, Moment]] = []
@@ -111,7 +125,7 @@ class Timeline:
         self._phase = self._open(phase, now)
 
     def close(self) -> None:
-        """Write what was recorded; once."""
+        """Write what was recorded; once. Where no step was, the empty file goes."""
         if self._file.closed:
             return
         self._is_recording = False
@@ -122,11 +136,21 @@ class Timeline:
         self._clock.catch_up()
         try:
             with self._file:
-                json.dump(
-                    {"displayTimeUnit": "ms", "traceEvents": list(self._events())}, self._file
-                )
+                if self._origin is None:
+                    self._path.unlink()
+                    logger.warning(
+                        "FSEP: no timeline %s: the run ended before step %d",
+                        self._path,
+                        self._steps[0] + 1,
+                    )
+                else:
+                    self._write({"displayTimeUnit": "ms", "traceEvents": list(self._events())})
         except OSError as error:  # a run does not end for a picture
-            logger.warning("FSEP: the timeline %s is not complete: %s", self._path, error)
+            logger.warning("FSEP: the timeline %s could not be written: %s", self._path, error)
+
+    def _write(self, trace: dict[str, Any]) -> None:
+        with replaced_when_complete(self._path) as file:
+            write_all(file, json.dumps(trace).encode())
 
     def _end_phase(self, now: Moment) -> None:
         self._close(COMPUTE, self._phase, now)
@@ -147,8 +171,7 @@ class Timeline:
         yield named("process_name", f"rank {self._rank}")
         for place, lane in enumerate(LANES):
             yield named("thread_name", lane, tid=place)
-        if self._origin is None:
-            return
+        assert self._origin is not None
         origin, origin_ns = self._origin
 
         def microseconds(moment: Moment) -> float:

@@ -12,7 +12,7 @@ A line of JSON, then binary records, all little-endian:
 
 A record is written at once and without buffering, so a run that is killed leaves a file that is
 readable up to its last complete record. Neither compressed nor indexed: it is written by the thread
-that trains.
+that trains. How steps are cut off is said in `recording_file`.
 
 Shape suffixes: N source ranks, E experts.
 """
@@ -20,6 +20,8 @@ Shape suffixes: N source ranks, E experts.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -29,8 +31,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.files import open_input
 from megatron_laer.layout import MAX_EXPERTS
+from megatron_laer.recording_file import RecordingFile
 from megatron_laer.trace.records import MAX_COUNT, MAX_INDEX, Trace, check_cells
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "megatron_laer-trace"
 VERSION = 1
@@ -47,6 +53,9 @@ _WIDTHS: dict[int, np.dtype[np.unsignedinteger[Any]]] = {
 }
 _MAX_HEADER_BYTES = 2**20
 
+# A machine that loses power may leave zeros for what it had not yet put on disk: some seconds.
+_MAX_LOST_BYTES = 2**26
+
 
 class _Frame(NamedTuple):
     """Where a record lies and what it is, without its counts."""
@@ -62,34 +71,47 @@ class _Frame(NamedTuple):
 class TraceWriter:
     """Writes the counts of every microbatch; on rank 0 of an FSEP group.
 
-    A recording that is there already is continued, as by a resumed run: its records of steps before
-    the first one that is appended now stay, those from that step on are cut off. The same happens
-    whenever the step goes back.
+    A recording that is there already is continued where a run is resumed: its records of earlier
+    steps stay, those from `first_step` on are moved to a file beside, named `*.cut-from-STEP.*`.
+    The same happens whenever the step goes back.
 
     Args:
         path: the file; its folders are made.
         layer_names: of all the MoE layers whose counts will come.
+        first_step: that will be recorded; 0 for a run that begins.
 
     Raises:
-        ValueError: sizes below 1, or a recording of another shape or version is there already.
+        InUseError: another run writes the file.
+        ValueError: sizes below 1, or a recording is there already: of another shape or version,
+            damaged, or of an earlier run although this one begins.
         OSError: the file cannot be written.
     """
 
     def __init__(
-        self, path: Path, num_ranks: int, num_experts: int, layer_names: Sequence[str]
+        self,
+        path: Path,
+        num_ranks: int,
+        num_experts: int,
+        layer_names: Sequence[str],
+        first_step: int = 0,
     ) -> None:
-        self._path = path
         self._shape = (num_ranks, num_experts)
         self._layers = tuple(layer_names)
-        self._last_step: int | None = None
         header = _header_line(num_ranks, num_experts, self._layers)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        self._first = len(header)
+        self._file = RecordingFile(path, header)
         try:
-            self._first = self._open(header)
+            self._last_step = self._file.go_on(first_step, self._recorded())
         except BaseException:
             self._file.close()
             raise
+        if self._last_step is not None and self._last_step < first_step - 1:
+            logger.warning(
+                "FSEP: %s: nothing is recorded of steps %d to %d, which an earlier run made",
+                path,
+                self._last_step + 1,
+                first_step - 1,
+            )
 
     def append(
         self,
@@ -105,8 +127,8 @@ class TraceWriter:
             counts_NE: tokens on each source rank for each expert.
 
         Raises:
-            ValueError: counts of another shape, a negative one or one beyond int32, or a key out of
-                range.
+            ValueError: counts of another shape, a negative one or one beyond int32, a key out of
+                range, or a step back in a file that was damaged since.
             OSError: the record cannot be written; the file then ends with the record before.
         """
         payload, width = self._packed(counts_NE)
@@ -117,32 +139,15 @@ class TraceWriter:
             raise ValueError(
                 f"layer_index must be in 0..{len(self._layers) - 1}, got {layer_index}"
             )
-        if self._last_step is None or step < self._last_step:
-            self._cut_from(step)
+        if self._last_step is not None and step < self._last_step:
+            self._file.cut_from(step, self._recorded())
         self._last_step = step
         rest = _FRAME.pack(0, width, step, layer_index, microbatch)[_CRC_BYTES:] + payload
-        self._write(zlib.crc32(rest).to_bytes(_CRC_BYTES, "little") + rest)
+        self._file.append(zlib.crc32(rest).to_bytes(_CRC_BYTES, "little") + rest)
 
     def close(self) -> None:
         """Close the file; the writer is of no use after that."""
         self._file.close()
-
-    def _open(self, header: bytes) -> int:
-        """The offset of the first record, with the header written or checked."""
-        size = self._path.stat().st_size
-        begin = self._file.read(_MAX_HEADER_BYTES) if size else b""
-        # A run that was killed at once leaves a part of its header.
-        if header.startswith(begin):
-            self._file.seek(0)
-            self._file.truncate()
-            self._write(header)
-        elif not begin.startswith(header):
-            line = begin.split(b"\n", 1)[0][:300]
-            raise ValueError(
-                f"trace recording: {self._path} begins with {line!r}, this run would write "
-                f"{header[:300]!r}; record to another path, or remove the file"
-            )
-        return len(header)
 
     def _packed(self, counts_NE: npt.NDArray[np.integer[Any]]) -> tuple[bytes, int]:
         if counts_NE.shape != self._shape:
@@ -155,27 +160,16 @@ class TraceWriter:
         width = next(width for width in _WIDTHS if high < 256**width)
         return counts_NE.astype(_WIDTHS[width]).tobytes(), width
 
-    def _cut_from(self, step: int) -> None:
-        size = self._path.stat().st_size
-        end = self._first
-        for frame in _frames(self._file, self._first, size, self._shape):
-            if frame.step >= step:
-                break
-            end = _end(frame, self._shape)
-        self._file.seek(end)
-        self._file.truncate()
-
-    def _write(self, content: bytes) -> None:
-        begin = self._file.tell()
-        left = memoryview(content)
-        try:
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError:
-            # A part of a record would make what follows it unreadable.
-            self._file.truncate(begin)
-            self._file.seek(begin)
-            raise
+    def _recorded(self) -> Iterator[tuple[int, int]]:
+        """The step of every record and where it ends; without a last one that is damaged."""
+        with open_input(self._file.path) as file:
+            last: _Frame | None = None
+            for frame in _frames(file, self._file.path, self._first, self._shape):
+                if last is not None:
+                    yield last.step, _end(last, self._shape)
+                last = frame
+            if last is not None and _read_counts(file, last, self._shape) is not None:
+                yield last.step, _end(last, self._shape)
 
 
 def recording_path(directory: str | Path, group_index: int) -> Path:
@@ -184,25 +178,26 @@ def recording_path(directory: str | Path, group_index: int) -> Path:
 
 
 def read_recording(path: Path) -> Trace:
-    """Read what a `TraceWriter` wrote; an incomplete last record is left out.
+    """Read what a `TraceWriter` wrote; an incomplete last record is left out, and that is said.
 
     Raises:
-        ValueError: another format or version, or a damaged record, by number and offset.
+        ValueError: no regular file, another format or version, or a damaged record, by number and
+            offset.
         OSError: the file cannot be read.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_input(path) as file:
         num_ranks, num_experts, layers = _read_header(path, file.readline(_MAX_HEADER_BYTES))
-        first, shape = file.tell(), (num_ranks, num_experts)
+        end, shape = file.tell(), (num_ranks, num_experts)
+        size = _size(file)
         records: dict[tuple[int, int, int], npt.NDArray[np.unsignedinteger[Any]]] = {}
-        for number, frame in enumerate(_frames(file, first, size, shape), start=1):
+        for number, frame in enumerate(_frames(file, path, end, shape), start=1):
             where = f"{path}, record {number} at byte {frame.offset}"
             counts_NE = _read_counts(file, frame, shape)
             if counts_NE is None:
                 # What a machine that lost power may leave at the end.
                 if _end(frame, shape) >= size:
                     break
-                raise ValueError(f"{where}: the checksum does not fit; the file is damaged there")
+                raise ValueError(f"{where}: the checksum does not fit; {_damage(frame.offset)}")
             if not 0 <= frame.step <= MAX_INDEX or frame.layer >= len(layers):
                 raise ValueError(
                     f"{where}: step {frame.step}, layer {frame.layer} is out of range; there are "
@@ -211,9 +206,14 @@ def read_recording(path: Path) -> Trace:
             if int(counts_NE.max()) > MAX_COUNT:
                 raise ValueError(f"{where}: {int(counts_NE.max())} tokens exceed {MAX_COUNT}")
             records[frame.step, frame.layer, frame.microbatch] = counts_NE
+            end = _end(frame, shape)
     if not records:
         raise ValueError(f"{path} holds no complete record; record at least two steps")
-    check_cells(len(records), num_ranks, num_experts, size)
+    if end < size:
+        logger.warning(
+            "%s: its last %d bytes are no whole record and are left out", path, size - end
+        )
+    check_cells(len(records), num_ranks, num_experts, end)
     keys_R3 = np.array(list(records), dtype=np.int64)
     counts_RNE = np.empty((len(records), *shape), dtype=np.int32)
     for record, counts_NE in enumerate(records.values()):
@@ -269,22 +269,22 @@ def _read_header(path: Path, line: bytes) -> tuple[int, int, tuple[str, ...]]:
     return header["num_ranks"], header["num_experts"], tuple(header["layers"])
 
 
-def _frames(file: BinaryIO, first: int, size: int, shape: tuple[int, int]) -> Iterator[_Frame]:
+def _frames(file: BinaryIO, path: Path, first: int, shape: tuple[int, int]) -> Iterator[_Frame]:
     """All the complete records from the offset `first` on; their counts are skipped.
 
     Raises:
         ValueError: a record that cannot be stepped over.
     """
-    offset = first
+    offset, size = first, _size(file)
     while offset + _FRAME.size <= size:
         file.seek(offset)
         frame = _Frame(offset, *_FRAME.unpack(file.read(_FRAME.size)))
         if frame.width not in _WIDTHS:
-            if _only_zeros(file, offset):
+            if _only_zeros(file, offset, size):
                 return
             raise ValueError(
-                f"{getattr(file, 'name', 'trace')}, byte {offset}: {frame.width} bytes per count, "
-                f"expected one of {list(_WIDTHS)}; the file is damaged there"
+                f"{path}, byte {offset}: {frame.width} bytes per count, expected one of "
+                f"{list(_WIDTHS)}; {_damage(offset)}"
             )
         if _end(frame, shape) > size:
             return
@@ -292,13 +292,23 @@ def _frames(file: BinaryIO, first: int, size: int, shape: tuple[int, int]) -> It
         offset = _end(frame, shape)
 
 
-def _only_zeros(file: BinaryIO, offset: int) -> bool:
-    """Whether nothing else follows: what a machine that lost power may leave at the end."""
+def _damage(offset: int) -> str:
+    return f"the file is damaged there; what is before can be read from a copy of {offset} bytes"
+
+
+def _only_zeros(file: BinaryIO, offset: int, size: int) -> bool:
+    """Whether a tail is what a machine that lost power may leave; the whole of it is zeros."""
+    if size - offset > _MAX_LOST_BYTES:
+        return False
     file.seek(offset)
     while chunk := file.read(2**20):
         if chunk.strip(b"\0"):
             return False
     return True
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
 
 
 def _end(frame: _Frame, shape: tuple[int, int]) -> int:

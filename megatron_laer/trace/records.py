@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer import memory
 from megatron_laer.layout import MAX_EXPERTS
 
 Int64 = npt.NDArray[np.int64]
@@ -19,11 +20,14 @@ Int32 = npt.NDArray[np.int32]
 MAX_COUNT = int(np.iinfo(np.int32).max)
 # Steps and microbatches are numbers that a text format may give with any number of digits.
 MAX_INDEX = 2**53
+MAX_RANKS = 2**20
 
 # A file may be far smaller than the dense counts it stands for (sparse tables, compression), but
 # not without limit: a few damaged digits must not ask for all of the memory.
 _FREE_BYTES = 2**24
 _BYTES_PER_FILE_BYTE = 512
+# A count is read into 8 bytes and kept in 4.
+_BYTES_PER_COUNT = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +169,7 @@ def assemble(
 
 
 def check_cells(num_records: int, num_ranks: int, num_experts: int, file_bytes: int) -> None:
-    """Reject sizes that no honest file of this length has, before memory is taken for them.
+    """Reject sizes that no honest file of this length has, or for which memory does not suffice.
 
     Raises:
         ValueError: with all the sizes.
@@ -177,6 +181,11 @@ def check_cells(num_records: int, num_ranks: int, num_experts: int, file_bytes: 
             f"{needed} bytes, implausible for {file_bytes} bytes of input; look for a rank or an "
             "expert number that is far too large"
         )
+    memory.check_enough(
+        _BYTES_PER_COUNT * num_records * num_ranks * num_experts,
+        f"{num_records} records of {num_ranks} ranks and {num_experts} experts",
+        "give a part of the trace",
+    )
 
 
 def _dealt_out(counts_RNE: Int32, parts: int) -> Int32:

@@ -51,7 +51,7 @@ def test_a_small_model_learns_text_as_with_stock(
             steps=STEPS,
             extra=FLAGS + extra,
         )
-        record: Record = ranks(2).run(train, flags, balance_of_step, timeout_s=400)[0]
+        record: Record = ranks(2).run(train, flags, balance_of_step, timeout_s=3600.0)[0]
         return record
 
     stock, fsep = run(""), run(FSEP)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from megatron_laer.layout import ExpertLayout
@@ -30,10 +25,10 @@ from tests.faults.injected import (
     train_with_signal,
     train_with_skipped_step,
 )
+from tests.faults.jobs import output_of, run_job, steps_of
 from tests.parity.compare import Distance, distance, identical
 from tests.parity.flags import command_line
 from tests.parity.training import train
-from tests.processes import python_path
 from tests.ranks import Raised, RankPool
 
 pytestmark = pytest.mark.distributed
@@ -79,55 +74,14 @@ def test_a_rank_killed_in_a_step_is_restarted_and_ends_bitwise_as_without(
         return command(extra=f"{mode} --save {path} --load {path} --save-interval 3")
 
     whole = [record.probes for record in ranks(2).run(train, flags("whole"), digest)]
-    spec = {
-        "flags": flags("killed"),
-        "folder": str(tmp_path),
-        "step": 4,
-        "rank": 1,
-        "fault": "kill",
-    }
-    (tmp_path / "spec.json").write_text(json.dumps(spec))
-    assert launched_run(tmp_path) == 0, (tmp_path / "output").read_text()[-4000:]
+    status = run_job(tmp_path, flags("killed"), fault="kill", step=4, rank=1, restarts=1)
+    assert status == 0, output_of(tmp_path)[-4000:]
     for rank in range(2):
-        lines = (tmp_path / f"rank-{rank}.jsonl").read_text().splitlines()
-        steps = [json.loads(line) for line in lines]
+        steps = steps_of(tmp_path, rank)
         made = [(step["attempt"], step["step"]) for step in steps]
         # Killed in step 4, resumed from the checkpoint after three steps.
         assert made == [(0, step) for step in range(4)] + [(1, step) for step in range(3, 8)]
         assert [step["digest"] for step in steps[4:]] == whole[rank][3:]
-
-
-def launched_run(folder: Path, ranks: int = 2, restarts: int = 1) -> int:
-    """What `torchrun` says in the end; all its processes have ended by then."""
-    launcher = (
-        f"-m torch.distributed.run --standalone --nproc-per-node {ranks} --max-restarts {restarts}"
-    ).split()
-    with (folder / "output").open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, *launcher, "-m", "tests.faults.run", str(folder / "spec.json")],
-            env=os.environ
-            | {
-                "MEGATRON_LAER_DEVICE": "cpu",
-                "PYTHONPATH": python_path(),
-                "OMP_NUM_THREADS": "1",
-                # Or a restarted rank may find addresses of the attempt before in the shared store:
-                # github.com/pytorch/pytorch/issues/135712.
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-            },
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            return process.wait(timeout=600.0)
-        finally:
-            # Ranks lead sessions of their own. When all is well, torchrun has ended them.
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for rank in psutil.Process(process.pid).children(recursive=True):
-                    rank.kill()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 # A rank that is told to stop.
@@ -183,15 +137,13 @@ def test_a_rank_with_another_layout_ends_the_ranks_of_other_groups_too(
 ) -> None:
     # Two groups of two ranks: those of the first hear nothing, and wait in the data-parallel group.
     flags = command(extra=STATIC, global_batch=16)
-    spec = {"flags": flags, "folder": str(tmp_path), "step": 4, "rank": 3, "fault": "layout"}
-    (tmp_path / "spec.json").write_text(json.dumps(spec))
-    assert launched_run(tmp_path, ranks=4, restarts=0) != 0
-    output = (tmp_path / "output").read_text()
+    assert run_job(tmp_path, flags, fault="layout", step=4, rank=3, ranks=4) != 0
+    output = output_of(tmp_path)
     for rank in (2, 3):
         assert f"rank {rank} (place {rank - 2} in the group) holds" in output
     assert "LayoutMismatchError" in output
     for rank in range(4):
-        assert len((tmp_path / f"rank-{rank}.jsonl").read_text().splitlines()) == 4
+        assert len(steps_of(tmp_path, rank)) == 4
 
 
 # Checkpoints that are damaged, and disks that are full.
@@ -391,7 +343,7 @@ def test_bursts_leave_no_memory_behind_in_500_steps(
     ranks: Callable[[int], RankPool], command: Callable[..., list[str]]
 ) -> None:
     flags = command(extra=f"{WAIT} --lr 1e-4 --min-lr 1e-4", global_batch=4, steps=500)
-    for rank, held in enumerate(ranks(2).run(train_with_bursts, flags, 10, 100, timeout_s=900.0)):
+    for rank, held in enumerate(ranks(2).run(train_with_bursts, flags, 10, 100, timeout_s=7200.0)):
         grown = held.rss_bytes[-1] - held.rss_bytes[0]
         print(
             f"\nrank {rank}: {held.tensors} live tensors, {held.tensor_bytes} bytes; "

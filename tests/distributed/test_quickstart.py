@@ -21,7 +21,7 @@ def test_the_quick_start_trains_with_fsep_and_with_stock_and_compares(tmp_path: 
     words = f"-m megatron_laer.quickstart --ranks 2 --steps {STEPS} --work-dir".split()
     result = processes.run(
         [sys.executable, *words, str(tmp_path)],
-        timeout_s=300.0,
+        timeout_s=1800.0,
         env=os.environ | {"PYTHONPATH": processes.python_path()},
         cwd=_ROOT,
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -25,7 +28,41 @@ CASES = {
         "greedy, laer, random, search, static",
     ),
     "unknown cluster": ("--fsep-planner laer --fsep-cluster moon", "moon", "cpu-gloo"),
+    "no such cluster": ("--fsep-cluster nope", "--fsep-cluster 'nope'", "cpu-gloo"),
     "plan lag 0": ("--fsep-plan-lag 0", "--fsep-plan-lag 0", "at least 1"),
+    "huge plan lag": ("--fsep-plan-lag 1000000000", "--fsep-plan-lag 1000000000", "at most 1000"),
+    "idle tolerance": (
+        "--fsep-imbalance-tolerance 1.0",
+        "--fsep-imbalance-tolerance 1.0",
+        "less than 1",
+    ),
+    "negative experts": ("--num-experts -4", "--num-experts -4", "give --num-experts"),
+    "too many experts": ("--num-experts 40000", "--num-experts 40000", "at most 32767"),
+    "more than all ranks": (
+        "--expert-model-parallel-size 1000000000 --fsep-node-size 3",
+        "--expert-model-parallel-size 1000000000",
+        "the number of ranks, 2",
+    ),
+    "no recording": (
+        "--fsep-replay-layouts nowhere",
+        "--fsep-replay-layouts 'nowhere': no such folder",
+        "--fsep-record-layouts",
+    ),
+    "no folder for layouts": (
+        "--fsep-record-layouts /dev/null",
+        "--fsep-record-layouts '/dev/null'",
+        "a folder that can be written",
+    ),
+    "no folder for routing": (
+        "--fsep-record-trace /proc/x",
+        "--fsep-record-trace '/proc/x'",
+        "a folder that can be written",
+    ),
+    "no folder for a timeline": (
+        "--fsep-timeline=",
+        "--fsep-timeline ''",
+        "a folder that can be written",
+    ),
     "node size": ("--fsep-node-size 3", "--fsep-node-size 3", "one of [1, 2]"),
     "expert tensor parallel": (
         "--expert-tensor-parallel-size 2",
@@ -95,7 +132,7 @@ def test_what_cannot_work_is_refused_on_every_rank(
     ranks: Callable[[int], RankPool], text_data: str, case: str
 ) -> None:
     flags, quoted, offered = CASES[case]
-    results = ranks(2).run_raw(train, commands(text_data, f"{FSEP} {flags}"), timeout_s=60.0)
+    results = ranks(2).run_raw(train, commands(text_data, f"{FSEP} {flags}"))
     for result in results:
         assert result.type_name == "ValueError", result.traceback
         assert quoted in result.message and offered in result.message, result.message
@@ -105,7 +142,7 @@ def test_fsep_without_experts_is_refused(ranks: Callable[[int], RankPool], text_
     flags = commands(text_data, FSEP)
     at = flags.index("--num-experts")
     del flags[at : at + 2]
-    for result in ranks(2).run_raw(train, flags, timeout_s=60.0):
+    for result in ranks(2).run_raw(train, flags):
         assert result.type_name == "ValueError"
         assert "--num-experts" in result.message
 
@@ -113,19 +150,79 @@ def test_fsep_without_experts_is_refused(ranks: Callable[[int], RankPool], text_
 def test_an_fsep_flag_without_the_mode_is_refused(
     ranks: Callable[[int], RankPool], text_data: str
 ) -> None:
-    for result in ranks(2).run_raw(
-        train, commands(text_data, " --fsep-capacity 5"), timeout_s=60.0
-    ):
+    for result in ranks(2).run_raw(train, commands(text_data, " --fsep-capacity 5")):
         assert result.type_name == "ValueError"
         assert "--fsep-capacity 5" in result.message
         assert "--expert-parallel-mode fsep" in result.message
+
+
+def train_told(variables: dict[str, str], flags: list[str]) -> object:
+    """A run whose launcher says this of its ranks."""
+    with mock.patch.dict(os.environ, variables):
+        return train(flags)
+
+
+@pytest.mark.parametrize(
+    ("variables", "quoted"),
+    [
+        ({"LOCAL_WORLD_SIZE": "abc"}, "LOCAL_WORLD_SIZE='abc'"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3"),
+        ({"RANK": "two"}, "RANK='two'"),
+        ({"RANK": "2"}, "RANK=2 with WORLD_SIZE=2"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=''"),
+    ],
+)
+def test_what_a_launcher_cannot_mean_is_refused_on_every_rank(
+    ranks: Callable[[int], RankPool], text_data: str, variables: dict[str, str], quoted: str
+) -> None:
+    for result in ranks(2).run_raw(
+        train_told, variables, commands(text_data, FSEP), timeout_s=60.0
+    ):
+        assert result.type_name == "ValueError", result.traceback
+        assert quoted in result.message and "torchrun" in result.message, result.message
+
+
+def test_settings_in_megatrons_yaml_file_are_refused(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("num_experts: 8\nexpert_parallel_mode: fsep\nfsep_capacity: 5\n")
+    flags = commands(text_data, f" --yaml-cfg {file}")
+    for result in ranks(2).run_raw(train, flags, timeout_s=60.0):
+        assert result.type_name == "ValueError", result.traceback
+        assert "expert_parallel_mode, fsep_capacity" in result.message, result.message
+        assert "as flags" in result.message
+
+
+def test_the_mode_alone_is_as_good_as_with_what_it_needs(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    needed = "--moe-token-dispatcher-type alltoall --expert-tensor-parallel-size 1"
+    alone, given = (
+        ranks(2).run(
+            train,
+            command_line(
+                text_data,
+                experts=8,
+                expert_parallel=2,
+                global_batch=4,
+                steps=3,
+                extra=f"--expert-parallel-mode fsep --fsep-late-plan wait {extra}",
+                without=needed,
+            ),
+        )[0]
+        for extra in ("", needed)
+    )
+    assert len(alone.losses) == 3
+    assert (alone.losses, alone.grad_norms) == (given.losses, given.grad_norms)
 
 
 @pytest.mark.parametrize("flag", ["--fim-data", "--dataloader-inter-document-masking"])
 def test_our_script_refuses_what_only_megatrons_script_does(
     ranks: Callable[[int], RankPool], text_data: str, flag: str
 ) -> None:
-    for result in ranks(2).run_raw(train, commands(text_data, f" {flag}"), timeout_s=60.0):
+    for result in ranks(2).run_raw(train, commands(text_data, f" {flag}")):
         assert result.type_name == "ValueError", result.traceback
         assert flag in result.message
         assert "megatron_laer train" in result.message

@@ -228,7 +228,7 @@ def train_into_a_hang(flags: list[str], watchdog_s: float) -> None:
 def test_the_watchdog_ends_a_hang_and_shows_every_ranks_stacks(text_data: str) -> None:
     command = CASES["restored per layer"].command(text_data, 2, WAIT)
     with RankPool(2) as pool, pytest.raises(RankError) as error:
-        pool.run(train_into_a_hang, command, 5.0, timeout_s=120.0)
+        pool.run(train_into_a_hang, command, 20.0)
     rank_0, rank_1 = str(error.value).split("--- rank 1")
     assert "all_to_all" in rank_0
     assert "stuck_reduce" in rank_1

@@ -168,7 +168,7 @@ def test_a_timeline_that_cannot_be_written_is_refused_on_every_rank(
     # In the way of one rank's file only, so that the other must be told.
     (tmp_path / "rank-1.json").mkdir()
     command = flags(text_data, f" --fsep-timeline {tmp_path}")
-    for result in ranks(2).run_raw(train, command, timeout_s=60.0):
+    for result in ranks(2).run_raw(train, command):
         assert result.type_name == "ValueError", result.traceback
         assert "rank-1.json" in result.message
 

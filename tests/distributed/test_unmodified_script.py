@@ -67,7 +67,7 @@ def test_the_checkouts_own_megatron_trains_like_the_wheel(text_data: str, tmp_pa
         launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
         result = processes.run(
             [sys.executable, *launcher, *script, *flags, "--tensorboard-dir", str(folder)],
-            timeout_s=300.0,
+            timeout_s=1800.0,
             env=os.environ | {"MEGATRON_LAER_DEVICE": "cpu", "PYTHONPATH": processes.python_path()},
         )
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

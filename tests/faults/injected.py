@@ -32,8 +32,8 @@ def current_step() -> int:
 
 
 @contextlib.contextmanager
-def signal_in_step(step: int, rank: int, number: int) -> Iterator[None]:
-    """A rank gets a signal in the middle of a step, once: at a token exchange of its backward."""
+def act_in_step(step: int, rank: int, act: Callable[[], object]) -> Iterator[None]:
+    """A rank does something in the middle of a step: at a token exchange of its backward."""
     from megatron.core.tensor_parallel.mappings import _AllToAll
 
     forward, calls = _AllToAll.forward, 0
@@ -44,7 +44,7 @@ def signal_in_step(step: int, rank: int, number: int) -> Iterator[None]:
             calls += 1
             # Two layers, each with tokens, probabilities and outputs: the eighth is in backward.
             if calls == 8:
-                os.kill(os.getpid(), number)
+                act()
         return forward(ctx, *args)
 
     with mock.patch.object(_AllToAll, "forward", staticmethod(exchange)):
@@ -52,10 +52,10 @@ def signal_in_step(step: int, rank: int, number: int) -> Iterator[None]:
 
 
 def train_with_signal(flags: list[str], step: int, rank: int, number: int) -> Record:
-    """Train with `signal_in_step`; leaves no handler of Megatron's behind."""
+    """Train; a rank gets a signal in a step. Leaves no handler of Megatron's behind."""
     before = signal.getsignal(number)
     try:
-        with signal_in_step(step, rank, number):
+        with act_in_step(step, rank, lambda: os.kill(os.getpid(), number)):
             return train(flags)
     finally:
         signal.signal(number, before)

@@ -31,7 +31,7 @@ def command_line(
     """Flags for one run; later ones win, so `extra` may override.
 
     Args:
-        without: switches of the model to leave out, which no later flag could turn off.
+        without: flags of the model to leave out, with their values.
     """
     dropped = without.split()
     assert set(dropped) <= set(MODEL_FLAGS), f"the model has not all of {without}"

@@ -24,7 +24,7 @@ def run(*words, cwd=None, device="cpu"):
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

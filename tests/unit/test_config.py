@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -120,6 +121,9 @@ def test_fresh_layouts_need_exact_splits(mode: str) -> None:
     [
         {"capacity": 0},
         {"plan_lag": 0},
+        {"plan_lag": 1001},
+        {"plan_lag": 10**9},
+        {"restore": "never"},
         {"late_plan": "never"},
         {"node_size": 0},
         {"split": "odd"},
@@ -135,6 +139,23 @@ def test_values_out_of_range_are_quoted(values: dict[str, object]) -> None:
     (value,) = values.values()
     with pytest.raises(ValueError, match=str(value)):
         FSEPConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "follows"),
+    [
+        ({}, True),
+        ({"planner": "static"}, False),
+        ({"planner": "random"}, False),
+        ({"plan_mode": "exact"}, False),
+        ({"planner": "static", "restore": "step"}, True),
+        ({"planner": "static", "replay_layouts": "d"}, True),
+        ({"planner": "static", "record_trace": "d"}, True),
+        ({"planner": "static", "timeline": "d"}, True),
+    ],
+)
+def test_what_happens_at_step_boundaries_only(values: dict[str, Any], follows: bool) -> None:
+    assert FSEPConfig(**values).follows_steps is follows
 
 
 def test_deterministic_mode_waits_for_plans() -> None:

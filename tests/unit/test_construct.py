@@ -45,7 +45,7 @@ def static(geometry: Geometry) -> ExpertLayout:
     return ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
 def test_no_rank_carries_more_than_its_share(geometry: Geometry, kind: str, seed: int) -> None:
     assert always_balances(geometry)
@@ -55,7 +55,7 @@ def test_no_rank_carries_more_than_its_share(geometry: Geometry, kind: str, seed
     assert largest_load(counts_NE, layout, geometry.node_size) == least_load(counts_NE)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
 def test_no_rank_holds_an_expert_twice(geometry: Geometry, kind: str, seed: int) -> None:
     layout = construct_layout(counts_of(kind, geometry, seed), static(geometry), geometry.node_size)
@@ -63,7 +63,7 @@ def test_no_rank_holds_an_expert_twice(geometry: Geometry, kind: str, seed: int)
         assert len(set(layout.experts_of(rank))) == geometry.capacity
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
 def test_it_is_repeatable_and_keeps_a_layout_that_it_made(
     geometry: Geometry, kind: str, seed: int
@@ -74,7 +74,7 @@ def test_it_is_repeatable_and_keeps_a_layout_that_it_made(
     assert construct_layout(counts_NE, first, geometry.node_size) is first
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 40), st.integers(0, 2**16))
 def test_no_token_leaves_its_node_where_a_node_can_balance_itself(
     num_nodes: int, node_size: int, num_experts: int, seed: int
@@ -88,7 +88,7 @@ def test_no_token_leaves_its_node_where_a_node_can_balance_itself(
     assert largest_load(counts_NE, layout, node_size) == least_load(counts_NE)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 20), st.integers(1, 60), st.integers(0, 2**16))
 def test_with_fewer_slots_the_layout_is_still_legal(
     num_ranks: int, num_experts: int, seed: int

@@ -56,7 +56,7 @@ def matrix_seconds(costs: CostModel, quota: Int64, layout: ExpertLayout, node_si
     return passes * costs.flops_per_token * expert_s + 4 * pass_s
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(SMALL, st.integers(0, 2**16))
 def test_the_even_cost_equals_its_definition_on_the_whole_matrix(
     geometry: Geometry, seed: int
@@ -70,7 +70,7 @@ def test_the_even_cost_equals_its_definition_on_the_whole_matrix(
         assert seconds == pytest.approx(expected, rel=1e-12)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(SMALL, st.integers(0, 2**16))
 def test_the_exact_cost_equals_its_definition_on_the_whole_matrix(
     geometry: Geometry, seed: int
@@ -84,7 +84,7 @@ def test_the_exact_cost_equals_its_definition_on_the_whole_matrix(
     assert seconds == pytest.approx(expected, rel=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(geometries(), st.integers(0, 2**16))
 def test_nothing_is_faster_than_the_lower_bound(geometry: Geometry, seed: int) -> None:
     counts_NE = counts_for(seed, geometry)
@@ -113,7 +113,7 @@ def totals_of(loads_S: list[int], num_ranks: int) -> SplitTotals:
     return SplitTotals(loads, np.zeros_like(loads), own_N, nothing_N, own_N)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 500), min_size=8, max_size=8), st.integers(0, 7))
 def test_more_tokens_in_a_slot_never_take_less_time(loads_S: list[int], slot: int) -> None:
     layout = ExpertLayout.static(4, 2, 8)
@@ -123,7 +123,7 @@ def test_more_tokens_in_a_slot_never_take_less_time(loads_S: list[int], slot: in
     assert COSTS.split_seconds(totals_of(more_S, 4), layout, 4) >= before_s
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 500), min_size=8, max_size=8))
 def test_a_balanced_layer_is_no_slower_than_a_skewed_one_at_one_speed(loads_S: list[int]) -> None:
     layout = ExpertLayout.static(8, 1, 8)
@@ -190,7 +190,7 @@ def test_restores_of_the_papers_setting_have_the_papers_bytes() -> None:
     assert costs.reduce_seconds(layout, 8, "flat") == pytest.approx(expected_s, rel=1e-3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(geometries(), st.integers(0, 2**16), st.sampled_from(EXCHANGES))
 def test_a_change_costs_at_least_its_bound_and_more_for_more_slots(
     geometry: Geometry, seed: int, algorithm: str

@@ -22,7 +22,7 @@ def run(code, **environment):
         env=kept | {"PYTHONPATH": python_path()} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     return (result.stdout.strip() or result.stderr.strip()).splitlines()[-1]
 
@@ -201,8 +201,10 @@ def test_an_event_measures_wall_time(on_cpu):
     code = """
         import time
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begun_s = time.perf_counter()
         start.record(); time.sleep(0.05); end.record()
-        print(50 <= start.elapsed_time(end) < 5000)
+        whole_ms = (time.perf_counter() - begun_s) * 1e3
+        print(50 <= start.elapsed_time(end) <= whole_ms)
     """
     assert on_cpu(code) == "True"
 

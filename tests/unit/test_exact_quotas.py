@@ -64,7 +64,7 @@ def rows_NS(quotas: ExactQuotas) -> Int64:
     return np.stack([quotas.rank_row(rank) for rank in range(quotas.layout.num_ranks)])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_rows_columns_and_totals_equal_the_looped_reference(case: Case) -> None:
     counts_NE, layout, node_size = case
@@ -90,7 +90,7 @@ def test_rows_columns_and_totals_equal_the_looped_reference(case: Case) -> None:
     np.testing.assert_array_equal(totals.own_N, np.diagonal(sent_NN))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(max_ranks=40, max_experts=64))
 def test_quotas_conserve_every_token(case: Case) -> None:
     counts_NE, layout, node_size = case
@@ -102,7 +102,7 @@ def test_quotas_conserve_every_token(case: Case) -> None:
     assert quota.min() >= 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(max_ranks=8, max_experts=8))
 def test_the_largest_load_meets_the_bound_over_all_sets_of_experts(case: Case) -> None:
     counts_NE, layout, node_size = case
@@ -110,7 +110,7 @@ def test_the_largest_load_meets_the_bound_over_all_sets_of_experts(case: Case) -
     assert quotas.rank_loads_N().max() == least_largest_load(counts_NE, layout)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(cases(max_ranks=16, max_experts=16))
 def test_load_and_tokens_off_the_node_are_optimal_by_linear_programs(case: Case) -> None:
     counts_NE, layout, node_size = case
@@ -154,7 +154,7 @@ def test_tokens_off_their_rank_are_within_the_stated_gap() -> None:
     assert max(gaps) <= OFF_RANK_LARGEST_GAP
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(max_ranks=40, max_experts=64))
 def test_no_rank_carries_more_than_under_the_even_split(case: Case) -> None:
     counts_NE, layout, node_size = case

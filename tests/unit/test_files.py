@@ -143,3 +143,47 @@ def test_leftovers_of_a_killed_run_go_and_those_of_a_living_one_stay(tmp_path: P
         writer.send_signal(signal.SIGKILL)
     files.remove_leftovers(target)
     assert not left.exists() and all(other.exists() for other in others)
+
+
+_FORKING_WRITER = """
+import os, sys
+from pathlib import Path
+from megatron_laer.files import open_exclusively
+log = open_exclusively(Path(sys.argv[1]))
+child = os.fork()
+if child == 0:
+    log.write(b"lost")
+    print("child\\n", end="", flush=True)  # at once, also where output is not buffered
+    os.read(0, 1)
+    os._exit(0)
+print(f"parent of {child}\\n", end="", flush=True)
+os.waitpid(child, 0)
+"""
+
+
+def test_a_child_that_outlives_a_killed_writer_keeps_no_lock(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", _FORKING_WRITER, str(log)]
+    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert writer.stdin is not None and writer.stdout is not None
+    with writer:
+        said = sorted(writer.stdout.readline().split()[0] for _ in range(2))
+        assert said == ["child", "parent"]
+        with pytest.raises(files.InUseError):
+            files.open_exclusively(log)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        files.open_exclusively(log).close()
+        assert log.read_bytes() == b""
+        writer.stdin.close()  # ends the child
+
+
+def test_a_replacement_can_take_another_name(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("old")
+    replacement = files.Replacement(tmp_path / "log")
+    files.write_all(replacement.file, b"new")
+    replacement.commit(tmp_path / "beside")
+    replacement.file.close()
+    assert (tmp_path / "log").read_text() == "old"
+    assert (tmp_path / "beside").read_text() == "new"
+    assert len(os.listdir(tmp_path)) == 2

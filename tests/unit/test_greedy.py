@@ -56,7 +56,7 @@ def quick_search(geometry: Geometry) -> SearchStrategy:
     return SearchStrategy(geometry, scenarios=4, candidates=2, exchanges=10)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
 def test_greedy_is_legal_repeatable_and_steady(geometry: Geometry, kind: str, seed: int) -> None:
     counts_NE = counts_of(kind, geometry, seed)
@@ -68,7 +68,7 @@ def test_greedy_is_legal_repeatable_and_steady(geometry: Geometry, kind: str, se
     assert greedy.plan(counts_NE, planned) is planned
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
 def test_greedy_holds_no_expert_twice_on_a_rank(geometry: Geometry, kind: str, seed: int) -> None:
     planned = GreedyStrategy(geometry).plan(
@@ -78,7 +78,7 @@ def test_greedy_holds_no_expert_twice_on_a_rank(geometry: Geometry, kind: str, s
         assert len(set(planned.experts_of(rank))) == geometry.capacity
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(geometries(), st.sampled_from(KINDS), st.integers(0, 2**16), st.integers(2, 50))
 def test_layouts_depend_on_proportions_and_not_on_the_unit(
     geometry: Geometry, kind: str, seed: int, unit: int
@@ -94,7 +94,7 @@ def test_layouts_depend_on_proportions_and_not_on_the_unit(
     assert largest[0] == pytest.approx(largest[1], rel=0.01)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
 def test_search_is_legal_and_repeatable(geometry: Geometry, kind: str, seed: int) -> None:
     counts_NE = counts_of(kind, geometry, seed)

@@ -78,7 +78,7 @@ def check_legal(decision: Decision, counts_NE: Int64, geometry: Geometry) -> Non
     assert (decision.changed_slots > 0) == decision.replanned
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases(), cost_models(), st.sampled_from(PLAN_MODES))
 def test_decisions_are_legal_and_depend_on_nothing_but_the_arguments(
     case: tuple[Geometry, Int64, ExpertLayout], costs: CostModel, mode: str
@@ -98,7 +98,7 @@ def test_decisions_are_legal_and_depend_on_nothing_but_the_arguments(
     assert same(decision, Guard(mode, costs, geometry).decide(elsewhere_NE, planned))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases(), cost_models())
 def test_adaptive_takes_the_cheaper_and_its_early_way_out_changes_nothing(
     case: tuple[Geometry, Int64, ExpertLayout], costs: CostModel
@@ -123,7 +123,7 @@ def test_adaptive_takes_the_cheaper_and_its_early_way_out_changes_nothing(
     assert chosen_s <= kept_s
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases(), cost_models())
 def test_exact_reaches_the_bound_wherever_it_can_be_reached(
     case: tuple[Geometry, Int64, ExpertLayout], costs: CostModel
@@ -135,7 +135,7 @@ def test_exact_reaches_the_bound_wherever_it_can_be_reached(
         assert loads_N.max() == -(-counts_NE.sum() // geometry.num_ranks)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases(), st.sampled_from([0.0, 0.05, 0.5]))
 def test_tolerance_keeps_what_is_good_enough_and_never_takes_what_is_worse(
     case: tuple[Geometry, Int64, ExpertLayout], tolerance: float

@@ -49,7 +49,8 @@ class Config:
     recompute_granularity: str | None = None
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
     expert_tensor_parallel_size: int | None = 1
-    add_bias_linear: bool = False
+    add_bias_linear: bool | None = False
+    fp8: str | bool | None = None
 
 
 def test_every_moe_field_of_this_megatron_is_known() -> None:
@@ -58,7 +59,7 @@ def test_every_moe_field_of_this_megatron_is_known() -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "MEGATRON_LAER_DEVICE": "cpu"},
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     version, names = json.loads(result.stdout.splitlines()[-1])
@@ -81,6 +82,10 @@ def test_every_field_called_proved_is_set_by_a_row_of_the_parity_table() -> None
 def test_a_plain_model_is_taken_without_a_warning() -> None:
     model_support.check(Config(moe_router_topk=4, moe_grouped_gemm=True))
     assert model_support.warnings_of(Config(moe_router_topk=4, moe_grouped_gemm=True)) == []
+
+
+def test_off_is_off_whether_none_or_false_says_it() -> None:
+    model_support.check(Config(fp8=False, add_bias_linear=None))
 
 
 def test_fields_that_no_test_covers_are_named_in_a_warning(
@@ -127,6 +132,8 @@ def test_only_the_first_rank_warns(
     [
         (Config(moe_token_dispatcher_type="flex"), "moe_token_dispatcher_type='flex'"),
         (Config(add_bias_linear=True), "add_bias_linear=True"),
+        (Config(fp8="hybrid"), "fp8='hybrid'"),
+        (Config(fp8=True), "fp8=True"),
         (Config(expert_tensor_parallel_size=2), "expert_tensor_parallel_size=2"),
         (
             Config(recompute_granularity="selective", recompute_modules=["moe_act"]),

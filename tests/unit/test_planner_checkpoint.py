@@ -1,4 +1,4 @@
-"""Planner states on a disk that takes none: the checkpoint stays whole, and one line says so."""
+"""Planner states on a disk that takes none, and what a resumed run says of its groups' states."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from megatron_laer.runtime.planner_checkpoint import save_states, state_path
+from megatron_laer.runtime import planner_checkpoint
+from megatron_laer.runtime.planner_checkpoint import report_resumption, save_states, state_path
 
 pytestmark = pytest.mark.unit
 
@@ -64,3 +66,51 @@ def test_only_the_groups_first_rank_writes(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     save_states(str(tmp_path), coordinator(), storage)
     assert Path(state_path(str(tmp_path), 0)).read_bytes() == b"state"
+
+
+def said(caplog: pytest.LogCaptureFixture, first_step: int, *groups: int | str | None) -> list[str]:
+    """What is logged by a world with a rank per group, which has a state's version, or a problem.
+
+    The ranks are asked one after the other. Rank 0 is the last, and so hears them all.
+    """
+    shares: list[Any] = []
+
+    def gather(everyone: list[Any], mine: Any) -> None:
+        shares.append(mine)
+        everyone[:] = shares + [(None, None)] * (len(groups) - len(shares))
+
+    world = SimpleNamespace(
+        get_world_size=lambda: len(groups),
+        get_rank=lambda: len(groups) - len(shares),
+        all_gather_object=gather,
+    )
+    with (
+        mock.patch.object(planner_checkpoint, "dist", world),
+        caplog.at_level(logging.INFO),
+    ):
+        for found in groups:
+            rank: Any = SimpleNamespace(
+                layers=[None],
+                groups=SimpleNamespace(rank=0),
+                resumed_version=found if isinstance(found, int) else None,
+                resume_problem=found if isinstance(found, str) else None,
+            )
+            report_resumption(rank, first_step)
+    lines = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    return lines
+
+
+def test_a_run_that_was_resumed_says_once_for_all_groups_what_it_goes_on_from(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert said(caplog, 0, None, None) == []
+    (line,) = said(caplog, 30, 7)
+    assert line.endswith("is restored: training goes on with step 30, layout version 7")
+    (line,) = said(caplog, 30, 7, 5, 7)
+    assert line.endswith("layout version 5 to 7, 3 groups")
+    (line,) = said(caplog, 30, 7, "group-1.bin is cut off")
+    assert line.endswith("static layout in 1 of 2 groups: group-1.bin is cut off")
+    # Loaded in a way that asks the plugin nothing, like Megatron's local checkpoints.
+    (line,) = said(caplog, 30, None)
+    assert "planning starts anew, from the static layout: what the run is resumed from" in line

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.unit
 
 N, C, E = 4, 2, 4
 INITIAL = ExpertLayout.static(N, C, E)
-PATIENCE_S = 10.0
+PATIENCE_S = 300.0
 
 Planner = Callable[[Int64, ExpertLayout], object]
 
@@ -123,9 +123,7 @@ def test_ready_gives_the_newest_plan_that_is_old_enough_once(services: Services)
         submit_step(service, step)
     submit_step(service, 9)
     # A wait would forget the earlier plans.
-    deadline_s = time.monotonic() + PATIENCE_S
-    while service._open and time.monotonic() < deadline_s:
-        time.sleep(0.001)
+    service.state(PATIENCE_S)
     assert service.ready(-1) is None
     plan = service.ready(2)
     assert plan is not None
@@ -167,10 +165,8 @@ def test_a_slow_strategy_plans_from_the_newest_counts(services: Services) -> Non
     service = services.start(gate)
     submit_step(service, 0)
     assert gate.entered.acquire(timeout=PATIENCE_S)
-    start_s = time.perf_counter()
     for step in range(1, 50):
-        submit_step(service, step)
-    assert time.perf_counter() - start_s < 1.0  # Never blocks.
+        submit_step(service, step)  # would block for ever if it waited for the planner
     gate.go_on.release(4)
     assert wait_for(service, 0).layouts[0] == made_from(0)
     assert wait_for(service, 49).layouts[0] == made_from(4900)
@@ -184,10 +180,9 @@ def test_waiting_for_a_dropped_step_ends_at_once(services: Services) -> None:
         submit_step(service, step)
         if step == 0:
             assert gate.entered.acquire(timeout=PATIENCE_S)
-    start_s = time.perf_counter()
     assert service.wait(1, PATIENCE_S) is None
-    assert time.perf_counter() - start_s < PATIENCE_S / 2
-    assert "step 1 was dropped" in services.warnings[0]
+    (warning,) = services.warnings  # another one would say that the time was over
+    assert "step 1 was dropped" in warning
     gate.go_on.release(4)
 
 
@@ -320,9 +315,7 @@ def test_a_dead_thread_never_hangs_the_caller(services: Services) -> None:
 
     service = services.start(plan)
     submit_step(service, 0)
-    start_s = time.perf_counter()
     assert service.wait(0, PATIENCE_S) is None
-    assert time.perf_counter() - start_s < PATIENCE_S / 2
     submit_step(service, 1)
     assert service.wait(1, PATIENCE_S) is None
     assert service.ready(1) is None
@@ -346,12 +339,24 @@ def test_close_while_busy_returns_in_time(services: Services) -> None:
 
 def test_close_wakes_a_waiting_caller(services: Services) -> None:
     service = services.start(layout_of)
-    closer = threading.Timer(0.05, service.close, args=(PATIENCE_S,))
-    closer.start()
-    start_s = time.perf_counter()
-    assert service.wait(0, PATIENCE_S) is None
-    assert time.perf_counter() - start_s < PATIENCE_S / 2
+    waits, wait = threading.Event(), service._changed.wait
+
+    def noticed(timeout_s: float | None = None) -> bool:
+        # Under the lock, which `close` gets once the caller has gone to sleep.
+        if threading.current_thread() is threading.main_thread():
+            waits.set()
+        return wait(timeout_s)
+
+    def close() -> None:
+        waits.wait()
+        service.close(PATIENCE_S)
+
+    closer = threading.Thread(target=close)
+    with mock.patch.object(service._changed, "wait", noticed):
+        closer.start()
+        assert service.wait(0, PATIENCE_S) is None
     closer.join()
+    assert services.warnings == ["the planner is closed; layouts stay as they are"]
 
 
 def test_callers_mistakes_are_quoted(services: Services) -> None:

@@ -37,7 +37,7 @@ def run(code: str, **environment: str) -> str:
         capture_output=True,
         text=True,
         env={**os.environ, "MEGATRON_LAER_DEVICE": "cpu", **environment},
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -43,7 +43,7 @@ def rows_NS(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Int64:
     return np.stack([split.rank_row(counts_NE, rank) for rank in range(layout.num_ranks)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases(max_ranks=16, max_experts=24))
 def test_rows_columns_and_loads_equal_the_looped_reference(case: Case) -> None:
     counts_NE, layout, node_size = case
@@ -68,7 +68,7 @@ def test_rows_columns_and_loads_equal_the_looped_reference(case: Case) -> None:
     np.testing.assert_array_equal(totals.own_N, np.diagonal(sent_NN))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(cases())
 def test_quotas_conserve_every_token(case: Case) -> None:
     counts_NE, layout, node_size = case
@@ -84,7 +84,7 @@ def test_quotas_conserve_every_token(case: Case) -> None:
     np.testing.assert_array_equal(np.concatenate(columns, axis=1), quota)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_tokens_stay_in_a_node_that_has_the_expert(case: Case) -> None:
     _, layout, node_size = case
@@ -97,7 +97,7 @@ def test_tokens_stay_in_a_node_that_has_the_expert(case: Case) -> None:
         assert not held_here & sent_away
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_replicas_that_share_differ_by_at_most_one_token(case: Case) -> None:
     _, layout, node_size = case

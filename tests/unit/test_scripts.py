@@ -19,7 +19,7 @@ SCRIPTS.append(_ROOT / ".ci" / "run")
 _PATCHES = sorted(_ROOT.glob("patches/core_v*/fsep.patch"))
 
 
-def shell(*words, cwd=_ROOT, timeout_s=60, **environment):
+def shell(*words, cwd=_ROOT, timeout_s=600, **environment):
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     command = ["bash", *map(str, words)]
     return processes.run(command, timeout_s, env=kept | environment, cwd=cwd)
@@ -62,7 +62,7 @@ def find_python(folder, **environment):
         env={"PATH": str(folder)} | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
 
 
@@ -207,7 +207,7 @@ def test_the_slurm_command_line_trains_on_this_machine(text_data, tmp_path):
         *(_SBATCH, "--", *CPU_FLAGS, "--train-iters", "2", "--global-batch-size", "4"),
         *("--eval-iters", "1", "--num-workers", "0", "--num-layers", "2", "--seq-length", "32"),
         *("--split", "90,10,0", "--data-cache-path", tmp_path),
-        timeout_s=180,
+        timeout_s=1800,
         PYTHON=sys.executable,
         PYTHONPATH=processes.python_path(),
         MODEL="tiny-moe",

@@ -36,7 +36,7 @@ def map_to_slots(
     return (*to_slots(probs, routing_map, slot_expert_S, ranges), row_S)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     tokens=st.integers(0, 40),
     experts=st.integers(1, 12),

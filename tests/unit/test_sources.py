@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import threading
@@ -17,7 +18,8 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.service import PlannerService
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.runtime import sources
-from megatron_laer.runtime.sources import LayoutRecorder, PlannedLayouts, ReplayedLayouts
+from megatron_laer.runtime.layout_recording import LayoutRecorder
+from megatron_laer.runtime.sources import PlannedLayouts, ReplayedLayouts
 from tests.costs import make_costs
 from tests.fuzz import damaged
 
@@ -64,6 +66,7 @@ def test_a_planner_that_hangs_is_waited_for_once_and_its_return_is_noticed(first
 
     warnings: list[str] = []
     with (
+        contextlib.ExitStack() as stack,
         mock.patch.object(sources, "WAIT_TIMEOUT_S", 0.2),
         mock.patch.object(
             PlannerService, "wait", autospec=True, side_effect=PlannerService.wait
@@ -83,6 +86,7 @@ def test_a_planner_that_hangs_is_waited_for_once_and_its_return_is_noticed(first
         assert not plans and source.late_plans == (60 if first == "a step" else 59)
 
         released.set()
+        stack.enter_context(mock.patch.object(sources, "SETTLE_TIMEOUT_S", 300.0))
         # Of the 60 steps the first and the newest are planned, as under `keep`.
         _, plans = source.state()
         assert plans[-1].source_step == 59 and len(plans) <= 3

@@ -56,7 +56,7 @@ def shape_of(geometry: Geometry) -> tuple[int, int, int]:
     return geometry.num_ranks, geometry.capacity, geometry.num_experts
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(geometries(), st.integers(0, 2**16))
 def test_laer_is_legal_repeatable_and_never_costs_more(geometry: Geometry, seed: int) -> None:
     counts_NE = counts_for(seed, geometry)
@@ -76,7 +76,7 @@ def test_laer_is_legal_repeatable_and_never_costs_more(geometry: Geometry, seed:
     assert laer.plan(counts_NE, planned) is planned
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(geometries(), st.integers(0, 2**16))
 def test_laer_balances_no_worse_than_static(geometry: Geometry, seed: int) -> None:
     counts_NE = skewed_counts_NE(geometry, seed)
@@ -91,7 +91,7 @@ def test_laer_balances_no_worse_than_static(geometry: Geometry, seed: int) -> No
     assert largest_load(planned) <= largest_load(static)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(geometries(), st.integers(0, 2**16))
 def test_replica_counts_use_every_slot(geometry: Geometry, seed: int) -> None:
     loads_E = counts_for(seed, geometry).sum(axis=0)
@@ -103,7 +103,7 @@ def test_replica_counts_use_every_slot(geometry: Geometry, seed: int) -> None:
         np.testing.assert_array_equal(layout.replicas_E, replicas_E)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(geometries(), st.integers(0, 2**16))
 def test_even_counts_differ_by_one_with_the_extra_for_the_hottest(
     geometry: Geometry, seed: int

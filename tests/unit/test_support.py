@@ -1,4 +1,7 @@
-"""Every refusal fires for a flag that Megatron's own parser knows, and none without one."""
+"""Every refusal fires for a flag that Megatron's own parser knows, and none without one.
+
+What FSEP needs and nobody gave is filled in.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,13 @@ pytestmark = [pytest.mark.unit, pytest.mark.releases]
 
 # The base line alone is fine; added to it, each of the others is refused for its setting.
 BASE = (
-    "--num-experts 8 --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"
+    "--expert-parallel-mode fsep --num-experts 8 --expert-model-parallel-size 2"
     " --disable-bias-linear --transformer-impl local"
 )
 REFUSED = {
-    "--num-experts absent": ["--num-experts 0"],
+    "--num-experts absent": ["--num-experts 0", "--num-experts -4"],
     "--expert-model-parallel-size 1": ["--expert-model-parallel-size 1"],
-    "--expert-tensor-parallel-size above 1": [
-        "--expert-tensor-parallel-size 2",
-        "--tensor-model-parallel-size 2",
-    ],
+    "--expert-tensor-parallel-size above 1": ["--expert-tensor-parallel-size 2"],
     "--expert-tensor-parallel-num-weight-shards": ["--expert-tensor-parallel-num-weight-shards 2"],
     "--moe-token-dispatcher-type other than alltoall": [
         "--moe-token-dispatcher-type flex",
@@ -41,7 +41,9 @@ REFUSED = {
     "--use-megatron-fsdp": ["--use-megatron-fsdp"],
     "--use-torch-fsdp2": ["--use-torch-fsdp2"],
     "--mtp-use-repeated-layer": ["--mtp-use-repeated-layer"],
-    "--recompute-modules moe_act": ["--recompute-modules core_attn moe_act"],
+    "--recompute-modules moe_act": [
+        "--recompute-granularity selective --recompute-modules core_attn moe_act"
+    ],
     "--cuda-graph-impl other than none": ["--cuda-graph-impl local"],
     "--enable-cuda-graph": ["--enable-cuda-graph"],
     "--external-cuda-graph": ["--external-cuda-graph"],
@@ -67,12 +69,20 @@ REFUSED = {
     ],
 }
 
+# Not refused: Megatron takes each for off, or the size of what is not the experts.
+TAKEN = [
+    "--tensor-model-parallel-size 2",
+    "--moe-expert-capacity-factor -1.0",
+    "--recompute-modules core_attn moe_act",
+    "--recompute-granularity full --recompute-modules moe_act",
+]
+
 PROGRAM = """
 import json, sys
 from megatron_laer.launch import prepare
 prepare()
 from megatron.training import arguments
-from megatron_laer.support import REFUSALS
+from megatron_laer.support import REFUSALS, fill_in
 
 def fired(line):
     words = BASE.split()
@@ -82,6 +92,7 @@ def fired(line):
         words += line.split()
     sys.argv = ["script", *words]
     args = arguments.parse_args()
+    fill_in(args, {})
     return [refusal.setting for refusal in REFUSALS if refusal.given(args) is not None]
 
 print(json.dumps({line: fired(line) for line in LINES}))
@@ -91,19 +102,141 @@ print(json.dumps({line: fired(line) for line in LINES}))
 def test_every_refusal_fires_on_its_own_flags_and_on_no_other() -> None:
     every = [line for lines in REFUSED.values() for line in lines]
     unknown = refused_flags([line for line in every if not line.startswith("WITHOUT ")])
-    lines = ["", *(line for line in every if line not in unknown)]
+    lines = ["", *TAKEN, *(line for line in every if line not in unknown)]
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", f"BASE = {BASE!r}\nLINES = {lines!r}\n{PROGRAM}"],
         capture_output=True,
         text=True,
         env={**os.environ, "MEGATRON_LAER_DEVICE": "cpu"},
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     fired: dict[str, list[str]] = json.loads(result.stdout.splitlines()[-1])
-    assert fired.pop("") == []
+    assert [line for line in ["", *TAKEN] if fired.pop(line)] == []
     expected = {line: [setting] for setting, lines in REFUSED.items() for line in lines}
-    assert fired == {line: expected[line] for line in lines[1:]}
+    assert fired == {line: expected[line] for line in lines if line in expected}
+
+
+# What Megatron makes of the settings that FSEP needs: from the command line, a script's defaults
+# (args_defaults and its own parser), and a checkpoint's arguments.
+SETTINGS_PROGRAM = """
+import contextlib, io, json, sys
+from unittest import mock
+from megatron_laer.launch import prepare
+prepare()
+from argparse import Namespace
+from megatron.training import arguments, checkpointing
+import megatron.training.global_vars
+from megatron_laer import plugin
+
+REST = ("--num-layers 2 --hidden-size 48 --num-attention-heads 4 --seq-length 48"
+        " --max-position-embeddings 48 --micro-batch-size 1 --global-batch-size 4 --train-iters 1"
+        " --lr 1e-3 --disable-bias-linear --transformer-impl local --tensor-model-parallel-size 2"
+        " --sequence-parallel --num-experts 8 --expert-model-parallel-size 2").split()
+
+def outcome(line, of_script, of_parser, of_checkpoint):
+    sys.argv = ["script", *REST, *line.split()]
+    loaded = ({"args": Namespace(**of_checkpoint), "iteration": 1}, "", False, None)
+    def provider(parser):
+        parser.set_defaults(**of_parser)
+        return parser
+    output = io.StringIO()
+    with (
+        contextlib.redirect_stdout(output),
+        mock.patch.object(checkpointing, "_load_base_checkpoint", lambda *_, **__: loaded),
+        mock.patch.object(arguments, "set_global_variables", lambda args: None),
+    ):
+        try:
+            args = arguments.parse_and_validate_args(provider, args_defaults=of_script)
+        except ValueError as error:
+            return str(error)
+        finally:
+            plugin.disable()
+    said = [line for line in output.getvalue().splitlines() if line.startswith("FSEP takes")]
+    return [args.moe_token_dispatcher_type, args.expert_tensor_parallel_size, said]
+
+print(json.dumps([outcome(*case) for case in json.load(sys.stdin)]))
+"""
+
+FSEP = "--expert-parallel-mode fsep"
+DISPATCHER = "--moe-token-dispatcher-type"
+RESUMED = f"{FSEP} --use-checkpoint-args --load there"
+SAID = (
+    "FSEP takes --moe-token-dispatcher-type alltoall --expert-tensor-parallel-size 1, "
+    "which it needs"
+)
+
+Case = tuple[str, dict[str, object], dict[str, object], dict[str, object]]
+
+# Where the model stays as it is, nobody need give them.
+SETTINGS_TAKEN: dict[str, tuple[Case, list[object]]] = {
+    "mode alone": ((FSEP, {}, {}, {}), ["alltoall", 1, [SAID]]),
+    "mode with =": (("--expert-parallel-mode=fsep", {}, {}, {}), ["alltoall", 1, [SAID]]),
+    "given": (
+        (f"{DISPATCHER} alltoall --expert-tensor-parallel-size 1 {FSEP}", {}, {}, {}),
+        ["alltoall", 1, []],
+    ),
+    "script's": (
+        (FSEP, {"expert_tensor_parallel_size": 1}, {}, {}),
+        ["alltoall", 1, ["FSEP takes --moe-token-dispatcher-type alltoall, which it needs"]],
+    ),
+    "checkpoint's": (
+        (RESUMED, {}, {}, {"moe_token_dispatcher_type": "alltoall"}),
+        ["alltoall", 1, ["FSEP takes --expert-tensor-parallel-size 1, which it needs"]],
+    ),
+    "checkpoint without": ((RESUMED, {}, {}, {}), ["alltoall", 1, [SAID]]),
+    "given over a checkpoint's": (
+        (f"{RESUMED} {DISPATCHER} alltoall", {}, {}, {"moe_token_dispatcher_type": "allgather"}),
+        ["alltoall", 1, ["FSEP takes --expert-tensor-parallel-size 1, which it needs"]],
+    ),
+    "standard": (("", {}, {}, {}), ["allgather", 2, []]),
+    "standard from a checkpoint": (
+        (
+            "--use-checkpoint-args --load there",
+            {},
+            {},
+            {"moe_token_dispatcher_type": "alltoall"},
+        ),
+        ["allgather", 2, []],
+    ),
+}
+
+# Another value that somebody gave is not overruled.
+SETTINGS_REFUSED: dict[str, tuple[Case, str]] = {
+    "Megatron's default, given": ((f"{DISPATCHER} allgather {FSEP}", {}, {}, {}), "allgather"),
+    "given with =": ((f"{FSEP} {DISPATCHER}=allgather", {}, {}, {}), "allgather"),
+    "expert tensor parallel": (
+        (f"{FSEP} --expert-tensor-parallel-size 2", {}, {}, {}),
+        "--expert-tensor-parallel-size 2",
+    ),
+    "script's defaults": (
+        (FSEP, {"expert_tensor_parallel_size": 2}, {}, {}),
+        "--expert-tensor-parallel-size 2",
+    ),
+    "script's parser": ((FSEP, {}, {"moe_token_dispatcher_type": "flex"}, {}), "flex"),
+    "checkpoint's": ((RESUMED, {}, {}, {"moe_token_dispatcher_type": "allgather"}), "allgather"),
+    "linear bias": ((f"{RESUMED}", {}, {}, {"add_bias_linear": True}), "--disable-bias-linear"),
+}
+
+
+def test_what_fsep_needs_is_the_default_and_what_somebody_gave_is_not_overruled() -> None:
+    cases = [case for case, _ in (*SETTINGS_TAKEN.values(), *SETTINGS_REFUSED.values())]
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SETTINGS_PROGRAM],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MEGATRON_LAER_DEVICE": "cpu", "RANK": "0", "WORLD_SIZE": "4"},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    outcomes = json.loads(result.stdout.splitlines()[-1])
+    taken = dict(zip(SETTINGS_TAKEN, outcomes, strict=False))
+    assert taken == {name: expected for name, (_, expected) in SETTINGS_TAKEN.items()}
+    refused = dict(zip(SETTINGS_REFUSED, outcomes[len(taken) :], strict=True))
+    for name, (_, quoted) in SETTINGS_REFUSED.items():
+        assert isinstance(refused[name], str), (name, refused[name])
+        assert "fsep cannot run" in refused[name] and quoted in refused[name], (name, refused[name])
 
 
 def test_every_refusal_is_listed_here_once() -> None:

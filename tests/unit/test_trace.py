@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import tracemalloc
 import zipfile
 from importlib.metadata import version
@@ -19,7 +21,7 @@ from packaging.version import Version
 
 from megatron_laer.trace import FORMATS, Trace, TraceWriter, read_trace
 from megatron_laer.trace.recording import MAGIC, recording_path
-from tests.fuzz import damaged
+from tests.fuzz import bytes_read, damaged
 
 pytestmark = pytest.mark.unit
 
@@ -34,7 +36,7 @@ def some_counts(seed, steps=3, layers=2, microbatches=2, ranks=2, experts=4, mos
 
 def write_recording(path, counts, first_step=0, layers=None):
     names = layers or [f"decoder.{layer}" for layer in range(counts.shape[1])]
-    writer = TraceWriter(path, counts.shape[3], counts.shape[4], names)
+    writer = TraceWriter(path, counts.shape[3], counts.shape[4], names, first_step)
     for step, layer, microbatch in np.ndindex(counts.shape[:3]):
         writer.append(first_step + step, layer, microbatch, counts[step, layer, microbatch])
     writer.close()
@@ -112,9 +114,7 @@ def assert_holds(trace, counts, steps=None):
 
 
 @given(seed=st.integers(0, 99), most=st.sampled_from([2, 256, 257, 70_000, 2**31]))
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_recording_gives_back_every_count(tmp_path, seed, most):
     path = tmp_path / "group.trace"
     path.unlink(missing_ok=True)
@@ -134,7 +134,7 @@ def test_a_count_takes_as_many_bytes_as_its_record_needs(tmp_path):
     assert np.diff(sizes).tolist() == [8 * 16, 2 * 8 * 16]
 
 
-def test_a_recording_cut_anywhere_is_readable_up_to_its_last_complete_record(tmp_path):
+def test_a_recording_cut_anywhere_is_readable_up_to_its_last_complete_record(tmp_path, caplog):
     path = tmp_path / "group.trace"
     counts = some_counts(0, steps=2, layers=1, microbatches=2, most=200)
     write_recording(path, counts)
@@ -149,7 +149,11 @@ def test_a_recording_cut_anywhere_is_readable_up_to_its_last_complete_record(tmp
                 read_trace(path)
         else:
             expected = counts.reshape(-1, *counts.shape[3:])[:complete]
+            caplog.clear()
             np.testing.assert_array_equal(read_trace(path).counts_RNE, expected)
+            left_out = (length - header) % record_bytes
+            said = f"group.trace: its last {left_out} bytes are no whole record and are left out"
+            assert (said in caplog.text) == (left_out > 0) == bool(caplog.text)
 
 
 @pytest.mark.parametrize("rest", [b"\0" * 100, b"\0" * 3])
@@ -158,6 +162,37 @@ def test_zeros_at_the_end_are_no_records(tmp_path, rest):
     counts = some_counts(0)
     write_recording(path, counts)
     path.write_bytes(path.read_bytes() + rest)
+    assert_holds(read_trace(path), counts)
+    write_recording(path, some_counts(1, steps=1), first_step=3)  # as after a loss of power
+    assert_holds(read_trace(path), np.concatenate([counts, some_counts(1, steps=1)]))
+
+
+def test_a_damaged_last_record_is_left_out_and_what_follows_later_is_readable(tmp_path):
+    path = tmp_path / "group.trace"
+    counts = some_counts(0, steps=2, layers=1, microbatches=1)
+    write_recording(path, counts)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert_holds(read_trace(path), counts[:1])
+    write_recording(path, counts[1:], first_step=1)
+    assert_holds(read_trace(path), counts)
+
+
+def test_a_huge_tail_is_refused_where_it_begins_and_is_not_read(tmp_path):
+    path = tmp_path / "group.trace"
+    counts = some_counts(0)
+    write_recording(path, counts)
+    size = path.stat().st_size
+    os.truncate(path, 50 * 10**9)  # takes no place on disk
+    before = bytes_read()
+    problem = rf"group\.trace, byte {size}: 0 bytes per count, .* a copy of {size} bytes"
+    with pytest.raises(ValueError, match=problem):
+        read_trace(path)
+    with pytest.raises(ValueError, match=problem):
+        write_recording(path, counts, first_step=2)
+    assert bytes_read() - before < 10**7
+    os.truncate(path, size)
     assert_holds(read_trace(path), counts)
 
 
@@ -217,6 +252,9 @@ def test_a_step_back_rewinds_and_a_repeated_record_replaces(tmp_path):
     trace = read_trace(tmp_path / "x.trace")
     assert trace.step_R.tolist() == [0, 1]
     np.testing.assert_array_equal(trace.counts_RNE, counts[[0, 0]])
+    aside = read_trace(tmp_path / "x.cut-from-1.trace")
+    assert aside.step_R.tolist() == [1, 2]
+    np.testing.assert_array_equal(aside.counts_RNE, counts[[1, 2]])
 
 
 def test_a_recording_of_another_shape_is_not_overwritten(tmp_path):
@@ -224,7 +262,7 @@ def test_a_recording_of_another_shape_is_not_overwritten(tmp_path):
     write_recording(path, some_counts(1))
     content = path.read_bytes()
     with pytest.raises(
-        ValueError, match=r"group\.trace begins with .*\"num_ranks\":2.*another path"
+        ValueError, match=r"group\.trace begins with .*\"num_ranks\":2.*another folder"
     ):
         TraceWriter(path, 4, 4, ["decoder.0", "decoder.1"])
     path_of_text = tmp_path / "notes.txt"
@@ -234,32 +272,15 @@ def test_a_recording_of_another_shape_is_not_overwritten(tmp_path):
     assert path.read_bytes() == content and path_of_text.read_text() == "dear diary"
 
 
-def test_a_full_disk_leaves_a_readable_recording(tmp_path):
+def test_steps_that_are_missing_before_those_of_a_resumed_run_are_said(tmp_path, caplog):
     path = tmp_path / "group.trace"
-    counts = some_counts(1, layers=1, microbatches=1)
-    writer = TraceWriter(path, 2, 4, ["a"])
-    writer.append(0, 0, 0, counts[0, 0, 0])
-    file = writer._file
-
-    class FullAfterTenBytes:
-        left = 10
-
-        def write(self, content):
-            if self.left == 0:
-                raise OSError(28, "No space left on device")
-            written, self.left = file.write(content[: self.left]), 0
-            return written
-
-        def __getattr__(self, name):
-            return getattr(file, name)
-
-    writer._file = FullAfterTenBytes()
-    with pytest.raises(OSError, match="No space"):
-        writer.append(1, 0, 0, counts[1, 0, 0])
-    writer._file = file
-    writer.append(2, 0, 0, counts[2, 0, 0])
-    writer.close()
-    assert_holds(read_trace(path), counts[[0, 2]], steps=[0, 2])
+    counts = some_counts(1)
+    write_recording(path, counts)
+    write_recording(path, counts, first_step=3)
+    assert not caplog.text
+    write_recording(path, counts, first_step=9)
+    assert "nothing is recorded of steps 6 to 8, which an earlier run made" in caplog.text
+    assert sorted(set(read_trace(path).step_R)) == [*range(6), 9, 10, 11]
 
 
 @pytest.mark.parametrize(
@@ -548,7 +569,13 @@ def test_a_long_table_may_leave_out_zeros_and_order(tmp_path):
         ("expert,tokens", "0, ,0,0,1,1", "line 2: the layer is empty"),
         ("expert,tokens", "0,0,0,0,1", "line 2: 5 values, expected 6"),
         ("expert,tokens", "0,0,0,0,1,1\n0,0,0,0,1,2", "source_rank 0, expert 1 is there twice"),
-        ("expert,tokens", "0,0,0,900000,32000,1", "implausible for"),
+        ("expert,tokens", "0,0,0,0,1,1\n0,0,0,9,1,1", "is of source rank 9, none is of rank 1;"),
+        ("expert,tokens", "0,0,0,1000000,1,1", "is of source rank 1000000, none is of rank 0;"),
+        (
+            "expert,tokens",
+            "\n".join(f"{step},0,0,0,32000,1" for step in range(99)),
+            "99 records of 1 ranks and 32001 experts would take .* implausible for",
+        ),
         ("expert,tokens", "", "the trace holds no records"),
         ("expert,count", "0,0,0,0,1,1", "line 1: the columns are 'step,layer,.*expert,count'"),
         ("expert_0,expert_2", "0,0,0,0,1,1", "line 1: the columns are"),
@@ -560,6 +587,75 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path, columns, line, problem):
     path.write_text(f"step,layer,microbatch,source_rank,{columns}\n{line}\n")
     with pytest.raises(ValueError, match=rf"x\.csv.*{problem}"):
         read_trace(path)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "router_trace_rank0.jsonl"])
+def test_an_endless_line_is_refused_without_reading_on(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("step,layer,microbatch,source_rank,expert,tokens\n" if "csv" in name else "")
+    os.truncate(path, 2**36)
+    format = "csv" if "csv" in name else "megatron"
+    with (
+        mock.patch("megatron_laer.memory.available_bytes", return_value=2**50),
+        pytest.raises(ValueError, match=r"line [12]: longer than 33,554,432 characters"),
+    ):
+        read_trace(path, format)
+
+
+def test_a_table_for_which_memory_does_not_suffice_is_refused(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("step,layer,microbatch,source_rank,expert,tokens\n0,0,0,0,0,1\n")
+    with (
+        mock.patch("megatron_laer.memory.available_bytes", return_value=99),
+        pytest.raises(ValueError, match=r"x\.csv would take about .* GiB of memory, .* part"),
+    ):
+        read_trace(path)
+    with mock.patch("megatron_laer.memory.available_bytes", return_value=2**12):
+        assert len(read_trace(path)) == 1
+
+
+@pytest.mark.parametrize("format", [None, *FORMATS])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_may_never_end_is_not_opened(tmp_path, format, kind):
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "pipe"
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(
+        ValueError, match=rf"is (a {kind}|a file); give (a regular file|the folder)"
+    ):
+        read_trace(path, format)
+
+
+def test_pipes_among_the_files_of_a_folder_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "router_trace_rank0.jsonl")
+    with pytest.raises(ValueError, match=r"rank0\.jsonl' is a pipe"):
+        read_trace(tmp_path, "megatron")
+    os.mkfifo(tmp_path / "table_iter0_rank0.log")
+    with pytest.raises(ValueError, match=r"rank0\.log' is a pipe"):
+        read_trace(tmp_path, "smartmoe")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("router_trace_rank0.jsonl", "router_trace_rank00.jsonl"),
+        ("table_iter1_rank0.log", "table_iter01_rank0.log"),
+    ],
+)
+def test_two_files_of_one_rank_are_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("x")
+    with pytest.raises(ValueError, match="are of one rank; move one away"):
+        read_trace(tmp_path)
+
+
+def test_a_header_of_npz_that_exhausts_its_parser_is_damage(tmp_path):
+    header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (" + b"-" * 9000 + b"1,)}\n"
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        size = len(header).to_bytes(2, "little")
+        archive.writestr("tokens.npy", b"\x93NUMPY\x01\x00" + size + header)
+    with pytest.raises(ValueError, match=r"x\.npz is not a trace in npz"):
+        read_trace(tmp_path / "x.npz")
 
 
 # Telling formats apart.
@@ -581,7 +677,12 @@ def test_what_is_no_trace_is_refused_with_the_formats_there_are(tmp_path):
 
 def test_a_folder_stands_for_its_only_recording(tmp_path):
     counts = some_counts(1)
-    write_recording(recording_path(tmp_path, 0), counts)
+    path = recording_path(tmp_path, 0)
+    write_recording(path, counts)
+    write_recording(path, counts[1:], first_step=1)
+    assert (tmp_path / "group-0.cut-from-1.trace").exists()
+    # As a killed run leaves it.
+    shutil.copy(path, tmp_path / ".group-0.trace.0123456789abcdef.tmp")
     assert_holds(read_trace(tmp_path), counts)
     write_recording(recording_path(tmp_path, 1), counts)
     with pytest.raises(ValueError, match=r"recordings of 2 FSEP groups; give one.*group-0\.trace"):

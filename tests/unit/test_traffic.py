@@ -114,14 +114,14 @@ def assert_equal(a: Traffic, b: Traffic) -> None:
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(cases(max_ranks=12), st.sampled_from(EXCHANGES))
 def test_the_formula_equals_a_count_message_by_message(case: Case, algorithm: str) -> None:
     formula = restore_traffic(case.layout, case.node_size, case.matrices, algorithm, case.changed_S)
     assert_equal(formula, traffic_by_message(case, algorithm))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(cases(max_ranks=12), st.sampled_from(EXCHANGES))
 def test_so_does_the_formula_where_ranks_keep_a_layout(case: Case, algorithm: str) -> None:
     formula = restore_traffic(
@@ -130,7 +130,7 @@ def test_so_does_the_formula_where_ranks_keep_a_layout(case: Case, algorithm: st
     assert_equal(formula, traffic_by_message(case, algorithm, keep=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cases(max_ranks=12), st.sampled_from(EXCHANGES))
 def test_gradients_travel_as_a_full_restore_backwards(case: Case, algorithm: str) -> None:
     case.changed_S[:] = True
@@ -145,7 +145,7 @@ def per_node(elements_N: np.ndarray, node_size: int) -> np.ndarray:
     return elements_N.reshape(-1, node_size).sum(axis=1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(max_ranks=1024))
 def test_no_node_receives_or_sends_more_across_nodes_than_flat(case: Case) -> None:
     for keep in ({"changed_S": case.changed_S}, {"before": case.before}, {}):
@@ -160,7 +160,7 @@ def test_no_node_receives_or_sends_more_across_nodes_than_flat(case: Case) -> No
             assert (by_node <= by_flat).all(), (name, keep)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(max_ranks=1024, even_rows=True))
 def test_no_rank_receives_or_sends_more_across_nodes_where_rows_are_even(case: Case) -> None:
     for formula in (restore_traffic, reduce_traffic):

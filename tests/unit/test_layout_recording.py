@@ -1,0 +1,156 @@
+"""Recordings of layouts: what is refused to be read, and to be opened by the group's first rank."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_laer import files
+from megatron_laer.config import FSEPConfig
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.runtime.layout_recording import LayoutRecorder, LayoutRecording
+from megatron_laer.runtime.lead_rank import LeadRank
+from megatron_laer.trace import TraceWriter
+from tests.costs import make_costs
+from tests.fuzz import bytes_read
+
+pytestmark = pytest.mark.unit
+
+GEOMETRY = Geometry(num_ranks=2, num_experts=4, capacity=3, node_size=2)
+LAYERS = ["layer 1", "layer 2"]
+CONFIG = FSEPConfig()
+REGIME = {
+    "split": CONFIG.split,
+    "plan_mode": CONFIG.mode,
+    "imbalance_tolerance": CONFIG.imbalance_tolerance,
+}
+LAYOUT = ExpertLayout.static(2, 3, 4)
+
+
+def record(path: Path, steps: int = 3) -> None:
+    recorder = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0)
+    for step in range(steps):
+        recorder.record(step, [LAYOUT] * len(LAYERS))
+    recorder.close()
+
+
+def first_rank(config: FSEPConfig, first_step: int = 0) -> LeadRank:
+    layers: Any = [SimpleNamespace(name=name, layout=LAYOUT) for name in LAYERS]
+    return LeadRank(
+        config,
+        GEOMETRY,
+        make_costs(),
+        layers,
+        group_index=0,
+        first_step=first_step,
+        resumed=None,
+    )
+
+
+@pytest.mark.parametrize("opened", [LayoutRecording, LayoutRecorder], ids=["replay", "resume"])
+def test_a_huge_tail_is_refused_where_it_begins_and_is_not_read(
+    tmp_path: Path, opened: type
+) -> None:
+    path = tmp_path / "group-0.jsonl"
+    record(path)
+    os.truncate(path, 50 * 10**9)  # takes no place on disk
+    before = bytes_read()
+    first_step = (5,) if opened is LayoutRecorder else ()
+    with pytest.raises(ValueError, match=r"group-0\.jsonl, line 5: has more than \d+ bytes"):
+        opened(path, GEOMETRY, REGIME, LAYERS, *first_step)
+    assert bytes_read() - before < 10**7
+
+
+def test_the_longest_line_that_a_recorder_writes_is_read(tmp_path: Path) -> None:
+    geometry = Geometry(num_ranks=8, num_experts=1000, capacity=1000, node_size=8)
+    layout = ExpertLayout.static(8, 1000, 1000)
+    path = tmp_path / "group-0.jsonl"
+    recorder = LayoutRecorder(path, geometry, REGIME, LAYERS, first_step=0)
+    recorder.record(2**53, [layout] * len(LAYERS))
+    recorder.close()
+    recording = LayoutRecording(path, geometry, REGIME, LAYERS)
+    assert recording.layouts(2**53) == [layout] * len(LAYERS)
+    recording.close()
+
+
+def test_a_replay_takes_layouts_from_the_file_that_it_has_checked(tmp_path: Path) -> None:
+    path = tmp_path / "group-0.jsonl"
+    record(path)
+    recording = LayoutRecording(path, GEOMETRY, REGIME, LAYERS)
+    resumed = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=1)
+    resumed.record(1, [ExpertLayout.random(2, 3, 4, (1,))] * len(LAYERS))
+    resumed.close()
+    assert [recording.layouts(step) for step in range(3)] == [[LAYOUT] * len(LAYERS)] * 3
+    recording.close()
+
+
+def test_a_last_line_without_its_end_is_named_and_what_would_help(tmp_path: Path) -> None:
+    path = tmp_path / "group-0.jsonl"
+    record(path)
+    os.truncate(path, path.stat().st_size - 5)
+    with pytest.raises(ValueError, match=r"line 4: .*has no end: without it, the rest can be read"):
+        LayoutRecording(path, GEOMETRY, REGIME, LAYERS)
+
+
+def test_a_pipe_is_no_recording(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "group-0.jsonl")
+    with pytest.raises(ValueError, match=r"cannot read .*is a pipe"):
+        LayoutRecording(tmp_path / "group-0.jsonl", GEOMETRY, REGIME, LAYERS)
+    with pytest.raises(ValueError, match="is a pipe"):
+        LayoutRecorder(tmp_path / "group-0.jsonl", GEOMETRY, REGIME, LAYERS, 0)
+
+
+@pytest.mark.parametrize("link", ["folder", "symbolic", "hard"])
+@pytest.mark.parametrize("first_step", [0, 1])
+def test_a_replay_over_its_own_recording_is_refused_by_whatever_name(
+    tmp_path: Path, link: str, first_step: int
+) -> None:
+    (tmp_path / "old").mkdir()
+    # Of another group: links may have any name.
+    record(tmp_path / "old" / "group-0.jsonl")
+    record(tmp_path / "old" / "group-1.jsonl")
+    content = (tmp_path / "old" / "group-1.jsonl").read_bytes()
+    if link == "folder":
+        (tmp_path / "new").symlink_to("old")
+    else:
+        (tmp_path / "new").mkdir()
+        path = tmp_path / "new" / "group-0.jsonl"
+        if link == "symbolic":
+            path.symlink_to("../old/group-1.jsonl")
+        else:
+            path.hardlink_to(tmp_path / "old" / "group-1.jsonl")
+    config = FSEPConfig(
+        replay_layouts=str(tmp_path / "old"), record_layouts=str(tmp_path / "old/../new")
+    )
+    with pytest.raises(ValueError, match=r"--fsep-record-layouts .* would write over the input"):
+        first_rank(config, first_step)
+    assert (tmp_path / "old" / "group-1.jsonl").read_bytes() == content
+
+
+def test_a_replay_is_recorded_to_another_folder(tmp_path: Path) -> None:
+    record(tmp_path / "old" / "group-0.jsonl")
+    config = FSEPConfig(replay_layouts=str(tmp_path / "old"), record_layouts=str(tmp_path / "new"))
+    rank = first_rank(config)
+    for step in range(3):
+        layouts = rank.due(step)
+        assert layouts is not None
+        rank.applied(step, layouts)
+    rank.close()
+    new, old = (tmp_path / name / "group-0.jsonl" for name in ("new", "old"))
+    assert new.read_bytes() == old.read_bytes()
+
+
+def test_a_start_that_fails_names_the_flag_and_lets_go_of_what_it_opened(tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path / "traces" / "group-0.trace", 2, 4, LAYERS)
+    layouts, traces = str(tmp_path / "layouts"), str(tmp_path / "traces")
+    config = FSEPConfig(record_layouts=layouts, record_trace=traces)
+    with pytest.raises(ValueError, match=rf"--fsep-record-trace '{traces}': .*another run"):
+        first_rank(config)
+    files.open_exclusively(tmp_path / "layouts" / "group-0.jsonl").close()
+    writer.close()
+    first_rank(config).close()

@@ -1,0 +1,373 @@
+"""How recordings are kept, of routing and of layouts: nothing that was recorded is ever lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import numpy as np
+import pytest
+
+from megatron_laer import files
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.recording_file import is_cut_off
+from megatron_laer.runtime.layout_recording import LayoutRecorder, LayoutRecording
+from megatron_laer.trace import TraceWriter, read_trace
+
+pytestmark = pytest.mark.unit
+
+NUM_RANKS, NUM_EXPERTS, CAPACITY = 2, 4, 3
+LAYERS = ["layer 1", "layer 2"]
+
+
+class Writer(Protocol):
+    """Records one step after the other."""
+
+    def step(self, step: int, seed: int) -> None:
+        """Record a step whose content depends on both."""
+
+    def close(self) -> None:
+        """Close the recording."""
+
+
+class Traces:
+    """Recordings of routing."""
+
+    name = "group-0.trace"
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self._writer = TraceWriter(path, NUM_RANKS, NUM_EXPERTS, LAYERS, first_step)
+        self.close = self._writer.close
+
+    def step(self, step: int, seed: int) -> None:
+        """Record a microbatch of each layer."""
+        for layer in range(len(LAYERS)):
+            self._writer.append(step, layer, 0, self._counts(step, seed + layer))
+
+    @staticmethod
+    def _counts(step: int, seed: int) -> np.ndarray:
+        return np.full((NUM_RANKS, NUM_EXPERTS), 1000 * step + seed)
+
+    @staticmethod
+    def read(path: Path) -> dict[int, int]:
+        """The seed of every step."""
+        trace = read_trace(path)
+        firsts = np.flatnonzero(trace.layer_R == 0)
+        return {
+            int(trace.step_R[at]): int(trace.counts_RNE[at, 0, 0] - 1000 * trace.step_R[at])
+            for at in firsts
+        }
+
+
+class Layouts:
+    """Recordings of layouts."""
+
+    name = "group-0.jsonl"
+    geometry = Geometry(NUM_RANKS, NUM_EXPERTS, CAPACITY, NUM_RANKS)
+    regime: ClassVar = {"split": "exact"}
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self._writer = LayoutRecorder(path, self.geometry, self.regime, LAYERS, first_step)
+        self.close = self._writer.close
+
+    def step(self, step: int, seed: int) -> None:
+        """Record a layout of each layer."""
+        self._writer.begin_step(step)
+        self._writer.record(step, [self._layout(step, seed)] * len(LAYERS))
+
+    @staticmethod
+    def _layout(step: int, seed: int) -> ExpertLayout:
+        return ExpertLayout.random(NUM_RANKS, CAPACITY, NUM_EXPERTS, (step, seed))
+
+    @classmethod
+    def read(cls, path: Path) -> dict[int, int]:
+        """The seed of every step."""
+        recording = LayoutRecording(path, cls.geometry, cls.regime, LAYERS)
+        found = {}
+        for step in range(20):
+            layouts = recording.layouts(step)
+            if layouts is not None:
+                (found[step],) = (s for s in (1, 2, 3) if layouts[0] == cls._layout(step, s))
+        recording.close()
+        return found
+
+
+Kind = type[Traces] | type[Layouts]
+
+
+@pytest.fixture(params=[Traces, Layouts], ids=["traces", "layouts"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """What is recorded."""
+    chosen: Kind = request.param
+    return chosen
+
+
+def record(kind: Kind, path: Path, steps: range, seed: int) -> None:
+    """A run that records these steps."""
+    writer = kind(path, steps[0])
+    for step in steps:
+        writer.step(step, seed)
+    writer.close()
+
+
+def test_a_new_run_in_a_used_folder_is_refused_and_told_the_way_out(
+    kind: Kind, tmp_path: Path
+) -> None:
+    path = tmp_path / kind.name
+    record(kind, path, range(5), seed=1)
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match=r"holds the steps of an earlier run.*an empty folder, or"):
+        kind(path, 0)
+    assert path.read_bytes() == content and os.listdir(tmp_path) == [kind.name]
+
+
+def test_a_run_that_ended_before_its_first_step_leaves_the_folder_to_the_next(
+    kind: Kind, tmp_path: Path
+) -> None:
+    kind(tmp_path / kind.name, 0).close()
+    record(kind, tmp_path / kind.name, range(2), seed=1)
+    assert kind.read(tmp_path / kind.name) == {0: 1, 1: 1}
+
+
+def test_a_second_writer_is_refused_until_the_first_has_ended(kind: Kind, tmp_path: Path) -> None:
+    path = tmp_path / kind.name
+    first = kind(path, 0)
+    first.step(0, 1)
+    for first_step in (0, 1):
+        with pytest.raises(files.InUseError, match="is being written by another run"):
+            kind(path, first_step)
+    first.step(1, 1)
+    first.close()
+    assert kind.read(path) == {0: 1, 1: 1}
+    kind(path, 2).close()
+
+
+def test_a_recording_stays_locked_after_steps_were_moved_aside(kind: Kind, tmp_path: Path) -> None:
+    path = tmp_path / kind.name
+    record(kind, path, range(5), seed=1)
+    resumed = kind(path, 3)
+    with pytest.raises(files.InUseError):
+        kind(path, 3)
+    resumed.close()
+
+
+def test_steps_that_a_resumed_run_makes_again_are_moved_beside(
+    kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / kind.name
+    record(kind, path, range(5), seed=1)
+    record(kind, path, range(3, 6), seed=2)
+    assert kind.read(path) == {0: 1, 1: 1, 2: 1, 3: 2, 4: 2, 5: 2}
+    aside = path.with_stem("group-0.cut-from-3")
+    assert kind.read(aside) == {3: 1, 4: 1}
+    assert sorted(tmp_path.iterdir()) == sorted([path, aside])
+    assert is_cut_off(aside) and not is_cut_off(path)
+    assert [message for message in caplog.messages if aside.name in message] == [
+        f"FSEP: {path}: what was recorded from step 3 on has been moved to {aside.name}"
+    ]
+
+
+def test_what_was_moved_beside_before_is_not_overwritten(kind: Kind, tmp_path: Path) -> None:
+    path = tmp_path / kind.name
+    record(kind, path, range(5), seed=1)
+    for seed in (2, 3):
+        record(kind, path, range(3, 5), seed=seed)
+    record(kind, path, range(1, 2), seed=2)
+    assert kind.read(path) == {0: 1, 1: 2}
+    assert kind.read(path.with_stem("group-0.cut-from-3")) == {3: 1, 4: 1}
+    assert kind.read(path.with_stem("group-0.cut-from-3.2")) == {3: 2, 4: 2}
+    assert kind.read(path.with_stem("group-0.cut-from-1")) == {1: 1, 2: 1, 3: 3, 4: 3}
+
+
+def test_a_run_that_goes_on_where_the_recording_ends_changes_nothing_in_it(
+    kind: Kind, tmp_path: Path
+) -> None:
+    path = tmp_path / kind.name
+    record(kind, path, range(3), seed=1)
+    content, inode = path.read_bytes(), path.stat().st_ino
+    record(kind, path, range(3, 5), seed=2)
+    assert path.read_bytes().startswith(content) and path.stat().st_ino == inode
+    assert kind.read(path) == {0: 1, 1: 1, 2: 1, 3: 2, 4: 2}
+    assert os.listdir(tmp_path) == [kind.name]
+
+
+@pytest.mark.parametrize("back_to", [0, 2])
+def test_steps_are_moved_beside_when_the_step_goes_back_within_a_run(
+    kind: Kind, tmp_path: Path, back_to: int
+) -> None:
+    path = tmp_path / kind.name
+    writer = kind(path, 0)
+    for step in range(4):
+        writer.step(step, 1)
+    for step in range(back_to, 3):
+        writer.step(step, 2)
+    writer.close()
+    assert kind.read(path) == {step: 1 if step < back_to else 2 for step in range(3)}
+    aside = path.with_stem(f"group-0.cut-from-{back_to}")
+    assert kind.read(aside) == dict.fromkeys(range(back_to, 4), 1)
+
+
+def test_layouts_that_did_not_change_again_are_moved_beside_as_well(tmp_path: Path) -> None:
+    path = tmp_path / Layouts.name
+    record(Layouts, path, range(5), seed=1)
+    writer = LayoutRecorder(path, Layouts.geometry, Layouts.regime, LAYERS, 4)
+    writer.begin_step(4)
+    writer.begin_step(2)
+    writer.close()
+    assert Layouts.read(path) == {0: 1, 1: 1}
+
+
+def test_a_recording_behind_a_link_is_kept_where_it_lies(kind: Kind, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    path, link = tmp_path / "disk" / kind.name, tmp_path / "link"
+    link.symlink_to(path)
+    record(kind, link, range(5), seed=1)
+    record(kind, link, range(3, 5), seed=2)
+    assert link.is_symlink() and kind.read(path)[3] == 2
+    assert kind.read(path.with_stem("group-0.cut-from-3")) == {3: 1, 4: 1}
+
+
+def test_a_hard_link_to_a_recording_keeps_what_was_moved_aside(kind: Kind, tmp_path: Path) -> None:
+    path, other = tmp_path / kind.name, tmp_path / "other"
+    record(kind, path, range(5), seed=1)
+    other.hardlink_to(path)
+    record(kind, path, range(3, 5), seed=2)
+    assert kind.read(other) == dict.fromkeys(range(5), 1)
+
+
+def test_temporary_files_of_a_killed_run_are_removed_when_the_recording_is_opened(
+    kind: Kind, tmp_path: Path
+) -> None:
+    others = {f".{kind.name}.tmp", ".other.0123456789abcdef.tmp"}
+    for name in (*others, f".{kind.name}.0123456789abcdef.tmp"):
+        (tmp_path / name).touch()
+    kind(tmp_path / kind.name, 0).close()
+    assert set(os.listdir(tmp_path)) == {kind.name, *others}
+
+
+def test_what_a_killed_run_left_of_its_last_record_is_cut_off_and_said(
+    kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / kind.name
+    record(kind, path, range(3), seed=1)
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    record(kind, path, range(2, 3), seed=2)
+    assert "bytes are no whole record and are left out" in caplog.text
+    assert kind.read(path) == {0: 1, 1: 1, 2: 2}
+    assert path.stat().st_size == size
+
+
+@contextlib.contextmanager
+def full_disk(free: Path, more_bytes: int) -> Iterator[None]:
+    """No file of this process grows beyond a file's size and some bytes: a write is cut there."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free.stat().st_size + more_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_a_recording_that_ends_with_a_whole_record(
+    kind: Kind, tmp_path: Path
+) -> None:
+    path = tmp_path / kind.name
+    writer = kind(path, 0)
+    writer.step(0, 1)
+    with full_disk(path, 10), pytest.raises(OSError, match=kind.name):
+        writer.step(1, 1)
+    assert kind.read(path) == {0: 1}
+    writer.step(2, 1)
+    writer.close()
+    assert kind.read(path) == {0: 1, 2: 1}
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_disk_that_is_too_full_to_move_steps_aside_leaves_all_where_it_is(
+    kind: Kind, tmp_path: Path, step: int
+) -> None:
+    path = tmp_path / kind.name
+    record(kind, path, range(5), seed=1)
+    content = path.read_bytes()
+    # Of step 1 the copy of what goes does not fit, of step 4 the copy of what stays.
+    with full_disk(path, -len(content) // 2), pytest.raises(OSError, match=kind.name):
+        kind(path, step)
+    assert path.read_bytes() == content and os.listdir(tmp_path) == [kind.name]
+    record(kind, path, range(step, step + 1), seed=2)
+    assert kind.read(path) == {**dict.fromkeys(range(step), 1), step: 2}
+    assert kind.read(path.with_stem(f"group-0.cut-from-{step}"))[4] == 1
+
+
+CUT_AT = 3
+# What happens on disk while steps are moved aside, in this order; the run is killed before each.
+PHASES = (
+    "copy of what goes",
+    "copy of what stays",
+    "fsync of what goes",
+    "rename of what goes",
+    "fsync of the folder",
+    "fsync of what stays",
+    "rename of what stays",
+    "fsync of the folder again",
+    "end",
+)
+
+_KILLED_RUN = """
+import os, signal, sys
+from pathlib import Path
+from megatron_laer import files
+from megatron_laer.recording_file import RecordingFile
+from tests.unit.test_recording_file import CUT_AT, Layouts, Traces
+
+kind = {kind.__name__: kind for kind in (Traces, Layouts)}[sys.argv[1]]
+left = int(sys.argv[3])
+
+def killing_before(function):
+    def counted(*args):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return function(*args)
+    return counted
+
+RecordingFile._copy = killing_before(RecordingFile._copy)
+os.fsync, os.replace = killing_before(os.fsync), killing_before(os.replace)
+writer = kind(Path(sys.argv[2]), CUT_AT)
+assert left == 0, left
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.counts(fault_runs=1)
+@pytest.mark.parametrize("phase", range(len(PHASES)), ids=PHASES)
+def test_a_run_killed_while_it_moves_steps_aside_leaves_the_old_recording_or_the_new(
+    kind: Kind, tmp_path: Path, phase: int
+) -> None:
+    path = tmp_path / kind.name
+    record(kind, path, range(5), seed=1)
+    command = [sys.executable, "-c", _KILLED_RUN, kind.__name__, str(path), str(phase)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+    is_new = phase > PHASES.index("rename of what stays")
+    kept = range(CUT_AT if is_new else 5)
+    assert kind.read(path) == dict.fromkeys(kept, 1)
+    aside = path.with_stem(f"group-0.cut-from-{CUT_AT}")
+    if phase > PHASES.index("rename of what goes"):
+        assert kind.read(aside) == {3: 1, 4: 1}
+    temporary = [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+    assert len(temporary) == 2 - is_new - aside.exists()
+
+    record(kind, path, range(CUT_AT, 6), seed=2)
+    assert kind.read(path) == {0: 1, 1: 1, 2: 1, 3: 2, 4: 2, 5: 2}
+    assert kind.read(aside) == {3: 1, 4: 1}
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
