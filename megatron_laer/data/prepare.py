@@ -120,7 +120,7 @@ def _formats(files: Sequence[Path], text_format: str | None, json_key: str | Non
 def _check_lengths(files: Sequence[Path], formats: Sequence[str], encoder: Tokenizer) -> None:
     for path, text_format in zip(files, formats, strict=True):
         if text_format == "text":
-            check_length(quoted(path), path.stat().st_size, encoder.max_file_bytes)
+            check_length(path, path.stat().st_size, encoder.max_file_bytes)
 
 
 def _bar(files: Iterable[Path], progress: bool) -> tqdm:

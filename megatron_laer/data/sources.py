@@ -42,10 +42,13 @@ def find_sources(inputs: Iterable[str | os.PathLike[str]], follow_links: bool = 
             regular file, or holds no text.
     """
     sources = Sources()
-    paths = [Path(path) for path in as_list(inputs)]
-    if not paths:
+    inputs = as_list(inputs)
+    if not inputs:
         raise ValueError("inputs is empty: name at least one text file or directory")
-    for path in paths:
+    for given in inputs:
+        if not os.fspath(given):
+            raise ValueError("an input is '', the empty path; write . for this directory")
+        path = Path(given)
         if path.is_dir():
             # A folder of sources holds empty files by custom; named singly, one is a mistake.
             found = [file for file in _walk(path, sources, follow_links) if file.stat().st_size]

@@ -68,7 +68,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return _Bytes()
-    if not Path(name).is_dir():
+    if not name or not Path(name).is_dir():
         raise ValueError(
             f"tokenizer {quoted(name)} is neither 'bytes' nor a directory with a Hugging Face "
             "tokenizer"
@@ -148,16 +148,16 @@ def _load_hugging_face(folder: str) -> Any:
     return tokenizer
 
 
-def check_length(what: object, size_bytes: int, max_bytes: int) -> None:
-    """Refuse what is too long to be one document.
+def check_length(path: Path, size_bytes: int, max_bytes: int) -> None:
+    """Refuse a file that is too long to be one document.
 
     Raises:
-        ValueError: quoting `what`.
+        ValueError: quoting the path.
     """
     if size_bytes > max_bytes:
         raise ValueError(
-            f"{what} has {size_bytes:,} bytes, of which a document that is taken as a whole may "
-            f"have {max_bytes:,}; split it into more documents"
+            f"{quoted(path)} has {size_bytes:,} bytes, but a file that is one document at most "
+            f"{max_bytes:,}; split it, or write JSONL with a line for each document"
         )
 
 

@@ -90,6 +90,14 @@ def test_pipes_and_sockets_in_a_folder_are_counted_and_not_opened(folder):
     )
 
 
+def test_an_empty_path_does_not_mean_this_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=r"the empty path; write \. for this"):
+        data.prepare_data([""], folder.parent / "train", progress=False)
+    with pytest.raises(ValueError, match="tokenizer '' is neither"):
+        prepare_data(folder, tokenizer="")
+
+
 def test_a_pipe_that_is_named_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe' is a pipe; give a regular file"):
