@@ -74,6 +74,14 @@ def undo(patch: Patch) -> None:
         setattr(owner, name, original)
 
 
+def original_of(patch: Patch) -> Any:
+    """The attribute as Megatron has it, replaced or not."""
+    if patch in _applied:
+        return _applied[patch][2]
+    owner, name = patch.owner_and_name()
+    return inspect.getattr_static(owner, name)
+
+
 def patch_table() -> str:
     """What is replaced in Megatron at this moment, one line each."""
     rows = [f"  {patch.module}.{patch.path}: {patch.reason}" for patch in _applied]

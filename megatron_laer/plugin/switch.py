@@ -8,6 +8,7 @@ import os
 from megatron_laer import activation
 from megatron_laer.activation import Activation
 from megatron_laer.config import FSEPConfig
+from megatron_laer.plugin.checkpoint_writer import WRITER_PATCHES
 from megatron_laer.plugin.checkpoints import CHECKPOINT_PATCHES
 from megatron_laer.plugin.layers import LAYER_PATCHES, create_groups, repoint_hybrid_specs
 from megatron_laer.plugin.metrics import remove_metrics
@@ -17,7 +18,7 @@ from megatron_laer.runtime import process_groups
 
 logger = logging.getLogger(__name__)
 
-FSEP_PATCHES = (*LAYER_PATCHES, *STEP_PATCHES, *CHECKPOINT_PATCHES)
+FSEP_PATCHES = (*LAYER_PATCHES, *STEP_PATCHES, *CHECKPOINT_PATCHES, *WRITER_PATCHES)
 
 
 def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None:

@@ -32,8 +32,12 @@ def current_step() -> int:
 
 
 @contextlib.contextmanager
-def signal_in_step(step: int, rank: int, number: int) -> Iterator[None]:
-    """A rank gets a signal in the middle of a step, once: at a token exchange of its backward."""
+def signal_in_step(step: int, rank: int, number: int, *, to_group: bool = False) -> Iterator[None]:
+    """A rank gets a signal in the middle of a step, once: at a token exchange of its backward.
+
+    Args:
+        to_group: all processes of its process group get it, as from a launcher.
+    """
     from megatron.core.tensor_parallel.mappings import _AllToAll
 
     forward, calls = _AllToAll.forward, 0
@@ -44,7 +48,7 @@ def signal_in_step(step: int, rank: int, number: int) -> Iterator[None]:
             calls += 1
             # Two layers, each with tokens, probabilities and outputs: the eighth is in backward.
             if calls == 8:
-                os.kill(os.getpid(), number)
+                os.kill(0 if to_group else os.getpid(), number)
         return forward(ctx, *args)
 
     with mock.patch.object(_AllToAll, "forward", staticmethod(exchange)):

@@ -43,6 +43,9 @@ def main(path: str) -> None:
     with contextlib.ExitStack() as stack:
         if spec["fault"] == "kill" and attempt == 0:
             stack.enter_context(signal_in_step(spec["step"], spec["rank"], signal.SIGKILL))
+        if spec["fault"] in ("SIGTERM", "SIGUSR1"):
+            number = signal.Signals[spec["fault"]]
+            stack.enter_context(signal_in_step(spec["step"], spec["rank"], number, to_group=True))
         train(spec["flags"], tell)
 
 
