@@ -16,7 +16,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ PROGRAMS = "munged slurmctld slurmd sbatch salloc scancel scontrol sinfo srun sq
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 _START_S = 120.0
+_WAIT_S = 900.0
 _FINAL = frozenset("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL TIMEOUT".split())
 
 
@@ -109,7 +110,9 @@ class Job:
         """`scancel --signal`."""
         self.cluster.run("scancel", f"--signal={name}", *options, str(self.number))
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 900.0) -> None:
+    def wait_until(
+        self, condition: Callable[[], bool], what: str, timeout_s: float = 900.0
+    ) -> None:
         """Until the condition holds; AssertionError with the log where it can no longer."""
         deadline_s = time.monotonic() + timeout_s
         while not condition():
@@ -200,7 +203,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
 MpiDefault=none
-SchedulerParameters=sched_interval=2,bf_interval=2
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 SlurmdTimeout=10
 SlurmctldTimeout=10
 InactiveLimit=0
