@@ -10,13 +10,18 @@ asks for them.
 
 # ruff: noqa: E402 -- imports of Megatron have to follow prepare()
 
+import sys
 import time
 
-from megatron_laer.launch import prepare
+from megatron_laer.launch import in_one_line, prepare
 
 _STARTED_S = time.time()
 # Before any import of Megatron: on a machine without a GPU, torch.cuda must be replaced first.
-prepare()
+try:
+    prepare()
+except (ImportError, ValueError) as error:
+    print(f"pretrain_gpt.py: {in_one_line(error)}", file=sys.stderr)
+    sys.exit(2)
 
 import json
 from functools import partial

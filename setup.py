@@ -1,6 +1,8 @@
 """What belongs to the package; everything else about it is in pyproject.toml."""
 
+import runpy
 from glob import glob
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
@@ -12,10 +14,14 @@ CONFIGS = {
     "megatron_laer.configs.models": "configs/models",
 }
 
+# Not imported: the package is not installed yet, and its own imports may be missing.
+digest = runpy.run_path("megatron_laer/planner/native_sources.py")["digest"]
+
 NATIVE = Pybind11Extension(
     "megatron_laer.planner._native",
     sorted(glob("megatron_laer/planner/native/*.cpp")),
     depends=sorted(glob("megatron_laer/planner/native/*.hpp")),
+    define_macros=[("LAER_SOURCES", f'"{digest(Path("megatron_laer/planner/native"))}"')],
     cxx_std=17,
     extra_compile_args=["-O3"],
 )
@@ -23,7 +29,13 @@ NATIVE = Pybind11Extension(
 setup(
     packages=[*find_packages(include=["megatron_laer", "megatron_laer.*"]), *CONFIGS],
     package_dir=CONFIGS,
-    package_data={name: ["*.yaml"] for name in CONFIGS} | {"megatron_laer.planner": ["*.pyi"]},
+    package_data={
+        "megatron_laer": ["py.typed"],
+        "megatron_laer.planner": ["*.pyi"],
+        **{name: ["*.yaml"] for name in CONFIGS},
+    },
+    # Else the C++ sources that the sdist holds would be in the wheel as well.
+    include_package_data=False,
     ext_modules=[NATIVE],
     cmdclass={"build_ext": build_ext},
 )

@@ -11,7 +11,13 @@ def prepare(force_cpu: bool = False) -> None:
     Call it before any import of `megatron`. Without a usable GPU, with `force_cpu`, or with
     `MEGATRON_LAER_DEVICE=cpu` in the environment, Megatron runs on the CPU; its command line then
     needs `megatron_laer.platform.cpu.CPU_FLAGS`.
+
+    Raises:
+        ImportError: a module or the native core is missing, or Megatron is not supported.
+        ValueError: another value of that variable.
     """
+    # First, because torch and Megatron take seconds to import, and print.
+    from megatron_laer.planner import native_core  # noqa: F401
     from megatron_laer.platform import cpu, wheel
 
     if cpu.needed(force_cpu):
@@ -21,3 +27,10 @@ def prepare(force_cpu: bool = False) -> None:
     from megatron_laer.plugin import install
 
     install()
+
+
+def in_one_line(error: Exception) -> str:
+    """An error of `prepare` or of a command, for a terminal; a missing module's with what to do."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}; `python -m megatron_laer doctor` says what is missing"
+    return str(error)

@@ -34,8 +34,12 @@ def check_ranks(environment: Mapping[str, str]) -> None:
             )
 
 
-def ranks_per_node(environment: Mapping[str, str], world_size: int) -> int | None:
-    """Ranks of the world on each node; None where no launcher says it.
+def told_ranks_per_node(environment: Mapping[str, str], world_size: int) -> tuple[str, int] | None:
+    """The variable that says how many ranks each node has, and the number; None if none says it.
+
+    Args:
+        environment: the process's variables.
+        world_size: ranks of the world.
 
     Raises:
         ValueError: it says no number, more ranks than there are, or different numbers by node.
@@ -48,7 +52,7 @@ def ranks_per_node(environment: Mapping[str, str], world_size: int) -> int | Non
             raise ValueError(
                 f"{name}={ranks}: more ranks on a node than the {world_size} of the job; {_WAY_OUT}"
             )
-        return ranks
+        return name, ranks
     # Of a step whose tasks are the ranks, and not launchers of them.
     by_node = environment.get(SLURM_PER_NODE)
     if by_node is None or environment.get(SLURM_TASKS) != str(world_size):
@@ -65,7 +69,35 @@ def ranks_per_node(environment: Mapping[str, str], world_size: int) -> int | Non
             f"{SLURM_PER_NODE}={by_node}: not the same number of ranks on each node; give "
             "--fsep-node-size, if those of each FSEP group lie evenly on them"
         )
-    return sizes.pop()
+    return SLURM_PER_NODE, sizes.pop()
+
+
+def ranks_per_node(
+    environment: Mapping[str, str], world_size: int, devices: int, *, on_cuda: bool
+) -> int:
+    """Ranks of the world on each node, as the launcher says; without one, all ranks are on one.
+
+    Args:
+        environment: the process's variables.
+        world_size: ranks of the world.
+        devices: GPUs that this rank sees.
+        on_cuda: whether each rank trains on a GPU.
+
+    Raises:
+        ValueError: what it says cannot be, or no launcher says it and the ranks are more than this
+            node's several GPUs.
+    """
+    told = told_ranks_per_node(environment, world_size)
+    if told is not None:
+        return told[1]
+    # Where each rank sees one GPU, their number says nothing.
+    if on_cuda and world_size > devices > 1:
+        names = ", ".join((*PER_NODE, SLURM_PER_NODE))
+        raise ValueError(
+            f"{world_size} ranks on nodes of {devices} GPUs, and the launcher does not say how "
+            f"many are on each ({names}): give --fsep-node-size, or export LOCAL_WORLD_SIZE"
+        )
+    return world_size
 
 
 _WAY_OUT = "launchers set it: start the ranks with torchrun, mpirun or srun, or correct it"

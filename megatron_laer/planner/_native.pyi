@@ -4,6 +4,8 @@ import numpy.typing as npt
 _Int64 = npt.NDArray[np.int64]
 _Int16 = npt.NDArray[np.int16]
 
+sources: str
+
 def slot_loads(counts_NE: _Int64, slots_S: _Int16, node_size: int, /) -> tuple[_Int64, _Int64]: ...
 def rank_row(
     counts_NE: _Int64,

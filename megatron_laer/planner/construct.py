@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner import _native
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import Int64
 
 
@@ -34,7 +34,7 @@ def construct_layout(counts_NE: Int64, current: ExpertLayout, node_size: int) ->
     """
     geometry = Geometry(current.num_ranks, current.num_experts, current.capacity, node_size)
     counts_NE = checked_counts(counts_NE, geometry)
-    return from_native(_native.construct(counts_NE, current.slot_expert_S, node_size), current)
+    return from_native(native.construct(counts_NE, current.slot_expert_S, node_size), current)
 
 
 def always_balances(geometry: Geometry) -> bool:

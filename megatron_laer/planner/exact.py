@@ -22,9 +22,9 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_laer.layout import ExpertLayout, check_rank
-from megatron_laer.planner import _native
 from megatron_laer.planner.construct import checked_counts
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import Int64, SplitTotals
 
 
@@ -56,7 +56,7 @@ class ExactQuotas:
             ValueError: a rank outside 0..N-1.
         """
         check_rank(self.layout.num_ranks, rank)
-        return _native.rank_row(*self._arguments(), self.node_size, rank)
+        return native.rank_row(*self._arguments(), self.node_size, rank)
 
     def rank_columns(self, rank: int) -> Int64:
         """Tokens that each source sends to the slots of `rank`, int64 [N, C]. O(N*C).
@@ -65,11 +65,11 @@ class ExactQuotas:
             ValueError: a rank outside 0..N-1.
         """
         check_rank(self.layout.num_ranks, rank)
-        return _native.rank_columns(*self._arguments(), self.node_size, rank)
+        return native.rank_columns(*self._arguments(), self.node_size, rank)
 
     def totals(self) -> SplitTotals:
         """What slots receive from near and far, and what ranks keep. O(N*E + S)."""
-        return SplitTotals(*_native.totals(*self._arguments(), self.node_size))
+        return SplitTotals(*native.totals(*self._arguments(), self.node_size))
 
     def rank_loads_N(self) -> Int64:
         """Tokens that each rank computes, int64 [N]."""
@@ -98,7 +98,7 @@ class ExactSplit:
             ValueError: counts of another shape, or negative.
         """
         counts_NE = checked_counts(counts_NE, self.geometry)
-        loads_S, node_counts_QE = _native.slot_loads(
+        loads_S, node_counts_QE = native.slot_loads(
             counts_NE, self.layout.slot_expert_S, self.geometry.node_size
         )
         return ExactQuotas(self.layout, self.geometry.node_size, counts_NE, node_counts_QE, loads_S)

@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner import _native
 from megatron_laer.planner.construct import checked_counts, from_native
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import Int64
 
 # Any fixed number: the same forecast gives the same layout.
@@ -53,7 +53,7 @@ class SearchStrategy:
         """
         counts_NE = checked_counts(counts_NE, self.geometry)
         self.geometry.check_layout(current)
-        slots_S = _native.search(
+        slots_S = native.search(
             counts_NE,
             current.slot_expert_S,
             self.geometry.node_size,

@@ -17,8 +17,9 @@ from megatron_laer import config as settings
 from megatron_laer import launcher, support
 from megatron_laer.files import quoted, read_text
 from megatron_laer.platform import cpu
+from megatron_laer.platform.versions import check_version
 from megatron_laer.plugin.metrics import install_metrics
-from megatron_laer.plugin.patching import Patch, apply, check_version, undo
+from megatron_laer.plugin.patching import Patch, apply, undo
 from megatron_laer.plugin.switch import disable, enable
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
         filled = support.fill_in(args, rest[0] if rest else kwargs.get("defaults", {}))
         support.check(args, config)
         if config.node_size is None:
-            launcher.ranks_per_node(os.environ, args.world_size)
+            launcher.told_ranks_per_node(os.environ, args.world_size)
         # Megatron demands that experts divide over ranks, which slots do not need. It reads the
         # number for nothing else before the model is built.
         experts, ranks = args.num_experts, args.expert_model_parallel_size

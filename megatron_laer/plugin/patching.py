@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from packaging.version import Version
-
-TESTED_VERSIONS = ("0.18.0", "0.18.2", "0.19.0", "0.19.2")
-_FIRST, _AFTER = Version("0.18"), Version("0.20.dev0")
+from megatron_laer.platform.versions import TESTED_VERSIONS, megatron_version
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Patch:
         except (ImportError, AttributeError) as error:
             raise ImportError(
                 f"megatron_laer needs {self.module}.{self.path} ({self.reason}), which "
-                f"megatron-core {_megatron_version()} does not have ({error}); tested with "
+                f"megatron-core {megatron_version()} does not have ({error}); tested with "
                 f"{TESTED_VERSIONS[0]} to {TESTED_VERSIONS[-1]}"
             ) from error
         return owner, name
@@ -86,25 +82,3 @@ def patch_table() -> str:
     """What is replaced in Megatron at this moment, one line each."""
     rows = [f"  {patch.module}.{patch.path}: {patch.reason}" for patch in _applied]
     return "\n".join(rows)
-
-
-def check_version() -> None:
-    """Refuse a Megatron that was never tried.
-
-    Raises:
-        ImportError: with the version found and the tested range.
-    """
-    found = _megatron_version()
-    if not _FIRST <= Version(found) < _AFTER:
-        raise ImportError(
-            f"megatron_laer supports megatron-core {TESTED_VERSIONS[0]} to {TESTED_VERSIONS[-1]}, "
-            f"found {found}; install a supported version, or see patches/ for keeping a fork"
-        )
-
-
-def _megatron_version() -> str:
-    try:
-        from megatron.core.package_info import __version__
-    except ImportError:
-        return importlib.metadata.version("megatron-core")
-    return str(__version__)

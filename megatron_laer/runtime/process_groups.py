@@ -125,25 +125,13 @@ def detect_node_size(ranks: Sequence[int], local_world_size: int) -> int:
 
 
 def ranks_per_node() -> int:
-    """Ranks of the world on each node, as the launcher says; without one, all ranks are on one.
-
-    Raises:
-        ValueError: what it says cannot be, or no launcher says it and the ranks are more than this
-            node's several GPUs.
-    """
-    world = dist.get_world_size()
-    said = launcher.ranks_per_node(os.environ, world)
-    if said is not None:
-        return said
-    devices = torch.cuda.device_count()
-    # Where each rank sees one GPU, their number says nothing.
-    if "nccl" in dist.get_backend() and world > devices > 1:
-        names = (*launcher.PER_NODE, launcher.SLURM_PER_NODE)
-        raise ValueError(
-            f"{world} ranks on nodes of {devices} GPUs, and the launcher does not say how many are "
-            f"on each ({', '.join(names)}): give --fsep-node-size, or export LOCAL_WORLD_SIZE"
-        )
-    return world
+    """Ranks of the world on each node: see `launcher.ranks_per_node`."""
+    return launcher.ranks_per_node(
+        os.environ,
+        dist.get_world_size(),
+        torch.cuda.device_count(),
+        on_cuda="nccl" in dist.get_backend(),
+    )
 
 
 def create_groups(

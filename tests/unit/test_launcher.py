@@ -29,7 +29,9 @@ SLURM = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
 def test_the_ranks_of_a_node_are_as_the_launcher_says(
     environment: dict[str, str], ranks: int | None
 ) -> None:
-    assert launcher.ranks_per_node(environment, 16) == ranks
+    told = launcher.told_ranks_per_node(environment, 16)
+    assert (None if told is None else told[1]) == ranks
+    assert told is None or told[0] in environment
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_what_cannot_be_the_ranks_of_a_node_is_quoted(
     environment: dict[str, str], quoted: str
 ) -> None:
     with pytest.raises(ValueError, match=r"srun|--fsep-node-size") as error:
-        launcher.ranks_per_node(environment, 16)
+        launcher.told_ranks_per_node(environment, 16)
     assert quoted in str(error.value)
     assert len(str(error.value)) < 500
 

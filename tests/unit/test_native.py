@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner import _native
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
+from megatron_laer.planner.native_core import native
 from megatron_laer.planner.reference_exact import proportional_experts
 from megatron_laer.planner.search import SearchStrategy
 
@@ -58,7 +58,7 @@ def test_replicas_in_proportion_equal_the_plain_reference(
     geometry = Geometry(num_ranks, num_experts, capacity, node_size)
     counts_NE = np.random.default_rng(seed).integers(0, 1 + seed % 50, (num_ranks, num_experts))
     static = ExpertLayout.static(num_ranks, capacity, num_experts)
-    slots_S = _native.proportional(counts_NE, static.slot_expert_S, node_size)
+    slots_S = native.proportional(counts_NE, static.slot_expert_S, node_size)
 
     # The native code moves ranks of a node, and slots of a rank, to where they were before.
     def by_node(experts: list[list[int]]) -> list[list[list[int]]]:

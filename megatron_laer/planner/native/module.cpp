@@ -145,6 +145,8 @@ py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
+  // Compared with the sources that a checkout has, see planner/native_core.py.
+  module.attr("sources") = LAER_SOURCES;
   module.def("slot_loads", &slot_loads);
   module.def("rank_row", &rank_row);
   module.def("rank_columns", &rank_columns);
