@@ -1,26 +1,18 @@
 """The dataset that `prepare_data` writes: whole, or the old one; and what it refuses to write."""
 
-import argparse
 import io
 import os
 import resource
 import sys
-import tracemalloc
 
 import numpy as np
 import pytest
 
 from megatron_laer import cli, data
 from megatron_laer.data import prepare, tokenizers, writing
+from tests.unit.datasets import prepare_data, read_documents
 
 pytestmark = pytest.mark.unit
-
-
-def read_documents(prefix):
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(str(prefix))
-    return [np.array(dataset[i]) for i in range(len(dataset))]
 
 
 @pytest.fixture
@@ -30,10 +22,6 @@ def texts(tmp_path):
     (folder / "b.txt").write_bytes(bytes(range(256)))
     (folder / "a.txt").write_text("first in order")
     return folder
-
-
-def prepare_data(inputs, prefix, **kwargs):
-    return data.prepare_data(inputs, prefix, progress=False, **kwargs)
 
 
 def test_the_dataset_gives_back_every_byte_and_ends_every_document(texts, tmp_path):
@@ -130,61 +118,6 @@ def test_a_dataset_that_a_link_in_the_input_leads_to_is_not_replaced(texts, tmp_
     (texts / "link").symlink_to(tmp_path / "train.bin")
     with pytest.raises(ValueError, match=r"train\.bin' would write over the input .*link'"):
         prepare_data([texts], tmp_path / "train", follow_links=True)
-
-
-def test_an_unknown_tokenizer_is_refused(texts, tmp_path):
-    with pytest.raises(ValueError, match="'wordpiece' is neither 'bytes' nor a directory"):
-        prepare_data([texts], tmp_path / "train", tokenizer="wordpiece")
-
-
-def test_a_hugging_face_tokenizer_without_transformers_says_what_to_install(
-    texts, tmp_path, monkeypatch
-):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match="pip install transformers"):
-        prepare_data([texts], tmp_path / "train", tokenizer=str(texts))
-
-
-def test_a_hugging_face_tokenizer_ends_documents_with_its_own_token(texts, tmp_path, monkeypatch):
-    install_fake_transformers(monkeypatch, eos_token_id=7)
-    (texts / "b.txt").write_text("two words")
-    written = prepare_data([texts], tmp_path / "train", tokenizer=str(texts))
-    assert [d.tolist() for d in read_documents(written.prefix)] == [[5, 2, 5, 7], [3, 5, 7]]
-    assert "HuggingFaceTokenizer" in written.flags
-
-
-def test_a_hugging_face_tokenizer_without_an_end_token_is_refused(texts, tmp_path, monkeypatch):
-    install_fake_transformers(monkeypatch, eos_token_id=None)
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
-        prepare_data([texts], tmp_path / "train", tokenizer=str(texts))
-
-
-def test_a_hugging_face_tokenizer_refuses_what_is_no_text(texts, tmp_path, monkeypatch):
-    install_fake_transformers(monkeypatch, eos_token_id=7)
-    with pytest.raises(ValueError, match=r"b\.txt' is not UTF-8 text"):
-        prepare_data([texts], tmp_path / "train", tokenizer=str(texts))
-
-
-def install_fake_transformers(monkeypatch, eos_token_id):
-    class LengthOfWords:
-        def __init__(self):
-            self.eos_token_id = eos_token_id
-
-        def __len__(self):
-            return 100
-
-        def encode(self, text, add_special_tokens):
-            assert not add_special_tokens
-            return [len(word) for word in text.split()]
-
-        @classmethod
-        def from_pretrained(cls, folder, **kwargs):
-            # As transformers does with a folder that brings code: asks, or refuses.
-            assert kwargs == {"local_files_only": True, "trust_remote_code": False}
-            return cls()
-
-    fake = argparse.Namespace(AutoTokenizer=LengthOfWords)
-    monkeypatch.setitem(sys.modules, "transformers", fake)
 
 
 def test_an_existing_dataset_is_replaced(texts, tmp_path):
@@ -338,83 +271,8 @@ def test_a_file_that_is_read_in_pieces_is_whole_in_the_dataset(texts, tmp_path, 
     ]
 
 
-_LONG_LINE = b'{"text": "%s"}\n' % (b"%512d" % 0 * 2**6)
-_SHORT_LINE = b'{"text": "%8d"}\n' % 0
-
-
-@pytest.mark.parametrize(
-    ("line", "size_bytes", "tokenizer"),
-    [
-        (b"", 2**22, "bytes"),
-        (_LONG_LINE, 2**22, "bytes"),
-        (_SHORT_LINE, 2**16, "bytes"),
-        (_LONG_LINE, 2**22, "Hugging Face"),
-    ],
-    ids=["plain", "long lines", "short lines", "Hugging Face"],
-)
-def test_the_memory_needed_does_not_depend_on_the_size_of_the_input(
-    line, size_bytes, tokenizer, tmp_path, monkeypatch
-):
-    install_fake_transformers(monkeypatch, eos_token_id=7)
-    path = tmp_path / ("in.jsonl" if line else "in.txt")
-
-    def peak_bytes(size_bytes):
-        with path.open("wb") as file:
-            if line:
-                file.writelines(line for _ in range(size_bytes // len(line)))
-            else:
-                file.truncate(size_bytes)
-        tracemalloc.start()
-        try:
-            written = prepare_data(
-                [path],
-                tmp_path / "train",
-                tokenizer="bytes" if tokenizer == "bytes" else str(tmp_path),
-            )
-            peak = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-        assert written.documents == (size_bytes // len(line) if line else 1)
-        return peak
-
-    small = peak_bytes(size_bytes)
-    assert peak_bytes(8 * size_bytes) < small + 2**20
-
-
-@pytest.mark.parametrize("tokenizer", ["bytes", "Hugging Face"])
-def test_a_file_too_long_for_one_document_is_refused_before_any_work(
-    tokenizer, texts, tmp_path, monkeypatch
-):
-    install_fake_transformers(monkeypatch, eos_token_id=7)
-    monkeypatch.setattr(prepare, "new_dataset", None)
-    limit = {"bytes": 2**31 - 2, "Hugging Face": 2**26}[tokenizer]
-    with (texts / "long.txt").open("wb") as file:
-        file.truncate(limit + 1)
-    with pytest.raises(ValueError, match=rf"long\.txt' has {limit + 1:,} bytes.* {limit:,}"):
-        prepare_data(
-            [texts], tmp_path / "train", tokenizer="bytes" if tokenizer == "bytes" else str(texts)
-        )
-
-
 def test_a_file_that_has_grown_too_long_meanwhile_is_refused(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "MAX_DOCUMENT_TOKENS", 256)
     with pytest.raises(ValueError, match="a document has more than 256 tokens"):
         prepare_data([texts], tmp_path / "train")
     assert not list(tmp_path.glob("*train*"))
-
-
-def test_an_id_beyond_the_tokenizer_s_size_is_refused(texts, tmp_path, monkeypatch):
-    install_fake_transformers(monkeypatch, eos_token_id=2**16)
-    (texts / "b.txt").unlink()
-    with pytest.raises(ValueError, match="gave the id 65536, which is beyond its own size"):
-        prepare_data([texts], tmp_path / "train", tokenizer=str(texts))
-
-
-def test_a_hugging_face_tokenizer_that_cannot_be_loaded_is_named(texts, tmp_path, monkeypatch):
-    def refuse(folder, **kwargs):
-        raise Exception("data did not match any variant")
-
-    fake = argparse.Namespace(AutoTokenizer=argparse.Namespace(from_pretrained=refuse))
-    monkeypatch.setitem(sys.modules, "transformers", fake)
-    with pytest.raises(ValueError, match=r"texts' cannot be loaded: data did not match"):
-        prepare_data([texts], tmp_path / "train", tokenizer=str(texts))
