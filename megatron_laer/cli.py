@@ -100,8 +100,9 @@ def _run_command(args: argparse.Namespace) -> int:
         print(inspection.describe(args.checkpoint))
     else:
         from megatron_laer.model_flags import model_flags
+        from megatron_laer.platform.cpu import CPU_FLAGS
 
-        print(shlex.join(model_flags(args.file)))
+        print(shlex.join([*model_flags(args.file), *(CPU_FLAGS if args.cpu else ())]))
     return 0
 
 
@@ -199,6 +200,9 @@ def _parser(command: str) -> _Parser:
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="of a run, or of one iteration")
     flags = commands.add_parser("flags", help="print Megatron's flags for a model configuration")
     flags.add_argument("file", metavar="FILE", help="a YAML file, or a name in configs/models")
+    flags.add_argument(
+        "--cpu", action="store_true", help="add the flags that Megatron needs without a GPU"
+    )
     plan_command = commands.add_parser(
         "plan",
         help="compare strategies on a routing trace",

@@ -290,6 +290,23 @@ def open_exclusively(path: Path) -> BinaryIO:
         file.close()
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold `path` as a lock during the block; it is made for that, and removed at the end.
+
+    Raises:
+        InUseError: another run holds it.
+        ValueError: it is no regular file.
+        OSError: it cannot be made.
+    """
+    with open_exclusively(path):
+        try:
+            yield
+        finally:
+            # Before it is closed: who has opened it meanwhile then sees that it has gone.
+            path.unlink(missing_ok=True)
+
+
 def _is_at(file: IO[bytes], path: Path) -> bool:
     try:
         there = os.stat(path)

@@ -13,9 +13,11 @@ def prepare(force_cpu: bool = False) -> None:
     needs `megatron_laer.platform.cpu.CPU_FLAGS`.
 
     Raises:
-        ImportError: a module that is missing, or a Megatron that is not supported.
+        ImportError: a module or the native core is missing, or Megatron is not supported.
         ValueError: another value of that variable.
     """
+    # First, because torch and Megatron take seconds to import, and print.
+    from megatron_laer.planner import native_core  # noqa: F401
     from megatron_laer.platform import cpu, wheel
 
     if cpu.needed(force_cpu):

@@ -1,7 +1,8 @@
 # Sourced by the other scripts: leaves a Python with everything installed in $PYTHON.
 #
 # Makes .venv at the top of the repository if it is missing, and installs again when pyproject.toml,
-# setup.py or constraints.txt have changed since. PYTHON=/path/to/python chooses the interpreter.
+# setup.py, constraints.txt or the C++ sources have changed since. PYTHON=/path/to/python chooses the
+# interpreter.
 # shellcheck shell=bash
 
 laer_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -69,7 +70,8 @@ laer_install() {
 laer_stamp() {
     {
         printf '%s\n' "$laer_root"
-        cat "$laer_root/pyproject.toml" "$laer_root/setup.py" "$laer_root/constraints.txt"
+        cat "$laer_root/pyproject.toml" "$laer_root/setup.py" "$laer_root/constraints.txt" \
+            "$laer_root"/megatron_laer/planner/native/*
     } | sha256sum
 }
 

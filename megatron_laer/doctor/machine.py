@@ -15,10 +15,12 @@ from pathlib import Path
 
 from megatron_laer import launcher
 from megatron_laer.doctor.row import Answer, Row, Verdict
+from megatron_laer.files import quoted
 
-_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _WORLD = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", launcher.SLURM_TASKS)
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+_NUMBER = re.compile("[0-9]{1,9}")
 
 
 def system() -> Row:
@@ -37,17 +39,17 @@ def cuda(torch: Answer, environment: Mapping[str, str]) -> Row:
         found += f", driver {driver}"
     if "device_error" in torch:
         return Row("CUDA", found, Verdict.UNSUPPORTED, torch["device_error"])
-    if torch["cards"]:
-        note = "" if torch["device"] == "cuda" else "turned down by MEGATRON_LAER_DEVICE=cpu"
-        return Row("CUDA", found, note=note)
     if torch["device"] == "cuda":
+        if torch["cards"]:
+            return Row("CUDA", found)
         return Row("CUDA", found, Verdict.MISSING, f"asked for: {torch.get('cuda_error')}")
-    hidden = environment.get("CUDA_VISIBLE_DEVICES")
-    if driver and hidden in (None, ""):
-        if hidden == "" or environment.get("MEGATRON_LAER_DEVICE") == "cpu":
-            return Row("CUDA", found, note="its cards are hidden from this process")
+    hides = ("MEGATRON_LAER_DEVICE", "cpu"), ("CUDA_VISIBLE_DEVICES", "")
+    hiding = [f"{name}={value!r}" for name, value in hides if environment.get(name) == value]
+    if driver and hiding:
+        return Row("CUDA", found, note=f"cards are turned down by {hiding[0]}")
+    if driver:
         return Row("CUDA", found, Verdict.MISSING, f"torch sees no card: {torch.get('cuda_error')}")
-    note = "no GPU: Megatron runs on the CPU, with megatron_laer.platform.cpu.CPU_FLAGS"
+    note = "no GPU: Megatron runs on the CPU, with what `megatron-laer flags MODEL --cpu` adds"
     return Row("CUDA", found, note=note)
 
 
@@ -84,7 +86,8 @@ def dataset_helper(megatron: Answer, environment: Mapping[str, str]) -> Row:
             return Row(name, "built")
         way_out = f"{megatron['folder']} has neither the helper nor its Makefile: install it again"
         return Row(name, "none", Verdict.MISSING, way_out)
-    lacks = list(_build_lacks(environment.get("CXX") or "g++"))
+    compiler = (environment.get("CXX", "").split() or ["g++"])[0]
+    lacks = list(_build_lacks(compiler))
     if lacks:
         note = f"training would build it with {'; '.join(lacks)}"
         return Row(name, "to be built", Verdict.MISSING, note)
@@ -93,7 +96,7 @@ def dataset_helper(megatron: Answer, environment: Mapping[str, str]) -> Row:
 
 def _build_lacks(compiler: str) -> Iterator[str]:
     # As the Makefile calls them.
-    for tool in ("make", compiler.split()[0]):
+    for tool in ("make", compiler):
         if shutil.which(tool) is None:
             yield f"{tool}, which is not in the PATH"
     for command in (["python3", "-m", "pybind11", "--includes"], ["python3-config", "--help"]):
@@ -112,7 +115,7 @@ def compiler(environment: Mapping[str, str]) -> Row:
         said = _output([*name.split(), "--version"])
         if said:
             return Row("compiler", said.splitlines()[0])
-    found = f"none (CXX={asked!r})" if asked else "none"
+    found = f"none (CXX={quoted(asked)})" if asked else "none"
     return Row("compiler", found, Verdict.OPTIONAL, "for installing from source")
 
 
@@ -128,23 +131,24 @@ def launched(environment: Mapping[str, str]) -> Row:
     """Which launcher started this process, as which rank."""
     names = {"WORLD_SIZE": "torchrun", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
     said = _first(environment, _WORLD)
-    if said is None:
-        job = environment.get("SLURM_JOB_ID")
-        return Row("launcher", f"none, in Slurm's job {job}" if job else "none")
-    variable, world = said
     rank = _first(environment, _RANK)
     which = f"rank {_shown(rank[1])}" if rank else "no rank"
-    found = f"{names.get(variable, 'Slurm')}: {which} of {_shown(world)}"
-    if not world.isdecimal() or int(world) == 0:
-        note = f"{variable}={world!r} is no number of ranks; unset it"
-        return Row("launcher", found, Verdict.UNSUPPORTED, note)
+    if said is not None:
+        found = f"{names.get(said[0], 'Slurm')}: {which} of {_shown(said[1])}"
+    else:
+        job = environment.get("SLURM_JOB_ID")
+        found = f"none, in Slurm's job {_shown(job)}" if job else "none"
+    try:
+        launcher.check_ranks(environment)
+    except ValueError as error:
+        return Row("launcher", found, Verdict.UNSUPPORTED, str(error))
     return Row("launcher", found)
 
 
 def node_size(environment: Mapping[str, str], cards: int, on_cuda: bool) -> Row:
     """Ranks per node as FSEP would take them, without --fsep-node-size."""
     said = _first(environment, _WORLD)
-    world = max(1, int(said[1])) if said and said[1].isdecimal() else 1
+    world = int(said[1]) if said and _NUMBER.fullmatch(said[1]) else 1
     try:
         told = launcher.told_ranks_per_node(environment, world)
         size = launcher.ranks_per_node(environment, world, cards, on_cuda=on_cuda)
@@ -156,20 +160,20 @@ def node_size(environment: Mapping[str, str], cards: int, on_cuda: bool) -> Row:
 
 def connections(environment: Mapping[str, str], on_cuda: bool) -> Row:
     """The number of CUDA's queues, on which overlap depends."""
-    value = environment.get(_CONNECTIONS)
+    value = environment.get(CONNECTIONS)
     found = "not set" if value is None else _shown(value)
     if not on_cuda:
-        return Row(_CONNECTIONS, found, note="not used without a GPU")
-    if value is not None and not (value.isdecimal() and 1 <= int(value) <= 32):
-        return Row(_CONNECTIONS, found, Verdict.UNSUPPORTED, "set it to 1 to 32, or unset it")
+        return Row(CONNECTIONS, found, note="not used without a GPU")
+    if value not in (None, *map(str, range(1, 33))):
+        return Row(CONNECTIONS, found, Verdict.UNSUPPORTED, "set it to 1 to 32, or unset it")
     if value == "1":
         note = "exchanges hardly overlap; unset it but for tensor or context parallelism"
-        return Row(_CONNECTIONS, found, Verdict.OPTIONAL, note)
-    return Row(_CONNECTIONS, found)
+        return Row(CONNECTIONS, found, Verdict.OPTIONAL, note)
+    return Row(CONNECTIONS, found)
 
 
 def _shown(value: str) -> str:
-    return value if value.isdecimal() else repr(value)
+    return value if _NUMBER.fullmatch(value) else quoted(value)
 
 
 def _first(environment: Mapping[str, str], names: Iterable[str]) -> tuple[str, str] | None:

@@ -131,6 +131,9 @@ def needed(required: Requirement, answer: Answer) -> Row:
     """A package that training needs."""
     if answer.get("absent"):
         return Row(required.name, "none", Verdict.MISSING, required.install)
+    if "lacks" in answer:
+        note = f"install {answer['lacks']}, which it imports"
+        return Row(required.name, "does not start", Verdict.MISSING, note)
     if "error" in answer:
         note = f"install it again: {required.install}"
         return Row(required.name, answer["error"], Verdict.MISSING, note)

@@ -21,8 +21,8 @@ Answer = dict[str, Any]
 def main() -> None:
     """Answer the question `sys.argv[1]` about `sys.argv[2:]`, as one line of JSON.
 
-    The answer has `error`, one line, where the question cannot be answered, and then `absent`,
-    whether the very module that was asked for is not there.
+    Where the question cannot be answered, the answer has `error`, one line; and `absent`, whether
+    the module that was asked for is not there, or `lacks`, another one that it imports.
     """
     # Libraries print while they are imported; that goes where warnings go.
     stdout = os.dup(1)
@@ -31,10 +31,12 @@ def main() -> None:
     try:
         answer = _QUESTIONS[sys.argv[1]](*asked)
     except Exception as error:
-        absent = isinstance(error, ModuleNotFoundError) and error.name == asked[0].split(".")[0]
         # An ImportError of ours is a sentence.
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
-        answer = {"error": kind + " ".join(str(error).split()), "absent": absent}
+        answer = {"error": kind + " ".join(str(error).split())}
+        if isinstance(error, ModuleNotFoundError):
+            absent = error.name == asked[0].split(".")[0]
+            answer |= {"absent": True} if absent else {"lacks": error.name}
     os.write(stdout, json.dumps(answer).encode())
 
 

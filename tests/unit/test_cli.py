@@ -248,6 +248,13 @@ def started_at_work(words):
     return process
 
 
+def test_flags_for_a_machine_without_a_gpu_follow_the_models():
+    from megatron_laer.platform.cpu import CPU_FLAGS
+
+    plain, with_cpu = (run("flags", "tiny-moe", *more).stdout.split() for more in ([], ["--cpu"]))
+    assert with_cpu == [*plain, *CPU_FLAGS]
+
+
 @pytest.mark.parametrize("words", [["--help"], ["flags", "tiny-moe"]], ids=lambda words: words[-1])
 def test_a_reader_that_goes_away_is_no_error(words):
     reading, writing = os.pipe()

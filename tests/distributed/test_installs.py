@@ -1,0 +1,418 @@
+"""Every way to install, from inside and outside the checkout, through every way in.
+
+A checkout is a copy of this one without what is built or ignored. Nothing is downloaded: each
+environment sees the packages of the one that runs the tests, but not the installation of this
+package there. An environment tells which files of the package each process had imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_laer.model_flags import model_flags
+from tests import processes
+from tests.parity.flags import command_line
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+_ROOT = Path(__file__).resolve().parents[2]
+_PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+_OFFLINE = ["--no-index", "--no-build-isolation"]
+
+# Read by Python at start-up in every environment that is made here.
+TELLING = """
+import atexit, json, os, sys
+
+@atexit.register
+def tell():
+    package = sys.modules.get("megatron_laer")
+    if package is not None and "IMPORTED" in os.environ:
+        core = sys.modules.get("megatron_laer.planner._native")
+        with open(os.environ["IMPORTED"], "a") as file:
+            print(json.dumps([package.__file__, core and core.__file__]), file=file)
+"""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment.
+
+    Attributes:
+        folder: where it is.
+    """
+
+    folder: Path
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    @property
+    def packages(self) -> Path:
+        (found,) = self.folder.glob("lib/python*/site-packages")
+        return found
+
+    def install(self, *words: str | Path) -> None:
+        succeed([*_PIP, "--python", self.python, "install", *_OFFLINE, *words])
+
+
+@dataclass(frozen=True)
+class Install:
+    """An environment with the package, and the checkout that it is used with."""
+
+    environment: Environment
+    checkout: Path
+    editable: bool
+
+    @property
+    def package(self) -> Path:
+        """The folder that an import finds outside the checkout."""
+        return (self.checkout if self.editable else self.environment.packages) / "megatron_laer"
+
+
+def run(
+    command: list[Any], cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run without what would lead to this checkout, on the CPU, and with no launcher around."""
+    dropped = ("PYTHONPATH", "SLURM_", "OMPI_", "WORLD_SIZE", "RANK", "LOCAL_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    # Another release of Megatron stays, if these tests run with one.
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    others = [path for path in paths if path and not (Path(path) / "megatron_laer").exists()]
+    if others:
+        kept["PYTHONPATH"] = os.pathsep.join(others)
+    kept |= {"MEGATRON_LAER_DEVICE": "cpu", "PYTHONWARNINGS": "ignore"}
+    return processes.run([str(word) for word in command], 900.0, env=kept | environment, cwd=cwd)
+
+
+def succeed(command: list[Any], cwd: Path | None = None, **environment: str) -> str:
+    """What it prints."""
+    result = run(command, cwd, **environment)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("installs").resolve()
+
+
+@pytest.fixture(scope="module")
+def dependencies(folder: Path) -> Path:
+    """Links to the packages that this Python finds, but for ours."""
+    links = folder / "dependencies"
+    links.mkdir()
+    for entry in map(Path, sys.path):
+        if entry.name not in ("site-packages", "dist-packages") or not entry.is_dir():
+            continue
+        for package in entry.iterdir():
+            ours = "megatron_laer" in package.name
+            if not ours and package.suffix != ".pth" and not (links / package.name).exists():
+                (links / package.name).symlink_to(package)
+    return links
+
+
+class Maker:
+    """Makes environments and checkouts, each in a folder of its own."""
+
+    def __init__(self, folder: Path, dependencies: Path) -> None:
+        self._folder, self._dependencies = folder, dependencies
+
+    def environment(self, name: str) -> Environment:
+        made = Environment(self._folder / f"environment-{name}")
+        succeed([sys.executable, "-m", "venv", "--without-pip", made.folder])
+        (made.packages / "dependencies.pth").write_text(f"{self._dependencies}\nimport telling\n")
+        (made.packages / "telling.py").write_text(TELLING)
+        return made
+
+    def checkout(self, name: str) -> Path:
+        ignored = (_ROOT / ".gitignore").read_text().split()
+        target = self._folder / f"checkout-{name}"
+        patterns = shutil.ignore_patterns(".git", *(line.rstrip("/") for line in ignored))
+        shutil.copytree(_ROOT, target, ignore=patterns)
+        assert not list(target.rglob("*.so"))
+        return target
+
+
+@pytest.fixture(scope="module")
+def make(folder: Path, dependencies: Path) -> Maker:
+    return Maker(folder, dependencies)
+
+
+@pytest.fixture(scope="module")
+def sdist(make: Maker, folder: Path) -> Path:
+    checkout = make.checkout("sdist")
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    succeed([sys.executable, "-c", build, folder], cwd=checkout)
+    (built,) = folder.glob("megatron_laer-*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(make: Maker, folder: Path) -> Path:
+    checkout = make.checkout("wheel")
+    succeed([*_PIP, "wheel", "--no-deps", *_OFFLINE, "--wheel-dir", folder, checkout])
+    (built,) = folder.glob("megatron_laer-*.whl")
+    return built
+
+
+def _ways() -> list[Any]:
+    names = ("editable", "checkout", "wheel", "sdist")
+    return [
+        pytest.param(name, id=name, marks=pytest.mark.counts(**{f"ways_in_after_{name}": 1}))
+        for name in names
+    ]
+
+
+@pytest.fixture(scope="module", params=_ways())
+def install(request: pytest.FixtureRequest, make: Maker, folder: Path) -> Install:
+    """The package, installed in one of the ways."""
+    way = request.param
+    environment = make.environment(way)
+    if way == "editable":
+        checkout = make.checkout(way)
+        environment.install("--editable", checkout)
+    elif way == "checkout":
+        checkout = make.checkout(way)
+        environment.install(checkout)
+    elif way == "wheel":
+        checkout = make.checkout("beside-wheel")
+        environment.install(request.getfixturevalue("wheel"))
+    else:
+        sdist = request.getfixturevalue("sdist")
+        environment.install(sdist)
+        with tarfile.open(sdist) as archive:
+            archive.extractall(folder / "unpacked", filter="data")
+        (checkout,) = (folder / "unpacked").iterdir()
+    return Install(environment, checkout, editable=way == "editable")
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """Routing of two steps on two ranks, as CSV."""
+    lines = [f"{step},0,0,{rank},{e},{1 + e}" for step in (0, 1) for rank in (0, 1) for e in (0, 1)]
+    path = tmp_path / "trace.csv"
+    path.write_text("\n".join(["step,microbatch,layer,source_rank,expert,tokens", *lines]) + "\n")
+    return path
+
+
+def starts(python: Path, script: str | Path, cwd: Path, log: Path) -> None:
+    """Run a training script as far as its command line, which has Megatron's flags and ours."""
+    words = [python, script, "--expert-parallel-mode", "none"]
+    result = run(words, cwd, IMPORTED=str(log))
+    assert result.returncode == 2, result.stderr
+    assert "argument --expert-parallel-mode: invalid choice: 'none'" in result.stderr
+
+
+INSIDE_AND_OUTSIDE = pytest.mark.parametrize("place", ["inside", "outside"])
+
+
+def imported(file: Path) -> list[tuple[Path, Path | None]]:
+    """The package's folder and the core of every process that had imported the package."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [(Path(package).parent, core and Path(core)) for package, core in lines]
+
+
+@INSIDE_AND_OUTSIDE
+def test_the_script_starts(install: Install, place: str, tmp_path: Path) -> None:
+    cwd = install.checkout if place == "inside" else tmp_path
+    script = "pretrain_gpt.py" if place == "inside" else install.checkout / "pretrain_gpt.py"
+    starts(install.environment.python, script, cwd, tmp_path / "imported")
+    # The checkout's sources, with the installed core.
+    ((package, core),) = imported(tmp_path / "imported")
+    assert package == install.checkout / "megatron_laer"
+    assert core is not None
+    assert core.parent == install.package / "planner"
+
+
+@INSIDE_AND_OUTSIDE
+@pytest.mark.parametrize("way_in", ["python -m megatron_laer", "megatron-laer"])
+def test_commands_run(
+    install: Install, place: str, way_in: str, tmp_path: Path, trace: Path
+) -> None:
+    cwd = install.checkout if place == "inside" else tmp_path
+    first, *rest = way_in.split()
+    start = [install.environment.folder / "bin" / first, *rest]
+    log = tmp_path / "imported"
+
+    flags = succeed([*start, "flags", "tiny-moe"], cwd, IMPORTED=str(log))
+    assert shlex.split(flags) == model_flags("tiny-moe")
+    plan = ["plan", trace, "--ranks", "2", "--capacity", "2"]
+    assert "greedy" in succeed([*start, *plan], cwd, IMPORTED=str(log))
+
+    (package, _), (same, core) = imported(log)
+    is_first = place == "inside" and rest
+    assert package == same == (install.checkout / "megatron_laer" if is_first else install.package)
+    assert core is not None
+    assert core.parent == install.package / "planner"
+
+
+@INSIDE_AND_OUTSIDE
+def test_the_slurm_script_makes_its_command_line(
+    install: Install, place: str, tmp_path: Path
+) -> None:
+    cwd = install.checkout if place == "inside" else tmp_path
+    printed = succeed(
+        ["bash", install.checkout / "scripts" / "slurm" / "pretrain.sbatch"],
+        cwd,
+        DRY_RUN="1",
+        PYTHON=str(install.environment.python),
+        MODEL="tiny-moe",
+        DATA_PREFIX="/data/text",
+    )
+    words = shlex.split(printed)
+    assert str(install.environment.python) in words
+    assert str(install.checkout / "pretrain_gpt.py") in words
+    assert " ".join(model_flags("tiny-moe")) in " ".join(words)
+
+
+def test_the_readmes_way_trains(make: Maker, wheel: Path, text_data: str, tmp_path: Path) -> None:
+    """Not an editable installation, started at the top of the checkout."""
+    environment, checkout = make.environment("training"), make.checkout("training")
+    environment.install(wheel)
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    flags = command_line(
+        text_data,
+        experts=4,
+        expert_parallel=2,
+        global_batch=4,
+        steps=2,
+        extra="--expert-parallel-mode fsep --log-interval 1",
+    )
+    log = tmp_path / "imported"
+    printed = succeed(
+        [environment.python, *launcher, "pretrain_gpt.py", *flags], checkout, IMPORTED=str(log)
+    )
+    assert "fsep_load_imbalance" in printed
+    core = environment.packages / "megatron_laer" / "planner"
+    assert {(package, found and found.parent) for package, found in imported(log)} >= {
+        (checkout / "megatron_laer", core)
+    }
+
+
+def test_the_script_alone_runs_with_an_installed_package(
+    make: Maker, wheel: Path, tmp_path: Path
+) -> None:
+    environment = make.environment("script-alone")
+    environment.install(wheel)
+    shutil.copy(_ROOT / "pretrain_gpt.py", tmp_path)
+    log = tmp_path / "imported"
+    starts(environment.python, "pretrain_gpt.py", tmp_path, log)
+    assert {package for package, _ in imported(log)} == {environment.packages / "megatron_laer"}
+
+
+# What cannot run says in one line what to do.
+
+
+@pytest.fixture(scope="module")
+def bare(make: Maker) -> Install:
+    """A fresh clone, and an environment with all but this package."""
+    return Install(make.environment("bare"), make.checkout("bare"), editable=False)
+
+
+@pytest.mark.counts(refused_ways_in=1)
+@INSIDE_AND_OUTSIDE
+@pytest.mark.parametrize("way_in", ["script", "command"])
+def test_a_clone_without_a_core_says_what_to_install(
+    bare: Install, place: str, way_in: str, tmp_path: Path, trace: Path
+) -> None:
+    checkout = bare.checkout
+    if way_in == "script":
+        words, name = [checkout / "pretrain_gpt.py", "--help"], "pretrain_gpt.py"
+    else:
+        words = ["-m", "megatron_laer", "plan", trace, "--ranks", "2", "--capacity", "2"]
+        name = "megatron_laer plan"
+    cwd, path = (checkout, "") if place == "inside" else (tmp_path, str(checkout))
+    result = run([bare.environment.python, *words], cwd, PYTHONPATH=path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"{name}: no native core fits the sources in {checkout}/megatron_laer: ")
+    install = shlex.join(
+        [str(bare.environment.python), "-m", "pip", "install", "-e", str(checkout)]
+    )
+    assert line.endswith(f"; run {install}")
+
+
+@pytest.mark.counts(refused_ways_in=1)
+def test_a_core_of_other_sources_is_passed_over_and_named(
+    make: Maker, wheel: Path, trace: Path
+) -> None:
+    environment, checkout = make.environment("other"), make.checkout("other")
+    planner = checkout / "megatron_laer" / "planner"
+    plan = ["-m", "megatron_laer", "plan", trace, "--ranks", "2", "--capacity", "2"]
+    stale = planner / "_native.py"
+    stale.write_text("sources = 'of another day'\n")
+    refused = run([environment.python, *plan], checkout)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert f": {stale} was built from other sources; run " in line
+
+    # The installed one fits.
+    environment.install(wheel)
+    succeed([environment.python, *plan], checkout)
+
+    source = planner / "native" / "flow.cpp"
+    source.write_text(source.read_text() + "// edited\n")
+    refused = run([environment.python, *plan], checkout)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert line.count("was built from other sources") == 2
+    assert str(environment.packages) in line
+
+
+# What is in the archives.
+
+
+def test_the_wheel_has_what_type_checkers_and_users_need_and_no_sources(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (archive.read(name) for name in names if name.endswith("/METADATA"))
+    assert {"megatron_laer/py.typed", "megatron_laer/planner/_native.pyi"} <= {*names}
+    assert not [name for name in names if name.endswith((".cpp", ".hpp"))]
+    yaml = {f"megatron_laer/{file.relative_to(_ROOT)}" for file in _ROOT.glob("configs/*/*.yaml")}
+    assert yaml
+    assert yaml <= {*names}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"megatron_laer"}
+    assert metadata.count(b"\nProject-URL: ") >= 2
+
+
+def test_the_sdist_has_the_whole_checkout_and_nothing_built(sdist: Path, make: Maker) -> None:
+    checkout = make.checkout("compared")
+    files = [file for file in checkout.rglob("*") if file.is_file()]
+    with tarfile.open(sdist) as archive:
+        members = {
+            member.name.partition("/")[2]: member.mode & 0o100
+            for member in archive.getmembers()
+            if member.isfile()
+        }
+    expected = {str(file.relative_to(checkout)): file.stat().st_mode & 0o100 for file in files}
+    assert {"pretrain_gpt.py", "constraints.txt", "scripts/test.sh", ".ci/run"} <= {*expected}
+    assert {name: mode for name, mode in members.items() if name in expected} == expected
+    others = {name for name in {*members} - {*expected} if "egg-info" not in name}
+    assert others == {"PKG-INFO", "setup.cfg"}
+
+
+def test_tests_of_an_unpacked_sdist_run_with_the_core_that_it_installs(
+    make: Maker, sdist: Path, folder: Path
+) -> None:
+    environment = make.environment("sdist-tests")
+    environment.install(sdist)
+    unpacked = folder / "tested"
+    with tarfile.open(sdist) as archive:
+        archive.extractall(unpacked, filter="data")
+    (top,) = unpacked.iterdir()
+    printed = succeed([environment.python, "-m", "pytest", "-q", "tests/unit/test_native.py"], top)
+    assert " passed" in printed

@@ -1,0 +1,438 @@
+"""`doctor` with what is there, and with each thing missing, broken or out of range.
+
+What is missing is hidden from whole processes, and what is faked comes before the installed: both
+hold for the processes that `doctor` starts as well. Each run starts some fifteen of those, so few
+of these tests are in the quick set.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_laer.doctor import machine
+from megatron_laer.doctor.row import Row, Verdict
+from tests.processes import python_path
+
+_ROOT = Path(__file__).resolve().parents[2]
+_ROW = re.compile(r"(\S.*?) {2,}(.*?) {2,}((?:ok|optional|missing|unsupported)(?::.*)?)")
+
+# Reads at start-up which modules this process must not find.
+HIDING = """
+    import os, sys
+
+    class Hidden:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in os.environ["HIDDEN"].split():
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, Hidden())
+"""
+TORCH = """
+    import types
+    __version__ = "{version}"
+    version = types.SimpleNamespace(cuda="13.2")
+    distributed = types.SimpleNamespace(
+        is_available=lambda: True, is_gloo_available=lambda: True, is_nccl_available=lambda: {nccl}
+    )
+    card = types.SimpleNamespace(name="H100", total_memory=80 * 2**30, major=9, minor=0)
+    cuda = types.SimpleNamespace(
+        is_available=lambda: {cards} > 0,
+        device_count=lambda: {cards},
+        get_device_properties=lambda _: card,
+        nccl=types.SimpleNamespace(version=lambda: (2, 30, 7)),
+        init=lambda: None,
+    )
+"""
+
+
+def fake_torch(version: str = "2.15.0", cards: int = 0, nccl: bool = True) -> dict[str, str]:
+    return {"torch/__init__.py": TORCH.format(version=version, cards=cards, nccl=nccl)}
+
+
+def fake_megatron(version: str = "0.19.2", helper: str = "helpers_cpp.so") -> dict[str, str]:
+    return {
+        "megatron/core/__init__.py": "",
+        "megatron/core/package_info.py": f"__version__ = {version!r}",
+        "megatron/core/datasets/__init__.py": "",
+        f"megatron/core/datasets/{helper}": "",
+    }
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What one `doctor` printed: `rows` by name, each with what was found and the verdict."""
+
+    status: int
+    rows: dict[str, tuple[str, str]]
+    last_line: str
+    stderr: str
+
+    def verdict(self, name: str) -> str:
+        return self.rows[name][1]
+
+
+Doctor = Callable[..., Examined]
+
+
+@pytest.fixture
+def doctor(tmp_path: Path) -> Doctor:
+    """Runs `doctor` with `fakes`, code by file, before what is installed, and `hidden` modules."""
+
+    def run(
+        fakes: dict[str, str] | None = None,
+        hidden: str = "",
+        path: str | None = None,
+        words: tuple[str, ...] = (),
+        **environment: str,
+    ) -> Examined:
+        for file, code in ({"sitecustomize.py": HIDING} | (fakes or {})).items():
+            target = tmp_path / "fakes" / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(textwrap.dedent(code))
+        kept = {k: v for k, v in os.environ.items() if not _is_the_launchers(k)}
+        result = subprocess.run(
+            [sys.executable, "-m", "megatron_laer", "doctor", *words],
+            env=kept
+            | {"PYTHONPATH": f"{tmp_path / 'fakes'}:{path or python_path()}", "HIDDEN": hidden}
+            | environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        lines = result.stdout.splitlines()
+        found = [match.groups() for line in lines if (match := _ROW.fullmatch(line))]
+        rows = {name: (state, verdict) for name, state, verdict in found}
+        assert len(found) == max(0, len(lines) - 2), result.stdout  # an empty line and the last one
+        return Examined(result.returncode, rows, lines[-1] if lines else "", result.stderr)
+
+    return run
+
+
+def _is_the_launchers(name: str) -> bool:
+    ours = {"WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "MEGATRON_LAER_DEVICE", machine.CONNECTIONS}
+    return name in ours or name.startswith(("SLURM_", "OMPI_"))
+
+
+def test_with_everything_there_every_row_says_so(doctor: Doctor) -> None:
+    examined = doctor()
+    assert examined.status == 0, examined
+    assert examined.last_line == "everything that training needs is there"
+    assert {"native core", "torch", "megatron-core", "plugin", "CUDA", "launcher"} <= {
+        *examined.rows
+    }
+    assert re.match(r"finds all \d+ places", examined.rows["plugin"][0])
+    assert str(_ROOT / "megatron_laer") in examined.rows["megatron_laer"][0]
+    assert examined.rows["native core"][0].endswith(".so")
+
+
+REQUIRED = {
+    "megatron-core": "megatron-core>=0.18,<0.20",
+    "torch": "torch>=2.6",
+    "numpy": "numpy>=1.26",
+    "packaging": "packaging>=24.2",
+    "psutil": "psutil>=5.9",
+    "pyyaml": "pyyaml>=6.0",
+    "tqdm": "tqdm>=4.66",
+}
+
+
+def missing(name: str) -> tuple[str, str]:
+    """The row of a package that is not there."""
+    return "none", f"missing: {sys.executable} -m pip install '{REQUIRED[name]}'"
+
+
+@pytest.mark.unit
+def test_it_runs_where_nothing_at_all_is_installed(doctor: Doctor) -> None:
+    hidden = "torch megatron numpy packaging psutil yaml tqdm matplotlib apex transformer_engine"
+    examined = doctor(hidden=hidden)
+    assert examined.status == 1
+    assert {name: examined.rows[name] for name in REQUIRED} == {n: missing(n) for n in REQUIRED}
+    assert examined.last_line == f"missing or unsupported: {', '.join(REQUIRED)}"
+    assert examined.verdict("matplotlib") == "optional: for the plot of `plan`"
+    assert examined.verdict("Python") == "ok"
+    assert examined.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "named"),
+    [
+        ("torch", "torch", "torch"),
+        ("megatron", "megatron-core", "megatron-core"),
+        ("packaging", "packaging", "megatron-core, packaging"),  # Megatron's version is not known
+    ],
+)
+def test_one_thing_that_is_missing_is_named_with_what_hangs_on_it(
+    doctor: Doctor, module: str, name: str, named: str
+) -> None:
+    examined = doctor(fake_torch() | fake_megatron(), hidden=module)
+    assert examined.status == 1
+    assert examined.rows[name] == missing(name)
+    assert examined.last_line == f"missing or unsupported: {named}"
+    assert "plugin" not in examined.rows
+
+
+def test_a_module_that_lacks_another_names_that_one(doctor: Doctor) -> None:
+    fakes = fake_torch() | {"tqdm/__init__.py": "import colour_of_bars"}
+    examined = doctor(fakes | fake_megatron())
+    assert examined.rows["tqdm"] == (
+        "does not start",
+        "missing: install colour_of_bars, which it imports",
+    )
+
+
+def test_imports_that_fail_in_any_way_are_rows(doctor: Doctor) -> None:
+    broken = {
+        "psutil/__init__.py": "import os; os.abort()",
+        "tqdm/__init__.py": "import os; os._exit(3)",
+        "yaml/__init__.py": "raise RuntimeError('first\\nand second')",
+        "numpy/__init__.py": "raise ImportError('no libfoo.so')",
+    }
+    examined = doctor(fake_torch() | fake_megatron() | broken)
+    assert examined.status == 1
+    assert {name: examined.rows[name][0] for name in ("psutil", "tqdm", "pyyaml", "numpy")} == {
+        "psutil": "its import ended Python with signal 6",
+        "tqdm": "its import ended Python with status 3",
+        "pyyaml": "RuntimeError: first and second",
+        "numpy": "no libfoo.so",
+    }
+    assert examined.verdict("psutil").startswith("missing: install it again: ")
+    assert examined.last_line == "missing or unsupported: numpy, psutil, pyyaml, tqdm"
+
+
+def test_what_an_import_prints_is_not_taken_for_its_answer(doctor: Doctor) -> None:
+    loud = {"psutil/__init__.py": "__version__ = '6.1'\nprint('{}')"}
+    assert doctor(fake_torch() | fake_megatron() | loud).rows["psutil"] == ("6.1", "ok")
+
+
+@pytest.mark.parametrize("megatron", ["0.17.1", "0.20.0"])
+def test_versions_out_of_range_are_unsupported(doctor: Doctor, megatron: str) -> None:
+    old_yaml = {"yaml/__init__.py": "__version__ = '5.4'"}
+    examined = doctor(fake_torch("2.5.1") | fake_megatron(megatron) | old_yaml)
+    assert examined.status == 1
+    pip = f"unsupported: {sys.executable} -m pip install"
+    assert examined.rows["torch"] == ("2.5.1", f"{pip} 'torch>=2.6'")
+    assert examined.rows["pyyaml"] == ("5.4", f"{pip} 'pyyaml>=6.0'")
+    assert examined.verdict("megatron-core").startswith(
+        f"unsupported: megatron_laer supports megatron-core 0.18.0 to 0.19.2, found {megatron}; "
+    )
+    assert examined.last_line == "missing or unsupported: megatron-core, torch, pyyaml"
+
+
+def test_a_release_that_was_not_tested_but_is_supported_is_said(doctor: Doctor) -> None:
+    examined = doctor(fake_torch() | fake_megatron("0.19.7"))
+    assert examined.verdict("megatron-core").startswith("ok: supported; tested were 0.18.0, ")
+
+
+def test_a_checkout_without_a_core_names_the_command_that_builds_it(
+    doctor: Doctor, tmp_path: Path
+) -> None:
+    checkout = tmp_path / "checkout"
+    no_core = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(_ROOT / "megatron_laer", checkout / "megatron_laer", ignore=no_core)
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(_ROOT / name, checkout / name)
+    examined = doctor(fake_torch() | fake_megatron(), path=str(checkout))
+    assert examined.status == 1
+    assert examined.rows["native core"][0] == "none"
+    assert f"-m pip install -e {checkout}" in examined.verdict("native core")
+    assert examined.last_line == "missing or unsupported: native core"
+
+
+def test_gpus_are_listed_and_what_they_could_use_is_optional(doctor: Doctor) -> None:
+    hidden = "apex transformer_engine"
+    examined = doctor(fake_torch(cards=2) | fake_megatron(), hidden=hidden)
+    assert examined.rows["cards"] == ("2 x H100, 80 GiB, sm_90", "ok")
+    assert examined.rows["NCCL"] == ("2.30.7", "ok")
+    assert examined.verdict("CUDA") == "ok"
+    assert examined.verdict("transformer-engine").startswith(
+        "optional: Megatron's default on a GPU"
+    )
+    assert "--no-gradient-accumulation-fusion" in examined.verdict("apex")
+    assert examined.rows["CUDA_DEVICE_MAX_CONNECTIONS"] == ("not set", "ok")
+
+
+def test_gpus_without_nccl_cannot_train(doctor: Doctor) -> None:
+    examined = doctor(fake_torch(cards=2, nccl=False) | fake_megatron())
+    assert examined.rows["NCCL"] == ("none", "missing: install a torch with NCCL")
+    assert examined.status == 1
+
+
+def test_variables_that_are_wrong_are_quoted(doctor: Doctor) -> None:
+    wrong = {"MEGATRON_LAER_DEVICE": "tpu", "LOCAL_WORLD_SIZE": "a\nb", "WORLD_SIZE": "many"}
+    examined = doctor(fake_torch() | fake_megatron(), **wrong)
+    assert examined.status == 1
+    assert "MEGATRON_LAER_DEVICE='tpu' names no device" in examined.verdict("CUDA")
+    assert r"LOCAL_WORLD_SIZE='a\nb': must be an integer" in examined.verdict("node size")
+    assert examined.rows["launcher"][0] == "torchrun: no rank of 'many'"
+    assert "WORLD_SIZE='many': must be an integer" in examined.verdict("launcher")
+    assert examined.last_line == "missing or unsupported: CUDA, launcher, node size"
+
+
+def test_it_takes_no_arguments(doctor: Doctor) -> None:
+    examined = doctor(words=("everything",))
+    assert examined.status == 2
+    assert "unrecognized arguments: everything" in examined.stderr
+
+
+# Rows about the machine, from what was found.
+
+CPU = {"cuda": "13.2", "cards": [], "device": "cpu", "cuda_error": "no device"}
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("torch", "driver", "environment", "verdict"),
+    [
+        ({}, "", {}, "ok: no GPU: Megatron runs on the CPU"),
+        ({}, "580.1", {}, "missing: torch sees no card: no device"),
+        (
+            {},
+            "580.1",
+            {"CUDA_VISIBLE_DEVICES": ""},
+            "ok: cards are turned down",
+        ),
+        ({}, "580.1", {"CUDA_VISIBLE_DEVICES": "7"}, "missing: torch sees no card: no device"),
+        ({}, "580.1", {"MEGATRON_LAER_DEVICE": "cpu"}, "ok: cards are turned down"),
+        ({"device": "cuda"}, "", {"MEGATRON_LAER_DEVICE": "cuda"}, "missing: asked for: no device"),
+        ({"cards": ["1 x H100"]}, "580.1", {"MEGATRON_LAER_DEVICE": "cpu"}, "ok: cards are turned"),
+        ({"cards": ["1 x H100"], "device": "cuda"}, "580.1", {}, "ok"),
+    ],
+)
+def test_cards_that_cannot_be_used_are_told_from_none(
+    torch: dict[str, object],
+    driver: str,
+    environment: dict[str, str],
+    verdict: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "_driver", lambda: driver)
+    row = machine.cuda(CPU | torch, environment)
+    assert row.verdict_and_note.startswith(verdict)
+    assert row.found == "torch's 13.2" + (f", driver {driver}" if driver else "")
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("environment", "launched", "node_size"),
+    [
+        ({}, "none", "1 (no launcher tells, so all ranks are on one node)"),
+        ({"SLURM_JOB_ID": "7"}, "none, in Slurm's job 7", "1 (no launcher tells"),
+        (
+            {"WORLD_SIZE": "8", "RANK": "3", "LOCAL_WORLD_SIZE": "4"},
+            "torchrun: rank 3 of 8",
+            "4 (LOCAL_WORLD_SIZE)",
+        ),
+        (
+            {
+                "OMPI_COMM_WORLD_SIZE": "8",
+                "OMPI_COMM_WORLD_RANK": "0",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+            },
+            "Open MPI: rank 0 of 8",
+            "2 (OMPI_COMM_WORLD_LOCAL_SIZE)",
+        ),
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "8",
+                "SLURM_PROCID": "5",
+                "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+            },
+            "Slurm: rank 5 of 8",
+            "4 (SLURM_STEP_TASKS_PER_NODE)",
+        ),
+        ({"WORLD_SIZE": "8"}, "torchrun: no rank of 8", "8 (no launcher tells"),
+    ],
+    ids=["none", "job", "torchrun", "mpirun", "srun", "world only"],
+)
+def test_the_launcher_and_the_node_size_are_as_training_sees_them(
+    environment: dict[str, str], launched: str, node_size: str
+) -> None:
+    assert machine.launched(environment).found == launched
+    assert machine.node_size(environment, 0, False).found.startswith(node_size)
+
+
+@pytest.mark.unit
+def test_a_node_size_that_training_would_refuse_is_unsupported() -> None:
+    row = machine.node_size({"WORLD_SIZE": "16"}, 8, True)
+    assert row.verdict is Verdict.UNSUPPORTED
+    assert "16 ranks on nodes of 8 GPUs" in row.note
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [
+        ("32", "ok"),
+        ("1", "optional: exchanges"),
+        ("0", "unsupported"),
+        ("x\n", "unsupported"),
+        ("9" * 5000, "unsupported"),
+    ],
+)
+def test_connections_are_judged_on_a_gpu(value: str, verdict: str) -> None:
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": value}
+    assert machine.connections(environment, True).verdict_and_note.startswith(verdict)
+    assert not machine.connections(environment, False).stops
+
+
+def tools(folder: Path, **bodies: str) -> None:
+    for name, body in bodies.items():
+        path = folder / name.replace("_", "-")
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+
+
+CHECKOUT = {"folder": "/megatron", "builds_helper": True, "has_helper": False}
+
+
+@pytest.mark.unit
+def test_a_checkout_of_megatron_needs_the_tools_that_build_its_helper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sysconfig
+
+    def row() -> Row:
+        return machine.dataset_helper(CHECKOUT, {})
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert row().note.startswith("training would build it with make, which is not in the PATH; g++")
+    tools(tmp_path, make="", python3="exit 1", python3_config="echo .other.so")
+    tools(tmp_path, **{"g++": ""})
+    assert row().note.count(";") == 1
+    assert "`python3 -m pybind11 --includes`, which does not run" in row().note
+    assert "python3 in the PATH, for .other.so, but this Python needs" in row().note
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    tools(tmp_path, python3="echo -I/include", python3_config=f"echo {suffix}")
+    assert row().verdict is Verdict.OK
+    assert machine.dataset_helper(CHECKOUT, {"CXX": "nvc++ -x"}).note.startswith(
+        "training would build it with nvc++, which is not in the PATH"
+    )
+
+
+@pytest.mark.unit
+def test_a_wheel_of_megatron_brings_its_helper_or_is_broken() -> None:
+    wheel = CHECKOUT | {"builds_helper": False}
+    assert machine.dataset_helper(wheel | {"has_helper": True}, {}).verdict is Verdict.OK
+    assert machine.dataset_helper(wheel, {}).stops
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("asked", [None, "no-such-compiler --fast"])
+def test_without_a_compiler_only_an_installation_from_source_fails(
+    asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    row = machine.compiler({} if asked is None else {"CXX": asked})
+    assert row.verdict is Verdict.OPTIONAL
+    assert asked is None or repr(asked) in row.found
