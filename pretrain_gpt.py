@@ -220,12 +220,23 @@ def refuse_out_of_scope(args):
         )
 
 
-def main():
-    """Parse Megatron's command line and train."""
-    set_startup_timestamps(program_start=_STARTED_S, main_entry=time.time())
-    train, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+def parse_arguments():
+    """Megatron's command line, checked.
+
+    Raises:
+        ValueError: settings that cannot work, saying what would.
+    """
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     refuse_out_of_scope(args)
+    return args
+
+
+def main(args=None):
+    """Train, by Megatron's command line unless it has been parsed."""
+    set_startup_timestamps(program_start=_STARTED_S, main_entry=time.time())
+    train, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    if args is None:
+        args = parse_arguments()
     train(
         **pretrain_arguments(args),
         train_valid_test_dataset_provider=datasets_provider,
@@ -237,4 +248,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        parsed = parse_arguments()
+    except ValueError as error:
+        print(f"pretrain_gpt.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    main(parsed)
