@@ -147,6 +147,17 @@ def _program() -> str:
     return "python -m megatron_laer" if is_module else "megatron-laer"
 
 
+_EXAMPLES = """\
+examples:
+  %(prog)s doctor
+  %(prog)s flags mixtral-8x7b-e8k2
+  %(prog)s prepare-data --python-sources --output data/text
+  %(prog)s plan traces/group-0.trace --ranks 64 --node-size 8 --capacity 2 3 4
+  %(prog)s inspect checkpoints
+  torchrun --nproc-per-node 8 -m megatron_laer train Megatron-LM/pretrain_gpt.py -- FLAGS
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, instead of after the usage."""
 
@@ -180,7 +191,12 @@ def _parser(command: str) -> _Parser:
         ImportError: the module of `command` cannot be imported.
     """
     prog = _program()
-    parser = _Parser(prog=prog, description="Fully Sharded Expert Parallel for Megatron-LM")
+    parser = _Parser(
+        prog=prog,
+        description="Fully Sharded Expert Parallel for Megatron-LM",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EXAMPLES,
+    )
     parser.add_argument("--version", action="version", version=f"megatron-laer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(
