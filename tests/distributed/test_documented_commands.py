@@ -24,7 +24,11 @@ ON_TWO_CPU_RANKS = {
     "--expert-model-parallel-size 8": "--expert-model-parallel-size 2",
     "flags tiny-moe": "flags tiny-moe --cpu",
 }
-SHORT = {"--train-iters 100": "--train-iters 3 --eval-iters 1 --num-workers 0"}
+SHORT = {
+    "--train-iters 100": "--train-iters 3 --num-workers 0",
+    "--eval-iters 5": "--eval-iters 1",
+    "--global-batch-size 64": "--global-batch-size 8",
+}
 SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
     "README.md": ON_TWO_CPU_RANKS | SHORT,
     "plan.md": ON_TWO_CPU_RANKS | SHORT,
@@ -38,8 +42,9 @@ BEFORE = {
         python -m megatron_laer prepare-data --python-sources --output data/text
         torchrun --nproc-per-node 2 pretrain_gpt.py \\
             $(python -m megatron_laer flags tiny-moe --cpu) --data-path data/text --split 95,5,0 \\
-            --micro-batch-size 4 --global-batch-size 8 --train-iters 2 --eval-iters 1 --lr 1e-3 \\
-            --save checkpoints --num-workers 0 \\
+            --micro-batch-size 4 --global-batch-size 8 --train-iters 2 --lr 1e-3 \\
+            --eval-interval 2 --eval-iters 1 --save checkpoints --save-interval 2 \\
+            --num-workers 0 \\
             --expert-model-parallel-size 2 --expert-parallel-mode fsep
     """,
     "slurm.md": "mkdir -p data/tokenizer; echo A corpus. >corpus.txt",
@@ -112,6 +117,7 @@ def run(page: str, command: list[str], text: str, top: Path) -> None:
         | {
             "PATH": f"{top / 'bin'}:{os.environ['PATH']}",
             "PYTHONPATH": processes.python_path(),
+            "PYTHON": sys.executable,
             "MEGATRON_LAER_DEVICE": "cpu",
             "OMP_NUM_THREADS": "1",
         },

@@ -99,7 +99,8 @@ def test_a_replay_over_its_own_recording_is_refused_on_every_rank(
 ) -> None:
     old, new = file_of(used, "--fsep-record-layouts"), file_of(tmp_path, "--fsep-record-layouts")
     new.parent.mkdir()
-    new.hardlink_to(old)
+    # Of another group's, under another name: not seen where flags are checked.
+    new.hardlink_to(shutil.copy(old, old.with_stem("group-1")))
     before = contents(used)
     command = command_line(
         text_data,
