@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 # Of files that people write by hand, and of lists that describe other files.
 MAX_TEXT_BYTES = 2**20
 
+# Of files that machines write, line by line: the longest are the routing of some million tokens.
+MAX_LINE = 2**25
+
 # Where a file system has no locks (Lustre without `-o flock`, some network mounts).
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -77,9 +80,14 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
         OSError: it cannot be read.
     """
     with open_input(path) as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        size = max(path.stat().st_size, len(content))
+        size = os.fstat(file.fileno()).st_size
+        content = b""
+        if size <= max_bytes:
+            content = file.read(size + 1)
+            if len(content) > size:  # it has grown, or its file system tells no sizes, as /proc
+                content += file.read(max_bytes + 1 - len(content))
+                size = len(content)
+    if size > max_bytes:
         raise ValueError(f"{quoted(path)} has {size:,} bytes; at most {max_bytes:,} are expected")
     return content
 
@@ -98,13 +106,40 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
         raise ValueError(f"{quoted(path)} is not UTF-8 text: {error.reason}") from error
 
 
+def lines[T: (str, bytes)](file: IO[T], path: Path) -> Iterator[T]:
+    """Yield the lines of an open file, with their ends.
+
+    Raises:
+        ValueError: a line that is longer than `MAX_LINE`, as where a file holds no lines.
+        OSError: the file cannot be read.
+    """
+    for number in itertools.count(1):
+        line = file.readline(MAX_LINE + 1)
+        if not line:
+            return
+        if len(line) > MAX_LINE:
+            raise ValueError(f"{path}, line {number}: longer than {MAX_LINE:,} characters")
+        yield line
+
+
 def quoted(text: object, longest: int = 200) -> str:
     """Quote what a user passed, on one line, escaped and of limited length, for a message."""
-    shown = str(text)
-    if len(shown) > longest:
-        half = longest // 2
-        shown = f"{shown[:half]}...{shown[-half:]}"
+    shown = _shortened(str(text), longest)
     return ascii(shown) if not shown.isprintable() else repr(shown)
+
+
+def one_line(text: object, longest: int = 2000) -> str:
+    """Show a text that somebody else may have written, on one line of limited length.
+
+    Control characters, which could move a terminal's cursor, are escaped; quotes are not added.
+    """
+    shown = _shortened(str(text), longest)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+
+
+def _shortened(text: str, longest: int) -> str:
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
 
 
 def is_same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
@@ -253,6 +288,23 @@ def open_exclusively(path: Path) -> BinaryIO:
             raise
         # Its former writer has replaced it between our opening and its lock.
         file.close()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold `path` as a lock during the block; it is made for that, and removed at the end.
+
+    Raises:
+        InUseError: another run holds it.
+        ValueError: it is no regular file.
+        OSError: it cannot be made.
+    """
+    with open_exclusively(path):
+        try:
+            yield
+        finally:
+            # Before it is closed: who has opened it meanwhile then sees that it has gone.
+            path.unlink(missing_ok=True)
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:

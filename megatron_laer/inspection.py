@@ -1,35 +1,45 @@
 """`python -m megatron_laer inspect`: what a checkpoint holds, told from its metadata.
 
 Needs no ranks and no device, and loads no tensor. Torch keeps the list of tensors as a pickle; it
-is read with the few classes such a list is made of, so that looking at a checkpoint runs no code
-that somebody put into it.
+is read without unpickling (see `inert_pickle`), so that looking at a checkpoint runs no code that
+somebody put into it. Names are printed escaped.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
+import math
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from megatron_laer import inert_pickle
+from megatron_laer.files import one_line, open_input, quoted, read_bytes, read_text
+from megatron_laer.inert_pickle import Name, Record
 from megatron_laer.planner.state import PlannerState
+
+# A list of tensors needs some hundred bytes for each piece that a rank has saved.
+_MAX_LIST_BYTES = 2**28
+_MAX_SIZE = 2**63 - 1
+_MAX_AXES = 64
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _EXPERTS = ".mlp.experts.experts.linear_fc"
 _OPTIMIZER = "optimizer."
 
-# What torch's list of tensors is made of: plain records, and torch's names for types.
-_ALLOWED: dict[str, set[str] | None] = {
-    "torch.distributed.checkpoint.metadata": None,
-    "torch.distributed.checkpoint.planner": None,
+# What torch's list of tensors is made of: plain records, and torch's names for types. None of them
+# is imported; whatever else is asked for tells that the list is not torch's.
+_MODULES = (
+    "torch",
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.planner",
+)
+_NAMES = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "device"},
     "collections": {"OrderedDict"},
     "builtins": {"dict", "list", "set", "tuple"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
@@ -48,7 +58,7 @@ class Entry:
     @property
     def elements(self) -> int:
         """How many numbers it holds."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 def describe(path: str | Path) -> str:
@@ -61,7 +71,7 @@ def describe(path: str | Path) -> str:
     folder = _find(Path(path))
     config = _json(folder / "metadata.json")
     tensors = _tensors(folder / ".metadata")
-    lines = [f"checkpoint       {folder}", f"format           {_format(config)}"]
+    lines = [f"checkpoint       {one_line(folder)}", f"format           {_format(config)}"]
     lines += _model(tensors)
     lines += _optimizer(tensors)
     lines += _planner(folder)
@@ -83,9 +93,9 @@ def _find(path: Path) -> Path:
             f"{path} is no checkpoint: it holds neither {_TRACKER} (a run that saved one) nor "
             "metadata.json (a complete torch_dist checkpoint)"
         )
-    text = _text(tracker).strip()
+    text = read_text(tracker).strip()
     if text != "release" and not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise ValueError(f"{tracker} holds {text[:40]!r}, expected an iteration")
+        raise ValueError(f"{tracker} holds {quoted(text, 40)}, expected an iteration")
     folder = path / ("release" if text == "release" else f"iter_{int(text):07d}")
     if not (folder / "metadata.json").is_file():
         raise ValueError(
@@ -95,16 +105,9 @@ def _find(path: Path) -> Path:
     return folder
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-
-
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_text(path))
+        found = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(found, dict):
@@ -114,45 +117,69 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _format(config: Mapping[str, Any]) -> str:
     backend = config.get("sharded_backend", "unknown")
-    return f"{backend} {config.get('sharded_backend_version', '')}".strip()
+    return one_line(f"{backend} {config.get('sharded_backend_version', '')}".strip(), 100)
 
 
 # Tensors.
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes records of torch's list of tensors, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        import torch
-
-        allowed = _ALLOWED.get(module, set())
-        is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_type and allowed is not None and name not in allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        found = super().find_class(module, name)
-        is_torchs = getattr(found, "__module__", "").startswith("torch.distributed.checkpoint")
-        if allowed is None and not (isinstance(found, type) and is_torchs):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return found
-
-
 def _tensors(path: Path) -> dict[str, Entry]:
-    """Every tensor by its global name."""
+    """Every tensor by its global name, escaped."""
+    content = read_bytes(path, _MAX_LIST_BYTES)
     try:
-        metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
-        found = metadata.state_dict_metadata
+        metadata = inert_pickle.read(content, _is_torchs)
+        found = _attribute(metadata, "state_dict_metadata")
+        if not isinstance(found, dict):
+            raise ValueError("its state_dict_metadata is no mapping")
         return {
-            str(name): Entry(
-                tuple(int(size) for size in entry.size),
-                str(entry.properties.dtype).removeprefix("torch."),
-                entry.properties.dtype.itemsize,
-            )
-            for name, entry in found.items()
-            if hasattr(entry, "properties")
+            one_line(name): _entry(name, record)
+            for name, record in found.items()
+            if isinstance(record, Record) and record.name.name == "TensorStorageMetadata"
         }
-    except Exception as error:  # damaged pickles raise whatever they like
-        raise ValueError(f"{path} is no list of tensors: {error!r}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no list of tensors: {error}") from error
+
+
+def _is_torchs(name: Name) -> bool:
+    is_plain = "." not in name.name
+    return is_plain and (name.module in _MODULES or name.name in _NAMES.get(name.module, ()))
+
+
+def _entry(name: str, record: Record) -> Entry:
+    size, properties = _attribute(record, "size"), _attribute(record, "properties")
+    shape = size.arguments[0] if isinstance(size, Record) and size.arguments else None
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) > _MAX_AXES
+        or any(type(length) is not int or not 0 <= length <= _MAX_SIZE for length in shape)
+    ):
+        raise ValueError(
+            f"tensor {quoted(name)} has the size {reprlib.repr(shape)}, expected integers in "
+            f"0..{_MAX_SIZE}"
+        )
+    # Properties pickle themselves as a tuple that begins with the type.
+    state = properties.state if isinstance(properties, Record) else None
+    dtype = state[0] if isinstance(state, tuple) and state else None
+    if not isinstance(dtype, Name) or dtype.module != "torch":
+        raise ValueError(f"tensor {quoted(name)} has no type of torch's")
+    return Entry(shape, dtype.name, _item_bytes(dtype.name))
+
+
+def _attribute(record: Any, name: str) -> Any:
+    state = record.state if isinstance(record, Record) else None
+    if not isinstance(state, dict) or name not in state:
+        raise ValueError(f"it has no {name} where one belongs")
+    return state[name]
+
+
+@cache
+def _item_bytes(dtype: str) -> int:
+    import torch
+
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"torch has no type {quoted(dtype)}")
+    return found.itemsize
 
 
 def _model(tensors: Mapping[str, Entry]) -> Iterator[str]:
@@ -192,17 +219,18 @@ def _is_optimizers(name: str) -> bool:
 
 
 def _planner(folder: Path) -> Iterator[str]:
-    from megatron_laer.runtime.planner_checkpoint import FOLDER, read_state
+    from megatron_laer.runtime.planner_checkpoint import FOLDER
 
     files = sorted((folder / FOLDER).glob("group-*.bin"), key=lambda file: (len(file.name), file))
     if not files:
         yield "planner          no state: a run that loads this plans anew, from the static layout"
     for file in files:
-        name = file.stem.replace("-", " ")
+        name = one_line(file.stem.replace("-", " "), 100)
         try:
-            state = PlannerState.from_bytes(read_state(str(file)))
+            with open_input(file) as content:
+                state = PlannerState.from_file(content)
         except (ValueError, OSError) as error:
-            yield f"planner, {name}: {error}"
+            yield one_line(f"planner, {name}: {error}")
             continue
         num_ranks, capacity, num_experts = state.shape
         plans = ", ".join(str(plan.source_step) for plan in state.plans) or "none"
@@ -213,4 +241,4 @@ def _planner(folder: Path) -> Iterator[str]:
         )
         for layer, layout in zip(state.layers, state.layouts, strict=True):
             replicas = " ".join(map(str, layout.replicas_E.tolist()))
-            yield f"  {layer}: replicas per expert {replicas}"
+            yield f"  {one_line(layer)}: replicas per expert {replicas}"

@@ -10,22 +10,31 @@ is nothing to look up twice:
     moe:
       moe-router-topk: 2
 
-Whether a flag exists and its value fits is Megatron's parser to say, not this module's.
+Values are passed on as they are written. Whether a flag exists and its value fits is Megatron's
+parser to say, not this module's.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import yaml  # type: ignore[import-untyped]
-
 from megatron_laer.shipped import yaml_file
+from megatron_laer.yaml_text import read_yaml
 
 GROUPS = ("architecture", "moe", "initialization", "precision", "data")
 
 _KEY = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")
+# YAML 1.1's words for both, which people may have learnt elsewhere.
+_ON = ("true", "yes", "on")
+_OFF = ("false", "no", "off")
+_NOTHING = ("", "~", "null")
+_YAML_POINT = re.compile(r"\.(?=(inf|nan)$)", re.IGNORECASE)
+# A path may be long; no number is.
+_LONGEST_VALUE = 4096
 
 
 def model_flags(path_or_name: str | Path) -> list[str]:
@@ -37,51 +46,69 @@ def model_flags(path_or_name: str | Path) -> list[str]:
         OSError: a path that cannot be read.
     """
     path = yaml_file("model", path_or_name)
+    content = read_yaml(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    flags: dict[str, list[str]] = {}
-    for key, value in _settings(content, path):
-        if key in flags:
-            raise ValueError(f"{path}: {key} is given twice; leave one out")
-        flags[key] = [f"--{key}", *_words(key, value, path)]
+        flags: dict[str, list[str]] = {}
+        for key, value in _settings(content):
+            # To argparse, which fills one variable, both spellings are the same flag.
+            if (name := key.replace("_", "-")) in flags:
+                raise ValueError(f"{key} is given twice; leave one out")
+            flags[name] = [f"--{key}", *_words(key, value)]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return [word for words in flags.values() for word in words]
 
 
-def _settings(content: object, path: Path) -> Iterator[tuple[str, object]]:
+def _settings(content: object) -> Iterator[tuple[str, object]]:
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds {content!r}, expected a mapping with the groups {GROUPS}")
+        raise ValueError(
+            f"the file holds {reprlib.repr(content)}, expected a mapping with the groups "
+            f"{', '.join(GROUPS)}"
+        )
     description = content.get("description")
     if not isinstance(description, str) or not description.strip():
-        raise ValueError(f"{path}: description must say what the model is, got {description!r}")
+        raise ValueError(f"description must say what the model is, got {reprlib.repr(description)}")
     for group, settings in content.items():
         if group == "description":
             continue
         if group not in GROUPS:
-            raise ValueError(f"{path}: unknown group {group!r}; groups are {', '.join(GROUPS)}")
+            raise ValueError(f"unknown group {reprlib.repr(group)}; groups are {', '.join(GROUPS)}")
         if not isinstance(settings, Mapping):
-            raise ValueError(f"{path}: {group} must hold `flag: value` lines, got {settings!r}")
+            raise ValueError(f"{group} must hold `flag: value` lines, got {reprlib.repr(settings)}")
         for key, value in settings.items():
-            if not isinstance(key, str) or not _KEY.fullmatch(key):
+            if not _KEY.fullmatch(key):
                 raise ValueError(
-                    f"{path}: {group}: {key!r} is no flag; write Megatron's without its dashes, "
-                    "such as num-layers"
+                    f"{group}: {reprlib.repr(key)} is no flag; write Megatron's without its "
+                    "dashes, such as num-layers"
                 )
             yield key, value
 
 
-def _words(key: str, value: object, path: Path) -> list[str]:
-    if value is True:
+def _words(key: str, value: object) -> list[str]:
+    if isinstance(value, str) and value.lower() in _ON:
         return []
     values = value if isinstance(value, list) else [value]
-    for item in values:
-        # bool is an int in Python, and `no` is a bool in YAML.
-        if isinstance(item, bool) or not isinstance(item, int | float | str) or item == "":
-            raise ValueError(
-                f"{path}: {key} is {value!r}; give true for a switch, else a number, a text or a "
-                "list of them. A switch that is off is left out"
-            )
     if not values:
-        raise ValueError(f"{path}: {key} is an empty list; give it values or leave it out")
+        raise ValueError(f"{key} is an empty list; give it values or leave it out")
+    for item in values:
+        if not isinstance(item, str) or item.lower() in (*_ON, *_OFF, *_NOTHING):
+            raise ValueError(
+                f"{key} is {reprlib.repr(value)}; give true for a switch, else a number, a text or "
+                "a list of them. A switch that is off is left out"
+            )
+        if item.startswith("--") or not item.isprintable() or len(item) > _LONGEST_VALUE:
+            raise ValueError(
+                f"{key} is {reprlib.repr(value)}; a value has one line of at most "
+                f"{_LONGEST_VALUE} characters, and does not begin with --"
+            )
+        if not _is_finite(item):
+            raise ValueError(f"{key} is {reprlib.repr(value)}; give a finite number")
     return [str(item) for item in values]
+
+
+def _is_finite(text: str) -> bool:
+    """Whether a text is no number that is infinite or none, in YAML's spelling or Python's."""
+    try:
+        return math.isfinite(float(_YAML_POINT.sub("", text)))
+    except ValueError:
+        return True

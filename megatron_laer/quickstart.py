@@ -25,14 +25,13 @@ import numpy.typing as npt
 
 from megatron_laer.model_flags import model_flags
 from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.telemetry import log as training_log
 from megatron_laer.telemetry.balance import max_over_mean, stock_tokens_N
 
 _SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_gpt.py"
 
 MODEL = "tiny-moe"
 STEPS = 200
-# Steps after which routing has settled enough to be worth averaging.
-BALANCE_AFTER = 0.5
 _SECONDS_BETWEEN_LINES = 5.0
 _CACHE = "cache"
 
@@ -202,15 +201,14 @@ def _follow(lines: Iterator[str], run: Run, steps: int) -> None:
     for line in lines:
         if match := re.search(r"validation loss at .*validation set .*lm loss value: (\S+)", line):
             run.validation_loss = float(match[1])
-        if not re.search(r"iteration +\d+/ *\d+ \|", line):
+        step = training_log.step_of_line(line)
+        if step is None:
             continue
-        # `name: value |`, as Megatron and its metrics trackers write them.
-        values = dict(re.findall(r"([\w ()]+): +([-+.\dE]+) \|", line))
-        values = {key.strip(): float(value) for key, value in values.items()}
-        run.losses.append(values["lm loss"])
-        run.step_ms.append(values["elapsed time per iteration (ms)"])
-        if "fsep_load_imbalance" in values:
-            run.load_imbalance.append(values["fsep_load_imbalance"])
+        values = step.values
+        run.losses.append(values[training_log.LOSS])
+        run.step_ms.append(values[training_log.STEP_MS])
+        if training_log.IMBALANCE in values:
+            run.load_imbalance.append(values[training_log.IMBALANCE])
             # The first layout has version 0.
             run.layouts = int(values["fsep_layout_version"]) + 1
         done = len(run.losses)
@@ -254,34 +252,30 @@ def _flag_value(flags: list[str], name: str) -> str:
 
 
 def _table(fsep: Run, stock: Run, ranks: int) -> str:
-    def late(values: list[float]) -> float:
-        return statistics.fmean(values[int(len(values) * BALANCE_AFTER) :])
-
+    both = (fsep, stock)
     steps = len(fsep.losses)
-    settled = f"steps {int(steps * BALANCE_AFTER) + 1} to {steps}"
+
+    def balance(run: Run) -> str:
+        return f"{statistics.fmean(training_log.steady(run.load_imbalance)):.3f}"
+
     rows = [
-        ("loss at step 1", *(f"{run.losses[0]:.4f}" for run in (fsep, stock))),
-        (f"loss at step {steps}", *(f"{run.losses[-1]:.4f}" for run in (fsep, stock))),
-        ("validation loss", *(f"{run.validation_loss:.4f}" for run in (fsep, stock))),
+        ("loss at step 1", [f"{run.losses[0]:.4f}" for run in both]),
+        (f"loss at step {steps}", [f"{run.losses[-1]:.4f}" for run in both]),
+        ("validation loss", [f"{run.validation_loss:.4f}" for run in both]),
         (
-            f"max/mean tokens per rank, {settled}",
-            *(f"{late(run.load_imbalance):.3f}" for run in (fsep, stock)),
+            f"max/mean tokens per rank, {training_log.steady_steps(steps)}",
+            [balance(run) for run in both],
         ),
-        ("expert layouts used", *(str(run.layouts) for run in (fsep, stock))),
-        (
-            "step time, median (ms)",
-            *(f"{statistics.median(run.step_ms):.0f}" for run in (fsep, stock)),
-        ),
+        ("expert layouts used", [str(run.layouts) for run in both]),
+        ("step time, median (ms)", [f"{statistics.median(run.step_ms):.0f}" for run in both]),
     ]
-    lines = [f"{'':46}{'FSEP':>10}{'stock EP':>10}"]
-    lines += [f"{label:46}{left:>10}{right:>10}" for label, left, right in rows]
-    lines.append(
+    return (
+        f"{training_log.table(('FSEP', 'stock EP'), rows)}\n"
         f"Balance: 1.000 is perfect, {ranks}.000 the worst; over every layer and microbatch.\n"
         "Losses: close, not equal, since the two draw their experts' first weights differently;\n"
         "  tests/distributed/test_parity.py compares them from equal weights.\n"
         "Step time: without a fast network it shows what FSEP costs, not what it gains."
     )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

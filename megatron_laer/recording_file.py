@@ -3,7 +3,8 @@
 It knows neither what records hold nor how they are read; their writers say where each one ends. A
 recording is never rewritten in place. Where steps must go, since a run makes them again, they are
 copied to a file beside, and a copy of what stays takes the recording's place: a run that is killed
-at any moment leaves the recording as it was, or as it is to be.
+at any moment leaves the recording as it was, or as it is to be. Only what is no whole record, as a
+run leaves it that is killed while it writes, is cut off where it is.
 """
 
 from __future__ import annotations
@@ -95,13 +96,11 @@ class RecordingFile:
             ValueError: a run begins, and an earlier one's records are there.
             OSError: as for `cut_from`.
         """
-        if first_step == 0:
-            records = list(records)
-            if records:
-                raise ValueError(
-                    f"{self.path} holds the steps of an earlier run, and this run begins at step "
-                    "0; give an empty folder, or resume the run that wrote it from a checkpoint"
-                )
+        if first_step == 0 and any(True for _ in records):
+            raise ValueError(
+                f"{self.path} holds the steps of an earlier run, and this run begins at step 0; "
+                "give an empty folder, or resume the run that wrote it from a checkpoint"
+            )
         return self.cut_from(first_step, records)
 
     def cut_from(self, step: int, records: Iterable[tuple[int, int]]) -> int | None:

@@ -4,13 +4,14 @@
 #   scripts/test.sh               the quick set: tests marked unit or quick
 #   scripts/test.sh --all         everything that needs no GPU (also with CI=true), and then what is
 #                                 marked `releases` once more, with the oldest Megatron supported
+#   scripts/test.sh --nightly     what --all leaves out, because it takes long or needs more tools
 #   scripts/test.sh --gpu         the tests that need one
 #   scripts/test.sh --megatron X  the chosen set with megatron-core X instead
 #   scripts/test.sh ... -- ARGS   ARGS are given to pytest, which then runs once
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-everything="not gpu"
+everything="not gpu and not nightly"
 selection="unit or quick"
 [[ ${CI:-} == true ]] && selection=$everything
 megatron=
@@ -18,6 +19,7 @@ oldest=0.18.0
 while (($#)); do
     case $1 in
         --all) selection=$everything ;;
+        --nightly) selection="nightly and not gpu" ;;
         --gpu) selection=gpu ;;
         --megatron)
             megatron=${2:-}
@@ -27,8 +29,8 @@ while (($#)); do
             shift
             ;;
         --) shift && break ;;
-        -h | --help) sed -n '2,9s/^# \{0,1\}//p' scripts/test.sh && exit ;;
-        *) echo "unknown option $1; allowed are --all, --gpu, --megatron X, and -- followed by pytest's" >&2 && exit 2 ;;
+        -h | --help) sed -n '2,10s/^# \{0,1\}//p' scripts/test.sh && exit ;;
+        *) echo "unknown option $1; allowed are --all, --nightly, --gpu, --megatron X, and -- followed by pytest's" >&2 && exit 2 ;;
     esac
     shift
 done

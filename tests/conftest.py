@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import slurm
 from tests.ranks import RankPool, RankPools
 
 # A busy machine takes its time for an example, and for making one.
@@ -32,7 +34,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             cases = dict(getattr(report, "user_properties", ())).get("counts")
             if cases is not None:
                 found[report.nodeid] = outcome == "passed", cases
-    counted = {True: Counter[str](), False: Counter[str]()}
+    # Also when there are none: where Slurm is not installed its tests are skipped.
+    counted = {True: Counter(slurm_jobs=0), False: Counter[str]()}
     for passed, cases in found.values():
         counted[passed].update(cases)
     for kind in sorted(counted[True] | counted[False]):
@@ -55,3 +58,15 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     prefix = tmp_path_factory.mktemp("data") / "text"
     prepare_data(default_text_sources()[:150], str(prefix), progress=False)
     return str(prefix)
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Cluster]:
+    """A Slurm with two nodes of two fake GPUs, where Slurm is installed."""
+    if missing := slurm.missing_programs():
+        message = f"Slurm is not installed: {slurm.INSTALL} (missing: {', '.join(missing)})"
+        if os.environ.get(slurm.NEEDED_VARIABLE) == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    with slurm.slurm_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,21 @@ def run(
                     descendant.kill()
             raise
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def outlive(pids: Iterable[int], within_s: float = 300.0) -> list[int]:
+    """Those that run even after some seconds, given that all of them should end."""
+    give_up_s = time.monotonic() + within_s
+    while True:
+        running = [pid for pid in pids if is_running(pid)]
+        if not running or time.monotonic() > give_up_s:
+            return running
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process has not ended; nobody may have asked for its status yet."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

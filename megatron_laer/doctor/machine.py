@@ -49,7 +49,7 @@ def cuda(torch: Answer, environment: Mapping[str, str]) -> Row:
         return Row("CUDA", found, note=f"cards are turned down by {hiding[0]}")
     if driver:
         return Row("CUDA", found, Verdict.MISSING, f"torch sees no card: {torch.get('cuda_error')}")
-    note = "no GPU: Megatron runs on the CPU, with megatron_laer.platform.cpu.CPU_FLAGS"
+    note = "no GPU: Megatron runs on the CPU, with what `megatron-laer flags MODEL --cpu` adds"
     return Row("CUDA", found, note=note)
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml  # type: ignore[import-untyped]
 
 from megatron_laer.shipped import yaml_file
+from megatron_laer.yaml_text import parse_yaml, read_yaml
 
 
 @dataclass(frozen=True)
@@ -182,26 +182,11 @@ def load_cluster(path_or_name: str | Path) -> Cluster:
         OSError: a path that cannot be read.
     """
     path = yaml_file("cluster", path_or_name)
+    content = read_yaml(path)
     try:
-        return parse_cluster(path.read_text(encoding="utf-8"))
+        return _cluster(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-class _TextLoader(yaml.BaseLoader):  # type: ignore[misc]
-    """YAML as texts, lists and mappings alone: builds no objects, guesses no types.
-
-    So `237e12` is a number to us, where YAML 1.1 takes it for text, and `yes` is none.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As the base class, but a key that is given twice is an error, not the last one's win."""
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise ValueError(f"the keys {_quote(twice)} are given more than once")
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
 
 
 def parse_cluster(text: str) -> Cluster:
@@ -210,14 +195,11 @@ def parse_cluster(text: str) -> Cluster:
     Raises:
         ValueError: whatever is wrong with it.
     """
-    try:
-        content = yaml.load(text, Loader=_TextLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {error}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply; see configs/clusters for the format") from error
-    fields = _Fields(content, "")
-    return fields.build(
+    return _cluster(parse_yaml(text))
+
+
+def _cluster(content: object) -> Cluster:
+    return _Fields(content, "").build(
         Cluster,
         name=_text,
         source=_text,
@@ -321,5 +303,5 @@ def _solve(value: object, where: str) -> SolveTime:
 
 
 def _quote(value: object) -> str:
-    """A value for a message, cut short: aliases in YAML make texts of any length from few bytes."""
+    """A value for a message, cut short."""
     return reprlib.repr(value)

@@ -1,7 +1,7 @@
 """What a planner carries from one step to the next, as a value and as bytes for a checkpoint.
 
-The bytes are read without trust: a digest, then every size and range. Nothing is unpickled. Files
-are not opened here.
+The bytes are read without trust: a digest, then every size and range; a file's size is compared
+with what its header says before the file is read. Nothing is unpickled. Files are not opened here.
 
     magic, format, length of the header | header, JSON | slots in force, slots of the plans, int16
     | levels of the forecasts, int64 | BLAKE2b digest of all before
@@ -14,10 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -46,6 +47,8 @@ _PLAN_KEYS = {"source_step": int, "plan_ms": float}
 
 _MAX_LAYERS = 2**16
 _MAX_NAME = 200
+# Far above that many layers with long names.
+_MAX_HEADER_BYTES = 2**26
 _MAX_STEP = 2**62
 # Sums of expected tokens stay exact in doubles, and far from overflow in int64.
 _MAX_LEVEL_SUM = 2**52
@@ -152,23 +155,18 @@ class PlannerState:
         Raises:
             ValueError: anything else, saying what is wrong.
         """
-        header, payload = _read_header(data)
-        num_ranks, capacity, num_experts = (
-            header["num_ranks"],
-            header["capacity"],
-            header["num_experts"],
-        )
-        check_shape(num_ranks, capacity, num_experts)
+        header, payload = _split(data)
+        num_ranks, capacity, num_experts = _header_shape(header)
         observed, plans = header["observed"], header["plans"]
         num_layers = len(header["layers"])
         slots_bytes = num_ranks * capacity * _SLOT.itemsize
         level_bytes = num_ranks * num_experts * _LEVEL.itemsize
         num_layouts = num_layers * (1 + len(plans))
-        expected = num_layouts * slots_bytes + sum(observed) * level_bytes
+        expected = _payload_bytes(header)
         if len(payload) != expected:
             raise ValueError(f"has {len(payload)} bytes of arrays, its header says {expected}")
         layouts = tuple(
-            ExpertLayout(num_ranks, capacity, num_experts, payload[at : at + slots_bytes])
+            ExpertLayout(num_ranks, capacity, num_experts, bytes(payload[at : at + slots_bytes]))
             for at in range(0, num_layouts * slots_bytes, slots_bytes)
         )
         at = num_layouts * slots_bytes
@@ -199,6 +197,24 @@ class PlannerState:
             ),
         )
 
+    @classmethod
+    def from_file(cls, file: BinaryIO) -> PlannerState:
+        """As `from_bytes`, from the begin of a file on; one with too long a tail is not read.
+
+        Raises:
+            ValueError: anything else than what `to_bytes` made, saying what is wrong.
+            OSError: the file cannot be read.
+        """
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        length = _header_length(file.read(_PREFIX.size))
+        header = _header(file.read(length))
+        expected = _PREFIX.size + length + _payload_bytes(header) + _DIGEST_BYTES
+        if size > expected:
+            raise ValueError(f"has {size} bytes, its header says {expected}")
+        file.seek(0)
+        return cls.from_bytes(file.read(expected))
+
     def _check_forecast(self, forecast: SmoothedForecast) -> None:
         level_NE = forecast.level_NE
         if level_NE is None:
@@ -212,22 +228,36 @@ class PlannerState:
             raise ValueError("a forecast holds negative loads, or more than a step can have")
 
 
-def _read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
+def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
     """The header, its types checked, and the bytes of the arrays."""
     least = _PREFIX.size + _DIGEST_BYTES
     if len(data) < least:
         raise ValueError(f"has {len(data)} bytes, a planner's state has at least {least}")
+    length = _header_length(data)
+    # Views, for a state may have gigabytes.
+    body, digest = memoryview(data)[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
+    if _digest(body) != digest:
+        raise ValueError("is damaged or cut off: its digest does not match")
+    text = bytes(body[_PREFIX.size : _PREFIX.size + length])
+    if len(text) != length:
+        raise ValueError(f"has a header of {len(text)} bytes, expected {length}")
+    return _header(text), body[_PREFIX.size + length :]
+
+
+def _header_length(data: bytes) -> int:
+    if len(data) < _PREFIX.size:
+        raise ValueError(f"has {len(data)} bytes, a planner's state has at least {_PREFIX.size}")
     magic, number, length = _PREFIX.unpack_from(data)
     if magic != _MAGIC:
         raise ValueError(f"is no planner's state: begins with {magic!r}, not {_MAGIC!r}")
     if number != _FORMAT:
         raise ValueError(f"has format {number}, this version reads format {_FORMAT}")
-    body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
-    if _digest(body) != digest:
-        raise ValueError("is damaged or cut off: its digest does not match")
-    text = body[_PREFIX.size : _PREFIX.size + length]
-    if len(text) != length:
-        raise ValueError(f"has a header of {len(text)} bytes, expected {length}")
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"has a header of {length} bytes, at most {_MAX_HEADER_BYTES} are read")
+    return int(length)
+
+
+def _header(text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text)
     except RecursionError as error:
@@ -240,7 +270,23 @@ def _read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
         raise ValueError("observed must be a list of truth values, one per layer")
     for plan in header["plans"]:
         _check_types("plan", plan, _PLAN_KEYS)
-    return header, body[_PREFIX.size + length :]
+    checked: dict[str, Any] = header
+    return checked
+
+
+def _header_shape(header: dict[str, Any]) -> tuple[int, int, int]:
+    shape = header["num_ranks"], header["capacity"], header["num_experts"]
+    check_shape(*shape)
+    return shape
+
+
+def _payload_bytes(header: dict[str, Any]) -> int:
+    """What the arrays take: a layout per layer, in force and of each plan, and the forecasts."""
+    num_ranks, capacity, num_experts = _header_shape(header)
+    num_layouts = len(header["layers"]) * (1 + len(header["plans"]))
+    num_levels = sum(map(bool, header["observed"]))
+    slots_bytes = num_ranks * capacity * _SLOT.itemsize
+    return num_layouts * slots_bytes + num_levels * num_ranks * num_experts * _LEVEL.itemsize
 
 
 def _check_types(what: str, found: object, wanted: dict[str, type]) -> None:
@@ -264,7 +310,7 @@ def _check_range(what: str, number: int, highest: int) -> None:
         raise ValueError(f"{what} must be in 0..{highest}, got {number}")
 
 
-def _digest(body: bytes) -> bytes:
+def _digest(body: bytes | memoryview) -> bytes:
     return hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest()
 
 

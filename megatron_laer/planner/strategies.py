@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.config import FIXED_PLANNERS
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -38,6 +39,17 @@ class Strategy(Protocol):
 def strategy_names() -> tuple[str, ...]:
     """Names that `make_strategy` takes, sorted."""
     return tuple(sorted(_STRATEGIES))
+
+
+def check_planner(name: str) -> None:
+    """Refuse what names neither a strategy nor a planner that needs none.
+
+    Raises:
+        ValueError: quoting it; the message lists the known ones.
+    """
+    known = sorted({*strategy_names(), *FIXED_PLANNERS})
+    if name not in known:
+        raise ValueError(f"--fsep-planner {name}: unknown planner; use one of {', '.join(known)}")
 
 
 def make_strategy(name: str, *, geometry: Geometry, costs: CostModel) -> Strategy:

@@ -89,6 +89,18 @@ def install() -> None:
     _installed = True
 
 
+def install_in_helper() -> None:
+    """Replace `torch.cuda` where needed, in a process that a rank spawned, and nothing in Megatron.
+
+    The main script was imported here again, and Megatron maybe with it: unlike a rank, a helper
+    cannot ask for everything first.
+    """
+    if not _installed and needed():
+        from megatron_laer.platform import cpu_torch
+
+        cpu_torch.replace()
+
+
 def installed() -> bool:
     """Whether the stand-in is active in this process."""
     return _installed

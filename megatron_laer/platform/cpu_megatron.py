@@ -7,9 +7,12 @@ import contextlib
 import copy
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+_async_loop: Callable[..., None] | None = None
 
 
 def mend() -> None:
@@ -19,6 +22,7 @@ def mend() -> None:
     _mend_latent_projections()
     _mend_output_discarding()
     _mend_optimizer_load()
+    _mend_async_saves()
 
 
 def _mend_norm() -> None:
@@ -173,3 +177,21 @@ def _mend_optimizer_load() -> None:
     optimizer.state_dict = state_dict
     optimizer.load_state_dict = load_state_dict
     optimizer._set_main_param_and_optimizer_states = set_states
+
+
+def _mend_async_saves() -> None:
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    global _async_loop
+    _async_loop = PersistentAsyncCaller.async_loop
+    PersistentAsyncCaller.async_loop = staticmethod(_run_async_worker)
+
+
+def _run_async_worker(*args: Any) -> None:
+    """The worker of async saves, which asks torch for its GPU; found by this name there."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    from megatron_laer.platform import cpu
+
+    cpu.install_in_helper()
+    (_async_loop or PersistentAsyncCaller.async_loop)(*args)

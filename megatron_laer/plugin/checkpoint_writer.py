@@ -16,6 +16,7 @@ from multiprocessing import util
 from multiprocessing.managers import SyncManager
 from typing import Any
 
+from megatron_laer.platform import cpu
 from megatron_laer.platform.helpers import end_with_parent, signals_blocked
 from megatron_laer.plugin.patching import Patch, original_of
 
@@ -25,11 +26,11 @@ _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 def _with_lasting_manager(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_write_results_queue(mp_mode: str = "spawn") -> Any:
-        from megatron.core.dist_checkpointing.strategies import filesystem_async
+        from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
         if filesystem_async._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-            with signals_blocked():
+            with async_utils._disable_gc(), signals_blocked():
                 manager.start(initializer=end_with_parent)
             filesystem_async._results_queue = manager.Queue()
         return original(mp_mode)
@@ -57,6 +58,7 @@ def _with_lasting_worker(original: Any) -> Any:
 def _run_worker(*args: Any) -> None:
     """Megatron's loop of the worker, in the worker; found by its name there."""
     end_with_parent()
+    cpu.install_in_helper()
     original_of(_WORKER_LOOP)(*args)
 
 

@@ -8,6 +8,7 @@ import os
 from megatron_laer import activation, run_files
 from megatron_laer.activation import Activation
 from megatron_laer.config import FSEPConfig
+from megatron_laer.planner.strategies import check_planner
 from megatron_laer.platform.versions import check_version
 from megatron_laer.plugin.checkpoint_writer import WRITER_PATCHES
 from megatron_laer.plugin.checkpoints import CHECKPOINT_PATCHES
@@ -37,13 +38,14 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
 
     Raises:
         ImportError: a Megatron without a seam that FSEP needs, naming it.
-        ValueError: a file or folder of the settings that cannot be used; a node size that does not
-            divide the group, on every rank.
+        ValueError: an unknown planner; a file or folder that cannot be used; a node size that does
+            not divide the group, on every rank.
     """
     wanted = Activation(config or FSEPConfig(), seed)
     if wanted == activation.active():
         return
     check_version()
+    check_planner(wanted.config.planner)
     run_files.check(wanted.config)
     # All seams are found before one is used, so that a missing one leaves nothing patched.
     for patch in FSEP_PATCHES:

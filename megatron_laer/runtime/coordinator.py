@@ -152,10 +152,10 @@ class Coordinator:
         Args:
             routing_map_TE: bool [T, E], the router's choice.
         """
-        if training and not self._started:
-            self._warn_without_steps()
         if training and torch.is_grad_enabled() and layer.pending:
             return layer.pending.popleft()
+        if training and not self._started:
+            self._warn_without_steps()
         restored = self.scheduler.enter(layer, training)
         layout = restored.index.layout
         tag, tag_tensor = self._tag_of(layer, layout)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from megatron_laer.files import one_line, quoted, replaced_when_complete, write_all
 from megatron_laer.simulator.table import Row
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _MIB = 2**20
+# A tenth of a percent: below, more or less is of no interest.
+_PERFECT = 1e-3
 _COLUMNS = (
     ("strategy", "<", lambda row: row.strategy),
     ("mode", "<", lambda row: row.mode),
@@ -55,29 +63,51 @@ def table_text(rows: Sequence[Row]) -> str:
 
 
 def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Write what was asked and the rows, without the single cases."""
+    """Write what was asked and the rows, without the single cases.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     lines = [
         {name: value for name, value in asdict(row).items() if name != "ratios_R"} for row in rows
     ]
-    path.write_text(json.dumps({**about, "rows": lines}, indent=1) + "\n")
+    content = json.dumps({**about, "rows": lines}, indent=1) + "\n"
+    _write(path, content.encode(), "--json")
 
 
-def check_can_plot() -> None:
+def check_can_plot(path: Path) -> None:
     """Say that a plot cannot be made before the work is done.
 
     Raises:
         ImportError: matplotlib is missing.
+        ValueError: it does not write files with this ending.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(
             "--plot needs the package matplotlib: `pip install matplotlib`, or leave --plot out "
             "(--json has the figures)"
         )
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    endings = sorted(FigureCanvasBase.get_supported_filetypes())
+    if _ending(path) not in endings:
+        raise ValueError(f"--plot {quoted(path)}: give a file that ends in .{', .'.join(endings)}")
 
 
 def write_plot(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """The quantiles of max/mean, a line per row."""
-    from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
+    """Write the picture that `draw` makes.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    content = io.BytesIO()
+    draw(title, rows).savefig(content, format=_ending(path))
+    _write(path, content.getvalue(), "--plot")
+
+
+def draw(title: str, rows: Sequence[Row]) -> Figure:
+    """The quantiles of max/mean - 1, a line per row: how much longer the largest rank computes."""
+    from matplotlib.figure import Figure
 
     # A colour per strategy and capacity, a dash per mode.
     colours: dict[tuple[str, int], str] = {}
@@ -86,20 +116,36 @@ def write_plot(path: Path, title: str, rows: Sequence[Row]) -> None:
     axes = figure.subplots()
     for row in rows:
         colour = colours.setdefault((row.strategy, row.capacity), f"C{len(colours)}")
-        ratios = sorted(row.ratios_R)
-        shares = [(index + 1) / len(ratios) for index in range(len(ratios))]
+        excess = [ratio - 1 for ratio in sorted(row.ratios_R)]
+        shares = [(index + 1) / len(excess) for index in range(len(excess))]
         axes.plot(
             shares,
-            ratios,
+            excess,
             color=colour,
             linestyle=dashes.get(row.mode, "-"),
+            marker="." if len(excess) == 1 else None,
             label=f"{row.strategy} {row.mode}, C={row.capacity}",
         )
     axes.set_xlabel("share of microbatches (one layer each)")
-    axes.set_ylabel("max/mean tokens per rank, at most")
-    axes.set_yscale("log")
+    axes.set_ylabel("max/mean tokens per rank - 1, at most")
+    # Logarithmic, so that a percent and a multiple can both be told apart; perfect balance is 0.
+    axes.set_yscale("symlog", linthresh=_PERFECT)
+    axes.set_ylim(bottom=-_PERFECT / 5)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.set_title(one_line(title, 100), parse_math=False)
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path)
+    return figure
+
+
+def _ending(path: Path) -> str:
+    return path.suffix.removeprefix(".").lower()
+
+
+def _write(path: Path, content: bytes, flag: str) -> None:
+    try:
+        # What a link means, not the link.
+        with replaced_when_complete(Path(os.path.realpath(path))) as file:
+            write_all(file, content)
+    except OSError as error:
+        raise ValueError(f"{flag} {quoted(path)} cannot be written: {error}") from error

@@ -150,15 +150,8 @@ def simulate(
     """
     for geometry in geometries:
         geometry.check_counts(trace.counts_RNE.shape[1:])
-    if lag < 1 or every < 1:
-        raise ValueError(f"lag and every must be at least 1, got {lag} and {every}")
+    cases = chosen_cases(trace, lag, every)
     planners = list(_planners(geometries, costs, strategies, modes, tolerance))
-    cases = _cases(trace, lag)[::every]
-    if not cases:
-        raise ValueError(
-            f"no microbatch has a record {lag} step(s) before it in its layer: the trace holds "
-            f"steps {sorted(set(trace.step_R.tolist()))[:8]}; record at least {lag + 1} steps"
-        )
     wanted = set(cases)
     bar = iter(progress(cases))
     for step_records, forecast_NE in _walk(trace, lag):
@@ -178,16 +171,29 @@ def simulate(
     return [_row(entry, planner) for planner in planners for entry in planner.entries]
 
 
-def check_modes(
-    modes: Sequence[str], costs: CostModel, geometry: Geometry, tolerance: float
-) -> None:
-    """Reject names of modes, or a tolerance, that the guard does not know.
+def chosen_cases(trace: Trace, lag: int, every: int) -> list[int]:
+    """The records that are evaluated, in order.
 
     Raises:
-        ValueError: with what was passed and what would work.
+        ValueError: a lag or a stride that leaves none, or only the first one.
     """
-    for mode in modes:
-        _guard(mode, costs, geometry, EXACT_SPLIT, tolerance)
+    if lag < 1 or every < 1:
+        raise ValueError(f"lag and every must be at least 1, got {lag} and {every}")
+    if not trace.counts_RNE.any():
+        raise ValueError("the trace holds no tokens; record a run that routes some")
+    steps = len(set(trace.step_R.tolist()))
+    cases = _cases(trace, lag)
+    if not cases:
+        raise ValueError(
+            f"--lag {lag}: no microbatch with tokens has a record {lag} step(s) before it in its "
+            f"layer; the trace holds {steps} step(s), so record at least {lag + 1}, or give a "
+            "smaller lag"
+        )
+    if every > len(cases):
+        raise ValueError(
+            f"--every {every}: the trace has {len(cases)} case(s); give a number of at most that"
+        )
+    return cases[::every]
 
 
 def _planners(

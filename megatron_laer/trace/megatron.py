@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.files import lines, open_input
 from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.trace.records import MAX_INDEX, Trace, assemble
 
@@ -108,11 +109,13 @@ def _files(path: Path, ranks: Sequence[int] | None) -> list[Path]:
         if ranks is not None:
             raise ValueError(f"{path} is the file of one rank; give its folder to choose ranks")
         return [path]
-    found = {
-        int(match[1]): file
-        for file in sorted(path.iterdir())
-        if (match := FILE_NAME.fullmatch(file.name))
-    }
+    found: dict[int, Path] = {}
+    for file in sorted(path.iterdir()):
+        match = FILE_NAME.fullmatch(file.name)
+        if match and int(match[1]) in found:
+            raise ValueError(f"{file} and {found[int(match[1])]} are of one rank; move one away")
+        if match:
+            found[int(match[1])] = file
     wanted = sorted(found) if ranks is None else list(ranks)
     missing = [rank for rank in wanted if rank not in found]
     if missing or not wanted:
@@ -126,8 +129,8 @@ def _read_rank(path: Path, num_experts: int | None) -> _RankCalls:
     calls = _RankCalls()
     seen: Counter[tuple[int, _Layer]] = Counter()
     step = -1
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    with open_input(path) as file:
+        for number, line in enumerate(lines(file, path), start=1):
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:

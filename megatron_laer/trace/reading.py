@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_laer.files import open_input
 from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.recording_file import is_cut_off
 from megatron_laer.trace import megatron, recording, smartmoe, table
@@ -66,7 +67,7 @@ def _detect(path: Path) -> tuple[Path, str]:
     """The path of a trace and its format; for a folder with one recording, that file."""
     if path.is_dir():
         return _detect_folder(path)
-    with path.open("rb") as file:
+    with open_input(path) as file:
         begin = file.read(4096)
     if begin.startswith(recording.MAGIC):
         return path, "fsep"
@@ -109,5 +110,5 @@ def _is_recording(file: Path) -> bool:
     # Neither what a killed run left, nor steps that a later one made again.
     if file.name.startswith(".") or is_cut_off(file):
         return False
-    with file.open("rb") as content:
+    with open_input(file) as content:
         return content.read(len(recording.MAGIC)) == recording.MAGIC

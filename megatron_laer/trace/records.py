@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer import memory
 from megatron_laer.layout import MAX_EXPERTS
 
 Int64 = npt.NDArray[np.int64]
@@ -19,11 +20,14 @@ Int32 = npt.NDArray[np.int32]
 MAX_COUNT = int(np.iinfo(np.int32).max)
 # Steps and microbatches are numbers that a text format may give with any number of digits.
 MAX_INDEX = 2**53
+MAX_RANKS = 2**20
 
 # A file may be far smaller than the dense counts it stands for (sparse tables, compression), but
 # not without limit: a few damaged digits must not ask for all of the memory.
 _FREE_BYTES = 2**24
 _BYTES_PER_FILE_BYTE = 512
+# A count is read into 8 bytes and kept in 4.
+_BYTES_PER_COUNT = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,17 +108,27 @@ class Trace:
         Raises:
             ValueError: neither number divides the other.
         """
+        self.check_divides(num_ranks)
         recorded = self.num_ranks
         if num_ranks == recorded:
             return self
-        if num_ranks >= 1 and recorded % num_ranks == 0:
+        if recorded % num_ranks == 0:
             grouped = self.counts_RNE.reshape(len(self), num_ranks, -1, self.num_experts)
             merged = grouped.sum(axis=2, dtype=np.int64)
             if int(merged.max()) > MAX_COUNT:
                 raise ValueError(f"merged counts exceed {MAX_COUNT} tokens; use more ranks")
             return replace(self, counts_RNE=merged.astype(np.int32))
-        if num_ranks >= 1 and num_ranks % recorded == 0:
-            return replace(self, counts_RNE=_dealt_out(self.counts_RNE, num_ranks // recorded))
+        return replace(self, counts_RNE=_dealt_out(self.counts_RNE, num_ranks // recorded))
+
+    def check_divides(self, num_ranks: int) -> None:
+        """Reject a number of ranks that `with_ranks` cannot make.
+
+        Raises:
+            ValueError: neither number divides the other; with those that work.
+        """
+        recorded = self.num_ranks
+        if num_ranks >= 1 and (recorded % num_ranks == 0 or num_ranks % recorded == 0):
+            return
         works = [size for size in range(1, recorded + 1) if recorded % size == 0]
         raise ValueError(
             f"a trace of {recorded} source ranks cannot be planned for {num_ranks} ranks; use one "
@@ -165,7 +179,7 @@ def assemble(
 
 
 def check_cells(num_records: int, num_ranks: int, num_experts: int, file_bytes: int) -> None:
-    """Reject sizes that no honest file of this length has, before memory is taken for them.
+    """Reject sizes that no honest file of this length has, or for which memory does not suffice.
 
     Raises:
         ValueError: with all the sizes.
@@ -177,6 +191,11 @@ def check_cells(num_records: int, num_ranks: int, num_experts: int, file_bytes: 
             f"{needed} bytes, implausible for {file_bytes} bytes of input; look for a rank or an "
             "expert number that is far too large"
         )
+    memory.check_enough(
+        _BYTES_PER_COUNT * num_records * num_ranks * num_experts,
+        f"{num_records} records of {num_ranks} ranks and {num_experts} experts",
+        "give a part of the trace",
+    )
 
 
 def _dealt_out(counts_RNE: Int32, parts: int) -> Int32:

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.files import open_input, read_bytes
 from megatron_laer.trace.records import MAX_COUNT, MAX_INDEX, Int32, Trace, check_cells
 
 FILE_NAME = re.compile(r"table_iter([0-9]{1,15})_rank([0-9]{1,7})\.log")
@@ -34,6 +35,7 @@ _DAMAGE = (
     RuntimeError,
     EOFError,
     LookupError,
+    MemoryError,
     OverflowError,
     OSError,
     SyntaxError,
@@ -41,6 +43,8 @@ _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+# Of one rank and iteration: a hundred times that of 60 layers with 256 experts.
+_MAX_TABLE_BYTES = 2**26
 # NumPy's own limit for what it parses as a Python literal.
 _MAX_NPY_HEADER_BYTES = 10_000
 
@@ -59,11 +63,15 @@ def read_smartmoe(
         ValueError: a malformed line, a missing file, or files of different shapes.
         OSError: a file cannot be read.
     """
-    files = {
-        (int(match[1]), int(match[2])): file
-        for file in path.iterdir()
-        if (match := FILE_NAME.fullmatch(file.name))
-    }
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file; give the folder of table_iter*_rank*.log")
+    files: dict[tuple[int, int], Path] = {}
+    for file in sorted(path.iterdir()):
+        if match := FILE_NAME.fullmatch(file.name):
+            key = int(match[1]), int(match[2])
+            if key in files:
+                raise ValueError(f"{file} and {files[key]} are of one rank; move one away")
+            files[key] = file
     iterations = sorted({iteration for iteration, _ in files})
     wanted = sorted({rank for _, rank in files}) if ranks is None else list(ranks)
     if not iterations or not wanted:
@@ -100,7 +108,7 @@ def read_npz(path: Path) -> Trace:
         OSError: the file cannot be read.
     """
     # A file that cannot be opened is an OSError; those after it are of offsets without sense.
-    with path.open("rb") as file:
+    with open_input(path) as file:
         try:
             tokens_ILNME, iteration_I = _read_archive(file, path.stat().st_size)
         except _DAMAGE as error:
@@ -149,7 +157,8 @@ def _read_table(path: Path) -> tuple[list[int], Int32]:
     """The layers of one file, in order, and counts [L, M, E]."""
     layers: list[int] = []
     counts: list[Int32] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    content = read_bytes(path, _MAX_TABLE_BYTES)
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
             match = _LINE.fullmatch(line)
             if match is None:

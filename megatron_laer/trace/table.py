@@ -1,7 +1,7 @@
 """Reads counts from CSV, with a line of column names, in any order and one of two forms.
 
 Long:  step,layer,microbatch,source_rank,expert,tokens
-       one line per count; what is left out is 0.
+       one line per count; what is left out is 0, but every source rank has a line somewhere.
 Wide:  step,layer,microbatch,source_rank,expert_0,expert_1,...
        one line per source rank, which must all be there.
 
@@ -13,6 +13,7 @@ Shape suffixes: I lines, E experts.
 from __future__ import annotations
 
 import csv
+import io
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +21,17 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_laer import memory
+from megatron_laer.files import lines, open_input, quoted
 from megatron_laer.layout import MAX_EXPERTS
-from megatron_laer.trace.records import MAX_COUNT, MAX_INDEX, Int64, Trace, assemble
+from megatron_laer.trace.records import MAX_COUNT, MAX_INDEX, MAX_RANKS, Int64, Trace, assemble
 
 KEYS = ("step", "layer", "microbatch", "source_rank")
 
 _WHOLE = re.compile(r"[0-9]{1,18}")
 _EXPERT = re.compile(r"expert_([0-9]{1,6})")
-_MAX_RANKS = 2**20
+# Measured: a line of 15 bytes takes 56 in its columns, and five times that while it is sorted.
+_BYTES_PER_FILE_BYTE = 16
 
 
 def read_table(path: Path, num_experts: int | None = None) -> Trace:
@@ -41,8 +45,12 @@ def read_table(path: Path, num_experts: int | None = None) -> Trace:
         OSError: the file cannot be read.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file)
+        with open_input(path) as file:
+            memory.check_enough(
+                _BYTES_PER_FILE_BYTE * path.stat().st_size, f"{path}", "give a part of the table"
+            )
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+            rows = csv.reader(lines(text, path))
             names = [name.strip() for name in next(rows, [])]
             columns = {name: index for index, name in enumerate(names)}
             _check_columns(names)
@@ -52,7 +60,8 @@ def read_table(path: Path, num_experts: int | None = None) -> Trace:
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not CSV: {error}") from error
     except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        is_named = str(path) in str(error)
+        raise ValueError(str(error) if is_named else f"{path}: {error}") from error
 
 
 def _check_columns(names: Sequence[str]) -> None:
@@ -63,7 +72,7 @@ def _check_columns(names: Sequence[str]) -> None:
     }
     if len(set(names)) != len(names) or not (is_long or (is_wide and experts)):
         raise ValueError(
-            f"line 1: the columns are {','.join(names)[:200]!r}, expected {','.join(KEYS)} and "
+            f"line 1: the columns are {quoted(','.join(names))}, expected {','.join(KEYS)} and "
             "either expert,tokens or expert_0,expert_1,... each once"
         )
 
@@ -128,7 +137,7 @@ class _Keys:
             raise ValueError("the layer is empty")
         step = _whole(row[columns["step"]], "step", MAX_INDEX)
         microbatch = _whole(row[columns["microbatch"]], "microbatch", MAX_INDEX)
-        rank = _whole(row[columns["source_rank"]], "source_rank", _MAX_RANKS - 1)
+        rank = _whole(row[columns["source_rank"]], "source_rank", MAX_RANKS - 1)
         layer = self._layers.setdefault(name, len(self._layers))
         self._numbers.extend((step, layer, microbatch, rank))
         self.lines.append(len(self.lines))
@@ -162,6 +171,7 @@ class _Keys:
             ValueError: a cell that is there twice, or no lines.
         """
         key_I4 = np.array(self._numbers, dtype=np.int64).reshape(-1, 4)
+        _check_no_holes(path, key_I4[:, 3])
         key_I4 = np.repeat(key_I4, repeats, axis=0)
         names = list(self._layers)
         order = sorted(range(len(names)), key=lambda layer: _natural(names[layer]))
@@ -178,6 +188,18 @@ class _Keys:
             num_experts=num_experts,
             file_bytes=path.stat().st_size,
         )
+
+
+def _check_no_holes(path: Path, rank_I: Int64) -> None:
+    """A mistyped rank would else be planned for, with all those below it."""
+    found_N = np.unique(rank_I)
+    if found_N.size == _largest(found_N) + 1 or found_N.size == 0:
+        return
+    first = int(np.flatnonzero(found_N != np.arange(found_N.size))[0])
+    raise ValueError(
+        f"{path}: a line is of source rank {found_N[first]}, none is of rank {first}; give every "
+        "rank at least one line, or mend the number"
+    )
 
 
 def _check_once(path: Path, cell_I5: Int64) -> None:

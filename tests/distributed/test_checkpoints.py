@@ -64,7 +64,8 @@ STOCK_TO_STOCK = (
     Stop(4, 4),
 )
 DISTRIBUTED = " --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
-ASYNC = " --async-save --async-strategy mcore"
+# Without its worker Megatron saves in the foreground after all.
+ASYNC = " --async-save --use-persistent-ckpt-worker --async-strategy mcore"
 STAGES = " --pipeline-model-parallel-size 2"
 VIRTUAL = STAGES + " --num-layers-per-virtual-pipeline-stage 1"
 # Megatron pads the vocabulary to a multiple of 128 per tensor rank.
@@ -73,8 +74,15 @@ JOURNEYS = (
     Journey("plain optimizer", "", STOCK_TO_STOCK),
     Journey(
         "distributed optimizer, bf16, async, fully parallel",
-        DISTRIBUTED + ASYNC + " --bf16 --ckpt-fully-parallel-load",
-        STOCK_TO_STOCK,
+        DISTRIBUTED + " --bf16 --ckpt-fully-parallel-load",
+        # A worker starts on each rank that saves so, which takes seconds.
+        (
+            Stop(2, 2, ASYNC),
+            Stop(4, 4, FSEP),
+            Stop(2, 2, FSEP + " --fsep-capacity 7" + ASYNC),
+            Stop(4, 2, FSEP),
+            Stop(4, 4),
+        ),
     ),
     Journey(
         "uneven rows of both matrices",  # 10 and 54 on four ranks

@@ -9,11 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.parity.flags import command_line
-from tests.processes import python_path
+from tests.processes import outlive, python_path
 from tests.ranks import RankPool, RankPools
 
 pytestmark = pytest.mark.distributed
@@ -55,24 +54,6 @@ def start_stubborn_child() -> tuple[int, int]:
     return os.getpid(), child.pid
 
 
-def still_alive(pids: list[int], within_s: float) -> list[int]:
-    """Those that have not ended after some seconds."""
-    deadline_s = time.monotonic() + within_s
-    while True:
-        # A zombie has ended; its parent was killed and cannot say so.
-        alive = [pid for pid in pids if psutil.pid_exists(pid) and not is_zombie(pid)]
-        if not alive or time.monotonic() > deadline_s:
-            return alive
-        time.sleep(0.1)
-
-
-def is_zombie(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
 @pytest.mark.parametrize("how", ["closes", "forgets", "is killed"])
 def test_what_ranks_started_ends_with_the_pool_and_keeps_nobody_waiting(
     tmp_path: Path, how: str
@@ -90,7 +71,7 @@ def test_what_ranks_started_ends_with_the_pool_and_keeps_nobody_waiting(
     assert result.returncode == (-9 if how == "is killed" else 0), result.stderr
     pids = [int(word) for word in result.stdout.split()]
     assert len(pids) == 2
-    assert still_alive(pids, within_s=300.0) == []
+    assert outlive(pids) == []
 
 
 def raise_on_one_rank() -> None:
@@ -108,7 +89,7 @@ def test_a_rank_that_fails_is_heard_while_the_others_hang() -> None:
         pids = [process.pid for process in pool._processes]
         with pytest.raises(RankError, match="rank 1 is ill"):
             pool.run(raise_on_one_rank)
-        assert still_alive(pids, within_s=300.0) == []
+        assert outlive(pids) == []
 
 
 def test_no_more_ranks_are_kept_than_said() -> None:

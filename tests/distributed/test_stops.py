@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.checkpoints import saved_iteration
@@ -16,6 +14,7 @@ from tests.faults.delays import digest
 from tests.faults.jobs import output_of, run_job, steps_of
 from tests.parity.flags import command_line
 from tests.parity.training import train
+from tests.processes import outlive
 from tests.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -108,16 +107,4 @@ def test_whatever_a_killed_rank_had_started_ends(
     started = json.loads((tmp_path / "started.json").read_text())
     # Loader workers, multiprocessing's tracker, the writer's manager, and its worker.
     assert len(started) >= 4 + bool(save)
-    give_up_s = time.monotonic() + 300.0
-    while left := [pid for pid in started if is_running(pid)]:
-        if time.monotonic() > give_up_s:
-            raise TimeoutError(f"still running: {[psutil.Process(pid).cmdline() for pid in left]}")
-        time.sleep(0.1)
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process has not ended; who has to ask for its status may take long to do so."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    assert outlive(started) == []

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -115,18 +117,22 @@ def test_a_mistake_is_one_line_and_status_2(words, message, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "required: COMMAND"),
-        (["dance"], "invalid choice: 'dance'"),
-        (["train", "script.py", "--lr", "1"], "unrecognized arguments: --lr 1; the script's own"),
-        (["flags", "tiny-moe", "--", "--lr"], "flags takes nothing after --, got --lr"),
+        ([], "megatron-laer: .* required: COMMAND"),
+        (["dance"], "megatron-laer: .* invalid choice: 'dance'"),
+        (["plan", "x", "--ranks", "x\n" * 5000], r"plan: .* invalid int value: 'x\\nx\\n"),
+        (["train", "script.py", "--lr", "1"], "train: unrecognized arguments: --lr 1; the scri"),
+        (["flags", "x", "\x1b[31m\n"], r"flags: unrecognized arguments: '\\x1b\[31m\\n'"),
+        (["flags", "tiny-moe", "--", "--lr"], "flags: nothing follows -- here, got --lr"),
     ],
-    ids=["nothing", "unknown command", "no dashes", "needless dashes"],
+    ids=["nothing", "command", "number", "no dashes", "control characters", "needless dashes"],
 )
-def test_a_wrong_command_line_is_refused_with_the_usage(words, message, capsys):
+def test_a_wrong_command_line_is_refused_in_one_line(words, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(words)
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1 and error[:-1].isprintable() and len(error) < 2200
 
 
 def test_flags_are_printed_ready_for_a_shell(capsys):
@@ -145,4 +151,135 @@ def test_text_becomes_a_dataset(tmp_path, capsys):
 def test_the_version_is_the_package_s(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
-    assert capsys.readouterr().out.strip() == __version__
+    assert capsys.readouterr().out == f"megatron-laer {__version__}\n"
+
+
+def test_messages_name_the_program_as_it_was_started(tmp_path):
+    assert run("flags", "x").stderr.startswith("python -m megatron_laer flags: unknown model 'x'")
+    link = tmp_path / "megatron-laer"
+    link.write_text("import sys; from megatron_laer.cli import main; sys.exit(main())")
+    result = subprocess.run(
+        [sys.executable, link, "flags", "x"],
+        env=os.environ | {"PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stderr.startswith("megatron-laer flags: unknown model 'x'")
+
+
+# A command that says when it is at work, and when its `finally` clause has run.
+_WAITING = """
+import signal, sys
+from megatron_laer import cli
+from megatron_laer.simulator import command
+def wait(args):
+    try:
+        print("at work", flush=True)
+        while True:
+            signal.pause()
+    finally:
+        print("tidied up")
+command.run = wait
+sys.exit(cli.main(["plan", "trace"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "message"),
+    [
+        (signal.SIGINT, 130, "megatron-laer plan: interrupted\n"),
+        (signal.SIGTERM, 143, ""),
+        (signal.SIGHUP, 143 - signal.SIGTERM + signal.SIGHUP, ""),
+    ],
+)
+def test_a_command_that_a_signal_stops_tidies_up_without_a_traceback(number, status, message):
+    assert stopped_by(number, ["-c", _WAITING]) == (status, "tidied up\n", message)
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    ignoring = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    process = started_at_work(["-c", ignoring + _WAITING])
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 143
+
+
+def test_a_script_gets_signals_as_under_python_itself(script):
+    path = script("""
+        import signal
+        try:
+            print("at work", flush=True)
+            signal.pause()
+        finally:
+            print("tidied up")
+    """)
+    plainly = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        status, output, error = stopped_by(number, [path])
+        plainly[number] = status, output, error.count("Traceback")
+    assert plainly == {
+        signal.SIGINT: (-signal.SIGINT, "tidied up\n", 1),
+        signal.SIGTERM: (-signal.SIGTERM, "", 0),
+    }
+    for number, expected in plainly.items():
+        status, output, error = stopped_by(number, ["-m", "megatron_laer", "train", path])
+        assert (status, output, error.count("Traceback")) == expected
+
+
+def stopped_by(number, words):
+    """Status, output and errors of a program that gets a signal when it is at work."""
+    process = started_at_work(words)
+    process.send_signal(number)
+    output, error = process.communicate()
+    return process.returncode, output, error
+
+
+def started_at_work(words):
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", *words],
+        env=os.environ | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.stdout.readline() not in ("at work\n", ""):
+        pass
+    return process
+
+
+def test_flags_for_a_machine_without_a_gpu_follow_the_models():
+    from megatron_laer.platform.cpu import CPU_FLAGS
+
+    plain, with_cpu = (run("flags", "tiny-moe", *more).stdout.split() for more in ([], ["--cpu"]))
+    assert with_cpu == [*plain, *CPU_FLAGS]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["flags", "tiny-moe"]], ids=lambda words: words[-1])
+def test_a_reader_that_goes_away_is_no_error(words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+        [sys.executable, "-m", "megatron_laer", *words],
+        # Unbuffered, argparse itself passes over it.
+        env=os.environ | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": ""},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_full_disk_under_the_output_is_one_line(unbuffered):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "megatron_laer", "flags", "tiny-moe"],
+            env=os.environ | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert result.returncode == 2
+    assert "No space left on device" in result.stderr and result.stderr.count("\n") == 1

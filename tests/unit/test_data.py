@@ -1,20 +1,18 @@
-import argparse
+"""The dataset that `prepare_data` writes: whole, or the old one; and what it refuses to write."""
+
+import io
 import os
+import resource
 import sys
 
 import numpy as np
 import pytest
 
-from megatron_laer import data
+from megatron_laer import cli, data
+from megatron_laer.data import prepare, tokenizers, writing
+from tests.unit.datasets import prepare_data, read_documents
 
 pytestmark = pytest.mark.unit
-
-
-def read_documents(prefix):
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(str(prefix))
-    return [np.array(dataset[i]) for i in range(len(dataset))]
 
 
 @pytest.fixture
@@ -26,12 +24,8 @@ def texts(tmp_path):
     return folder
 
 
-def prepare(inputs, prefix, **kwargs):
-    return data.prepare_data(inputs, prefix, progress=False, **kwargs)
-
-
 def test_the_dataset_gives_back_every_byte_and_ends_every_document(texts, tmp_path):
-    written = prepare([texts], tmp_path / "out" / "train")
+    written = prepare_data([texts], tmp_path / "out" / "train")
 
     first, second = read_documents(written.prefix)
     assert bytes(first[:-1].tolist()) == b"first in order"
@@ -43,7 +37,7 @@ def test_the_dataset_gives_back_every_byte_and_ends_every_document(texts, tmp_pa
 def test_the_flags_make_megatron_see_the_same_end_of_document(texts, tmp_path):
     from megatron.core.tokenizers import MegatronTokenizer
 
-    flags = prepare([texts], tmp_path / "train").flags
+    flags = prepare_data([texts], tmp_path / "train").flags
     vocab_size = int(flags[flags.index("--vocab-size") + 1])
     tokenizer = MegatronTokenizer.from_pretrained(
         metadata_path={"library": "null-text"}, vocab_size=vocab_size
@@ -56,7 +50,7 @@ def test_the_order_of_a_directory_does_not_depend_on_the_file_system(tmp_path):
     for name in ("z/1.txt", "m.txt", "a/2.txt", "a/1.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-    documents = read_documents(prepare([folder], tmp_path / "train").prefix)
+    documents = read_documents(prepare_data([folder], tmp_path / "train").prefix)
     texts = [bytes(document[:-1].tolist()).decode() for document in documents]
     assert texts == ["m.txt", "a/1.txt", "a/2.txt", "z/1.txt"]
 
@@ -64,7 +58,7 @@ def test_the_order_of_a_directory_does_not_depend_on_the_file_system(tmp_path):
 def test_a_directory_is_read_without_its_empty_and_hidden_files(texts, tmp_path):
     (texts / "__init__.py").touch()
     (texts / ".hidden").write_text("hidden")
-    assert prepare([texts], tmp_path / "train").documents == 2
+    assert prepare_data([texts], tmp_path / "train").documents == 2
 
 
 @pytest.mark.parametrize("case", ["missing", "empty file", "empty directory"])
@@ -75,107 +69,72 @@ def test_an_input_without_text_is_refused_by_name(case, tmp_path):
     elif case == "empty directory":
         path.mkdir()
     with pytest.raises(ValueError, match=str(path)):
-        prepare([path], tmp_path / "train")
+        prepare_data([path], tmp_path / "train")
     assert not list(tmp_path.glob("train*"))
 
 
 def test_an_unreadable_file_is_refused_by_name_and_leaves_nothing(texts, tmp_path, monkeypatch):
-    # Permissions do not stop root, who runs many test machines, so the read itself is made to fail.
-    def refuse(self):
+    # Permissions do not stop root, who runs many test machines, so opening itself is made to fail.
+    def refuse(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(data.Path, "read_bytes", refuse)
+    monkeypatch.setattr(prepare, "open_input", refuse)
     with pytest.raises(ValueError, match=r"a\.txt' cannot be read: Permission denied"):
-        prepare([texts], tmp_path / "out" / "train")
+        prepare_data([texts], tmp_path / "out" / "train")
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_no_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match="inputs is empty"):
-        prepare([], tmp_path / "train")
+        prepare_data([], tmp_path / "train")
 
 
 @pytest.mark.parametrize("name", ["train.bin", "train.idx", "texts"])
 def test_an_output_that_is_no_prefix_is_refused(name, texts, tmp_path):
     with pytest.raises(ValueError, match=name):
-        prepare([texts], tmp_path / name)
+        prepare_data([texts], tmp_path / name)
 
 
-def test_an_output_among_the_inputs_is_refused(texts):
-    prepare([texts], texts / "train")
-    with pytest.raises(ValueError, match=r"train\.bin' is both input and output"):
-        prepare([texts], texts / "train")
-
-
-def test_an_unknown_tokenizer_is_refused(texts, tmp_path):
-    with pytest.raises(ValueError, match="'wordpiece' is neither 'bytes' nor a directory"):
-        prepare([texts], tmp_path / "train", tokenizer="wordpiece")
-
-
-def test_a_hugging_face_tokenizer_without_transformers_says_what_to_install(
-    texts, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ("texts/train", "would write over the input"),
+        ("folder", r"folder\.idx': it is there and no regular file"),
+        ("texts/a.txt/train", "is no folder"),
+        ("/proc/train", "cannot be written to"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_any_work(
+    prefix, message, texts, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match="pip install transformers"):
-        prepare([texts], tmp_path / "train", tokenizer=str(texts))
+    (tmp_path / "folder.idx").mkdir()
+    monkeypatch.setattr(prepare, "load_tokenizer", None)
+    with pytest.raises(ValueError, match=f"--output .*{message}"):
+        prepare_data([texts], tmp_path / prefix)
 
 
-def test_a_hugging_face_tokenizer_ends_documents_with_its_own_token(texts, tmp_path, monkeypatch):
-    install_fake_transformers(monkeypatch, eos_token_id=7)
-    (texts / "b.txt").write_text("two words")
-    written = prepare([texts], tmp_path / "train", tokenizer=str(texts))
-    assert [d.tolist() for d in read_documents(written.prefix)] == [[5, 2, 5, 7], [3, 5, 7]]
-    assert "HuggingFaceTokenizer" in written.flags
-
-
-def test_a_hugging_face_tokenizer_without_an_end_token_is_refused(texts, tmp_path, monkeypatch):
-    install_fake_transformers(monkeypatch, eos_token_id=None)
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
-        prepare([texts], tmp_path / "train", tokenizer=str(texts))
-
-
-def test_a_hugging_face_tokenizer_refuses_what_is_no_text(texts, tmp_path, monkeypatch):
-    install_fake_transformers(monkeypatch, eos_token_id=7)
-    with pytest.raises(ValueError, match=r"b\.txt' is not UTF-8 text"):
-        prepare([texts], tmp_path / "train", tokenizer=str(texts))
-
-
-def install_fake_transformers(monkeypatch, eos_token_id):
-    class LengthOfWords:
-        def __init__(self):
-            self.eos_token_id = eos_token_id
-
-        def __len__(self):
-            return 100
-
-        def encode(self, text, add_special_tokens):
-            assert not add_special_tokens
-            return [len(word) for word in text.split()]
-
-        @classmethod
-        def from_pretrained(cls, folder, local_files_only):
-            assert local_files_only
-            return cls()
-
-    fake = argparse.Namespace(AutoTokenizer=LengthOfWords)
-    monkeypatch.setitem(sys.modules, "transformers", fake)
+def test_a_dataset_that_a_link_in_the_input_leads_to_is_not_replaced(texts, tmp_path):
+    prepare_data([texts], tmp_path / "train")
+    (texts / "link").symlink_to(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match=r"train\.bin' would write over the input .*link'"):
+        prepare_data([texts], tmp_path / "train", follow_links=True)
 
 
 def test_an_existing_dataset_is_replaced(texts, tmp_path):
-    prepare([texts], tmp_path / "train")
+    prepare_data([texts], tmp_path / "train")
     (texts / "b.txt").write_text("new")
-    prepare([texts], tmp_path / "train")
+    prepare_data([texts], tmp_path / "train")
     assert bytes(read_documents(tmp_path / "train")[1][:-1].tolist()) == b"new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["texts", "train.bin", "train.idx"]
 
 
 def test_a_dataset_that_was_trained_on_is_replaced_with_megatrons_indices_of_it(texts, tmp_path):
-    prepare([texts], tmp_path / "train")
+    prepare_data([texts], tmp_path / "train")
     indices = tmp_path / "train" / "cache" / "GPTDataset_indices"
     indices.mkdir(parents=True)
     (indices / "train-document_index.npy").write_text("of the old dataset")
     (texts / "b.txt").write_text("new")
-    prepare([texts], tmp_path / "train")
+    prepare_data([texts], tmp_path / "train")
     assert bytes(read_documents(tmp_path / "train")[1][:-1].tolist()) == b"new"
     assert not indices.exists()
 
@@ -184,14 +143,14 @@ def test_a_directory_of_the_users_is_no_prefix_though_it_holds_a_cache(texts, tm
     (tmp_path / "train" / "cache").mkdir(parents=True)
     (tmp_path / "train" / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match="train' must be a path"):
-        prepare([texts], tmp_path / "train")
+        prepare_data([texts], tmp_path / "train")
 
 
 def test_an_interrupt_while_tokenizing_keeps_the_old_dataset(texts, tmp_path, monkeypatch):
-    prepare([texts], tmp_path / "train")
-    before = read_documents(tmp_path / "train")
+    prepare_data([texts], tmp_path / "train")
+    before = content(tmp_path)
 
-    real = data._read
+    real = prepare.open_input
 
     def interrupted_at_the_second_file(path):
         if path.name == "b.txt":
@@ -199,19 +158,36 @@ def test_an_interrupt_while_tokenizing_keeps_the_old_dataset(texts, tmp_path, mo
         return real(path)
 
     (texts / "a.txt").write_text("must not be seen")
-    monkeypatch.setattr(data, "_read", interrupted_at_the_second_file)
+    monkeypatch.setattr(prepare, "open_input", interrupted_at_the_second_file)
     with pytest.raises(KeyboardInterrupt):
-        prepare([texts], tmp_path / "train")
-    after = read_documents(tmp_path / "train")
-    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["texts", "train.bin", "train.idx"]
+        prepare_data([texts], tmp_path / "train")
+    assert content(tmp_path) == before
+
+
+def test_a_full_disk_names_the_output_and_keeps_the_old_dataset(texts, tmp_path):
+    prepare_data([texts], tmp_path / "train")
+    before = content(tmp_path)
+    (texts / "a.txt").write_bytes(bytes(2**16))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*train'"):
+            prepare_data([texts], tmp_path / "train")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert content(tmp_path) == before
+
+
+def content(folder):
+    """Of the files in a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize("moves_before_the_interrupt", [0, 1])
 def test_an_interrupt_while_replacing_leaves_no_index(
     moves_before_the_interrupt, texts, tmp_path, monkeypatch
 ):
-    prepare([texts], tmp_path / "train")
+    prepare_data([texts], tmp_path / "train")
     real, moves = os.replace, []
 
     def replace(source, target):
@@ -220,9 +196,9 @@ def test_an_interrupt_while_replacing_leaves_no_index(
         moves.append(target)
         real(source, target)
 
-    monkeypatch.setattr(data.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
-        prepare([texts], tmp_path / "train")
+        prepare_data([texts], tmp_path / "train")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["texts", "train.bin"]
 
 
@@ -234,10 +210,69 @@ def test_the_default_sources_are_text_in_a_fixed_order():
     assert not {"site-packages", "test", "tests"} & {part for p in sources for part in p.parts}
 
 
-def test_the_command_prints_the_flags_for_training(texts, tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    data.add_arguments(parser)
-    prefix = str(tmp_path / "train")
-    assert data.run(parser.parse_args(["--input", str(texts), "--output", prefix])) == 0
-    out = capsys.readouterr().out
-    assert f"--data-path {prefix} --tokenizer-type NullTokenizer --vocab-size 257" in out
+def test_the_command_prints_the_flags_for_training_ready_for_a_shell(texts, tmp_path, capfd):
+    prefix = tmp_path / "a b;id"
+    assert cli.main(["prepare-data", "--input", str(texts), "--output", str(prefix)]) == 0
+    printed = capfd.readouterr()
+    flags = "--tokenizer-type NullTokenizer --vocab-size 257"
+    assert f"train with: --data-path '{prefix}' {flags}\n" in printed.out
+    # A log gets no bar.
+    assert printed.err == ""
+
+
+def test_a_terminal_gets_a_bar_unless_none_is_wanted(texts, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    data.prepare_data([texts], tmp_path / "train")
+    assert "tokenizing: 100%" in sys.stderr.getvalue()
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    data.prepare_data([texts], tmp_path / "train", progress=False)
+    assert sys.stderr.getvalue() == ""
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("vocab_size", [257, 65499, 65500, 200000])
+def test_a_dataset_in_pieces_is_the_one_that_megatron_writes_of_whole_documents(
+    vocab_size, tmp_path, monkeypatch
+):
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    generator = np.random.default_rng(1)
+    documents = [generator.integers(vocab_size, size=length) for length in (9, 1, 300, 24, 7)]
+    documents[0][0] = vocab_size - 1
+    builder = IndexedDatasetBuilder(
+        str(tmp_path / "whole.bin"), dtype=DType.optimal_dtype(vocab_size)
+    )
+    for document in documents:
+        builder.add_document(document, [len(document)])
+    builder.finalize(str(tmp_path / "whole.idx"))
+
+    monkeypatch.setattr(writing, "_DOCUMENTS_AT_ONCE", 2)
+    with writing.new_dataset(tmp_path / "pieces", vocab_size) as dataset:
+        for document in documents:
+            dataset.add(document[first : first + 8] for first in range(0, len(document), 8))
+    for ending in ("bin", "idx"):
+        pieces = (tmp_path / f"pieces.{ending}").read_bytes()
+        assert pieces == (tmp_path / f"whole.{ending}").read_bytes()
+
+
+def test_a_file_that_is_read_in_pieces_is_whole_in_the_dataset(texts, tmp_path, monkeypatch):
+    # Of which one file is a multiple.
+    monkeypatch.setattr(tokenizers, "_PIECE_BYTES", 8)
+    (texts / "c.jsonl").write_text('{"text": "longer than a piece"}')
+    documents = read_documents(prepare_data([texts], tmp_path / "train").prefix)
+    assert [bytes(document[:-1].tolist()) for document in documents] == [
+        b"first in order",
+        bytes(range(256)),
+        b"longer than a piece",
+    ]
+
+
+def test_a_file_that_has_grown_too_long_meanwhile_is_refused(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "MAX_DOCUMENT_TOKENS", 256)
+    with pytest.raises(ValueError, match="a document has more than 256 tokens"):
+        prepare_data([texts], tmp_path / "train")
+    assert not list(tmp_path.glob("*train*"))

@@ -99,6 +99,16 @@ def test_a_second_writer_is_refused_until_the_first_has_closed(tmp_path: Path) -
     files.open_exclusively(tmp_path / "log").close()
 
 
+def test_a_lock_is_held_during_its_block_and_then_gone(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.touch()  # as a killed run leaves it
+    with files.locked(path):
+        with pytest.raises(files.InUseError), files.locked(path):
+            pass
+        assert path.exists()
+    assert not path.exists()
+
+
 def test_a_replacement_stays_locked_in_its_targets_place(tmp_path: Path) -> None:
     replacement = files.Replacement(tmp_path / "log")
     replacement.file.write(b"new")

@@ -126,6 +126,87 @@ def test_a_pickle_that_would_run_something_is_refused(run: Path) -> None:
     assert not mark.exists()
 
 
+def rewrite(run: Path, before: bytes, after: bytes) -> None:
+    """Change the list of tensors in one place, to the same length in its frame."""
+    metadata = run / "iter_0000007" / ".metadata"
+    data = metadata.read_bytes()
+    assert data.count(before) > 0
+    metadata.write_bytes(data.replace(before, after, 1))
+
+
+def test_names_of_tensors_cannot_forge_lines_of_the_report(run: Path) -> None:
+    name = b"embedding.word_embeddings.weight"
+    forged = b"\x1b[31m\nFAKE LINE".ljust(len(name), b"!") + b".weight"
+    rewrite(
+        run, EXPERTS.encode(), (b"\x1b\nmlp.experts.experts.linear_fc" + b"x" * 99)[: len(EXPERTS)]
+    )
+    rewrite(run, name, forged[: len(name)])
+    report = inspection.describe(run)
+    assert "\x1b" not in report and "\nFAKE" not in report
+
+
+def test_huge_sizes_are_told_exactly(run: Path) -> None:
+    large = torch.distributed.checkpoint.metadata.TensorStorageMetadata(
+        torch.distributed.checkpoint.metadata.TensorProperties(dtype=torch.float32),
+        torch.Size([2**62, 2**62]),
+        [],
+    )
+    write_list(run, {"x": large})
+    report = inspection.describe(run)
+    assert f"1 tensors, {2**124:,} elements, {2**126:,} bytes (float32)" in report
+
+
+@pytest.mark.parametrize(
+    "size", [(-5,), (2**63,), (True,), ("1",), 5, (1,) * 65, (((((((((1,),),),),),),),),)]
+)
+def test_sizes_that_no_tensor_has_are_refused_by_name(run: Path, size: object) -> None:
+    class Size:
+        def __reduce__(self) -> object:
+            return torch.Size, (size,)
+
+    wrong = torch.distributed.checkpoint.metadata.TensorStorageMetadata(
+        torch.distributed.checkpoint.metadata.TensorProperties(dtype=torch.float32), Size(), []
+    )
+    write_list(run, {"x\n": wrong})
+    with pytest.raises(
+        ValueError, match=r"tensor 'x\\n' has the size .*expected integers in 0\.\."
+    ):
+        inspection.describe(run)
+
+
+def write_list(run: Path, tensors: dict[str, object]) -> None:
+    metadata = torch.distributed.checkpoint.metadata.Metadata(tensors)
+    (run / "iter_0000007" / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_classes_of_this_process_stay_as_they_are(run: Path) -> None:
+    is_dir = Path.is_dir
+    metadata = run / "iter_0000007" / ".metadata"
+    metadata.write_bytes(b"\x80\x04cpathlib\nPath\n}X\x06\0\0\0is_dircbuiltins\ndict\nsb.")
+    with pytest.raises(ValueError, match="a Name where a Record belongs"):
+        inspection.describe(run)
+    assert Path.is_dir is is_dir
+
+
+def test_a_planners_state_with_an_endless_tail_is_not_read(run: Path) -> None:
+    write_state(run, make_state().to_bytes())
+    path = Path(state_path(str(run / "iter_0000007"), 3))
+    os.truncate(path, 2**40)
+    assert "planner, group 3: has 1099511627776 bytes, its header says " in inspection.describe(run)
+    path.unlink()
+    os.mkfifo(path)
+    assert "is a pipe; give a regular file" in inspection.describe(run)
+
+
+@pytest.mark.parametrize(
+    "name", ["latest_checkpointed_iteration.txt", "iter_0000007/metadata.json"]
+)
+def test_small_files_that_are_huge_are_not_read(run: Path, name: str) -> None:
+    os.truncate(run / name, 2**40)
+    with pytest.raises(ValueError, match="has 1,099,511,627,776 bytes; at most 1,048,576"):
+        inspection.describe(run)
+
+
 CASES = 300
 
 

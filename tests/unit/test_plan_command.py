@@ -6,20 +6,25 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from megatron_laer import cli
+from megatron_laer import cli, memory
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.planner.strategies import make_strategy, strategy_names
+from megatron_laer.shipped import yaml_file
 from megatron_laer.simulator import report
+from megatron_laer.simulator.estimate import Work, check_fits
 from megatron_laer.simulator.table import MODES, STOCK, simulate
 from megatron_laer.telemetry.balance import max_over_mean, stock_tokens_N
 from megatron_laer.trace import Trace, TraceWriter
@@ -203,7 +208,10 @@ def test_a_layer_that_starts_late_has_cases_from_its_second_step_on(trace):
 
 
 def run(*words, capsys):
-    status = cli.main(["plan", *map(str, words)])
+    try:
+        status = cli.main(["plan", *map(str, words)])
+    except SystemExit as stopped:  # by argparse
+        status = stopped.code
     return status, *capsys.readouterr()
 
 
@@ -243,35 +251,181 @@ def test_the_command_reads_sizes_from_a_model(tmp_path, trace, capsys):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ("--strategy eplb", "unknown strategy 'eplb'; use one of greedy, laer, search, static"),
-        ("--mode never", "unknown mode 'never'; use one of forecast, exact, adaptive, tolerance"),
-        ("--mode exact exact", "'exact exact' names one of them twice"),
+        ("--strategy eplb", "--strategy: invalid choice: 'eplb' (choose from"),
+        ("--strategy greedy greedy", "--strategy names greedy twice"),
+        ("--mode never", "--mode: invalid choice: 'never' (choose from"),
+        ("--mode exact exact", "--mode names exact twice; leave one out"),
         ("--ranks 3", "cannot be planned for 3 ranks; use one of [1, 2, 4] or a multiple of 4"),
-        ("--capacity 1", "too few for 8 experts; use a capacity of at least 2"),
-        ("--capacity 9", "capacity 9 exceeds num_experts 8"),
-        ("--node-size 3", "node size 3 does not divide the 4 ranks; use one of [1, 2, 4]"),
+        ("--ranks 0", "--ranks: '0' is no integer in 1..65536"),
+        ("--ranks 1_0", "--ranks: '1_0' is no integer in 1..65536"),
+        ("--ranks 1000000000000", "--ranks: '1000000000000' is no integer in 1..65536"),
+        ("--ranks 65536 --hours 1e-4", "planning 30 cases for 65,536 ranks would take about"),
+        ("--capacity 1", "--capacity 1: 4 ranks need 2..8 slots each for 8 experts"),
+        ("--capacity 9", "--capacity 9: 4 ranks need 2..8 slots each for 8 experts"),
+        ("--capacity 0", "--capacity: '0' is no integer in 1..32767"),
+        ("--capacity 3 2 3", "--capacity names 3 twice; leave one out"),
+        ("--node-size 3", "--node-size 3, which does not divide the 4 ranks; use one of [1, 2, 4]"),
+        ("--ranks 12", "given, and a100-4x8-ib800 has nodes of 8, which does not divide the 12"),
         ("--cluster moon", "unknown cluster 'moon'; known are ['a100-4x8-ib800'"),
         ("--config mixtral-8x7b-e16k4", "has 8 experts, not 16 as --experts or --config say"),
         ("--config gpt5", "unknown model 'gpt5'; known are ["),
         ("--experts 4", "has 8 experts, not 4"),
-        ("--hidden 0", "--hidden and --ffn must be at least 1, got 0"),
-        ("--tolerance -1", "tolerance -1.0: must be at least 0"),
-        ("--lag 6", "no microbatch has a record 6 step(s) before it"),
-        ("--every 0", "lag and every must be at least 1, got 1 and 0"),
+        ("--experts 32768", "--experts: '32768' is no integer in 1..32767"),
+        ("--hidden 0", "--hidden: '0' is no integer in 1..1048576"),
+        ("--ffn 1000000000000000000000", "is no integer in 1..1048576"),
+        ("--tolerance -1", "--tolerance: '-1' is no number in 0..65536"),
+        ("--tolerance nan", "--tolerance: 'nan' is no number in 0..65536"),
+        ("--tolerance 0.1 --mode exact", "--tolerance 0.1: no effect without --mode tolerance"),
+        ("--lag 6", "--lag 6: no microbatch with tokens has a record 6 step(s) before it in its"),
+        ("--lag 1000000001", "--lag: '1000000001' is no integer in 1..1000000000"),
+        ("--every 0", "--every: '0' is no integer in 1..1000000000"),
+        ("--every 31", "--every 31: the trace has 30 case(s); give a number of at most that"),
+        ("--hours nan", "--hours: 'nan' is no number in 0..8760"),
         ("--format csv", "is not CSV"),
-        ("--format xml", "unknown trace format 'xml'; use one of fsep, megatron"),
-        ("--trace-ranks 0:3", "--trace-ranks must be two numbers such as 0-7, got '0:3'"),
+        ("--format xml", "--format: invalid choice: 'xml' (choose from"),
+        ("--trace-ranks 0:3", "--trace-ranks: must be two numbers such as 0-7, got '0:3'"),
         ("--trace-ranks 3-1", "'3-1' is empty"),
         ("--trace-ranks 2-5", "source ranks [4, 5] are not in the trace; it has ranks 0 to 3"),
-        ("--json nowhere/x.json", "cannot write 'nowhere/x.json': its folder does not exist"),
+        ("--json nowhere/x.json", "--json 'nowhere/x.json': the folder"),
+        ("--json /", "--json '/': it is there and no regular file"),
+        ("--plot /dev/full", "--plot '/dev/full': it is there and no regular file"),
+        ("--plot x", "--plot 'x': give a file that ends in ."),
     ],
 )
 def test_bad_input_is_quoted_and_told_what_works(tmp_path, trace, capsys, words, problem):
     path = recording(tmp_path / "x.trace", trace)
     status, out, err = run(path, *words.split(), capsys=capsys)
     assert status == 2
-    assert problem in err and err.startswith("megatron_laer plan: ")
-    assert "strategy  mode" not in out
+    assert problem in err and err.startswith("megatron-laer plan: ")
+    assert out == "" and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+@pytest.mark.parametrize("name", ["x.trace", "link.png", "hard.png", "./x.trace"])
+def test_no_output_replaces_the_trace(tmp_path, trace, capsys, flag, name):
+    path = recording(tmp_path / "x.trace", trace)
+    (tmp_path / "link.png").symlink_to(path)
+    (tmp_path / "hard.png").hardlink_to(path)
+    before = path.read_bytes()
+    status, out, err = run(path, flag, f"{tmp_path}/{name}", capsys=capsys)
+    assert (status, out) == (2, "")
+    assert f"{flag} '{tmp_path}" in err and "would write over the input" in err
+    assert path.read_bytes() == before
+
+
+def test_no_output_goes_into_a_folder_of_traces_or_over_a_yaml_file(tmp_path, trace, capsys):
+    folder = tmp_path / "traces"
+    folder.mkdir()
+    path = recording(folder / "x.trace", trace)
+    model = yaml_file("model", "tiny-moe")
+    (tmp_path / "model.yaml").write_text(model.read_text())
+    for words in (
+        (folder, "--json", folder / "x.json"),
+        (path, "--config", tmp_path / "model.yaml", "--json", tmp_path / "model.yaml"),
+    ):
+        status, _, err = run(*words, capsys=capsys)
+        assert status == 2 and "would write over the input" in err
+    assert (tmp_path / "model.yaml").read_text() == model.read_text()
+
+
+def test_both_outputs_cannot_be_one_file(tmp_path, trace, capsys):
+    path = recording(tmp_path / "x.trace", trace)
+    words = ("--json", tmp_path / "x.png", "--plot", f"{tmp_path}/./x.png")
+    status, _, err = run(path, *words, capsys=capsys)
+    assert status == 2 and "are one file; give two" in err
+
+
+def test_a_file_that_cannot_be_written_in_the_end_keeps_its_content(tmp_path, trace, capsys):
+    path, output = recording(tmp_path / "x.trace", trace), tmp_path / "x.json"
+    output.write_text("before")
+    words = ("--strategy", "static", "--json", output)
+    with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")):
+        status, _, err = run(path, *words, capsys=capsys)
+    assert status == 2
+    assert "--json" in err and "cannot be written: [Errno 28] No space left" in err
+    assert output.read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.trace"]
+
+
+def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path, trace, capsys):
+    path = recording(tmp_path / "x.trace", trace)
+    (tmp_path / "link.json").symlink_to("real.json")
+    status, _, err = run(
+        path, "--strategy", "static", "--json", tmp_path / "link.json", capsys=capsys
+    )
+    assert status == 0, err
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text())["ranks"] == 4
+
+
+def test_a_trace_without_tokens_is_told_so(tmp_path, trace, capsys):
+    empty = replace(trace, counts_RNE=np.zeros_like(trace.counts_RNE))
+    status, _, err = run(recording(tmp_path / "x.trace", empty), capsys=capsys)
+    assert status == 2 and "the trace holds no tokens; record a run that routes some" in err
+
+
+def test_an_empty_path_is_no_folder(capsys):
+    for words in ([""], ["x", "--json", ""], ["x", "--plot", ""]):
+        status, _, err = run(*words, capsys=capsys)
+        assert status == 2 and "the path is empty; give a file" in err
+
+
+def test_names_of_a_trace_cannot_forge_lines(tmp_path, trace, capsys):
+    path = recording(tmp_path / "\x1b[31m\nFAKE", trace)
+    status, out, err = run(path, "--strategy", "static", capsys=capsys)
+    assert status == 0, err
+    assert "\x1b" not in out and not any(line.startswith("FAKE") for line in out.splitlines())
+
+
+def work(ranks, experts, records=36, lag=1, capacity=3):
+    return Work(
+        geometries=[Geometry(ranks, experts, capacity, 1)],
+        strategies=STRATEGIES,
+        modes=MODES,
+        records=records,
+        layers=2,
+        plans=10,
+        cases=30,
+        lag=lag,
+    )
+
+
+def test_every_strategy_and_mode_has_an_estimate():
+    for name in strategy_names():
+        for mode in MODES:
+            only = replace(work(8, 8), strategies=[name], modes=[mode])
+            assert only.seconds > 0
+            assert replace(only, geometries=work(16, 8).geometries).seconds > only.seconds
+
+
+def test_a_plan_takes_no_more_memory_than_estimated(trace):
+    wide = trace.with_ranks(512)
+    geometry = Geometry(512, 8, 3, 8)
+    tracemalloc.start()
+    simulate(wide, [geometry], COSTS, STRATEGIES, MODES)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Of one process, whatever its size, and of what it holds of each count.
+    assert peak_bytes < 2**24 + work(512, 8).bytes
+
+
+def test_what_would_take_too_long_is_refused_with_what_would_fit():
+    many = work(4096, 256)
+    hours = many.seconds / 3600
+    check_fits(many, hours * 1.01)
+    with pytest.raises(ValueError, match=r"planning 30 cases for 4,096 ranks would take") as error:
+        check_fits(many, hours / 3.5)
+    said = str(error.value)
+    assert "give --every 4, --ranks of about 1,170, fewer --strategy, or --hours" in said
+    check_fits(replace(many, plans=many.plans / 4, cases=many.cases / 4), hours / 3.5)
+    check_fits(work(1170, 256), hours / 3.5 * 1.1)
+
+
+def test_what_would_take_too_much_memory_is_refused_with_what_would_fit(monkeypatch):
+    many = work(4096, 256)
+    monkeypatch.setattr(memory, "available_bytes", lambda: many.bytes // 4)
+    with pytest.raises(ValueError, match=r"GiB of memory.* give --ranks of at most 1,02[34]$"):
+        check_fits(many, 1e9)
 
 
 def test_a_missing_and_an_empty_trace_are_refused(tmp_path, capsys):
@@ -290,12 +444,28 @@ def test_a_plot_without_matplotlib_is_refused_before_the_work(tmp_path, trace, c
     assert "--plot needs the package matplotlib: `pip install matplotlib`, or leave" in err
 
 
-def test_a_plot_is_written(tmp_path, trace, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is optional and not installed")
+def test_a_plot_is_written_in_the_format_of_its_ending(tmp_path, trace, capsys):
     path = recording(tmp_path / "x.trace", trace)
-    words = ("--strategy", "greedy", "--mode", "forecast", "--plot", tmp_path / "x.png")
-    assert run(path, *words, capsys=capsys)[0] == 0
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    for ending, magic in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")):
+        words = ("--strategy", "greedy", "--mode", "forecast", "--plot", tmp_path / f"x.{ending}")
+        assert run(path, *words, capsys=capsys)[0] == 0
+        assert (tmp_path / f"x.{ending}").read_bytes().startswith(magic)
+
+
+def test_a_plot_shows_how_far_each_row_is_from_perfect_balance(rows):
+    axes = report.draw("title_$x", list(rows.values())).axes[0]
+    assert len(axes.lines) == len(rows)
+    for line, row in zip(axes.lines, rows.values(), strict=True):
+        assert line.get_ydata().tolist() == pytest.approx([r - 1 for r in sorted(row.ratios_R)])
+    heights = {
+        row: axes.transData.transform((1, max(line.get_ydata())))[1]
+        for line, row in zip(axes.lines, rows, strict=True)
+    }
+    # Perfect balance, a few percent and the paper's planner are apart on the picture.
+    figure_height = axes.bbox.height
+    exact, forecast = heights["greedy", "exact"], heights["greedy", "forecast"]
+    assert forecast - exact > figure_height / 4
+    assert heights[STOCK, "-"] - forecast > figure_height / 10
 
 
 def test_neither_torch_nor_megatron_is_imported():

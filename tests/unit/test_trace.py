@@ -175,8 +175,8 @@ def test_a_damaged_last_record_is_left_out_and_what_follows_later_is_readable(tm
     content[-1] ^= 1
     path.write_bytes(content)
     assert_holds(read_trace(path), counts[:1])
-    write_recording(path, counts[1:], first_step=1)
-    assert_holds(read_trace(path), counts)
+    write_recording(path, counts[1:], first_step=2)
+    assert_holds(read_trace(path), counts, steps=[0, 2])
 
 
 def test_a_huge_tail_is_refused_where_it_begins_and_is_not_read(tmp_path):
@@ -569,7 +569,13 @@ def test_a_long_table_may_leave_out_zeros_and_order(tmp_path):
         ("expert,tokens", "0, ,0,0,1,1", "line 2: the layer is empty"),
         ("expert,tokens", "0,0,0,0,1", "line 2: 5 values, expected 6"),
         ("expert,tokens", "0,0,0,0,1,1\n0,0,0,0,1,2", "source_rank 0, expert 1 is there twice"),
-        ("expert,tokens", "0,0,0,900000,32000,1", "implausible for"),
+        ("expert,tokens", "0,0,0,0,1,1\n0,0,0,9,1,1", "is of source rank 9, none is of rank 1;"),
+        ("expert,tokens", "0,0,0,1000000,1,1", "is of source rank 1000000, none is of rank 0;"),
+        (
+            "expert,tokens",
+            "\n".join(f"{step},0,0,0,32000,1" for step in range(99)),
+            "99 records of 1 ranks and 32001 experts would take .* implausible for",
+        ),
         ("expert,tokens", "", "the trace holds no records"),
         ("expert,count", "0,0,0,0,1,1", "line 1: the columns are 'step,layer,.*expert,count'"),
         ("expert_0,expert_2", "0,0,0,0,1,1", "line 1: the columns are"),
@@ -581,6 +587,75 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path, columns, line, problem):
     path.write_text(f"step,layer,microbatch,source_rank,{columns}\n{line}\n")
     with pytest.raises(ValueError, match=rf"x\.csv.*{problem}"):
         read_trace(path)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "router_trace_rank0.jsonl"])
+def test_an_endless_line_is_refused_without_reading_on(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("step,layer,microbatch,source_rank,expert,tokens\n" if "csv" in name else "")
+    os.truncate(path, 2**36)
+    format = "csv" if "csv" in name else "megatron"
+    with (
+        mock.patch("megatron_laer.memory.available_bytes", return_value=2**50),
+        pytest.raises(ValueError, match=r"line [12]: longer than 33,554,432 characters"),
+    ):
+        read_trace(path, format)
+
+
+def test_a_table_for_which_memory_does_not_suffice_is_refused(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("step,layer,microbatch,source_rank,expert,tokens\n0,0,0,0,0,1\n")
+    with (
+        mock.patch("megatron_laer.memory.available_bytes", return_value=99),
+        pytest.raises(ValueError, match=r"x\.csv would take about .* GiB of memory, .* part"),
+    ):
+        read_trace(path)
+    with mock.patch("megatron_laer.memory.available_bytes", return_value=2**12):
+        assert len(read_trace(path)) == 1
+
+
+@pytest.mark.parametrize("format", [None, *FORMATS])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_may_never_end_is_not_opened(tmp_path, format, kind):
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "pipe"
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(
+        ValueError, match=rf"is (a {kind}|a file); give (a regular file|the folder)"
+    ):
+        read_trace(path, format)
+
+
+def test_pipes_among_the_files_of_a_folder_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "router_trace_rank0.jsonl")
+    with pytest.raises(ValueError, match=r"rank0\.jsonl' is a pipe"):
+        read_trace(tmp_path, "megatron")
+    os.mkfifo(tmp_path / "table_iter0_rank0.log")
+    with pytest.raises(ValueError, match=r"rank0\.log' is a pipe"):
+        read_trace(tmp_path, "smartmoe")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("router_trace_rank0.jsonl", "router_trace_rank00.jsonl"),
+        ("table_iter1_rank0.log", "table_iter01_rank0.log"),
+    ],
+)
+def test_two_files_of_one_rank_are_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("x")
+    with pytest.raises(ValueError, match="are of one rank; move one away"):
+        read_trace(tmp_path)
+
+
+def test_a_header_of_npz_that_exhausts_its_parser_is_damage(tmp_path):
+    header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (" + b"-" * 9000 + b"1,)}\n"
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        size = len(header).to_bytes(2, "little")
+        archive.writestr("tokens.npy", b"\x93NUMPY\x01\x00" + size + header)
+    with pytest.raises(ValueError, match=r"x\.npz is not a trace in npz"):
+        read_trace(tmp_path / "x.npz")
 
 
 # Telling formats apart.

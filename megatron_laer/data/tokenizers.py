@@ -1,0 +1,179 @@
+"""From text to token ids, in pieces of limited size where the tokenizer allows that.
+
+The tokenizer `bytes` needs no vocabulary: ids 0 to 255 are the bytes of the file, 256 ends a
+document. Train on it with `--tokenizer-type NullTokenizer --vocab-size 257`
+(`BYTES_TOKENIZER_FLAGS`): Megatron's NullTokenizer takes its last id, vocabulary size - 1, as the
+end of a document.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.files import quoted
+
+Ids = npt.NDArray[np.integer]
+
+BYTES_TOKENIZER_FLAGS: tuple[str, ...] = (
+    "--tokenizer-type",
+    "NullTokenizer",
+    "--vocab-size",
+    "257",
+)
+"""Megatron's flags for a dataset written with the tokenizer `bytes`."""
+
+MAX_DOCUMENT_TOKENS = 2**31 - 1
+"""Megatron's index holds lengths in 32 bits."""
+
+MAX_TEXT_BYTES = 2**26
+"""The longest text that is held as a whole: a line of JSONL, or a file that cannot be cut.
+
+A tokenizer, or a line of many small JSON values, takes some thirty times as much memory.
+"""
+
+_PIECE_BYTES = 2**20
+_END_OF_DOCUMENT = 256
+
+
+class Tokenizer(Protocol):
+    """How text becomes documents of token ids, each in pieces and with its end.
+
+    Attributes:
+        vocab_size: ids are below it.
+        flags: Megatron's, for training on these ids.
+        max_file_bytes: the longest file that can be one document.
+    """
+
+    vocab_size: int
+    flags: tuple[str, ...]
+    max_file_bytes: int
+
+    def encode_file(self, file: BinaryIO, path: Path) -> Iterator[Ids]:
+        """Yield the ids of an open file; `path` is for messages."""
+
+    def encode_text(self, text: str) -> Iterator[Ids]:
+        """Yield the ids of a text that UTF-8 can express."""
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer `bytes`, or a Hugging Face tokenizer from a directory; runs no code of it.
+
+    Raises:
+        ValueError: there is no such tokenizer, or it cannot be used.
+        ImportError: the package transformers is missing.
+    """
+    if name == "bytes":
+        return _Bytes()
+    if not name or not Path(name).is_dir():
+        raise ValueError(
+            f"tokenizer {quoted(name)} is neither 'bytes' nor a directory with a Hugging Face "
+            "tokenizer"
+        )
+    return _HuggingFace(name)
+
+
+class _Bytes:
+    vocab_size = _END_OF_DOCUMENT + 1
+    flags = BYTES_TOKENIZER_FLAGS
+    max_file_bytes = MAX_DOCUMENT_TOKENS - 1
+
+    def encode_file(self, file: BinaryIO, path: Path) -> Iterator[Ids]:
+        while piece := _read(file, path, _PIECE_BYTES):
+            yield np.frombuffer(piece, dtype=np.uint8)
+        yield np.array([_END_OF_DOCUMENT])
+
+    def encode_text(self, text: str) -> Iterator[Ids]:
+        ids = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+        for start in range(0, len(ids), _PIECE_BYTES):
+            yield ids[start : start + _PIECE_BYTES]
+        yield np.array([_END_OF_DOCUMENT])
+
+
+class _HuggingFace:
+    max_file_bytes = MAX_TEXT_BYTES
+
+    def __init__(self, folder: str) -> None:
+        self._tokenizer = _load_hugging_face(folder)
+        self.vocab_size = len(self._tokenizer)
+        self.flags: tuple[str, ...] = (
+            "--tokenizer-type",
+            "HuggingFaceTokenizer",
+            "--tokenizer-model",
+            folder,
+        )
+
+    def encode_file(self, file: BinaryIO, path: Path) -> Iterator[Ids]:
+        content = _read(file, path, MAX_TEXT_BYTES + 1)
+        check_length(path, len(content), MAX_TEXT_BYTES)
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{quoted(path)} is not UTF-8 text ({error.reason} at byte {error.start}); leave "
+                "it out, or use --tokenizer bytes"
+            ) from error
+        yield from self.encode_text(text)
+
+    def encode_text(self, text: str) -> Iterator[Ids]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        yield np.array([*ids, self._tokenizer.eos_token_id])
+
+
+def _load_hugging_face(folder: str) -> Any:
+    try:
+        from transformers import AutoTokenizer  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ImportError(
+            f"the tokenizer in {quoted(folder)} needs the package transformers: "
+            "`pip install transformers`, or use --tokenizer bytes, which needs none"
+        ) from error
+
+    try:
+        # A directory was given, so nothing may be downloaded; and data may not bring code along,
+        # which transformers would offer to run on a terminal.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the package tokenizers raises Exception itself
+        raise ValueError(f"the tokenizer in {quoted(folder)} cannot be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer in {quoted(folder)} has no end-of-sequence token to end documents "
+            "with; set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def check_length(path: Path, size_bytes: int, max_bytes: int) -> None:
+    """Refuse a file that is too long to be one document.
+
+    Raises:
+        ValueError: quoting the path.
+    """
+    if size_bytes > max_bytes:
+        raise ValueError(
+            f"{quoted(path)} has {size_bytes:,} bytes, but a file that is one document at most "
+            f"{max_bytes:,}; split it, or write JSONL with a line for each document"
+        )
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Tell a file that cannot be read, in the block, from other errors of the system.
+
+    Raises:
+        ValueError: quoting the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{quoted(path)} cannot be read: {error.strerror}") from error
+
+
+def _read(file: BinaryIO, path: Path, max_bytes: int) -> bytes:
+    with readable(path):
+        return file.read(max_bytes)

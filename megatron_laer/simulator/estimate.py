@@ -1,0 +1,103 @@
+"""How long a plan of a given size would take, and how much memory: rough, and before any work.
+
+Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_laer import memory
+from megatron_laer.config import FORECAST
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.simulator.table import BASELINES
+
+# Seconds: always, per slot and per count [N, E]. Measured on one core of a server of 2023 with
+# skewed counts, from 8 ranks with 8 experts to 8192 with 256 and 1024 with 2048, 2 to 8 slots; most
+# are right within a factor of three.
+_PLAN_S = {
+    "static": (1e-4, 0.0, 0.0),
+    "greedy": (1e-4, 5e-6, 1e-7),
+    "laer": (5e-4, 3e-5, 8e-7),
+    "search": (2e-2, 5e-5, 1e-6),
+}
+_EVEN_GATE_S = (3e-4, 1e-6, 5e-7)
+_FORECAST_GATE_S = (3e-4, 2e-6, 3e-8)
+_FRESH_GATE_S = (5e-4, 3e-6, 1e-7)
+
+# Bytes per count while one case is evaluated, measured likewise; and what is kept: the trace's
+# counts, the forecasts.
+_WORKING_BYTES = 170
+_TRACE_BYTES, _FORECAST_BYTES = 4, 8
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a plan has to go through.
+
+    Attributes:
+        geometries: one per capacity.
+        records: of the trace, which are all kept.
+        layers: each with forecasts of its own.
+        plans: layouts that every strategy makes: one for each layer and step.
+        cases: microbatches that are evaluated.
+    """
+
+    geometries: Sequence[Geometry]
+    strategies: Sequence[str]
+    modes: Sequence[str]
+    records: int
+    layers: int
+    plans: int
+    cases: int
+    lag: int
+
+    @property
+    def seconds(self) -> float:
+        """Processor time of the whole plan."""
+        total = 0.0
+        for geometry in self.geometries:
+            for strategy in self.strategies:
+                total += self.plans * _seconds(_PLAN_S[strategy], geometry)
+                for mode in [FORECAST] if strategy in BASELINES else self.modes:
+                    fresh_s = _FORECAST_GATE_S if mode == FORECAST else _FRESH_GATE_S
+                    gate_s = _EVEN_GATE_S if strategy == "laer" else fresh_s
+                    total += self.cases * _seconds(gate_s, geometry)
+        return total
+
+    @property
+    def bytes(self) -> int:
+        """Memory at the most."""
+        geometry = self.geometries[0]
+        forecasts = _FORECAST_BYTES * self.layers * (self.lag + 1)
+        each = _TRACE_BYTES * self.records + forecasts + _WORKING_BYTES
+        return geometry.num_ranks * geometry.num_experts * each
+
+
+def check_fits(work: Work, longest_hours: float) -> None:
+    """Refuse a plan that would take longer, or more memory than is free.
+
+    Raises:
+        ValueError: with the estimate and with what would fit.
+    """
+    num_ranks = work.geometries[0].num_ranks
+    what = f"planning {work.cases:,} cases for {num_ranks:,} ranks"
+    share = memory.available_bytes() / max(work.bytes, 1)
+    memory.check_enough(work.bytes, what, f"give --ranks of at most {int(num_ranks * share):,}")
+    hours = work.seconds / 3600
+    if hours > longest_hours:
+        ratio = hours / longest_hours
+        ways = [f"--every {math.ceil(ratio)}"] if work.cases > ratio else []
+        ways += [f"--ranks of about {int(num_ranks / ratio):,}"] if num_ranks > ratio else []
+        raise ValueError(
+            f"{what} would take about {hours:.2g} hours, more than the {longest_hours:.2g} of "
+            f"--hours; give {', '.join([*ways, 'fewer --strategy'])}, or --hours {hours * 1.1:.2g}"
+        )
+
+
+def _seconds(terms: tuple[float, float, float], geometry: Geometry) -> float:
+    always_s, slot_s, count_s = terms
+    counts = geometry.num_ranks * geometry.num_experts
+    return always_s + slot_s * geometry.num_slots + count_s * counts

@@ -1,0 +1,162 @@
+"""Megatron's log read back: the numbers of each step, and a table that compares runs.
+
+    python -m megatron_laer.telemetry.log fsep=FSEP.log standard=STANDARD.log
+
+prints the table for runs that have ended; a run in several parts may have one log. Trains nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Steps after which routing and speed are steady enough to be worth averaging, of all steps.
+STEADY_AFTER = 0.5
+
+LOSS = "lm loss"
+STEP_MS = "elapsed time per iteration (ms)"
+IMBALANCE = "fsep_load_imbalance"
+STOCK_IMBALANCE = "fsep_stock_load_imbalance"
+
+_LABEL_WIDTH, _COLUMN_WIDTH = 46, 10
+_SKIPPED = "-"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one line of Megatron's log says of a step, which it counts from 1.
+
+    Attributes:
+        of: steps of the whole run.
+        values: by Megatron's names, such as `lm loss`, and by those of its metrics trackers.
+    """
+
+    number: int
+    of: int
+    values: dict[str, float]
+
+
+@dataclass
+class LoggedRun:
+    """What a log says of a run.
+
+    Attributes:
+        of: steps of the whole run, also where it ended early; 0 without any.
+        steps: by number. A step that was made again after a restart is as it was the last time.
+    """
+
+    name: str
+    of: int = 0
+    steps: dict[int, Step] = field(default_factory=dict)
+
+
+def step_of_line(line: str) -> Step | None:
+    """The step that a line of Megatron's log is about, or None for all other lines."""
+    found = re.search(r"\biteration +(\d+)/ *(\d+) \|(.*)", line)
+    if found is None:
+        return None
+    values = {}
+    # `name: value |`, as Megatron and its metrics trackers write them.
+    for name, value in re.findall(r"([\w ()]+): +(\S+) \|", found[3]):
+        try:
+            values[name.strip()] = float(value)
+        except ValueError:  # a time of day, say
+            continue
+    return Step(int(found[1]), int(found[2]), values)
+
+
+def read_run(name: str, lines: Iterable[str]) -> LoggedRun:
+    """What a log says of its run."""
+    run = LoggedRun(name)
+    for line in lines:
+        if (step := step_of_line(line)) is not None:
+            run.steps[step.number] = step
+            run.of = step.of
+    return run
+
+
+def steady(values: Sequence[float]) -> Sequence[float]:
+    """The values of the last steps, in which a run is steady."""
+    return values[int(len(values) * STEADY_AFTER) :]
+
+
+def steady_steps(number: int) -> str:
+    """Which steps of so many these are, in words."""
+    return f"steps {int(number * STEADY_AFTER) + 1} to {number}"
+
+
+def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """Lines with a label and one value per column."""
+
+    def line(label: str, cells: Sequence[str]) -> str:
+        return f"{label:{_LABEL_WIDTH}}" + "".join(f"{cell:>{_COLUMN_WIDTH}}" for cell in cells)
+
+    return "\n".join([line("", heads), *(line(*row) for row in rows)])
+
+
+def comparison(runs: Sequence[LoggedRun]) -> str:
+    """A table of runs that trained the same model on the same data."""
+    number = max(run.of for run in runs)
+
+    def values(run: LoggedRun, name: str) -> list[float]:
+        steps = (run.steps[key] for key in sorted(run.steps))
+        return [step.values[name] for step in steps if name in step.values]
+
+    def steady_mean(found: list[float]) -> str:
+        return f"{statistics.fmean(steady(found)):.3f}" if found else _SKIPPED
+
+    # Stock has no metric of balance. An FSEP run also counts what stock's placement would have
+    # made of its own tokens, which are routed alike at the same loss.
+    as_stock = next((found for run in runs if (found := values(run, STOCK_IMBALANCE))), [])
+    losses = [values(run, LOSS) for run in runs]
+    rows: list[tuple[str, Sequence[str]]] = [
+        ("steps in the log", [f"{len(run.steps)}" for run in runs]),
+        ("loss of its last step", [f"{found[-1]:.4f}" if found else _SKIPPED for found in losses]),
+        (
+            f"max/mean tokens per rank, {steady_steps(number)}",
+            [steady_mean(values(run, IMBALANCE) or as_stock) for run in runs],
+        ),
+        (
+            f"step time, median of {steady_steps(number)} (ms)",
+            [
+                f"{statistics.median(steady(found)):.0f}" if found else _SKIPPED
+                for found in (values(run, STEP_MS) for run in runs)
+            ],
+        ),
+    ]
+    return table([run.name for run in runs], rows)
+
+
+def main(words: Sequence[str]) -> int:
+    """Print the comparison of `NAME=LOG` for each word; 2 for words that are none."""
+    runs = []
+    try:
+        for word in words:
+            name, equals, path = word.partition("=")
+            if not (name and equals and path):
+                raise ValueError(f"{word!r} is no NAME=LOG")
+            with Path(path).open(encoding="utf-8", errors="replace") as lines:
+                runs.append(read_run(name, lines))
+            if not runs[-1].steps:
+                raise ValueError(
+                    f"{path} holds no step of a run; give a log of Megatron's training"
+                )
+        if not runs:
+            raise ValueError("give a NAME=LOG for each run")
+    except (ValueError, OSError) as error:
+        print(f"megatron_laer.telemetry.log: {error}", file=sys.stderr)
+        return 2
+    print(comparison(runs))
+    print(
+        "Balance: 1.000 is perfect, the number of ranks the worst. A run that does not measure it\n"
+        "  has what FSEP's run counted for stock's placement of its own tokens."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,157 @@
+"""Every command in the README and in docs is run as it stands, in the order of its page.
+
+Commands run in a folder that looks like the top of the repository. What a page takes for granted
+and no test has is replaced: a cluster, a checkout of Megatron, hours. Left out are commands that
+install everything: this test runs in what they have installed, and other tests run what they start.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests import processes
+from tests.documents import COMMANDS, PAGES, ROOT, SCRIPT, SHOWN, blocks, inline_commands
+
+# What is replaced in the commands of a page, and each must be there.
+ON_TWO_CPU_RANKS = {
+    "--nproc-per-node 8": "--nproc-per-node 2",
+    "--expert-model-parallel-size 8": "--expert-model-parallel-size 2",
+    "flags tiny-moe": "flags tiny-moe --cpu",
+}
+SHORT = {
+    "--train-iters 100": "--train-iters 3 --num-workers 0",
+    "--eval-iters 5": "--eval-iters 1",
+    "--global-batch-size 64": "--global-batch-size 8",
+}
+SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
+    "README.md": ON_TWO_CPU_RANKS | SHORT,
+    "plan.md": ON_TWO_CPU_RANKS | SHORT,
+    # The batch script's own tests run it in a Slurm; here it prints what it would start.
+    "slurm.md": {"/data/": "data/"},
+    "end_to_end.md": {"--ranks 2 --json": "--ranks 2 --quick --json"},
+}
+# What a page takes for granted.
+BEFORE = {
+    "checkpoints.md": """
+        python -m megatron_laer prepare-data --python-sources --output data/text
+        torchrun --nproc-per-node 2 pretrain_gpt.py \\
+            $(python -m megatron_laer flags tiny-moe --cpu) --data-path data/text --split 95,5,0 \\
+            --micro-batch-size 4 --global-batch-size 8 --train-iters 2 --lr 1e-3 \\
+            --eval-interval 2 --eval-iters 1 --save checkpoints --num-workers 0 \\
+            --expert-model-parallel-size 2 --expert-parallel-mode fsep
+    """,
+    "slurm.md": "mkdir -p data/tokenizer; echo A corpus. >corpus.txt",
+}
+INSTALLS = ("./scripts/quickstart.sh", "./scripts/test.sh", "scripts/environment.sh", "apt-get ")
+# Of other projects, which are not on the package index or need more than a CPU.
+NOT_OURS = ("scripts/conversion/convert.sh", "from megatron.bridge", "git apply")
+# By another test, with ranks.
+RUN_ELSEWHERE = {"own_loop.md": "test_own_loop.py"}
+
+_IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("page", PAGES, ids=_IDS)
+def test_a_block_is_run_or_shown_and_no_command_leaves_anything_out(page: Path) -> None:
+    for block in blocks(page):
+        where = f"{page.name}, line {block.line}"
+        assert block.language in SHOWN | {COMMANDS, SCRIPT}, where
+        assert block.language in SHOWN or "…" not in block.text, where
+    elided = [text for text in inline_commands(page) if "…" in text or "..." in text]
+    assert not elided, elided
+
+
+@pytest.mark.unit
+def test_what_is_run_elsewhere_is() -> None:
+    for page, test in RUN_ELSEWHERE.items():
+        source = (ROOT / "tests" / "distributed" / test).read_text()
+        assert page in source, (page, test)
+
+
+@pytest.fixture
+def top(tmp_path: Path) -> Path:
+    """A folder with the repository's files, in which commands may write."""
+    folder = tmp_path
+    for path in ROOT.iterdir():
+        if not path.name.startswith(".") and path.name not in ("build", "dist"):
+            (folder / path.name).symlink_to(path)
+    commands = folder / "bin"
+    commands.mkdir()
+    for name, body in _PROGRAMS.items():
+        (commands / name).write_text(f"#!/bin/sh\n{body}\n")
+        (commands / name).chmod(0o755)
+    checkout = folder / "Megatron-LM"
+    checkout.mkdir()
+    (checkout / "pretrain_gpt.py").symlink_to(ROOT / "pretrain_gpt.py")
+    return folder
+
+
+_PYTHON = shlex.quote(sys.executable)
+_PROGRAMS = {
+    "python": f'exec {_PYTHON} "$@"',
+    "torchrun": f'exec {_PYTHON} -m torch.distributed.run --standalone "$@"',
+    "megatron-laer": f'exec {_PYTHON} -m megatron_laer "$@"',
+    # Only what it is asked to install is looked at.
+    "sbatch": 'while [ "${1#--}" != "$1" ]; do shift 2; done; DRY_RUN=1 exec bash "$@"',
+    "pip": '[ "$*" = "install ." ] || [ "$*" = "install -e ." ]',
+}
+
+
+SHELL = ["bash", "-euo", "pipefail", "-c"]
+
+
+def run(page: str, command: list[str], text: str, top: Path) -> None:
+    result = processes.run(
+        [*command, text],
+        timeout_s=900.0,
+        cwd=top,
+        env=os.environ
+        | {
+            "PATH": f"{top / 'bin'}:{os.environ['PATH']}",
+            "PYTHONPATH": processes.python_path(),
+            "MEGATRON_LAER_DEVICE": "cpu",
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+    output = (result.stdout + result.stderr)[-6000:]
+    assert result.returncode == 0, f"{page}:\n{text}\n{output}"
+
+
+def _pages_with_commands() -> list[Path]:
+    found = [
+        page
+        for page in PAGES
+        if page.name not in RUN_ELSEWHERE
+        and any(block.language in (COMMANDS, SCRIPT) for block in blocks(page))
+    ]
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("page", _pages_with_commands(), ids=lambda page: page.name)
+def test_the_commands_of_a_page_run_as_they_stand(page: Path, top: Path) -> None:
+    substitutes = SUBSTITUTES.get(page.name, {})
+    used = set()
+    if page.name in BEFORE:
+        run(page.name, SHELL, BEFORE[page.name], top)
+    for block in blocks(page):
+        text = block.text
+        if block.language in SHOWN or any(name in text for name in NOT_OURS):
+            continue
+        if block.language == COMMANDS:
+            lines = [line for line in text.splitlines() if not line.startswith(INSTALLS)]
+            text = "\n".join(lines)
+            for old, new in substitutes.items():
+                used |= {old} if old in text else set()
+                text = text.replace(old, new)
+            run(page.name, SHELL, text, top)
+        else:
+            run(page.name, [sys.executable, "-c"], text, top)
+    assert used == set(substitutes), "what is replaced is not on the page"

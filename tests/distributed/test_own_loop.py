@@ -1,0 +1,251 @@
+"""The page on training loops of one's own: its script runs as it stands, and what it says is so."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from tests import processes
+from tests.parity.training import fresh_megatron
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "own_loop.md"
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page's script."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    (code,) = [block for block in blocks if "__main__" in block]
+    path = tmp_path_factory.mktemp("own") / "own_loop.py"
+    path.write_text(code)
+    return path
+
+
+@pytest.fixture(scope="module")
+def first_run(script: Path) -> tuple[str, Path]:
+    """What the page's command prints, warnings included, and the checkpoint that it saves."""
+    folder = script.with_name("checkpoint")
+    python = [sys.executable, "-W", "ignore"]
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    result = processes.run(
+        [*python, *launcher, str(script), "--steps", str(STEPS), "--save", str(folder)],
+        timeout_s=600.0,
+        env=os.environ
+        | {
+            "MEGATRON_LAER_DEVICE": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": processes.python_path(),
+        },
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr, folder
+
+
+def losses(output: str) -> dict[int, float]:
+    """By step."""
+    return {
+        int(step): float(loss) for step, loss in re.findall(r"step (\d+) \| loss (\S+)", output)
+    }
+
+
+def layout_versions(output: str) -> list[float]:
+    """Of each step."""
+    return [float(version) for version in re.findall(r"fsep_layout_version: (\S+)", output)]
+
+
+@contextlib.contextmanager
+def loaded(path: Path) -> Iterator[ModuleType]:
+    """The script as a module in this rank, with nothing of its run left behind."""
+    spec = importlib.util.spec_from_file_location("own_loop", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Megatron's choice of attention goes into the environment.
+    with fresh_megatron([]), mock.patch.dict(os.environ):
+        spec.loader.exec_module(module)
+        yield module
+
+
+def run(path: Path, words: str) -> str:
+    """What the script prints on this rank."""
+    output = io.StringIO()
+    with (
+        loaded(path) as module,
+        mock.patch.object(sys, "argv", [str(path), *words.split()]),
+        contextlib.redirect_stdout(output),
+    ):
+        module.main()
+    return output.getvalue()
+
+
+def test_the_script_trains_and_its_layouts_change(first_run: tuple[str, Path]) -> None:
+    output, _ = first_run
+    assert list(losses(output)) == list(range(STEPS))
+    # A plan from the routing of a step is in force in the next one.
+    assert layout_versions(output) == list(range(STEPS))
+    assert "fsep_load_imbalance: " in output
+    assert "training goes on without steps" not in output
+
+
+def test_it_goes_on_from_its_checkpoint_and_so_does_stock(
+    ranks: Callable[[int], RankPool], script: Path, first_run: tuple[str, Path]
+) -> None:
+    words = f"--steps {STEPS} --load {first_run[1]}"
+    fsep = ranks(2).run(run, script, words)[0]
+    stock = losses(ranks(2).run(run, script, f"{words} --stock")[0])
+    assert list(stock) == list(range(STEPS, 2 * STEPS))
+    assert losses(fsep) == pytest.approx(stock, rel=1e-6)
+    assert layout_versions(fsep) == list(stock), "planning goes on where it was"
+
+
+class _Heard(logging.Handler):
+    """Keeps warnings of the plugin."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> list[str]:
+    """What the plugin warns of on this rank while the script does this, without training steps."""
+    import torch
+
+    import megatron_laer
+    from megatron_laer.activation import StepOutcome
+
+    heard = _Heard()
+    enable = megatron_laer.enable
+    settings = megatron_laer.FSEPConfig(**config)
+
+    def without_step(*_: Any) -> contextlib.nullcontext[StepOutcome]:
+        return contextlib.nullcontext(StepOutcome())
+
+    def only_forward(
+        step: int, model: list[torch.nn.Module], _optimizer: Any
+    ) -> tuple[float, bool]:
+        model[0].train(mode != "evaluates")
+        with contextlib.nullcontext() if mode == "tries" else torch.no_grad():
+            module.forward_step(module.batches(step), model[0])
+        return 0.0, True
+
+    logger = logging.getLogger("megatron_laer")
+    logger.addHandler(heard)
+    try:
+        with (
+            loaded(path) as module,
+            mock.patch.object(sys, "argv", [str(path), "--steps", "3"]),
+            mock.patch.object(
+                megatron_laer, "enable", lambda _, seed: enable(settings, seed=seed), create=True
+            ),
+            mock.patch.object(megatron_laer, "training_step", without_step, create=True),
+        ):
+            if mode != "trains":
+                module.train_step = only_forward
+            module.main()
+    finally:
+        logger.removeHandler(heard)
+    return heard.lines
+
+
+def test_a_loop_without_steps_is_told_so_once(
+    ranks: Callable[[int], RankPool], script: Path
+) -> None:
+    first, second = ranks(2).run(warnings_without_steps, script, {}, "trains")
+    (warning,) = first
+    assert "without steps" in warning and "megatron_laer.training_step(" in warning
+    assert second == []
+
+
+@pytest.mark.parametrize(
+    ("config", "mode"),
+    [
+        ({}, "evaluates"),
+        ({}, "tries"),
+        ({"planner": "static"}, "trains"),
+    ],
+)
+def test_who_needs_no_steps_is_not_told_to_take_them(
+    ranks: Callable[[int], RankPool], script: Path, config: dict[str, Any], mode: str
+) -> None:
+    assert ranks(2).run(warnings_without_steps, script, config, mode) == [[], []]
+
+
+def build_layer(**numbered: int) -> tuple[float, bool]:
+    """Build a MoE layer by itself: spread of its weights, and whether it computes."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
+    import megatron_laer
+
+    with fresh_megatron([]):
+        dist.init_process_group("gloo")
+        megatron_laer.enable(megatron_laer.FSEPConfig(planner="static"), seed=1)
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+        try:
+            model_parallel_cuda_manual_seed(1)
+            config = TransformerConfig(
+                num_layers=1,
+                hidden_size=32,
+                num_attention_heads=4,
+                num_moe_experts=4,
+                moe_ffn_hidden_size=32,
+                moe_token_dispatcher_type="alltoall",
+                moe_router_load_balancing_type="none",
+                expert_model_parallel_size=2,
+                add_bias_linear=False,
+            )
+            spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False)
+            layer = spec.submodules.mlp(config=config, **numbered)
+            spread = float(layer.experts.slices()[0].std())
+            output, _ = layer.eval()(torch.ones(4, 2, 32))
+            return spread, bool(torch.isfinite(output).all())
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+def build_unnumbered_layer() -> tuple[float, bool]:
+    """One that nobody numbers."""
+    return build_layer()
+
+
+def build_numbered_layer() -> tuple[float, bool]:
+    """One that is given its number."""
+    return build_layer(layer_number=1)
+
+
+def test_a_layer_that_nobody_numbers_is_refused_when_it_is_built(
+    ranks: Callable[[int], RankPool],
+) -> None:
+    for result in ranks(2).run_raw(build_unnumbered_layer):
+        assert result.type_name == "ValueError", result.traceback
+        assert "layer_number=None" in result.message and "pass layer_number=" in result.message
+
+
+def test_a_layer_that_is_given_its_number_works_by_itself(
+    ranks: Callable[[int], RankPool],
+) -> None:
+    for spread, computes in ranks(2).run(build_numbered_layer):
+        assert 0.01 < spread < 0.1
+        assert computes

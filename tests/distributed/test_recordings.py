@@ -1,0 +1,149 @@
+"""Recordings of a run: a second run is refused on every rank, a resumed one goes on with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_laer.files import open_exclusively
+from megatron_laer.telemetry.timeline import FIRST_STEP
+from megatron_laer.trace.reading import read_trace
+from tests.parity.flags import command_line
+from tests.parity.training import Record, train
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+SAVED, STEPS = 4, 6
+
+# Flags, and the file of each that the tests look at: the timeline's of the other rank.
+FILES = {
+    "--fsep-record-layouts": "group-0.jsonl",
+    "--fsep-record-trace": "group-0.trace",
+    "--fsep-timeline": "rank-1.json",
+}
+
+
+def flags(data: str, folder: Path, recordings: list[str], extra: str = "") -> list[str]:
+    """Of a run that records these kinds into one folder each."""
+    recorded = " ".join(f"{flag} {folder / flag.lstrip('-')}" for flag in recordings)
+    return command_line(
+        data,
+        experts=8,
+        expert_parallel=2,
+        global_batch=4,
+        steps=STEPS,
+        extra=f" --expert-parallel-mode fsep --fsep-late-plan wait {recorded} {extra}",
+    )
+
+
+def file_of(folder: Path, flag: str) -> Path:
+    return folder / flag.lstrip("-") / FILES[flag]
+
+
+@pytest.fixture(scope="module")
+def first_run(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Record]:
+    """The folder of a run with every kind of recording and a checkpoint within; what it trained."""
+    folder = tmp_path_factory.mktemp("run")
+    save = f"--ckpt-format torch_dist --save {folder / 'saved'} --save-interval {SAVED}"
+    return folder, ranks(2).run(train, flags(text_data, folder, list(FILES), save))[0]
+
+
+@pytest.fixture
+def used(first_run: tuple[Path, Record], tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    copied: Path = shutil.copytree(first_run[0], tmp_path / "run")
+    return copied
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("flag", FILES)
+def test_a_new_run_in_a_used_folder_is_refused_on_every_rank(
+    ranks: Callable[[int], RankPool], text_data: str, used: Path, flag: str
+) -> None:
+    before = contents(used)
+    for raised in ranks(2).run_raw(train, flags(text_data, used, [flag])):
+        assert raised.type_name == "ValueError", raised.traceback
+        assert f"{flag} '{used}" in raised.message
+        assert "an earlier run, and this run begins at step 0; give an empty" in raised.message
+    assert contents(used) == before
+
+
+@pytest.mark.parametrize("flag", FILES)
+def test_a_second_run_beside_the_first_is_refused_on_every_rank(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, flag: str
+) -> None:
+    path = file_of(tmp_path, flag)
+    path.parent.mkdir(parents=True)
+    with open_exclusively(path):  # by this process
+        for raised in ranks(2).run_raw(train, flags(text_data, tmp_path, [flag])):
+            assert raised.type_name == "ValueError", raised.traceback
+            assert f"{flag} '{path.parent}'" in raised.message
+            assert path.name in raised.message
+            assert "is being written by another run" in raised.message
+    assert path.read_bytes() == b""
+
+
+def test_a_replay_over_its_own_recording_is_refused_on_every_rank(
+    ranks: Callable[[int], RankPool], text_data: str, used: Path, tmp_path: Path
+) -> None:
+    old, new = file_of(used, "--fsep-record-layouts"), file_of(tmp_path, "--fsep-record-layouts")
+    new.parent.mkdir()
+    # Of another group's, under another name: not seen where flags are checked.
+    new.hardlink_to(shutil.copy(old, old.with_stem("group-1")))
+    before = contents(used)
+    command = command_line(
+        text_data,
+        experts=8,
+        expert_parallel=2,
+        global_batch=4,
+        steps=STEPS,
+        extra=f" --expert-parallel-mode fsep --fsep-replay-layouts {old.parent}"
+        f" --fsep-record-layouts {new.parent}",
+    )
+    for raised in ranks(2).run_raw(train, command):
+        assert raised.type_name == "ValueError", raised.traceback
+        assert "--fsep-record-layouts" in raised.message
+        assert "would write over the input" in raised.message
+    assert contents(used) == before
+
+
+def test_a_resumed_run_moves_the_steps_that_it_makes_again_aside_and_goes_on(
+    ranks: Callable[[int], RankPool], text_data: str, first_run: tuple[Path, Record], used: Path
+) -> None:
+    resume = f"--ckpt-format torch_dist --load {used / 'saved'} --ckpt-step {SAVED}"
+    record = ranks(2).run(train, flags(text_data, used, list(FILES), resume))[0]
+    assert record.losses == first_run[1].losses[SAVED:]
+
+    def lines(path: Path) -> list[str]:
+        return path.read_text().splitlines()
+
+    # Since the run repeats itself to the bit, what was moved aside is what was recorded anew.
+    for flag in ("--fsep-record-layouts", "--fsep-record-trace"):
+        path, old = file_of(used, flag), file_of(first_run[0], flag)
+        assert path.read_bytes() == old.read_bytes()
+        assert path.stat().st_ino != old.stat().st_ino
+        aside = path.with_stem(f"{path.stem}.cut-from-{SAVED}")
+        assert sorted(os.listdir(path.parent)) == sorted([path.name, aside.name])
+        if path.suffix == ".jsonl":
+            assert lines(aside) == [lines(old)[0], *lines(old)[-(STEPS - SAVED) :]]
+        else:
+            assert sorted(set(read_trace(path).step_R)) == list(range(STEPS))
+            assert sorted(set(read_trace(aside).step_R)) == list(range(SAVED, STEPS))
+
+    # Too short for a timeline of its own: the first run's is as it was.
+    timeline = file_of(used, "--fsep-timeline")
+    assert timeline.read_bytes() == file_of(first_run[0], "--fsep-timeline").read_bytes()
+    steps = json.loads(timeline.read_text())["traceEvents"]
+    assert f"step {FIRST_STEP + 1}" in {event["name"] for event in steps}
+    assert sorted(os.listdir(timeline.parent)) == ["rank-0.json", "rank-1.json"]

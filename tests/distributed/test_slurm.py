@@ -1,0 +1,348 @@
+"""scripts/slurm/pretrain.sbatch on a real Slurm: what it starts where, and when it starts it again.
+
+Training is replaced by a few lines of shell, put in the place of torchrun on each node; what Slurm,
+srun and the script itself do is real. Real training is in test_slurm_training.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import processes
+from tests.slurm import Cluster, Job
+
+pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
+
+_ROOT = Path(__file__).resolve().parents[2]
+SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
+# Exclusive jobs hold all of a node's GPUs, so that one asked for is one of two held.
+TWO_NODES = ("--nodes=2", "--gpus-per-node=1")
+ONE_NODE = ("--nodes=1", "--gpus-per-node=1")
+# Ten steps of ten have been saved.
+SAVE_ALL = 'echo 10 >"$CHECKPOINT/latest_checkpointed_iteration.txt"'
+
+Submit = Callable[..., Job]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """`settings(body, **more)`: a job's variables; `body` runs in the place of torchrun."""
+
+    def make(body: str = "", **more: str) -> dict[str, str]:
+        python = tmp_path / "python"
+        python.write_text(
+            "#!/usr/bin/env bash\n"
+            f'[[ $* == *torch.distributed.run* ]] || exec {shlex.quote(sys.executable)} "$@"\n'
+            'printf "started: %s %s\\n" "$SLURMD_NODENAME" "$*"\n'
+            f"{body}\n"
+        )
+        python.chmod(0o755)
+        for suffix in (".bin", ".idx"):
+            (tmp_path / f"text{suffix}").touch()
+        own = {"MODEL": "tiny-moe", "DATA_PREFIX": str(tmp_path / "text"), "PYTHON": str(python)}
+        return own | {"PYTHONPATH": processes.python_path()} | more
+
+    return make
+
+
+def started(job: Job) -> dict[str, list[str]]:
+    """Words that were given to torchrun, by node."""
+    lines = re.findall(r"^started: (\S+) (.*)$", job.log, re.MULTILINE)
+    return {node: shlex.split(words) for node, words in lines}
+
+
+def value_of(flag: str, words: list[str]) -> str:
+    return words[words.index(flag) + 1]
+
+
+# What is started.
+
+
+@pytest.mark.quick
+@pytest.mark.counts(slurm_jobs=1)
+def test_every_node_starts_its_ranks_in_the_order_of_slurm_and_meets_on_the_first(
+    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "else where"
+    elsewhere.mkdir()
+    job = slurm_cluster.submit(
+        *(*TWO_NODES, "--cpus-per-task=2", str(SBATCH), "--", "--lr", "3e-4"),
+        cwd=elsewhere,
+        environment=settings(LOG_DIR=str(tmp_path / "logs")),
+    )
+    assert job.end() == "COMPLETED", job.log
+    found = started(job)
+    assert sorted(found) == list(slurm_cluster.nodes)
+    for number, node in enumerate(slurm_cluster.nodes):
+        words = found[node]
+        assert value_of("--node-rank", words) == str(number)
+        assert value_of("--nnodes", words) == "2"
+        assert value_of("--nproc-per-node", words) == "1"
+        assert value_of("--master-addr", words) == slurm_cluster.nodes[0]
+        assert value_of("--master-port", words) == str(20000 + job.number * 8 % 12000)
+        assert value_of("--log-dir", words) == str(tmp_path / "logs" / node)
+        # Found from the job, which was submitted from elsewhere.
+        assert str(_ROOT / "pretrain_gpt.py") in words
+        assert words[-2:] == ["--lr", "3e-4"]
+    assert "this job holds 2 GPUs per node and uses 1;" in job.log
+
+
+@pytest.mark.quick
+@pytest.mark.counts(slurm_jobs=1)
+def test_an_interactive_allocation_has_as_many_ranks_as_it_asked_gpus_for(
+    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]]
+) -> None:
+    printed = slurm_cluster.run(
+        *("salloc", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2"),
+        *("bash", str(SBATCH)),
+        environment=settings(),
+    )
+    assert printed.count("--nproc-per-node 2 ") == printed.count("started:") == 2, printed
+
+
+@pytest.mark.quick
+@pytest.mark.counts(slurm_jobs=2)
+def test_settings_that_slurm_hides_are_asked_for_and_may_be_given_by_name(
+    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]]
+) -> None:
+    hidden = slurm_cluster.submit(*ONE_NODE, "--export=NONE", str(SBATCH), environment=settings())
+    assert hidden.end() == "FAILED"
+    assert "set MODEL to a name in configs/models" in hidden.log
+    assert "sbatch --export=NONE hides settings" in hidden.log
+
+    variables = settings('echo "connections: $CUDA_DEVICE_MAX_CONNECTIONS, $MODEL"')
+    given = ",".join(f"{name}={value}" for name, value in variables.items())
+    named = slurm_cluster.submit(*ONE_NODE, f"--export={given}", str(SBATCH))
+    assert named.end() == "COMPLETED", named.log
+    assert "connections: 32, tiny-moe" in named.log
+
+
+# Requeue.
+
+
+@pytest.mark.quick
+@pytest.mark.counts(slurm_jobs=1)
+def test_a_requeued_job_keeps_its_log_and_says_whose_checkpoint_it_goes_on_from(
+    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    body = f"""
+        [[ ${{SLURM_RESTART_COUNT:-0}} == 0 ]] || {{ {SAVE_ALL}; exit; }}
+        echo 4 >"$CHECKPOINT/latest_checkpointed_iteration.txt"
+        echo waiting
+        sleep 600"""
+    job = slurm_cluster.submit(
+        *(*ONE_NODE, str(SBATCH), "--", "--train-iters", "10"),
+        environment=settings(body, CHECKPOINT=str(tmp_path / "run")),
+    )
+    job.wait_for_text("waiting")
+    slurm_cluster.run("scontrol", "requeue", str(job.number))
+    job.restart_now()
+    assert job.end() == "COMPLETED", job.log
+    assert job.log.count("started:") == 2
+    assert f"{tmp_path}/run holds step 4 of this job, as it was before restart 1" in job.log
+
+
+@pytest.mark.counts(slurm_jobs=1)
+def test_without_a_checkpoint_a_job_is_not_requeued(
+    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]]
+) -> None:
+    job = slurm_cluster.submit(*ONE_NODE, str(SBATCH), environment=settings("sleep 600"))
+    job.wait_for_text("started:")
+    assert "without CHECKPOINT a requeued job would begin at step 0" in job.log
+    assert job.field("Requeue") == "0"
+    with pytest.raises(RuntimeError, match="disabled"):
+        slurm_cluster.run("scontrol", "requeue", str(job.number))
+    slurm_cluster.run("scancel", str(job.number))
+    assert job.end() == "CANCELLED"
+
+
+@pytest.mark.counts(slurm_jobs=1)
+def test_a_job_is_requeued_while_steps_remain_and_no_more_often_than_allowed(
+    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    body = (
+        'echo $((${SLURM_RESTART_COUNT:-0} + 1)) >"$CHECKPOINT/latest_checkpointed_iteration.txt"'
+    )
+    variables = settings(body, CHECKPOINT=str(tmp_path / "run"), MAX_REQUEUES="2", MARGIN_MIN="1")
+    job = slurm_cluster.submit(
+        *(*ONE_NODE, "--time=60", str(SBATCH), "--", "--train-iters", "10"), environment=variables
+    )
+    for count in (1, 2):
+        job.wait_for_text(f"requeued ({count} of 2)")
+        job.restart_now()
+    assert job.end() == "COMPLETED", job.log
+    assert job.log.count("started:") == 3
+    assert "step 3 of 10" in job.log
+    assert "not requeued: MAX_REQUEUES=2 is reached" in job.log
+    minutes = [int(found) for found in re.findall(r"--exit-duration-in-mins (\d+)", job.log)]
+    # The limit is an hour, and a minute or so has passed.
+    assert len(minutes) == 3 and all(50 <= each < 60 for each in minutes)
+
+
+@pytest.mark.counts(slurm_jobs=1)
+def test_a_time_limit_within_the_margin_is_refused(
+    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    job = slurm_cluster.submit(
+        *(*ONE_NODE, "--time=10", str(SBATCH)),
+        environment=settings(CHECKPOINT=str(tmp_path / "run")),
+    )
+    assert job.end() == "FAILED"
+    assert "the time limit leaves no minute beside MARGIN_MIN=15" in job.log
+
+
+@pytest.mark.counts(slurm_jobs=1)
+def test_a_run_that_saves_no_further_step_is_not_requeued(
+    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    job = slurm_cluster.submit(
+        *ONE_NODE, str(SBATCH), environment=settings("true", CHECKPOINT=str(tmp_path / "run"))
+    )
+    assert job.end() == "FAILED"
+    assert "the run has saved no further step" in job.log
+
+
+# Failures and signals.
+
+
+@pytest.mark.counts(slurm_jobs=1)
+def test_a_failed_run_ends_on_every_node_and_is_started_again(
+    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    body = f"""
+        count=$(cat "$CHECKPOINT/$SLURMD_NODENAME" 2>/dev/null || echo 0)
+        echo $((count + 1)) >"$CHECKPOINT/$SLURMD_NODENAME"
+        ((count < 2)) || {{ {SAVE_ALL}; exit; }}
+        [[ $SLURM_NODEID == 0 ]] || exit 7
+        sleep 600"""
+    variables = settings(body, CHECKPOINT=str(tmp_path / "run"), MAX_RESTARTS="2")
+    job = slurm_cluster.submit(
+        *(*TWO_NODES, str(SBATCH), "--", "--train-iters", "10"), environment=variables
+    )
+    assert job.end() == "COMPLETED", job.log
+    assert job.log.count("it is started again") == 2
+    assert "it is started again (2 of 2)" in job.log
+    ports = re.findall(r"--master-port (\d+)", job.log)
+    assert len(ports) == 6 and len(set(ports)) == 3
+
+
+@pytest.mark.counts(slurm_jobs=1)
+def test_a_job_that_is_told_to_end_is_not_started_again(
+    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    variables = settings("sleep 600", CHECKPOINT=str(tmp_path / "run"), MAX_RESTARTS="9")
+    job = slurm_cluster.submit(*TWO_NODES, str(SBATCH), environment=variables)
+    job.wait_for_text("started:", 2)
+    slurm_cluster.run("scancel", str(job.number))
+    assert job.end() == "CANCELLED", job.log
+    assert job.log.count("started:") == 2
+    assert "it is started again" not in job.log
+
+
+@pytest.mark.counts(slurm_jobs=1)
+@pytest.mark.parametrize("options", [(), ("--batch",)], ids=["to the ranks", "to the batch shell"])
+def test_usr1_reaches_what_handles_it_and_nothing_else_ends(
+    slurm_cluster: Cluster,
+    settings: Callable[..., dict[str, str]],
+    tmp_path: Path,
+    options: tuple[str, ...],
+) -> None:
+    # A launcher that ignores the signal, as it must, and a rank that handles it. A shell cannot
+    # handle what it was started to ignore, but Python can.
+    rank = (
+        "import signal, time, sys; "
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0)); print('ready', flush=True); "
+        "time.sleep(600)"
+    )
+    body = f"{shlex.quote(sys.executable)} -c {shlex.quote(rank)}\necho saved\n{SAVE_ALL}"
+    job = slurm_cluster.submit(
+        *(*TWO_NODES, str(SBATCH), "--", "--train-iters", "10"),
+        environment=settings(body, CHECKPOINT=str(tmp_path / "run")),
+    )
+    job.wait_for_text("ready", 2)
+    job.signal("USR1", *options)
+    assert job.end() == "COMPLETED", job.log
+    assert job.log.count("saved") == 2
+
+
+# Checkpoints of others.
+
+
+@pytest.mark.counts(slurm_jobs=3)
+def test_a_checkpoint_in_use_or_of_another_model_is_refused_and_another_jobs_is_named(
+    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    until_saved = (
+        'until [[ -f "$CHECKPOINT/latest_checkpointed_iteration.txt" ]]; do sleep 0.1; done'
+    )
+    variables = settings(until_saved, CHECKPOINT=str(folder))
+    words = (*ONE_NODE, "--job-name=first", str(SBATCH), "--", "--train-iters", "10")
+    first = slurm_cluster.submit(*words, environment=variables)
+    first.wait_for_text("started:")
+    second = slurm_cluster.submit(*words, environment=variables)
+    assert second.end() == "FAILED"
+    whose = f"job {first.number} (first, MODEL=tiny-moe, MODE=fsep)"
+    assert f"{folder} is in use by {whose}; give this job another CHECKPOINT" in second.log
+    (folder / "latest_checkpointed_iteration.txt").write_text("10")
+    assert first.end() == "COMPLETED", first.log
+
+    third = slurm_cluster.submit(*words, environment=variables | {"MODE": "standard"})
+    assert third.end() == "COMPLETED"
+    assert f"{folder} holds step 10 of {whose}" in third.log
+    assert "nothing is left to do" in third.log and "started:" not in third.log
+
+
+# Both modes.
+
+
+@pytest.mark.counts(slurm_jobs=1)
+def test_both_modes_run_one_after_the_other_also_over_a_requeue(
+    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    line = "iteration %d/ 10 | elapsed time per iteration (ms): 5.0 | lm loss: %s |"
+    # Six steps in each run.
+    body = f"""
+        mode=standard; [[ $* == *"-parallel-mode standard"* ]] || mode=fsep
+        tracker=$CHECKPOINT/$mode/latest_checkpointed_iteration.txt
+        step=$(cat "$tracker" 2>/dev/null || echo 0)
+        for _ in 1 2 3 4 5 6; do
+            ((step == 10)) || step=$((step + 1))
+            printf '{line}\\n' "$step" "$step.5"
+        done
+        echo "$step" >"$tracker" """
+    job = slurm_cluster.submit(
+        *(*ONE_NODE, f"--chdir={tmp_path}", str(SBATCH), "--", "--train-iters", "10"),
+        environment=settings(body, CHECKPOINT=str(tmp_path / "run"), MODE="both"),
+    )
+    for count in (1, 2):
+        job.wait_for_text(f"requeued ({count} of 100)")
+        job.restart_now()
+    assert job.end() == "COMPLETED", job.log
+    logs = {path.name.split("-")[-1]: path.read_text() for path in tmp_path.glob("*.log")}
+    assert {name: log.count("started:") for name, log in logs.items()} == {
+        "fsep.log": 2,
+        "standard.log": 2,
+    }
+    rows = [line.split() for line in job.log.splitlines()]
+    assert ["fsep", "standard"] in rows
+    assert "steps in the log 10 10".split() in rows
+    assert "loss of its last step 10.5000 10.5000".split() in rows
+
+
+@pytest.mark.quick
+def test_the_command_to_install_slurm_is_the_same_everywhere() -> None:
+    from tests.slurm import INSTALL, NEEDED_VARIABLE
+
+    script = (_ROOT / ".ci" / "run").read_text()
+    assert INSTALL.split("--no-install-recommends ")[1] in script
+    assert f"export {NEEDED_VARIABLE}=1" in script
+    assert INSTALL in (_ROOT / "docs" / "slurm.md").read_text()
+    assert os.access(_ROOT / ".ci" / "run", os.X_OK)

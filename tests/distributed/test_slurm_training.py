@@ -1,0 +1,267 @@
+"""Training under a real Slurm: stopped, requeued and restarted jobs go on as if nothing had been.
+
+Every job is compared with one that nothing happened to, under `--fsep-late-plan wait`: all printed
+digits of losses and gradient norms, and the layouts' versions. One loss is left out: Megatron
+prints the mean of two at the second step after a start. The script's own decisions are in
+test_slurm.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.telemetry import log
+from tests import processes
+from tests.checkpoints import saved_iteration
+from tests.distributed.test_slurm import ONE_NODE, SBATCH, TWO_NODES
+from tests.slurm import Cluster, Job, kill_node, start_node
+
+pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
+
+_HELD = Path(__file__).resolve().parents[1] / "faults" / "held.py"
+STEPS, SAVE_INTERVAL, HELD_IN = 24, 8, 13
+FLAGS = [
+    *CPU_FLAGS,
+    *f"--train-iters {STEPS} --save-interval {SAVE_INTERVAL} --global-batch-size 4".split(),
+    *"--num-layers 2 --seq-length 64 --max-position-embeddings 64 --num-workers 0".split(),
+    *"--lr 1e-3 --eval-iters 1 --eval-interval 1000 --split 90,10,0 --fsep-late-plan wait".split(),
+]
+
+
+@dataclass(frozen=True)
+class Training:
+    """Submits jobs that train the same model.
+
+    Attributes:
+        folder: for this test's checkpoints.
+        data_cache: of the dataset that all share.
+    """
+
+    cluster: Cluster
+    folder: Path
+    text_data: str
+    data_cache: Path
+
+    def submit(self, *options: str, words: str = "", held: bool = False, **variables: str) -> Job:
+        """A job on the nodes that `options` ask for; `held`: its ranks stop in step HELD_IN."""
+        settings = {
+            "MODEL": "tiny-moe",
+            "DATA_PREFIX": self.text_data,
+            "DATA_CACHE": str(self.data_cache),
+            "PYTHON": sys.executable,
+            "PYTHONPATH": processes.python_path(),
+            "MEGATRON_LAER_DEVICE": "cpu",
+        }
+        if held:
+            (self.folder / "held").mkdir(exist_ok=True)
+            settings |= {"SCRIPT": str(_HELD), "HELD_IN_STEP": str(HELD_IN)}
+            settings |= {"HELD_FOLDER": str(self.folder / "held")}
+        command = (*options, f"--chdir={self.folder}", str(SBATCH), "--", *FLAGS, *words.split())
+        return self.cluster.submit(*command, environment=settings | variables)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    def submit_held(self, words: str = "", **variables: str) -> Job:
+        """A job on two nodes with CHECKPOINT, once both of its ranks are held."""
+        job = self.submit(
+            *TWO_NODES, words=words, held=True, CHECKPOINT=str(self.checkpoint), **variables
+        )
+        job.wait_for_text("is held, process", 2)
+        return job
+
+
+Make = Callable[[Path], Training]
+
+
+@pytest.fixture(scope="module")
+def make(slurm_cluster: Cluster, text_data: str, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    cache = tmp_path_factory.mktemp("cache")
+    return lambda folder: Training(slurm_cluster, folder, text_data, cache)
+
+
+@pytest.fixture
+def training(make: Make, tmp_path: Path) -> Training:
+    return make(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A job on two nodes that nothing happened to, with logs per rank."""
+    training = make(tmp_path_factory.mktemp("undisturbed"))
+    job = training.submit(*TWO_NODES, LOG_DIR=str(training.folder / "logs"))
+    assert job.end() == "COMPLETED", job.log[-6000:]
+    return job
+
+
+def steps_of(job: Job) -> dict[int, log.Step]:
+    return log.read_run("", job.log.splitlines()).steps
+
+
+def assert_same(job: Job, undisturbed: Job, resumed_at: int | None, last: int = STEPS) -> None:
+    """Every step is the undisturbed job's; `resumed_at` is the step of the checkpoint."""
+    found, expected = steps_of(job), steps_of(undisturbed)
+    assert sorted(expected) == list(range(1, STEPS + 1))
+    assert sorted(found) == list(range(1, last + 1))
+    for number, step in found.items():
+        other = expected[number].values
+        if resumed_at is None or number != resumed_at + 2:
+            assert step.values[log.LOSS] == other[log.LOSS], number
+        for name in ("grad norm", "fsep_layout_version"):
+            assert step.values[name] == other[name], (number, name)
+
+
+@pytest.mark.counts(slurm_jobs=2)
+def test_one_node_trains_as_two_do(training: Training, undisturbed: Job) -> None:
+    # Tokens go where they are nearest, and both ranks are one node here: that would be another
+    # sum, equal within rounding.
+    words = f"--fsep-node-size 1 --exit-interval {HELD_IN}"
+    job = training.submit(*ONE_NODE, words=words, GPUS_PER_NODE="2")
+    assert job.end() == "COMPLETED", job.log[-6000:]
+    assert_same(job, undisturbed, None, last=HELD_IN)
+    for rank, node in enumerate(training.cluster.nodes):
+        assert f"[{node} rank {rank}]: " in undisturbed.log
+        assert f"[{node} rank {1 - rank}]: " not in undisturbed.log
+    assert all(step.values[log.IMBALANCE] < 2.0 for step in steps_of(job).values())
+
+
+@pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
+def test_a_requeued_job_goes_on_from_its_checkpoint(training: Training, undisturbed: Job) -> None:
+    job = training.submit_held()
+    training.cluster.run("scontrol", "requeue", str(job.number))
+    job.restart_now()
+    assert job.end() == "COMPLETED", job.log[-6000:]
+    assert job.field("Restarts") == "1"
+    assert f"holds step {SAVE_INTERVAL} of this job" in job.log
+    assert_same(job, undisturbed, SAVE_INTERVAL)
+
+
+@pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
+def test_usr1_saves_and_the_requeued_job_goes_on_from_the_step_it_came_in(
+    training: Training, undisturbed: Job
+) -> None:
+    job = training.submit_held("--num-workers 2")
+    job.signal("USR1")
+    job.wait_for_text(f"is at step {HELD_IN} of {STEPS}")
+    assert saved_iteration(training.checkpoint) == HELD_IN
+    job.wait_for_text("requeued (1 of 100)")
+    job.restart_now()
+    assert job.end() == "COMPLETED", job.log[-6000:]
+    assert_same(job, undisturbed, HELD_IN)
+
+
+@pytest.mark.counts(slurm_jobs=2, resumed_runs=1)
+def test_term_saves_where_megatron_is_told_so_and_the_next_job_goes_on(
+    training: Training, undisturbed: Job
+) -> None:
+    job = training.submit_held("--num-workers 2 --exit-signal SIGTERM")
+    job.signal("TERM")
+    assert job.end() == "FAILED"  # torchrun's status after a signal
+    assert saved_iteration(training.checkpoint) == HELD_IN
+    following = training.submit(*TWO_NODES, CHECKPOINT=str(training.checkpoint))
+    assert following.end() == "COMPLETED", following.log[-6000:]
+    assert f"holds step {HELD_IN} of job {job.number} " in following.log
+    rest, expected = steps_of(following), steps_of(undisturbed)
+    assert sorted(rest) == list(range(HELD_IN + 1, STEPS + 1))
+    for number in rest:
+        if number != HELD_IN + 2:
+            assert rest[number].values[log.LOSS] == expected[number].values[log.LOSS]
+        assert rest[number].values["grad norm"] == expected[number].values["grad norm"]
+
+
+@pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
+def test_a_killed_rank_ends_all_and_the_run_is_started_again(
+    training: Training, undisturbed: Job
+) -> None:
+    job = training.submit_held(MAX_RESTARTS="1")
+    found = re.search(r"rank 1 is held, process (\d+)", job.log)
+    assert found is not None
+    os.kill(int(found[1]), signal.SIGKILL)
+    assert job.end() == "COMPLETED", job.log[-6000:]
+    assert job.field("Restarts") == "0"
+    assert "it is started again (1 of 1)" in job.log
+    assert_same(job, undisturbed, SAVE_INTERVAL)
+
+
+@pytest.mark.counts(slurm_jobs=1)
+def test_both_modes_train_in_one_job_and_are_compared(training: Training) -> None:
+    job = training.submit(*TWO_NODES, MODE="both", words="--exit-interval 6")
+    assert job.end() == "COMPLETED", job.log[-6000:]
+    printed = {
+        line.rsplit("  ", 1)[0].split("  ")[0]: line.split() for line in job.log.splitlines()
+    }
+    fsep, standard = (
+        log.read_run(mode, path.read_text().splitlines())
+        for mode in ("fsep", "standard")
+        for path in training.folder.glob(f"*-{mode}.log")
+    )
+    assert printed["steps in the log"][-2:] == ["6", "6"]
+    losses = [f"{run.steps[6].values[log.LOSS]:.4f}" for run in (fsep, standard)]
+    assert printed["loss of its last step"][-2:] == losses
+    assert log.IMBALANCE in fsep.steps[6].values and log.IMBALANCE not in standard.steps[6].values
+    balance = [float(word) for word in printed["max/mean tokens per rank, steps 13 to 24"][-2:]]
+    assert 1.0 <= balance[0] < balance[1] < 2.0
+
+
+# Longer, or with waits that Slurm prescribes.
+
+
+@pytest.mark.nightly
+@pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
+def test_a_job_that_loses_a_node_goes_on_when_it_is_back(
+    training: Training, undisturbed: Job
+) -> None:
+    job = training.submit_held()
+    lost = training.cluster.nodes[1]
+    kill_node(training.cluster, lost)
+    job.wait_until(lambda: job.field("JobState") == "PENDING", "requeued")
+    start_node(training.cluster, lost)
+    job.restart_now()
+    assert job.end() == "COMPLETED", job.log[-6000:]
+    assert job.field("Restarts") == "1"
+    assert_same(job, undisturbed, SAVE_INTERVAL)
+
+
+@pytest.mark.nightly
+@pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
+def test_a_job_saves_before_its_time_limit_and_goes_on_in_another(
+    training: Training, undisturbed: Job
+) -> None:
+    # Slurm sends the signal up to a minute early, when the ranks are held, or later.
+    job = training.submit(
+        *(*TWO_NODES, "--time=4", "--signal=USR1@120"),
+        held=True,
+        CHECKPOINT=str(training.checkpoint),
+        MARGIN_MIN="0",
+    )
+    job.wait_for_text("requeued (1 of 100)")
+    assert saved_iteration(training.checkpoint) == HELD_IN
+    job.restart_now()
+    assert job.end() == "COMPLETED", job.log[-6000:]
+    assert_same(job, undisturbed, HELD_IN)
+
+
+@pytest.mark.nightly
+@pytest.mark.counts(slurm_jobs=2, resumed_runs=1)
+def test_a_preempted_job_saves_and_goes_on_after_the_urgent_one(
+    training: Training, undisturbed: Job
+) -> None:
+    job = training.submit_held()
+    urgent = training.cluster.submit(
+        *TWO_NODES, "--partition=urgent", "--exclusive", "--wrap=sleep 5"
+    )
+    assert urgent.end() == "COMPLETED"
+    assert saved_iteration(training.checkpoint) == HELD_IN
+    job.restart_now()
+    assert job.end() == "COMPLETED", job.log[-6000:]
+    assert_same(job, undisturbed, HELD_IN)

@@ -1,0 +1,43 @@
+"""Fenced blocks of the README and of the pages in docs, for the tests that run them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "patches" / "README.md")
+
+# What is run, and what is only shown.
+COMMANDS, SCRIPT = "bash", "python"
+SHOWN = frozenset({"text", "csv", "yaml", "json"})
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"`([^`]+)`")
+_PROGRAMS = "torchrun python pip sbatch srun scontrol bash megatron-laer scripts/ ./scripts/"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block: its language, its text, and the line of the page that it begins on."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(match[1], match[2], text.count("\n", 0, match.start()) + 1)
+        for match in _FENCE.finditer(text)
+    ]
+
+
+def inline_commands(page: Path) -> list[str]:
+    """Commands in running text and tables: what stands between backticks and begins with one."""
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    starts = tuple(f"{name}" if name.endswith("/") else f"{name} " for name in _PROGRAMS.split())
+    return [code for code in _INLINE.findall(text) if code.startswith(starts)]

@@ -1,0 +1,42 @@
+"""`pretrain_gpt.py` that stops in the middle of a step, until a signal says that the run shall end.
+
+HELD_IN_STEP is the step, counted from 1; HELD_FOLDER remembers that a rank was held, since each is
+held once. A held rank says so, with its process id. What then happens to it is the tests' business.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+# ruff: noqa: E402 -- imports of Megatron have to follow prepare()
+from megatron_laer.launch import prepare
+
+prepare()
+
+from megatron.training import get_args
+from megatron.training.global_vars import get_signal_handler
+
+import pretrain_gpt
+
+_forward_step = pretrain_gpt.forward_step
+
+
+def forward_step(*args: Any, **kwargs: Any) -> Any:
+    """Megatron's forward step, after the wait."""
+    rank = os.environ["RANK"]
+    held = Path(os.environ["HELD_FOLDER"]) / f"rank-{rank}"
+    if get_args().curr_iteration + 1 == int(os.environ["HELD_IN_STEP"]) and not held.exists():
+        held.touch()
+        print(f"rank {rank} is held, process {os.getpid()}", flush=True)
+        while not get_signal_handler()._signal_received:
+            time.sleep(0.02)
+    return _forward_step(*args, **kwargs)
+
+
+pretrain_gpt.forward_step = forward_step
+
+if __name__ == "__main__":
+    pretrain_gpt.main()

@@ -1,0 +1,304 @@
+"""A Slurm of its own for tests: controller, nodes on loopback addresses, and jobs, as the own user.
+
+Needs the programs of Slurm and munge, but no systemd, no cgroups and no /etc/hosts; root is needed
+only to install them. Several of these clusters run side by side. Nothing here knows of training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import random
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
+INSTALL = f"apt-get install --no-install-recommends {PACKAGES}"
+NEEDED_VARIABLE = "MEGATRON_LAER_NEED_SLURM"
+PROGRAMS = "munged slurmctld slurmd sbatch salloc scancel scontrol sinfo srun squeue".split()
+# Debian has the daemons where only root looks.
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+
+_START_S = 120.0
+_WAIT_S = 900.0
+_FINAL = frozenset("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL TIMEOUT".split())
+
+
+def missing_programs() -> list[str]:
+    """Programs of Slurm that are not installed here."""
+    return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Slurm's nodes on this machine, each with fake GPUs.
+
+    Attributes:
+        folder: of everything that the cluster writes, jobs' logs among it.
+        nodes: their names, which are addresses.
+    """
+
+    folder: Path
+    nodes: tuple[str, ...]
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """This process' environment without a Slurm job's, for commands of this cluster."""
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM_", "SBATCH_", "SRUN_", "SALLOC_"))
+        }
+        return kept | {"PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")} | more
+
+    def run(
+        self, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> str:
+        """What a command of Slurm prints; RuntimeError with all of it where it fails."""
+        result = subprocess.run(
+            words,
+            env=self.environment(**(environment or {})),
+            cwd=cwd or self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600.0,
+        )
+        if result.returncode:
+            raise RuntimeError(f"{' '.join(words)} ended with {result.returncode}: {result.stdout}")
+        return result.stdout
+
+    def submit(
+        self, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> Job:
+        """`sbatch` these words, with these variables beside the own environment."""
+        log = self.folder / "jobs" / "%j.log"
+        sbatch = ("sbatch", "--parsable", f"--output={log}", *words)
+        number = int(self.run(*sbatch, cwd=cwd, environment=environment))
+        return Job(self, number)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submitted job."""
+
+    cluster: Cluster
+    number: int
+
+    @property
+    def log(self) -> str:
+        """What it has printed so far."""
+        path = self.cluster.folder / "jobs" / f"{self.number}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def field(self, name: str) -> str:
+        """A field of `scontrol show job`, such as JobState."""
+        shown = self.cluster.run("scontrol", "--oneliner", "show", "job", str(self.number))
+        return dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)[name]
+
+    def signal(self, name: str, *options: str) -> None:
+        """`scancel --signal`."""
+        self.cluster.run("scancel", f"--signal={name}", *options, str(self.number))
+
+    def wait_until(
+        self, condition: Callable[[], bool], what: str, timeout_s: float = 900.0
+    ) -> None:
+        """Until the condition holds; AssertionError with the log where it can no longer."""
+        deadline_s = time.monotonic() + timeout_s
+        while not condition():
+            state = self.field("JobState")
+            if condition():
+                return
+            assert state not in _FINAL, f"{state}, and not yet {what}:\n{self.log[-6000:]}"
+            assert time.monotonic() < deadline_s, f"{state}, not yet {what}:\n{self.log[-6000:]}"
+            time.sleep(0.1)
+
+    def wait_for_text(self, text: str, count: int = 1) -> None:
+        """Until the log holds the text so often."""
+        self.wait_until(lambda: self.log.count(text) >= count, f"{count} × {text!r} in its log")
+
+    def end(self) -> str:
+        """Wait for its end and return its state, such as COMPLETED."""
+        self.wait_until(lambda: self.field("JobState") in _FINAL, "ended")
+        return self.field("JobState")
+
+    def restart_now(self) -> None:
+        """Requeued jobs wait for two minutes by default; this one does not."""
+        self.wait_until(lambda: self.field("JobState") == "PENDING", "requeued")
+        self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+
+
+@contextlib.contextmanager
+def slurm_cluster(folder: Path, nodes: int = 2, gpus: int = 2, cpus: int = 4) -> Iterator[Cluster]:
+    """A running cluster, which is ended with all its jobs.
+
+    Args:
+        folder: an empty one. Its path must be short: a socket's has 107 characters at most.
+        gpus, cpus: of each node, whatever the machine has.
+
+    Raises:
+        RuntimeError: it did not start; the message has the logs of its programs.
+    """
+    # All of 127/8 is this machine. Not 127.0.0.1, where others listen.
+    network = f"127.{random.randrange(1, 255)}.{random.randrange(255)}"
+    names = tuple(f"{network}.{number + 1}" for number in range(nodes))
+    cluster = Cluster(folder, names)
+    _write_files(cluster, gpus, cpus)
+    try:
+        _start(cluster)
+        yield cluster
+    finally:
+        _end(cluster)
+
+
+def _write_files(cluster: Cluster, gpus: int, cpus: int) -> None:
+    folder, nodes = cluster.folder, cluster.nodes
+    for name in ("munge", "state", "log", "dev", "jobs", *(f"spool/{node}" for node in nodes)):
+        (folder / name).mkdir(parents=True)
+    folder.chmod(0o755)
+    key = folder / "munge" / "key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(stat.S_IRUSR)
+    (folder / "munge").chmod(stat.S_IRWXU)
+    for number in range(gpus):
+        # Without a file Slurm does not count a GPU, and an ordinary one sets no variable.
+        (folder / "dev" / f"gpu{number}").symlink_to("/dev/null")
+    controller_port, *ports = _free_ports(nodes[0], 1 + len(nodes))
+    host, user = socket.gethostname(), getpass.getuser()
+    described = "\n".join(
+        f"NodeName={node} NodeHostname={host} NodeAddr={node} Port={port} CPUs={cpus} "
+        f"RealMemory=4096 Gres=gpu:{gpus}"
+        for node, port in zip(nodes, ports, strict=True)
+    )
+    (folder / "slurm.conf").write_text(f"""\
+ClusterName=test
+SlurmctldHost={host}({nodes[0]})
+SlurmctldPort={controller_port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+ReturnToService=2
+MpiDefault=none
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
+SlurmdTimeout=10
+SlurmctldTimeout=10
+InactiveLimit=0
+KillWait=30
+MinJobAge=86400
+# Ports follow from it, and may be used by another cluster.
+FirstJobId={random.randrange(1, 50_000_000)}
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PreemptParameters=send_user_signal
+GresTypes=gpu
+{described}
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=300
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
+""")
+    (folder / "gres.conf").write_text(
+        f"AutoDetect=off\nName=gpu File={folder}/dev/gpu[0-{gpus - 1}]\n"
+    )
+    (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+
+
+def _free_ports(address: str, count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind((address, 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _start(cluster: Cluster) -> None:
+    folder = cluster.folder
+    munge = folder / "munge"
+    files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log"}
+    files["seed-file"] = "seed"
+    cluster.run("munged", "--force", *(f"--{key}={munge / name}" for key, name in files.items()))
+    cluster.run("slurmctld", "-i")
+    for node in cluster.nodes:
+        start_node(cluster, node)
+    deadline_s = time.monotonic() + _START_S
+    shown = ""
+    while shown != f"{len(cluster.nodes)} idle":
+        if time.monotonic() > deadline_s:
+            logs = [path.read_text() for path in sorted((folder / "log").iterdir())]
+            raise RuntimeError(f"Slurm did not start ({shown}):\n" + "\n".join(logs))
+        with contextlib.suppress(RuntimeError):  # it may not listen yet
+            found = cluster.run("sinfo", "--noheader", "--partition=test", "--format=%D %T")
+            shown = found.strip()
+        time.sleep(0.1)
+
+
+def start_node(cluster: Cluster, node: str) -> None:
+    """Start a node, as its machine would; also again."""
+    cluster.run("slurmd", "-N", node)
+
+
+def kill_node(cluster: Cluster, node: str) -> None:
+    """A node's machine goes away: its daemon and everything that it has started, with SIGKILL."""
+    pid = int((cluster.folder / f"slurmd.{node}.pid").read_text())
+    victims = [psutil.Process(pid)]
+    for process in _processes(cluster):
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("SLURMD_NODENAME") == node or _is_step_of(process, node):
+                victims.append(process)
+    for process in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(victims, timeout=60.0)
+
+
+def _is_step_of(process: psutil.Process, node: str) -> bool:
+    # The step's manager says in its title which job it serves, and in its arguments which node.
+    return process.name().startswith("slurmstepd") and node in " ".join(process.cmdline())
+
+
+def _processes(cluster: Cluster) -> list[psutil.Process]:
+    """All that run with this cluster's configuration."""
+    mine = str(cluster.folder / "slurm.conf")
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("SLURM_CONF") == mine:
+                found.append(process)
+    return found
+
+
+def _end(cluster: Cluster) -> None:
+    with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
+        cluster.run("scancel", "--full", "--signal=KILL", "--partition=test,urgent")
+        cluster.run("scancel", "--partition=test,urgent")
+    for path in (*cluster.folder.glob("*.pid"), cluster.folder / "munge" / "pid"):
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(path.read_text()), signal.SIGTERM)
+    left = _processes(cluster)
+    _, left = psutil.wait_procs(left, timeout=10.0)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=10.0)

@@ -1,0 +1,75 @@
+"""The worker of async saves as ranks with a GPU have it: a new process, not a fork of its rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes import outlive, python_path
+
+pytestmark = [pytest.mark.unit, pytest.mark.releases]
+
+# Megatron asks torch for the worker's GPU; new processes import this, and so have one.
+RANK = """
+import os, signal, sys
+import torch
+torch.cuda.device_count, torch.cuda.set_device = lambda: 1, lambda _: None
+
+def save(path):
+    with open(path, "w") as file:
+        file.write("saved")
+
+if __name__ == "__main__":
+    import megatron_laer
+    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+
+    megatron_laer.enable()
+    worker = async_utils.PersistentAsyncCaller._get_process(0, "forkserver")
+    queue = filesystem_async.get_write_results_queue("fork")
+    caller = async_utils.PersistentAsyncCaller
+    for helper in (worker.pid, queue._manager._process.pid):
+        os.kill(helper, signal.SIGTERM)
+        os.kill(helper, signal.SIGUSR1)
+    request = async_utils.AsyncRequest(save, (sys.argv[1],), [], call_idx=3)
+    caller._persistent_queue.put(request)
+    assert caller._persistent_comp_q.get() == 3
+    queue.put("result")
+    assert queue.get() == "result"
+    print("helpers", worker.pid, queue._manager._process.pid, flush=True)
+    sys.stdin.readline()
+    raise ValueError("a rank fails while its worker waits for work")
+"""
+
+
+@pytest.mark.parametrize("end", ["fails", "is killed"])
+def test_helpers_work_on_after_a_signal_and_end_however_their_rank_ends(
+    tmp_path: Path, end: str
+) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(script), str(tmp_path / "file")],
+        env=os.environ | {"PYTHONPATH": python_path()},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as rank:
+        assert rank.stdout is not None
+        lines = iter(rank.stdout.readline, "")
+        words = next((line.split() for line in lines if line.startswith("helpers")), [])
+        if end == "is killed":
+            rank.kill()
+        # The helpers hold its output, so this waits for them too.
+        _, errors = rank.communicate(timeout=600.0)
+    helpers = [int(word) for word in words[1:]]
+    assert len(helpers) == 2, errors
+    assert (tmp_path / "file").read_text() == "saved"
+    assert rank.returncode == (1 if end == "fails" else -signal.SIGKILL)
+    assert ("a rank fails while" in errors) == (end == "fails")
+    assert outlive(helpers) == []

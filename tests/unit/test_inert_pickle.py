@@ -1,0 +1,137 @@
+"""Pickles as plain records, whatever they would do."""
+
+from __future__ import annotations
+
+import collections
+import pickle
+import random
+from typing import Any
+
+import pytest
+
+from megatron_laer import inert_pickle
+from megatron_laer.inert_pickle import Name, Record, read
+from tests.fuzz import damaged
+
+pytestmark = pytest.mark.unit
+
+
+class Thing:
+    """Pickled by class, arguments and state."""
+
+    def __new__(cls, *arguments: object) -> Thing:
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> tuple[object, ...]:
+        return 1, "a"
+
+    def __init__(self) -> None:
+        self.size = (1, 2)
+        self.itself = self
+
+
+THING = Name(Thing.__module__, "Thing")
+
+
+def anything(name: Name) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_plain_values_come_back_from_every_binary_protocol(protocol: int) -> None:
+    values: Any = {
+        "numbers": [0, -1, 255, 65536, 2**40, -(2**200), 1.5],
+        "texts": ["", "é", "x" * 300],
+        "constants": (None, True, False),
+        "tuples": ((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)),
+        "mapping": collections.OrderedDict(a={"b": {}}),
+    }
+    assert read(pickle.dumps(values, protocol), anything) == values
+
+
+def test_objects_are_records_of_what_would_have_made_them() -> None:
+    found = read(pickle.dumps([Thing(), Thing]), anything)
+    record, name = found
+    assert (record.name, record.arguments, name) == (THING, (1, "a"), THING)
+    assert record.state["size"] == (1, 2)
+    assert record.state["itself"] is record
+
+
+def test_entries_with_other_keys_than_texts_are_left_out() -> None:
+    assert read(pickle.dumps({"a": 1, 2: 3, (4,): 5}), anything) == {"a": 1}
+
+
+def test_names_are_asked_for() -> None:
+    asked = []
+    with pytest.raises(ValueError, match=r"it asks for builtins\.eval"):
+        read(pickle.dumps(eval), lambda name: asked.append(name) or False)
+    assert asked == [Name("builtins", "eval")]
+
+
+NESTED = b")" + b"\x85" * 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"", "pickle"),
+        (b"\x80\x04", "pickle"),
+        (b"\xff", "opcode"),
+        (pickle.dumps([1])[:-1], "pickle"),
+        (b"\x80\x04.", "takes more from its stack"),
+        (b"\x80\x04t.", "takes more from its stack"),
+        (b"\x80\x04r\0\0\0\x10.", "takes more from its stack"),
+        (b"\x80\x04j\0\0\0\x10.", "number 268435456 of its memo"),
+        (b"\x80\x04KxK\x01\x85R.", "a int where a Name belongs"),
+        (b"\x80\x04cpathlib\nPath\n}b.", "a Name where a Record belongs"),
+        (b"\x80\x04)]KxKys.", "a list where a dict belongs"),
+        (b"\x80\x04}(Kxu.", "argument 2 is shorter"),
+        (b"(ios\nsystem\n.", "operation INST"),
+        (b"\x80\x02\x82\x01.", "operation EXT1"),
+        (b"\x80\x02KxQ.", "operation BINPERSID"),
+        (b"Pid\n.", "operation PERSID"),
+        (b"I" + b"9" * 5000 + b"\n.", "digits"),
+        (b"\x80\x04\x8a\xff.", "not enough data"),
+        (b"\x80\x04X\xff\xff\xff\xff.", "expected 4294967295 bytes"),
+        (b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x7f.", "expected .* bytes"),
+    ],
+)
+def test_what_no_list_needs_is_a_value_error(data: bytes, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        read(data, anything)
+
+
+def test_deep_and_doubling_tuples_are_never_hashed() -> None:
+    # As a key, the first would overflow the stack and the second take for ever.
+    doubled = b")" + b"q\0h\0\x86" * 100
+    for key in (NESTED, doubled):
+        assert read(b"\x80\x04}" + key + b"Kxs.", anything) == {}
+
+
+def test_the_number_of_operations_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inert_pickle, "MAX_OPERATIONS", 1000)
+    read(b"]" * 999 + b".", anything)
+    with pytest.raises(ValueError, match="more than 1000 operations"):
+        read(b"]" * 1000 + b".", anything)
+
+
+CASES = 2000
+
+
+@pytest.mark.counts(fuzz_cases=CASES)
+def test_only_value_errors_come_out_of_damaged_pickles() -> None:
+    whole = pickle.dumps({"a": [Thing(), collections.OrderedDict(b=1)], "c": (1.5, None, "d" * 9)})
+    luck = random.Random(4)
+    refused = 0
+    for _ in range(CASES):
+        try:
+            read(damaged(whole, luck), anything)
+        except ValueError:
+            refused += 1
+    assert refused > CASES // 2
+
+
+def test_a_record_is_shown_in_short_even_if_it_holds_itself() -> None:
+    record = Record(THING, ())
+    record.state = record
+    assert repr(record) == f"Record({THING})"

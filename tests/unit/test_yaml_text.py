@@ -1,0 +1,75 @@
+"""YAML as texts, lists and mappings, and what is refused of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_laer.yaml_text import MAX_BYTES, MAX_DEPTH, parse_yaml, read_yaml
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("", None),
+        ("# only a comment", None),
+        ("---", ""),
+        ("text", "text"),
+        ("{a: 1, b: no, c: 1e3, d: '2'}", {"a": "1", "b": "no", "c": "1e3", "d": "2"}),
+        ("{e: ~, f: 2001-01-01, <<: x}", {"e": "~", "f": "2001-01-01", "<<": "x"}),
+        ("- [1, [2, {a: }]]", [["1", ["2", {"a": ""}]]]),
+        ("a:\n  b: |\n    two\n    lines\n", {"a": {"b": "two\nlines\n"}}),
+    ],
+)
+def test_values_are_the_texts_that_are_written(text: str, content: object) -> None:
+    assert parse_yaml(text) == content
+
+
+def test_lists_are_nested_up_to_the_limit() -> None:
+    assert isinstance(parse_yaml("[" * MAX_DEPTH + "]" * MAX_DEPTH), list)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: 1\nb: &x 1", "line 2: anchors and aliases"),
+        ("a: 1\nb: *x", "line 2: anchors and aliases"),
+        ("a: &x [*x]", "line 1: anchors and aliases"),
+        ("!!timestamp x", "line 1: tags such as 'tag:yaml.org,2002:timestamp'"),
+        ("a:\n- !!bool foo", "line 2: tags such as"),
+        ("! x", "line 1: tags such as '!'"),
+        ("!!python/object/apply:os.getcwd []", "line 1: tags such as"),
+        ("a: 1\n\na: 2", "line 3: the key 'a' is given twice"),
+        ("? [a]\n: b", "line 1: a list or a mapping is no key"),
+        ("a: 1\n---\nb: 2", "line 2: a second document begins"),
+        ("a: [1\nb: 2", "not valid YAML: while parsing a flow sequence"),
+        ("a: b: c", "line 1: not valid YAML: mapping values are not allowed here"),
+        ("a: \0", "character 3: not valid YAML: special characters are not allowed"),
+        ("%YAML 3.0\n--- a", "line 1: not valid YAML"),
+        ("[" * (MAX_DEPTH + 1), "line 1: nested too deeply; at most 16 levels"),
+        ("{a: " * (MAX_DEPTH + 1), "line 1: nested too deeply"),
+        ("- " * 20000, "line 1: nested too deeply"),
+        ("? " * 20000, "line 1: nested too deeply"),
+    ],
+)
+def test_what_such_files_do_not_need_is_refused_by_line(text: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem) as error:
+        parse_yaml(text)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_is_named_in_the_message(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("[")
+    with pytest.raises(ValueError, match=rf"^{path}: line 1: not valid YAML"):
+        read_yaml(path)
+    path.write_text("#" * (MAX_BYTES + 1))
+    with pytest.raises(ValueError, match=r"x\.yaml' has 65,537 bytes; at most 65,536"):
+        read_yaml(path)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ValueError, match=r"pipe\.yaml' is a pipe"):
+        read_yaml(tmp_path / "pipe.yaml")
