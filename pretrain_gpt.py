@@ -52,6 +52,7 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_laer.platform.releases import no_packed_sequences, pretrain_arguments
+from megatron_laer.support import RefusedError
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 # A loss this many times the largest seen is reported by --check-for-spiky-loss, as in Megatron.
@@ -214,7 +215,7 @@ def refuse_out_of_scope(args):
     """Raise for a flag that this script would silently ignore."""
     given = ["--" + name.replace("_", "-") for name in OUT_OF_SCOPE if getattr(args, name, None)]
     if given:
-        raise ValueError(
+        raise RefusedError(
             f"{', '.join(given)} is not supported by this script, which does plain pretraining; "
             "run Megatron's own through `python -m megatron_laer train PATH/pretrain_gpt.py -- ...`"
         )
@@ -237,4 +238,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RefusedError as error:
+        print(f"pretrain_gpt.py: {in_one_line(error)}", file=sys.stderr)
+        sys.exit(2)

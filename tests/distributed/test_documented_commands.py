@@ -33,7 +33,11 @@ SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
     "README.md": ON_TWO_CPU_RANKS | SHORT,
     "plan.md": ON_TWO_CPU_RANKS | SHORT,
     # The batch script's own tests run it in a Slurm; here it prints what it would start.
-    "slurm.md": {"/data/": "data/"},
+    "slurm.md": {
+        "/data/": "data/",
+        # Outside of Slurm, which has pyxis, it is refused.
+        "CONTAINER_IMAGE=/images/pytorch.sqsh CONTAINER_MOUNTS=/data:/data ": "",
+    },
     "end_to_end.md": {"--ranks 2 --json": "--ranks 2 --quick --json"},
 }
 # What a page takes for granted.
@@ -43,7 +47,8 @@ BEFORE = {
         torchrun --nproc-per-node 2 pretrain_gpt.py \\
             $(python -m megatron_laer flags tiny-moe --cpu) --data-path data/text --split 95,5,0 \\
             --micro-batch-size 4 --global-batch-size 8 --train-iters 2 --lr 1e-3 \\
-            --eval-interval 2 --eval-iters 1 --save checkpoints --num-workers 0 \\
+            --eval-interval 2 --eval-iters 1 --save checkpoints --save-interval 2 \\
+            --num-workers 0 \\
             --expert-model-parallel-size 2 --expert-parallel-mode fsep
     """,
     "slurm.md": "mkdir -p data/tokenizer; echo A corpus. >corpus.txt",
@@ -116,6 +121,7 @@ def run(page: str, command: list[str], text: str, top: Path) -> None:
         | {
             "PATH": f"{top / 'bin'}:{os.environ['PATH']}",
             "PYTHONPATH": processes.python_path(),
+            "PYTHON": sys.executable,
             "MEGATRON_LAER_DEVICE": "cpu",
             "OMP_NUM_THREADS": "1",
         },
