@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     That is 2 for what the user can mend, with one line on stderr that says it; 130 after Ctrl-C;
     141 without a word if the reader of the output has gone, such as `head`. The script of `train`
-    runs as if Python had started it: signals and exceptions are its own.
+    runs as if Python had started it: signals and exceptions are its own, but for what the plugin
+    refuses of its arguments.
 
     Raises:
         SystemExit: argparse has had its say, or SIGTERM or SIGHUP came, after files were tidied up.
@@ -59,7 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return _fail(f"the output cannot be written: {error}")
     if script is not None:
-        runpy.run_path(script, run_name="__main__")
+        from megatron_laer.support import RefusedError
+
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except RefusedError as error:  # the plugin's, of the script's arguments
+            return _fail(f"train: {in_one_line(error)}")
     return status
 
 
