@@ -29,6 +29,7 @@ from typing import NoReturn
 from megatron_laer import __version__, doctor
 from megatron_laer.files import one_line
 from megatron_laer.launch import in_one_line
+from megatron_laer.support import RefusedError
 
 # As shells report a process that a signal ended.
 _INTERRUPTED = 128 + signal.SIGINT
@@ -40,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     That is 2 for what the user can mend, with one line on stderr that says it; 130 after Ctrl-C;
     141 without a word if the reader of the output has gone, such as `head`. The script of `train`
-    runs as if Python had started it: signals and exceptions are its own, but for what the plugin
-    refuses of its arguments.
+    runs as if Python had started it: signals and exceptions are its own, but for settings that the
+    plugin refuses.
 
     Raises:
         SystemExit: argparse has had its say, or SIGTERM or SIGHUP came, after files were tidied up.
@@ -60,12 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return _fail(f"the output cannot be written: {error}")
     if script is not None:
-        from megatron_laer.support import RefusedError
-
         try:
             runpy.run_path(script, run_name="__main__")
-        except RefusedError as error:  # the plugin's, of the script's arguments
-            return _fail(f"train: {in_one_line(error)}")
+        except RefusedError as error:
+            return _fail(f"train: {error}")
     return status
 
 
@@ -153,6 +152,17 @@ def _program() -> str:
     return "python -m megatron_laer" if is_module else "megatron-laer"
 
 
+_EXAMPLES = """\
+examples:
+  %(prog)s doctor
+  %(prog)s flags mixtral-8x7b-e8k2
+  %(prog)s prepare-data --python-sources --output data/text
+  %(prog)s plan traces/group-0.trace --ranks 64 --node-size 8 --capacity 2 3 4
+  %(prog)s inspect checkpoints
+  torchrun --nproc-per-node 8 -m megatron_laer train Megatron-LM/pretrain_gpt.py -- FLAGS
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, instead of after the usage."""
 
@@ -186,7 +196,12 @@ def _parser(command: str) -> _Parser:
         ImportError: the module of `command` cannot be imported.
     """
     prog = _program()
-    parser = _Parser(prog=prog, description="Fully Sharded Expert Parallel for Megatron-LM")
+    parser = _Parser(
+        prog=prog,
+        description="Fully Sharded Expert Parallel for Megatron-LM",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EXAMPLES,
+    )
     parser.add_argument("--version", action="version", version=f"megatron-laer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(

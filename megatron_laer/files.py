@@ -179,9 +179,11 @@ def refuse_unwritable(output: str | os.PathLike[str], flag: str) -> None:
     """
     path = Path(output)
     folder = path.absolute().parent
-    problem = None
+    problem = _why_not_looked_at(path)
     if not str(output):
         problem = "the path is empty"
+    elif problem:
+        pass
     elif path.exists() and not path.is_file():
         problem = "it is there and no regular file"
     elif not folder.is_dir():
@@ -199,10 +201,10 @@ def refuse_unusable_folder(folder: str | os.PathLike[str], flag: str) -> None:
         ValueError: the path is empty, leads through a file, or to a folder that takes no file.
     """
     path = Path(folder).absolute()
-    problem = None
+    problem = _why_not_looked_at(path)
     if not str(folder):
         problem = "the path is empty"
-    else:
+    elif problem is None:
         there = next(part for part in (path, *path.parents) if os.path.lexists(part))
         if not there.is_dir():
             problem = f"{quoted(there)} is no folder"
@@ -210,6 +212,17 @@ def refuse_unusable_folder(folder: str | os.PathLike[str], flag: str) -> None:
             problem = _why_not_writable(there)
     if problem:
         raise ValueError(f"{flag} {quoted(folder)}: {problem}; give a folder that can be written")
+
+
+def _why_not_looked_at(path: Path) -> str | None:
+    """The reason why nothing could ever be at a path, such as too long a name."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):  # told better by whoever asks
+        return None
+    except OSError as error:
+        return str(error.strerror)
+    return None
 
 
 def _why_not_writable(folder: Path) -> str | None:

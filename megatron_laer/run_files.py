@@ -5,6 +5,7 @@ Reads no recording and opens none for writing: who does (`runtime`) checks what 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from megatron_laer.config import FSEPConfig, flag_name
@@ -44,7 +45,7 @@ def _check_replay(given: str) -> None:
     problem = None
     if not given:
         problem = "the path is empty"
-    elif not folder.exists():
+    elif not os.path.exists(folder):  # pathlib's raises for a name that is too long
         problem = "no such folder"
     elif not folder.is_dir():
         problem = "is no folder"

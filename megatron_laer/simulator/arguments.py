@@ -31,7 +31,7 @@ MAX_RANKS = 2**16
 MAX_WIDTH = 2**20
 # Steps back, and cases: more than any trace has records.
 MAX_STRIDE = 10**9
-_MAX_HOURS = 24.0 * 365
+_LEAST_HOURS, _MAX_HOURS = 1e-6, 24.0 * 365
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--hours",
-        type=_number(0, _MAX_HOURS),
+        type=_number(_LEAST_HOURS, _MAX_HOURS),
         default=1.0,
         metavar="X",
         help="refuse what would take longer by a rough estimate; default: %(default)s",
@@ -198,7 +198,7 @@ def _number(low: float, high: float) -> Callable[[str], float]:
         except ValueError:
             number = math.nan
         if not low <= number <= high:  # written so that NaN fails
-            raise argparse.ArgumentTypeError(f"{quoted(text)} is no number in {low}..{high:g}")
+            raise argparse.ArgumentTypeError(f"{quoted(text)} is no number in {low:g}..{high:g}")
         return number
 
     return parse

@@ -50,7 +50,7 @@ def read_table(path: Path, num_experts: int | None = None) -> Trace:
                 _BYTES_PER_FILE_BYTE * path.stat().st_size, f"{path}", "give a part of the table"
             )
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-            rows = csv.reader(lines(text, path))
+            rows = csv.reader(lines(text, path), strict=True)
             names = [name.strip() for name in next(rows, [])]
             columns = {name: index for index, name in enumerate(names)}
             _check_columns(names)

@@ -1,5 +1,6 @@
 """The command line, mostly in a process of its own: a script that it runs may change anything."""
 
+import argparse
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 
 from megatron_laer import __version__, cli
 from megatron_laer.model_flags import model_flags
+from megatron_laer.simulator import command as plan
 from tests.processes import python_path
 
 pytestmark = pytest.mark.unit
@@ -119,7 +121,7 @@ def test_a_mistake_is_one_line_and_status_2(words, message, capsys):
     [
         ([], "megatron-laer: .* required: COMMAND"),
         (["dance"], "megatron-laer: .* invalid choice: 'dance'"),
-        (["plan", "x", "--ranks", "x\n" * 5000], r"plan: .* invalid int value: 'x\\nx\\n"),
+        (["plan", "x", "--ranks", "x\n" * 5000], r"plan: .* --ranks: 'x\\n.*\\n' is no integer"),
         (["train", "script.py", "--lr", "1"], "train: unrecognized arguments: --lr 1; the scri"),
         (["flags", "x", "\x1b[31m\n"], r"flags: unrecognized arguments: '\\x1b\[31m\\n'"),
         (["flags", "tiny-moe", "--", "--lr"], "flags: nothing follows -- here, got --lr"),
@@ -171,6 +173,7 @@ def test_messages_name_the_program_as_it_was_started(tmp_path):
 _WAITING = """
 import signal, sys
 from megatron_laer import cli
+from megatron_laer.simulator import command
 def wait(args):
     try:
         print("at work", flush=True)
@@ -178,7 +181,7 @@ def wait(args):
             signal.pause()
     finally:
         print("tidied up")
-cli.plan.run = wait
+command.run = wait
 sys.exit(cli.main(["plan", "trace"]))
 """
 
@@ -282,3 +285,21 @@ def test_a_full_disk_under_the_output_is_one_line(unbuffered):
         )
     assert result.returncode == 2
     assert "No space left on device" in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"]], ids=["all", "plan"])
+def test_help_has_examples_that_parse(words, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    lines = capsys.readouterr().out.split("examples:\n")[1].splitlines()
+    commands = [line.split() for line in lines if line.split()[0] == "megatron-laer"]
+    assert len(commands) >= 4
+    for command in commands:
+        assert cli._parse(command[1:])[0].command == command[1]
+
+
+def test_help_of_plan_tells_every_default():
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    silent = [action.dest for action in parser._actions if "default" not in action.help]
+    assert silent == ["help", "trace", "experts", "json", "plot"]

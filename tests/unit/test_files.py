@@ -187,3 +187,9 @@ def test_a_replacement_can_take_another_name(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "old"
     assert (tmp_path / "beside").read_text() == "new"
     assert len(os.listdir(tmp_path)) == 2
+
+
+def test_a_name_that_no_file_can_have_is_refused_as_an_output(tmp_path: Path) -> None:
+    for refuse in (files.refuse_unwritable, files.refuse_unusable_folder):
+        with pytest.raises(ValueError, match=r"^--out '.*xxx': File name too long; give"):
+            refuse(tmp_path / ("x" * 300), "--out")

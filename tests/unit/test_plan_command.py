@@ -465,7 +465,7 @@ def test_a_plot_shows_how_far_each_row_is_from_perfect_balance(rows):
     figure_height = axes.bbox.height
     exact, forecast = heights["greedy", "exact"], heights["greedy", "forecast"]
     assert forecast - exact > figure_height / 4
-    assert heights[STOCK, "-"] - forecast > figure_height / 10
+    assert heights[STOCK, "-"] - forecast > figure_height / 20
 
 
 def test_neither_torch_nor_megatron_is_imported():

@@ -1,0 +1,473 @@
+"""Command lines that cannot work, and what the message must say of each.
+
+Words are separated by spaces; files are those of `inputs`, in the folder that the command runs in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tests.bad_inputs import inputs
+
+_LONG = "x" * 300
+
+
+@dataclass(frozen=True)
+class Case:
+    """One bad input.
+
+    Attributes:
+        says: a part of the message, which quotes what was passed.
+        environment: variables that are changed.
+    """
+
+    words: tuple[str, ...]
+    says: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        """For the count."""
+        known = ("plan", "flags", "inspect", "prepare-data", "train", "doctor")
+        return next((word for word in self.words[:1] if word in known), "command line")
+
+
+COMMAND_LINE = (
+    ("", "required: COMMAND"),
+    ("dance", "invalid choice: 'dance'"),
+    ("--dance", "required: COMMAND"),
+    ("pla good.trace", "invalid choice: 'pla'"),
+    ("\x1b[31m", "invalid choice: '\\x1b[31m'"),
+    (_LONG * 20, "invalid choice: 'xxx"),
+    ("flags", "required: FILE"),
+    ("flags a b", "unrecognized arguments: b"),
+    ("flags tiny-moe -- --lr", "nothing follows -- here, got --lr"),
+    ("inspect", "required: CHECKPOINT"),
+    ("inspect nothing --verbose", "unrecognized arguments: --verbose"),
+    ("plan", "required: TRACE"),
+    ("plan good.trace extra", "unrecognized arguments: extra"),
+    ("plan good.trace --rank-count 4", "unrecognized arguments: --rank-count 4"),
+    ("plan good.trace -- x", "nothing follows -- here, got x"),
+    ("doctor now", "unrecognized arguments: now"),
+    ("doctor --fix", "unrecognized arguments: --fix"),
+    ("doctor -- x", "nothing follows -- here, got x"),
+    ("train", "required: SCRIPT"),
+    ("train nothing.py", "script 'nothing.py' does not exist"),
+    ("train nothing", "script 'nothing' does not exist"),
+    ("train pipe", "script 'pipe' does not exist"),
+    ("train script.py --lr 1", "unrecognized arguments: --lr 1; the script's own follow --"),
+    ("prepare-data", "required: --output"),
+    ("prepare-data --output out/x", "one of the arguments --input --python-sources is required"),
+)
+
+# On a trace that is good.
+PLAN_OPTIONS = (
+    ("--format xml", "invalid choice: 'xml'"),
+    ("--format", "--format: expected one argument"),
+    ("--format csv", "good.trace"),
+    ("--format npz", "good.trace is not a trace in npz"),
+    ("--format megatron", "good.trace, line 1"),
+    ("--format smartmoe", "good.trace is a file; give the folder"),
+    ("--trace-ranks 0:3", "must be two numbers such as 0-7, got '0:3'"),
+    ("--trace-ranks 3-1", "'3-1' is empty"),
+    ("--trace-ranks 0-4", "source ranks [4] are not in the trace"),
+    ("--trace-ranks 0-99999999999999999999", "got '0-999"),
+    ("--trace-ranks 0-2000000", "exceeds 1048575"),
+    ("--trace-ranks a-b", "got 'a-b'"),
+    ("--trace-ranks 5", "got '5'"),
+    ("--experts 0", "--experts: '0' is no integer in 1..32767"),
+    ("--experts 9", "has 8 experts, not 9"),
+    ("--experts 99999999999999999999", "is no integer in 1..32767"),
+    ("--ranks 0", "--ranks: '0' is no integer in 1..65536"),
+    ("--ranks -4", "--ranks: '-4' is no integer"),
+    ("--ranks 4.0", "--ranks: '4.0' is no integer"),
+    ("--ranks 4e3", "--ranks: '4e3' is no integer"),
+    ("--ranks 1_0", "--ranks: '1_0' is no integer"),
+    ("--ranks \u0664", "--ranks: '\u0664' is no integer"),
+    ("--ranks nan", "--ranks: 'nan' is no integer"),
+    ("--ranks 3", "for 3 ranks; use one of [1, 2, 4] or a multiple of 4"),
+    ("--ranks 65535", "for 65535 ranks; use one of"),
+    ("--ranks 1000000", "'1000000' is no integer in 1..65536"),
+    ("--ranks 1000000000", "'1000000000' is no integer in 1..65536"),
+    ("--ranks 1000000000000", "is no integer in 1..65536"),
+    (f"--ranks {'9' * 5000}", "--ranks: '999"),
+    ("--ranks 65536 --hours 0.0001", "would take about"),
+    ("--ranks 65536 --capacity 8 7 6 5 4 3 2 1 --hours 0.001", "more than the 0.001 of --hours"),
+    ("--capacity", "--capacity: expected at least one argument"),
+    ("--capacity 0", "--capacity: '0' is no integer"),
+    ("--capacity 1", "--capacity 1: 4 ranks need 2..8 slots"),
+    ("--capacity 9", "--capacity 9: 4 ranks need 2..8 slots"),
+    ("--capacity 3 3", "--capacity names 3 twice"),
+    ("--capacity 3 x", "--capacity: 'x' is no integer"),
+    ("--node-size 0", "--node-size: '0' is no integer"),
+    ("--node-size 3", "--node-size 3, which does not divide the 4 ranks"),
+    ("--node-size 65537", "'65537' is no integer in 1..65536"),
+    ("--ranks 12", "has nodes of 8, which does not divide the 12 ranks"),
+    ("--cluster moon", "unknown cluster 'moon'; known are"),
+    ("--cluster ./moon", "'moon'"),
+    ("--cluster ../moon.yaml", "'../moon.yaml'"),
+    ("--cluster nothing", "unknown cluster 'nothing'"),
+    ("--strategy", "--strategy: expected at least one argument"),
+    ("--strategy eplb", "invalid choice: 'eplb'"),
+    ("--strategy greedy greedy", "--strategy names greedy twice"),
+    ("--strategy Greedy", "invalid choice: 'Greedy'"),
+    ("--mode never", "invalid choice: 'never'"),
+    ("--mode exact exact", "--mode names exact twice"),
+    ("--tolerance nan", "--tolerance: 'nan' is no number"),
+    ("--tolerance -1", "--tolerance: '-1' is no number"),
+    ("--tolerance inf", "--tolerance: 'inf' is no number"),
+    ("--tolerance 1e9", "--tolerance: '1e9' is no number"),
+    ("--tolerance x", "--tolerance: 'x' is no number"),
+    ("--tolerance nan --mode exact", "--tolerance: 'nan' is no number"),
+    ("--tolerance 0.1 --mode exact", "--tolerance 0.1: no effect without --mode tolerance"),
+    ("--lag 0", "--lag: '0' is no integer"),
+    ("--lag 4", "--lag 4: no microbatch with tokens"),
+    ("--lag 1000000000", "--lag 1000000000: no microbatch"),
+    ("--lag 1000000000000000000000", "--lag: '1000000000000000000000' is no integer"),
+    ("--restore-algorithm ring", "invalid choice: 'ring'"),
+    ("--config gpt5", "unknown model 'gpt5'; known are"),
+    ("--config ./gpt5", "'gpt5'"),
+    ("--config mixtral-8x7b-e16k4", "has 8 experts, not 16"),
+    ("--hidden 0", "--hidden: '0' is no integer in 1..1048576"),
+    ("--hidden 1000000000000000000000", "is no integer in 1..1048576"),
+    ("--ffn -1", "--ffn: '-1' is no integer"),
+    ("--ffn 1048577", "'1048577' is no integer in 1..1048576"),
+    ("--every 0", "--every: '0' is no integer"),
+    ("--every 7", "--every 7: the trace has 6 case(s)"),
+    ("--every 1000000000000000000000", "--every: '1000000000000000000000' is no integer"),
+    ("--hours 0", "--hours: '0' is no number in 1e-06..8760"),
+    ("--hours nan", "--hours: 'nan' is no number"),
+    ("--hours 1e9", "--hours: '1e9' is no number"),
+    ("--json", "--json: expected one argument"),
+    ("--json nowhere/x.json", "--json 'nowhere/x.json': the folder"),
+    ("--json nothing", "--json 'nothing': it is there and no regular file"),
+    ("--json /dev/full", "--json '/dev/full': it is there and no regular file"),
+    ("--json pipe", "--json 'pipe': it is there and no regular file"),
+    ("--json good.trace", "--json 'good.trace' would write over the input"),
+    ("--json ./good.trace", "--json 'good.trace' would write over the input"),
+    ("--json nothing/../good.trace", "would write over the input"),
+    ("--json link.trace", "--json 'link.trace' would write over the input"),
+    ("--json hard.trace", "--json 'hard.trace' would write over the input"),
+    ("--json good.trace/x", "--json 'good.trace/x': the folder"),
+    (f"--json {_LONG}.json", "--json 'xxx"),
+    ("--plot good.trace", "--plot 'good.trace' would write over the input"),
+    ("--plot hard.trace", "--plot 'hard.trace' would write over the input"),
+    ("--plot x", "--plot 'x': give a file that ends in"),
+    ("--plot x.gid", "--plot 'x.gid': give a file that ends in"),
+    ("--plot nowhere/x.png", "--plot 'nowhere/x.png': the folder"),
+    ("--plot nothing", "--plot 'nothing': it is there and no regular file"),
+    ("--json out.png --plot ./out.png", "are one file; give two"),
+    ("--config sizes-other-experts.yaml --json sizes-other-experts.yaml", "write over the input"),
+    ("--cluster cluster-zero.yaml --json cluster-zero.yaml", "write over the input"),
+)
+
+TRACES = (
+    ("absent", "trace 'absent' does not exist"),
+    ("absent.csv", "trace 'absent.csv' does not exist"),
+    ("-", "trace '-' does not exist"),
+    ("\x1b[31m\nFAKE", "trace '\\x1b[31m\\nFAKE' does not exist"),
+    (_LONG, "name too long"),
+    ("good.trace/x", "trace 'good.trace/x' does not exist"),
+    ("loop", "loop"),
+    ("pipe", "'pipe' is a pipe"),
+    ("/dev/zero", "'/dev/zero' is a device"),
+    ("/dev/null", "'/dev/null' is a device"),
+    ("/dev/urandom", "'/dev/urandom' is a device"),
+    *((f"pipe --format {name}", "pipe") for name in ("fsep", "megatron", "smartmoe", "npz", "csv")),
+    *((f"/dev/zero --format {name}", "/dev/zero") for name in ("fsep", "megatron", "npz", "csv")),
+    *((f"nothing --format {name}", "nothing") for name in ("fsep", "megatron", "npz", "csv")),
+    ("nothing", "folder nothing holds no trace"),
+    ("two-groups", "holds the recordings of 2 FSEP groups"),
+    ("traces --json traces/x.json", "would write over the input 'traces'"),
+    ("traces --plot traces/x.png", "would write over the input 'traces'"),
+    ("good.txt", "good.txt begins with b'some text', which no trace format does"),
+    ("empty.txt", "empty.txt begins with b''"),
+    ("script.py", "script.py begins with"),
+    ("header-only.trace", "holds no complete record"),
+    ("half-header.trace", "half-header.trace, line 1"),
+    ("half-record.trace", "half-record.trace"),
+    ("flipped.trace", "flipped.trace, record 1"),
+    ("width.trace", "9 bytes per count"),
+    ("tail.trace", "tail.trace"),
+    ("version.trace", "version 9 of the format"),
+    ("no-ranks.trace", "num_ranks must be an integer in 1..1048576, got 0"),
+    ("true-ranks.trace", "num_ranks must be an integer in 1..1048576, got True"),
+    ("huge-ranks.trace", "num_ranks must be an integer in 1..1048576"),
+    ("huge-experts.trace", "num_experts must be an integer in 1..32767, got 1000000000"),
+    ("text-experts.trace", "num_experts must be an integer in 1..32767, got '8'"),
+    ("no-layers.trace", "layers must be names"),
+    ("same-layers.trace", "layers must all be different"),
+    ("number-layers.trace", "layers must be names"),
+    ("null-layers.trace", "layers must be names"),
+    ("nested.trace", "nested.trace, line 1"),
+    ("one-step.trace", "the trace holds 1 step(s), so record at least 2"),
+    ("zeros.trace", "the trace holds no tokens"),
+    ("table_iter0_rank0.log", "does not exist"),
+    ("smartmoe-empty/table_iter0_rank0.log", "is one file of many; give the folder"),
+    ("megatron-list/router_trace_rank0.jsonl --trace-ranks 0-0", "is the file of one rank"),
+    ("megatron-ranks --trace-ranks 1-2", "of ranks [2]; it has [0, 1]"),
+    ("megatron-ranks", "choose the ranks of one pipeline stage"),
+    ("megatron-twice", "are of one rank; move one away"),
+    ("megatron-pipe", "folder megatron-pipe holds no trace"),
+    ("megatron-pipe --format megatron", "'megatron-pipe/router_trace_rank0.jsonl' is a pipe"),
+    ("megatron-endless", "line 1: longer than 33,554,432 characters"),
+    ("megatron-text", "megatron-text/router_trace_rank0.jsonl, line 1: not JSON"),
+    ("megatron-nested", "megatron-nested/router_trace_rank0.jsonl, line 1: not JSON"),
+    ("megatron-digits", "megatron-digits/router_trace_rank0.jsonl, line 1: not JSON"),
+    ("megatron-latin", "megatron-latin/router_trace_rank0.jsonl, line 1: not JSON"),
+    ("megatron-nothing", "megatron-nothing holds no complete step of all ranks"),
+    ("megatron-cut", "megatron-cut holds no complete step of all ranks"),
+    ("smartmoe-pipe", "folder smartmoe-pipe holds no trace"),
+    ("smartmoe-pipe --format smartmoe", "'smartmoe-pipe/table_iter0_rank0.log' is a pipe"),
+    ("smartmoe-huge-file", "has 68,719,476,736 bytes; at most 67,108,864"),
+    ("smartmoe-missing", "table_iter1_rank1.log is missing"),
+    ("smartmoe-missing --trace-ranks 0-5", "table_iter0_rank2.log is missing"),
+)
+_TABLES = {
+    "empty": "begins with b''",
+    "blank": "begins with b'\\n\\n\\n'",
+    "columns-only": "columns-only.csv: the trace holds no records",
+    "other-columns": "line 1: the columns are 'step,layer,rank'",
+    "column-twice": "line 1: the columns are 'step,step,",
+    "no-expert-1": "line 1: the columns are",
+    "short-line": "line 2: 4 values, expected 6",
+    "long-line": "line 2: 7 values, expected 6",
+    "negative": "line 2: tokens must be a whole number in 0..2147483647, got '-1'",
+    "float": "got '1.5'",
+    "nan": "got 'nan'",
+    "underscore": "got '1_0'",
+    "arabic": "got '\u0661'",
+    "huge-tokens": "got '99999999999'",
+    "digits": "got '999",
+    "huge-step": "step must be a whole number",
+    "huge-expert": "expert must be a whole number in 0..32766, got '40000'",
+    "huge-rank": "source_rank must be a whole number in 0..1048575, got '9999999'",
+    "mistyped-rank": "a line is of source rank 1000000, none is of rank 1",
+    "rank-hole": "a line is of source rank 2, none is of rank 1",
+    "no-layer": "line 2: the layer is empty",
+    "twice": "source_rank 0, expert 0 is there twice",
+    "sums": "got '2147483648'",
+    "nul": "nul.csv",
+    "quote": "quote.csv is not CSV",
+    "escape": "got '\\x1b[31m'",
+    "wide-missing": "has 1 lines, expected one for each of the 2 source ranks",
+    "sparse": "implausible for",
+    "field": "field larger than field limit",
+    "latin": "latin.csv is not CSV",
+    "endless": "endless.csv",
+}
+_CALLS = {
+    "list": "expected an object, got []",
+    "number": "expected an object, got 7",
+    "null": "expected an object, got None",
+    "no-step": "step must be an integer of at least 0, got None",
+    "negative-step": "step must be an integer of at least 0, got -1",
+    "true-step": "step must be an integer of at least 0, got True",
+    "huge-step": "step must be an integer",
+    "float-layer": "layer must be an integer of at least 0, got 0.5",
+    "encoder": "block must be 'decoder' or 'mtp', got 'encoder'",
+    "list-block": "block must be 'decoder' or 'mtp'",
+    "more-tokens": "but num_tokens and topk are (3, 1)",
+    "huge-shape": "but num_tokens and topk are",
+    "text-indices": "top_indices must be a list of lists",
+    "ragged": "line 2",
+    "deep": "top_indices have shape (2, 1, 1)",
+    "float-index": "of float64",
+    "negative-index": "expert -1 is not in 0..32766",
+    "huge-index": "expert 40000 is not in 0..32766",
+    "huger-index": "of object",
+    "true-index": "of bool",
+    "mtp-text": "mtp_idx must be an integer of at least 0, got 0",
+}
+_LOGS = {
+    "empty": "is empty; it should hold a line per layer",
+    "text": "expected LAYER:COUNTS, got b'hello'",
+    "no-layer": "expected LAYER:COUNTS",
+    "json": "line 1",
+    "nested": "line 1",
+    "flat": "got shape (2,)",
+    "ragged": "line 1",
+    "negative": "counts must be in 0..2147483647",
+    "nan": "counts must be in 0..2147483647",
+    "infinite": "counts must be in 0..2147483647",
+    "half": "counts must be whole numbers",
+    "huge": "counts must be in 0..2147483647",
+    "digits": "line 1",
+    "twice": "layer 0 is there twice",
+    "shapes": "counts have shape (1, 2), those before it (1, 1)",
+    "words": "got shape (1, 1) of <U1",
+    "null": "got shape () of object",
+}
+_ARRAYS = {
+    **dict.fromkeys(inputs.ARRAYS, "is not a trace in npz"),
+    "flat": "tokens has shape (4,), expected [iterations,",
+    "scalar": "tokens has shape (), expected",
+    "empty": "tokens has shape (0, 1, 1, 1, 2), expected",
+    "no-experts": "tokens has shape (3, 1, 1, 1, 0), expected",
+    "minus-one": "tokens must be in 0..2147483647, got -1",
+    "beyond": "tokens must be in 0..2147483647",
+    "other-name": "it has no array `tokens`, but ['counts.npy']",
+    "iteration": "iteration has shape (7,), expected (3,)",
+    "iteration-twice": "is there twice",
+    "bomb": "implausible for",
+    "lzma": "is compressed by method 14",
+    "cut": "is not a trace in npz",
+    "tail": "is not a trace in npz",
+}
+
+PREPARE_DATA = (
+    ("--input absent", "'absent' does not exist"),
+    ("--input", "--input: expected at least one argument"),
+    ("--input pipe", "'pipe' is a pipe"),
+    ("--input /dev/zero", "'/dev/zero' is a device"),
+    ("--input loop", "loop"),
+    ("--input empty.txt", "'empty.txt' is empty"),
+    ("--input nothing", "'nothing' holds no text"),
+    ("--input no-text", "'no-text' holds no text"),
+    ("--input good.txt/x", "'good.txt/x' does not exist"),
+    ("--input \x1b[31m", "'\\x1b[31m' does not exist"),
+    (f"--input {_LONG}", "name too long"),
+    ("--input good.txt --format xml", "invalid choice: 'xml'"),
+    ("--input good.txt --format jsonl", "good.txt"),
+    ("--input good.txt --json-key text", "--json-key 'text' has no effect"),
+    ("--input good.txt --tokenizer gpt5", "tokenizer 'gpt5' is neither 'bytes' nor a directory"),
+    ("--input good.txt --tokenizer good.txt", "tokenizer 'good.txt' is neither"),
+    ("--input good.txt --tokenizer tokenizer", "'tokenizer'"),
+    ("--input good.txt --python-sources", "not allowed with argument --input"),
+    ("--python-sources --follow-links", "--follow-links is for the folders of --input"),
+    ("--input list.jsonl", "list.jsonl"),
+    ("--input broken.jsonl", "broken.jsonl"),
+    ("--input other-key.jsonl", "has no key 'text', but 'body'"),
+    ("--input good.jsonl --json-key body", "has no key 'body', but 'text'"),
+    ("--input number.jsonl", "is of type int and no string"),
+    ("--input null.jsonl", "is of type NoneType and no string"),
+    ("--input surrogate.jsonl", "has half a character"),
+    ("--input blank.jsonl", "no input holds any text"),
+    ("--input nested.jsonl", "nested.jsonl"),
+    ("--input digits.jsonl", "digits.jsonl"),
+    ("--input escape.jsonl", "escape.jsonl"),
+    ("--input latin.jsonl", "latin.jsonl"),
+    ("--input packed.jsonl.gz", "'packed.jsonl.gz' is compressed by its ending"),
+)
+# With an output of its own.
+OUTPUTS = (
+    ("--input good.txt --output prefix", "output prefix 'prefix' must be a path"),
+    ("--input good.txt --output x.bin", "output prefix 'x.bin' must be a path"),
+    ("--input good.txt --output good.txt/x", "--output 'good.txt'"),
+    ("--input good.txt --output /proc/x", "'/proc'"),
+    ("--input good.txt --output", "--output: expected one argument"),
+    ("--input old.bin --output old", "old"),
+    ("--input old.idx --output ./old", "old"),
+    (f"--input good.txt --output {_LONG}", "xxx"),
+)
+
+INSPECT = (
+    ("absent", "absent is no directory"),
+    ("good.txt", "good.txt is no directory"),
+    ("pipe", "pipe is no directory"),
+    ("/dev/zero", "/dev/zero is no directory"),
+    ("loop", "loop"),
+    ("\x1b[31m", "\\x1b[31m is no directory"),
+    (_LONG, "name too long"),
+    ("nothing", "nothing is no checkpoint"),
+    ("run-seven", "holds 'seven', expected an iteration"),
+    ("run-negative", "holds '-1', expected an iteration"),
+    ("run-nothing", "holds '', expected an iteration"),
+    ("run-digits", "holds '999"),
+    ("run-up", "holds '../../etc', expected an iteration"),
+    ("run-escape", "holds '\\x1b[31m', expected an iteration"),
+    ("run-missing", "names iter_0000008, which has no metadata.json"),
+    ("run-huge", "has 68,719,476,736 bytes; at most 1,048,576"),
+    ("checkpoint-json", "metadata.json: "),
+    ("checkpoint-json-list", "holds no JSON object"),
+    ("checkpoint-json-nested", "metadata.json: "),
+    ("checkpoint-json-digits", "metadata.json: "),
+    ("checkpoint-json-latin", "is not UTF-8"),
+    ("checkpoint-json-huge", "has 68,719,476,736 bytes; at most 1,048,576"),
+    ("checkpoint-list-huge", "has 68,719,476,736 bytes; at most 268,435,456"),
+    ("checkpoint-no-list", "checkpoint-no-list/.metadata"),
+    ("checkpoint-pipe", "'checkpoint-pipe/.metadata' is a pipe"),
+)
+
+
+def all_cases(script: str, flags: tuple[str, ...]) -> Iterator[Case]:
+    """Yield every bad input.
+
+    Args:
+        script: a training script for `train`.
+        flags: with which it would run.
+    """
+    from tests.bad_inputs import training
+
+    for words, says in COMMAND_LINE:
+        yield Case(tuple(words.split(" ")) if words else (), says)
+    for options, says in PLAN_OPTIONS:
+        yield _case(f"plan good.trace {options}", says)
+    yield Case(("plan", ""), "the path is empty; give a file")
+    yield Case(("plan", "good.trace", "--json", ""), "--json: the path is empty")
+    yield Case(("plan", "good.trace", "--cluster", ""), "unknown cluster ''")
+    for words, says in TRACES:
+        yield Case(("plan", *words.split(" ")), says)
+    for pattern, found in (
+        ("{}.csv", _TABLES),
+        ("megatron-{}", _CALLS),
+        ("smartmoe-{}", _LOGS),
+        ("{}.npz", _ARRAYS),
+    ):
+        for name, says in found.items():
+            yield Case(("plan", pattern.format(name)), says)
+    yield Case(("plan", "utf16.csv", "--format", "csv"), "utf16.csv is not CSV")
+    yield from _yaml_cases()
+    for words, says in INSPECT:
+        yield Case(("inspect", *words.split(" ")), says)
+    yield Case(("inspect", ""), "")
+    for name, (_, says) in inputs.pickles().items():
+        yield Case(("inspect", f"checkpoint-{name}"), says)
+    for words, says in PREPARE_DATA:
+        yield Case(("prepare-data", *words.split(" "), "--output", "out/data"), says)
+    for words, says in OUTPUTS:
+        yield Case(("prepare-data", *words.split(" ")), says)
+    yield Case(("prepare-data", "--input", "", "--output", "out/data"), "the empty path")
+    yield Case(("prepare-data", "--input", "good.txt", "--output", ""), "''")
+    for extra, says, environment in training.CASES:
+        words = ("train", script, "--", *flags, *extra)
+        yield Case(words, says, training.RANKS | environment)
+
+
+def _yaml_cases() -> Iterator[Case]:
+    """Yield bad YAML for each reader of it."""
+    shared = [(f"yaml-{name}", says) for name, (_, says) in inputs.YAML.items()]
+    shared += [
+        ("yaml-latin", "is not UTF-8"),
+        ("yaml-utf16", "is not UTF-8"),
+        ("yaml-sparse", "has 68,719,476,736 bytes; at most 65,536"),
+        ("yaml-pipe", "is a pipe"),
+        ("yaml-folder", "is a folder"),
+        ("absent", "absent.yaml"),
+    ]
+    for name, says in shared:
+        yield Case(("flags", f"{name}.yaml"), says)
+        yield Case(("plan", "good.trace", "--cluster", f"{name}.yaml"), says)
+    for name, (_, says) in inputs.MODELS.items():
+        yield Case(("flags", f"model-{name}.yaml"), says)
+    for name, says in (*shared[:4], ("model-off", "swiglu is 'false'")):
+        yield Case(("plan", "good.trace", "--config", f"{name}.yaml"), says)
+    for name, (_, says) in inputs.SIZES.items():
+        yield Case(("plan", "good.trace", "--config", f"sizes-{name}.yaml"), says)
+    for name, (_, _, says) in inputs.CLUSTERS.items():
+        yield Case(("plan", "good.trace", "--cluster", f"cluster-{name}.yaml"), says)
+    for words, says in (
+        ("gpt5", "unknown model 'gpt5'; known are"),
+        ("", "unknown model ''"),
+        (".", "unknown model '.'"),
+        ("./", "is a folder"),
+        ("/dev/zero", "'/dev/zero' is a device"),
+        ("\x1b[31m", "unknown model '\\x1b[31m'"),
+        (f"./{_LONG}", "name too long"),
+    ):
+        yield Case(("flags", words), says)
+
+
+def _case(words: str, says: str) -> Case:
+    return Case(tuple(words.split(" ")), says)

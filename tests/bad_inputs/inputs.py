@@ -1,0 +1,547 @@
+"""The files that bad inputs are made of: good ones, and copies with one thing wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from megatron_laer.trace import TraceWriter
+
+HUGE = 2**36
+
+
+def make(folder: Path) -> None:
+    """Write all of them."""
+    _traces(folder)
+    _tables(folder)
+    _megatron(folder)
+    _smartmoe(folder)
+    _npz(folder)
+    _yaml(folder)
+    _checkpoints(folder)
+    _texts(folder)
+    _special(folder)
+
+
+def _traces(folder: Path) -> None:
+    luck = np.random.default_rng(0)
+    path = folder / "good.trace"
+    writer = TraceWriter(path, 4, 8, ["decoder.0", "decoder.1"])
+    for step in range(4):
+        for layer in range(2):
+            writer.append(step, layer, 0, luck.integers(1, 99, (4, 8)))
+    writer.close()
+    good = path.read_bytes()
+    first = good.index(b"\n") + 1
+    folder_of_one = folder / "traces"
+    folder_of_one.mkdir()
+    (folder_of_one / "group-0.trace").write_bytes(good)
+    two = folder / "two-groups"
+    two.mkdir()
+    for group in range(2):
+        (two / f"group-{group}.trace").write_bytes(good)
+    (folder / "header-only.trace").write_bytes(good[:first])
+    (folder / "half-header.trace").write_bytes(good[: first // 2])
+    (folder / "half-record.trace").write_bytes(good[: first + 9])
+    (folder / "flipped.trace").write_bytes(good[: first + 40] + b"\xff" + good[first + 41 :])
+    (folder / "width.trace").write_bytes(good[: first + 4] + b"\x09" + good[first + 5 :])
+    (folder / "tail.trace").write_bytes(good)
+    os.truncate(folder / "tail.trace", HUGE)
+    header = json.loads(good[:first])
+    for name, change in {
+        "version": {"version": 9},
+        "no-ranks": {"num_ranks": 0},
+        "true-ranks": {"num_ranks": True},
+        "huge-ranks": {"num_ranks": 10**40},
+        "huge-experts": {"num_experts": 10**9},
+        "text-experts": {"num_experts": "8"},
+        "no-layers": {"layers": []},
+        "same-layers": {"layers": ["a", "a"]},
+        "number-layers": {"layers": [1]},
+        "null-layers": {"layers": None},
+    }.items():
+        line = json.dumps(header | change, separators=(",", ":")).encode() + b"\n"
+        (folder / f"{name}.trace").write_bytes(line + good[first:])
+    (folder / "nested.trace").write_bytes(b'{"format":"megatron_laer-trace"' + b"[" * 10**5)
+    one = TraceWriter(folder / "one-step.trace", 2, 2, ["a"])
+    one.append(0, 0, 0, np.ones((2, 2), int))
+    one.close()
+    zero = TraceWriter(folder / "zeros.trace", 2, 2, ["a"])
+    for step in range(3):
+        zero.append(step, 0, 0, np.zeros((2, 2), int))
+    zero.close()
+
+
+LONG = "step,layer,microbatch,source_rank,expert,tokens\n"
+TABLES = {
+    "good": LONG + "".join(f"{s},0,0,{r},{r},5\n" for s in range(3) for r in range(2)),
+    "empty": "",
+    "blank": "\n\n\n",
+    "columns-only": LONG,
+    "other-columns": "step,layer,rank\n0,0,0\n",
+    "column-twice": "step,step,microbatch,source_rank,expert,tokens\n0,0,0,0,0,1\n",
+    "no-expert-1": "step,layer,microbatch,source_rank,expert_0,expert_2\n0,0,0,0,1,1\n",
+    "short-line": LONG + "0,0,0,0\n",
+    "long-line": LONG + "0,0,0,0,0,1,2\n",
+    "negative": LONG + "0,0,0,0,0,-1\n",
+    "float": LONG + "0,0,0,0,0,1.5\n",
+    "nan": LONG + "0,0,0,0,0,nan\n",
+    "underscore": LONG + "0,0,0,0,0,1_0\n",
+    "arabic": LONG + "0,0,0,0,0,\u0661\n",
+    "huge-tokens": LONG + "0,0,0,0,0,99999999999\n",
+    "digits": LONG + f"0,0,0,0,0,{'9' * 5000}\n",
+    "huge-step": LONG + "99999999999999999,0,0,0,0,1\n",
+    "huge-expert": LONG + "0,0,0,0,40000,1\n",
+    "huge-rank": LONG + "0,0,0,9999999,0,1\n",
+    "mistyped-rank": LONG + "0,0,0,0,0,1\n1,0,0,1000000,0,1\n",
+    "rank-hole": LONG + "0,0,0,0,0,1\n1,0,0,2,0,1\n",
+    "no-layer": LONG + "0,,0,0,0,1\n",
+    "twice": LONG + "0,0,0,0,0,1\n0,0,0,0,0,2\n",
+    "sums": LONG + "0,0,0,0,0,2147483648\n",
+    "nul": LONG + "0,0,0,0,0,\0\n",
+    "quote": LONG + '0,0,0,0,0,"1\n',
+    "escape": LONG + "0,0,0,0,0,\x1b[31m\n",
+    "wide-missing": "step,layer,microbatch,source_rank,expert_0\n0,0,0,1,1\n",
+    "sparse": LONG + "".join(f"{s},0,0,0,32000,1\n" for s in range(99)),
+    "field": LONG + "0," + "x" * 200_000 + ",0,0,0,1\n",
+}
+
+
+def _tables(folder: Path) -> None:
+    for name, text in TABLES.items():
+        (folder / f"{name}.csv").write_text(text)
+    (folder / "latin.csv").write_bytes(LONG.encode() + b"0,caf\xe9,0,0,0,1\n")
+    (folder / "utf16.csv").write_bytes(LONG.encode("utf-16"))
+    (folder / "endless.csv").write_text(LONG)
+    os.truncate(folder / "endless.csv", HUGE)
+
+
+GOOD_CALL = {
+    "step": 0,
+    "stage": "pre_dispatch",
+    "block": "decoder",
+    "layer": 0,
+    "rank": 0,
+    "num_tokens": 2,
+    "topk": 1,
+    "top_indices": [[0], [1]],
+}
+CALLS: dict[str, object] = {
+    "list": [],
+    "number": 7,
+    "null": None,
+    "no-step": {"step": None},
+    "negative-step": {"step": -1},
+    "true-step": {"step": True},
+    "huge-step": {"step": 10**30},
+    "float-layer": {"layer": 0.5},
+    "encoder": {"block": "encoder"},
+    "list-block": {"block": ["decoder"]},
+    "more-tokens": {"num_tokens": 3},
+    "huge-shape": {"top_indices": [], "num_tokens": 10**15, "topk": 10**15},
+    "text-indices": {"top_indices": "01"},
+    "ragged": {"top_indices": [[0], []]},
+    "deep": {"top_indices": [[[0]], [[1]]]},
+    "float-index": {"top_indices": [[0], [0.5]]},
+    "negative-index": {"top_indices": [[0], [-1]]},
+    "huge-index": {"top_indices": [[0], [40000]]},
+    "huger-index": {"top_indices": [[0], [10**40]]},
+    "true-index": {"top_indices": [[True], [False]]},
+    "mtp-text": {"block": "mtp", "mtp_idx": "0"},
+}
+
+
+def _megatron(folder: Path) -> None:
+    for name, change in CALLS.items():
+        call = GOOD_CALL | change if isinstance(change, dict) else change
+        place = folder / f"megatron-{name}"
+        place.mkdir()
+        text = json.dumps(GOOD_CALL) + "\n" + json.dumps(call) + "\n"
+        (place / "router_trace_rank0.jsonl").write_text(text)
+    for name, content in {
+        "text": b"{hello}\n",
+        "nested": b"{" + b"[" * 10**5 + b"\n",
+        "digits": b'{"step":' + b"9" * 5000 + b"}\n",
+        "nothing": b"",
+        "latin": b'{"step": "\xe9"}\n',
+        "cut": json.dumps(GOOD_CALL).encode()[:-9],
+    }.items():
+        place = folder / f"megatron-{name}"
+        place.mkdir()
+        (place / "router_trace_rank0.jsonl").write_bytes(content)
+    place = folder / "megatron-endless"
+    place.mkdir()
+    (place / "router_trace_rank0.jsonl").touch()
+    os.truncate(place / "router_trace_rank0.jsonl", HUGE)
+    place = folder / "megatron-ranks"
+    place.mkdir()
+    (place / "router_trace_rank0.jsonl").write_text(json.dumps(GOOD_CALL) + "\n")
+    other = json.dumps(GOOD_CALL | {"layer": 5})
+    (place / "router_trace_rank1.jsonl").write_text(other + "\n")
+    place = folder / "megatron-twice"
+    place.mkdir()
+    for name in ("0", "00"):
+        text = json.dumps(GOOD_CALL) + "\n"
+        (place / f"router_trace_rank{name}.jsonl").write_text(text)
+    place = folder / "megatron-pipe"
+    place.mkdir()
+    os.mkfifo(place / "router_trace_rank0.jsonl")
+
+
+LOGS = {
+    "empty": "",
+    "text": "hello\n",
+    "no-layer": ":[[1.0, 2.0]]\n",
+    "json": "0:[[1.0,\n",
+    "nested": "0:" + "[" * 10**5 + "\n",
+    "flat": "0:[1.0, 2.0]\n",
+    "ragged": "0:[[1.0], [1.0, 2.0]]\n",
+    "negative": "0:[[-1.0]]\n",
+    "nan": "0:[[NaN]]\n",
+    "infinite": "0:[[1e999]]\n",
+    "half": "0:[[0.5]]\n",
+    "huge": "0:[[1e12]]\n",
+    "digits": f"0:[[{'9' * 5000}]]\n",
+    "twice": "0:[[1.0]]\n0:[[1.0]]\n",
+    "shapes": "0:[[1.0]]\n1:[[1.0, 2.0]]\n",
+    "words": '0:[["a"]]\n',
+    "null": "0:null\n",
+}
+
+
+def _smartmoe(folder: Path) -> None:
+    for name, text in LOGS.items():
+        place = folder / f"smartmoe-{name}"
+        place.mkdir()
+        (place / "table_iter0_rank0.log").write_text(text)
+    for name in ("huge-file", "pipe"):
+        (folder / f"smartmoe-{name}").mkdir()
+    (folder / "smartmoe-huge-file" / "table_iter0_rank0.log").touch()
+    os.truncate(folder / "smartmoe-huge-file" / "table_iter0_rank0.log", HUGE)
+    os.mkfifo(folder / "smartmoe-pipe" / "table_iter0_rank0.log")
+    place = folder / "smartmoe-missing"
+    place.mkdir()
+    for iteration, rank in ((0, 0), (0, 1), (1, 0)):
+        (place / f"table_iter{iteration}_rank{rank}.log").write_text("0:[[1.0, 2.0]]\n")
+
+
+def _npy(header: bytes, content: bytes = b"", version: bytes = b"\x01\x00") -> bytes:
+    return b"\x93NUMPY" + version + struct.pack("<H", len(header)) + header + content
+
+
+def _header(shape: str, descr: str = "'<i4'") -> bytes:
+    return f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}\n".encode()
+
+
+def _saved(array: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=True)
+    return content.getvalue()
+
+
+ARRAYS = {
+    "nothing": b"",
+    "no-magic": b"hello",
+    "version": _npy(_header("(1,)"), version=b"\x07\x00"),
+    "minus": _npy(_header("(" + "-" * 9000 + "1,)")),
+    "nested": _npy(_header("(" * 900)),
+    "negative": _npy(_header("(-1, 1, 1, 1, 1)")),
+    "huge": _npy(_header("(1000000, 1000, 1000, 1, 1)")),
+    "huger": _npy(_header(f"({10**40}, 1, 1, 1, 1)")),
+    "short": _npy(_header("(2, 1, 1, 1, 4)"), b"\0" * 8),
+    "long": _npy(_header("(1, 1, 1, 1, 1)"), b"\0" * 8),
+    "object": _saved(np.array([[{}]], dtype=object)),
+    "float": _saved(np.ones((3, 1, 1, 1, 2))),
+    "text": _saved(np.array(["a"])),
+    "flat": _saved(np.ones(4, int)),
+    "scalar": _saved(np.array(4)),
+    "empty": _saved(np.ones((0, 1, 1, 1, 2), int)),
+    "no-experts": _saved(np.ones((3, 1, 1, 1, 0), int)),
+    "minus-one": _saved(np.full((3, 1, 1, 1, 2), -1)),
+    "beyond": _saved(np.full((3, 1, 1, 1, 2), 2**40)),
+    "record": _saved(np.ones((3, 1, 1, 1, 2), dtype=[("a", "<i4")])),
+    "unknown-type": _npy(_header("(1,)", "'<z9'")),
+    "code": _npy(b"__import__('os').mkdir('ran')\n"),
+}
+
+
+def _npz(folder: Path) -> None:
+    for name, content in ARRAYS.items():
+        with zipfile.ZipFile(folder / f"{name}.npz", "w") as archive:
+            archive.writestr("tokens.npy", content)
+    with zipfile.ZipFile(folder / "other-name.npz", "w") as archive:
+        archive.writestr("counts.npy", _saved(np.ones((3, 1, 1, 1, 2), int)))
+    with zipfile.ZipFile(folder / "iteration.npz", "w") as archive:
+        archive.writestr("tokens.npy", _saved(np.ones((3, 1, 1, 1, 2), int)))
+        archive.writestr("iteration.npy", _saved(np.ones(7, int)))
+    with zipfile.ZipFile(folder / "iteration-twice.npz", "w") as archive:
+        archive.writestr("tokens.npy", _saved(np.ones((3, 1, 1, 1, 2), int)))
+        archive.writestr("iteration.npy", _saved(np.ones(3, int)))
+    with (
+        zipfile.ZipFile(folder / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("tokens.npy", "w", force_zip64=True) as member,
+    ):
+        member.write(_npy(_header("(2000, 1000, 20, 1, 8)")))
+        for _ in range(64):
+            member.write(b"\0" * 2**20)
+    with zipfile.ZipFile(folder / "lzma.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("tokens.npy", _saved(np.ones((3, 1, 1, 1, 2), int)))
+    good = (folder / "flat.npz").read_bytes()
+    (folder / "cut.npz").write_bytes(good[: len(good) // 2])
+    (folder / "tail.npz").write_bytes(good)
+    os.truncate(folder / "tail.npz", HUGE)
+
+
+_LEVELS = "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 9)
+)
+# Text, and what is said of it whoever reads it.
+YAML = {
+    "empty": ("", "expected a mapping"),
+    "text": ("hello", "'hello', expected a mapping"),
+    "list": ("- a", "['a'], expected a mapping"),
+    "open": ("a: [", "line 1: not valid YAML"),
+    "colons": ("a: b: c", "line 1: not valid YAML"),
+    "tabs": ("a:\n\t- b", "line 2: not valid YAML"),
+    "control": ("a: \x01", "not valid YAML: special characters"),
+    "bomb": ("a0: &a0 [x]\n" + _LEVELS, "line 1: anchors and aliases"),
+    "itself": ("a: &a [*a]", "line 1: anchors and aliases"),
+    "lost": ("a: *b", "line 1: anchors and aliases"),
+    "timestamp": ("a: !!timestamp x", "line 1: tags such as"),
+    "bool": ("a: !!bool foo", "line 1: tags such as"),
+    "int": ("a: !!int x", "line 1: tags such as"),
+    "python": ("!!python/object/apply:os.mkdir [ran]", "line 1: tags such as"),
+    "own-tag": ("!thing a", "line 1: tags such as"),
+    "brackets": ("[" * 900, "line 1: nested too deeply"),
+    "braces": ("{a: " * 900, "line 1: nested too deeply"),
+    "dashes": ("- " * 20000, "line 1: nested too deeply"),
+    "key-twice": ("a: 1\na: 2", "line 2: the key 'a' is given twice"),
+    "list-key": ("? [a]\n: b", "line 1: a list or a mapping is no key"),
+    "documents": ("a: 1\n---\nb: 2", "line 2: a second document"),
+    "directive": ("%YAML 9.9\n--- a", "not valid YAML"),
+    "large": ("#" * 70_000, "has 70,000 bytes; at most 65,536"),
+}
+MODELS = {
+    "date": ("a: 2020-13-45", "description must say"),
+    "no-description": ("moe: {}", "description must say what the model is, got None"),
+    "group": ("{description: d, expert: {}}", "unknown group 'expert'"),
+    "flat": ("{description: d, moe: 8}", "moe must hold `flag: value` lines, got '8'"),
+    "dashes": ("{description: d, moe: {--num-experts: 8}}", "'--num-experts' is no flag"),
+    "off": ("{description: d, moe: {swiglu: false}}", "swiglu is 'false'"),
+    "no": ("{description: d, moe: {swiglu: no}}", "swiglu is 'no'"),
+    "nothing": ("{description: d, moe: {lr: }}", "lr is ''"),
+    "null": ("{description: d, moe: {lr: ~}}", "lr is '~'"),
+    "list": ("{description: d, moe: {lr: []}}", "lr is an empty list"),
+    "mapping": ("{description: d, moe: {lr: {a: 1}}}", "lr is {'a': '1'}"),
+    "nan": ("{description: d, moe: {lr: .nan}}", "lr is '.nan'; give a finite number"),
+    "infinite": ("{description: d, moe: {lr: -.INF}}", "lr is '-.INF'; give a finite number"),
+    "digits": (f"{{description: d, moe: {{lr: {'9' * 5000}}}}}", "lr is '999"),
+    "flag": ("{description: d, moe: {lr: --load}}", "lr is '--load'"),
+    "lines": ('{description: d, moe: {lr: "1\\n2"}}', "lr is '1\\n2'"),
+    "spelling": ("{description: d, moe: {a-b: 1}, data: {a_b: 2}}", "a_b is given twice"),
+    "escape": ('{description: d, moe: {"a\\e[31m": 1}}', "is no flag"),
+}
+_GOOD_MODEL = "{description: d, moe: {hidden-size: %s, moe-ffn-hidden-size: %s, num-experts: %s}}"
+SIZES = {
+    "no-size": ("{description: d, moe: {num-experts: 8}}", "has no hidden-size in 1..1048576"),
+    "huge-hidden": (_GOOD_MODEL % (10**40, 8, 8), "has no hidden-size in 1..1048576"),
+    "zero-ffn": (_GOOD_MODEL % (8, 0, 8), "has no moe-ffn-hidden-size in"),
+    "half-ffn": (_GOOD_MODEL % (8, 0.5, 8), "has no moe-ffn-hidden-size in"),
+    "many-experts": (_GOOD_MODEL % (8, 8, 10**6), "has no num-experts in 1..32767"),
+    "other-experts": (_GOOD_MODEL % (8, 8, 9), "has 8 experts, not 9"),
+}
+GOOD_CLUSTER = """name: x
+source: y
+assumed: z
+nodes: 1
+ranks_per_node: 8
+gemm: [[1, 2e12], [4096, 237e12]]
+intra: {bytes_per_s: 3e11, latency_s: 0}
+inter: {bytes_per_s: 1.25e+10, latency_s: 2e-5}
+solve: {base_s: 1e-5, slot_s: 1e-7, count_s: 1e-9}
+"""
+CLUSTERS = {
+    "no-nodes": ("nodes: 1\n", "", "lacks the keys ['nodes']"),
+    "speed": ("nodes: 1", "nodes: 1\nspeed: 3", "unknown keys ['speed']"),
+    "zero": ("nodes: 1", "nodes: 0", "nodes must be an integer of at least 1, got '0'"),
+    "digits": ("nodes: 1", "nodes: " + "9" * 5000, "nodes must be an integer of at least 1, got"),
+    "slow": ("237e12", "slow", "must be a number like 2.37e+14, got 'slow'"),
+    "nan": ("237e12", ".nan", "must be a number like 2.37e+14, got '.nan'"),
+    "infinite": ("237e12", "1e999", "must be a number like 2.37e+14, got '1e999'"),
+    "order": ("[4096,", "[1,", "increasing tokens, got 1 after 1"),
+    "point": ("[4096, 237e12]", "[4096]", "must be a point [tokens, FLOP/s]"),
+    "latency": ("2e-5", "-1", "latency_s must be finite and not negative"),
+    "bytes": ("3e11", "0", "bytes_per_s must be positive"),
+}
+
+
+def _yaml(folder: Path) -> None:
+    for prefix, texts in (("yaml", YAML), ("model", MODELS), ("sizes", SIZES)):
+        for name, (text, _) in texts.items():
+            (folder / f"{prefix}-{name}.yaml").write_text(text)
+    for name, (old, new, _) in CLUSTERS.items():
+        (folder / f"cluster-{name}.yaml").write_text(GOOD_CLUSTER.replace(old, new))
+    (folder / "yaml-latin.yaml").write_bytes(b"a: caf\xe9")
+    (folder / "yaml-utf16.yaml").write_bytes("a: 1".encode("utf-16"))
+    (folder / "yaml-sparse.yaml").touch()
+    os.truncate(folder / "yaml-sparse.yaml", HUGE)
+    os.mkfifo(folder / "yaml-pipe.yaml")
+    (folder / "yaml-folder.yaml").mkdir()
+
+
+def pickles() -> dict[str, tuple[bytes, str]]:
+    """Lists of tensors, and what is said of them."""
+    import torch
+    from torch.distributed.checkpoint import metadata
+
+    def tensor(size: object, dtype: object = torch.float32) -> bytes:
+        properties = metadata.TensorProperties(dtype=dtype)
+        entry = metadata.TensorStorageMetadata(properties, size, [])
+        return pickle.dumps(metadata.Metadata({"x\x1b[31m\nFAKE": entry}))
+
+    deep, doubled = b")" + b"\x85" * 10**6, b")" + b"q\0h\0\x86" * 100
+    good = tensor(torch.Size([2]))
+    return {
+        "nothing": (b"", "no list of tensors"),
+        "text": (b"hello", "no list of tensors"),
+        "cut": (good[:-20], "no list of tensors"),
+        "number": (pickle.dumps(7), "has no state_dict_metadata"),
+        "mapping": (pickle.dumps({"state_dict_metadata": 1}), "has no state_dict_metadata"),
+        "system": (b"\x80\x04cos\nsystem\n(Vtouch ran\ntR.", "it asks for os.system"),
+        "eval": (pickle.dumps(eval), "it asks for builtins.eval"),
+        "getattr": (b"\x80\x04cbuiltins\ngetattr\n.", "it asks for builtins.getattr"),
+        "dotted": (
+            b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93.",
+            "it asks for torch.os.system",
+        ),
+        "writer": (
+            b"\x80\x04ctorch.distributed.checkpoint.filesystem\nFileSystemWriter\n.",
+            "it asks for torch.distributed.checkpoint.filesystem.FileSystemWriter",
+        ),
+        "class": (
+            b"\x80\x04cpathlib\nPath\n}X\x06\0\0\0is_dirK\x01sb.",
+            "a Name where a Record belongs",
+        ),
+        "memo": (b"\x80\x04]r\0\0\0\x10.", "has no state_dict_metadata"),
+        "memo-get": (b"\x80\x04j\0\0\0\x10.", "number 268435456 of its memo"),
+        "extension": (b"\x80\x02\x82\x01.", "operation EXT1"),
+        "persistent": (b"\x80\x02KxQ.", "operation BINPERSID"),
+        "instance": (b"(ios\nsystem\n.", "operation INST"),
+        "bytes": (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.", "no list of tensors"),
+        "digits": (b"I" + b"9" * 5000 + b"\n.", "no list of tensors"),
+        "deep": (b"\x80\x04}" + deep + b"Kxs.", "has no state_dict_metadata"),
+        "doubled": (b"\x80\x04}" + doubled + b"Kxs.", "has no state_dict_metadata"),
+        "negative": (tensor(_Size((-5,))), "has the size (-5,), expected integers"),
+        "beyond": (tensor(_Size((2**63,))), "has the size (9223372036854775808,)"),
+        "digits-size": (tensor(_Size((10**5000,))), "no list of tensors"),
+        "text-size": (tensor(_Size(("a",))), "has the size ('a',)"),
+        "axes": (tensor(_Size((1,) * 99)), "has the size (1, 1, 1"),
+        "plain-size": (tensor((2,)), "has the size None"),
+        "type": (tensor(torch.Size([2]), eval), "it asks for builtins.eval"),
+        "other-type": (tensor(torch.Size([2]), torch.Size), "torch has no type 'Size'"),
+    }
+
+
+class _Size:
+    """Pickled as torch.Size of anything."""
+
+    def __init__(self, sizes: object) -> None:
+        self._sizes = sizes
+
+    def __reduce__(self) -> object:
+        import torch
+
+        return torch.Size, (self._sizes,)
+
+
+def _checkpoints(folder: Path) -> None:
+    def checkpoint(name: str, content: bytes) -> Path:
+        place = folder / f"checkpoint-{name}"
+        place.mkdir()
+        (place / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+        (place / ".metadata").write_bytes(content)
+        return place
+
+    for name, (content, _) in pickles().items():
+        checkpoint(name, content)
+    for name, content in {
+        "json": b"{",
+        "json-list": b"[1]",
+        "json-nested": b"[" * 10**5,
+        "json-digits": b'{"a": ' + b"9" * 5000 + b"}",
+        "json-latin": b'{"a": "\xe9"}',
+    }.items():
+        (checkpoint(name, b"") / "metadata.json").write_bytes(content)
+    os.truncate(checkpoint("json-huge", b"") / "metadata.json", HUGE)
+    os.truncate(checkpoint("list-huge", b"") / ".metadata", HUGE)
+    (checkpoint("no-list", b"") / ".metadata").unlink()
+    place = checkpoint("pipe", b"")
+    (place / ".metadata").unlink()
+    os.mkfifo(place / ".metadata")
+    for name, text in {
+        "seven": "seven",
+        "negative": "-1",
+        "nothing": "",
+        "digits": "9" * 5000,
+        "up": "../../etc",
+        "escape": "\x1b[31m",
+        "missing": "8",
+    }.items():
+        place = folder / f"run-{name}"
+        place.mkdir()
+        (place / "latest_checkpointed_iteration.txt").write_text(text)
+    place = folder / "run-huge"
+    place.mkdir()
+    (place / "latest_checkpointed_iteration.txt").write_text("7")
+    os.truncate(place / "latest_checkpointed_iteration.txt", HUGE)
+
+
+def _texts(folder: Path) -> None:
+    (folder / "good.txt").write_text("some text")
+    (folder / "empty.txt").touch()
+    (folder / "no-text").mkdir()
+    (folder / "no-text" / "empty.txt").touch()
+    for name, text in {
+        "good": '{"text": "a"}\n',
+        "list": "[1]\n",
+        "broken": '{"text": "a"\n',
+        "other-key": '{"body": "a"}\n',
+        "number": '{"text": 7}\n',
+        "null": '{"text": null}\n',
+        "surrogate": '{"text": "\\ud800"}\n',
+        "blank": "\n\n",
+        "nested": '{"text": ' + "[" * 10**5 + "\n",
+        "digits": '{"text": ' + "9" * 5000 + "}\n",
+        "escape": '{"\x1b[31m": 1}\n',
+    }.items():
+        (folder / f"{name}.jsonl").write_text(text)
+    (folder / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
+    (folder / "endless.jsonl").touch()
+    os.truncate(folder / "endless.jsonl", HUGE)
+    (folder / "packed.jsonl.gz").write_bytes(b"\x1f\x8b")
+    (folder / "tokenizer").mkdir()
+    (folder / "out").mkdir()
+    (folder / "prefix").mkdir()
+    (folder / "prefix" / "kept").write_text("kept")
+    (folder / "old.bin").write_bytes(b"old")
+    (folder / "old.idx").write_bytes(b"old")
+
+
+def _special(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    (folder / "nothing").mkdir()
+    (folder / "loop").symlink_to("loop")
+    (folder / "link.trace").symlink_to("good.trace")
+    (folder / "hard.trace").hardlink_to(folder / "good.trace")
+    (folder / "kept.json").write_text("{}")
+    (folder / "recorded").mkdir()
+    (folder / "recorded" / "group-0.jsonl").write_text("{}\n")
+    (folder / "recorded-link").symlink_to("recorded")
+    (folder / "script.py").write_text("raise SystemExit(0)\n")
