@@ -52,6 +52,7 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_laer.platform.releases import no_packed_sequences, pretrain_arguments
+from megatron_laer.support import RefusedError
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 # A loss this many times the largest seen is reported by --check-for-spiky-loss, as in Megatron.
@@ -214,29 +215,18 @@ def refuse_out_of_scope(args):
     """Raise for a flag that this script would silently ignore."""
     given = ["--" + name.replace("_", "-") for name in OUT_OF_SCOPE if getattr(args, name, None)]
     if given:
-        raise ValueError(
+        raise RefusedError(
             f"{', '.join(given)} is not supported by this script, which does plain pretraining; "
             "run Megatron's own through `python -m megatron_laer train PATH/pretrain_gpt.py -- ...`"
         )
 
 
-def parse_arguments():
-    """Megatron's command line, checked.
-
-    Raises:
-        ValueError: settings that cannot work, saying what would.
-    """
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    refuse_out_of_scope(args)
-    return args
-
-
-def main(args=None):
-    """Train, by Megatron's command line unless it has been parsed."""
+def main():
+    """Parse Megatron's command line and train."""
     set_startup_timestamps(program_start=_STARTED_S, main_entry=time.time())
     train, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    if args is None:
-        args = parse_arguments()
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    refuse_out_of_scope(args)
     train(
         **pretrain_arguments(args),
         train_valid_test_dataset_provider=datasets_provider,
@@ -249,8 +239,7 @@ def main(args=None):
 
 if __name__ == "__main__":
     try:
-        parsed = parse_arguments()
-    except ValueError as error:
-        print(f"pretrain_gpt.py: {error}", file=sys.stderr)
+        main()
+    except RefusedError as error:
+        print(f"pretrain_gpt.py: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    main(parsed)

@@ -29,6 +29,7 @@ from typing import NoReturn
 from megatron_laer import __version__, doctor
 from megatron_laer.files import one_line
 from megatron_laer.launch import in_one_line
+from megatron_laer.support import RefusedError
 
 # As shells report a process that a signal ended.
 _INTERRUPTED = 128 + signal.SIGINT
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     That is 2 for what the user can mend, with one line on stderr that says it; 130 after Ctrl-C;
     141 without a word if the reader of the output has gone, such as `head`. The script of `train`
-    runs as if Python had started it: signals and exceptions are its own.
+    runs as if Python had started it: signals and exceptions are its own, but for settings that the
+    plugin refuses.
 
     Raises:
         SystemExit: argparse has had its say, or SIGTERM or SIGHUP came, after files were tidied up.
@@ -59,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return _fail(f"the output cannot be written: {error}")
     if script is not None:
-        runpy.run_path(script, run_name="__main__")
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except RefusedError as error:
+            return _fail(f"train: {error}")
     return status
 
 

@@ -66,6 +66,6 @@ def _refuse_recording_over_replay(replayed: str, recorded: str) -> None:
     )
     if is_same:
         raise ValueError(
-            f"--fsep-record-layouts {quoted(recorded)}: is being replayed "
-            f"(--fsep-replay-layouts {quoted(replayed)}); record to another folder"
+            f"--fsep-record-layouts {quoted(recorded)} would write over the input of "
+            f"--fsep-replay-layouts {quoted(replayed)}; record to another folder"
         )

@@ -14,6 +14,10 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.layout import MAX_EXPERTS, default_capacity
 
 
+class RefusedError(ValueError):
+    """A run was asked for what cannot work; the message, which launchers print alone, says so."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """One unsupported setting.
@@ -298,7 +302,7 @@ def check(args: Namespace, config: FSEPConfig) -> None:
     """Refuse what FSEP cannot run with, all of it in one message.
 
     Raises:
-        ValueError: what was given, why it cannot work, and what would.
+        RefusedError: what was given, why it cannot work, and what would.
     """
     problems = [
         f"{given}: {refusal.reason}; {refusal.way_out}"
@@ -308,10 +312,9 @@ def check(args: Namespace, config: FSEPConfig) -> None:
     if not problems:
         problems = _shape_problems(args, config)
     if problems:
-        raise ValueError(
-            "--expert-parallel-mode fsep cannot run with these settings:\n  "
-            + "\n  ".join(problems)
-        )
+        many = "these settings:\n  " + "\n  ".join(problems)
+        listed = problems[0] if len(problems) == 1 else many
+        raise RefusedError(f"--expert-parallel-mode fsep cannot run with {listed}")
 
 
 def warnings(

@@ -87,6 +87,14 @@ class Cluster:
         number = int(self.run(*sbatch, cwd=cwd, environment=environment))
         return Job(self, number)
 
+    def cancel_jobs(self) -> None:
+        """End all jobs and wait until their nodes are free."""
+        self.run("scancel", f"--user={getpass.getuser()}")
+        deadline_s = time.monotonic() + _WAIT_S
+        while left := self.run("squeue", "--noheader"):
+            assert time.monotonic() < deadline_s, f"still there:\n{left}"
+            time.sleep(0.1)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -133,9 +141,10 @@ class Job:
         return self.field("JobState")
 
     def restart_now(self) -> None:
-        """Requeued jobs wait for two minutes by default; this one does not."""
+        """Requeued jobs wait for two minutes by default; this one hardly does."""
         self.wait_until(lambda: self.field("JobState") == "PENDING", "requeued")
-        self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        # In the second of its end its credentials are still refused.
+        self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now+2")
 
 
 @contextlib.contextmanager
@@ -259,23 +268,24 @@ def start_node(cluster: Cluster, node: str) -> None:
     cluster.run("slurmd", "-N", node)
 
 
-def kill_node(cluster: Cluster, node: str) -> None:
-    """A node's machine goes away: its daemon and everything that it has started, with SIGKILL."""
-    pid = int((cluster.folder / f"slurmd.{node}.pid").read_text())
-    victims = [psutil.Process(pid)]
+def kill_node(cluster: Cluster, node: str, silently: bool) -> None:
+    """A node's machine goes away: its daemon and everything that it has started, with SIGKILL.
+
+    Args:
+        silently: nobody hears of it before Slurm misses the node; else the step's manager still
+            reports how its processes ended, and ends itself.
+    """
+    victims = [psutil.Process(int((cluster.folder / f"slurmd.{node}.pid").read_text()))]
     for process in _processes(cluster):
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("SLURMD_NODENAME") == node or _is_step_of(process, node):
-                victims.append(process)
+            if process.environ().get("SLURMD_NODENAME") == node:
+                managers = [each for each in process.parents() if each.name() == "slurmstepd"]
+                victims += [*managers, process] if silently else [process]
     for process in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+            if silently or process.name() != "slurmstepd":
+                process.kill()
     psutil.wait_procs(victims, timeout=60.0)
-
-
-def _is_step_of(process: psutil.Process, node: str) -> bool:
-    # The step's manager says in its title which job it serves, and in its arguments which node.
-    return process.name().startswith("slurmstepd") and node in " ".join(process.cmdline())
 
 
 def _processes(cluster: Cluster) -> list[psutil.Process]:
@@ -290,9 +300,8 @@ def _processes(cluster: Cluster) -> list[psutil.Process]:
 
 
 def _end(cluster: Cluster) -> None:
-    with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
-        cluster.run("scancel", "--full", "--signal=KILL", "--partition=test,urgent")
-        cluster.run("scancel", "--partition=test,urgent")
+    with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired, AssertionError):
+        cluster.cancel_jobs()
     for path in (*cluster.folder.glob("*.pid"), cluster.folder / "munge" / "pid"):
         with contextlib.suppress(OSError, ValueError):
             os.kill(int(path.read_text()), signal.SIGTERM)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
 import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_laer import config as settings
 from megatron_laer import launcher, support
+from megatron_laer.config import FSEPConfig
 from megatron_laer.files import quoted, read_text
 from megatron_laer.platform import cpu
 from megatron_laer.platform.versions import check_version
@@ -46,11 +48,12 @@ def _with_fsep_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_megatron_arguments(parser: Any) -> Any:
         mode, yaml_cfg = _asked_for()
-        if yaml_cfg is not None:
-            _refuse_yaml(yaml_cfg)
-        if mode == settings.FSEP_MODE:
-            # Megatron reads them as they are while it adds its arguments and parses.
-            launcher.check_ranks(os.environ)
+        with _refusing():
+            if yaml_cfg is not None:
+                _refuse_yaml(yaml_cfg)
+            if mode == settings.FSEP_MODE:
+                # Megatron reads them as they are while it adds its arguments and parses.
+                launcher.check_ranks(os.environ)
         parser = settings.add_arguments(original(parser))
         if mode == settings.FSEP_MODE:
             # None tells what was left out from what was given, and Megatron then takes what it
@@ -99,19 +102,12 @@ def _refuse_yaml(path: str) -> None:
 def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def validate_args(args: Namespace, *rest: Any, **kwargs: Any) -> Any:
-        config = settings.config_from_args(args)
+        with _refusing():
+            config = settings.config_from_args(args)
+            if config is not None:
+                config, filled = _checked(args, config, rest[0] if rest else kwargs.get("defaults"))
         if config is None:
             return original(args, *rest, **kwargs)
-        if getattr(args, "deterministic_mode", False):
-            if settings.given_flags(args).get("late_plan") == "keep":
-                raise ValueError(
-                    "--fsep-late-plan keep: --deterministic-mode waits for plans; leave one out"
-                )
-            config = settings.deterministic(config)
-        filled = support.fill_in(args, rest[0] if rest else kwargs.get("defaults", {}))
-        support.check(args, config)
-        if config.node_size is None:
-            launcher.told_ranks_per_node(os.environ, args.world_size)
         # Megatron demands that experts divide over ranks, which slots do not need. It reads the
         # number for nothing else before the model is built.
         experts, ranks = args.num_experts, args.expert_model_parallel_size
@@ -128,11 +124,42 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
             on_cuda = not cpu.installed()
             for warning in support.warnings(args, config, os.environ, on_cuda=on_cuda):
                 logger.warning("FSEP: %s", warning)
-        enable(config, seed=args.seed)
+        with _refusing():
+            enable(config, seed=args.seed)
         install_metrics(args)
         return result
 
     return validate_args
+
+
+def _checked(
+    args: Namespace, config: FSEPConfig, script_defaults: Mapping[str, object] | None
+) -> tuple[FSEPConfig, list[str]]:
+    """The config in force, with the flags that were filled in.
+
+    Raises:
+        ValueError: what cannot work, before Megatron looks at the arguments.
+    """
+    if getattr(args, "deterministic_mode", False):
+        if settings.given_flags(args).get("late_plan") == "keep":
+            raise ValueError(
+                "--fsep-late-plan keep: --deterministic-mode waits for plans; leave one out"
+            )
+        config = settings.deterministic(config)
+    filled = support.fill_in(args, script_defaults or {})
+    support.check(args, config)
+    if config.node_size is None:
+        launcher.told_ranks_per_node(os.environ, args.world_size)
+    return config, filled
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Tell a launcher that what is raised here is about what the user asked for."""
+    try:
+        yield
+    except ValueError as error:
+        raise support.RefusedError(str(error)) from error
 
 
 ARGUMENT_PATCHES = (

@@ -128,7 +128,7 @@ def test_a_bad_recording_is_refused_on_every_rank(
     )
     path = tmp_path / "group-0.jsonl"
     if spoil is None:
-        path.unlink()
+        path.rename(tmp_path / "group-7.jsonl")  # of a run with more groups
     else:
         path.write_text("\n".join(spoil(path.read_text().splitlines())))
     results: list[Any] = pool.run_raw(

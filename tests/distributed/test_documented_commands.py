@@ -33,7 +33,11 @@ SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
     "README.md": ON_TWO_CPU_RANKS | SHORT,
     "plan.md": ON_TWO_CPU_RANKS | SHORT,
     # The batch script's own tests run it in a Slurm; here it prints what it would start.
-    "slurm.md": {"/data/": "data/"},
+    "slurm.md": {
+        "/data/": "data/",
+        # Outside of Slurm, which has pyxis, it is refused.
+        "CONTAINER_IMAGE=/images/pytorch.sqsh CONTAINER_MOUNTS=/data:/data ": "",
+    },
     "end_to_end.md": {"--ranks 2 --json": "--ranks 2 --quick --json"},
 }
 # What a page takes for granted.

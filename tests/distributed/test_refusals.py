@@ -134,7 +134,7 @@ def test_what_cannot_work_is_refused_on_every_rank(
     flags, quoted, offered = CASES[case]
     results = ranks(2).run_raw(train, commands(text_data, f"{FSEP} {flags}"))
     for result in results:
-        assert result.type_name == "ValueError", result.traceback
+        assert result.type_name == "RefusedError", result.traceback
         assert quoted in result.message and offered in result.message, result.message
 
 
@@ -143,7 +143,7 @@ def test_fsep_without_experts_is_refused(ranks: Callable[[int], RankPool], text_
     at = flags.index("--num-experts")
     del flags[at : at + 2]
     for result in ranks(2).run_raw(train, flags):
-        assert result.type_name == "ValueError"
+        assert result.type_name == "RefusedError"
         assert "--num-experts" in result.message
 
 
@@ -151,7 +151,7 @@ def test_an_fsep_flag_without_the_mode_is_refused(
     ranks: Callable[[int], RankPool], text_data: str
 ) -> None:
     for result in ranks(2).run_raw(train, commands(text_data, " --fsep-capacity 5")):
-        assert result.type_name == "ValueError"
+        assert result.type_name == "RefusedError"
         assert "--fsep-capacity 5" in result.message
         assert "--expert-parallel-mode fsep" in result.message
 
@@ -179,7 +179,7 @@ def test_what_a_launcher_cannot_mean_is_refused_on_every_rank(
     for result in ranks(2).run_raw(
         train_told, variables, commands(text_data, FSEP), timeout_s=60.0
     ):
-        assert result.type_name == "ValueError", result.traceback
+        assert result.type_name == "RefusedError", result.traceback
         assert quoted in result.message and "torchrun" in result.message, result.message
 
 
@@ -190,7 +190,7 @@ def test_settings_in_megatrons_yaml_file_are_refused(
     file.write_text("num_experts: 8\nexpert_parallel_mode: fsep\nfsep_capacity: 5\n")
     flags = commands(text_data, f" --yaml-cfg {file}")
     for result in ranks(2).run_raw(train, flags, timeout_s=60.0):
-        assert result.type_name == "ValueError", result.traceback
+        assert result.type_name == "RefusedError", result.traceback
         assert "expert_parallel_mode, fsep_capacity" in result.message, result.message
         assert "as flags" in result.message
 
@@ -223,7 +223,7 @@ def test_our_script_refuses_what_only_megatrons_script_does(
     ranks: Callable[[int], RankPool], text_data: str, flag: str
 ) -> None:
     for result in ranks(2).run_raw(train, commands(text_data, f" {flag}")):
-        assert result.type_name == "ValueError", result.traceback
+        assert result.type_name == "RefusedError", result.traceback
         assert flag in result.message
         assert "megatron_laer train" in result.message
 

@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,8 +91,11 @@ def make(slurm_cluster: Cluster, text_data: str, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture
-def training(make: Make, tmp_path: Path) -> Training:
-    return make(tmp_path)
+def training(make: Make, tmp_path: Path) -> Iterator[Training]:
+    """This test's jobs, of which none is left after it."""
+    training = make(tmp_path)
+    yield training
+    training.cluster.cancel_jobs()
 
 
 @pytest.fixture(scope="module")
@@ -218,14 +221,18 @@ def test_both_modes_train_in_one_job_and_are_compared(training: Training) -> Non
 
 @pytest.mark.nightly
 @pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
+@pytest.mark.parametrize("silently", [True, False], ids=["Slurm sees it", "ranks see it"])
 def test_a_job_that_loses_a_node_goes_on_when_it_is_back(
-    training: Training, undisturbed: Job
+    training: Training, undisturbed: Job, silently: bool
 ) -> None:
     job = training.submit_held()
     lost = training.cluster.nodes[1]
-    kill_node(training.cluster, lost)
-    job.wait_until(lambda: job.field("JobState") == "PENDING", "requeued")
-    start_node(training.cluster, lost)
+    kill_node(training.cluster, lost, silently)
+    try:
+        job.wait_until(lambda: job.field("JobState") == "PENDING", "requeued")
+        assert ("not all nodes answer" in job.log) != silently
+    finally:
+        start_node(training.cluster, lost)
     job.restart_now()
     assert job.end() == "COMPLETED", job.log[-6000:]
     assert job.field("Restarts") == "1"
@@ -234,21 +241,27 @@ def test_a_job_that_loses_a_node_goes_on_when_it_is_back(
 
 @pytest.mark.nightly
 @pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
+@pytest.mark.parametrize(
+    ("time_limit", "signalled", "margin"),
+    # Slurm sends its signal up to a minute early.
+    [("60", "USR1@300", "57"), ("5", "USR1@60", "0")],
+    ids=["Megatron's clock", "Slurm's signal"],
+)
 def test_a_job_saves_before_its_time_limit_and_goes_on_in_another(
-    training: Training, undisturbed: Job
+    training: Training, undisturbed: Job, time_limit: str, signalled: str, margin: str
 ) -> None:
-    # Slurm sends the signal up to a minute early, when the ranks are held, or later.
     job = training.submit(
-        *(*TWO_NODES, "--time=4", "--signal=USR1@120"),
+        *(*TWO_NODES, f"--time={time_limit}", f"--signal={signalled}"),
         held=True,
         CHECKPOINT=str(training.checkpoint),
-        MARGIN_MIN="0",
+        MARGIN_MIN=margin,
     )
     job.wait_for_text("requeued (1 of 100)")
-    assert saved_iteration(training.checkpoint) == HELD_IN
+    saved = saved_iteration(training.checkpoint)
+    assert f"{training.checkpoint} is at step {saved} of {STEPS}" in job.log
     job.restart_now()
     assert job.end() == "COMPLETED", job.log[-6000:]
-    assert_same(job, undisturbed, HELD_IN)
+    assert_same(job, undisturbed, saved)
 
 
 @pytest.mark.nightly

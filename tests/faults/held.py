@@ -1,4 +1,5 @@
-"""`pretrain_gpt.py` that stops in the middle of a step, until a signal says that the run shall end.
+"""`pretrain_gpt.py` that stops in the middle of a step, until the run shall end: by a signal, or by
+`--exit-duration-in-mins`.
 
 HELD_IN_STEP is the step, counted from 1; HELD_FOLDER remembers that a rank was held, since each is
 held once. A held rank says so, with its process id. What then happens to it is the tests' business.
@@ -31,9 +32,13 @@ def forward_step(*args: Any, **kwargs: Any) -> Any:
     if get_args().curr_iteration + 1 == int(os.environ["HELD_IN_STEP"]) and not held.exists():
         held.touch()
         print(f"rank {rank} is held, process {os.getpid()}", flush=True)
-        while not get_signal_handler()._signal_received:
+        while not (get_signal_handler()._signal_received or time.time() > _end_s()):
             time.sleep(0.02)
     return _forward_step(*args, **kwargs)
+
+
+def _end_s() -> float:
+    return pretrain_gpt._STARTED_S + 60.0 * (get_args().exit_duration_in_mins or float("inf"))
 
 
 pretrain_gpt.forward_step = forward_step

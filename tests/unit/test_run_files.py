@@ -116,7 +116,7 @@ def test_a_recording_is_not_written_over_while_it_is_replayed(
     monkeypatch.chdir(recording.parent)
     recorded = ALIASES[alias](recording)
     config = FSEPConfig(replay_layouts=str(recording), record_layouts=recorded)
-    with pytest.raises(ValueError, match="is being replayed") as error:
+    with pytest.raises(ValueError, match="would write over the input") as error:
         run_files.check(config)
     assert f"--fsep-record-layouts {recorded!r}" in str(error.value)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.platform.cpu import CPU_FLAGS
-from tests import processes
+from tests import processes, slurm
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
@@ -379,6 +379,14 @@ def test_the_slurm_command_line_trains_on_this_machine(text_data, tmp_path):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert "fsep_load_imbalance" in result.stdout
     assert "validation loss at iteration 2" in result.stdout
+
+
+@pytest.mark.unit
+def test_the_command_to_install_slurm_is_the_same_everywhere():
+    script = (_ROOT / ".ci" / "run").read_text()
+    assert f"packages=({slurm.PACKAGES})" in script
+    assert f"export {slurm.NEEDED_VARIABLE}=1" in script
+    assert f"\n{slurm.INSTALL}\n" in (_ROOT / "docs" / "slurm.md").read_text()
 
 
 # The patch for forks.

@@ -9,13 +9,17 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_laer.support import REFUSALS
+from tests import processes
 from tests.releases import refused_flags
 
 pytestmark = [pytest.mark.unit, pytest.mark.releases]
+
+SCRIPT = Path(__file__).resolve().parents[2] / "pretrain_gpt.py"
 
 # The base line alone is fine; added to it, each of the others is refused for its setting.
 BASE = (
@@ -242,3 +246,27 @@ def test_what_fsep_needs_is_the_default_and_what_somebody_gave_is_not_overruled(
 def test_every_refusal_is_listed_here_once() -> None:
     settings = [refusal.setting for refusal in REFUSALS]
     assert sorted(settings) == sorted(REFUSED)
+
+
+@pytest.mark.parametrize(
+    "launcher", [[], ["-m", "megatron_laer", "train"]], ids=["script", "train"]
+)
+def test_a_refusal_is_a_line_without_a_traceback_and_status_2(launcher: list[str]) -> None:
+    flags = BASE.split()
+    dashes = ["--"] if launcher else []
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", *launcher, str(SCRIPT), *dashes, *flags],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "MEGATRON_LAER_DEVICE": "cpu",
+            "PYTHONPATH": processes.python_path(),
+            "RANK": "1",
+            "WORLD_SIZE": "0x2",
+        },
+        timeout=300,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "WORLD_SIZE='0x2'" in result.stderr.splitlines()[-1]

@@ -1,0 +1,110 @@
+"""The routers' decisions in a run: recorded, compared with another run's, and given to a run.
+
+Megatron's top-k is asked through the seam of its routing replay (`RouterReplay`); the router's
+other parts, losses among them, do not come into it.
+
+Legend: C router calls in a run's order (step, microbatch, layer), T tokens, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tests.parity.training import Record, rank_of_environment, train
+
+Chosen = npt.NDArray[np.int16]
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What each router call saw and what its top-k chose by itself, also where it was overruled.
+
+    Attributes:
+        scores_CTE: what top-k was taken of; logits for a softmax router.
+        chosen_CTK: experts, the highest score first.
+    """
+
+    scores_CTE: npt.NDArray[np.float32]
+    chosen_CTK: Chosen
+
+    @classmethod
+    def of_all_ranks(cls, parts: list[Decisions]) -> Decisions:
+        """The calls of ranks that run side by side, each with the tokens of all of them."""
+        return cls(
+            np.concatenate([part.scores_CTE for part in parts], axis=1),
+            np.concatenate([part.chosen_CTK for part in parts], axis=1),
+        )
+
+    def margins_T(self, call: int) -> npt.NDArray[np.float32]:
+        """How far the lowest score that a call chose is above the highest that it did not."""
+        top_k = self.chosen_CTK.shape[2]
+        ascending_TE = np.sort(self.scores_CTE[call], axis=1)
+        return ascending_TE[:, -top_k] - ascending_TE[:, -top_k - 1]
+
+    def gaps_CT(self, other: Decisions) -> npt.NDArray[np.float32]:
+        """The largest difference between a token's scores in the two runs."""
+        return np.abs(self.scores_CTE - other.scores_CTE).max(axis=2)
+
+    def differ_CT(self, other: Decisions) -> npt.NDArray[np.bool_]:
+        """Whether a token chose other experts, in whatever order."""
+        return _differ(self.chosen_CTK, other.chosen_CTK)
+
+
+def _differ(one: Chosen, other: Chosen) -> npt.NDArray[np.bool_]:
+    return (np.sort(one, axis=-1) != np.sort(other, axis=-1)).any(axis=-1)
+
+
+@dataclass
+class _TopK:
+    """Takes the place of a router's `RouterReplay`; one serves all routers of a rank."""
+
+    given_CTK: Chosen | None
+    scores: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    chosen: list[Chosen] = field(default_factory=list)
+
+    def get_replay_topk(
+        self,
+        scores: torch.Tensor,
+        topk: int,
+        num_groups: int | None,
+        group_topk: int | None,
+        default_compute_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by Megatron: values and indices of the top-k, as given where they differ."""
+        values, own_TK = default_compute_topk(scores, topk, num_groups, group_topk)
+        call = len(self.chosen)
+        self.scores.append(scores.detach().float().numpy().copy())
+        self.chosen.append(own_TK.numpy().astype(np.int16))
+        if self.given_CTK is None:
+            return values, own_TK
+        # Tokens that choose alike keep their own order, which decides a softmax's last bit.
+        differ_T = torch.from_numpy(_differ(self.chosen[call], self.given_CTK[call]))
+        given_TK = torch.from_numpy(self.given_CTK[call]).to(own_TK.dtype)
+        used_TK = torch.where(differ_T[:, None], given_TK, own_TK)
+        return scores.gather(1, used_TK), used_TK
+
+
+def train_choosing(flags: list[str], given: list[Chosen] | None = None) -> tuple[Record, Decisions]:
+    """A run of `train`, with this rank's decisions. Collective.
+
+    Args:
+        given: each rank's `chosen_CTK` of another run, which this one must follow.
+    """
+    from megatron.core.transformer.moe import router
+
+    route = router.topk_routing_with_score_function
+    top_k = _TopK(None if given is None else given[rank_of_environment()])
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        return route(*args, **{**kwargs, "router_replay": top_k})
+
+    with mock.patch.object(router, "topk_routing_with_score_function", observed):
+        record = train(flags)
+    return record, Decisions(np.stack(top_k.scores), np.stack(top_k.chosen))
