@@ -202,8 +202,12 @@ def _status_of(words: Sequence[str]) -> int:
     sys.modules["megatron.training"].pretrain = training.pretrain = accepted
     try:
         return cli.main(words)
-    except SystemExit as stopped:
-        return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+    except SystemExit as stopped:  # as Python itself does with it
+        if isinstance(stopped.code, int):
+            return stopped.code
+        if stopped.code is not None:
+            print(stopped.code, file=sys.stderr)
+        return int(stopped.code is not None)
 
 
 if __name__ == "__main__":

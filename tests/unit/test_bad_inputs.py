@@ -29,20 +29,14 @@ LEAST = 400
 
 
 @pytest.fixture(scope="module")
-def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Ended], dict[str, str]]:
-    """How each case ended, and what has changed in the folder of the inputs."""
+def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Ended], set[str]]:
+    """How each case ended, and which entries of the folder of the inputs have changed."""
     folder = tmp_path_factory.mktemp("inputs")
     inputs.make(folder)
-    before = dict(_content(folder))
+    before = set(_content(folder))
     jobs = [Job(case.words, str(folder), case.environment) for case in CASES]
     ended = list(run_all(jobs))
-    after = dict(_content(folder))
-    changed = {
-        name: f"{before.get(name)} -> {after.get(name)}"
-        for name in before.keys() | after.keys()
-        if before.get(name) != after.get(name)
-    }
-    return ended, changed
+    return ended, {name for name, _ in before ^ set(_content(folder))}
 
 
 def _content(folder: Path) -> Iterator[tuple[str, str]]:
@@ -91,7 +85,7 @@ COUNTS = Counter(f"bad_inputs_of_{case.command.replace('-', '_')}" for case in C
 
 @pytest.mark.counts(**COUNTS)
 def test_every_bad_input_gets_one_message_that_quotes_it(
-    tried: tuple[list[Ended], dict[str, str]],
+    tried: tuple[list[Ended], set[str]],
 ) -> None:
     ended, _ = tried
     assert len(ended) == len(CASES)
@@ -104,11 +98,44 @@ def test_every_bad_input_gets_one_message_that_quotes_it(
     assert not failures, f"{len(failures)} of {len(CASES)}:\n" + "\n".join(failures)
 
 
-def test_no_bad_input_changes_a_file(tried: tuple[list[Ended], dict[str, str]]) -> None:
+def test_no_bad_input_changes_a_file(tried: tuple[list[Ended], set[str]]) -> None:
     _, changed = tried
-    assert changed == {}
+    assert changed == set()
 
 
 def test_there_are_hundreds_of_different_bad_inputs() -> None:
     different = {(case.words, tuple(sorted(case.environment.items()))) for case in CASES}
     assert len(different) == len(CASES) >= LEAST
+
+
+# Scripts that `train` runs, and the problem that is found with each.
+WRONG = {
+    "print(end='')": "status 0",
+    "raise ValueError('x')": "a traceback",
+    "import sys; sys.exit('one\\ntwo')": "2 messages",
+    "import sys; sys.exit('another')": "does not say 'quoted'",
+    "while True: pass": "stopped by 10 s of processor time",
+    "x = bytearray(b'x' * 3 * 2**30)": "stopped by 2,147,483,648 bytes resident",
+}
+
+
+def test_the_harness_finds_what_goes_wrong(tmp_path: Path) -> None:
+    scripts = [tmp_path / f"{number}.py" for number in range(len(WRONG))]
+    for script, code in zip(scripts, WRONG, strict=True):
+        script.write_text(code)
+    cases = [Case(("train", str(script)), "quoted") for script in scripts]
+    ended = run_all(Job(case.words, str(tmp_path), {}) for case in cases)
+    for case, end, problem in zip(cases, ended, WRONG.values(), strict=True):
+        assert problem in _problems(case, end)
+
+
+def test_the_harness_finds_what_was_changed(tmp_path: Path) -> None:
+    inputs.make(tmp_path)
+    before = set(_content(tmp_path))
+    assert before == set(_content(tmp_path))
+    kept = tmp_path / "kept.json"
+    stat = kept.stat()
+    kept.write_text("[]")
+    os.utime(kept, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    (tmp_path / "out" / "new").touch()
+    assert {name for name, _ in before ^ set(_content(tmp_path))} == {"kept.json", "out/new"}

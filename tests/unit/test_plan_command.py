@@ -409,6 +409,18 @@ def test_a_plan_takes_no_more_memory_than_estimated(trace):
     assert peak_bytes < 2**24 + work(512, 8).bytes
 
 
+def test_a_model_without_gates_is_planned_as_one_and_told_so(tmp_path, trace, capsys):
+    path = recording(tmp_path / "x.trace", trace)
+    sizes = "hidden_size: 64, ffn-hidden-size: 32, num-experts: 8"
+    for more, gated in (("", False), (", swiglu: true", True), (", quick_geglu: true", True)):
+        (tmp_path / "x.yaml").write_text(f"{{description: d, moe: {{{sizes}{more}}}}}")
+        words = ("--strategy", "static", "--config", tmp_path / "x.yaml")
+        status, out, err = run(path, *words, "--json", tmp_path / "x.json", capsys=capsys)
+        assert status == 0, err
+        assert ("experts of 64 x 32, not gated" in out) is not gated
+        assert json.loads((tmp_path / "x.json").read_text())["expert_sizes"]["gated"] is gated
+
+
 def test_what_would_take_too_long_is_refused_with_what_would_fit():
     many = work(4096, 256)
     hours = many.seconds / 3600
