@@ -91,9 +91,7 @@ class _TopK:
         return scores.gather(1, used_TK), used_TK
 
 
-def train_choosing(
-    flags: list[str], given: list[Chosen] | None = None
-) -> tuple[Record, Decisions]:
+def train_choosing(flags: list[str], given: list[Chosen] | None = None) -> tuple[Record, Decisions]:
     """A run of `train`, with this rank's decisions. Collective.
 
     Args:
