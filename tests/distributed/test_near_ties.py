@@ -72,11 +72,13 @@ class Reference:
         rounding_C: how far apart scores may be by each call, over all calls before it as well: some
             times the distance to a stock run with different expert placement and the same choices.
         floor: that run's distance.
+        differ_CT: where that run would have chosen otherwise by itself.
     """
 
     stock: Run
     rounding_C: npt.NDArray[np.float32]
     floor: Distance
+    differ_CT: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,27 @@ class Comparison:
         """Whether scores are further apart than rounding explains."""
         return bool((self.gap_C > self.reference.rounding_C).any())
 
+    @property
+    def excess(self) -> float:
+        """The largest part of what rounding explains that scores differ by, until a choice differs.
+
+        The scores of the first decision that differs are themselves no further apart.
+        """
+        calls = len(self.gap_C) if self.first is None else self.first + 1
+        return float((self.gap_C / self.reference.rounding_C)[:calls].max())
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was looked at until a run left stock, and that run.
+
+    Attributes:
+        excess: `Comparison.excess` by name.
+    """
+
+    excess: dict[str, float]
+    leaving: Comparison | None
+
 
 def compare(name: str, train: Callable[..., Run], run: Run, reference: Reference) -> Comparison:
     """The comparison of a run that `train` repeats."""
@@ -118,15 +141,19 @@ def reference_of(train: Callable[..., Run]) -> Reference:
     """Train with stock, with half of the experts on each rank and with all of them on both."""
     stock = train("", expert_parallel=2)
     other = train("", expert_parallel=1, given=stock.chosen)
-    scores = stock.decisions
-    smallest_C = SMALLEST_FLOOR * np.abs(scores.scores_CTE).max(axis=(1, 2))
-    found_C = np.maximum(other.decisions.gaps_CT(scores).max(axis=1), smallest_C)
-    floor = distance(other.record, stock.record).at_least(SMALLEST_FLOOR)
-    return Reference(stock, FLOOR_FACTOR * np.maximum.accumulate(found_C), floor)
+    stocks, others = stock.decisions, other.decisions
+    smallest_C = SMALLEST_FLOOR * np.abs(stocks.scores_CTE).max(axis=(1, 2))
+    found_C = np.maximum(others.gaps_CT(stocks).max(axis=1), smallest_C)
+    return Reference(
+        stock,
+        rounding_C=FLOOR_FACTOR * np.maximum.accumulate(found_C),
+        floor=distance(other.record, stock.record).at_least(SMALLEST_FLOOR),
+        differ_CT=others.differ_CT(stocks),
+    )
 
 
 @pytest.fixture(scope="module")
-def compared(ranks: Callable[[int], RankPool], text_data: str) -> list[Comparison]:
+def searched(ranks: Callable[[int], RankPool], text_data: str) -> Search:
     """FSEP runs with one kind of layouts and order of data after the other, until one leaves."""
 
     def train(
@@ -143,34 +170,31 @@ def compared(ranks: Callable[[int], RankPool], text_data: str) -> list[Compariso
         results = ranks(2).run(train_choosing, flags, given)
         return Run(results[0][0], [decisions for _, decisions in results])
 
-    found: list[Comparison] = []
+    excess: dict[str, float] = {}
     for seed in SEEDS:
         reference = reference_of(partial(train, seed))
         for layouts in LAYOUTS:
             again = partial(train, seed, f" --expert-parallel-mode fsep {layouts}")
-            found.append(compare(f"{layouts}, seed {seed}", again, again(), reference))
-            if found[-1].leaves:
-                return found
-    return found
+            found = compare(f"{layouts}, seed {seed}", again, again(), reference)
+            excess[found.name] = found.excess
+            if found.leaves:
+                return Search(excess, found)
+    return Search(excess, None)
 
 
 @pytest.fixture
-def leaving(compared: list[Comparison]) -> Comparison:
+def leaving(searched: Search) -> Comparison:
     """The run that leaves stock."""
-    names = "; ".join(each.name for each in compared)
-    assert compared[-1].leaves, f"no run left stock, so nothing is shown: {names}"
-    return compared[-1]
+    assert searched.leaving is not None, (
+        f"no run left stock, so nothing is shown: {'; '.join(searched.excess)}"
+    )
+    return searched.leaving
 
 
-def test_scores_are_stocks_but_for_rounding_until_a_decision_differs(
-    compared: list[Comparison],
-) -> None:
-    for each in compared:
-        # The scores of the first decision that differs are themselves no further apart.
-        calls = len(each.gap_C) if each.first is None else each.first + 1
-        excess = (each.gap_C / each.reference.rounding_C)[:calls].max()
-        print(f"\n{each.name}: {calls} calls, {FLOOR_FACTOR * excess:.1f} of {FLOOR_FACTOR} floors")
-        assert excess <= 1.0, f"{each.name}: left stock before a decision differed"
+def test_scores_are_stocks_but_for_rounding_until_a_decision_differs(searched: Search) -> None:
+    for name, excess in searched.excess.items():
+        print(f"\n{name}: {FLOOR_FACTOR * excess:.1f} of {FLOOR_FACTOR} floors")
+        assert excess <= 1.0, f"{name}: left stock before a decision differed"
 
 
 def test_the_first_decision_that_differs_is_a_near_tie(
@@ -183,10 +207,12 @@ def test_the_first_decision_that_differs_is_a_near_tie(
     margins = stock.margins_T(call)[tokens]
     gaps = leaving.run.decisions.gaps_CT(stock)[call, tokens]
     rounding = leaving.reference.rounding_C[call]
+    shared = leaving.reference.differ_CT[call, tokens].sum()
     figures = (
         f"{leaving.name}: step {call // LAYERS + 1}, layer {call % LAYERS + 1}, tokens "
         f"{tokens.tolist()} of {leaving.differ_CT.shape[1]}: margin {margins.max():.1e}, scores "
-        f"{gaps.max():.1e} from stock's, floor {rounding / FLOOR_FACTOR:.1e}"
+        f"{gaps.max():.1e} from stock's, floor {rounding / FLOOR_FACTOR:.1e}; "
+        f"of these tokens {shared} for a stock run with different expert placement too"
     )
     record_property("near_tie", figures)
     print(f"\n{figures}")
