@@ -12,7 +12,6 @@ Legend: C router calls in a run's order (step, layer), T tokens of all ranks.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
