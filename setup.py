@@ -23,7 +23,7 @@ NATIVE = Pybind11Extension(
     depends=sorted(glob("megatron_laer/planner/native/*.hpp")),
     define_macros=[("LAER_SOURCES", f'"{digest(Path("megatron_laer/planner/native"))}"')],
     cxx_std=17,
-    extra_compile_args=["-O3"],
+    extra_compile_args=["-O3", "-Wall", "-Wextra"],
 )
 
 setup(

@@ -312,8 +312,8 @@ def check(args: Namespace, config: FSEPConfig) -> None:
     if not problems:
         problems = _shape_problems(args, config)
     if problems:
-        many = "these settings:\n  " + "\n  ".join(problems)
-        listed = problems[0] if len(problems) == 1 else many
+        numbered = " ".join(f"({number}) {text}." for number, text in enumerate(problems, start=1))
+        listed = problems[0] if len(problems) == 1 else f"these settings: {numbered}"
         raise RefusedError(f"--expert-parallel-mode fsep cannot run with {listed}")
 
 

@@ -38,7 +38,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     counted = {True: Counter(slurm_jobs=0), False: Counter[str]()}
     for passed, cases in found.values():
         counted[passed].update(cases)
-    for kind in sorted(counted[True] | counted[False]):
+    for kind in sorted({*counted[True], *counted[False]}):
         passed, failed = counted[True][kind], counted[False][kind]
         terminalreporter.write_line(f"{kind.replace('_', ' ')}: {passed} passed, {failed} failed")
 

@@ -1,7 +1,8 @@
 """A Slurm of its own for tests: controller, nodes on loopback addresses, and jobs, as the own user.
 
-Needs the programs of Slurm and munge, but no systemd, no cgroups and no /etc/hosts; root is needed
-only to install them. Several of these clusters run side by side. Nothing here knows of training.
+Needs the programs of Slurm and munge, but no systemd, no cgroups and no names to resolve; root is
+needed only to install them. Several of these clusters run side by side. Nothing here knows of
+training.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ as few as possible leave their rank: optimal on a single node, within 1.1 % on a
 worst over several nodes (random small cases; `tests/unit/test_exact_quotas.py` checks it).
 
 Integers, conserved, the same on every rank. The looped definition is in `reference_exact`; the
-flows are in `native/flow.cpp`, on graphs of size O(N*C) whatever N*E*N is.
+flows are in `native/flow.hpp`, on graphs of size O(N*C) whatever N*E*N is.
 
 It has the methods of `quotas.EvenSplit`, so that the runtime can switch; a caller that needs more
 than one of them takes them from `ExactSplit.solve`, which solves once.

@@ -212,14 +212,14 @@ class PlannerService:
         what is not planned by then is lost to a service that goes on from here. Changes nothing.
         """
 
-        def is_settled() -> bool:
+        def is_caught_up() -> bool:
             busy = any(self._is_full(opened) for opened in self._open.values())
             return not busy or self._closing or not self._alive
 
         with self._changed:
-            settled = self._changed.wait_for(is_settled, timeout_s)
+            caught_up = self._changed.wait_for(is_caught_up, timeout_s)
             plans = [self._complete[step] for step in sorted(self._complete)]
-            return dict(self._forecasts), plans, settled
+            return dict(self._forecasts), plans, caught_up
 
     def drop_late_steps(self) -> None:
         """Stop being `lossless`: the caller does not wait any more."""

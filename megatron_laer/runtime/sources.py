@@ -25,7 +25,7 @@ from megatron_laer.runtime.layout_recording import LayoutRecording, Regime
 WAIT_TIMEOUT_S = 120.0
 
 # How long saving a checkpoint waits for plans in the making under `keep`.
-SETTLE_TIMEOUT_S = 1.0
+PLANS_TIMEOUT_S = 1.0
 
 
 class LayoutSource(Protocol):
@@ -118,9 +118,9 @@ class PlannedLayouts:
 
         Waits for plans in the making: under `wait` as long as a step would, else a moment.
         """
-        timeout_s = WAIT_TIMEOUT_S if self._wait else SETTLE_TIMEOUT_S
-        forecasts, plans, settled = self._service.state(timeout_s)
-        if self._wait and not settled:
+        timeout_s = WAIT_TIMEOUT_S if self._wait else PLANS_TIMEOUT_S
+        forecasts, plans, caught_up = self._service.state(timeout_s)
+        if self._wait and not caught_up:
             self._stop_waiting()
         return tuple(forecasts[layer] for layer in self._layers), tuple(plans)
 

@@ -133,7 +133,6 @@ def test_settings_that_slurm_hides_are_asked_for_and_may_be_given_by_name(
 # Requeue.
 
 
-@pytest.mark.quick
 @pytest.mark.counts(slurm_jobs=1)
 def test_a_requeued_job_keeps_its_log_and_says_whose_checkpoint_it_goes_on_from(
     slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path

@@ -99,12 +99,12 @@ def test_state_does_not_wait_for_ever_and_leaves_out_what_is_not_planned() -> No
 
     service = PlannerService(Hung(), [0], ExpertLayout.static(*SHAPE), pytest.fail, lossless=True)
     service.submit(0, 0, counts(0, 0))
-    _, plans, settled = service.state(timeout_s=0.05)
-    assert not settled
+    _, plans, caught_up = service.state(timeout_s=0.05)
+    assert not caught_up
     assert plans == []
     go_on.set()
-    _, plans, settled = service.state(timeout_s=300.0)
-    assert settled
+    _, plans, caught_up = service.state(timeout_s=300.0)
+    assert caught_up
     assert [plan.source_step for plan in plans] == [0]
     assert service.wait(0, 300.0) is plans[0]  # asking changed nothing
     assert service.close(300.0)

@@ -382,6 +382,57 @@ def test_the_slurm_command_line_trains_on_this_machine(text_data, tmp_path):
 
 
 @pytest.mark.unit
+@pytest.mark.parametrize("may_install", [True, False])
+def test_continuous_integration_needs_slurm_once_it_is_there(tmp_path, may_install):
+    for folder in (".ci", "scripts", "bin"):
+        (tmp_path / folder).mkdir()
+    # No machine's own Slurm may be found.
+    script = (_ROOT / ".ci" / "run").read_text().replace("/usr/sbin", "/nowhere")
+    # Root only installs.
+    script = script.replace("EUID == 0", "1")
+    (tmp_path / ".ci" / "run").write_text(script)
+    test = fake_python(tmp_path / "scripts", "test.sh", 'echo "needed: $MEGATRON_LAER_NEED_SLURM"')
+    test.write_text(test.read_text().replace("#!/bin/sh", f"#!{shutil.which('bash')}"))
+    for tool in ("dirname", "bash", "touch", "chmod"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    install = """
+        [ "$1" = update ] && exit
+        echo "$*" >>log
+        for program in munged slurmctld slurmd sbatch; do touch bin/$program; done
+        chmod +x bin/*"""
+    fake_python(tmp_path / "bin", "apt-get", install if may_install else "exit 100")
+    result = shell(tmp_path / ".ci" / "run", PATH=str(tmp_path / "bin"))
+    assert result.returncode == 0, result.stderr
+    assert f"needed: {'1' if may_install else ''}\n" in result.stdout
+    if may_install:
+        options = f"install -qq --no-install-recommends {slurm.PACKAGES}\n"
+        assert (tmp_path / "log").read_text() == options
+    else:
+        assert "Slurm could not be installed" in result.stderr
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(("needed", "outcome"), [("0", "1 skipped"), ("1", "1 error")])
+def test_slurm_is_asked_for_by_name_where_it_is_missing(needed, outcome):
+    run = (
+        "import sys, pytest, tests.slurm; tests.slurm.PATH = '/nowhere'; "
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', sys.argv[1]]))"
+    )
+    test = "tests/distributed/test_slurm.py::test_a_time_limit_within_the_margin_is_refused"
+    result = subprocess.run(
+        [sys.executable, "-c", run, test],
+        env=os.environ | {slurm.NEEDED_VARIABLE: needed, "PYTHONPATH": processes.python_path()},
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert f"Slurm is not installed: {slurm.INSTALL} (missing: munged, " in result.stdout
+    assert outcome in result.stdout
+    assert "slurm jobs: 0 passed, " in result.stdout
+    assert result.returncode == int(needed)
+
+
+@pytest.mark.unit
 def test_the_command_to_install_slurm_is_the_same_everywhere():
     script = (_ROOT / ".ci" / "run").read_text()
     assert f"packages=({slurm.PACKAGES})" in script

@@ -86,7 +86,7 @@ def test_a_planner_that_hangs_is_waited_for_once_and_its_return_is_noticed(first
         assert not plans and source.late_plans == (60 if first == "a step" else 59)
 
         released.set()
-        stack.enter_context(mock.patch.object(sources, "SETTLE_TIMEOUT_S", 300.0))
+        stack.enter_context(mock.patch.object(sources, "PLANS_TIMEOUT_S", 300.0))
         # Of the 60 steps the first and the newest are planned, as under `keep`.
         _, plans = source.state()
         assert plans[-1].source_step == 59 and len(plans) <= 3

@@ -4,6 +4,9 @@
 // reaches ranks by pairs, one for each rank that hosts the expert. What a group takes beyond its
 // own tokens is foreign. Sources: Dinic's maximum flow; for the second problem successive shortest
 // paths by distance classes (primal-dual) after all foreign arcs were undone.
+//
+// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node,
+// U suppliers.
 #pragma once
 
 #include <cstdint>

@@ -1,14 +1,17 @@
-// Python's view of the native planner: checks nothing beyond sizes, see planner/exact.py. All work
-// is done without the GIL.
+// The native planner as a Python module: arrays in, arrays out, all work without the GIL. Values
+// are not checked here, only sizes; the callers in planner/*.py do that.
+//
+// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include "construct.hpp"
 #include "greedy.hpp"
+#include "match_previous.hpp"
 #include "proportional.hpp"
 #include "quotas.hpp"
 #include "search.hpp"
-#include "settle.hpp"
+#include "shape.hpp"
 
 namespace py = pybind11;
 
@@ -116,7 +119,7 @@ py::array_t<int16_t> make_layout(const Counts& counts_NE, const Slots& current_S
     std::vector<int64_t> node_counts_QE(static_cast<size_t>(shape.nodes()) * shape.experts);
     laer::node_counts(shape, counts, node_counts_QE.data());
     slots_S = make(shape, node_counts_QE.data());
-    laer::settle(shape, current, slots_S);
+    laer::match_previous(shape, current, slots_S);
   }
   return py::array_t<int16_t>(static_cast<py::ssize_t>(slots_S.size()), slots_S.data());
 }
@@ -137,7 +140,7 @@ py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int
     laer::node_counts(shape, counts, node_counts_QE.data());
     slots_S = laer::search(shape, node_counts_QE.data(), current,
                            {scenarios, candidates, exchanges}, seed);
-    laer::settle(shape, current, slots_S);
+    laer::match_previous(shape, current, slots_S);
   }
   return py::array_t<int16_t>(static_cast<py::ssize_t>(slots_S.size()), slots_S.data());
 }

@@ -1,3 +1,7 @@
+// Two phases: how many replicas each expert has, and which rank takes each of them. The plain
+// double of both is planner/reference_exact.py.
+//
+// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include "proportional.hpp"
 
 #include <algorithm>
@@ -19,8 +23,7 @@ struct Ratio {
   int64_t replicas;
   int64_t whole;
 
-  Ratio(int64_t load, int64_t replicas)
-      : load(load), replicas(replicas), whole(load / replicas) {}
+  Ratio(int64_t load, int64_t replicas) : load(load), replicas(replicas), whole(load / replicas) {}
 
   friend bool operator<(const Ratio& a, const Ratio& b) {
     if (a.whole != b.whole) return a.whole < b.whole;
@@ -83,9 +86,7 @@ std::vector<int> count_replicas(const std::vector<int64_t>& loads, int slots, in
 // Ranks that are linked by experts they share, directly or over others.
 class Components {
  public:
-  explicit Components(int size) : parent_(size) {
-    std::iota(parent_.begin(), parent_.end(), 0);
-  }
+  explicit Components(int size) : parent_(size) { std::iota(parent_.begin(), parent_.end(), 0); }
 
   int find(int rank) {
     while (parent_[rank] != rank) {

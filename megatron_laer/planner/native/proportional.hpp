@@ -1,12 +1,14 @@
 // Replicas in proportion to load, heavy ones placed first, each on a rank that is about the least
 // loaded and links the pair graph. For loads that will differ from the ones at hand, and for known
 // ones where slots are too few for the construction. Integers only, ties by index.
+//
+// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "quotas.hpp"
+#include "shape.hpp"
 
 namespace laer {
 

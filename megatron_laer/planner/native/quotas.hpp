@@ -1,5 +1,6 @@
-// Exact quotas: for given counts and a given layout, the loads of all slots, and from them one
-// rank's row and columns. Integers only, ties by index. It does not choose layouts.
+// Exact quotas: for given counts and a given layout, the loads of all slots (slot_loads.cpp), and
+// from them one rank's row and columns (token_split.cpp). Integers only, ties by index. It does not
+// choose layouts.
 //
 // Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
@@ -7,21 +8,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "shape.hpp"
+
 namespace laer {
 
-struct Shape {
-  int ranks;
-  int experts;
-  int capacity;
-  int node_size;
-
-  int slots() const { return ranks * capacity; }
-  int nodes() const { return ranks / node_size; }
-};
-
-// What a layout is made for: these very counts, or ones that will differ somewhat.
-enum class Purpose { kNow, kForecast };
-
+// Sums over sources or slots. Near tokens stay in their node, own ones among them; far tokens go to
+// another node.
 struct Totals {
   std::vector<int64_t> near_S, far_S, sent_near_N, sent_far_N, own_N;
 };
@@ -35,9 +27,11 @@ void node_counts(const Shape& shape, const int64_t* counts_NE, int64_t* node_cou
 void slot_loads(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
                 const int16_t* slots_S, int64_t* loads_S);
 
+// Tokens that a source rank sends to each slot, [S].
 void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
               const int16_t* slots_S, const int64_t* loads_S, int rank, int64_t* row_S);
 
+// Tokens that each source rank sends to the slots of a rank, [N, C].
 void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
                   const int16_t* slots_S, const int64_t* loads_S, int rank, int64_t* columns_NC);
 

@@ -1,3 +1,7 @@
+// Candidates are judged by their largest load after exact quotas in every disturbed copy; the best
+// one is changed by single exchanges as long as tries are left.
+//
+// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include "search.hpp"
 
 #include <algorithm>
@@ -187,8 +191,8 @@ std::vector<int16_t> search(const Shape& shape, const int64_t* node_counts_QE,
   std::vector<std::vector<int64_t>> scenarios;
   for (int i = 0; i < effort.scenarios; ++i) {
     // The first one is the forecast itself.
-    const std::vector<int64_t> counts_QE = i == 0 ? forecast_QE
-                                                  : disturb(shape, node_counts_QE, random);
+    const std::vector<int64_t> counts_QE =
+        i == 0 ? forecast_QE : disturb(shape, node_counts_QE, random);
     std::vector<int64_t> loads_E(shape.experts, 0);
     for (size_t at = 0; at < counts_QE.size(); ++at) loads_E[at % shape.experts] += counts_QE[at];
     scenarios.push_back(std::move(loads_E));
@@ -210,8 +214,7 @@ std::vector<int16_t> search(const Shape& shape, const int64_t* node_counts_QE,
   if (can_balance(shape)) {
     compete(construct(shape, node_counts_QE, Purpose::kForecast));
     for (int i = 0; i < effort.candidates; ++i) {
-      compete(construct(shape, disturb(shape, node_counts_QE, random).data(),
-                        Purpose::kForecast));
+      compete(construct(shape, disturb(shape, node_counts_QE, random).data(), Purpose::kForecast));
     }
   }
 

@@ -1,8 +1,12 @@
-#include "quotas.hpp"
-
+// The second half of the exact quotas: which source sends how many tokens to which slot, for loads
+// of slots that are known (slot_loads.cpp). One rank's row or columns need no N*S matrix, as each
+// expert's tokens are intervals that are matched where they overlap.
+//
+// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include <algorithm>
 
-#include "flow.hpp"
+#include "quotas.hpp"
+#include "replicas.hpp"
 
 namespace laer {
 namespace {
@@ -19,30 +23,6 @@ struct Interval {
 int64_t overlap(const Interval& a, const Interval& b) {
   return std::max<int64_t>(std::min(a.end, b.end) - std::max(a.begin, b.begin), 0);
 }
-
-// Replicas by expert, [E + 1] and [S], by rank; a second slot of an expert on a rank is left out.
-struct Replicas {
-  std::vector<int> begin_E, slot;
-
-  Replicas(const Shape& shape, const int16_t* slots_S) {
-    const int slots = shape.slots();
-    std::vector<int> last_rank_E(shape.experts, -1);
-    std::vector<char> first_S(slots);
-    begin_E.assign(shape.experts + 1, 0);
-    for (int s = 0; s < slots; ++s) {
-      const int expert = slots_S[s], rank = s / shape.capacity;
-      first_S[s] = last_rank_E[expert] != rank;
-      last_rank_E[expert] = rank;
-      begin_E[expert + 1] += first_S[s];
-    }
-    for (int e = 0; e < shape.experts; ++e) begin_E[e + 1] += begin_E[e];
-    slot.resize(begin_E[shape.experts]);
-    std::vector<int> place(begin_E.begin(), begin_E.end() - 1);
-    for (int s = 0; s < slots; ++s) {
-      if (first_S[s]) slot[place[slots_S[s]]++] = s;
-    }
-  }
-};
 
 // The order in which sources of a node are served inside it: it turns with the expert, so that
 // what is left for other nodes does not always come from the same rank.
@@ -103,8 +83,7 @@ class ExpertSplit {
       load_tokens += load(replica);
     }
     const int64_t supply = node_supply(node);
-    return {std::min(supply, load_tokens) - own_tokens,
-            std::max<int64_t>(supply - load_tokens, 0),
+    return {std::min(supply, load_tokens) - own_tokens, std::max<int64_t>(supply - load_tokens, 0),
             std::max<int64_t>(load_tokens - supply, 0)};
   }
 
@@ -148,135 +127,7 @@ Interval beyond(const Interval& interval, int64_t near, int64_t far_begin) {
   return {far_begin + part.begin - near, far_begin + part.begin - near + part.size()};
 }
 
-// Pairs of one expert are neighbours, in rank order; each of its nodes is a group.
-FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Replicas& replicas) {
-  FlowGraph graph;
-  graph.ranks = shape.ranks;
-  graph.supply.assign(shape.experts, 0);
-  for (int node = 0; node < shape.nodes(); ++node) {
-    const int64_t* counts_E = node_counts_QE + static_cast<int64_t>(node) * shape.experts;
-    for (int e = 0; e < shape.experts; ++e) graph.supply[e] += counts_E[e];
-  }
-  graph.pair_rank.resize(replicas.slot.size());
-  graph.own.reserve(replicas.slot.size());
-  for (int e = 0; e < shape.experts; ++e) {
-    graph.group_begin.push_back(graph.groups());
-    int last_node = -1;
-    for (int i = replicas.begin_E[e]; i < replicas.begin_E[e + 1]; ++i) {
-      const int rank = replicas.slot[i] / shape.capacity, node = rank / shape.node_size;
-      graph.pair_rank[i] = rank;
-      if (node == last_node) continue;
-      last_node = node;
-      graph.pair_begin.push_back(i);
-      graph.own.push_back(node_counts_QE[static_cast<int64_t>(node) * shape.experts + e]);
-    }
-  }
-  graph.group_begin.push_back(graph.groups());
-  graph.pair_begin.push_back(graph.pairs());
-  graph.index();
-  return graph;
-}
-
-// Every node's share of an expert becomes a supplier of its own, and every pair a group.
-FlowGraph rank_graph(const Shape& shape, const int64_t* counts_NE, const int16_t* slots_S,
-                     const Replicas& replicas, const FlowGraph& nodes,
-                     const std::vector<int64_t>& flow) {
-  FlowGraph graph;
-  graph.ranks = shape.ranks;
-  graph.pair_rank = nodes.pair_rank;
-  graph.group_begin = nodes.pair_begin;
-  graph.supply.assign(nodes.groups(), 0);
-  graph.own.resize(nodes.pairs());
-  graph.pair_begin.resize(nodes.pairs() + 1);
-  for (int pair = 0; pair < nodes.pairs(); ++pair) {
-    const int expert = slots_S[replicas.slot[pair]];
-    graph.supply[nodes.pair_group[pair]] += flow[pair];
-    graph.own[pair] =
-        counts_NE[static_cast<int64_t>(nodes.pair_rank[pair]) * shape.experts + expert];
-    graph.pair_begin[pair + 1] = pair + 1;
-  }
-  graph.index();
-  return graph;
-}
-
-// A start that is local as far as ranks have room: own rank, own node, anywhere. Experts with few
-// replicas first, as they have the least choice.
-void fill_locally(const Shape& shape, const int64_t* counts_NE, const FlowGraph& graph, int64_t cap,
-                  std::vector<int64_t>& flow) {
-  std::vector<int64_t> room_N(shape.ranks, cap);
-  std::vector<int> order(graph.suppliers());
-  for (int e = 0; e < graph.suppliers(); ++e) order[e] = e;
-  auto first_pair = [&](int e) { return graph.pair_begin[graph.group_begin[e]]; };
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-    return first_pair(a + 1) - first_pair(a) < first_pair(b + 1) - first_pair(b);
-  });
-  auto add = [&](int pair, int64_t wanted) {
-    const int64_t amount = std::min(wanted, room_N[graph.pair_rank[pair]]);
-    flow[pair] += amount;
-    room_N[graph.pair_rank[pair]] -= amount;
-    return amount;
-  };
-  for (int e : order) {
-    int64_t left = graph.supply[e];
-    for (int group = graph.group_begin[e]; group < graph.group_begin[e + 1]; ++group) {
-      int64_t near = graph.own[group];
-      for (int pair = graph.pair_begin[group]; pair < graph.pair_begin[group + 1]; ++pair) {
-        const int64_t rank = graph.pair_rank[pair];
-        const int64_t own = add(pair, std::min(near, counts_NE[rank * shape.experts + e]));
-        near -= own;
-        left -= own;
-      }
-      for (int pair = graph.pair_begin[group]; near > 0 && pair < graph.pair_begin[group + 1];
-           ++pair) {
-        const int64_t more = add(pair, near);
-        near -= more;
-        left -= more;
-      }
-    }
-    for (int pair = first_pair(e); left > 0 && pair < first_pair(e + 1); ++pair) {
-      left -= add(pair, left);
-    }
-  }
-}
-
-int64_t lower_bound(const Shape& shape, const FlowGraph& graph) {
-  int64_t total = 0, bound = 0;
-  for (int e = 0; e < graph.suppliers(); ++e) {
-    const int64_t pairs =
-        graph.pair_begin[graph.group_begin[e + 1]] - graph.pair_begin[graph.group_begin[e]];
-    total += graph.supply[e];
-    bound = std::max(bound, (graph.supply[e] + pairs - 1) / pairs);
-  }
-  return std::max(bound, (total + shape.ranks - 1) / shape.ranks);
-}
-
 }  // namespace
-
-void node_counts(const Shape& shape, const int64_t* counts_NE, int64_t* node_counts_QE) {
-  const int64_t size = static_cast<int64_t>(shape.nodes()) * shape.experts;
-  std::fill(node_counts_QE, node_counts_QE + size, 0);
-  for (int rank = 0; rank < shape.ranks; ++rank) {
-    const int64_t* from = counts_NE + static_cast<int64_t>(rank) * shape.experts;
-    int64_t* to = node_counts_QE + static_cast<int64_t>(rank / shape.node_size) * shape.experts;
-    for (int e = 0; e < shape.experts; ++e) to[e] += from[e];
-  }
-}
-
-void slot_loads(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
-                const int16_t* slots_S, int64_t* loads_S) {
-  const Replicas replicas(shape, slots_S);
-  const FlowGraph by_node = node_graph(shape, node_counts_QE, replicas);
-  std::vector<int64_t> flow(by_node.pairs(), 0);
-  int64_t cap = lower_bound(shape, by_node);
-  fill_locally(shape, counts_NE, by_node, cap, flow);
-  cap = minimise_largest_load(by_node, cap, flow);
-  if (shape.nodes() > 1) minimise_foreign(by_node, cap, flow);
-  if (shape.node_size > 1) {
-    minimise_foreign(rank_graph(shape, counts_NE, slots_S, replicas, by_node, flow), cap, flow);
-  }
-  std::fill(loads_S, loads_S + shape.slots(), 0);
-  for (size_t pair = 0; pair < flow.size(); ++pair) loads_S[replicas.slot[pair]] = flow[pair];
-}
 
 void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
               const int16_t* slots_S, const int64_t* loads_S, int rank, int64_t* row_S) {

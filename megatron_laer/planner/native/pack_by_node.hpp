@@ -1,0 +1,20 @@
+// Packs experts by node and then by rank, for slots to spare: each node hosts its largest experts,
+// as many as it can balance over its own ranks. Its counterpart for scarce slots is pack_scarce.
+//
+// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "rank_contents.hpp"
+#include "shape.hpp"
+
+namespace laer {
+
+// Fills `contents` so that no rank needs more than `cap`; returns the tokens that leave their node,
+// or nothing, and `contents` as it was, if nodes cannot be balanced that way.
+std::optional<int64_t> pack_by_node(const Shape& shape, const int64_t* node_counts_QE, int64_t cap,
+                                    RankContents& contents);
+
+}  // namespace laer

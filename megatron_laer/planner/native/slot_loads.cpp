@@ -1,0 +1,144 @@
+// The first half of the exact quotas: how many tokens each slot computes, by two flow problems over
+// nodes and one over ranks (flow.hpp). Which tokens these are is decided in token_split.cpp.
+//
+// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+#include <algorithm>
+
+#include "flow.hpp"
+#include "quotas.hpp"
+#include "replicas.hpp"
+
+namespace laer {
+namespace {
+
+// Pairs of one expert are neighbours, in rank order; each of its nodes is a group.
+FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Replicas& replicas) {
+  FlowGraph graph;
+  graph.ranks = shape.ranks;
+  graph.supply.assign(shape.experts, 0);
+  for (int node = 0; node < shape.nodes(); ++node) {
+    const int64_t* counts_E = node_counts_QE + static_cast<int64_t>(node) * shape.experts;
+    for (int e = 0; e < shape.experts; ++e) graph.supply[e] += counts_E[e];
+  }
+  graph.pair_rank.resize(replicas.slot.size());
+  graph.own.reserve(replicas.slot.size());
+  for (int e = 0; e < shape.experts; ++e) {
+    graph.group_begin.push_back(graph.groups());
+    int last_node = -1;
+    for (int i = replicas.begin_E[e]; i < replicas.begin_E[e + 1]; ++i) {
+      const int rank = replicas.slot[i] / shape.capacity, node = rank / shape.node_size;
+      graph.pair_rank[i] = rank;
+      if (node == last_node) continue;
+      last_node = node;
+      graph.pair_begin.push_back(i);
+      graph.own.push_back(node_counts_QE[static_cast<int64_t>(node) * shape.experts + e]);
+    }
+  }
+  graph.group_begin.push_back(graph.groups());
+  graph.pair_begin.push_back(graph.pairs());
+  graph.index();
+  return graph;
+}
+
+// Every node's share of an expert becomes a supplier of its own, and every pair a group.
+FlowGraph rank_graph(const Shape& shape, const int64_t* counts_NE, const int16_t* slots_S,
+                     const Replicas& replicas, const FlowGraph& nodes,
+                     const std::vector<int64_t>& flow) {
+  FlowGraph graph;
+  graph.ranks = shape.ranks;
+  graph.pair_rank = nodes.pair_rank;
+  graph.group_begin = nodes.pair_begin;
+  graph.supply.assign(nodes.groups(), 0);
+  graph.own.resize(nodes.pairs());
+  graph.pair_begin.resize(nodes.pairs() + 1);
+  for (int pair = 0; pair < nodes.pairs(); ++pair) {
+    const int expert = slots_S[replicas.slot[pair]];
+    graph.supply[nodes.pair_group[pair]] += flow[pair];
+    graph.own[pair] =
+        counts_NE[static_cast<int64_t>(nodes.pair_rank[pair]) * shape.experts + expert];
+    graph.pair_begin[pair + 1] = pair + 1;
+  }
+  graph.index();
+  return graph;
+}
+
+// A start that is local as far as ranks have room: own rank, own node, anywhere. Experts with few
+// replicas first, as they have the least choice.
+void fill_locally(const Shape& shape, const int64_t* counts_NE, const FlowGraph& graph, int64_t cap,
+                  std::vector<int64_t>& flow) {
+  std::vector<int64_t> room_N(shape.ranks, cap);
+  std::vector<int> order(graph.suppliers());
+  for (int e = 0; e < graph.suppliers(); ++e) order[e] = e;
+  auto first_pair = [&](int e) { return graph.pair_begin[graph.group_begin[e]]; };
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+    return first_pair(a + 1) - first_pair(a) < first_pair(b + 1) - first_pair(b);
+  });
+  auto add = [&](int pair, int64_t wanted) {
+    const int64_t amount = std::min(wanted, room_N[graph.pair_rank[pair]]);
+    flow[pair] += amount;
+    room_N[graph.pair_rank[pair]] -= amount;
+    return amount;
+  };
+  for (int e : order) {
+    int64_t left = graph.supply[e];
+    for (int group = graph.group_begin[e]; group < graph.group_begin[e + 1]; ++group) {
+      int64_t near = graph.own[group];
+      for (int pair = graph.pair_begin[group]; pair < graph.pair_begin[group + 1]; ++pair) {
+        const int64_t rank = graph.pair_rank[pair];
+        const int64_t own = add(pair, std::min(near, counts_NE[rank * shape.experts + e]));
+        near -= own;
+        left -= own;
+      }
+      for (int pair = graph.pair_begin[group]; near > 0 && pair < graph.pair_begin[group + 1];
+           ++pair) {
+        const int64_t more = add(pair, near);
+        near -= more;
+        left -= more;
+      }
+    }
+    for (int pair = first_pair(e); left > 0 && pair < first_pair(e + 1); ++pair) {
+      left -= add(pair, left);
+    }
+  }
+}
+
+int64_t lower_bound(const Shape& shape, const FlowGraph& graph) {
+  int64_t total = 0, bound = 0;
+  for (int e = 0; e < graph.suppliers(); ++e) {
+    const int64_t pairs =
+        graph.pair_begin[graph.group_begin[e + 1]] - graph.pair_begin[graph.group_begin[e]];
+    total += graph.supply[e];
+    bound = std::max(bound, (graph.supply[e] + pairs - 1) / pairs);
+  }
+  return std::max(bound, (total + shape.ranks - 1) / shape.ranks);
+}
+
+}  // namespace
+
+void node_counts(const Shape& shape, const int64_t* counts_NE, int64_t* node_counts_QE) {
+  const int64_t size = static_cast<int64_t>(shape.nodes()) * shape.experts;
+  std::fill(node_counts_QE, node_counts_QE + size, 0);
+  for (int rank = 0; rank < shape.ranks; ++rank) {
+    const int64_t* from = counts_NE + static_cast<int64_t>(rank) * shape.experts;
+    int64_t* to = node_counts_QE + static_cast<int64_t>(rank / shape.node_size) * shape.experts;
+    for (int e = 0; e < shape.experts; ++e) to[e] += from[e];
+  }
+}
+
+void slot_loads(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
+                const int16_t* slots_S, int64_t* loads_S) {
+  const Replicas replicas(shape, slots_S);
+  const FlowGraph by_node = node_graph(shape, node_counts_QE, replicas);
+  std::vector<int64_t> flow(by_node.pairs(), 0);
+  int64_t cap = lower_bound(shape, by_node);
+  fill_locally(shape, counts_NE, by_node, cap, flow);
+  cap = minimise_largest_load(by_node, cap, flow);
+  if (shape.nodes() > 1) minimise_foreign(by_node, cap, flow);
+  if (shape.node_size > 1) {
+    minimise_foreign(rank_graph(shape, counts_NE, slots_S, replicas, by_node, flow), cap, flow);
+  }
+  std::fill(loads_S, loads_S + shape.slots(), 0);
+  for (size_t pair = 0; pair < flow.size(); ++pair) loads_S[replicas.slot[pair]] = flow[pair];
+}
+
+}  // namespace laer

@@ -1,0 +1,96 @@
+"""Megatron's log lines are read back as they are, and runs are compared over their steady steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_laer.telemetry import log
+
+pytestmark = pytest.mark.unit
+
+
+def line(number: int, of: int = 4, loss: float | None = None, **values: float) -> str:
+    """As Megatron prints it, behind what torchrun puts before it; `values` have their own names."""
+    if loss is not None:
+        values = {log.LOSS: loss} | values
+    shown = "".join(f" {name}: {value:.6E} |" for name, value in values.items())
+    return (
+        f"[n7 rank 3]:  [2026-01-02 03:04:05.678901] iteration {number:8d}/{of:8d} | consumed "
+        f"samples: {number:12d} | elapsed time per iteration (ms): {10.0 * number:.1f} |{shown} "
+        f"number of nan iterations:   0 |"
+    )
+
+
+def test_a_line_of_a_step_gives_its_values_and_others_give_none() -> None:
+    step = log.step_of_line(line(3, loss=4.5, fsep_quota_ms=1.25))
+    assert step is not None
+    assert (step.number, step.of) == (3, 4)
+    assert step.values[log.LOSS] == 4.5
+    assert step.values[log.STEP_MS] == 30.0
+    assert step.values["fsep_quota_ms"] == 1.25
+    for other in ("", "saving checkpoint at iteration      20 to /data", "validation loss: 3 |"):
+        assert log.step_of_line(other) is None
+
+
+def test_a_loss_that_is_no_number_is_read_as_one_that_is_none() -> None:
+    step = log.step_of_line(line(1, loss=float("nan")))
+    assert step is not None
+    assert step.values[log.LOSS] != step.values[log.LOSS]
+
+
+def test_steps_that_were_made_again_are_as_they_were_the_last_time() -> None:
+    run = log.read_run("x", [line(1, loss=3.0), line(2, loss=2.0), line(2, loss=2.5)])
+    assert [step.values[log.LOSS] for step in run.steps.values()] == [3.0, 2.5]
+    assert run.of == 4
+
+
+def test_runs_are_compared_over_their_last_half_and_stock_has_what_fsep_counted_for_it() -> None:
+    def balance(number: int) -> dict[str, float]:
+        return {log.IMBALANCE: 1.0 + number, log.STOCK_IMBALANCE: 10.0 + number}
+
+    fsep = log.read_run("fsep", [line(n, loss=5.0 - n, **balance(n)) for n in range(1, 5)])
+    stock = log.read_run("standard", [line(n, loss=6.0 - n) for n in range(1, 5)])
+    rows = [row.rsplit(maxsplit=2) for row in log.comparison([fsep, stock]).splitlines()]
+    assert rows == [
+        ["fsep", "standard"],
+        ["steps in the log", "4", "4"],
+        ["loss of its last step", "1.0000", "2.0000"],
+        ["max/mean tokens per rank, steps 3 to 4", "4.500", "13.500"],
+        ["step time, median of steps 3 to 4 (ms)", "35", "35"],
+    ]
+
+
+def test_runs_without_balance_or_loss_leave_their_places_empty() -> None:
+    rows = log.comparison([log.read_run("x", [line(1)])]).splitlines()
+    assert [row.split()[-1] for row in rows] == ["x", "1", "-", "-", "10"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give a NAME=LOG for each run"),
+        (["fsep"], "'fsep' is no NAME=LOG"),
+        (["fsep=/no/such.log"], "/no/such.log"),
+        (["fsep=EMPTY"], "EMPTY holds no step of a run"),
+    ],
+    ids=["none", "no name", "no file", "no step"],
+)
+def test_logs_that_cannot_be_compared_are_named(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty.log"
+    empty.touch()
+    status = log.main([word.replace("EMPTY", str(empty)) for word in words])
+    printed = capsys.readouterr()
+    assert status == 2
+    assert message.replace("EMPTY", str(empty)) in printed.err
+    assert not printed.out
+
+
+def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a=b.log"
+    path.write_text(f"starting\n{line(1, loss=3.5)}\n")
+    assert log.main([f"fsep={path}"]) == 0
+    assert "3.5000" in capsys.readouterr().out
