@@ -64,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             runpy.run_path(script, run_name="__main__")
         except RefusedError as error:
-            # Several problems have a line each.
-            problems = str(error).replace(":\n  ", ": ").replace("\n  ", "; also ")
-            return _fail(f"train: {problems}")
+            return _fail(f"train: {error}")
     return status
 
 

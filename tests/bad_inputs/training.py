@@ -125,7 +125,7 @@ _VARIABLES = (
 UNMODIFIED = (
     ("--fsep-cluster nope", "train: --fsep-cluster 'nope': unknown cluster 'nope'"),
     ("--num-experts 0", "train: --expert-parallel-mode fsep cannot run with --num-experts 0"),
-    ("--fsep-capacity 9 --fsep-node-size 3", "; also --fsep-node-size 3 does not divide"),
+    ("--fsep-capacity 9 --fsep-node-size 3", "(2) --fsep-node-size 3 does not divide"),
     ("--fsep-split odd", "invalid choice: 'odd'"),
 )
 
