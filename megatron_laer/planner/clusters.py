@@ -20,6 +20,10 @@ import numpy.typing as npt
 from megatron_laer.shipped import yaml_file
 from megatron_laer.yaml_text import parse_yaml, read_yaml
 
+# Of constants in files: far beyond any machine, and far from where sums of times overflow.
+_LEAST_RATE, _MOST_RATE = 1.0, 1e24
+_MOST_SECONDS = 3600.0
+
 
 @dataclass(frozen=True)
 class GemmCurve:
@@ -276,6 +280,23 @@ def _number(value: object, where: str) -> float:
     return number
 
 
+def _rate(value: object, where: str) -> float:
+    number = _number(value, where)
+    # What is not positive is told by the classes, which take infinite rates as well.
+    if 0 < number < _LEAST_RATE or number > _MOST_RATE:
+        raise ValueError(
+            f"{where} must be in {_LEAST_RATE:g}..{_MOST_RATE:g} per second, got {_quote(value)}"
+        )
+    return number
+
+
+def _seconds(value: object, where: str) -> float:
+    number = _number(value, where)
+    if number > _MOST_SECONDS:
+        raise ValueError(f"{where} must be at most {_MOST_SECONDS:g} s, got {_quote(value)}")
+    return number
+
+
 def _gemm(value: object, where: str) -> GemmCurve:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"{where} must be a list of points [tokens, FLOP/s], got {_quote(value)}")
@@ -286,7 +307,7 @@ def _gemm(value: object, where: str) -> GemmCurve:
                 f"{where}[{number}] must be a point [tokens, FLOP/s], got {_quote(point)}"
             )
         points.append(
-            (_count(point[0], f"{where}[{number}] tokens"), _number(point[1], f"{where}[{number}]"))
+            (_count(point[0], f"{where}[{number}] tokens"), _rate(point[1], f"{where}[{number}]"))
         )
     try:
         return GemmCurve(tuple(points))
@@ -295,11 +316,13 @@ def _gemm(value: object, where: str) -> GemmCurve:
 
 
 def _link(value: object, where: str) -> Link:
-    return _Fields(value, where).build(Link, bytes_per_s=_number, latency_s=_number)
+    return _Fields(value, where).build(Link, bytes_per_s=_rate, latency_s=_seconds)
 
 
 def _solve(value: object, where: str) -> SolveTime:
-    return _Fields(value, where).build(SolveTime, base_s=_number, slot_s=_number, count_s=_number)
+    return _Fields(value, where).build(
+        SolveTime, base_s=_seconds, slot_s=_seconds, count_s=_seconds
+    )
 
 
 def _quote(value: object) -> str:

@@ -9,12 +9,14 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_laer.config import EXCHANGES
 from megatron_laer.files import is_same_file, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.model_flags import model_flags
+from megatron_laer.planner.clusters import Cluster, load_cluster
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.shipped import yaml_file
 from megatron_laer.simulator.report import check_can_plot
@@ -241,9 +243,9 @@ def check(args: argparse.Namespace) -> None:
             f"--tolerance {args.tolerance}: no effect without --mode {TOLERANCE}; add that mode, "
             "or leave the tolerance out"
         )
-    inputs = [args.trace, yaml_file("cluster", args.cluster)]
+    inputs = [args.trace, _named("--cluster", args.cluster, partial(yaml_file, "cluster"))]
     if args.config is not None:
-        inputs.append(yaml_file("model", args.config))
+        inputs.append(_named("--config", args.config, partial(yaml_file, "model")))
     for flag, output in (("--json", args.json), ("--plot", args.plot)):
         if output is not None:
             refuse_unwritable(output, flag)
@@ -256,20 +258,38 @@ def check(args: argparse.Namespace) -> None:
             )
 
 
+def cluster(args: argparse.Namespace) -> Cluster:
+    """The hardware of --cluster.
+
+    Raises:
+        ValueError: it cannot be read, or does not fit.
+    """
+    return _named("--cluster", args.cluster, load_cluster)
+
+
 def expert_sizes(args: argparse.Namespace) -> ExpertSizes:
     """The widths of an expert: of the model in --config, unless --hidden and --ffn say otherwise.
 
     Raises:
-        ValueError: a model that does not say them.
-        OSError: its file cannot be read.
+        ValueError: a model that cannot be read, or does not say them.
     """
-    sizes = _DEFAULT_SIZES if args.config is None else _model_sizes(args.config)
+    sizes = _DEFAULT_SIZES
+    if args.config is not None:
+        sizes = _named("--config", args.config, _model_sizes)
     return ExpertSizes(
         sizes.hidden if args.hidden is None else args.hidden,
         sizes.ffn if args.ffn is None else args.ffn,
         sizes.gated,
         sizes.num_experts,
     )
+
+
+def _named[T](flag: str, given: str, load: Callable[[str], T]) -> T:
+    """What `load` makes of a flag's value, which errors name."""
+    try:
+        return load(given)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {quoted(given)}: {error}") from error
 
 
 def _model_sizes(config: str) -> ExpertSizes:
@@ -285,8 +305,8 @@ def _model_sizes(config: str) -> ExpertSizes:
         text = values.get(flag, "")
         if not (text.isascii() and text.isdigit() and len(text) < 19 and 1 <= int(text) <= most):
             raise ValueError(
-                f"--config {quoted(config)} has no {flag.removeprefix('--')} in 1..{most}, but "
-                f"{quoted(text)}; mend it, or give --hidden and --ffn instead of --config"
+                f"has no {flag.removeprefix('--')} in 1..{most}, but {quoted(text)}; mend it, or "
+                "give --hidden and --ffn instead of --config"
             )
         return int(text)
 

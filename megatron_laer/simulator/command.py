@@ -11,7 +11,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatron_laer.files import one_line
 from megatron_laer.layout import default_capacity
-from megatron_laer.planner.clusters import Cluster, load_cluster
+from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.simulator import arguments, estimate
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
             it can be known by then.
     """
     arguments.check(args)
-    cluster = load_cluster(args.cluster)
+    cluster = arguments.cluster(args)
     sizes = arguments.expert_sizes(args)
     costs = CostModel(
         cluster=cluster,

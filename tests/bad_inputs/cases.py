@@ -433,6 +433,9 @@ def all_cases(script: str, flags: tuple[str, ...]) -> Iterator[Case]:
     for extra, says, environment in training.CASES:
         words = ("train", script, "--", *flags, *extra)
         yield Case(words, says, training.RANKS | environment)
+    for extra_words, says in training.UNMODIFIED:
+        extra = (training.ON + extra_words).split()
+        yield Case(("train", "megatrons.py", "--", *flags, *extra), says, training.RANKS)
 
 
 def _yaml_cases() -> Iterator[Case]:

@@ -378,6 +378,9 @@ CLUSTERS = {
     "order": ("[4096,", "[1,", "increasing tokens, got 1 after 1"),
     "point": ("[4096, 237e12]", "[4096]", "must be a point [tokens, FLOP/s]"),
     "latency": ("2e-5", "-1", "latency_s must be finite and not negative"),
+    "hours": ("2e-5", "1e308", "inter.latency_s must be at most 3600 s, got '1e308'"),
+    "trickle": ("3e11", "1e-300", "bytes_per_s must be in 1..1e+24 per second, got '1e-300'"),
+    "flood": ("237e12", "1e300", "must be in 1..1e+24 per second, got '1e300'"),
     "bytes": ("3e11", "0", "bytes_per_s must be positive"),
 }
 
@@ -545,3 +548,7 @@ def _special(folder: Path) -> None:
     (folder / "recorded" / "group-0.jsonl").write_text("{}\n")
     (folder / "recorded-link").symlink_to("recorded")
     (folder / "script.py").write_text("raise SystemExit(0)\n")
+    (folder / "megatrons.py").write_text(
+        "from megatron.training.arguments import parse_and_validate_args\n"
+        "parse_and_validate_args()\n"
+    )

@@ -280,7 +280,7 @@ def test_the_command_reads_sizes_from_a_model(tmp_path, trace, capsys):
         ("--lag 1000000001", "--lag: '1000000001' is no integer in 1..1000000000"),
         ("--every 0", "--every: '0' is no integer in 1..1000000000"),
         ("--every 31", "--every 31: the trace has 30 case(s); give a number of at most that"),
-        ("--hours nan", "--hours: 'nan' is no number in 0..8760"),
+        ("--hours nan", "--hours: 'nan' is no number in 1e-06..8760"),
         ("--format csv", "is not CSV"),
         ("--format xml", "--format: invalid choice: 'xml' (choose from"),
         ("--trace-ranks 0:3", "--trace-ranks: must be two numbers such as 0-7, got '0:3'"),
