@@ -1,4 +1,4 @@
-"""Checkpoints carry the planner's state.
+"""Checkpoints carry the planner's state, and say which optimizer state only FSEP can read.
 
 Megatron looks `save` and `load` up in the package at each call. A checkpoint counts once its
 tracker file names it; that is written after `save` has returned, also under async save.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from megatron_laer import activation
 from megatron_laer.plugin.patching import Patch
-from megatron_laer.runtime import planner_checkpoint
+from megatron_laer.runtime import planner_checkpoint, process_groups
 from megatron_laer.runtime.coordinator import current_coordinator
 
 
@@ -29,9 +32,37 @@ def _storage() -> Any:
     return feature.import_package() if feature.is_enabled() else SimpleNamespace(open=open, os=os)
 
 
+# Megatron's distributed optimizer in its form `dp_reshardable`: buffers as they lie in memory.
+_BUFFERS = re.compile(r"(?:^|\.)optimizer\.distributed\.dp_group_idx_\d+\.")
+_MARK = ".fsep-"
+
+
+def _mark_buffers(sharded_state_dict: Any) -> bool:
+    """Give the optimizer's buffers names of FSEP's group size; returns whether there are any.
+
+    A rank's slices of all experts have as many elements as stock's whole experts, so that without
+    this the buffers of one would be read into those of the other, and nobody would notice.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedBase
+
+    mark = f"{_MARK}{process_groups.get_fsep_groups().size}"
+    buffers = [
+        entry
+        for entry in nested_values(sharded_state_dict)
+        if isinstance(entry, ShardedBase) and _BUFFERS.search(entry.key)
+    ]
+    for entry in buffers:
+        if not entry.key.endswith(mark):
+            entry.key += mark
+    return bool(buffers)
+
+
 def _with_planner_saved(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if process_groups.initialized():
+            _mark_buffers(sharded_state_dict)
         request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         planner_checkpoint.save_states(str(checkpoint_dir), current_coordinator(), _storage())
         return request
@@ -42,7 +73,17 @@ def _with_planner_saved(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        is_marked = process_groups.initialized() and _mark_buffers(sharded_state_dict)
+        try:
+            loaded = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
+            if is_marked and _MARK in str(error):
+                raise ValueError(
+                    f"{checkpoint_dir}: its optimizer state, in Megatron's form dp_reshardable, is "
+                    "not of a run with FSEP on as many ranks, and cannot be read by this one; save "
+                    "with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
+                ) from error
+            raise
         active = activation.active()
         if active is not None and active.config.plans:
             planner_checkpoint.load_states(str(checkpoint_dir), current_coordinator(), _storage())
@@ -56,12 +97,12 @@ CHECKPOINT_PATCHES = (
         "megatron.core.dist_checkpointing",
         "save",
         _with_planner_saved,
-        "checkpoints carry the planner's state",
+        "checkpoints carry the planner's state, and optimizer buffers of FSEP say so",
     ),
     Patch(
         "megatron.core.dist_checkpointing",
         "load",
         _with_planner_loaded,
-        "a resumed run goes on planning",
+        "a resumed run goes on planning, and reads no optimizer buffers of another kind",
     ),
 )

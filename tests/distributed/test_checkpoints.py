@@ -21,7 +21,7 @@ from tests.checkpoints import iteration_folder, saved_iteration, saved_tensors
 from tests.parity.flags import command_line
 from tests.parity.training import initial_weights, train
 from tests.parity.weights import Tensors
-from tests.ranks import RankPool
+from tests.ranks import Raised, RankPool
 
 pytestmark = pytest.mark.distributed
 
@@ -198,6 +198,43 @@ def test_weights_go_from_stock_to_fsep_and_back(
     assert_equal(four.run(initial_weights, command(2, FSEP + load_fsep))[0], trained)
     stages = " --pipeline-model-parallel-size 2"
     assert_equal(four.run(initial_weights, command(2, FSEP + stages + load_fsep))[0], trained)
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader", "said"),
+    [
+        ("", FSEP, "load with --no-load-optim"),
+        (FSEP, "", ".fsep-2"),
+        (FSEP, FSEP, None),
+    ],
+    ids=["stock to FSEP", "FSEP to stock", "FSEP to FSEP"],
+)
+def test_optimizer_buffers_are_read_by_their_own_kind_of_run_alone(
+    ranks: Callable[[int], RankPool],
+    text_data: str,
+    tmp_path: Path,
+    writer: str,
+    reader: str,
+    said: str | None,
+) -> None:
+    pool = ranks(2)
+
+    def command(steps: int, extra: str) -> list[str]:
+        # Megatron's default form of the distributed optimizer's state, dp_reshardable.
+        extra += TORCH_DIST + " --use-distributed-optimizer"
+        return command_line(
+            text_data, experts=8, expert_parallel=2, global_batch=8, steps=steps, extra=extra
+        )
+
+    pool.run(train, command(2, writer + f" --save {tmp_path} --save-interval 2"))
+    go_on = command(4, reader + f" --load {tmp_path} --override-opt_param-scheduler")
+    if said is None:
+        assert len(pool.run(train, go_on)[0].losses) == 2
+    else:
+        for result in pool.run_raw(train, go_on):
+            assert isinstance(result, Raised) and said in result.traceback
+    weights = reader + f" --load {tmp_path}" + WEIGHTS_ONLY
+    assert len(pool.run(train, command(2, weights))[0].losses) == 2
 
 
 def train_until_exit(flags: list[str]) -> None:
