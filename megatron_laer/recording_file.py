@@ -17,11 +17,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_laer.files import (
+from megatron_laer.files import quoted
+from megatron_laer.writing import (
     Replacement,
     free_name,
     open_exclusively,
-    quoted,
     remove_leftovers,
     write_all,
 )

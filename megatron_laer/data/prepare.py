@@ -65,7 +65,7 @@ def prepare_data(
     Raises:
         ValueError: the input cannot be used, or the output not be written; the message quotes what
             was passed and says what would work.
-        files.InUseError: another run is writing a dataset with this prefix.
+        writing.InUseError: another run is writing a dataset with this prefix.
         ImportError: the tokenizer needs a package that is missing.
         OSError: writing failed, such as on a full disk.
     """

@@ -21,15 +21,12 @@ import numpy as np
 
 from megatron_laer.data.tokenizers import MAX_DOCUMENT_TOKENS, Ids
 from megatron_laer.files import (
-    InUseError,
-    Replacement,
-    locked,
     quoted,
     refuse_overwriting,
     refuse_unusable_folder,
     refuse_unwritable,
-    sync_folder,
 )
+from megatron_laer.writing import InUseError, Replacement, locked, sync_folder
 
 _CACHE = "cache"
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.files import free_name, open_exclusively, replaced_when_complete, write_all
 from megatron_laer.telemetry.clock import Clock, Moment
 from megatron_laer.telemetry.ranges import OpenRange
+from megatron_laer.writing import free_name, open_exclusively, replaced_when_complete, write_all
 
 logger = logging.getLogger(__name__)
 

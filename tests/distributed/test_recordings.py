@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.files import open_exclusively
 from megatron_laer.telemetry.timeline import FIRST_STEP
 from megatron_laer.trace.reading import read_trace
+from megatron_laer.writing import open_exclusively
 from tests.parity.flags import command_line
 from tests.parity.training import Record, train
 from tests.ranks import RankPool

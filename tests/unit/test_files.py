@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer import files
+from megatron_laer import files, writing
 
 pytestmark = pytest.mark.unit
 
 _WRITER = """
 import sys
 from pathlib import Path
-from megatron_laer.files import Replacement
+from megatron_laer.writing import Replacement
 replacement = Replacement(Path(sys.argv[1]))
 replacement.file.write(b"half")
 print(replacement.path, flush=True)
@@ -92,37 +92,37 @@ def test_outputs_that_cannot_be_written_are_refused_and_nothing_is_made(tmp_path
 
 
 def test_a_second_writer_is_refused_until_the_first_has_closed(tmp_path: Path) -> None:
-    first = files.open_exclusively(tmp_path / "log")
-    with pytest.raises(files.InUseError, match="is being written by another run"):
-        files.open_exclusively(tmp_path / "log")
+    first = writing.open_exclusively(tmp_path / "log")
+    with pytest.raises(writing.InUseError, match="is being written by another run"):
+        writing.open_exclusively(tmp_path / "log")
     first.close()
-    files.open_exclusively(tmp_path / "log").close()
+    writing.open_exclusively(tmp_path / "log").close()
 
 
 def test_a_lock_is_held_during_its_block_and_then_gone(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     path.touch()  # as a killed run leaves it
-    with files.locked(path):
-        with pytest.raises(files.InUseError), files.locked(path):
+    with writing.locked(path):
+        with pytest.raises(writing.InUseError), writing.locked(path):
             pass
         assert path.exists()
     assert not path.exists()
 
 
 def test_a_replacement_stays_locked_in_its_targets_place(tmp_path: Path) -> None:
-    replacement = files.Replacement(tmp_path / "log")
+    replacement = writing.Replacement(tmp_path / "log")
     replacement.file.write(b"new")
     replacement.commit()
     assert (tmp_path / "log").read_bytes() == b"new"
-    with pytest.raises(files.InUseError):
-        files.open_exclusively(tmp_path / "log")
+    with pytest.raises(writing.InUseError):
+        writing.open_exclusively(tmp_path / "log")
     replacement.file.close()
 
 
 def test_a_failed_replacement_leaves_the_target_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "log"
     target.write_text("old")
-    with pytest.raises(RuntimeError), files.replaced_when_complete(target) as file:
+    with pytest.raises(RuntimeError), writing.replaced_when_complete(target) as file:
         file.write(b"half")
         raise RuntimeError
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["log"]
@@ -138,17 +138,17 @@ def test_leftovers_of_a_killed_run_go_and_those_of_a_living_one_stay(tmp_path: P
     assert writer.stdout is not None
     with writer:
         left = Path(writer.stdout.readline().strip())
-        files.remove_leftovers(target)
+        writing.remove_leftovers(target)
         assert left.read_bytes() == b"half"
         writer.send_signal(signal.SIGKILL)
-    files.remove_leftovers(target)
+    writing.remove_leftovers(target)
     assert not left.exists() and all(other.exists() for other in others)
 
 
 _FORKING_WRITER = """
 import os, sys
 from pathlib import Path
-from megatron_laer.files import open_exclusively
+from megatron_laer.writing import open_exclusively
 log = open_exclusively(Path(sys.argv[1]))
 child = os.fork()
 if child == 0:
@@ -169,19 +169,19 @@ def test_a_child_that_outlives_a_killed_writer_keeps_no_lock(tmp_path: Path) -> 
     with writer:
         said = sorted(writer.stdout.readline().split()[0] for _ in range(2))
         assert said == ["child", "parent"]
-        with pytest.raises(files.InUseError):
-            files.open_exclusively(log)
+        with pytest.raises(writing.InUseError):
+            writing.open_exclusively(log)
         writer.send_signal(signal.SIGKILL)
         writer.wait()
-        files.open_exclusively(log).close()
+        writing.open_exclusively(log).close()
         assert log.read_bytes() == b""
         writer.stdin.close()  # ends the child
 
 
 def test_a_replacement_can_take_another_name(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("old")
-    replacement = files.Replacement(tmp_path / "log")
-    files.write_all(replacement.file, b"new")
+    replacement = writing.Replacement(tmp_path / "log")
+    writing.write_all(replacement.file, b"new")
     replacement.commit(tmp_path / "beside")
     replacement.file.close()
     assert (tmp_path / "log").read_text() == "old"

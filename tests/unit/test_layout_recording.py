@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_laer import files
+from megatron_laer import writing
 from megatron_laer.config import FSEPConfig
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
@@ -153,6 +153,6 @@ def test_a_start_that_fails_names_the_flag_and_lets_go_of_what_it_opened(tmp_pat
     config = FSEPConfig(record_layouts=layouts, record_trace=traces)
     with pytest.raises(ValueError, match=rf"--fsep-record-trace '{traces}': .*another run"):
         first_rank(config)
-    files.open_exclusively(tmp_path / "layouts" / "group-0.jsonl").close()
+    writing.open_exclusively(tmp_path / "layouts" / "group-0.jsonl").close()
     writer.close()
     first_rank(config).close()

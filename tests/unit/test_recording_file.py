@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import pytest
 
-from megatron_laer import files
+from megatron_laer import writing
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.recording_file import is_cut_off
@@ -142,7 +142,7 @@ def test_a_second_writer_is_refused_until_the_first_has_ended(kind: Kind, tmp_pa
     first = kind(path, 0)
     first.step(0, 1)
     for first_step in (0, 1):
-        with pytest.raises(files.InUseError, match="is being written by another run"):
+        with pytest.raises(writing.InUseError, match="is being written by another run"):
             kind(path, first_step)
     first.step(1, 1)
     first.close()
@@ -154,7 +154,7 @@ def test_a_recording_stays_locked_after_steps_were_moved_aside(kind: Kind, tmp_p
     path = tmp_path / kind.name
     record(kind, path, range(5), seed=1)
     resumed = kind(path, 3)
-    with pytest.raises(files.InUseError):
+    with pytest.raises(writing.InUseError):
         kind(path, 3)
     resumed.close()
 
@@ -324,7 +324,7 @@ PHASES = (
 _KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
-from megatron_laer import files
+from megatron_laer import files, writing
 from megatron_laer.recording_file import RecordingFile
 from tests.unit.test_recording_file import CUT_AT, Layouts, Traces
 

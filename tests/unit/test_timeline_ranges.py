@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer import files
+from megatron_laer import writing
 from megatron_laer.telemetry.clock import HostClock
 from megatron_laer.telemetry.timeline import DENSE, FIRST_STEP, NUM_STEPS, Timeline
 
@@ -99,7 +99,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(
     tmp_path: Path,
 ) -> None:
     first = timeline(tmp_path / "rank-0.json")
-    with pytest.raises(files.InUseError, match="another run"):
+    with pytest.raises(writing.InUseError, match="another run"):
         timeline(tmp_path / "rank-0.json")
     first.close()
     run(tmp_path / "rank-0.json")
