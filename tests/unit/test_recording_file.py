@@ -324,7 +324,6 @@ PHASES = (
 _KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
-from megatron_laer import files, writing
 from megatron_laer.recording_file import RecordingFile
 from tests.unit.test_recording_file import CUT_AT, Layouts, Traces
 
