@@ -29,7 +29,6 @@ from typing import NoReturn
 from megatron_laer import __version__, doctor
 from megatron_laer.files import one_line
 from megatron_laer.launch import in_one_line
-from megatron_laer.support import RefusedError
 
 # As shells report a process that a signal ended.
 _INTERRUPTED = 128 + signal.SIGINT
@@ -61,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return _fail(f"the output cannot be written: {error}")
     if script is not None:
+        from megatron_laer.support import RefusedError
+
         try:
             runpy.run_path(script, run_name="__main__")
         except RefusedError as error:

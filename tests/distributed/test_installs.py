@@ -333,7 +333,7 @@ def test_a_clone_without_a_core_says_what_to_install(
         words, name = [checkout / "pretrain_gpt.py", "--help"], "pretrain_gpt.py"
     else:
         words = ["-m", "megatron_laer", "plan", trace, "--ranks", "2", "--capacity", "2"]
-        name = "megatron_laer plan"
+        name = "python -m megatron_laer plan"
     cwd, path = (checkout, "") if place == "inside" else (tmp_path, str(checkout))
     result = run([bare.environment.python, *words], cwd, PYTHONPATH=path)
     assert result.returncode == 2
