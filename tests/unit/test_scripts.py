@@ -21,7 +21,8 @@ _PATCHES = sorted(_ROOT.glob("patches/core_v*/fsep.patch"))
 
 
 def shell(*words, cwd=_ROOT, timeout_s=600, **environment):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    told = ("SLURM_", "MEGATRON_LAER_NEED_SLURM")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(told)}
     command = ["bash", *map(str, words)]
     return processes.run(command, timeout_s, env=kept | environment, cwd=cwd)
 
