@@ -23,8 +23,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.files import refuse_unusable_folder
 from megatron_laer.model_flags import model_flags
 from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.simulator.arguments import between
 from megatron_laer.telemetry import log as training_log
 from megatron_laer.telemetry.balance import max_over_mean, stock_tokens_N
 
@@ -32,6 +34,8 @@ _SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_gpt.py"
 
 MODEL = "tiny-moe"
 STEPS = 200
+# Some hours; whoever wants more trains on more than this.
+MAX_STEPS = 100_000
 _SECONDS_BETWEEN_LINES = 5.0
 _CACHE = "cache"
 
@@ -62,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"quickstart needs {_SCRIPT}, which is in the repository only", file=sys.stderr)
         return 2
     started_s = time.monotonic()
+    try:
+        refuse_unusable_folder(args.work_dir, "--work-dir")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    args.work_dir = Path(args.work_dir)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     try:
         text = _prepare_text(args.work_dir)
@@ -102,10 +112,10 @@ def _parser() -> argparse.ArgumentParser:
         default=4 if cores >= 4 else 2,
         help="CPU ranks (default %(default)s on this machine)",
     )
-    parser.add_argument("--steps", type=int, default=STEPS, help="default %(default)s")
     parser.add_argument(
-        "--work-dir", type=Path, default=Path(".quickstart"), help="default %(default)s"
+        "--steps", type=between(1, MAX_STEPS), default=STEPS, help="default %(default)s"
     )
+    parser.add_argument("--work-dir", default=".quickstart", help="default %(default)s")
     return parser
 
 

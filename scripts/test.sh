@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 everything="not gpu and not nightly"
-selection="unit or quick"
+selection="(unit or quick) and not nightly"
 [[ ${CI:-} == true ]] && selection=$everything
 megatron=
 oldest=0.18.0

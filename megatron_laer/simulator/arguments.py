@@ -80,23 +80,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--experts",
-        type=_between(1, MAX_EXPERTS),
+        type=between(1, MAX_EXPERTS),
         metavar="E",
         help="for traces that do not say it",
     )
     parser.add_argument(
-        "--ranks", type=_between(1, MAX_RANKS), metavar="N", help="default: as in the trace"
+        "--ranks", type=between(1, MAX_RANKS), metavar="N", help="default: as in the trace"
     )
     parser.add_argument(
         "--capacity",
-        type=_between(1, MAX_EXPERTS),
+        type=between(1, MAX_EXPERTS),
         nargs="+",
         metavar="C",
         help="slots per rank, one or several; default: min(E, ceil(E/N) + 1)",
     )
     parser.add_argument(
         "--node-size",
-        type=_between(1, MAX_RANKS),
+        type=between(1, MAX_RANKS),
         metavar="G",
         help="ranks per node; default: the cluster's, at most N",
     )
@@ -131,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lag",
-        type=_between(1, MAX_STRIDE),
+        type=between(1, MAX_STRIDE),
         default=1,
         metavar="D",
         help="age of the newest counts, in steps of the trace; default: %(default)s",
@@ -149,19 +149,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--hidden",
-        type=_between(1, MAX_WIDTH),
+        type=between(1, MAX_WIDTH),
         metavar="H",
         help=f"width of a token; default: the model's, {_DEFAULT_SIZES.hidden} without --config",
     )
     parser.add_argument(
         "--ffn",
-        type=_between(1, MAX_WIDTH),
+        type=between(1, MAX_WIDTH),
         metavar="F",
         help=f"width of an expert; default: the model's, {_DEFAULT_SIZES.ffn} without --config",
     )
     parser.add_argument(
         "--every",
-        type=_between(1, MAX_STRIDE),
+        type=between(1, MAX_STRIDE),
         default=1,
         metavar="K",
         help="only every K-th microbatch, to be quick; a prime number meets all layers; "
@@ -178,7 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=_path, metavar="FILE", help="plot max/mean - 1 there")
 
 
-def _between(low: int, high: int) -> Callable[[str], int]:
+def between(low: int, high: int) -> Callable[[str], int]:
     """A type for argparse: an integer in a range."""
 
     def parse(text: str) -> int:

@@ -39,3 +39,26 @@ def test_the_quick_start_trains_with_fsep_and_with_stock_and_compares(tmp_path: 
         assert all(1.0 <= value <= 2.0 for value in run["load_imbalance"])
     assert sum(fsep["load_imbalance"]) < sum(stock["load_imbalance"])
     assert stock["layouts"] == 1
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "0"], "'0' is no integer in 1..100000"),
+        (["--steps", "9" * 30], "is no integer in 1..100000"),
+        (["--work-dir", ""], "--work-dir '': the path is empty"),
+        (["--work-dir", "/dev/null/x"], "is no folder"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(
+    words: list[str], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_laer import quickstart
+
+    try:
+        status = quickstart.main(words)
+    except SystemExit as stopped:  # argparse
+        status = int(str(stopped.code))
+    assert status == 2
+    assert said in capfd.readouterr().err

@@ -7,13 +7,12 @@ state it would be given, and with lanes, planner and workspaces in use.
 
 Runs 10 seeds. The 200 are for a machine with time:
 
-    MEGATRON_LAER_STRESS=1 scripts/test.sh --all -- tests/distributed/test_stress.py -k 200
+    scripts/test.sh --nightly -- tests/distributed/test_stress.py
 """
 
 from __future__ import annotations
 
 import inspect
-import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -70,11 +69,7 @@ SEEDS = [
     pytest.param(10, marks=pytest.mark.counts(seeds_of_delays=10)),
     pytest.param(
         200,
-        marks=[
-            pytest.mark.counts(seeds_of_delays=200),
-            pytest.mark.slow,
-            pytest.mark.skipif("MEGATRON_LAER_STRESS" not in os.environ, reason="asked for only"),
-        ],
+        marks=[pytest.mark.counts(seeds_of_delays=200), pytest.mark.nightly],
     ),
 ]
 WAIT = " --fsep-late-plan wait"

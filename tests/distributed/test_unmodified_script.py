@@ -25,6 +25,7 @@ CHECKOUT = os.environ.get("MEGATRON_LM_CHECKOUT")
 
 pytestmark = [
     pytest.mark.distributed,
+    pytest.mark.nightly,
     pytest.mark.skipif(
         CHECKOUT is None, reason="MEGATRON_LM_CHECKOUT names no checkout of Megatron-LM 0.19"
     ),
