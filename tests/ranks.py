@@ -164,8 +164,9 @@ class RankPool:
     def _stop_with_stacks(self, reason: str) -> str:
         for process, log in zip(self._processes, self._logs, strict=True):
             if process.is_alive():
+                written = log.stat().st_size
                 os.kill(process.pid, _STACK_SIGNAL)
-                _await_stacks(log)
+                _await_stacks(process, log, written)
         tails = [
             f"--- rank {rank}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-60:])
             for rank, log in enumerate(self._logs)
@@ -174,15 +175,20 @@ class RankPool:
         return f"{reason}; the last lines of every rank:\n" + "\n".join(tails)
 
 
-def _await_stacks(log: Path, within_s: float = 60.0) -> None:
-    """Return when a rank that was asked for its stacks has written them all."""
+def _await_stacks(process: Any, log: Path, written: int, within_s: float = 60.0) -> None:
+    """Return when a rank that was asked for its stacks has written them and nothing more for 1 s.
+
+    Or when it has ended, as it may have been about to.
+
+    Args:
+        written: bytes in its log before it was asked.
+    """
     give_up_s = time.monotonic() + within_s
-    size = log.stat().st_size
-    while time.monotonic() < give_up_s:
+    sizes = [written]
+    while process.is_alive() and time.monotonic() < give_up_s:
         time.sleep(0.5)
-        before, size = size, log.stat().st_size
-        # One of the threads is called so, wherever it comes.
-        if before == size and "Current thread" in log.read_text(errors="replace"):
+        sizes.append(log.stat().st_size)
+        if sizes[-1] > written and len(set(sizes[-3:])) == 1:
             return
 
 

@@ -140,8 +140,20 @@ def _pages_with_commands() -> list[Path]:
     return found
 
 
+# Minutes at their smallest size, and test_end_to_end.py runs that.
+NIGHTLY = ("end_to_end.md",)
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("page", _pages_with_commands(), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page, id=page.name, marks=[pytest.mark.nightly] if page.name in NIGHTLY else []
+        )
+        for page in _pages_with_commands()
+    ],
+)
 def test_the_commands_of_a_page_run_as_they_stand(page: Path, top: Path) -> None:
     substitutes = SUBSTITUTES.get(page.name, {})
     used = set()
