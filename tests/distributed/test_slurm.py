@@ -235,9 +235,12 @@ def test_a_failed_run_ends_on_every_node_and_is_started_again(
     slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:
     body = f"""
+        port=$(sed "s/.*--master-port \\([0-9]*\\).*/\\1/" <<<"$*")
         [[ $* != *"-fsep-2 "* ]] || {{ {SAVE_ALL}; exit; }}  # the third run
-        [[ $SLURM_NODEID == 0 ]] || exit 7
-        sleep 600"""
+        [[ $SLURM_NODEID == 0 ]] && sleep 600
+        # Not before both nodes have started, since srun then ends the other one.
+        until (($(grep -c -- "--master-port $port " "$0.started") == 2)); do sleep 0.1; done
+        exit 7"""
     variables = settings(body, CHECKPOINT=str(tmp_path / "run"), MAX_RESTARTS="2")
     job = slurm_cluster.submit(
         *(*TWO_NODES, str(SBATCH), "--", "--train-iters", "10"), environment=variables
