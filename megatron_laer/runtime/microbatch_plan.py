@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.runtime.restored import RestoredExperts
+from megatron_laer.runtime.weights.restored import RestoredExperts
 
 Int64 = npt.NDArray[np.int64]
 
