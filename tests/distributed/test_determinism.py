@@ -23,7 +23,7 @@ WAIT = " --fsep-planner {} --fsep-late-plan wait"
 
 def layout_version(model: object) -> int:
     """A probe: how many times layouts changed so far."""
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
     return -1 if coordinator is None else coordinator.version

@@ -64,7 +64,7 @@ def exchanges_on(node_size: int) -> Iterator[Callable[..., Any]]:
 
         yield make
     finally:
-        process_groups.destroy_groups()
+        groups.destroy()
         dist.destroy_process_group()
 
 

@@ -131,7 +131,7 @@ def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> lis
     import torch
 
     import megatron_laer
-    from megatron_laer.session import StepOutcome
+    from megatron_laer.plugin.steps import StepOutcome
 
     heard = _Heard()
     enable = megatron_laer.enable

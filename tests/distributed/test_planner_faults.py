@@ -33,7 +33,7 @@ def flags(data: str, steps: int, extra: str = "") -> list[str]:
 
 def planner_state(model: object) -> tuple[int, int, int]:
     """A probe: version, late plans, failures, as this rank knows them."""
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
     assert coordinator is not None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -41,12 +39,12 @@ def record(path: Path, steps: int = 3) -> None:
 
 
 def first_rank(config: FSEPConfig, first_step: int = 0) -> PlannerRank:
-    layers: Any = [SimpleNamespace(name=name, layout=LAYOUT) for name in LAYERS]
     return PlannerRank(
         config,
         GEOMETRY,
         make_costs(),
-        layers,
+        LAYERS,
+        [LAYOUT] * len(LAYERS),
         group_index=0,
         first_step=first_step,
         resumed=None,

@@ -139,10 +139,10 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
 
     settings = tmp_path / "nccl.yaml"
     settings.write_text("fsep_gradients: {max_ctas: 8}\n")
-    monkeypatch.setattr(session, "_active", Session(FSEPConfig(), None))
+    monkeypatch.setattr(session, "_session", Session(FSEPConfig()))
     with (
         mock.patch.object(dist, "get_backend", return_value=backend),
-        mock.patch.object(process_groups, "create_groups", create),
+        mock.patch.object(session, "create_groups", create),
         mock.patch.object(parallel_state, "get_expert_model_parallel_group"),
         mock.patch.object(parallel_state, "get_nccl_options", options),
         mock.patch.object(parallel_state, "create_group", group),
