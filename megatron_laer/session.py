@@ -118,13 +118,10 @@ class Session:
         if not self._is_training:
             raise_everywhere(None if coordinator is None else coordinator.start(step))
             if self.config.plans:
-                has_planner = (
-                    coordinator is not None and coordinator.layers and self.groups.rank == 0
-                )
-                planner_checkpoint.report_resumption(
-                    coordinator.resumption if coordinator is not None and has_planner else None,
-                    step,
-                )
+                resumption = None
+                if coordinator is not None and coordinator.layers and self.groups.rank == 0:
+                    resumption = coordinator.resumption
+                planner_checkpoint.report_resumption(resumption, step)
             if coordinator is not None:
                 coordinator.scheduler.attach(chunks())
             self._is_training = True

@@ -17,8 +17,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_laer import session
 from megatron_laer.plugin.patching import Patch
-from megatron_laer.runtime.coordinator import Coordinator
-from megatron_laer.runtime.planning import planner_checkpoint
 
 
 def _storage() -> Any:
@@ -67,9 +65,7 @@ def _with_planner_saved(original: Callable[..., Any]) -> Callable[..., Any]:
         request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         coordinator = None if current is None else current.coordinator
         if coordinator is not None:
-            planner_checkpoint.save_state(
-                str(checkpoint_dir), coordinator.groups, coordinator.planner_state, _storage()
-            )
+            coordinator.save_planner(str(checkpoint_dir), _storage())
         return request
 
     return save
@@ -94,32 +90,11 @@ def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
                     "with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
                 ) from error
             raise
-        if current is not None and current.config.plans:
-            _resume_planning(str(checkpoint_dir), current.coordinator)
+        if current is not None and current.config.plans and current.coordinator is not None:
+            current.coordinator.resume_planner(str(checkpoint_dir), _storage())
         return loaded
 
     return load
-
-
-def _resume_planning(directory: str, coordinator: Coordinator | None) -> None:
-    """Go on from the planner's state in a checkpoint. Collective over the FSEP group.
-
-    Where it is missing or does not fit, the group starts from the static layout, and says why when
-    training begins.
-
-    Args:
-        coordinator: None on a pipeline stage without MoE layers.
-    """
-    if coordinator is not None and coordinator.layers and not coordinator.started:
-        coordinator.resume(
-            planner_checkpoint.load_state(
-                directory,
-                coordinator.groups,
-                coordinator.device,
-                coordinator.check_state,
-                _storage(),
-            )
-        )
 
 
 CHECKPOINT_PATCHES = (

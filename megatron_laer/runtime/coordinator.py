@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +31,9 @@ from megatron_laer.runtime.comm.collectives import (
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
-from megatron_laer.runtime.layer_state import LayerState
+from megatron_laer.runtime.layer_state import LayerState, check_no_plan_is_left, name_of_layer
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+from megatron_laer.runtime.planning import planner_checkpoint
 from megatron_laer.runtime.planning.planner_checkpoint import Resumption
 from megatron_laer.runtime.planning.planner_rank import PlannerRank, naming_flag
 from megatron_laer.runtime.weights.restored import ExchangeStreams, RestoredExperts, Slices
@@ -110,13 +112,9 @@ class Coordinator:
             recomputes: whether it is a checkpoint of its own.
         """
         assert not self._started, "a layer was built after training began"
-        shape = (self.geometry.num_ranks, self.geometry.capacity, self.geometry.num_experts)
-        name = f"mtp {number}" if is_mtp else f"layer {number}"
-        # Hybrid MTP numbers the layers of each depth from 1; seeds and messages need names apart.
-        same = sum(layer.name.split(" #")[0] == name for layer in self.layers)
-        if same:
-            name += f" #{same + 1}"
-        layout = ExpertLayout.static(*shape)
+        name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
+        geometry = self.geometry
+        layout = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
         state = LayerState(len(self.layers), name, number, is_mtp, slices, recomputes, layout)
         self.layers.append(state)
         return state
@@ -199,7 +197,7 @@ class Coordinator:
             ValueError: `--fsep-restore step` without a number of microbatches.
         """
         assert self._started, "begin_step before start"
-        self._check_fifos()
+        check_no_plan_is_left(self.layers)
         if self.timeline is not None:
             self.timeline.begin_step(step)
         if self._planner_rank is not None:
@@ -221,7 +219,7 @@ class Coordinator:
         Raises:
             RuntimeError: a layer's plans were not all used by a backward pass.
         """
-        self._check_fifos()
+        check_no_plan_is_left(self.layers)
         if self._planner_rank is not None:
             self._planner_rank.mailbox.end_step()
         for layer in self.layers:
@@ -242,10 +240,26 @@ class Coordinator:
 
     # What checkpoints call.
 
-    @property
-    def started(self) -> bool:
-        """Whether training began, so that it is too late to resume."""
-        return self._started
+    def save_planner(self, directory: str, storage: Any) -> None:
+        """Write the planner's state into a checkpoint: see `planner_checkpoint.save_state`."""
+        planner_checkpoint.save_state(directory, self.groups, self.planner_state, storage)
+
+    def resume_planner(self, directory: str, storage: Any) -> None:
+        """Go on from the planner's state in a checkpoint, if the next step is the one after it.
+
+        Where the state is missing or does not fit, planning starts from the static layout, and
+        the session says why when training begins. Does nothing once training has begun. Collective
+        over the group.
+        """
+        if self.layers and not self._started:
+            names = [layer.name for layer in self.layers]
+            self.resumption = planner_checkpoint.load_state(
+                directory,
+                self.groups,
+                self.device,
+                lambda state: state.check_fits(self.geometry, names),
+                storage,
+            )
 
     def planner_state(self) -> PlannerState | None:
         """The planner's state between two steps, on the group's rank 0; None without a planner.
@@ -264,22 +278,6 @@ class Coordinator:
                 plans=plans,
             )
         return self.resumption.state  # loaded, and saved again before the first step
-
-    def check_state(self, state: PlannerState) -> None:
-        """Raise unless an earlier run's state fits this model.
-
-        Raises:
-            ValueError: a state of another run.
-        """
-        state.check_fits(self.geometry, [layer.name for layer in self.layers])
-
-    def resume(self, resumption: Resumption) -> None:
-        """Go on from an earlier run's state, if the first step is the one it was saved for.
-
-        The same on every rank of the group, before `start`.
-        """
-        assert not self._started
-        self.resumption = resumption
 
     def close(self) -> None:
         """Stop the planner and the streams, and close the recording and the timeline."""
@@ -397,12 +395,3 @@ class Coordinator:
         if self._planner_rank is not None:
             self._planner_rank.mailbox.put(layer.index, number, counts_NE)
             layer.add_sample(decision, decide_s)
-
-    def _check_fifos(self) -> None:
-        left = {layer.name: len(layer.pending) for layer in self.layers if layer.pending}
-        if left:
-            raise RuntimeError(
-                f"FSEP: forward passes without gradients left plans that no re-run used: {left}. A "
-                "forward in training mode under torch.no_grad() is taken for the first pass of a "
-                "checkpoint; call model.eval() for passes that have no backward"
-            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -90,3 +91,28 @@ class LayerState:
         samples = list(self._samples)
         self._samples.clear()
         return samples
+
+
+def name_of_layer(number: int, is_mtp: bool, taken: Sequence[str]) -> str:
+    """The name of a layer in seeds and messages, different from the names that are taken.
+
+    Hybrid models number the MTP layers of each depth from 1.
+    """
+    name = f"mtp {number}" if is_mtp else f"layer {number}"
+    same = sum(other.split(" #")[0] == name for other in taken)
+    return f"{name} #{same + 1}" if same else name
+
+
+def check_no_plan_is_left(layers: Sequence[LayerState]) -> None:
+    """Raise if forward passes left plans.
+
+    Raises:
+        RuntimeError: naming the layers.
+    """
+    left = {layer.name: len(layer.pending) for layer in layers if layer.pending}
+    if left:
+        raise RuntimeError(
+            f"FSEP: forward passes without gradients left plans that no re-run used: {left}. A "
+            "forward in training mode under torch.no_grad() is taken for the first pass of a "
+            "checkpoint; call model.eval() for passes that have no backward"
+        )
