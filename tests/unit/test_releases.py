@@ -13,11 +13,13 @@ import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import astuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from packaging.specifiers import SpecifierSet
 
+import tests.releases
 from megatron_laer import releases
 from megatron_laer.platform import pretraining
 from megatron_laer.plugin import checkpoints
@@ -98,6 +100,20 @@ def test_the_installed_megatron_has_what_the_table_says() -> None:
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.file)
 def test_files_that_cannot_import_the_table_agree_with_it(place: Place) -> None:
     assert place.split()[1] == place.text, "run python -m tests.releases"
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.file)
+def test_a_text_that_does_not_agree_is_written_and_nothing_else(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = (ROOT / place.file).read_text(encoding="utf-8")
+    head, _, tail = place.split()
+    copy = tmp_path / place.file
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_text(f"{head}of long ago{tail}", encoding="utf-8")
+    monkeypatch.setattr(tests.releases, "ROOT", tmp_path)
+    assert [place.write(), place.write()] == [True, False]
+    assert copy.read_text(encoding="utf-8") == content
 
 
 def test_the_table_is_read_where_nothing_is_installed() -> None:
