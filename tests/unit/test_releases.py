@@ -75,7 +75,7 @@ from megatron_laer.releases import DIFFERENCES
 def is_there(difference):
     try:
         return difference.is_in(pkgutil.resolve_name(difference.owner))
-    except ImportError:
+    except (ImportError, AttributeError):  # an older Megatron lacks the owner as well
         return False
 
 print(json.dumps([is_there(difference) for difference in DIFFERENCES]))
