@@ -79,7 +79,8 @@ PLACES = (
         "| folder | releases it applies to |\n| --- | --- |\n",
         "\n\n",
         "\n".join(
-            f"| `core_v{release.number}/` | {release.tested[0]} to {release.tested[-1]} |"
+            f"| `core_v{release.number}/` | "
+            f"{' to '.join(dict.fromkeys((release.tested[0], release.tested[-1])))} |"
             for release in RELEASES
         ),
     ),
