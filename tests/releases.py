@@ -17,7 +17,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from megatron_laer.releases import NUMBERS, RELEASES, SUPPORTED, TESTED, release_after
+from megatron_laer.releases import (
+    NUMBERS,
+    RELEASES,
+    ROUTING_TRACES,
+    SUPPORTED,
+    TESTED,
+    release_after,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,6 +75,7 @@ PLACES = (
         ", Python",
         " or ".join(filter(None, (", ".join(NUMBERS[:-1]), NUMBERS[-1]))),
     ),
+    Place("README.md", "write from release ", " on", ROUTING_TRACES.since),
     Place(
         "docs/architecture.md",
         "| megatron-core ",
