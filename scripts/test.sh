@@ -15,7 +15,6 @@ everything="not gpu and not nightly"
 selection="(unit or quick) and not nightly"
 [[ ${CI:-} == true ]] && selection=$everything
 megatron=
-oldest=0.18.0
 while (($#)); do
     case $1 in
         --all) selection=$everything ;;
@@ -24,7 +23,7 @@ while (($#)); do
         --megatron)
             megatron=${2:-}
             if [[ $megatron != [0-9]* ]]; then
-                echo "--megatron '$megatron' is no version; give one, such as $oldest" >&2 && exit 2
+                echo "--megatron '$megatron' is no version; give one, such as 0.X.Y, of megatron_laer/releases.py" >&2 && exit 2
             fi
             shift
             ;;
@@ -63,7 +62,7 @@ run_tests() {
 [[ -z $megatron ]] || laer_use_megatron "$megatron"
 run_tests "$selection" "$@"
 if [[ $selection == "$everything" && -z $megatron ]] && (($# == 0)); then
-    megatron=$oldest
+    megatron=$("$PYTHON" -c "from megatron_laer.releases import TESTED; print(TESTED[0])")
     laer_use_megatron "$megatron"
     run_tests "$everything and releases"
 fi

@@ -17,15 +17,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_laer import session
 from megatron_laer.plugin.patching import Patch
+from megatron_laer.releases import CHECKPOINT_STORAGE
 
 
 def _storage() -> Any:
     """What checkpoints are written with: has `open` and `os`, of an object store where it is on."""
     from megatron.core import msc_utils
 
-    if hasattr(msc_utils, "maybe_msc"):
+    if CHECKPOINT_STORAGE.is_in(msc_utils):
         return msc_utils.maybe_msc
-    # Megatron 0.18 decides at each place by itself.
+    # An older Megatron decides at each place by itself.
     feature = msc_utils.MultiStorageClientFeature
     return feature.import_package() if feature.is_enabled() else SimpleNamespace(open=open, os=os)
 

@@ -21,6 +21,7 @@ import pytest
 
 from megatron_laer.doctor import machine
 from megatron_laer.doctor.row import Row, Verdict
+from megatron_laer.releases import NUMBERS, SUPPORTED, TESTED, TESTED_RANGE, release_after
 from tests.processes import python_path
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +60,7 @@ def fake_torch(version: str = "2.15.0", cards: int = 0, nccl: bool = True) -> di
     return {"torch/__init__.py": TORCH.format(version=version, cards=cards, nccl=nccl)}
 
 
-def fake_megatron(version: str = "0.19.2", helper: str = "helpers_cpp.so") -> dict[str, str]:
+def fake_megatron(version: str = TESTED[-1], helper: str = "helpers_cpp.so") -> dict[str, str]:
     return {
         "megatron/core/__init__.py": "",
         "megatron/core/package_info.py": f"__version__ = {version!r}",
@@ -137,7 +138,7 @@ def test_with_everything_there_every_row_says_so(doctor: Doctor) -> None:
 
 
 REQUIRED = {
-    "megatron-core": "megatron-core>=0.18,<0.20",
+    "megatron-core": f"megatron-core{SUPPORTED}",
     "torch": "torch>=2.6",
     "numpy": "numpy>=1.26",
     "packaging": "packaging>=24.2",
@@ -215,7 +216,7 @@ def test_what_an_import_prints_is_not_taken_for_its_answer(doctor: Doctor) -> No
     assert doctor(fake_torch() | fake_megatron() | loud).rows["psutil"] == ("6.1", "ok")
 
 
-@pytest.mark.parametrize("megatron", ["0.17.1", "0.20.0"])
+@pytest.mark.parametrize("megatron", ["0.17.1", f"{release_after(NUMBERS[-1])}.0"])
 def test_versions_out_of_range_are_unsupported(doctor: Doctor, megatron: str) -> None:
     old_yaml = {"yaml/__init__.py": "__version__ = '5.4'"}
     examined = doctor(fake_torch("2.5.1") | fake_megatron(megatron) | old_yaml)
@@ -224,14 +225,14 @@ def test_versions_out_of_range_are_unsupported(doctor: Doctor, megatron: str) ->
     assert examined.rows["torch"] == ("2.5.1", f"{pip} 'torch>=2.6'")
     assert examined.rows["pyyaml"] == ("5.4", f"{pip} 'pyyaml>=6.0'")
     assert examined.verdict("megatron-core").startswith(
-        f"unsupported: megatron_laer supports megatron-core 0.18.0 to 0.19.2, found {megatron}; "
+        f"unsupported: megatron_laer supports megatron-core {TESTED_RANGE}, found {megatron}; "
     )
     assert examined.last_line == "missing or unsupported: megatron-core, torch, pyyaml"
 
 
 def test_a_release_that_was_not_tested_but_is_supported_is_said(doctor: Doctor) -> None:
-    examined = doctor(fake_torch() | fake_megatron("0.19.7"))
-    assert examined.verdict("megatron-core").startswith("ok: supported; tested were 0.18.0, ")
+    examined = doctor(fake_torch() | fake_megatron(f"{NUMBERS[-1]}.99"))
+    assert examined.verdict("megatron-core").startswith(f"ok: supported; tested were {TESTED[0]}, ")
 
 
 def test_a_checkout_without_a_core_names_the_command_that_builds_it(

@@ -1,6 +1,7 @@
 """Shell scripts and the patch for forks: checked, and run as far as one machine allows."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.releases import NUMBERS, TESTED
 from tests import processes, slurm
+from tests.releases import installed_release
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
@@ -463,18 +466,15 @@ def test_the_patch_adds_one_line_and_has_no_context(patch):
 
 @pytest.mark.unit
 def test_every_supported_release_has_a_patch():
-    from megatron_laer.plugin import TESTED_VERSIONS
-
-    releases = {".".join(version.split(".")[:2]) for version in TESTED_VERSIONS}
-    assert {path.parent.name for path in _PATCHES} == {f"core_v{release}" for release in releases}
+    assert {path.parent.name for path in _PATCHES} == {f"core_v{number}" for number in NUMBERS}
 
 
 @pytest.mark.unit
 def test_the_smaller_run_has_the_oldest_release_that_is_said_to_be_tested():
-    from megatron_laer.plugin import TESTED_VERSIONS
-
     script = (_ROOT / "scripts" / "test.sh").read_text()
-    assert f"\noldest={TESTED_VERSIONS[0]}\n" in script
+    (program,) = re.findall(r'megatron=\$\("\$PYTHON" -c "(.*)"\)', script)
+    found = processes.run([sys.executable, "-c", program], 60, env=os.environ, cwd=_ROOT)
+    assert found.stdout == f"{TESTED[0]}\n"
 
 
 @pytest.mark.unit
@@ -488,16 +488,14 @@ def test_a_missing_version_is_quoted_before_anything_is_installed(version):
 @pytest.mark.unit
 @pytest.mark.releases
 def test_the_patch_applies_to_the_installed_megatron(tmp_path):
-    from importlib.metadata import version
     from importlib.util import find_spec
 
-    release = ".".join(version("megatron-core").split(".")[:2])
     # Found without importing Megatron, which needs a GPU or the stand-in.
     source = find_spec("megatron.training").origin
     target = tmp_path / "megatron" / "training"
     target.mkdir(parents=True)
     shutil.copy(source, target)
-    patch = _ROOT / "patches" / f"core_v{release}" / "fsep.patch"
+    patch = _ROOT / "patches" / f"core_v{installed_release()}" / "fsep.patch"
     apply = ["git", "apply", "--unidiff-zero", str(patch)]
     subprocess.run(apply, cwd=tmp_path, check=True, env=os.environ | {"GIT_DIR": "/nowhere"})
     last = (target / "__init__.py").read_text().splitlines()[-1]
