@@ -16,8 +16,6 @@ from megatron_laer.model_flags import model_flags
 from megatron_laer.simulator import command as plan
 from tests.processes import python_path
 
-pytestmark = pytest.mark.unit
-
 
 def run(*words, cwd=None, device="cpu"):
     return subprocess.run(

@@ -23,7 +23,7 @@ from megatron_laer.model_support import (
 )
 from tests.parity.rows import ROWS
 
-pytestmark = [pytest.mark.unit, pytest.mark.releases]
+pytestmark = pytest.mark.releases
 
 PROGRAM = """
 import dataclasses, json

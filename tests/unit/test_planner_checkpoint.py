@@ -19,8 +19,6 @@ from megatron_laer.runtime.planning.planner_checkpoint import (
     state_path,
 )
 
-pytestmark = pytest.mark.unit
-
 
 def coordinator(group_rank: int = 0) -> Any:
     """As much of one as saving looks at."""

@@ -13,8 +13,6 @@ import pytest
 from megatron_laer.platform import releases
 from megatron_laer.plugin import checkpoints
 
-pytestmark = pytest.mark.unit
-
 MODEL = Namespace(num_experts=8, record_memory_history=False, spec=None)
 
 

@@ -23,8 +23,6 @@ from megatron_laer.trace import FORMATS, Trace, TraceWriter, read_trace
 from megatron_laer.trace.recording import MAGIC, recording_path
 from tests.fuzz import bytes_read, damaged
 
-pytestmark = pytest.mark.unit
-
 SHARED_NPZ = Path(__file__).resolve().parents[3] / "shared" / "data" / "smartmoe_trace_dev.npz"
 
 
