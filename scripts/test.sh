@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Lint, types, layers and tests.
+# Lint, types, layers, spelling and tests.
 #
 #   scripts/test.sh               the quick set: tests marked unit or quick
 #   scripts/test.sh --all         everything that needs no GPU (also with CI=true), and then what is
 #                                 marked `releases` once more, with the oldest Megatron supported
 #   scripts/test.sh --nightly     what --all leaves out, because it takes long or needs more tools
 #   scripts/test.sh --gpu         the tests that need one
+#   scripts/test.sh --lint        no tests
 #   scripts/test.sh --megatron X  the chosen set with megatron-core X instead
 #   scripts/test.sh ... -- ARGS   ARGS are given to pytest, which then runs once
 set -euo pipefail
@@ -20,6 +21,7 @@ while (($#)); do
         --all) selection=$everything ;;
         --nightly) selection="nightly and not gpu" ;;
         --gpu) selection=gpu ;;
+        --lint) selection= ;;
         --megatron)
             megatron=${2:-}
             if [[ $megatron != [0-9]* ]]; then
@@ -28,8 +30,8 @@ while (($#)); do
             shift
             ;;
         --) shift && break ;;
-        -h | --help) sed -n '2,10s/^# \{0,1\}//p' scripts/test.sh && exit ;;
-        *) echo "unknown option $1; allowed are --all, --nightly, --gpu, --megatron X, and -- followed by pytest's" >&2 && exit 2 ;;
+        -h | --help) sed -n '2,11s/^# \{0,1\}//p' scripts/test.sh && exit ;;
+        *) echo "unknown option $1; allowed are --all, --nightly, --gpu, --lint, --megatron X, and -- followed by pytest's" >&2 && exit 2 ;;
     esac
     shift
 done
@@ -44,8 +46,14 @@ check() {
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check mypy mypy
+check codespell codespell_lib ./*.md benchmarks configs docs megatron_laer patches scripts tests
 echo "== import-linter"
 .venv/bin/lint-imports || failed+=(import-linter)
+finish() {
+    ((${#failed[@]} == 0)) && exit
+    echo "FAILED: ${failed[*]}" && exit 1
+}
+[[ -n $selection ]] || finish
 ((${#failed[@]} == 0)) || echo "FAILED: ${failed[*]} (the tests follow)"
 
 # Ends when pytest has printed its summary, whatever a test left running. Files are spread over two
@@ -66,5 +74,4 @@ if [[ $selection == "$everything" && -z $megatron ]] && (($# == 0)); then
     laer_use_megatron "$megatron"
     run_tests "$everything and releases"
 fi
-((${#failed[@]} == 0)) || echo "FAILED: ${failed[*]}"
-((${#failed[@]} == 0))
+finish

@@ -10,8 +10,6 @@ from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import Record, train
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.convergence
-
 STEPS = 250
 # Bytes of Python sources: a uniform guess has a loss of ln 257 = 5.55. Stock reaches 2.21 here
 # (`pytest tests/convergence -s` prints it); the bound leaves room for another machine's rounding.

@@ -23,8 +23,6 @@ from megatron_laer.testing.weights import Tensors
 from tests.checkpoints import iteration_folder, saved_iteration, saved_tensors
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 FSEP = " --expert-parallel-mode fsep --fsep-planner static"
 WEIGHTS_ONLY = " --no-load-optim --no-load-rng --finetune"
 TORCH_DIST = " --ckpt-format torch_dist"

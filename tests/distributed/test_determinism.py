@@ -15,8 +15,6 @@ from megatron_laer.testing.training import Record, train
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 STEPS = 20
 WAIT = " --fsep-planner {} --fsep-late-plan wait"
 

@@ -14,8 +14,6 @@ from megatron_laer.config import EXCHANGES
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.testing.ranks import RankPool
 
-pytestmark = pytest.mark.distributed
-
 COLUMNS = 3
 
 

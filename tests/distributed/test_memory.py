@@ -14,8 +14,6 @@ from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 RANDOM = " --fsep-planner random"
 FSEP = " --expert-parallel-mode fsep" + RANDOM
 

@@ -21,8 +21,6 @@ from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import fresh_megatron
 from tests import processes
 
-pytestmark = pytest.mark.distributed
-
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "own_loop.md"
 STEPS = 4
 

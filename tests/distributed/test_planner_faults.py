@@ -19,8 +19,6 @@ from tests.faults.injected import train_with_other_layout
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 FSEP = " --expert-parallel-mode fsep --fsep-planner laer --fsep-cluster cpu-gloo"
 
 

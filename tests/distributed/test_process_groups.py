@@ -16,8 +16,6 @@ from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 
 def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
     """Initialise Megatron's state with FSEP on, look at the groups, and tear everything down."""

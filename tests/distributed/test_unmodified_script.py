@@ -25,7 +25,6 @@ _ROOT = Path(__file__).resolve().parents[2]
 CHECKOUT = os.environ.get("MEGATRON_LM_CHECKOUT")
 
 pytestmark = [
-    pytest.mark.distributed,
     pytest.mark.nightly,
     pytest.mark.skipif(
         CHECKOUT is None,

@@ -18,8 +18,6 @@ from megatron_laer.planner.splits import solve_quotas
 from megatron_laer.runtime.comm.layout_index import layout_index, reduce_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
 
-pytestmark = pytest.mark.gpu
-
 DEVICE = torch.device("cuda")
 TOKENS_C = [300, 0, 7, 129]
 

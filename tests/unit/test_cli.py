@@ -17,8 +17,6 @@ from megatron_laer.releases import TESTED_RANGE
 from megatron_laer.simulator import command as plan
 from tests.processes import python_path
 
-pytestmark = pytest.mark.unit
-
 
 def run(*words, cwd=None, device="cpu"):
     return subprocess.run(

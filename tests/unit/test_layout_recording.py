@@ -18,8 +18,6 @@ from megatron_laer.trace import TraceWriter
 from tests.costs import make_costs
 from tests.fuzz import bytes_read
 
-pytestmark = pytest.mark.unit
-
 GEOMETRY = Geometry(num_ranks=2, num_experts=4, capacity=3, node_size=2)
 LAYERS = ["layer 1", "layer 2"]
 CONFIG = FSEPConfig()

@@ -6,12 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 
 from megatron_laer.runtime.planning.mailbox import RoutingMailbox
 from megatron_laer.trace.recording import TraceWriter, read_recording
-
-pytestmark = pytest.mark.unit
 
 Delivered = list[tuple[int, int, list[list[int]]]]
 

@@ -24,7 +24,7 @@ from megatron_laer.releases import NUMBERS
 from tests.parity.rows import ROWS
 from tests.releases import release_of
 
-pytestmark = [pytest.mark.unit, pytest.mark.releases]
+pytestmark = pytest.mark.releases
 
 PROGRAM = """
 import dataclasses, json

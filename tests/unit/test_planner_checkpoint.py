@@ -20,8 +20,6 @@ from megatron_laer.runtime.planning.planner_checkpoint import (
     state_path,
 )
 
-pytestmark = pytest.mark.unit
-
 
 def save(directory: Path, storage: Any, group_rank: int = 0) -> None:
     """Save a state on this rank of the group."""

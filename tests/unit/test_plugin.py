@@ -10,7 +10,7 @@ import pytest
 
 from megatron_laer.releases import NUMBERS, TESTED_RANGE, release_after
 
-pytestmark = [pytest.mark.unit, pytest.mark.releases]
+pytestmark = pytest.mark.releases
 
 UNSUPPORTED = ("0.16.1", "0.17.1", f"{release_after(NUMBERS[-1])}.0")
 

@@ -35,8 +35,6 @@ from megatron_laer.releases import (
 from tests import processes
 from tests.releases import PLACES, ROOT, Place, installed_release
 
-pytestmark = pytest.mark.unit
-
 
 def test_releases_are_in_order_and_none_is_left_out() -> None:
     assert [release_after(number) for number in NUMBERS[:-1]] == list(NUMBERS[1:])

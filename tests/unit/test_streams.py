@@ -17,8 +17,6 @@ from megatron_laer import session, support
 from megatron_laer.config import FSEPConfig
 from megatron_laer.runtime.comm import launcher, process_groups
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.mark.parametrize(
     ("config", "connections", "on_cuda", "warned"),

@@ -23,8 +23,6 @@ from megatron_laer.trace.recording import MAGIC, recording_path
 from tests.fuzz import bytes_read, damaged
 from tests.releases import installed_release
 
-pytestmark = pytest.mark.unit
-
 SHARED_NPZ = Path(__file__).resolve().parents[3] / "shared" / "data" / "smartmoe_trace_dev.npz"
 
 
