@@ -90,7 +90,7 @@ def training_step(
     coordinator = coordinators.current_coordinator()  # None on a stage without MoE layers
     if not _is_started:
         raise_everywhere(None if coordinator is None else coordinator.start(step))
-        if _active is not None and _active.config.plans:
+        if _active is not None and _active.config.makes_plans:
             planner_checkpoint.report_resumption(coordinator, step)
         if coordinator is not None:
             coordinator.scheduler.attach(chunks())

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
-from megatron_laer.planner.quotas import Int64
 
 
 def construct_layout(counts_NE: Int64, current: ExpertLayout, node_size: int) -> ExpertLayout:

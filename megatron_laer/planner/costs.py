@@ -1,10 +1,11 @@
-"""Predicted seconds of one MoE layer and microbatch under a layout, and of changing the layout.
+"""The cost model predicts the seconds of an MoE layer under a layout, and of changing the layout.
 
-`layer_seconds` prices what a layout changes at dispatch time: expert compute and token All-to-All.
+`layer_seconds` counts what a layout changes at dispatch time: expert compute and token All-to-All.
 What the design schedules under computation costs nothing there: restores of planned layouts, in
 forward and in backward, and the exchange of gradients; how long they take is told by
-`restore_seconds` and `reduce_seconds`, by algorithm. `change_seconds` prices a layout made after
-the gate. Hardware constants are in `clusters`, element counts of exchanges in `traffic`.
+`restore_seconds` and `reduce_seconds`, by algorithm. `change_seconds` tells what a layout costs
+that is made after the gate. Hardware constants are in `clusters`, element counts of exchanges in
+`traffic`.
 
 Every rank reaches the same numbers from the same counts, bit for bit: token counts are added as
 integers, floats only element by element, slot after slot, and across ranks only by maximum. No
@@ -22,19 +23,15 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.config import AUTO, EVEN_SPLIT, EXACT_SPLIT, EXCHANGES
+from megatron_laer.arrays import Int64
+from megatron_laer.config import ExchangeAlgorithm, RestoreAlgorithm, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.quotas import Int64, SplitTotals, even_split
-from megatron_laer.planner.traffic import (
-    Traffic,
-    changed_slots,
-    check_algorithm,
-    reduce_traffic,
-    restore_traffic,
-)
+from megatron_laer.planner.quotas import SplitTotals, even_split
+from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
+from megatron_laer.sharding import changed_slots
 
 # Dispatch and combine, forward and backward.
 _ALL_TO_ALL_PASSES = 4
@@ -56,10 +53,10 @@ class CostModel:
         gated: whether the first matrix is [2F, H] (SwiGLU and its kin) or [F, H].
         bytes_per_element: of tokens, weights and gradients on the wire; 2 for bf16.
         recompute: whether backward runs the experts' forward again.
-        restore_algorithm: how changed slots are fetched, "flat" or "node".
+        restore_algorithm: how changed slots are fetched.
 
     Raises:
-        ValueError: a size below 1, or an unknown algorithm.
+        ValueError: a size below 1.
     """
 
     cluster: Cluster
@@ -68,13 +65,12 @@ class CostModel:
     gated: bool
     bytes_per_element: int
     recompute: bool = False
-    restore_algorithm: str = "flat"
+    restore_algorithm: ExchangeAlgorithm = ExchangeAlgorithm.FLAT
 
     def __post_init__(self) -> None:
         for name in ("hidden", "ffn", "bytes_per_element"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        check_algorithm(self.restore_algorithm)
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
@@ -96,33 +92,27 @@ class CostModel:
         counts_NE: Int64,
         layout: ExpertLayout,
         node_size: int,
-        split: str = EXACT_SPLIT,
+        split: Split = Split.EXACT,
     ) -> float:
         """Forward and backward of one MoE layer and microbatch, in seconds; see `split_seconds`.
 
         Args:
             counts_NE: tokens on each source rank for each expert, int64 [N, E].
-            split: how tokens are split over replicas, by its name in `config.SPLITS`.
+            split: how tokens are split over replicas.
 
         Raises:
-            ValueError: counts of another shape, a node size that does not divide N, or an unknown
-                split.
+            ValueError: counts of another shape, or a node size that does not divide N.
         """
-        if split == EXACT_SPLIT:
-            totals = exact_split(layout, node_size).totals(counts_NE)
-        elif split == EVEN_SPLIT:
-            totals = even_split(layout, node_size).totals(counts_NE)
-        else:
-            raise ValueError(f"unknown split {split!r}; use {EXACT_SPLIT!r} or {EVEN_SPLIT!r}")
-        return self.split_seconds(totals, layout, node_size)
+        tables = exact_split if split == Split.EXACT else even_split
+        return self.split_seconds(tables(layout, node_size).totals(counts_NE), layout, node_size)
 
     def split_seconds(self, totals: SplitTotals, layout: ExpertLayout, node_size: int) -> float:
         """Forward and backward of one MoE layer and microbatch whose split is known, in seconds.
 
         The busiest rank's expert compute, one GEMM per slot and matrix, plus the All-to-All of the
         rank that takes longest: per link class the slower of send and receive (links are full
-        duplex), and of the classes the slower, as one collective drives both; so is a flat restore
-        priced (`Traffic.seconds`). Tokens for a rank's own slots travel nowhere.
+        duplex), and of the classes the slower, as one collective drives both, like a flat restore
+        (`Traffic.seconds`). Tokens for a rank's own slots travel nowhere.
 
         The paper adds up communication over all devices but takes the maximum of compute; here both
         are the time of one device, so their sum means something.
@@ -177,26 +167,27 @@ class CostModel:
         self,
         layout: ExpertLayout,
         node_size: int,
-        algorithm: str,
+        algorithm: ExchangeAlgorithm,
         changed_S: npt.NDArray[np.bool_] | None = None,
     ) -> Traffic:
         """Bytes per rank and link class of one restore of a layer's experts.
 
         Args:
-            algorithm: "flat" or "node".
             changed_S: bool [S], the slots to fetch; None for all.
 
         Raises:
-            ValueError: a node size that does not divide N, or an unknown algorithm.
+            ValueError: a node size that does not divide N.
         """
         traffic = restore_traffic(layout, node_size, self.matrices, algorithm, changed_S)
         return self._bytes(traffic)
 
-    def reduce_bytes(self, layout: ExpertLayout, node_size: int, algorithm: str) -> Traffic:
+    def reduce_bytes(
+        self, layout: ExpertLayout, node_size: int, algorithm: ExchangeAlgorithm
+    ) -> Traffic:
         """Bytes per rank and link class of one reduce of a layer's gradients.
 
         Raises:
-            ValueError: a node size that does not divide N, or an unknown algorithm.
+            ValueError: a node size that does not divide N.
         """
         return self._bytes(reduce_traffic(layout, node_size, self.matrices, algorithm))
 
@@ -204,37 +195,37 @@ class CostModel:
         self,
         layout: ExpertLayout,
         node_size: int,
-        algorithm: str,
+        algorithm: ExchangeAlgorithm,
         changed_S: npt.NDArray[np.bool_] | None = None,
     ) -> float:
         """Seconds of one restore, if nothing hides it; arguments and errors as `restore_bytes`."""
         traffic = restore_traffic(layout, node_size, self.matrices, algorithm, changed_S)
         return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
 
-    def reduce_seconds(self, layout: ExpertLayout, node_size: int, algorithm: str) -> float:
+    def reduce_seconds(
+        self, layout: ExpertLayout, node_size: int, algorithm: ExchangeAlgorithm
+    ) -> float:
         """Seconds of one reduce, if nothing hides it; arguments and errors as `reduce_bytes`."""
         traffic = reduce_traffic(layout, node_size, self.matrices, algorithm)
         return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
 
-    def with_exchange(self, algorithm: str, geometry: Geometry) -> CostModel:
-        """The same with another exchange; `auto` takes the faster for layouts of this shape.
-
-        Raises:
-            ValueError: an unknown algorithm.
-        """
-        if algorithm == AUTO:
+    def with_exchange(self, algorithm: RestoreAlgorithm, geometry: Geometry) -> CostModel:
+        """Return the same with another exchange; `auto` takes the faster for such layouts."""
+        if algorithm == RestoreAlgorithm.AUTO:
             static = ExpertLayout.static(
                 geometry.num_ranks, geometry.capacity, geometry.num_experts
             )
             # Two restores for each reduce; the first of equals is the flat one.
-            algorithm = min(
-                EXCHANGES,
+            chosen = min(
+                ExchangeAlgorithm,
                 key=lambda name: (
                     2 * self.restore_seconds(static, geometry.node_size, name)
                     + self.reduce_seconds(static, geometry.node_size, name)
                 ),
             )
-        return replace(self, restore_algorithm=algorithm)
+        else:
+            chosen = ExchangeAlgorithm(algorithm)
+        return replace(self, restore_algorithm=chosen)
 
     def solve_seconds(self, geometry: Geometry) -> float:
         """Of a fresh layout and its exact quotas. A constant: a time measured at run time would
@@ -282,7 +273,7 @@ class CostModel:
         )
 
     def _exchange_seconds(
-        self, traffic: Traffic, num_ranks: int, node_size: int, algorithm: str
+        self, traffic: Traffic, num_ranks: int, node_size: int, algorithm: ExchangeAlgorithm
     ) -> float:
         wire_s = traffic.seconds(
             algorithm,
@@ -291,7 +282,7 @@ class CostModel:
             self.cluster.inter.bytes_per_s,
         )
         latency_s = self._latency_seconds(num_ranks, node_size)
-        if algorithm == "node":  # two collectives, one after the other
+        if algorithm == ExchangeAlgorithm.NODE:  # two collectives, one after the other
             in_node_s = self._latency_seconds(node_size, node_size)
             latency_s = in_node_s + (latency_s if num_ranks > node_size else 0.0)
         return wire_s + len(self.matrices) * latency_s

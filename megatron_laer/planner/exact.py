@@ -21,11 +21,12 @@ from functools import lru_cache
 
 import numpy as np
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout, check_rank
 from megatron_laer.planner.construct import checked_counts
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
-from megatron_laer.planner.quotas import Int64, SplitTotals
+from megatron_laer.planner.quotas import SplitTotals
 
 
 @dataclass(frozen=True, eq=False)

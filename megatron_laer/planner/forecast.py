@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 
-Int64 = npt.NDArray[np.int64]
+from megatron_laer.arrays import Int64
 
 # Parts of one token, so that experts with less than one expected token keep their order.
 _SCALE = 16

@@ -15,14 +15,12 @@ import heapq
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_laer.config import EVEN_SPLIT
+from megatron_laer.arrays import Int64
+from megatron_laer.config import Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-
-Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class LaerStrategy:
         return min(
             candidates,
             key=lambda layout: self.costs.layer_seconds(
-                counts_NE, layout, geometry.node_size, EVEN_SPLIT
+                counts_NE, layout, geometry.node_size, Split.EVEN
             ),
         )
 

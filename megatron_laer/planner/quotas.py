@@ -17,10 +17,9 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout, check_rank
 from megatron_laer.planner.geometry import Geometry
-
-Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

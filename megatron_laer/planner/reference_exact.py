@@ -15,9 +15,9 @@ from itertools import combinations
 
 import numpy as np
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry, check_node_size
-from megatron_laer.planner.quotas import Int64
 
 
 def least_largest_load(counts_NE: Int64, layout: ExpertLayout) -> int:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from megatron_laer.config import EXACT_SPLIT
+from megatron_laer.arrays import Int64
+from megatron_laer.config import Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.exact import exact_split
-from megatron_laer.planner.quotas import EvenSplit, Int64, even_split
+from megatron_laer.planner.quotas import EvenSplit, even_split
 
 
 class Quotas(Protocol):
@@ -58,12 +59,12 @@ class EvenQuotas:
         return self.split.rank_columns(self.counts_NE, rank)
 
 
-def solve_quotas(split: str, counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Quotas:
-    """The quotas of a microbatch by the split of this name (`config.SPLITS`).
+def solve_quotas(split: Split, counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Quotas:
+    """Split the tokens of a microbatch over the replicas of their experts.
 
     Raises:
         ValueError: counts of another shape than the layout's.
     """
-    if split == EXACT_SPLIT:
+    if split == Split.EXACT:
         return exact_split(layout, node_size).solve(counts_NE)
     return EvenQuotas(even_split(layout, node_size), counts_NE)

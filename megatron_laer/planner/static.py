@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 
@@ -18,7 +16,7 @@ class StaticStrategy:
     geometry: Geometry
     name: str = "static"
 
-    def plan(self, counts_NE: npt.NDArray[np.int64], current: ExpertLayout) -> ExpertLayout:
+    def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
         """The static layout.
 
         Raises:

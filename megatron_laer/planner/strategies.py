@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_laer.config import FIXED_PLANNERS
+from megatron_laer.arrays import Int64
+from megatron_laer.config import FixedPlanner, FSEPConfig, PlanMode, RestoreAlgorithm
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -26,7 +25,7 @@ class Strategy(Protocol):
         """The name under which `make_strategy` knows it."""
         ...
 
-    def plan(self, counts_NE: npt.NDArray[np.int64], current: ExpertLayout) -> ExpertLayout:
+    def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
         """The next layout.
 
         Args:
@@ -47,7 +46,7 @@ def check_planner(name: str) -> None:
     Raises:
         ValueError: quoting it; the message lists the known ones.
     """
-    known = sorted({*strategy_names(), *FIXED_PLANNERS})
+    known = sorted({*strategy_names(), *FixedPlanner})
     if name not in known:
         raise ValueError(f"--fsep-planner {name}: unknown planner; use one of {', '.join(known)}")
 
@@ -60,12 +59,30 @@ def make_strategy(name: str, *, geometry: Geometry, costs: CostModel) -> Strateg
     """
     if name not in _STRATEGIES:
         raise ValueError(f"unknown planner {name!r}; use one of {', '.join(strategy_names())}")
-    return _STRATEGIES[name](geometry, costs)
+    return _STRATEGIES[name].make(geometry, costs)
 
 
-_STRATEGIES: Mapping[str, Callable[[Geometry, CostModel], Strategy]] = {
-    "greedy": lambda geometry, costs: GreedyStrategy(geometry),
-    "laer": LaerStrategy,
-    "search": lambda geometry, costs: SearchStrategy(geometry),
-    "static": lambda geometry, costs: StaticStrategy(geometry),
+def uses_costs(config: FSEPConfig) -> bool:
+    """Tell whether anything is decided by the cost model under these settings."""
+    strategy = _STRATEGIES.get(config.planner)
+    return (
+        (config.mode == PlanMode.ADAPTIVE and config.imbalance_tolerance is None)
+        or (config.makes_plans and strategy is not None and strategy.uses_costs)
+        or config.restore_algorithm == RestoreAlgorithm.AUTO
+    )
+
+
+@dataclass(frozen=True)
+class _Registered:
+    """A strategy's constructor, and whether the strategy compares layouts by the cost model."""
+
+    make: Callable[[Geometry, CostModel], Strategy]
+    uses_costs: bool = False
+
+
+_STRATEGIES: Mapping[str, _Registered] = {
+    "greedy": _Registered(lambda geometry, costs: GreedyStrategy(geometry)),
+    "laer": _Registered(LaerStrategy, uses_costs=True),
+    "search": _Registered(lambda geometry, costs: SearchStrategy(geometry)),
+    "static": _Registered(lambda geometry, costs: StaticStrategy(geometry)),
 }

@@ -85,7 +85,7 @@ def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
                 ) from error
             raise
         active = activation.active()
-        if active is not None and active.config.plans:
+        if active is not None and active.config.makes_plans:
             planner_checkpoint.load_states(str(checkpoint_dir), current_coordinator(), _storage())
         return loaded
 

@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.config import (
-    EXACT,
-    NODE,
-    RANDOM_PLANNER,
-    STEP_RESTORE,
+    ExchangeAlgorithm,
+    FixedPlanner,
     FSEPConfig,
+    OverlapScheduler,
+    PlanMode,
+    Restore,
+    WireDtype,
 )
 from megatron_laer.layout import ExpertLayout, default_capacity
 from megatron_laer.planner.costs import CostModel
@@ -52,7 +54,11 @@ from megatron_laer.telemetry.timeline import Timeline, timeline_path
 logger = logging.getLogger(__name__)
 
 
-_WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_WIRE_DTYPES = {
+    WireDtype.BF16: torch.bfloat16,
+    WireDtype.FP16: torch.float16,
+    WireDtype.FP32: torch.float32,
+}
 
 
 class Coordinator:
@@ -89,11 +95,11 @@ class Coordinator:
             config.mode, costs, self.geometry, config.imbalance_tolerance, config.split
         )
         self.exchange = _exchange(config, groups, costs.restore_algorithm)
-        overlaps = config.scheduler == "on"
+        overlaps = config.scheduler == OverlapScheduler.ON
         self.schedule = make_schedule(
             overlaps=overlaps,
-            after_gate=config.mode == EXACT,
-            holds_step=config.restore == STEP_RESTORE,
+            after_gate=config.mode == PlanMode.EXACT,
+            holds_step=config.restore == Restore.STEP,
         )
         self.lanes = ExchangeLanes(
             self.exchange,
@@ -378,7 +384,7 @@ class Coordinator:
 
     @property
     def _changes_layouts(self) -> bool:
-        return self.config.plans or self.config.replay_layouts is not None
+        return self.config.makes_plans or self.config.replay_layouts is not None
 
     def _open_timeline(self, first_step: int) -> None:
         if self.config.timeline is None:
@@ -408,7 +414,7 @@ class Coordinator:
     def _index_of(self, layer: LayerState, training: bool) -> LayoutIndex:
         """The layout that the layer's next pass is planned with."""
         layout = layer.layout
-        if self.config.planner == RANDOM_PLANNER and training:
+        if self.config.planner == FixedPlanner.RANDOM and training:
             layout = ExpertLayout.random(
                 layout.num_ranks,
                 layout.capacity,
@@ -458,8 +464,8 @@ class Coordinator:
             )
 
 
-def _exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: str) -> Exchange:
-    if algorithm == NODE:
+def _exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: ExchangeAlgorithm) -> Exchange:
+    if algorithm == ExchangeAlgorithm.NODE:
         dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
         return NodeExchange(groups, dtype)
     return FlatExchange(groups)

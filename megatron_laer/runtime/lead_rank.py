@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.config import FSEPConfig, flag_name
+from megatron_laer.config import FSEPConfig, LatePlan, flag_name
 from megatron_laer.files import quoted, refuse_overwriting
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
@@ -68,12 +68,12 @@ class LeadRank:
             if config.replay_layouts is not None:
                 path = recording_path(config.replay_layouts, group_index)
                 self._source = ReplayedLayouts(path, geometry, _regime(config), names)
-            elif config.plans:
+            elif config.makes_plans:
                 self._source = PlannedLayouts(
                     make_strategy(config.planner, geometry=geometry, costs=costs),
                     [layer.layout for layer in layers],
                     lag=config.plan_lag,
-                    wait=config.late_plan == "wait",
+                    wait=config.late_plan == LatePlan.WAIT,
                     on_warning=_warn,
                     resumed=resumed,
                 )
@@ -187,8 +187,8 @@ def naming_flag(field_name: str, folder: str) -> Iterator[None]:
 def _regime(config: FSEPConfig) -> dict[str, Any]:
     """What a recording's results depend on beside its layouts."""
     return {
-        "split": config.split,
-        "plan_mode": config.mode,
+        "split": config.split.value,
+        "plan_mode": config.mode.value,
         "imbalance_tolerance": config.imbalance_tolerance,
     }
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_laer.config import EXCHANGES
+from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.files import is_same_file, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.model_flags import model_flags
@@ -138,8 +138,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--restore-algorithm",
-        default=EXCHANGES[0],
-        choices=EXCHANGES,
+        default=ExchangeAlgorithm.FLAT.value,
+        choices=[algorithm.value for algorithm in ExchangeAlgorithm],
         help="how experts are fetched; default: %(default)s",
     )
     parser.add_argument(

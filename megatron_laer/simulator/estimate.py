@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_laer import memory
-from megatron_laer.config import FORECAST
+from megatron_laer.config import PlanMode
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.simulator.table import BASELINES
 
@@ -61,8 +61,8 @@ class Work:
         for geometry in self.geometries:
             for strategy in self.strategies:
                 total += self.plans * _seconds(_PLAN_S[strategy], geometry)
-                for mode in [FORECAST] if strategy in BASELINES else self.modes:
-                    fresh_s = _FORECAST_GATE_S if mode == FORECAST else _FRESH_GATE_S
+                for mode in [PlanMode.FORECAST] if strategy in BASELINES else self.modes:
+                    fresh_s = _FORECAST_GATE_S if mode == PlanMode.FORECAST else _FRESH_GATE_S
                     gate_s = _EVEN_GATE_S if strategy == "laer" else fresh_s
                     total += self.cases * _seconds(gate_s, geometry)
         return total

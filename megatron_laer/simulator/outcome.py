@@ -8,13 +8,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import ExactQuotas
 from megatron_laer.planner.guard import Guard
-from megatron_laer.planner.quotas import Int64, SplitTotals, even_split
+from megatron_laer.planner.quotas import SplitTotals, even_split
 from megatron_laer.planner.splits import Quotas
-from megatron_laer.planner.traffic import Traffic, changed_slots
+from megatron_laer.planner.traffic import Traffic
+from megatron_laer.sharding import changed_slots
 
 
 @dataclass(frozen=True)

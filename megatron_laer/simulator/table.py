@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_laer.config import ADAPTIVE, EVEN_SPLIT, EXACT_SPLIT, FORECAST, PLAN_MODES
+from megatron_laer.arrays import Int64
+from megatron_laer.config import PlanMode, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
-from megatron_laer.planner.quotas import Int64
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.simulator.outcome import Outcome, evaluate, restored_bytes
 from megatron_laer.trace.records import Trace
@@ -30,10 +30,10 @@ STOCK = "stock EP"
 
 # `adaptive` by cost, and by a tolerance.
 TOLERANCE = "tolerance"
-MODES = (*PLAN_MODES, TOLERANCE)
+MODES = (*(mode.value for mode in PlanMode), TOLERANCE)
 
 # The paper's planner reckons with even splits, and is shown with them.
-_SPLITS = {"laer": EVEN_SPLIT}
+_SPLITS = {"laer": Split.EVEN}
 # Shown as they are; a layout made after the gate would hide what they do.
 BASELINES = ("static", "laer")
 
@@ -207,24 +207,26 @@ def _planners(
     if first.num_experts % first.num_ranks == 0:
         each = first.num_experts // first.num_ranks
         stock = Geometry(first.num_ranks, first.num_experts, each, first.node_size)
-        guard = Guard(FORECAST, costs, stock, split=EVEN_SPLIT)
+        guard = Guard(PlanMode.FORECAST, costs, stock, split=Split.EVEN)
         yield _Planner(None, stock, [_Entry(STOCK, "-", guard)])
     for geometry in geometries:
         for name in strategies:
-            split = _SPLITS.get(name, EXACT_SPLIT)
+            split = _SPLITS.get(name, Split.EXACT)
             entries = [
                 _Entry(name, mode, _guard(mode, costs, geometry, split, tolerance))
-                for mode in ([FORECAST] if name in BASELINES else modes)
+                for mode in ([PlanMode.FORECAST.value] if name in BASELINES else modes)
             ]
             yield _Planner(make_strategy(name, geometry=geometry, costs=costs), geometry, entries)
 
 
-def _guard(mode: str, costs: CostModel, geometry: Geometry, split: str, tolerance: float) -> Guard:
+def _guard(
+    mode: str, costs: CostModel, geometry: Geometry, split: Split, tolerance: float
+) -> Guard:
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; use one of {', '.join(MODES)}")
     if mode == TOLERANCE:
-        return Guard(ADAPTIVE, costs, geometry, tolerance, split)
-    return Guard(mode, costs, geometry, split=split)
+        return Guard(PlanMode.ADAPTIVE, costs, geometry, tolerance, split)
+    return Guard(PlanMode(mode), costs, geometry, split=split)
 
 
 def _walk(trace: Trace, lag: int) -> Iterator[tuple[list[int], Int64 | None]]:

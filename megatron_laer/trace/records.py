@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer import memory
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import MAX_EXPERTS
 
-Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 
 MAX_COUNT = int(np.iinfo(np.int32).max)

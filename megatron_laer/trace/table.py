@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laer import memory
+from megatron_laer.arrays import Int64
 from megatron_laer.files import lines, open_input, quoted
 from megatron_laer.layout import MAX_EXPERTS
-from megatron_laer.trace.records import MAX_COUNT, MAX_INDEX, MAX_RANKS, Int64, Trace, assemble
+from megatron_laer.trace.records import MAX_COUNT, MAX_INDEX, MAX_RANKS, Trace, assemble
 
 KEYS = ("step", "layer", "microbatch", "source_rank")
 
