@@ -1,4 +1,4 @@
-"""The settings of FSEP: `FSEPConfig`, the one way in for configuration.
+"""`FSEPConfig` holds the settings of FSEP and is the one way in for configuration.
 
 A field's metadata says its type, its range and its help; checks, flags and the docs are made from
 it. This file reads no command line (see `flags`), and it does not decide what a combination of
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 
 class Choice(StrEnum):
-    """A closed set of words; a word outside it raises a ValueError that lists them."""
+    """Is a closed set of words; a word outside it raises a ValueError that lists them."""
 
     @classmethod
     def _missing_(cls, value: object) -> None:
@@ -25,22 +25,25 @@ class Choice(StrEnum):
 
 
 class ExpertParallelMode(Choice):
-    """Whose expert parallelism runs: Megatron's own, or ours."""
+    """Says whose expert parallelism runs: Megatron's own, or ours."""
 
     STANDARD = "standard"
     FSEP = "fsep"
 
 
 class Split(Choice):
-    """The ways to split a microbatch's tokens over an expert's replicas."""
+    """Says how a microbatch's tokens are split over an expert's replicas."""
 
     EXACT = "exact"
     EVEN = "even"
 
 
 class PlanMode(Choice):
-    """A microbatch is computed with the planned layout, with one made for its very counts after the
-    gate, or with the cheaper of the two."""
+    """Says what a microbatch is computed with.
+
+    That is the planned layout (`forecast`), one made for its very counts after the gate (`exact`),
+    or the cheaper of the two (`adaptive`).
+    """
 
     FORECAST = "forecast"
     EXACT = "exact"
@@ -48,35 +51,35 @@ class PlanMode(Choice):
 
 
 class LatePlan(Choice):
-    """The ways to treat a plan that is not ready in time."""
+    """Says what happens when a plan is not ready in time."""
 
     KEEP = "keep"
     WAIT = "wait"
 
 
 class Restore(Choice):
-    """The ways to keep restored experts: for one pass of one layer, or for a whole step."""
+    """Says how long experts stay restored: for one pass of one layer, or for a whole step."""
 
     LAYER = "layer"
     STEP = "step"
 
 
 class OverlapScheduler(Choice):
-    """Whether exchanges overlap with compute."""
+    """Says whether exchanges overlap with compute."""
 
     ON = "on"
     OFF = "off"
 
 
 class ExchangeAlgorithm(Choice):
-    """The ways in which an exchange of experts or gradients crosses nodes."""
+    """Says how an exchange of experts or gradients crosses nodes."""
 
     FLAT = "flat"
     NODE = "node"
 
 
 class RestoreAlgorithm(Choice):
-    """An exchange algorithm, or `auto` for the faster one by the cost model."""
+    """Names an exchange algorithm, or `auto` for the faster one by the cost model."""
 
     FLAT = "flat"
     NODE = "node"
@@ -84,7 +87,7 @@ class RestoreAlgorithm(Choice):
 
 
 class WireDtype(Choice):
-    """The dtypes that gradients may have between nodes."""
+    """Says in which dtype gradients cross nodes."""
 
     BF16 = "bf16"
     FP16 = "fp16"
@@ -92,7 +95,7 @@ class WireDtype(Choice):
 
 
 class FixedPlanner(Choice):
-    """Planners that need no thread and no broadcast.
+    """Names the planners that need no thread and no broadcast.
 
     The layout never changes, or it changes at every microbatch in a way that each rank works out
     alone: `random` is no strategy, since strategies are asked once per step.
@@ -103,7 +106,7 @@ class FixedPlanner(Choice):
 
 
 class Bound(NamedTuple):
-    """A limit of a number, and the words of the error message behind `must be at least`."""
+    """Limits a number, with the words that follow `must be at least` in the error message."""
 
     value: int
     text: str
@@ -131,7 +134,7 @@ def _option(
 
 @dataclass(frozen=True)
 class FSEPConfig:
-    """Settings of Fully Sharded Expert Parallel.
+    """Holds the settings of Fully Sharded Expert Parallel.
 
     The FSEP group is Megatron's expert-parallel group, so its size N is
     `--expert-model-parallel-size`; E is `--num-experts`.
@@ -301,7 +304,7 @@ class FSEPConfig:
 
     @property
     def mode(self) -> PlanMode:
-        """The plan mode in force."""
+        """Return the plan mode in force."""
         if self.plan_mode is not None:
             return self.plan_mode
         is_fixed = self.planner in FixedPlanner and self.replay_layouts is None
@@ -310,7 +313,7 @@ class FSEPConfig:
 
     @property
     def makes_plans(self) -> bool:
-        """Whether layouts come from a planner's thread."""
+        """Tell whether layouts come from a planner's thread."""
         return (
             self.replay_layouts is None
             and self.planner not in FixedPlanner
@@ -319,7 +322,7 @@ class FSEPConfig:
 
     @property
     def follows_steps(self) -> bool:
-        """Whether anything that the settings ask for happens at step boundaries only."""
+        """Tell whether anything that the settings ask for happens at step boundaries only."""
         written = (self.record_layouts, self.record_trace, self.timeline)
         return (
             self.makes_plans

@@ -1,4 +1,4 @@
-"""FSEP's command line: one flag per field of `FSEPConfig`, made from the field's metadata.
+"""Each field of `FSEPConfig` becomes a command-line flag, made from the field's metadata.
 
 A field `plan_lag` is the flag `--fsep-plan-lag`; its `help` is the flag's help and the row in the
 docs. A flag without effect is an error here. What a combination of flags means for Megatron is not

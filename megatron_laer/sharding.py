@@ -18,12 +18,12 @@ from megatron_laer.layout import ExpertLayout
 
 
 def row_bounds(rows: int, num_ranks: int) -> list[int]:
-    """N + 1 bounds of the row blocks that ranks hold; blocks differ by at most one row."""
+    """Return the N + 1 bounds of the ranks' row blocks, which differ by at most one row."""
     return [rank * rows // num_ranks for rank in range(num_ranks + 1)]
 
 
 def changed_slots(before: ExpertLayout, after: ExpertLayout) -> Bool:
-    """Slots whose expert differs, bool [S].
+    """Return the slots whose expert differs, bool [S].
 
     Raises:
         ValueError: layouts of different N, C or E.
@@ -36,7 +36,7 @@ def changed_slots(before: ExpertLayout, after: ExpertLayout) -> Bool:
 
 @dataclass(frozen=True, eq=False)
 class NodeSources:
-    """Where each node gets the distinct experts of its changed slots from.
+    """Tells where each node gets the distinct experts of its changed slots from.
 
     Pairs of a node and an expert are numbered node·E + expert.
 
@@ -54,7 +54,7 @@ class NodeSources:
 def node_sources(
     layout: ExpertLayout, node_size: int, changed_S: Bool, before: ExpertLayout | None = None
 ) -> NodeSources:
-    """Which experts cross nodes in a restore by node, and which the nodes have.
+    """Tell which experts cross nodes in a restore by node, and which the nodes have.
 
     Args:
         before: the layout under which ranks keep what they restored, or None if they keep nothing.

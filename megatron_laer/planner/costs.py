@@ -11,7 +11,7 @@ Every rank reaches the same numbers from the same counts, bit for bit: token cou
 integers, floats only element by element, slot after slot, and across ranks only by maximum. No
 floating-point reduction whose order NumPy chooses, and nothing measured at run time.
 
-Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots.
+Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _BELOW_ROUNDING = 1.0 - 1e-9
 
 @dataclass(frozen=True)
 class CostModel:
-    """An expert's shape on a cluster, and what they make of a layout.
+    """Predicts what a layout costs, from an expert's shape and a cluster's hardware constants.
 
     Attributes:
         cluster: hardware constants.
@@ -74,17 +74,17 @@ class CostModel:
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of an expert's matrices, as they are restored."""
+        """Return (rows, columns) of an expert's matrices, as they are restored."""
         return ((2 if self.gated else 1) * self.ffn, self.hidden), (self.hidden, self.ffn)
 
     @property
     def token_bytes(self) -> int:
-        """Of one token's hidden state."""
+        """Return the bytes of one token's hidden state."""
         return self.hidden * self.bytes_per_element
 
     @property
     def flops_per_token(self) -> int:
-        """Of one expert's GEMMs, forward: one multiplication and one addition for every weight."""
+        """Count the FLOPs of one expert's forward: a multiplication and an addition per weight."""
         return 2 * sum(rows * columns for rows, columns in self.matrices)
 
     def layer_seconds(
@@ -94,7 +94,7 @@ class CostModel:
         node_size: int,
         split: Split = Split.EXACT,
     ) -> float:
-        """Forward and backward of one MoE layer and microbatch, in seconds; see `split_seconds`.
+        """Predict the seconds of a layer's forward and backward; see `split_seconds`.
 
         Args:
             counts_NE: tokens on each source rank for each expert, int64 [N, E].
@@ -107,7 +107,7 @@ class CostModel:
         return self.split_seconds(tables(layout, node_size).totals(counts_NE), layout, node_size)
 
     def split_seconds(self, totals: SplitTotals, layout: ExpertLayout, node_size: int) -> float:
-        """Forward and backward of one MoE layer and microbatch whose split is known, in seconds.
+        """Predict the seconds of one layer and microbatch, both passes, whose split is known.
 
         The busiest rank's expert compute, one GEMM per slot and matrix, plus the All-to-All of the
         rank that takes longest: per link class the slower of send and receive (links are full
@@ -136,7 +136,7 @@ class CostModel:
         return float(expert_s + _ALL_TO_ALL_PASSES * (pass_s + latency_s))
 
     def least_layer_seconds(self, counts_NE: Int64, geometry: Geometry) -> float:
-        """What no layout of this geometry and no split gets below.
+        """Return seconds that no layout of this geometry and no split gets below.
 
         Compute: the busiest rank has at least the mean load, and no less than the mean of all
         ranks' times, with each expert in as few GEMMs as are fastest. Tokens: a rank keeps at most
@@ -170,7 +170,7 @@ class CostModel:
         algorithm: ExchangeAlgorithm,
         changed_S: npt.NDArray[np.bool_] | None = None,
     ) -> Traffic:
-        """Bytes per rank and link class of one restore of a layer's experts.
+        """Return the bytes per rank and link class of one restore of a layer's experts.
 
         Args:
             changed_S: bool [S], the slots to fetch; None for all.
@@ -184,7 +184,7 @@ class CostModel:
     def reduce_bytes(
         self, layout: ExpertLayout, node_size: int, algorithm: ExchangeAlgorithm
     ) -> Traffic:
-        """Bytes per rank and link class of one reduce of a layer's gradients.
+        """Return the bytes per rank and link class of one reduce of a layer's gradients.
 
         Raises:
             ValueError: a node size that does not divide N.
@@ -198,14 +198,14 @@ class CostModel:
         algorithm: ExchangeAlgorithm,
         changed_S: npt.NDArray[np.bool_] | None = None,
     ) -> float:
-        """Seconds of one restore, if nothing hides it; arguments and errors as `restore_bytes`."""
+        """Predict the seconds of one restore if nothing hides it; see `restore_bytes`."""
         traffic = restore_traffic(layout, node_size, self.matrices, algorithm, changed_S)
         return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
 
     def reduce_seconds(
         self, layout: ExpertLayout, node_size: int, algorithm: ExchangeAlgorithm
     ) -> float:
-        """Seconds of one reduce, if nothing hides it; arguments and errors as `reduce_bytes`."""
+        """Predict the seconds of one reduce if nothing hides it; see `reduce_bytes`."""
         traffic = reduce_traffic(layout, node_size, self.matrices, algorithm)
         return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
 
@@ -228,13 +228,15 @@ class CostModel:
         return replace(self, restore_algorithm=chosen)
 
     def solve_seconds(self, geometry: Geometry) -> float:
-        """Of a fresh layout and its exact quotas. A constant: a time measured at run time would
-        differ between ranks, and so would their decisions."""
+        """Return the time of a fresh layout and its exact quotas, a constant.
+
+        A time measured at run time would differ between ranks, and so would their decisions.
+        """
         shape = (geometry.num_ranks, geometry.capacity, geometry.num_experts)
         return self.cluster.solve.seconds(*shape)
 
     def change_seconds(self, before: ExpertLayout, after: ExpertLayout, node_size: int) -> float:
-        """What a layout made after the gate costs over a planned one; none for the same layout.
+        """Predict what a layout made after the gate costs over a planned one; 0 for the same.
 
         The solve, and in forward the fetch of the changed slots, which starts when the gate is
         known and which the experts wait for. The other slots were restored ahead for the planned
@@ -255,12 +257,12 @@ class CostModel:
         return fetch_s + self.solve_seconds(geometry)
 
     def least_change_seconds(self, geometry: Geometry) -> float:
-        """What no change of layout gets below: the solve, and one expert for one rank."""
+        """Return what no change of layout gets below: the solve, and one expert for one rank."""
         return _least_change_seconds(self, geometry)
 
     @property
     def _expert_flops(self) -> int:
-        """Per token, over all passes of a microbatch."""
+        """Count the FLOPs per token over all passes of a microbatch."""
         passes = _EXPERT_PASSES_RECOMPUTE if self.recompute else _EXPERT_PASSES
         return passes * self.flops_per_token
 
@@ -288,14 +290,14 @@ class CostModel:
         return wire_s + len(self.matrices) * latency_s
 
     def _latency_seconds(self, num_ranks: int, node_size: int) -> float:
-        """Of one collective of all ranks: that of the slowest links it spans."""
+        """Return the latency of one collective: that of the slowest links it spans."""
         if num_ranks == 1:
             return 0.0
         return (self.cluster.intra if num_ranks == node_size else self.cluster.inter).latency_s
 
 
 def _least_leaving(counts: Int64, kept_experts: int) -> int:
-    """Tokens that leave the row which keeps fewest, if a row keeps its most wanted experts'."""
+    """Return the tokens that leave the row that keeps fewest, if rows keep their top experts'."""
     others = counts.shape[1] - kept_experts
     if others <= 0:
         return 0
@@ -304,7 +306,7 @@ def _least_leaving(counts: Int64, kept_experts: int) -> int:
 
 @lru_cache(maxsize=64)
 def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
-    """One slot of rank 0, with as many rows on every rank as the smallest slice has.
+    """Take one slot of rank 0, with as many rows on every rank as the smallest slice has.
 
     Every term of either algorithm's traffic grows with the changed slots and with rows, so no
     change moves less; and with equal slices it does not matter which slot it is.

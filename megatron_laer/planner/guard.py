@@ -1,9 +1,9 @@
-"""After the gate, two choices: keep the planned layout, or make a fresh one for these counts.
+"""After the gate, the guard keeps the planned layout or makes a fresh one for these counts.
 
 A pure function of the counts of one microbatch, the same on every rank: integers, and the cost
 model's floats, which are equal everywhere (see `costs`). It moves nothing and measures nothing.
 
-Shape suffixes: N ranks, E experts, S slots.
+Legend: N ranks, E experts, S slots.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_laer.sharding import changed_slots
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """The layout of one microbatch of one layer, and why.
+    """Holds the layout of one microbatch of one layer, and why it was chosen.
 
     Attributes:
         layout: the planned one or a fresh one.
@@ -51,27 +51,27 @@ class Decision:
 
     @property
     def replanned(self) -> bool:
-        """Whether slots have to be fetched for this layout."""
+        """Tell whether slots have to be fetched for this layout."""
         return self.layout is not self.planned_layout
 
     @cached_property
     def changed_slots(self) -> int:
-        """Slots that hold another expert than in the planned layout."""
+        """Count the slots that hold another expert than in the planned layout."""
         return int(changed_slots(self.planned_layout, self.layout).sum())
 
     @cached_property
     def max_over_mean_before(self) -> float | None:
-        """Largest over mean rank load with the planned layout; None where that was not solved."""
+        """Return max/mean rank load with the planned layout; None where that was not solved."""
         return None if self.planned_quotas is None else _imbalance(self.planned_quotas)
 
     @cached_property
     def max_over_mean_after(self) -> float:
-        """The same with the layout that was chosen."""
+        """Return max/mean rank load with the layout that was chosen."""
         return _imbalance(self.quotas)
 
     @property
     def reason(self) -> str:
-        """For the log, without the layer's name. Made when asked for."""
+        """Return the decision in words for the log, without the layer's name."""
         ratio = f"max/mean {self.max_over_mean_after:.2f}"
         if self.replanned:
             if self.max_over_mean_before is not None:
@@ -99,7 +99,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Guard:
-    """Which of the two layouts a microbatch gets, by `mode`.
+    """Chooses which of the two layouts a microbatch gets, by `mode`.
 
     - `forecast`: the planned one, always.
     - `exact`: a fresh one, always.
@@ -140,7 +140,7 @@ class Guard:
             )
 
     def decide(self, counts_NE: Int64, planned: ExpertLayout) -> Decision:
-        """The layout and quotas of one microbatch.
+        """Choose the layout and quotas of one microbatch.
 
         Args:
             counts_NE: tokens on each source rank for each expert, int64 [N, E].

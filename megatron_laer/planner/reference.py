@@ -1,6 +1,6 @@
-"""Plain loops that define what the fast code computes. Only tests use this file; it is not fast.
+"""These plain loops define what the fast code computes. Only tests use this file; it is not fast.
 
-Shape suffixes: N ranks, E experts, S = N*C slots.
+Legend: N ranks, E experts, S = N*C slots.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_laer.planner.geometry import check_node_size
 def quota_NS(
     counts_NE: npt.NDArray[np.int64], layout: ExpertLayout, node_size: int
 ) -> npt.NDArray[np.int64]:
-    """The even split as a whole matrix: tokens from each source rank to each slot, int64 [N, S].
+    """Return the even split as a whole matrix: tokens from each source to each slot, int64 [N, S].
 
     Raises:
         ValueError: a node size that does not divide N.

@@ -1,4 +1,4 @@
-"""What a planning strategy is, and the strategies by name; each lives in a file of its own."""
+"""Strategies are made by name here; each lives in a file of its own."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from megatron_laer.planner.static import StaticStrategy
 
 
 class Strategy(Protocol):
-    """Observed counts and the layout in use → the next layout. A pure function."""
+    """Maps observed counts and the layout in use to the next layout; a pure function."""
 
     @property
     def name(self) -> str:
-        """The name under which `make_strategy` knows it."""
+        """Return the name under which `make_strategy` knows it."""
         ...
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """The next layout.
+        """Return the next layout.
 
         Args:
             counts_NE: tokens on each source rank for each expert, int64 [N, E]; not to be changed.
@@ -36,7 +36,7 @@ class Strategy(Protocol):
 
 
 def strategy_names() -> tuple[str, ...]:
-    """Names that `make_strategy` takes, sorted."""
+    """Return the names that `make_strategy` takes, sorted."""
     return tuple(sorted(_STRATEGIES))
 
 
@@ -74,7 +74,7 @@ def uses_costs(config: FSEPConfig) -> bool:
 
 @dataclass(frozen=True)
 class _Registered:
-    """A strategy's constructor, and whether the strategy compares layouts by the cost model."""
+    """Holds a strategy's constructor, and whether it compares layouts by the cost model."""
 
     make: Callable[[Geometry, CostModel], Strategy]
     uses_costs: bool = False

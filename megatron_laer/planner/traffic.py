@@ -1,4 +1,4 @@
-"""What the exchange of parameters and gradients puts on the links, by formula; no torch, no wire.
+"""These formulas tell what exchanges of parameters and gradients put on the links.
 
 Two algorithms move the same values. `flat` is one All-to-All over all ranks. `node` crosses nodes
 once for each distinct expert of a node, place by place (rank g of a node with rank g of the other
@@ -25,7 +25,7 @@ from megatron_laer.sharding import changed_slots, node_sources, row_bounds
 
 @dataclass(frozen=True, eq=False)
 class Traffic:
-    """Elements of one exchange per rank and link class; what stays on a rank is in none of them.
+    """Counts one exchange's elements per rank and link class, but for what stays on a rank.
 
     Received and sent are kept apart because their largest values differ: ranks of a node with many
     distinct experts receive more than others send, and with few changed slots nearly all ranks send
@@ -49,7 +49,7 @@ class Traffic:
         inter_bytes_per_s: float,
         inter_bytes_per_element: float | None = None,
     ) -> float:
-        """Predicted duration of the exchange, from each rank's own link rates; no latency.
+        """Predict the exchange's duration from each rank's own link rates; no latency.
 
         `flat` drives both link classes in one collective and takes the slower class of the slowest
         rank. `node` runs one collective after the other and takes the sum of the two.
@@ -76,7 +76,7 @@ def restore_traffic(
     *,
     before: ExpertLayout | None = None,
 ) -> Traffic:
-    """Elements that one restore moves.
+    """Count the elements that one restore moves.
 
     With c_n slots to fetch on rank n, F_J distinct experts among those of node J, and r_n rows on
     rank n = (node J, place g), per matrix and times K, a rank receives
@@ -154,7 +154,7 @@ def reduce_traffic(
     matrices: Sequence[tuple[int, int]],
     algorithm: ExchangeAlgorithm,
 ) -> Traffic:
-    """Elements that one gradient exchange moves: a restore of all slots, run backwards.
+    """Count the elements of one gradient exchange: a restore of all slots, run backwards.
 
     Elements between nodes may be of another dtype than those inside (`--fsep-grad-wire-dtype`).
 

@@ -1,4 +1,4 @@
-"""`plan`: a routing trace in, a table of strategies out."""
+"""The command `plan` reads a routing trace and prints a table of strategies."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _planning(cases: Sequence[int]) -> Iterable[int]:
 def _geometries(
     args: argparse.Namespace, recorded: Trace, num_ranks: int, cluster: Cluster
 ) -> list[Geometry]:
-    """The shapes that are asked for, one per capacity.
+    """Return the shapes that are asked for, one per capacity.
 
     Raises:
         ValueError: an argument that does not fit the trace, by its flag.

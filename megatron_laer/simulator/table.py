@@ -1,9 +1,9 @@
-"""The table of strategies over a trace: each microbatch of the trace under each of them.
+"""The table runs each microbatch of a trace under each strategy.
 
 As in training, a layer's layout of a step is planned from the counts of the steps before it, once,
 and serves all microbatches of the step; the layout of the step before is the planner's `current`.
 
-Shape suffixes: N ranks, E experts, R records.
+Legend: N ranks, E experts, R records.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BASELINES = ("static", "laer")
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: one strategy and mode over all cases.
+    """Holds a line of the table: one strategy and mode over all cases.
 
     Attributes:
         split: how tokens are split over replicas.
@@ -83,7 +83,7 @@ class Row:
 
 @dataclass
 class _Entry:
-    """A line in the making."""
+    """Collects what a line of the table is made from."""
 
     strategy: str
     mode: str
@@ -93,7 +93,7 @@ class _Entry:
 
 @dataclass
 class _Planner:
-    """A strategy at work, with the layouts in force by layer, and its lines.
+    """Keeps a strategy at work, with the layouts in force by layer, and its lines.
 
     Without a strategy it is stock: `ExpertLayout.static` at C = E/N, and nothing is restored.
     """
@@ -106,7 +106,7 @@ class _Planner:
     restored_bytes: list[int] = field(default_factory=list)
 
     def layout(self, layer: int, forecast_NE: Int64, costs: CostModel) -> ExpertLayout:
-        """The next layout of a layer."""
+        """Return the next layout of a layer."""
         geometry = self.geometry
         current = self.layouts.get(layer) or ExpertLayout.static(
             geometry.num_ranks, geometry.capacity, geometry.num_experts
@@ -172,7 +172,7 @@ def simulate(
 
 
 def chosen_cases(trace: Trace, lag: int, every: int) -> list[int]:
-    """The records that are evaluated, in order.
+    """Return the records that are evaluated, in order.
 
     Raises:
         ValueError: a lag or a stride that leaves none, or only the first one.
@@ -230,7 +230,7 @@ def _guard(
 
 
 def _walk(trace: Trace, lag: int) -> Iterator[tuple[list[int], Int64 | None]]:
-    """Records by step and layer, in order, with the forecast that was there for them."""
+    """Yield records by step and layer, in order, with the forecast that was there for them."""
     states: dict[int, deque[SmoothedForecast]] = {}
     keys = list(zip(trace.step_R.tolist(), trace.layer_R.tolist(), strict=True))
     begin = 0
@@ -247,7 +247,7 @@ def _walk(trace: Trace, lag: int) -> Iterator[tuple[list[int], Int64 | None]]:
 
 
 def _cases(trace: Trace, lag: int) -> list[int]:
-    """Records with at least one token and `lag` steps of their layer before them."""
+    """Return the records with any token and with `lag` steps of their layer before them."""
     has_tokens_R = trace.counts_RNE.any(axis=(1, 2))
     steps_before: dict[int, set[int]] = {}
     cases = []

@@ -8,7 +8,7 @@ ranks of one group.
 
 Files do not say how many experts there are; without `num_experts` it is the largest one seen + 1.
 
-Shape suffixes: I cells (a record, a rank and an expert), T tokens, K top-k.
+Legend: I cells (a record, a rank and an expert), T tokens, K top-k.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _Layer = tuple[bool, int, int]
 
 @dataclass
 class _RankCalls:
-    """One rank's router calls: (step, layer, microbatch) → tokens of each expert."""
+    """Holds one rank's router calls: (step, layer, microbatch) → tokens of each expert."""
 
     tokens: dict[tuple[int, _Layer, int], npt.NDArray[np.int64]] = field(default_factory=dict)
 
