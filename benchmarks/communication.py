@@ -29,11 +29,11 @@ from megatron_laer.arrays import Int64
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
-from megatron_laer.runtime import process_groups
-from megatron_laer.runtime.exchange import Exchange, ExchangeCount, Kept
-from megatron_laer.runtime.flat_exchange import FlatExchange
-from megatron_laer.runtime.layout_index import layout_index
-from megatron_laer.runtime.node_exchange import NodeExchange
+from megatron_laer.runtime.comm import process_groups
+from megatron_laer.runtime.comm.exchange import Exchange, ExchangeCount, Kept
+from megatron_laer.runtime.comm.flat_exchange import FlatExchange
+from megatron_laer.runtime.comm.layout_index import layout_index
+from megatron_laer.runtime.comm.node_exchange import NodeExchange
 from megatron_laer.sharding import row_bounds
 
 try:

@@ -20,14 +20,14 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_laer import model_support
-from megatron_laer.activation import coordinator_for
 from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
 from megatron_laer.experts.module import FSEPExperts
-from megatron_laer.runtime.device import upload
+from megatron_laer.runtime.comm.process_groups import get_fsep_groups
+from megatron_laer.runtime.comm.streams import upload
 from megatron_laer.runtime.layer_state import LayerState
-from megatron_laer.runtime.plan import MicrobatchPlan
-from megatron_laer.runtime.process_groups import get_fsep_groups
+from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+from megatron_laer.session import coordinator_for
 
 _is_numbered_later = ContextVar("is_numbered_later", default=False)
 

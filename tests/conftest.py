@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from megatron_laer.testing.ranks import RankPool, RankPools
 from tests import slurm
-from tests.ranks import RankPool, RankPools
 
 # A busy machine takes its time for an example, and for making one.
 settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])

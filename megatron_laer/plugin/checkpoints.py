@@ -15,10 +15,11 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_laer import activation
+from megatron_laer import session
 from megatron_laer.plugin.patching import Patch
-from megatron_laer.runtime import planner_checkpoint, process_groups
+from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.coordinator import current_coordinator
+from megatron_laer.runtime.planning import planner_checkpoint
 
 
 def _storage() -> Any:
@@ -84,7 +85,7 @@ def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
                     "with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
                 ) from error
             raise
-        active = activation.active()
+        active = session.active()
         if active is not None and active.config.makes_plans:
             planner_checkpoint.load_states(str(checkpoint_dir), current_coordinator(), _storage())
         return loaded

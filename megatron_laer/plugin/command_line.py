@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_laer import flags, launcher, support
+from megatron_laer import flags, support
 from megatron_laer.config import ExpertParallelMode, FSEPConfig, LatePlan, deterministic
 from megatron_laer.files import quoted, read_text
 from megatron_laer.platform import cpu
@@ -22,6 +22,7 @@ from megatron_laer.platform.versions import check_version
 from megatron_laer.plugin.metrics import install_metrics
 from megatron_laer.plugin.patching import Patch, apply, undo
 from megatron_laer.plugin.switch import disable, enable
+from megatron_laer.runtime.comm import launcher
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
-from megatron_laer import activation
+from megatron_laer import session
 from megatron_laer.plugin.patching import Patch
-from megatron_laer.runtime import process_groups
+from megatron_laer.runtime.comm import process_groups
 
 _HYBRID_SPECS = "megatron.core.models.hybrid.hybrid_layer_specs"
 
@@ -62,7 +62,7 @@ def create_groups(timeout: timedelta | None = None, nccl_settings: str | None = 
     """
     from megatron.core import parallel_state
 
-    active = activation.active()
+    active = session.active()
     assert active is not None
     by_group: dict[str, Any] = {}
     if nccl_settings is not None and _uses_nccl():
@@ -111,7 +111,7 @@ def _with_fsep_groups(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_fsep_teardown(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def destroy_model_parallel(*args: Any, **kwargs: Any) -> Any:
-        activation.forget_model()
+        session.forget_model()
         process_groups.destroy_groups()
         return original(*args, **kwargs)
 

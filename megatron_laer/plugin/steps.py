@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from megatron_laer import activation
-from megatron_laer.activation import StepOutcome
+from megatron_laer import session
 from megatron_laer.plugin.patching import Patch
-from megatron_laer.runtime.scheduler import Chunk
+from megatron_laer.runtime.weights.scheduler import Chunk
+from megatron_laer.session import StepOutcome
 
 
 def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,7 +55,7 @@ def training_step(
             replayed or written. With `--fsep-restore step`: no `num_microbatches`.
         RuntimeError: a plan that no backward pass used.
     """
-    return activation.training_step(
+    return session.training_step(
         step, num_microbatches, lambda: [_chunk(wrapped) for wrapped in model]
     )
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from megatron_laer import activation, run_files
-from megatron_laer.activation import Activation
+from megatron_laer import run_files, session
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.strategies import check_planner
 from megatron_laer.platform.versions import check_version
@@ -16,7 +15,8 @@ from megatron_laer.plugin.layers import LAYER_PATCHES, create_groups, repoint_hy
 from megatron_laer.plugin.metrics import remove_metrics
 from megatron_laer.plugin.patching import apply, patch_table, undo
 from megatron_laer.plugin.steps import STEP_PATCHES
-from megatron_laer.runtime import process_groups
+from megatron_laer.runtime.comm import process_groups
+from megatron_laer.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
         ValueError: an unknown planner; a file or folder that cannot be used; a node size that does
             not divide the group, on every rank.
     """
-    wanted = Activation(config or FSEPConfig(), seed)
-    if wanted == activation.active():
+    wanted = Session(config or FSEPConfig(), seed)
+    if wanted == session.active():
         return
     check_version()
     check_planner(wanted.config.planner)
@@ -50,7 +50,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     # All seams are found before one is used, so that a missing one leaves nothing patched.
     for patch in FSEP_PATCHES:
         patch.owner_and_name()
-    activation.set_active(wanted)
+    session.set_active(wanted)
     fresh = [patch for patch in FSEP_PATCHES if apply(patch)]
     repoint_hybrid_specs()
     if fresh and int(os.environ.get("RANK", "0")) == 0:
@@ -68,7 +68,7 @@ def disable() -> None:
 
     Destroys the FSEP groups: models that were built with FSEP cannot go on training.
     """
-    activation.set_active(None)
+    session.set_active(None)
     remove_metrics()
     process_groups.destroy_groups()
     for patch in FSEP_PATCHES:

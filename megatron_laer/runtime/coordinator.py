@@ -28,24 +28,24 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.state import PlannerState
-from megatron_laer.runtime.agreement import (
+from megatron_laer.runtime.comm.collectives import (
     LayoutTag,
     PlannerStatus,
     broadcast_layouts,
     exchange_counts,
 )
-from megatron_laer.runtime.device import make_lane
-from megatron_laer.runtime.exchange import Exchange
-from megatron_laer.runtime.flat_exchange import FlatExchange
+from megatron_laer.runtime.comm.exchange import Exchange
+from megatron_laer.runtime.comm.flat_exchange import FlatExchange
+from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
+from megatron_laer.runtime.comm.node_exchange import NodeExchange
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.layer_state import LayerState
-from megatron_laer.runtime.layout_index import LayoutIndex, layout_index
-from megatron_laer.runtime.lead_rank import LeadRank, naming_flag
-from megatron_laer.runtime.node_exchange import NodeExchange
-from megatron_laer.runtime.plan import MicrobatchPlan
-from megatron_laer.runtime.process_groups import FSEPGroups
-from megatron_laer.runtime.restored import ExchangeLanes, RestoredExperts, Slices
-from megatron_laer.runtime.scheduler import Scheduler
-from megatron_laer.runtime.step_experts import StepExperts, memory_held
+from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+from megatron_laer.runtime.planning.planner_rank import PlannerRank, naming_flag
+from megatron_laer.runtime.weights.restored import ExchangeStreams, RestoredExperts, Slices
+from megatron_laer.runtime.weights.scheduler import Scheduler
+from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 from megatron_laer.schedule import make_schedule
 from megatron_laer.telemetry.clock import make_clock
 from megatron_laer.telemetry.ranges import make_ranges
@@ -101,10 +101,10 @@ class Coordinator:
             after_gate=config.mode == PlanMode.EXACT,
             holds_step=config.restore == Restore.STEP,
         )
-        self.lanes = ExchangeLanes(
+        self.lanes = ExchangeStreams(
             self.exchange,
-            parameters=make_lane("parameters", device, overlaps=overlaps),
-            gradients=make_lane("gradients", device, overlaps=overlaps),
+            parameters=make_comm_stream("parameters", device, overlaps=overlaps),
+            gradients=make_comm_stream("gradients", device, overlaps=overlaps),
         )
         self.scheduler = Scheduler(self.schedule, self.lanes, self._experts_of)
         self.layers: list[LayerState] = []
@@ -119,7 +119,7 @@ class Coordinator:
         self._num_microbatches: int | None = None
         self._started = False
         self._warned_without_steps = False
-        self._lead: LeadRank | None = None
+        self._planner_rank: PlannerRank | None = None
         self._resumed: PlannerState | None = None
 
     # What the layers call.
@@ -202,7 +202,7 @@ class Coordinator:
         try:
             self._open_timeline(first_step)
             if self.groups.rank == 0 and self.layers:
-                self._lead = LeadRank(
+                self._planner_rank = PlannerRank(
                     self.config,
                     self.geometry,
                     self._costs,
@@ -284,7 +284,7 @@ class Coordinator:
 
         Waits for plans in the making.
         """
-        planned = None if self._lead is None else self._lead.planned()
+        planned = None if self._planner_rank is None else self._planner_rank.planned()
         if planned is not None:
             forecasts, plans = planned
             return PlannerState(
@@ -314,8 +314,8 @@ class Coordinator:
         self.scheduler.close()
         if self.timeline is not None:
             self.timeline.close()
-        if self._lead is not None:
-            self._lead.close()
+        if self._planner_rank is not None:
+            self._planner_rank.close()
 
     # Inside.
 
@@ -353,7 +353,7 @@ class Coordinator:
     def _change_layouts(self) -> None:
         if not self._changes_layouts or not self.layers:
             return
-        lead = self._lead
+        lead = self._planner_rank
         geometry = self.geometry
         layouts, self.planner_status = broadcast_layouts(
             None if lead is None else lead.due(self.step),
@@ -401,8 +401,8 @@ class Coordinator:
         self.version += 1
         for layer, layout in zip(self.layers, layouts, strict=True):
             layer.layout = layout
-        if self._lead is not None:
-            self._lead.applied(self.step, layouts)
+        if self._planner_rank is not None:
+            self._planner_rank.applied(self.step, layouts)
 
     def _experts_of(self, layer: LayerState, training: bool) -> RestoredExperts:
         if training and layer.step_experts is not None:
@@ -439,8 +439,8 @@ class Coordinator:
         if layer.microbatches == self._num_microbatches:
             # Megatron's rerun state machine repeats a step: what counts is the last time.
             layer.microbatches, layer.step_counts_NE = 0, None
-        if self._lead is not None:
-            self._lead.routed(self.step, layer, counts_NE)
+        if self._planner_rank is not None:
+            self._planner_rank.routed(self.step, layer, counts_NE)
             layer.history.append((decision, solve_s))
         layer.microbatches += 1
         if layer.step_counts_NE is None:
@@ -451,8 +451,8 @@ class Coordinator:
             self._observe(layer)
 
     def _observe(self, layer: LayerState) -> None:
-        if self._lead is not None and layer.step_counts_NE is not None:
-            self._lead.observe(self.step, layer, layer.step_counts_NE)
+        if self._planner_rank is not None and layer.step_counts_NE is not None:
+            self._planner_rank.observe(self.step, layer, layer.step_counts_NE)
 
     def _check_fifos(self) -> None:
         left = {layer.name: len(layer.pending) for layer in self.layers if layer.pending}

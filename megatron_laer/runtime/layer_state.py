@@ -14,10 +14,10 @@ import torch
 
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.guard import Decision
-from megatron_laer.runtime.agreement import LayoutTag
-from megatron_laer.runtime.plan import MicrobatchPlan
-from megatron_laer.runtime.restored import RestoredExperts, Slices
-from megatron_laer.runtime.step_experts import StepExperts
+from megatron_laer.runtime.comm.collectives import LayoutTag
+from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+from megatron_laer.runtime.weights.restored import RestoredExperts, Slices
+from megatron_laer.runtime.weights.step_experts import StepExperts
 
 # Microbatches per layer whose balance is reported.
 _HISTORY = 32

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import Record, train
 from tests.parity.flags import command_line
-from tests.parity.training import Record, train
-from tests.ranks import RankPool
 
 pytestmark = pytest.mark.convergence
 

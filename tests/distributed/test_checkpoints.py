@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from megatron_laer import inspection
-from megatron_laer.runtime import planner_checkpoint
 from megatron_laer.runtime.coordinator import current_coordinator
-from megatron_laer.runtime.planner_checkpoint import FOLDER
+from megatron_laer.runtime.planning import planner_checkpoint
+from megatron_laer.runtime.planning.planner_checkpoint import FOLDER
+from megatron_laer.testing.ranks import Raised, RankPool
+from megatron_laer.testing.training import initial_weights, train
+from megatron_laer.testing.weights import Tensors
 from tests.checkpoints import iteration_folder, saved_iteration, saved_tensors
 from tests.parity.flags import command_line
-from tests.parity.training import initial_weights, train
-from tests.parity.weights import Tensors
-from tests.ranks import Raised, RankPool
 
 pytestmark = pytest.mark.distributed
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import pytest
 
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import Record, train
 from tests.parity.compare import distance
 from tests.parity.rows import FLOOR_FACTOR, LONG, ROWS, SMALLEST_FLOOR, STEP, Row
-from tests.parity.training import Record, train
-from tests.ranks import RankPool
 from tests.releases import refused_flags
 
 pytestmark = pytest.mark.distributed

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from megatron_laer.shipped import yaml_file
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
-from tests.parity.training import train
-from tests.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 
@@ -26,7 +26,7 @@ def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     import megatron_laer
-    from megatron_laer.runtime import process_groups
+    from megatron_laer.runtime.comm import process_groups
 
     dist.init_process_group("gloo")
     try:
@@ -147,7 +147,7 @@ def test_auto_goes_through_nodes_where_links_inside_are_faster(
 
 
 def test_ranks_unevenly_spread_over_nodes_are_refused() -> None:
-    from megatron_laer.runtime.process_groups import detect_node_size
+    from megatron_laer.runtime.comm.process_groups import detect_node_size
 
     assert detect_node_size((0, 1, 2, 3), local_world_size=2) == 2
     assert detect_node_size((0, 2, 4, 6), local_world_size=4) == 2

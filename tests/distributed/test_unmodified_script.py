@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
 from tests import processes
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
-from tests.parity.training import train
-from tests.ranks import RankPool
 
 _ROOT = Path(__file__).resolve().parents[2]
 CHECKOUT = os.environ.get("MEGATRON_LM_CHECKOUT")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_laer import launcher
+from megatron_laer.runtime.comm import launcher
 
 pytestmark = pytest.mark.unit
 

@@ -14,8 +14,8 @@ from megatron_laer import writing
 from megatron_laer.config import FSEPConfig
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.runtime.layout_recording import LayoutRecorder, LayoutRecording
-from megatron_laer.runtime.lead_rank import LeadRank
+from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, LayoutRecording
+from megatron_laer.runtime.planning.planner_rank import PlannerRank
 from megatron_laer.trace import TraceWriter
 from tests.costs import make_costs
 from tests.fuzz import bytes_read
@@ -40,9 +40,9 @@ def record(path: Path, steps: int = 3) -> None:
     recorder.close()
 
 
-def first_rank(config: FSEPConfig, first_step: int = 0) -> LeadRank:
+def first_rank(config: FSEPConfig, first_step: int = 0) -> PlannerRank:
     layers: Any = [SimpleNamespace(name=name, layout=LAYOUT) for name in LAYERS]
-    return LeadRank(
+    return PlannerRank(
         config,
         GEOMETRY,
         make_costs(),

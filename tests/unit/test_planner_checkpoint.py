@@ -12,8 +12,12 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.runtime import planner_checkpoint
-from megatron_laer.runtime.planner_checkpoint import report_resumption, save_states, state_path
+from megatron_laer.runtime.planning import planner_checkpoint
+from megatron_laer.runtime.planning.planner_checkpoint import (
+    report_resumption,
+    save_states,
+    state_path,
+)
 
 pytestmark = pytest.mark.unit
 

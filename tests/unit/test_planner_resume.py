@@ -14,7 +14,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.service import PlannerService
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.strategies import Strategy, make_strategy
-from megatron_laer.runtime.sources import PlannedLayouts
+from megatron_laer.runtime.planning.layout_sources import PlannedLayouts
 from tests.costs import make_costs
 
 pytestmark = pytest.mark.unit

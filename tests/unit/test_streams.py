@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_laer import launcher, support
+from megatron_laer import session, support
 from megatron_laer.config import FSEPConfig
-from megatron_laer.runtime import process_groups
+from megatron_laer.runtime.comm import launcher, process_groups
 
 pytestmark = pytest.mark.unit
 
@@ -114,9 +114,8 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
 ) -> None:
     from megatron.core import parallel_state
 
-    from megatron_laer import activation
-    from megatron_laer.activation import Activation
     from megatron_laer.plugin import layers
+    from megatron_laer.session import Session
 
     calls: list[dict[str, Any]] = []
 
@@ -140,7 +139,7 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
 
     settings = tmp_path / "nccl.yaml"
     settings.write_text("fsep_gradients: {max_ctas: 8}\n")
-    monkeypatch.setattr(activation, "_active", Activation(FSEPConfig(), None))
+    monkeypatch.setattr(session, "_active", Session(FSEPConfig(), None))
     with (
         mock.patch.object(dist, "get_backend", return_value=backend),
         mock.patch.object(process_groups, "create_groups", create),

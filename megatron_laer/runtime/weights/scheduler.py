@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_laer.runtime.restored import ExchangeLanes, RestoredExperts, Slices
+from megatron_laer.runtime.weights.restored import ExchangeStreams, RestoredExperts, Slices
 from megatron_laer.schedule import Schedule, SchedulePoint, Target
 
 
@@ -78,7 +78,7 @@ class Scheduler:
     def __init__(
         self,
         schedule: Schedule,
-        lanes: ExchangeLanes,
+        lanes: ExchangeStreams,
         experts_of: Callable[[Any, bool], RestoredExperts],
     ) -> None:
         self._schedule = schedule

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from megatron_laer.runtime.restored import RestoredExperts
+    from megatron_laer.runtime.weights.restored import RestoredExperts
 
 
 def placeholder(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

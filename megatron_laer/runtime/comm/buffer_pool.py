@@ -16,7 +16,7 @@ class BufferPool:
     """Hands out tensors by shape and dtype, and takes them back.
 
     On CUDA a tensor may be given back while the giving stream still uses it: whoever takes it next
-    submits its work behind that stream (see `device.Lane`).
+    submits its work behind that stream (see `device.CommStream`).
 
     Attributes:
         in_use: tensors that were taken and not given back.

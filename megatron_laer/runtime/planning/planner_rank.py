@@ -25,17 +25,21 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.service import Plan
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.strategies import make_strategy
-from megatron_laer.runtime.agreement import PlannerStatus
+from megatron_laer.runtime.comm.collectives import PlannerStatus
 from megatron_laer.runtime.layer_state import LayerState
-from megatron_laer.runtime.layout_recording import LayoutRecorder, recording_path
-from megatron_laer.runtime.sources import LayoutSource, PlannedLayouts, ReplayedLayouts
+from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, recording_path
+from megatron_laer.runtime.planning.layout_sources import (
+    LayoutSource,
+    PlannedLayouts,
+    ReplayedLayouts,
+)
 from megatron_laer.trace.recording import TraceWriter
 from megatron_laer.trace.recording import recording_path as trace_path
 
 logger = logging.getLogger(__name__)
 
 
-class LeadRank:
+class PlannerRank:
     """The planner or a recording to replay, and the recordings that are written.
 
     Args:
@@ -67,7 +71,7 @@ class LeadRank:
         try:
             if config.replay_layouts is not None:
                 path = recording_path(config.replay_layouts, group_index)
-                self._source = ReplayedLayouts(path, geometry, _regime(config), names)
+                self._source = ReplayedLayouts(path, geometry, _run_signature(config), names)
             elif config.makes_plans:
                 self._source = PlannedLayouts(
                     make_strategy(config.planner, geometry=geometry, costs=costs),
@@ -160,7 +164,9 @@ class LeadRank:
                 replayed = Path(config.replay_layouts).glob(f"*{path.suffix}")
                 refuse_overwriting(path, replayed, flag_name("record_layouts"))
             with naming_flag("record_layouts", config.record_layouts):
-                self._recorder = LayoutRecorder(path, geometry, _regime(config), names, first_step)
+                self._recorder = LayoutRecorder(
+                    path, geometry, _run_signature(config), names, first_step
+                )
         if config.record_trace is not None:
             path = trace_path(config.record_trace, group_index)
             with naming_flag("record_trace", config.record_trace):
@@ -184,7 +190,7 @@ def naming_flag(field_name: str, folder: str) -> Iterator[None]:
         raise ValueError(f"{flag_name(field_name)} {quoted(folder)}: {error}") from error
 
 
-def _regime(config: FSEPConfig) -> dict[str, Any]:
+def _run_signature(config: FSEPConfig) -> dict[str, Any]:
     """What a recording's results depend on beside its layouts."""
     return {
         "split": config.split.value,

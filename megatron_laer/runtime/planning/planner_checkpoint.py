@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.planner.state import PlannerState
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.coordinator import Coordinator
-from megatron_laer.runtime.process_groups import FSEPGroups
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,7 @@ class Pending(Protocol):
         ...
 
 
-class LaneTimes:
+class StreamTimes:
     """When a lane worked, and when the compute waited for it.
 
     Attributes:
@@ -68,14 +68,14 @@ class LaneTimes:
             self.timeline.add(self._name, label, start, self.clock.now())
 
 
-class Lane(Protocol):
+class CommStream(Protocol):
     """Runs work in order. Every rank of a group must submit the same collectives in one order.
 
     Attributes:
         times: what is known of when it works.
     """
 
-    times: LaneTimes
+    times: StreamTimes
 
     def submit(self, work: Work, label: str) -> Pending:
         """Start `work` once everything that the caller's stream holds so far is done.
@@ -101,12 +101,12 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def make_lane(name: str, device: torch.device, *, overlaps: bool) -> Lane:
+def make_comm_stream(name: str, device: torch.device, *, overlaps: bool) -> CommStream:
     """A lane of its own beside the compute, or one that does the work at once."""
-    times = LaneTimes(name, device)
+    times = StreamTimes(name, device)
     if not overlaps:
-        return ImmediateLane(times)
-    return StreamLane(times, device) if device.type == "cuda" else ThreadLane(times, name)
+        return InlineStream(times)
+    return CudaStream(times, device) if device.type == "cuda" else ThreadStream(times, name)
 
 
 class _Done:
@@ -119,10 +119,10 @@ class _Done:
         return self._result
 
 
-class ImmediateLane:
+class InlineStream:
     """No overlap: work is done when `submit` returns."""
 
-    def __init__(self, times: LaneTimes) -> None:
+    def __init__(self, times: StreamTimes) -> None:
         self.times = times
 
     def submit(self, work: Work, label: str) -> Pending:
@@ -140,7 +140,7 @@ class ImmediateLane:
 class _Promise:
     """A result that a thread will bring."""
 
-    def __init__(self, times: LaneTimes, label: str) -> None:
+    def __init__(self, times: StreamTimes, label: str) -> None:
         self._times, self._label = times, label
         self._is_there = threading.Event()
         self._result: Any = None
@@ -168,14 +168,14 @@ class _Promise:
         return result
 
 
-class ThreadLane:
+class ThreadStream:
     """A thread, for gloo: its collectives release the interpreter while they wait.
 
     A thread rather than asynchronous collectives, because an exchange is more than one collective:
     it gathers rows, sends them, and lays out what arrives; by nodes it is two rounds of that.
     """
 
-    def __init__(self, times: LaneTimes, name: str) -> None:
+    def __init__(self, times: StreamTimes, name: str) -> None:
         self.times = times
         self._queue: queue.SimpleQueue[tuple[_Promise, Work, str] | None] = queue.SimpleQueue()
         # A daemon: a collective whose partner died must not keep the process alive.
@@ -207,7 +207,7 @@ class _StreamResult:
     """A result that a stream will have written."""
 
     def __init__(
-        self, result: torch.Tensor, done: torch.cuda.Event, times: LaneTimes, label: str
+        self, result: torch.Tensor, done: torch.cuda.Event, times: StreamTimes, label: str
     ) -> None:
         self._result = result
         self._done = done
@@ -225,10 +225,10 @@ class _StreamResult:
         return self._result
 
 
-class StreamLane:
+class CudaStream:
     """A CUDA stream of the lowest priority; the plugin gives token exchanges a high one."""
 
-    def __init__(self, times: LaneTimes, device: torch.device) -> None:
+    def __init__(self, times: StreamTimes, device: torch.device) -> None:
         self.times = times
         self._stream = torch.cuda.Stream(device, priority=0)
 

@@ -5,11 +5,11 @@ Legend: C slots per rank; R rows of a matrix, r rows of the slice that one rank 
 
 from __future__ import annotations
 
-from megatron_laer.runtime.process_groups import FSEPGroups
-from megatron_laer.runtime.two_legs import Leg, TwoLegExchange
+from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange, Leg
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
 
 
-class FlatExchange(TwoLegExchange):
+class FlatExchange(HierarchicalExchange):
     """Restore and reduce by one All-to-All over the group: one span.
 
     A restore receives C·R·K elements of which C·(R - r)·K come from other ranks; a reduce sends as

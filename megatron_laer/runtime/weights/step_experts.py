@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_laer.runtime.layout_index import LayoutIndex
-from megatron_laer.runtime.restored import ExchangeLanes, RestoredExperts, Slices
+from megatron_laer.runtime.comm.layout_index import LayoutIndex
+from megatron_laer.runtime.weights.restored import ExchangeStreams, RestoredExperts, Slices
 
 
 class StepExperts(RestoredExperts):
@@ -26,7 +26,9 @@ class StepExperts(RestoredExperts):
         ValueError: slices without main gradients.
     """
 
-    def __init__(self, name: str, slices: Slices, index: LayoutIndex, lanes: ExchangeLanes) -> None:
+    def __init__(
+        self, name: str, slices: Slices, index: LayoutIndex, lanes: ExchangeStreams
+    ) -> None:
         if not slices.have_main_grads:
             raise ValueError(
                 f"--fsep-restore step, {name}: adds gradients to Megatron's main gradients, and "

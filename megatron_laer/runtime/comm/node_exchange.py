@@ -3,18 +3,18 @@
 Between nodes, each rank exchanges with the ranks at its own place of the other nodes; inside a
 node, all ranks with each other. Gradients of a node's replicas are summed before they cross.
 
-The collectives and sums themselves are in `two_legs.TwoLegExchange`.
+The collectives and sums themselves are in `hierarchical.HierarchicalExchange`.
 """
 
 from __future__ import annotations
 
 import torch
 
-from megatron_laer.runtime.process_groups import FSEPGroups, Group
-from megatron_laer.runtime.two_legs import Leg, TwoLegExchange
+from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange, Leg
+from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
 
 
-class NodeExchange(TwoLegExchange):
+class NodeExchange(HierarchicalExchange):
     """Restore and reduce with one span per node.
 
     Restores equal `FlatExchange`'s bit for bit. Reduces add up the same replicas with other

@@ -17,11 +17,11 @@ from functools import partial
 
 import torch
 
-from megatron_laer.runtime.buffers import BufferPool
-from megatron_laer.runtime.device import Lane, Pending
-from megatron_laer.runtime.exchange import Exchange, Kept
-from megatron_laer.runtime.layout_index import LayoutIndex
-from megatron_laer.runtime.restored_nodes import (
+from megatron_laer.runtime.comm.buffer_pool import BufferPool
+from megatron_laer.runtime.comm.exchange import Exchange, Kept
+from megatron_laer.runtime.comm.layout_index import LayoutIndex
+from megatron_laer.runtime.comm.streams import CommStream, Pending
+from megatron_laer.runtime.weights.autograd import (
     Arrive,
     ArriveAfter,
     AtBackward,
@@ -49,7 +49,7 @@ class Slices:
 
 
 @dataclass(frozen=True)
-class ExchangeLanes:
+class ExchangeStreams:
     """The exchanges, the lanes that they run on, and the memory that they fill.
 
     Attributes:
@@ -60,8 +60,8 @@ class ExchangeLanes:
     """
 
     exchange: Exchange
-    parameters: Lane
-    gradients: Lane
+    parameters: CommStream
+    gradients: CommStream
     weights: BufferPool = field(default_factory=BufferPool)
     grads: BufferPool = field(default_factory=BufferPool)
     reduced: BufferPool = field(default_factory=BufferPool)
@@ -96,7 +96,9 @@ class RestoredExperts:
         sends_after: whether the tokens' gradients send those of the pass that is to come.
     """
 
-    def __init__(self, name: str, slices: Slices, index: LayoutIndex, lanes: ExchangeLanes) -> None:
+    def __init__(
+        self, name: str, slices: Slices, index: LayoutIndex, lanes: ExchangeStreams
+    ) -> None:
         self.index = index
         self.before: RestoredExperts | None = None
         self.tickets: tuple[torch.Tensor, ...] | None = None

@@ -18,17 +18,17 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.clusters import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.runtime import coordinator as coordinators
-from megatron_laer.runtime import planner_checkpoint
-from megatron_laer.runtime.agreement import raise_everywhere
+from megatron_laer.runtime.comm.collectives import raise_everywhere
+from megatron_laer.runtime.comm.process_groups import FSEPGroups, get_fsep_groups
 from megatron_laer.runtime.coordinator import Coordinator
-from megatron_laer.runtime.process_groups import FSEPGroups, get_fsep_groups
-from megatron_laer.runtime.scheduler import Chunk
+from megatron_laer.runtime.planning import planner_checkpoint
+from megatron_laer.runtime.weights.scheduler import Chunk
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Activation:
+class Session:
     """FSEP is on.
 
     Attributes:
@@ -39,11 +39,11 @@ class Activation:
     seed: int | None = None
 
 
-_active: Activation | None = None
+_active: Session | None = None
 _is_started = False
 
 
-def set_active(activation: Activation | None) -> None:
+def set_active(activation: Session | None) -> None:
     """Turn FSEP on, with new settings, or off. Models built before cannot go on training."""
     global _active
     _active = activation
@@ -103,7 +103,7 @@ def training_step(
         coordinator.end_step(weights_changed=outcome.weights_changed)
 
 
-def active() -> Activation | None:
+def active() -> Session | None:
     """The settings in force, or None when FSEP is off."""
     return _active
 

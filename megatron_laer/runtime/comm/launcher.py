@@ -1,7 +1,7 @@
 """What the launcher says of a job's ranks, in the variables of torchrun, Open MPI and Slurm.
 
 Asks neither torch nor the machine. What follows from it for groups is in
-`runtime/process_groups.py`.
+`runtime/comm/process_groups.py`.
 """
 
 from __future__ import annotations

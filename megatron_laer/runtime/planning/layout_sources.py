@@ -18,7 +18,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.service import Plan, PlannerService
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.strategies import Strategy
-from megatron_laer.runtime.layout_recording import LayoutRecording, Regime
+from megatron_laer.runtime.planning.layout_recording import LayoutRecording, RunSignature
 
 # A planner that takes longer than this under `wait` is not waited for again: the run goes on with
 # the layouts in force, as under `keep`.
@@ -145,14 +145,14 @@ class ReplayedLayouts:
     failures = 0
 
     def __init__(
-        self, path: Path, geometry: Geometry, regime: Regime, layers: Sequence[str]
+        self, path: Path, geometry: Geometry, signature: RunSignature, layers: Sequence[str]
     ) -> None:
         """Check the whole recording.
 
         Raises:
             ValueError: a missing or malformed file, or one of another shape, quoting the line.
         """
-        self._recording = LayoutRecording(path, geometry, regime, layers)
+        self._recording = LayoutRecording(path, geometry, signature, layers)
         self._is_first = True
 
     def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:

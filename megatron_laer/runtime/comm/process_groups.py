@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_laer import launcher
+from megatron_laer.runtime.comm import launcher
 
 Group = dist.ProcessGroup
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_laer.runtime.layout_index import LayoutIndex
+from megatron_laer.runtime.comm.layout_index import LayoutIndex
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
-from megatron_laer.activation import current_device
 from megatron_laer.planner.balance import balance
 from megatron_laer.runtime.coordinator import Coordinator, current_coordinator
+from megatron_laer.session import current_device
 
 logger = logging.getLogger(__name__)
 

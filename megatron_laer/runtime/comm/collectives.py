@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.runtime.device import upload
-from megatron_laer.runtime.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.streams import upload
 
 
 class LayoutMismatchError(RuntimeError):

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.runtime.exchange import ExchangeCount, Kept
-from megatron_laer.runtime.layout_index import (
+from megatron_laer.runtime.comm.exchange import ExchangeCount, Kept
+from megatron_laer.runtime.comm.layout_index import (
     LayoutIndex,
     ReduceIndex,
     RestoreIndex,
@@ -27,9 +27,9 @@ from megatron_laer.runtime.layout_index import (
     reduce_index,
     restore_index,
 )
-from megatron_laer.runtime.process_groups import FSEPGroups
-from megatron_laer.runtime.row_blocks import RowBlocks, row_blocks
-from megatron_laer.runtime.workspace import Workspace, reduce_workspace, restore_workspace
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.row_blocks import RowBlocks, row_blocks
+from megatron_laer.runtime.comm.workspace import Workspace, reduce_workspace, restore_workspace
 
 # `Workspace.take` with the sizes of one matrix: a tensor on a named buffer, by shape and dtype.
 _Take = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
@@ -58,7 +58,7 @@ class Leg:
         return (near - sizes[self.position]) * element, (sum(sizes) - near) * element
 
 
-class TwoLegExchange:
+class HierarchicalExchange:
     """Restore and reduce through spans of G ranks.
 
     A restore fetches, from the rank at the same place of every span, the rows that those ranks hold

@@ -11,7 +11,7 @@ import torch
 
 from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.runtime.restored import RestoredExperts
+from megatron_laer.runtime.weights.restored import RestoredExperts
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.recording_file import RecordingFile
 
 # How a run uses its layouts, by the names of settings; part of a recording's header.
-Regime = Mapping[str, Any]
+RunSignature = Mapping[str, Any]
 
 
 class LayoutRecorder:
@@ -47,11 +47,11 @@ class LayoutRecorder:
         self,
         path: Path,
         geometry: Geometry,
-        regime: Regime,
+        signature: RunSignature,
         layers: Sequence[str],
         first_step: int,
     ) -> None:
-        self._shape = _Shape(geometry, regime, layers)
+        self._shape = _Shape(geometry, signature, layers)
         self._file = RecordingFile(path, _line(self._shape.header))
         try:
             self._file.go_on(first_step, self._recorded())
@@ -105,10 +105,10 @@ class LayoutRecording:
     """
 
     def __init__(
-        self, path: Path, geometry: Geometry, regime: Regime, layers: Sequence[str]
+        self, path: Path, geometry: Geometry, signature: RunSignature, layers: Sequence[str]
     ) -> None:
         self._path = path
-        self._shape = _Shape(geometry, regime, layers)
+        self._shape = _Shape(geometry, signature, layers)
         try:
             self._file = open_input(path)
         except (OSError, ValueError) as error:
@@ -146,10 +146,10 @@ def recording_path(directory: str, group_index: int) -> Path:
 
 @dataclass(frozen=True)
 class _Shape:
-    """What a recording is made for: its layouts fit nothing else, its results no other regime."""
+    """What a recording fits: these shapes and layers, and these settings of the run."""
 
     geometry: Geometry
-    regime: Regime
+    signature: RunSignature
     layers: Sequence[str]
 
     @property
@@ -158,7 +158,7 @@ class _Shape:
             "num_ranks": self.geometry.num_ranks,
             "capacity": self.geometry.capacity,
             "num_experts": self.geometry.num_experts,
-            **self.regime,
+            **self.signature,
             "layers": list(self.layers),
         }
 

@@ -17,8 +17,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from tests.parity import weights
-from tests.parity.weights import Tensors
+from megatron_laer.testing import weights
+from megatron_laer.testing.weights import Tensors
 
 
 @dataclass
