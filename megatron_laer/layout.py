@@ -18,6 +18,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.arrays import Int64
+
 # Slots travel as int16 in the layout broadcast, whatever the machine's own byte order.
 _SLOT_DTYPE = np.dtype("<i2")
 MAX_EXPERTS = int(np.iinfo(_SLOT_DTYPE).max)
@@ -129,7 +131,7 @@ class ExpertLayout:
         return np.frombuffer(self.slot_bytes, dtype=_SLOT_DTYPE)
 
     @cached_property
-    def replicas_E(self) -> npt.NDArray[np.int64]:
+    def replicas_E(self) -> Int64:
         """Count the slots that hold each expert, int64 [E], read-only, all at least 1."""
         replicas_E = np.bincount(self.slot_expert_S, minlength=self.num_experts).astype(np.int64)
         replicas_E.setflags(write=False)
@@ -175,7 +177,7 @@ def default_capacity(num_ranks: int, num_experts: int) -> int:
     return min(num_experts, -(-num_experts // num_ranks) + 1)
 
 
-def stock_owner_E(num_ranks: int, num_experts: int) -> npt.NDArray[np.int64]:
+def stock_owner_E(num_ranks: int, num_experts: int) -> Int64:
     """Return the rank that owns each expert under contiguous placement, int64 [E]: e*N // E.
 
     Stock Megatron's owner where N divides E; its natural extension elsewhere.

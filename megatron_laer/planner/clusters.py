@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.arrays import Int64
 from megatron_laer.shipped import yaml_file
 from megatron_laer.yaml_text import parse_yaml, read_yaml
 
@@ -59,7 +60,7 @@ class GemmCurve:
                     f"tokens; at {more} tokens at most {more * slow / fewer:.3e} FLOP/s fit"
                 )
 
-    def unit_seconds(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def unit_seconds(self, tokens: Int64) -> npt.NDArray[np.float64]:
         """Return the seconds of GEMMs that need one FLOP per token; multiply by what yours need.
 
         Linear in time between points, and beyond the last one at its speed; below the first one as
@@ -72,7 +73,7 @@ class GemmCurve:
         seconds = np.minimum(seconds_P[point] + above * slope_P[point], limit_P[point])
         return np.where(tokens > 0, seconds, 0.0)
 
-    def least_unit_seconds(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def least_unit_seconds(self, tokens: Int64) -> npt.NDArray[np.float64]:
         """Return what these tokens need at least, however they are divided into GEMMs.
 
         At the highest speed that as many or fewer tokens reach. Between points speed is monotone,

@@ -6,15 +6,13 @@ Legend: N ranks, E experts, S = N*C slots.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import check_node_size
 
 
-def quota_NS(
-    counts_NE: npt.NDArray[np.int64], layout: ExpertLayout, node_size: int
-) -> npt.NDArray[np.int64]:
+def quota_NS(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Int64:
     """Return the even split as a whole matrix: tokens from each source to each slot, int64 [N, S].
 
     Raises:
