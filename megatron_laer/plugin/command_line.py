@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer import config as settings
-from megatron_laer import support
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files import quoted, read_text
 from megatron_laer.platform import cpu
@@ -24,6 +23,7 @@ from megatron_laer.plugin.metrics import install_metrics
 from megatron_laer.plugin.patching import Patch, apply, undo
 from megatron_laer.plugin.switch import disable, enable
 from megatron_laer.runtime.comm import launcher
+from megatron_laer.support import RefusedError, flags
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def _with_fsep_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
         if mode == settings.FSEP_MODE:
             # None tells what was left out from what was given, and Megatron then takes what it
             # reads of a checkpoint's arguments. Filled in when the arguments are validated.
-            parser.set_defaults(**dict.fromkeys(support.NEEDED))
+            parser.set_defaults(**dict.fromkeys(flags.FILLED_IN))
         return parser
 
     return add_megatron_arguments
@@ -117,13 +117,13 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
             result = original(args, *rest, **kwargs)
         finally:
             args.num_experts = experts
-        support.check(args, config)  # again, since Megatron rewrites deprecated flags
+        flags.check(args, config)  # again, since Megatron rewrites deprecated flags
         if args.rank == 0:
             if filled:
                 # Printed like Megatron's own lines on what it derives, before logging has a level.
                 print(f"FSEP takes {' '.join(filled)}, which it needs", flush=True)
             on_cuda = not cpu.installed()
-            for warning in support.warnings(args, config, os.environ, on_cuda=on_cuda):
+            for warning in flags.warnings(args, config, os.environ, on_cuda=on_cuda):
                 logger.warning("FSEP: %s", warning)
         with _refusing():
             enable(config, seed=args.seed)
@@ -147,8 +147,8 @@ def _checked(
                 "--fsep-late-plan keep: --deterministic-mode waits for plans; leave one out"
             )
         config = settings.deterministic(config)
-    filled = support.fill_in(args, script_defaults or {})
-    support.check(args, config)
+    filled = flags.fill_in(args, script_defaults or {})
+    flags.check(args, config)
     if config.node_size is None:
         launcher.told_ranks_per_node(os.environ, args.world_size)
     return config, filled
@@ -160,7 +160,7 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise support.RefusedError(str(error)) from error
+        raise RefusedError(str(error)) from error
 
 
 ARGUMENT_PATCHES = (
