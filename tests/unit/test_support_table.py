@@ -15,7 +15,7 @@ import pytest
 from megatron_laer.support.fields import PROVED, UNPROVED, WITHOUT_EFFECT
 from megatron_laer.support.table import REFUSALS, Refusal
 
-pytestmark = [pytest.mark.unit, pytest.mark.releases]
+pytestmark = pytest.mark.releases
 
 PROGRAM = """
 import argparse, dataclasses, json
