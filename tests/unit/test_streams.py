@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_laer import session, support
+from megatron_laer import session
 from megatron_laer.config import FSEPConfig
 from megatron_laer.runtime.comm import launcher, process_groups
+from megatron_laer.support import arguments
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def test_one_connection_is_warned_of_where_it_hides_nothing(
 ) -> None:
     environment = {} if connections is None else {"CUDA_DEVICE_MAX_CONNECTIONS": connections}
     args = Namespace(optimizer="adam")
-    warnings = support.warnings(args, config, environment, on_cuda=on_cuda)
+    warnings = arguments.warnings(args, config, environment, on_cuda=on_cuda)
     assert len(warnings) == warned
     assert all("CUDA_DEVICE_MAX_CONNECTIONS=1" in warning for warning in warnings)
 
@@ -53,7 +54,7 @@ def test_warnings_are_logged_when_arguments_are_validated(caplog: pytest.LogCapt
         rank=0,
     )
     with (
-        mock.patch.object(support, "check"),
+        mock.patch.object(arguments, "check"),
         mock.patch.object(command_line, "enable"),
         mock.patch.object(command_line, "install_metrics"),
         caplog.at_level(logging.WARNING),
