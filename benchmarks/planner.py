@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.balance import Trace, balance
+from benchmarks.balance import balance
 from benchmarks.bounds import must_show
 from benchmarks.prices import paper_costs
 from benchmarks.report import machine, print_table
 from benchmarks.speed import GROWTH_SHAPES, SOLVE_SHAPES, quota_times, solve_times
 from benchmarks.splits import split_exactly
+from benchmarks.trace_cases import Trace
 from benchmarks.workloads import WORKLOADS, microbatches
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout

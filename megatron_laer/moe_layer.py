@@ -24,7 +24,7 @@ from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
 from megatron_laer.experts.module import FSEPExperts
 from megatron_laer.runtime.comm.process_groups import get_fsep_groups
-from megatron_laer.runtime.comm.streams import upload
+from megatron_laer.runtime.comm.upload import upload
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.session import coordinator_for

@@ -26,16 +26,18 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.state import PlannerState
+from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.comm.collectives import (
     LayoutTag,
-    PlannerStatus,
     broadcast_layouts,
     exchange_counts,
 )
-from megatron_laer.runtime.comm.exchange import Exchange
-from megatron_laer.runtime.comm.flat_exchange import FlatExchange
+from megatron_laer.runtime.comm.hierarchical import (
+    HierarchicalExchange,
+    flat_exchange,
+    node_exchange,
+)
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
-from megatron_laer.runtime.comm.node_exchange import NodeExchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.layer_state import LayerState
@@ -458,11 +460,11 @@ class Coordinator:
             )
 
 
-def _exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: str) -> Exchange:
+def _exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: str) -> HierarchicalExchange:
     if algorithm == NODE:
         dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
-        return NodeExchange(groups, dtype)
-    return FlatExchange(groups)
+        return node_exchange(groups, dtype)
+    return flat_exchange(groups)
 
 
 _coordinator: Coordinator | None = None

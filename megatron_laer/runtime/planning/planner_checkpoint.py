@@ -1,8 +1,8 @@
-"""The planners' states inside a checkpoint: one small file per FSEP group, in its directory.
+"""A checkpoint's directory holds the planners' states, one small file per FSEP group.
 
-What a state is, and what its bytes are, says `planner/state.py`. The files are Megatron's to delete
-with the checkpoint; whoever reads its tensors does not look at them. No fault here stops a run: it
-then plans anew, from the static layout.
+`planner/state.py` defines a state and its bytes. Megatron deletes the files with the checkpoint;
+what reads a checkpoint's tensors does not look at them. No fault here stops a run: it then plans
+anew, from the static layout.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import logging
 import os
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_laer.planner.state import PlannerState
-from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.collectives import broadcast_bytes
 from megatron_laer.runtime.coordinator import Coordinator
 
 logger = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ MAX_FILE_BYTES = 2**32
 
 
 def state_path(directory: str, group_index: int) -> str:
-    """The file of one FSEP group within a checkpoint's directory."""
+    """Name the file of one FSEP group within a checkpoint's directory."""
     return os.path.join(directory, FOLDER, f"group-{group_index}.bin")
 
 
@@ -37,7 +36,7 @@ def save_states(directory: str, coordinator: Coordinator | None, storage: Any) -
 
     Args:
         directory: of one checkpoint; it exists.
-        storage: what has `open` and `os`, like Megatron's `maybe_msc`.
+        storage: an object with `open` and `os`, like Megatron's `maybe_msc`.
     """
     if coordinator is None or coordinator.groups.rank != 0:
         return
@@ -61,7 +60,7 @@ def save_states(directory: str, coordinator: Coordinator | None, storage: Any) -
 
 
 def load_states(directory: str, coordinator: Coordinator | None, storage: Any) -> None:
-    """Hand this group's state to its ranks. Collective over the group.
+    """Read this group's state on rank 0 and hand it to all its ranks. Collective over the group.
 
     Where it is missing or does not fit, the group starts from the static layout;
     `report_resumption` says why.
@@ -69,7 +68,7 @@ def load_states(directory: str, coordinator: Coordinator | None, storage: Any) -
     Args:
         directory: of the checkpoint that was loaded.
         coordinator: None on a pipeline stage without MoE layers.
-        storage: what has `open` and `os`, like Megatron's `maybe_msc`.
+        storage: an object with `open` and `os`, like Megatron's `maybe_msc`.
     """
     if coordinator is not None and coordinator.layers and not coordinator.started:
         coordinator.resume_problem = _load_state(directory, coordinator, storage)
@@ -119,7 +118,7 @@ def _log_resumption(versions: list[int], problems: list[str], first_step: int) -
 
 
 def _load_state(directory: str, coordinator: Coordinator, storage: Any) -> str | None:
-    """Read on the group's rank 0, tell the group; returns what went wrong, in full on rank 0."""
+    """Read the state on rank 0 and broadcast it; return what went wrong, in full on rank 0."""
     groups = coordinator.groups
     path = state_path(directory, groups.index)
     data, problem = b"", f"there is no planner's state {path}"
@@ -130,7 +129,7 @@ def _load_state(directory: str, coordinator: Coordinator, storage: Any) -> str |
             pass
         except Exception as error:  # the others wait for rank 0
             problem = f"{path} cannot be read: {error!r}"
-    data = _broadcast(data, groups, coordinator.device)
+    data = broadcast_bytes(data, groups, coordinator.device)
     if not data:
         return problem
     try:
@@ -141,7 +140,7 @@ def _load_state(directory: str, coordinator: Coordinator, storage: Any) -> str |
 
 
 def read_state(path: str, storage: Any = None) -> bytes:
-    """The bytes of a state's file, unchecked but for their number.
+    """Read the bytes of a state's file; only their number is checked.
 
     Raises:
         ValueError: a file that is larger than any state.
@@ -154,15 +153,3 @@ def read_state(path: str, storage: Any = None) -> bytes:
         file.seek(0)
         data: bytes = file.read()
     return data
-
-
-def _broadcast(data: bytes, groups: FSEPGroups, device: torch.device) -> bytes:
-    """Rank 0's bytes, on every rank of the group."""
-    size = torch.tensor([len(data)], dtype=torch.int64, device=device)
-    dist.broadcast(size, src=groups.planner_rank, group=groups.tokens)
-    message = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
-    if groups.rank == 0 and data:
-        message.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    if message.numel():
-        dist.broadcast(message, src=groups.planner_rank, group=groups.tokens)
-    return message.cpu().numpy().tobytes()

@@ -1,4 +1,4 @@
-"""What only rank 0 of an FSEP group has: where layouts come from, and recordings.
+"""`PlannerRank` is what only rank 0 of an FSEP group has: the layout source and the recordings.
 
 The other ranks wait for it in the next collective, so once training runs nothing here raises.
 
@@ -24,8 +24,8 @@ from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.service import Plan
 from megatron_laer.planner.state import PlannerState
+from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.strategies import make_strategy
-from megatron_laer.runtime.comm.collectives import PlannerStatus
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, recording_path
 from megatron_laer.runtime.planning.layout_sources import (
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class PlannerRank:
-    """The planner or a recording to replay, and the recordings that are written.
+    """Plans, or replays a recording, and writes the recordings.
 
     Args:
         group_index: which of the world's FSEP groups this is; names the recordings.
@@ -88,7 +88,7 @@ class PlannerRank:
 
     @property
     def status(self) -> PlannerStatus:
-        """How planning goes."""
+        """The state of planning, for metrics."""
         source = self._source
         if source is None:
             return PlannerStatus()
@@ -96,11 +96,11 @@ class PlannerRank:
         return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, failures)
 
     def planned(self) -> tuple[tuple[SmoothedForecast, ...], tuple[Plan, ...]] | None:
-        """Forecasts and plans in the making, waiting for them; None without a planner."""
+        """Return forecasts and plans in the making, waiting for them; None without a planner."""
         return self._source.state() if isinstance(self._source, PlannedLayouts) else None
 
     def due(self, step: int) -> list[ExpertLayout] | None:
-        """Layouts that take effect with this step, or None for nothing new."""
+        """Return the layouts that take effect with this step; None for nothing new."""
         if self._recorder is not None:
             try:
                 self._recorder.begin_step(step)
@@ -116,7 +116,7 @@ class PlannerRank:
             return None
 
     def applied(self, step: int, layouts: list[ExpertLayout]) -> None:
-        """Layouts took effect with this step."""
+        """Record that layouts took effect with this step."""
         if self._recorder is not None:
             try:
                 self._recorder.record(step, layouts)
@@ -124,7 +124,7 @@ class PlannerRank:
                 self._end_recording(step, error)
 
     def routed(self, step: int, layer: LayerState, counts_NE: npt.NDArray[np.int64]) -> None:
-        """A microbatch, the layer's next one in this step, was routed."""
+        """Record the routing of a microbatch, the layer's next one in this step."""
         if self._trace is not None:
             try:
                 self._trace.append(step, layer.index, layer.microbatches, counts_NE)
@@ -134,7 +134,7 @@ class PlannerRank:
                 self._trace = None
 
     def observe(self, step: int, layer: LayerState, counts_NE: npt.NDArray[np.int64]) -> None:
-        """The layer's counts of this step are complete."""
+        """Plan from the layer's counts of this step, which are complete."""
         if self._source is None:
             return
         try:
@@ -191,7 +191,7 @@ def naming_flag(field_name: str, folder: str) -> Iterator[None]:
 
 
 def _run_signature(config: FSEPConfig) -> dict[str, Any]:
-    """What a recording's results depend on beside its layouts."""
+    """Name the settings that a recording's results depend on, beside its layouts."""
     return {
         "split": config.split,
         "plan_mode": config.mode,
