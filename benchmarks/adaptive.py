@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.prices import paper_costs
+from benchmarks.costs import paper_costs
 from benchmarks.splits import Outcome, Planner, split_exactly
 from benchmarks.trace_cases import Case, Trace
 from megatron_laer.config import ADAPTIVE, EXCHANGES

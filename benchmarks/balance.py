@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.adaptive import adaptive
-from benchmarks.prices import paper_costs
+from benchmarks.costs import paper_costs
 from benchmarks.rivals.eplb import Eplb
 from benchmarks.rivals.even import Even
 from benchmarks.rivals.flexmoe import FlexMoE

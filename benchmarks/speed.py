@@ -1,6 +1,6 @@
-"""How long layouts and quotas take, one thread, medians.
+"""These tables say how long layouts and quotas take on one thread, as medians.
 
-Shape suffixes: N ranks, E experts.
+Legend: N ranks, E experts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.prices import paper_costs
+from benchmarks.costs import paper_costs
 from benchmarks.report import median_ms
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout

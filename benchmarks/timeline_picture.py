@@ -19,7 +19,7 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run as a file
 
-from benchmarks.end_to_end import FSEP, Size
+from benchmarks.end_to_end_cases import FSEP, Size
 from benchmarks.training_run import Routing, measure
 from megatron_laer.data import default_text_sources, prepare_data
 from megatron_laer.telemetry.timeline import COMPUTE, FIRST_STEP, NUM_STEPS, TRACKS
@@ -51,7 +51,7 @@ LEGEND = {
 
 @dataclass(frozen=True)
 class Bar:
-    """Something on a track, in milliseconds since the step began."""
+    """An interval on a track, in milliseconds since the step began."""
 
     track: str
     name: str
@@ -60,7 +60,7 @@ class Bar:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Record, unless traces are given, and draw."""
+    """Record timelines, unless traces are given, and draw them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--svg", type=Path, required=True, help="where to draw")
     parser.add_argument(
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def record() -> list[dict[str, Any]]:
-    """Rank 0's traces, with and without the scheduler."""
+    """Record rank 0's traces, with and without the scheduler."""
     traces = []
     with tempfile.TemporaryDirectory() as scratch, RankPool(RANKS) as pool:
         prefix = f"{scratch}/text"
@@ -102,7 +102,7 @@ def record() -> list[dict[str, Any]]:
 
 
 def shortest_step(trace: dict[str, Any]) -> list[Bar]:
-    """The step that other work on the machine held up least."""
+    """Pick the step that other work on the machine held up least."""
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     steps = [event for event in events if event["name"].startswith("step ")]
     step = min(steps, key=lambda event: event["dur"])
@@ -115,7 +115,7 @@ def shortest_step(trace: dict[str, Any]) -> list[Bar]:
 
 
 def draw(on: dict[str, Any], off: dict[str, Any]) -> str:
-    """The whole picture."""
+    """Draw the whole picture."""
     panels = [("scheduler on", shortest_step(on)), ("scheduler off", shortest_step(off))]
     longest_ms = max(bar.start_ms + bar.length_ms for _, bars in panels for bar in bars)
     scale = (WIDTH - LEFT - 20) / longest_ms

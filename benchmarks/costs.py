@@ -1,4 +1,4 @@
-"""The setting that benchmarks price layouts in: the paper's cluster with Mixtral-8x7B's experts."""
+"""`paper_costs` is the cost model of the benchmarks: the paper's cluster and Mixtral-8x7B."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from megatron_laer.planner.costs import CostModel
 
 
 def paper_costs(restore_algorithm: str = "flat") -> CostModel:
-    """Mixtral-8x7B's experts on the paper's cluster, in bf16."""
+    """Model Mixtral-8x7B's experts on the paper's cluster, in bf16."""
     return CostModel(
         cluster=load_cluster("a100-4x8-ib800"),
         hidden=4096,
