@@ -27,15 +27,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_laer.config import EXCHANGES
+from megatron_laer.arrays import Int64
+from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.traffic import (
-    Int64,
-    Traffic,
-    reduce_traffic,
-    restore_traffic,
-    row_bounds,
-)
+from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
 from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.hierarchical import (
     HierarchicalExchange,
@@ -45,6 +40,7 @@ from megatron_laer.runtime.comm.hierarchical import (
 )
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.stages import ExchangeCount
+from megatron_laer.sharding import row_bounds
 
 try:
     from benchmarks.report import print_table
@@ -148,7 +144,9 @@ def summary(case: Workload, counts_of_ranks: Sequence[Counts]) -> Iterator[dict[
         }
 
 
-def formula(case: Workload, what: str, node_size: int, algorithm: str, step: int) -> Traffic:
+def formula(
+    case: Workload, what: str, node_size: int, algorithm: ExchangeAlgorithm, step: int
+) -> Traffic:
     """Compute what an exchange should move."""
     layout = case.layouts[step]
     if what == "gradients":
@@ -190,11 +188,12 @@ def serve(pipe: Connection, rank: int, address: str, quick: bool) -> None:
         assert world is not None
         groups = process_groups.create_groups(world, node_size, dist.new_group)
         for case in workloads(quick):
-            for algorithm in EXCHANGES:
-                exchange = (flat_exchange if algorithm == "flat" else node_exchange)(groups)
+            for algorithm in ExchangeAlgorithm:
+                make = flat_exchange if algorithm == ExchangeAlgorithm.FLAT else node_exchange
+                exchange = make(groups)
                 for what, step, received_2 in exchange_all(case, exchange, rank):
                     found[case.name][what, node_size, algorithm, step] = received_2
-        process_groups.destroy_groups()
+        groups.destroy()
     pipe.send(found)
     dist.barrier()
     dist.destroy_process_group()

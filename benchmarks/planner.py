@@ -27,10 +27,10 @@ from benchmarks.speed import GROWTH_SHAPES, SOLVE_SHAPES, quota_times, solve_tim
 from benchmarks.splits import split_exactly
 from benchmarks.trace_cases import Trace
 from benchmarks.workloads import WORKLOADS, microbatches
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.quotas import Int64
 from megatron_laer.planner.strategies import make_strategy
 
 # Every how many cases `--quick` takes one; prime, so that it meets all layers and microbatches.

@@ -16,11 +16,11 @@ from scipy.optimize import nnls  # type: ignore[import-untyped]
 from benchmarks.costs import paper_costs
 from benchmarks.report import machine, print_table
 from benchmarks.speed import NODE_SIZE, zipf_counts_NE
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
-from megatron_laer.planner.quotas import Int64
 
 REPEATS = 40
 SHAPES = (

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.arrays import Int64
 from megatron_laer.planner.forecast import SmoothedForecast
-from megatron_laer.planner.quotas import Int64
 
 
 @dataclass(frozen=True)

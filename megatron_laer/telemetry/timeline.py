@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.telemetry.clock import Clock, Moment
-from megatron_laer.telemetry.ranges import OpenRange
+import torch
+
+from megatron_laer.telemetry.clock import Clock, Timestamp, make_clock
+from megatron_laer.telemetry.ranges import OpenRange, make_ranges
 from megatron_laer.writing import free_name, open_exclusively, replaced_when_complete, write_all
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ class _Open:
     """An interval that has begun."""
 
     label: str
-    start: Moment
+    start: Timestamp
     end_range: Callable[[], None]
 
 
@@ -78,11 +80,11 @@ class Timeline:
                 "an empty folder, or resume the run that wrote it from a checkpoint"
             )
         self._is_recording = False
-        self._origin: tuple[Moment, int] | None = None
-        self._intervals: list[tuple[str, str, Moment, Moment]] = []
+        self._origin: tuple[Timestamp, int] | None = None
+        self._intervals: list[tuple[str, str, Timestamp, Timestamp]] = []
         self._phase: _Open | None = None
         self._exchange: _Open | None = None
-        self._step_start: Moment = None
+        self._step_start: Timestamp = None
 
     def begin_step(self, step: int) -> None:
         """Begin a step."""
@@ -107,7 +109,7 @@ class Timeline:
         if step + 1 not in self._steps:
             self.close()
 
-    def add(self, track: str, label: str, start: Moment, end: Moment) -> None:
+    def add(self, track: str, label: str, start: Timestamp, end: Timestamp) -> None:
         """Record an interval on a track."""
         if self._is_recording:
             self._intervals.append((track, label, start, end))
@@ -153,14 +155,14 @@ class Timeline:
         with replaced_when_complete(self._path) as file:
             write_all(file, json.dumps(trace).encode())
 
-    def _end_phase(self, now: Moment) -> None:
+    def _end_phase(self, now: Timestamp) -> None:
         self._close(COMPUTE, self._phase, now)
         self._phase = None
 
-    def _open(self, label: str, now: Moment) -> _Open:
+    def _open(self, label: str, now: Timestamp) -> _Open:
         return _Open(label, now, self._open_range(label))
 
-    def _close(self, track: str, opened: _Open | None, now: Moment) -> None:
+    def _close(self, track: str, opened: _Open | None, now: Timestamp) -> None:
         if opened is not None:
             opened.end_range()
             self.add(track, opened.label, opened.start, now)
@@ -175,8 +177,8 @@ class Timeline:
         assert self._origin is not None
         origin, origin_ns = self._origin
 
-        def microseconds(moment: Moment) -> float:
-            return round(origin_ns / 1e3 + self._clock.seconds(origin, moment) * 1e6, 1)
+        def microseconds(timestamp: Timestamp) -> float:
+            return round(origin_ns / 1e3 + self._clock.seconds(origin, timestamp) * 1e6, 1)
 
         for track, label, start, end in self._intervals:
             first, last = microseconds(start), microseconds(end)
@@ -189,6 +191,12 @@ class Timeline:
                 "ts": first,
                 "dur": round(last - first, 1),
             }
+
+
+def open_timeline(directory: str, rank: int, device: torch.device, first_step: int) -> Timeline:
+    """Open this rank's trace in the directory: see `Timeline`."""
+    clock, open_range = make_clock(device), make_ranges(device)
+    return Timeline(timeline_path(directory, rank), rank, clock, open_range, first_step)
 
 
 def timeline_path(directory: str, rank: int) -> Path:

@@ -19,8 +19,6 @@ from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.reduce_index import reduce_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
 
-pytestmark = pytest.mark.gpu
-
 DEVICE = torch.device("cuda")
 TOKENS_C = [300, 0, 7, 129]
 

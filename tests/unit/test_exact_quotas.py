@@ -8,17 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.exact import ExactQuotas, exact_split
-from megatron_laer.planner.quotas import Int64, even_split
+from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.reference_exact import (
     exact_quota_NS,
     least_largest_load,
     off_node_tokens,
     off_rank_tokens,
 )
-
-pytestmark = pytest.mark.unit
 
 Case = tuple[Int64, ExpertLayout, int]
 

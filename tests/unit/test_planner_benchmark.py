@@ -15,8 +15,6 @@ from benchmarks.splits import BalanceRow, Outcome, split_exactly
 from benchmarks.trace_cases import Case, Trace
 from megatron_laer.layout import ExpertLayout
 
-pytestmark = pytest.mark.unit
-
 
 def row(strategy: str, mode: str, lag: str, capacity: int, **values: float) -> dict[str, Any]:
     return {"strategy": strategy, "mode": mode, "lag": lag, "capacity": capacity, **values}

@@ -11,8 +11,6 @@ from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.weights.restored import ExchangeStreams, Slices
 from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 
-pytestmark = pytest.mark.unit
-
 
 def slices(dtype: torch.dtype = torch.float32) -> Slices:
     """Of 4 experts on 2 ranks; matrices of 8 × 3 and 3 × 4."""

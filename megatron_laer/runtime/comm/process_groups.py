@@ -77,32 +77,11 @@ class FSEPGroups:
         )
         return tuple(group for group in groups if group is not None)
 
-
-_groups: FSEPGroups | None = None
-
-
-def get_fsep_groups() -> FSEPGroups:
-    """Return the FSEP groups of this rank.
-
-    Raises:
-        RuntimeError: before Megatron's model parallel state was initialised with FSEP on.
-    """
-    if _groups is None:
-        raise RuntimeError(
-            "the FSEP groups do not exist: call megatron_laer.enable(...) before "
-            "parallel_state.initialize_model_parallel(...)"
-        )
-    return _groups
-
-
-def get_fsep_group() -> Group:
-    """Return the FSEP group of this rank: N ranks that together hold every expert of a layer."""
-    return get_fsep_groups().tokens
-
-
-def initialized() -> bool:
-    """Say whether the FSEP groups exist."""
-    return _groups is not None
+    def destroy(self) -> None:
+        """Destroy the communicators made here, unless torch's distributed state is gone already."""
+        if dist.is_initialized():
+            for group in self.extra():
+                dist.destroy_process_group(group)
 
 
 def detect_node_size(ranks: Sequence[int], local_world_size: int) -> int:
@@ -150,7 +129,6 @@ def create_groups(
     Raises:
         ValueError: a node size that does not divide N, or that is not known. On every rank.
     """
-    global _groups
     mine = tuple(dist.get_process_group_ranks(expert_group))
     sizes = _node_sizes(mine, node_size)
 
@@ -173,7 +151,7 @@ def create_groups(
             for local_rank in range(size):
                 make(f"{exchange}_inter_node", ranks[local_rank::size])
 
-    _groups = FSEPGroups(
+    return FSEPGroups(
         tokens=expert_group,
         parameters=made["parameters"],
         gradients=made["gradients"],
@@ -185,7 +163,6 @@ def create_groups(
         node_size=sizes[mine],
         index=list(sizes).index(mine),
     )
-    return _groups
 
 
 def _node_sizes(mine: tuple[int, ...], node_size: int | None) -> dict[tuple[int, ...], int]:
@@ -224,12 +201,3 @@ def _node_sizes(mine: tuple[int, ...], node_size: int | None) -> dict[tuple[int,
                 f"{[d for d in range(1, len(ranks) + 1) if len(ranks) % d == 0]}"
             )
     return sizes
-
-
-def destroy_groups() -> None:
-    """Destroy the communicators made here; called with Megatron's own teardown."""
-    global _groups
-    if _groups is not None and dist.is_initialized():
-        for group in _groups.extra():
-            dist.destroy_process_group(group)
-    _groups = None

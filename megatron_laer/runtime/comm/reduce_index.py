@@ -13,10 +13,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.traffic import node_sources
 from megatron_laer.runtime.comm.layout_index import CACHED_LAYOUTS
-from megatron_laer.runtime.comm.upload import Int64, upload_arrays
+from megatron_laer.runtime.comm.upload import upload_arrays
+from megatron_laer.sharding import node_sources
 
 # Pairs of index tensors: targets, all distinct, and the sources that are added to them.
 Rounds = tuple[tuple[torch.Tensor, torch.Tensor], ...]

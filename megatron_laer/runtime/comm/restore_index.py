@@ -32,15 +32,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.traffic import changed_slots, node_sources
 from megatron_laer.runtime.comm.layout_index import CACHED_LAYOUTS
-from megatron_laer.runtime.comm.upload import Int64, upload_arrays
-
-Bool = npt.NDArray[np.bool_]
+from megatron_laer.runtime.comm.upload import upload_arrays
+from megatron_laer.sharding import changed_slots, node_sources
 
 
 class Run(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_laer.telemetry.clock import Moment, Stopwatch, make_clock
+from megatron_laer.telemetry.clock import Stopwatch, Timestamp, make_clock
 from megatron_laer.telemetry.timeline import COMPUTE, Timeline
 
 # How long a stream that is closed may take to end what it is doing.
@@ -51,7 +51,7 @@ class StreamTimes:
         self._name = name
         self._is_cuda = device.type == "cuda"
 
-    def waited(self, start: Moment, label: str) -> None:
+    def waited(self, start: Timestamp, label: str) -> None:
         """Record that the compute waited since `start`."""
         end = self.clock.now()
         self.exposed.add(start, end)

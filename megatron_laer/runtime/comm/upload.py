@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-Int64 = npt.NDArray[np.int64]
+from megatron_laer.arrays import Int64
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
