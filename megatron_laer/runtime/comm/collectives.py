@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
@@ -39,7 +39,7 @@ class LayoutTag:
 
 def exchange_counts(
     counts_E: torch.Tensor, tag: LayoutTag, tag_tensor: torch.Tensor, groups: FSEPGroups, layer: str
-) -> npt.NDArray[np.int64]:
+) -> Int64:
     """Gather every rank's tokens per expert, and check that all ranks hold the same layout.
 
     One All-gather of N·(E + 2) integers and one copy to the host, the layer's only synchronisation.
@@ -60,7 +60,7 @@ def exchange_counts(
     return rows[:, :-2]
 
 
-def _describe_mismatch(tags_N2: npt.NDArray[np.int64], groups: FSEPGroups, layer: str) -> str:
+def _describe_mismatch(tags_N2: Int64, groups: FSEPGroups, layer: str) -> str:
     tags, counts = np.unique(tags_N2, axis=0, return_counts=True)
     is_tie = (counts == counts.max()).sum() > 1
     right = tags[counts.argmax()]
@@ -78,7 +78,7 @@ def _describe_mismatch(tags_N2: npt.NDArray[np.int64], groups: FSEPGroups, layer
     )
 
 
-def _tag_text(tag_2: npt.NDArray[np.int64]) -> str:
+def _tag_text(tag_2: Int64) -> str:
     version, digest = tag_2.tolist()
     return f"version {version}, digest {digest % 2**64:016x}"
 

@@ -9,9 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
@@ -39,7 +37,7 @@ class LayoutSource(Protocol):
         """How many layers' planning failed so far."""
         ...
 
-    def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
+    def observe(self, step: int, layer: int, counts_NE: Int64) -> None:
         """Take the routing of a whole step in one layer (index)."""
         ...
 
@@ -95,7 +93,7 @@ class PlannedLayouts:
         """How many layers' planning failed; these kept their layout."""
         return self._service.failures
 
-    def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
+    def observe(self, step: int, layer: int, counts_NE: Int64) -> None:
         """Queue the counts for planning; never waits."""
         self._observed.setdefault(step, set()).add(layer)
         self._service.submit(step, layer, counts_NE)
@@ -167,7 +165,7 @@ class ReplayedLayouts:
         self._recording = LayoutRecording(path, geometry, signature, layers)
         self._is_first = True
 
-    def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
+    def observe(self, step: int, layer: int, counts_NE: Int64) -> None:
         """Ignore the routing: a recording does not react to it."""
 
     def due(self, step: int) -> list[ExpertLayout] | None:
