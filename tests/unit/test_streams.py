@@ -1,4 +1,4 @@
-"""Settings that decide, on CUDA, which exchange goes first and what overlaps; with stand-ins."""
+"""Settings that decide, on CUDA, which exchange goes first and what overlaps, tried with mocks."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
         calls.append({"tensor": tensor, "high": high_priority_stream_groups})
 
     def create(expert_group: Any, node_size: int | None, create_group: Any) -> None:
-        for kind in ("PARAMETERS", "GRADIENTS", "GRADIENTS_ACROSS"):
+        for kind in ("PARAMETERS", "GRADIENTS", "GRADIENTS_INTER_NODE"):
             create_group([0, 1], group_desc=f"FSEP_{kind}")
 
     def options(name: str, settings: dict[str, Any]) -> Any:
