@@ -34,11 +34,11 @@ from megatron_laer.planner.traffic import (
     restore_traffic,
     row_bounds,
 )
-from megatron_laer.runtime import process_groups
-from megatron_laer.runtime.exchange import Exchange, ExchangeCount, Kept
-from megatron_laer.runtime.flat_exchange import FlatExchange
-from megatron_laer.runtime.layout_index import layout_index
-from megatron_laer.runtime.node_exchange import NodeExchange
+from megatron_laer.runtime.comm import process_groups
+from megatron_laer.runtime.comm.exchange import Exchange, ExchangeCount, Kept
+from megatron_laer.runtime.comm.flat_exchange import FlatExchange
+from megatron_laer.runtime.comm.layout_index import layout_index
+from megatron_laer.runtime.comm.node_exchange import NodeExchange
 
 try:
     from benchmarks.report import print_table
@@ -188,7 +188,7 @@ def serve(pipe: Connection, rank: int, address: str, quick: bool) -> None:
                 exchange = (FlatExchange if algorithm == "flat" else NodeExchange)(groups)
                 for what, step, received_2 in exchange_all(case, exchange, rank):
                     found[case.name][what, node_size, algorithm, step] = received_2
-        process_groups.destroy_groups()
+        groups.destroy()
     pipe.send(found)
     dist.barrier()
     dist.destroy_process_group()

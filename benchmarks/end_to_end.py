@@ -32,7 +32,7 @@ from benchmarks.routing import RoutingShape
 from benchmarks.training_run import Measured, Routing, measure
 from megatron_laer.data import BYTES_TOKENIZER_FLAGS, default_text_sources, prepare_data
 from megatron_laer.platform.cpu import CPU_FLAGS
-from tests.ranks import RankPool
+from megatron_laer.testing.ranks import RankPool
 
 SKEWS = ("fixed", "drifting", "burst")
 BIAS_STD = 1.0

@@ -23,7 +23,7 @@ from benchmarks.end_to_end import FSEP, Size
 from benchmarks.training_run import Routing, measure
 from megatron_laer.data import default_text_sources, prepare_data
 from megatron_laer.telemetry.timeline import COMPUTE, FIRST_STEP, LANES, NUM_STEPS
-from tests.ranks import RankPool
+from megatron_laer.testing.ranks import RankPool
 
 RANKS = 2
 SIZE = Size(3, 256, 1024, 8, 2, 128, 8, warm_up=0, steps=FIRST_STEP + NUM_STEPS, repeats=1)

@@ -219,7 +219,7 @@ def _is_optimizers(name: str) -> bool:
 
 
 def _planner(folder: Path) -> Iterator[str]:
-    from megatron_laer.runtime.planner_checkpoint import FOLDER
+    from megatron_laer.runtime.planning.planner_checkpoint import FOLDER
 
     files = sorted((folder / FOLDER).glob("group-*.bin"), key=lambda file: (len(file.name), file))
     if not files:

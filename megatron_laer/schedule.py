@@ -2,7 +2,7 @@
 
 A schedule says at which moment of a model chunk's forward or backward pass the exchange of which
 layer starts, within one chunk only: it knows nothing of pipelines. Carrying it out is the
-scheduler's (`runtime/scheduler.py`); this file imports neither torch nor Megatron.
+scheduler's (`runtime/weights/scheduler.py`); this file imports neither torch nor Megatron.
 
     forward   layer i:    attention  router  dispatch ┬ experts i ──────── combine
               parameters:                             └ restore i+1

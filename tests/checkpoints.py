@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.parity.weights import Tensors
+from megatron_laer.testing.weights import Tensors
 
 
 def iteration_folder(directory: Path, iteration: int) -> Path:

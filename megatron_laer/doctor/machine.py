@@ -13,9 +13,9 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from megatron_laer import launcher
 from megatron_laer.doctor.row import Answer, Row, Verdict
 from megatron_laer.files import quoted
+from megatron_laer.runtime.comm import launcher
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _WORLD = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", launcher.SLURM_TASKS)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_laer.runtime.restored import RestoredExperts
+from megatron_laer.runtime.weights.restored import RestoredExperts
 
 
 class _SlotLinear(torch.autograd.Function):

@@ -19,9 +19,9 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
 from megatron_laer.experts.compute import SlotLinear
 from megatron_laer.experts.slices import SliceSpec, initialise, sharded_slice
-from megatron_laer.runtime.plan import MicrobatchPlan
-from megatron_laer.runtime.process_groups import FSEPGroups
-from megatron_laer.runtime.restored import Slices
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+from megatron_laer.runtime.weights.restored import Slices
 
 _EXTRA_STATE = "._extra_state"
 

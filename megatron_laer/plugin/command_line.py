@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer import config as settings
-from megatron_laer import launcher, support
+from megatron_laer import support
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files import quoted, read_text
 from megatron_laer.platform import cpu
@@ -23,6 +23,7 @@ from megatron_laer.platform.versions import check_version
 from megatron_laer.plugin.metrics import install_metrics
 from megatron_laer.plugin.patching import Patch, apply, undo
 from megatron_laer.plugin.switch import disable, enable
+from megatron_laer.runtime.comm import launcher
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from megatron_laer import activation, run_files
-from megatron_laer.activation import Activation
+from megatron_laer import run_files, session
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.strategies import check_planner
 from megatron_laer.platform.versions import check_version
@@ -16,7 +15,7 @@ from megatron_laer.plugin.layers import LAYER_PATCHES, create_groups, repoint_hy
 from megatron_laer.plugin.metrics import remove_metrics
 from megatron_laer.plugin.patching import apply, patch_table, undo
 from megatron_laer.plugin.steps import STEP_PATCHES
-from megatron_laer.runtime import process_groups
+from megatron_laer.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +40,9 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
         ValueError: an unknown planner; a file or folder that cannot be used; a node size that does
             not divide the group, on every rank.
     """
-    wanted = Activation(config or FSEPConfig(), seed)
-    if wanted == activation.active():
+    wanted = Session(config or FSEPConfig(), seed)
+    current = session.current()
+    if current is not None and (current.config, current.seed) == (wanted.config, wanted.seed):
         return
     check_version()
     check_planner(wanted.config.planner)
@@ -50,7 +50,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     # All seams are found before one is used, so that a missing one leaves nothing patched.
     for patch in FSEP_PATCHES:
         patch.owner_and_name()
-    activation.set_active(wanted)
+    session.replace(wanted)
     fresh = [patch for patch in FSEP_PATCHES if apply(patch)]
     repoint_hybrid_specs()
     if fresh and int(os.environ.get("RANK", "0")) == 0:
@@ -59,8 +59,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
-        process_groups.destroy_groups()
-        create_groups()
+        create_groups(wanted)
 
 
 def disable() -> None:
@@ -68,9 +67,8 @@ def disable() -> None:
 
     Destroys the FSEP groups: models that were built with FSEP cannot go on training.
     """
-    activation.set_active(None)
+    session.replace(None)
     remove_metrics()
-    process_groups.destroy_groups()
     for patch in FSEP_PATCHES:
         undo(patch)
     repoint_hybrid_specs()

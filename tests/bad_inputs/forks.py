@@ -37,7 +37,7 @@ _IMPORTED = (
     "megatron_laer.data",
     "megatron_laer.inspection",
     "megatron_laer.model_flags",
-    "megatron_laer.runtime.planner_checkpoint",
+    "megatron_laer.runtime.planning.planner_checkpoint",
     "megatron_laer.simulator.command",
 )
 

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import Record, train
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
-from tests.parity.training import Record, train
-from tests.ranks import RankPool
-
-pytestmark = pytest.mark.distributed
 
 STEPS = 20
 WAIT = " --fsep-planner {} --fsep-late-plan wait"
@@ -23,7 +21,7 @@ WAIT = " --fsep-planner {} --fsep-late-plan wait"
 
 def layout_version(model: object) -> int:
     """A probe: how many times layouts changed so far."""
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
     return -1 if coordinator is None else coordinator.version

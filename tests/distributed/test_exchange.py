@@ -12,9 +12,7 @@ import pytest
 
 from megatron_laer.config import EXCHANGES
 from megatron_laer.layout import ExpertLayout
-from tests.ranks import RankPool
-
-pytestmark = pytest.mark.distributed
+from megatron_laer.testing.ranks import RankPool
 
 COLUMNS = 3
 
@@ -49,9 +47,9 @@ def exchanges_on(node_size: int) -> Iterator[Callable[..., Any]]:
     """`make(algorithm, grad_wire_dtype)` over fresh gloo groups of all ranks."""
     import torch.distributed as dist
 
-    from megatron_laer.runtime import process_groups
-    from megatron_laer.runtime.flat_exchange import FlatExchange
-    from megatron_laer.runtime.node_exchange import NodeExchange
+    from megatron_laer.runtime.comm import process_groups
+    from megatron_laer.runtime.comm.flat_exchange import FlatExchange
+    from megatron_laer.runtime.comm.node_exchange import NodeExchange
 
     dist.init_process_group("gloo")
     try:
@@ -64,7 +62,7 @@ def exchanges_on(node_size: int) -> Iterator[Callable[..., Any]]:
 
         yield make
     finally:
-        process_groups.destroy_groups()
+        groups.destroy()
         dist.destroy_process_group()
 
 
@@ -91,7 +89,7 @@ class Rank:
     def index(self, step: int = 0) -> Any:
         import torch
 
-        from megatron_laer.runtime.layout_index import layout_index
+        from megatron_laer.runtime.comm.layout_index import layout_index
 
         return layout_index(self.case.layout(self.size, step), torch.device("cpu"))
 
@@ -247,7 +245,7 @@ def bytes_of_every_case(node_size: int) -> list[tuple[Case, str, str, int, int]]
 
 
 def kept_under(index: Any, matrix_CRK: Any) -> Any:
-    from megatron_laer.runtime.exchange import Kept
+    from megatron_laer.runtime.comm.exchange import Kept
 
     return Kept(index, matrix_CRK)
 
@@ -313,7 +311,7 @@ def one_slot_changes(slot: int, algorithm: str) -> tuple[list[int], int]:
     """
     import torch
 
-    from megatron_laer.runtime.layout_index import layout_index
+    from megatron_laer.runtime.comm.layout_index import layout_index
 
     before_S = [0, 1, 2, 3, 0, 1, 2, 3]
     after_S = list(before_S)
@@ -353,7 +351,7 @@ def buffers_over_layouts(node_size: int) -> list[tuple[str, str, str, int, int, 
     import torch
 
     from megatron_laer.planner.geometry import Geometry
-    from megatron_laer.runtime.workspace import reduce_workspace, restore_workspace
+    from megatron_laer.runtime.comm.workspace import reduce_workspace, restore_workspace
 
     found = []
     with exchanges_on(node_size) as make:

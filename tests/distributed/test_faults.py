@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from megatron_laer.layout import ExpertLayout
+from megatron_laer.testing.ranks import Raised, RankPool
+from megatron_laer.testing.training import train
 from tests.faults.delays import digest
 from tests.faults.injected import (
     ROUTINGS,
@@ -28,11 +30,6 @@ from tests.faults.injected import (
 from tests.faults.jobs import output_of, run_job, steps_of
 from tests.parity.compare import Distance, distance, identical
 from tests.parity.flags import command_line
-from tests.parity.training import train
-from tests.ranks import Raised, RankPool
-
-pytestmark = pytest.mark.distributed
-
 
 FSEP = " --expert-parallel-mode fsep"
 STATIC = FSEP + " --fsep-planner static"

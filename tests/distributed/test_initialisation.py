@@ -9,12 +9,10 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import initial_weights
+from megatron_laer.testing.weights import Tensors
 from tests.parity.flags import command_line
-from tests.parity.training import initial_weights
-from tests.parity.weights import Tensors
-from tests.ranks import RankPool
-
-pytestmark = pytest.mark.distributed
 
 FSEP = " --expert-parallel-mode fsep --fsep-planner static"
 

@@ -10,11 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
-from tests.parity.training import train
-from tests.ranks import RankPool
-
-pytestmark = pytest.mark.distributed
 
 RANDOM = " --fsep-planner random"
 FSEP = " --expert-parallel-mode fsep" + RANDOM
@@ -113,7 +111,7 @@ def held_buffers(command: list[str]) -> Held:
     """Train, and look at the buffers."""
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     held = Held([], [], [], 0, 0, (0, 0))
     forward = GPTModel.forward
@@ -122,13 +120,13 @@ def held_buffers(command: list[str]) -> Held:
         output = forward(self, *args, **kwargs)
         coordinator = current_coordinator()
         assert coordinator is not None
-        held.after_forward.append(coordinator.lanes.weights.in_use)
+        held.after_forward.append(coordinator.streams.weights.in_use)
         return output
 
     def look(model: object) -> None:
         coordinator = current_coordinator()
         assert coordinator is not None
-        lanes, exchange = coordinator.lanes, coordinator.exchange
+        lanes, exchange = coordinator.streams, coordinator.exchange
         held.after_step.append((lanes.weights.in_use, lanes.grads.in_use))
         spaces = exchange.restore_workspace.num_bytes + exchange.reduce_workspace.num_bytes
         pools = (lanes.weights, lanes.grads, lanes.reduced)
@@ -223,7 +221,7 @@ def test_buffers_stay_as_they_are_after_the_first_steps(
 
 def exchange_counts_of(command: list[str]) -> tuple[int, int, int, int, int]:
     """Restores, reduces, and bytes received for each, after a run; and bytes of the slots."""
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     found: list[tuple[int, int, int, int, int]] = []
 

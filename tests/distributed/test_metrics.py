@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
-from tests.parity.training import train
-from tests.ranks import RankPool
-
-pytestmark = pytest.mark.distributed
 
 STEPS = 6
 

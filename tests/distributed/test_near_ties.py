@@ -20,14 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import Record
 from tests.parity.compare import Distance, distance
 from tests.parity.decisions import Chosen, Decisions, train_choosing
 from tests.parity.flags import command_line
 from tests.parity.rows import FLOOR_FACTOR, FP32_BOUND, SMALLEST_FLOOR
-from tests.parity.training import Record
-from tests.ranks import RankPool
-
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS = 40
 LAYERS = 4

@@ -12,13 +12,12 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from megatron_laer.runtime.planning import layout_sources
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import Record, train
 from tests.faults.injected import train_with_other_layout
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
-from tests.parity.training import Record, train
-from tests.ranks import RankPool
-
-pytestmark = pytest.mark.distributed
 
 FSEP = " --expert-parallel-mode fsep --fsep-planner laer --fsep-cluster cpu-gloo"
 
@@ -32,7 +31,7 @@ def flags(data: str, steps: int, extra: str = "") -> list[str]:
 
 def planner_state(model: object) -> tuple[int, int, int]:
     """A probe: version, late plans, failures, as this rank knows them."""
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
     assert coordinator is not None
@@ -136,7 +135,6 @@ def train_with_planner_that_stops(command: list[str], fault: str, calls: int) ->
 
     from megatron_laer.planner.laer import LaerStrategy
     from megatron_laer.planner.service import PlannerService
-    from megatron_laer.runtime import sources
 
     plan = LaerStrategy.plan
     left = calls
@@ -161,7 +159,7 @@ def train_with_planner_that_stops(command: list[str], fault: str, calls: int) ->
     with (
         mock.patch.object(LaerStrategy, "plan", stopping),
         mock.patch.object(PlannerService, "wait", waiting),
-        mock.patch.object(sources, "WAIT_TIMEOUT_S", 1.0),
+        mock.patch.object(layout_sources, "WAIT_TIMEOUT_S", 1.0),
     ):
         record = train(command, planner_state)
     return record, given_up

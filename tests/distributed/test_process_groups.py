@@ -12,11 +12,9 @@ import pytest
 import yaml
 
 from megatron_laer.shipped import yaml_file
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
-from tests.parity.training import train
-from tests.ranks import RankPool
-
-pytestmark = pytest.mark.distributed
 
 
 def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
@@ -26,13 +24,15 @@ def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     import megatron_laer
-    from megatron_laer.runtime import process_groups
+    from megatron_laer import session
 
     dist.init_process_group("gloo")
     try:
         megatron_laer.enable(megatron_laer.FSEPConfig(node_size=node_size))
         parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel)
-        groups = process_groups.get_fsep_groups()
+        current = session.current()
+        assert current is not None
+        groups = current.groups
         collection = ProcessGroupCollection.use_mpu_process_groups()
 
         def members(group: Any) -> list[int] | None:
@@ -50,7 +50,7 @@ def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
         }
         extra = groups.extra()
         parallel_state.destroy_model_parallel()
-        found["destroyed"] = not process_groups.initialized() and all(
+        found["destroyed"] = not current.has_groups and all(
             group not in dist.distributed_c10d._world.pg_map for group in extra
         )
         return found
@@ -105,7 +105,7 @@ def test_launchers_that_disagree_are_refused_on_every_rank(
 
 def chosen_exchange(command: list[str]) -> str:
     """Which exchange a run takes."""
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     names: list[str] = []
 
@@ -147,7 +147,7 @@ def test_auto_goes_through_nodes_where_links_inside_are_faster(
 
 
 def test_ranks_unevenly_spread_over_nodes_are_refused() -> None:
-    from megatron_laer.runtime.process_groups import detect_node_size
+    from megatron_laer.runtime.comm.process_groups import detect_node_size
 
     assert detect_node_size((0, 1, 2, 3), local_world_size=2) == 2
     assert detect_node_size((0, 2, 4, 6), local_world_size=4) == 2

@@ -11,17 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_laer.testing.ranks import RankPool, RankPools
 from tests.parity.flags import command_line
 from tests.processes import outlive, python_path
-from tests.ranks import RankPool, RankPools
-
-pytestmark = pytest.mark.distributed
 
 # A rank that starts a child of its own, and a process that ends while its pool is open.
 USER = """
 import os, signal, sys
 from tests.distributed.test_ranks import start_stubborn_child
-from tests.ranks import RankPool
+from megatron_laer.testing.ranks import RankPool
 
 if __name__ == "__main__":
     pool = RankPool(1)
@@ -81,7 +79,7 @@ def raise_on_one_rank() -> None:
 
 
 def test_a_rank_that_fails_is_heard_while_the_others_hang() -> None:
-    from tests.ranks import RankError
+    from megatron_laer.testing.ranks import RankError
 
     with RankPool(2) as pool:
         pool.patience_s = 2.0
@@ -126,7 +124,7 @@ def test_results_hold_no_files_open(ranks: Callable[[int], RankPool]) -> None:
 
 def open_after_training(flags: list[str]) -> tuple[int, int]:
     """Threads and open files of this rank after a run."""
-    from tests.parity.training import train
+    from megatron_laer.testing.training import train
 
     train(flags)
     return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))

@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.telemetry.timeline import FIRST_STEP
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import Record, train
 from megatron_laer.trace.reading import read_trace
 from megatron_laer.writing import open_exclusively
 from tests.parity.flags import command_line
-from tests.parity.training import Record, train
-from tests.ranks import RankPool
-
-pytestmark = pytest.mark.distributed
 
 SAVED, STEPS = 4, 6
 

@@ -9,12 +9,10 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import Record, train
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
-from tests.parity.training import Record, train
-from tests.ranks import RankPool
-
-pytestmark = pytest.mark.distributed
 
 STEPS = 4
 OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
@@ -128,7 +126,7 @@ def order_of_events(command: list[str]) -> list[str]:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from megatron_laer.moe_layer import FSEPMoELayer
-    from megatron_laer.runtime.restored import RestoredExperts
+    from megatron_laer.runtime.weights.restored import RestoredExperts
 
     events: list[str] = []
 

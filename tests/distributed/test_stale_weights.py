@@ -13,12 +13,10 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import Record, train
 from tests.parity.compare import Distance, distance
 from tests.parity.flags import command_line
-from tests.parity.training import Record, train
-from tests.ranks import RankPool
-
-pytestmark = pytest.mark.distributed
 
 STEPS = 10
 OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"

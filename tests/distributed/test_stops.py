@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
 from tests.checkpoints import saved_iteration
 from tests.faults.delays import digest
 from tests.faults.jobs import output_of, run_job, steps_of
 from tests.parity.flags import command_line
-from tests.parity.training import train
 from tests.processes import outlive
-from tests.ranks import RankPool
-
-pytestmark = pytest.mark.distributed
 
 PLANNED = " --expert-parallel-mode fsep --fsep-planner greedy --fsep-late-plan wait"
 ASYNC = " --async-save --use-persistent-ckpt-worker --async-strategy mcore"

@@ -21,11 +21,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_laer.testing.ranks import Raised, RankError, RankPool
 from tests.faults.delays import STEPS_PER_SEED, Trace, train_with_delays
 from tests.parity.flags import command_line
-from tests.ranks import Raised, RankError, RankPool
-
-pytestmark = pytest.mark.distributed
 
 FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
@@ -165,9 +163,9 @@ def train_without_waiting(flags: list[str], first_seed: int | None) -> Trace:
     """Experts compute with whatever is in the buffer that a restore is still filling."""
     from unittest import mock
 
-    from megatron_laer.runtime.device import ThreadLane
+    from megatron_laer.runtime.comm.streams import ThreadStream
 
-    submit = ThreadLane.submit
+    submit = ThreadStream.submit
 
     class Unawaited:
         def __init__(self, out: torch.Tensor) -> None:
@@ -176,12 +174,12 @@ def train_without_waiting(flags: list[str], first_seed: int | None) -> Trace:
         def wait(self) -> torch.Tensor:
             return self._out
 
-    def careless_submit(self: ThreadLane, work: Any, label: str) -> Any:
+    def careless_submit(self: ThreadStream, work: Any, label: str) -> Any:
         promise = submit(self, work, label)
         restore: Any = inspect.unwrap(work)  # as submitted, without the observation
         return Unawaited(restore.keywords["out"]) if label.startswith("restore") else promise
 
-    with mock.patch.object(ThreadLane, "submit", careless_submit):
+    with mock.patch.object(ThreadStream, "submit", careless_submit):
         return train_with_delays(flags, first_seed)
 
 
@@ -205,18 +203,18 @@ def train_into_a_hang(flags: list[str], watchdog_s: float) -> None:
 
     import torch.distributed as dist
 
-    from megatron_laer.runtime.two_legs import TwoLegExchange
+    from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
 
-    reduce, calls = TwoLegExchange.reduce, 0
+    reduce, calls = HierarchicalExchange.reduce, 0
 
-    def stuck_reduce(self: TwoLegExchange, *args: Any, **kwargs: Any) -> Any:
+    def stuck_reduce(self: HierarchicalExchange, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if dist.get_rank() == 1 and calls == 20:
             threading.Event().wait()
         return reduce(self, *args, **kwargs)
 
-    with mock.patch.object(TwoLegExchange, "reduce", stuck_reduce):
+    with mock.patch.object(HierarchicalExchange, "reduce", stuck_reduce):
         train_with_delays(flags, 0, watchdog_s)
 
 

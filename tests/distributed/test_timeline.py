@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 
 from megatron_laer.telemetry.timeline import COMPUTE, FIRST_STEP, LANES, NUM_STEPS, TOKENS
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
-from tests.parity.training import train
-from tests.ranks import RankPool
-
-pytestmark = pytest.mark.distributed
 
 STEPS = FIRST_STEP + NUM_STEPS + 1
 MICROBATCHES = 2

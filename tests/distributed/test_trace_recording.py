@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_laer import cli
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
 from megatron_laer.trace.reading import read_trace
 from tests.parity.flags import command_line
-from tests.parity.training import train
-from tests.ranks import RankPool
-
-pytestmark = pytest.mark.distributed
 
 STEPS, MICROBATCHES = 4, 2
 

@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 
-from tests.parity.training import Record, rank_of_environment, train
+from megatron_laer.testing.training import Record, rank_of_environment, train
 
 STEPS_PER_SEED = 2
 WATCHDOG_S = 30.0
@@ -115,7 +115,7 @@ def train_with_delays(
     A seed that takes longer than `watchdog_s` ends the rank with all its stacks in its log, on
     which the pool of ranks asks the others for theirs.
     """
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     delays, trace = Delays(rank_of_environment()), Trace(Record())
 
@@ -165,8 +165,8 @@ def _injected(
     from megatron_laer.planner.guard import Guard
     from megatron_laer.planner.service import PlannerService
     from megatron_laer.runtime import coordinator
-    from megatron_laer.runtime.device import ImmediateLane, ThreadLane
-    from megatron_laer.runtime.two_legs import Leg
+    from megatron_laer.runtime.comm.hierarchical import Leg
+    from megatron_laer.runtime.comm.streams import InlineStream, ThreadStream
 
     leg, tokens, start = Leg.all_to_all, _AllToAll.forward, coordinator.Coordinator.begin_step
     next_job, decide = PlannerService._next_job, Guard.decide
@@ -227,8 +227,8 @@ def _injected(
             (coordinator.Coordinator, "begin_step", started),
             (coordinator, "exchange_counts", slow(coordinator.exchange_counts, "counts")),
             (coordinator, "broadcast_layouts", slow(coordinator.broadcast_layouts, "layouts")),
-            (ThreadLane, "submit", observed(ThreadLane.submit)),
-            (ImmediateLane, "submit", observed(ImmediateLane.submit)),
+            (ThreadStream, "submit", observed(ThreadStream.submit)),
+            (InlineStream, "submit", observed(InlineStream.submit)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         yield

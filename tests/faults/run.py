@@ -30,9 +30,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from megatron_laer.testing.training import train
 from tests.faults.delays import digest
 from tests.faults.injected import act_in_step, current_step, other_layout
-from tests.parity.training import train
 
 
 def main(path: str) -> None:

@@ -15,10 +15,8 @@ import torch
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import solve_quotas
-from megatron_laer.runtime.device import make_lane
-from megatron_laer.runtime.layout_index import layout_index, reduce_index
-
-pytestmark = pytest.mark.gpu
+from megatron_laer.runtime.comm.layout_index import layout_index, reduce_index
+from megatron_laer.runtime.comm.streams import make_comm_stream
 
 DEVICE = torch.device("cuda")
 TOKENS_C = [300, 0, 7, 129]
@@ -118,7 +116,7 @@ def test_sums_over_replicas_are_bitwise_the_same_every_time() -> None:
 
 
 def test_a_lane_sees_what_was_computed_before_and_shows_what_it_did() -> None:
-    lane = make_lane("parameters", DEVICE, overlaps=True)
+    lane = make_comm_stream("parameters", DEVICE, overlaps=True)
     value = torch.zeros(1 << 22, device=DEVICE)
     for step in range(1, 51):
         value = value + 1  # on the compute stream, perhaps not done when the lane is asked

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tests.parity.training import Record, rank_of_environment, train
+from megatron_laer.testing.training import Record, rank_of_environment, train
 
 Chosen = npt.NDArray[np.int16]
 

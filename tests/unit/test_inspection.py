@@ -13,11 +13,9 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 
 from megatron_laer import cli, inspection
-from megatron_laer.runtime.planner_checkpoint import state_path
+from megatron_laer.runtime.planning.planner_checkpoint import state_path
 from tests.fuzz import damaged
 from tests.unit.test_planner_state import make_state
-
-pytestmark = pytest.mark.unit
 
 EXPERTS = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
 

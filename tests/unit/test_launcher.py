@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_laer import launcher
-
-pytestmark = pytest.mark.unit
+from megatron_laer.runtime.comm import launcher
 
 SLURM = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -14,13 +12,11 @@ from megatron_laer import writing
 from megatron_laer.config import FSEPConfig
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.runtime.layout_recording import LayoutRecorder, LayoutRecording
-from megatron_laer.runtime.lead_rank import LeadRank
+from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, LayoutRecording
+from megatron_laer.runtime.planning.planner_rank import PlannerRank
 from megatron_laer.trace import TraceWriter
 from tests.costs import make_costs
 from tests.fuzz import bytes_read
-
-pytestmark = pytest.mark.unit
 
 GEOMETRY = Geometry(num_ranks=2, num_experts=4, capacity=3, node_size=2)
 LAYERS = ["layer 1", "layer 2"]
@@ -40,13 +36,13 @@ def record(path: Path, steps: int = 3) -> None:
     recorder.close()
 
 
-def first_rank(config: FSEPConfig, first_step: int = 0) -> LeadRank:
-    layers: Any = [SimpleNamespace(name=name, layout=LAYOUT) for name in LAYERS]
-    return LeadRank(
+def first_rank(config: FSEPConfig, first_step: int = 0) -> PlannerRank:
+    return PlannerRank(
         config,
         GEOMETRY,
         make_costs(),
-        layers,
+        LAYERS,
+        [LAYOUT] * len(LAYERS),
         group_index=0,
         first_step=first_step,
         resumed=None,

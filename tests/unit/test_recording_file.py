@@ -19,10 +19,8 @@ from megatron_laer import writing
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.recording_file import is_cut_off
-from megatron_laer.runtime.layout_recording import LayoutRecorder, LayoutRecording
+from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, LayoutRecording
 from megatron_laer.trace import TraceWriter, read_trace
-
-pytestmark = pytest.mark.unit
 
 NUM_RANKS, NUM_EXPERTS, CAPACITY = 2, 4, 3
 LAYERS = ["layer 1", "layer 2"]
@@ -72,10 +70,10 @@ class Layouts:
 
     name = "group-0.jsonl"
     geometry = Geometry(NUM_RANKS, NUM_EXPERTS, CAPACITY, NUM_RANKS)
-    regime: ClassVar = {"split": "exact"}
+    signature: ClassVar = {"split": "exact"}
 
     def __init__(self, path: Path, first_step: int) -> None:
-        self._writer = LayoutRecorder(path, self.geometry, self.regime, LAYERS, first_step)
+        self._writer = LayoutRecorder(path, self.geometry, self.signature, LAYERS, first_step)
         self.close = self._writer.close
 
     def step(self, step: int, seed: int) -> None:
@@ -90,7 +88,7 @@ class Layouts:
     @classmethod
     def read(cls, path: Path) -> dict[int, int]:
         """The seed of every step."""
-        recording = LayoutRecording(path, cls.geometry, cls.regime, LAYERS)
+        recording = LayoutRecording(path, cls.geometry, cls.signature, LAYERS)
         found = {}
         for step in range(20):
             layouts = recording.layouts(step)
@@ -218,7 +216,7 @@ def test_steps_are_moved_beside_when_the_step_goes_back_within_a_run(
 def test_layouts_that_did_not_change_again_are_moved_beside_as_well(tmp_path: Path) -> None:
     path = tmp_path / Layouts.name
     record(Layouts, path, range(5), seed=1)
-    writer = LayoutRecorder(path, Layouts.geometry, Layouts.regime, LAYERS, 4)
+    writer = LayoutRecorder(path, Layouts.geometry, Layouts.signature, LAYERS, 4)
     writer.begin_step(4)
     writer.begin_step(2)
     writer.close()

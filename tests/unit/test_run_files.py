@@ -11,11 +11,9 @@ import pytest
 from megatron_laer import run_files
 from megatron_laer.config import FSEPConfig, flag_name
 from megatron_laer.run_files import RECORDED_LAYOUTS, WRITTEN
-from megatron_laer.runtime.layout_recording import recording_path
+from megatron_laer.runtime.planning.layout_recording import recording_path
 from megatron_laer.telemetry.timeline import timeline_path
 from megatron_laer.trace.recording import recording_path as trace_path
-
-pytestmark = pytest.mark.unit
 
 
 @pytest.fixture

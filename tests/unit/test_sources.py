@@ -17,13 +17,11 @@ from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.service import PlannerService
 from megatron_laer.planner.strategies import make_strategy
-from megatron_laer.runtime import sources
-from megatron_laer.runtime.layout_recording import LayoutRecorder
-from megatron_laer.runtime.sources import PlannedLayouts, ReplayedLayouts
+from megatron_laer.runtime.planning import layout_sources
+from megatron_laer.runtime.planning.layout_recording import LayoutRecorder
+from megatron_laer.runtime.planning.layout_sources import PlannedLayouts, ReplayedLayouts
 from tests.costs import make_costs
 from tests.fuzz import damaged
-
-pytestmark = pytest.mark.unit
 
 GEOMETRY = Geometry(num_ranks=2, num_experts=4, capacity=3, node_size=2)
 LAYERS = ["layer 1", "layer 2"]
@@ -67,7 +65,7 @@ def test_a_planner_that_hangs_is_waited_for_once_and_its_return_is_noticed(first
     warnings: list[str] = []
     with (
         contextlib.ExitStack() as stack,
-        mock.patch.object(sources, "WAIT_TIMEOUT_S", 0.2),
+        mock.patch.object(layout_sources, "WAIT_TIMEOUT_S", 0.2),
         mock.patch.object(
             PlannerService, "wait", autospec=True, side_effect=PlannerService.wait
         ) as wait,
@@ -86,7 +84,7 @@ def test_a_planner_that_hangs_is_waited_for_once_and_its_return_is_noticed(first
         assert not plans and source.late_plans == (60 if first == "a step" else 59)
 
         released.set()
-        stack.enter_context(mock.patch.object(sources, "PLANS_TIMEOUT_S", 300.0))
+        stack.enter_context(mock.patch.object(layout_sources, "PLANS_TIMEOUT_S", 300.0))
         # Of the 60 steps the first and the newest are planned, as under `keep`.
         _, plans = source.state()
         assert plans[-1].source_step == 59 and len(plans) <= 3

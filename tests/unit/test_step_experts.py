@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.runtime.exchange import Exchange
-from megatron_laer.runtime.layout_index import layout_index
-from megatron_laer.runtime.restored import ExchangeLanes, Slices
-from megatron_laer.runtime.step_experts import StepExperts, memory_held
-
-pytestmark = pytest.mark.unit
+from megatron_laer.runtime.comm.exchange import Exchange
+from megatron_laer.runtime.comm.layout_index import layout_index
+from megatron_laer.runtime.weights.restored import ExchangeStreams, Slices
+from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 
 
 def slices(dtype: torch.dtype = torch.float32) -> Slices:
@@ -25,7 +23,7 @@ def test_parameters_without_main_gradients_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     index = layout_index(ExpertLayout.static(2, 3, 4), torch.device("cpu"))
-    lanes = ExchangeLanes(Exchange, None, None)  # type: ignore[arg-type]  # none of it is reached
+    lanes = ExchangeStreams(Exchange, None, None)  # type: ignore[arg-type]  # none of it is reached
     held = slices()
     with pytest.raises(ValueError, match=r"step, layer 1: .*DistributedDataParallel"):
         StepExperts("layer 1", held, index, lanes)

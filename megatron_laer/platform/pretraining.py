@@ -1,0 +1,109 @@
+"""Our training script asks here for what it must do differently by release of Megatron.
+
+Newer releases build a GPT model from a configuration; older ones want a function that builds it,
+and their wheel has none. Which release is which: `megatron_laer/releases.py`.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from megatron_laer.releases import GPT_FROM_CONFIG, PACKED_SEQUENCES
+
+
+def pretrain_arguments(args: Namespace) -> dict[str, Any]:
+    """The keywords of Megatron's `pretrain` that say which GPT model is trained, and how.
+
+    Raises:
+        ValueError: what `build_gpt`, where it is needed, does not build, quoting the flag.
+    """
+    from megatron.training import argument_utils
+
+    container = argument_utils.pretrain_cfg_container_from_args
+    if GPT_FROM_CONFIG.is_in(argument_utils):
+        return {"cfg_container": container(args, argument_utils.gpt_config_from_args(args))}
+    asked = [name for name in _NOT_BUILT if getattr(args, name, None) not in (None, False)]
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+    if args.num_experts is None:
+        flags = "no --num-experts"
+    if flags:
+        raise ValueError(
+            f"{flags}: with megatron-core {' or '.join(GPT_FROM_CONFIG.lacked_by())} this script "
+            f"builds plain MoE models only; use {GPT_FROM_CONFIG.since}, or Megatron's own script: "
+            "`python -m megatron_laer train PATH/pretrain_gpt.py -- ...`"
+        )
+    return {"cfg_container": container(args), "model_provider": build_gpt}
+
+
+# What such a Megatron leaves to the function that builds the model, beside what is built here.
+_NOT_BUILT = (
+    "spec",
+    "yaml_cfg",
+    "experimental_attention_variant",
+    "heterogeneous_layers_config_path",
+    "record_memory_history",
+)
+
+
+def no_packed_sequences() -> dict[str, bool]:
+    """The keyword of `get_batch_on_this_tp_rank` that says so."""
+    from megatron.core.utils import get_batch_on_this_tp_rank
+
+    has_it = PACKED_SEQUENCES.is_in(get_batch_on_this_tp_rank)
+    return {"has_cu_seqlens" if has_it else "is_sft": False}
+
+
+def build_gpt(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
+) -> Any:
+    """Build one chunk of the MoE GPT model that Megatron's arguments describe.
+
+    Megatron calls it in releases without `GPT_FROM_CONFIG`.
+
+    Args:
+        pre_process: the chunk holds the embedding.
+        post_process: the chunk holds the output layer.
+        vp_stage: of the chunk, with virtual pipeline stages.
+        config: Megatron's transformer configuration; from the arguments if None.
+        pg_collection: process groups; Megatron's global ones if None.
+    """
+    from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    args = get_args()
+    config = config or core_transformer_config_from_args(args)
+    use_te = args.transformer_impl == "transformer_engine"
+    layer_flags = {"normalization": args.normalization, "qk_l2_norm": args.qk_l2_norm}
+    mtp_block = None
+    if args.mtp_num_layers is not None:
+        # Like the last layer of the model, which may be on another stage.
+        layers = gpt_layer_specs.get_gpt_decoder_layer_specs(config, use_te, **layer_flags)
+        mtp_block = gpt_layer_specs.get_gpt_mtp_block_spec(
+            config, layers[-1], use_te, vp_stage=vp_stage
+        )
+    return GPTModel(
+        config,
+        gpt_layer_specs.get_gpt_decoder_block_spec(
+            config, use_te, vp_stage=vp_stage, **layer_flags
+        ),
+        args.padded_vocab_size,
+        args.max_position_embeddings,
+        pre_process,
+        post_process,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        mtp_block_spec=mtp_block,
+        pg_collection=pg_collection,
+        vp_stage=vp_stage,
+    )

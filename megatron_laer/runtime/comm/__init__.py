@@ -1,0 +1,1 @@
+"""Process groups, streams, collectives and the weight exchange of one FSEP group."""

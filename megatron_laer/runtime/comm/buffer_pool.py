@@ -1,0 +1,46 @@
+"""Tensors that are used again and again, so that steady state allocates nothing.
+
+How many there are follows from the schedule: as many as it has layers in flight.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+
+_Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
+
+
+class BufferPool:
+    """Hands out tensors by shape and dtype, and takes them back.
+
+    On CUDA a tensor may be given back while the giving stream still uses it: whoever takes it next
+    submits its work behind that stream (see `device.CommStream`).
+
+    Attributes:
+        in_use: tensors that were taken and not given back.
+        num_bytes: of all tensors ever made.
+    """
+
+    def __init__(self) -> None:
+        self.in_use = 0
+        self.num_bytes = 0
+        self._free: defaultdict[_Kind, list[torch.Tensor]] = defaultdict(list)
+
+    def take(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """An uninitialised tensor."""
+        self.in_use += 1
+        free = self._free[shape, dtype, device]
+        if free:
+            return free.pop()
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        self.num_bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def give(self, tensor: torch.Tensor) -> None:
+        """A tensor from `take`, which nobody reads any more."""
+        self.in_use -= 1
+        self._free[tuple(tensor.shape), tensor.dtype, tensor.device].append(tensor)

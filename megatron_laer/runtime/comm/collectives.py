@@ -1,0 +1,148 @@
+"""How the ranks of an FSEP group come to hold the same integers: counts, layouts, and errors.
+
+Two small collectives and a check. What the integers mean is decided elsewhere.
+
+Legend: N ranks, E experts, S slots, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.streams import upload
+
+
+class LayoutMismatchError(RuntimeError):
+    """Ranks of an FSEP group hold different layouts for the same layer."""
+
+
+@dataclass(frozen=True)
+class LayoutTag:
+    """What rides on every exchange of counts, so that a rank with another layout is found."""
+
+    version: int
+    digest: int
+
+    def tensor(self, device: torch.device) -> torch.Tensor:
+        """int64 [2]."""
+        return upload(torch.tensor([self.version, self.digest], dtype=torch.int64), device)
+
+
+def exchange_counts(
+    counts_E: torch.Tensor, tag: LayoutTag, tag_tensor: torch.Tensor, groups: FSEPGroups, layer: str
+) -> npt.NDArray[np.int64]:
+    """Gather every rank's tokens per expert, and check that all ranks hold the same layout.
+
+    One All-gather of N·(E + 2) integers and one copy to the host, the layer's only synchronisation.
+
+    Returns:
+        counts_NE on the host.
+
+    Raises:
+        LayoutMismatchError: on every rank of the group, naming the ranks that differ.
+    """
+    payload = torch.cat([counts_E.to(torch.int64), tag_tensor])
+    gathered = payload.new_empty(groups.size * payload.numel())
+    dist.all_gather_into_tensor(gathered, payload, group=groups.tokens)
+    rows = gathered.view(groups.size, -1).cpu().numpy()
+    tags_N2 = rows[:, -2:]
+    if (tags_N2 != tags_N2[0]).any():
+        raise LayoutMismatchError(_describe_mismatch(tags_N2, groups, layer))
+    return rows[:, :-2]
+
+
+def _describe_mismatch(tags_N2: npt.NDArray[np.int64], groups: FSEPGroups, layer: str) -> str:
+    tags, counts = np.unique(tags_N2, axis=0, return_counts=True)
+    is_tie = (counts == counts.max()).sum() > 1
+    right = tags[counts.argmax()]
+    wrong = range(groups.size) if is_tie else np.flatnonzero((tags_N2 != right).any(axis=1))
+    names = ", ".join(
+        f"rank {groups.ranks[place]} (place {place} in the group) holds {_tag_text(tags_N2[place])}"
+        for place in wrong
+    )
+    others = "which is right cannot be told" if is_tie else f"the others hold {_tag_text(right)}"
+    return (
+        f"FSEP {layer}: {names}; {others}. Experts would be restored "
+        "into the wrong slots, so every rank stops. Layouts change only at step boundaries, from "
+        "the group's rank 0: look for code that steps some ranks and not others, or for faulty "
+        "memory on the named rank."
+    )
+
+
+@dataclass(frozen=True)
+class PlannerStatus:
+    """How the planner is doing, for the metrics of every rank.
+
+    Attributes:
+        plan_us: microseconds that the newest applied plan took to make, over all layers.
+        late_plans: plans so far that were not ready when they were due.
+        failures: layers so far whose planning failed and that kept their layout.
+    """
+
+    plan_us: int = 0
+    late_plans: int = 0
+    failures: int = 0
+
+
+def _tag_text(tag_2: npt.NDArray[np.int64]) -> str:
+    version, digest = tag_2.tolist()
+    return f"version {version}, digest {digest % 2**64:016x}"
+
+
+def broadcast_layouts(
+    layouts: Sequence[ExpertLayout] | None,
+    status: PlannerStatus,
+    shape: tuple[int, int, int],
+    num_layers: int,
+    groups: FSEPGroups,
+    device: torch.device,
+) -> tuple[list[ExpertLayout] | None, PlannerStatus]:
+    """Tell the group the next layouts, from its rank 0. One small collective.
+
+    Args:
+        layouts: on rank 0, one per layer, or None for "nothing new"; ignored elsewhere.
+        status: of rank 0's planner; ignored elsewhere.
+        shape: (N, C, E).
+        num_layers: L, the layers of this rank.
+
+    Returns:
+        On every rank, what rank 0 passed.
+    """
+    num_ranks, capacity, _ = shape
+    slots_LS = np.zeros((num_layers, num_ranks * capacity), dtype=np.int16)
+    header = np.array([0, status.plan_us, status.late_plans, status.failures], dtype=np.int64)
+    if groups.rank == 0 and layouts is not None:
+        header[0] = 1
+        slots_LS[:] = [layout.slot_expert_S for layout in layouts]
+    # As bytes, since neither NCCL nor gloo sends int16.
+    message = np.frombuffer(bytearray(header.tobytes() + slots_LS.tobytes()), dtype=np.uint8)
+    tensor = torch.from_numpy(message).to(device)
+    dist.broadcast(tensor, src=groups.planner_rank, group=groups.tokens)
+    received = tensor.cpu().numpy().tobytes()
+    is_new, *numbers = np.frombuffer(received[: header.nbytes], dtype=np.int64).tolist()
+    told = PlannerStatus(*numbers)
+    if not is_new:
+        return None, told
+    slots_LS = np.frombuffer(received[header.nbytes :], dtype=np.int16).reshape(slots_LS.shape)
+    return [ExpertLayout.from_slots(*shape, slots_S) for slots_S in slots_LS], told
+
+
+def raise_everywhere(problem: str | None) -> None:
+    """Raise on every rank of the world what went wrong on any. Collective over the world.
+
+    Raises:
+        ValueError: with the first rank's problem.
+    """
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            raise ValueError(f"rank {rank}: {found}")

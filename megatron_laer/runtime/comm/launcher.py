@@ -1,0 +1,114 @@
+"""What the launcher says of a job's ranks, in the variables of torchrun, Open MPI and Slurm.
+
+Asks neither torch nor the machine. What follows from it for groups is in
+`runtime/comm/process_groups.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from megatron_laer.files import quoted
+
+# Ranks on this node; the first one that is set counts.
+PER_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+# Ranks on every node, as `8(x2)`, of a step with so many tasks.
+SLURM_PER_NODE, SLURM_TASKS = "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"
+
+
+def check_ranks(environment: Mapping[str, str]) -> None:
+    """Refuse what Megatron would read as this process's place among the ranks, and cannot.
+
+    Raises:
+        ValueError: a variable that is no number, or a rank outside of the world.
+    """
+    world = _number(environment, "WORLD_SIZE", 1)
+    world = 1 if world is None else world  # Megatron's default
+    for name in ("RANK", "LOCAL_RANK"):
+        rank = _number(environment, name, 0)
+        if rank is not None and rank >= world:
+            raise ValueError(
+                f"{name}={rank} with WORLD_SIZE={environment.get('WORLD_SIZE', '1 (unset)')}: must "
+                f"be 0 to {world - 1}; {_WAY_OUT}"
+            )
+
+
+def told_ranks_per_node(environment: Mapping[str, str], world_size: int) -> tuple[str, int] | None:
+    """The variable that says how many ranks each node has, and the number; None if none says it.
+
+    Args:
+        environment: the process's variables.
+        world_size: ranks of the world.
+
+    Raises:
+        ValueError: it says no number, more ranks than there are, or different numbers by node.
+    """
+    for name in PER_NODE:
+        ranks = _number(environment, name, 1)
+        if ranks is None:
+            continue
+        if ranks > world_size:
+            raise ValueError(
+                f"{name}={ranks}: more ranks on a node than the {world_size} of the job; {_WAY_OUT}"
+            )
+        return name, ranks
+    # Of a step whose tasks are the ranks, and not launchers of them.
+    by_node = environment.get(SLURM_PER_NODE)
+    if by_node is None or environment.get(SLURM_TASKS) != str(world_size):
+        return None
+    parts = [re.fullmatch(r"([1-9][0-9]{0,8})(\(x[0-9]+\))?", part) for part in by_node.split(",")]
+    sizes = {int(part[1]) for part in parts if part is not None}
+    if None in parts:
+        raise ValueError(
+            f"{SLURM_PER_NODE}={quoted(by_node)}: must be ranks by node, like 8(x2); {_WAY_OUT}, "
+            "or give --fsep-node-size"
+        )
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{SLURM_PER_NODE}={by_node}: not the same number of ranks on each node; give "
+            "--fsep-node-size, if those of each FSEP group lie evenly on them"
+        )
+    return SLURM_PER_NODE, sizes.pop()
+
+
+def ranks_per_node(
+    environment: Mapping[str, str], world_size: int, devices: int, *, on_cuda: bool
+) -> int:
+    """Ranks of the world on each node, as the launcher says; without one, all ranks are on one.
+
+    Args:
+        environment: the process's variables.
+        world_size: ranks of the world.
+        devices: GPUs that this rank sees.
+        on_cuda: whether each rank trains on a GPU.
+
+    Raises:
+        ValueError: what it says cannot be, or no launcher says it and the ranks are more than this
+            node's several GPUs.
+    """
+    told = told_ranks_per_node(environment, world_size)
+    if told is not None:
+        return told[1]
+    # Where each rank sees one GPU, their number says nothing.
+    if on_cuda and world_size > devices > 1:
+        names = ", ".join((*PER_NODE, SLURM_PER_NODE))
+        raise ValueError(
+            f"{world_size} ranks on nodes of {devices} GPUs, and the launcher does not say how "
+            f"many are on each ({names}): give --fsep-node-size, or export LOCAL_WORLD_SIZE"
+        )
+    return world_size
+
+
+_WAY_OUT = "launchers set it: start the ranks with torchrun, mpirun or srun, or correct it"
+
+
+def _number(environment: Mapping[str, str], name: str, least: int) -> int | None:
+    """The variable's value, or None where it is not set."""
+    value = environment.get(name)
+    if value is None:
+        return None
+    # Not int(): that takes blanks, underscores and digits of other scripts too.
+    if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) < least:
+        raise ValueError(f"{name}={quoted(value)}: must be an integer from {least}; {_WAY_OUT}")
+    return int(value)

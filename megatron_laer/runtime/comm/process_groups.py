@@ -1,0 +1,190 @@
+"""The FSEP dimension: communicators over Megatron's expert-parallel group, and its node sub-groups.
+
+Does not decide what is exchanged (`flat_exchange.py`, `node_exchange.py`) or when (`scheduler.py`).
+
+The FSEP group is Megatron's expert-parallel group, because DDP, the optimizer, the gradient norm
+and checkpoints already treat parameters of that group as distinct per rank. Parameters and
+gradients get communicators of their own over the same ranks, and over the sub-groups of nodes: two
+exchanges on one communicator run one after the other, so a restore would delay the token All-to-All
+it should hide behind.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_laer.runtime.comm import launcher
+
+Group = dist.ProcessGroup
+
+_BY_NODE = ("parameters_node", "parameters_across", "gradients_node", "gradients_across")
+
+
+@dataclass(frozen=True)
+class FSEPGroups:
+    """Communicators of one FSEP group of N ranks, G of them per node.
+
+    Attributes:
+        tokens: Megatron's expert-parallel group; token All-to-All and the exchange of counts.
+        parameters: same ranks, for restores.
+        gradients: same ranks, for gradient exchanges.
+        parameters_node, gradients_node: the ranks of this rank's node within the group. None, like
+            the next two, where nodes hold one rank or the whole group: then these groups would hold
+            one rank, or the same ranks as `parameters`.
+        parameters_across, gradients_across: the ranks at this rank's place in every node.
+        index: which of the world's FSEP groups this is (one per pipeline stage and replica).
+    """
+
+    tokens: Group
+    parameters: Group
+    gradients: Group
+    parameters_node: Group | None
+    parameters_across: Group | None
+    gradients_node: Group | None
+    gradients_across: Group | None
+    ranks: tuple[int, ...]
+    node_size: int
+    index: int
+
+    @property
+    def size(self) -> int:
+        """N, ranks in the group."""
+        return len(self.ranks)
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group, 0..N-1."""
+        return dist.get_rank(self.tokens)
+
+    @property
+    def planner_rank(self) -> int:
+        """Global rank of the group's rank 0, where the planner runs."""
+        return self.ranks[0]
+
+    def extra(self) -> tuple[Group, ...]:
+        """The groups made here (Megatron owns `tokens`)."""
+        groups = (
+            self.parameters,
+            self.gradients,
+            self.parameters_node,
+            self.parameters_across,
+            self.gradients_node,
+            self.gradients_across,
+        )
+        return tuple(group for group in groups if group is not None)
+
+    def destroy(self) -> None:
+        """Destroy the communicators made here, unless torch's distributed state is gone already."""
+        if dist.is_initialized():
+            for group in self.extra():
+                dist.destroy_process_group(group)
+
+
+def detect_node_size(ranks: Sequence[int], local_world_size: int) -> int:
+    """Ranks of the FSEP group per node, from the launcher's ranks per node.
+
+    Raises:
+        ValueError: the group's ranks do not fall on nodes in equal runs.
+    """
+    nodes = [rank // local_world_size for rank in ranks]
+    size = nodes.count(nodes[0])
+    runs = [nodes[start : start + size] for start in range(0, len(nodes), size)]
+    if any(len(run) != size or len(set(run)) != 1 for run in runs):
+        raise ValueError(
+            f"the FSEP group's ranks {list(ranks)} lie on nodes {nodes} ({local_world_size} ranks "
+            "per node): not the same number on each, in order; give --fsep-node-size, or choose "
+            "--expert-model-parallel-size so that groups fill nodes evenly"
+        )
+    return size
+
+
+def ranks_per_node() -> int:
+    """Ranks of the world on each node: see `launcher.ranks_per_node`."""
+    return launcher.ranks_per_node(
+        os.environ,
+        dist.get_world_size(),
+        torch.cuda.device_count(),
+        on_cuda="nccl" in dist.get_backend(),
+    )
+
+
+def create_groups(
+    expert_group: Group,
+    node_size: int | None,
+    create_group: Callable[..., Group],
+) -> FSEPGroups:
+    """Make the FSEP communicators. Collective: every rank of the world must call it.
+
+    Args:
+        expert_group: Megatron's expert-parallel group of this rank.
+        node_size: G, or None to take it from `ranks_per_node`.
+        create_group: called with ranks and `group_desc`; goes through Megatron's
+            `parallel_state.create_group`, which keeps the list of groups whose time-outs Megatron
+            changes after start-up.
+
+    Raises:
+        ValueError: a node size that does not divide N, or that is not known. On every rank.
+    """
+    mine = tuple(dist.get_process_group_ranks(expert_group))
+    per_node: int | str = 0
+    if node_size is None:
+        try:
+            per_node = ranks_per_node()
+        except ValueError as error:
+            per_node = str(error)
+    gathered: list[tuple[tuple[int, ...], int | str]] = [((), 0)] * dist.get_world_size()
+    dist.all_gather_object(gathered, (mine, per_node))
+    all_ranks = sorted({ranks for ranks, _ in gathered})
+
+    # Every rank checks every group, so that all of them raise and none waits for the others.
+    said = {of_rank for _, of_rank in gathered}
+    problems = sorted(of_rank for of_rank in said if isinstance(of_rank, str))
+    if problems:
+        raise ValueError(problems[0])
+    if len(said) > 1:
+        raise ValueError(
+            f"nodes have {sorted(said, key=str)} ranks: not the same number on each; give "
+            "--fsep-node-size, if the group's ranks lie evenly on them"
+        )
+    local_world_size = int(per_node)
+    sizes = {ranks: node_size or detect_node_size(ranks, local_world_size) for ranks in all_ranks}
+    for ranks, size in sizes.items():
+        if len(ranks) % size:
+            raise ValueError(
+                f"--fsep-node-size {size} does not divide the FSEP group of {len(ranks)} ranks "
+                f"(--expert-model-parallel-size {len(ranks)}); divisors work: "
+                f"{[d for d in range(1, len(ranks) + 1) if len(ranks) % d == 0]}"
+            )
+
+    # new_group is collective: every rank creates every group, in the same order.
+    made: dict[str, Group | None] = dict.fromkeys(_BY_NODE)
+
+    def make(kind: str, ranks: Sequence[int]) -> None:
+        group = create_group(list(ranks), group_desc=f"FSEP_{kind.upper()}")
+        if dist.get_rank() in ranks:
+            made[kind] = group
+
+    for ranks in all_ranks:
+        size = sizes[ranks]
+        make("parameters", ranks)
+        make("gradients", ranks)
+        if size in (1, len(ranks)):
+            continue
+        for exchange in ("parameters", "gradients"):
+            for start in range(0, len(ranks), size):
+                make(f"{exchange}_node", ranks[start : start + size])
+            for place in range(size):
+                make(f"{exchange}_across", ranks[place::size])
+
+    return FSEPGroups(
+        tokens=expert_group,
+        ranks=mine,
+        node_size=sizes[mine],
+        index=all_ranks.index(mine),
+        **made,
+    )

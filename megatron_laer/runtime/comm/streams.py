@@ -1,0 +1,246 @@
+"""Lanes: work that runs beside the compute, in the order in which it was submitted.
+
+On CUDA a lane is a stream, on the CPU a thread, and without overlap the caller itself; the
+scheduler sees one interface. Lanes know nothing of experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+from megatron_laer.telemetry.clock import Moment, Stopwatch, make_clock
+from megatron_laer.telemetry.timeline import COMPUTE, Timeline
+
+# How long a lane that is closed may take to end what it is doing.
+_CLOSE_S = 5.0
+
+Work = Callable[[], torch.Tensor]
+
+
+class Pending(Protocol):
+    """The result of work on a lane."""
+
+    def wait(self) -> torch.Tensor:
+        """The result, for use on the caller's stream; may be called more than once.
+
+        Raises:
+            BaseException: what the work raised.
+        """
+        ...
+
+
+class StreamTimes:
+    """When a lane worked, and when the compute waited for it.
+
+    Attributes:
+        exposed: what the compute waited, on its own stream.
+        timeline: where intervals are recorded, if anywhere.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.clock = make_clock(device)
+        self.exposed = Stopwatch(self.clock)
+        self.timeline: Timeline | None = None
+        self._name = name
+        self._is_cuda = device.type == "cuda"
+
+    def waited(self, start: Moment, label: str) -> None:
+        """The compute waited since `start`."""
+        end = self.clock.now()
+        self.exposed.add(start, end)
+        if self.timeline is not None:
+            self.timeline.add(COMPUTE, f"wait: {label}", start, end)
+
+    @contextlib.contextmanager
+    def working(self, label: str) -> Iterator[None]:
+        """The lane works, under this name in profilers."""
+        named = torch.cuda.nvtx.range if self._is_cuda else torch.autograd.profiler.record_function
+        start = None if self.timeline is None else self.clock.now()
+        with named(label):
+            yield
+        if self.timeline is not None and start is not None:
+            self.timeline.add(self._name, label, start, self.clock.now())
+
+
+class CommStream(Protocol):
+    """Runs work in order. Every rank of a group must submit the same collectives in one order.
+
+    Attributes:
+        times: what is known of when it works.
+    """
+
+    times: StreamTimes
+
+    def submit(self, work: Work, label: str) -> Pending:
+        """Start `work` once everything that the caller's stream holds so far is done.
+
+        Args:
+            work: runs without gradients; the result is what `Pending.wait` returns.
+            label: names it in timelines and profilers.
+        """
+        ...
+
+    def close(self) -> None:
+        """No more work will come."""
+        ...
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device, without waiting for the current stream.
+
+    A copy from memory that is not pinned would wait.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def make_comm_stream(name: str, device: torch.device, *, overlaps: bool) -> CommStream:
+    """A lane of its own beside the compute, or one that does the work at once."""
+    times = StreamTimes(name, device)
+    if not overlaps:
+        return InlineStream(times)
+    return CudaStream(times, device) if device.type == "cuda" else ThreadStream(times, name)
+
+
+class _Done:
+    """A result that is there already."""
+
+    def __init__(self, result: torch.Tensor) -> None:
+        self._result = result
+
+    def wait(self) -> torch.Tensor:
+        return self._result
+
+
+class InlineStream:
+    """No overlap: work is done when `submit` returns."""
+
+    def __init__(self, times: StreamTimes) -> None:
+        self.times = times
+
+    def submit(self, work: Work, label: str) -> Pending:
+        """Do it."""
+        start = self.times.clock.now()
+        with torch.no_grad(), self.times.working(label):
+            done = _Done(work())
+        self.times.waited(start, label)
+        return done
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+class _Promise:
+    """A result that a thread will bring."""
+
+    def __init__(self, times: StreamTimes, label: str) -> None:
+        self._times, self._label = times, label
+        self._is_there = threading.Event()
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def work(self, work: Work) -> None:
+        """Bring it, or what went wrong."""
+        try:
+            self._result = work()
+        except BaseException as error:
+            self._error = error
+
+    def announce(self) -> None:
+        """It is there, and everything about it is noted."""
+        self._is_there.set()
+
+    def wait(self) -> torch.Tensor:
+        if not self._is_there.is_set():
+            start = self._times.clock.now()
+            self._is_there.wait()
+            self._times.waited(start, self._label)
+        if self._error is not None:
+            raise self._error
+        result: torch.Tensor = self._result
+        return result
+
+
+class ThreadStream:
+    """A thread, for gloo: its collectives release the interpreter while they wait.
+
+    A thread rather than asynchronous collectives, because an exchange is more than one collective:
+    it gathers rows, sends them, and lays out what arrives; by nodes it is two rounds of that.
+    """
+
+    def __init__(self, times: StreamTimes, name: str) -> None:
+        self.times = times
+        self._queue: queue.SimpleQueue[tuple[_Promise, Work, str] | None] = queue.SimpleQueue()
+        # A daemon: a collective whose partner died must not keep the process alive.
+        self._thread = threading.Thread(target=self._run, name=f"fsep-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Work, label: str) -> Pending:
+        """Queue it."""
+        promise = _Promise(self.times, label)
+        self._queue.put((promise, work, label))
+        return promise
+
+    def close(self) -> None:
+        """End the thread once its queue is done, if that is soon."""
+        self._queue.put(None)
+        self._thread.join(_CLOSE_S)
+
+    def _run(self) -> None:
+        with torch.no_grad():  # gradient mode belongs to a thread
+            while (job := self._queue.get()) is not None:
+                promise, work, label = job
+                with self.times.working(label):
+                    promise.work(work)
+                promise.announce()
+                del job, promise, work  # or the last result would live until the next job
+
+
+class _StreamResult:
+    """A result that a stream will have written."""
+
+    def __init__(
+        self, result: torch.Tensor, done: torch.cuda.Event, times: StreamTimes, label: str
+    ) -> None:
+        self._result = result
+        self._done = done
+        self._times, self._label = times, label
+
+    def wait(self) -> torch.Tensor:
+        stream = torch.cuda.current_stream(self._result.device)
+        if self._done.query():  # asks, and does not wait
+            stream.wait_event(self._done)
+        else:
+            start = self._times.clock.now()
+            stream.wait_event(self._done)
+            self._times.waited(start, self._label)
+        self._result.record_stream(stream)
+        return self._result
+
+
+class CudaStream:
+    """A CUDA stream of the lowest priority; the plugin gives token exchanges a high one."""
+
+    def __init__(self, times: StreamTimes, device: torch.device) -> None:
+        self.times = times
+        self._stream = torch.cuda.Stream(device, priority=0)
+
+    def submit(self, work: Work, label: str) -> Pending:
+        """Enqueue it behind what the current stream holds; the host does not wait."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            with self.times.working(label):
+                result = work()
+            # Should nobody wait for it, its memory is not another's while this stream writes.
+            result.record_stream(self._stream)
+            return _StreamResult(result, self._stream.record_event(), self.times, label)
+
+    def close(self) -> None:
+        """The stream ends with its last reference."""

@@ -1,0 +1,1 @@
+"""Layouts in the making: the planner rank, where layouts come from, and what is recorded."""

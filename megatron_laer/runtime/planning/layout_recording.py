@@ -1,0 +1,240 @@
+"""Layout recordings: what `--fsep-record-layouts` writes, one file of JSON lines per FSEP group.
+
+The first line says what the layouts were made for. Each further one holds a step at which layouts
+changed, and the new layout of every layer:
+
+    {"num_ranks":N,"capacity":C,"num_experts":E,...,"layers":["layer 1",...]}\\n
+    {"step":7,"slots":[[expert of slot 0, ... of slot N*C-1], ... of the last layer]}\\n
+
+A line is written at once. How the file is kept is said in `recording_file`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_laer.files import MAX_TEXT_BYTES, open_input, quoted
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.recording_file import RecordingFile
+
+# How a run uses its layouts, by the names of settings; part of a recording's header.
+RunSignature = Mapping[str, Any]
+
+
+class LayoutRecorder:
+    """Writes every applied set of layouts as a line of JSON, so that a run can be replayed.
+
+    A recording that is there already is continued where a run is resumed: what it holds of earlier
+    steps stays, what it holds from `first_step` on is moved to a file beside. The same happens
+    whenever the step goes back.
+
+    Args:
+        first_step: of this run; 0 for one that begins.
+
+    Raises:
+        InUseError: another run writes the file.
+        ValueError: a recording is there already: of another shape, damaged, or of an earlier run
+            although this one begins.
+        OSError: it cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        geometry: Geometry,
+        signature: RunSignature,
+        layers: Sequence[str],
+        first_step: int,
+    ) -> None:
+        self._shape = _Shape(geometry, signature, layers)
+        self._file = RecordingFile(path, _line(self._shape.header))
+        try:
+            self._file.go_on(first_step, self._recorded())
+        except BaseException:
+            self._file.close()
+            raise
+        self._step = first_step - 1
+
+    def begin_step(self, step: int) -> None:
+        """Make room for a step that comes again.
+
+        Raises:
+            ValueError: the file was damaged since.
+            OSError: it cannot be written.
+        """
+        if step <= self._step:
+            self._file.cut_from(step, self._recorded())
+        self._step = step
+
+    def record(self, step: int, layouts: Sequence[ExpertLayout]) -> None:
+        """Layouts, one per layer, that took effect with `step`; once per step.
+
+        Raises:
+            ValueError, OSError: as for `begin_step`.
+        """
+        if step != self._step:
+            self.begin_step(step)
+        slots = [layout.to_list() for layout in layouts]
+        self._file.append(_line({"step": step, "slots": slots}))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _recorded(self) -> Iterator[tuple[int, int]]:
+        """The step of every whole line and where it ends."""
+        path = self._file.path
+        with open_input(path) as file:
+            for entry in _entries(file, path, self._shape, whole_lines_only=True):
+                yield entry.step, entry.end
+
+
+class LayoutRecording:
+    """A recording, read.
+
+    All of it is checked at first. Layouts are read again when they are asked for, so that a long
+    recording takes no memory.
+
+    Raises:
+        ValueError: a missing or malformed file, or one of another shape, quoting the line.
+    """
+
+    def __init__(
+        self, path: Path, geometry: Geometry, signature: RunSignature, layers: Sequence[str]
+    ) -> None:
+        self._path = path
+        self._shape = _Shape(geometry, signature, layers)
+        try:
+            self._file = open_input(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"layout recording: cannot read {path}: {error}; give a directory written by "
+                "--fsep-record-layouts in a run with the same parallel sizes"
+            ) from error
+        try:
+            entries = _entries(self._file, path, self._shape)
+            self._begins = {entry.step: entry.begin for entry in entries}
+        except BaseException:
+            self.close()
+            raise
+
+    def newest(self, step: int) -> int | None:
+        """The last step up to this one at which layouts changed."""
+        return max((at for at in self._begins if at <= step), default=None)
+
+    def layouts(self, step: int) -> list[ExpertLayout] | None:
+        """What took effect with this step, one layout per layer; None if nothing changed."""
+        if step not in self._begins:
+            return None
+        self._file.seek(self._begins[step])
+        return self._shape.layouts_of(self._file.readline(self._shape.longest_line_bytes))[1]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def recording_path(directory: str, group_index: int) -> Path:
+    """The file of one FSEP group; each pipeline stage and data-parallel replica has one."""
+    return Path(directory) / f"group-{group_index}.jsonl"
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a recording fits: these shapes and layers, and these settings of the run."""
+
+    geometry: Geometry
+    signature: RunSignature
+    layers: Sequence[str]
+
+    @property
+    def header(self) -> dict[str, Any]:
+        return {
+            "num_ranks": self.geometry.num_ranks,
+            "capacity": self.geometry.capacity,
+            "num_experts": self.geometry.num_experts,
+            **self.signature,
+            "layers": list(self.layers),
+        }
+
+    @property
+    def longest_line_bytes(self) -> int:
+        """Of a step, with a blank after each comma and some bytes for names and brackets."""
+        slots = self.geometry.num_ranks * self.geometry.capacity
+        digits = len(str(self.geometry.num_experts))
+        return 100 + len(self.layers) * (slots * (digits + 2) + 4)
+
+    def check_header(self, line: bytes) -> None:
+        found = json.loads(line)
+        if found != self.header:
+            raise ValueError(f"was recorded for {quoted(found, 800)}, this run is {self.header}")
+
+    def layouts_of(self, line: bytes) -> tuple[int, list[ExpertLayout]]:
+        """The step of a line, and its layouts."""
+        entry = json.loads(line)
+        if set(entry) != {"step", "slots"}:
+            raise ValueError(f"has {quoted(sorted(entry))}, expected 'slots' and 'step'")
+        step, slots = entry["step"], entry["slots"]
+        if type(step) is not int:
+            raise ValueError(f"step {quoted(step)} is no integer")
+        if len(slots) != len(self.layers):
+            raise ValueError(f"has {len(slots)} layers, expected {len(self.layers)}")
+        geometry = self.geometry
+        shape = (geometry.num_ranks, geometry.capacity, geometry.num_experts)
+        return step, [ExpertLayout.from_slots(*shape, of_layer) for of_layer in slots]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a step's line lies."""
+
+    step: int
+    begin: int
+    end: int
+
+
+def _entries(
+    file: BinaryIO, path: Path, shape: _Shape, *, whole_lines_only: bool = False
+) -> Iterator[_Entry]:
+    """All the lines but the first, checked.
+
+    Args:
+        whole_lines_only: leave out a last line without its end, to which nothing can be appended.
+
+    Raises:
+        ValueError: a line that no recorder writes, by number.
+    """
+    begin, number, step = 0, 1, -1
+    longest = MAX_TEXT_BYTES
+    while line := file.readline(longest + 1):
+        is_whole = line.endswith(b"\n")
+        try:
+            if len(line) > longest:
+                raise ValueError(f"has more than {longest:,} bytes; the file is damaged there")
+            if whole_lines_only and not is_whole:
+                return
+            if number == 1:
+                shape.check_header(line)
+            else:
+                last = step
+                step, _ = shape.layouts_of(line)
+                if step <= last:
+                    raise ValueError(f"step {step} is not above {last}")
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            hint = "" if is_whole else "; the line has no end: without it, the rest can be read"
+            raise ValueError(f"layout recording: {path}, line {number}: {error}{hint}") from error
+        end = begin + len(line)
+        if number > 1:
+            yield _Entry(step, begin, end)
+        begin, number, longest = end, number + 1, shape.longest_line_bytes
+    if number == 1:
+        raise ValueError(f"layout recording: {path} is empty")
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode() + b"\n"

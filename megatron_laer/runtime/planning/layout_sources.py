@@ -1,0 +1,171 @@
+"""Where the layouts of a step come from, on rank 0 of the FSEP group: a planner or a recording.
+
+Sources take part in no collective; the coordinator tells the other ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.service import Plan, PlannerService
+from megatron_laer.planner.state import PlannerState
+from megatron_laer.planner.strategies import Strategy
+from megatron_laer.runtime.planning.layout_recording import LayoutRecording, RunSignature
+
+# A planner that takes longer than this under `wait` is not waited for again: the run goes on with
+# the layouts in force, as under `keep`.
+WAIT_TIMEOUT_S = 120.0
+
+# How long saving a checkpoint waits for plans in the making under `keep`.
+PLANS_TIMEOUT_S = 1.0
+
+
+class LayoutSource(Protocol):
+    """Counts in, layouts of a step out; one per FSEP group, on its rank 0."""
+
+    plan_ms: float
+    late_plans: int
+    failures: int
+
+    def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
+        """The routing of a whole step in one layer (index)."""
+
+    def due(self, step: int) -> list[ExpertLayout] | None:
+        """Layouts that take effect with `step`, one per layer, or None for nothing new."""
+
+    def close(self) -> None:
+        """Stop."""
+
+
+class PlannedLayouts:
+    """Layouts made by a strategy in a background thread.
+
+    Args:
+        lag: a plan from the counts of step t takes effect at step t + lag.
+        wait: wait for the plan that is due, instead of keeping the layouts in force; until one does
+            not come in time.
+        resumed: an earlier run's state to go on with; it fits these layers.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        initial: Sequence[ExpertLayout],
+        *,
+        lag: int,
+        wait: bool,
+        on_warning: Callable[[str], None],
+        resumed: PlannerState | None = None,
+    ) -> None:
+        self._lag = lag
+        self._wait = wait
+        self._on_warning = on_warning
+        self._layers = range(len(initial))
+        plans = resumed.plans if resumed else ()
+        self._observed = {plan.source_step: set(self._layers) for plan in plans}
+        self._service = PlannerService(
+            strategy,
+            self._layers,
+            dict(enumerate(initial)),
+            on_warning,
+            lossless=wait,
+            forecast=dict(enumerate(resumed.forecasts)) if resumed else SmoothedForecast(),
+            plans=plans,
+        )
+        self.plan_ms = 0.0
+        self.late_plans = 0
+
+    @property
+    def failures(self) -> int:
+        """Layers whose planning failed and that kept their layout."""
+        return self._service.failures
+
+    def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
+        """Queue for planning; never waits."""
+        self._observed.setdefault(step, set()).add(layer)
+        self._service.submit(step, layer, counts_NE)
+
+    def due(self, step: int) -> list[ExpertLayout] | None:
+        """The plan from the counts of step - lag, or under `keep` the newest one before it."""
+        source_step = step - self._lag
+        is_expected = len(self._observed.get(source_step, ())) == len(self._layers)
+        if not self._wait:
+            plan = self._service.ready(source_step)
+        elif not is_expected:
+            plan = None
+        else:
+            plan = self._service.wait(source_step, WAIT_TIMEOUT_S)
+            if plan is None:
+                self._stop_waiting()
+        if is_expected and (plan is None or plan.source_step != source_step):
+            self.late_plans += 1
+        self._observed = {at: seen for at, seen in self._observed.items() if at > source_step}
+        if plan is None:
+            return None
+        self.plan_ms = plan.plan_ms
+        return [plan.layouts[layer] for layer in self._layers]
+
+    def state(self) -> tuple[tuple[SmoothedForecast, ...], tuple[Plan, ...]]:
+        """Forecasts of the layers, and plans that are not in force yet, oldest first.
+
+        Waits for plans in the making: under `wait` as long as a step would, else a moment.
+        """
+        timeout_s = WAIT_TIMEOUT_S if self._wait else PLANS_TIMEOUT_S
+        forecasts, plans, caught_up = self._service.state(timeout_s)
+        if self._wait and not caught_up:
+            self._stop_waiting()
+        return tuple(forecasts[layer] for layer in self._layers), tuple(plans)
+
+    def close(self) -> None:
+        """Stop the planner's thread; a strategy that does not return is left behind."""
+        self._service.close(timeout_s=1.0)
+
+    def _stop_waiting(self) -> None:
+        """A planner that hangs must cost its time once, and not at every step and checkpoint."""
+        self._wait = False
+        self._service.drop_late_steps()
+        self._on_warning(
+            "from here on late plans are not waited for, as with --fsep-late-plan keep"
+        )
+
+
+class ReplayedLayouts:
+    """Layouts that an earlier run recorded with `LayoutRecorder`."""
+
+    plan_ms = 0.0
+    late_plans = 0
+    failures = 0
+
+    def __init__(
+        self, path: Path, geometry: Geometry, signature: RunSignature, layers: Sequence[str]
+    ) -> None:
+        """Check the whole recording.
+
+        Raises:
+            ValueError: a missing or malformed file, or one of another shape, quoting the line.
+        """
+        self._recording = LayoutRecording(path, geometry, signature, layers)
+        self._is_first = True
+
+    def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
+        """A recording does not react to routing."""
+
+    def due(self, step: int) -> list[ExpertLayout] | None:
+        """What was recorded for this step; at first, what was in force by then."""
+        if self._is_first:
+            self._is_first = False
+            in_force = self._recording.newest(step)
+            step = step if in_force is None else in_force
+        return self._recording.layouts(step)
+
+    def close(self) -> None:
+        """Close the recording."""
+        self._recording.close()

@@ -1,0 +1,181 @@
+"""The planners' states inside a checkpoint: one small file per FSEP group, in its directory.
+
+What a state is, and what its bytes are, says `planner/state.py`. The files are Megatron's to delete
+with the checkpoint; whoever reads its tensors does not look at them. No fault here stops a run: it
+then plans anew, from the static layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_laer.planner.state import PlannerState
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "fsep_planner"
+
+# Far above the 0.2 GB of 128 layers with 512 experts on 256 ranks.
+MAX_FILE_BYTES = 2**32
+
+
+def state_path(directory: str, group_index: int) -> str:
+    """The file of one FSEP group within a checkpoint's directory."""
+    return os.path.join(directory, FOLDER, f"group-{group_index}.bin")
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """What one FSEP group found of an earlier run's planner, the same on all of its ranks.
+
+    Attributes:
+        state: what planning goes on from; None where it starts anew, from the static layout.
+        problem: why there is no state, or not one that fits; None where none was looked for.
+    """
+
+    state: PlannerState | None = None
+    problem: str | None = None
+
+
+def save_state(
+    directory: str, groups: FSEPGroups, make_state: Callable[[], PlannerState | None], storage: Any
+) -> None:
+    """Write this group's state, on its rank 0; elsewhere, and without a planner, do nothing.
+
+    Args:
+        directory: of one checkpoint; it exists.
+        make_state: the planner's state on rank 0, or None without a planner.
+        storage: what has `open` and `os`, like Megatron's `maybe_msc`.
+    """
+    if groups.rank != 0:
+        return
+    path = state_path(directory, groups.index)
+    try:
+        state = make_state()
+        if state is None:
+            return
+        storage.os.makedirs(os.path.dirname(path), exist_ok=True)
+        with storage.open(path, "wb") as file:
+            file.write(state.to_bytes())
+    except Exception as error:  # the other ranks wait for this one, and the weights are saved
+        with contextlib.suppress(Exception):
+            storage.os.remove(path)
+        logger.warning(
+            "FSEP: the planner's state is not in the checkpoint; a run that resumes from it plans "
+            "anew: %s: %r",
+            path,
+            error,
+        )
+
+
+def load_state(
+    directory: str,
+    groups: FSEPGroups,
+    device: torch.device,
+    check: Callable[[PlannerState], None],
+    storage: Any,
+) -> Resumption:
+    """Read this group's state on its rank 0 and tell the others. Collective over the group.
+
+    Args:
+        directory: of the checkpoint that was loaded.
+        check: raises ValueError for the state of another model.
+        storage: what has `open` and `os`, like Megatron's `maybe_msc`.
+    """
+    path = state_path(directory, groups.index)
+    data, problem = b"", f"there is no planner's state {path}"
+    if groups.rank == 0:
+        try:
+            data = read_state(path, storage)
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # the others wait for rank 0
+            problem = f"{path} cannot be read: {error!r}"
+    data = _broadcast(data, groups, device)
+    if not data:
+        return Resumption(problem=problem)
+    try:
+        state = PlannerState.from_bytes(data)
+        check(state)
+    except ValueError as error:
+        return Resumption(problem=f"{path}: {error}")
+    return Resumption(state)
+
+
+def report_resumption(resumption: Resumption | None, first_step: int) -> None:
+    """Log one line for the whole run, if it is a resumed one. Collective over the world.
+
+    Args:
+        resumption: on the rank 0 of a group with MoE layers; None elsewhere.
+        first_step: that training begins with.
+    """
+    mine: tuple[int | None, str | None] = None, None
+    if resumption is not None:
+        version = None if resumption.state is None else resumption.state.version
+        problem = resumption.problem
+        if version is None and problem is None and first_step > 0:
+            problem = "what the run is resumed from has no place for the planner's state"
+        mine = version, problem
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if dist.get_rank() == 0:
+        _log_resumption(
+            [version for version, _ in everyone if version is not None],
+            [problem for _, problem in everyone if problem is not None],
+            first_step,
+        )
+
+
+def _log_resumption(versions: list[int], problems: list[str], first_step: int) -> None:
+    groups = len(versions) + len(problems)
+    if problems:
+        some = f" in {len(problems)} of {groups} groups" if groups > 1 else ""
+        logger.warning(
+            "FSEP: planning starts anew, from the static layout%s: %s", some, problems[0]
+        )
+    elif versions:
+        least, most = min(versions), max(versions)
+        logger.info(
+            "FSEP: the planner's state is restored: training goes on with step %d, layout version "
+            "%s%s",
+            first_step,
+            least if least == most else f"{least} to {most}",
+            f", {groups} groups" if groups > 1 else "",
+        )
+
+
+def read_state(path: str, storage: Any = None) -> bytes:
+    """The bytes of a state's file, unchecked but for their number.
+
+    Raises:
+        ValueError: a file that is larger than any state.
+        OSError: it cannot be read.
+    """
+    with (storage.open if storage else open)(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"{path} has {size} bytes, more than {MAX_FILE_BYTES}")
+        file.seek(0)
+        data: bytes = file.read()
+    return data
+
+
+def _broadcast(data: bytes, groups: FSEPGroups, device: torch.device) -> bytes:
+    """Rank 0's bytes, on every rank of the group."""
+    size = torch.tensor([len(data)], dtype=torch.int64, device=device)
+    dist.broadcast(size, src=groups.planner_rank, group=groups.tokens)
+    message = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
+    if groups.rank == 0 and data:
+        message.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if message.numel():
+        dist.broadcast(message, src=groups.planner_rank, group=groups.tokens)
+    return message.cpu().numpy().tobytes()

@@ -1,0 +1,208 @@
+"""Rank 0 of an FSEP group is its planner rank: it alone has the planner and the recordings.
+
+The other ranks wait for it in the next collective, so once training runs nothing here raises.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_laer.config import FSEPConfig, flag_name
+from megatron_laer.files import quoted, refuse_overwriting
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.service import Plan
+from megatron_laer.planner.state import PlannerState
+from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.runtime.comm.collectives import PlannerStatus
+from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, recording_path
+from megatron_laer.runtime.planning.layout_sources import (
+    LayoutSource,
+    PlannedLayouts,
+    ReplayedLayouts,
+)
+from megatron_laer.runtime.planning.mailbox import RoutingMailbox
+from megatron_laer.trace.recording import TraceWriter
+from megatron_laer.trace.recording import recording_path as trace_path
+
+logger = logging.getLogger(__name__)
+
+
+class PlannerRank:
+    """The planner or a recording to replay, and the recordings that are written.
+
+    Args:
+        layers: the layers' names, by index.
+        layouts: the layers' layouts in force.
+        group_index: which of the world's FSEP groups this is; names the recordings.
+        first_step: that training begins with.
+        resumed: the planner's state from a checkpoint.
+
+    Attributes:
+        mailbox: takes the counts of each microbatch.
+
+    Raises:
+        ValueError: a recording that cannot be replayed or continued, or that another run writes.
+        OSError: one that cannot be written.
+    """
+
+    def __init__(
+        self,
+        config: FSEPConfig,
+        geometry: Geometry,
+        costs: CostModel,
+        layers: Sequence[str],
+        layouts: Sequence[ExpertLayout],
+        *,
+        group_index: int,
+        first_step: int,
+        resumed: PlannerState | None,
+    ) -> None:
+        self._faults = 0
+        self._recorder: LayoutRecorder | None = None
+        with ExitStack() as opened:
+            self._source = _layout_source(
+                config, geometry, costs, layers, layouts, group_index, resumed
+            )
+            if self._source is not None:
+                opened.callback(self._source.close)
+            self._recorder = _layout_recorder(config, geometry, layers, group_index, first_step)
+            if self._recorder is not None:
+                opened.callback(self._recorder.close)
+            trace = _trace_writer(config, geometry, layers, group_index, first_step)
+            observe = None if self._source is None else self._source.observe
+            self.mailbox = RoutingMailbox(layers, observe, trace, _warn)
+            opened.pop_all()  # all of them are open, and closed by `close`
+
+    @property
+    def status(self) -> PlannerStatus:
+        """How planning goes."""
+        source = self._source
+        if source is None:
+            return PlannerStatus()
+        failures = source.failures + self._faults + self.mailbox.faults
+        return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, failures)
+
+    def planned(self) -> tuple[tuple[SmoothedForecast, ...], tuple[Plan, ...]] | None:
+        """Forecasts and plans in the making, waiting for them; None without a planner."""
+        return self._source.state() if isinstance(self._source, PlannedLayouts) else None
+
+    def due(self, step: int) -> list[ExpertLayout] | None:
+        """Layouts that take effect with this step, or None for nothing new."""
+        if self._recorder is not None:
+            try:
+                self._recorder.begin_step(step)
+            except (OSError, ValueError) as error:
+                self._end_recording(step, error)
+        if self._source is None:
+            return None
+        try:
+            return self._source.due(step)
+        except Exception as error:
+            self._faults += 1
+            _warn(f"no layouts for step {step}, they stay as they are: {error!r}")
+            return None
+
+    def applied(self, step: int, layouts: list[ExpertLayout]) -> None:
+        """Layouts took effect with this step."""
+        if self._recorder is not None:
+            try:
+                self._recorder.record(step, layouts)
+            except (OSError, ValueError) as error:
+                self._end_recording(step, error)
+
+    def close(self) -> None:
+        """Stop the planner and close the recordings."""
+        for part in (self._source, self._recorder, self.mailbox):
+            if part is not None:
+                part.close()
+
+    def _end_recording(self, step: int, error: Exception) -> None:
+        _warn(f"the recording of layouts ends before step {step}: {error}")
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+
+
+@contextmanager
+def naming_flag(field_name: str, folder: str) -> Iterator[None]:
+    """Name the flag, by its field of the config, when its folder is refused."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{flag_name(field_name)} {quoted(folder)}: {error}") from error
+
+
+def _layout_source(
+    config: FSEPConfig,
+    geometry: Geometry,
+    costs: CostModel,
+    layers: Sequence[str],
+    layouts: Sequence[ExpertLayout],
+    group_index: int,
+    resumed: PlannerState | None,
+) -> LayoutSource | None:
+    if config.replay_layouts is not None:
+        path = recording_path(config.replay_layouts, group_index)
+        return ReplayedLayouts(path, geometry, _run_signature(config), layers)
+    if config.plans:
+        return PlannedLayouts(
+            make_strategy(config.planner, geometry=geometry, costs=costs),
+            layouts,
+            lag=config.plan_lag,
+            wait=config.late_plan == "wait",
+            on_warning=_warn,
+            resumed=resumed,
+        )
+    return None
+
+
+def _layout_recorder(
+    config: FSEPConfig,
+    geometry: Geometry,
+    layers: Sequence[str],
+    group_index: int,
+    first_step: int,
+) -> LayoutRecorder | None:
+    if config.record_layouts is None:
+        return None
+    path = recording_path(config.record_layouts, group_index)
+    if config.replay_layouts is not None:
+        # Of any group, since a link may have any name.
+        replayed = Path(config.replay_layouts).glob(f"*{path.suffix}")
+        refuse_overwriting(path, replayed, flag_name("record_layouts"))
+    with naming_flag("record_layouts", config.record_layouts):
+        return LayoutRecorder(path, geometry, _run_signature(config), layers, first_step)
+
+
+def _trace_writer(
+    config: FSEPConfig,
+    geometry: Geometry,
+    layers: Sequence[str],
+    group_index: int,
+    first_step: int,
+) -> TraceWriter | None:
+    if config.record_trace is None:
+        return None
+    path = trace_path(config.record_trace, group_index)
+    with naming_flag("record_trace", config.record_trace):
+        return TraceWriter(path, geometry.num_ranks, geometry.num_experts, layers, first_step)
+
+
+def _run_signature(config: FSEPConfig) -> dict[str, Any]:
+    """What a recording's results depend on beside its layouts."""
+    return {
+        "split": config.split,
+        "plan_mode": config.mode,
+        "imbalance_tolerance": config.imbalance_tolerance,
+    }
+
+
+def _warn(message: str) -> None:
+    logger.warning("FSEP: %s", message)

@@ -1,0 +1,1 @@
+"""Restored experts: their states, their place in autograd, and the communication schedule."""

@@ -1,0 +1,182 @@
+"""FSEP in this process: its settings, process groups, coordinator and progress, owned in one place.
+
+The plugin begins and ends the session. Nothing here touches Megatron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_laer.config import FSEPConfig
+from megatron_laer.runtime.build import build_coordinator, current_device
+from megatron_laer.runtime.comm.collectives import raise_everywhere
+from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group, create_groups
+from megatron_laer.runtime.coordinator import Coordinator
+from megatron_laer.runtime.planning import planner_checkpoint
+from megatron_laer.runtime.weights.scheduler import Chunk
+
+
+class Session:
+    """FSEP is on, from `enable` until `disable`, or until `enable` with other settings.
+
+    Args:
+        seed: of the experts' weights; None leaves it to whoever builds the first layer.
+
+    Attributes:
+        coordinator: of the MoE layers that were built so far; None before the first one, and on a
+            pipeline stage without any.
+    """
+
+    def __init__(self, config: FSEPConfig, seed: int | None = None) -> None:
+        self.config = config
+        self.seed = seed
+        self.coordinator: Coordinator | None = None
+        self._groups: FSEPGroups | None = None
+        self._is_training = False
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the process groups exist."""
+        return self._groups is not None
+
+    @property
+    def groups(self) -> FSEPGroups:
+        """The FSEP groups of this rank.
+
+        Raises:
+            RuntimeError: before Megatron's model parallel state was initialised with FSEP on.
+        """
+        if self._groups is None:
+            raise RuntimeError(_NO_GROUPS)
+        return self._groups
+
+    def create_groups(self, expert_group: Group, create_group: Callable[..., Group]) -> None:
+        """Make the FSEP groups: see `process_groups.create_groups`. Collective over the world."""
+        self._groups = create_groups(expert_group, self.config.node_size, create_group)
+
+    def destroy_groups(self) -> None:
+        """Destroy the groups, if there are any."""
+        groups, self._groups = self._groups, None
+        if groups is not None:
+            groups.destroy()
+
+    def forget_model(self) -> None:
+        """Close the coordinator; the next MoE layer that is built starts a new one."""
+        coordinator, self.coordinator = self.coordinator, None
+        self._is_training = False
+        if coordinator is not None:
+            coordinator.close()
+
+    def coordinator_for(self, transformer_config: Any, seed: int | None) -> Coordinator:
+        """The coordinator, which is made when the first MoE layer is built.
+
+        Args:
+            transformer_config: Megatron's, with the true number of experts.
+            seed: of the run, where the session has none; None takes torch's initial seed of the
+                group's rank 0.
+
+        Raises:
+            ValueError: a model whose MoE layers have different numbers of experts, N·C < E, C > E.
+        """
+        experts = transformer_config.num_moe_experts
+        if self.coordinator is None:
+            seed = self.seed if self.seed is not None else seed
+            self.coordinator = build_coordinator(
+                self.config,
+                self.groups,
+                transformer_config,
+                seed=seed if seed is not None else _common_seed(self.groups),
+                device=current_device(),
+            )
+        elif self.coordinator.geometry.num_experts != experts:
+            raise ValueError(
+                f"MoE layers with {self.coordinator.geometry.num_experts} and with {experts} "
+                "experts in one model: FSEP needs the same number in all of them"
+            )
+        return self.coordinator
+
+    def begin_step(
+        self, step: int, num_microbatches: int | None, chunks: Callable[[], Sequence[Chunk]]
+    ) -> None:
+        """Begin a training step: layouts that are due take effect. Collective over the world.
+
+        Args:
+            step: counted over the whole run, resumed runs included.
+            num_microbatches: of this step; without it, planning starts only when the step is over.
+            chunks: of the model, asked for at the first step.
+
+        Raises:
+            ValueError: at the first step, on every rank of the world: a recording that cannot be
+                replayed or written.
+            RuntimeError: a plan of the step before that no backward pass used.
+        """
+        coordinator = self.coordinator
+        if not self._is_training:
+            raise_everywhere(None if coordinator is None else coordinator.start(step))
+            if self.config.plans:
+                resumption = None
+                if coordinator is not None and coordinator.layers and self.groups.rank == 0:
+                    resumption = coordinator.resumption
+                planner_checkpoint.report_resumption(resumption, step)
+            if coordinator is not None:
+                coordinator.scheduler.attach(chunks())
+            self._is_training = True
+        if coordinator is not None:
+            coordinator.begin_step(step, num_microbatches)
+
+    def end_step(self, *, weights_changed: bool) -> None:
+        """End the training step: see `Coordinator.end_step`."""
+        if self.coordinator is not None:
+            self.coordinator.end_step(weights_changed=weights_changed)
+
+    def close(self) -> None:
+        """Close the coordinator and destroy the groups; models built before cannot go on."""
+        self.forget_model()
+        self.destroy_groups()
+
+
+_NO_GROUPS = (
+    "the FSEP groups do not exist: call megatron_laer.enable(...) before "
+    "parallel_state.initialize_model_parallel(...)"
+)
+
+_session: Session | None = None
+
+
+def current() -> Session | None:
+    """The session, or None when FSEP is off."""
+    return _session
+
+
+def replace(session: Session | None) -> None:
+    """Close the session before, if there is one, and begin this one; None turns FSEP off."""
+    global _session
+    before, _session = _session, session
+    if before is not None:
+        before.close()
+
+
+def current_coordinator() -> Coordinator | None:
+    """The session's coordinator, if FSEP is on and an MoE layer was built."""
+    return None if _session is None else _session.coordinator
+
+
+def get_fsep_group() -> Group:
+    """The FSEP group of this rank: N ranks that together hold every expert of a layer.
+
+    Raises:
+        RuntimeError: while FSEP is off, or before Megatron's model parallel state was initialised.
+    """
+    if _session is None:
+        raise RuntimeError(_NO_GROUPS)
+    return _session.groups.tokens
+
+
+def _common_seed(groups: FSEPGroups) -> int:
+    seed = torch.tensor([torch.initial_seed()], dtype=torch.int64, device=current_device())
+    dist.broadcast(seed, src=groups.planner_rank, group=groups.tokens)
+    return int(seed.item())
