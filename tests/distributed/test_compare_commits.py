@@ -10,8 +10,6 @@ import pytest
 from tests import compare_commits
 from tests.compare_commits import ROOT, main
 
-pytestmark = pytest.mark.distributed
-
 
 def git(*words: str, folder: Path = ROOT) -> str:
     command = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", *words]

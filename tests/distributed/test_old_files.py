@@ -19,8 +19,6 @@ from tests.parity.training import train
 from tests.ranks import RankPool
 from tests.releases import NEWEST
 
-pytestmark = pytest.mark.distributed
-
 # Losses were printed with seven digits, and another processor rounds otherwise.
 ROUNDING = 1e-4
 FSEP = ("--expert-parallel-mode", "fsep", "--fsep-late-plan", "wait")

@@ -9,8 +9,6 @@ import pytest
 from tests.compare_commits import Results, comparison, main, without_times
 from tests.old_files import FOLDER
 
-pytestmark = pytest.mark.unit
-
 LOSSES = {"lm loss, step 1": "5.5", "lm loss, step 2": "5.25"}
 WEIGHTS = {"embedding": "torch.float32 (4, 8) 0123456789abcdef"}
 

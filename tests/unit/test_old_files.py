@@ -16,8 +16,6 @@ from megatron_laer.config import FSEPConfig, add_arguments
 from tests.old_files import FOLDER, copied
 from tests.processes import python_path
 
-pytestmark = pytest.mark.unit
-
 # Of a plan's rows: measured where it is made.
 MEASURED = ("plan_ms", "gate_ms")
 
