@@ -27,7 +27,7 @@ from types import FrameType
 from typing import NoReturn
 
 from megatron_laer import __version__, doctor
-from megatron_laer.files import one_line
+from megatron_laer.files.checks import one_line
 from megatron_laer.launch import in_one_line
 
 # As shells report a process that a signal ended.

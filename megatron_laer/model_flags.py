@@ -22,8 +22,8 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from megatron_laer.shipped import yaml_file
-from megatron_laer.yaml_text import read_yaml
+from megatron_laer.files.shipped import yaml_file
+from megatron_laer.files.yaml_text import read_yaml
 
 GROUPS = ("architecture", "moe", "initialization", "precision", "data")
 

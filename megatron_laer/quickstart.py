@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.files import refuse_unusable_folder
+from megatron_laer.files.checks import refuse_unusable_folder
 from megatron_laer.model_flags import model_flags
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 from megatron_laer.platform.cpu import CPU_FLAGS

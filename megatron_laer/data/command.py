@@ -7,7 +7,7 @@ import sys
 from megatron_laer.data.documents import FORMATS
 from megatron_laer.data.prepare import prepare_data
 from megatron_laer.data.sources import default_text_sources
-from megatron_laer.files import one_line
+from megatron_laer.files.checks import one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_laer import flags
 from megatron_laer.config import ExpertParallelMode, FSEPConfig, LatePlan, deterministic
-from megatron_laer.files import quoted, read_text
+from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.platform import cpu
 from megatron_laer.platform.versions import check_version
 from megatron_laer.plugin.metrics import install_metrics

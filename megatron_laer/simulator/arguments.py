@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.files import is_same_file, quoted, refuse_overwriting, refuse_unwritable
+from megatron_laer.files.checks import is_same_file, quoted, refuse_overwriting, refuse_unwritable
+from megatron_laer.files.shipped import yaml_file
 from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.model_flags import model_flags
 from megatron_laer.planner.clusters import Cluster, load_cluster
 from megatron_laer.planner.strategies import strategy_names
-from megatron_laer.shipped import yaml_file
 from megatron_laer.simulator.report import check_can_plot
 from megatron_laer.simulator.table import MODES, TOLERANCE
 from megatron_laer.trace import FORMATS

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.files import one_line
+from megatron_laer.files.checks import one_line
 from megatron_laer.layout import default_capacity
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel

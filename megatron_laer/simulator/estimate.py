@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_laer import memory
 from megatron_laer.config import PlanMode
+from megatron_laer.files import memory
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.simulator.table import BASELINES
 

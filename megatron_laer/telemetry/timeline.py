@@ -21,9 +21,14 @@ from typing import Any
 
 import torch
 
+from megatron_laer.files.writing import (
+    free_name,
+    open_exclusively,
+    replaced_when_complete,
+    write_all,
+)
 from megatron_laer.telemetry.clock import Clock, Timestamp, make_clock
 from megatron_laer.telemetry.ranges import OpenRange, make_ranges
-from megatron_laer.writing import free_name, open_exclusively, replaced_when_complete, write_all
 
 logger = logging.getLogger(__name__)
 

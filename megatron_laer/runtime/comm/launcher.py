@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from megatron_laer.files import quoted
+from megatron_laer.files.checks import quoted
 
 # Ranks on this node; the first one that is set counts.
 PER_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")

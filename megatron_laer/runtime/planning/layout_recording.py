@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_laer.files import MAX_TEXT_BYTES, open_input, quoted
+from megatron_laer.files.checks import MAX_TEXT_BYTES, open_input, quoted
+from megatron_laer.files.recording import RecordingFile
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.recording_file import RecordingFile
 
 # How a run uses its layouts, by the names of settings; part of a recording's header.
 RunSignature = Mapping[str, Any]

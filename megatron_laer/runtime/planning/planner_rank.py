@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer.config import FSEPConfig, LatePlan, flag_name
-from megatron_laer.files import quoted, refuse_overwriting
+from megatron_laer.files.checks import quoted, refuse_overwriting
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast

@@ -17,8 +17,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_laer.files import quoted
-from megatron_laer.writing import (
+from megatron_laer.files.checks import quoted
+from megatron_laer.files.writing import (
     Replacement,
     free_name,
     open_exclusively,

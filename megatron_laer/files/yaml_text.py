@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
-from megatron_laer.files import quoted, read_text
+from megatron_laer.files.checks import quoted, read_text
 
 type Content = str | list[Content] | dict[str, Content] | None
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
-from megatron_laer.files import check_regular, quoted
+from megatron_laer.files.checks import check_regular, quoted
 
 logger = logging.getLogger(__name__)
 
