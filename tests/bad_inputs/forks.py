@@ -34,11 +34,11 @@ AT_ONCE = 2
 _IMPORTED = (
     "matplotlib.backend_bases",
     "matplotlib.figure",
-    "megatron_laer.data",
+    "megatron_laer.cli.prepare_data",
     "megatron_laer.inspection",
     "megatron_laer.model_flags",
     "megatron_laer.runtime.planning.planner_checkpoint",
-    "megatron_laer.simulator.command",
+    "megatron_laer.cli.plan",
 )
 
 

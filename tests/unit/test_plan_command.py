@@ -481,7 +481,7 @@ def test_a_plot_shows_how_far_each_row_is_from_perfect_balance(rows):
 
 def test_neither_torch_nor_megatron_is_imported():
     code = (
-        "import sys, megatron_laer.trace, megatron_laer.simulator.command; "
+        "import sys, megatron_laer.trace, megatron_laer.cli.plan; "
         "sys.exit(any(name.split('.')[0] in ('torch', 'megatron') for name in sys.modules))"
     )
     environment = os.environ | {"PYTHONPATH": python_path()}

@@ -91,11 +91,11 @@ def _run(words: list[str]) -> tuple[int, str | None]:
 
 def _run_command(args: argparse.Namespace) -> int:
     if args.command == "prepare-data":
-        from megatron_laer import data
+        from megatron_laer.cli import prepare_data
 
-        return data.run(args)
+        return prepare_data.run(args)
     if args.command == "plan":
-        from megatron_laer.simulator import command as plan
+        from megatron_laer.cli import plan
 
         return plan.run(args)
     if args.command == "doctor":
@@ -149,7 +149,7 @@ def _discard_output() -> None:
 
 def _program() -> str:
     """The words that have started this, to be typed again."""
-    is_module = Path(sys.argv[0]) == Path(__file__).with_name("__main__.py")
+    is_module = Path(sys.argv[0]) == Path(__file__).parents[1] / "__main__.py"
     return "python -m megatron_laer" if is_module else "megatron-laer"
 
 
@@ -213,11 +213,11 @@ def _parser(command: str) -> _Parser:
         "--expert-parallel-mode and the --fsep flags added to Megatron's own.",
     )
     train.add_argument("script", metavar="SCRIPT", help="the script; its arguments follow --")
-    prepare_data = commands.add_parser("prepare-data", help="make a dataset from text files")
+    prepare_data_parser = commands.add_parser("prepare-data", help="make a dataset from text files")
     if command == "prepare-data":
-        from megatron_laer import data
+        from megatron_laer.cli import prepare_data
 
-        data.add_arguments(prepare_data)
+        prepare_data.add_arguments(prepare_data_parser)
     inspect = commands.add_parser("inspect", help="print what is in a checkpoint")
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="of a run, or of one iteration")
     flags = commands.add_parser("flags", help="print Megatron's flags for a model configuration")
@@ -232,7 +232,7 @@ def _parser(command: str) -> _Parser:
         "predicted time of a layer.",
     )
     if command == "plan":
-        from megatron_laer.simulator import command as plan
+        from megatron_laer.cli import plan
 
         plan.add_arguments(plan_command)
     commands.add_parser(

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.cli.plan_arguments import between
 from megatron_laer.files.checks import refuse_unusable_folder
 from megatron_laer.model_flags import model_flags
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 from megatron_laer.platform.cpu import CPU_FLAGS
-from megatron_laer.simulator.arguments import between
 from megatron_laer.telemetry import log as training_log
 
 _SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_gpt.py"

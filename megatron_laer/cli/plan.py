@@ -9,14 +9,15 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from megatron_laer.cli import plan_arguments as arguments
+from megatron_laer.cli.plan_arguments import add_arguments
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.files.checks import one_line
 from megatron_laer.layout import default_capacity
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.simulator import arguments, estimate
-from megatron_laer.simulator.arguments import add_arguments
+from megatron_laer.simulator import estimate
 from megatron_laer.simulator.report import LEGEND, table_text, write_json, write_plot
 from megatron_laer.simulator.table import BASELINES, chosen_cases, simulate
 from megatron_laer.trace import Trace, read_trace
