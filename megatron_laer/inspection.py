@@ -1,8 +1,8 @@
-"""`python -m megatron_laer inspect`: what a checkpoint holds, told from its metadata.
+"""A checkpoint is described by what its metadata says (for `inspect`).
 
-Needs no ranks and no device, and loads no tensor. Torch keeps the list of tensors as a pickle; it
-is read without unpickling (`files.inert_pickle`), so that looking at a checkpoint runs no code that
-somebody put into it. Names are printed escaped.
+This needs no ranks and no device, and loads no tensor. Torch keeps the list of tensors as a pickle;
+it is read without unpickling (`files.inert_pickle`), so that looking at a checkpoint runs no code
+that somebody put into it. Names are printed escaped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Model configurations in YAML, turned into Megatron's flags.
+"""A model configuration in YAML is turned into Megatron's flags.
 
 A file is grouped for the reader; a group's keys are Megatron's flags without the dashes, so there
 is nothing to look up twice:

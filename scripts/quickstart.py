@@ -1,6 +1,7 @@
-"""`scripts/quickstart.sh`: a small MoE GPT on this machine's CPU, with FSEP and with stock.
+"""A small MoE GPT is trained on this machine's CPU with FSEP, then with stock, for a comparison.
 
-Starts `pretrain_gpt.py` twice under torchrun, follows its log, and compares; trains nothing itself.
+`quickstart.sh` makes the environment and calls this. It starts `pretrain_gpt.py` twice under
+torchrun, follows its log, and compares; it trains nothing itself.
 
 Legend: N ranks, E experts, M microbatches, L MoE layers.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.cli.plan_arguments import between
+from megatron_laer.cli.argument_types import between
 from megatron_laer.files.checks import refuse_unusable_folder
 from megatron_laer.model_flags import model_flags
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
@@ -62,9 +63,6 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train twice and print the comparison."""
     args = _parser().parse_args(argv)
-    if not _SCRIPT.is_file():
-        print(f"quickstart needs {_SCRIPT}, which is in the repository only", file=sys.stderr)
-        return 2
     started_s = time.monotonic()
     try:
         refuse_unusable_folder(args.work_dir, "--work-dir")

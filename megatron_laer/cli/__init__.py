@@ -1,4 +1,4 @@
-"""The command line: thin callers of the modules that do the work.
+"""The command line finds the command that is asked for, runs it and turns errors into a status.
 
 torchrun ... -m megatron_laer train PATH/TO/pretrain_gpt.py -- <Megatron's flags>
 python -m megatron_laer prepare-data --input FILES --output PREFIX
@@ -7,15 +7,16 @@ python -m megatron_laer plan TRACE --ranks N --capacity C --cluster a100-4x8-ib8
 python -m megatron_laer inspect CHECKPOINT
 python -m megatron_laer doctor
 
-A command's module is imported when the command is asked for, so that the others, and `doctor` above
-all, work where it cannot be imported.
+Each command has a file here that holds its arguments and its printing, as `add_arguments` and
+`run`; other rooms do the work. The file is imported when the command is asked for, so that the
+others, and `doctor` above all, work where it cannot be imported.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
-import runpy
 import shlex
 import signal
 import sys
@@ -24,11 +25,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from megatron_laer import __version__, doctor
+from megatron_laer import __version__
 from megatron_laer.files.checks import one_line
 from megatron_laer.launch import in_one_line
+
+# Every command, with what `--help` says of it.
+_COMMANDS = {
+    "train": "run an unmodified Megatron script with the plugin on",
+    "prepare-data": "make a dataset from text files",
+    "inspect": "print what is in a checkpoint",
+    "flags": "print Megatron's flags for a model configuration",
+    "plan": "compare strategies on a routing trace",
+    "doctor": "print what this machine has, and what is missing",
+}
 
 # As shells report a process that a signal ended.
 _INTERRUPTED = 128 + signal.SIGINT
@@ -60,25 +71,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return _fail(f"the output cannot be written: {error}")
     if script is not None:
-        from megatron_laer.support import RefusedError
+        from megatron_laer.cli import train
 
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except RefusedError as error:
-            return _fail(f"train: {error}")
+        refusal = train.run_script(script)
+        return status if refusal is None else _fail(f"train: {refusal}")
     return status
 
 
 def _run(words: list[str]) -> tuple[int, str | None]:
-    """Run a command; returns its status, and the script that `train` has everything ready for."""
+    """Run a command; return its status, and the script that `train` has everything ready for."""
     command = words[0] if words else ""
     try:
         args, script_args = _parse(words)
         if args.command == "train":
-            _prepare_training(args.script, script_args)
+            from megatron_laer.cli import train
+
+            train.prepare(args.script, script_args)
             return 0, str(args.script)
         with _stopped_by_exceptions():
-            return _run_command(args), None
+            return int(_module(args.command).run(args)), None
     except KeyboardInterrupt:
         return _fail(f"{command}: interrupted", _INTERRUPTED), None
     except BrokenPipeError:
@@ -89,32 +100,13 @@ def _run(words: list[str]) -> tuple[int, str | None]:
         return _fail(f"{command}: the memory of this process does not suffice"), None
 
 
-def _run_command(args: argparse.Namespace) -> int:
-    if args.command == "prepare-data":
-        from megatron_laer.cli import prepare_data
-
-        return prepare_data.run(args)
-    if args.command == "plan":
-        from megatron_laer.cli import plan
-
-        return plan.run(args)
-    if args.command == "doctor":
-        return doctor.run()
-    if args.command == "inspect":
-        from megatron_laer import inspection
-
-        print(inspection.describe(args.checkpoint))
-    else:
-        from megatron_laer.model_flags import model_flags
-        from megatron_laer.platform.cpu import CPU_FLAGS
-
-        print(shlex.join([*model_flags(args.file), *(CPU_FLAGS if args.cpu else ())]))
-    return 0
+def _module(command: str) -> Any:
+    return importlib.import_module(f"{__name__}.{command.replace('-', '_')}")
 
 
 @contextmanager
 def _stopped_by_exceptions() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit in the block, so that its `finally` clauses run."""
+    """Let SIGTERM and SIGHUP raise SystemExit in the block, so that its `finally` clauses run."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
@@ -148,7 +140,7 @@ def _discard_output() -> None:
 
 
 def _program() -> str:
-    """The words that have started this, to be typed again."""
+    """Return the words that have started this, to be typed again."""
     is_module = Path(sys.argv[0]) == Path(__file__).parents[1] / "__main__.py"
     return "python -m megatron_laer" if is_module else "megatron-laer"
 
@@ -172,7 +164,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and what follows `--`.
+    """Return the arguments, and what follows `--`.
 
     Raises:
         ImportError: the module of the command cannot be imported.
@@ -191,56 +183,23 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _parser(command: str) -> _Parser:
-    """The parser of all commands, of which `command` alone has its arguments if they are elsewhere.
+    """Make the parser of all commands; `command` alone gets its arguments.
 
     Raises:
         ImportError: the module of `command` cannot be imported.
     """
-    prog = _program()
     parser = _Parser(
-        prog=prog,
+        prog=_program(),
         description="Fully Sharded Expert Parallel for Megatron-LM",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_EXAMPLES,
     )
     parser.add_argument("--version", action="version", version=f"megatron-laer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser(
-        "train",
-        help="run an unmodified Megatron script with the plugin on",
-        usage=f"{prog} train SCRIPT -- ARGS",
-        description="Runs a script such as Megatron-LM's pretrain_gpt.py, under torchrun, with "
-        "--expert-parallel-mode and the --fsep flags added to Megatron's own.",
-    )
-    train.add_argument("script", metavar="SCRIPT", help="the script; its arguments follow --")
-    prepare_data_parser = commands.add_parser("prepare-data", help="make a dataset from text files")
-    if command == "prepare-data":
-        from megatron_laer.cli import prepare_data
-
-        prepare_data.add_arguments(prepare_data_parser)
-    inspect = commands.add_parser("inspect", help="print what is in a checkpoint")
-    inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="of a run, or of one iteration")
-    flags = commands.add_parser("flags", help="print Megatron's flags for a model configuration")
-    flags.add_argument("file", metavar="FILE", help="a YAML file, or a name in configs/models")
-    flags.add_argument(
-        "--cpu", action="store_true", help="add the flags that Megatron needs without a GPU"
-    )
-    plan_command = commands.add_parser(
-        "plan",
-        help="compare strategies on a routing trace",
-        description="What each strategy would have made of a recorded run: balance, traffic and "
-        "predicted time of a layer.",
-    )
-    if command == "plan":
-        from megatron_laer.cli import plan
-
-        plan.add_arguments(plan_command)
-    commands.add_parser(
-        "doctor",
-        help="print what this machine has, and what is missing",
-        description="What a bug report needs: versions, devices, the native core and the launcher "
-        "as seen from here. Status 1 if something that training needs is missing.",
-    )
+    for name, summary in _COMMANDS.items():
+        parser_of_command = commands.add_parser(name, help=summary)
+        if name == command:
+            _module(name).add_arguments(parser_of_command)
     return parser
 
 
@@ -249,18 +208,3 @@ def _split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
         return words, []
     position = words.index("--")
     return words[:position], words[position + 1 :]
-
-
-def _prepare_training(script: str, script_args: list[str]) -> None:
-    """Make this process look as if `python SCRIPT ARGS` had started it, with the plugin on."""
-    if not Path(script).is_file():
-        raise ValueError(f"script {script!r} does not exist; give a path to Megatron's script")
-    sys.argv[:] = [script, *script_args]
-    # As Python does, and before the first import of Megatron: the `megatron` folder beside a
-    # checkout's script wins over an installed one, and is the one whose version is checked.
-    if not sys.flags.safe_path:
-        sys.path[0] = str(Path(script).resolve().parent)
-
-    from megatron_laer.launch import prepare
-
-    prepare()

@@ -1,4 +1,6 @@
-"""The command `prepare-data`: its arguments, and what it prints."""
+"""`prepare-data` makes a dataset that Megatron reads, and prints how to train on it."""
+
+from __future__ import annotations
 
 import argparse
 import shlex

@@ -1,7 +1,7 @@
-"""`prepare-data`: text in, a dataset that Megatron reads out.
+"""Text becomes a dataset that Megatron reads.
 
-Writes Megatron's format and none of its own, without importing Megatron; does not shuffle or split,
-which Megatron does when it reads. docs/prepare_data.md is the page for users.
+This writes Megatron's format and none of its own, without importing Megatron; it does not shuffle
+or split, which Megatron does when it reads. docs/prepare_data.md is the page for users.
 """
 
 from megatron_laer.data.prepare import PreparedData, prepare_data

@@ -1,6 +1,6 @@
 """What users name is checked before it is used: files to read, files and folders to write.
 
-Knows no format, and writes nothing (`writing.py` does). Everything that reads a file named by a
+Knows no format, and writes nothing (`writing` does). Everything that reads a file named by a
 user goes through `open_input` or what is built on it.
 """
 

@@ -1,4 +1,4 @@
-"""Reads a pickle as plain records: whatever classes and functions it names, nothing is run.
+"""A pickle is read as plain records: whatever classes and functions it names, nothing is run.
 
 Unpickling is running a program that somebody else wrote. This runs none: it imports nothing and
 calls nothing, but keeps the names, arguments and states that the pickle holds (see `Record`). Only

@@ -1,4 +1,4 @@
-"""How much memory this process may still take, asked before it is taken.
+"""Memory is asked for before it is taken: how much this process may still take.
 
 Linux rarely refuses memory: it ends a process when there is none left.
 """

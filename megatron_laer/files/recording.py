@@ -1,4 +1,4 @@
-"""The file of a recording: a header, then records that are only ever appended, by one writer.
+"""A recording is a file with a header and records that its one writer only ever appends.
 
 It knows neither what records hold nor how they are read; their writers say where each one ends. A
 recording is never rewritten in place. Where steps must go, since a run makes them again, they are

@@ -1,4 +1,4 @@
-"""YAML files of ours that users name or replace by a path: clusters and models."""
+"""Users name a cluster or a model that we ship, or give the path of a YAML file of their own."""
 
 from __future__ import annotations
 

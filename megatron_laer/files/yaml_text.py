@@ -1,6 +1,6 @@
-"""Reads YAML that people write by hand, as texts, lists and mappings alone.
+"""YAML that people write by hand is read as texts, lists and mappings alone.
 
-It guesses no types: `237e12` is a number to us, where YAML 1.1 takes it for text, and `no` is no
+This guesses no types: `237e12` is a number to us, where YAML 1.1 takes it for text, and `no` is no
 boolean. Nor does it take what such files have no use for and what makes YAML dangerous: tags,
 anchors and aliases (which write a text of any length in a few bytes), and deep nesting. What the
 texts mean is for the callers to say.
