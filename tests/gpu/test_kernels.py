@@ -1,4 +1,4 @@
-"""What runs inside a rank, on CUDA: slot GEMMs, the slot map, sums over replicas, lanes.
+"""What runs inside a rank, on CUDA: slot GEMMs, the slot map, sums over replicas, streams.
 
 `scripts/test.sh --gpu` runs these; they need one GPU and no process group.
 """
@@ -15,14 +15,15 @@ import torch
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import solve_quotas
-from megatron_laer.runtime.comm.layout_index import layout_index, reduce_index
+from megatron_laer.runtime.comm.layout_index import layout_index
+from megatron_laer.runtime.comm.reduce_index import reduce_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
 
 DEVICE = torch.device("cuda")
 TOKENS_C = [300, 0, 7, 129]
 
 
-class Kept:
+class FixedWeights:
     """Stands for restored experts that stay where they are."""
 
     def __init__(self, weight_CRK: torch.Tensor) -> None:
@@ -49,15 +50,15 @@ def test_slot_gemms_equal_a_linear_layer_per_slot(dtype: torch.dtype) -> None:
     grad_TR = torch.randn(sum(TOKENS_C), 64, **options)
 
     linear = SlotLinear(32, 64, position=0, init_method=None)
-    linear.bind(weight_CRK, Kept(weight_CRK.detach()), TOKENS_C)
+    linear.bind(weight_CRK, FixedWeights(weight_CRK.detach()), TOKENS_C)
     output_TR, bias = linear(input_TK)
     found = torch.autograd.grad(output_TR, (input_TK, weight_CRK), grad_TR)
 
-    spans = pairwise(accumulate(TOKENS_C, initial=0))
+    bounds = pairwise(accumulate(TOKENS_C, initial=0))
     expected_TR = torch.cat(
         [
             torch.nn.functional.linear(input_TK[start:end], weight_CRK[slot])
-            for slot, (start, end) in enumerate(spans)
+            for slot, (start, end) in enumerate(bounds)
         ]
     )
     expected = torch.autograd.grad(expected_TR, (input_TK, weight_CRK), grad_TR)
@@ -101,7 +102,7 @@ def test_sums_over_replicas_are_bitwise_the_same_every_time() -> None:
     parts_SrK = torch.randn(layout.num_slots, 65, 33, device=DEVICE, generator=generator)
 
     def reduce() -> torch.Tensor:
-        (_, first), *others = index.in_span
+        (_, first), *others = index.intra_node
         total = parts_SrK.index_select(0, first)
         for experts, slots in others:
             total.index_add_(0, experts, parts_SrK.index_select(0, slots))
@@ -115,11 +116,11 @@ def test_sums_over_replicas_are_bitwise_the_same_every_time() -> None:
     assert torch.equal(first_time, expected)
 
 
-def test_a_lane_sees_what_was_computed_before_and_shows_what_it_did() -> None:
-    lane = make_comm_stream("parameters", DEVICE, overlaps=True)
+def test_a_communication_stream_sees_what_was_computed_before_and_shows_what_it_did() -> None:
+    stream = make_comm_stream("parameters", DEVICE, overlaps=True)
     value = torch.zeros(1 << 22, device=DEVICE)
     for step in range(1, 51):
-        value = value + 1  # on the compute stream, perhaps not done when the lane is asked
-        doubled = lane.submit(lambda value=value: value * 2, "double").wait()
+        value = value + 1  # on the compute stream, perhaps not done when the stream is asked
+        doubled = stream.submit(lambda value=value: value * 2, "double").wait()
         assert torch.equal(doubled, torch.full_like(doubled, 2.0 * step))
-    lane.close()
+    stream.close()

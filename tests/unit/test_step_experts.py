@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.runtime.comm.exchange import Exchange
+from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.weights.restored import ExchangeStreams, Slices
 from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
@@ -23,13 +23,13 @@ def test_parameters_without_main_gradients_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     index = layout_index(ExpertLayout.static(2, 3, 4), torch.device("cpu"))
-    lanes = ExchangeStreams(Exchange, None, None)  # type: ignore[arg-type]  # none of it is reached
+    streams = ExchangeStreams(HierarchicalExchange, None, None)  # type: ignore[arg-type]  # unused
     held = slices()
     with pytest.raises(ValueError, match=r"step, layer 1: .*DistributedDataParallel"):
-        StepExperts("layer 1", held, index, lanes)
+        StepExperts("layer 1", held, index, streams)
     for parameter in held.parameters:
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
-    StepExperts("layer 1", held, index, lanes)
+    StepExperts("layer 1", held, index, streams)
 
 
 def test_memory_is_that_of_slots_and_of_float32_sums() -> None:

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from megatron_laer.runtime.comm.buffer_pool import BufferPool
-from megatron_laer.runtime.comm.exchange import Exchange, Kept
+from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange, ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.streams import CommStream, Pending
 from megatron_laer.runtime.weights.autograd import (
@@ -59,7 +59,7 @@ class ExchangeStreams:
         stand_ins: zeros in the shapes of slices, see `mark_in_main_grad`.
     """
 
-    exchange: Exchange
+    exchange: HierarchicalExchange
     parameters: CommStream
     gradients: CommStream
     weights: BufferPool = field(default_factory=BufferPool)
@@ -168,7 +168,7 @@ class RestoredExperts:
         """Let go of the restored matrices."""
         if self._matrices is not None:
             for pending in self._matrices:
-                self._lanes.weights.give(pending.wait())
+                self._lanes.weights.put_back(pending.wait())
             self._matrices = None
 
     def new_grad(self, like_CRK: torch.Tensor) -> torch.Tensor:
@@ -279,12 +279,12 @@ class RestoredExperts:
         if not self._slices.have_main_grads:
             return grad_ErK
         slice_ErK.main_grad.add_(grad_ErK)  # type: ignore[attr-defined]
-        self._lanes.reduced.give(grad_ErK)
+        self._lanes.reduced.put_back(grad_ErK)
         return self._lanes.mark_in_main_grad(slice_ErK)
 
     def _give_grads(self) -> None:
         for grad_CRK in self._grads:
-            self._lanes.grads.give(grad_CRK)
+            self._lanes.grads.put_back(grad_CRK)
         self._grads.clear()
 
     def _shapes(self) -> tuple[tuple[int, int, int], ...]:
@@ -303,5 +303,5 @@ class RestoredExperts:
         pending: Pending,
     ) -> torch.Tensor:
         """On the lane that `pending` was submitted to, hence after it."""
-        kept = Kept(before, pending.wait())
-        return self._lanes.exchange.restore(slice_ErK, index, rows, kept=kept)
+        reuse = ReusableWeights(before, pending.wait())
+        return self._lanes.exchange.restore(slice_ErK, index, rows, reuse=reuse)

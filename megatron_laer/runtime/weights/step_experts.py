@@ -78,7 +78,7 @@ class StepExperts(RestoredExperts):
             return tuple(map(self._lanes.mark_in_main_grad, self._slices.parameters))
         handed_over = super().reduced()
         for sum_CRK in self._sums_CRK:
-            self._lanes.grads.give(sum_CRK)
+            self._lanes.grads.put_back(sum_CRK)
         self._sums_CRK = []
         return handed_over
 
