@@ -9,6 +9,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent / "files_of_0_1"
 
+# The release of Megatron that wrote the checkpoint.
+MEGATRON = "0.19"
+
 # The run had six steps; the checkpoint is of the fourth.
 STEPS, SAVED = 6, 4
 

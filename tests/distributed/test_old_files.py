@@ -13,11 +13,10 @@ import pytest
 import torch.distributed.checkpoint as torch_checkpoint
 from packaging.version import Version
 
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
 from tests.checkpoints import iteration_folder
-from tests.old_files import FOLDER, SAVED, STEPS, copied, logged_losses
-from tests.parity.training import train
-from tests.ranks import RankPool
-from tests.releases import NEWEST
+from tests.old_files import FOLDER, MEGATRON, SAVED, STEPS, copied, logged_losses
 
 # Losses were printed with seven digits, and another processor rounds otherwise.
 ROUNDING = 1e-4
@@ -26,9 +25,11 @@ FSEP = ("--expert-parallel-mode", "fsep", "--fsep-late-plan", "wait")
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """A copy of the old files, whose checkpoint was written with the newest Megatron."""
-    if Version(version("megatron-core")) < NEWEST:
-        pytest.skip(f"Megatron reads no checkpoints of a later release, which {NEWEST} wrote")
+    """A copy of the old files, for a Megatron that reads the checkpoint."""
+    if Version(version("megatron-core")) < Version(MEGATRON):
+        pytest.skip(
+            f"megatron-core {MEGATRON} wrote the checkpoint, and older releases do not read it"
+        )
     return copied(tmp_path / "old")
 
 
