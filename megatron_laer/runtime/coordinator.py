@@ -41,8 +41,10 @@ from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.planning.planner_rank import PlannerRank, naming_flag
-from megatron_laer.runtime.weights.restored import ExchangeStreams, RestoredExperts, Slices
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.scheduler import Scheduler
+from megatron_laer.runtime.weights.slices import Slices
 from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 from megatron_laer.schedule import make_schedule
 from megatron_laer.telemetry.clock import make_clock
@@ -95,12 +97,12 @@ class Coordinator:
             after_gate=config.mode == EXACT,
             holds_step=config.restore == STEP_RESTORE,
         )
-        self.lanes = ExchangeStreams(
+        self.streams = ExchangeStreams(
             self.exchange,
             parameters=make_comm_stream("parameters", device, overlaps=overlaps),
             gradients=make_comm_stream("gradients", device, overlaps=overlaps),
         )
-        self.scheduler = Scheduler(self.schedule, self.lanes, self._experts_of)
+        self.scheduler = Scheduler(self.schedule, self.streams, self._experts_of)
         self.layers: list[LayerState] = []
         self.version = 0
         self.step = 0
@@ -170,8 +172,6 @@ class Coordinator:
         if decision.replanned:
             restored.change(layout_index(decision.layout, self.device))
         self.scheduler.decided(layer, restored)
-        if not torch.is_grad_enabled():
-            restored.tickets = None  # the re-run makes its own, in its own graph
         plan = MicrobatchPlan(
             restored=restored,
             row_S=row_S,
@@ -255,10 +255,10 @@ class Coordinator:
     def take_exposed_ms(self) -> tuple[float, float]:
         """What the compute waited for restores and for gradients, per step since the last call."""
         steps, self._unreported_steps = max(1, self._unreported_steps), 0
-        lanes = self.lanes
+        streams = self.streams
         return (
-            lanes.parameters.times.exposed.take_ms() / steps,
-            lanes.gradients.times.exposed.take_ms() / steps,
+            streams.parameters.times.exposed.take_ms() / steps,
+            streams.gradients.times.exposed.take_ms() / steps,
         )
 
     # What checkpoints call.
@@ -304,7 +304,7 @@ class Coordinator:
         self._resumed = state
 
     def close(self) -> None:
-        """Stop the planner and the lanes, and close the recording and the timeline."""
+        """Stop the planner and the exchanges' streams, and close the recording and the timeline."""
         self.scheduler.close()
         if self.timeline is not None:
             self.timeline.close()
@@ -373,7 +373,7 @@ class Coordinator:
         for layer in self.layers:
             index = self._index_of(layer, training=True)
             if layer.step_experts is None:
-                layer.step_experts = StepExperts(layer.name, layer.slices, index, self.lanes)
+                layer.step_experts = StepExperts(layer.name, layer.slices, index, self.streams)
             layer.step_experts.begin_step(index, self._num_microbatches)
 
     @property
@@ -388,8 +388,8 @@ class Coordinator:
         clock, ranges = make_clock(self.device), make_ranges(self.device)
         with naming_flag("timeline", self.config.timeline):
             self.timeline = Timeline(path, rank, clock, ranges, first_step)
-        for lane in (self.lanes.parameters, self.lanes.gradients):
-            lane.times.timeline = self.timeline
+        for stream in (self.streams.parameters, self.streams.gradients):
+            stream.times.timeline = self.timeline
 
     def _apply(self, layouts: list[ExpertLayout]) -> None:
         self.version += 1
@@ -402,7 +402,7 @@ class Coordinator:
         if training and layer.step_experts is not None:
             return layer.step_experts
         return RestoredExperts(
-            layer.name, layer.slices, self._index_of(layer, training), self.lanes
+            layer.name, layer.slices, self._index_of(layer, training), self.streams
         )
 
     def _index_of(self, layer: LayerState, training: bool) -> LayoutIndex:

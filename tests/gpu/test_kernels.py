@@ -1,72 +1,31 @@
-"""What runs inside a rank, on CUDA: slot GEMMs, the slot map, sums over replicas, lanes.
+"""What runs inside a rank, on CUDA: slot GEMMs, the slot map, sums over replicas, streams.
 
 `scripts/test.sh --gpu` runs these; they need one GPU and no process group.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
+from megatron_laer.experts.gemm import gemm_names
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import solve_quotas
 from megatron_laer.runtime.comm.layout_index import layout_index, reduce_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
+from tests.slot_gemm import check_back_end
 
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
-TOKENS_C = [300, 0, 7, 129]
 
 
-class Kept:
-    """Stands for restored experts that stay where they are."""
-
-    def __init__(self, weight_CRK: torch.Tensor) -> None:
-        self._weight_CRK = weight_CRK
-
-    def matrix(self, position: int) -> torch.Tensor:
-        return self._weight_CRK
-
-    def new_grad(self, like_CRK: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(like_CRK)
-
-    def release(self) -> None:
-        pass
-
-
+@pytest.mark.parametrize("name", gemm_names())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_slot_gemms_equal_a_linear_layer_per_slot(dtype: torch.dtype) -> None:
-    from megatron_laer.experts.compute import SlotLinear
-
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    options: dict[str, Any] = {"device": DEVICE, "dtype": dtype, "generator": generator}
-    weight_CRK = torch.randn(len(TOKENS_C), 64, 32, **options).requires_grad_()
-    input_TK = torch.randn(sum(TOKENS_C), 32, **options).requires_grad_()
-    grad_TR = torch.randn(sum(TOKENS_C), 64, **options)
-
-    linear = SlotLinear(32, 64, position=0, init_method=None)
-    linear.bind(weight_CRK, Kept(weight_CRK.detach()), TOKENS_C)
-    output_TR, bias = linear(input_TK)
-    found = torch.autograd.grad(output_TR, (input_TK, weight_CRK), grad_TR)
-
-    spans = pairwise(accumulate(TOKENS_C, initial=0))
-    expected_TR = torch.cat(
-        [
-            torch.nn.functional.linear(input_TK[start:end], weight_CRK[slot])
-            for slot, (start, end) in enumerate(spans)
-        ]
-    )
-    expected = torch.autograd.grad(expected_TR, (input_TK, weight_CRK), grad_TR)
-    assert bias is None
-    torch.testing.assert_close(output_TR, expected_TR)
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
+def test_slot_gemms_equal_a_linear_layer_per_slot(dtype: torch.dtype, name: str) -> None:
+    check_back_end(name, dtype, DEVICE)
 
 
 def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:
@@ -117,11 +76,11 @@ def test_sums_over_replicas_are_bitwise_the_same_every_time() -> None:
     assert torch.equal(first_time, expected)
 
 
-def test_a_lane_sees_what_was_computed_before_and_shows_what_it_did() -> None:
-    lane = make_comm_stream("parameters", DEVICE, overlaps=True)
+def test_a_communication_stream_sees_what_was_computed_before_and_shows_what_it_did() -> None:
+    stream = make_comm_stream("parameters", DEVICE, overlaps=True)
     value = torch.zeros(1 << 22, device=DEVICE)
     for step in range(1, 51):
-        value = value + 1  # on the compute stream, perhaps not done when the lane is asked
-        doubled = lane.submit(lambda value=value: value * 2, "double").wait()
+        value = value + 1  # on the compute stream, perhaps not done when the stream is asked
+        doubled = stream.submit(lambda value=value: value * 2, "double").wait()
         assert torch.equal(doubled, torch.full_like(doubled, 2.0 * step))
-    lane.close()
+    stream.close()
