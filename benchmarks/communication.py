@@ -188,7 +188,7 @@ def serve(pipe: Connection, rank: int, address: str, quick: bool) -> None:
                 exchange = (FlatExchange if algorithm == "flat" else NodeExchange)(groups)
                 for what, step, received_2 in exchange_all(case, exchange, rank):
                     found[case.name][what, node_size, algorithm, step] = received_2
-        process_groups.destroy_groups()
+        groups.destroy()
     pipe.send(found)
     dist.barrier()
     dist.destroy_process_group()

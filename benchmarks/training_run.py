@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.routing import RoutingShape, fixed_biases
-from megatron_laer.runtime.coordinator import current_coordinator
+from megatron_laer.session import current_coordinator
 from megatron_laer.telemetry.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
 from megatron_laer.testing.training import fresh_megatron
 
@@ -155,7 +155,7 @@ def _fsep_skew() -> list[float]:
     coordinator = current_coordinator()
     layers = [] if coordinator is None else coordinator.layers
     return [
-        max_over_mean(fsep_tokens_N(decision.quotas))
+        max_over_mean(fsep_tokens_N(sample.decision.quotas))
         for layer in layers
-        for decision, _ in layer.history
+        for sample in layer.take_samples()
     ]

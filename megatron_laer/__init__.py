@@ -15,7 +15,7 @@ from megatron_laer.config import FSEPConfig
 
 if TYPE_CHECKING:
     from megatron_laer.plugin import disable, enable, training_step
-    from megatron_laer.runtime.comm.process_groups import get_fsep_group
+    from megatron_laer.session import get_fsep_group
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ __all__ = ["FSEPConfig", "disable", "enable", "get_fsep_group", "training_step"]
 _LAZY = {
     "enable": "megatron_laer.plugin",
     "disable": "megatron_laer.plugin",
-    "get_fsep_group": "megatron_laer.runtime.comm.process_groups",
+    "get_fsep_group": "megatron_laer.session",
     "training_step": "megatron_laer.plugin",
 }
 

@@ -19,15 +19,11 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-from megatron_laer import model_support
-from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
-from megatron_laer.dispatch.slots import slot_ranges, to_slots
+from megatron_laer import model_support, session
+from megatron_laer.dispatch.dispatcher import SlotDispatch, SlotTokenDispatcher
 from megatron_laer.experts.module import FSEPExperts
-from megatron_laer.runtime.comm.process_groups import get_fsep_groups
-from megatron_laer.runtime.comm.streams import upload
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.session import coordinator_for
 
 _is_numbered_later = ContextVar("is_numbered_later", default=False)
 
@@ -72,12 +68,14 @@ class FSEPMoELayer(MoELayer):
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         model_support.check(config)
-        groups = get_fsep_groups()
+        current = session.current()
+        assert current is not None, "an FSEP layer was built while FSEP is off"
+        groups = current.groups
         assert dist.get_process_group_ranks(pg_collection.ep) == list(groups.ranks), (
             "the model's expert-parallel group is not the one that FSEP was set up for"
         )
         pg_collection.fsep = groups.tokens
-        coordinator = coordinator_for(config)
+        coordinator = current.coordinator_for(config, _seed_of_arguments())
         geometry = coordinator.geometry
 
         def build_experts(num_local: int, config_: Any, /, **_: Any) -> FSEPExperts:
@@ -143,19 +141,11 @@ class FSEPMoELayer(MoELayer):
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> Any:
-        """Exchange counts, split tokens over replicas, and go on in slot space."""
+        """Plan this microbatch, which exchanges counts; from here on tokens go to slots."""
         plan = self._coordinator.plan_microbatch(self.state, routing_map, training=self.training)
-        if plan.routing_map_TE is not None:
-            routing_map = plan.routing_map_TE
-        ranges = torch.from_numpy(slot_ranges(plan.row_S, plan.layout.slot_expert_S))
-        ranges_2S = upload(ranges, routing_map.device)
-        probs_TS, slot_map_TS = to_slots(
-            probs, routing_map, plan.restored.index.slot_expert_S, ranges_2S
-        )
         self._plan = plan
-        self.token_dispatcher.set_plan(plan)
-        self.token_dispatcher.set_timeline(self._coordinator.timeline, self.state.name)
-        return super().preprocess(hidden_states, probs_TS, slot_map_TS)
+        self.token_dispatcher.begin(SlotDispatch(plan, self.state.name, self._coordinator.timeline))
+        return super().preprocess(hidden_states, probs, routing_map)
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
         """Exchange tokens; with that done, the next layer's experts may be fetched.
@@ -193,3 +183,10 @@ def _activation_builder(submodules: MoESubmodules) -> Any:
     """Transformer Engine's activation module, where the module spec brings one."""
     options = getattr(submodules.experts, "keywords", {})
     return getattr(options.get("submodules"), "activation_func", None)
+
+
+def _seed_of_arguments() -> int | None:
+    """The seed of Megatron's command line; None in a script that has none."""
+    from megatron.training import global_vars
+
+    return None if global_vars._GLOBAL_ARGS is None else int(global_vars.get_args().seed)

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Lint, types, layers and tests.
+# Lint, types, layers, spelling and tests.
 #
 #   scripts/test.sh               the quick set: tests marked unit or quick
 #   scripts/test.sh --all         everything that needs no GPU (also with CI=true), and then what is
 #                                 marked `releases` once more, with the oldest Megatron supported
 #   scripts/test.sh --nightly     what --all leaves out, because it takes long or needs more tools
 #   scripts/test.sh --gpu         the tests that need one
+#   scripts/test.sh --lint        no tests
 #   scripts/test.sh --megatron X  the chosen set with megatron-core X instead
 #   scripts/test.sh ... -- ARGS   ARGS are given to pytest, which then runs once
 set -euo pipefail
@@ -15,22 +16,22 @@ everything="not gpu and not nightly"
 selection="(unit or quick) and not nightly"
 [[ ${CI:-} == true ]] && selection=$everything
 megatron=
-oldest=0.18.0
 while (($#)); do
     case $1 in
         --all) selection=$everything ;;
         --nightly) selection="nightly and not gpu" ;;
         --gpu) selection=gpu ;;
+        --lint) selection= ;;
         --megatron)
             megatron=${2:-}
             if [[ $megatron != [0-9]* ]]; then
-                echo "--megatron '$megatron' is no version; give one, such as $oldest" >&2 && exit 2
+                echo "--megatron '$megatron' is no version; give one, such as 0.X.Y, of megatron_laer/releases.py" >&2 && exit 2
             fi
             shift
             ;;
         --) shift && break ;;
-        -h | --help) sed -n '2,10s/^# \{0,1\}//p' scripts/test.sh && exit ;;
-        *) echo "unknown option $1; allowed are --all, --nightly, --gpu, --megatron X, and -- followed by pytest's" >&2 && exit 2 ;;
+        -h | --help) sed -n '2,11s/^# \{0,1\}//p' scripts/test.sh && exit ;;
+        *) echo "unknown option $1; allowed are --all, --nightly, --gpu, --lint, --megatron X, and -- followed by pytest's" >&2 && exit 2 ;;
     esac
     shift
 done
@@ -45,8 +46,14 @@ check() {
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check mypy mypy
+check codespell codespell_lib ./*.md benchmarks configs docs megatron_laer patches scripts tests
 echo "== import-linter"
 .venv/bin/lint-imports || failed+=(import-linter)
+finish() {
+    ((${#failed[@]} == 0)) && exit
+    echo "FAILED: ${failed[*]}" && exit 1
+}
+[[ -n $selection ]] || finish
 ((${#failed[@]} == 0)) || echo "FAILED: ${failed[*]} (the tests follow)"
 
 # Ends when pytest has printed its summary, whatever a test left running. Files are spread over two
@@ -63,9 +70,8 @@ run_tests() {
 [[ -z $megatron ]] || laer_use_megatron "$megatron"
 run_tests "$selection" "$@"
 if [[ $selection == "$everything" && -z $megatron ]] && (($# == 0)); then
-    megatron=$oldest
+    megatron=$("$PYTHON" -c "from megatron_laer.releases import TESTED; print(TESTED[0])")
     laer_use_megatron "$megatron"
     run_tests "$everything and releases"
 fi
-((${#failed[@]} == 0)) || echo "FAILED: ${failed[*]}"
-((${#failed[@]} == 0))
+finish

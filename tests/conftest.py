@@ -1,10 +1,11 @@
-"""Rank pools and data that tests share, and a count of cases at the end."""
+"""Rank pools and data that tests share, kinds of tests, and a count of cases at the end."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,6 +19,14 @@ settings.load_profile("any")
 
 # At once: a rank holds up to a gigabyte, and two sessions may run side by side.
 RANKS_KEPT = 6
+
+KINDS = ("unit", "distributed", "convergence", "gpu")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A hook of pytest: a test is of its folder's kind, unless it is marked with another kind."""
+    if not any(item.get_closest_marker(kind) for kind in KINDS):
+        item.add_marker(item.path.relative_to(Path(__file__).parent).parts[0])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

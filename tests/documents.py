@@ -1,4 +1,4 @@
-"""Fenced blocks of the README and of the pages in docs, for the tests that run them."""
+"""Fenced blocks of the README and of other pages, for the tests that run them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "patches" / "README.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "patches" / "README.md",
+)
 
 # What is run, and what is only shown.
 COMMANDS, SCRIPT = "bash", "python"

@@ -1,4 +1,10 @@
-"""What the installed Megatron lacks: tests are written for the newest release that is supported."""
+"""What tests need to know of Megatron's releases, from the table in `megatron_laer/releases.py`.
+
+    python -m tests.releases
+
+writes what the table says into the files that cannot import it; a unit test compares them. Tests
+themselves are written for the newest supported release: here is what the installed one lacks.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +13,97 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 
-from packaging.version import Version
+from megatron_laer.releases import (
+    NUMBERS,
+    RELEASES,
+    ROUTING_TRACES,
+    SUPPORTED,
+    TESTED,
+    release_after,
+)
 
-NEWEST = Version("0.19")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A text about releases in a file that cannot import the table.
+
+    Attributes:
+        file: from the repository's top.
+        before: the text in front, which occurs once in the file.
+        after: the text behind.
+        text: what stands in between, by the table.
+    """
+
+    file: str
+    before: str
+    after: str
+    text: str
+
+    def split(self) -> tuple[str, str, str]:
+        """The file up to the place, what stands there, and the rest.
+
+        Raises:
+            AssertionError: the place is not there, or not alone.
+        """
+        content = (ROOT / self.file).read_text(encoding="utf-8")
+        head, found, rest = content.partition(self.before)
+        there, ended, tail = rest.partition(self.after)
+        assert found and ended and self.before not in rest, f"{self.file}: {self.before!r}"
+        return head + found, there, ended + tail
+
+    def write(self) -> bool:
+        """Write the text if another stands there; returns whether one did."""
+        head, there, tail = self.split()
+        if there == self.text:
+            return False
+        (ROOT / self.file).write_text(head + self.text + tail, encoding="utf-8")
+        return True
+
+
+PLACES = (
+    Place("pyproject.toml", '    "megatron-core', '"', SUPPORTED),
+    Place("constraints.txt", "\nmegatron-core==", "\n", TESTED[-1]),
+    Place(
+        "README.md",
+        "# megatron-core ",
+        ", Python",
+        " or ".join(filter(None, (", ".join(NUMBERS[:-1]), NUMBERS[-1]))),
+    ),
+    Place("README.md", "write from release ", " on", ROUTING_TRACES.since),
+    Place(
+        "docs/architecture.md",
+        "| megatron-core ",
+        " |",
+        f"≥ {NUMBERS[0]}, < {release_after(NUMBERS[-1])}",
+    ),
+    Place(
+        "patches/README.md",
+        "| folder | releases it applies to |\n| --- | --- |\n",
+        "\n\n",
+        "\n".join(
+            f"| `core_v{release.number}/` | "
+            f"{' to '.join(dict.fromkeys((release.tested[0], release.tested[-1])))} |"
+            for release in RELEASES
+        ),
+    ),
+)
+
+
+def release_of(version: str) -> str:
+    """The number of the release that a version of Megatron belongs to."""
+    return ".".join(version.split(".")[:2])
+
+
+def installed_release() -> str:
+    """The number of the release of Megatron that is installed."""
+    return release_of(metadata.version("megatron-core"))
+
 
 _PROGRAM = """
 import contextlib, io, json, sys
@@ -50,5 +143,12 @@ def refused_flags(lines: Sequence[str]) -> dict[str, str]:
     assert result.returncode == 0, result.stderr
     version, complaints = json.loads(result.stdout.splitlines()[-1])
     refused = {line: why for line, why in zip(lines, complaints, strict=True) if why is not None}
-    assert not refused or Version(version) < NEWEST, f"megatron-core {version}: {refused}"
+    is_older = release_of(version) in NUMBERS[:-1]
+    assert not refused or is_older, f"megatron-core {version}: {refused}"
     return refused
+
+
+if __name__ == "__main__":
+    for place in PLACES:
+        if place.write():
+            print(f"{place.file}: {place.text}")

@@ -98,12 +98,13 @@ def megatron(_: str) -> Answer:
     import megatron.core.datasets
 
     from megatron_laer.platform import versions
+    from megatron_laer.releases import TESTED
 
     datasets = Path(next(iter(megatron.core.datasets.__path__)))
     answer: Answer = {
         "version": versions.megatron_version(),
         "folder": str(datasets.parents[1]),
-        "tested": versions.TESTED_VERSIONS,
+        "tested": TESTED,
         "builds_helper": (datasets / "Makefile").exists(),
         "has_helper": any(datasets.glob("helpers_cpp*.so")),
     }

@@ -1,11 +1,10 @@
-"""Releases of Megatron that the plugin was tried with. What differs between them: `releases.py`."""
+"""The version of the Megatron that is here, and whether `releases` supports it."""
 
 from __future__ import annotations
 
 import importlib.metadata
 
-TESTED_VERSIONS = ("0.18.0", "0.18.2", "0.19.0", "0.19.2")
-_FIRST, _AFTER = "0.18", "0.20.dev0"
+from megatron_laer.releases import SUPPORTED, TESTED_RANGE
 
 
 def check_version() -> None:
@@ -14,12 +13,12 @@ def check_version() -> None:
     Raises:
         ImportError: with the version found and the tested range.
     """
-    from packaging.version import Version
+    from packaging.specifiers import SpecifierSet
 
     found = megatron_version()
-    if not Version(_FIRST) <= Version(found) < Version(_AFTER):
+    if not SpecifierSet(SUPPORTED).contains(found, prereleases=True):
         raise ImportError(
-            f"megatron_laer supports megatron-core {TESTED_VERSIONS[0]} to {TESTED_VERSIONS[-1]}, "
+            f"megatron_laer supports megatron-core {TESTED_RANGE}, "
             f"found {found}; install a supported version, or see patches/ for keeping a fork"
         )
 

@@ -17,18 +17,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_laer import session
 from megatron_laer.plugin.patching import Patch
-from megatron_laer.runtime.comm import process_groups
-from megatron_laer.runtime.coordinator import current_coordinator
-from megatron_laer.runtime.planning import planner_checkpoint
+from megatron_laer.releases import CHECKPOINT_STORAGE
 
 
 def _storage() -> Any:
     """What checkpoints are written with: has `open` and `os`, of an object store where it is on."""
     from megatron.core import msc_utils
 
-    if hasattr(msc_utils, "maybe_msc"):
+    if CHECKPOINT_STORAGE.is_in(msc_utils):
         return msc_utils.maybe_msc
-    # Megatron 0.18 decides at each place by itself.
+    # An older Megatron decides at each place by itself.
     feature = msc_utils.MultiStorageClientFeature
     return feature.import_package() if feature.is_enabled() else SimpleNamespace(open=open, os=os)
 
@@ -38,7 +36,7 @@ _BUFFERS = re.compile(r"(?:^|\.)optimizer\.distributed\.dp_group_idx_\d+\.")
 _MARK = ".fsep-"
 
 
-def _mark_buffers(sharded_state_dict: Any) -> bool:
+def _mark_buffers(sharded_state_dict: Any, group_size: int) -> bool:
     """Give the optimizer's buffers names of FSEP's group size; returns whether there are any.
 
     A rank's slices of all experts have as many elements as stock's whole experts, so that without
@@ -47,7 +45,7 @@ def _mark_buffers(sharded_state_dict: Any) -> bool:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedBase
 
-    mark = f"{_MARK}{process_groups.get_fsep_groups().size}"
+    mark = f"{_MARK}{group_size}"
     buffers = [
         entry
         for entry in nested_values(sharded_state_dict)
@@ -62,10 +60,13 @@ def _mark_buffers(sharded_state_dict: Any) -> bool:
 def _with_planner_saved(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        if process_groups.initialized():
-            _mark_buffers(sharded_state_dict)
+        current = session.current()
+        if current is not None and current.has_groups:
+            _mark_buffers(sharded_state_dict, current.groups.size)
         request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        planner_checkpoint.save_states(str(checkpoint_dir), current_coordinator(), _storage())
+        coordinator = None if current is None else current.coordinator
+        if coordinator is not None:
+            coordinator.save_planner(str(checkpoint_dir), _storage())
         return request
 
     return save
@@ -74,7 +75,12 @@ def _with_planner_saved(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        is_marked = process_groups.initialized() and _mark_buffers(sharded_state_dict)
+        current = session.current()
+        is_marked = (
+            current is not None
+            and current.has_groups
+            and _mark_buffers(sharded_state_dict, current.groups.size)
+        )
         try:
             loaded = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         except (Exception, CheckpointException) as error:  # torch's is no Exception
@@ -85,9 +91,8 @@ def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
                     "with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
                 ) from error
             raise
-        active = session.active()
-        if active is not None and active.config.plans:
-            planner_checkpoint.load_states(str(checkpoint_dir), current_coordinator(), _storage())
+        if current is not None and current.config.plans and current.coordinator is not None:
+            current.coordinator.resume_planner(str(checkpoint_dir), _storage())
         return loaded
 
     return load

@@ -15,7 +15,7 @@ import yaml
 
 from megatron_laer import session
 from megatron_laer.plugin.patching import Patch
-from megatron_laer.runtime.comm import process_groups
+from megatron_laer.session import Session
 
 _HYBRID_SPECS = "megatron.core.models.hybrid.hybrid_layer_specs"
 
@@ -52,8 +52,10 @@ def repoint_hybrid_specs() -> None:
         spec.mlp = functools.partial(moe_module_specs.MoELayer, *spec.mlp.args, **spec.mlp.keywords)
 
 
-def create_groups(timeout: timedelta | None = None, nccl_settings: str | None = None) -> None:
-    """Create the FSEP groups. Collective over the world.
+def create_groups(
+    current: Session, timeout: timedelta | None = None, nccl_settings: str | None = None
+) -> None:
+    """Create the session's FSEP groups. Collective over the world.
 
     Args:
         timeout: of their collectives; torch's default without it.
@@ -62,8 +64,6 @@ def create_groups(timeout: timedelta | None = None, nccl_settings: str | None = 
     """
     from megatron.core import parallel_state
 
-    active = session.active()
-    assert active is not None
     by_group: dict[str, Any] = {}
     if nccl_settings is not None and _uses_nccl():
         by_group = yaml.safe_load(Path(nccl_settings).read_text())
@@ -77,9 +77,7 @@ def create_groups(timeout: timedelta | None = None, nccl_settings: str | None = 
             group_desc=group_desc,
         )
 
-    process_groups.create_groups(
-        parallel_state.get_expert_model_parallel_group(), active.config.node_size, create_group
-    )
+    current.create_groups(parallel_state.get_expert_model_parallel_group(), create_group)
 
 
 def _uses_nccl() -> bool:
@@ -99,7 +97,10 @@ def _with_fsep_groups(original: Callable[..., Any]) -> Callable[..., Any]:
                 "ep",
             ]
         result = original(*call.args, **call.kwargs)
+        current = session.current()
+        assert current is not None
         create_groups(
+            current,
             timedelta(minutes=given["distributed_timeout_minutes"]),
             given["nccl_communicator_config_path"],
         )
@@ -111,8 +112,8 @@ def _with_fsep_groups(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_fsep_teardown(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def destroy_model_parallel(*args: Any, **kwargs: Any) -> Any:
-        session.forget_model()
-        process_groups.destroy_groups()
+        if (current := session.current()) is not None:
+            current.close()
         return original(*args, **kwargs)
 
     return destroy_model_parallel
@@ -121,8 +122,9 @@ def _with_fsep_teardown(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_fsep_field(original: classmethod[Any, Any, Any]) -> classmethod[Any, Any, Any]:
     def use_mpu_process_groups(cls: Any, *args: Any, **kwargs: Any) -> Any:
         collection = original.__func__(cls, *args, **kwargs)
-        if process_groups.initialized():
-            collection.fsep = process_groups.get_fsep_group()
+        current = session.current()
+        if current is not None and current.has_groups:
+            collection.fsep = current.groups.tokens
         return collection
 
     return classmethod(functools.wraps(original.__func__)(use_mpu_process_groups))

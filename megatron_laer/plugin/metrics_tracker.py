@@ -7,6 +7,8 @@ log line; the tracker is replaceable by design (`set_moe_metrics_tracker`), so n
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
-from megatron_laer.runtime.coordinator import Coordinator, current_coordinator
-from megatron_laer.session import current_device
+from megatron_laer.runtime.build import current_device
+from megatron_laer.runtime.coordinator import Coordinator
+from megatron_laer.runtime.layer_state import Sample
+from megatron_laer.session import current_coordinator
 from megatron_laer.telemetry.balance import balance
 
 logger = logging.getLogger(__name__)
@@ -53,6 +57,64 @@ class FSEPMetricsTracker(MoEMetricsTracker):
         return line + "".join(f" {name}: {value:.3f} |" for name, value in scalars.items())
 
 
+@dataclass(frozen=True)
+class LayerMetrics:
+    """Sums over FSEP groups of what each measured of one layer since the last report.
+
+    A layer's mean is the sum divided by `groups`. To add a metric of layers, add a field here, fill
+    it in `of`, and name it in `_named`.
+
+    Attributes:
+        imbalance: max/mean tokens per rank, mean over microbatches.
+        stock_imbalance: what it would be under stock Megatron's placement.
+        fresh_layouts: share of microbatches with a layout of their own.
+        decide_ms: the host's milliseconds to decide on a microbatch.
+        groups: FSEP groups that measured the layer.
+    """
+
+    imbalance: float = 0.0
+    stock_imbalance: float = 0.0
+    fresh_layouts: float = 0.0
+    decide_ms: float = 0.0
+    groups: float = 0.0
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> LayerMetrics:
+        """One group's measurement; all zero without samples."""
+        measured = balance(sample.decision.quotas for sample in samples)
+        if measured is None:
+            return cls()
+        return cls(
+            measured.fsep,
+            measured.stock,
+            float(np.mean([sample.decision.replanned for sample in samples])),
+            float(np.mean([sample.decide_s for sample in samples])) * 1e3,
+            1.0,
+        )
+
+    def __add__(self, other: LayerMetrics) -> LayerMetrics:
+        """The sum over the groups of both."""
+        return LayerMetrics(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+    def mean(self) -> LayerMetrics:
+        """The mean over groups."""
+        return LayerMetrics(*(value / self.groups for value in astuple(self)))
+
+
+@dataclass(frozen=True)
+class RankMetrics:
+    """Sums over ranks of what each rank measured.
+
+    Attributes:
+        restore_exposed_ms, reduce_exposed_ms: what the compute waited for in a step.
+        ranks: those that have MoE layers.
+    """
+
+    restore_exposed_ms: float = 0.0
+    reduce_exposed_ms: float = 0.0
+    ranks: float = 0.0
+
+
 def collect(
     coordinator: Coordinator | None, decoder_layers: int, mtp_layers: int
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -63,49 +125,61 @@ def collect(
     Returns:
         Scalars and per-layer values by name. Values of planning are those of this rank's group.
     """
-    # Columns: FSEP, stock, share of fresh layouts, milliseconds to decide, and how many groups have
-    # a value; rows of other stages stay zero. The last row: exposed times of restores and of
-    # gradients, per rank.
-    values_L5 = torch.zeros(decoder_layers + mtp_layers + 1, 5, dtype=torch.float64)
+    layers = [LayerMetrics()] * (decoder_layers + mtp_layers)
+    rank = RankMetrics()
     if coordinator is not None:
-        values_L5[-1] = torch.tensor([*coordinator.take_exposed_ms(), 0.0, 0.0, 1.0])
-    for layer in [] if coordinator is None else coordinator.layers:
-        history = list(layer.history)
-        layer.history.clear()
-        measured = balance(decision.quotas for decision, _ in history)
-        if measured is not None:
-            logger.info("FSEP %s: %s", layer.name, history[-1][0].reason)
-            fresh, solve_s = np.mean([(d.replanned, seconds) for d, seconds in history], axis=0)
+        rank = RankMetrics(*coordinator.take_exposed_ms(), 1.0)
+        for layer in coordinator.layers:
+            samples = layer.take_samples()
+            if samples:
+                logger.info("FSEP %s: %s", layer.name, samples[-1].decision.reason)
+            # Hybrid models number MTP layers past `mtp_layers`: these add to the last row.
             row = layer.number - 1 + (decoder_layers if layer.is_mtp else 0)
-            row = min(row, len(values_L5) - 2)
-            values_L5[row] += torch.tensor([measured.fsep, measured.stock, fresh, solve_s * 1e3, 1])
-    values_L5 = values_L5.to(current_device())
-    dist.all_reduce(values_L5)
-    *values, exposed_5 = values_L5.cpu()
-    values_L5 = torch.stack(values)
-    has_value = values_L5[:, 4] > 0
-    means_L4 = values_L5[has_value, :4] / values_L5[has_value, 4:]
-    fsep, stock, fresh_layouts, decide_ms = means_L4.unbind(1)
-    layers = (torch.nonzero(has_value).flatten()).tolist()
-    per_layer: dict[str, float] = {}
-    scalars: dict[str, float] = {}
-    for name, values in (("fsep_load_imbalance", fsep), ("fsep_stock_load_imbalance", stock)):
-        for layer_index, value in zip(layers, values.tolist(), strict=True):
-            per_layer[f"{name}_layer_{layer_index}"] = value
-        if values.numel():
-            scalars[name] = values.mean().item()
-            for percentile in PERCENTILES:
-                scalars[f"{name}_p{percentile}"] = values.quantile(percentile / 100).item()
-    if fresh_layouts.numel():
-        scalars["fsep_fresh_layouts"] = fresh_layouts.mean().item()
-        scalars["fsep_quota_ms"] = decide_ms.mean().item()
-    if exposed_5[4] > 0:
-        scalars["fsep_restore_exposed_ms"] = (exposed_5[0] / exposed_5[4]).item()
-        scalars["fsep_reduce_exposed_ms"] = (exposed_5[1] / exposed_5[4]).item()
+            row = min(row, len(layers) - 1)
+            layers[row] += LayerMetrics.of(samples)
+    layers, rank = _sum_over_ranks(layers, rank)
+    scalars, per_layer = _named(layers, rank)
     if coordinator is not None:
         status = coordinator.planner_status
         scalars["fsep_plan_ms"] = status.plan_us / 1e3
         scalars["fsep_layout_version"] = float(coordinator.version)
         scalars["fsep_late_plans"] = float(status.late_plans)
         scalars["fsep_plan_failures"] = float(status.failures)
+    return scalars, per_layer
+
+
+def _sum_over_ranks(
+    layers: list[LayerMetrics], rank: RankMetrics
+) -> tuple[list[LayerMetrics], RankMetrics]:
+    values = [value for layer in layers for value in astuple(layer)] + [*astuple(rank)]
+    summed = torch.tensor(values, dtype=torch.float64).to(current_device())
+    dist.all_reduce(summed)
+    width = len(fields(LayerMetrics))
+    *by_layer, of_ranks = summed.cpu().split([width] * len(layers) + [len(fields(RankMetrics))])
+    return [LayerMetrics(*row.tolist()) for row in by_layer], RankMetrics(*of_ranks.tolist())
+
+
+def _named(
+    layers: Sequence[LayerMetrics], rank: RankMetrics
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Scalars and per-layer values by the names under which Megatron logs them."""
+    means = {index: layer.mean() for index, layer in enumerate(layers) if layer.groups}
+    scalars: dict[str, float] = {}
+    per_layer: dict[str, float] = {}
+    for name, by_layer in (
+        ("fsep_load_imbalance", {at: mean.imbalance for at, mean in means.items()}),
+        ("fsep_stock_load_imbalance", {at: mean.stock_imbalance for at, mean in means.items()}),
+    ):
+        per_layer |= {f"{name}_layer_{at}": value for at, value in by_layer.items()}
+        if by_layer:
+            values = np.array([*by_layer.values()])
+            scalars[name] = float(values.mean())
+            for percentile in PERCENTILES:
+                scalars[f"{name}_p{percentile}"] = float(np.percentile(values, percentile))
+    if means:
+        scalars["fsep_fresh_layouts"] = float(np.mean([m.fresh_layouts for m in means.values()]))
+        scalars["fsep_quota_ms"] = float(np.mean([m.decide_ms for m in means.values()]))
+    if rank.ranks:
+        scalars["fsep_restore_exposed_ms"] = rank.restore_exposed_ms / rank.ranks
+        scalars["fsep_reduce_exposed_ms"] = rank.reduce_exposed_ms / rank.ranks
     return scalars, per_layer

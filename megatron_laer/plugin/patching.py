@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_laer.platform.versions import TESTED_VERSIONS, megatron_version
+from megatron_laer.platform.versions import megatron_version
+from megatron_laer.releases import TESTED_RANGE
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Patch:
             raise ImportError(
                 f"megatron_laer needs {self.module}.{self.path} ({self.reason}), which "
                 f"megatron-core {megatron_version()} does not have ({error}); tested with "
-                f"{TESTED_VERSIONS[0]} to {TESTED_VERSIONS[-1]}"
+                f"{TESTED_RANGE}"
             ) from error
         return owner, name
 

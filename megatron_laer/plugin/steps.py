@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ import torch
 from megatron_laer import session
 from megatron_laer.plugin.patching import Patch
 from megatron_laer.runtime.weights.scheduler import Chunk
-from megatron_laer.session import StepOutcome
 
 
 def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,9 +31,21 @@ def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
     return train_step
 
 
+@dataclass
+class StepOutcome:
+    """How a step ended.
+
+    Attributes:
+        weights_changed: false where the optimizer skipped its step, say for an infinite gradient.
+    """
+
+    weights_changed: bool = True
+
+
+@contextmanager
 def training_step(
     step: int, num_microbatches: int | None = None, model: Sequence[torch.nn.Module] = ()
-) -> AbstractContextManager[StepOutcome]:
+) -> Iterator[StepOutcome]:
     """A training step, at whose start layouts change. Collective: every rank must enter it.
 
     Megatron's own loop is wrapped in it by the plugin; a loop of one's own does it like this:
@@ -47,17 +59,22 @@ def training_step(
         model: Megatron's list of model chunks, the same at every step; without it, restores are
             scheduled within each layer only.
 
-    Returns:
-        A context; what it yields has `weights_changed`, to be set to False if the optimizer skips.
+    Yields:
+        The outcome, whose `weights_changed` is to be set to False if the optimizer skips.
 
     Raises:
         ValueError: at the first step, on every rank of the world: a recording that cannot be
             replayed or written. With `--fsep-restore step`: no `num_microbatches`.
         RuntimeError: a plan that no backward pass used.
     """
-    return session.training_step(
-        step, num_microbatches, lambda: [_chunk(wrapped) for wrapped in model]
-    )
+    current = session.current()
+    outcome = StepOutcome()
+    if current is None:
+        yield outcome
+        return
+    current.begin_step(step, num_microbatches, lambda: [_chunk(wrapped) for wrapped in model])
+    yield outcome
+    current.end_step(weights_changed=outcome.weights_changed)
 
 
 def _chunk(wrapped: Any) -> Chunk:

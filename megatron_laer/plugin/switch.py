@@ -15,7 +15,6 @@ from megatron_laer.plugin.layers import LAYER_PATCHES, create_groups, repoint_hy
 from megatron_laer.plugin.metrics import remove_metrics
 from megatron_laer.plugin.patching import apply, patch_table, undo
 from megatron_laer.plugin.steps import STEP_PATCHES
-from megatron_laer.runtime.comm import process_groups
 from megatron_laer.session import Session
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,8 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
             not divide the group, on every rank.
     """
     wanted = Session(config or FSEPConfig(), seed)
-    if wanted == session.active():
+    current = session.current()
+    if current is not None and (current.config, current.seed) == (wanted.config, wanted.seed):
         return
     check_version()
     check_planner(wanted.config.planner)
@@ -50,7 +50,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     # All seams are found before one is used, so that a missing one leaves nothing patched.
     for patch in FSEP_PATCHES:
         patch.owner_and_name()
-    session.set_active(wanted)
+    session.replace(wanted)
     fresh = [patch for patch in FSEP_PATCHES if apply(patch)]
     repoint_hybrid_specs()
     if fresh and int(os.environ.get("RANK", "0")) == 0:
@@ -59,8 +59,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
-        process_groups.destroy_groups()
-        create_groups()
+        create_groups(wanted)
 
 
 def disable() -> None:
@@ -68,9 +67,8 @@ def disable() -> None:
 
     Destroys the FSEP groups: models that were built with FSEP cannot go on training.
     """
-    session.set_active(None)
+    session.replace(None)
     remove_metrics()
-    process_groups.destroy_groups()
     for patch in FSEP_PATCHES:
         undo(patch)
     repoint_hybrid_specs()

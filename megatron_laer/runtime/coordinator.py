@@ -1,122 +1,105 @@
-"""The layouts in force on this rank, and how they change: plans in, statistics out.
+"""The layouts in force on one rank, and how they change: plans in, counts out.
 
 Holds `(version, layout)` per MoE layer and each layer's FIFO of plans. Chooses no layout
-(`planner`), and neither moves weights (`exchange`) nor says when (`scheduler`).
+(`planner`), moves no weights (`comm`), does not say when they move (`weights.scheduler`), and is
+put together elsewhere (`build`).
 
-Legend: N ranks, E experts, C slots per rank, S = N·C slots.
+Legend: N ranks, E experts, C slots per rank.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from megatron_laer.config import (
-    EXACT,
-    NODE,
-    RANDOM_PLANNER,
-    STEP_RESTORE,
-    FSEPConfig,
-)
-from megatron_laer.layout import ExpertLayout, default_capacity
-from megatron_laer.planner.costs import CostModel
+from megatron_laer.config import RANDOM_PLANNER, FSEPConfig
+from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.runtime.comm.collectives import (
-    LayoutTag,
     PlannerStatus,
     broadcast_layouts,
     exchange_counts,
 )
 from megatron_laer.runtime.comm.exchange import Exchange
-from megatron_laer.runtime.comm.flat_exchange import FlatExchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
-from megatron_laer.runtime.comm.node_exchange import NodeExchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
-from megatron_laer.runtime.comm.streams import make_comm_stream
-from megatron_laer.runtime.layer_state import LayerState
+from megatron_laer.runtime.layer_state import LayerState, check_no_plan_is_left, name_of_layer
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+from megatron_laer.runtime.planning import planner_checkpoint
+from megatron_laer.runtime.planning.planner_checkpoint import Resumption
 from megatron_laer.runtime.planning.planner_rank import PlannerRank, naming_flag
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.scheduler import Scheduler
 from megatron_laer.runtime.weights.slices import Slices
 from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
-from megatron_laer.schedule import make_schedule
-from megatron_laer.telemetry.clock import make_clock
-from megatron_laer.telemetry.ranges import make_ranges
-from megatron_laer.telemetry.timeline import Timeline, timeline_path
+from megatron_laer.schedule import Schedule
+from megatron_laer.telemetry.timeline import Timeline, open_timeline
 
 logger = logging.getLogger(__name__)
 
 
-_WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
 class Coordinator:
-    """Layouts, plans and statistics of one FSEP group, on one of its ranks.
+    """Layouts and plans of one FSEP group, on one of its ranks.
 
     Args:
-        num_experts: E.
+        guard: chooses each microbatch's layout; its cost model is the planner's as well.
+        schedule: what `streams` do when.
         seed: the run's seed; the same on every rank.
-        costs: the planner's model of a layer's time.
+
+    Attributes:
+        layers: this rank's MoE layers, in the order in which they were built.
+        version: of the layouts in force; counts how often they changed.
+        planner_status: of the group's planner, as of the last step boundary.
+        timeline: open while training is recorded.
+        resumption: what was found of an earlier run's planner.
     """
 
     def __init__(
         self,
         config: FSEPConfig,
         groups: FSEPGroups,
-        num_experts: int,
+        geometry: Geometry,
+        guard: Guard,
+        schedule: Schedule,
+        streams: ExchangeStreams,
         *,
         seed: int,
-        costs: CostModel,
         device: torch.device,
     ) -> None:
         self.config = config
         self.groups = groups
+        self.geometry = geometry
+        self.guard = guard
+        self.schedule = schedule
+        self.scheduler = Scheduler(schedule, streams, self._experts_of)
         self.seed = seed
         self.device = device
-        self.geometry = Geometry(
-            num_ranks=groups.size,
-            num_experts=num_experts,
-            capacity=config.capacity or default_capacity(groups.size, num_experts),
-            node_size=groups.node_size,
-        )
-        costs = costs.with_exchange(config.restore_algorithm, self.geometry)
-        self.guard = Guard(
-            config.mode, costs, self.geometry, config.imbalance_tolerance, config.split
-        )
-        self.exchange = _exchange(config, groups, costs.restore_algorithm)
-        overlaps = config.scheduler == "on"
-        self.schedule = make_schedule(
-            overlaps=overlaps,
-            after_gate=config.mode == EXACT,
-            holds_step=config.restore == STEP_RESTORE,
-        )
-        self.streams = ExchangeStreams(
-            self.exchange,
-            parameters=make_comm_stream("parameters", device, overlaps=overlaps),
-            gradients=make_comm_stream("gradients", device, overlaps=overlaps),
-        )
-        self.scheduler = Scheduler(self.schedule, self.streams, self._experts_of)
         self.layers: list[LayerState] = []
         self.version = 0
         self.step = 0
         self.planner_status = PlannerStatus()
-        # Why the state of an earlier run is not gone on from.
-        self.resume_problem: str | None = None
         self.timeline: Timeline | None = None
-        self._unreported_steps = 0
-        self._costs = costs
+        self.resumption = Resumption()
+        self.streams = streams
         self._num_microbatches: int | None = None
         self._started = False
+        self._unreported_steps = 0
         self._warned_without_steps = False
         self._planner_rank: PlannerRank | None = None
-        self._resumed: PlannerState | None = None
+
+    @property
+    def exchange(self) -> Exchange:
+        """The exchange of weights and gradients."""
+        return self.streams.exchange
 
     # What the layers call.
 
@@ -131,13 +114,9 @@ class Coordinator:
             recomputes: whether it is a checkpoint of its own.
         """
         assert not self._started, "a layer was built after training began"
-        shape = (self.geometry.num_ranks, self.geometry.capacity, self.geometry.num_experts)
-        name = f"mtp {number}" if is_mtp else f"layer {number}"
-        # Hybrid MTP numbers the layers of each depth from 1; seeds and messages need names apart.
-        same = sum(layer.name.split(" #")[0] == name for layer in self.layers)
-        if same:
-            name += f" #{same + 1}"
-        layout = ExpertLayout.static(*shape)
+        name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
+        geometry = self.geometry
+        layout = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
         state = LayerState(len(self.layers), name, number, is_mtp, slices, recomputes, layout)
         self.layers.append(state)
         return state
@@ -160,7 +139,7 @@ class Coordinator:
             self._warn_without_steps()
         restored = self.scheduler.enter(layer, training)
         layout = restored.index.layout
-        tag, tag_tensor = self._tag_of(layer, layout)
+        tag, tag_tensor = layer.tag(self.version, layout, self.device)
         counts_NE = exchange_counts(
             routing_map_TE.sum(dim=0), tag, tag_tensor, self.groups, layer.name
         )
@@ -168,17 +147,13 @@ class Coordinator:
         decision = self.guard.decide(counts_NE, layout)
         row_S = decision.quotas.rank_row(self.groups.rank)
         columns_NC = decision.quotas.rank_columns(self.groups.rank)
-        solve_s = time.perf_counter() - start_s
+        decide_s = time.perf_counter() - start_s
         if decision.replanned:
             restored.change(layout_index(decision.layout, self.device))
         self.scheduler.decided(layer, restored)
-        plan = MicrobatchPlan(
-            restored=restored,
-            row_S=row_S,
-            columns_NC=columns_NC,
-        )
+        plan = MicrobatchPlan(restored=restored, row_S=row_S, columns_NC=columns_NC)
         if training:
-            self._record(layer, decision, solve_s)
+            self._note(layer, counts_NE, decision, decide_s)
             if not torch.is_grad_enabled():
                 layer.pending.append(plan.for_rerun(routing_map_TE))
         return plan
@@ -199,11 +174,12 @@ class Coordinator:
                 self._planner_rank = PlannerRank(
                     self.config,
                     self.geometry,
-                    self._costs,
-                    self.layers,
+                    self.guard.costs,
+                    [layer.name for layer in self.layers],
+                    [layer.layout for layer in self.layers],
                     group_index=self.groups.index,
                     first_step=first_step,
-                    resumed=self._resumed,
+                    resumed=self.resumption.state,
                 )
         except Exception as error:  # whatever it is, the other ranks must hear of it
             return f"{type(error).__name__}: {error}"
@@ -221,14 +197,15 @@ class Coordinator:
             ValueError: `--fsep-restore step` without a number of microbatches.
         """
         assert self._started, "begin_step before start"
-        self._check_fifos()
+        check_no_plan_is_left(self.layers)
         if self.timeline is not None:
             self.timeline.begin_step(step)
+        if self._planner_rank is not None:
+            self._planner_rank.mailbox.begin_step(step, num_microbatches)
         self.step = step
         self._num_microbatches = num_microbatches
         for layer in self.layers:
             layer.microbatches = 0
-            layer.step_counts_NE = None
         self._change_layouts()
         if self.schedule.holds_step:
             self._hold_experts()
@@ -242,10 +219,10 @@ class Coordinator:
         Raises:
             RuntimeError: a layer's plans were not all used by a backward pass.
         """
-        self._check_fifos()
+        check_no_plan_is_left(self.layers)
+        if self._planner_rank is not None:
+            self._planner_rank.mailbox.end_step()
         for layer in self.layers:
-            if self._num_microbatches is None and layer.microbatches:
-                self._observe(layer)
             if layer.step_experts is not None:
                 layer.step_experts.end_step(weights_changed=weights_changed)
         self._unreported_steps += 1
@@ -263,15 +240,26 @@ class Coordinator:
 
     # What checkpoints call.
 
-    @property
-    def started(self) -> bool:
-        """Whether training began, so that it is too late to resume."""
-        return self._started
+    def save_planner(self, directory: str, storage: Any) -> None:
+        """Write the planner's state into a checkpoint: see `planner_checkpoint.save_state`."""
+        planner_checkpoint.save_state(directory, self.groups, self.planner_state, storage)
 
-    @property
-    def resumed_version(self) -> int | None:
-        """The layout version of the earlier run's state that is gone on from, if there is one."""
-        return None if self._resumed is None else self._resumed.version
+    def resume_planner(self, directory: str, storage: Any) -> None:
+        """Go on from the planner's state in a checkpoint, if the next step is the one after it.
+
+        Where the state is missing or does not fit, planning starts from the static layout, and
+        the session says why when training begins. Does nothing once training has begun. Collective
+        over the group.
+        """
+        if self.layers and not self._started:
+            names = [layer.name for layer in self.layers]
+            self.resumption = planner_checkpoint.load_state(
+                directory,
+                self.groups,
+                self.device,
+                lambda state: state.check_fits(self.geometry, names),
+                storage,
+            )
 
     def planner_state(self) -> PlannerState | None:
         """The planner's state between two steps, on the group's rank 0; None without a planner.
@@ -289,22 +277,10 @@ class Coordinator:
                 forecasts=forecasts,
                 plans=plans,
             )
-        return self._resumed  # loaded, and saved again before the first step
-
-    def resume(self, state: PlannerState) -> None:
-        """Go on from an earlier run's state, if the first step is the one it was saved for.
-
-        The same on every rank of the group, before `start`.
-
-        Raises:
-            ValueError: a state of another run.
-        """
-        assert not self._started
-        state.check_fits(self.geometry, [layer.name for layer in self.layers])
-        self._resumed = state
+        return self.resumption.state  # loaded, and saved again before the first step
 
     def close(self) -> None:
-        """Stop the planner and the exchanges' streams, and close the recording and the timeline."""
+        """Stop the planner and the streams, and close the recording and the timeline."""
         self.scheduler.close()
         if self.timeline is not None:
             self.timeline.close()
@@ -330,35 +306,49 @@ class Coordinator:
                 )
 
     def _go_on(self, first_step: int) -> None:
-        state = self._resumed
+        state = self.resumption.state
         if state is None:
             return
         if state.next_step != first_step:
-            self._resumed = None
-            self.resume_problem = (
-                f"its state was saved before step {state.next_step} and training begins at step "
-                f"{first_step}"
+            self.resumption = Resumption(
+                problem=f"its state was saved before step {state.next_step} and training begins at "
+                f"step {first_step}"
             )
             return
         self.version = state.version
         for layer, layout in zip(self.layers, state.layouts, strict=True):
             layer.layout = layout
 
-    def _change_layouts(self) -> None:
-        if not self._changes_layouts or not self.layers:
+    def _open_timeline(self, first_step: int) -> None:
+        if self.config.timeline is None:
             return
-        lead = self._planner_rank
-        geometry = self.geometry
+        with naming_flag("timeline", self.config.timeline):
+            self.timeline = open_timeline(
+                self.config.timeline, dist.get_rank(), self.device, first_step
+            )
+        for stream in (self.streams.parameters, self.streams.gradients):
+            stream.times.timeline = self.timeline
+
+    def _change_layouts(self) -> None:
+        changes = self.config.plans or self.config.replay_layouts is not None
+        if not changes or not self.layers:
+            return
+        planner_rank, geometry = self._planner_rank, self.geometry
         layouts, self.planner_status = broadcast_layouts(
-            None if lead is None else lead.due(self.step),
-            PlannerStatus() if lead is None else lead.status,
+            None if planner_rank is None else planner_rank.due(self.step),
+            PlannerStatus() if planner_rank is None else planner_rank.status,
             (geometry.num_ranks, geometry.capacity, geometry.num_experts),
             len(self.layers),
             self.groups,
             self.device,
         )
-        if layouts is not None:
-            self._apply(layouts)
+        if layouts is None:
+            return
+        self.version += 1
+        for layer, layout in zip(self.layers, layouts, strict=True):
+            layer.layout = layout
+        if planner_rank is not None:
+            planner_rank.applied(self.step, layouts)
 
     def _hold_experts(self) -> None:
         if self._num_microbatches is None:
@@ -376,106 +366,32 @@ class Coordinator:
                 layer.step_experts = StepExperts(layer.name, layer.slices, index, self.streams)
             layer.step_experts.begin_step(index, self._num_microbatches)
 
-    @property
-    def _changes_layouts(self) -> bool:
-        return self.config.plans or self.config.replay_layouts is not None
-
-    def _open_timeline(self, first_step: int) -> None:
-        if self.config.timeline is None:
-            return
-        rank = dist.get_rank()
-        path = timeline_path(self.config.timeline, rank)
-        clock, ranges = make_clock(self.device), make_ranges(self.device)
-        with naming_flag("timeline", self.config.timeline):
-            self.timeline = Timeline(path, rank, clock, ranges, first_step)
-        for stream in (self.streams.parameters, self.streams.gradients):
-            stream.times.timeline = self.timeline
-
-    def _apply(self, layouts: list[ExpertLayout]) -> None:
-        self.version += 1
-        for layer, layout in zip(self.layers, layouts, strict=True):
-            layer.layout = layout
-        if self._planner_rank is not None:
-            self._planner_rank.applied(self.step, layouts)
-
     def _experts_of(self, layer: LayerState, training: bool) -> RestoredExperts:
         if training and layer.step_experts is not None:
             return layer.step_experts
-        return RestoredExperts(
-            layer.name, layer.slices, self._index_of(layer, training), self.streams
-        )
+        index = self._index_of(layer, training)
+        return RestoredExperts(layer.name, layer.slices, index, self.streams)
 
     def _index_of(self, layer: LayerState, training: bool) -> LayoutIndex:
         """The layout that the layer's next pass is planned with."""
         layout = layer.layout
         if self.config.planner == RANDOM_PLANNER and training:
+            draw = 0 if self.schedule.holds_step else layer.microbatches
+            seed = (self.seed, self.step, layer.index, draw)
             layout = ExpertLayout.random(
-                layout.num_ranks,
-                layout.capacity,
-                layout.num_experts,
-                (self.seed, self.step, layer.index, self._draw_of(layer)),
+                layout.num_ranks, layout.capacity, layout.num_experts, seed
             )
         return layout_index(layout, self.device)
 
-    def _draw_of(self, layer: LayerState) -> int:
-        """A random layout's number within the step."""
-        return 0 if self.schedule.holds_step else layer.microbatches
-
-    def _tag_of(self, layer: LayerState, layout: ExpertLayout) -> tuple[LayoutTag, torch.Tensor]:
-        """The layout's tag, with its tensor kept on the device as long as it holds."""
-        tag = LayoutTag(self.version, layout.digest)
-        if layer.tag is None or layer.tag[0] != tag:
-            layer.tag = (tag, tag.tensor(self.device))
-        return layer.tag
-
-    def _record(self, layer: LayerState, decision: Decision, solve_s: float) -> None:
-        counts_NE = decision.quotas.counts_NE
-        if layer.microbatches == self._num_microbatches:
-            # Megatron's rerun state machine repeats a step: what counts is the last time.
-            layer.microbatches, layer.step_counts_NE = 0, None
+    def _note(
+        self,
+        layer: LayerState,
+        counts_NE: npt.NDArray[np.int64],
+        decision: Decision,
+        decide_s: float,
+    ) -> None:
+        """Count a microbatch; on the planner rank, also hand on what planner and metrics need."""
+        number = layer.count_microbatch(self._num_microbatches)
         if self._planner_rank is not None:
-            self._planner_rank.routed(self.step, layer, counts_NE)
-            layer.history.append((decision, solve_s))
-        layer.microbatches += 1
-        if layer.step_counts_NE is None:
-            layer.step_counts_NE = counts_NE.copy()
-        else:
-            layer.step_counts_NE += counts_NE
-        if layer.microbatches == self._num_microbatches:
-            self._observe(layer)
-
-    def _observe(self, layer: LayerState) -> None:
-        if self._planner_rank is not None and layer.step_counts_NE is not None:
-            self._planner_rank.observe(self.step, layer, layer.step_counts_NE)
-
-    def _check_fifos(self) -> None:
-        left = {layer.name: len(layer.pending) for layer in self.layers if layer.pending}
-        if left:
-            raise RuntimeError(
-                f"FSEP: forward passes without gradients left plans that no re-run used: {left}. A "
-                "forward in training mode under torch.no_grad() is taken for the first pass of a "
-                "checkpoint; call model.eval() for passes that have no backward"
-            )
-
-
-def _exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: str) -> Exchange:
-    if algorithm == NODE:
-        dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
-        return NodeExchange(groups, dtype)
-    return FlatExchange(groups)
-
-
-_coordinator: Coordinator | None = None
-
-
-def set_coordinator(coordinator: Coordinator | None) -> None:
-    """Install this process's coordinator; the one before is closed."""
-    global _coordinator
-    if _coordinator is not None:
-        _coordinator.close()
-    _coordinator = coordinator
-
-
-def current_coordinator() -> Coordinator | None:
-    """This process's coordinator, if an FSEP layer was built."""
-    return _coordinator
+            self._planner_rank.mailbox.put(layer.index, number, counts_NE)
+            layer.add_sample(decision, decide_s)

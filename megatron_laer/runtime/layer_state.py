@@ -1,15 +1,11 @@
-"""One MoE layer on this rank, as coordinator, scheduler and metrics know it.
-
-Legend: N ranks, E experts.
-"""
+"""One MoE layer on this rank, as coordinator, scheduler and metrics know it."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from megatron_laer.layout import ExpertLayout
@@ -20,8 +16,17 @@ from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.slices import Slices
 from megatron_laer.runtime.weights.step_experts import StepExperts
 
-# Microbatches per layer whose balance is reported.
-_HISTORY = 32
+# Microbatches per layer whose balance is reported. A sample: measuring all of a long log interval
+# would hold up the step that logs.
+_SAMPLES = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A decision on one microbatch, and the seconds that the host took for it."""
+
+    decision: Decision
+    decide_s: float
 
 
 @dataclass
@@ -29,15 +34,16 @@ class LayerState:
     """One MoE layer on this rank.
 
     Attributes:
+        index: among the layers of this rank, from 0.
         name: "layer 3" or "mtp 1", counted over the whole model from 1.
+        number: the 3 of "layer 3".
         slices: what this rank holds of its experts.
         recomputes: whether the MoE layer is a checkpoint of its own.
+        layout: the one in force.
         pending: plans whose forward ran without gradients, under a checkpoint, oldest first; the
             re-run takes them. Backward order equals forward order per layer, in 1F1B and
             interleaved schedules alike.
-        history: decisions on the newest microbatches since the metrics were last read, and the
-            seconds that the host took for each, on the group's rank 0. A sample: measuring all of a
-            long log interval would hold up the step that logs.
+        microbatches: that were routed in this step so far.
         step_experts: restored for the whole step, where the schedule holds it.
     """
 
@@ -50,12 +56,64 @@ class LayerState:
     layout: ExpertLayout
     pending: deque[MicrobatchPlan] = field(default_factory=deque)
     microbatches: int = 0
-    step_counts_NE: npt.NDArray[np.int64] | None = None
-    history: deque[tuple[Decision, float]] = field(default_factory=lambda: deque(maxlen=_HISTORY))
-    tag: tuple[LayoutTag, torch.Tensor] | None = None
     step_experts: StepExperts | None = None
+    _samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+    _tag: tuple[LayoutTag, torch.Tensor] | None = None
 
     @property
     def rerun(self) -> RestoredExperts | None:
         """The experts of the next re-run under a checkpoint, if one is to come."""
         return self.pending[0].restored if self.pending else None
+
+    def tag(
+        self, version: int, layout: ExpertLayout, device: torch.device
+    ) -> tuple[LayoutTag, torch.Tensor]:
+        """The layout's tag, with its tensor, which stays on the device as long as the tag holds."""
+        tag = LayoutTag(version, layout.digest)
+        if self._tag is None or self._tag[0] != tag:
+            self._tag = (tag, tag.tensor(device))
+        return self._tag
+
+    def count_microbatch(self, num_microbatches: int | None) -> int:
+        """The number, within the step, of a microbatch that was routed; from 0.
+
+        Megatron's rerun state machine repeats a step: after the last microbatch comes the first.
+        """
+        number = 0 if self.microbatches == num_microbatches else self.microbatches
+        self.microbatches = number + 1
+        return number
+
+    def add_sample(self, decision: Decision, decide_s: float) -> None:
+        """Keep a decision for the metrics; the oldest one makes room."""
+        self._samples.append(Sample(decision, decide_s))
+
+    def take_samples(self) -> list[Sample]:
+        """The newest decisions since the last call, oldest first; none but on the planner rank."""
+        samples = list(self._samples)
+        self._samples.clear()
+        return samples
+
+
+def name_of_layer(number: int, is_mtp: bool, taken: Sequence[str]) -> str:
+    """The name of a layer in seeds and messages, different from the names that are taken.
+
+    Hybrid models number the MTP layers of each depth from 1.
+    """
+    name = f"mtp {number}" if is_mtp else f"layer {number}"
+    same = sum(other.split(" #")[0] == name for other in taken)
+    return f"{name} #{same + 1}" if same else name
+
+
+def check_no_plan_is_left(layers: Sequence[LayerState]) -> None:
+    """Raise if forward passes left plans.
+
+    Raises:
+        RuntimeError: naming the layers.
+    """
+    left = {layer.name: len(layer.pending) for layer in layers if layer.pending}
+    if left:
+        raise RuntimeError(
+            f"FSEP: forward passes without gradients left plans that no re-run used: {left}. A "
+            "forward in training mode under torch.no_grad() is taken for the first pass of a "
+            "checkpoint; call model.eval() for passes that have no backward"
+        )

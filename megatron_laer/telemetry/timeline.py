@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.telemetry.clock import Clock, Moment
-from megatron_laer.telemetry.ranges import OpenRange
+import torch
+
+from megatron_laer.telemetry.clock import Clock, Moment, make_clock
+from megatron_laer.telemetry.ranges import OpenRange, make_ranges
 from megatron_laer.writing import free_name, open_exclusively, replaced_when_complete, write_all
 
 logger = logging.getLogger(__name__)
@@ -188,6 +190,12 @@ class Timeline:
                 "ts": first,
                 "dur": round(last - first, 1),
             }
+
+
+def open_timeline(directory: str, rank: int, device: torch.device, first_step: int) -> Timeline:
+    """The trace of this rank in the directory: see `Timeline`."""
+    clock, open_range = make_clock(device), make_ranges(device)
+    return Timeline(timeline_path(directory, rank), rank, clock, open_range, first_step)
 
 
 def timeline_path(directory: str, rank: int) -> Path:

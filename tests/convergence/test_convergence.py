@@ -10,8 +10,6 @@ from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import Record, train
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.convergence
-
 STEPS = 250
 # Bytes of Python sources: a uniform guess has a loss of ln 257 = 5.55. Stock reaches 2.21 here
 # (`pytest tests/convergence -s` prints it); the bound leaves room for another machine's rounding.
@@ -26,15 +24,16 @@ FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait"
 
 def balance_of_step(model: object) -> tuple[float, int]:
     """A probe: mean max/mean tokens per rank of the step, and its layouts' version."""
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
     from megatron_laer.telemetry.balance import balance
 
     coordinator = current_coordinator()
     if coordinator is None:
         return 0.0, -1
-    found = [balance(d.quotas for d, _ in layer.history) for layer in coordinator.layers]
-    for layer in coordinator.layers:
-        layer.history.clear()
+    found = [
+        balance(sample.decision.quotas for sample in layer.take_samples())
+        for layer in coordinator.layers
+    ]
     mean = sum(part.fsep for part in found if part is not None) / len(found)
     return mean, coordinator.version
 

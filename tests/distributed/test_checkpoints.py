@@ -14,16 +14,14 @@ import pytest
 import torch
 
 from megatron_laer import inspection
-from megatron_laer.runtime.coordinator import current_coordinator
 from megatron_laer.runtime.planning import planner_checkpoint
 from megatron_laer.runtime.planning.planner_checkpoint import FOLDER
+from megatron_laer.session import current_coordinator
 from megatron_laer.testing.ranks import Raised, RankPool
 from megatron_laer.testing.training import initial_weights, train
 from megatron_laer.testing.weights import Tensors
 from tests.checkpoints import iteration_folder, saved_iteration, saved_tensors
 from tests.parity.flags import command_line
-
-pytestmark = pytest.mark.distributed
 
 FSEP = " --expert-parallel-mode fsep --fsep-planner static"
 WEIGHTS_ONLY = " --no-load-optim --no-load-rng --finetune"
@@ -308,7 +306,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
 def order_of_files(flags: list[str], tracker: str) -> list[bool]:
     """For each planner's state that this rank writes, whether its checkpoint counted by then."""
     counted = []
-    save = planner_checkpoint.save_states
+    save = planner_checkpoint.save_state
 
     def observed(*args: Any) -> None:
         save(*args)
@@ -316,7 +314,7 @@ def order_of_files(flags: list[str], tracker: str) -> list[bool]:
             assert Path(planner_checkpoint.state_path(args[0], 0)).exists()
             counted.append(Path(tracker).exists())
 
-    with mock.patch.object(planner_checkpoint, "save_states", observed):
+    with mock.patch.object(planner_checkpoint, "save_state", observed):
         train(flags)
     assert Path(tracker).exists()
     return counted

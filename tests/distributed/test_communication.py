@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from benchmarks import communication
-
-pytestmark = pytest.mark.distributed
 
 
 def test_counts_equal_formulas_and_nodes_halve_what_crosses(tmp_path: Path) -> None:

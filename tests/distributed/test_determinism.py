@@ -15,15 +15,13 @@ from megatron_laer.testing.training import Record, train
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 STEPS = 20
 WAIT = " --fsep-planner {} --fsep-late-plan wait"
 
 
 def layout_version(model: object) -> int:
     """A probe: how many times layouts changed so far."""
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
     return -1 if coordinator is None else coordinator.version

@@ -144,7 +144,6 @@ def _pages_with_commands() -> list[Path]:
 NIGHTLY = ("end_to_end.md",)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize(
     "page",
     [

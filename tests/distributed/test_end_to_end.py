@@ -9,8 +9,6 @@ import pytest
 from benchmarks import end_to_end, routing
 from benchmarks.end_to_end import SKEWS, Size
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
 TINY = Size(2, 64, 64, 8, 2, 64, 16, warm_up=1, steps=2, repeats=1)
 TIMES = {"median", "min", "max"}
 

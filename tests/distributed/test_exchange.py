@@ -14,8 +14,6 @@ from megatron_laer.config import EXCHANGES
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.testing.ranks import RankPool
 
-pytestmark = pytest.mark.distributed
-
 COLUMNS = 3
 
 
@@ -64,7 +62,7 @@ def exchanges_on(node_size: int) -> Iterator[Callable[..., Any]]:
 
         yield make
     finally:
-        process_groups.destroy_groups()
+        groups.destroy()
         dist.destroy_process_group()
 
 

@@ -31,9 +31,6 @@ from tests.faults.jobs import output_of, run_job, steps_of
 from tests.parity.compare import Distance, distance, identical
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
-
 FSEP = " --expert-parallel-mode fsep"
 STATIC = FSEP + " --fsep-planner static"
 EXACT = FSEP + " --fsep-plan-mode exact"

@@ -14,8 +14,6 @@ from megatron_laer.testing.training import initial_weights
 from megatron_laer.testing.weights import Tensors
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 FSEP = " --expert-parallel-mode fsep --fsep-planner static"
 
 

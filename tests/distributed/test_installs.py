@@ -25,8 +25,6 @@ from megatron_laer.model_flags import model_flags
 from tests import processes
 from tests.parity.flags import command_line
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
 _ROOT = Path(__file__).resolve().parents[2]
 _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 _OFFLINE = ["--no-index", "--no-build-isolation"]

@@ -14,8 +14,6 @@ from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 RANDOM = " --fsep-planner random"
 FSEP = " --expert-parallel-mode fsep" + RANDOM
 
@@ -113,7 +111,7 @@ def held_buffers(command: list[str]) -> Held:
     """Train, and look at the buffers."""
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     held = Held([], [], [], 0, 0, (0, 0))
     forward = GPTModel.forward
@@ -223,7 +221,7 @@ def test_buffers_stay_as_they_are_after_the_first_steps(
 
 def exchange_counts_of(command: list[str]) -> tuple[int, int, int, int, int]:
     """Restores, reduces, and bytes received for each, after a run; and bytes of the slots."""
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     found: list[tuple[int, int, int, int, int]] = []
 

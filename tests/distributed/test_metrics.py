@@ -11,8 +11,6 @@ from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 STEPS = 6
 
 

@@ -27,8 +27,6 @@ from tests.parity.decisions import Chosen, Decisions, train_choosing
 from tests.parity.flags import command_line
 from tests.parity.rows import FLOOR_FACTOR, FP32_BOUND, SMALLEST_FLOOR
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
 STEPS = 40
 LAYERS = 4
 # Each is another order of the data.

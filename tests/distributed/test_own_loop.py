@@ -21,8 +21,6 @@ from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import fresh_megatron
 from tests import processes
 
-pytestmark = pytest.mark.distributed
-
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "own_loop.md"
 STEPS = 4
 
@@ -131,7 +129,7 @@ def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> lis
     import torch
 
     import megatron_laer
-    from megatron_laer.session import StepOutcome
+    from megatron_laer.plugin.steps import StepOutcome
 
     heard = _Heard()
     enable = megatron_laer.enable

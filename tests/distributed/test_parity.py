@@ -17,12 +17,10 @@ from tests.parity.compare import distance
 from tests.parity.rows import FLOOR_FACTOR, LONG, ROWS, SMALLEST_FLOOR, STEP, Row
 from tests.releases import refused_flags
 
-pytestmark = pytest.mark.distributed
-
 
 def check_nothing_left(model: object) -> tuple[int, int, int]:
     """After a step: plans left in FIFOs (must be none), restores and reduces so far."""
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
     if coordinator is None:

@@ -19,8 +19,6 @@ from tests.faults.injected import train_with_other_layout
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 FSEP = " --expert-parallel-mode fsep --fsep-planner laer --fsep-cluster cpu-gloo"
 
 
@@ -33,7 +31,7 @@ def flags(data: str, steps: int, extra: str = "") -> list[str]:
 
 def planner_state(model: object) -> tuple[int, int, int]:
     """A probe: version, late plans, failures, as this rank knows them."""
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
     assert coordinator is not None

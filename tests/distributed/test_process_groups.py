@@ -16,8 +16,6 @@ from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 
 def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
     """Initialise Megatron's state with FSEP on, look at the groups, and tear everything down."""
@@ -26,13 +24,15 @@ def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     import megatron_laer
-    from megatron_laer.runtime.comm import process_groups
+    from megatron_laer import session
 
     dist.init_process_group("gloo")
     try:
         megatron_laer.enable(megatron_laer.FSEPConfig(node_size=node_size))
         parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel)
-        groups = process_groups.get_fsep_groups()
+        current = session.current()
+        assert current is not None
+        groups = current.groups
         collection = ProcessGroupCollection.use_mpu_process_groups()
 
         def members(group: Any) -> list[int] | None:
@@ -50,7 +50,7 @@ def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
         }
         extra = groups.extra()
         parallel_state.destroy_model_parallel()
-        found["destroyed"] = not process_groups.initialized() and all(
+        found["destroyed"] = not current.has_groups and all(
             group not in dist.distributed_c10d._world.pg_map for group in extra
         )
         return found
@@ -105,7 +105,7 @@ def test_launchers_that_disagree_are_refused_on_every_rank(
 
 def chosen_exchange(command: list[str]) -> str:
     """Which exchange a run takes."""
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     names: list[str] = []
 

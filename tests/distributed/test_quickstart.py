@@ -11,8 +11,6 @@ import pytest
 
 from tests import processes
 
-pytestmark = pytest.mark.distributed
-
 _ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
 

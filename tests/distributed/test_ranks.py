@@ -15,8 +15,6 @@ from megatron_laer.testing.ranks import RankPool, RankPools
 from tests.parity.flags import command_line
 from tests.processes import outlive, python_path
 
-pytestmark = pytest.mark.distributed
-
 # A rank that starts a child of its own, and a process that ends while its pool is open.
 USER = """
 import os, signal, sys

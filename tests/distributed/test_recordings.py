@@ -17,8 +17,6 @@ from megatron_laer.trace.reading import read_trace
 from megatron_laer.writing import open_exclusively
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 SAVED, STEPS = 4, 6
 
 # Flags, and the file of each that the tests look at: the timeline's of the other rank.

@@ -13,8 +13,6 @@ from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 FSEP = " --expert-parallel-mode fsep"
 
 # Flags, then what the message must quote and offer.

@@ -14,8 +14,6 @@ from megatron_laer.testing.training import Record, train
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 STEPS = 4
 OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"

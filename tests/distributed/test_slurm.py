@@ -17,7 +17,7 @@ import pytest
 from tests import processes
 from tests.slurm import Cluster, Job
 
-pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
+pytestmark = pytest.mark.slurm
 
 _ROOT = Path(__file__).resolve().parents[2]
 SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"

@@ -25,7 +25,7 @@ from tests.checkpoints import saved_iteration
 from tests.distributed.test_slurm import ONE_NODE, SBATCH, TWO_NODES
 from tests.slurm import Cluster, Job, kill_node, start_node
 
-pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
+pytestmark = pytest.mark.slurm
 
 _HELD = Path(__file__).resolve().parents[1] / "faults" / "held.py"
 STEPS, SAVE_INTERVAL, HELD_IN = 24, 8, 13

@@ -18,8 +18,6 @@ from megatron_laer.testing.training import Record, train
 from tests.parity.compare import Distance, distance
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 STEPS = 10
 OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 CLOSE = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4)

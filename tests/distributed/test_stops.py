@@ -17,8 +17,6 @@ from tests.faults.jobs import output_of, run_job, steps_of
 from tests.parity.flags import command_line
 from tests.processes import outlive
 
-pytestmark = pytest.mark.distributed
-
 PLANNED = " --expert-parallel-mode fsep --fsep-planner greedy --fsep-late-plan wait"
 ASYNC = " --async-save --use-persistent-ckpt-worker --async-strategy mcore"
 # Signal, loader workers and kind of save: every two of these values meet.

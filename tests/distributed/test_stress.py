@@ -25,8 +25,6 @@ from megatron_laer.testing.ranks import Raised, RankError, RankPool
 from tests.faults.delays import STEPS_PER_SEED, Trace, train_with_delays
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
 FORECAST = " --fsep-plan-mode forecast"

@@ -16,8 +16,6 @@ from megatron_laer.testing.training import train
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 STEPS = FIRST_STEP + NUM_STEPS + 1
 MICROBATCHES = 2
 LAYERS = ("layer 1", "layer 2")

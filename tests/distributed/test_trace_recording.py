@@ -13,8 +13,6 @@ from megatron_laer.testing.training import train
 from megatron_laer.trace.reading import read_trace
 from tests.parity.flags import command_line
 
-pytestmark = pytest.mark.distributed
-
 STEPS, MICROBATCHES = 4, 2
 
 

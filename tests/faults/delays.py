@@ -115,7 +115,7 @@ def train_with_delays(
     A seed that takes longer than `watchdog_s` ends the rank with all its stacks in its log, on
     which the pool of ranks asks the others for theirs.
     """
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     delays, trace = Delays(rank_of_environment()), Trace(Record())
 

@@ -71,7 +71,7 @@ def other_layout(rank: int, after_step: int, *, ahead: bool) -> Callable[[object
     import torch.distributed as dist
 
     from megatron_laer.layout import ExpertLayout
-    from megatron_laer.runtime.coordinator import current_coordinator
+    from megatron_laer.session import current_coordinator
 
     steps = 0
 
@@ -155,8 +155,8 @@ def train_with_skipped_step(flags: list[str], step: int, forgets: bool) -> Skipp
     from megatron.training import training
 
     import pretrain_gpt
-    from megatron_laer.runtime.coordinator import current_coordinator
     from megatron_laer.runtime.weights.step_experts import StepExperts
+    from megatron_laer.session import current_coordinator
 
     loss_func, end_step, found = pretrain_gpt.loss_func, StepExperts.end_step, Skipped()
     train_step = training.train_step

@@ -17,8 +17,6 @@ from megatron_laer.runtime.comm.layout_index import layout_index, reduce_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.slot_gemm import check_back_end
 
-pytestmark = pytest.mark.gpu
-
 DEVICE = torch.device("cuda")
 
 

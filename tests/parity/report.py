@@ -17,6 +17,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from megatron_laer.model_support import UNPROVED
+from megatron_laer.releases import NUMBERS, RELEASES
 from megatron_laer.support import REFUSALS
 from tests.parity.compare import Distance
 from tests.parity.features import FEATURES
@@ -106,6 +107,11 @@ def render(figures: Mapping[str, Figures]) -> str:
     return TEMPLATE.read_text(encoding="utf-8").format(
         proved=len(ROWS),
         refused=len(REFUSALS),
+        newest=NUMBERS[-1],
+        oldest=NUMBERS[0],
+        limits="\n".join(
+            f"Megatron {release.number} {release.limits}." for release in RELEASES if release.limits
+        ),
         releases=sum(row.releases for row in ROWS),
         factor=FLOOR_FACTOR,
         features="\n".join(features),

@@ -19,8 +19,6 @@ from tests.bad_inputs.cases import Case, all_cases
 from tests.bad_inputs.forks import Ended, Job, run_all
 from tests.parity.flags import command_line
 
-pytestmark = [pytest.mark.unit, pytest.mark.slow]
-
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "pretrain_gpt.py"
 TRAINING = command_line("absent", experts=8, expert_parallel=2, global_batch=4, steps=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from megatron_laer.config import SPLITS
 from megatron_laer.layout import ExpertLayout
@@ -15,8 +14,6 @@ from megatron_laer.telemetry.balance import (
     max_over_mean,
     stock_tokens_N,
 )
-
-pytestmark = pytest.mark.unit
 
 
 def test_max_over_mean_of_an_even_load_is_one_and_of_a_single_rank_is_their_number() -> None:

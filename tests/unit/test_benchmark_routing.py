@@ -19,8 +19,6 @@ from benchmarks.routing import (
 )
 from megatron_laer.telemetry.balance import max_over_mean, stock_tokens_N
 
-pytestmark = pytest.mark.unit
-
 STEPS = BURST_EVERY + 2
 SHAPE = RoutingShape(layers=2, ranks=2, experts=8, tokens=2048, topk=2)
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.processes import outlive, python_path
 
-pytestmark = [pytest.mark.unit, pytest.mark.releases]
+pytestmark = pytest.mark.releases
 
 # Megatron asks torch for the worker's GPU; new processes import this, and so have one.
 RANK = """

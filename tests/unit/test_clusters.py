@@ -18,8 +18,6 @@ from megatron_laer.planner.clusters import (
 )
 from megatron_laer.shipped import yaml_file
 
-pytestmark = pytest.mark.unit
-
 SHIPPED = ["a100-4x8-ib800", "cpu-gloo", "h100-8"]
 
 GOOD = """name: x

@@ -16,8 +16,6 @@ from megatron_laer.config import (
     flag_name,
 )
 
-pytestmark = pytest.mark.unit
-
 
 def parse(*words: str) -> argparse.Namespace:
     return add_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args(words)

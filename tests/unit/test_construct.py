@@ -14,8 +14,6 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.quotas import Int64
 from tests.unit.planner_cases import KINDS, counts_of
 
-pytestmark = pytest.mark.unit
-
 
 @st.composite
 def geometries(draw: st.DrawFn, spare: int = 4) -> Geometry:

@@ -21,8 +21,6 @@ from megatron_laer.planner.reference import quota_NS
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
-pytestmark = pytest.mark.unit
-
 # Curved, with transfers and latencies that matter beside compute.
 COSTS = make_costs(
     points=((1, 1e8), (16, 1e9), (256, 1e10)), intra=Link(3e8, 1e-6), inter=Link(2e7, 3e-6)

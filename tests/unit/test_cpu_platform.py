@@ -11,7 +11,7 @@ import pytest
 from megatron_laer.platform import cpu
 from tests.processes import python_path
 
-pytestmark = [pytest.mark.unit, pytest.mark.releases]
+pytestmark = pytest.mark.releases
 
 
 def run(code, **environment):

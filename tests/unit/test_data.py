@@ -12,8 +12,6 @@ from megatron_laer import cli, data
 from megatron_laer.data import prepare, tokenizers, writing
 from tests.unit.datasets import prepare_data, read_documents
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture
 def texts(tmp_path):

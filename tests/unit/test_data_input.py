@@ -9,8 +9,6 @@ import pytest
 
 from megatron_laer import data
 
-pytestmark = pytest.mark.unit
-
 
 def texts_of(written):
     """The documents as texts, without the id that ends each."""

@@ -11,8 +11,6 @@ import pytest
 from megatron_laer import data
 from tests.processes import python_path, run
 
-pytestmark = pytest.mark.unit
-
 # A tokenizer that stops at its second document, for as long as this test lives.
 _TRANSFORMERS = """
 import sys

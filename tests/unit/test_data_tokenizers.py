@@ -9,8 +9,6 @@ import pytest
 from megatron_laer.data import prepare
 from tests.unit.datasets import install_fake_transformers, prepare_data, read_documents
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture
 def texts(tmp_path):

@@ -21,6 +21,7 @@ import pytest
 
 from megatron_laer.doctor import machine
 from megatron_laer.doctor.row import Row, Verdict
+from megatron_laer.releases import NUMBERS, SUPPORTED, TESTED, TESTED_RANGE, release_after
 from tests.processes import python_path
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +60,7 @@ def fake_torch(version: str = "2.15.0", cards: int = 0, nccl: bool = True) -> di
     return {"torch/__init__.py": TORCH.format(version=version, cards=cards, nccl=nccl)}
 
 
-def fake_megatron(version: str = "0.19.2", helper: str = "helpers_cpp.so") -> dict[str, str]:
+def fake_megatron(version: str = TESTED[-1], helper: str = "helpers_cpp.so") -> dict[str, str]:
     return {
         "megatron/core/__init__.py": "",
         "megatron/core/package_info.py": f"__version__ = {version!r}",
@@ -124,6 +125,7 @@ def _is_the_launchers(name: str) -> bool:
     return name in ours or name.startswith(("SLURM_", "OMPI_"))
 
 
+@pytest.mark.distributed
 def test_with_everything_there_every_row_says_so(doctor: Doctor) -> None:
     examined = doctor()
     assert examined.status == 0, examined
@@ -137,7 +139,7 @@ def test_with_everything_there_every_row_says_so(doctor: Doctor) -> None:
 
 
 REQUIRED = {
-    "megatron-core": "megatron-core>=0.18,<0.20",
+    "megatron-core": f"megatron-core{SUPPORTED}",
     "torch": "torch>=2.6",
     "numpy": "numpy>=1.26",
     "packaging": "packaging>=24.2",
@@ -152,7 +154,6 @@ def missing(name: str) -> tuple[str, str]:
     return "none", f"missing: {sys.executable} -m pip install '{REQUIRED[name]}'"
 
 
-@pytest.mark.unit
 def test_it_runs_where_nothing_at_all_is_installed(doctor: Doctor) -> None:
     hidden = "torch megatron numpy packaging psutil yaml tqdm matplotlib apex transformer_engine"
     examined = doctor(hidden=hidden)
@@ -164,6 +165,7 @@ def test_it_runs_where_nothing_at_all_is_installed(doctor: Doctor) -> None:
     assert examined.stderr == ""
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("module", "name", "named"),
     [
@@ -182,6 +184,7 @@ def test_one_thing_that_is_missing_is_named_with_what_hangs_on_it(
     assert "plugin" not in examined.rows
 
 
+@pytest.mark.distributed
 def test_a_module_that_lacks_another_names_that_one(doctor: Doctor) -> None:
     fakes = fake_torch() | {"tqdm/__init__.py": "import colour_of_bars"}
     examined = doctor(fakes | fake_megatron())
@@ -191,6 +194,7 @@ def test_a_module_that_lacks_another_names_that_one(doctor: Doctor) -> None:
     )
 
 
+@pytest.mark.distributed
 def test_imports_that_fail_in_any_way_are_rows(doctor: Doctor) -> None:
     broken = {
         "psutil/__init__.py": "import os; os.abort()",
@@ -210,12 +214,14 @@ def test_imports_that_fail_in_any_way_are_rows(doctor: Doctor) -> None:
     assert examined.last_line == "missing or unsupported: numpy, psutil, pyyaml, tqdm"
 
 
+@pytest.mark.distributed
 def test_what_an_import_prints_is_not_taken_for_its_answer(doctor: Doctor) -> None:
     loud = {"psutil/__init__.py": "__version__ = '6.1'\nprint('{}')"}
     assert doctor(fake_torch() | fake_megatron() | loud).rows["psutil"] == ("6.1", "ok")
 
 
-@pytest.mark.parametrize("megatron", ["0.17.1", "0.20.0"])
+@pytest.mark.distributed
+@pytest.mark.parametrize("megatron", ["0.17.1", f"{release_after(NUMBERS[-1])}.0"])
 def test_versions_out_of_range_are_unsupported(doctor: Doctor, megatron: str) -> None:
     old_yaml = {"yaml/__init__.py": "__version__ = '5.4'"}
     examined = doctor(fake_torch("2.5.1") | fake_megatron(megatron) | old_yaml)
@@ -224,16 +230,18 @@ def test_versions_out_of_range_are_unsupported(doctor: Doctor, megatron: str) ->
     assert examined.rows["torch"] == ("2.5.1", f"{pip} 'torch>=2.6'")
     assert examined.rows["pyyaml"] == ("5.4", f"{pip} 'pyyaml>=6.0'")
     assert examined.verdict("megatron-core").startswith(
-        f"unsupported: megatron_laer supports megatron-core 0.18.0 to 0.19.2, found {megatron}; "
+        f"unsupported: megatron_laer supports megatron-core {TESTED_RANGE}, found {megatron}; "
     )
     assert examined.last_line == "missing or unsupported: megatron-core, torch, pyyaml"
 
 
+@pytest.mark.distributed
 def test_a_release_that_was_not_tested_but_is_supported_is_said(doctor: Doctor) -> None:
-    examined = doctor(fake_torch() | fake_megatron("0.19.7"))
-    assert examined.verdict("megatron-core").startswith("ok: supported; tested were 0.18.0, ")
+    examined = doctor(fake_torch() | fake_megatron(f"{NUMBERS[-1]}.99"))
+    assert examined.verdict("megatron-core").startswith(f"ok: supported; tested were {TESTED[0]}, ")
 
 
+@pytest.mark.distributed
 def test_a_checkout_without_a_core_names_the_command_that_builds_it(
     doctor: Doctor, tmp_path: Path
 ) -> None:
@@ -249,6 +257,7 @@ def test_a_checkout_without_a_core_names_the_command_that_builds_it(
     assert examined.last_line == "missing or unsupported: native core"
 
 
+@pytest.mark.distributed
 def test_gpus_are_listed_and_what_they_could_use_is_optional(doctor: Doctor) -> None:
     hidden = "apex transformer_engine"
     examined = doctor(fake_torch(cards=2) | fake_megatron(), hidden=hidden)
@@ -262,12 +271,14 @@ def test_gpus_are_listed_and_what_they_could_use_is_optional(doctor: Doctor) -> 
     assert examined.rows["CUDA_DEVICE_MAX_CONNECTIONS"] == ("not set", "ok")
 
 
+@pytest.mark.distributed
 def test_gpus_without_nccl_cannot_train(doctor: Doctor) -> None:
     examined = doctor(fake_torch(cards=2, nccl=False) | fake_megatron())
     assert examined.rows["NCCL"] == ("none", "missing: install a torch with NCCL")
     assert examined.status == 1
 
 
+@pytest.mark.distributed
 def test_variables_that_are_wrong_are_quoted(doctor: Doctor) -> None:
     wrong = {"MEGATRON_LAER_DEVICE": "tpu", "LOCAL_WORLD_SIZE": "a\nb", "WORLD_SIZE": "many"}
     examined = doctor(fake_torch() | fake_megatron(), **wrong)
@@ -279,6 +290,7 @@ def test_variables_that_are_wrong_are_quoted(doctor: Doctor) -> None:
     assert examined.last_line == "missing or unsupported: CUDA, launcher, node size"
 
 
+@pytest.mark.distributed
 def test_it_takes_no_arguments(doctor: Doctor) -> None:
     examined = doctor(words=("everything",))
     assert examined.status == 2
@@ -290,7 +302,6 @@ def test_it_takes_no_arguments(doctor: Doctor) -> None:
 CPU = {"cuda": "13.2", "cards": [], "device": "cpu", "cuda_error": "no device"}
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ("torch", "driver", "environment", "verdict"),
     [
@@ -322,7 +333,6 @@ def test_cards_that_cannot_be_used_are_told_from_none(
     assert row.found == "torch's 13.2" + (f", driver {driver}" if driver else "")
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ("environment", "launched", "node_size"),
     [
@@ -362,14 +372,12 @@ def test_the_launcher_and_the_node_size_are_as_training_sees_them(
     assert machine.node_size(environment, 0, False).found.startswith(node_size)
 
 
-@pytest.mark.unit
 def test_a_node_size_that_training_would_refuse_is_unsupported() -> None:
     row = machine.node_size({"WORLD_SIZE": "16"}, 8, True)
     assert row.verdict is Verdict.UNSUPPORTED
     assert "16 ranks on nodes of 8 GPUs" in row.note
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ("value", "verdict"),
     [
@@ -396,7 +404,6 @@ def tools(folder: Path, **bodies: str) -> None:
 CHECKOUT = {"folder": "/megatron", "builds_helper": True, "has_helper": False}
 
 
-@pytest.mark.unit
 def test_a_checkout_of_megatron_needs_the_tools_that_build_its_helper(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,14 +427,12 @@ def test_a_checkout_of_megatron_needs_the_tools_that_build_its_helper(
     )
 
 
-@pytest.mark.unit
 def test_a_wheel_of_megatron_brings_its_helper_or_is_broken() -> None:
     wheel = CHECKOUT | {"builds_helper": False}
     assert machine.dataset_helper(wheel | {"has_helper": True}, {}).verdict is Verdict.OK
     assert machine.dataset_helper(wheel, {}).stops
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize("asked", [None, "no-such-compiler --fast"])
 def test_without_a_compiler_only_an_installation_from_source_fails(
     asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

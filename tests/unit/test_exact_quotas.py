@@ -18,8 +18,6 @@ from megatron_laer.planner.reference_exact import (
     off_rank_tokens,
 )
 
-pytestmark = pytest.mark.unit
-
 Case = tuple[Int64, ExpertLayout, int]
 
 # Off-rank tokens over the optimum of all splits with the least tokens off their node, several nodes

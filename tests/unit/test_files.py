@@ -12,8 +12,6 @@ import pytest
 
 from megatron_laer import files, writing
 
-pytestmark = pytest.mark.unit
-
 _WRITER = """
 import sys
 from pathlib import Path

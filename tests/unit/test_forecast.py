@@ -7,8 +7,6 @@ import pytest
 
 from megatron_laer.planner.forecast import LastValue, SmoothedForecast
 
-pytestmark = pytest.mark.unit
-
 FIRST_NE = np.array([[8, 0], [4, 4]])
 SECOND_NE = np.array([[0, 8], [4, 8]])
 

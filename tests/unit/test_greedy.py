@@ -15,8 +15,6 @@ from megatron_laer.planner.quotas import Int64
 from megatron_laer.planner.search import SearchStrategy
 from tests.unit.planner_cases import KINDS, counts_of
 
-pytestmark = pytest.mark.unit
-
 
 @st.composite
 def geometries(draw: st.DrawFn) -> Geometry:

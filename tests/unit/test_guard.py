@@ -19,8 +19,6 @@ from megatron_laer.planner.quotas import Int64
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
-pytestmark = pytest.mark.unit
-
 # From changes that cost next to nothing to changes that never pay.
 SOLVES = (SolveTime(0.0, 0.0, 0.0), SolveTime(1e-6, 1e-8, 1e-9), SolveTime(1e-3, 0.0, 0.0))
 

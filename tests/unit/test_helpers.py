@@ -14,8 +14,6 @@ import pytest
 
 from tests.processes import is_running, outlive, python_path
 
-pytestmark = pytest.mark.unit
-
 # Starts a manager as the checkpoint writer does, and waits for a line before, so that a signal may
 # come meanwhile. Prints the ids of what it started, and then sends each line through the manager.
 PARENT = """

@@ -13,8 +13,6 @@ from megatron_laer import inert_pickle
 from megatron_laer.inert_pickle import Name, Record, read
 from tests.fuzz import damaged
 
-pytestmark = pytest.mark.unit
-
 
 class Thing:
     """Pickled by class, arguments and state."""

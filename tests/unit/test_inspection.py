@@ -17,8 +17,6 @@ from megatron_laer.runtime.planning.planner_checkpoint import state_path
 from tests.fuzz import damaged
 from tests.unit.test_planner_state import make_state
 
-pytestmark = pytest.mark.unit
-
 EXPERTS = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
 
 

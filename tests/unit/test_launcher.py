@@ -6,8 +6,6 @@ import pytest
 
 from megatron_laer.runtime.comm import launcher
 
-pytestmark = pytest.mark.unit
-
 SLURM = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
 
 

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 
 from megatron_laer.layout import ExpertLayout, default_capacity, stock_owner_E
 
-pytestmark = pytest.mark.unit
-
 
 @st.composite
 def shapes(draw: st.DrawFn) -> tuple[int, int, int]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -19,8 +17,6 @@ from megatron_laer.runtime.planning.planner_rank import PlannerRank
 from megatron_laer.trace import TraceWriter
 from tests.costs import make_costs
 from tests.fuzz import bytes_read
-
-pytestmark = pytest.mark.unit
 
 GEOMETRY = Geometry(num_ranks=2, num_experts=4, capacity=3, node_size=2)
 LAYERS = ["layer 1", "layer 2"]
@@ -41,12 +37,12 @@ def record(path: Path, steps: int = 3) -> None:
 
 
 def first_rank(config: FSEPConfig, first_step: int = 0) -> PlannerRank:
-    layers: Any = [SimpleNamespace(name=name, layout=LAYOUT) for name in LAYERS]
     return PlannerRank(
         config,
         GEOMETRY,
         make_costs(),
-        layers,
+        LAYERS,
+        [LAYOUT] * len(LAYERS),
         group_index=0,
         first_step=first_step,
         resumed=None,

@@ -10,8 +10,6 @@ from megatron_laer.model_flags import model_flags
 from megatron_laer.shipped import yaml_file
 from tests.processes import python_path
 
-pytestmark = pytest.mark.unit
-
 _ROOT = Path(__file__).resolve().parents[2]
 MODELS = sorted(path.stem for path in (_ROOT / "configs" / "models").glob("*.yaml"))
 

@@ -20,8 +20,6 @@ from megatron_laer.planner.native_core import native
 from megatron_laer.planner.reference_exact import proportional_experts
 from megatron_laer.planner.search import SearchStrategy
 
-pytestmark = pytest.mark.unit
-
 
 def test_other_threads_run_while_it_solves() -> None:
     geometry = Geometry(64, 64, 2, 8)

@@ -30,8 +30,6 @@ from megatron_laer.telemetry.balance import max_over_mean, stock_tokens_N
 from megatron_laer.trace import Trace, TraceWriter
 from tests.processes import python_path
 
-pytestmark = pytest.mark.unit
-
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_NPZ = ROOT.parent / "shared" / "data" / "smartmoe_trace_dev.npz"
 

@@ -15,8 +15,6 @@ from benchmarks.bounds import must_show
 from benchmarks.splits import BalanceRow, Outcome, split_exactly
 from megatron_laer.layout import ExpertLayout
 
-pytestmark = pytest.mark.unit
-
 
 def row(strategy: str, mode: str, lag: str, capacity: int, **values: float) -> dict[str, Any]:
     return {"strategy": strategy, "mode": mode, "lag": lag, "capacity": capacity, **values}

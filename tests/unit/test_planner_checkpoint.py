@@ -14,20 +14,18 @@ import pytest
 
 from megatron_laer.runtime.planning import planner_checkpoint
 from megatron_laer.runtime.planning.planner_checkpoint import (
+    Resumption,
     report_resumption,
-    save_states,
+    save_state,
     state_path,
 )
 
-pytestmark = pytest.mark.unit
 
-
-def coordinator(group_rank: int = 0) -> Any:
-    """As much of one as saving looks at."""
-    state = SimpleNamespace(to_bytes=lambda: b"state")
-    return SimpleNamespace(
-        groups=SimpleNamespace(rank=group_rank, index=0), planner_state=lambda: state
-    )
+def save(directory: Path, storage: Any, group_rank: int = 0) -> None:
+    """Save a state on this rank of the group."""
+    groups: Any = SimpleNamespace(rank=group_rank, index=0)
+    state: Any = SimpleNamespace(to_bytes=lambda: b"state")
+    save_state(str(directory), groups, lambda: state, storage)
 
 
 class FullDisk:
@@ -57,7 +55,7 @@ def test_a_state_that_cannot_be_written_is_left_out_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        save_states(str(tmp_path), coordinator(), FullDisk())
+        save(tmp_path, FullDisk())
     (record,) = caplog.records
     assert "not in the checkpoint" in record.getMessage()
     assert "No space left" in record.getMessage()
@@ -66,9 +64,9 @@ def test_a_state_that_cannot_be_written_is_left_out_with_a_warning(
 
 def test_only_the_groups_first_rank_writes(tmp_path: Path) -> None:
     storage = SimpleNamespace(os=os, open=open)
-    save_states(str(tmp_path), coordinator(group_rank=1), storage)
+    save(tmp_path, storage, group_rank=1)
     assert not list(tmp_path.iterdir())
-    save_states(str(tmp_path), coordinator(), storage)
+    save(tmp_path, storage)
     assert Path(state_path(str(tmp_path), 0)).read_bytes() == b"state"
 
 
@@ -93,13 +91,9 @@ def said(caplog: pytest.LogCaptureFixture, first_step: int, *groups: int | str |
         caplog.at_level(logging.INFO),
     ):
         for found in groups:
-            rank: Any = SimpleNamespace(
-                layers=[None],
-                groups=SimpleNamespace(rank=0),
-                resumed_version=found if isinstance(found, int) else None,
-                resume_problem=found if isinstance(found, str) else None,
-            )
-            report_resumption(rank, first_step)
+            state: Any = SimpleNamespace(version=found) if isinstance(found, int) else None
+            problem = found if isinstance(found, str) else None
+            report_resumption(Resumption(state, problem), first_step)
     lines = [record.getMessage() for record in caplog.records]
     caplog.clear()
     return lines

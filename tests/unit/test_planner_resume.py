@@ -16,8 +16,6 @@ from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.runtime.planning.layout_sources import PlannedLayouts
 from tests.costs import make_costs
 
-pytestmark = pytest.mark.unit
-
 GEOMETRY = Geometry(num_ranks=4, num_experts=6, capacity=3, node_size=2)
 SHAPE = (GEOMETRY.num_ranks, GEOMETRY.capacity, GEOMETRY.num_experts)
 LAYERS = ("layer 1", "layer 2", "layer 3")

@@ -14,8 +14,6 @@ from megatron_laer.planner.forecast import LastValue
 from megatron_laer.planner.quotas import Int64
 from megatron_laer.planner.service import Plan, PlannerService
 
-pytestmark = pytest.mark.unit
-
 N, C, E = 4, 2, 4
 INITIAL = ExpertLayout.static(N, C, E)
 PATIENCE_S = 300.0

@@ -19,8 +19,6 @@ from megatron_laer.planner.service import Plan
 from megatron_laer.planner.state import PlannerState
 from tests.fuzz import damaged
 
-pytestmark = pytest.mark.unit
-
 N, C, E = 4, 3, 6
 LAYERS = ("layer 2", "layer 3", "mtp 1")
 PREFIX = struct.Struct("<8sII")

@@ -5,11 +5,7 @@ from __future__ import annotations
 import subprocess
 import threading
 
-import pytest
-
 from tests import processes
-
-pytestmark = pytest.mark.unit
 
 
 def test_a_descendant_that_holds_the_output_keeps_nobody_waiting() -> None:

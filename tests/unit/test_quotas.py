@@ -11,8 +11,6 @@ from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.quotas import Int64, even_split
 from megatron_laer.planner.reference import quota_NS
 
-pytestmark = pytest.mark.unit
-
 Case = tuple[Int64, ExpertLayout, int]
 
 

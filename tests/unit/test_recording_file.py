@@ -22,8 +22,6 @@ from megatron_laer.recording_file import is_cut_off
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, LayoutRecording
 from megatron_laer.trace import TraceWriter, read_trace
 
-pytestmark = pytest.mark.unit
-
 NUM_RANKS, NUM_EXPERTS, CAPACITY = 2, 4, 3
 LAYERS = ["layer 1", "layer 2"]
 

@@ -1,19 +1,126 @@
-"""What is done differently by release, with a stand-in for the release that is not installed."""
+"""The table of Megatron's releases is sound and true, and what differs by release is followed.
+
+The release that is not installed has a replacement here.
+"""
 
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
+import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import astuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
-from megatron_laer.platform import releases
+import tests.releases
+from megatron_laer import releases
+from megatron_laer.platform import pretraining
 from megatron_laer.plugin import checkpoints
+from megatron_laer.releases import (
+    DIFFERENCES,
+    NUMBERS,
+    RELEASES,
+    SUPPORTED,
+    TESTED,
+    Difference,
+    release_after,
+)
+from tests import processes
+from tests.releases import PLACES, ROOT, Place, installed_release
 
-pytestmark = pytest.mark.unit
+
+def test_releases_are_in_order_and_none_is_left_out() -> None:
+    assert [release_after(number) for number in NUMBERS[:-1]] == list(NUMBERS[1:])
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.number)
+def test_tested_versions_are_of_their_release_and_in_order(release: releases.Release) -> None:
+    assert release.tested
+    assert all(re.fullmatch(rf"{release.number}\.\d+", version) for version in release.tested)
+    assert list(release.tested) == sorted(set(release.tested), key=lambda v: int(v.split(".")[2]))
+
+
+def test_the_supported_range_holds_what_was_tested_and_ends_with_it() -> None:
+    supported = SpecifierSet(SUPPORTED, prereleases=True)
+    assert [version for version in TESTED if version not in supported] == []
+    assert NUMBERS[0] in supported and f"{NUMBERS[-1]}.99" in supported
+    after = release_after(NUMBERS[-1])
+    outside = [f"{NUMBERS[0]}rc0", after, f"{after}.0rc0", f"{after}.dev0"]
+    assert [version for version in outside if version in supported] == []
+
+
+def test_a_difference_parts_the_supported_releases_or_its_fallback_has_to_go() -> None:
+    assert {d.since for d in DIFFERENCES} <= set(NUMBERS)
+    assert [d.name for d in DIFFERENCES if not d.lacked_by()] == []
+    declared = {id(value) for value in vars(releases).values() if isinstance(value, Difference)}
+    assert {id(difference) for difference in DIFFERENCES} == declared
+    assert all(all(astuple(difference)) for difference in DIFFERENCES)
+
+
+LOOKING = """
+import json, pkgutil
+from megatron_laer.launch import prepare
+prepare()
+from megatron_laer.releases import DIFFERENCES
+
+def is_there(difference):
+    try:
+        return difference.is_in(pkgutil.resolve_name(difference.owner))
+    except (ImportError, AttributeError):  # an older Megatron lacks the owner as well
+        return False
+
+print(json.dumps([is_there(difference) for difference in DIFFERENCES]))
+"""
+
+
+@pytest.mark.releases
+def test_the_installed_megatron_has_what_the_table_says() -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOOKING],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MEGATRON_LAER_DEVICE": "cpu"},
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    expected = [installed_release() not in difference.lacked_by() for difference in DIFFERENCES]
+    assert found == expected, [difference.name for difference in DIFFERENCES]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.file)
+def test_files_that_cannot_import_the_table_agree_with_it(place: Place) -> None:
+    assert place.split()[1] == place.text, "run python -m tests.releases"
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.file)
+def test_a_text_that_does_not_agree_is_written_and_nothing_else(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = (ROOT / place.file).read_text(encoding="utf-8")
+    head, _, tail = place.split()
+    copy = tmp_path / place.file
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_text(f"{head}of long ago{tail}", encoding="utf-8")
+    monkeypatch.setattr(tests.releases, "ROOT", tmp_path)
+    assert [place.write(), place.write()] == [True, False]
+    assert copy.read_text(encoding="utf-8") == content
+
+
+def test_the_table_is_read_where_nothing_is_installed() -> None:
+    program = "import sys, megatron_laer.releases; print(*sys.modules)"
+    result = processes.run([sys.executable, "-c", program], 60, cwd=ROOT)
+    loaded = {name.partition(".")[0] for name in result.stdout.split()}
+    assert "megatron_laer" in loaded
+    assert not loaded & {"megatron", "numpy", "packaging", "torch", "yaml"}
+
 
 MODEL = Namespace(num_experts=8, record_memory_history=False, spec=None)
 
@@ -30,13 +137,13 @@ def test_a_model_is_built_from_its_configuration_where_megatron_can(
 ) -> None:
     with_training(monkeypatch, gpt_config_from_args=lambda args: ("model of", args))
     dense = Namespace(num_experts=None, spec="my.spec")
-    assert releases.pretrain_arguments(dense) == {"cfg_container": (dense, ("model of", dense))}
+    assert pretraining.pretrain_arguments(dense) == {"cfg_container": (dense, ("model of", dense))}
 
 
 def test_a_model_is_built_by_a_function_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     with_training(monkeypatch)
-    found = releases.pretrain_arguments(MODEL)
-    assert found == {"cfg_container": (MODEL,), "model_provider": releases.build_gpt}
+    found = pretraining.pretrain_arguments(MODEL)
+    assert found == {"cfg_container": (MODEL,), "model_provider": pretraining.build_gpt}
 
 
 @pytest.mark.parametrize(
@@ -54,8 +161,10 @@ def test_what_that_function_does_not_build_is_refused(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, object], quoted: str
 ) -> None:
     with_training(monkeypatch)
-    with pytest.raises(ValueError, match=f"^{quoted}: with megatron-core 0.18 .*; use 0.19"):
-        releases.pretrain_arguments(Namespace(**(vars(MODEL) | given)))
+    lacking, since = NUMBERS[0], releases.GPT_FROM_CONFIG.since
+    sentence = f"^{quoted}: with megatron-core {lacking} .*; use {since}"
+    with pytest.raises(ValueError, match=sentence):
+        pretraining.pretrain_arguments(Namespace(**(vars(MODEL) | given)))
 
 
 def storage(monkeypatch: pytest.MonkeyPatch, **msc_utils: object) -> object:

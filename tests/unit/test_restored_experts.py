@@ -18,8 +18,6 @@ from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.slices import Slices
 from megatron_laer.runtime.weights.states import ExpertsState, GradState, WeightState
 
-pytestmark = pytest.mark.unit
-
 CPU = torch.device("cpu")
 ROWS = (8, 3)
 

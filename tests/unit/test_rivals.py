@@ -12,8 +12,6 @@ from benchmarks.splits import Planner, split_evenly, split_like_eplb
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.mark.parametrize("rival", [Even, Eplb, FlexMoE])
 @pytest.mark.parametrize("shape", [(16, 32, 3), (8, 5, 4), (4, 12, 3), (1, 3, 3)])

@@ -15,8 +15,6 @@ from megatron_laer.runtime.planning.layout_recording import recording_path
 from megatron_laer.telemetry.timeline import timeline_path
 from megatron_laer.trace.recording import recording_path as trace_path
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture
 def recording(tmp_path: Path) -> Path:

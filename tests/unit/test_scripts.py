@@ -1,6 +1,7 @@
 """Shell scripts and the patch for forks: checked, and run as far as one machine allows."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.releases import NUMBERS, TESTED
 from tests import processes, slurm
+from tests.releases import installed_release
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
@@ -27,7 +30,6 @@ def shell(*words, cwd=_ROOT, timeout_s=600, **environment):
     return processes.run(command, timeout_s, env=kept | environment, cwd=cwd)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script):
     beside_python = Path(sys.executable).with_name("shellcheck")
@@ -40,7 +42,6 @@ def test_shellcheck_finds_nothing(script):
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_that_are_started_can_be(script):
     is_sourced = script.name == "environment.sh" or script.suffix == ".sbatch"
@@ -83,14 +84,12 @@ def tools(tmp_path):
     return tmp_path
 
 
-@pytest.mark.unit
 def test_a_python_that_exists_but_does_not_run_is_passed_over(tools):
     fake_python(tools, "python3.13", "exit 127")
     works = fake_python(tools, "python3.12", "exit 0")
     assert find_python(tools).stdout.strip() == str(works)
 
 
-@pytest.mark.unit
 def test_without_a_python_the_message_says_what_to_install(tools):
     fake_python(tools, "python3", "exit 1")
     result = find_python(tools)
@@ -99,7 +98,6 @@ def test_without_a_python_the_message_says_what_to_install(tools):
     assert "apt-get install python3 python3-venv" in result.stderr
 
 
-@pytest.mark.unit
 def test_a_python_without_venv_is_named(tools):
     python = fake_python(tools, "python3.13", 'case "$2" in *venv*) exit 1 ;; esac')
     result = find_python(tools)
@@ -107,7 +105,6 @@ def test_a_python_without_venv_is_named(tools):
     assert f"{python} cannot make virtual environments" in result.stderr
 
 
-@pytest.mark.unit
 def test_an_unknown_option_of_the_test_script_installs_nothing(tmp_path):
     (tmp_path / "scripts").mkdir()
     for name in ("test.sh", "environment.sh"):
@@ -116,6 +113,23 @@ def test_an_unknown_option_of_the_test_script_installs_nothing(tmp_path):
     assert result.returncode == 2
     assert "unknown option --everything" in result.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("wrong", ["", "mypy"])
+def test_the_linters_run_without_tests_and_their_status_counts(tmp_path, wrong):
+    """Their replacements print what they are given, and `wrong` fails."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(_ROOT / "scripts" / "test.sh", tmp_path / "scripts")
+    python = fake_python(tmp_path, "python", f'echo "$*"; [ "$2" != "{wrong}" ]')
+    fake_python(tmp_path / ".venv" / "bin", "lint-imports", "")
+    (tmp_path / "scripts" / "environment.sh").write_text(f"PYTHON={shlex.quote(str(python))}\n")
+    result = shell(tmp_path / "scripts" / "test.sh", "--lint", cwd=tmp_path)
+    assert result.returncode == bool(wrong), result.stderr
+    assert {"-m ruff check .", "-m mypy", "== import-linter"} <= {*result.stdout.splitlines()}
+    assert "-m codespell_lib " in result.stdout
+    assert "tests.supervise" not in result.stdout
+    assert result.stdout.endswith("FAILED: mypy\n") == bool(wrong)
 
 
 # Slurm.
@@ -150,7 +164,6 @@ def value_of(flag, command):
     return command[len(command) - command[::-1].index(flag)]
 
 
-@pytest.mark.unit
 def test_the_slurm_script_starts_a_launcher_per_node_and_meets_on_the_first(fake_slurm):
     command = slurm_command(
         **fake_slurm,
@@ -180,7 +193,6 @@ _OPTIONAL_VALUES = {
 }
 
 
-@pytest.mark.unit
 def test_options_of_srun_whose_value_may_be_left_out_have_none_as_a_word(fake_slurm):
     words = slurm_command(
         **fake_slurm,
@@ -200,7 +212,6 @@ def test_options_of_srun_whose_value_may_be_left_out_have_none_as_a_word(fake_sl
             assert not next(options).startswith("--")
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ("environment", "ranks", "said"),
     [
@@ -220,7 +231,6 @@ def test_ranks_per_node_are_the_gpus_that_were_asked_for(fake_slurm, environment
     assert bool(said) == bool(result.stderr)
 
 
-@pytest.mark.unit
 def test_a_checkpoint_is_saved_to_and_loaded_from_and_signals_save(tmp_path):
     folder = tmp_path / "run"
     soon = int(time.time()) + 3600
@@ -240,7 +250,6 @@ def test_a_checkpoint_is_saved_to_and_loaded_from_and_signals_save(tmp_path):
     assert not folder.exists()
 
 
-@pytest.mark.unit
 def test_both_modes_are_two_runs_with_ports_and_folders_of_their_own():
     words = "-- --fsep-late-plan wait --lr 3e-4 --fsep-plan-lag=2 --seed 5".split()
     result = shell(
@@ -266,7 +275,6 @@ def test_both_modes_are_two_runs_with_ports_and_folders_of_their_own():
     assert not [word for word in standard if word.startswith("--fsep")]
 
 
-@pytest.mark.unit
 def test_what_follows_the_dashes_wins_and_keeps_its_words(tmp_path):
     command = slurm_command(
         *("--", "--lr", "3e-4", "--data-cache-path", "a b"), MODEL="tiny-moe", DATA_PREFIX="/data"
@@ -279,7 +287,6 @@ def test_what_follows_the_dashes_wins_and_keeps_its_words(tmp_path):
 MODEL_AND_DATA = {"MODEL": "tiny-moe", "DATA_PREFIX": "/data"}
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ("words", "environment", "message"),
     [
@@ -317,7 +324,6 @@ def test_a_slurm_job_with_bad_settings_stops_at_once(words, environment, message
     assert not result.stdout
 
 
-@pytest.mark.unit
 def test_a_copy_of_the_slurm_script_says_what_it_misses(tmp_path):
     copied = tmp_path / "pretrain.sbatch"
     shutil.copy(_SBATCH, copied)
@@ -330,7 +336,6 @@ def test_a_copy_of_the_slurm_script_says_what_it_misses(tmp_path):
     assert script in shlex.split(result.stdout), result.stderr
 
 
-@pytest.mark.unit
 def test_a_checkpoint_of_another_model_is_not_loaded(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -347,7 +352,6 @@ def test_a_checkpoint_of_another_model_is_not_loaded(tmp_path):
     assert "job=7" in (run / "slurm-run.txt").read_text()
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ("words", "environment", "connections"),
     [
@@ -382,7 +386,6 @@ def test_the_slurm_command_line_trains_on_this_machine(text_data, tmp_path):
     assert "validation loss at iteration 2" in result.stdout
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize("may_install", [True, False])
 def test_continuous_integration_needs_slurm_once_it_is_there(tmp_path, may_install):
     for folder in (".ci", "scripts", "bin"):
@@ -412,7 +415,6 @@ def test_continuous_integration_needs_slurm_once_it_is_there(tmp_path, may_insta
         assert "Slurm could not be installed" in result.stderr
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(("needed", "outcome"), [("0", "1 skipped"), ("1", "1 error")])
 def test_slurm_is_asked_for_by_name_where_it_is_missing(needed, outcome):
     run = (
@@ -433,7 +435,6 @@ def test_slurm_is_asked_for_by_name_where_it_is_missing(needed, outcome):
     assert result.returncode == int(needed)
 
 
-@pytest.mark.unit
 def test_the_command_to_install_slurm_is_the_same_everywhere():
     script = (_ROOT / ".ci" / "run").read_text()
     assert f"packages=({slurm.PACKAGES})" in script
@@ -444,7 +445,6 @@ def test_the_command_to_install_slurm_is_the_same_everywhere():
 # The patch for forks.
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize("patch", _PATCHES, ids=lambda path: path.parent.name)
 def test_the_patch_adds_one_line_and_has_no_context(patch):
     lines = patch.read_text().splitlines()
@@ -461,23 +461,17 @@ def test_the_patch_adds_one_line_and_has_no_context(patch):
     assert f"\n| `{patch.parent.name}/` | " in readme
 
 
-@pytest.mark.unit
 def test_every_supported_release_has_a_patch():
-    from megatron_laer.plugin import TESTED_VERSIONS
-
-    releases = {".".join(version.split(".")[:2]) for version in TESTED_VERSIONS}
-    assert {path.parent.name for path in _PATCHES} == {f"core_v{release}" for release in releases}
+    assert {path.parent.name for path in _PATCHES} == {f"core_v{number}" for number in NUMBERS}
 
 
-@pytest.mark.unit
 def test_the_smaller_run_has_the_oldest_release_that_is_said_to_be_tested():
-    from megatron_laer.plugin import TESTED_VERSIONS
-
     script = (_ROOT / "scripts" / "test.sh").read_text()
-    assert f"\noldest={TESTED_VERSIONS[0]}\n" in script
+    (program,) = re.findall(r'megatron=\$\("\$PYTHON" -c "(.*)"\)', script)
+    found = processes.run([sys.executable, "-c", program], 60, env=os.environ, cwd=_ROOT)
+    assert found.stdout == f"{TESTED[0]}\n"
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize("version", [[], ["--all"]], ids=["none", "an option"])
 def test_a_missing_version_is_quoted_before_anything_is_installed(version):
     result = shell(_ROOT / "scripts" / "test.sh", "--megatron", *version)
@@ -485,19 +479,16 @@ def test_a_missing_version_is_quoted_before_anything_is_installed(version):
     assert f"--megatron '{''.join(version)}' is no version; give one, such as 0." in result.stderr
 
 
-@pytest.mark.unit
 @pytest.mark.releases
 def test_the_patch_applies_to_the_installed_megatron(tmp_path):
-    from importlib.metadata import version
     from importlib.util import find_spec
 
-    release = ".".join(version("megatron-core").split(".")[:2])
     # Found without importing Megatron, which needs a GPU or the stand-in.
     source = find_spec("megatron.training").origin
     target = tmp_path / "megatron" / "training"
     target.mkdir(parents=True)
     shutil.copy(source, target)
-    patch = _ROOT / "patches" / f"core_v{release}" / "fsep.patch"
+    patch = _ROOT / "patches" / f"core_v{installed_release()}" / "fsep.patch"
     apply = ["git", "apply", "--unidiff-zero", str(patch)]
     subprocess.run(apply, cwd=tmp_path, check=True, env=os.environ | {"GIT_DIR": "/nowhere"})
     last = (target / "__init__.py").read_text().splitlines()[-1]

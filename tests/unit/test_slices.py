@@ -7,8 +7,6 @@ import torch
 
 from megatron_laer.experts.slices import SliceSpec, sharded_slice
 
-pytestmark = pytest.mark.unit
-
 EXPERTS, COLUMNS, LAYERS = 3, 2, 4
 
 

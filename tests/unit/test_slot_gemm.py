@@ -10,8 +10,6 @@ import torch
 from megatron_laer.experts.gemm import gemm_names, slot_gemm
 from tests.slot_gemm import TOKENS_C, check_back_end
 
-pytestmark = pytest.mark.unit
-
 CPU = torch.device("cpu")
 
 

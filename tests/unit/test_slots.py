@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +10,6 @@ from hypothesis import strategies as st
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.quotas import even_split
-
-pytestmark = pytest.mark.unit
 
 
 def routed(tokens: int, experts: int, topk: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,8 +23,6 @@ from megatron_laer.runtime.planning.layout_sources import PlannedLayouts, Replay
 from tests.costs import make_costs
 from tests.fuzz import damaged
 
-pytestmark = pytest.mark.unit
-
 GEOMETRY = Geometry(num_ranks=2, num_experts=4, capacity=3, node_size=2)
 LAYERS = ["layer 1", "layer 2"]
 REGIME = {"split": "exact", "plan_mode": "forecast"}

@@ -13,8 +13,6 @@ from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.slices import Slices
 from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 
-pytestmark = pytest.mark.unit
-
 
 def slices(dtype: torch.dtype = torch.float32) -> Slices:
     """Of 4 experts on 2 ranks; matrices of 8 × 3 and 3 × 4."""

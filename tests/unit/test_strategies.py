@@ -15,8 +15,6 @@ from megatron_laer.planner.quotas import Int64, even_split
 from megatron_laer.planner.strategies import make_strategy, strategy_names
 from tests.costs import COMPUTE_ONLY, make_costs
 
-pytestmark = pytest.mark.unit
-
 COSTS = make_costs()
 
 

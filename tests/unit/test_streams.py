@@ -17,8 +17,6 @@ from megatron_laer import session, support
 from megatron_laer.config import FSEPConfig
 from megatron_laer.runtime.comm import launcher, process_groups
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.mark.parametrize(
     ("config", "connections", "on_cuda", "warned"),
@@ -139,10 +137,10 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
 
     settings = tmp_path / "nccl.yaml"
     settings.write_text("fsep_gradients: {max_ctas: 8}\n")
-    monkeypatch.setattr(session, "_active", Session(FSEPConfig(), None))
+    monkeypatch.setattr(session, "_session", Session(FSEPConfig()))
     with (
         mock.patch.object(dist, "get_backend", return_value=backend),
-        mock.patch.object(process_groups, "create_groups", create),
+        mock.patch.object(session, "create_groups", create),
         mock.patch.object(parallel_state, "get_expert_model_parallel_group"),
         mock.patch.object(parallel_state, "get_nccl_options", options),
         mock.patch.object(parallel_state, "create_group", group),

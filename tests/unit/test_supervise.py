@@ -12,9 +12,6 @@ import pytest
 
 from tests.processes import python_path
 
-pytestmark = pytest.mark.unit
-
-
 # A test that leaves a process in a session of its own which holds our output, and that keeps
 # pytest's process from ending.
 STUBBORN = """

@@ -17,7 +17,7 @@ from megatron_laer.support import REFUSALS
 from tests import processes
 from tests.releases import refused_flags
 
-pytestmark = [pytest.mark.unit, pytest.mark.releases]
+pytestmark = pytest.mark.releases
 
 OUR_SCRIPT = Path(__file__).resolve().parents[2] / "pretrain_gpt.py"
 

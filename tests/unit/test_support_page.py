@@ -13,8 +13,6 @@ from tests.parity.features import FEATURES
 from tests.parity.report import Figures, figures_in, figures_on, render
 from tests.parity.rows import ROWS
 
-pytestmark = pytest.mark.unit
-
 FOUND = Distance(grads=1e-7, losses=2e-7, norms=3e-7, weights=4e-7, logged=5e-7)
 FLOOR = FOUND.times(2)
 

@@ -13,8 +13,6 @@ from megatron_laer import writing
 from megatron_laer.telemetry.clock import HostClock
 from megatron_laer.telemetry.timeline import DENSE, FIRST_STEP, NUM_STEPS, Timeline
 
-pytestmark = pytest.mark.unit
-
 
 class Ranges:
     """Stands for the profiler: what is open, and all that was closed, in order."""

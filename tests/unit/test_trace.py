@@ -8,7 +8,6 @@ import random
 import shutil
 import tracemalloc
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -17,13 +16,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packaging.version import Version
 
+from megatron_laer.releases import ROUTING_TRACES
 from megatron_laer.trace import FORMATS, Trace, TraceWriter, read_trace
 from megatron_laer.trace.recording import MAGIC, recording_path
 from tests.fuzz import bytes_read, damaged
-
-pytestmark = pytest.mark.unit
+from tests.releases import installed_release
 
 SHARED_NPZ = Path(__file__).resolve().parents[3] / "shared" / "data" / "smartmoe_trace_dev.npz"
 
@@ -75,8 +73,8 @@ def write_csv(path, counts, is_wide):
 
 
 def megatrons_tracer():
-    if Version(version("megatron-core")) < Version("0.19"):
-        pytest.skip("Megatron 0.18 writes no traces")
+    if installed_release() in ROUTING_TRACES.lacked_by():
+        pytest.skip(f"Megatron {installed_release()} writes no traces")
     from megatron.core.transformer.moe.router_trace import RouterTracer
 
     return RouterTracer

@@ -22,8 +22,6 @@ from megatron_laer.planner.traffic import (
     row_bounds,
 )
 
-pytestmark = pytest.mark.unit
-
 
 @dataclass
 class Case:

@@ -8,8 +8,6 @@ import pytest
 
 from megatron_laer.telemetry import log
 
-pytestmark = pytest.mark.unit
-
 
 def line(number: int, of: int = 4, loss: float | None = None, **values: float) -> str:
     """As Megatron prints it, behind what torchrun puts before it; `values` have their own names."""

@@ -15,8 +15,6 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.quotas import Int64
 
-pytestmark = pytest.mark.unit
-
 # N, E, C on nodes of 8: scarce slots, the paper's dead spot, plenty, and more ranks than experts.
 SHAPES = ((16, 32, 3), (16, 32, 4), (16, 32, 6), (32, 8, 2))
 

@@ -9,8 +9,6 @@ import pytest
 
 from megatron_laer.yaml_text import MAX_BYTES, MAX_DEPTH, parse_yaml, read_yaml
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.mark.parametrize(
     ("text", "content"),

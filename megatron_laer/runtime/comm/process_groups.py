@@ -78,32 +78,11 @@ class FSEPGroups:
         )
         return tuple(group for group in groups if group is not None)
 
-
-_groups: FSEPGroups | None = None
-
-
-def get_fsep_groups() -> FSEPGroups:
-    """The FSEP groups of this rank.
-
-    Raises:
-        RuntimeError: before Megatron's model parallel state was initialised with FSEP on.
-    """
-    if _groups is None:
-        raise RuntimeError(
-            "the FSEP groups do not exist: call megatron_laer.enable(...) before "
-            "parallel_state.initialize_model_parallel(...)"
-        )
-    return _groups
-
-
-def get_fsep_group() -> Group:
-    """The FSEP group of this rank: N ranks that together hold every expert of a layer."""
-    return get_fsep_groups().tokens
-
-
-def initialized() -> bool:
-    """Whether the FSEP groups exist."""
-    return _groups is not None
+    def destroy(self) -> None:
+        """Destroy the communicators made here, unless torch's distributed state is gone already."""
+        if dist.is_initialized():
+            for group in self.extra():
+                dist.destroy_process_group(group)
 
 
 def detect_node_size(ranks: Sequence[int], local_world_size: int) -> int:
@@ -151,7 +130,6 @@ def create_groups(
     Raises:
         ValueError: a node size that does not divide N, or that is not known. On every rank.
     """
-    global _groups
     mine = tuple(dist.get_process_group_ranks(expert_group))
     per_node: int | str = 0
     if node_size is None:
@@ -203,20 +181,10 @@ def create_groups(
             for place in range(size):
                 make(f"{exchange}_across", ranks[place::size])
 
-    _groups = FSEPGroups(
+    return FSEPGroups(
         tokens=expert_group,
         ranks=mine,
         node_size=sizes[mine],
         index=all_ranks.index(mine),
         **made,
     )
-    return _groups
-
-
-def destroy_groups() -> None:
-    """Destroy the communicators made here; called with Megatron's own teardown."""
-    global _groups
-    if _groups is not None and dist.is_initialized():
-        for group in _groups.extra():
-            dist.destroy_process_group(group)
-    _groups = None

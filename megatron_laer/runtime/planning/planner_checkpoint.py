@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +19,6 @@ import torch.distributed as dist
 
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
-from megatron_laer.runtime.coordinator import Coordinator
 
 logger = logging.getLogger(__name__)
 
@@ -32,18 +33,34 @@ def state_path(directory: str, group_index: int) -> str:
     return os.path.join(directory, FOLDER, f"group-{group_index}.bin")
 
 
-def save_states(directory: str, coordinator: Coordinator | None, storage: Any) -> None:
+@dataclass(frozen=True)
+class Resumption:
+    """What one FSEP group found of an earlier run's planner, the same on all of its ranks.
+
+    Attributes:
+        state: what planning goes on from; None where it starts anew, from the static layout.
+        problem: why there is no state, or not one that fits; None where none was looked for.
+    """
+
+    state: PlannerState | None = None
+    problem: str | None = None
+
+
+def save_state(
+    directory: str, groups: FSEPGroups, make_state: Callable[[], PlannerState | None], storage: Any
+) -> None:
     """Write this group's state, on its rank 0; elsewhere, and without a planner, do nothing.
 
     Args:
         directory: of one checkpoint; it exists.
+        make_state: the planner's state on rank 0, or None without a planner.
         storage: what has `open` and `os`, like Megatron's `maybe_msc`.
     """
-    if coordinator is None or coordinator.groups.rank != 0:
+    if groups.rank != 0:
         return
-    path = state_path(directory, coordinator.groups.index)
+    path = state_path(directory, groups.index)
     try:
-        state = coordinator.planner_state()
+        state = make_state()
         if state is None:
             return
         storage.os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -60,34 +77,52 @@ def save_states(directory: str, coordinator: Coordinator | None, storage: Any) -
         )
 
 
-def load_states(directory: str, coordinator: Coordinator | None, storage: Any) -> None:
-    """Hand this group's state to its ranks. Collective over the group.
-
-    Where it is missing or does not fit, the group starts from the static layout;
-    `report_resumption` says why.
+def load_state(
+    directory: str,
+    groups: FSEPGroups,
+    device: torch.device,
+    check: Callable[[PlannerState], None],
+    storage: Any,
+) -> Resumption:
+    """Read this group's state on its rank 0 and tell the others. Collective over the group.
 
     Args:
         directory: of the checkpoint that was loaded.
-        coordinator: None on a pipeline stage without MoE layers.
+        check: raises ValueError for the state of another model.
         storage: what has `open` and `os`, like Megatron's `maybe_msc`.
     """
-    if coordinator is not None and coordinator.layers and not coordinator.started:
-        coordinator.resume_problem = _load_state(directory, coordinator, storage)
+    path = state_path(directory, groups.index)
+    data, problem = b"", f"there is no planner's state {path}"
+    if groups.rank == 0:
+        try:
+            data = read_state(path, storage)
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # the others wait for rank 0
+            problem = f"{path} cannot be read: {error!r}"
+    data = _broadcast(data, groups, device)
+    if not data:
+        return Resumption(problem=problem)
+    try:
+        state = PlannerState.from_bytes(data)
+        check(state)
+    except ValueError as error:
+        return Resumption(problem=f"{path}: {error}")
+    return Resumption(state)
 
 
-def report_resumption(coordinator: Coordinator | None, first_step: int) -> None:
+def report_resumption(resumption: Resumption | None, first_step: int) -> None:
     """Log one line for the whole run, if it is a resumed one. Collective over the world.
 
     Args:
-        coordinator: started; None on a pipeline stage without MoE layers.
+        resumption: on the rank 0 of a group with MoE layers; None elsewhere.
         first_step: that training begins with.
     """
     mine: tuple[int | None, str | None] = None, None
-    if coordinator is not None and coordinator.layers and coordinator.groups.rank == 0:
-        version, problem = coordinator.resumed_version, coordinator.resume_problem
-        if version is not None:
-            problem = None
-        elif problem is None and first_step > 0:
+    if resumption is not None:
+        version = None if resumption.state is None else resumption.state.version
+        problem = resumption.problem
+        if version is None and problem is None and first_step > 0:
             problem = "what the run is resumed from has no place for the planner's state"
         mine = version, problem
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -116,28 +151,6 @@ def _log_resumption(versions: list[int], problems: list[str], first_step: int) -
             least if least == most else f"{least} to {most}",
             f", {groups} groups" if groups > 1 else "",
         )
-
-
-def _load_state(directory: str, coordinator: Coordinator, storage: Any) -> str | None:
-    """Read on the group's rank 0, tell the group; returns what went wrong, in full on rank 0."""
-    groups = coordinator.groups
-    path = state_path(directory, groups.index)
-    data, problem = b"", f"there is no planner's state {path}"
-    if groups.rank == 0:
-        try:
-            data = read_state(path, storage)
-        except FileNotFoundError:
-            pass
-        except Exception as error:  # the others wait for rank 0
-            problem = f"{path} cannot be read: {error!r}"
-    data = _broadcast(data, groups, coordinator.device)
-    if not data:
-        return problem
-    try:
-        coordinator.resume(PlannerState.from_bytes(data))
-    except ValueError as error:
-        return f"{path}: {error}"
-    return None
 
 
 def read_state(path: str, storage: Any = None) -> bytes:

@@ -1,20 +1,15 @@
-"""What only rank 0 of an FSEP group has: where layouts come from, and recordings.
+"""Rank 0 of an FSEP group is its planner rank: it alone has the planner and the recordings.
 
 The other ranks wait for it in the next collective, so once training runs nothing here raises.
-
-Legend: N ranks, E experts.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from megatron_laer.config import FSEPConfig, flag_name
 from megatron_laer.files import quoted, refuse_overwriting
@@ -26,13 +21,13 @@ from megatron_laer.planner.service import Plan
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.runtime.comm.collectives import PlannerStatus
-from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, recording_path
 from megatron_laer.runtime.planning.layout_sources import (
     LayoutSource,
     PlannedLayouts,
     ReplayedLayouts,
 )
+from megatron_laer.runtime.planning.mailbox import RoutingMailbox
 from megatron_laer.trace.recording import TraceWriter
 from megatron_laer.trace.recording import recording_path as trace_path
 
@@ -43,9 +38,14 @@ class PlannerRank:
     """The planner or a recording to replay, and the recordings that are written.
 
     Args:
+        layers: the layers' names, by index.
+        layouts: the layers' layouts in force.
         group_index: which of the world's FSEP groups this is; names the recordings.
         first_step: that training begins with.
         resumed: the planner's state from a checkpoint.
+
+    Attributes:
+        mailbox: takes the counts of each microbatch.
 
     Raises:
         ValueError: a recording that cannot be replayed or continued, or that another run writes.
@@ -57,34 +57,28 @@ class PlannerRank:
         config: FSEPConfig,
         geometry: Geometry,
         costs: CostModel,
-        layers: Sequence[LayerState],
+        layers: Sequence[str],
+        layouts: Sequence[ExpertLayout],
         *,
         group_index: int,
         first_step: int,
         resumed: PlannerState | None,
     ) -> None:
-        names = [layer.name for layer in layers]
         self._faults = 0
-        self._source: LayoutSource | None = None
         self._recorder: LayoutRecorder | None = None
-        self._trace: TraceWriter | None = None
-        try:
-            if config.replay_layouts is not None:
-                path = recording_path(config.replay_layouts, group_index)
-                self._source = ReplayedLayouts(path, geometry, _run_signature(config), names)
-            elif config.plans:
-                self._source = PlannedLayouts(
-                    make_strategy(config.planner, geometry=geometry, costs=costs),
-                    [layer.layout for layer in layers],
-                    lag=config.plan_lag,
-                    wait=config.late_plan == "wait",
-                    on_warning=_warn,
-                    resumed=resumed,
-                )
-            self._open_recordings(config, geometry, names, group_index, first_step)
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as opened:
+            self._source = _layout_source(
+                config, geometry, costs, layers, layouts, group_index, resumed
+            )
+            if self._source is not None:
+                opened.callback(self._source.close)
+            self._recorder = _layout_recorder(config, geometry, layers, group_index, first_step)
+            if self._recorder is not None:
+                opened.callback(self._recorder.close)
+            trace = _trace_writer(config, geometry, layers, group_index, first_step)
+            observe = None if self._source is None else self._source.observe
+            self.mailbox = RoutingMailbox(layers, observe, trace, _warn)
+            opened.pop_all()  # all of them are open, and closed by `close`
 
     @property
     def status(self) -> PlannerStatus:
@@ -92,7 +86,7 @@ class PlannerRank:
         source = self._source
         if source is None:
             return PlannerStatus()
-        failures = source.failures + self._faults
+        failures = source.failures + self._faults + self.mailbox.faults
         return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, failures)
 
     def planned(self) -> tuple[tuple[SmoothedForecast, ...], tuple[Plan, ...]] | None:
@@ -123,56 +117,11 @@ class PlannerRank:
             except (OSError, ValueError) as error:
                 self._end_recording(step, error)
 
-    def routed(self, step: int, layer: LayerState, counts_NE: npt.NDArray[np.int64]) -> None:
-        """A microbatch, the layer's next one in this step, was routed."""
-        if self._trace is not None:
-            try:
-                self._trace.append(step, layer.index, layer.microbatches, counts_NE)
-            except (OSError, ValueError) as error:
-                _warn(f"the recording of routing ends at step {step}: {error}")
-                self._trace.close()
-                self._trace = None
-
-    def observe(self, step: int, layer: LayerState, counts_NE: npt.NDArray[np.int64]) -> None:
-        """The layer's counts of this step are complete."""
-        if self._source is None:
-            return
-        try:
-            self._source.observe(step, layer.index, counts_NE)
-        except Exception as error:
-            self._faults += 1
-            _warn(f"the routing of step {step}, {layer.name} is not planned from: {error!r}")
-
     def close(self) -> None:
         """Stop the planner and close the recordings."""
-        for part in (self._source, self._recorder, self._trace):
+        for part in (self._source, self._recorder, self.mailbox):
             if part is not None:
                 part.close()
-
-    def _open_recordings(
-        self,
-        config: FSEPConfig,
-        geometry: Geometry,
-        names: list[str],
-        group_index: int,
-        first_step: int,
-    ) -> None:
-        if config.record_layouts is not None:
-            path = recording_path(config.record_layouts, group_index)
-            if config.replay_layouts is not None:
-                # Of any group, since a link may have any name.
-                replayed = Path(config.replay_layouts).glob(f"*{path.suffix}")
-                refuse_overwriting(path, replayed, flag_name("record_layouts"))
-            with naming_flag("record_layouts", config.record_layouts):
-                self._recorder = LayoutRecorder(
-                    path, geometry, _run_signature(config), names, first_step
-                )
-        if config.record_trace is not None:
-            path = trace_path(config.record_trace, group_index)
-            with naming_flag("record_trace", config.record_trace):
-                self._trace = TraceWriter(
-                    path, geometry.num_ranks, geometry.num_experts, names, first_step
-                )
 
     def _end_recording(self, step: int, error: Exception) -> None:
         _warn(f"the recording of layouts ends before step {step}: {error}")
@@ -188,6 +137,62 @@ def naming_flag(field_name: str, folder: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{flag_name(field_name)} {quoted(folder)}: {error}") from error
+
+
+def _layout_source(
+    config: FSEPConfig,
+    geometry: Geometry,
+    costs: CostModel,
+    layers: Sequence[str],
+    layouts: Sequence[ExpertLayout],
+    group_index: int,
+    resumed: PlannerState | None,
+) -> LayoutSource | None:
+    if config.replay_layouts is not None:
+        path = recording_path(config.replay_layouts, group_index)
+        return ReplayedLayouts(path, geometry, _run_signature(config), layers)
+    if config.plans:
+        return PlannedLayouts(
+            make_strategy(config.planner, geometry=geometry, costs=costs),
+            layouts,
+            lag=config.plan_lag,
+            wait=config.late_plan == "wait",
+            on_warning=_warn,
+            resumed=resumed,
+        )
+    return None
+
+
+def _layout_recorder(
+    config: FSEPConfig,
+    geometry: Geometry,
+    layers: Sequence[str],
+    group_index: int,
+    first_step: int,
+) -> LayoutRecorder | None:
+    if config.record_layouts is None:
+        return None
+    path = recording_path(config.record_layouts, group_index)
+    if config.replay_layouts is not None:
+        # Of any group, since a link may have any name.
+        replayed = Path(config.replay_layouts).glob(f"*{path.suffix}")
+        refuse_overwriting(path, replayed, flag_name("record_layouts"))
+    with naming_flag("record_layouts", config.record_layouts):
+        return LayoutRecorder(path, geometry, _run_signature(config), layers, first_step)
+
+
+def _trace_writer(
+    config: FSEPConfig,
+    geometry: Geometry,
+    layers: Sequence[str],
+    group_index: int,
+    first_step: int,
+) -> TraceWriter | None:
+    if config.record_trace is None:
+        return None
+    path = trace_path(config.record_trace, group_index)
+    with naming_flag("record_trace", config.record_trace):
+        return TraceWriter(path, geometry.num_ranks, geometry.num_experts, layers, first_step)
 
 
 def _run_signature(config: FSEPConfig) -> dict[str, Any]:

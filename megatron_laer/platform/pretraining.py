@@ -1,26 +1,27 @@
-"""What a training script must do differently from one release of Megatron to the next.
+"""Our training script asks here for what it must do differently by release of Megatron.
 
-0.18 wants a function that builds the model, and its wheel has none; later releases build a GPT
-model from a configuration. What the plugin itself does by release is in `plugin`.
+Newer releases build a GPT model from a configuration; older ones want a function that builds it,
+and their wheel has none. Which release is which: `megatron_laer/releases.py`.
 """
 
 from __future__ import annotations
 
-import inspect
 from argparse import Namespace
 from typing import Any
+
+from megatron_laer.releases import GPT_FROM_CONFIG, PACKED_SEQUENCES
 
 
 def pretrain_arguments(args: Namespace) -> dict[str, Any]:
     """The keywords of Megatron's `pretrain` that say which GPT model is trained, and how.
 
     Raises:
-        ValueError: under 0.18, what `build_gpt` does not build, quoting the flag.
+        ValueError: what `build_gpt`, where it is needed, does not build, quoting the flag.
     """
     from megatron.training import argument_utils
 
     container = argument_utils.pretrain_cfg_container_from_args
-    if hasattr(argument_utils, "gpt_config_from_args"):
+    if GPT_FROM_CONFIG.is_in(argument_utils):
         return {"cfg_container": container(args, argument_utils.gpt_config_from_args(args))}
     asked = [name for name in _NOT_BUILT if getattr(args, name, None) not in (None, False)]
     flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
@@ -28,13 +29,14 @@ def pretrain_arguments(args: Namespace) -> dict[str, Any]:
         flags = "no --num-experts"
     if flags:
         raise ValueError(
-            f"{flags}: with megatron-core 0.18 this script builds plain MoE models only; use 0.19, "
-            "or Megatron's own script: `python -m megatron_laer train PATH/pretrain_gpt.py -- ...`"
+            f"{flags}: with megatron-core {' or '.join(GPT_FROM_CONFIG.lacked_by())} this script "
+            f"builds plain MoE models only; use {GPT_FROM_CONFIG.since}, or Megatron's own script: "
+            "`python -m megatron_laer train PATH/pretrain_gpt.py -- ...`"
         )
     return {"cfg_container": container(args), "model_provider": build_gpt}
 
 
-# What Megatron 0.18 leaves to the function that builds the model, beside what is built here.
+# What such a Megatron leaves to the function that builds the model, beside what is built here.
 _NOT_BUILT = (
     "spec",
     "yaml_cfg",
@@ -48,8 +50,8 @@ def no_packed_sequences() -> dict[str, bool]:
     """The keyword of `get_batch_on_this_tp_rank` that says so."""
     from megatron.core.utils import get_batch_on_this_tp_rank
 
-    names = inspect.signature(get_batch_on_this_tp_rank).parameters
-    return {"has_cu_seqlens" if "has_cu_seqlens" in names else "is_sft": False}
+    has_it = PACKED_SEQUENCES.is_in(get_batch_on_this_tp_rank)
+    return {"has_cu_seqlens" if has_it else "is_sft": False}
 
 
 def build_gpt(
@@ -59,7 +61,9 @@ def build_gpt(
     config: Any = None,
     pg_collection: Any = None,
 ) -> Any:
-    """One chunk of the MoE GPT model that Megatron's arguments describe, before release 0.19.
+    """Build one chunk of the MoE GPT model that Megatron's arguments describe.
+
+    Megatron calls it in releases without `GPT_FROM_CONFIG`.
 
     Args:
         pre_process: the chunk holds the embedding.

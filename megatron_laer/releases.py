@@ -1,0 +1,110 @@
+"""Megatron's releases: which are supported, which were tested, and what differs between them.
+
+This table is the one place for such facts: code imports it, and where a file cannot, a test
+compares the file with it. `docs/new_release.md` says what a new release needs. The module imports
+the standard library alone, since `doctor` and scripts read it where Megatron or torch is missing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Release:
+    """One release of Megatron, all of whose patch versions are supported.
+
+    Attributes:
+        number: as in the names of Megatron's branches and of our folders in patches/.
+        tested: versions that the tests passed with, oldest first.
+        limits: what the release cannot do, for docs/support.md; the end of a sentence.
+    """
+
+    number: str
+    tested: tuple[str, ...]
+    limits: str = ""
+
+
+# Oldest first, none left out in between.
+RELEASES = (
+    Release(
+        "0.18",
+        tested=("0.18.0", "0.18.2"),
+        limits="has no quantile balancing and writes no routing traces, and stock's own log of MoE "
+        "losses differs with context parallelism from that without",
+    ),
+    Release("0.19", tested=("0.19.0", "0.19.2")),
+)
+
+NUMBERS = tuple(release.number for release in RELEASES)
+TESTED = tuple(version for release in RELEASES for version in release.tested)
+TESTED_RANGE = f"{TESTED[0]} to {TESTED[-1]}"
+
+
+def release_after(number: str) -> str:
+    """The number of the release that follows, with the same major number."""
+    major, minor = number.split(".")
+    return f"{major}.{int(minor) + 1}"
+
+
+# As pip takes it; `<` excludes the pre-releases of its version too.
+SUPPORTED = f">={NUMBERS[0]},<{release_after(NUMBERS[-1])}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something in Megatron that newer releases have and older ones lack.
+
+    Code asks `is_in`, not for the release, because a fork or a checkout may be between two
+    releases. A test compares the answers with `since` in each release.
+
+    Attributes:
+        owner: the dotted name of the module, class or function.
+        name: of the attribute or, in a function, of the parameter.
+        since: the first release that has it.
+        before: what is done where it is missing.
+    """
+
+    owner: str
+    name: str
+    since: str
+    before: str
+
+    def is_in(self, owner: object) -> bool:
+        """Whether this object, which `owner` names, has the attribute or the parameter."""
+        if inspect.isfunction(owner):
+            return self.name in inspect.signature(owner).parameters
+        return hasattr(owner, self.name)
+
+    def lacked_by(self) -> tuple[str, ...]:
+        """The supported releases without it."""
+        return NUMBERS[: NUMBERS.index(self.since)]
+
+
+GPT_FROM_CONFIG = Difference(
+    "megatron.training.argument_utils",
+    "gpt_config_from_args",
+    since="0.19",
+    before="platform/pretraining.py builds GPT models",
+)
+PACKED_SEQUENCES = Difference(
+    "megatron.core.utils.get_batch_on_this_tp_rank",
+    "has_cu_seqlens",
+    since="0.19",
+    before="the parameter is called is_sft",
+)
+CHECKPOINT_STORAGE = Difference(
+    "megatron.core.msc_utils",
+    "maybe_msc",
+    since="0.19",
+    before="plugin/checkpoints.py asks itself whether the object store is on",
+)
+ROUTING_TRACES = Difference(
+    "megatron.core.transformer.moe.router_trace",
+    "RouterTracer",
+    since="0.19",
+    before="there are no traces of Megatron's to read",
+)
+
+DIFFERENCES = (GPT_FROM_CONFIG, PACKED_SEQUENCES, CHECKPOINT_STORAGE, ROUTING_TRACES)

@@ -1,0 +1,125 @@
+"""The coordinator is put together here, from the settings, the process groups and the model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from megatron_laer.config import EXACT, NODE, STEP_RESTORE, FSEPConfig
+from megatron_laer.layout import default_capacity
+from megatron_laer.planner.clusters import load_cluster
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.guard import Guard
+from megatron_laer.runtime.comm.exchange import Exchange
+from megatron_laer.runtime.comm.flat_exchange import FlatExchange
+from megatron_laer.runtime.comm.node_exchange import NodeExchange
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.streams import make_comm_stream
+from megatron_laer.runtime.coordinator import Coordinator
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.schedule import make_schedule
+
+logger = logging.getLogger(__name__)
+
+_WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Part of a card's name → the shipped cluster whose devices are most like it.
+_CLUSTERS = {"A100": "a100-4x8-ib800", "H100": "h100-8"}
+
+
+def build_coordinator(
+    config: FSEPConfig,
+    groups: FSEPGroups,
+    transformer_config: Any,
+    *,
+    seed: int,
+    device: torch.device,
+) -> Coordinator:
+    """The coordinator of one rank, with everything that it uses.
+
+    Args:
+        transformer_config: Megatron's, with the true number of experts.
+        seed: the run's seed; the same on every rank.
+
+    Raises:
+        ValueError: N·C < E, C > E, or a cluster that cannot be read.
+    """
+    num_experts = transformer_config.num_moe_experts
+    geometry = Geometry(
+        num_ranks=groups.size,
+        num_experts=num_experts,
+        capacity=config.capacity or default_capacity(groups.size, num_experts),
+        node_size=groups.node_size,
+    )
+    costs = layer_costs(config, transformer_config, device)
+    chosen = costs.with_exchange(config.restore_algorithm, geometry)
+    overlaps = config.scheduler == "on"
+    return Coordinator(
+        config,
+        groups,
+        geometry,
+        Guard(config.mode, chosen, geometry, config.imbalance_tolerance, config.split),
+        make_schedule(
+            overlaps=overlaps,
+            after_gate=config.mode == EXACT,
+            holds_step=config.restore == STEP_RESTORE,
+        ),
+        ExchangeStreams(
+            make_exchange(config, groups, chosen.restore_algorithm),
+            parameters=make_comm_stream("parameters", device, overlaps=overlaps),
+            gradients=make_comm_stream("gradients", device, overlaps=overlaps),
+        ),
+        seed=seed,
+        device=device,
+    )
+
+
+def make_exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: str) -> Exchange:
+    """The exchange of weights and gradients by this algorithm, `flat` or `node`."""
+    if algorithm == NODE:
+        dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
+        return NodeExchange(groups, dtype)
+    return FlatExchange(groups)
+
+
+def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.device) -> CostModel:
+    """The cost model of one MoE layer of this model on the cluster that is configured, or here.
+
+    Args:
+        transformer_config: Megatron's; only its fields are read.
+    """
+    recompute = transformer_config.recompute_granularity
+    return CostModel(
+        cluster=load_cluster(config.cluster or default_cluster(device)),
+        hidden=transformer_config.hidden_size,
+        ffn=transformer_config.moe_ffn_hidden_size,
+        gated=transformer_config.gated_linear_unit,
+        bytes_per_element=transformer_config.params_dtype.itemsize,
+        recompute=recompute == "full"
+        or (recompute == "selective" and "moe" in transformer_config.recompute_modules),
+    )
+
+
+def current_device() -> torch.device:
+    """The device that Megatron computes on, which is the CPU where CUDA is replaced."""
+    device = torch.cuda.current_device()
+    return device if isinstance(device, torch.device) else torch.device("cuda", device)
+
+
+def default_cluster(device: torch.device) -> str:
+    """The name of the shipped cluster whose devices are most like this one."""
+    if device.type == "cpu":
+        return "cpu-gloo"
+    name = torch.cuda.get_device_name()
+    for part, cluster in _CLUSTERS.items():
+        if part in name:
+            return cluster
+    logger.warning(
+        "FSEP: no hardware constants for %s, taking those of %s; give --fsep-cluster a YAML file",
+        name,
+        _CLUSTERS["H100"],
+    )
+    return _CLUSTERS["H100"]

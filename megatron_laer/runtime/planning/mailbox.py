@@ -1,0 +1,104 @@
+"""The mailbox on the planner rank: each microbatch's counts in, each step's sums out.
+
+Legend: N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.trace.recording import TraceWriter
+
+Planner = Callable[[int, int, npt.NDArray[np.int64]], None]
+
+
+class RoutingMailbox:
+    """Takes the counts of every routed microbatch; nothing that it does stops training.
+
+    A recorder gets each microbatch, and a planner each layer's sum over the step, as soon as the
+    step's last microbatch of that layer is there.
+
+    Args:
+        layers: the layers' names, by index.
+        planner: called with step, layer and int64 [N, E] tokens on each source rank for each
+            expert, which it must not change; None where nothing plans.
+        trace: where each microbatch is recorded; None records nothing. The mailbox closes it.
+        on_warning: takes a message.
+
+    Attributes:
+        faults: sums so far that the planner did not take.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        planner: Planner | None,
+        trace: TraceWriter | None,
+        on_warning: Callable[[str], None],
+    ) -> None:
+        self.faults = 0
+        self._layers = layers
+        self._planner = planner
+        self._trace = trace
+        self._on_warning = on_warning
+        self._step = 0
+        self._num_microbatches: int | None = None
+        self._sums_NE: dict[int, npt.NDArray[np.int64]] = {}
+
+    def begin_step(self, step: int, num_microbatches: int | None) -> None:
+        """Begin a step; sums that are not complete are dropped.
+
+        Args:
+            num_microbatches: of this step; without it, sums are complete when the step ends.
+        """
+        self._step, self._num_microbatches = step, num_microbatches
+        self._sums_NE.clear()
+
+    def put(self, layer: int, microbatch: int, counts_NE: npt.NDArray[np.int64]) -> None:
+        """Take the counts of one microbatch of a layer, by index.
+
+        Args:
+            microbatch: its number within the step, from 0, where the sum starts anew.
+        """
+        self._record(layer, microbatch, counts_NE)
+        if self._planner is None:
+            return
+        before_NE = self._sums_NE.get(layer) if microbatch else None
+        self._sums_NE[layer] = counts_NE.copy() if before_NE is None else before_NE + counts_NE
+        if microbatch + 1 == self._num_microbatches:
+            self._deliver(layer)
+
+    def end_step(self) -> None:
+        """Deliver the sums of a step whose number of microbatches was not known."""
+        if self._num_microbatches is None:
+            for layer in list(self._sums_NE):
+                self._deliver(layer)
+
+    def close(self) -> None:
+        """Close the recording."""
+        if self._trace is not None:
+            self._trace.close()
+            self._trace = None
+
+    def _deliver(self, layer: int) -> None:
+        assert self._planner is not None
+        try:
+            self._planner(self._step, layer, self._sums_NE[layer])
+        except Exception as error:
+            self.faults += 1
+            self._on_warning(
+                f"the routing of step {self._step}, {self._layers[layer]} is not planned from: "
+                f"{error!r}"
+            )
+
+    def _record(self, layer: int, microbatch: int, counts_NE: npt.NDArray[np.int64]) -> None:
+        if self._trace is None:
+            return
+        try:
+            self._trace.append(self._step, layer, microbatch, counts_NE)
+        except (OSError, ValueError) as error:
+            self._on_warning(f"the recording of routing ends at step {self._step}: {error}")
+            self.close()

@@ -1,0 +1,89 @@
+"""What pre-commit, the hosting platform and citation tools read agrees with the project."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import megatron_laer
+from tests.documents import ROOT
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+
+
+def read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def name(path: Path) -> str:
+    return path.name
+
+
+def test_the_citation_has_the_version_and_names_the_paper() -> None:
+    citation = read(ROOT / "CITATION.cff")
+    assert citation["version"] == megatron_laer.__version__
+    assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2602.11686"
+
+
+def test_hooks_download_nothing_and_run_what_is_installed_for_tests() -> None:
+    (repository,) = read(ROOT / ".pre-commit-config.yaml")["repos"]
+    assert repository["repo"] == "local"
+    assert {hook["language"] for hook in repository["hooks"]} == {"system"}
+    programs = [Path(shlex.split(hook["entry"])[0]) for hook in repository["hooks"]]
+    ours = {path.name for path in programs if path.parent == Path(".venv/bin")}
+    assert {path.name for path in programs} - ours == {"bash"}
+    here = Path(sys.executable).parent
+    assert {program for program in ours if not (here / program).exists()} == set()
+
+
+def test_hooks_run_every_linter_of_the_test_script() -> None:
+    script = (ROOT / "scripts" / "test.sh").read_text(encoding="utf-8")
+    (repository,) = read(ROOT / ".pre-commit-config.yaml")["repos"]
+    checks = re.findall(r'^check "?((?<=")[^"]+|\w+)"? ', script, re.MULTILINE)
+    assert len(checks) >= 4
+    assert {*checks, "import-linter"} <= {hook["name"] for hook in repository["hooks"]}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=name)
+def test_a_workflow_may_only_read_and_pins_what_it_uses(path: Path) -> None:
+    workflow = read(path)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert workflow["concurrency"]["group"]
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    uses = [step["uses"] for step in steps if "uses" in step]
+    assert [action for action in uses if not re.fullmatch(r"actions/[\w-]+@v\d+", action)] == []
+    # The workflows hold no logic: what they run can be run by hand.
+    programs = [re.search(r"(scripts/test\.sh|\.ci/run)\b", s["run"]) for s in steps if "run" in s]
+    assert programs and all(programs)
+
+
+def test_every_set_of_tests_has_a_workflow() -> None:
+    commands = {path.stem: path.read_text(encoding="utf-8") for path in WORKFLOWS}
+    assert {*commands} == {"lint", "cpu", "gpu"}
+    assert "scripts/test.sh --lint\n" in commands["lint"]
+    assert "scripts/test.sh --gpu\n" in commands["gpu"]
+    # PyYAML reads the key `on` as a truth value.
+    assert [*read(ROOT / ".github" / "workflows" / "gpu.yml")[True]] == ["workflow_dispatch"]
+
+
+@pytest.mark.parametrize("path", FORMS, ids=name)
+def test_an_issue_form_has_fields_with_labels_and_ids_of_their_own(path: Path) -> None:
+    form = read(path)
+    assert form["name"] and form["description"]
+    assert all(field["attributes"]["label"] for field in form["body"])
+    ids = [field["id"] for field in form["body"]]
+    assert len({*ids}) == len(ids)
+
+
+def test_a_bug_report_asks_for_the_doctor_the_command_and_the_release() -> None:
+    form = read(ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml")
+    required = {f["id"] for f in form["body"] if f.get("validations", {}).get("required")}
+    assert {"doctor", "command", "megatron"} <= required
+    assert "python -m megatron_laer doctor" in form["body"][0]["attributes"]["label"]

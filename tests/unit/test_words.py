@@ -1,0 +1,69 @@
+"""Words that the project has given up are in no file of it; tests/retired_words.txt lists them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.documents import ROOT
+
+LIST = ROOT / "tests" / "retired_words.txt"
+FOLDERS = (
+    *(".ci", ".github", "benchmarks", "configs", "docs", "megatron_laer", "patches", "scripts"),
+    "tests",
+)
+# They tell what things were called.
+EXEMPT = (LIST, ROOT / "CHANGELOG.md", ROOT / "docs" / "glossary.md")
+# Between parts of an identifier; an underscore is a letter to `\b`.
+_PARTS = re.compile(r"_|(?<=[a-z])(?=[A-Z])")
+
+Rules = dict[re.Pattern[str], str]
+
+
+def rules(text: str) -> Rules:
+    """What each expression of a list is to be replaced by."""
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return {re.compile(old): new for old, _, new in (line.partition("\t") for line in lines)}
+
+
+def retired(path: Path, listed: Rules) -> list[str]:
+    """Where a file has a word of the list, as `file:line: word; say ...`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return []  # built, or cached
+    parts = _PARTS.sub(" ", text)
+    found = {
+        (searched.count("\n", 0, match.start()) + 1, match[0], new)
+        for searched in (text, parts)
+        for old, new in listed.items()
+        for match in old.finditer(searched)
+    }
+    where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return [f"{where}:{line}: {word!r}; say {new}" for line, word, new in sorted(found)]
+
+
+def documents() -> Iterator[Path]:
+    """Every file of the project but those that are exempt."""
+    yield from (path for path in ROOT.iterdir() if path.is_file() and path not in EXEMPT)
+    for folder in FOLDERS:
+        yield from (p for p in ROOT.joinpath(folder).rglob("*") if p.is_file() and p not in EXEMPT)
+
+
+def test_no_file_has_a_retired_word() -> None:
+    listed = rules(LIST.read_text(encoding="utf-8"))
+    found = [where for path in sorted(documents()) for where in retired(path, listed)]
+    assert not found, "\n".join([f"{len(found)} lines:", *found])
+
+
+def test_words_are_found_in_text_and_in_identifiers(tmp_path: Path) -> None:
+    listed = rules("# a list\n(?i)\\bfoos?\\b\tbar\n\\bBaz\\b\tqux\n")
+    path = tmp_path / "file.py"
+    path.write_text("Foo\nmy_foo_CRK = 1\nfood, baz\nBaz\nMyFoo\n")
+    assert retired(path, listed) == [
+        f"{path}:1: 'Foo'; say bar",
+        f"{path}:2: 'foo'; say bar",
+        f"{path}:4: 'Baz'; say qux",
+        f"{path}:5: 'Foo'; say bar",
+    ]
