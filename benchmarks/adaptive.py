@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.prices import paper_costs
+from benchmarks.costs import paper_costs
 from benchmarks.splits import Outcome, Planner, split_exactly
-from megatron_laer.config import ADAPTIVE, EXCHANGES
+from megatron_laer.config import ExchangeAlgorithm, PlanMode
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
@@ -32,7 +32,7 @@ PAPER_PAIRS = 16384 * 2
 class _Setting:
     """One column block: the trace's counts times `scale`, restored by `algorithm`."""
 
-    algorithm: str
+    algorithm: ExchangeAlgorithm
     scale: int
 
 
@@ -53,7 +53,8 @@ def adaptive(
     """
     geometry = Geometry(static.num_ranks, static.num_experts, static.capacity, node_size)
     guards = {
-        algorithm: Guard(ADAPTIVE, paper_costs(algorithm), geometry) for algorithm in EXCHANGES
+        algorithm: Guard(PlanMode.ADAPTIVE, paper_costs(algorithm), geometry)
+        for algorithm in ExchangeAlgorithm
     }
     pairs = int(trace.now(cases[0]).sum()) // geometry.num_ranks
     scales = sorted({1, max(1, PAPER_PAIRS // pairs)})
@@ -71,7 +72,7 @@ def adaptive(
             counts_NE = trace_NE * scale
             fresh = construct_layout(counts_NE, kept, node_size)
             kept_s, fresh_s = (
-                guards["flat"].costs.layer_seconds(counts_NE, layout, node_size)
+                guards[ExchangeAlgorithm.FLAT].costs.layer_seconds(counts_NE, layout, node_size)
                 for layout in (kept, fresh)
             )
             for algorithm, guard in guards.items():
@@ -85,7 +86,7 @@ def adaptive(
                 rows[case.layer, _Setting(algorithm, scale)].append(
                     (kept_s, changed_s, whole_s, chosen_s, unused_s, decision.replanned)
                 )
-                if algorithm == "flat" and scale == scales[-1]:
+                if algorithm == ExchangeAlgorithm.FLAT and scale == scales[-1]:
                     outcome = split_exactly(counts_NE, decision.layout, node_size)
                     outcomes.append(replace(outcome, replanned=decision.replanned))
     return outcomes, list(_means(rows, static.capacity))

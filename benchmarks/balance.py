@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.adaptive import adaptive
-from benchmarks.prices import paper_costs
+from benchmarks.costs import paper_costs
 from benchmarks.rivals.eplb import Eplb
 from benchmarks.rivals.even import Even
 from benchmarks.rivals.flexmoe import FlexMoE
@@ -32,11 +32,11 @@ from benchmarks.splits import (
     split_exactly,
     split_like_eplb,
 )
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.quotas import Int64
 from megatron_laer.planner.strategies import make_strategy
 
 NODE_SIZE = 8

@@ -25,20 +25,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_laer.config import EXCHANGES
+from megatron_laer.arrays import Int64
+from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.traffic import (
-    Int64,
-    Traffic,
-    reduce_traffic,
-    restore_traffic,
-    row_bounds,
-)
+from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
 from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.exchange import Exchange, ExchangeCount, Kept
 from megatron_laer.runtime.comm.flat_exchange import FlatExchange
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.node_exchange import NodeExchange
+from megatron_laer.sharding import row_bounds
 
 try:
     from benchmarks.report import print_table
@@ -142,7 +138,9 @@ def summary(case: Workload, counts_of_ranks: Sequence[Counts]) -> Iterator[dict[
         }
 
 
-def formula(case: Workload, what: str, node_size: int, algorithm: str, step: int) -> Traffic:
+def formula(
+    case: Workload, what: str, node_size: int, algorithm: ExchangeAlgorithm, step: int
+) -> Traffic:
     """What an exchange should move."""
     layout = case.layouts[step]
     if what == "gradients":
@@ -184,8 +182,10 @@ def serve(pipe: Connection, rank: int, address: str, quick: bool) -> None:
         assert world is not None
         groups = process_groups.create_groups(world, node_size, dist.new_group)
         for case in workloads(quick):
-            for algorithm in EXCHANGES:
-                exchange = (FlatExchange if algorithm == "flat" else NodeExchange)(groups)
+            for algorithm in ExchangeAlgorithm:
+                exchange = (FlatExchange if algorithm == ExchangeAlgorithm.FLAT else NodeExchange)(
+                    groups
+                )
                 for what, step, received_2 in exchange_all(case, exchange, rank):
                     found[case.name][what, node_size, algorithm, step] = received_2
         groups.destroy()

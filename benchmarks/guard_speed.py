@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.adaptive import PAPER_PAIRS
-from benchmarks.prices import paper_costs
+from benchmarks.costs import paper_costs
 from benchmarks.report import machine, print_table
 from benchmarks.speed import NODE_SIZE, zipf_counts_NE
-from megatron_laer.config import ADAPTIVE, EXACT, FORECAST
+from megatron_laer.arrays import Int64
+from megatron_laer.config import PlanMode
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
-from megatron_laer.planner.quotas import Int64
 
 SHAPES = ((16, 3, 32), (64, 2, 64), (64, 4, 64), (256, 2, 256))
 REPEATS = 100
@@ -44,11 +44,11 @@ def guard_times() -> Iterator[dict[str, Any]]:
         geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
         static = ExpertLayout.static(num_ranks, capacity, num_experts)
         guards = {
-            FORECAST: Guard(FORECAST, costs, geometry),
-            EXACT: Guard(EXACT, costs, geometry),
-            ADAPTIVE: Guard(ADAPTIVE, costs, geometry),
-            "adaptive, free links": Guard(ADAPTIVE, free_costs, geometry),
-            "adaptive, tolerance": Guard(ADAPTIVE, costs, geometry, 0.05),
+            PlanMode.FORECAST: Guard(PlanMode.FORECAST, costs, geometry),
+            PlanMode.EXACT: Guard(PlanMode.EXACT, costs, geometry),
+            PlanMode.ADAPTIVE: Guard(PlanMode.ADAPTIVE, costs, geometry),
+            "adaptive, free links": Guard(PlanMode.ADAPTIVE, free_costs, geometry),
+            "adaptive, tolerance": Guard(PlanMode.ADAPTIVE, costs, geometry, 0.05),
         }
         rng = np.random.default_rng(0)
         cases = []

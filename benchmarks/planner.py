@@ -21,15 +21,15 @@ import numpy as np
 
 from benchmarks.balance import Trace, balance
 from benchmarks.bounds import must_show
-from benchmarks.prices import paper_costs
+from benchmarks.costs import paper_costs
 from benchmarks.report import machine, print_table
 from benchmarks.speed import GROWTH_SHAPES, SOLVE_SHAPES, quota_times, solve_times
 from benchmarks.splits import split_exactly
 from benchmarks.workloads import WORKLOADS, microbatches
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.quotas import Int64
 from megatron_laer.planner.strategies import make_strategy
 
 # Every how many cases `--quick` takes one; prime, so that it meets all layers and microbatches.

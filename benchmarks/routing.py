@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_laer.telemetry.balance import max_over_mean, stock_tokens_N
+from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 
 Floats = npt.NDArray[np.float64]
 Trace = npt.NDArray[np.uint8]  # [P, L, N, T, K]

@@ -1,6 +1,6 @@
 """The `solve` constants of a cluster file, measured on this host: `python -m benchmarks.solve_fit`.
 
-What the guard adds when it replans: a fresh layout, its exact quotas and their price. CPU time of
+What the guard adds when it replans: a fresh layout, its exact quotas and their cost. CPU time of
 one thread, the shortest of many repeats, so that a busy machine does not count; then a fit of
 relative errors that is linear in slots and counts.
 """
@@ -13,14 +13,14 @@ import time
 import numpy as np
 from scipy.optimize import nnls  # type: ignore[import-untyped]
 
-from benchmarks.prices import paper_costs
+from benchmarks.costs import paper_costs
 from benchmarks.report import machine, print_table
 from benchmarks.speed import NODE_SIZE, zipf_counts_NE
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
-from megatron_laer.planner.quotas import Int64
 
 REPEATS = 40
 SHAPES = (

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
+from megatron_laer.arrays import Int64
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.quotas import Int64
 
 _TOKENS = 4096  # per rank and microbatch, counted once per selected expert
 

@@ -1,60 +1,140 @@
-"""The one way in for configuration: `FSEPConfig`, and the Megatron flags derived from it.
+"""`FSEPConfig` holds the settings of FSEP and is the one way in for configuration.
 
-Flags are generated from the dataclass fields: a field `plan_lag` is the flag `--fsep-plan-lag`, its
-`help` is the flag's help and the row in the docs. What a combination of flags means for Megatron is
-not decided here (see `support`).
+A field's metadata says its type, its range and its help; checks, flags and the docs are made from
+it. This file reads no command line (see `flags`), and it does not decide what a combination of
+flags means for Megatron (see `support`).
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from enum import StrEnum
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
-STANDARD_MODE, FSEP_MODE = MODES = ("standard", "fsep")
-LATE_PLANS = ("keep", "wait")
 
-EXACT_SPLIT = "exact"
-EVEN_SPLIT = "even"
-SPLITS = (EXACT_SPLIT, EVEN_SPLIT)
+class Choice(StrEnum):
+    """Is a closed set of words; a word outside it raises a ValueError that lists them."""
 
-SCHEDULERS = ("on", "off")
-LAYER_RESTORE, STEP_RESTORE = RESTORES = ("layer", "step")
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise ValueError(f"{value!r}: must be one of {', '.join(cls)}")
 
-# What a microbatch is computed with: the planned layout, one made for its very counts after the
-# gate, or the cheaper of the two.
-FORECAST, EXACT, ADAPTIVE = PLAN_MODES = ("forecast", "exact", "adaptive")
 
-# How exchanges cross nodes; `auto` takes the faster by the cost model.
-FLAT, NODE = EXCHANGES = ("flat", "node")
-AUTO = "auto"
-WIRE_DTYPES = ("bf16", "fp16", "fp32")
+class ExpertParallelMode(Choice):
+    """Says whose expert parallelism runs: Megatron's own, or ours."""
 
-# Planners that need no thread and no broadcast: the layout never changes, or changes at every
-# microbatch in a way that each rank works out alone (it is no strategy; strategies are asked once
-# per step).
-STATIC_PLANNER = "static"
-RANDOM_PLANNER = "random"
-FIXED_PLANNERS = (STATIC_PLANNER, RANDOM_PLANNER)
-# Planners that compare candidates by the cost model.
-PRICING_PLANNERS = ("laer",)
-DEFAULT_PLANNER = "greedy"
+    STANDARD = "standard"
+    FSEP = "fsep"
+
+
+class Split(Choice):
+    """Says how a microbatch's tokens are split over an expert's replicas."""
+
+    EXACT = "exact"
+    EVEN = "even"
+
+
+class PlanMode(Choice):
+    """Says what a microbatch is computed with.
+
+    That is the planned layout (`forecast`), one made for its very counts after the gate (`exact`),
+    or the cheaper of the two (`adaptive`).
+    """
+
+    FORECAST = "forecast"
+    EXACT = "exact"
+    ADAPTIVE = "adaptive"
+
+
+class LatePlan(Choice):
+    """Says what happens when a plan is not ready in time."""
+
+    KEEP = "keep"
+    WAIT = "wait"
+
+
+class Restore(Choice):
+    """Says how long experts stay restored: for one pass of one layer, or for a whole step."""
+
+    LAYER = "layer"
+    STEP = "step"
+
+
+class OverlapScheduler(Choice):
+    """Says whether exchanges overlap with compute."""
+
+    ON = "on"
+    OFF = "off"
+
+
+class ExchangeAlgorithm(Choice):
+    """Says how an exchange of experts or gradients crosses nodes."""
+
+    FLAT = "flat"
+    NODE = "node"
+
+
+class RestoreAlgorithm(Choice):
+    """Names an exchange algorithm, or `auto` for the faster one by the cost model."""
+
+    FLAT = "flat"
+    NODE = "node"
+    AUTO = "auto"
+
+
+class WireDtype(Choice):
+    """Says in which dtype gradients cross nodes."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class FixedPlanner(Choice):
+    """Names the planners that need no thread and no broadcast.
+
+    The layout never changes, or it changes at every microbatch in a way that each rank works out
+    alone: `random` is no strategy, since strategies are asked once per step.
+    """
+
+    STATIC = "static"
+    RANDOM = "random"
+
+
+class Bound(NamedTuple):
+    """Limits a number, with the words that follow `must be at least` in the error message."""
+
+    value: int
+    text: str
+
 
 # Until they take effect, plans are kept in memory and in checkpoints; and what was routed a
 # thousand steps ago says little of now.
 MAX_PLAN_LAG = 1000
 
+_NUMBERS: dict[type, tuple[type[Any], str]] = {
+    int: (Integral, "an integer"),
+    float: (Real, "a number"),
+}
 
-def _option(default: Any, help: str, **kwargs: Any) -> Any:
-    return field(default=default, metadata={"help": help, **kwargs})
+
+def _option(
+    help: str,
+    *,
+    type: type = str,
+    minimum: Bound | None = None,
+    maximum: Bound | None = None,
+) -> Mapping[str, Any]:
+    return {"help": help, "type": type, "minimum": minimum, "maximum": maximum}
 
 
 @dataclass(frozen=True)
 class FSEPConfig:
-    """Settings of Fully Sharded Expert Parallel.
+    """Holds the settings of Fully Sharded Expert Parallel.
 
     The FSEP group is Megatron's expert-parallel group, so its size N is
     `--expert-model-parallel-size`; E is `--num-experts`.
@@ -63,281 +143,222 @@ class FSEPConfig:
         ValueError: a value outside its range, quoting it.
     """
 
-    capacity: int | None = _option(
-        None,
-        "expert slots C that every rank restores per MoE layer; default min(E, ceil(E/N) + 1), "
-        "the least that always allows perfect balance",
-        type=int,
+    capacity: int | None = field(
+        default=None,
+        metadata=_option(
+            "expert slots C that every rank restores per MoE layer; default min(E, ceil(E/N) + "
+            "1), the least that always allows perfect balance",
+            type=int,
+            minimum=Bound(1, "1 slot per rank"),
+        ),
     )
-    planner: str = _option(
-        DEFAULT_PLANNER,
-        "strategy that chooses layouts on rank 0 of the FSEP group: greedy; search (slower); laer "
-        "(the paper's); static; or random: a new random layout per microbatch, for tests",
-        type=str,
+    planner: str = field(
+        default="greedy",
+        metadata=_option(
+            "strategy that chooses layouts on rank 0 of the FSEP group: greedy; search (slower); "
+            "laer (the paper's); static; or random: a new random layout per microbatch, for tests",
+        ),
     )
-    split: str = _option(
-        EXACT_SPLIT,
-        "how a microbatch's tokens are split over an expert's replicas: exact (the largest rank "
-        "load is minimal for the layout) or even (the paper's)",
-        type=str,
-        choices=SPLITS,
+    split: Split = field(
+        default=Split.EXACT,
+        metadata=_option(
+            "how a microbatch's tokens are split over an expert's replicas: exact (the largest "
+            "rank load is minimal for the layout) or even (the paper's)",
+            type=Split,
+        ),
     )
-    plan_mode: str | None = _option(
-        None,
-        "what a microbatch is computed with: forecast (the planned layout), exact (a fresh one, "
-        "made after the gate for its very counts: no rank above the mean), or adaptive (per layer "
-        "the cheaper of the two in predicted seconds); default adaptive, or forecast with a "
-        "planner that makes no plans, --fsep-split even or --fsep-restore step",
-        type=str,
-        choices=PLAN_MODES,
+    plan_mode: PlanMode | None = field(
+        default=None,
+        metadata=_option(
+            "what a microbatch is computed with: forecast (the planned layout), exact (a fresh "
+            "one, made after the gate for its very counts: no rank above the mean), or adaptive "
+            "(per layer the cheaper of the two in predicted seconds); default adaptive, or "
+            "forecast with a planner that makes no plans, --fsep-split even or --fsep-restore "
+            "step",
+            type=PlanMode,
+        ),
     )
-    imbalance_tolerance: float | None = _option(
-        None,
-        "adaptive takes the fresh layout where the planned one would load a rank with more than "
-        "1 + TOLERANCE times the mean, instead of deciding by cost",
-        type=float,
+    imbalance_tolerance: float | None = field(
+        default=None,
+        metadata=_option(
+            "adaptive takes the fresh layout where the planned one would load a rank with more "
+            "than 1 + TOLERANCE times the mean, instead of deciding by cost",
+            type=float,
+            minimum=Bound(0, "0; 0.05 allows a rank 5 % above the mean"),
+        ),
     )
-    plan_lag: int = _option(
-        1,
-        "a plan made from the routing of step t takes effect at step t + LAG",
-        type=int,
+    plan_lag: int = field(
+        default=1,
+        metadata=_option(
+            "a plan made from the routing of step t takes effect at step t + LAG",
+            type=int,
+            minimum=Bound(1, "1; a plan cannot act on the step whose routing it was made from"),
+            maximum=Bound(
+                MAX_PLAN_LAG,
+                f"{MAX_PLAN_LAG}; plans are kept in memory and in checkpoints for so many steps",
+            ),
+        ),
     )
-    late_plan: str = _option(
-        "keep",
-        "when a plan is not ready in time: keep the layouts in force and never wait, or wait "
-        "(bitwise reproducible; implied by --deterministic-mode)",
-        type=str,
-        choices=LATE_PLANS,
+    late_plan: LatePlan = field(
+        default=LatePlan.KEEP,
+        metadata=_option(
+            "when a plan is not ready in time: keep the layouts in force and never wait, or wait "
+            "(bitwise reproducible; implied by --deterministic-mode)",
+            type=LatePlan,
+        ),
     )
-    restore: str = _option(
-        "layer",
-        "how often experts are restored: layer (for each layer and microbatch, forward and "
-        "backward: two layers in memory), or step (once per step, gradients exchanged once: all "
-        "layers in memory; implies --fsep-plan-mode forecast)",
-        type=str,
-        choices=RESTORES,
+    restore: Restore = field(
+        default=Restore.LAYER,
+        metadata=_option(
+            "how often experts are restored: layer (for each layer and microbatch, forward and "
+            "backward: two layers in memory), or step (once per step, gradients exchanged once: "
+            "all layers in memory; implies --fsep-plan-mode forecast)",
+            type=Restore,
+        ),
     )
-    scheduler: str = _option(
-        "on",
-        "on: restores and gradient exchanges run while the layers beside them compute; off: each "
-        "is waited for at once",
-        type=str,
-        choices=SCHEDULERS,
+    scheduler: OverlapScheduler = field(
+        default=OverlapScheduler.ON,
+        metadata=_option(
+            "on: restores and gradient exchanges run while the layers beside them compute; off: "
+            "each is waited for at once",
+            type=OverlapScheduler,
+        ),
     )
-    node_size: int | None = _option(
-        None,
-        "ranks of the FSEP group per node G; default: as the launcher says (torchrun's "
-        "LOCAL_WORLD_SIZE)",
-        type=int,
+    node_size: int | None = field(
+        default=None,
+        metadata=_option(
+            "ranks of the FSEP group per node G; default: as the launcher says (torchrun's "
+            "LOCAL_WORLD_SIZE)",
+            type=int,
+            minimum=Bound(1, "1 rank"),
+        ),
     )
-    restore_algorithm: str = _option(
-        AUTO,
-        "how experts and their gradients cross nodes: flat (one All-to-All), node (each distinct "
-        "expert of a node crosses once, then an exchange inside the node), or auto (the faster by "
-        "the cost model)",
-        type=str,
-        choices=(*EXCHANGES, AUTO),
+    restore_algorithm: RestoreAlgorithm = field(
+        default=RestoreAlgorithm.AUTO,
+        metadata=_option(
+            "how experts and their gradients cross nodes: flat (one All-to-All), node (each "
+            "distinct expert of a node crosses once, then an exchange inside the node), or auto "
+            "(the faster by the cost model)",
+            type=RestoreAlgorithm,
+        ),
     )
-    grad_wire_dtype: str | None = _option(
-        None,
-        "of gradients between nodes under --fsep-restore-algorithm node; default that of the "
-        "weights",
-        type=str,
-        choices=WIRE_DTYPES,
+    grad_wire_dtype: WireDtype | None = field(
+        default=None,
+        metadata=_option(
+            "of gradients between nodes under --fsep-restore-algorithm node; default that of the "
+            "weights",
+            type=WireDtype,
+        ),
     )
-    cluster: str | None = _option(
-        None,
-        "hardware constants for the cost model: a name in configs/clusters or a path; default by "
-        "the device's name",
-        type=str,
+    cluster: str | None = field(
+        default=None,
+        metadata=_option(
+            "hardware constants for the cost model: a name in configs/clusters or a path; default "
+            "by the device's name",
+        ),
     )
-    record_layouts: str | None = _option(
-        None,
-        "directory to which every applied layout is recorded, one file per FSEP group",
-        type=str,
+    record_layouts: str | None = field(
+        default=None,
+        metadata=_option(
+            "directory to which every applied layout is recorded, one file per FSEP group",
+        ),
     )
-    replay_layouts: str | None = _option(
-        None,
-        "directory written by --fsep-record-layouts whose layouts are repeated, step by step",
-        type=str,
+    replay_layouts: str | None = field(
+        default=None,
+        metadata=_option(
+            "directory written by --fsep-record-layouts whose layouts are repeated, step by step",
+        ),
     )
 
-    record_trace: str | None = _option(
-        None,
-        "directory to which the routing of every microbatch is recorded, one file per FSEP group, "
-        "for `megatron_laer plan`",
-        type=str,
+    record_trace: str | None = field(
+        default=None,
+        metadata=_option(
+            "directory to which the routing of every microbatch is recorded, one file per FSEP "
+            "group, for `megatron_laer plan`",
+        ),
     )
-    timeline: str | None = _option(
-        None,
-        "directory to which a Chrome/Perfetto trace of steps 3 to 5 of the run is written, one "
-        "file per rank: compute, token, parameter and gradient lanes",
-        type=str,
+    timeline: str | None = field(
+        default=None,
+        metadata=_option(
+            "directory to which a Chrome/Perfetto trace of steps 3 to 5 of the run is written, "
+            "one file per rank: compute, token, parameter and gradient lanes",
+        ),
     )
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
-            value, choices = getattr(self, spec.name), spec.metadata.get("choices")
-            if choices is not None and value not in (spec.default, *choices):
-                raise ValueError(
-                    f"{flag_name(spec.name)} {value!r}: must be one of {', '.join(choices)}"
-                )
-        if self.capacity is not None and self.capacity < 1:
-            raise ValueError(f"--fsep-capacity {self.capacity}: must be at least 1 slot per rank")
-        if self.plan_lag < 1:
+            value = getattr(self, spec.name)
+            if value is not None or spec.default is not None:
+                # Plain words are taken for the members they name.
+                object.__setattr__(self, spec.name, _checked(spec, value))
+        if self.restore == Restore.STEP and self.mode != PlanMode.FORECAST:
             raise ValueError(
-                f"--fsep-plan-lag {self.plan_lag}: must be at least 1; a plan cannot act on the "
-                "step whose routing it was made from"
-            )
-        if self.plan_lag > MAX_PLAN_LAG:
-            raise ValueError(
-                f"--fsep-plan-lag {self.plan_lag}: must be at most {MAX_PLAN_LAG}; plans are kept "
-                "in memory and in checkpoints for so many steps"
-            )
-        if self.imbalance_tolerance is not None and not 0 <= self.imbalance_tolerance < math.inf:
-            raise ValueError(
-                f"--fsep-imbalance-tolerance {self.imbalance_tolerance}: must be 0 or more; 0.05 "
-                "allows a rank 5 % above the mean"
-            )
-        if self.node_size is not None and self.node_size < 1:
-            raise ValueError(f"--fsep-node-size {self.node_size}: must be at least 1 rank")
-        if self.restore == STEP_RESTORE and self.mode != FORECAST:
-            raise ValueError(
-                f"--fsep-plan-mode {self.mode}: --fsep-restore {STEP_RESTORE} keeps layouts for a "
+                f"--fsep-plan-mode {self.mode}: --fsep-restore {self.restore} keeps layouts for a "
                 "step; leave one out"
             )
-        if self.split == EVEN_SPLIT and self.mode != FORECAST:
+        if self.split == Split.EVEN and self.mode != PlanMode.FORECAST:
             raise ValueError(
                 f"--fsep-plan-mode {self.mode}: fresh layouts are made for exact splits, got "
-                f"--fsep-split {EVEN_SPLIT}; leave one out"
+                f"--fsep-split {self.split}; leave one out"
             )
 
     @property
-    def mode(self) -> str:
-        """The plan mode in force."""
+    def mode(self) -> PlanMode:
+        """Return the plan mode in force."""
         if self.plan_mode is not None:
             return self.plan_mode
-        is_fixed = self.planner in FIXED_PLANNERS and self.replay_layouts is None
-        is_kept = self.split == EVEN_SPLIT or self.restore == STEP_RESTORE
-        return FORECAST if is_fixed or is_kept else ADAPTIVE
+        is_fixed = self.planner in FixedPlanner and self.replay_layouts is None
+        is_kept = self.split == Split.EVEN or self.restore == Restore.STEP
+        return PlanMode.FORECAST if is_fixed or is_kept else PlanMode.ADAPTIVE
 
     @property
-    def plans(self) -> bool:
-        """Whether layouts come from a planner's thread."""
+    def makes_plans(self) -> bool:
+        """Tell whether layouts come from a planner's thread."""
         return (
             self.replay_layouts is None
-            and self.planner not in FIXED_PLANNERS
-            and self.mode != EXACT
+            and self.planner not in FixedPlanner
+            and self.mode != PlanMode.EXACT
         )
 
     @property
     def follows_steps(self) -> bool:
-        """Whether anything that the settings ask for happens at step boundaries only."""
+        """Tell whether anything that the settings ask for happens at step boundaries only."""
         written = (self.record_layouts, self.record_trace, self.timeline)
         return (
-            self.plans
+            self.makes_plans
             or self.replay_layouts is not None
-            or self.restore == STEP_RESTORE
+            or self.restore == Restore.STEP
             or any(folder is not None for folder in written)
-        )
-
-    @property
-    def prices(self) -> bool:
-        """Whether anything is decided by the cost model."""
-        return (
-            (self.mode == ADAPTIVE and self.imbalance_tolerance is None)
-            or (self.plans and self.planner in PRICING_PLANNERS)
-            or self.restore_algorithm == AUTO
         )
 
 
 def flag_name(field_name: str) -> str:
-    """`plan_lag` → `--fsep-plan-lag`."""
+    """Return the flag of a field: `plan_lag` → `--fsep-plan-lag`."""
     return "--fsep-" + field_name.replace("_", "-")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add `--expert-parallel-mode` and one flag per `FSEPConfig` field.
-
-    Defaults are `None`, so that a flag the user gave without the mode can be told from one left
-    out: a flag without effect is an error.
-    """
-    group = parser.add_argument_group(title="fully sharded expert parallel (megatron_laer)")
-    group.add_argument(
-        "--expert-parallel-mode",
-        choices=MODES,
-        default=STANDARD_MODE,
-        help="standard: Megatron's expert parallelism, untouched; fsep: every rank holds 1/N of "
-        "every expert and restores whole experts per layer",
-    )
-    for spec in dataclasses.fields(FSEPConfig):
-        options = dict(spec.metadata)
-        default = "" if spec.default is None else f" (default {spec.default})"
-        options["help"] = options["help"].replace("%", "%%") + default
-        group.add_argument(flag_name(spec.name), default=None, **options)
-    return parser
-
-
-def given_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields whose flags were given on the command line, with their values."""
-    names = [spec.name for spec in dataclasses.fields(FSEPConfig)]
-    values = {name: getattr(args, "fsep_" + name, None) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
-    """The config that the flags ask for, or None in standard mode.
-
-    Raises:
-        ValueError: an FSEP flag without `--expert-parallel-mode fsep`, which would have no effect.
-    """
-    given = given_flags(args)
-    if args.expert_parallel_mode == FSEP_MODE:
-        config = FSEPConfig(**given)
-        _check_effects(config, given)
-        return config
-    if given:
-        flags = ", ".join(f"{flag_name(name)} {value}" for name, value in given.items())
-        raise ValueError(
-            f"{flags}: no effect with --expert-parallel-mode {args.expert_parallel_mode}; "
-            "add --expert-parallel-mode fsep or leave the flag out"
-        )
-    return None
-
-
 def deterministic(config: FSEPConfig) -> FSEPConfig:
-    """The config under Megatron's `--deterministic-mode`, which implies waiting for plans."""
-    return dataclasses.replace(config, late_plan="wait")
+    """Return the config under Megatron's `--deterministic-mode`, which waits for plans."""
+    return dataclasses.replace(config, late_plan=LatePlan.WAIT)
 
 
-def _check_effects(config: FSEPConfig, given: dict[str, Any]) -> None:
-    """Raise if one given flag leaves another without effect."""
-    for reason, idle in _idle(config):
-        for name in idle:
-            if name in given:
-                raise ValueError(
-                    f"{flag_name(name)} {given[name]}: no effect, since {reason}; leave it out"
-                )
-
-
-def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Why flags have no effect, and which."""
-    planning = ("plan_lag", "late_plan")
-    if config.replay_layouts is not None:
-        yield "layouts are replayed", ("planner", *planning)
-    if config.mode == EXACT:
-        yield (
-            "--fsep-plan-mode exact makes every layout after the gate",
-            ("planner", *planning, "record_layouts", "replay_layouts"),
-        )
-    elif config.planner in FIXED_PLANNERS:
-        yield (
-            f"--fsep-planner {config.planner} makes no plans",
-            (*planning, "record_layouts"),
-        )
-    if config.mode != ADAPTIVE:
-        yield f"--fsep-plan-mode is {config.mode}", ("imbalance_tolerance",)
-    if config.restore_algorithm == FLAT:
-        yield "--fsep-restore-algorithm is flat", ("grad_wire_dtype",)
-    if not config.prices:
-        yield "nothing is decided by cost", ("cluster",)
+def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
+    """Return a field's value in the field's type, or refuse it, quoting it."""
+    kind, flag = spec.metadata["type"], flag_name(spec.name)
+    if issubclass(kind, Choice):
+        try:
+            return kind(value)
+        except ValueError as error:
+            raise ValueError(f"{flag} {error}") from None
+    if kind not in _NUMBERS:
+        return value
+    number, noun = _NUMBERS[kind]
+    if not isinstance(value, number):
+        raise ValueError(f"{flag} {value!r}: must be {noun}")
+    minimum, maximum = spec.metadata["minimum"], spec.metadata["maximum"]
+    # Written so that it refuses NaN as well.
+    if minimum is not None and not minimum.value <= value < math.inf:
+        raise ValueError(f"{flag} {value}: must be at least {minimum.text}")
+    if maximum is not None and value > maximum.value:
+        raise ValueError(f"{flag} {value}: must be at most {maximum.text}")
+    return value

@@ -1,9 +1,9 @@
-"""Which expert sits in which slot: the value that planner, runtime and checkpoints agree on.
+"""A layout says which expert sits in which slot; planner, runtime and checkpoints agree on it.
 
 This file does not choose layouts (see `planner`) and does not move weights (see `runtime`). It
 imports neither torch nor Megatron.
 
-Shape suffixes: N ranks of the FSEP group, E experts, C slots per rank, S = N*C slots. Slot s is
+Legend: N ranks of the FSEP group, E experts, C slots per rank, S = N*C slots. Slot s is
 slot s % C of rank s // C.
 """
 
@@ -18,6 +18,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.arrays import Int64
+
 # Slots travel as int16 in the layout broadcast, whatever the machine's own byte order.
 _SLOT_DTYPE = np.dtype("<i2")
 MAX_EXPERTS = int(np.iinfo(_SLOT_DTYPE).max)
@@ -25,7 +27,7 @@ MAX_EXPERTS = int(np.iinfo(_SLOT_DTYPE).max)
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """An assignment of experts to the S = N*C slots of an FSEP group.
+    """Assigns experts to the S = N*C slots of an FSEP group.
 
     Immutable, equal and hashable by content, so that ranks can compare layouts and tables can be
     cached by layout. An illegal layout cannot be built: every expert has at least one slot. An
@@ -80,7 +82,7 @@ class ExpertLayout:
 
     @classmethod
     def static(cls, num_ranks: int, capacity: int, num_experts: int) -> ExpertLayout:
-        """The layout without a planner: rank r hosts C consecutive experts from r*E//N on, mod E.
+        """Make the layout without a planner: rank r hosts C experts from r*E//N on, mod E.
 
         Where N divides E, the first E/N slots of each rank are stock Megatron's placement. Every
         expert is covered: neighbouring starts are at most ceil(E/N) <= C apart, and so is E from
@@ -98,7 +100,7 @@ class ExpertLayout:
     def random(
         cls, num_ranks: int, capacity: int, num_experts: int, seed: tuple[int, ...]
     ) -> ExpertLayout:
-        """Any legal layout, the same on every machine for the same seed; for tests and worst cases.
+        """Make any legal layout, the same on every machine for the same seed; for worst cases.
 
         Args:
             seed: non-negative integers, e.g. (run seed, step, layer).
@@ -120,30 +122,30 @@ class ExpertLayout:
 
     @property
     def num_slots(self) -> int:
-        """S = N*C."""
+        """Return S = N*C."""
         return self.num_ranks * self.capacity
 
     @property
     def slot_expert_S(self) -> npt.NDArray[np.int16]:
-        """Slot → expert, int16 [S], a read-only view of the layout's own bytes."""
+        """Map slot → expert, int16 [S], as a read-only view of the layout's own bytes."""
         return np.frombuffer(self.slot_bytes, dtype=_SLOT_DTYPE)
 
     @cached_property
-    def replicas_E(self) -> npt.NDArray[np.int64]:
-        """Slots that hold each expert, int64 [E], read-only, all at least 1, summing to S."""
+    def replicas_E(self) -> Int64:
+        """Count the slots that hold each expert, int64 [E], read-only, all at least 1."""
         replicas_E = np.bincount(self.slot_expert_S, minlength=self.num_experts).astype(np.int64)
         replicas_E.setflags(write=False)
         return replicas_E
 
     @cached_property
     def digest(self) -> int:
-        """Signed 64-bit fingerprint of N, C, E and the slots; equal on every machine."""
+        """Return a signed 64-bit fingerprint of N, C, E and the slots, equal on every machine."""
         shape = struct.pack("<qqq", self.num_ranks, self.capacity, self.num_experts)
         digest = hashlib.blake2b(shape + self.slot_bytes, digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
 
     def experts_of(self, rank: int) -> tuple[int, ...]:
-        """The C experts that a rank hosts, in slot order.
+        """Return the C experts that a rank hosts, in slot order.
 
         Raises:
             ValueError: a rank outside 0..N-1.
@@ -153,17 +155,17 @@ class ExpertLayout:
         return tuple(self.slot_expert_S[first : first + self.capacity].tolist())
 
     def to_list(self) -> list[int]:
-        """Slot → expert as S plain integers; `from_slots` reads them back."""
+        """Return slot → expert as S plain integers; `from_slots` reads them back."""
         experts: list[int] = self.slot_expert_S.tolist()
         return experts
 
 
 def default_capacity(num_ranks: int, num_experts: int) -> int:
-    """The fewest slots per rank that always allow perfect balance: min(E, ceil(E/N) + 1).
+    """Return the fewest slots per rank that always allow perfect balance.
 
-    Source: with ceil(E/N) + 1 slots any loads can be split so that all ranks carry the same (for E
-        = N
-    this is Walker's alias method); with E slots every rank hosts everything.
+    They are min(E, ceil(E/N) + 1). Source: with ceil(E/N) + 1 slots any loads can be split so that
+    all ranks carry the same (for E = N this is Walker's alias method); with E slots every rank
+    hosts everything.
 
     Raises:
         ValueError: N or E below 1.
@@ -175,8 +177,8 @@ def default_capacity(num_ranks: int, num_experts: int) -> int:
     return min(num_experts, -(-num_experts // num_ranks) + 1)
 
 
-def stock_owner_E(num_ranks: int, num_experts: int) -> npt.NDArray[np.int64]:
-    """Rank that owns each expert under contiguous placement, int64 [E]: e*N // E.
+def stock_owner_E(num_ranks: int, num_experts: int) -> Int64:
+    """Return the rank that owns each expert under contiguous placement, int64 [E]: e*N // E.
 
     Stock Megatron's owner where N divides E; its natural extension elsewhere.
 

@@ -25,10 +25,10 @@ import numpy.typing as npt
 
 from megatron_laer.files import refuse_unusable_folder
 from megatron_laer.model_flags import model_flags
+from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 from megatron_laer.platform.cpu import CPU_FLAGS
 from megatron_laer.simulator.arguments import between
 from megatron_laer.telemetry import log as training_log
-from megatron_laer.telemetry.balance import max_over_mean, stock_tokens_N
 
 _SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_gpt.py"
 

@@ -1,6 +1,6 @@
-"""When experts are restored and gradients leave: the communication schedule, as data.
+"""The communication schedule says, as data, when experts are restored and gradients leave.
 
-A schedule says at which moment of a model chunk's forward or backward pass the exchange of which
+A schedule says at which point of a model chunk's forward or backward pass the exchange of which
 layer starts, within one chunk only: it knows nothing of pipelines. Carrying it out is the
 scheduler's (`runtime/weights/scheduler.py`); this file imports neither torch nor Megatron.
 
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class Moment(Enum):
-    """A point in a chunk's pass that every rank of the group reaches in the same order."""
+class SchedulePoint(Enum):
+    """Names a point in a chunk's pass that every rank of the group reaches in the same order."""
 
     CHUNK_FORWARD = "a chunk's forward begins"
     DISPATCHED = "a layer's tokens arrived, its experts are about to compute"
@@ -30,7 +30,7 @@ class Moment(Enum):
 
 
 class Target(Enum):
-    """Which MoE layer of the chunk, in forward order."""
+    """Names an MoE layer of the chunk, in forward order."""
 
     FIRST = "the chunk's first"
     NEXT = "the one after"
@@ -40,26 +40,26 @@ class Target(Enum):
 
 @dataclass(frozen=True)
 class Schedule:
-    """What starts when.
+    """Says what starts when.
 
     Attributes:
-        restores: at which moment the restore of which layer starts. A layer that no rule started
+        restores: at which point the restore of which layer starts. A layer that no rule started
             is restored when its experts compute.
         delays_gradients: whether a layer's gradients travel while the backward of the layer before
             runs, or are waited for at once.
         holds_step: whether experts stay restored, and gradients are summed, over a whole step.
     """
 
-    restores: tuple[tuple[Moment, Target], ...]
+    restores: tuple[tuple[SchedulePoint, Target], ...]
     delays_gradients: bool
     holds_step: bool = False
 
-    def target(self, moment: Moment) -> Target | None:
-        """The layer to restore at this moment, if any."""
-        return dict(self.restores).get(moment)
+    def target(self, point: SchedulePoint) -> Target | None:
+        """Return the layer to restore at this point, if any."""
+        return dict(self.restores).get(point)
 
     def restored_layers(self, num_layers: int) -> int:
-        """Of so many layers of a rank, how many have restored experts in memory at once, at most.
+        """Return how many of a rank's layers have restored experts in memory at once, at most.
 
         A chunk looks one layer ahead; where there are several chunks, one is at work at a time.
         """
@@ -67,21 +67,24 @@ class Schedule:
         return num_layers if self.holds_step else min(2 if looks_ahead else 1, num_layers)
 
     def gradient_layers(self, num_layers: int) -> int:
-        """The same of gradients of restored experts, in the dtype that experts compute in.
+        """Return the same for gradients of restored experts, in the dtype of their compute.
 
         A schedule that holds a step has sums of all layers beside them, in float32.
         """
         return min(2 if self.delays_gradients and not self.holds_step else 1, num_layers)
 
 
-_FORWARD = ((Moment.CHUNK_FORWARD, Target.FIRST), (Moment.DISPATCHED, Target.NEXT))
-_BACKWARD = ((Moment.CHUNK_BACKWARD, Target.LAST), (Moment.COMBINE_GRADIENT, Target.PREVIOUS))
+_FORWARD = ((SchedulePoint.CHUNK_FORWARD, Target.FIRST), (SchedulePoint.DISPATCHED, Target.NEXT))
+_BACKWARD = (
+    (SchedulePoint.CHUNK_BACKWARD, Target.LAST),
+    (SchedulePoint.COMBINE_GRADIENT, Target.PREVIOUS),
+)
 
 
 def make_schedule(
     *, overlaps: bool, after_gate: bool = False, holds_step: bool = False
 ) -> Schedule:
-    """The schedule for a way of running.
+    """Make the schedule for a way of running.
 
     Args:
         overlaps: whether exchanges run beside the compute at all.

@@ -117,7 +117,7 @@ class Session:
         coordinator = self.coordinator
         if not self._is_training:
             raise_everywhere(None if coordinator is None else coordinator.start(step))
-            if self.config.plans:
+            if self.config.makes_plans:
                 resumption = None
                 if coordinator is not None and coordinator.layers and self.groups.rank == 0:
                     resumption = coordinator.resumption

@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from megatron_laer.config import FSEPConfig
+from megatron_laer.config import FSEPConfig, OverlapScheduler
 from megatron_laer.layout import MAX_EXPERTS, default_capacity
 
 
@@ -322,7 +322,7 @@ def warnings(
 ) -> list[str]:
     """What FSEP runs with, but not well, or without a test that shows it."""
     found = []
-    if on_cuda and config.scheduler == "on" and environment.get(_CONNECTIONS) == "1":
+    if on_cuda and config.scheduler == OverlapScheduler.ON and environment.get(_CONNECTIONS) == "1":
         found.append(
             f"{_CONNECTIONS}=1: kernels of all streams wait for each other in the order of their "
             "launch, so exchanges of weights and gradients hardly overlap with compute; unset it, "

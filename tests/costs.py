@@ -1,4 +1,4 @@
-"""Cost models that tests price layouts with."""
+"""Cost models by which tests compare layouts."""
 
 from __future__ import annotations
 

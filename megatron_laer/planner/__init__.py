@@ -1,4 +1,4 @@
-"""From observed routing to layouts: quotas, costs, strategies, and the thread that runs them.
+"""The planner turns observed routing into layouts: quotas, costs, strategies, and their thread.
 
 NumPy and a C++ core (`native/`), no torch and no Megatron, so that benchmarks run the code that
 training runs.

@@ -1,4 +1,4 @@
-"""Hardware constants of a cluster, and the YAML files that hold them.
+"""The cost model's hardware constants are read from a cluster's YAML file here.
 
 What they make of a layout is in `costs`. Nothing here measures.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.arrays import Int64
 from megatron_laer.shipped import yaml_file
 from megatron_laer.yaml_text import parse_yaml, read_yaml
 
@@ -27,7 +28,7 @@ _MOST_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class GemmCurve:
-    """How fast one rank multiplies, by the tokens in one GEMM.
+    """Tells how fast one rank multiplies, by the tokens in one GEMM.
 
     Attributes:
         points: (tokens, achieved FLOP/s), with more tokens and no less time from each to the next.
@@ -59,8 +60,8 @@ class GemmCurve:
                     f"tokens; at {more} tokens at most {more * slow / fewer:.3e} FLOP/s fit"
                 )
 
-    def unit_seconds(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Seconds of GEMMs that need one FLOP per token; multiply by what yours need.
+    def unit_seconds(self, tokens: Int64) -> npt.NDArray[np.float64]:
+        """Return the seconds of GEMMs that need one FLOP per token; multiply by what yours need.
 
         Linear in time between points, and beyond the last one at its speed; below the first one as
         long as there; none without tokens. Never less for more tokens. Element by element, so equal
@@ -72,8 +73,8 @@ class GemmCurve:
         seconds = np.minimum(seconds_P[point] + above * slope_P[point], limit_P[point])
         return np.where(tokens > 0, seconds, 0.0)
 
-    def least_unit_seconds(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """What these tokens need at least, however they are divided into GEMMs.
+    def least_unit_seconds(self, tokens: Int64) -> npt.NDArray[np.float64]:
+        """Return what these tokens need at least, however they are divided into GEMMs.
 
         At the highest speed that as many or fewer tokens reach. Between points speed is monotone,
         since time is linear there, so that is the speed of a point below, or theirs in one GEMM.
@@ -85,12 +86,12 @@ class GemmCurve:
 
     @cached_property
     def _best_P(self) -> npt.NDArray[np.float64]:
-        """The highest speed up to each point."""
+        """Return the highest speed up to each point."""
         return np.maximum.accumulate([flops_per_s for _, flops_per_s in self.points])
 
     @cached_property
     def _table(self) -> tuple[npt.NDArray[Any], ...]:
-        """By point: tokens, seconds, seconds per token from there on, seconds at the next one."""
+        """Return by point: tokens, seconds, seconds per token beyond, seconds at the next one."""
         tokens_P = np.array([tokens for tokens, _ in self.points], dtype=np.int64)
         seconds_P = np.array([tokens / speed for tokens, speed in self.points])
         slope_P = np.empty_like(seconds_P)
@@ -101,7 +102,7 @@ class GemmCurve:
 
 @dataclass(frozen=True)
 class Link:
-    """What one rank sends and, at the same time, receives over one class of links.
+    """Tells what one rank sends and, at the same time, receives over one class of links.
 
     Attributes:
         bytes_per_s: per rank and direction; infinite makes transfers free.
@@ -123,7 +124,7 @@ class Link:
 
 @dataclass(frozen=True)
 class SolveTime:
-    """Time of a fresh layout and its exact quotas on one host core: linear in slots and counts.
+    """Gives the time of a fresh layout and its quotas on one core: linear in slots and counts.
 
     Attributes:
         base_s: of any solve.
@@ -145,14 +146,14 @@ class SolveTime:
                 raise ValueError(f"{name} must be finite and not negative, got {value!r}")
 
     def seconds(self, num_ranks: int, capacity: int, num_experts: int) -> float:
-        """For N ranks, C slots each, E experts."""
+        """Return the seconds for N ranks, C slots each, E experts."""
         slots, counts = num_ranks * capacity, num_ranks * num_experts
         return self.base_s + slots * self.slot_s + counts * self.count_s
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Hardware constants with their name and origin, as kept in `configs/clusters/*.yaml`.
+    """Holds a cluster's hardware constants, as `configs/clusters/*.yaml` does, with their origin.
 
     Attributes:
         name: of the hardware; for the files we ship, also the name of the file.
@@ -194,7 +195,7 @@ def load_cluster(path_or_name: str | Path) -> Cluster:
 
 
 def parse_cluster(text: str) -> Cluster:
-    """A cluster from the text of its YAML file.
+    """Make a cluster from the text of its YAML file.
 
     Raises:
         ValueError: whatever is wrong with it.
@@ -218,7 +219,7 @@ def _cluster(content: object) -> Cluster:
 
 
 class _Fields:
-    """A mapping of a YAML file, read key by key with errors that say where.
+    """Reads a mapping of a YAML file key by key, with errors that say where.
 
     Raises:
         ValueError: not a mapping.
@@ -233,7 +234,7 @@ class _Fields:
         self._where = where
 
     def build[T](self, make: Callable[..., T], **readers: Callable[[object, str], Any]) -> T:
-        """`make` with one argument per key, each read by its reader.
+        """Call `make` with one argument per key, each read by its reader.
 
         Raises:
             ValueError: missing or unknown keys, or a value that does not fit.
@@ -326,5 +327,5 @@ def _solve(value: object, where: str) -> SolveTime:
 
 
 def _quote(value: object) -> str:
-    """A value for a message, cut short."""
+    """Quote a value for a message, cut short."""
     return reprlib.repr(value)

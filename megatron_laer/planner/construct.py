@@ -1,25 +1,25 @@
-"""A fresh layout for counts that are known: what every rank computes after the gate.
+"""Every rank constructs a fresh layout here once a microbatch's counts are known, after the gate.
 
 With C >= ceil(E/N) + 1 slots per rank (more exactly, with E <= N*(C-1) + 1), exact quotas on the
 result load no rank with more than ceil(total / N) tokens, whatever the counts. Few tokens leave
 their node: none, if nodes have equally many tokens and C >= ceil(E/G) + 1. It does not forecast
 (see `greedy` for layouts from older counts) and does not split tokens (see `exact`).
 
-Shape suffixes: N ranks, E experts, C slots per rank, G ranks per node.
+Legend: N ranks, E experts, C slots per rank, G ranks per node.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
-from megatron_laer.planner.quotas import Int64
 
 
 def construct_layout(counts_NE: Int64, current: ExpertLayout, node_size: int) -> ExpertLayout:
-    """The layout for exactly these counts, the same on every rank and machine.
+    """Construct the layout for exactly these counts, the same on every rank and machine.
 
     With fewer slots than that (see `always_balances`), replicas are in proportion to load.
 
@@ -38,12 +38,12 @@ def construct_layout(counts_NE: Int64, current: ExpertLayout, node_size: int) ->
 
 
 def always_balances(geometry: Geometry) -> bool:
-    """Whether perfect balance exists for all counts: E <= N*(C-1) + 1."""
+    """Tell whether perfect balance exists for all counts: E <= N*(C-1) + 1."""
     return geometry.num_experts <= geometry.num_ranks * (geometry.capacity - 1) + 1
 
 
 def checked_counts(counts_NE: Int64, geometry: Geometry) -> Int64:
-    """Counts as the native code reads them.
+    """Return counts as the native code reads them.
 
     Raises:
         ValueError: counts of another shape, or negative.
@@ -62,7 +62,7 @@ def checked_counts(counts_NE: Int64, geometry: Geometry) -> Int64:
 def from_native(
     slots_S: np.ndarray[tuple[int, ...], np.dtype[np.int16]], current: ExpertLayout
 ) -> ExpertLayout:
-    """The layout of `current`'s shape with these slots; `current` itself if they are its own."""
+    """Make a layout of `current`'s shape; `current` itself if the slots are its own."""
     slot_bytes = slots_S.astype("<i2", copy=False).tobytes()
     if slot_bytes == current.slot_bytes:
         return current

@@ -1,16 +1,17 @@
-"""Predicted seconds of one MoE layer and microbatch under a layout, and of changing the layout.
+"""The cost model predicts the seconds of an MoE layer under a layout, and of changing the layout.
 
-`layer_seconds` prices what a layout changes at dispatch time: expert compute and token All-to-All.
+`layer_seconds` counts what a layout changes at dispatch time: expert compute and token All-to-All.
 What the design schedules under computation costs nothing there: restores of planned layouts, in
 forward and in backward, and the exchange of gradients; how long they take is told by
-`restore_seconds` and `reduce_seconds`, by algorithm. `change_seconds` prices a layout made after
-the gate. Hardware constants are in `clusters`, element counts of exchanges in `traffic`.
+`restore_seconds` and `reduce_seconds`, by algorithm. `change_seconds` tells what a layout costs
+that is made after the gate. Hardware constants are in `clusters`, element counts of exchanges in
+`traffic`.
 
 Every rank reaches the same numbers from the same counts, bit for bit: token counts are added as
 integers, floats only element by element, slot after slot, and across ranks only by maximum. No
 floating-point reduction whose order NumPy chooses, and nothing measured at run time.
 
-Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots.
+Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
 
 from __future__ import annotations
@@ -22,19 +23,15 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.config import AUTO, EVEN_SPLIT, EXACT_SPLIT, EXCHANGES
+from megatron_laer.arrays import Int64
+from megatron_laer.config import ExchangeAlgorithm, RestoreAlgorithm, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.quotas import Int64, SplitTotals, even_split
-from megatron_laer.planner.traffic import (
-    Traffic,
-    changed_slots,
-    check_algorithm,
-    reduce_traffic,
-    restore_traffic,
-)
+from megatron_laer.planner.quotas import SplitTotals, even_split
+from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
+from megatron_laer.sharding import changed_slots
 
 # Dispatch and combine, forward and backward.
 _ALL_TO_ALL_PASSES = 4
@@ -47,7 +44,7 @@ _BELOW_ROUNDING = 1.0 - 1e-9
 
 @dataclass(frozen=True)
 class CostModel:
-    """An expert's shape on a cluster, and what they make of a layout.
+    """Predicts what a layout costs, from an expert's shape and a cluster's hardware constants.
 
     Attributes:
         cluster: hardware constants.
@@ -56,10 +53,10 @@ class CostModel:
         gated: whether the first matrix is [2F, H] (SwiGLU and its kin) or [F, H].
         bytes_per_element: of tokens, weights and gradients on the wire; 2 for bf16.
         recompute: whether backward runs the experts' forward again.
-        restore_algorithm: how changed slots are fetched, "flat" or "node".
+        restore_algorithm: how changed slots are fetched.
 
     Raises:
-        ValueError: a size below 1, or an unknown algorithm.
+        ValueError: a size below 1.
     """
 
     cluster: Cluster
@@ -68,27 +65,26 @@ class CostModel:
     gated: bool
     bytes_per_element: int
     recompute: bool = False
-    restore_algorithm: str = "flat"
+    restore_algorithm: ExchangeAlgorithm = ExchangeAlgorithm.FLAT
 
     def __post_init__(self) -> None:
         for name in ("hidden", "ffn", "bytes_per_element"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        check_algorithm(self.restore_algorithm)
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of an expert's matrices, as they are restored."""
+        """Return (rows, columns) of an expert's matrices, as they are restored."""
         return ((2 if self.gated else 1) * self.ffn, self.hidden), (self.hidden, self.ffn)
 
     @property
     def token_bytes(self) -> int:
-        """Of one token's hidden state."""
+        """Return the bytes of one token's hidden state."""
         return self.hidden * self.bytes_per_element
 
     @property
     def flops_per_token(self) -> int:
-        """Of one expert's GEMMs, forward: one multiplication and one addition for every weight."""
+        """Count the FLOPs of one expert's forward: a multiplication and an addition per weight."""
         return 2 * sum(rows * columns for rows, columns in self.matrices)
 
     def layer_seconds(
@@ -96,33 +92,27 @@ class CostModel:
         counts_NE: Int64,
         layout: ExpertLayout,
         node_size: int,
-        split: str = EXACT_SPLIT,
+        split: Split = Split.EXACT,
     ) -> float:
-        """Forward and backward of one MoE layer and microbatch, in seconds; see `split_seconds`.
+        """Predict the seconds of a layer's forward and backward; see `split_seconds`.
 
         Args:
             counts_NE: tokens on each source rank for each expert, int64 [N, E].
-            split: how tokens are split over replicas, by its name in `config.SPLITS`.
+            split: how tokens are split over replicas.
 
         Raises:
-            ValueError: counts of another shape, a node size that does not divide N, or an unknown
-                split.
+            ValueError: counts of another shape, or a node size that does not divide N.
         """
-        if split == EXACT_SPLIT:
-            totals = exact_split(layout, node_size).totals(counts_NE)
-        elif split == EVEN_SPLIT:
-            totals = even_split(layout, node_size).totals(counts_NE)
-        else:
-            raise ValueError(f"unknown split {split!r}; use {EXACT_SPLIT!r} or {EVEN_SPLIT!r}")
-        return self.split_seconds(totals, layout, node_size)
+        tables = exact_split if split == Split.EXACT else even_split
+        return self.split_seconds(tables(layout, node_size).totals(counts_NE), layout, node_size)
 
     def split_seconds(self, totals: SplitTotals, layout: ExpertLayout, node_size: int) -> float:
-        """Forward and backward of one MoE layer and microbatch whose split is known, in seconds.
+        """Predict the seconds of one layer and microbatch, both passes, whose split is known.
 
         The busiest rank's expert compute, one GEMM per slot and matrix, plus the All-to-All of the
         rank that takes longest: per link class the slower of send and receive (links are full
-        duplex), and of the classes the slower, as one collective drives both; so is a flat restore
-        priced (`Traffic.seconds`). Tokens for a rank's own slots travel nowhere.
+        duplex), and of the classes the slower, as one collective drives both, like a flat restore
+        (`Traffic.seconds`). Tokens for a rank's own slots travel nowhere.
 
         The paper adds up communication over all devices but takes the maximum of compute; here both
         are the time of one device, so their sum means something.
@@ -146,7 +136,7 @@ class CostModel:
         return float(expert_s + _ALL_TO_ALL_PASSES * (pass_s + latency_s))
 
     def least_layer_seconds(self, counts_NE: Int64, geometry: Geometry) -> float:
-        """What no layout of this geometry and no split gets below.
+        """Return seconds that no layout of this geometry and no split gets below.
 
         Compute: the busiest rank has at least the mean load, and no less than the mean of all
         ranks' times, with each expert in as few GEMMs as are fastest. Tokens: a rank keeps at most
@@ -177,26 +167,27 @@ class CostModel:
         self,
         layout: ExpertLayout,
         node_size: int,
-        algorithm: str,
+        algorithm: ExchangeAlgorithm,
         changed_S: npt.NDArray[np.bool_] | None = None,
     ) -> Traffic:
-        """Bytes per rank and link class of one restore of a layer's experts.
+        """Return the bytes per rank and link class of one restore of a layer's experts.
 
         Args:
-            algorithm: "flat" or "node".
             changed_S: bool [S], the slots to fetch; None for all.
 
         Raises:
-            ValueError: a node size that does not divide N, or an unknown algorithm.
+            ValueError: a node size that does not divide N.
         """
         traffic = restore_traffic(layout, node_size, self.matrices, algorithm, changed_S)
         return self._bytes(traffic)
 
-    def reduce_bytes(self, layout: ExpertLayout, node_size: int, algorithm: str) -> Traffic:
-        """Bytes per rank and link class of one reduce of a layer's gradients.
+    def reduce_bytes(
+        self, layout: ExpertLayout, node_size: int, algorithm: ExchangeAlgorithm
+    ) -> Traffic:
+        """Return the bytes per rank and link class of one reduce of a layer's gradients.
 
         Raises:
-            ValueError: a node size that does not divide N, or an unknown algorithm.
+            ValueError: a node size that does not divide N.
         """
         return self._bytes(reduce_traffic(layout, node_size, self.matrices, algorithm))
 
@@ -204,46 +195,48 @@ class CostModel:
         self,
         layout: ExpertLayout,
         node_size: int,
-        algorithm: str,
+        algorithm: ExchangeAlgorithm,
         changed_S: npt.NDArray[np.bool_] | None = None,
     ) -> float:
-        """Seconds of one restore, if nothing hides it; arguments and errors as `restore_bytes`."""
+        """Predict the seconds of one restore if nothing hides it; see `restore_bytes`."""
         traffic = restore_traffic(layout, node_size, self.matrices, algorithm, changed_S)
         return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
 
-    def reduce_seconds(self, layout: ExpertLayout, node_size: int, algorithm: str) -> float:
-        """Seconds of one reduce, if nothing hides it; arguments and errors as `reduce_bytes`."""
+    def reduce_seconds(
+        self, layout: ExpertLayout, node_size: int, algorithm: ExchangeAlgorithm
+    ) -> float:
+        """Predict the seconds of one reduce if nothing hides it; see `reduce_bytes`."""
         traffic = reduce_traffic(layout, node_size, self.matrices, algorithm)
         return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
 
-    def with_exchange(self, algorithm: str, geometry: Geometry) -> CostModel:
-        """The same with another exchange; `auto` takes the faster for layouts of this shape.
-
-        Raises:
-            ValueError: an unknown algorithm.
-        """
-        if algorithm == AUTO:
+    def with_exchange(self, algorithm: RestoreAlgorithm, geometry: Geometry) -> CostModel:
+        """Return the same with another exchange; `auto` takes the faster for such layouts."""
+        if algorithm == RestoreAlgorithm.AUTO:
             static = ExpertLayout.static(
                 geometry.num_ranks, geometry.capacity, geometry.num_experts
             )
             # Two restores for each reduce; the first of equals is the flat one.
-            algorithm = min(
-                EXCHANGES,
+            chosen = min(
+                ExchangeAlgorithm,
                 key=lambda name: (
                     2 * self.restore_seconds(static, geometry.node_size, name)
                     + self.reduce_seconds(static, geometry.node_size, name)
                 ),
             )
-        return replace(self, restore_algorithm=algorithm)
+        else:
+            chosen = ExchangeAlgorithm(algorithm)
+        return replace(self, restore_algorithm=chosen)
 
     def solve_seconds(self, geometry: Geometry) -> float:
-        """Of a fresh layout and its exact quotas. A constant: a time measured at run time would
-        differ between ranks, and so would their decisions."""
+        """Return the time of a fresh layout and its exact quotas, a constant.
+
+        A time measured at run time would differ between ranks, and so would their decisions.
+        """
         shape = (geometry.num_ranks, geometry.capacity, geometry.num_experts)
         return self.cluster.solve.seconds(*shape)
 
     def change_seconds(self, before: ExpertLayout, after: ExpertLayout, node_size: int) -> float:
-        """What a layout made after the gate costs over a planned one; none for the same layout.
+        """Predict what a layout made after the gate costs over a planned one; 0 for the same.
 
         The solve, and in forward the fetch of the changed slots, which starts when the gate is
         known and which the experts wait for. The other slots were restored ahead for the planned
@@ -264,12 +257,12 @@ class CostModel:
         return fetch_s + self.solve_seconds(geometry)
 
     def least_change_seconds(self, geometry: Geometry) -> float:
-        """What no change of layout gets below: the solve, and one expert for one rank."""
+        """Return what no change of layout gets below: the solve, and one expert for one rank."""
         return _least_change_seconds(self, geometry)
 
     @property
     def _expert_flops(self) -> int:
-        """Per token, over all passes of a microbatch."""
+        """Count the FLOPs per token over all passes of a microbatch."""
         passes = _EXPERT_PASSES_RECOMPUTE if self.recompute else _EXPERT_PASSES
         return passes * self.flops_per_token
 
@@ -282,7 +275,7 @@ class CostModel:
         )
 
     def _exchange_seconds(
-        self, traffic: Traffic, num_ranks: int, node_size: int, algorithm: str
+        self, traffic: Traffic, num_ranks: int, node_size: int, algorithm: ExchangeAlgorithm
     ) -> float:
         wire_s = traffic.seconds(
             algorithm,
@@ -291,20 +284,20 @@ class CostModel:
             self.cluster.inter.bytes_per_s,
         )
         latency_s = self._latency_seconds(num_ranks, node_size)
-        if algorithm == "node":  # two collectives, one after the other
+        if algorithm == ExchangeAlgorithm.NODE:  # two collectives, one after the other
             in_node_s = self._latency_seconds(node_size, node_size)
             latency_s = in_node_s + (latency_s if num_ranks > node_size else 0.0)
         return wire_s + len(self.matrices) * latency_s
 
     def _latency_seconds(self, num_ranks: int, node_size: int) -> float:
-        """Of one collective of all ranks: that of the slowest links it spans."""
+        """Return the latency of one collective: that of the slowest links it spans."""
         if num_ranks == 1:
             return 0.0
         return (self.cluster.intra if num_ranks == node_size else self.cluster.inter).latency_s
 
 
 def _least_leaving(counts: Int64, kept_experts: int) -> int:
-    """Tokens that leave the row which keeps fewest, if a row keeps its most wanted experts'."""
+    """Return the tokens that leave the row that keeps fewest, if rows keep their top experts'."""
     others = counts.shape[1] - kept_experts
     if others <= 0:
         return 0
@@ -313,7 +306,7 @@ def _least_leaving(counts: Int64, kept_experts: int) -> int:
 
 @lru_cache(maxsize=64)
 def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
-    """One slot of rank 0, with as many rows on every rank as the smallest slice has.
+    """Take one slot of rank 0, with as many rows on every rank as the smallest slice has.
 
     Every term of either algorithm's traffic grows with the changed slots and with rows, so no
     change moves less; and with equal slices it does not matter which slot it is.

@@ -1,4 +1,4 @@
-"""The exact split: for this microbatch's counts, the quotas that balance a layout best.
+"""The exact split finds, for this microbatch's counts, the quotas that balance a layout best.
 
 The largest rank load is minimal for the layout, always. Among those splits, as few tokens as
 possible leave their node (exactly). Then, keeping how many tokens of each expert every node takes,
@@ -11,7 +11,7 @@ flows are in `native/flow.hpp`, on graphs of size O(N*C) whatever N*E*N is.
 It has the methods of `quotas.EvenSplit`, so that the runtime can switch; a caller that needs more
 than one of them takes them from `ExactSplit.solve`, which solves once.
 
-Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes.
+Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from functools import lru_cache
 
 import numpy as np
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout, check_rank
 from megatron_laer.planner.construct import checked_counts
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
-from megatron_laer.planner.quotas import Int64, SplitTotals
+from megatron_laer.planner.quotas import SplitTotals
 
 
 @dataclass(frozen=True, eq=False)
 class ExactQuotas:
-    """The quotas of one microbatch, by the loads of all slots: rows and columns follow from them.
+    """Holds a microbatch's quotas as the loads of all slots; rows and columns follow from them.
 
     Of an expert's tokens, a source keeps what its own rank takes; the rest goes to replicas in its
     node, and what is left then to other nodes. No N*S matrix is formed.
@@ -50,7 +51,7 @@ class ExactQuotas:
     loads_S: Int64
 
     def rank_row(self, rank: int) -> Int64:
-        """Tokens that `rank` sends to each slot, int64 [S]. O(S + E*G).
+        """Return the tokens that `rank` sends to each slot, int64 [S]. O(S + E*G).
 
         Raises:
             ValueError: a rank outside 0..N-1.
@@ -59,7 +60,7 @@ class ExactQuotas:
         return native.rank_row(*self._arguments(), self.node_size, rank)
 
     def rank_columns(self, rank: int) -> Int64:
-        """Tokens that each source sends to the slots of `rank`, int64 [N, C]. O(N*C).
+        """Return the tokens that each source sends to `rank`'s slots, int64 [N, C]. O(N*C).
 
         Raises:
             ValueError: a rank outside 0..N-1.
@@ -68,11 +69,11 @@ class ExactQuotas:
         return native.rank_columns(*self._arguments(), self.node_size, rank)
 
     def totals(self) -> SplitTotals:
-        """What slots receive from near and far, and what ranks keep. O(N*E + S)."""
+        """Return what slots receive from near and far, and what ranks keep. O(N*E + S)."""
         return SplitTotals(*native.totals(*self._arguments(), self.node_size))
 
     def rank_loads_N(self) -> Int64:
-        """Tokens that each rank computes, int64 [N]."""
+        """Return the tokens that each rank computes, int64 [N]."""
         loads_N: Int64 = self.loads_S.reshape(self.layout.num_ranks, -1).sum(axis=1)
         return loads_N
 
@@ -82,7 +83,7 @@ class ExactQuotas:
 
 @dataclass(frozen=True)
 class ExactSplit:
-    """The exact split for one layout and node size. Build it with `exact_split`.
+    """Solves exact splits for one layout and node size. Build it with `exact_split`.
 
     Every method takes `counts_NE`, int64 [N, E]: tokens on each source rank for each expert; a
     different shape or a negative count is a ValueError.
@@ -92,7 +93,7 @@ class ExactSplit:
     geometry: Geometry
 
     def solve(self, counts_NE: Int64) -> ExactQuotas:
-        """The quotas of a microbatch.
+        """Solve the quotas of a microbatch.
 
         Raises:
             ValueError: counts of another shape, or negative.
@@ -104,25 +105,25 @@ class ExactSplit:
         return ExactQuotas(self.layout, self.geometry.node_size, counts_NE, node_counts_QE, loads_S)
 
     def rank_row(self, counts_NE: Int64, rank: int) -> Int64:
-        """Tokens that `rank` sends to each slot, int64 [S]."""
+        """Return the tokens that `rank` sends to each slot, int64 [S]."""
         return self.solve(counts_NE).rank_row(rank)
 
     def rank_columns(self, counts_NE: Int64, rank: int) -> Int64:
-        """Tokens that each source sends to the slots of `rank`, int64 [N, C]."""
+        """Return the tokens that each source sends to the slots of `rank`, int64 [N, C]."""
         return self.solve(counts_NE).rank_columns(rank)
 
     def slot_loads(self, counts_NE: Int64) -> Int64:
-        """Tokens that each slot computes, int64 [S]."""
+        """Return the tokens that each slot computes, int64 [S]."""
         return self.solve(counts_NE).loads_S
 
     def totals(self, counts_NE: Int64) -> SplitTotals:
-        """What slots receive from near and far, and what ranks keep."""
+        """Return what slots receive from near and far, and what ranks keep."""
         return self.solve(counts_NE).totals()
 
 
 @lru_cache(maxsize=256)
 def exact_split(layout: ExpertLayout, node_size: int) -> ExactSplit:
-    """The exact split of a layout on nodes of `node_size` ranks.
+    """Return the exact split of a layout on nodes of `node_size` ranks.
 
     Raises:
         ValueError: a node size that does not divide N.

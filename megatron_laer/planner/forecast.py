@@ -1,10 +1,10 @@
-"""What the next counts will be: a value that takes observed counts and can be saved.
+"""A forecast says what the next counts will be: a value that takes observed counts.
 
 `SmoothedForecast` is the one to use; `LastValue` is its check. Its weight was chosen among five on
 the one public trace that the benchmark reads, so figures there are not held-out ones. It does not
 plan.
 
-Shape suffixes: N ranks, E experts.
+Legend: N ranks, E experts.
 """
 
 from __future__ import annotations
@@ -13,23 +13,22 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 
-Int64 = npt.NDArray[np.int64]
+from megatron_laer.arrays import Int64
 
 # Parts of one token, so that experts with less than one expected token keep their order.
 _SCALE = 16
 
 
 class Forecast(Protocol):
-    """A state that observations change; a pure value."""
+    """Holds what observations taught, as a pure value."""
 
     def observe(self, counts_NE: Int64) -> Self:
-        """The state after one more observation, oldest first."""
+        """Return the state after one more observation; observations come oldest first."""
         ...
 
     def counts_NE(self) -> Int64:
-        """Expected loads, int64 [N, E], in any unit: only their proportions matter.
+        """Return expected loads, int64 [N, E], in any unit: only their proportions matter.
 
         Raises:
             ValueError: nothing was observed yet.
@@ -39,7 +38,7 @@ class Forecast(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class SmoothedForecast:
-    """An exponential mean: the newest counts weigh `weight`, everything before the rest.
+    """Takes an exponential mean: the newest counts weigh `weight`, all before them the rest.
 
     Averaging two steps takes out the noise of single microbatches; longer memories and trends lose
     more by their lag than they gain on training traces.
@@ -66,7 +65,7 @@ class SmoothedForecast:
             )
 
     def observe(self, counts_NE: Int64) -> SmoothedForecast:
-        """The state after one more observation.
+        """Return the state after one more observation.
 
         Args:
             counts_NE: tokens on each source rank for each expert, int64 [N, E]; of a step, the sum
@@ -90,7 +89,7 @@ class SmoothedForecast:
         return SmoothedForecast(self.weight, new_NE)
 
     def counts_NE(self) -> Int64:
-        """Expected loads, int64 [N, E], in 1/16 tokens.
+        """Return expected loads, int64 [N, E], in 1/16 tokens.
 
         Raises:
             ValueError: nothing was observed yet.
@@ -102,7 +101,7 @@ class SmoothedForecast:
 
 @dataclass(frozen=True, eq=False)
 class LastValue:
-    """The newest counts as they are.
+    """Takes the newest counts as they are.
 
     Attributes:
         last_NE: int64 [N, E], or None at the start; all of the state.
@@ -111,13 +110,13 @@ class LastValue:
     last_NE: Int64 | None = None
 
     def observe(self, counts_NE: Int64) -> LastValue:
-        """The state after one more observation."""
+        """Return the state after one more observation."""
         last_NE = counts_NE.astype(np.int64)
         last_NE.setflags(write=False)
         return LastValue(last_NE)
 
     def counts_NE(self) -> Int64:
-        """The newest counts, int64 [N, E].
+        """Return the newest counts, int64 [N, E].
 
         Raises:
             ValueError: nothing was observed yet.

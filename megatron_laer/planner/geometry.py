@@ -1,4 +1,4 @@
-"""The shape of a planning problem: ranks, experts, slots and nodes; no loads, no speeds.
+"""A geometry is the shape of a planning problem: ranks, experts, slots, nodes; no loads or speeds.
 
 Symbols: N ranks, E experts, C slots per rank, G ranks per node.
 """
@@ -12,7 +12,7 @@ from megatron_laer.layout import ExpertLayout, check_shape
 
 @dataclass(frozen=True)
 class Geometry:
-    """What every layout of a layer has in common.
+    """Holds what every layout of a layer has in common.
 
     Attributes:
         num_ranks: N, ranks in the FSEP group; ranks r*G..r*G+G-1 share a node.
@@ -35,12 +35,12 @@ class Geometry:
 
     @property
     def num_slots(self) -> int:
-        """S = N*C."""
+        """Return S = N*C."""
         return self.num_ranks * self.capacity
 
     @property
     def num_nodes(self) -> int:
-        """N / G."""
+        """Return N / G."""
         return self.num_ranks // self.node_size
 
     def check_layout(self, layout: ExpertLayout) -> None:

@@ -1,4 +1,4 @@
-"""Our default strategy: the layout that exact quotas balance best when loads differ from these.
+"""The default strategy makes the layout that exact quotas balance best when loads have drifted.
 
 What it does depends on how scarce slots are. With fewer than two spare slots per rank, S - E < 2*N,
 it is the construction for these counts, with headroom for every expert: its pair graph is
@@ -7,29 +7,29 @@ in proportion to load (with a little for experts that grow out of nothing), heav
 rank that is about the least loaded and links the pair graph, inside each node on the node's own
 tokens where that fits. What was chosen on which data is in `docs/planner.md`.
 
-Shape suffixes: N ranks, E experts.
+Legend: N ranks, E experts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import checked_counts, from_native
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
-from megatron_laer.planner.quotas import Int64
 
 
 @dataclass(frozen=True)
 class GreedyStrategy:
-    """Construction or proportional replicas, in near-linear time. Deterministic."""
+    """Constructs a layout or takes proportional replicas, in near-linear time; deterministic."""
 
     geometry: Geometry
     name: str = "greedy"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """The next layout; where it holds what `current` holds, it stays in place.
+        """Return the next layout; where it holds what `current` holds, it stays in place.
 
         Args:
             counts_NE: forecast tokens on each source rank for each expert, int64 [N, E].

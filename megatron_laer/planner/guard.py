@@ -1,9 +1,9 @@
-"""After the gate, two choices: keep the planned layout, or make a fresh one for these counts.
+"""After the gate, the guard keeps the planned layout or makes a fresh one for these counts.
 
 A pure function of the counts of one microbatch, the same on every rank: integers, and the cost
 model's floats, which are equal everywhere (see `costs`). It moves nothing and measures nothing.
 
-Shape suffixes: N ranks, E experts, S slots.
+Legend: N ranks, E experts, S slots.
 """
 
 from __future__ import annotations
@@ -11,30 +11,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
-from megatron_laer.config import (
-    ADAPTIVE,
-    EVEN_SPLIT,
-    EXACT,
-    EXACT_SPLIT,
-    FORECAST,
-    PLAN_MODES,
-    SPLITS,
-)
+from megatron_laer.arrays import Int64
+from megatron_laer.config import PlanMode, Split
 from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import ExactQuotas, exact_split
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.quotas import Int64
 from megatron_laer.planner.splits import Quotas, solve_quotas
-from megatron_laer.planner.traffic import changed_slots
+from megatron_laer.sharding import changed_slots
 
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """The layout of one microbatch of one layer, and why.
+    """Holds the layout of one microbatch of one layer, and why it was chosen.
 
     Attributes:
         layout: the planned one or a fresh one.
@@ -60,36 +51,36 @@ class Decision:
 
     @property
     def replanned(self) -> bool:
-        """Whether slots have to be fetched for this layout."""
+        """Tell whether slots have to be fetched for this layout."""
         return self.layout is not self.planned_layout
 
     @cached_property
     def changed_slots(self) -> int:
-        """Slots that hold another expert than in the planned layout."""
+        """Count the slots that hold another expert than in the planned layout."""
         return int(changed_slots(self.planned_layout, self.layout).sum())
 
     @cached_property
     def max_over_mean_before(self) -> float | None:
-        """Largest over mean rank load with the planned layout; None where that was not solved."""
-        return None if self.planned_quotas is None else max_over_mean(self.planned_quotas)
+        """Return max/mean rank load with the planned layout; None where that was not solved."""
+        return None if self.planned_quotas is None else _imbalance(self.planned_quotas)
 
     @cached_property
     def max_over_mean_after(self) -> float:
-        """The same with the layout that was chosen."""
-        return max_over_mean(self.quotas)
+        """Return max/mean rank load with the layout that was chosen."""
+        return _imbalance(self.quotas)
 
     @property
     def reason(self) -> str:
-        """For the log, without the layer's name. Made when asked for."""
+        """Return the decision in words for the log, without the layer's name."""
         ratio = f"max/mean {self.max_over_mean_after:.2f}"
         if self.replanned:
             if self.max_over_mean_before is not None:
                 ratio = f"max/mean {self.max_over_mean_before:.2f} -> {ratio[9:]}"
-            price = f", {self._price()}" if self.gain_s is not None else ""
+            costs = f", {self._costs()}" if self.gain_s is not None else ""
             slots = f"{self.changed_slots} slot{'' if self.changed_slots == 1 else 's'} changed"
-            return f"fresh layout: {ratio}{price} ({slots})"
+            return f"fresh layout: {ratio}{costs} ({slots})"
         if self.gain_s is not None:
-            return f"kept forecast: {self._price()}"
+            return f"kept forecast: {self._costs()}"
         if self.solved:
             return f"kept forecast: {ratio}, a fresh layout is no better"
         if self.tolerance is not None and self.max_over_mean_after > 1.0 + self.tolerance:
@@ -98,7 +89,7 @@ class Decision:
             return f"kept forecast: {ratio}, tolerance {1 + self.tolerance:.2f}"
         return f"forecast: {ratio}"
 
-    def _price(self) -> str:
+    def _costs(self) -> str:
         assert self.gain_s is not None and self.cost_s is not None
         most, least = ("", "") if self.solved else ("at most ", "at least ")
         sign = ">" if self.gain_s > self.cost_s else "<" if self.gain_s < self.cost_s else "="
@@ -108,7 +99,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Guard:
-    """Which of the two layouts a microbatch gets, by `mode`.
+    """Chooses which of the two layouts a microbatch gets, by `mode`.
 
     - `forecast`: the planned one, always.
     - `exact`: a fresh one, always.
@@ -117,7 +108,7 @@ class Guard:
       fresh one's is smaller.
 
     Attributes:
-        mode: one of `PLAN_MODES`.
+        mode: which of the two.
         tolerance: x, only with `adaptive`; None decides by cost.
         split: how tokens are split over replicas; a fresh layout needs the exact split.
 
@@ -125,26 +116,22 @@ class Guard:
         ValueError: a combination that has no meaning; the message says what would work.
     """
 
-    mode: str
+    mode: PlanMode
     costs: CostModel
     geometry: Geometry
     tolerance: float | None = None
-    split: str = EXACT_SPLIT
+    split: Split = Split.EXACT
 
     def __post_init__(self) -> None:
-        if self.mode not in PLAN_MODES:
-            raise ValueError(f"plan mode {self.mode!r}: must be one of {', '.join(PLAN_MODES)}")
-        if self.split not in SPLITS:
-            raise ValueError(f"split {self.split!r}: must be one of {', '.join(SPLITS)}")
-        if self.mode != FORECAST and self.split == EVEN_SPLIT:
+        if self.mode != PlanMode.FORECAST and self.split == Split.EVEN:
             raise ValueError(
-                f"plan mode {self.mode!r} makes layouts for the exact split, got split "
-                f"{self.split!r}; use split {EXACT_SPLIT!r} or plan mode {FORECAST!r}"
+                f"plan mode '{self.mode}' makes layouts for the exact split, got split "
+                f"'{self.split}'; use split '{Split.EXACT}' or plan mode '{PlanMode.FORECAST}'"
             )
-        if self.tolerance is not None and self.mode != ADAPTIVE:
+        if self.tolerance is not None and self.mode != PlanMode.ADAPTIVE:
             raise ValueError(
-                f"a tolerance of {self.tolerance} has no effect on plan mode {self.mode!r}; use "
-                f"plan mode {ADAPTIVE!r}"
+                f"a tolerance of {self.tolerance} has no effect on plan mode '{self.mode}'; use "
+                f"plan mode '{PlanMode.ADAPTIVE}'"
             )
         if self.tolerance is not None and not 0 <= self.tolerance < self.geometry.num_ranks:
             raise ValueError(
@@ -153,7 +140,7 @@ class Guard:
             )
 
     def decide(self, counts_NE: Int64, planned: ExpertLayout) -> Decision:
-        """The layout and quotas of one microbatch.
+        """Choose the layout and quotas of one microbatch.
 
         Args:
             counts_NE: tokens on each source rank for each expert, int64 [N, E].
@@ -163,10 +150,10 @@ class Guard:
             ValueError: counts or a layout of another shape, or negative counts.
         """
         self.geometry.check_layout(planned)
-        if self.mode == EXACT:
+        if self.mode == PlanMode.EXACT:
             layout = self._fresh(counts_NE, planned)
             return Decision(layout, self._exact(counts_NE, layout), planned, None, solved=True)
-        if self.mode == FORECAST:
+        if self.mode == PlanMode.FORECAST:
             quotas = solve_quotas(self.split, counts_NE, planned, self.geometry.node_size)
             return Decision(planned, quotas, planned, quotas, solved=False)
         kept = self._exact(counts_NE, planned)
@@ -175,14 +162,14 @@ class Guard:
         return self._by_cost(planned, kept)
 
     def _by_tolerance(self, planned: ExpertLayout, kept: ExactQuotas, tolerance: float) -> Decision:
-        largest, total = _largest_and_total(kept)
-        least = -(-total // self.geometry.num_ranks)
+        kept_N = kept.rank_loads_N()
+        largest, least = int(kept_N.max()), -(-int(kept_N.sum()) // self.geometry.num_ranks)
         # At the bound no layout is better, whatever the tolerance; one token is N times the mean.
-        if largest == least or max_over_mean(kept) <= 1.0 + tolerance:
+        if largest == least or max_over_mean(kept_N) <= 1.0 + tolerance:
             return Decision(planned, kept, planned, kept, solved=False, tolerance=tolerance)
         fresh = self._fresh(kept.counts_NE, planned)
         quotas = self._exact(kept.counts_NE, fresh)
-        if _largest_and_total(quotas)[0] >= largest:
+        if int(quotas.rank_loads_N().max()) >= largest:
             return Decision(planned, kept, planned, kept, solved=True, tolerance=tolerance)
         return Decision(fresh, quotas, planned, kept, solved=True, tolerance=tolerance)
 
@@ -211,12 +198,5 @@ class Guard:
         return exact_split(layout, self.geometry.node_size).solve(counts_NE)
 
 
-def max_over_mean(quotas: Quotas) -> float:
-    """Largest over mean rank load; 1 without tokens."""
-    largest, total = _largest_and_total(quotas)
-    return largest * quotas.counts_NE.shape[0] / total if total > 0 else 1.0
-
-
-def _largest_and_total(quotas: Quotas) -> tuple[int, int]:
-    loads_N = np.asarray(quotas.loads_S).reshape(quotas.counts_NE.shape[0], -1).sum(axis=1)
-    return int(loads_N.max()), int(loads_N.sum())
+def _imbalance(quotas: Quotas) -> float:
+    return max_over_mean(fsep_tokens_N(quotas))

@@ -1,4 +1,4 @@
-"""The planner of the LAER-MoE paper: candidate replica counts, greedy placement, choice by cost.
+"""The paper's planner counts replicas in two ways, places them greedily and chooses by cost.
 
 Source: "LAER-MoE: Load-Adaptive Expert Re-layout for Efficient MoE Training", arXiv 2602.11686.
 What differs from its released code: any N, C, E and node size; replica counts are not rounded to
@@ -6,7 +6,7 @@ multiples of the number of nodes; no rank takes an expert twice while another ha
 it; the even candidate also exists where E does not divide the slots; the current and the static
 layout compete too.
 
-Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes.
+Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ import heapq
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_laer.config import EVEN_SPLIT
+from megatron_laer.arrays import Int64
+from megatron_laer.config import Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 
-Int64 = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True)
 class LaerStrategy:
-    """Candidates by replica count, greedy placement, choice by predicted seconds. Deterministic.
+    """Chooses among layouts by replica count the one of the fewest predicted seconds.
 
-    Never predicted slower than the current or the static layout, as both are candidates. The
-    current one wins ties, so that a layout that cannot be improved does not change.
+    Candidates are placed greedily, and all is deterministic. The choice is never predicted slower
+    than the current or the static layout, as both are candidates. The current one wins ties, so
+    that a layout that cannot be improved does not change.
     """
 
     geometry: Geometry
@@ -38,7 +37,7 @@ class LaerStrategy:
     name: str = "laer"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """The cheapest candidate for these counts.
+        """Return the cheapest candidate for these counts.
 
         Args:
             counts_NE: tokens on each source rank for each expert, int64 [N, E].
@@ -62,17 +61,16 @@ class LaerStrategy:
         return min(
             candidates,
             key=lambda layout: self.costs.layer_seconds(
-                counts_NE, layout, geometry.node_size, EVEN_SPLIT
+                counts_NE, layout, geometry.node_size, Split.EVEN
             ),
         )
 
 
 def replicas_by_load(loads_E: Int64, geometry: Geometry) -> Int64:
-    """Replica counts by priority queue: one more, again and again, for the hottest per replica.
+    """Give one more replica, again and again, to the expert that is hottest per replica.
 
     Every expert has at least one and, as a second copy on one rank balances nothing, at most N.
-    Equal loads
-    per replica: fewest replicas first, then the lowest index.
+    Equal loads per replica: fewest replicas first, then the lowest index.
 
     Returns:
         int64 [E], summing to S.
@@ -91,7 +89,7 @@ def replicas_by_load(loads_E: Int64, geometry: Geometry) -> Int64:
 
 
 def replicas_even(loads_E: Int64, geometry: Geometry) -> Int64:
-    """The same number of replicas for all; where E does not divide S, one more for the hottest.
+    """Give all the same number of replicas; where E does not divide S, the hottest one more.
 
     Returns:
         int64 [E], summing to S.

@@ -1,4 +1,4 @@
-"""The compiled core, as `native`: the one beside this file, or an installed package's.
+"""`native` is the compiled core: the one beside this file, or an installed package's.
 
 Python started in a checkout, or running a script of it, imports the checkout's `megatron_laer`
 whatever is installed, and only an editable installation puts a core there. Otherwise the installed

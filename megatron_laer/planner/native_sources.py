@@ -1,4 +1,4 @@
-"""The digest of the C++ sources, by which a native core of other sources is known.
+"""The digest of the C++ sources tells a native core that was built from other sources.
 
 The package compares it, and setup.py, which runs this file alone, compiles it into the core.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of the C++ files in `folder`, in hexadecimal."""
+    """Return the SHA-256 of names and contents of the C++ files in `folder`, in hexadecimal."""
     whole = hashlib.sha256()
     for file in sorted([*folder.glob("*.cpp"), *folder.glob("*.hpp")]):
         whole.update(f"{file.name} {file.stat().st_size}\n".encode())

@@ -1,12 +1,11 @@
-"""The even split: how many of a source's tokens go to each replica, whatever the current loads.
+"""The even split sends each replica an equal share of a source's tokens, whatever the loads.
 
 The paper's "lite routing": a source shares its tokens for an expert evenly among the replicas in
 its own node, and only where its node has none, among all replicas. Integers, conserved, the same on
 every rank. It does not choose layouts, and it does not balance (a split by load belongs in a file
 of its own). The looped definition is `reference.quota_NS`.
 
-Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G = N/Q ranks per
-    node.
+Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G = N/Q ranks per node.
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout, check_rank
 from megatron_laer.planner.geometry import Geometry
-
-Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class SplitTotals:
-    """Sums over the N*S matrix of quotas, obtained without forming it.
+    """Holds sums over the N*S matrix of quotas, obtained without forming it.
 
     Attributes:
         near_S: tokens that each slot gets from sources of its own node, int64 [S].
@@ -44,7 +42,7 @@ class SplitTotals:
 
 @dataclass(frozen=True, eq=False)
 class EvenSplit:
-    """The even split for one layout and node size. Build it with `even_split`, which caches.
+    """Splits evenly for one layout and node size. Build it with `even_split`, which caches.
 
     Of c tokens over k replicas, each gets c // k, and the c % k left over go to replicas
     source, source + 1, ... (mod k): a fixed first replica would collect the remainders of all
@@ -65,7 +63,7 @@ class EvenSplit:
     far_place_S: Int64
 
     def rank_row(self, counts_NE: Int64, rank: int) -> Int64:
-        """Tokens that `rank` sends to each slot, int64 [S]. O(S).
+        """Return the tokens that `rank` sends to each slot, int64 [S]. O(S).
 
         Raises:
             ValueError: counts of another shape, or a rank outside 0..N-1.
@@ -88,7 +86,7 @@ class EvenSplit:
         return row_S
 
     def rank_columns(self, counts_NE: Int64, rank: int) -> Int64:
-        """Tokens that each source sends to the slots of `rank`, int64 [N, C]. O(N*C).
+        """Return the tokens that each source sends to `rank`'s slots, int64 [N, C]. O(N*C).
 
         Raises:
             ValueError: counts of another shape, or a rank outside 0..N-1.
@@ -116,7 +114,7 @@ class EvenSplit:
         return columns_NC
 
     def slot_loads(self, counts_NE: Int64) -> Int64:
-        """Tokens that each slot computes, int64 [S]. O(N*E + S).
+        """Return the tokens that each slot computes, int64 [S]. O(N*E + S).
 
         Raises:
             ValueError: counts of another shape.
@@ -125,7 +123,7 @@ class EvenSplit:
         return totals.near_S + totals.far_S
 
     def totals(self, counts_NE: Int64) -> SplitTotals:
-        """What slots receive from near and far, and what ranks keep. O(N*E + S).
+        """Return what slots receive from near and far, and what ranks keep. O(N*E + S).
 
         Raises:
             ValueError: counts of another shape.
@@ -173,7 +171,7 @@ class EvenSplit:
 # bytes.
 @lru_cache(maxsize=256)
 def even_split(layout: ExpertLayout, node_size: int) -> EvenSplit:
-    """The even split of a layout on nodes of `node_size` ranks, from a cache by content.
+    """Return the even split of a layout on nodes of `node_size` ranks, cached by content.
 
     Raises:
         ValueError: a node size that does not divide N.
@@ -193,7 +191,7 @@ def even_split(layout: ExpertLayout, node_size: int) -> EvenSplit:
 
 
 def _order_and_place(group_S: Int64, group_sizes: Int64) -> tuple[Int64, Int64]:
-    """Slots sorted by group, then by number; and each slot's place within its group."""
+    """Sort slots by group, then by number, and tell each slot's place within its group."""
     order_S = np.argsort(group_S, kind="stable").astype(np.int64)
     place_S = np.empty_like(order_S)
     place_S[order_S] = np.arange(order_S.size) - np.repeat(_starts(group_sizes), group_sizes)
@@ -216,8 +214,7 @@ def _group_loads(counts_NE: Int64, group_NE: Int64, group_sizes: Int64, order_S:
     """Sum the even splits of all sources, int64 [S], where (source, expert) shares among one group.
 
     The extras of a source are a run of places in a ring, so all of them are summed as differences
-    at the
-    two ends of each run: O(N*E + S) in place of the O(N*S) of the matrix.
+    at the two ends of each run: O(N*E + S) in place of the O(N*S) of the matrix.
     """
     size_NE = np.maximum(group_sizes[group_NE], 1)
     share_NE, left_NE = np.divmod(counts_NE, size_NE)

@@ -1,21 +1,19 @@
-"""Plain loops that define what the fast code computes. Only tests use this file; it is not fast.
+"""These plain loops define what the fast code computes. Only tests use this file; it is not fast.
 
-Shape suffixes: N ranks, E experts, S = N*C slots.
+Legend: N ranks, E experts, S = N*C slots.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import check_node_size
 
 
-def quota_NS(
-    counts_NE: npt.NDArray[np.int64], layout: ExpertLayout, node_size: int
-) -> npt.NDArray[np.int64]:
-    """The even split as a whole matrix: tokens from each source rank to each slot, int64 [N, S].
+def quota_NS(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Int64:
+    """Return the even split as a whole matrix: tokens from each source to each slot, int64 [N, S].
 
     Raises:
         ValueError: a node size that does not divide N.

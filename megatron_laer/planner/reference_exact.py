@@ -1,11 +1,11 @@
-"""Plain Python that defines what the native code computes. Only tests use it; it is not fast.
+"""This plain Python defines what the native code computes. Only tests use it; it is not fast.
 
 The least largest load comes from sets of experts (Hall's condition), which shares nothing with the
 native flows; the whole matrix of quotas from the loads of slots, token by token in order; replicas
 in proportion to load from fractions. The construction for known counts has no double here: its
 definition is its result, perfect balance.
 
-Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots.
+Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from itertools import combinations
 
 import numpy as np
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry, check_node_size
-from megatron_laer.planner.quotas import Int64
 
 
 def least_largest_load(counts_NE: Int64, layout: ExpertLayout) -> int:
-    """The least possible largest rank load: over all sets of experts, their tokens per rank.
+    """Return the least largest rank load: over all sets of experts, their tokens per rank.
 
     Experts of a set can only go to ranks that host one of them; some rank gets at least the
     average, rounded up. That the largest such bound is attained is the max-flow min-cut theorem.
@@ -42,7 +42,7 @@ def least_largest_load(counts_NE: Int64, layout: ExpertLayout) -> int:
 
 
 def exact_quota_NS(counts_NE: Int64, loads_S: Int64, layout: ExpertLayout, node_size: int) -> Int64:
-    """The matrix that follows from the loads of all slots, int64 [N, S].
+    """Return the matrix that follows from the loads of all slots, int64 [N, S].
 
     Own tokens first; then, inside each node, sources in turned order fill replicas in slot order;
     then what is left in nodes in that order fills what is left of replicas in slot order.
@@ -76,20 +76,20 @@ def exact_quota_NS(counts_NE: Int64, loads_S: Int64, layout: ExpertLayout, node_
 
 
 def off_node_tokens(quota_NS: Int64, layout: ExpertLayout, node_size: int) -> int:
-    """Tokens that a whole matrix of quotas sends to another node."""
+    """Count the tokens that a whole matrix of quotas sends to another node."""
     source_node_N = np.arange(layout.num_ranks) // node_size
     slot_node_S = np.arange(layout.num_slots) // (layout.capacity * node_size)
     return int(quota_NS[source_node_N[:, None] != slot_node_S].sum())
 
 
 def off_rank_tokens(quota_NS: Int64, layout: ExpertLayout) -> int:
-    """Tokens that a whole matrix of quotas sends to another rank."""
+    """Count the tokens that a whole matrix of quotas sends to another rank."""
     slot_rank_S = np.arange(layout.num_slots) // layout.capacity
     return int(quota_NS[np.arange(layout.num_ranks)[:, None] != slot_rank_S].sum())
 
 
 def proportional_experts(counts_NE: Int64, geometry: Geometry) -> list[list[int]]:
-    """Experts of each rank, ascending: a forecast's replicas in proportion to load, heaviest first.
+    """Return each rank's experts: replicas in proportion to load, placed heaviest first.
 
     Every expert counts as having a quarter of the mean load more. Nodes whose slots suffice are
     served one by one, on their own tokens. A replica goes to the node with most tokens of its
@@ -153,7 +153,7 @@ def _proportional_part(counts_NE: Int64, geometry: Geometry) -> list[list[int]]:
 
 
 def _links(rank: int, chosen: list[int], held: list[list[int]]) -> int:
-    """0 if no chain of shared experts leads from a rank to the chosen ones, else 1 or more."""
+    """Return 0 if no chain of shared experts leads from a rank to the chosen, else 1 or more."""
     reached = set(chosen)
     while True:
         experts = {expert for other in reached for expert in held[other]}

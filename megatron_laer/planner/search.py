@@ -1,22 +1,22 @@
-"""A slower strategy for the background: the layout that holds up best if loads drift.
+"""This slower strategy searches, in the background, the layout that holds up best under drift.
 
 It judges layouts by the largest load after exact quotas, summed over disturbed copies of the
 forecast (each expert's load times a random factor); it starts from the best of the current layout,
 the two ways of `greedy` and constructions for other disturbed copies, and improves it by single
 exchanges of slots. Tokens whose node lacks their expert count a little; it does not split tokens.
 
-Shape suffixes: N ranks, E experts.
+Legend: N ranks, E experts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import checked_counts, from_native
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
-from megatron_laer.planner.quotas import Int64
 
 # Any fixed number: the same forecast gives the same layout.
 _SEED = 2602
@@ -25,7 +25,7 @@ _FULL_EFFORT_SLOTS = 64
 
 @dataclass(frozen=True)
 class SearchStrategy:
-    """Random local search over slots with a fixed seed, so deterministic.
+    """Searches slots locally and at random, with a fixed seed, so deterministically.
 
     Attributes:
         geometry: N, E, C and G.
@@ -42,7 +42,7 @@ class SearchStrategy:
     name: str = "search"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """The next layout; `current` stays if none is better.
+        """Return the next layout; `current` stays if none is better.
 
         Args:
             counts_NE: forecast tokens on each source rank for each expert, int64 [N, E].

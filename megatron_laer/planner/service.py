@@ -1,10 +1,10 @@
-"""The planner's thread: counts in, plans out, never in the way of training.
+"""The planner's thread takes counts and makes plans, and training never waits for it unasked.
 
 The thread only computes. It takes part in no collective and touches no device; handing layouts to
 the other ranks is the caller's business. Whatever a strategy does, the caller gets legal layouts or
 none.
 
-Shape suffixes: N ranks, E experts.
+Legend: N ranks, E experts.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.forecast import Forecast, SmoothedForecast
 from megatron_laer.planner.strategies import Strategy
-
-Int64 = npt.NDArray[np.int64]
 
 # Steps that may be half submitted at once before the oldest is given up (not in lossless mode).
 _OPEN_STEPS = 4
@@ -29,7 +28,7 @@ _OPEN_STEPS = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout for every layer, made from the counts of one step.
+    """Holds a layout for every layer, made from the counts of one step.
 
     Attributes:
         source_step: the step whose counts were used.
@@ -44,7 +43,7 @@ class Plan:
 
 @dataclass
 class _OpenStep:
-    """A step that is being submitted or planned; touched under the service's lock only."""
+    """Holds a step that is being submitted or planned; touched under the service's lock only."""
 
     pending: dict[int, Int64] = field(default_factory=dict)
     submitted: set[int] = field(default_factory=set)
@@ -53,7 +52,7 @@ class _OpenStep:
 
 
 class PlannerService:
-    """One daemon thread that plans the layers of each step as their counts arrive.
+    """Runs one daemon thread that plans the layers of each step as their counts arrive.
 
     Steps are planned one after the other, oldest first, and a layer is planned as soon as its
     counts are there, from a forecast that they are the newest part of. A plan is complete when all
@@ -124,7 +123,7 @@ class PlannerService:
 
     @property
     def failures(self) -> int:
-        """Layers so far whose planning failed and that kept their last good layout."""
+        """Count the layers so far whose planning failed and that kept their last good layout."""
         with self._changed:
             return self._failures
 
@@ -166,7 +165,7 @@ class PlannerService:
             self._warn(warning)
 
     def ready(self, step: int) -> Plan | None:
-        """The newest complete plan from a step at or before `step`; None if there is no new one.
+        """Return the newest complete plan from a step up to `step`; None if there is no new one.
 
         Never waits. A plan is returned once, and older ones are forgotten with it.
         """
@@ -175,7 +174,7 @@ class PlannerService:
             return self._take(max(usable)) if usable else None
 
     def wait(self, step: int, timeout_s: float) -> Plan | None:
-        """The plan made from exactly this step's counts, waiting for it up to `timeout_s` seconds.
+        """Return the plan made from this very step's counts, waiting up to `timeout_s` seconds.
 
         None, with a warning, if it does not come: the time is over, the step was dropped, the
         thread is dead or the service closed. The caller keeps the layouts it has, as with `ready`;
@@ -206,7 +205,7 @@ class PlannerService:
         return None
 
     def state(self, timeout_s: float) -> tuple[dict[int, Forecast], list[Plan], bool]:
-        """Forecasts by layer; complete plans not yet returned, oldest first; whether that is all.
+        """Return forecasts by layer, plans not yet returned, oldest first, and if that is all.
 
         Waits up to `timeout_s` seconds until every step that was submitted in full is planned:
         what is not planned by then is lost to a service that goes on from here. Changes nothing.
@@ -318,7 +317,7 @@ class PlannerService:
     def _plan_layer(
         self, layer: int, counts_NE: Int64, current: ExpertLayout
     ) -> tuple[ExpertLayout, str | None]:
-        """The strategy's layout, or the current one and what went wrong."""
+        """Return the strategy's layout, or the current one and what went wrong."""
         try:
             forecast = self._forecasts[layer].observe(counts_NE)
             self._forecasts[layer] = forecast

@@ -1,6 +1,6 @@
-"""The splits by name, behind what the runtime asks of one microbatch's quotas.
+"""The runtime asks for one microbatch's quotas here, by the name of a split.
 
-Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots.
+Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
 
 from __future__ import annotations
@@ -9,61 +9,62 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from megatron_laer.config import EXACT_SPLIT
+from megatron_laer.arrays import Int64
+from megatron_laer.config import Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.exact import exact_split
-from megatron_laer.planner.quotas import EvenSplit, Int64, even_split
+from megatron_laer.planner.quotas import EvenSplit, even_split
 
 
 class Quotas(Protocol):
-    """How the tokens of one microbatch are split over the replicas of their experts."""
+    """Tells how the tokens of one microbatch are split over the replicas of their experts."""
 
     @property
     def counts_NE(self) -> Int64:
-        """Tokens on each source rank for each expert."""
+        """Return the tokens on each source rank for each expert."""
         ...
 
     @property
     def loads_S(self) -> Int64:
-        """Tokens that each slot computes."""
+        """Return the tokens that each slot computes."""
         ...
 
     def rank_row(self, rank: int) -> Int64:
-        """Tokens that `rank` sends to each slot, int64 [S]."""
+        """Return the tokens that `rank` sends to each slot, int64 [S]."""
         ...
 
     def rank_columns(self, rank: int) -> Int64:
-        """Tokens that each source sends to the slots of `rank`, int64 [N, C]."""
+        """Return the tokens that each source sends to the slots of `rank`, int64 [N, C]."""
         ...
 
 
 @dataclass(frozen=True)
 class EvenQuotas:
-    """The even split of one microbatch."""
+    """Holds the even split of one microbatch."""
 
     split: EvenSplit
     counts_NE: Int64
 
     @cached_property
     def loads_S(self) -> Int64:
-        """Worked out when asked for: only the metrics do."""
+        """Return the tokens that each slot computes, worked out when the metrics ask."""
         return self.split.slot_loads(self.counts_NE)
 
     def rank_row(self, rank: int) -> Int64:
-        """Tokens that `rank` sends to each slot, int64 [S]."""
+        """Return the tokens that `rank` sends to each slot, int64 [S]."""
         return self.split.rank_row(self.counts_NE, rank)
 
     def rank_columns(self, rank: int) -> Int64:
-        """Tokens that each source sends to the slots of `rank`, int64 [N, C]."""
+        """Return the tokens that each source sends to the slots of `rank`, int64 [N, C]."""
         return self.split.rank_columns(self.counts_NE, rank)
 
 
-def solve_quotas(split: str, counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Quotas:
-    """The quotas of a microbatch by the split of this name (`config.SPLITS`).
+def solve_quotas(split: Split, counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Quotas:
+    """Split the tokens of a microbatch over the replicas of their experts.
 
     Raises:
         ValueError: counts of another shape than the layout's.
     """
-    if split == EXACT_SPLIT:
+    if split == Split.EXACT:
         return exact_split(layout, node_size).solve(counts_NE)
     return EvenQuotas(even_split(layout, node_size), counts_NE)

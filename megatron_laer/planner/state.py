@@ -1,4 +1,4 @@
-"""What a planner carries from one step to the next, as a value and as bytes for a checkpoint.
+"""A planner's state goes from one step to the next, and as bytes into a checkpoint.
 
 The bytes are read without trust: a digest, then every size and range; a file's size is compared
 with what its header says before the file is read. Nothing is unpickled. Files are not opened here.
@@ -6,7 +6,7 @@ with what its header says before the file is read. Nothing is unpickled. Files a
     magic, format, length of the header | header, JSON | slots in force, slots of the plans, int16
     | levels of the forecasts, int64 | BLAKE2b digest of all before
 
-Numbers are little-endian. Shape suffixes: L layers, N ranks, E experts, S = N*C slots.
+Numbers are little-endian. Legend: L layers, N ranks, E experts, S = N*C slots.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _MAX_LEVEL_SUM = 2**52
 
 @dataclass(frozen=True, eq=False)
 class PlannerState:
-    """The planner of one FSEP group between two steps.
+    """Holds what the planner of one FSEP group knows between two steps.
 
     Attributes:
         next_step: the step that comes next.
@@ -105,7 +105,7 @@ class PlannerState:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(N, C, E)."""
+        """Return (N, C, E)."""
         return _shape(self.layouts[0])
 
     def check_fits(self, geometry: Geometry, layers: Sequence[str]) -> None:
@@ -124,7 +124,7 @@ class PlannerState:
             )
 
     def to_bytes(self) -> bytes:
-        """What `from_bytes` reads."""
+        """Return the bytes that `from_bytes` reads."""
         num_ranks, capacity, num_experts = self.shape
         levels = [forecast.level_NE for forecast in self.forecasts]
         header = {
@@ -229,7 +229,7 @@ class PlannerState:
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
-    """The header, its types checked, and the bytes of the arrays."""
+    """Return the header, its types checked, and the bytes of the arrays."""
     least = _PREFIX.size + _DIGEST_BYTES
     if len(data) < least:
         raise ValueError(f"has {len(data)} bytes, a planner's state has at least {least}")
@@ -281,7 +281,7 @@ def _header_shape(header: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def _payload_bytes(header: dict[str, Any]) -> int:
-    """What the arrays take: a layout per layer, in force and of each plan, and the forecasts."""
+    """Count the bytes of the arrays: layouts in force and of each plan, and forecasts."""
     num_ranks, capacity, num_experts = _header_shape(header)
     num_layouts = len(header["layers"]) * (1 + len(header["plans"]))
     num_levels = sum(map(bool, header["observed"]))
@@ -290,7 +290,7 @@ def _payload_bytes(header: dict[str, Any]) -> int:
 
 
 def _check_types(what: str, found: object, wanted: dict[str, type]) -> None:
-    """Exactly these keys, of exactly these types (a truth value is no integer)."""
+    """Demand exactly these keys, of exactly these types (a truth value is no integer)."""
     if not isinstance(found, dict):
         raise ValueError(f"{what} must have {_types_text(wanted)}, got a {type(found).__name__}")
     types = {key: type(value) for key, value in found.items()}

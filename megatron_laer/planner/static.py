@@ -1,25 +1,23 @@
-"""The strategy that never moves an expert: the baseline of every comparison."""
+"""This strategy never moves an expert: it is the baseline of every comparison."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 
 
 @dataclass(frozen=True)
 class StaticStrategy:
-    """Always `ExpertLayout.static`, whatever the loads and the current layout."""
+    """Returns `ExpertLayout.static`, whatever the loads and the current layout."""
 
     geometry: Geometry
     name: str = "static"
 
-    def plan(self, counts_NE: npt.NDArray[np.int64], current: ExpertLayout) -> ExpertLayout:
-        """The static layout.
+    def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
+        """Return the static layout.
 
         Raises:
             ValueError: counts or a layout of another shape.

@@ -1,14 +1,13 @@
-"""What a planning strategy is, and the strategies by name; each lives in a file of its own."""
+"""Strategies are made by name here; each lives in a file of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_laer.config import FIXED_PLANNERS
+from megatron_laer.arrays import Int64
+from megatron_laer.config import FixedPlanner, FSEPConfig, PlanMode, RestoreAlgorithm
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -19,15 +18,15 @@ from megatron_laer.planner.static import StaticStrategy
 
 
 class Strategy(Protocol):
-    """Observed counts and the layout in use → the next layout. A pure function."""
+    """Maps observed counts and the layout in use to the next layout; a pure function."""
 
     @property
     def name(self) -> str:
-        """The name under which `make_strategy` knows it."""
+        """Return the name under which `make_strategy` knows it."""
         ...
 
-    def plan(self, counts_NE: npt.NDArray[np.int64], current: ExpertLayout) -> ExpertLayout:
-        """The next layout.
+    def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
+        """Return the next layout.
 
         Args:
             counts_NE: tokens on each source rank for each expert, int64 [N, E]; not to be changed.
@@ -37,7 +36,7 @@ class Strategy(Protocol):
 
 
 def strategy_names() -> tuple[str, ...]:
-    """Names that `make_strategy` takes, sorted."""
+    """Return the names that `make_strategy` takes, sorted."""
     return tuple(sorted(_STRATEGIES))
 
 
@@ -47,7 +46,7 @@ def check_planner(name: str) -> None:
     Raises:
         ValueError: quoting it; the message lists the known ones.
     """
-    known = sorted({*strategy_names(), *FIXED_PLANNERS})
+    known = sorted({*strategy_names(), *FixedPlanner})
     if name not in known:
         raise ValueError(f"--fsep-planner {name}: unknown planner; use one of {', '.join(known)}")
 
@@ -60,12 +59,30 @@ def make_strategy(name: str, *, geometry: Geometry, costs: CostModel) -> Strateg
     """
     if name not in _STRATEGIES:
         raise ValueError(f"unknown planner {name!r}; use one of {', '.join(strategy_names())}")
-    return _STRATEGIES[name](geometry, costs)
+    return _STRATEGIES[name].make(geometry, costs)
 
 
-_STRATEGIES: Mapping[str, Callable[[Geometry, CostModel], Strategy]] = {
-    "greedy": lambda geometry, costs: GreedyStrategy(geometry),
-    "laer": LaerStrategy,
-    "search": lambda geometry, costs: SearchStrategy(geometry),
-    "static": lambda geometry, costs: StaticStrategy(geometry),
+def uses_costs(config: FSEPConfig) -> bool:
+    """Tell whether anything is decided by the cost model under these settings."""
+    strategy = _STRATEGIES.get(config.planner)
+    return (
+        (config.mode == PlanMode.ADAPTIVE and config.imbalance_tolerance is None)
+        or (config.makes_plans and strategy is not None and strategy.uses_costs)
+        or config.restore_algorithm == RestoreAlgorithm.AUTO
+    )
+
+
+@dataclass(frozen=True)
+class _Registered:
+    """Holds a strategy's constructor, and whether it compares layouts by the cost model."""
+
+    make: Callable[[Geometry, CostModel], Strategy]
+    uses_costs: bool = False
+
+
+_STRATEGIES: Mapping[str, _Registered] = {
+    "greedy": _Registered(lambda geometry, costs: GreedyStrategy(geometry)),
+    "laer": _Registered(LaerStrategy, uses_costs=True),
+    "search": _Registered(lambda geometry, costs: SearchStrategy(geometry)),
+    "static": _Registered(lambda geometry, costs: StaticStrategy(geometry)),
 }

@@ -1,4 +1,4 @@
-"""What the exchange of parameters and gradients puts on the links, by formula; no torch, no wire.
+"""These formulas tell what exchanges of parameters and gradients put on the links.
 
 Two algorithms move the same values. `flat` is one All-to-All over all ranks. `node` crosses nodes
 once for each distinct expert of a node, place by place (rank g of a node with rank g of the other
@@ -15,24 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_laer.config import EXCHANGES
+from megatron_laer.arrays import Bool, Int64
+from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import check_node_size
-
-Int64 = npt.NDArray[np.int64]
-Bool = npt.NDArray[np.bool_]
-
-
-def row_bounds(rows: int, num_ranks: int) -> list[int]:
-    """N + 1 bounds of the row blocks that ranks hold; blocks differ by at most one row."""
-    return [rank * rows // num_ranks for rank in range(num_ranks + 1)]
+from megatron_laer.sharding import changed_slots, node_sources, row_bounds
 
 
 @dataclass(frozen=True, eq=False)
 class Traffic:
-    """Elements of one exchange per rank and link class; what stays on a rank is in none of them.
+    """Counts one exchange's elements per rank and link class, but for what stays on a rank.
 
     Received and sent are kept apart because their largest values differ: ranks of a node with many
     distinct experts receive more than others send, and with few changed slots nearly all ranks send
@@ -50,96 +43,40 @@ class Traffic:
 
     def seconds(
         self,
-        algorithm: str,
+        algorithm: ExchangeAlgorithm,
         bytes_per_element: float,
         intra_bytes_per_s: float,
         inter_bytes_per_s: float,
         inter_bytes_per_element: float | None = None,
     ) -> float:
-        """Predicted duration of the exchange, from each rank's own link rates; no latency.
+        """Predict the exchange's duration from each rank's own link rates; no latency.
 
         `flat` drives both link classes in one collective and takes the slower class of the slowest
         rank. `node` runs one collective after the other and takes the sum of the two.
 
         Args:
             inter_bytes_per_element: of what crosses nodes, where it travels in another dtype.
-
-        Raises:
-            ValueError: an unknown algorithm.
         """
-        check_algorithm(algorithm)
         inter_bytes = inter_bytes_per_element or bytes_per_element
         intra_s_N = np.maximum(self.intra_N, self.sent_intra_N) * (
             bytes_per_element / intra_bytes_per_s
         )
         inter_s_N = np.maximum(self.inter_N, self.sent_inter_N) * (inter_bytes / inter_bytes_per_s)
-        if algorithm == "flat":
+        if algorithm == ExchangeAlgorithm.FLAT:
             return float(np.maximum(intra_s_N, inter_s_N).max())
         return float(intra_s_N.max() + inter_s_N.max())
-
-
-def changed_slots(before: ExpertLayout, after: ExpertLayout) -> Bool:
-    """Slots whose expert differs, bool [S].
-
-    Raises:
-        ValueError: layouts of different N, C or E.
-    """
-    shapes = [(given.num_ranks, given.capacity, given.num_experts) for given in (before, after)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"layouts of different (ranks, capacity, experts): {shapes}")
-    return np.asarray(before.slot_expert_S != after.slot_expert_S)
-
-
-@dataclass(frozen=True, eq=False)
-class NodeSources:
-    """Where each node gets the distinct experts of its changed slots from.
-
-    Pairs of a node and an expert are numbered node·E + expert.
-
-    Attributes:
-        far_pairs: ascending; from the slices of all ranks.
-        held_pairs: ascending; from a slot of the same node, under the layout before.
-        held_slots: those slots, one per held pair.
-    """
-
-    far_pairs: Int64
-    held_pairs: Int64
-    held_slots: Int64
-
-
-def node_sources(
-    layout: ExpertLayout, node_size: int, changed_S: Bool, before: ExpertLayout | None = None
-) -> NodeSources:
-    """Which experts cross nodes in a restore by node, and which the nodes have.
-
-    Args:
-        before: the layout under which ranks keep what they restored, or None if they keep nothing.
-    """
-    num_experts = layout.num_experts
-    node_S = np.arange(layout.num_slots) // (node_size * layout.capacity)
-    wanted = np.unique((node_S * num_experts + layout.slot_expert_S)[changed_S])
-    if before is None:
-        return NodeSources(wanted, wanted[:0], wanted[:0])
-    pair_S = node_S * num_experts + before.slot_expert_S
-    by_pair = np.argsort(pair_S, kind="stable")
-    first = np.searchsorted(pair_S[by_pair], wanted)
-    count = np.searchsorted(pair_S[by_pair], wanted, side="right") - first
-    held = count > 0
-    # Not always the first of an expert's slots, or the first rank of a node would hand out most.
-    slots = by_pair[first[held] + wanted[held] % num_experts % count[held]]
-    return NodeSources(wanted[~held], wanted[held], slots)
 
 
 def restore_traffic(
     layout: ExpertLayout,
     node_size: int,
     matrices: Sequence[tuple[int, int]],
-    algorithm: str,
+    algorithm: ExchangeAlgorithm,
     changed_S: Bool | None = None,
     *,
     before: ExpertLayout | None = None,
 ) -> Traffic:
-    """Elements that one restore moves.
+    """Count the elements that one restore moves.
 
     With c_n slots to fetch on rank n, F_J distinct experts among those of node J, and r_n rows on
     rank n = (node J, place g), per matrix and times K, a rank receives
@@ -163,10 +100,9 @@ def restore_traffic(
         before: instead of `changed_S`, the layout under which all ranks keep what they restored.
 
     Raises:
-        ValueError: an unknown algorithm, a node size that does not divide N, a `changed_S` of
-            another shape, or a layout before of other N, C or E.
+        ValueError: a node size that does not divide N, a `changed_S` of another shape, or a layout
+            before of other N, C or E.
     """
-    check_algorithm(algorithm)
     num_ranks, num_slots = layout.num_ranks, layout.num_slots
     check_node_size(num_ranks, node_size)
     assert changed_S is None or before is None, "changed_S follows from the layout before"
@@ -195,7 +131,7 @@ def restore_traffic(
         rows_N = bounds[1:] - bounds[:-1]
         rows_JG = rows_N.reshape(-1, node_size)
         place_rows_N = np.tile(rows_JG.sum(axis=0), num_nodes)
-        if algorithm == "flat":
+        if algorithm == ExchangeAlgorithm.FLAT:
             node_rows_N = rows_JG.sum(axis=1)[node_N]
             received_intra_N += fetched_N * (node_rows_N - rows_N) * columns
             received_inter_N += fetched_N * (rows - node_rows_N) * columns
@@ -213,14 +149,17 @@ def restore_traffic(
 
 
 def reduce_traffic(
-    layout: ExpertLayout, node_size: int, matrices: Sequence[tuple[int, int]], algorithm: str
+    layout: ExpertLayout,
+    node_size: int,
+    matrices: Sequence[tuple[int, int]],
+    algorithm: ExchangeAlgorithm,
 ) -> Traffic:
-    """Elements that one gradient exchange moves: a restore of all slots, run backwards.
+    """Count the elements of one gradient exchange: a restore of all slots, run backwards.
 
     Elements between nodes may be of another dtype than those inside (`--fsep-grad-wire-dtype`).
 
     Raises:
-        ValueError: an unknown algorithm, or a node size that does not divide N.
+        ValueError: a node size that does not divide N.
     """
     there = restore_traffic(layout, node_size, matrices, algorithm)
     return Traffic(
@@ -229,13 +168,3 @@ def reduce_traffic(
         sent_intra_N=there.intra_N,
         sent_inter_N=there.inter_N,
     )
-
-
-def check_algorithm(algorithm: str) -> None:
-    """Reject a name that is not in `EXCHANGES`.
-
-    Raises:
-        ValueError: with the names that work.
-    """
-    if algorithm not in EXCHANGES:
-        raise ValueError(f"unknown algorithm {algorithm!r}; use one of {EXCHANGES}")

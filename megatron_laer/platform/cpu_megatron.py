@@ -191,7 +191,7 @@ def _run_async_worker(*args: Any) -> None:
     """The worker of async saves, which asks torch for its GPU; found by this name there."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-    from megatron_laer.platform import cpu
+    from megatron_laer.platform import cpu_torch
 
-    cpu.install_in_helper()
+    cpu_torch.replace()
     (_async_loop or PersistentAsyncCaller.async_loop)(*args)

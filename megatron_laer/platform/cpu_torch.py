@@ -45,8 +45,15 @@ _FACTORIES = (
 _TENSOR_FACTORIES = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 
+_replaced = False
+
+
 def replace() -> None:
-    """Replace everything, in the order of this file."""
+    """Replace everything, in the order of this file. Doing it twice does nothing."""
+    global _replaced
+    if _replaced:
+        return
+    _replaced = True
     _replace_compilation()
     _replace_devices()
     _replace_streams()

@@ -91,7 +91,7 @@ def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
                     "with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
                 ) from error
             raise
-        if current is not None and current.config.plans and current.coordinator is not None:
+        if current is not None and current.config.makes_plans and current.coordinator is not None:
             current.coordinator.resume_planner(str(checkpoint_dir), _storage())
         return loaded
 

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_laer import config as settings
-from megatron_laer import support
-from megatron_laer.config import FSEPConfig
+from megatron_laer import flags, support
+from megatron_laer.config import ExpertParallelMode, FSEPConfig, LatePlan, deterministic
 from megatron_laer.files import quoted, read_text
 from megatron_laer.platform import cpu
 from megatron_laer.platform.versions import check_version
@@ -52,11 +51,11 @@ def _with_fsep_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
         with _refusing():
             if yaml_cfg is not None:
                 _refuse_yaml(yaml_cfg)
-            if mode == settings.FSEP_MODE:
+            if mode == ExpertParallelMode.FSEP:
                 # Megatron reads them as they are while it adds its arguments and parses.
                 launcher.check_ranks(os.environ)
-        parser = settings.add_arguments(original(parser))
-        if mode == settings.FSEP_MODE:
+        parser = flags.add_arguments(original(parser))
+        if mode == ExpertParallelMode.FSEP:
             # None tells what was left out from what was given, and Megatron then takes what it
             # reads of a checkpoint's arguments. Filled in when the arguments are validated.
             parser.set_defaults(**dict.fromkeys(support.NEEDED))
@@ -104,7 +103,7 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def validate_args(args: Namespace, *rest: Any, **kwargs: Any) -> Any:
         with _refusing():
-            config = settings.config_from_args(args)
+            config = flags.config_from_args(args)
             if config is not None:
                 config, filled = _checked(args, config, rest[0] if rest else kwargs.get("defaults"))
         if config is None:
@@ -142,11 +141,11 @@ def _checked(
         ValueError: what cannot work, before Megatron looks at the arguments.
     """
     if getattr(args, "deterministic_mode", False):
-        if settings.given_flags(args).get("late_plan") == "keep":
+        if flags.given_flags(args).get("late_plan") == LatePlan.KEEP:
             raise ValueError(
                 "--fsep-late-plan keep: --deterministic-mode waits for plans; leave one out"
             )
-        config = settings.deterministic(config)
+        config = deterministic(config)
     filled = support.fill_in(args, script_defaults or {})
     support.check(args, config)
     if config.node_size is None:

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
+from megatron_laer.planner.balance import balance
 from megatron_laer.runtime.build import current_device
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.layer_state import Sample
 from megatron_laer.session import current_coordinator
-from megatron_laer.telemetry.balance import balance
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-from megatron_laer.config import EXACT, NODE, STEP_RESTORE, FSEPConfig
+from megatron_laer.config import (
+    ExchangeAlgorithm,
+    FSEPConfig,
+    OverlapScheduler,
+    PlanMode,
+    Restore,
+    WireDtype,
+)
 from megatron_laer.layout import default_capacity
 from megatron_laer.planner.clusters import load_cluster
 from megatron_laer.planner.costs import CostModel
@@ -24,7 +31,11 @@ from megatron_laer.schedule import make_schedule
 
 logger = logging.getLogger(__name__)
 
-_WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_WIRE_DTYPES = {
+    WireDtype.BF16: torch.bfloat16,
+    WireDtype.FP16: torch.float16,
+    WireDtype.FP32: torch.float32,
+}
 
 # Part of a card's name → the shipped cluster whose devices are most like it.
 _CLUSTERS = {"A100": "a100-4x8-ib800", "H100": "h100-8"}
@@ -56,7 +67,7 @@ def build_coordinator(
     )
     costs = layer_costs(config, transformer_config, device)
     chosen = costs.with_exchange(config.restore_algorithm, geometry)
-    overlaps = config.scheduler == "on"
+    overlaps = config.scheduler == OverlapScheduler.ON
     return Coordinator(
         config,
         groups,
@@ -64,8 +75,8 @@ def build_coordinator(
         Guard(config.mode, chosen, geometry, config.imbalance_tolerance, config.split),
         make_schedule(
             overlaps=overlaps,
-            after_gate=config.mode == EXACT,
-            holds_step=config.restore == STEP_RESTORE,
+            after_gate=config.mode == PlanMode.EXACT,
+            holds_step=config.restore == Restore.STEP,
         ),
         ExchangeStreams(
             make_exchange(config, groups, chosen.restore_algorithm),
@@ -77,9 +88,9 @@ def build_coordinator(
     )
 
 
-def make_exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: str) -> Exchange:
+def make_exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: ExchangeAlgorithm) -> Exchange:
     """The exchange of weights and gradients by this algorithm, `flat` or `node`."""
-    if algorithm == NODE:
+    if algorithm == ExchangeAlgorithm.NODE:
         dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
         return NodeExchange(groups, dtype)
     return FlatExchange(groups)

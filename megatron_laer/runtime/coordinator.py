@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from megatron_laer.config import RANDOM_PLANNER, FSEPConfig
+from megatron_laer.config import FixedPlanner, FSEPConfig
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
@@ -330,7 +330,7 @@ class Coordinator:
             stream.times.timeline = self.timeline
 
     def _change_layouts(self) -> None:
-        changes = self.config.plans or self.config.replay_layouts is not None
+        changes = self.config.makes_plans or self.config.replay_layouts is not None
         if not changes or not self.layers:
             return
         planner_rank, geometry = self._planner_rank, self.geometry
@@ -375,7 +375,7 @@ class Coordinator:
     def _index_of(self, layer: LayerState, training: bool) -> LayoutIndex:
         """The layout that the layer's next pass is planned with."""
         layout = layer.layout
-        if self.config.planner == RANDOM_PLANNER and training:
+        if self.config.planner == FixedPlanner.RANDOM and training:
             draw = 0 if self.schedule.holds_step else layer.microbatches
             seed = (self.seed, self.step, layer.index, draw)
             layout = ExpertLayout.random(

@@ -1,4 +1,4 @@
-"""What the strategies would have made of a recorded run, by the code that training runs.
+"""The simulator replays a recorded run under each strategy, by the code that training runs.
 
 Layouts, splits, forecasts and predicted seconds come from `planner`; here are only the order of
 events, the statistics and the `plan` command. Neither Megatron nor torch is imported.

@@ -1,4 +1,4 @@
-"""The arguments of `plan`: what they are, and what of them is refused before a trace is read.
+"""The arguments of `plan` are defined here, and refused before a trace is read.
 
 Nothing here depends on the trace; what does, `command` checks when the trace is known.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_laer.config import EXCHANGES
+from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.files import is_same_file, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.model_flags import model_flags
@@ -38,7 +38,7 @@ _LEAST_HOURS, _MAX_HOURS = 1e-6, 24.0 * 365
 
 @dataclass(frozen=True)
 class ExpertSizes:
-    """The widths of an expert, of which compute, tokens and restores are made."""
+    """Holds the widths of an expert, which compute, tokens and restores follow from."""
 
     hidden: int
     ffn: int
@@ -138,8 +138,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--restore-algorithm",
-        default=EXCHANGES[0],
-        choices=EXCHANGES,
+        default=ExchangeAlgorithm.FLAT.value,
+        choices=[algorithm.value for algorithm in ExchangeAlgorithm],
         help="how experts are fetched; default: %(default)s",
     )
     parser.add_argument(
@@ -179,7 +179,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def between(low: int, high: int) -> Callable[[str], int]:
-    """A type for argparse: an integer in a range."""
+    """Make a type for argparse: an integer in a range."""
 
     def parse(text: str) -> int:
         # Not int(): that takes blanks, underscores and digits of other scripts too.
@@ -192,7 +192,7 @@ def between(low: int, high: int) -> Callable[[str], int]:
 
 
 def _number(low: float, high: float) -> Callable[[str], float]:
-    """A type for argparse: a number in a range."""
+    """Make a type for argparse: a number in a range."""
 
     def parse(text: str) -> float:
         try:
@@ -259,7 +259,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def cluster(args: argparse.Namespace) -> Cluster:
-    """The hardware of --cluster.
+    """Return the hardware of --cluster.
 
     Raises:
         ValueError: it cannot be read, or does not fit.
@@ -268,7 +268,7 @@ def cluster(args: argparse.Namespace) -> Cluster:
 
 
 def expert_sizes(args: argparse.Namespace) -> ExpertSizes:
-    """The widths of an expert: of the model in --config, unless --hidden and --ffn say otherwise.
+    """Return an expert's widths: of the model in --config, unless --hidden and --ffn differ.
 
     Raises:
         ValueError: a model that cannot be read, or does not say them.
@@ -285,7 +285,7 @@ def expert_sizes(args: argparse.Namespace) -> ExpertSizes:
 
 
 def _named[T](flag: str, given: str, load: Callable[[str], T]) -> T:
-    """What `load` makes of a flag's value, which errors name."""
+    """Return what `load` makes of a flag's value, which errors name."""
     try:
         return load(given)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""`plan`: a routing trace in, a table of strategies out."""
+"""The command `plan` reads a routing trace and prints a table of strategies."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.files import one_line
 from megatron_laer.layout import default_capacity
 from megatron_laer.planner.clusters import Cluster
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         ffn=sizes.ffn,
         gated=sizes.gated,
         bytes_per_element=_BYTES_PER_ELEMENT,
-        restore_algorithm=args.restore_algorithm,
+        restore_algorithm=ExchangeAlgorithm(args.restore_algorithm),
     )
     num_experts = args.experts if args.experts is not None else sizes.num_experts
     tolerance = arguments.DEFAULT_TOLERANCE if args.tolerance is None else args.tolerance
@@ -128,7 +129,7 @@ def _planning(cases: Sequence[int]) -> Iterable[int]:
 def _geometries(
     args: argparse.Namespace, recorded: Trace, num_ranks: int, cluster: Cluster
 ) -> list[Geometry]:
-    """The shapes that are asked for, one per capacity.
+    """Return the shapes that are asked for, one per capacity.
 
     Raises:
         ValueError: an argument that does not fit the trace, by its flag.

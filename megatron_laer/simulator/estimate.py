@@ -1,6 +1,6 @@
-"""How long a plan of a given size would take, and how much memory: rough, and before any work.
+"""This file estimates roughly, before any work, how much time and memory a plan would take.
 
-Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots.
+Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_laer import memory
-from megatron_laer.config import FORECAST
+from megatron_laer.config import PlanMode
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.simulator.table import BASELINES
 
@@ -35,7 +35,7 @@ _TRACE_BYTES, _FORECAST_BYTES = 4, 8
 
 @dataclass(frozen=True)
 class Work:
-    """What a plan has to go through.
+    """Holds what a plan has to go through.
 
     Attributes:
         geometries: one per capacity.
@@ -56,20 +56,20 @@ class Work:
 
     @property
     def seconds(self) -> float:
-        """Processor time of the whole plan."""
+        """Return the processor time of the whole plan."""
         total = 0.0
         for geometry in self.geometries:
             for strategy in self.strategies:
                 total += self.plans * _seconds(_PLAN_S[strategy], geometry)
-                for mode in [FORECAST] if strategy in BASELINES else self.modes:
-                    fresh_s = _FORECAST_GATE_S if mode == FORECAST else _FRESH_GATE_S
+                for mode in [PlanMode.FORECAST] if strategy in BASELINES else self.modes:
+                    fresh_s = _FORECAST_GATE_S if mode == PlanMode.FORECAST else _FRESH_GATE_S
                     gate_s = _EVEN_GATE_S if strategy == "laer" else fresh_s
                     total += self.cases * _seconds(gate_s, geometry)
         return total
 
     @property
     def bytes(self) -> int:
-        """Memory at the most."""
+        """Return the most memory that the plan takes."""
         geometry = self.geometries[0]
         forecasts = _FORECAST_BYTES * self.layers * (self.lag + 1)
         each = _TRACE_BYTES * self.records + forecasts + _WORKING_BYTES

@@ -1,6 +1,6 @@
-"""One microbatch of one layer: what the guard decides, and what becomes of it.
+"""An outcome tells what the guard decided for one microbatch of one layer, and what came of it.
 
-Shape suffixes: N ranks, E experts.
+Legend: N ranks, E experts.
 """
 
 from __future__ import annotations
@@ -8,18 +8,20 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import ExactQuotas
 from megatron_laer.planner.guard import Guard
-from megatron_laer.planner.quotas import Int64, SplitTotals, even_split
+from megatron_laer.planner.quotas import SplitTotals, even_split
 from megatron_laer.planner.splits import Quotas
-from megatron_laer.planner.traffic import Traffic, changed_slots
+from megatron_laer.planner.traffic import Traffic
+from megatron_laer.sharding import changed_slots
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one microbatch.
+    """Holds what became of one microbatch.
 
     Attributes:
         tokens: all of the microbatch's (token, expert) pairs.
@@ -47,17 +49,17 @@ class Outcome:
 
     @property
     def max_over_mean(self) -> float:
-        """Largest over mean rank load."""
+        """Return the largest over the mean rank load."""
         return self.largest_load * self.num_ranks / self.tokens
 
     @property
     def load_over_bound(self) -> float:
-        """Largest load over the least that is possible; 1 is perfect."""
+        """Return the largest load over the least that is possible; 1 is perfect."""
         return self.largest_load / self.least_load
 
 
 def evaluate(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> Outcome:
-    """The outcome of counts with at least one token, as training would have had it.
+    """Evaluate counts with at least one token, as training would have treated them.
 
     Args:
         planned: the layout that was planned for this step.
@@ -98,12 +100,12 @@ def evaluate(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> Outcome:
 
 
 def restored_bytes(layout: ExpertLayout, node_size: int, costs: CostModel) -> int:
-    """What the busiest rank receives when all slots of a layout are restored once."""
+    """Return what the busiest rank receives when all slots of a layout are restored once."""
     return busiest_rank(costs.restore_bytes(layout, node_size, costs.restore_algorithm))
 
 
 def busiest_rank(traffic: Traffic) -> int:
-    """The most that one rank receives, over both link classes."""
+    """Return the most that one rank receives, over both link classes."""
     return int((traffic.intra_N + traffic.inter_N).max())
 
 

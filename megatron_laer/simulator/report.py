@@ -1,4 +1,4 @@
-"""The table as text, as JSON and as a plot. It works nothing out (see `table`)."""
+"""The table is written as text, as JSON and as a plot here; `table` works it out."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ are taken to be hidden. time/bound: the same / what no layout of C slots and no 
 
 
 def table_text(rows: Sequence[Row]) -> str:
-    """The table, aligned, with a line of names."""
+    """Return the table as aligned text, with a line of names."""
     cells = [[name for name, _, _ in _COLUMNS]]
     cells += [[text(row) for _, _, text in _COLUMNS] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -107,7 +107,7 @@ def write_plot(path: Path, title: str, rows: Sequence[Row]) -> None:
 
 
 def draw(title: str, rows: Sequence[Row]) -> Figure:
-    """The quantiles of max/mean - 1, a line per row: how much longer the largest rank computes."""
+    """Draw quantiles of max/mean - 1, how much longer the largest rank computes, a line per row."""
     from matplotlib.figure import Figure
 
     # A colour per strategy and capacity, a dash per mode.

@@ -1,9 +1,9 @@
-"""The table of strategies over a trace: each microbatch of the trace under each of them.
+"""The table runs each microbatch of a trace under each strategy.
 
 As in training, a layer's layout of a step is planned from the counts of the steps before it, once,
 and serves all microbatches of the step; the layout of the step before is the planner's `current`.
 
-Shape suffixes: N ranks, E experts, R records.
+Legend: N ranks, E experts, R records.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_laer.config import ADAPTIVE, EVEN_SPLIT, EXACT_SPLIT, FORECAST, PLAN_MODES
+from megatron_laer.arrays import Int64
+from megatron_laer.config import PlanMode, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
-from megatron_laer.planner.quotas import Int64
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.simulator.outcome import Outcome, evaluate, restored_bytes
 from megatron_laer.trace.records import Trace
@@ -30,17 +30,17 @@ STOCK = "stock EP"
 
 # `adaptive` by cost, and by a tolerance.
 TOLERANCE = "tolerance"
-MODES = (*PLAN_MODES, TOLERANCE)
+MODES = (*(mode.value for mode in PlanMode), TOLERANCE)
 
 # The paper's planner reckons with even splits, and is shown with them.
-_SPLITS = {"laer": EVEN_SPLIT}
+_SPLITS = {"laer": Split.EVEN}
 # Shown as they are; a layout made after the gate would hide what they do.
 BASELINES = ("static", "laer")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: one strategy and mode over all cases.
+    """Holds a line of the table: one strategy and mode over all cases.
 
     Attributes:
         split: how tokens are split over replicas.
@@ -83,7 +83,7 @@ class Row:
 
 @dataclass
 class _Entry:
-    """A line in the making."""
+    """Collects what a line of the table is made from."""
 
     strategy: str
     mode: str
@@ -93,7 +93,7 @@ class _Entry:
 
 @dataclass
 class _Planner:
-    """A strategy at work, with the layouts in force by layer, and its lines.
+    """Keeps a strategy at work, with the layouts in force by layer, and its lines.
 
     Without a strategy it is stock: `ExpertLayout.static` at C = E/N, and nothing is restored.
     """
@@ -106,7 +106,7 @@ class _Planner:
     restored_bytes: list[int] = field(default_factory=list)
 
     def layout(self, layer: int, forecast_NE: Int64, costs: CostModel) -> ExpertLayout:
-        """The next layout of a layer."""
+        """Return the next layout of a layer."""
         geometry = self.geometry
         current = self.layouts.get(layer) or ExpertLayout.static(
             geometry.num_ranks, geometry.capacity, geometry.num_experts
@@ -172,7 +172,7 @@ def simulate(
 
 
 def chosen_cases(trace: Trace, lag: int, every: int) -> list[int]:
-    """The records that are evaluated, in order.
+    """Return the records that are evaluated, in order.
 
     Raises:
         ValueError: a lag or a stride that leaves none, or only the first one.
@@ -207,28 +207,30 @@ def _planners(
     if first.num_experts % first.num_ranks == 0:
         each = first.num_experts // first.num_ranks
         stock = Geometry(first.num_ranks, first.num_experts, each, first.node_size)
-        guard = Guard(FORECAST, costs, stock, split=EVEN_SPLIT)
+        guard = Guard(PlanMode.FORECAST, costs, stock, split=Split.EVEN)
         yield _Planner(None, stock, [_Entry(STOCK, "-", guard)])
     for geometry in geometries:
         for name in strategies:
-            split = _SPLITS.get(name, EXACT_SPLIT)
+            split = _SPLITS.get(name, Split.EXACT)
             entries = [
                 _Entry(name, mode, _guard(mode, costs, geometry, split, tolerance))
-                for mode in ([FORECAST] if name in BASELINES else modes)
+                for mode in ([PlanMode.FORECAST.value] if name in BASELINES else modes)
             ]
             yield _Planner(make_strategy(name, geometry=geometry, costs=costs), geometry, entries)
 
 
-def _guard(mode: str, costs: CostModel, geometry: Geometry, split: str, tolerance: float) -> Guard:
+def _guard(
+    mode: str, costs: CostModel, geometry: Geometry, split: Split, tolerance: float
+) -> Guard:
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; use one of {', '.join(MODES)}")
     if mode == TOLERANCE:
-        return Guard(ADAPTIVE, costs, geometry, tolerance, split)
-    return Guard(mode, costs, geometry, split=split)
+        return Guard(PlanMode.ADAPTIVE, costs, geometry, tolerance, split)
+    return Guard(PlanMode(mode), costs, geometry, split=split)
 
 
 def _walk(trace: Trace, lag: int) -> Iterator[tuple[list[int], Int64 | None]]:
-    """Records by step and layer, in order, with the forecast that was there for them."""
+    """Yield records by step and layer, in order, with the forecast that was there for them."""
     states: dict[int, deque[SmoothedForecast]] = {}
     keys = list(zip(trace.step_R.tolist(), trace.layer_R.tolist(), strict=True))
     begin = 0
@@ -245,7 +247,7 @@ def _walk(trace: Trace, lag: int) -> Iterator[tuple[list[int], Int64 | None]]:
 
 
 def _cases(trace: Trace, lag: int) -> list[int]:
-    """Records with at least one token and `lag` steps of their layer before them."""
+    """Return the records with any token and with `lag` steps of their layer before them."""
     has_tokens_R = trace.counts_RNE.any(axis=(1, 2))
     steps_before: dict[int, set[int]] = {}
     cases = []

@@ -1,6 +1,6 @@
-"""Moments in the order of the compute, and how much time lies between them.
+"""A clock takes timestamps in the order of the compute, and tells how much time lies between.
 
-On the CPU a moment is the wall clock. On CUDA it is an event on the current stream: the host
+On the CPU a timestamp is the wall clock. On CUDA it is an event on the current stream: the host
 neither waits for it nor knows when it will be; durations are read once the device has passed it.
 """
 
@@ -12,73 +12,73 @@ from typing import Any, Protocol
 
 import torch
 
-Moment = Any  # a float of seconds, or torch.cuda.Event
+Timestamp = Any  # a float of seconds, or torch.cuda.Event
 
 
 class Clock(Protocol):
-    """Where durations of work on one device come from."""
+    """Measures durations of work on one device."""
 
-    def now(self) -> Moment:
-        """This point of the caller's stream."""
+    def now(self) -> Timestamp:
+        """Take a timestamp at this point of the caller's stream."""
         ...
 
-    def passed(self, moment: Moment) -> bool:
-        """Whether durations up to it can be read without waiting."""
+    def passed(self, timestamp: Timestamp) -> bool:
+        """Tell whether durations up to it can be read without waiting."""
         ...
 
-    def seconds(self, start: Moment, end: Moment) -> float:
-        """From one passed moment to another."""
+    def seconds(self, start: Timestamp, end: Timestamp) -> float:
+        """Return the seconds from one passed timestamp to another."""
         ...
 
     def catch_up(self) -> None:
-        """Wait until every moment so far has passed."""
+        """Wait until every timestamp so far has passed."""
         ...
 
 
 def make_clock(device: torch.device) -> Clock:
-    """The clock of a device."""
+    """Return the clock of a device."""
     return StreamClock() if device.type == "cuda" else HostClock()
 
 
 class HostClock:
-    """The wall clock, monotonic and the same in every process of a machine."""
+    """Reads the wall clock, monotonic and the same in every process of a machine."""
 
-    def now(self) -> Moment:
-        """Seconds."""
+    def now(self) -> Timestamp:
+        """Return the wall clock's seconds."""
         return time.perf_counter()
 
-    def passed(self, moment: Moment) -> bool:
-        """Always."""
+    def passed(self, timestamp: Timestamp) -> bool:
+        """Return True: the host's time has passed."""
         return True
 
-    def seconds(self, start: Moment, end: Moment) -> float:
-        """Their difference."""
+    def seconds(self, start: Timestamp, end: Timestamp) -> float:
+        """Return their difference."""
         elapsed: float = end - start
         return elapsed
 
     def catch_up(self) -> None:
-        """Nothing is ahead of the host."""
+        """Do nothing, since nothing is ahead of the host."""
 
 
 class StreamClock:
-    """Events on the current CUDA stream."""
+    """Records events on the current CUDA stream."""
 
-    def now(self) -> Moment:
-        """Recorded, not waited for."""
+    def now(self) -> Timestamp:
+        """Record an event, without waiting for it."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def passed(self, moment: Moment) -> bool:
-        """Asks, and does not wait."""
-        return bool(moment.query())
+    def passed(self, timestamp: Timestamp) -> bool:
+        """Ask the device, without waiting."""
+        return bool(timestamp.query())
 
-    def seconds(self, start: Moment, end: Moment) -> float:
-        """As the device measured them."""
+    def seconds(self, start: Timestamp, end: Timestamp) -> float:
+        """Return the seconds that the device measured."""
         return float(start.elapsed_time(end)) * 1e-3
 
     def catch_up(self) -> None:
-        """The one call here that the host waits in."""
+        """Wait for the device; no other call here does."""
         torch.cuda.synchronize()
 
 
@@ -88,19 +88,19 @@ class Stopwatch:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._seconds = 0.0
-        self._running: deque[tuple[Moment, Moment]] = deque()
+        self._running: deque[tuple[Timestamp, Timestamp]] = deque()
 
-    def add(self, start: Moment, end: Moment) -> None:
-        """Add what lies between."""
+    def add(self, start: Timestamp, end: Timestamp) -> None:
+        """Add the time between the two."""
         self._running.append((start, end))
-        self._settle()
+        self._add_passed()
 
     def take_ms(self) -> float:
-        """The sum of what is known since the last call, in milliseconds."""
-        self._settle()
+        """Return the sum of what became known since the last call, in milliseconds."""
+        self._add_passed()
         taken, self._seconds = self._seconds, 0.0
         return taken * 1e3
 
-    def _settle(self) -> None:
+    def _add_passed(self) -> None:
         while self._running and self._clock.passed(self._running[0][1]):
             self._seconds += self._clock.seconds(*self._running.popleft())

@@ -1,4 +1,4 @@
-"""Named ranges in the device's profiler: NVTX on CUDA, which Nsight Systems shows.
+"""Named ranges are shown by the device's profiler: NVTX on CUDA, for Nsight Systems.
 
 Unlike `with` blocks, they may end in another thread than they began in: a phase of the forward pass
 ends in autograd's thread. On the CPU there is no such profiler, and nothing is done.
@@ -16,7 +16,7 @@ OpenRange = Callable[[str], Callable[[], None]]
 
 
 def make_ranges(device: torch.device) -> OpenRange:
-    """The ranges of a device's profiler."""
+    """Return the function that opens ranges of a device's profiler."""
     return _nvtx_range if device.type == "cuda" else _no_range
 
 

@@ -1,4 +1,4 @@
-"""`--fsep-timeline`: what a rank did when, for a few steps, as a trace that Perfetto shows.
+"""`--fsep-timeline` writes what a rank did when, for a few steps, as a trace for Perfetto.
 
 A process per rank with four lanes: compute, tokens, parameters, gradients. The compute lane shows
 phases, which begin and end where tokens are exchanged, and in them what it waited for. Written
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megatron_laer.telemetry.clock import Clock, Moment, make_clock
+from megatron_laer.telemetry.clock import Clock, Timestamp, make_clock
 from megatron_laer.telemetry.ranges import OpenRange, make_ranges
 from megatron_laer.writing import free_name, open_exclusively, replaced_when_complete, write_all
 
@@ -37,15 +37,15 @@ DENSE = "dense layers"
 
 @dataclass(frozen=True)
 class _Open:
-    """What has begun."""
+    """Holds what has begun."""
 
     label: str
-    start: Moment
+    start: Timestamp
     end_range: Callable[[], None]
 
 
 class Timeline:
-    """One rank's trace.
+    """Records one rank's trace.
 
     Args:
         path: of the trace, created empty at once so that a run does not train in vain. A resumed
@@ -79,14 +79,14 @@ class Timeline:
                 "an empty folder, or resume the run that wrote it from a checkpoint"
             )
         self._is_recording = False
-        self._origin: tuple[Moment, int] | None = None
-        self._spans: list[tuple[str, str, Moment, Moment]] = []
+        self._origin: tuple[Timestamp, int] | None = None
+        self._spans: list[tuple[str, str, Timestamp, Timestamp]] = []
         self._phase: _Open | None = None
         self._exchange: _Open | None = None
-        self._step_start: Moment = None
+        self._step_start: Timestamp = None
 
     def begin_step(self, step: int) -> None:
-        """A step begins."""
+        """Begin a step."""
         if step not in self._steps:
             return
         if self._origin is None:
@@ -99,7 +99,7 @@ class Timeline:
         self._phase = self._open(DENSE, self._step_start)
 
     def end_step(self, step: int) -> None:
-        """A step ends; with the last one the trace is written."""
+        """End a step; with the last one the trace is written."""
         if not self._is_recording:
             return
         self._end_phase(self._clock.now())
@@ -108,26 +108,26 @@ class Timeline:
         if step + 1 not in self._steps:
             self.close()
 
-    def add(self, lane: str, label: str, start: Moment, end: Moment) -> None:
-        """Something happened on a lane."""
+    def add(self, lane: str, label: str, start: Timestamp, end: Timestamp) -> None:
+        """Add what happened on a communication stream, or in the compute."""
         if self._is_recording:
             self._spans.append((lane, label, start, end))
 
     def begin_exchange(self, label: str) -> None:
-        """Tokens leave, and the compute waits for those that come."""
+        """Note that tokens leave, and that the compute waits for those that come."""
         now = self._clock.now()
         self._end_phase(now)
         self._exchange = self._open(label, now)
 
     def end_exchange(self, phase: str) -> None:
-        """Tokens are here, and the compute goes on with a phase."""
+        """Note that tokens are here, and that the compute goes on with a phase."""
         now = self._clock.now()
         self._close(TOKENS, self._exchange, now)
         self._exchange = None
         self._phase = self._open(phase, now)
 
     def close(self) -> None:
-        """Write what was recorded; once. Where no step was, the empty file goes."""
+        """Write what was recorded, once; where no step was, the empty file goes."""
         if self._file.closed:
             return
         self._is_recording = False
@@ -154,14 +154,14 @@ class Timeline:
         with replaced_when_complete(self._path) as file:
             write_all(file, json.dumps(trace).encode())
 
-    def _end_phase(self, now: Moment) -> None:
+    def _end_phase(self, now: Timestamp) -> None:
         self._close(COMPUTE, self._phase, now)
         self._phase = None
 
-    def _open(self, label: str, now: Moment) -> _Open:
+    def _open(self, label: str, now: Timestamp) -> _Open:
         return _Open(label, now, self._open_range(label))
 
-    def _close(self, lane: str, opened: _Open | None, now: Moment) -> None:
+    def _close(self, lane: str, opened: _Open | None, now: Timestamp) -> None:
         if opened is not None:
             opened.end_range()
             self.add(lane, opened.label, opened.start, now)
@@ -176,8 +176,8 @@ class Timeline:
         assert self._origin is not None
         origin, origin_ns = self._origin
 
-        def microseconds(moment: Moment) -> float:
-            return round(origin_ns / 1e3 + self._clock.seconds(origin, moment) * 1e6, 1)
+        def microseconds(timestamp: Timestamp) -> float:
+            return round(origin_ns / 1e3 + self._clock.seconds(origin, timestamp) * 1e6, 1)
 
         for lane, label, start, end in self._spans:
             first, last = microseconds(start), microseconds(end)
@@ -199,5 +199,5 @@ def open_timeline(directory: str, rank: int, device: torch.device, first_step: i
 
 
 def timeline_path(directory: str, rank: int) -> Path:
-    """The file of one rank."""
+    """Return the file of one rank."""
     return Path(directory) / f"rank-{rank}.json"

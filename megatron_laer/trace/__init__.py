@@ -1,4 +1,4 @@
-"""Routing traces: how many tokens each rank sent to each expert, over a training run.
+"""A routing trace tells how many tokens each rank sent to each expert, over a training run.
 
 `read_trace` reads the formats below and tells them apart by their content; `TraceWriter` writes
 ours during training. Nothing is unpickled, and no size that a file states is trusted before it was

@@ -8,7 +8,7 @@ ranks of one group.
 
 Files do not say how many experts there are; without `num_experts` it is the largest one seen + 1.
 
-Shape suffixes: I cells (a record, a rank and an expert), T tokens, K top-k.
+Legend: I cells (a record, a rank and an expert), T tokens, K top-k.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from megatron_laer.arrays import Int64
 from megatron_laer.files import lines, open_input
 from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.trace.records import MAX_INDEX, Trace, assemble
@@ -36,9 +36,9 @@ _Layer = tuple[bool, int, int]
 
 @dataclass
 class _RankCalls:
-    """One rank's router calls: (step, layer, microbatch) → tokens of each expert."""
+    """Holds one rank's router calls: (step, layer, microbatch) → tokens of each expert."""
 
-    tokens: dict[tuple[int, _Layer, int], npt.NDArray[np.int64]] = field(default_factory=dict)
+    tokens: dict[tuple[int, _Layer, int], Int64] = field(default_factory=dict)
 
     def steps(self) -> set[int]:
         return {step for step, _, _ in self.tokens}
@@ -76,8 +76,8 @@ def read_megatron(
     layers = sorted({layer for _, layer, _ in calls[0].tokens})
     number = {layer: index for index, layer in enumerate(layers)}
     cells: list[tuple[int, int, int, int]] = []
-    experts: list[npt.NDArray[np.int64]] = []
-    tokens: list[npt.NDArray[np.int64]] = []
+    experts: list[Int64] = []
+    tokens: list[Int64] = []
     for rank, rank_calls in enumerate(calls):
         for (step, layer, microbatch), tokens_E in rank_calls.tokens.items():
             # One cell even without tokens, or the record would be lost.
@@ -148,7 +148,7 @@ def _read_rank(path: Path, num_experts: int | None) -> _RankCalls:
     return calls
 
 
-def _parse(record: object, num_experts: int | None) -> tuple[int, _Layer, npt.NDArray[np.int64]]:
+def _parse(record: object, num_experts: int | None) -> tuple[int, _Layer, Int64]:
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {str(record)[:100]}")
     step, layer = _integer(record, "step"), _integer(record, "layer")

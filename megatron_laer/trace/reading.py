@@ -64,7 +64,7 @@ def read_trace(
 
 
 def _detect(path: Path) -> tuple[Path, str]:
-    """The path of a trace and its format; for a folder with one recording, that file."""
+    """Return the path of a trace and its format; for a folder with one recording, that file."""
     if path.is_dir():
         return _detect_folder(path)
     with open_input(path) as file:

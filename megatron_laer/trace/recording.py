@@ -1,4 +1,4 @@
-"""Our own trace format: what `--fsep-record-trace` writes, one file per FSEP group.
+"""`--fsep-record-trace` writes this trace format, one file per FSEP group.
 
 A line of JSON, then binary records, all little-endian:
 
@@ -14,7 +14,7 @@ A record is written at once and without buffering, so a run that is killed leave
 readable up to its last complete record. Neither compressed nor indexed: it is written by the thread
 that trains. How steps are cut off is said in `recording_file`.
 
-Shape suffixes: N source ranks, E experts.
+Legend: N source ranks, E experts.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _MAX_LOST_BYTES = 2**26
 
 
 class _Frame(NamedTuple):
-    """Where a record lies and what it is, without its counts."""
+    """Tells where a record lies and what it is, without its counts."""
 
     offset: int
     crc: int
@@ -161,7 +161,7 @@ class TraceWriter:
         return counts_NE.astype(_WIDTHS[width]).tobytes(), width
 
     def _recorded(self) -> Iterator[tuple[int, int]]:
-        """The step of every record and where it ends; without a last one that is damaged."""
+        """Return every record's step and end, without a last record that is damaged."""
         with open_input(self._file.path) as file:
             last: _Frame | None = None
             for frame in _frames(file, self._file.path, self._first, self._shape):
@@ -173,7 +173,7 @@ class TraceWriter:
 
 
 def recording_path(directory: str | Path, group_index: int) -> Path:
-    """The file of one FSEP group; each pipeline stage and data-parallel replica has one."""
+    """Return the file of an FSEP group; each pipeline stage and data-parallel replica has one."""
     return Path(directory) / f"group-{group_index}.trace"
 
 
@@ -270,7 +270,7 @@ def _read_header(path: Path, line: bytes) -> tuple[int, int, tuple[str, ...]]:
 
 
 def _frames(file: BinaryIO, path: Path, first: int, shape: tuple[int, int]) -> Iterator[_Frame]:
-    """All the complete records from the offset `first` on; their counts are skipped.
+    """Yield all the complete records from the offset `first` on; their counts are skipped.
 
     Raises:
         ValueError: a record that cannot be stepped over.
@@ -297,7 +297,7 @@ def _damage(offset: int) -> str:
 
 
 def _only_zeros(file: BinaryIO, offset: int, size: int) -> bool:
-    """Whether a tail is what a machine that lost power may leave; the whole of it is zeros."""
+    """Tell whether a tail is all zeros, as a machine that lost power may leave it."""
     if size - offset > _MAX_LOST_BYTES:
         return False
     file.seek(offset)
@@ -318,7 +318,7 @@ def _end(frame: _Frame, shape: tuple[int, int]) -> int:
 def _read_counts(
     file: BinaryIO, frame: _Frame, shape: tuple[int, int]
 ) -> npt.NDArray[np.unsignedinteger[Any]] | None:
-    """The counts [N, E], or None if the checksum does not fit."""
+    """Read the counts [N, E]; None if the checksum does not fit."""
     file.seek(frame.offset + _CRC_BYTES)
     rest = file.read(_end(frame, shape) - frame.offset - _CRC_BYTES)
     if zlib.crc32(rest) != frame.crc:

@@ -1,6 +1,6 @@
-"""A routing trace as a value, and its checks. It reads no files (see the readers beside it).
+"""A routing trace is a value that is checked here. The readers beside it read files.
 
-Shape suffixes: R records, N source ranks, E experts. A record is one microbatch of one layer.
+Legend: R records, N source ranks, E experts. A record is one microbatch of one layer.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer import memory
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import MAX_EXPERTS
 
-Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 
 MAX_COUNT = int(np.iinfo(np.int32).max)
@@ -32,7 +32,7 @@ _BYTES_PER_COUNT = 12
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Counts of every recorded microbatch, in the order of step, layer and microbatch.
+    """Holds the counts of every recorded microbatch, ordered by step, layer and microbatch.
 
     Attributes:
         layers: names of the MoE layers, in their order in the model.
@@ -83,24 +83,24 @@ class Trace:
 
     @property
     def num_ranks(self) -> int:
-        """N, source ranks."""
+        """Return N, the number of source ranks."""
         return int(self.counts_RNE.shape[1])
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Return E, the number of experts."""
         return int(self.counts_RNE.shape[2])
 
     def __len__(self) -> int:
         return len(self.counts_RNE)
 
     def counts_NE(self, record: int) -> Int64:
-        """Tokens on each source rank for each expert, int64 [N, E]."""
+        """Return the tokens on each source rank for each expert, int64 [N, E]."""
         counts_NE: Int64 = self.counts_RNE[record].astype(np.int64)
         return counts_NE
 
     def with_ranks(self, num_ranks: int) -> Trace:
-        """The same tokens on another number of source ranks.
+        """Return the same tokens on another number of source ranks.
 
         Fewer: neighbours are merged. More: each rank's tokens are dealt out to its successors,
         expert after expert as cards are, so that they get the same number of tokens to within one.
@@ -136,7 +136,7 @@ class Trace:
         )
 
     def of_ranks(self, ranks: Sequence[int]) -> Trace:
-        """Only these source ranks, in this order.
+        """Return the trace of only these source ranks, in this order.
 
         Raises:
             ValueError: a rank that is not in the trace.
@@ -159,7 +159,7 @@ def assemble(
     num_experts: int,
     file_bytes: int,
 ) -> Trace:
-    """A trace from cells: I times (step, layer index, microbatch), rank, expert and tokens.
+    """Make a trace from cells: I times (step, layer index, microbatch), rank, expert, tokens.
 
     Raises:
         ValueError: more dense counts than files of this size may stand for, or a cell beyond the

@@ -5,7 +5,7 @@ The folder `moe_trace` holds a file `table_iter{I}_rank{R}.log` per iteration an
 The packed form is an npz with `tokens` [iterations, layers, ranks, microbatches, experts] and,
 optionally, `iteration` [iterations].
 
-Shape suffixes: I iterations, L layers, N ranks, M microbatches, E experts.
+Legend: I iterations, L layers, N ranks, M microbatches, E experts.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _dense(
 
 
 def _read_table(path: Path) -> tuple[list[int], Int32]:
-    """The layers of one file, in order, and counts [L, M, E]."""
+    """Read the layers of one file, in order, and counts [L, M, E]."""
     layers: list[int] = []
     counts: list[Int32] = []
     content = read_bytes(path, _MAX_TABLE_BYTES)
@@ -211,7 +211,7 @@ def _read_archive(
 def _read_array(
     archive: zipfile.ZipFile, name: str, file_bytes: int
 ) -> npt.NDArray[np.integer[Any]]:
-    """One integer array of an npz, with its sizes checked before memory is taken for it."""
+    """Read one integer array of an npz, its sizes checked before memory is taken for it."""
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed by method {info.compress_type}; use NumPy to write")

@@ -7,7 +7,7 @@ Wide:  step,layer,microbatch,source_rank,expert_0,expert_1,...
 
 All are whole numbers of at least 0, except that layers may be names.
 
-Shape suffixes: I lines, E experts.
+Legend: I lines, E experts.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laer import memory
+from megatron_laer.arrays import Int64
 from megatron_laer.files import lines, open_input, quoted
 from megatron_laer.layout import MAX_EXPERTS
-from megatron_laer.trace.records import MAX_COUNT, MAX_INDEX, MAX_RANKS, Int64, Trace, assemble
+from megatron_laer.trace.records import MAX_COUNT, MAX_INDEX, MAX_RANKS, Trace, assemble
 
 KEYS = ("step", "layer", "microbatch", "source_rank")
 
@@ -119,7 +120,7 @@ def _read_wide(
 
 
 class _Keys:
-    """The keys of all lines, and their line numbers."""
+    """Collects the keys of all lines, and their line numbers."""
 
     def __init__(self) -> None:
         self.lines = array("q")
@@ -143,7 +144,7 @@ class _Keys:
         self.lines.append(len(self.lines))
 
     def check_all_ranks(self, path: Path) -> None:
-        """Of every record, each rank has a line.
+        """Demand that every record has a line of each rank.
 
         Raises:
             ValueError: one has none.
@@ -165,7 +166,7 @@ class _Keys:
     def trace(
         self, path: Path, expert_I: Int64, tokens_I: Int64, num_experts: int, repeats: int = 1
     ) -> Trace:
-        """The trace; each line stands for `repeats` cells.
+        """Return the trace; each line stands for `repeats` cells.
 
         Raises:
             ValueError: a cell that is there twice, or no lines.
@@ -191,7 +192,7 @@ class _Keys:
 
 
 def _check_no_holes(path: Path, rank_I: Int64) -> None:
-    """A mistyped rank would else be planned for, with all those below it."""
+    """Refuse missing ranks: a mistyped one would else be planned for, with all below it."""
     found_N = np.unique(rank_I)
     if found_N.size == _largest(found_N) + 1 or found_N.size == 0:
         return

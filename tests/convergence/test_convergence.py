@@ -24,8 +24,8 @@ FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait"
 
 def balance_of_step(model: object) -> tuple[float, int]:
     """A probe: mean max/mean tokens per rank of the step, and its layouts' version."""
+    from megatron_laer.planner.balance import balance
     from megatron_laer.session import current_coordinator
-    from megatron_laer.telemetry.balance import balance
 
     coordinator = current_coordinator()
     if coordinator is None:

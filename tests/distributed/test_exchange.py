@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.config import EXCHANGES
+from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.testing.ranks import RankPool
 
@@ -56,7 +56,7 @@ def exchanges_on(node_size: int) -> Iterator[Callable[..., Any]]:
         groups = process_groups.create_groups(dist.group.WORLD, node_size, dist.new_group)
 
         def make(algorithm: str, grad_wire_dtype: Any = None) -> Any:
-            if algorithm == "flat":
+            if algorithm == ExchangeAlgorithm.FLAT:
                 return FlatExchange(groups)
             return NodeExchange(groups, grad_wire_dtype)
 
@@ -111,7 +111,11 @@ class Rank:
 
         slots = self.case.layout(self.size).slot_expert_S.tolist()
         parts = self.grads_SRK[:, self.start : self.end].float()
-        span = len(slots) if algorithm == "flat" else self.node_size * self.case.capacity
+        span = (
+            len(slots)
+            if algorithm == ExchangeAlgorithm.FLAT
+            else self.node_size * self.case.capacity
+        )
         reduced = []
         for expert in range(self.case.experts):
             total = None
@@ -196,7 +200,7 @@ def alone(case: Case) -> int:
 
     with exchanges_on(1) as make:
         here = Rank(case, 1)
-        for algorithm in EXCHANGES:
+        for algorithm in ExchangeAlgorithm:
             exchange = make(algorithm)
             restored = exchange.restore(here.slice_ErK, here.index(), case.rows)
             assert torch.equal(restored, here.expected_CRK())
@@ -218,7 +222,7 @@ def bytes_of_every_case(node_size: int) -> list[tuple[Case, str, str, int, int]]
     with exchanges_on(node_size) as make:
         for case in CASES:
             here = Rank(case, node_size)
-            for algorithm in EXCHANGES:
+            for algorithm in ExchangeAlgorithm:
                 exchange = make(algorithm, torch.float32)
                 count = exchange.count
                 restored = exchange.restore(here.slice_ErK, here.index(), case.rows)
@@ -267,7 +271,7 @@ def test_bytes_of_the_collectives_equal_the_formulas(
                 traffic = restore_traffic(after, node_size, matrices, algorithm, before=layout)
             else:
                 traffic = reduce_traffic(layout, node_size, matrices, algorithm)
-                far = 4 if algorithm == "node" else far
+                far = 4 if algorithm == ExchangeAlgorithm.NODE else far
             assert intra_bytes == near * traffic.intra_N[rank], (case, what, algorithm)
             assert inter_bytes == far * traffic.inter_N[rank], (case, what, algorithm)
 
@@ -279,7 +283,7 @@ def layouts_that_follow(node_size: int) -> None:
     with exchanges_on(node_size) as make:
         for capacity, experts, rows in [(2, 5, 8), (3, 6, 7), (2, 3, 3)]:
             here = Rank(Case(capacity, experts, rows, "float32", 1), node_size)
-            for algorithm in EXCHANGES:
+            for algorithm in ExchangeAlgorithm:
                 exchange = make(algorithm)
                 matrix = torch.full_like(here.expected_CRK(), torch.nan)
                 exchange.restore(here.slice_ErK, here.index(), rows, out=matrix)
@@ -324,7 +328,7 @@ def one_slot_changes(slot: int, algorithm: str) -> tuple[list[int], int]:
         here, exchange = Rank(Case(2, 4, 7, "float32", 0), 2), make(algorithm)
         mine = range(here.rank * 2, here.rank * 2 + 2)
         slice_ErK, matrix = here.slice_ErK, here.whole_ERK[[before_S[there] for there in mine]]
-        (slice_ErK if algorithm == "node" else matrix).fill_(torch.nan)
+        (slice_ErK if algorithm == ExchangeAlgorithm.NODE else matrix).fill_(torch.nan)
         exchange.restore(slice_ErK, after, 7, kept=kept_under(before, matrix))
         right = [
             there
@@ -359,7 +363,7 @@ def buffers_over_layouts(node_size: int) -> list[tuple[str, str, str, int, int, 
             case = Case(2, 5, 8, dtype, 0)
             here = Rank(case, node_size)
             out_CRK, out_ErK = torch.empty_like(here.expected_CRK()), here.slice_ErK
-            for algorithm in EXCHANGES:
+            for algorithm in ExchangeAlgorithm:
                 exchange = make(algorithm, torch.float32)
                 held = []
                 for step in range(12):
@@ -371,8 +375,13 @@ def buffers_over_layouts(node_size: int) -> list[tuple[str, str, str, int, int, 
                     held.append(
                         (exchange.restore_workspace.num_bytes, exchange.reduce_workspace.num_bytes)
                     )
-                geometry = Geometry(4, 5, 2, 4 if algorithm == "flat" else node_size)
-                size, wire = here.dtype.itemsize, 4 if algorithm == "node" else here.dtype.itemsize
+                geometry = Geometry(
+                    4, 5, 2, 4 if algorithm == ExchangeAlgorithm.FLAT else node_size
+                )
+                size, wire = (
+                    here.dtype.itemsize,
+                    4 if algorithm == ExchangeAlgorithm.NODE else here.dtype.itemsize,
+                )
                 most = (
                     restore_workspace(geometry, case.rows, COLUMNS, size),
                     reduce_workspace(geometry, case.rows, COLUMNS, size, wire),
@@ -403,7 +412,7 @@ def both_at_once(node_size: int) -> None:
 
     case = Case(3, 6, 8, "float32", 2)
     with exchanges_on(node_size) as make:
-        for algorithm in EXCHANGES:
+        for algorithm in ExchangeAlgorithm:
             here, exchange = Rank(case, node_size), make(algorithm)
             restored: list[Any] = []
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_laer.arrays import Int64
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.quotas import Int64
 
 KINDS = ("zero", "one token", "one expert", "one source", "few", "even", "zipf")
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_laer.config import SPLITS
+from megatron_laer.config import Split
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.reference import quota_NS
-from megatron_laer.planner.splits import solve_quotas
-from megatron_laer.telemetry.balance import (
+from megatron_laer.planner.balance import (
     balance,
     fsep_tokens_N,
     max_over_mean,
     stock_tokens_N,
 )
+from megatron_laer.planner.reference import quota_NS
+from megatron_laer.planner.splits import solve_quotas
 
 
 def test_max_over_mean_of_an_even_load_is_one_and_of_a_single_rank_is_their_number() -> None:
@@ -32,10 +32,10 @@ def test_fsep_tokens_are_the_columns_of_the_quotas() -> None:
     for seed in range(20):
         layout = ExpertLayout.random(4, 3, 6, (seed,))
         counts_NE = rng.integers(0, 50, (4, 6))
-        even = solve_quotas("even", counts_NE, layout, 2)
+        even = solve_quotas(Split.EVEN, counts_NE, layout, 2)
         expected = quota_NS(counts_NE, layout, 2).sum(0).reshape(4, 3).sum(1)
         assert fsep_tokens_N(even).tolist() == expected.tolist()
-        exact = solve_quotas("exact", counts_NE, layout, 2)
+        exact = solve_quotas(Split.EXACT, counts_NE, layout, 2)
         columns = [exact.rank_columns(rank).sum() for rank in range(4)]
         assert fsep_tokens_N(exact).tolist() == columns
         assert max(columns) <= expected.max()
@@ -44,7 +44,7 @@ def test_fsep_tokens_are_the_columns_of_the_quotas() -> None:
 def test_balance_is_the_mean_over_microbatches() -> None:
     layout = ExpertLayout.static(2, 1, 2)
     even, skewed = np.array([[2, 2], [2, 2]]), np.array([[4, 0], [4, 0]])
-    for split in SPLITS:
+    for split in Split:
         found = balance([solve_quotas(split, counts, layout, 2) for counts in (even, skewed)])
         assert found is not None
         assert (found.fsep, found.stock) == (1.5, 1.5)

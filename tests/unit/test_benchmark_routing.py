@@ -17,7 +17,7 @@ from benchmarks.routing import (
     fixed_biases,
     is_burst,
 )
-from megatron_laer.telemetry.balance import max_over_mean, stock_tokens_N
+from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 
 STEPS = BURST_EVERY + 2
 SHAPE = RoutingShape(layers=2, ranks=2, experts=8, tokens=2048, topk=2)

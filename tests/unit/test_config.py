@@ -8,13 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.config import (
-    FSEPConfig,
-    add_arguments,
-    config_from_args,
-    deterministic,
-    flag_name,
-)
+from megatron_laer.config import FSEPConfig, deterministic, flag_name
+from megatron_laer.flags import add_arguments, config_from_args
 
 
 def parse(*words: str) -> argparse.Namespace:

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.config import AUTO, EVEN_SPLIT, EXACT_SPLIT, EXCHANGES
+from megatron_laer.arrays import Int64
+from megatron_laer.config import ExchangeAlgorithm, RestoreAlgorithm, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Link, SolveTime, load_cluster
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.quotas import Int64, SplitTotals
+from megatron_laer.planner.quotas import SplitTotals
 from megatron_laer.planner.reference import quota_NS
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.test_strategies import counts_for, geometries, shape_of
@@ -64,7 +65,7 @@ def test_the_even_cost_equals_its_definition_on_the_whole_matrix(
     quota = quota_NS(counts_NE, layout, geometry.node_size)
     for costs in (COSTS, replace(COSTS, recompute=True)):
         expected = matrix_seconds(costs, quota, layout, geometry.node_size)
-        seconds = costs.layer_seconds(counts_NE, layout, geometry.node_size, EVEN_SPLIT)
+        seconds = costs.layer_seconds(counts_NE, layout, geometry.node_size, Split.EVEN)
         assert seconds == pytest.approx(expected, rel=1e-12)
 
 
@@ -90,7 +91,7 @@ def test_nothing_is_faster_than_the_lower_bound(geometry: Geometry, seed: int) -
     for costs in (COSTS, COMPUTE_ONLY, make_costs(points=((1, 1e9), (40, 2e9), (80, 1.9e9)))):
         least_s = costs.least_layer_seconds(counts_NE, geometry)
         for layout in (random, construct_layout(counts_NE, random, geometry.node_size)):
-            for split in (EXACT_SPLIT, EVEN_SPLIT):
+            for split in (Split.EXACT, Split.EVEN):
                 seconds = costs.layer_seconds(counts_NE, layout, geometry.node_size, split)
                 assert least_s <= seconds
 
@@ -189,7 +190,7 @@ def test_restores_of_the_papers_setting_have_the_papers_bytes() -> None:
 
 
 @settings(max_examples=60)
-@given(geometries(), st.integers(0, 2**16), st.sampled_from(EXCHANGES))
+@given(geometries(), st.integers(0, 2**16), st.sampled_from(list(ExchangeAlgorithm)))
 def test_a_change_costs_at_least_its_bound_and_more_for_more_slots(
     geometry: Geometry, seed: int, algorithm: str
 ) -> None:
@@ -204,7 +205,7 @@ def test_a_change_costs_at_least_its_bound_and_more_for_more_slots(
         assert seconds <= whole_s + costs.solve_seconds(geometry)
 
 
-@pytest.mark.parametrize("algorithm", EXCHANGES)
+@pytest.mark.parametrize("algorithm", list(ExchangeAlgorithm))
 def test_one_changed_slot_of_equal_slices_costs_exactly_the_bound(algorithm: str) -> None:
     costs = make_costs(hidden=64, ffn=32, restore_algorithm=algorithm)
     geometry = Geometry(8, 8, 2, 4)
@@ -221,7 +222,9 @@ def test_auto_takes_the_exchange_that_the_links_favour() -> None:
         costs = make_costs(
             hidden=4096, ffn=14336, intra=Link(intra, 1e-6), inter=Link(12.5e9, 2e-6)
         )
-        return costs.with_exchange(AUTO, Geometry(32, 8, 2, node_size)).restore_algorithm
+        return costs.with_exchange(
+            RestoreAlgorithm.AUTO, Geometry(32, 8, 2, node_size)
+        ).restore_algorithm
 
     assert chosen(300e9, 8) == "node"
     assert chosen(12.5e9, 8) == "flat"
@@ -239,12 +242,12 @@ def test_solve_time_is_linear_in_slots_and_counts() -> None:
 def test_bad_values_are_quoted() -> None:
     with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
         make_costs(hidden=0)
-    with pytest.raises(ValueError, match="unknown algorithm 'ring'"):
-        make_costs(restore_algorithm="ring")
+    with pytest.raises(ValueError, match="'ring': must be one of flat, node"):
+        make_costs(restore_algorithm=ExchangeAlgorithm("ring"))
     with pytest.raises(ValueError, match=r"bytes_per_s must be positive, got 0\.0"):
         Link(0.0, 0.0)
     counts_NE = np.ones((2, 2), dtype=np.int64)
-    with pytest.raises(ValueError, match="unknown split 'odd'; use 'exact' or 'even'"):
-        COSTS.layer_seconds(counts_NE, ExpertLayout.static(2, 1, 2), 2, "odd")
+    with pytest.raises(ValueError, match="'odd': must be one of exact, even"):
+        COSTS.layer_seconds(counts_NE, ExpertLayout.static(2, 1, 2), 2, Split("odd"))
     with pytest.raises(ValueError, match="layouts of different"):
         COSTS.change_seconds(ExpertLayout.static(2, 1, 2), ExpertLayout.static(2, 2, 2), 1)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
-from megatron_laer.planner.quotas import Int64
 from megatron_laer.planner.search import SearchStrategy
 from tests.unit.planner_cases import KINDS, counts_of
 

@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.config import ADAPTIVE, EXACT, EXCHANGES, FORECAST, PLAN_MODES
+from megatron_laer.arrays import Int64
+from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Link, SolveTime
 from megatron_laer.planner.construct import always_balances, construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.guard import Decision, Guard, max_over_mean
-from megatron_laer.planner.quotas import Int64
+from megatron_laer.planner.guard import Decision, Guard
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
@@ -32,7 +32,7 @@ def cost_models(draw: st.DrawFn) -> CostModel:
         solve=draw(st.sampled_from(SOLVES)),
         hidden=8,
         ffn=draw(st.sampled_from([4, 40])),
-        restore_algorithm=draw(st.sampled_from(EXCHANGES)),
+        restore_algorithm=draw(st.sampled_from(list(ExchangeAlgorithm))),
     )
 
 
@@ -77,7 +77,7 @@ def check_legal(decision: Decision, counts_NE: Int64, geometry: Geometry) -> Non
 
 
 @settings(max_examples=150)
-@given(cases(), cost_models(), st.sampled_from(PLAN_MODES))
+@given(cases(), cost_models(), st.sampled_from(list(PlanMode)))
 def test_decisions_are_legal_and_depend_on_nothing_but_the_arguments(
     case: tuple[Geometry, Int64, ExpertLayout], costs: CostModel, mode: str
 ) -> None:
@@ -102,7 +102,7 @@ def test_adaptive_takes_the_cheaper_and_its_early_way_out_changes_nothing(
     case: tuple[Geometry, Int64, ExpertLayout], costs: CostModel
 ) -> None:
     geometry, counts_NE, planned = case
-    decision = Guard(ADAPTIVE, costs, geometry).decide(counts_NE, planned)
+    decision = Guard(PlanMode.ADAPTIVE, costs, geometry).decide(counts_NE, planned)
 
     # Both choices in full, as if there were no bounds to leave by.
     fresh = construct_layout(counts_NE, planned, geometry.node_size)
@@ -127,7 +127,7 @@ def test_exact_reaches_the_bound_wherever_it_can_be_reached(
     case: tuple[Geometry, Int64, ExpertLayout], costs: CostModel
 ) -> None:
     geometry, counts_NE, planned = case
-    decision = Guard(EXACT, costs, geometry).decide(counts_NE, planned)
+    decision = Guard(PlanMode.EXACT, costs, geometry).decide(counts_NE, planned)
     loads_N = decision.quotas.loads_S.reshape(geometry.num_ranks, -1).sum(axis=1)
     if always_balances(geometry):
         assert loads_N.max() == -(-counts_NE.sum() // geometry.num_ranks)
@@ -140,7 +140,7 @@ def test_tolerance_keeps_what_is_good_enough_and_never_takes_what_is_worse(
 ) -> None:
     geometry, counts_NE, planned = case
     tolerance = min(tolerance, geometry.num_ranks / 2)
-    guard = Guard(ADAPTIVE, COMPUTE_ONLY, geometry, tolerance)
+    guard = Guard(PlanMode.ADAPTIVE, COMPUTE_ONLY, geometry, tolerance)
     decision = guard.decide(counts_NE, planned)
     check_legal(decision, counts_NE, geometry)
     before, after = decision.max_over_mean_before, decision.max_over_mean_after
@@ -156,7 +156,7 @@ def test_tolerance_keeps_what_is_good_enough_and_never_takes_what_is_worse(
         assert after <= 1 + tolerance
 
 
-@pytest.mark.parametrize("mode", PLAN_MODES)
+@pytest.mark.parametrize("mode", list(PlanMode))
 def test_no_token_and_one_token_keep_or_spread_as_well_as_can_be(mode: str) -> None:
     geometry = Geometry(4, 6, 3, 2)
     planned = ExpertLayout.static(4, 3, 6)
@@ -165,9 +165,11 @@ def test_no_token_and_one_token_keep_or_spread_as_well_as_can_be(mode: str) -> N
     assert idle.max_over_mean_after == 1.0 and idle.quotas.loads_S.sum() == 0
     single = guard.decide(one_token(geometry, 9), planned)
     assert single.max_over_mean_after == 4.0
-    if mode != EXACT:
+    if mode != PlanMode.EXACT:
         assert single.layout is planned
-    tolerant = Guard(ADAPTIVE, make_costs(), geometry, 0.05).decide(one_token(geometry, 9), planned)
+    tolerant = Guard(PlanMode.ADAPTIVE, make_costs(), geometry, 0.05).decide(
+        one_token(geometry, 9), planned
+    )
     assert not tolerant.solved
     assert tolerant.reason == "kept forecast: max/mean 4.00, the least for so few tokens"
 
@@ -184,7 +186,7 @@ def decide(mode: str, costs: CostModel, tolerance: float | None = None) -> Decis
 def test_reasons_say_what_was_compared() -> None:
     slow = make_costs(points=((1, 1e8),), solve=SolveTime(5e-4, 0.0, 0.0))
     gain_ms = (360 - 96) * 3 * slow.flops_per_token / 1e8 * 1e3
-    taken = decide(ADAPTIVE, slow)
+    taken = decide(PlanMode.ADAPTIVE, slow)
     assert taken.replanned
     slots = taken.changed_slots
     assert taken.reason.startswith("fresh layout: max/mean 3.75 -> 1.00, gain ")
@@ -192,52 +194,57 @@ def test_reasons_say_what_was_compared() -> None:
     assert taken.gain_s is not None and taken.gain_s * 1e3 == pytest.approx(gain_ms, rel=0.01)
 
     # The gain cannot reach the cost, which is clear without a fresh layout.
-    early = decide(ADAPTIVE, make_costs(solve=SolveTime(1.0, 0.0, 0.0)))
+    early = decide(PlanMode.ADAPTIVE, make_costs(solve=SolveTime(1.0, 0.0, 0.0)))
     assert not early.solved
     assert early.reason.startswith("kept forecast: gain at most ")
     assert early.reason.endswith(" ms < cost at least 1000.0 ms")
 
     # It could, but every rank of the fresh layout has a second, small GEMM, as slow as 80 tokens.
     small = make_costs(points=((80, 1e8),), intra=FREE, solve=SolveTime(0.055, 0.0, 0.0))
-    late = decide(ADAPTIVE, small)
+    late = decide(PlanMode.ADAPTIVE, small)
     assert late.solved and not late.replanned
     assert late.reason.startswith("kept forecast: gain ") and " < cost " in late.reason
 
-    assert decide(FORECAST, slow).reason == "forecast: max/mean 3.75"
-    assert decide(EXACT, slow).reason == f"fresh layout: max/mean 1.00 ({slots} slots changed)"
-    kept = decide(ADAPTIVE, slow, tolerance=2.8)
+    assert decide(PlanMode.FORECAST, slow).reason == "forecast: max/mean 3.75"
+    assert (
+        decide(PlanMode.EXACT, slow).reason
+        == f"fresh layout: max/mean 1.00 ({slots} slots changed)"
+    )
+    kept = decide(PlanMode.ADAPTIVE, slow, tolerance=2.8)
     assert kept.reason == "kept forecast: max/mean 3.75, tolerance 3.80"
-    taken = decide(ADAPTIVE, slow, tolerance=0.05)
+    taken = decide(PlanMode.ADAPTIVE, slow, tolerance=0.05)
     assert taken.reason == f"fresh layout: max/mean 3.75 -> 1.00 ({slots} slots changed)"
 
 
 def test_forecast_and_exact_ask_for_no_more_than_they_need() -> None:
-    assert decide(EXACT, COMPUTE_ONLY).planned_quotas is None
-    forecast = decide(FORECAST, COMPUTE_ONLY)
+    assert decide(PlanMode.EXACT, COMPUTE_ONLY).planned_quotas is None
+    forecast = decide(PlanMode.FORECAST, COMPUTE_ONLY)
     assert forecast.quotas is forecast.planned_quotas and not forecast.solved
 
 
 def test_the_even_split_keeps_the_forecast() -> None:
     geometry = Geometry(4, 4, 2, 4)
     planned = ExpertLayout.static(4, 2, 4)
-    decision = Guard(FORECAST, COMPUTE_ONLY, geometry, split="even").decide(HOT_NE, planned)
-    assert decision.layout is planned and max_over_mean(decision.quotas) > 1
+    decision = Guard(PlanMode.FORECAST, COMPUTE_ONLY, geometry, split=Split.EVEN).decide(
+        HOT_NE, planned
+    )
+    assert decision.layout is planned and decision.max_over_mean_after > 1
     with pytest.raises(ValueError, match="'adaptive' makes layouts for the exact split"):
-        Guard(ADAPTIVE, COMPUTE_ONLY, geometry, split="even")
+        Guard(PlanMode.ADAPTIVE, COMPUTE_ONLY, geometry, split=Split.EVEN)
 
 
 def test_combinations_without_meaning_are_refused() -> None:
     geometry = Geometry(4, 4, 2, 4)
-    with pytest.raises(ValueError, match="plan mode 'guess': must be one of forecast, exact"):
-        Guard("guess", COMPUTE_ONLY, geometry)
-    with pytest.raises(ValueError, match="split 'odd': must be one of exact, even"):
-        Guard(FORECAST, COMPUTE_ONLY, geometry, split="odd")
+    with pytest.raises(ValueError, match="'guess': must be one of forecast, exact"):
+        Guard(PlanMode("guess"), COMPUTE_ONLY, geometry)
+    with pytest.raises(ValueError, match="'odd': must be one of exact, even"):
+        Guard(PlanMode.FORECAST, COMPUTE_ONLY, geometry, split=Split("odd"))
     with pytest.raises(ValueError, match=r"a tolerance of 0\.1 has no effect on plan mode 'exact'"):
-        Guard(EXACT, COMPUTE_ONLY, geometry, 0.1)
+        Guard(PlanMode.EXACT, COMPUTE_ONLY, geometry, 0.1)
     for wrong in (-0.1, 4.0, float("nan")):
         with pytest.raises(ValueError, match=rf"tolerance {wrong}: must be at least 0 and less"):
-            Guard(ADAPTIVE, COMPUTE_ONLY, geometry, wrong)
-    guard = Guard(ADAPTIVE, COMPUTE_ONLY, geometry)
+            Guard(PlanMode.ADAPTIVE, COMPUTE_ONLY, geometry, wrong)
+    guard = Guard(PlanMode.ADAPTIVE, COMPUTE_ONLY, geometry)
     with pytest.raises(ValueError, match=r"shape \(2, 4\)"):
         guard.decide(np.ones((2, 4), dtype=np.int64), ExpertLayout.static(4, 2, 4))
     with pytest.raises(ValueError, match=r"the planner for \(4, 2, 4\)"):

@@ -16,6 +16,7 @@ import pytest
 
 from megatron_laer import cli, memory
 from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 from megatron_laer.planner.clusters import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
@@ -26,7 +27,6 @@ from megatron_laer.shipped import yaml_file
 from megatron_laer.simulator import report
 from megatron_laer.simulator.estimate import Work, check_fits
 from megatron_laer.simulator.table import MODES, STOCK, simulate
-from megatron_laer.telemetry.balance import max_over_mean, stock_tokens_N
 from megatron_laer.trace import Trace, TraceWriter
 from tests.processes import python_path
 

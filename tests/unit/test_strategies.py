@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.config import EVEN_SPLIT
+from megatron_laer.arrays import Int64
+from megatron_laer.config import Split
 from megatron_laer.layout import ExpertLayout, default_capacity
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.laer import place, replicas_by_load, replicas_even
-from megatron_laer.planner.quotas import Int64, even_split
+from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.strategies import make_strategy, strategy_names
 from tests.costs import COMPUTE_ONLY, make_costs
 
@@ -67,9 +68,9 @@ def test_laer_is_legal_repeatable_and_never_costs_more(geometry: Geometry, seed:
     assert planned.replicas_E.min() >= 1
     assert planned == laer.plan(counts_NE, current)
     static = ExpertLayout.static(*shape_of(geometry))
-    seconds = COSTS.layer_seconds(counts_NE, planned, geometry.node_size, EVEN_SPLIT)
+    seconds = COSTS.layer_seconds(counts_NE, planned, geometry.node_size, Split.EVEN)
     for other in (current, static):
-        assert seconds <= COSTS.layer_seconds(counts_NE, other, geometry.node_size, EVEN_SPLIT)
+        assert seconds <= COSTS.layer_seconds(counts_NE, other, geometry.node_size, Split.EVEN)
     # Planning again from its own result changes nothing.
     assert laer.plan(counts_NE, planned) is planned
 

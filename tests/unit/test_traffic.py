@@ -10,17 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.config import EXCHANGES
+from megatron_laer.arrays import Bool
+from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.traffic import (
-    Bool,
-    Traffic,
-    changed_slots,
-    node_sources,
-    reduce_traffic,
-    restore_traffic,
-    row_bounds,
-)
+from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
+from megatron_laer.sharding import changed_slots, node_sources, row_bounds
 
 
 @dataclass
@@ -53,7 +47,7 @@ def cases(draw: st.DrawFn, max_ranks: int, even_rows: bool = False) -> Case:
     return Case(layout, node_size, matrices, changed_S, before)
 
 
-def traffic_by_message(case: Case, algorithm: str, keep: bool = False) -> Traffic:
+def traffic_by_message(case: Case, algorithm: ExchangeAlgorithm, keep: bool = False) -> Traffic:
     """Every message of a restore, written down one by one."""
     layout, G = case.layout, case.node_size
     N, C = layout.num_ranks, layout.capacity
@@ -78,7 +72,7 @@ def traffic_by_message(case: Case, algorithm: str, keep: bool = False) -> Traffi
             for rank in range(N)
         }
         for to in range(N):
-            if algorithm == "flat":
+            if algorithm == ExchangeAlgorithm.FLAT:
                 for source in range(N):
                     sent[source, to] += len(wanted[to]) * block_N[source]
                 continue
@@ -113,15 +107,19 @@ def assert_equal(a: Traffic, b: Traffic) -> None:
 
 
 @settings(max_examples=80)
-@given(cases(max_ranks=12), st.sampled_from(EXCHANGES))
-def test_the_formula_equals_a_count_message_by_message(case: Case, algorithm: str) -> None:
+@given(cases(max_ranks=12), st.sampled_from(list(ExchangeAlgorithm)))
+def test_the_formula_equals_a_count_message_by_message(
+    case: Case, algorithm: ExchangeAlgorithm
+) -> None:
     formula = restore_traffic(case.layout, case.node_size, case.matrices, algorithm, case.changed_S)
     assert_equal(formula, traffic_by_message(case, algorithm))
 
 
 @settings(max_examples=80)
-@given(cases(max_ranks=12), st.sampled_from(EXCHANGES))
-def test_so_does_the_formula_where_ranks_keep_a_layout(case: Case, algorithm: str) -> None:
+@given(cases(max_ranks=12), st.sampled_from(list(ExchangeAlgorithm)))
+def test_so_does_the_formula_where_ranks_keep_a_layout(
+    case: Case, algorithm: ExchangeAlgorithm
+) -> None:
     formula = restore_traffic(
         case.layout, case.node_size, case.matrices, algorithm, before=case.before
     )
@@ -129,8 +127,10 @@ def test_so_does_the_formula_where_ranks_keep_a_layout(case: Case, algorithm: st
 
 
 @settings(max_examples=40)
-@given(cases(max_ranks=12), st.sampled_from(EXCHANGES))
-def test_gradients_travel_as_a_full_restore_backwards(case: Case, algorithm: str) -> None:
+@given(cases(max_ranks=12), st.sampled_from(list(ExchangeAlgorithm)))
+def test_gradients_travel_as_a_full_restore_backwards(
+    case: Case, algorithm: ExchangeAlgorithm
+) -> None:
     case.changed_S[:] = True
     there = traffic_by_message(case, algorithm)
     back = reduce_traffic(case.layout, case.node_size, case.matrices, algorithm)
@@ -149,7 +149,7 @@ def test_no_node_receives_or_sends_more_across_nodes_than_flat(case: Case) -> No
     for keep in ({"changed_S": case.changed_S}, {"before": case.before}, {}):
         flat, node = (
             restore_traffic(case.layout, case.node_size, case.matrices, algorithm, **keep)  # type: ignore[arg-type]
-            for algorithm in EXCHANGES
+            for algorithm in ExchangeAlgorithm
         )
         for name in ("inter_N", "sent_inter_N"):
             by_node, by_flat = (
@@ -164,7 +164,7 @@ def test_no_rank_receives_or_sends_more_across_nodes_where_rows_are_even(case: C
     for formula in (restore_traffic, reduce_traffic):
         flat, node = (
             formula(case.layout, case.node_size, case.matrices, algorithm)
-            for algorithm in EXCHANGES
+            for algorithm in ExchangeAlgorithm
         )
         assert (node.inter_N <= flat.inter_N).all()
         assert (node.sent_inter_N <= flat.sent_inter_N).all()
@@ -180,15 +180,15 @@ def test_half_of_flat_crosses_nodes_where_a_node_holds_each_expert_twice(
     for formula in (restore_traffic, reduce_traffic):
         flat, node = (
             formula(layout, node_size, [(28672, 4096), (4096, 14336)], algorithm)
-            for algorithm in EXCHANGES
+            for algorithm in ExchangeAlgorithm
         )
         assert 2 * node.inter_N.sum() <= flat.inter_N.sum()
         if 28672 % num_ranks == 0:
             assert (2 * node.inter_N == flat.inter_N).all()
 
 
-@pytest.mark.parametrize("algorithm", EXCHANGES)
-def test_nothing_changed_moves_nothing(algorithm: str) -> None:
+@pytest.mark.parametrize("algorithm", list(ExchangeAlgorithm))
+def test_nothing_changed_moves_nothing(algorithm: ExchangeAlgorithm) -> None:
     layout = ExpertLayout.random(8, 2, 8, seed=(0,))
     traffic = restore_traffic(layout, 4, [(64, 8)], algorithm, before=layout)
     assert_equal(traffic, Traffic(*np.zeros((4, 8), dtype=np.int64)))
@@ -200,7 +200,7 @@ def test_one_rank_per_node_and_one_node_cost_the_same_either_way(
     node_size: int, formula: object
 ) -> None:
     layout = ExpertLayout.static(8, 2, 8)
-    flat, node = (formula(layout, node_size, [(67, 3)], name) for name in EXCHANGES)  # type: ignore[operator]
+    flat, node = (formula(layout, node_size, [(67, 3)], name) for name in ExchangeAlgorithm)  # type: ignore[operator]
     assert_equal(flat, node)
 
 
@@ -214,8 +214,8 @@ def test_seconds_follow_the_slower_direction_of_the_slowest_rank() -> None:
 
 def test_wrong_arguments_are_refused_with_what_works() -> None:
     layout = ExpertLayout.static(4, 2, 4)
-    with pytest.raises(ValueError, match=r"'tree'.*'flat', 'node'"):
-        restore_traffic(layout, 2, [(8, 8)], "tree")
+    with pytest.raises(ValueError, match=r"'tree'.*flat, node"):
+        restore_traffic(layout, 2, [(8, 8)], ExchangeAlgorithm("tree"))
     with pytest.raises(ValueError, match="node size 3 does not divide the 4 ranks"):
         reduce_traffic(layout, 3, [(8, 8)], "node")
     with pytest.raises(ValueError, match=r"expected \(8,\)"):

@@ -9,11 +9,11 @@ import pytest
 
 from benchmarks.splits import split_exactly
 from benchmarks.workloads import WORKLOADS, microbatches
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
-from megatron_laer.planner.quotas import Int64
 
 # N, E, C on nodes of 8: scarce slots, the paper's dead spot, plenty, and more ranks than experts.
 SHAPES = ((16, 32, 3), (16, 32, 4), (16, 32, 6), (32, 8, 2))

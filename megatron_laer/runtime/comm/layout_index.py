@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.traffic import changed_slots, node_sources
-
-Int64 = npt.NDArray[np.int64]
+from megatron_laer.sharding import changed_slots, node_sources
 
 # Layouts whose index tensors are kept: those in force in all layers of a stage, and fresh ones.
 _LAYOUTS = 256

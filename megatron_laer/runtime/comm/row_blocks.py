@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import torch
 
-from megatron_laer.planner.traffic import row_bounds
+from megatron_laer.sharding import row_bounds
 
 
 @dataclass(frozen=True)

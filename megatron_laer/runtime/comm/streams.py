@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_laer.telemetry.clock import Moment, Stopwatch, make_clock
+from megatron_laer.telemetry.clock import Stopwatch, Timestamp, make_clock
 from megatron_laer.telemetry.timeline import COMPUTE, Timeline
 
 # How long a lane that is closed may take to end what it is doing.
@@ -50,7 +50,7 @@ class StreamTimes:
         self._name = name
         self._is_cuda = device.type == "cuda"
 
-    def waited(self, start: Moment, label: str) -> None:
+    def waited(self, start: Timestamp, label: str) -> None:
         """The compute waited since `start`."""
         end = self.clock.now()
         self.exposed.add(start, end)

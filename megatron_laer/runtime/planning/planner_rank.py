@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.config import FSEPConfig, flag_name
+from megatron_laer.config import FSEPConfig, LatePlan, flag_name
 from megatron_laer.files import quoted, refuse_overwriting
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
@@ -151,12 +151,12 @@ def _layout_source(
     if config.replay_layouts is not None:
         path = recording_path(config.replay_layouts, group_index)
         return ReplayedLayouts(path, geometry, _run_signature(config), layers)
-    if config.plans:
+    if config.makes_plans:
         return PlannedLayouts(
             make_strategy(config.planner, geometry=geometry, costs=costs),
             layouts,
             lag=config.plan_lag,
-            wait=config.late_plan == "wait",
+            wait=config.late_plan == LatePlan.WAIT,
             on_warning=_warn,
             resumed=resumed,
         )
@@ -198,8 +198,8 @@ def _trace_writer(
 def _run_signature(config: FSEPConfig) -> dict[str, Any]:
     """What a recording's results depend on beside its layouts."""
     return {
-        "split": config.split,
-        "plan_mode": config.mode,
+        "split": config.split.value,
+        "plan_mode": config.mode.value,
         "imbalance_tolerance": config.imbalance_tolerance,
     }
 

@@ -20,7 +20,7 @@ import torch
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.slices import Slices
-from megatron_laer.schedule import Moment, Schedule, Target
+from megatron_laer.schedule import Schedule, SchedulePoint, Target
 
 
 class Layer(Protocol):
@@ -127,7 +127,10 @@ class Scheduler:
         if forward is None or position is None:
             return self._experts_of(layer, training)
         restored = self._ahead.pop(position, None) or self._experts_of(layer, training)
-        if self._schedule.target(Moment.COMBINE_GRADIENT) is Target.PREVIOUS and forward.entered:
+        if (
+            self._schedule.target(SchedulePoint.COMBINE_GRADIENT) is Target.PREVIOUS
+            and forward.entered
+        ):
             restored.prefetch_in_backward(forward.entered[-1])
         forward.entered.append(restored)
         return restored
@@ -142,7 +145,7 @@ class Scheduler:
         """Start what may start now that a layer's tokens arrived."""
         position = self._position(layer)
         if position is not None:
-            starts = self._schedule.target(Moment.DISPATCHED) is Target.NEXT
+            starts = self._schedule.target(SchedulePoint.DISPATCHED) is Target.NEXT
             self._announce(position + 1, training, starts)
 
     # Inside.
@@ -179,7 +182,7 @@ class Scheduler:
     def _begin_forward(self, chunk: Chunk) -> None:
         self._ahead.clear()
         self._forward = _Forward(chunk)
-        starts = self._schedule.target(Moment.CHUNK_FORWARD) is Target.FIRST
+        starts = self._schedule.target(SchedulePoint.CHUNK_FORWARD) is Target.FIRST
         self._announce(0, chunk.module.training, starts)
 
     def _begin_block(
@@ -208,7 +211,7 @@ class Scheduler:
         forward, self._forward = self._forward, None
         assert forward is not None
         if (
-            self._schedule.target(Moment.CHUNK_BACKWARD) is Target.LAST
+            self._schedule.target(SchedulePoint.CHUNK_BACKWARD) is Target.LAST
             and forward.entered
             and isinstance(output, torch.Tensor)
             and output.grad_fn is not None

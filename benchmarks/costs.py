@@ -1,13 +1,14 @@
-"""The setting that benchmarks price layouts in: the paper's cluster with Mixtral-8x7B's experts."""
+"""Benchmarks take the costs of layouts on the paper's cluster with Mixtral-8x7B's experts."""
 
 from __future__ import annotations
 
+from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.planner.clusters import load_cluster
 from megatron_laer.planner.costs import CostModel
 
 
-def paper_costs(restore_algorithm: str = "flat") -> CostModel:
-    """Mixtral-8x7B's experts on the paper's cluster, in bf16."""
+def paper_costs(restore_algorithm: ExchangeAlgorithm = ExchangeAlgorithm.FLAT) -> CostModel:
+    """Return the costs of Mixtral-8x7B's experts on the paper's cluster, in bf16."""
     return CostModel(
         cluster=load_cluster("a100-4x8-ib800"),
         hidden=4096,

@@ -1,4 +1,4 @@
-"""Balance of tokens over ranks, as it is and as stock placement would have it. Pure functions.
+"""These pure functions tell how evenly ranks share tokens, under FSEP and under stock placement.
 
 Legend: N ranks, E experts, C slots per rank.
 """
@@ -9,36 +9,34 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import stock_owner_E
 from megatron_laer.planner.splits import Quotas
-
-Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Balance:
-    """Mean over microbatches of max/mean tokens per rank; 1 is perfect, N the worst."""
+    """Holds means over microbatches of max/mean tokens per rank; 1 is perfect, N the worst."""
 
     fsep: float
     stock: float
 
 
 def max_over_mean(tokens_N: Int64) -> float:
-    """Largest over mean; 1 when there is no token at all."""
+    """Return the largest number over the mean; 1 when there is no token at all."""
     total = int(tokens_N.sum())
-    return float(tokens_N.max()) * tokens_N.size / total if total else 1.0
+    return int(tokens_N.max()) * tokens_N.size / total if total else 1.0
 
 
 def fsep_tokens_N(quotas: Quotas) -> Int64:
-    """Tokens that each rank computes."""
+    """Return how many tokens each rank computes."""
     tokens_N: Int64 = quotas.loads_S.reshape(len(quotas.counts_NE), -1).sum(axis=1)
     return tokens_N
 
 
 def stock_tokens_N(counts_NE: Int64) -> Int64:
-    """Tokens that each rank would compute under stock Megatron's contiguous placement."""
+    """Return how many tokens each rank would compute under stock Megatron's placement."""
     num_ranks, num_experts = counts_NE.shape
     owner_E = stock_owner_E(num_ranks, num_experts)
     loads_E = counts_NE.sum(axis=0)
@@ -46,7 +44,7 @@ def stock_tokens_N(counts_NE: Int64) -> Int64:
 
 
 def balance(history: Iterable[Quotas]) -> Balance | None:
-    """Mean balance of a layer's microbatches, or None without any."""
+    """Return the mean balance of a layer's microbatches, or None without any."""
     pairs = [
         (max_over_mean(fsep_tokens_N(quotas)), max_over_mean(stock_tokens_N(quotas.counts_NE)))
         for quotas in history

@@ -1,0 +1,120 @@
+"""Each field of `FSEPConfig` becomes a command-line flag, made from the field's metadata.
+
+A field `plan_lag` is the flag `--fsep-plan-lag`; its `help` is the flag's help and the row in the
+docs. A flag without effect is an error here. What a combination of flags means for Megatron is not
+decided here (see `support`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_laer.config import (
+    Choice,
+    ExpertParallelMode,
+    FixedPlanner,
+    FSEPConfig,
+    PlanMode,
+    RestoreAlgorithm,
+    flag_name,
+)
+from megatron_laer.planner.strategies import uses_costs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--expert-parallel-mode` and one flag per `FSEPConfig` field.
+
+    Defaults are `None`, so that a flag the user gave without the mode can be told from one left
+    out: a flag without effect is an error.
+    """
+    group = parser.add_argument_group(title="fully sharded expert parallel (megatron_laer)")
+    group.add_argument(
+        "--expert-parallel-mode",
+        choices=words(ExpertParallelMode),
+        default=ExpertParallelMode.STANDARD.value,
+        help="standard: Megatron's expert parallelism, untouched; fsep: every rank holds 1/N of "
+        "every expert and restores whole experts per layer",
+    )
+    for spec in dataclasses.fields(FSEPConfig):
+        kind, text = spec.metadata["type"], spec.metadata["help"].replace("%", "%%")
+        default = "" if spec.default is None else f" (default {spec.default})"
+        is_choice = issubclass(kind, Choice)
+        group.add_argument(
+            flag_name(spec.name),
+            default=None,
+            type=str if is_choice else kind,
+            choices=words(kind) if is_choice else None,
+            help=text + default,
+        )
+    return parser
+
+
+def words(choice: type[Choice]) -> list[str]:
+    """Return a choice's words as plain strings, which argparse quotes in its messages.
+
+    Plain ones are kept in parsed arguments, which Megatron pickles into checkpoints.
+    """
+    return [member.value for member in choice]
+
+
+def given_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields whose flags were given on the command line, with their values."""
+    names = [spec.name for spec in dataclasses.fields(FSEPConfig)]
+    values = {name: getattr(args, "fsep_" + name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
+    """Return the config that the flags ask for, or None in standard mode.
+
+    Raises:
+        ValueError: an FSEP flag without `--expert-parallel-mode fsep`, which would have no effect.
+    """
+    given = given_flags(args)
+    if args.expert_parallel_mode == ExpertParallelMode.FSEP:
+        config = FSEPConfig(**given)
+        _check_effects(config, given)
+        return config
+    if given:
+        flags = ", ".join(f"{flag_name(name)} {value}" for name, value in given.items())
+        raise ValueError(
+            f"{flags}: no effect with --expert-parallel-mode {args.expert_parallel_mode}; "
+            "add --expert-parallel-mode fsep or leave the flag out"
+        )
+    return None
+
+
+def _check_effects(config: FSEPConfig, given: dict[str, Any]) -> None:
+    """Raise if one given flag leaves another without effect."""
+    for reason, idle in _idle(config):
+        for name in idle:
+            if name in given:
+                raise ValueError(
+                    f"{flag_name(name)} {given[name]}: no effect, since {reason}; leave it out"
+                )
+
+
+def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield why flags have no effect, and which."""
+    planning = ("plan_lag", "late_plan")
+    if config.replay_layouts is not None:
+        yield "layouts are replayed", ("planner", *planning)
+    if config.mode == PlanMode.EXACT:
+        yield (
+            "--fsep-plan-mode exact makes every layout after the gate",
+            ("planner", *planning, "record_layouts", "replay_layouts"),
+        )
+    elif config.planner in FixedPlanner:
+        yield (
+            f"--fsep-planner {config.planner} makes no plans",
+            (*planning, "record_layouts"),
+        )
+    if config.mode != PlanMode.ADAPTIVE:
+        yield f"--fsep-plan-mode is {config.mode}", ("imbalance_tolerance",)
+    if config.restore_algorithm == RestoreAlgorithm.FLAT:
+        yield "--fsep-restore-algorithm is flat", ("grad_wire_dtype",)
+    if not uses_costs(config):
+        yield "nothing is decided by cost", ("cluster",)
