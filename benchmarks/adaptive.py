@@ -1,6 +1,6 @@
-"""The guard's choice by cost on a routing trace, against always keeping and always replanning.
+"""This table compares the guard's choice by cost with always keeping and always replanning.
 
-Shape suffixes: N ranks, E experts.
+Legend: N ranks, E experts.
 """
 
 from __future__ import annotations
@@ -8,21 +8,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from benchmarks.costs import paper_costs
 from benchmarks.splits import Outcome, Planner, split_exactly
+from benchmarks.trace_cases import Case, Trace
 from megatron_laer.config import ExchangeAlgorithm, PlanMode
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
-
-if TYPE_CHECKING:
-    from benchmarks.balance import Case, Trace
-
 
 # (token, expert) pairs per rank and microbatch: the paper's runs have 16,384 tokens and top-2.
 PAPER_PAIRS = 16384 * 2
@@ -39,7 +36,7 @@ class _Setting:
 def adaptive(
     trace: Trace, cases: Sequence[Case], greedy: Planner, static: ExpertLayout, node_size: int
 ) -> tuple[list[Outcome], list[dict[str, Any]]]:
-    """Outcomes, and predicted mean layer times by setting and layer.
+    """Return outcomes, and predicted mean layer times by setting and layer.
 
     Settings are the restore algorithms, with the trace's own counts (4,096 pairs per rank) and with
     their shares of as many pairs as the paper's runs have. Outcomes are those of a flat restore and

@@ -1,22 +1,17 @@
-"""The balance of all planners on a routing trace, case by case.
+"""This table compares the balance of all planners on a routing trace, case by case.
 
-The trace is an npz file with tokens [iterations, layers, ranks, microbatches, experts]. Every case
-has a predecessor one record before it (its layout: lag `iteration`) or one microbatch before it
-(lag `microbatch`).
+Every case has a predecessor one record before it (its layout: lag `iteration`) or one microbatch
+before it (lag `microbatch`).
 
-Shape suffixes: N ranks, E experts.
+Legend: N ranks, E experts.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from benchmarks.adaptive import adaptive
 from benchmarks.costs import paper_costs
@@ -32,10 +27,9 @@ from benchmarks.splits import (
     split_exactly,
     split_like_eplb,
 )
-from megatron_laer.arrays import Int64
+from benchmarks.trace_cases import Case, Trace
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
-from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.strategies import make_strategy
 
@@ -44,63 +38,10 @@ CAPACITIES = (3, 4, 6)
 TOLERANCE = 1.05
 
 
-@dataclass(frozen=True)
-class Case:
-    """Counts to be balanced, and all that was known at either lag."""
-
-    iteration: int
-    layer: int
-    microbatch: int
-
-
-class Trace:
-    """tokens[iteration, layer, microbatch] as counts_NE, and forecasts from earlier ones."""
-
-    def __init__(self, path: Path) -> None:
-        with np.load(path) as content:
-            tokens = content["tokens"]
-        self.counts: npt.NDArray[np.int64] = np.ascontiguousarray(
-            tokens.transpose(0, 1, 3, 2, 4), dtype=np.int64
-        )
-        self._forecasts: dict[int, list[SmoothedForecast]] = {}
-
-    def cases(self, stride: int, offset: int) -> list[Case]:
-        iterations, layers, count = self.counts.shape[:3]
-        every = [
-            Case(iteration, layer, microbatch)
-            for iteration in range(1, iterations)
-            for layer in range(layers)
-            for microbatch in range(count)
-        ]
-        return every[offset::stride]
-
-    def now(self, case: Case) -> Int64:
-        counts_NE: Int64 = self.counts[case.iteration, case.layer, case.microbatch]
-        return counts_NE
-
-    def forecast(self, case: Case) -> Int64:
-        """From all iterations before the case's own."""
-        if case.layer not in self._forecasts:
-            state = SmoothedForecast()
-            states = []
-            for iteration in range(self.counts.shape[0]):
-                state = state.observe(self.counts[iteration, case.layer].sum(axis=0))
-                states.append(state)
-            self._forecasts[case.layer] = states
-        return self._forecasts[case.layer][case.iteration - 1].counts_NE()
-
-    def before(self, case: Case) -> Int64 | None:
-        """The microbatch before the case in its iteration, if there is one."""
-        if case.microbatch == 0:
-            return None
-        counts_NE: Int64 = self.counts[case.iteration, case.layer, case.microbatch - 1]
-        return counts_NE
-
-
 def balance(
     trace: Trace, cases: Sequence[Case], predicted: list[dict[str, Any]]
 ) -> Iterator[BalanceRow]:
-    """All rows of the table; appends the times behind the adaptive ones to `predicted`."""
+    """Yield all rows of the table; append the times behind the adaptive ones to `predicted`."""
     num_ranks, num_experts = trace.counts.shape[3:]
     for capacity in CAPACITIES:
         geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
@@ -152,7 +93,7 @@ def balance(
 def forecasts(
     trace: Trace, cases: Sequence[Case], planner: Planner, split: Split, static: ExpertLayout
 ) -> list[Outcome]:
-    """Layouts from forecasts one iteration old; a layer's layout is the next one's `current`."""
+    """Plan from forecasts one iteration old; a layer's layout is the next one's `current`."""
     layouts: dict[int, ExpertLayout] = defaultdict(lambda: static)
     planned: dict[int, int] = {}
     outcomes = []

@@ -1,4 +1,4 @@
-"""What the planner must show, beside what a run of the benchmark shows.
+"""These bounds say what the planner must show, beside what a run of the benchmark shows.
 
 Bounds are on one thread of an otherwise quiet machine and on all cases of the trace; a `--quick`
 run takes every 37th case and so has sampling error.

@@ -1,4 +1,6 @@
-"""Bytes that restores and gradients put on the links: `python -m benchmarks.communication --help`.
+"""Counts the bytes that restores and gradients put on the links, and holds them to the formulas.
+
+Usage: `python -m benchmarks.communication --help`.
 
 Eight gloo ranks stand for 1, 2, 4 and 8 nodes. Every exchange is run, its result is compared with
 plain indexing, its bytes are counted from the sizes that the collectives were given, and the counts
@@ -30,10 +32,14 @@ from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
 from megatron_laer.runtime.comm import process_groups
-from megatron_laer.runtime.comm.exchange import Exchange, ExchangeCount, Kept
-from megatron_laer.runtime.comm.flat_exchange import FlatExchange
+from megatron_laer.runtime.comm.hierarchical import (
+    HierarchicalExchange,
+    ReusableWeights,
+    flat_exchange,
+    node_exchange,
+)
 from megatron_laer.runtime.comm.layout_index import layout_index
-from megatron_laer.runtime.comm.node_exchange import NodeExchange
+from megatron_laer.runtime.comm.stages import ExchangeCount
 from megatron_laer.sharding import row_bounds
 
 try:
@@ -49,7 +55,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Workload:
-    """A layer: its layouts in turn, and (R, K) of its matrices."""
+    """A layer by its layouts in turn, and (R, K) of its matrices."""
 
     name: str
     layouts: tuple[ExpertLayout, ...]
@@ -57,7 +63,7 @@ class Workload:
 
 
 def workloads(quick: bool) -> list[Workload]:
-    """The first one goes into the JSON: four experts, two slots, each expert twice in a half."""
+    """List the workloads; the first goes into the JSON: each expert is twice in a half."""
     hidden, ffn = (64, 96) if quick else (512, 1024)
     twice = ExpertLayout.from_slots(RANKS, 2, 4, np.arange(RANKS * 2) % 4)
     found = [Workload("E=4 C=2", (twice,), ((2 * ffn, hidden), (hidden, ffn)))]
@@ -105,12 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(wrong > 0)
 
 
-# Per exchange: (what, node size, algorithm, step) → bytes received inside the node and across.
+# Per exchange: (what, node size, algorithm, step) → intra-node and inter-node bytes received.
 Counts = dict[tuple[str, int, str, int], Int64]
 
 
 def summary(case: Workload, counts_of_ranks: Sequence[Counts]) -> Iterator[dict[str, Any]]:
-    """One row per kind of exchange, summed over layouts, of the rank that receives most."""
+    """Yield one row per kind of exchange, summed over layouts, of the rank that receives most."""
     keys = sorted(
         {key[:3] for key in counts_of_ranks[0]}, key=lambda key: (key[0], -key[1], key[2])
     )
@@ -141,7 +147,7 @@ def summary(case: Workload, counts_of_ranks: Sequence[Counts]) -> Iterator[dict[
 def formula(
     case: Workload, what: str, node_size: int, algorithm: ExchangeAlgorithm, step: int
 ) -> Traffic:
-    """What an exchange should move."""
+    """Compute what an exchange should move."""
     layout = case.layouts[step]
     if what == "gradients":
         return reduce_traffic(layout, node_size, case.matrices, algorithm)
@@ -150,7 +156,7 @@ def formula(
 
 
 def run_ranks(quick: bool) -> list[dict[str, Counts]]:
-    """What each rank counted, by workload; every rank is a fresh process."""
+    """Return what each rank counted, by workload; every rank is a fresh process."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -173,7 +179,7 @@ def run_ranks(quick: bool) -> list[dict[str, Counts]]:
 
 
 def serve(pipe: Connection, rank: int, address: str, quick: bool) -> None:
-    """One rank: run every workload on every node size."""
+    """Run every workload on every node size, as one rank."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
     found: dict[str, Counts] = {case.name: {} for case in workloads(quick)}
@@ -183,9 +189,8 @@ def serve(pipe: Connection, rank: int, address: str, quick: bool) -> None:
         groups = process_groups.create_groups(world, node_size, dist.new_group)
         for case in workloads(quick):
             for algorithm in ExchangeAlgorithm:
-                exchange = (FlatExchange if algorithm == ExchangeAlgorithm.FLAT else NodeExchange)(
-                    groups
-                )
+                make = flat_exchange if algorithm == ExchangeAlgorithm.FLAT else node_exchange
+                exchange = make(groups)
                 for what, step, received_2 in exchange_all(case, exchange, rank):
                     found[case.name][what, node_size, algorithm, step] = received_2
         groups.destroy()
@@ -194,7 +199,9 @@ def serve(pipe: Connection, rank: int, address: str, quick: bool) -> None:
     dist.destroy_process_group()
 
 
-def exchange_all(case: Workload, exchange: Exchange, rank: int) -> Iterator[tuple[str, int, Int64]]:
+def exchange_all(
+    case: Workload, exchange: HierarchicalExchange, rank: int
+) -> Iterator[tuple[str, int, Int64]]:
     """Restore and reduce under each layout, and update what the layout before has restored."""
     count = exchange.count
     generator = torch.Generator().manual_seed(0)
@@ -207,7 +214,7 @@ def exchange_all(case: Workload, exchange: Exchange, rank: int) -> Iterator[tupl
     for matrix_ERK in whole:
         bounds = row_bounds(matrix_ERK.shape[1], RANKS)
         slices.append(matrix_ERK[:, bounds[rank] : bounds[rank + 1]].contiguous())
-    before: list[Kept] = []
+    before: list[ReusableWeights] = []
     for step, layout in enumerate(case.layouts):
         index, mine = layout_index(layout, CPU), list(layout.experts_of(rank))
         start = received(count, "restore")
@@ -218,9 +225,9 @@ def exchange_all(case: Workload, exchange: Exchange, rank: int) -> Iterator[tupl
         yield "restore", step, received(count, "restore") - start
 
         start = received(count, "restore")
-        for matrix_ERK, slice_ErK, kept in zip(whole, slices, before, strict=False):
-            exchange.restore(slice_ErK, index, matrix_ERK.shape[1], kept=kept)
-            check(kept.matrix_CRK, matrix_ERK[mine])
+        for matrix_ERK, slice_ErK, reuse in zip(whole, slices, before, strict=False):
+            exchange.restore(slice_ErK, index, matrix_ERK.shape[1], reuse=reuse)
+            check(reuse.matrix_CRK, matrix_ERK[mine])
         if before:
             yield "changed slots", step, received(count, "restore") - start
 
@@ -231,17 +238,17 @@ def exchange_all(case: Workload, exchange: Exchange, rank: int) -> Iterator[tupl
             reduced = exchange.reduce(torch.ones_like(matrix_CRK), index)
             check(reduced, replicas_E11.expand_as(slice_ErK))
         yield "gradients", step, received(count, "reduce") - start
-        before = [Kept(index, matrix_CRK) for matrix_CRK in restored]
+        before = [ReusableWeights(index, matrix_CRK) for matrix_CRK in restored]
 
 
 def check(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Bytes of an exchange that went wrong mean nothing."""
+    """Raise if a result is wrong: bytes of an exchange that went wrong mean nothing."""
     if not torch.equal(got, expected):
         raise RuntimeError("an exchange gave a wrong result")
 
 
 def received(count: ExchangeCount, what: str) -> Int64:
-    """Bytes received so far by `what`, inside the node and across."""
+    """Return the intra-node and inter-node bytes received so far by `what`."""
     return np.array([getattr(count, f"{what}_intra_bytes"), getattr(count, f"{what}_inter_bytes")])
 
 

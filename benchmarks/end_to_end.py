@@ -1,4 +1,4 @@
-"""Step times of stock expert parallelism and FSEP: `python -m benchmarks.end_to_end --help`.
+"""Compares step times of stock EP and FSEP, end to end: `python -m benchmarks.end_to_end --help`.
 
 Gloo ranks on this machine, one thread each, run Megatron's own training loop. All configurations
 run in turn, again and again, in one start: the ideal (stock, routing forced to balance), stock and
@@ -22,88 +22,28 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run as a file
 
 from benchmarks import routing
+from benchmarks.end_to_end_cases import (
+    FSEP,
+    FULL,
+    MODES,
+    QUICK,
+    SKEWS,
+    STOCK_RECOMPUTE,
+    Configuration,
+    Size,
+    chosen,
+    configurations,
+)
 from benchmarks.report import machine, print_table
-from benchmarks.routing import RoutingShape
-from benchmarks.training_run import Measured, Routing, measure
-from megatron_laer.data import BYTES_TOKENIZER_FLAGS, default_text_sources, prepare_data
-from megatron_laer.platform.cpu import CPU_FLAGS
+from benchmarks.training_run import Measured, measure
+from megatron_laer.data import default_text_sources, prepare_data
 from megatron_laer.testing.ranks import RankPool
-
-SKEWS = ("fixed", "drifting", "burst")
-BIAS_STD = 1.0
-SEED = 0
 
 # On this share of the ideal's throughput, and at most so much slower on balanced routing.
 LEAST_THROUGHPUT, MOST_SLOWDOWN = 0.90, 0.05
-
-FSEP = "--expert-parallel-mode fsep"
-STATIC = f"{FSEP} --fsep-planner static"
-RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-MODES = {
-    "adaptive": FSEP,
-    "forecast": f"{FSEP} --fsep-plan-mode forecast",
-    "exact": f"{FSEP} --fsep-plan-mode exact",
-    "restore step": f"{FSEP} --fsep-restore step",
-    "scheduler off": f"{FSEP} --fsep-scheduler off",
-    "recompute": f"{FSEP} {RECOMPUTE}",
-    "recompute, scheduler off": f"{FSEP} {RECOMPUTE} --fsep-scheduler off",
-}
-# What modes that recompute are compared with.
-STOCK_RECOMPUTE = "stock balanced, recompute"
-
-
-@dataclass(frozen=True)
-class Size:
-    """What is trained, for how long.
-
-    Attributes:
-        sequences: of one microbatch of a rank, which is all that it trains on in a step.
-        warm_up: steps that are not counted.
-        steps: that are, per configuration and repeat; a whole period of bursts for the burst.
-    """
-
-    layers: int
-    hidden: int
-    ffn: int
-    experts: int
-    topk: int
-    sequence: int
-    sequences: int
-    warm_up: int
-    steps: int
-    repeats: int
-
-    def flags(self, data: str, ranks: int) -> list[str]:
-        """Megatron's."""
-        return [
-            *f"""
-            --num-layers {self.layers} --hidden-size {self.hidden} --num-attention-heads 8
-            --ffn-hidden-size {self.ffn} --moe-ffn-hidden-size {self.ffn}
-            --num-experts {self.experts} --moe-router-topk {self.topk}
-            --seq-length {self.sequence} --max-position-embeddings {self.sequence}
-            --micro-batch-size {self.sequences} --global-batch-size {self.sequences * ranks}
-            --expert-model-parallel-size {ranks} --expert-tensor-parallel-size 1
-            --disable-bias-linear --normalization RMSNorm --position-embedding-type rope
-            --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
-            --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none
-            --lr 1e-4 --min-lr 1e-4 --lr-decay-style constant --clip-grad 1.0 --seed 1234
-            --split 90,10,0 --num-workers 0 --log-interval 1000 --eval-interval 1000 --eval-iters 0
-            --data-path {data}
-            """.split(),
-            *CPU_FLAGS,
-            *BYTES_TOKENIZER_FLAGS,
-        ]
-
-    def routing_shape(self, ranks: int) -> RoutingShape:
-        """Sizes of a trace."""
-        tokens = self.sequence * self.sequences
-        return RoutingShape(self.layers, ranks, self.experts, tokens, self.topk)
-
 
 # The C library gives large arrays back to the system and zeroes new ones; ranks that keep their
 # memory, as CUDA's allocator does, take 7 % less time per step and vary less.
@@ -112,20 +52,6 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**28),
 }
-
-# Where experts dominate, and the same program at a size that shows that it runs.
-FULL = Size(2, 512, 2048, 8, 2, 256, 32, warm_up=2, steps=4, repeats=3)
-QUICK = Size(2, 128, 512, 8, 2, 64, 16, warm_up=2, steps=4, repeats=2)
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One line of the table."""
-
-    name: str
-    flags: str
-    routing: Routing
-    steps: int
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,44 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bool(wrong))
 
 
-def chosen(cases: Sequence[Configuration], part: str) -> list[Configuration]:
-    """Those whose names contain this, and what they are compared with."""
-    names = {"ideal"} | {case.name for case in cases if part in case.name}
-    if any("recompute" in name for name in names):
-        names.add(STOCK_RECOMPUTE)
-    return [case for case in cases if case.name in names]
-
-
-def configurations(size: Size, ranks: int, scratch: Path) -> list[Configuration]:
-    """All of them, with their traces written."""
-    shape = size.routing_shape(ranks)
-    burst_steps = size.warm_up + routing.BURST_EVERY
-    steps = size.warm_up + size.steps
-    makers = {"drifting": routing.drifting_trace, "burst": routing.burst_trace}
-    skewed = {
-        "fixed": Routing(
-            f"--moe-router-force-biased {-BIAS_STD}",
-            bias=(BIAS_STD, routing.fixed_bias_seed(shape, BIAS_STD)),
-        )
-    }
-    for name, maker in makers.items():
-        path = scratch / f"{name}.npy"
-        np.save(path, maker(shape, burst_steps + 1, SEED))
-        skewed[name] = Routing("--moe-enable-routing-replay", trace=path)
-    balanced = Routing("--moe-router-force-load-balancing")
-
-    found = [Configuration("ideal", "", balanced, steps)]
-    for skew in SKEWS:
-        for kind, flags in (("stock", ""), ("fsep", FSEP), ("fsep static", STATIC)):
-            long = burst_steps if skew == "burst" else steps
-            found.append(Configuration(f"{kind}, {skew}", flags, skewed[skew], long))
-    for mode, flags in MODES.items():
-        if mode == "recompute":
-            found.append(Configuration(STOCK_RECOMPUTE, RECOMPUTE, balanced, steps))
-        found.append(Configuration(f"fsep balanced, {mode}", flags, balanced, steps))
-    return found
-
-
 @dataclass(eq=False)
 class Run:
     """One run of a configuration.
@@ -219,7 +107,7 @@ Runs = dict[str, list[Run]]
 
 
 def run_all(size: Size, ranks: int, cases: Sequence[Configuration], scratch: Path) -> Runs:
-    """Every configuration once, then again, in the opposite order; the ideal around every two.
+    """Run every configuration once, then again in opposite order; the ideal around every two.
 
     The machine's own speed drifts by more than what is compared, so that neighbours are compared.
     """

@@ -1,4 +1,4 @@
-"""Time of the guard's decision on the critical path: `python -m benchmarks.guard_speed`.
+"""Times the guard's decision, which is on the critical path: `python -m benchmarks.guard_speed`.
 
 CPU time of one thread, the shortest of many repeats, median over counts; beside the forward of the
 layer that it decides on, by the cost model, with the paper's experts and tokens per rank.

@@ -1,10 +1,10 @@
-"""Balance, locality and speed of planners and quotas: `python -m benchmarks.planner --help`.
+"""Compares planners and quotas in balance and speed: `python -m benchmarks.planner --help`.
 
 Everything runs here, in one process on one thread: our strategies with exact quotas, and rivals
 with their own splitting. The balance part needs a routing trace (see `balance`) and is skipped
 without one.
 
-Shape suffixes: N ranks, E experts.
+Legend: N ranks, E experts.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.balance import Trace, balance
+from benchmarks.balance import balance
 from benchmarks.bounds import must_show
 from benchmarks.costs import paper_costs
 from benchmarks.report import machine, print_table
 from benchmarks.speed import GROWTH_SHAPES, SOLVE_SHAPES, quota_times, solve_times
 from benchmarks.splits import split_exactly
+from benchmarks.trace_cases import Trace
 from benchmarks.workloads import WORKLOADS, microbatches
 from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout

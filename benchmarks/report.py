@@ -1,4 +1,4 @@
-"""Tables, machine and clock that benchmarks share."""
+"""Benchmarks share these: how they print a table, name the machine and take times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routing that benchmarks of training impose: which experts a token goes to, by seed.
+"""These functions make the routing that benchmarks of training impose, by seed.
 
 Popularity first: every token draws its K experts without replacement in proportion to it (Gumbel
 noise on the logarithms, then the K largest). A trace holds the experts of every token, so that all

@@ -1,8 +1,8 @@
-"""The `solve` constants of a cluster file, measured on this host: `python -m benchmarks.solve_fit`.
+"""Measures the `solve` constants of a cluster file on this host: `python -m benchmarks.solve_fit`.
 
-What the guard adds when it replans: a fresh layout, its exact quotas and their cost. CPU time of
-one thread, the shortest of many repeats, so that a busy machine does not count; then a fit of
-relative errors that is linear in slots and counts.
+They are what the guard adds when it replans: a fresh layout, its exact quotas and their cost. What
+is measured is CPU time of one thread, the shortest of many repeats, so that a busy machine does not
+count; then a fit of relative errors that is linear in slots and counts.
 """
 
 from __future__ import annotations

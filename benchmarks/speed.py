@@ -1,6 +1,6 @@
-"""How long layouts and quotas take, one thread, medians.
+"""These tables say how long layouts and quotas take on one thread, as medians.
 
-Shape suffixes: N ranks, E experts.
+Legend: N ranks, E experts.
 """
 
 from __future__ import annotations

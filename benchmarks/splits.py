@@ -1,6 +1,6 @@
-"""Layouts meet counts: the outcome of one case under a system's own splitting of tokens.
+"""An `Outcome` is the balance of one case under a system's own splitting of tokens.
 
-Shape suffixes: N ranks, S slots.
+Legend: N ranks, S slots.
 """
 
 from __future__ import annotations

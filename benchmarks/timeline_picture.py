@@ -1,7 +1,7 @@
 """Draws a training step from recorded timelines: `python -m benchmarks.timeline_picture --help`.
 
 Trains a small model on two CPU ranks with `--fsep-timeline`, with the scheduler and without, and
-draws one rank's lanes of one step for each, on one scale, as SVG. Nothing is drawn that was not
+draws one rank's tracks of one step for each, on one scale, as SVG. Nothing is drawn that was not
 recorded.
 """
 
@@ -19,16 +19,16 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run as a file
 
-from benchmarks.end_to_end import FSEP, Size
+from benchmarks.end_to_end_cases import FSEP, Size
 from benchmarks.training_run import Routing, measure
 from megatron_laer.data import default_text_sources, prepare_data
-from megatron_laer.telemetry.timeline import COMPUTE, FIRST_STEP, LANES, NUM_STEPS
+from megatron_laer.telemetry.timeline import COMPUTE, FIRST_STEP, NUM_STEPS, TRACKS
 from megatron_laer.testing.ranks import RankPool
 
 RANKS = 2
 SIZE = Size(3, 256, 1024, 8, 2, 128, 8, warm_up=0, steps=FIRST_STEP + NUM_STEPS, repeats=1)
 
-WIDTH, LEFT, LANE, BAR, HEAD = 1280, 110, 30, 22, 34
+WIDTH, LEFT, TRACK, BAR, HEAD = 1280, 110, 30, 22, 34
 COLOURS = {
     "dense layers": "#d8dee6",
     "experts": "#5b8def",
@@ -51,16 +51,16 @@ LEGEND = {
 
 @dataclass(frozen=True)
 class Bar:
-    """Something on a lane, in milliseconds since the step began."""
+    """An interval on a track, in milliseconds since the step began."""
 
-    lane: str
+    track: str
     name: str
     start_ms: float
     length_ms: float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Record, unless traces are given, and draw."""
+    """Record timelines, unless traces are given, and draw them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--svg", type=Path, required=True, help="where to draw")
     parser.add_argument(
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def record() -> list[dict[str, Any]]:
-    """Rank 0's traces, with and without the scheduler."""
+    """Record rank 0's traces, with and without the scheduler."""
     traces = []
     with tempfile.TemporaryDirectory() as scratch, RankPool(RANKS) as pool:
         prefix = f"{scratch}/text"
@@ -102,7 +102,7 @@ def record() -> list[dict[str, Any]]:
 
 
 def shortest_step(trace: dict[str, Any]) -> list[Bar]:
-    """The step that other work on the machine held up least."""
+    """Pick the step that other work on the machine held up least."""
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     steps = [event for event in events if event["name"].startswith("step ")]
     step = min(steps, key=lambda event: event["dur"])
@@ -115,11 +115,11 @@ def shortest_step(trace: dict[str, Any]) -> list[Bar]:
 
 
 def draw(on: dict[str, Any], off: dict[str, Any]) -> str:
-    """The whole picture."""
+    """Draw the whole picture."""
     panels = [("scheduler on", shortest_step(on)), ("scheduler off", shortest_step(off))]
     longest_ms = max(bar.start_ms + bar.length_ms for _, bars in panels for bar in bars)
     scale = (WIDTH - LEFT - 20) / longest_ms
-    height = len(panels) * (HEAD + len(LANES) * LANE) + 60
+    height = len(panels) * (HEAD + len(TRACKS) * TRACK) + 60
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
         'font-family="sans-serif" font-size="12">',
@@ -132,27 +132,27 @@ def draw(on: dict[str, Any], off: dict[str, Any]) -> str:
         text = f"{title}: step {length_ms:.0f} ms, of which compute waited {waits_ms:.1f} ms"
         parts.append(f'<text x="8" y="{top + 20:.0f}" font-weight="bold">{text}</text>')
         parts += _panel(bars, top + HEAD, scale)
-        top += HEAD + len(LANES) * LANE
+        top += HEAD + len(TRACKS) * TRACK
     parts += _axis(top, longest_ms, scale)
     parts += _legend(top + 36)
     return "\n".join([*parts, "</svg>", ""])
 
 
 def _panel(bars: Sequence[Bar], top: float, scale: float) -> Iterator[str]:
-    for place, lane in enumerate(LANES):
-        y = top + place * LANE
-        yield f'<text x="8" y="{y + 16:.0f}">{lane}</text>'
+    for place, track in enumerate(TRACKS):
+        y = top + place * TRACK
+        yield f'<text x="8" y="{y + 16:.0f}">{track}</text>'
         yield f'<line x1="{LEFT}" x2="{WIDTH - 20}" y1="{y + BAR}" y2="{y + BAR}" stroke="#ccc"/>'
         # Waits lie within phases, hence over them.
         for bar in sorted(
-            (bar for bar in bars if bar.lane == lane), key=lambda bar: bar.name.startswith("wait")
+            (bar for bar in bars if bar.track == track), key=lambda bar: bar.name.startswith("wait")
         ):
             yield _bar(bar, y, scale)
 
 
 def _bar(bar: Bar, y: float, scale: float) -> str:
     colour = next(colour for kind, colour in COLOURS.items() if bar.name.startswith(kind))
-    is_wait = bar.lane == COMPUTE and bar.name.startswith("wait")
+    is_wait = bar.track == COMPUTE and bar.name.startswith("wait")
     x, width = LEFT + bar.start_ms * scale, max(bar.length_ms * scale, 0.3)
     height = BAR / 2 if is_wait else BAR
     label = f"{bar.name}: {bar.length_ms:.2f} ms"

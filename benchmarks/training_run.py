@@ -1,4 +1,4 @@
-"""One run of Megatron's own training loop on this rank, with times of its steps.
+"""`measure` runs Megatron's own training loop on this rank and times its steps.
 
 `pretrain_gpt.main()` runs with a command line; observers note when a step begins, which experts
 tokens went to, and what the compute waited for. Routing is imposed through Megatron's own means:

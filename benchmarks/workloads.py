@@ -1,9 +1,9 @@
-"""The named workloads of Megatron's benchmark proposal (its pull request 7488), as generators.
+"""These generators make the workloads of Megatron's benchmark proposal (its pull request 7488).
 
 Each is a sequence of microbatches of counts, so that a layout made for one can be judged on the
 next. Names are theirs; the numbers are ours, fixed here. Only counts: no tokens, no model.
 
-Shape suffixes: N ranks, E experts.
+Legend: N ranks, E experts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m megatron_laer`: see `cli.py`."""
+"""`python -m megatron_laer` runs the command line (see `cli`)."""
 
 import sys
 

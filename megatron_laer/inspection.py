@@ -1,8 +1,8 @@
-"""`python -m megatron_laer inspect`: what a checkpoint holds, told from its metadata.
+"""A checkpoint is described by what its metadata says (for `inspect`).
 
-Needs no ranks and no device, and loads no tensor. Torch keeps the list of tensors as a pickle; it
-is read without unpickling (see `inert_pickle`), so that looking at a checkpoint runs no code that
-somebody put into it. Names are printed escaped.
+This needs no ranks and no device, and loads no tensor. Torch keeps the list of tensors as a pickle;
+it is read without unpickling (`files.inert_pickle`), so that looking at a checkpoint runs no code
+that somebody put into it. Names are printed escaped.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_laer import inert_pickle
-from megatron_laer.files import one_line, open_input, quoted, read_bytes, read_text
-from megatron_laer.inert_pickle import Name, Record
+from megatron_laer.files import inert_pickle
+from megatron_laer.files.checks import one_line, open_input, quoted, read_bytes, read_text
+from megatron_laer.files.inert_pickle import Name, Record
 from megatron_laer.planner.state import PlannerState
 
 # A list of tensors needs some hundred bytes for each piece that a rank has saved.

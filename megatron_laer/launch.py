@@ -1,6 +1,6 @@
-"""The first call of a training script: everything that must happen before Megatron is imported.
+"""A training script calls `prepare` first, before it imports Megatron.
 
-Decides nothing about training; `plugin` knows what changes in Megatron, `platform` what the
+This decides nothing about training; `plugin` knows what changes in Megatron, `platform` what the
 machine needs.
 """
 

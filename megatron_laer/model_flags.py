@@ -1,4 +1,4 @@
-"""Model configurations in YAML, turned into Megatron's flags.
+"""A model configuration in YAML is turned into Megatron's flags.
 
 A file is grouped for the reader; a group's keys are Megatron's flags without the dashes, so there
 is nothing to look up twice:
@@ -22,8 +22,8 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from megatron_laer.shipped import yaml_file
-from megatron_laer.yaml_text import read_yaml
+from megatron_laer.files.shipped import yaml_file
+from megatron_laer.files.yaml_text import read_yaml
 
 GROUPS = ("architecture", "moe", "initialization", "precision", "data")
 

@@ -19,11 +19,12 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-from megatron_laer import model_support, session
+from megatron_laer import session
 from megatron_laer.dispatch.dispatcher import SlotDispatch, SlotTokenDispatcher
 from megatron_laer.experts.module import FSEPExperts
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+from megatron_laer.support import model as model_support
 
 _is_numbered_later = ContextVar("is_numbered_later", default=False)
 

@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-exec "$PYTHON" -m megatron_laer.quickstart "$@"
+exec "$PYTHON" scripts/quickstart.py "$@"

@@ -1,11 +1,11 @@
-"""DeepSeek's EPLB in its global form, from the description in its README.
+"""`Eplb` plans like DeepSeek's EPLB in its global form, from the description in its README.
 
 Redundant slots go, one after the other, to the expert with most load per replica; replicas are then
 packed in descending order of load, each onto the least loaded rank with room. Tokens are shared
 evenly among all replicas, wherever they come from. Its hierarchical form needs expert groups that
 divide by nodes and balances worse on skewed loads, so it is left out.
 
-Shape suffixes: N ranks, E experts, S slots.
+Legend: N ranks, E experts, S slots.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Equal replication: every expert as often as every other, wherever its tokens are.
+"""`Even` replicates every expert as often as every other, wherever its tokens are.
 
-What a system gets without any planner if it spreads its slots: slot s holds expert s mod E, and
-tokens are shared evenly among the replicas in the source's node, else among all.
+It is what a system gets without any planner if it spreads its slots: slot s holds expert s mod E,
+and tokens are shared evenly among the replicas in the source's node, else among all.
 """
 
 from __future__ import annotations

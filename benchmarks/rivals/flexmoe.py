@@ -1,11 +1,13 @@
-"""FlexMoE's scheduler, from the description in its paper (SIGMOD 2023, arXiv 2304.03946).
+"""`FlexMoE` plans like the scheduler of that name, from its description in the paper.
+
+The paper: SIGMOD 2023, arXiv 2304.03946.
 
 From the layout in use, step by step: the expert with most load per replica expands by one, the one
 with least shrinks by one in its place; a step stays if the largest rank load falls, else planning
 ends. Tokens are shared evenly among replicas. No public code exists; ours moves experts for free,
 as sharded experts can, and takes the best slot among all that the shrinking expert has.
 
-Shape suffixes: N ranks, E experts, S slots.
+Legend: N ranks, E experts, S slots.
 """
 
 from __future__ import annotations

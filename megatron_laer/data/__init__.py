@@ -1,10 +1,9 @@
-"""`prepare-data`: text in, a dataset that Megatron reads out.
+"""Text becomes a dataset that Megatron reads.
 
-Writes Megatron's format and none of its own, without importing Megatron; does not shuffle or split,
-which Megatron does when it reads. docs/prepare_data.md is the page for users.
+This writes Megatron's format and none of its own, without importing Megatron; it does not shuffle
+or split, which Megatron does when it reads. docs/prepare_data.md is the page for users.
 """
 
-from megatron_laer.data.command import add_arguments, run
 from megatron_laer.data.prepare import PreparedData, prepare_data
 from megatron_laer.data.sources import default_text_sources
 from megatron_laer.data.tokenizers import BYTES_TOKENIZER_FLAGS
@@ -12,8 +11,6 @@ from megatron_laer.data.tokenizers import BYTES_TOKENIZER_FLAGS
 __all__ = [
     "BYTES_TOKENIZER_FLAGS",
     "PreparedData",
-    "add_arguments",
     "default_text_sources",
     "prepare_data",
-    "run",
 ]

@@ -14,7 +14,7 @@ from megatron_laer.data.tokenizers import (
     Tokenizer,
     readable,
 )
-from megatron_laer.files import quoted
+from megatron_laer.files.checks import quoted
 
 FORMATS = ("text", "jsonl")
 DEFAULT_JSON_KEY = "text"

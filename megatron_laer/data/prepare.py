@@ -12,7 +12,7 @@ from megatron_laer.data.documents import DEFAULT_JSON_KEY, FORMATS, documents, f
 from megatron_laer.data.sources import as_list, find_sources
 from megatron_laer.data.tokenizers import Ids, Tokenizer, check_length, load_tokenizer, readable
 from megatron_laer.data.writing import check_prefix, new_dataset
-from megatron_laer.files import open_input, quoted
+from megatron_laer.files.checks import open_input, quoted
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_laer.files import check_regular, quoted
+from megatron_laer.files.checks import check_regular, quoted
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.files import quoted
+from megatron_laer.files.checks import quoted
 
 Ids = npt.NDArray[np.integer]
 

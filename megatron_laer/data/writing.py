@@ -20,13 +20,13 @@ from typing import BinaryIO
 import numpy as np
 
 from megatron_laer.data.tokenizers import MAX_DOCUMENT_TOKENS, Ids
-from megatron_laer.files import (
+from megatron_laer.files.checks import (
     quoted,
     refuse_overwriting,
     refuse_unusable_folder,
     refuse_unwritable,
 )
-from megatron_laer.writing import InUseError, Replacement, locked, sync_folder
+from megatron_laer.files.writing import InUseError, Replacement, locked, sync_folder
 
 _CACHE = "cache"
 

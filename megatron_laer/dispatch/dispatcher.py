@@ -17,7 +17,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 
 from megatron_laer.dispatch.exchange_edges import exchange_edges
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
-from megatron_laer.runtime.comm.streams import upload
+from megatron_laer.runtime.comm.upload import upload
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.telemetry.timeline import DENSE, Timeline
 

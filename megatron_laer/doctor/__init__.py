@@ -1,36 +1,17 @@
-"""`megatron-laer doctor`: what this machine has, what is supported and what is missing.
+"""A machine is examined for what training needs: what is there, supported or missing.
 
-Trains nothing and changes nothing. It needs nothing but the standard library, so that it runs where
-everything else is missing; what must be imported to be known is asked in other processes
+This trains nothing and changes nothing. It needs nothing but the standard library, so that it runs
+where everything else is missing; what must be imported to be known is asked in other processes
 (`probes.py`).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 from megatron_laer.doctor import machine, packages
 from megatron_laer.doctor.asking import answers_to
 from megatron_laer.doctor.row import Row
-
-# A long path or reason must not push all verdicts out of sight.
-_FOUND_WIDTH = 48
-
-
-def run() -> int:
-    """Print the table; the status is 1 if something that training needs is missing, else 0."""
-    rows = examine(os.environ)
-    name_width = max(len(row.name) for row in rows)
-    found_width = min(max(len(row.found) for row in rows), _FOUND_WIDTH)
-    for row in rows:
-        print(f"{row.name:{name_width}}  {row.found:{found_width}}  {row.verdict_and_note}")
-    stopping = [row.name for row in rows if row.stops]
-    if stopping:
-        print(f"\nmissing or unsupported: {', '.join(stopping)}")
-    else:
-        print("\neverything that training needs is there")
-    return 1 if stopping else 0
 
 
 def examine(environment: Mapping[str, str]) -> list[Row]:

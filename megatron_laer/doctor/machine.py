@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from megatron_laer.doctor.row import Answer, Row, Verdict
-from megatron_laer.files import quoted
+from megatron_laer.files.checks import quoted
 from megatron_laer.runtime.comm import launcher
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
-from megatron_laer.shipped import yaml_file
-from megatron_laer.yaml_text import parse_yaml, read_yaml
+from megatron_laer.files.shipped import yaml_file
+from megatron_laer.files.yaml_text import parse_yaml, read_yaml
 
 # Of constants in files: far beyond any machine, and far from where sums of times overflow.
 _LEAST_RATE, _MOST_RATE = 1.0, 1e24

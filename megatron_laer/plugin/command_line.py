@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_laer import flags, support
+from megatron_laer import flags
 from megatron_laer.config import ExpertParallelMode, FSEPConfig, LatePlan, deterministic
-from megatron_laer.files import quoted, read_text
+from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.platform import cpu
 from megatron_laer.platform.versions import check_version
 from megatron_laer.plugin.metrics import install_metrics
 from megatron_laer.plugin.patching import Patch, apply, undo
 from megatron_laer.plugin.switch import disable, enable
 from megatron_laer.runtime.comm import launcher
+from megatron_laer.support import RefusedError, arguments
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def _with_fsep_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
         if mode == ExpertParallelMode.FSEP:
             # None tells what was left out from what was given, and Megatron then takes what it
             # reads of a checkpoint's arguments. Filled in when the arguments are validated.
-            parser.set_defaults(**dict.fromkeys(support.NEEDED))
+            parser.set_defaults(**dict.fromkeys(arguments.FILLED_IN))
         return parser
 
     return add_megatron_arguments
@@ -116,13 +117,13 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
             result = original(args, *rest, **kwargs)
         finally:
             args.num_experts = experts
-        support.check(args, config)  # again, since Megatron rewrites deprecated flags
+        arguments.check(args, config)  # again, since Megatron rewrites deprecated flags
         if args.rank == 0:
             if filled:
                 # Printed like Megatron's own lines on what it derives, before logging has a level.
                 print(f"FSEP takes {' '.join(filled)}, which it needs", flush=True)
             on_cuda = not cpu.installed()
-            for warning in support.warnings(args, config, os.environ, on_cuda=on_cuda):
+            for warning in arguments.warnings(args, config, os.environ, on_cuda=on_cuda):
                 logger.warning("FSEP: %s", warning)
         with _refusing():
             enable(config, seed=args.seed)
@@ -146,8 +147,8 @@ def _checked(
                 "--fsep-late-plan keep: --deterministic-mode waits for plans; leave one out"
             )
         config = deterministic(config)
-    filled = support.fill_in(args, script_defaults or {})
-    support.check(args, config)
+    filled = arguments.fill_in(args, script_defaults or {})
+    arguments.check(args, config)
     if config.node_size is None:
         launcher.told_ranks_per_node(os.environ, args.world_size)
     return config, filled
@@ -159,7 +160,7 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise support.RefusedError(str(error)) from error
+        raise RefusedError(str(error)) from error
 
 
 ARGUMENT_PATCHES = (

@@ -20,9 +20,11 @@ from megatron_laer.planner.clusters import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
-from megatron_laer.runtime.comm.exchange import Exchange
-from megatron_laer.runtime.comm.flat_exchange import FlatExchange
-from megatron_laer.runtime.comm.node_exchange import NodeExchange
+from megatron_laer.runtime.comm.hierarchical import (
+    HierarchicalExchange,
+    flat_exchange,
+    node_exchange,
+)
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.coordinator import Coordinator
@@ -88,12 +90,14 @@ def build_coordinator(
     )
 
 
-def make_exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: ExchangeAlgorithm) -> Exchange:
+def make_exchange(
+    config: FSEPConfig, groups: FSEPGroups, algorithm: ExchangeAlgorithm
+) -> HierarchicalExchange:
     """The exchange of weights and gradients by this algorithm, `flat` or `node`."""
     if algorithm == ExchangeAlgorithm.NODE:
         dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
-        return NodeExchange(groups, dtype)
-    return FlatExchange(groups)
+        return node_exchange(groups, dtype)
+    return flat_exchange(groups)
 
 
 def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.device) -> CostModel:

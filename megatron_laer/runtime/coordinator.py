@@ -23,12 +23,12 @@ from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.state import PlannerState
+from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.comm.collectives import (
-    PlannerStatus,
     broadcast_layouts,
     exchange_counts,
 )
-from megatron_laer.runtime.comm.exchange import Exchange
+from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.layer_state import LayerState, check_no_plan_is_left, name_of_layer
@@ -97,7 +97,7 @@ class Coordinator:
         self._planner_rank: PlannerRank | None = None
 
     @property
-    def exchange(self) -> Exchange:
+    def exchange(self) -> HierarchicalExchange:
         """The exchange of weights and gradients."""
         return self.streams.exchange
 

@@ -9,10 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_laer import memory
 from megatron_laer.config import PlanMode
+from megatron_laer.files import memory
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.simulator.table import BASELINES
+from megatron_laer.simulator.table import BASELINES, chosen_cases
+from megatron_laer.trace import Trace
 
 # Seconds: always, per slot and per count [N, E]. Measured on one core of a server of 2023 with
 # skewed counts, from 8 ranks with 8 experts to 8192 with 256 and 1024 with 2048, 2 to 8 slots; most
@@ -74,6 +75,30 @@ class Work:
         forecasts = _FORECAST_BYTES * self.layers * (self.lag + 1)
         each = _TRACE_BYTES * self.records + forecasts + _WORKING_BYTES
         return geometry.num_ranks * geometry.num_experts * each
+
+
+def work_of(
+    trace: Trace,
+    geometries: Sequence[Geometry],
+    strategies: Sequence[str],
+    modes: Sequence[str],
+    *,
+    lag: int,
+    every: int,
+) -> Work:
+    """Count what `simulate` will go through for the same arguments."""
+    cases = chosen_cases(trace, lag, every)
+    keys = {(int(trace.step_R[case]), int(trace.layer_R[case])) for case in cases}
+    return Work(
+        geometries=geometries,
+        strategies=strategies,
+        modes=modes,
+        records=len(trace),
+        layers=len(trace.layers),
+        plans=len(keys),
+        cases=len(cases),
+        lag=lag,
+    )
 
 
 def check_fits(work: Work, longest_hours: float) -> None:

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_laer.files import one_line, quoted
+from megatron_laer.files.checks import one_line, quoted
+from megatron_laer.files.writing import replaced_when_complete, write_all
 from megatron_laer.simulator.table import Row
-from megatron_laer.writing import replaced_when_complete, write_all
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

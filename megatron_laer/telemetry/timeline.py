@@ -1,8 +1,9 @@
-"""`--fsep-timeline` writes what a rank did when, for a few steps, as a trace for Perfetto.
+"""A `Timeline` is what `--fsep-timeline` writes: a rank's trace of a few steps, for Perfetto.
 
-A process per rank with four lanes: compute, tokens, parameters, gradients. The compute lane shows
-phases, which begin and end where tokens are exchanged, and in them what it waited for. Written
-once, after the last of the steps; nothing here changes what runs when.
+It is one process per rank with four tracks: compute, tokens, and the two communication streams,
+parameters and gradients. The compute track shows phases, which begin and end where tokens are
+exchanged, and in them what it waited for. The trace is written once, after the last of the steps;
+nothing here changes what runs when.
 
 Format: the JSON of Chrome's trace viewer, complete events (`"ph": "X"`), times in microseconds
 since 1970. Files of several ranks go into one by joining their `traceEvents`.
@@ -20,14 +21,19 @@ from typing import Any
 
 import torch
 
+from megatron_laer.files.writing import (
+    free_name,
+    open_exclusively,
+    replaced_when_complete,
+    write_all,
+)
 from megatron_laer.telemetry.clock import Clock, Timestamp, make_clock
 from megatron_laer.telemetry.ranges import OpenRange, make_ranges
-from megatron_laer.writing import free_name, open_exclusively, replaced_when_complete, write_all
 
 logger = logging.getLogger(__name__)
 
 COMPUTE, TOKENS = "compute", "tokens"
-LANES = (COMPUTE, TOKENS, "parameters", "gradients")
+TRACKS = (COMPUTE, TOKENS, "parameters", "gradients")
 
 # Of the run, counted from 0: the first steps allocate memory and have no plan yet.
 FIRST_STEP, NUM_STEPS = 2, 3
@@ -37,7 +43,7 @@ DENSE = "dense layers"
 
 @dataclass(frozen=True)
 class _Open:
-    """Holds what has begun."""
+    """An interval that has begun."""
 
     label: str
     start: Timestamp
@@ -51,8 +57,8 @@ class Timeline:
         path: of the trace, created empty at once so that a run does not train in vain. A resumed
             run adds its first recorded step to the name, and a number if that is taken.
         rank: global; the trace's process.
-        open_range: of the device's profiler, for the compute and token lanes; the other lanes
-            name their work themselves.
+        open_range: of the device's profiler, for the compute and token tracks; the
+            communication streams name their work themselves.
         origin_step: the first step of this run, which may be a resumed one.
 
     Raises:
@@ -80,7 +86,7 @@ class Timeline:
             )
         self._is_recording = False
         self._origin: tuple[Timestamp, int] | None = None
-        self._spans: list[tuple[str, str, Timestamp, Timestamp]] = []
+        self._intervals: list[tuple[str, str, Timestamp, Timestamp]] = []
         self._phase: _Open | None = None
         self._exchange: _Open | None = None
         self._step_start: Timestamp = None
@@ -108,26 +114,26 @@ class Timeline:
         if step + 1 not in self._steps:
             self.close()
 
-    def add(self, lane: str, label: str, start: Timestamp, end: Timestamp) -> None:
-        """Add what happened on a communication stream, or in the compute."""
+    def add(self, track: str, label: str, start: Timestamp, end: Timestamp) -> None:
+        """Record an interval on a track."""
         if self._is_recording:
-            self._spans.append((lane, label, start, end))
+            self._intervals.append((track, label, start, end))
 
     def begin_exchange(self, label: str) -> None:
-        """Note that tokens leave, and that the compute waits for those that come."""
+        """Begin a token exchange, which the compute waits for."""
         now = self._clock.now()
         self._end_phase(now)
         self._exchange = self._open(label, now)
 
     def end_exchange(self, phase: str) -> None:
-        """Note that tokens are here, and that the compute goes on with a phase."""
+        """End a token exchange; the compute goes on with a phase."""
         now = self._clock.now()
         self._close(TOKENS, self._exchange, now)
         self._exchange = None
         self._phase = self._open(phase, now)
 
     def close(self) -> None:
-        """Write what was recorded, once; where no step was, the empty file goes."""
+        """Write what was recorded, once; where no step was recorded, the empty file is removed."""
         if self._file.closed:
             return
         self._is_recording = False
@@ -161,43 +167,43 @@ class Timeline:
     def _open(self, label: str, now: Timestamp) -> _Open:
         return _Open(label, now, self._open_range(label))
 
-    def _close(self, lane: str, opened: _Open | None, now: Timestamp) -> None:
+    def _close(self, track: str, opened: _Open | None, now: Timestamp) -> None:
         if opened is not None:
             opened.end_range()
-            self.add(lane, opened.label, opened.start, now)
+            self.add(track, opened.label, opened.start, now)
 
     def _events(self) -> Iterator[dict[str, Any]]:
         def named(kind: str, name: str, **where: int) -> dict[str, Any]:
             return {"ph": "M", "name": kind, "pid": self._rank, "args": {"name": name}, **where}
 
         yield named("process_name", f"rank {self._rank}")
-        for place, lane in enumerate(LANES):
-            yield named("thread_name", lane, tid=place)
+        for place, track in enumerate(TRACKS):
+            yield named("thread_name", track, tid=place)
         assert self._origin is not None
         origin, origin_ns = self._origin
 
         def microseconds(timestamp: Timestamp) -> float:
             return round(origin_ns / 1e3 + self._clock.seconds(origin, timestamp) * 1e6, 1)
 
-        for lane, label, start, end in self._spans:
+        for track, label, start, end in self._intervals:
             first, last = microseconds(start), microseconds(end)
             yield {
                 "ph": "X",
                 "name": label,
-                "cat": lane,
+                "cat": track,
                 "pid": self._rank,
-                "tid": LANES.index(lane),
+                "tid": TRACKS.index(track),
                 "ts": first,
                 "dur": round(last - first, 1),
             }
 
 
 def open_timeline(directory: str, rank: int, device: torch.device, first_step: int) -> Timeline:
-    """The trace of this rank in the directory: see `Timeline`."""
+    """Open this rank's trace in the directory: see `Timeline`."""
     clock, open_range = make_clock(device), make_ranges(device)
     return Timeline(timeline_path(directory, rank), rank, clock, open_range, first_step)
 
 
 def timeline_path(directory: str, rank: int) -> Path:
-    """Return the file of one rank."""
+    """Name the file of one rank."""
     return Path(directory) / f"rank-{rank}.json"

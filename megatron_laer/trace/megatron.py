@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.files import lines, open_input
+from megatron_laer.files.checks import lines, open_input
 from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.trace.records import MAX_INDEX, Trace, assemble
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.files import open_input
+from megatron_laer.files.checks import open_input
+from megatron_laer.files.recording import is_cut_off
 from megatron_laer.layout import MAX_EXPERTS
-from megatron_laer.recording_file import is_cut_off
 from megatron_laer.trace import megatron, recording, smartmoe, table
 from megatron_laer.trace.records import Trace
 

@@ -12,7 +12,7 @@ A line of JSON, then binary records, all little-endian:
 
 A record is written at once and without buffering, so a run that is killed leaves a file that is
 readable up to its last complete record. Neither compressed nor indexed: it is written by the thread
-that trains. How steps are cut off is said in `recording_file`.
+that trains. How steps are cut off is said in `files.recording`.
 
 Legend: N source ranks, E experts.
 """
@@ -31,9 +31,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.files import open_input
+from megatron_laer.files.checks import open_input
+from megatron_laer.files.recording import RecordingFile
 from megatron_laer.layout import MAX_EXPERTS
-from megatron_laer.recording_file import RecordingFile
 from megatron_laer.trace.records import MAX_COUNT, MAX_INDEX, Trace, check_cells
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer import memory
 from megatron_laer.arrays import Int64
+from megatron_laer.files import memory
 from megatron_laer.layout import MAX_EXPERTS
 
 Int32 = npt.NDArray[np.int32]

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_laer import memory
 from megatron_laer.arrays import Int64
-from megatron_laer.files import lines, open_input, quoted
+from megatron_laer.files import memory
+from megatron_laer.files.checks import lines, open_input, quoted
 from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.trace.records import MAX_COUNT, MAX_INDEX, MAX_RANKS, Trace, assemble
 

@@ -34,11 +34,12 @@ AT_ONCE = 2
 _IMPORTED = (
     "matplotlib.backend_bases",
     "matplotlib.figure",
-    "megatron_laer.data",
+    "megatron_laer.cli.flags",
+    "megatron_laer.cli.inspect",
+    "megatron_laer.cli.plan",
+    "megatron_laer.cli.prepare_data",
     "megatron_laer.inspection",
-    "megatron_laer.model_flags",
     "megatron_laer.runtime.planning.planner_checkpoint",
-    "megatron_laer.simulator.command",
 )
 
 

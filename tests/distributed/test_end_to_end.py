@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import end_to_end, routing
-from benchmarks.end_to_end import SKEWS, Size
+from benchmarks.end_to_end_cases import SKEWS, Size, configurations
 
 TINY = Size(2, 64, 64, 8, 2, 64, 16, warm_up=1, steps=2, repeats=1)
 TIMES = {"median", "min", "max"}
 
 
 def test_every_configuration_runs_under_the_routing_it_is_named_for(tmp_path: Path) -> None:
-    cases = end_to_end.configurations(TINY, 2, tmp_path)
+    cases = configurations(TINY, 2, tmp_path)
     runs = end_to_end.run_all(TINY, 2, cases, tmp_path)
     result = end_to_end.summary(cases, runs, TINY)
 

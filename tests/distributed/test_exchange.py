@@ -48,8 +48,7 @@ def exchanges_on(node_size: int) -> Iterator[Callable[..., Any]]:
     import torch.distributed as dist
 
     from megatron_laer.runtime.comm import process_groups
-    from megatron_laer.runtime.comm.flat_exchange import FlatExchange
-    from megatron_laer.runtime.comm.node_exchange import NodeExchange
+    from megatron_laer.runtime.comm.hierarchical import flat_exchange, node_exchange
 
     dist.init_process_group("gloo")
     try:
@@ -57,8 +56,8 @@ def exchanges_on(node_size: int) -> Iterator[Callable[..., Any]]:
 
         def make(algorithm: str, grad_wire_dtype: Any = None) -> Any:
             if algorithm == ExchangeAlgorithm.FLAT:
-                return FlatExchange(groups)
-            return NodeExchange(groups, grad_wire_dtype)
+                return flat_exchange(groups)
+            return node_exchange(groups, grad_wire_dtype)
 
         yield make
     finally:
@@ -111,22 +110,19 @@ class Rank:
 
         slots = self.case.layout(self.size).slot_expert_S.tolist()
         parts = self.grads_SRK[:, self.start : self.end].float()
-        span = (
-            len(slots)
-            if algorithm == ExchangeAlgorithm.FLAT
-            else self.node_size * self.case.capacity
-        )
+        is_flat = algorithm == ExchangeAlgorithm.FLAT
+        node_slots = len(slots) if is_flat else self.node_size * self.case.capacity
         reduced = []
         for expert in range(self.case.experts):
             total = None
-            for first in range(0, len(slots), span):
-                node = [s for s in range(first, first + span) if slots[s] == expert]
+            for first in range(0, len(slots), node_slots):
+                node = [s for s in range(first, first + node_slots) if slots[s] == expert]
                 if not node:
                     continue
                 summed = parts[node[0]].clone()
                 for slot in node[1:]:
                     summed += parts[slot]
-                if span < len(slots):
+                if node_slots < len(slots):
                     summed = summed.to(wire).float()
                 total = summed if total is None else total + summed
             assert total is not None
@@ -134,7 +130,7 @@ class Rank:
         return torch.stack(reduced).to(self.dtype)
 
     def bound_ErK(self, wire: Any) -> Any:
-        """How far apart the sums of flat and node may be, as `NodeExchange` states it."""
+        """How far apart the sums of flat and node may be, as `node_exchange` states it."""
         import torch
 
         roundoff = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -215,7 +211,7 @@ def test_a_group_of_one_rank_needs_no_collective(ranks: Callable[[int], RankPool
 
 
 def bytes_of_every_case(node_size: int) -> list[tuple[Case, str, str, int, int]]:
-    """(case, what, algorithm, bytes inside, bytes across) as counted on this rank."""
+    """(case, what, algorithm, intra-node bytes, inter-node bytes) as counted on this rank."""
     import torch
 
     rows = []
@@ -234,8 +230,8 @@ def bytes_of_every_case(node_size: int) -> list[tuple[Case, str, str, int, int]]
                     (case, "reduce", algorithm, count.reduce_intra_bytes, count.reduce_inter_bytes)
                 )
                 before = count.restore_intra_bytes, count.restore_inter_bytes
-                kept = kept_under(here.index(), restored)
-                exchange.restore(here.slice_ErK, here.index(1), case.rows, kept=kept)
+                reuse = reusable(here.index(), restored)
+                exchange.restore(here.slice_ErK, here.index(1), case.rows, reuse=reuse)
                 rows.append(
                     (
                         case,
@@ -248,10 +244,10 @@ def bytes_of_every_case(node_size: int) -> list[tuple[Case, str, str, int, int]]
     return rows
 
 
-def kept_under(index: Any, matrix_CRK: Any) -> Any:
-    from megatron_laer.runtime.comm.exchange import Kept
+def reusable(index: Any, matrix_CRK: Any) -> Any:
+    from megatron_laer.runtime.comm.hierarchical import ReusableWeights
 
-    return Kept(index, matrix_CRK)
+    return ReusableWeights(index, matrix_CRK)
 
 
 @pytest.mark.parametrize("node_size", [1, 2, 4])
@@ -263,7 +259,7 @@ def test_bytes_of_the_collectives_equal_the_formulas(
     for rank, counted in enumerate(ranks(4).run(bytes_of_every_case, node_size)):
         for case, what, algorithm, intra_bytes, inter_bytes in counted:
             layout, matrices = case.layout(4), [(case.rows, COLUMNS)]
-            near = far = 4 if case.dtype == "float32" else 2
+            intra = inter = 4 if case.dtype == "float32" else 2
             if what == "full":
                 traffic = restore_traffic(layout, node_size, matrices, algorithm)
             elif what == "changed":
@@ -271,9 +267,9 @@ def test_bytes_of_the_collectives_equal_the_formulas(
                 traffic = restore_traffic(after, node_size, matrices, algorithm, before=layout)
             else:
                 traffic = reduce_traffic(layout, node_size, matrices, algorithm)
-                far = 4 if algorithm == ExchangeAlgorithm.NODE else far
-            assert intra_bytes == near * traffic.intra_N[rank], (case, what, algorithm)
-            assert inter_bytes == far * traffic.inter_N[rank], (case, what, algorithm)
+                inter = 4 if algorithm == ExchangeAlgorithm.NODE else inter
+            assert intra_bytes == intra * traffic.intra_N[rank], (case, what, algorithm)
+            assert inter_bytes == inter * traffic.inter_N[rank], (case, what, algorithm)
 
 
 def layouts_that_follow(node_size: int) -> None:
@@ -288,14 +284,14 @@ def layouts_that_follow(node_size: int) -> None:
                 matrix = torch.full_like(here.expected_CRK(), torch.nan)
                 exchange.restore(here.slice_ErK, here.index(), rows, out=matrix)
                 for step in range(1, 5):
-                    kept = kept_under(here.index(step - 1), matrix)
-                    result = exchange.restore(here.slice_ErK, here.index(step), rows, kept=kept)
+                    reuse = reusable(here.index(step - 1), matrix)
+                    result = exchange.restore(here.slice_ErK, here.index(step), rows, reuse=reuse)
                     assert result is matrix
                     assert torch.equal(matrix, here.expected_CRK(step)), (rows, algorithm, step)
                 collectives = exchange.count.restore_collectives
-                kept = kept_under(here.index(4), matrix)
+                reuse = reusable(here.index(4), matrix)
                 # Other weights, so that fetching anything would show.
-                exchange.restore(here.slice_ErK + 1, here.index(4), rows, kept=kept)
+                exchange.restore(here.slice_ErK + 1, here.index(4), rows, reuse=reuse)
                 assert torch.equal(matrix, here.expected_CRK(4))
                 assert exchange.count.restore_collectives == collectives
 
@@ -310,7 +306,7 @@ def test_kept_matrices_fetch_changed_slots_and_nothing_if_nothing_changed(
 def one_slot_changes(slot: int, algorithm: str) -> tuple[list[int], int]:
     """Only `slot` changes. Returns this rank's slots that came anew, and bytes from other nodes.
 
-    With `flat`, all that is kept is poisoned: what is not poison was fetched. With `node`, nodes
+    With `flat`, all that is reused is poisoned: what is not poison was fetched. With `node`, nodes
     have all experts, and it is the slices that are poisoned: what is not poison came from slots.
     """
     import torch
@@ -329,7 +325,7 @@ def one_slot_changes(slot: int, algorithm: str) -> tuple[list[int], int]:
         mine = range(here.rank * 2, here.rank * 2 + 2)
         slice_ErK, matrix = here.slice_ErK, here.whole_ERK[[before_S[there] for there in mine]]
         (slice_ErK if algorithm == ExchangeAlgorithm.NODE else matrix).fill_(torch.nan)
-        exchange.restore(slice_ErK, after, 7, kept=kept_under(before, matrix))
+        exchange.restore(slice_ErK, after, 7, reuse=reusable(before, matrix))
         right = [
             there
             for there in mine
@@ -355,7 +351,7 @@ def buffers_over_layouts(node_size: int) -> list[tuple[str, str, str, int, int, 
     import torch
 
     from megatron_laer.planner.geometry import Geometry
-    from megatron_laer.runtime.comm.workspace import reduce_workspace, restore_workspace
+    from megatron_laer.runtime.comm.workspace_sizes import reduce_workspace, restore_workspace
 
     found = []
     with exchanges_on(node_size) as make:

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import yaml
 
-from megatron_laer.shipped import yaml_file
+from megatron_laer.files.shipped import yaml_file
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
@@ -41,8 +41,14 @@ def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
         found = {
             "ranks": groups.ranks,
             "index": groups.index,
-            "node": [members(groups.parameters_node), members(groups.gradients_node)],
-            "across": [members(groups.parameters_across), members(groups.gradients_across)],
+            "intra_node": [
+                members(groups.parameters_intra_node),
+                members(groups.gradients_intra_node),
+            ],
+            "inter_node": [
+                members(groups.parameters_inter_node),
+                members(groups.gradients_inter_node),
+            ],
             "parameters": members(groups.parameters),
             "gradients": members(groups.gradients),
             "distinct": len({groups.tokens, *groups.extra()}),
@@ -63,8 +69,8 @@ def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
 def test_groups_of_four_ranks_on_two_nodes(ranks: Callable[[int], RankPool]) -> None:
     for rank, found in enumerate(ranks(4).run(groups_of, 4, 2)):
         assert found["ranks"] == (0, 1, 2, 3)
-        assert found["node"] == [[0, 1] if rank < 2 else [2, 3]] * 2
-        assert found["across"] == [[0, 2] if rank % 2 == 0 else [1, 3]] * 2
+        assert found["intra_node"] == [[0, 1] if rank < 2 else [2, 3]] * 2
+        assert found["inter_node"] == [[0, 2] if rank % 2 == 0 else [1, 3]] * 2
         assert found["parameters"] == found["gradients"] == [0, 1, 2, 3]
         assert found["distinct"] == 7, "no two exchanges share a communicator"
         assert found["field"]
@@ -75,7 +81,9 @@ def test_replicas_have_groups_of_their_own(ranks: Callable[[int], RankPool]) -> 
     for rank, found in enumerate(ranks(4).run(groups_of, 2, None)):
         assert found["ranks"] == ((0, 1) if rank < 2 else (2, 3))
         assert found["index"] == rank // 2
-        assert found["node"] == found["across"] == [None, None], "one node holds the whole group"
+        assert found["intra_node"] == found["inter_node"] == [None, None], (
+            "one node holds the whole group"
+        )
         assert found["distinct"] == 3
 
 
@@ -103,30 +111,30 @@ def test_launchers_that_disagree_are_refused_on_every_rank(
         assert "[1, 4] ranks: not the same number" in raised.message
 
 
-def chosen_exchange(command: list[str]) -> str:
-    """Which exchange a run takes."""
+def chosen_node_size(command: list[str]) -> int:
+    """What the exchange that a run takes counts as a node."""
     from megatron_laer.session import current_coordinator
 
-    names: list[str] = []
+    sizes: list[int] = []
 
     def look(_model: object) -> None:
         coordinator = current_coordinator()
         assert coordinator is not None
-        names.append(type(coordinator.exchange).__name__)
+        sizes.append(coordinator.exchange.node_size)
 
     train(command, look)
-    return names[-1]
+    return sizes[-1]
 
 
 @pytest.mark.parametrize(
-    ("inside_bytes_per_s", "expected"), [(1e12, "NodeExchange"), (1e9, "FlatExchange")]
+    ("inside_bytes_per_s", "expected"), [(1e12, 2), (1e9, 4)], ids=["node", "flat"]
 )
 def test_auto_goes_through_nodes_where_links_inside_are_faster(
     ranks: Callable[[int], RankPool],
     text_data: str,
     tmp_path: Path,
     inside_bytes_per_s: float,
-    expected: str,
+    expected: int,
 ) -> None:
     values = yaml.safe_load(yaml_file("cluster", "cpu-gloo").read_text())
     values["intra"] = {"bytes_per_s": inside_bytes_per_s, "latency_s": 0.0}
@@ -143,7 +151,7 @@ def test_auto_goes_through_nodes_where_links_inside_are_faster(
         extra=" --expert-parallel-mode fsep --fsep-planner static --fsep-capacity 4"
         f" --fsep-node-size 2 --fsep-restore-algorithm auto --fsep-cluster {cluster}",
     )
-    assert ranks(4).run(chosen_exchange, command) == [expected] * 4
+    assert ranks(4).run(chosen_node_size, command) == [expected] * 4
 
 
 def test_ranks_unevenly_spread_over_nodes_are_refused() -> None:

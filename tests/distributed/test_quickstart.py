@@ -16,7 +16,7 @@ STEPS = 4
 
 
 def test_the_quick_start_trains_with_fsep_and_with_stock_and_compares(tmp_path: Path) -> None:
-    words = f"-m megatron_laer.quickstart --ranks 2 --steps {STEPS} --work-dir".split()
+    words = f"scripts/quickstart.py --ranks 2 --steps {STEPS} --work-dir".split()
     result = processes.run(
         [sys.executable, *words, str(tmp_path)],
         timeout_s=1800.0,
@@ -52,7 +52,7 @@ def test_the_quick_start_trains_with_fsep_and_with_stock_and_compares(tmp_path: 
 def test_what_cannot_be_is_refused_before_anything_is_made(
     words: list[str], said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_laer import quickstart
+    from scripts import quickstart
 
     try:
         status = quickstart.main(words)

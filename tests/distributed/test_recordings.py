@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_laer.files.writing import open_exclusively
 from megatron_laer.telemetry.timeline import FIRST_STEP
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import Record, train
 from megatron_laer.trace.reading import read_trace
-from megatron_laer.writing import open_exclusively
 from tests.parity.flags import command_line
 
 SAVED, STEPS = 4, 6

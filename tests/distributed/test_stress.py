@@ -3,7 +3,7 @@
 A configuration starts once. Its seeds are consecutive steps of one run, two steps for each, and
 after every step each rank's weights and gradients are compared with the undisturbed run's. That is
 no weaker than a fresh start for every seed: as long as nothing differs, a seed begins from the very
-state it would be given, and with lanes, planner and workspaces in use.
+state it would be given, and with communication streams, planner and workspaces in use.
 
 Runs 10 seeds. The 200 are for a machine with time:
 
@@ -147,7 +147,7 @@ def test_a_disturbed_run_that_keeps_its_layouts_equals_its_replay(
     assert reordered > 0
 
 
-def test_without_lanes_delays_reorder_nothing(
+def test_without_overlap_delays_reorder_nothing(
     ranks: Callable[[int], RankPool], text_data: str
 ) -> None:
     """The control: where everything runs in program order, the same delays must show as none."""
@@ -197,7 +197,7 @@ def test_a_restore_that_is_not_waited_for_is_found(
 
 
 def train_into_a_hang(flags: list[str], watchdog_s: float) -> None:
-    """The gradients' lane of rank 1 stops in the middle of a step."""
+    """The gradients' communication stream of rank 1 stops in the middle of a step."""
     import threading
     from unittest import mock
 

@@ -1,4 +1,4 @@
-"""`--fsep-timeline` writes what each lane did when; the log says what compute waited for."""
+"""`--fsep-timeline` writes what each track did when; the log says what compute waited for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.telemetry.timeline import COMPUTE, FIRST_STEP, LANES, NUM_STEPS, TOKENS
+from megatron_laer.telemetry.timeline import COMPUTE, FIRST_STEP, NUM_STEPS, TOKENS, TRACKS
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
 from tests.parity.compare import identical
@@ -35,18 +35,18 @@ def flags(data: str, extra: str, steps: int = STEPS) -> list[str]:
 
 
 def read(directory: Path, rank: int) -> dict[str, list[dict[str, Any]]]:
-    """Intervals by lane, in order of their begin."""
+    """Intervals by track, in order of their begin."""
     events = json.loads((directory / f"rank-{rank}.json").read_text())["traceEvents"]
     assert {event["pid"] for event in events} == {rank}
     names = {
         event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"
     }
-    assert tuple(names[place] for place in sorted(names)) == LANES
-    lanes: dict[str, list[dict[str, Any]]] = {lane: [] for lane in LANES}
+    assert tuple(names[place] for place in sorted(names)) == TRACKS
+    tracks: dict[str, list[dict[str, Any]]] = {track: [] for track in TRACKS}
     for event in sorted(events, key=lambda event: event.get("ts", 0.0)):
         if event["ph"] == "X":
-            lanes[names[event["tid"]]].append(event)
-    return lanes
+            tracks[names[event["tid"]]].append(event)
+    return tracks
 
 
 def named(events: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -58,49 +58,49 @@ def end(event: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("extra", ["", " --fsep-scheduler off"], ids=["scheduled", "unscheduled"])
-def test_every_exchange_of_the_recorded_steps_is_on_its_lane(
+def test_every_exchange_of_the_recorded_steps_is_on_its_track(
     ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, extra: str
 ) -> None:
     ranks(2).run(
         train, flags(text_data, f" --fsep-plan-mode forecast --fsep-timeline {tmp_path}{extra}")
     )
     for rank in range(2):
-        lanes = read(tmp_path, rank)
-        steps = [event for event in lanes[COMPUTE] if event["name"].startswith("step ")]
+        tracks = read(tmp_path, rank)
+        steps = [event for event in tracks[COMPUTE] if event["name"].startswith("step ")]
         wanted = range(FIRST_STEP, FIRST_STEP + NUM_STEPS)
         assert [event["name"] for event in steps] == [f"step {step + 1}" for step in wanted]
         for layer in LAYERS:
             passes = NUM_STEPS * MICROBATCHES
             matrices = 2
             # Forward and backward restore, and both matrices are exchanged by themselves.
-            assert len(named(lanes["parameters"], f"restore {layer}")) == 2 * matrices * passes
-            assert len(named(lanes["gradients"], f"reduce {layer}")) == matrices * passes
+            assert len(named(tracks["parameters"], f"restore {layer}")) == 2 * matrices * passes
+            assert len(named(tracks["gradients"], f"reduce {layer}")) == matrices * passes
             for exchange in (f"dispatch {layer}", f"combine {layer}"):
-                assert len(named(lanes[TOKENS], exchange)) == passes
-                assert len(named(lanes[TOKENS], f"{exchange}, backward")) == passes
+                assert len(named(tracks[TOKENS], exchange)) == passes
+                assert len(named(tracks[TOKENS], f"{exchange}, backward")) == passes
             for phase in (f"experts {layer}", f"experts {layer}, backward"):
-                assert len(named(lanes[COMPUTE], phase)) == passes
-        for lane in LANES:
+                assert len(named(tracks[COMPUTE], phase)) == passes
+        for track in TRACKS:
             outside = [
                 event
-                for event in lanes[lane]
+                for event in tracks[track]
                 if event["ts"] < steps[0]["ts"] - ROUNDING_US
                 or end(event) > end(steps[-1]) + ROUNDING_US
             ]
             assert not outside
 
 
-def test_work_on_one_lane_is_in_order_and_phases_alternate_with_exchanges(
+def test_work_on_one_track_is_in_order_and_phases_alternate_with_exchanges(
     ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
 ) -> None:
     ranks(2).run(train, flags(text_data, f" --fsep-timeline {tmp_path}"))
     for rank in range(2):
-        lanes = read(tmp_path, rank)
+        tracks = read(tmp_path, rank)
         phases = [
-            event for event in lanes[COMPUTE] if not event["name"].startswith(("step ", "wait: "))
+            event for event in tracks[COMPUTE] if not event["name"].startswith(("step ", "wait: "))
         ]
-        main_thread = sorted(phases + lanes[TOKENS], key=lambda event: event["ts"])
-        for series in (main_thread, lanes["parameters"], lanes["gradients"]):
+        main_thread = sorted(phases + tracks[TOKENS], key=lambda event: event["ts"])
+        for series in (main_thread, tracks["parameters"], tracks["gradients"]):
             for before, after in pairwise(series):
                 assert after["ts"] >= end(before) - ROUNDING_US, (before, after)
         # Phases and exchanges follow each other without a gap, within each step.
@@ -126,15 +126,15 @@ def test_the_next_layers_restore_begins_before_this_layers_experts_end(
                 f" --fsep-timeline {directory}",
             ),
         )
-        lanes = read(directory, 0)
+        tracks = read(directory, 0)
         # Each microbatch restores both matrices in forward, then in backward.
-        restores = named(lanes["parameters"], "restore layer 2")[::4]
-        experts = named(lanes[COMPUTE], "experts layer 1")
+        restores = named(tracks["parameters"], "restore layer 2")[::4]
+        experts = named(tracks[COMPUTE], "experts layer 1")
         early = sum(
             restore["ts"] < end(compute) for restore, compute in zip(restores, experts, strict=True)
         )
         overlapped[scheduler] = early
-    # On a machine that is busy, a lane's thread may get its turn only after the experts.
+    # On a busy machine, a communication stream's thread may get its turn only after the experts.
     assert overlapped["on"] > 0
     assert overlapped["off"] == 0
 
@@ -190,11 +190,11 @@ def test_exposed_times_are_in_tensorboard(
         series = [event.value for event in events.Scalars(f"fsep_{what}_exposed_ms")]
         assert len(series) == STEPS // 2
         assert all(value >= 0 for value in series)
-        if waits:  # for everything that the lane does; steps 3 and 4 are the second report's
-            lane_ms = 0.0
+        if waits:  # for everything that the stream does; steps 3 and 4 are the second report's
+            track_ms = 0.0
             for rank in range(2):
-                lanes = read(tmp_path / "trace", rank)
-                until = end(named(lanes[COMPUTE], "step 4")[0])
-                lane_ms += sum(e["dur"] for e in lanes[label] if e["ts"] < until) / 1e3
-            mean_of_ranks_and_steps_ms = lane_ms / 2 / 2
+                tracks = read(tmp_path / "trace", rank)
+                until = end(named(tracks[COMPUTE], "step 4")[0])
+                track_ms += sum(e["dur"] for e in tracks[label] if e["ts"] < until) / 1e3
+            mean_of_ranks_and_steps_ms = track_ms / 2 / 2
             assert series[1] == pytest.approx(mean_of_ranks_and_steps_ms, rel=0.2, abs=0.5)

@@ -25,7 +25,7 @@ from megatron_laer.testing.training import Record, rank_of_environment, train
 STEPS_PER_SEED = 2
 WATCHDOG_S = 30.0
 
-# A seed makes each site of each rank quick or slow, so that lanes overtake each other both ways.
+# A seed makes each site of each rank quick or slow, so that streams overtake each other both ways.
 _LONGEST_MS = (0.0, 0.0, 0.5, 2.0, 10.0)
 # How often a plan is held until the step that it is made for has begun: then it is late, however
 # long steps take.
@@ -93,7 +93,7 @@ class Trace:
 
     Attributes:
         digests: of all weights and main gradients after each step.
-        completed: exchanges by name, as their completion was seen: lanes and compute together.
+        completed: exchanges by name, as their completion was seen: streams and compute together.
         versions: how many times layouts had changed.
         late_plans: plans that were not ready in time, as this rank was told.
         slept: delays longer than zero.
@@ -165,17 +165,18 @@ def _injected(
     from megatron_laer.planner.guard import Guard
     from megatron_laer.planner.service import PlannerService
     from megatron_laer.runtime import coordinator
-    from megatron_laer.runtime.comm.hierarchical import Leg
+    from megatron_laer.runtime.comm.stages import Stage
     from megatron_laer.runtime.comm.streams import InlineStream, ThreadStream
 
-    leg, tokens, start = Leg.all_to_all, _AllToAll.forward, coordinator.Coordinator.begin_step
+    all_to_all, tokens = Stage.all_to_all, _AllToAll.forward
+    start = coordinator.Coordinator.begin_step
     next_job, decide = PlannerService._next_job, Guard.decide
     delay = delays.at
 
-    def slow_leg(self: Any, *args: Any) -> Any:
-        # The lane's thread, or the caller's without overlap; a node's two legs are two calls.
-        delay(f"leg {self.group.group_name}")
-        return leg(self, *args)
+    def slow_stage(self: Any, *args: Any) -> Any:
+        # The stream's thread, or the caller's without overlap; each stage is a call.
+        delay(f"stage {self.group.group_name}")
+        return all_to_all(self, *args)
 
     def slow_tokens(ctx: Any, *args: Any) -> Any:
         # Dispatch and combine, forward and backward: Megatron's backward applies it again.
@@ -220,7 +221,7 @@ def _injected(
 
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in (
-            (Leg, "all_to_all", slow_leg),
+            (Stage, "all_to_all", slow_stage),
             (_AllToAll, "forward", staticmethod(slow_tokens)),
             (PlannerService, "_next_job", slow_job),
             (Guard, "decide", slow_decision),

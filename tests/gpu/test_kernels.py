@@ -13,7 +13,8 @@ from megatron_laer.dispatch.slots import slot_ranges, to_slots
 from megatron_laer.experts.gemm import gemm_names
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import solve_quotas
-from megatron_laer.runtime.comm.layout_index import layout_index, reduce_index
+from megatron_laer.runtime.comm.layout_index import layout_index
+from megatron_laer.runtime.comm.reduce_index import reduce_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.slot_gemm import check_back_end
 
@@ -60,7 +61,7 @@ def test_sums_over_replicas_are_bitwise_the_same_every_time() -> None:
     parts_SrK = torch.randn(layout.num_slots, 65, 33, device=DEVICE, generator=generator)
 
     def reduce() -> torch.Tensor:
-        (_, first), *others = index.in_span
+        (_, first), *others = index.intra_node
         total = parts_SrK.index_select(0, first)
         for experts, slots in others:
             total.index_add_(0, experts, parts_SrK.index_select(0, slots))

@@ -1,6 +1,6 @@
 """What users ask for, and where the answer is: in rows of the parity table, or in refusals.
 
-Names that begin with a flag are settings of `megatron_laer.support.REFUSALS`.
+Names that begin with a flag are settings of `megatron_laer.support.table.REFUSALS`.
 """
 
 from __future__ import annotations

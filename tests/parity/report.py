@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from megatron_laer.model_support import UNPROVED
 from megatron_laer.releases import NUMBERS, RELEASES
-from megatron_laer.support import REFUSALS
+from megatron_laer.support.fields import UNPROVED, WITHOUT_EFFECT_BY_REASON
+from megatron_laer.support.table import REFUSALS
 from tests.parity.compare import Distance
 from tests.parity.features import FEATURES
 from tests.parity.rows import FLOOR_FACTOR, ROWS, Row
@@ -99,7 +99,14 @@ def render(figures: Mapping[str, Figures]) -> str:
         + " |"
         for row in ROWS
     )
-    refusals = (f"| `{item.setting}` | {item.reason} | {item.way_out} |" for item in REFUSALS)
+    refusals = (
+        f"| `{item.setting}` | {_code(item.field)} | {item.reason} | {item.way_out} |"
+        for item in REFUSALS
+    )
+    without_effect = (
+        f"| {_code(*fields.split())} | {reason} |"
+        for reason, fields in WITHOUT_EFFECT_BY_REASON.items()
+    )
     features = (
         f"| {feature} | {'refused' if _refused(names) else 'proved'} | {_listed(names)} |"
         for feature, names in FEATURES.items()
@@ -119,8 +126,13 @@ def render(figures: Mapping[str, Figures]) -> str:
         dashes="|".join("---" for _ in range(3 + len(_COLUMNS))),
         rows="\n".join(rows),
         refusals="\n".join(refusals),
-        unproved=", ".join(f"`{field}`" for field in sorted(UNPROVED)),
+        unproved=_code(*sorted(UNPROVED)),
+        without_effect="\n".join(without_effect),
     )
+
+
+def _code(*names: str) -> str:
+    return ", ".join(f"`{name}`" for name in names if name) or _NONE
 
 
 def _refused(names: Iterable[str]) -> bool:

@@ -12,9 +12,9 @@ import textwrap
 import pytest
 
 from megatron_laer import __version__, cli
+from megatron_laer.cli import plan
 from megatron_laer.model_flags import model_flags
 from megatron_laer.releases import TESTED_RANGE
-from megatron_laer.simulator import command as plan
 from tests.processes import python_path
 
 
@@ -172,7 +172,7 @@ def test_messages_name_the_program_as_it_was_started(tmp_path):
 _WAITING = """
 import signal, sys
 from megatron_laer import cli
-from megatron_laer.simulator import command
+from megatron_laer.cli import plan
 def wait(args):
     try:
         print("at work", flush=True)
@@ -180,7 +180,7 @@ def wait(args):
             signal.pause()
     finally:
         print("tidied up")
-command.run = wait
+plan.run = wait
 sys.exit(cli.main(["plan", "trace"]))
 """
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megatron_laer.files.shipped import yaml_file
 from megatron_laer.planner.clusters import (
     GemmCurve,
     Link,
@@ -16,7 +17,6 @@ from megatron_laer.planner.clusters import (
     load_cluster,
     parse_cluster,
 )
-from megatron_laer.shipped import yaml_file
 
 SHIPPED = ["a100-4x8-ib800", "cpu-gloo", "h100-8"]
 

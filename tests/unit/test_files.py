@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer import files, writing
+from megatron_laer.files import checks, writing
 
 _WRITER = """
 import sys
 from pathlib import Path
-from megatron_laer.writing import Replacement
+from megatron_laer.files.writing import Replacement
 replacement = Replacement(Path(sys.argv[1]))
 replacement.file.write(b"half")
 print(replacement.path, flush=True)
@@ -26,7 +26,7 @@ sys.stdin.read()
 def test_a_pipe_is_refused_without_waiting_for_its_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match=r"pipe' is a pipe; give a regular file"):
-        files.open_input(tmp_path / "pipe")
+        checks.open_input(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
@@ -34,27 +34,27 @@ def test_a_pipe_is_refused_without_waiting_for_its_writer(tmp_path: Path) -> Non
 )
 def test_what_is_no_file_is_named(path: str, kind: str) -> None:
     with pytest.raises(ValueError, match=f"is {kind}"):
-        files.read_text(Path(path))
+        checks.read_text(Path(path))
 
 
 def test_a_text_is_read_up_to_its_limit(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(b"\xef\xbb\xbf12345678")
-    assert files.read_text(path, max_bytes=11) == "12345678"
+    assert checks.read_text(path, max_bytes=11) == "12345678"
     with pytest.raises(ValueError, match=r"has 11 bytes; at most 10 are expected"):
-        files.read_text(path, max_bytes=10)
+        checks.read_text(path, max_bytes=10)
 
 
 def test_a_text_in_another_encoding_is_named(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"text' is not UTF-8 text"):
-        files.read_text(tmp_path / "text")
+        checks.read_text(tmp_path / "text")
 
 
 def test_quotes_are_one_short_line_without_control_characters() -> None:
-    shown = files.quoted("a\x1b[31m\nb" + "x" * 5000)
+    shown = checks.quoted("a\x1b[31m\nb" + "x" * 5000)
     assert shown.isprintable() and len(shown) < 300
-    assert files.quoted("plain") == "'plain'"
+    assert checks.quoted("plain") == "'plain'"
 
 
 @pytest.mark.parametrize("name", ["out", "../{folder}/out", "link", "hard", "loop/out"])
@@ -65,14 +65,14 @@ def test_an_output_that_is_the_input_is_refused_by_whatever_name(tmp_path: Path,
     (tmp_path / "loop").symlink_to(".")
     output = tmp_path / name.format(folder=tmp_path.name)
     with pytest.raises(ValueError, match=r"--json .* would write over the input"):
-        files.refuse_overwriting(output, [tmp_path / "out"], "--json")
+        checks.refuse_overwriting(output, [tmp_path / "out"], "--json")
 
 
 def test_an_output_in_a_folder_that_is_an_input_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     with pytest.raises(ValueError, match="would write over the input"):
-        files.refuse_overwriting(tmp_path / "in" / "new", [tmp_path / "in"], "--json")
-    files.refuse_overwriting(tmp_path / "beside", [tmp_path / "in"], "--json")
+        checks.refuse_overwriting(tmp_path / "in" / "new", [tmp_path / "in"], "--json")
+    checks.refuse_overwriting(tmp_path / "beside", [tmp_path / "in"], "--json")
 
 
 def test_outputs_that_cannot_be_written_are_refused_and_nothing_is_made(tmp_path: Path) -> None:
@@ -80,12 +80,12 @@ def test_outputs_that_cannot_be_written_are_refused_and_nothing_is_made(tmp_path
     before = sorted(tmp_path.iterdir())
     for output in ("", tmp_path, tmp_path / "none" / "x", tmp_path / "file" / "x", "/dev/full"):
         with pytest.raises(ValueError, match="--json"):
-            files.refuse_unwritable(output, "--json")
+            checks.refuse_unwritable(output, "--json")
     for folder in ("", tmp_path / "file", tmp_path / "file" / "x", "/proc/x"):
         with pytest.raises(ValueError, match="--fsep-timeline"):
-            files.refuse_unusable_folder(folder, "--fsep-timeline")
-    files.refuse_unwritable(tmp_path / "file", "--json")
-    files.refuse_unusable_folder(tmp_path / "a" / "b", "--fsep-timeline")
+            checks.refuse_unusable_folder(folder, "--fsep-timeline")
+    checks.refuse_unwritable(tmp_path / "file", "--json")
+    checks.refuse_unusable_folder(tmp_path / "a" / "b", "--fsep-timeline")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -146,7 +146,7 @@ def test_leftovers_of_a_killed_run_go_and_those_of_a_living_one_stay(tmp_path: P
 _FORKING_WRITER = """
 import os, sys
 from pathlib import Path
-from megatron_laer.writing import open_exclusively
+from megatron_laer.files.writing import open_exclusively
 log = open_exclusively(Path(sys.argv[1]))
 child = os.fork()
 if child == 0:
@@ -188,6 +188,6 @@ def test_a_replacement_can_take_another_name(tmp_path: Path) -> None:
 
 
 def test_a_name_that_no_file_can_have_is_refused_as_an_output(tmp_path: Path) -> None:
-    for refuse in (files.refuse_unwritable, files.refuse_unusable_folder):
+    for refuse in (checks.refuse_unwritable, checks.refuse_unusable_folder):
         with pytest.raises(ValueError, match=r"^--out '.*xxx': File name too long; give"):
             refuse(tmp_path / ("x" * 300), "--out")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer import writing
 from megatron_laer.config import FSEPConfig
+from megatron_laer.files import writing
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, LayoutRecording

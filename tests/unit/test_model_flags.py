@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_laer.files.shipped import yaml_file
 from megatron_laer.model_flags import model_flags
-from megatron_laer.shipped import yaml_file
 from tests.processes import python_path
 
 _ROOT = Path(__file__).resolve().parents[2]

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from megatron_laer import model_support
-from megatron_laer.model_support import (
+from megatron_laer.releases import NUMBERS
+from megatron_laer.support import model as model_support
+from megatron_laer.support.fields import (
     MOE_FIELD,
     PROVED,
     PROVED_RECOMPUTE,
-    REQUIRED,
     UNPROVED,
     WITHOUT_EFFECT,
 )
-from megatron_laer.releases import NUMBERS
+from megatron_laer.support.table import REFUSALS
 from tests.parity.rows import ROWS
 from tests.releases import release_of
 
@@ -66,7 +66,8 @@ def test_every_moe_field_of_this_megatron_is_known() -> None:
     version, names = json.loads(result.stdout.splitlines()[-1])
     fields = set(names)
     moe_fields = {name for name in fields if MOE_FIELD.search(name)}
-    known = [*REQUIRED, *PROVED, *WITHOUT_EFFECT, *UNPROVED]
+    refused = [row.field for row in REFUSALS if row.field]
+    known = [*refused, *PROVED, *WITHOUT_EFFECT, *UNPROVED]
     assert len(known) == len(set(known)), "a field is in two lists"
     assert moe_fields <= set(known), "new in this Megatron: decide what FSEP makes of it"
     if release_of(version) == NUMBERS[-1]:
@@ -138,7 +139,8 @@ def test_only_the_first_rank_warns(
         (Config(expert_tensor_parallel_size=2), "expert_tensor_parallel_size=2"),
         (
             Config(recompute_granularity="selective", recompute_modules=["moe_act"]),
-            "'moe_act': use 'moe'",
+            "recompute_modules=['moe_act']: it belongs to Transformer Engine's grouped experts, "
+            "which FSEP replaces; use 'moe' in place of 'moe_act'",
         ),
     ],
 )

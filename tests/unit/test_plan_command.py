@@ -14,7 +14,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from megatron_laer import cli, memory
+from megatron_laer import cli
+from megatron_laer.files import memory
+from megatron_laer.files.shipped import yaml_file
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 from megatron_laer.planner.clusters import load_cluster
@@ -23,7 +25,6 @@ from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.strategies import make_strategy, strategy_names
-from megatron_laer.shipped import yaml_file
 from megatron_laer.simulator import report
 from megatron_laer.simulator.estimate import Work, check_fits
 from megatron_laer.simulator.table import MODES, STOCK, simulate
@@ -480,7 +481,7 @@ def test_a_plot_shows_how_far_each_row_is_from_perfect_balance(rows):
 
 def test_neither_torch_nor_megatron_is_imported():
     code = (
-        "import sys, megatron_laer.trace, megatron_laer.simulator.command; "
+        "import sys, megatron_laer.trace, megatron_laer.cli.plan; "
         "sys.exit(any(name.split('.')[0] in ('torch', 'megatron') for name in sys.modules))"
     )
     environment = os.environ | {"PYTHONPATH": python_path()}

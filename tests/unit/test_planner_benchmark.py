@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from benchmarks import planner, speed
-from benchmarks.balance import Case, Trace
 from benchmarks.bounds import must_show
 from benchmarks.splits import BalanceRow, Outcome, split_exactly
+from benchmarks.trace_cases import Case, Trace
 from megatron_laer.layout import ExpertLayout
 
 

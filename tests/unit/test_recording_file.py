@@ -15,10 +15,10 @@ from typing import ClassVar, Protocol
 import numpy as np
 import pytest
 
-from megatron_laer import writing
+from megatron_laer.files import writing
+from megatron_laer.files.recording import is_cut_off
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.recording_file import is_cut_off
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, LayoutRecording
 from megatron_laer.trace import TraceWriter, read_trace
 
@@ -322,7 +322,7 @@ PHASES = (
 _KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
-from megatron_laer.recording_file import RecordingFile
+from megatron_laer.files.recording import RecordingFile
 from tests.unit.test_recording_file import CUT_AT, Layouts, Traces
 
 kind = {kind.__name__: kind for kind in (Traces, Layouts)}[sys.argv[1]]

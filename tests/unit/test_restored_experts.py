@@ -10,8 +10,8 @@ import torch
 
 from megatron_laer.experts.main_grads import MegatronMainGrads
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.runtime.comm.exchange import ExchangeCount
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
+from megatron_laer.runtime.comm.stages import ExchangeCount
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored import RestoredExperts

@@ -7,7 +7,7 @@ import torch
 
 from megatron_laer.experts.main_grads import MegatronMainGrads
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.runtime.comm.exchange import Exchange
+from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.slices import Slices
@@ -25,8 +25,7 @@ def test_parameters_without_main_gradients_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     index = layout_index(ExpertLayout.static(2, 3, 4), torch.device("cpu"))
-    # None of it is reached.
-    streams = ExchangeStreams(Exchange, None, None)  # type: ignore[arg-type]
+    streams = ExchangeStreams(HierarchicalExchange, None, None)  # type: ignore[arg-type]  # unused
     held = slices()
     with pytest.raises(ValueError, match=r"step, layer 1: .*DistributedDataParallel"):
         StepExperts("layer 1", held, index, streams)

@@ -1,4 +1,4 @@
-"""Settings that decide, on CUDA, which exchange goes first and what overlaps; with stand-ins."""
+"""Settings that decide, on CUDA, which exchange goes first and what overlaps, tried with mocks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_laer import session, support
+from megatron_laer import session
 from megatron_laer.config import FSEPConfig
 from megatron_laer.runtime.comm import launcher, process_groups
+from megatron_laer.support import arguments
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def test_one_connection_is_warned_of_where_it_hides_nothing(
 ) -> None:
     environment = {} if connections is None else {"CUDA_DEVICE_MAX_CONNECTIONS": connections}
     args = Namespace(optimizer="adam")
-    warnings = support.warnings(args, config, environment, on_cuda=on_cuda)
+    warnings = arguments.warnings(args, config, environment, on_cuda=on_cuda)
     assert len(warnings) == warned
     assert all("CUDA_DEVICE_MAX_CONNECTIONS=1" in warning for warning in warnings)
 
@@ -53,7 +54,7 @@ def test_warnings_are_logged_when_arguments_are_validated(caplog: pytest.LogCapt
         rank=0,
     )
     with (
-        mock.patch.object(support, "check"),
+        mock.patch.object(arguments, "check"),
         mock.patch.object(command_line, "enable"),
         mock.patch.object(command_line, "install_metrics"),
         caplog.at_level(logging.WARNING),
@@ -126,7 +127,7 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
         calls.append({"tensor": tensor, "high": high_priority_stream_groups})
 
     def create(expert_group: Any, node_size: int | None, create_group: Any) -> None:
-        for kind in ("PARAMETERS", "GRADIENTS", "GRADIENTS_ACROSS"):
+        for kind in ("PARAMETERS", "GRADIENTS", "GRADIENTS_INTER_NODE"):
             create_group([0, 1], group_desc=f"FSEP_{kind}")
 
     def options(name: str, settings: dict[str, Any]) -> Any:

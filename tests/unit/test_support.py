@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.support import REFUSALS
+from megatron_laer.support.table import REFUSALS
 from tests import processes
 from tests.releases import refused_flags
 
@@ -60,6 +60,7 @@ REFUSED = {
     "--disable-bias-linear absent": ["WITHOUT --disable-bias-linear"],
     "--moe-mlp-glu-interleave-size": ["--moe-mlp-glu-interleave-size 8"],
     "--moe-single-grouped-weight": ["--moe-single-grouped-weight"],
+    "--moe-single-grouped-bias": ["--moe-single-grouped-bias"],
     "--moe-router-padding-for-quantization": ["--moe-router-padding-for-quantization"],
     "--moe-router-padding-for-fp8": ["--moe-router-padding-for-fp8"],
     "--moe-paged-stash": ["--moe-paged-stash"],
@@ -86,7 +87,8 @@ import json, sys
 from megatron_laer.launch import prepare
 prepare()
 from megatron.training import arguments
-from megatron_laer.support import REFUSALS, fill_in
+from megatron_laer.support.arguments import fill_in
+from megatron_laer.support.table import REFUSALS
 
 def fired(line):
     words = BASE.split()
@@ -97,7 +99,7 @@ def fired(line):
     sys.argv = ["script", *words]
     args = arguments.parse_args()
     fill_in(args, {})
-    return [refusal.setting for refusal in REFUSALS if refusal.given(args) is not None]
+    return [row.setting for row in REFUSALS if row.problem_with_flag(args) is not None]
 
 print(json.dumps({line: fired(line) for line in LINES}))
 """
@@ -244,7 +246,7 @@ def test_what_fsep_needs_is_the_default_and_what_somebody_gave_is_not_overruled(
 
 
 def test_every_refusal_is_listed_here_once() -> None:
-    settings = [refusal.setting for refusal in REFUSALS]
+    settings = [row.setting for row in REFUSALS if row.flag]
     assert sorted(settings) == sorted(REFUSED)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.support import REFUSALS
+from megatron_laer.support.table import REFUSALS
 from tests.parity import report
 from tests.parity.compare import Distance
 from tests.parity.features import FEATURES

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer import writing
+from megatron_laer.files import writing
 from megatron_laer.telemetry.clock import HostClock
 from megatron_laer.telemetry.timeline import DENSE, FIRST_STEP, NUM_STEPS, Timeline
 

@@ -594,7 +594,7 @@ def test_an_endless_line_is_refused_without_reading_on(tmp_path, name):
     os.truncate(path, 2**36)
     format = "csv" if "csv" in name else "megatron"
     with (
-        mock.patch("megatron_laer.memory.available_bytes", return_value=2**50),
+        mock.patch("megatron_laer.files.memory.available_bytes", return_value=2**50),
         pytest.raises(ValueError, match=r"line [12]: longer than 33,554,432 characters"),
     ):
         read_trace(path, format)
@@ -604,11 +604,11 @@ def test_a_table_for_which_memory_does_not_suffice_is_refused(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("step,layer,microbatch,source_rank,expert,tokens\n0,0,0,0,0,1\n")
     with (
-        mock.patch("megatron_laer.memory.available_bytes", return_value=99),
+        mock.patch("megatron_laer.files.memory.available_bytes", return_value=99),
         pytest.raises(ValueError, match=r"x\.csv would take about .* GiB of memory, .* part"),
     ):
         read_trace(path)
-    with mock.patch("megatron_laer.memory.available_bytes", return_value=2**12):
+    with mock.patch("megatron_laer.files.memory.available_bytes", return_value=2**12):
         assert len(read_trace(path)) == 1
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.yaml_text import MAX_BYTES, MAX_DEPTH, parse_yaml, read_yaml
+from megatron_laer.files.yaml_text import MAX_BYTES, MAX_DEPTH, parse_yaml, read_yaml
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,4 @@
-"""Process groups, streams, collectives and the weight exchange of one FSEP group."""
+"""This package holds what ranks of one FSEP group exchange: groups, streams, collectives, weights.
+
+It knows neither Megatron nor the experts' computation.
+"""

@@ -1,4 +1,4 @@
-"""Tensors that are used again and again, so that steady state allocates nothing.
+"""A `BufferPool` hands out tensors again and again, so that steady state allocates nothing.
 
 How many there are follows from the schedule: as many as it has layers in flight.
 """
@@ -15,12 +15,12 @@ _Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
 class BufferPool:
     """Hands out tensors by shape and dtype, and takes them back.
 
-    On CUDA a tensor may be given back while the giving stream still uses it: whoever takes it next
-    submits its work behind that stream (see `device.CommStream`).
+    On CUDA a tensor may be put back while the caller's stream still uses it: whoever takes it next
+    submits its work behind that stream (see `streams.CommStream`).
 
     Attributes:
-        in_use: tensors that were taken and not given back.
-        num_bytes: of all tensors ever made.
+        in_use: how many tensors were taken and not put back.
+        num_bytes: the size of all tensors ever made.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class BufferPool:
     def take(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """An uninitialised tensor."""
+        """Hand out an uninitialised tensor."""
         self.in_use += 1
         free = self._free[shape, dtype, device]
         if free:
@@ -40,7 +40,7 @@ class BufferPool:
         self.num_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
-    def give(self, tensor: torch.Tensor) -> None:
-        """A tensor from `take`, which nobody reads any more."""
+    def put_back(self, tensor: torch.Tensor) -> None:
+        """Take back a tensor from `take` that nobody reads any more."""
         self.in_use -= 1
         self._free[tuple(tensor.shape), tensor.dtype, tensor.device].append(tensor)

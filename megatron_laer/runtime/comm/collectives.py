@@ -1,6 +1,6 @@
-"""How the ranks of an FSEP group come to hold the same integers: counts, layouts, and errors.
+"""Small collectives give the ranks of an FSEP group the same counts, layouts, bytes and errors.
 
-Two small collectives and a check. What the integers mean is decided elsewhere.
+What these mean is decided elsewhere; expert weights are exchanged in `hierarchical.py`.
 
 Legend: N ranks, E experts, S slots, L MoE layers.
 """
@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
-from megatron_laer.runtime.comm.streams import upload
+from megatron_laer.runtime.comm.upload import upload
 
 
 class LayoutMismatchError(RuntimeError):
@@ -26,19 +27,19 @@ class LayoutMismatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class LayoutTag:
-    """What rides on every exchange of counts, so that a rank with another layout is found."""
+    """Identifies a layout in every exchange of counts, so that a rank with another one is found."""
 
     version: int
     digest: int
 
     def tensor(self, device: torch.device) -> torch.Tensor:
-        """int64 [2]."""
+        """Upload the tag as int64 [2]."""
         return upload(torch.tensor([self.version, self.digest], dtype=torch.int64), device)
 
 
 def exchange_counts(
     counts_E: torch.Tensor, tag: LayoutTag, tag_tensor: torch.Tensor, groups: FSEPGroups, layer: str
-) -> npt.NDArray[np.int64]:
+) -> Int64:
     """Gather every rank's tokens per expert, and check that all ranks hold the same layout.
 
     One All-gather of N·(E + 2) integers and one copy to the host, the layer's only synchronisation.
@@ -59,7 +60,7 @@ def exchange_counts(
     return rows[:, :-2]
 
 
-def _describe_mismatch(tags_N2: npt.NDArray[np.int64], groups: FSEPGroups, layer: str) -> str:
+def _describe_mismatch(tags_N2: Int64, groups: FSEPGroups, layer: str) -> str:
     tags, counts = np.unique(tags_N2, axis=0, return_counts=True)
     is_tie = (counts == counts.max()).sum() > 1
     right = tags[counts.argmax()]
@@ -77,22 +78,7 @@ def _describe_mismatch(tags_N2: npt.NDArray[np.int64], groups: FSEPGroups, layer
     )
 
 
-@dataclass(frozen=True)
-class PlannerStatus:
-    """How the planner is doing, for the metrics of every rank.
-
-    Attributes:
-        plan_us: microseconds that the newest applied plan took to make, over all layers.
-        late_plans: plans so far that were not ready when they were due.
-        failures: layers so far whose planning failed and that kept their layout.
-    """
-
-    plan_us: int = 0
-    late_plans: int = 0
-    failures: int = 0
-
-
-def _tag_text(tag_2: npt.NDArray[np.int64]) -> str:
+def _tag_text(tag_2: Int64) -> str:
     version, digest = tag_2.tolist()
     return f"version {version}, digest {digest % 2**64:016x}"
 
@@ -105,7 +91,7 @@ def broadcast_layouts(
     groups: FSEPGroups,
     device: torch.device,
 ) -> tuple[list[ExpertLayout] | None, PlannerStatus]:
-    """Tell the group the next layouts, from its rank 0. One small collective.
+    """Broadcast the next layouts from the group's rank 0. One small collective.
 
     Args:
         layouts: on rank 0, one per layer, or None for "nothing new"; ignored elsewhere.
@@ -133,6 +119,22 @@ def broadcast_layouts(
         return None, told
     slots_LS = np.frombuffer(received[header.nbytes :], dtype=np.int16).reshape(slots_LS.shape)
     return [ExpertLayout.from_slots(*shape, slots_S) for slots_S in slots_LS], told
+
+
+def broadcast_bytes(data: bytes, groups: FSEPGroups, device: torch.device) -> bytes:
+    """Broadcast bytes from the group's rank 0; what other ranks pass is ignored.
+
+    Returns:
+        On every rank, what rank 0 passed.
+    """
+    size = torch.tensor([len(data)], dtype=torch.int64, device=device)
+    dist.broadcast(size, src=groups.planner_rank, group=groups.tokens)
+    message = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
+    if groups.rank == 0 and data:
+        message.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if message.numel():
+        dist.broadcast(message, src=groups.planner_rank, group=groups.tokens)
+    return message.cpu().numpy().tobytes()
 
 
 def raise_everywhere(problem: str | None) -> None:

@@ -1,7 +1,6 @@
-"""What the launcher says of a job's ranks, in the variables of torchrun, Open MPI and Slurm.
+"""These functions read a job's ranks from the variables of torchrun, Open MPI and Slurm.
 
-Asks neither torch nor the machine. What follows from it for groups is in
-`runtime/comm/process_groups.py`.
+They ask neither torch nor the machine. What follows for groups is decided in `process_groups.py`.
 """
 
 from __future__ import annotations
@@ -9,16 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from megatron_laer.files import quoted
+from megatron_laer.files.checks import quoted
 
 # Ranks on this node; the first one that is set counts.
 PER_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
-# Ranks on every node, as `8(x2)`, of a step with so many tasks.
+# Tasks on every node, as `8(x2)`, and tasks of the whole Slurm step.
 SLURM_PER_NODE, SLURM_TASKS = "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"
 
 
 def check_ranks(environment: Mapping[str, str]) -> None:
-    """Refuse what Megatron would read as this process's place among the ranks, and cannot.
+    """Refuse a RANK, LOCAL_RANK or WORLD_SIZE that Megatron could not use.
 
     Raises:
         ValueError: a variable that is no number, or a rank outside of the world.
@@ -35,7 +34,7 @@ def check_ranks(environment: Mapping[str, str]) -> None:
 
 
 def told_ranks_per_node(environment: Mapping[str, str], world_size: int) -> tuple[str, int] | None:
-    """The variable that says how many ranks each node has, and the number; None if none says it.
+    """Find the variable that gives the ranks per node, and their number; None if none is set.
 
     Args:
         environment: the process's variables.
@@ -53,7 +52,8 @@ def told_ranks_per_node(environment: Mapping[str, str], world_size: int) -> tupl
                 f"{name}={ranks}: more ranks on a node than the {world_size} of the job; {_WAY_OUT}"
             )
         return name, ranks
-    # Of a step whose tasks are the ranks, and not launchers of them.
+    # Slurm's variables count tasks. A task is a rank only where there are as many tasks as ranks;
+    # otherwise tasks are launchers that start several ranks.
     by_node = environment.get(SLURM_PER_NODE)
     if by_node is None or environment.get(SLURM_TASKS) != str(world_size):
         return None
@@ -75,7 +75,7 @@ def told_ranks_per_node(environment: Mapping[str, str], world_size: int) -> tupl
 def ranks_per_node(
     environment: Mapping[str, str], world_size: int, devices: int, *, on_cuda: bool
 ) -> int:
-    """Ranks of the world on each node, as the launcher says; without one, all ranks are on one.
+    """Return the ranks of the world on each node; without a launcher, all ranks are on one node.
 
     Args:
         environment: the process's variables.
@@ -84,8 +84,8 @@ def ranks_per_node(
         on_cuda: whether each rank trains on a GPU.
 
     Raises:
-        ValueError: what it says cannot be, or no launcher says it and the ranks are more than this
-            node's several GPUs.
+        ValueError: the launcher's number cannot be; or no launcher gives one, this node has several
+            GPUs, and there are more ranks than these.
     """
     told = told_ranks_per_node(environment, world_size)
     if told is not None:
@@ -104,7 +104,7 @@ _WAY_OUT = "launchers set it: start the ranks with torchrun, mpirun or srun, or 
 
 
 def _number(environment: Mapping[str, str], name: str, least: int) -> int | None:
-    """The variable's value, or None where it is not set."""
+    """Read a variable as an integer; None where it is not set."""
     value = environment.get(name)
     if value is None:
         return None

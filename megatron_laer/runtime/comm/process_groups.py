@@ -1,6 +1,6 @@
-"""The FSEP dimension: communicators over Megatron's expert-parallel group, and its node sub-groups.
+"""`FSEPGroups` holds the communicators over Megatron's expert-parallel group and over its nodes.
 
-Does not decide what is exchanged (`flat_exchange.py`, `node_exchange.py`) or when (`scheduler.py`).
+It does not decide what is exchanged (`hierarchical.py`) or when (`weights/scheduler.py`).
 
 The FSEP group is Megatron's expert-parallel group, because DDP, the optimizer, the gradient norm
 and checkpoints already treat parameters of that group as distinct per rank. Parameters and
@@ -22,8 +22,6 @@ from megatron_laer.runtime.comm import launcher
 
 Group = dist.ProcessGroup
 
-_BY_NODE = ("parameters_node", "parameters_across", "gradients_node", "gradients_across")
-
 
 @dataclass(frozen=True)
 class FSEPGroups:
@@ -33,48 +31,49 @@ class FSEPGroups:
         tokens: Megatron's expert-parallel group; token All-to-All and the exchange of counts.
         parameters: same ranks, for restores.
         gradients: same ranks, for gradient exchanges.
-        parameters_node, gradients_node: the ranks of this rank's node within the group. None, like
-            the next two, where nodes hold one rank or the whole group: then these groups would hold
-            one rank, or the same ranks as `parameters`.
-        parameters_across, gradients_across: the ranks at this rank's place in every node.
+        parameters_intra_node, gradients_intra_node: the ranks of this rank's node within the group.
+            None, like the next two, where nodes hold one rank or the whole group: then these groups
+            would hold one rank, or the same ranks as `parameters`.
+        parameters_inter_node, gradients_inter_node: the ranks with this rank's local rank, one on
+            every node.
         index: which of the world's FSEP groups this is (one per pipeline stage and replica).
     """
 
     tokens: Group
     parameters: Group
     gradients: Group
-    parameters_node: Group | None
-    parameters_across: Group | None
-    gradients_node: Group | None
-    gradients_across: Group | None
+    parameters_intra_node: Group | None
+    parameters_inter_node: Group | None
+    gradients_intra_node: Group | None
+    gradients_inter_node: Group | None
     ranks: tuple[int, ...]
     node_size: int
     index: int
 
     @property
     def size(self) -> int:
-        """N, ranks in the group."""
+        """N, the number of ranks in the group."""
         return len(self.ranks)
 
     @property
     def rank(self) -> int:
-        """This rank's place in the group, 0..N-1."""
+        """This rank's position in the group, 0..N-1."""
         return dist.get_rank(self.tokens)
 
     @property
     def planner_rank(self) -> int:
-        """Global rank of the group's rank 0, where the planner runs."""
+        """The global rank of the group's rank 0, where the planner runs."""
         return self.ranks[0]
 
     def extra(self) -> tuple[Group, ...]:
-        """The groups made here (Megatron owns `tokens`)."""
+        """All groups that were made here (Megatron owns `tokens`)."""
         groups = (
             self.parameters,
             self.gradients,
-            self.parameters_node,
-            self.parameters_across,
-            self.gradients_node,
-            self.gradients_across,
+            self.parameters_intra_node,
+            self.parameters_inter_node,
+            self.gradients_intra_node,
+            self.gradients_inter_node,
         )
         return tuple(group for group in groups if group is not None)
 
@@ -86,7 +85,7 @@ class FSEPGroups:
 
 
 def detect_node_size(ranks: Sequence[int], local_world_size: int) -> int:
-    """Ranks of the FSEP group per node, from the launcher's ranks per node.
+    """Derive the ranks of the FSEP group per node from the launcher's ranks per node.
 
     Raises:
         ValueError: the group's ranks do not fall on nodes in equal runs.
@@ -104,7 +103,7 @@ def detect_node_size(ranks: Sequence[int], local_world_size: int) -> int:
 
 
 def ranks_per_node() -> int:
-    """Ranks of the world on each node: see `launcher.ranks_per_node`."""
+    """Ask the launcher for the ranks of the world on each node: see `launcher.ranks_per_node`."""
     return launcher.ranks_per_node(
         os.environ,
         dist.get_world_size(),
@@ -131,6 +130,46 @@ def create_groups(
         ValueError: a node size that does not divide N, or that is not known. On every rank.
     """
     mine = tuple(dist.get_process_group_ranks(expert_group))
+    sizes = _node_sizes(mine, node_size)
+
+    # new_group is collective: every rank creates every group, in the same order.
+    made: dict[str, Group] = {}
+
+    def make(kind: str, ranks: Sequence[int]) -> None:
+        group = create_group(list(ranks), group_desc=f"FSEP_{kind.upper()}")
+        if dist.get_rank() in ranks:
+            made[kind] = group
+
+    for ranks, size in sizes.items():
+        make("parameters", ranks)
+        make("gradients", ranks)
+        if size in (1, len(ranks)):
+            continue
+        for exchange in ("parameters", "gradients"):
+            for start in range(0, len(ranks), size):
+                make(f"{exchange}_intra_node", ranks[start : start + size])
+            for local_rank in range(size):
+                make(f"{exchange}_inter_node", ranks[local_rank::size])
+
+    return FSEPGroups(
+        tokens=expert_group,
+        parameters=made["parameters"],
+        gradients=made["gradients"],
+        parameters_intra_node=made.get("parameters_intra_node"),
+        parameters_inter_node=made.get("parameters_inter_node"),
+        gradients_intra_node=made.get("gradients_intra_node"),
+        gradients_inter_node=made.get("gradients_inter_node"),
+        ranks=mine,
+        node_size=sizes[mine],
+        index=list(sizes).index(mine),
+    )
+
+
+def _node_sizes(mine: tuple[int, ...], node_size: int | None) -> dict[tuple[int, ...], int]:
+    """Agree on the ranks of every FSEP group of the world and its ranks per node, in order.
+
+    Every rank checks every group, so that all of them raise and none waits for the others.
+    """
     per_node: int | str = 0
     if node_size is None:
         try:
@@ -139,9 +178,7 @@ def create_groups(
             per_node = str(error)
     gathered: list[tuple[tuple[int, ...], int | str]] = [((), 0)] * dist.get_world_size()
     dist.all_gather_object(gathered, (mine, per_node))
-    all_ranks = sorted({ranks for ranks, _ in gathered})
 
-    # Every rank checks every group, so that all of them raise and none waits for the others.
     said = {of_rank for _, of_rank in gathered}
     problems = sorted(of_rank for of_rank in said if isinstance(of_rank, str))
     if problems:
@@ -152,7 +189,10 @@ def create_groups(
             "--fsep-node-size, if the group's ranks lie evenly on them"
         )
     local_world_size = int(per_node)
-    sizes = {ranks: node_size or detect_node_size(ranks, local_world_size) for ranks in all_ranks}
+    sizes = {
+        ranks: node_size or detect_node_size(ranks, local_world_size)
+        for ranks in sorted({ranks for ranks, _ in gathered})
+    }
     for ranks, size in sizes.items():
         if len(ranks) % size:
             raise ValueError(
@@ -160,31 +200,4 @@ def create_groups(
                 f"(--expert-model-parallel-size {len(ranks)}); divisors work: "
                 f"{[d for d in range(1, len(ranks) + 1) if len(ranks) % d == 0]}"
             )
-
-    # new_group is collective: every rank creates every group, in the same order.
-    made: dict[str, Group | None] = dict.fromkeys(_BY_NODE)
-
-    def make(kind: str, ranks: Sequence[int]) -> None:
-        group = create_group(list(ranks), group_desc=f"FSEP_{kind.upper()}")
-        if dist.get_rank() in ranks:
-            made[kind] = group
-
-    for ranks in all_ranks:
-        size = sizes[ranks]
-        make("parameters", ranks)
-        make("gradients", ranks)
-        if size in (1, len(ranks)):
-            continue
-        for exchange in ("parameters", "gradients"):
-            for start in range(0, len(ranks), size):
-                make(f"{exchange}_node", ranks[start : start + size])
-            for place in range(size):
-                make(f"{exchange}_across", ranks[place::size])
-
-    return FSEPGroups(
-        tokens=expert_group,
-        ranks=mine,
-        node_size=sizes[mine],
-        index=all_ranks.index(mine),
-        **made,
-    )
+    return sizes

@@ -1,9 +1,10 @@
-"""Which rows of a matrix lie on which rank, and copies between whole matrices and such blocks.
+"""`RowBlocks` says which rows of a matrix each rank holds, and pairs them with whole matrices.
 
-Ranks are numbered through spans of G (nodes, or the whole group): rank = J·G + g, span J, place g.
-An exchange inside a span moves, per peer, the rows of a *place*: those of rank g of every span.
+Rank J·G + g is local rank g of node J. An exchange inside a node moves, per peer, the rows that one
+local rank holds on all nodes together.
 
-Legend: N ranks, G ranks per span, M = N/G spans, C slots, R rows, r rows of a rank, K columns.
+Legend: N ranks, G ranks per node, M = N/G nodes, C slots, R rows, r rows of a rank, P rows of a
+local rank on all nodes together, K columns.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ class RowBlocks:
 
     Attributes:
         bounds_N1: N + 1 bounds of the ranks' blocks.
-        span: G.
+        node_size: G; N where the whole group counts as one node.
     """
 
     bounds_N1: tuple[int, ...]
-    span: int
+    node_size: int
 
     @property
-    def num_spans(self) -> int:
-        """M."""
+    def num_nodes(self) -> int:
+        """M, the nodes of the group."""
         return len(self.rows_GM[0])
 
     @cached_property
     def rows_GM(self) -> list[list[int]]:
-        """r of each rank, by place and then by span."""
+        """r of each rank, by local rank and then by node."""
         rows_N = [end - start for start, end in pairwise(self.bounds_N1)]
-        return [rows_N[place :: self.span] for place in range(self.span)]
+        return [rows_N[local_rank :: self.node_size] for local_rank in range(self.node_size)]
 
     @cached_property
-    def place_rows_G(self) -> list[int]:
-        """Rows that rank g of every span hold together."""
+    def rows_G(self) -> list[int]:
+        """P of each local rank."""
         return [sum(rows_M) for rows_M in self.rows_GM]
 
     @property
@@ -52,38 +53,37 @@ class RowBlocks:
         return self.bounds_N1[-1] % (len(self.bounds_N1) - 1) == 0
 
     def pairs(
-        self, whole_CRK: torch.Tensor, by_place: torch.Tensor, first: int, capacity: int
+        self, whole_CRK: torch.Tensor, by_local_rank: torch.Tensor, first: int, capacity: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Views of equal shape that hold the same elements of both arrangements.
+        """Yield views of equal shape that hold the same elements of both arrangements.
 
         Args:
             whole_CRK: whole matrices of some slots, c of them.
-            by_place: flat; for each place, [capacity, rows of the place, K].
+            by_local_rank: flat; for each local rank, [capacity, P, K].
             first: which of the `capacity` slots is the first of `whole_CRK`.
-            capacity: slots in `by_place`.
+            capacity: slots in `by_local_rank`.
         """
         slots, rows, columns = whole_CRK.shape
-        spans, span = self.num_spans, self.span
+        nodes, node_size = self.num_nodes, self.node_size
         if self.even:
-            block = rows // (spans * span)
-            parts = by_place.view(span, capacity, spans, block, columns)[:, first : first + slots]
+            block = rows // (nodes * node_size)
+            parts = by_local_rank.view(node_size, capacity, nodes, block, columns)
             yield (
-                whole_CRK.view(slots, spans, span, block, columns),
-                parts.permute(1, 2, 0, 3, 4),
+                whole_CRK.view(slots, nodes, node_size, block, columns),
+                parts[:, first : first + slots].permute(1, 2, 0, 3, 4),
             )
             return
-        sizes = self.place_rows_G
-        pieces = by_place.split([capacity * size * columns for size in sizes])
-        for place, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
+        pieces = by_local_rank.split([capacity * size * columns for size in self.rows_G])
+        for local_rank, (piece, size) in enumerate(zip(pieces, self.rows_G, strict=True)):
             part = piece.view(capacity, size, columns)[first : first + slots]
             offset = 0
-            for rank in range(place, spans * span, span):
+            for rank in range(local_rank, nodes * node_size, node_size):
                 start, end = self.bounds_N1[rank], self.bounds_N1[rank + 1]
                 yield whole_CRK[:, start:end], part[:, offset : offset + end - start]
                 offset += end - start
 
 
 @lru_cache(maxsize=256)
-def row_blocks(rows: int, num_ranks: int, span: int) -> RowBlocks:
-    """The blocks of a matrix with `rows` rows."""
-    return RowBlocks(tuple(row_bounds(rows, num_ranks)), span)
+def row_blocks(rows: int, num_ranks: int, node_size: int) -> RowBlocks:
+    """Make the blocks of a matrix with `rows` rows."""
+    return RowBlocks(tuple(row_bounds(rows, num_ranks)), node_size)

@@ -1,7 +1,8 @@
-"""Lanes: work that runs beside the compute, in the order in which it was submitted.
+"""A communication stream runs work beside the compute, in the order in which it was submitted.
 
-On CUDA a lane is a stream, on the CPU a thread, and without overlap the caller itself; the
-scheduler sees one interface. Lanes know nothing of experts.
+`CommStream` is the interface that the scheduler sees: on CUDA a `CudaStream`, on the CPU a
+`ThreadStream`, and without overlap an `InlineStream`, which works at once on the caller's thread.
+They know nothing of experts.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ import torch
 from megatron_laer.telemetry.clock import Stopwatch, Timestamp, make_clock
 from megatron_laer.telemetry.timeline import COMPUTE, Timeline
 
-# How long a lane that is closed may take to end what it is doing.
+# How long a stream that is closed may take to end what it is doing.
 _CLOSE_S = 5.0
 
 Work = Callable[[], torch.Tensor]
 
 
 class Pending(Protocol):
-    """The result of work on a lane."""
+    """The result of work that was submitted to a communication stream."""
 
     def wait(self) -> torch.Tensor:
-        """The result, for use on the caller's stream; may be called more than once.
+        """Return the result, for use on the caller's stream; may be called more than once.
 
         Raises:
             BaseException: what the work raised.
@@ -36,7 +37,7 @@ class Pending(Protocol):
 
 
 class StreamTimes:
-    """When a lane worked, and when the compute waited for it.
+    """Measures when a communication stream works, and when the compute waits for it.
 
     Attributes:
         exposed: what the compute waited, on its own stream.
@@ -51,7 +52,7 @@ class StreamTimes:
         self._is_cuda = device.type == "cuda"
 
     def waited(self, start: Timestamp, label: str) -> None:
-        """The compute waited since `start`."""
+        """Record that the compute waited since `start`."""
         end = self.clock.now()
         self.exposed.add(start, end)
         if self.timeline is not None:
@@ -59,7 +60,7 @@ class StreamTimes:
 
     @contextlib.contextmanager
     def working(self, label: str) -> Iterator[None]:
-        """The lane works, under this name in profilers."""
+        """Record the work inside the `with` block, under this name in profilers."""
         named = torch.cuda.nvtx.range if self._is_cuda else torch.autograd.profiler.record_function
         start = None if self.timeline is None else self.clock.now()
         with named(label):
@@ -69,10 +70,10 @@ class StreamTimes:
 
 
 class CommStream(Protocol):
-    """Runs work in order. Every rank of a group must submit the same collectives in one order.
+    """Runs work in order; every rank of a group must submit the same collectives in one order.
 
     Attributes:
-        times: what is known of when it works.
+        times: when it worked, and when the compute waited for it.
     """
 
     times: StreamTimes
@@ -87,22 +88,12 @@ class CommStream(Protocol):
         ...
 
     def close(self) -> None:
-        """No more work will come."""
+        """End the stream; no more work may be submitted."""
         ...
 
 
-def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on the device, without waiting for the current stream.
-
-    A copy from memory that is not pinned would wait.
-    """
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 def make_comm_stream(name: str, device: torch.device, *, overlaps: bool) -> CommStream:
-    """A lane of its own beside the compute, or one that does the work at once."""
+    """Make a stream that runs beside the compute, or one that does the work at once."""
     times = StreamTimes(name, device)
     if not overlaps:
         return InlineStream(times)
@@ -110,7 +101,7 @@ def make_comm_stream(name: str, device: torch.device, *, overlaps: bool) -> Comm
 
 
 class _Done:
-    """A result that is there already."""
+    """A result that exists already."""
 
     def __init__(self, result: torch.Tensor) -> None:
         self._result = result
@@ -120,13 +111,13 @@ class _Done:
 
 
 class InlineStream:
-    """No overlap: work is done when `submit` returns."""
+    """Does not overlap: work is done when `submit` returns."""
 
     def __init__(self, times: StreamTimes) -> None:
         self.times = times
 
     def submit(self, work: Work, label: str) -> Pending:
-        """Do it."""
+        """Do the work."""
         start = self.times.clock.now()
         with torch.no_grad(), self.times.working(label):
             done = _Done(work())
@@ -134,11 +125,11 @@ class InlineStream:
         return done
 
     def close(self) -> None:
-        """Nothing runs."""
+        """Do nothing: nothing runs."""
 
 
 class _Promise:
-    """A result that a thread will bring."""
+    """A result that a thread will compute."""
 
     def __init__(self, times: StreamTimes, label: str) -> None:
         self._times, self._label = times, label
@@ -147,14 +138,14 @@ class _Promise:
         self._error: BaseException | None = None
 
     def work(self, work: Work) -> None:
-        """Bring it, or what went wrong."""
+        """Compute the result, or keep the error."""
         try:
             self._result = work()
         except BaseException as error:
             self._error = error
 
     def announce(self) -> None:
-        """It is there, and everything about it is noted."""
+        """Let waiters go on: the result is there, and its times are recorded."""
         self._is_there.set()
 
     def wait(self) -> torch.Tensor:
@@ -169,10 +160,10 @@ class _Promise:
 
 
 class ThreadStream:
-    """A thread, for gloo: its collectives release the interpreter while they wait.
+    """Runs work on a thread, for gloo, whose collectives release the interpreter while they wait.
 
     A thread rather than asynchronous collectives, because an exchange is more than one collective:
-    it gathers rows, sends them, and lays out what arrives; by nodes it is two rounds of that.
+    it gathers rows, sends them, and lays out what arrives, in each of its stages.
     """
 
     def __init__(self, times: StreamTimes, name: str) -> None:
@@ -183,7 +174,7 @@ class ThreadStream:
         self._thread.start()
 
     def submit(self, work: Work, label: str) -> Pending:
-        """Queue it."""
+        """Queue the work."""
         promise = _Promise(self.times, label)
         self._queue.put((promise, work, label))
         return promise
@@ -204,7 +195,7 @@ class ThreadStream:
 
 
 class _StreamResult:
-    """A result that a stream will have written."""
+    """A result that a CUDA stream will have written."""
 
     def __init__(
         self, result: torch.Tensor, done: torch.cuda.Event, times: StreamTimes, label: str
@@ -226,14 +217,14 @@ class _StreamResult:
 
 
 class CudaStream:
-    """A CUDA stream of the lowest priority; the plugin gives token exchanges a high one."""
+    """Runs work on a CUDA stream of the lowest priority; token exchanges get a high one."""
 
     def __init__(self, times: StreamTimes, device: torch.device) -> None:
         self.times = times
         self._stream = torch.cuda.Stream(device, priority=0)
 
     def submit(self, work: Work, label: str) -> Pending:
-        """Enqueue it behind what the current stream holds; the host does not wait."""
+        """Enqueue the work behind what the current stream holds; the host does not wait."""
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.no_grad(), torch.cuda.stream(self._stream):
             with self.times.working(label):
@@ -243,4 +234,4 @@ class CudaStream:
             return _StreamResult(result, self._stream.record_event(), self.times, label)
 
     def close(self) -> None:
-        """The stream ends with its last reference."""
+        """Do nothing: the CUDA stream ends with its last reference."""

@@ -1,89 +1,16 @@
-"""Memory that exchanges send from and receive into: how much, and the buffers themselves.
+"""A `Workspace` holds the memory that exchanges send from and receive into.
 
-Results are not in here: they live as long as their users want.
-
-Legend: N ranks, E experts, C slots per rank; G ranks per span, M = N/G spans; R rows, K columns.
+How much each buffer needs is computed in `workspace_sizes.py`. Results are not in here: they live
+as long as their users want.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
+from dataclasses import dataclass
 
 import torch
-
-from megatron_laer.planner.geometry import Geometry
-
-
-@lru_cache(maxsize=256)
-def restore_workspace(
-    geometry: Geometry, rows: int, columns: int, element_bytes: int
-) -> dict[str, int]:
-    """Bytes of each buffer that restores of one matrix need at most, whatever the layout.
-
-    With r = ⌈R/N⌉ rows of a rank and P = M·r rows of a place:
-
-        send     max(min(N·C, M·E)·r if M > 1, G·C·P if G > 1)·K
-        receive  max(min(E, G·C)·P if M > 1, C·R if G > 1)·K
-
-    The legs of an exchange take turns in them, so this is the peak beside the result.
-
-    Args:
-        geometry: with G as its node size; G = N for `flat`.
-    """
-    num_ranks, span, spans, slots = _shape(geometry)
-    block = -(-rows // num_ranks)
-    place = min(spans * block, rows)
-    distinct = min(geometry.num_experts, slots)
-    across, inside = spans > 1, span > 1
-    num_sent = min(geometry.num_slots, spans * geometry.num_experts)
-    return {
-        "send": max(across * num_sent * block, inside * slots * place) * columns * element_bytes,
-        "receive": max(across * distinct * place, inside * geometry.capacity * rows)
-        * columns
-        * element_bytes,
-    }
-
-
-@lru_cache(maxsize=256)
-def reduce_workspace(
-    geometry: Geometry, rows: int, columns: int, grad_bytes: int, wire_bytes: int
-) -> dict[str, int]:
-    """Bytes of each buffer that reduces of one matrix need at most, whatever the layout.
-
-    With r and P as for restores, g bytes of a gradient and w of what travels between spans:
-
-        send      max(C·R·g if G > 1, min(E, G·C)·P·w if M > 1)·K
-        receive   max(G·C·P·g if G > 1, min(N·C, M·E)·r·w if M > 1)·K
-        total     E·r·K·4    the float32 sums, unless the result is float32 itself
-        picked    E·r·K·max(g, w)   replicas that are added next
-        widened   E·r·K·4    the same in float32, unless they are
-    """
-    num_ranks, span, spans, slots = _shape(geometry)
-    block = -(-rows // num_ranks)
-    place = min(spans * block, rows)
-    distinct = min(geometry.num_experts, slots)
-    across, inside = spans > 1, span > 1
-    num_received = min(geometry.num_slots, spans * geometry.num_experts)
-    sums = geometry.num_experts * block * columns
-    return {
-        "send": columns
-        * max(
-            inside * geometry.capacity * rows * grad_bytes, across * distinct * place * wire_bytes
-        ),
-        "receive": columns
-        * max(inside * slots * place * grad_bytes, across * num_received * block * wire_bytes),
-        "total": 4 * sums,
-        "picked": max(grad_bytes, across * wire_bytes) * sums,
-        "widened": 4 * sums,
-    }
-
-
-def _shape(geometry: Geometry) -> tuple[int, int, int, int]:
-    """N, G, M and the slots of a span."""
-    span = geometry.node_size
-    return geometry.num_ranks, span, geometry.num_nodes, span * geometry.capacity
 
 
 class Workspace:
@@ -98,27 +25,33 @@ class Workspace:
 
     @property
     def num_bytes(self) -> int:
-        """What is held."""
+        """The bytes that all buffers hold together."""
         return sum(buffer.numel() for buffer in self._buffers.values())
 
-    def take(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        *,
-        device: torch.device,
-        most: Mapping[str, int],
-    ) -> torch.Tensor:
-        """An uninitialised contiguous tensor on buffer `name`.
-
-        Args:
-            most: bytes that each buffer will ever need for matrices of this size, so that it is
-                allocated once and not again for the next layout.
-        """
-        num_bytes, most_bytes = math.prod(shape) * dtype.itemsize, most[name]
-        assert num_bytes <= most_bytes, f"{name}: {num_bytes} bytes exceed the bound {most_bytes}"
-        if name not in self._buffers or self._buffers[name].numel() < most_bytes:
+    def buffer(self, name: str, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Return the buffer `name`, of at least so many bytes."""
+        if name not in self._buffers or self._buffers[name].numel() < num_bytes:
             self._buffers.pop(name, None)  # before its successor is allocated
-            self._buffers[name] = torch.empty(most_bytes, dtype=torch.uint8, device=device)
-        return self._buffers[name][:num_bytes].view(dtype).view(shape)
+            self._buffers[name] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        return self._buffers[name]
+
+
+@dataclass(frozen=True)
+class MatrixBuffers:
+    """The buffers of a workspace, for exchanges of one size of matrix.
+
+    Attributes:
+        sizes: bytes that each buffer will ever need for matrices of this size, so that it is
+            allocated once and not again for the next layout.
+    """
+
+    workspace: Workspace
+    sizes: Mapping[str, int]
+    device: torch.device
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Lay an uninitialised contiguous tensor on buffer `name`."""
+        num_bytes, most_bytes = math.prod(shape) * dtype.itemsize, self.sizes[name]
+        assert num_bytes <= most_bytes, f"{name}: {num_bytes} bytes exceed the bound {most_bytes}"
+        buffer = self.workspace.buffer(name, most_bytes, self.device)
+        return buffer[:num_bytes].view(dtype).view(shape)

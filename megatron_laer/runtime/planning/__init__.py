@@ -1,1 +1,1 @@
-"""Layouts in the making: the planner rank, where layouts come from, and what is recorded."""
+"""This package gets the layouts of a step on the planner rank, records them and saves its state."""

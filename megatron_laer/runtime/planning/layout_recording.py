@@ -1,4 +1,4 @@
-"""Layout recordings: what `--fsep-record-layouts` writes, one file of JSON lines per FSEP group.
+"""A layout recording is the file of JSON lines that `--fsep-record-layouts` writes per FSEP group.
 
 The first line says what the layouts were made for. Each further one holds a step at which layouts
 changed, and the new layout of every layer:
@@ -6,7 +6,7 @@ changed, and the new layout of every layer:
     {"num_ranks":N,"capacity":C,"num_experts":E,...,"layers":["layer 1",...]}\\n
     {"step":7,"slots":[[expert of slot 0, ... of slot N*C-1], ... of the last layer]}\\n
 
-A line is written at once. How the file is kept is said in `recording_file`.
+A line is written at once. `recording_file.py` says how a file is kept when a run is resumed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_laer.files import MAX_TEXT_BYTES, open_input, quoted
+from megatron_laer.files.checks import MAX_TEXT_BYTES, open_input, quoted
+from megatron_laer.files.recording import RecordingFile
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.recording_file import RecordingFile
 
 # How a run uses its layouts, by the names of settings; part of a recording's header.
 RunSignature = Mapping[str, Any]
@@ -61,7 +61,7 @@ class LayoutRecorder:
         self._step = first_step - 1
 
     def begin_step(self, step: int) -> None:
-        """Make room for a step that comes again.
+        """Set aside what was recorded from this step on, if the step comes again.
 
         Raises:
             ValueError: the file was damaged since.
@@ -72,7 +72,7 @@ class LayoutRecorder:
         self._step = step
 
     def record(self, step: int, layouts: Sequence[ExpertLayout]) -> None:
-        """Layouts, one per layer, that took effect with `step`; once per step.
+        """Write the layouts, one per layer, that took effect with `step`; once per step.
 
         Raises:
             ValueError, OSError: as for `begin_step`.
@@ -87,7 +87,7 @@ class LayoutRecorder:
         self._file.close()
 
     def _recorded(self) -> Iterator[tuple[int, int]]:
-        """The step of every whole line and where it ends."""
+        """Yield the step of every whole line and where it ends."""
         path = self._file.path
         with open_input(path) as file:
             for entry in _entries(file, path, self._shape, whole_lines_only=True):
@@ -95,7 +95,7 @@ class LayoutRecorder:
 
 
 class LayoutRecording:
-    """A recording, read.
+    """Reads a recording.
 
     All of it is checked at first. Layouts are read again when they are asked for, so that a long
     recording takes no memory.
@@ -124,11 +124,11 @@ class LayoutRecording:
             raise
 
     def newest(self, step: int) -> int | None:
-        """The last step up to this one at which layouts changed."""
+        """Return the last step up to this one at which layouts changed."""
         return max((at for at in self._begins if at <= step), default=None)
 
     def layouts(self, step: int) -> list[ExpertLayout] | None:
-        """What took effect with this step, one layout per layer; None if nothing changed."""
+        """Return the layouts that took effect with this step; None if nothing changed."""
         if step not in self._begins:
             return None
         self._file.seek(self._begins[step])
@@ -140,13 +140,13 @@ class LayoutRecording:
 
 
 def recording_path(directory: str, group_index: int) -> Path:
-    """The file of one FSEP group; each pipeline stage and data-parallel replica has one."""
+    """Name the file of one FSEP group; each pipeline stage and data-parallel replica has one."""
     return Path(directory) / f"group-{group_index}.jsonl"
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """What a recording fits: these shapes and layers, and these settings of the run."""
+    """The shapes, layers and settings of a run, which its recording must have too."""
 
     geometry: Geometry
     signature: RunSignature
@@ -164,7 +164,7 @@ class _Shape:
 
     @property
     def longest_line_bytes(self) -> int:
-        """Of a step, with a blank after each comma and some bytes for names and brackets."""
+        """The longest line of a step, with a blank after each comma, and names and brackets."""
         slots = self.geometry.num_ranks * self.geometry.capacity
         digits = len(str(self.geometry.num_experts))
         return 100 + len(self.layers) * (slots * (digits + 2) + 4)
@@ -175,7 +175,7 @@ class _Shape:
             raise ValueError(f"was recorded for {quoted(found, 800)}, this run is {self.header}")
 
     def layouts_of(self, line: bytes) -> tuple[int, list[ExpertLayout]]:
-        """The step of a line, and its layouts."""
+        """Parse the step of a line, and its layouts."""
         entry = json.loads(line)
         if set(entry) != {"step", "slots"}:
             raise ValueError(f"has {quoted(sorted(entry))}, expected 'slots' and 'step'")
@@ -191,7 +191,7 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a step's line lies."""
+    """The bytes that a step's line takes in the file."""
 
     step: int
     begin: int
@@ -201,7 +201,7 @@ class _Entry:
 def _entries(
     file: BinaryIO, path: Path, shape: _Shape, *, whole_lines_only: bool = False
 ) -> Iterator[_Entry]:
-    """All the lines but the first, checked.
+    """Yield all the lines but the first, checked.
 
     Args:
         whole_lines_only: leave out a last line without its end, to which nothing can be appended.

@@ -1,4 +1,4 @@
-"""Where the layouts of a step come from, on rank 0 of the FSEP group: a planner or a recording.
+"""A layout source gives rank 0 of an FSEP group the layouts of a step: a planner or a recording.
 
 Sources take part in no collective; the coordinator tells the other ranks.
 """
@@ -9,9 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
@@ -29,24 +27,31 @@ PLANS_TIMEOUT_S = 1.0
 
 
 class LayoutSource(Protocol):
-    """Counts in, layouts of a step out; one per FSEP group, on its rank 0."""
+    """Takes counts and gives the layouts of a step; one per FSEP group, on its rank 0."""
 
     plan_ms: float
     late_plans: int
-    failures: int
 
-    def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
-        """The routing of a whole step in one layer (index)."""
+    @property
+    def failures(self) -> int:
+        """How many layers' planning failed so far."""
+        ...
+
+    def observe(self, step: int, layer: int, counts_NE: Int64) -> None:
+        """Take the routing of a whole step in one layer (index)."""
+        ...
 
     def due(self, step: int) -> list[ExpertLayout] | None:
-        """Layouts that take effect with `step`, one per layer, or None for nothing new."""
+        """Return the layouts that take effect with `step`, one per layer; None for nothing new."""
+        ...
 
     def close(self) -> None:
-        """Stop."""
+        """Stop the planner, or close the recording."""
+        ...
 
 
 class PlannedLayouts:
-    """Layouts made by a strategy in a background thread.
+    """Gets layouts from a strategy that runs in a background thread.
 
     Args:
         lag: a plan from the counts of step t takes effect at step t + lag.
@@ -85,16 +90,16 @@ class PlannedLayouts:
 
     @property
     def failures(self) -> int:
-        """Layers whose planning failed and that kept their layout."""
+        """How many layers' planning failed; these kept their layout."""
         return self._service.failures
 
-    def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
-        """Queue for planning; never waits."""
+    def observe(self, step: int, layer: int, counts_NE: Int64) -> None:
+        """Queue the counts for planning; never waits."""
         self._observed.setdefault(step, set()).add(layer)
         self._service.submit(step, layer, counts_NE)
 
     def due(self, step: int) -> list[ExpertLayout] | None:
-        """The plan from the counts of step - lag, or under `keep` the newest one before it."""
+        """Return the plan made from step - lag, or under `keep` the newest one up to it."""
         source_step = step - self._lag
         is_expected = len(self._observed.get(source_step, ())) == len(self._layers)
         if not self._wait:
@@ -114,7 +119,7 @@ class PlannedLayouts:
         return [plan.layouts[layer] for layer in self._layers]
 
     def state(self) -> tuple[tuple[SmoothedForecast, ...], tuple[Plan, ...]]:
-        """Forecasts of the layers, and plans that are not in force yet, oldest first.
+        """Return the layers' forecasts, and plans that are not in force yet, oldest first.
 
         Waits for plans in the making: under `wait` as long as a step would, else a moment.
         """
@@ -122,14 +127,19 @@ class PlannedLayouts:
         forecasts, plans, caught_up = self._service.state(timeout_s)
         if self._wait and not caught_up:
             self._stop_waiting()
-        return tuple(forecasts[layer] for layer in self._layers), tuple(plans)
+        smoothed = []
+        for layer in self._layers:
+            forecast = forecasts[layer]
+            assert isinstance(forecast, SmoothedForecast)  # as the service began with
+            smoothed.append(forecast)
+        return tuple(smoothed), tuple(plans)
 
     def close(self) -> None:
         """Stop the planner's thread; a strategy that does not return is left behind."""
         self._service.close(timeout_s=1.0)
 
     def _stop_waiting(self) -> None:
-        """A planner that hangs must cost its time once, and not at every step and checkpoint."""
+        """Stop waiting: a planner that hangs must cost its time once, not at every step."""
         self._wait = False
         self._service.drop_late_steps()
         self._on_warning(
@@ -138,7 +148,7 @@ class PlannedLayouts:
 
 
 class ReplayedLayouts:
-    """Layouts that an earlier run recorded with `LayoutRecorder`."""
+    """Gets layouts from what an earlier run recorded with `LayoutRecorder`."""
 
     plan_ms = 0.0
     late_plans = 0
@@ -155,11 +165,11 @@ class ReplayedLayouts:
         self._recording = LayoutRecording(path, geometry, signature, layers)
         self._is_first = True
 
-    def observe(self, step: int, layer: int, counts_NE: npt.NDArray[np.int64]) -> None:
-        """A recording does not react to routing."""
+    def observe(self, step: int, layer: int, counts_NE: Int64) -> None:
+        """Ignore the routing: a recording does not react to it."""
 
     def due(self, step: int) -> list[ExpertLayout] | None:
-        """What was recorded for this step; at first, what was in force by then."""
+        """Return what was recorded for this step; at first, what was in force by then."""
         if self._is_first:
             self._is_first = False
             in_force = self._recording.newest(step)

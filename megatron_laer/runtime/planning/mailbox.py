@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
+from megatron_laer.arrays import Int64
 from megatron_laer.trace.recording import TraceWriter
 
-Planner = Callable[[int, int, npt.NDArray[np.int64]], None]
+Planner = Callable[[int, int, Int64], None]
 
 
 class RoutingMailbox:
@@ -46,7 +44,7 @@ class RoutingMailbox:
         self._on_warning = on_warning
         self._step = 0
         self._num_microbatches: int | None = None
-        self._sums_NE: dict[int, npt.NDArray[np.int64]] = {}
+        self._sums_NE: dict[int, Int64] = {}
 
     def begin_step(self, step: int, num_microbatches: int | None) -> None:
         """Begin a step; sums that are not complete are dropped.
@@ -57,7 +55,7 @@ class RoutingMailbox:
         self._step, self._num_microbatches = step, num_microbatches
         self._sums_NE.clear()
 
-    def put(self, layer: int, microbatch: int, counts_NE: npt.NDArray[np.int64]) -> None:
+    def put(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
         """Take the counts of one microbatch of a layer, by index.
 
         Args:
@@ -94,7 +92,7 @@ class RoutingMailbox:
                 f"{error!r}"
             )
 
-    def _record(self, layer: int, microbatch: int, counts_NE: npt.NDArray[np.int64]) -> None:
+    def _record(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
         if self._trace is None:
             return
         try:

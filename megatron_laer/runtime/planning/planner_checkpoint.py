@@ -1,8 +1,8 @@
-"""The planners' states inside a checkpoint: one small file per FSEP group, in its directory.
+"""A checkpoint's directory holds the planners' states, one small file per FSEP group.
 
-What a state is, and what its bytes are, says `planner/state.py`. The files are Megatron's to delete
-with the checkpoint; whoever reads its tensors does not look at them. No fault here stops a run: it
-then plans anew, from the static layout.
+`planner/state.py` defines a state and its bytes. Megatron deletes the files with the checkpoint;
+what reads a checkpoint's tensors does not look at them. No fault here stops a run: it then plans
+anew, from the static layout.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.planner.state import PlannerState
+from megatron_laer.runtime.comm.collectives import broadcast_bytes
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ MAX_FILE_BYTES = 2**32
 
 
 def state_path(directory: str, group_index: int) -> str:
-    """The file of one FSEP group within a checkpoint's directory."""
+    """Name the file of one FSEP group within a checkpoint's directory."""
     return os.path.join(directory, FOLDER, f"group-{group_index}.bin")
 
 
@@ -54,7 +55,7 @@ def save_state(
     Args:
         directory: of one checkpoint; it exists.
         make_state: the planner's state on rank 0, or None without a planner.
-        storage: what has `open` and `os`, like Megatron's `maybe_msc`.
+        storage: an object with `open` and `os`, like Megatron's `maybe_msc`.
     """
     if groups.rank != 0:
         return
@@ -84,12 +85,12 @@ def load_state(
     check: Callable[[PlannerState], None],
     storage: Any,
 ) -> Resumption:
-    """Read this group's state on its rank 0 and tell the others. Collective over the group.
+    """Read this group's state on rank 0 and tell the others. Collective over the group.
 
     Args:
         directory: of the checkpoint that was loaded.
         check: raises ValueError for the state of another model.
-        storage: what has `open` and `os`, like Megatron's `maybe_msc`.
+        storage: an object with `open` and `os`, like Megatron's `maybe_msc`.
     """
     path = state_path(directory, groups.index)
     data, problem = b"", f"there is no planner's state {path}"
@@ -100,7 +101,7 @@ def load_state(
             pass
         except Exception as error:  # the others wait for rank 0
             problem = f"{path} cannot be read: {error!r}"
-    data = _broadcast(data, groups, device)
+    data = broadcast_bytes(data, groups, device)
     if not data:
         return Resumption(problem=problem)
     try:
@@ -154,7 +155,7 @@ def _log_resumption(versions: list[int], problems: list[str], first_step: int) -
 
 
 def read_state(path: str, storage: Any = None) -> bytes:
-    """The bytes of a state's file, unchecked but for their number.
+    """Read the bytes of a state's file; only their number is checked.
 
     Raises:
         ValueError: a file that is larger than any state.
@@ -167,15 +168,3 @@ def read_state(path: str, storage: Any = None) -> bytes:
         file.seek(0)
         data: bytes = file.read()
     return data
-
-
-def _broadcast(data: bytes, groups: FSEPGroups, device: torch.device) -> bytes:
-    """Rank 0's bytes, on every rank of the group."""
-    size = torch.tensor([len(data)], dtype=torch.int64, device=device)
-    dist.broadcast(size, src=groups.planner_rank, group=groups.tokens)
-    message = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
-    if groups.rank == 0 and data:
-        message.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    if message.numel():
-        dist.broadcast(message, src=groups.planner_rank, group=groups.tokens)
-    return message.cpu().numpy().tobytes()

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer.config import FSEPConfig, LatePlan, flag_name
-from megatron_laer.files import quoted, refuse_overwriting
+from megatron_laer.files.checks import quoted, refuse_overwriting
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.service import Plan
 from megatron_laer.planner.state import PlannerState
+from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.strategies import make_strategy
-from megatron_laer.runtime.comm.collectives import PlannerStatus
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, recording_path
 from megatron_laer.runtime.planning.layout_sources import (
     LayoutSource,
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class PlannerRank:
-    """The planner or a recording to replay, and the recordings that are written.
+    """Plans, or replays a recording, and writes the recordings.
 
     Args:
         layers: the layers' names, by index.
@@ -82,7 +82,7 @@ class PlannerRank:
 
     @property
     def status(self) -> PlannerStatus:
-        """How planning goes."""
+        """The state of planning, for metrics."""
         source = self._source
         if source is None:
             return PlannerStatus()
@@ -90,11 +90,11 @@ class PlannerRank:
         return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, failures)
 
     def planned(self) -> tuple[tuple[SmoothedForecast, ...], tuple[Plan, ...]] | None:
-        """Forecasts and plans in the making, waiting for them; None without a planner."""
+        """Return forecasts and plans in the making, waiting for them; None without a planner."""
         return self._source.state() if isinstance(self._source, PlannedLayouts) else None
 
     def due(self, step: int) -> list[ExpertLayout] | None:
-        """Layouts that take effect with this step, or None for nothing new."""
+        """Return the layouts that take effect with this step; None for nothing new."""
         if self._recorder is not None:
             try:
                 self._recorder.begin_step(step)
@@ -110,7 +110,7 @@ class PlannerRank:
             return None
 
     def applied(self, step: int, layouts: list[ExpertLayout]) -> None:
-        """Layouts took effect with this step."""
+        """Record that layouts took effect with this step."""
         if self._recorder is not None:
             try:
                 self._recorder.record(step, layouts)
@@ -196,7 +196,7 @@ def _trace_writer(
 
 
 def _run_signature(config: FSEPConfig) -> dict[str, Any]:
-    """What a recording's results depend on beside its layouts."""
+    """Name the settings that a recording's results depend on, beside its layouts."""
     return {
         "split": config.split.value,
         "plan_mode": config.mode.value,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_laer.runtime.comm.buffer_pool import BufferPool
-from megatron_laer.runtime.comm.exchange import Exchange
+from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
 from megatron_laer.runtime.comm.streams import CommStream
 
 
@@ -21,7 +21,7 @@ class ExchangeStreams:
         slice_grads: gradients of slices, until they are added to main gradients.
     """
 
-    exchange: Exchange
+    exchange: HierarchicalExchange
     parameters: CommStream
     gradients: CommStream
     weights: BufferPool = field(default_factory=BufferPool)

@@ -30,7 +30,7 @@ from functools import partial
 
 import torch
 
-from megatron_laer.runtime.comm.exchange import Kept
+from megatron_laer.runtime.comm.hierarchical import ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.streams import Pending
 from megatron_laer.runtime.weights.autograd import (
@@ -274,13 +274,13 @@ class RestoredExperts:
     def _free_weights(self) -> None:
         if self.state.weights is not WeightState.SHARDED:
             for pending in self._matrices:
-                self._streams.weights.give(pending.wait())
+                self._streams.weights.put_back(pending.wait())
             self._matrices = ()
             self.state.enter(WeightState.SHARDED)
 
     def _free_grads(self) -> None:
         for grad_CRK in self._grads_CRK:
-            self._streams.grads.give(grad_CRK)
+            self._streams.grads.put_back(grad_CRK)
         self._grads_CRK.clear()
 
     def _new_slice_grad(self, slice_ErK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -292,7 +292,7 @@ class RestoredExperts:
         if not self._slices.have_main_grads:
             return grad_ErK
         self._slices.main_grads.add(slice_ErK, grad_ErK)
-        self._streams.slice_grads.give(grad_ErK)
+        self._streams.slice_grads.put_back(grad_ErK)
         return self._slices.main_grads.mark_added(slice_ErK)
 
     # Helpers.
@@ -319,5 +319,5 @@ class RestoredExperts:
         pending: Pending,
     ) -> torch.Tensor:
         """Update a matrix on the communication stream that `pending` runs on, hence after it."""
-        kept = Kept(before, pending.wait())
-        return self._streams.exchange.restore(slice_ErK, index, rows, kept=kept)
+        reuse = ReusableWeights(before, pending.wait())
+        return self._streams.exchange.restore(slice_ErK, index, rows, reuse=reuse)

@@ -80,7 +80,7 @@ class StepExperts(RestoredExperts):
             return tuple(map(self._slices.main_grads.mark_added, self._slices.parameters))
         handed_over = super().finish_reduce()
         for sum_CRK in self._sums_CRK:
-            self._streams.grads.give(sum_CRK)
+            self._streams.grads.put_back(sum_CRK)
         self._sums_CRK = []
         return handed_over
 

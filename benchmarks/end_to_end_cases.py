@@ -1,0 +1,138 @@
+"""These are the configurations that the end-to-end benchmark compares, and the model they train.
+
+It is described in `docs/end_to_end.md`; `end_to_end.py` runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import routing
+from benchmarks.routing import RoutingShape
+from benchmarks.training_run import Routing
+from megatron_laer.data import BYTES_TOKENIZER_FLAGS
+from megatron_laer.platform.cpu import CPU_FLAGS
+
+SKEWS = ("fixed", "drifting", "burst")
+BIAS_STD = 1.0
+SEED = 0
+
+FSEP = "--expert-parallel-mode fsep"
+STATIC = f"{FSEP} --fsep-planner static"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+MODES = {
+    "adaptive": FSEP,
+    "forecast": f"{FSEP} --fsep-plan-mode forecast",
+    "exact": f"{FSEP} --fsep-plan-mode exact",
+    "restore step": f"{FSEP} --fsep-restore step",
+    "scheduler off": f"{FSEP} --fsep-scheduler off",
+    "recompute": f"{FSEP} {RECOMPUTE}",
+    "recompute, scheduler off": f"{FSEP} {RECOMPUTE} --fsep-scheduler off",
+}
+# What modes that recompute are compared with.
+STOCK_RECOMPUTE = "stock balanced, recompute"
+
+
+@dataclass(frozen=True)
+class Size:
+    """The sizes of the model that is trained, and how long it is trained.
+
+    Attributes:
+        sequences: of one microbatch of a rank, which is all that it trains on in a step.
+        warm_up: steps that are not counted.
+        steps: that are, per configuration and repeat; a whole period of bursts for the burst.
+    """
+
+    layers: int
+    hidden: int
+    ffn: int
+    experts: int
+    topk: int
+    sequence: int
+    sequences: int
+    warm_up: int
+    steps: int
+    repeats: int
+
+    def flags(self, data: str, ranks: int) -> list[str]:
+        """Return Megatron's flags."""
+        return [
+            *f"""
+            --num-layers {self.layers} --hidden-size {self.hidden} --num-attention-heads 8
+            --ffn-hidden-size {self.ffn} --moe-ffn-hidden-size {self.ffn}
+            --num-experts {self.experts} --moe-router-topk {self.topk}
+            --seq-length {self.sequence} --max-position-embeddings {self.sequence}
+            --micro-batch-size {self.sequences} --global-batch-size {self.sequences * ranks}
+            --expert-model-parallel-size {ranks} --expert-tensor-parallel-size 1
+            --disable-bias-linear --normalization RMSNorm --position-embedding-type rope
+            --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+            --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none
+            --lr 1e-4 --min-lr 1e-4 --lr-decay-style constant --clip-grad 1.0 --seed 1234
+            --split 90,10,0 --num-workers 0 --log-interval 1000 --eval-interval 1000 --eval-iters 0
+            --data-path {data}
+            """.split(),
+            *CPU_FLAGS,
+            *BYTES_TOKENIZER_FLAGS,
+        ]
+
+    def routing_shape(self, ranks: int) -> RoutingShape:
+        """Return the sizes of a routing trace."""
+        tokens = self.sequence * self.sequences
+        return RoutingShape(self.layers, ranks, self.experts, tokens, self.topk)
+
+
+# Where experts dominate, and the same program at a size that shows that it runs.
+FULL = Size(2, 512, 2048, 8, 2, 256, 32, warm_up=2, steps=4, repeats=3)
+QUICK = Size(2, 128, 512, 8, 2, 64, 16, warm_up=2, steps=4, repeats=2)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the table."""
+
+    name: str
+    flags: str
+    routing: Routing
+    steps: int
+
+
+def chosen(cases: Sequence[Configuration], part: str) -> list[Configuration]:
+    """Choose those whose names contain `part`, and what they are compared with."""
+    names = {"ideal"} | {case.name for case in cases if part in case.name}
+    if any("recompute" in name for name in names):
+        names.add(STOCK_RECOMPUTE)
+    return [case for case in cases if case.name in names]
+
+
+def configurations(size: Size, ranks: int, scratch: Path) -> list[Configuration]:
+    """List all configurations, and write their traces."""
+    shape = size.routing_shape(ranks)
+    burst_steps = size.warm_up + routing.BURST_EVERY
+    steps = size.warm_up + size.steps
+    makers = {"drifting": routing.drifting_trace, "burst": routing.burst_trace}
+    skewed = {
+        "fixed": Routing(
+            f"--moe-router-force-biased {-BIAS_STD}",
+            bias=(BIAS_STD, routing.fixed_bias_seed(shape, BIAS_STD)),
+        )
+    }
+    for name, maker in makers.items():
+        path = scratch / f"{name}.npy"
+        np.save(path, maker(shape, burst_steps + 1, SEED))
+        skewed[name] = Routing("--moe-enable-routing-replay", trace=path)
+    balanced = Routing("--moe-router-force-load-balancing")
+
+    found = [Configuration("ideal", "", balanced, steps)]
+    for skew in SKEWS:
+        for kind, flags in (("stock", ""), ("fsep", FSEP), ("fsep static", STATIC)):
+            long = burst_steps if skew == "burst" else steps
+            found.append(Configuration(f"{kind}, {skew}", flags, skewed[skew], long))
+    for mode, flags in MODES.items():
+        if mode == "recompute":
+            found.append(Configuration(STOCK_RECOMPUTE, RECOMPUTE, balanced, steps))
+        found.append(Configuration(f"fsep balanced, {mode}", flags, balanced, steps))
+    return found

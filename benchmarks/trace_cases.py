@@ -1,0 +1,72 @@
+"""A `Trace` gives the balance benchmarks their cases: counts, and what was known before them.
+
+It is an npz file with tokens [iterations, layers, ranks, microbatches, experts].
+
+Legend: N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.arrays import Int64
+from megatron_laer.planner.forecast import SmoothedForecast
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where in a trace the counts to be balanced are."""
+
+    iteration: int
+    layer: int
+    microbatch: int
+
+
+class Trace:
+    """Reads counts_NE of every case from a trace, and forecasts them from earlier ones."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as content:
+            tokens = content["tokens"]
+        self.counts: npt.NDArray[np.int64] = np.ascontiguousarray(
+            tokens.transpose(0, 1, 3, 2, 4), dtype=np.int64
+        )
+        self._forecasts: dict[int, list[SmoothedForecast]] = {}
+
+    def cases(self, stride: int, offset: int) -> list[Case]:
+        """List every `stride`-th case, from `offset` on."""
+        iterations, layers, count = self.counts.shape[:3]
+        every = [
+            Case(iteration, layer, microbatch)
+            for iteration in range(1, iterations)
+            for layer in range(layers)
+            for microbatch in range(count)
+        ]
+        return every[offset::stride]
+
+    def now(self, case: Case) -> Int64:
+        """Return the counts of the case itself."""
+        counts_NE: Int64 = self.counts[case.iteration, case.layer, case.microbatch]
+        return counts_NE
+
+    def forecast(self, case: Case) -> Int64:
+        """Forecast the case from all iterations before its own."""
+        if case.layer not in self._forecasts:
+            state = SmoothedForecast()
+            states = []
+            for iteration in range(self.counts.shape[0]):
+                state = state.observe(self.counts[iteration, case.layer].sum(axis=0))
+                states.append(state)
+            self._forecasts[case.layer] = states
+        return self._forecasts[case.layer][case.iteration - 1].counts_NE()
+
+    def before(self, case: Case) -> Int64 | None:
+        """Return the microbatch before the case in its iteration, if there is one."""
+        if case.microbatch == 0:
+            return None
+        counts_NE: Int64 = self.counts[case.iteration, case.layer, case.microbatch - 1]
+        return counts_NE

@@ -1,0 +1,210 @@
+"""The command line finds the command that is asked for, runs it and turns errors into a status.
+
+torchrun ... -m megatron_laer train PATH/TO/pretrain_gpt.py -- <Megatron's flags>
+python -m megatron_laer prepare-data --input FILES --output PREFIX
+python -m megatron_laer flags mixtral-8x7b-e8k2
+python -m megatron_laer plan TRACE --ranks N --capacity C --cluster a100-4x8-ib800
+python -m megatron_laer inspect CHECKPOINT
+python -m megatron_laer doctor
+
+Each command has a file here that holds its arguments and its printing, as `add_arguments` and
+`run`; other rooms do the work. The file is imported when the command is asked for, so that the
+others, and `doctor` above all, work where it cannot be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from megatron_laer import __version__
+from megatron_laer.files.checks import one_line
+from megatron_laer.launch import in_one_line
+
+# Every command, with what `--help` says of it.
+_COMMANDS = {
+    "train": "run an unmodified Megatron script with the plugin on",
+    "prepare-data": "make a dataset from text files",
+    "inspect": "print what is in a checkpoint",
+    "flags": "print Megatron's flags for a model configuration",
+    "plan": "compare strategies on a routing trace",
+    "doctor": "print what this machine has, and what is missing",
+}
+
+# As shells report a process that a signal ended.
+_INTERRUPTED = 128 + signal.SIGINT
+_NO_READER = 128 + signal.SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    That is 2 for what the user can mend, with one line on stderr that says it; 130 after Ctrl-C;
+    141 without a word if the reader of the output has gone, such as `head`. The script of `train`
+    runs as if Python had started it: signals and exceptions are its own, but for settings that the
+    plugin refuses.
+
+    Raises:
+        SystemExit: argparse has had its say, or SIGTERM or SIGHUP came, after files were tidied up.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            status, script = _run(words)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        return _NO_READER
+    except OSError as error:
+        _discard_output()
+        return _fail(f"the output cannot be written: {error}")
+    if script is not None:
+        from megatron_laer.cli import train
+
+        refusal = train.run_script(script)
+        return status if refusal is None else _fail(f"train: {refusal}")
+    return status
+
+
+def _run(words: list[str]) -> tuple[int, str | None]:
+    """Run a command; return its status, and the script that `train` has everything ready for."""
+    command = words[0] if words else ""
+    try:
+        args, script_args = _parse(words)
+        if args.command == "train":
+            from megatron_laer.cli import train
+
+            train.prepare(args.script, script_args)
+            return 0, str(args.script)
+        with _stopped_by_exceptions():
+            return int(_module(args.command).run(args)), None
+    except KeyboardInterrupt:
+        return _fail(f"{command}: interrupted", _INTERRUPTED), None
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(f"{command}: {in_one_line(error)}"), None
+    except MemoryError:
+        return _fail(f"{command}: the memory of this process does not suffice"), None
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"{__name__}.{command.replace('-', '_')}")
+
+
+@contextmanager
+def _stopped_by_exceptions() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise SystemExit in the block, so that its `finally` clauses run."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    # A signal that is ignored, as under nohup, stays so.
+    mine = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in mine:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _fail(message: str, status: int = 2) -> int:
+    print(f"{_program()} {one_line(message)}", file=sys.stderr)
+    return status
+
+
+def _discard_output() -> None:
+    """Let what is still buffered go nowhere, or Python would fail once more at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _program() -> str:
+    """Return the words that have started this, to be typed again."""
+    is_module = Path(sys.argv[0]) == Path(__file__).parents[1] / "__main__.py"
+    return "python -m megatron_laer" if is_module else "megatron-laer"
+
+
+_EXAMPLES = """\
+examples:
+  %(prog)s doctor
+  %(prog)s flags mixtral-8x7b-e8k2
+  %(prog)s prepare-data --python-sources --output data/text
+  %(prog)s plan traces/group-0.trace --ranks 64 --node-size 8 --capacity 2 3 4
+  %(prog)s inspect checkpoints
+  torchrun --nproc-per-node 8 -m megatron_laer train Megatron-LM/pretrain_gpt.py -- FLAGS
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, instead of after the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
+
+
+def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the arguments, and what follows `--`.
+
+    Raises:
+        ImportError: the module of the command cannot be imported.
+    """
+    # That belongs to the script; argparse treats `--` differently from version to version.
+    own, script_args = _split_at_dashes(words)
+    parser = _parser(own[0] if own else "")
+    args, unknown = parser.parse_known_args(own)
+    parser.prog = f"{parser.prog} {args.command}"
+    if unknown:
+        hint = "; the script's own follow --" if args.command == "train" else ""
+        parser.error(f"unrecognized arguments: {shlex.join(unknown)}{hint}")
+    if script_args and args.command != "train":
+        parser.error(f"nothing follows -- here, got {shlex.join(script_args)}")
+    return args, script_args
+
+
+def _parser(command: str) -> _Parser:
+    """Make the parser of all commands; `command` alone gets its arguments.
+
+    Raises:
+        ImportError: the module of `command` cannot be imported.
+    """
+    parser = _Parser(
+        prog=_program(),
+        description="Fully Sharded Expert Parallel for Megatron-LM",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-laer {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in _COMMANDS.items():
+        parser_of_command = commands.add_parser(name, help=summary)
+        if name == command:
+            _module(name).add_arguments(parser_of_command)
+    return parser
+
+
+def _split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in words:
+        return words, []
+    position = words.index("--")
+    return words[:position], words[position + 1 :]

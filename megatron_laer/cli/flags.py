@@ -1,0 +1,23 @@
+"""`flags` prints Megatron's flags for a model configuration, ready for a shell."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+from megatron_laer.model_flags import model_flags
+from megatron_laer.platform.cpu import CPU_FLAGS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `flags` to `parser`."""
+    parser.add_argument("file", metavar="FILE", help="a YAML file, or a name in configs/models")
+    parser.add_argument(
+        "--cpu", action="store_true", help="add the flags that Megatron needs without a GPU"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `flags`."""
+    print(shlex.join([*model_flags(args.file), *(CPU_FLAGS if args.cpu else ())]))
+    return 0

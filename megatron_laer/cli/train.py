@@ -1,0 +1,51 @@
+"""`train` runs an unmodified Megatron script with the plugin on, as if Python had started it."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from pathlib import Path
+
+from megatron_laer import launch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `train` to `parser`; what follows `--` is the script's."""
+    parser.usage = "%(prog)s SCRIPT -- ARGS"
+    parser.description = (
+        "Runs a script such as Megatron-LM's pretrain_gpt.py, under torchrun, with "
+        "--expert-parallel-mode and the --fsep flags added to Megatron's own."
+    )
+    parser.add_argument("script", metavar="SCRIPT", help="the script; its arguments follow --")
+
+
+def prepare(script: str, script_args: list[str]) -> None:
+    """Make this process look as if `python SCRIPT ARGS` had started it, with the plugin on.
+
+    Raises:
+        ValueError, ImportError: there is no such script, or as for `launch.prepare`.
+    """
+    if not Path(script).is_file():
+        raise ValueError(f"script {script!r} does not exist; give a path to Megatron's script")
+    sys.argv[:] = [script, *script_args]
+    # As Python does, and before the first import of Megatron: the `megatron` folder beside a
+    # checkout's script wins over an installed one, and is the one whose version is checked.
+    if not sys.flags.safe_path:
+        sys.path[0] = str(Path(script).resolve().parent)
+
+    launch.prepare()
+
+
+def run_script(script: str) -> str | None:
+    """Run the script, and return why the plugin refused its settings, if it did.
+
+    Signals and all other exceptions are the script's own.
+    """
+    from megatron_laer.support import RefusedError
+
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except RefusedError as error:
+        return str(error)
+    return None

@@ -1,0 +1,224 @@
+"""What users name is checked before it is used: files to read, files and folders to write.
+
+Knows no format, and writes nothing (`writing` does). Everything that reads a file named by a
+user goes through `open_input` or what is built on it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, BinaryIO
+
+logger = logging.getLogger(__name__)
+
+# Of files that people write by hand, and of lists that describe other files.
+MAX_TEXT_BYTES = 2**20
+
+# Of files that machines write, line by line: the longest are the routing of some million tokens.
+MAX_LINE = 2**25
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a path that is not a regular file, such as a pipe or a device, which may never end.
+
+    Raises:
+        ValueError: something else is there.
+        OSError: nothing is there, or it cannot be looked at.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "no regular file")
+        raise ValueError(f"{quoted(path)} is {kind}; give a regular file")
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_input(path: Path) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Raises:
+        ValueError: it is no regular file.
+        OSError: it cannot be opened.
+    """
+    check_regular(path)
+    # Without waiting, should a pipe have taken the file's place since.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{quoted(path)} is no regular file; give a regular file")
+    return file
+
+
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """Read a whole regular file of limited size.
+
+    Raises:
+        ValueError: it is no regular file, or larger than `max_bytes`.
+        OSError: it cannot be read.
+    """
+    with open_input(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b""
+        if size <= max_bytes:
+            content = file.read(size + 1)
+            if len(content) > size:  # it has grown, or its file system tells no sizes, as /proc
+                content += file.read(max_bytes + 1 - len(content))
+                size = len(content)
+    if size > max_bytes:
+        raise ValueError(f"{quoted(path)} has {size:,} bytes; at most {max_bytes:,} are expected")
+    return content
+
+
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """Read a whole regular file of limited size as UTF-8, a byte-order mark left out.
+
+    Raises:
+        ValueError: it is no regular file, larger than `max_bytes`, or not UTF-8.
+        OSError: it cannot be read.
+    """
+    content = read_bytes(path, max_bytes)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{quoted(path)} is not UTF-8 text: {error.reason}") from error
+
+
+def lines[T: (str, bytes)](file: IO[T], path: Path) -> Iterator[T]:
+    """Yield the lines of an open file, with their ends.
+
+    Raises:
+        ValueError: a line that is longer than `MAX_LINE`, as where a file holds no lines.
+        OSError: the file cannot be read.
+    """
+    for number in itertools.count(1):
+        line = file.readline(MAX_LINE + 1)
+        if not line:
+            return
+        if len(line) > MAX_LINE:
+            raise ValueError(f"{path}, line {number}: longer than {MAX_LINE:,} characters")
+        yield line
+
+
+def quoted(text: object, longest: int = 200) -> str:
+    """Quote what a user passed, on one line, escaped and of limited length, for a message."""
+    shown = _shortened(str(text), longest)
+    return ascii(shown) if not shown.isprintable() else repr(shown)
+
+
+def one_line(text: object, longest: int = 2000) -> str:
+    """Show a text that somebody else may have written, on one line of limited length.
+
+    Control characters, which could move a terminal's cursor, are escaped; quotes are not added.
+    """
+    shown = _shortened(str(text), longest)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+
+
+def _shortened(text: str, longest: int) -> str:
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
+
+
+def is_same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths mean one file or folder: through links of either kind, or not there yet."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+def refuse_overwriting(
+    output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]], flag: str
+) -> None:
+    """Refuse an output that is one of the inputs, or lies in a folder that is one.
+
+    Args:
+        flag: which names the output, for the message.
+
+    Raises:
+        ValueError: naming both paths.
+    """
+    folder = Path(os.path.realpath(output)).parent
+    for given in inputs:
+        is_inside = os.path.isdir(given) and folder.is_relative_to(os.path.realpath(given))
+        if is_inside or is_same_file(output, given):
+            raise ValueError(
+                f"{flag} {quoted(output)} would write over the input {quoted(given)}; give a path "
+                "outside the input"
+            )
+
+
+def refuse_unwritable(output: str | os.PathLike[str], flag: str) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is to hold.
+
+    Raises:
+        ValueError: it is a folder or a device, its folder does not exist or takes no file.
+    """
+    path = Path(output)
+    folder = path.absolute().parent
+    problem = _why_not_looked_at(path)
+    if not str(output):
+        problem = "the path is empty"
+    elif problem:
+        pass
+    elif path.exists() and not path.is_file():
+        problem = "it is there and no regular file"
+    elif not folder.is_dir():
+        problem = f"the folder {quoted(folder)} does not exist"
+    else:
+        problem = _why_not_writable(folder)
+    if problem:
+        raise ValueError(f"{flag} {quoted(output)}: {problem}; give a file in a writable folder")
+
+
+def refuse_unusable_folder(folder: str | os.PathLike[str], flag: str) -> None:
+    """Refuse a folder for output that neither is there nor can be made, and make nothing.
+
+    Raises:
+        ValueError: the path is empty, leads through a file, or to a folder that takes no file.
+    """
+    path = Path(folder).absolute()
+    problem = _why_not_looked_at(path)
+    if not str(folder):
+        problem = "the path is empty"
+    elif problem is None:
+        there = next(part for part in (path, *path.parents) if os.path.lexists(part))
+        if not there.is_dir():
+            problem = f"{quoted(there)} is no folder"
+        else:
+            problem = _why_not_writable(there)
+    if problem:
+        raise ValueError(f"{flag} {quoted(folder)}: {problem}; give a folder that can be written")
+
+
+def _why_not_looked_at(path: Path) -> str | None:
+    """The reason why nothing could ever be at a path, such as too long a name."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):  # told better by whoever asks
+        return None
+    except OSError as error:
+        return str(error.strerror)
+    return None
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    """The reason why no file can be made in a folder; tried, since root may do what is not done."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return f"the folder {quoted(folder)} cannot be written to ({error.strerror})"
+    return None

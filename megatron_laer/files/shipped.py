@@ -1,0 +1,30 @@
+"""Users name a cluster or a model that we ship, or give the path of a YAML file of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def yaml_file(kind: str, path_or_name: str | Path) -> Path:
+    """The file that is meant: a path as it is, a name as the shipped file of that name.
+
+    Args:
+        kind: `cluster` or `model`.
+        path_or_name: a text with a slash, or that ends in .yaml or .yml, is a path.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    name = str(path_or_name)
+    if isinstance(path_or_name, Path) or name.endswith((".yaml", ".yml")) or "/" in name:
+        return Path(path_or_name)
+    # The package's own data first: beside an installed package, `configs` may be somebody else's.
+    folders = (_PACKAGE / "configs" / f"{kind}s", _PACKAGE.parent / "configs" / f"{kind}s")
+    known = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
+    if name not in known:
+        raise ValueError(
+            f"unknown {kind} {name!r}; known are {sorted(known)}, or pass a path to a YAML file"
+        )
+    return known[name]

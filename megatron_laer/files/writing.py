@@ -1,0 +1,219 @@
+"""Files that somebody needs are written whole, by one writer, and never over one another.
+
+Knows no format. A file that is kept open goes through `open_exclusively`, one that is written anew
+through `Replacement`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import logging
+import os
+import re
+import secrets
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, BinaryIO, cast
+
+from megatron_laer.files.checks import check_regular, quoted
+
+logger = logging.getLogger(__name__)
+
+# Where a file system has no locks (Lustre without `-o flock`, some network mounts).
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class InUseError(ValueError):
+    """A file has a writer already."""
+
+
+# What this process has locked, for `_unlock_in_child`.
+_locked: weakref.WeakSet[IO[bytes] | IO[str]] = weakref.WeakSet()
+
+
+def lock(file: IO[bytes] | IO[str], path: Path) -> None:
+    """Make this open file its only writer, until it is closed or the process ends.
+
+    Children that the process forks, such as a data loader's workers, do not hold the lock. On a
+    file system without locks it says so in a warning and goes on.
+
+    Raises:
+        InUseError: another process, or another open file of this one, is its writer.
+    """
+    _locked.add(file)  # first, since another thread may fork at any time
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InUseError(
+            f"{quoted(path)} is being written by another run; wait until that has ended, or give "
+            "another folder"
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning(
+            "%s: its file system has no locks, so two runs that write it are not noticed", path
+        )
+
+
+def _unlock_in_child() -> None:
+    """Let go of what the parent has locked, so that a child that outlives it keeps no lock."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for file in _locked:
+        if not file.closed:
+            os.dup2(null, file.fileno(), inheritable=False)
+    os.close(null)
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)
+
+
+def open_exclusively(path: Path) -> BinaryIO:
+    """Open a file for reading and writing, made if it is missing, as its only writer. Unbuffered.
+
+    Raises:
+        InUseError: it has another writer.
+        ValueError: it is no regular file.
+        OSError: it cannot be opened.
+    """
+    while True:
+        if path.exists():
+            check_regular(path)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = cast(BinaryIO, os.fdopen(descriptor, "r+b", buffering=0))
+        try:
+            lock(file, path)
+            if _is_at(file, path):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        # Its former writer has replaced it between our opening and its lock.
+        file.close()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold `path` as a lock during the block; it is made for that, and removed at the end.
+
+    Raises:
+        InUseError: another run holds it.
+        ValueError: it is no regular file.
+        OSError: it cannot be made.
+    """
+    with open_exclusively(path):
+        try:
+            yield
+        finally:
+            # Before it is closed: who has opened it meanwhile then sees that it has gone.
+            path.unlink(missing_ok=True)
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(file.fileno()), there)
+
+
+class Replacement:
+    """A file under a temporary name beside its target, which it replaces when it is complete.
+
+    The temporary file is locked while it is written, so that what a killed run left can be told
+    from what a living one writes: making a replacement removes what was left for the same target.
+    The name that `path` gives may also be written through another open file.
+
+    Attributes:
+        path: of the temporary file.
+        file: open for reading and writing, unbuffered, and the only writer of the target afterwards
+            until it is closed.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        remove_leftovers(target)
+        self.path = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+        self.file: BinaryIO = cast(BinaryIO, self.path.open("x+b", buffering=0))
+        try:
+            lock(self.file, self.path)
+        except BaseException:
+            self.discard()
+            raise
+
+    def commit(self, target: Path | None = None) -> None:
+        """Put the content on disk, then the file in its target's place; leaves it open.
+
+        Args:
+            target: another file of the same folder to replace.
+        """
+        # Also what came through another open file of the same name.
+        os.fsync(self.file.fileno())
+        os.replace(self.path, target or self._target)
+        sync_folder(self._target.parent)
+
+    def discard(self) -> None:
+        """Close and remove the temporary file; does nothing to the target."""
+        self.file.close()
+        self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_when_complete(target: Path) -> Iterator[BinaryIO]:
+    """Yield a file that takes the target's place if the block ends well, and is removed if not."""
+    replacement = Replacement(target)
+    try:
+        yield replacement.file
+        replacement.commit()
+    except BaseException:
+        replacement.discard()
+        raise
+    replacement.file.close()
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove temporary files for `target` whose run has ended; those that are locked stay."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.tmp")
+    if not target.parent.is_dir():
+        return
+    for path in target.parent.iterdir():
+        if not pattern.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+            continue
+        try:
+            # For writing, since network file systems lock nothing else exclusively.
+            with path.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        except OSError as error:  # it has a writer, has gone, is another user's, or has no locks
+            logger.debug("left %s: %s", path, error)
+
+
+def free_name(path: Path) -> Path:
+    """The path, or the first of PATH.2, PATH.3 and so on, before its suffix, that nothing has."""
+    names = itertools.chain(
+        (path,), (path.with_stem(f"{path.stem}.{n}") for n in itertools.count(2))
+    )
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def write_all(file: BinaryIO, content: bytes) -> None:
+    """Write to an unbuffered file, which may take a part at a time."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's list of files on disk, where its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(descriptor)

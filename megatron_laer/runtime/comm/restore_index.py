@@ -1,0 +1,193 @@
+"""A `RestoreIndex` lists what one rank sends, receives and copies to restore slots of a layout.
+
+It holds no expert data and runs no collective: every rank knows both layouts, so each works out its
+own index, and the indices of all ranks fit together.
+
+Worked example, on 4 ranks, 2 nodes, 2 slots per rank. Two slots change, both on node 0:
+
+    rank (node)   0 (0)    1 (0)    2 (1)    3 (1)
+    before        0 1      0 2      3 0      3 2
+    after         3 1      1 2      3 0      3 2
+
+Node 0 needs experts 3 and 1. None of its slots had 3, so each of its ranks fetches rows of 3 from
+the other node; slot 1 of rank 0 had 1, so rank 0 shares it with its node. On rank 0:
+
+    sent_experts [3]              what a rank sends: 3 to node 0 ...
+    fetched_M    [1, 0]           ... that is one expert to node 0, none to node 1
+    shared_slots [1]              its slot 1 has an expert that the node needs
+    shared_G     [1, 0]           rank 0 of the node shares one expert, rank 1 none
+    position_n   [0, 1]           expert 3 arrives first (fetched), 1 after it (shared)
+    block_nM     [[0, 1], [2, 3]] rows of 3 from node 0 and node 1, then those of 1
+    restored_G   [1, 1]           each rank of the node has one slot to restore
+    runs         [(0, slot 0)]    the first of rank 0's slots to restore is slot 0
+
+Legend: N ranks, E experts, C slots per rank, S = N·C slots; G ranks per node, M = N/G nodes, n
+slots of a node to restore, D distinct experts that arrive at a node for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from megatron_laer.arrays import Bool, Int64
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.runtime.comm.layout_index import CACHED_LAYOUTS
+from megatron_laer.runtime.comm.upload import upload_arrays
+from megatron_laer.sharding import changed_slots, node_sources
+
+
+class Run(NamedTuple):
+    """Neighbouring slots of this rank that are restored, and how many such slots precede them."""
+
+    first: int
+    slots: slice
+
+
+@dataclass(frozen=True, eq=False)
+class RestoreIndex:
+    """What one rank sends, receives and copies to restore the changed slots of a layout.
+
+    Attributes:
+        has_work: whether any rank of the group has a slot to restore.
+        sent_experts: the experts that node 0, node 1, … fetch: this rank sends its rows of them to
+            the rank of the same local rank on each node.
+        fetched_M: how many experts each node fetches.
+        shared_slots: this rank's slots whose expert it shares with its node, from the weights
+            restored under the layout before.
+        shared_G: how many experts each rank of this node shares.
+        position_n: for each slot to restore on this node, rank by rank, the position of its expert
+            among the D that arrive: those fetched, then those shared. With one node, where nothing
+            has to arrive, the expert itself.
+        block_nM: the same by node: the row block that holds a node's rows of the expert, where all
+            ranks hold equally many rows. Flat, [n·M].
+        restored_G: slots to restore on each rank of this node.
+        runs: this rank's slots to restore.
+    """
+
+    has_work: bool
+    sent_experts: torch.Tensor
+    fetched_M: list[int]
+    shared_slots: list[int]
+    shared_G: list[int]
+    position_n: torch.Tensor
+    block_nM: torch.Tensor
+    restored_G: list[int]
+    runs: list[Run]
+
+
+@lru_cache(maxsize=CACHED_LAYOUTS)
+def restore_index(
+    before: ExpertLayout | None,
+    after: ExpertLayout,
+    node_size: int,
+    rank: int,
+    device: torch.device,
+) -> RestoreIndex:
+    """Index the slots of `after` whose expert differs from `before`, or all slots without one."""
+    num_ranks, capacity = after.num_ranks, after.capacity
+    node, local_rank = divmod(rank, node_size)
+    if before is None:
+        changed_S = np.ones(after.num_slots, dtype=np.bool_)
+    else:
+        changed_S = changed_slots(before, after)
+    ranks_of_node = slice(node * node_size, (node + 1) * node_size)
+    changed_GC = changed_S.reshape(num_ranks, capacity)[ranks_of_node]
+    expert_GC = after.slot_expert_S.astype(np.int64).reshape(num_ranks, capacity)[ranks_of_node]
+
+    arrivals = _arrivals(before, after, changed_S, node_size, rank)
+    position_n = arrivals.positions(expert_GC[changed_GC], after.num_experts)
+    block_nM = _row_blocks(position_n, arrivals.fetched_M[node], num_ranks // node_size)
+    sent_experts, positions, blocks = upload_arrays(
+        [arrivals.sent_experts, position_n, block_nM.reshape(-1)], device
+    )
+    return RestoreIndex(
+        has_work=bool(changed_S.any()),
+        sent_experts=sent_experts,
+        fetched_M=arrivals.fetched_M,
+        shared_slots=arrivals.shared_slots,
+        shared_G=arrivals.shared_G,
+        position_n=positions,
+        block_nM=blocks,
+        restored_G=changed_GC.sum(axis=1).tolist(),
+        runs=_runs(np.flatnonzero(changed_GC[local_rank])),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Arrivals:
+    """How experts come to the nodes that need them; the first four are those of `RestoreIndex`.
+
+    Attributes:
+        expert_D: the experts that arrive at this rank's node, fetched ones first.
+    """
+
+    sent_experts: Int64
+    fetched_M: list[int]
+    shared_slots: list[int]
+    shared_G: list[int]
+    expert_D: Int64
+
+    def positions(self, expert_n: Int64, num_experts: int) -> Int64:
+        """Find experts among those that arrive."""
+        position_E = np.full(num_experts, -1)
+        position_E[self.expert_D] = np.arange(len(self.expert_D))
+        return position_E[expert_n]
+
+
+def _arrivals(
+    before: ExpertLayout | None, after: ExpertLayout, changed_S: Bool, node_size: int, rank: int
+) -> _Arrivals:
+    """Tell fetched experts from shared ones, in the order in which they arrive."""
+    num_experts, capacity = after.num_experts, after.capacity
+    num_nodes, node = after.num_ranks // node_size, rank // node_size
+    if num_nodes == 1:  # the node's ranks hold all rows of every expert
+        nothing = np.empty(0, np.int64)
+        return _Arrivals(nothing, [0], [], [0] * node_size, np.arange(num_experts))
+
+    sources = node_sources(after, node_size, changed_S, before)
+    to_node, sent_experts = np.divmod(sources.far_pairs, num_experts)
+
+    # Shared experts arrive rank by rank, and per rank in the order of its slots.
+    in_order = np.argsort(sources.held_slots)
+    slots = sources.held_slots[in_order]
+    experts = sources.held_pairs[in_order] % num_experts
+    rank_of_slot = slots // capacity
+    is_of_node = rank_of_slot // node_size == node
+    local_ranks = rank_of_slot[is_of_node] - node * node_size
+    return _Arrivals(
+        sent_experts=sent_experts,
+        fetched_M=np.bincount(to_node, minlength=num_nodes).tolist(),
+        shared_slots=(slots[rank_of_slot == rank] % capacity).tolist(),
+        shared_G=np.bincount(local_ranks, minlength=node_size).tolist(),
+        expert_D=np.concatenate([sent_experts[to_node == node], experts[is_of_node]]),
+    )
+
+
+def _row_blocks(position_n: Int64, num_fetched: int, num_nodes: int) -> Int64:
+    """Number the row blocks, one per node, of the experts at these positions.
+
+    Fetched experts arrive node by node, so an expert's blocks are `num_fetched` apart; shared ones
+    arrive after them, expert by expert.
+
+    Returns:
+        [n, M].
+    """
+    is_fetched_n = position_n < num_fetched
+    first_n = np.where(is_fetched_n, position_n, position_n * num_nodes)
+    stride_n = np.where(is_fetched_n, num_fetched, 1)
+    return first_n[:, None] + stride_n[:, None] * np.arange(num_nodes)
+
+
+def _runs(slots: Int64) -> list[Run]:
+    """Group ascending slots into runs of neighbours."""
+    runs, first = [], 0
+    for run in np.split(slots, np.flatnonzero(np.diff(slots) > 1) + 1):
+        if len(run):
+            runs.append(Run(first, slice(int(run[0]), int(run[-1]) + 1)))
+        first += len(run)
+    return runs

@@ -1,0 +1,62 @@
+"""An expert is as wide as in the paper's model, or in a model configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_laer.files.checks import quoted
+from megatron_laer.layout import MAX_EXPERTS
+from megatron_laer.model_flags import model_flags
+
+# A hundred times that of the widest models; products of two, in bytes, stay far below 2**63.
+MAX_WIDTH = 2**20
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """Holds the widths of an expert, which compute, tokens and restores follow from."""
+
+    hidden: int
+    ffn: int
+    gated: bool
+    num_experts: int | None = None
+
+
+# Mixtral-8x7B's experts, as the paper has them.
+DEFAULT_SIZES = ExpertSizes(hidden=4096, ffn=14336, gated=True)
+
+# Megatron's flags for activations that multiply two halves of the first matrix's output.
+_GATED: Sequence[str] = ("--swiglu", "--quick-geglu")
+
+
+def model_sizes(config: str) -> ExpertSizes:
+    """Read the widths from a model configuration, by path or by the name of one we ship.
+
+    Raises:
+        ValueError, OSError: a model that cannot be read, or does not say them.
+    """
+    # Megatron takes both spellings of a flag.
+    flags = [word.replace("_", "-") for word in model_flags(config)]
+    values = {
+        flag: value
+        for flag, value in zip(flags, [*flags[1:], "--"], strict=True)
+        if flag.startswith("--")
+    }
+
+    def size(flag: str, most: int) -> int:
+        text = values.get(flag, "")
+        if not (text.isascii() and text.isdigit() and len(text) < 19 and 1 <= int(text) <= most):
+            raise ValueError(
+                f"has no {flag.removeprefix('--')} in 1..{most}, but {quoted(text)}; mend it, or "
+                "give --hidden and --ffn instead of --config"
+            )
+        return int(text)
+
+    own_ffn = "--moe-ffn-hidden-size"
+    return ExpertSizes(
+        size("--hidden-size", MAX_WIDTH),
+        size(own_ffn if own_ffn in values else "--ffn-hidden-size", MAX_WIDTH),
+        any(flag in values for flag in _GATED),
+        size("--num-experts", MAX_EXPERTS),
+    )

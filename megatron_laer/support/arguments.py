@@ -1,0 +1,102 @@
+"""Parsed arguments of Megatron are checked before anything runs, and completed where FSEP needs it.
+
+A TransformerConfig is checked in `model`. Nothing of Megatron is touched: `args` is its namespace.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+
+from megatron_laer.config import FSEPConfig, OverlapScheduler
+from megatron_laer.layout import MAX_EXPERTS, default_capacity
+from megatron_laer.support import RefusedError
+from megatron_laer.support.table import REFUSALS
+
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+
+# The arguments that FSEP sets where they are left out, with their values.
+FILLED_IN = {row.argument: row.accepted[0] for row in REFUSALS if row.is_filled_in}
+
+
+def fill_in(args: Namespace, script_defaults: Mapping[str, object]) -> list[str]:
+    """Set what FSEP needs where nobody set it: where the argument is None.
+
+    Args:
+        script_defaults: what a Megatron script gives for arguments that are left out; not touched.
+
+    Returns:
+        The flags that are now as if they had been given.
+    """
+    filled = []
+    for name, needed in FILLED_IN.items():
+        if getattr(args, name) is None:
+            setattr(args, name, script_defaults.get(name, needed))
+            if name not in script_defaults:
+                filled.append(f"--{name.replace('_', '-')} {needed}")
+    return filled
+
+
+def check(args: Namespace, config: FSEPConfig) -> None:
+    """Refuse what FSEP cannot run with, all of it in one message.
+
+    Raises:
+        RefusedError: what was given, why it cannot work, and what would.
+    """
+    problems = [text for row in REFUSALS if (text := row.problem_with_flag(args)) is not None]
+    if not problems:
+        problems = _shape_problems(args, config)
+    if problems:
+        numbered = " ".join(f"({number}) {text}." for number, text in enumerate(problems, start=1))
+        listed = problems[0] if len(problems) == 1 else f"these settings: {numbered}"
+        raise RefusedError(f"--expert-parallel-mode fsep cannot run with {listed}")
+
+
+def warnings(
+    args: Namespace, config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: bool
+) -> list[str]:
+    """What FSEP runs with, but not well, or without a test that shows it."""
+    found = []
+    if on_cuda and config.scheduler == OverlapScheduler.ON and environment.get(_CONNECTIONS) == "1":
+        found.append(
+            f"{_CONNECTIONS}=1: kernels of all streams wait for each other in the order of their "
+            "launch, so exchanges of weights and gradients hardly overlap with compute; unset it, "
+            "or set it to 32, unless --tensor-model-parallel-size or --context-parallel-size above "
+            "1 needs it (before Blackwell)"
+        )
+    if args.optimizer == "lion":
+        found.append("--optimizer lion: no test proves that it works with FSEP")
+    return found
+
+
+def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
+    problems = []
+    ranks, experts = args.expert_model_parallel_size, args.num_experts
+    if experts > MAX_EXPERTS:
+        return [f"--num-experts {experts}: must be at most {MAX_EXPERTS}"]
+    if ranks > args.world_size:
+        return [
+            f"--expert-model-parallel-size {ranks}: must be at most the number of ranks, "
+            f"{args.world_size} (WORLD_SIZE)"
+        ]
+    fewest, default = -(-experts // ranks), default_capacity(ranks, experts)
+    if config.capacity is not None and not fewest <= config.capacity <= experts:
+        problems.append(
+            f"--fsep-capacity {config.capacity} with --num-experts {experts} on "
+            f"--expert-model-parallel-size {ranks}: the slots must hold every expert and a rank "
+            f"none twice; use {fewest} to {experts} (default {default})"
+        )
+    tolerance = config.imbalance_tolerance
+    if tolerance is not None and tolerance >= ranks - 1:
+        problems.append(
+            f"--fsep-imbalance-tolerance {tolerance}: no fresh layout would ever be taken, since "
+            f"no rank has more than {ranks} times the mean; give less than {ranks - 1}, or "
+            "--fsep-plan-mode forecast"
+        )
+    if config.node_size is not None and ranks % config.node_size:
+        divisors = [d for d in range(1, ranks + 1) if ranks % d == 0]
+        problems.append(
+            f"--fsep-node-size {config.node_size} does not divide "
+            f"--expert-model-parallel-size {ranks}; use one of {divisors}"
+        )
+    return problems

@@ -1,0 +1,78 @@
+"""The MoE fields of Megatron's TransformerConfig that FSEP does not refuse are listed here.
+
+Each is proved by a parity row, without effect, or unproved; the last are warned of, as are fields
+that are neither here nor in `table`.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Of Megatron's fields, those whose names say that they are about MoE.
+MOE_FIELD = re.compile(r"moe|expert|router")
+
+# Set by a row of the parity table.
+PROVED = frozenset(
+    """
+    num_moe_experts expert_model_parallel_size
+    moe_apply_probs_on_input moe_aux_loss_coeff moe_ffn_hidden_size moe_latent_size moe_layer_freq
+    moe_router_bias_update_rate moe_router_dtype moe_router_enable_expert_bias
+    moe_router_group_topk moe_router_load_balancing_type
+    moe_router_num_groups moe_router_pre_softmax
+    moe_router_score_function moe_router_topk moe_router_topk_scaling_factor moe_shared_expert_gate
+    moe_shared_expert_intermediate_size moe_shared_expert_overlap moe_z_loss_coeff
+    """.split()
+)
+
+# What rows of the parity table recompute, of Megatron's selective recompute.
+PROVED_RECOMPUTE = frozenset({"core_attn", "layernorm", "mlp", "moe", "shared_experts"})
+
+# FSEP is made to run with these, but no row of the parity table shows it.
+UNPROVED = frozenset(
+    """
+    moe_enable_routing_replay moe_input_jitter_eps moe_permute_fusion moe_router_force_biased
+    moe_router_force_load_balancing moe_router_fusion moe_router_quantile_balancing_ema
+    moe_router_topk_limited_devices
+    moe_shared_expert_glu_interleave_size use_grouped_gemm_for_shared_expert
+    """.split()
+)
+
+# Fields that change nothing of what FSEP does, by the reason.
+WITHOUT_EFFECT_BY_REASON: dict[str, str] = {
+    "FSEP computes the experts itself, in place of Megatron's grouped experts": """
+        moe_grouped_gemm
+        """,
+    "Megatron scales the router's losses by it, and FSEP leaves those losses to Megatron": """
+        moe_grad_scale_func
+        """,
+    "it only chooses what Megatron logs": """
+        moe_per_layer_logging
+        """,
+    "it is Megatron's old name for --recompute-modules moe, which is proved": """
+        moe_layer_recompute
+        """,
+    "Megatron derives expert_gtp_weight_remat_size from it, and that field is checked": """
+        expert_tensor_parallel_num_weight_shards
+        """,
+    "it only acts in inference, and FSEP trains": """
+        inference_moe_disable_fused_quant_kernels inference_moe_token_dispatcher_type
+        moe_pad_experts_for_cuda_graph_inference
+        """,
+    "it configures token dropping, which is refused": """
+        moe_token_drop_policy
+        """,
+    "it configures the flex dispatcher, which is refused": """
+        moe_enable_deepep moe_flex_dispatcher_backend moe_flex_dispatcher_num_sms
+        moe_deepep_num_sms moe_permute_fusion_into_hybridep
+        moe_hybridep_pad_uneven_dispatch_inputs moe_hybridep_num_sms
+        moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute
+        moe_hybridep_num_sms_preprocessing moe_ncclep_static_shape moe_ncclep_zero_copy
+        """,
+    "it configures the paged stash, which is refused": """
+        moe_paged_stash_page_size moe_paged_stash_buffer_size_factor_cuda
+        moe_paged_stash_buffer_size_factor_cpu
+        """,
+}
+WITHOUT_EFFECT = {
+    field: reason for reason, fields in WITHOUT_EFFECT_BY_REASON.items() for field in fields.split()
+}

@@ -1,0 +1,76 @@
+"""Every MoE layer checks its TransformerConfig here, which a script may have built without flags.
+
+Refused fields raise, and MoE fields that no test covers are named in a warning. Megatron's
+arguments are checked earlier, in `flags`. Nothing of Megatron is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+from typing import Any
+
+from megatron_laer.support.fields import (
+    MOE_FIELD,
+    PROVED,
+    PROVED_RECOMPUTE,
+    UNPROVED,
+    WITHOUT_EFFECT,
+)
+from megatron_laer.support.table import REFUSALS
+
+logger = logging.getLogger(__name__)
+
+_REFUSED = frozenset(row.field for row in REFUSALS)
+_NO_PROOF = "no test proves that it works with FSEP"
+
+
+def check(config: Any) -> None:
+    """Refuse a model that FSEP cannot run, and warn of MoE fields that no test covers.
+
+    Args:
+        config: Megatron's TransformerConfig.
+
+    Raises:
+        ValueError: the fields, why they cannot work, and what would.
+    """
+    problems = [text for row in REFUSALS if (text := row.problem_with_field(config)) is not None]
+    if problems:
+        raise ValueError("FSEP cannot run this model:\n  " + "\n  ".join(problems))
+    for warning in warnings_of(config):
+        _warn_once(warning)
+
+
+def warnings_of(config: Any) -> list[str]:
+    """A warning for each setting about MoE or recompute that no test covers."""
+    found = []
+    for field in dataclasses.fields(config):
+        if not MOE_FIELD.search(field.name) or field.name in _REFUSED:
+            continue
+        value = getattr(config, field.name)
+        if field.name in PROVED or field.name in WITHOUT_EFFECT or value == _default(field):
+            continue
+        why = (
+            _NO_PROOF
+            if field.name in UNPROVED
+            else "megatron_laer does not know this field, and FSEP may not honour it"
+        )
+        found.append(f"{field.name}={value!r}: {why}")
+    if config.recompute_granularity == "selective":
+        unproved = sorted(set(config.recompute_modules) - PROVED_RECOMPUTE)
+        found += [f"recompute_modules with {name!r}: {_NO_PROOF}" for name in unproved]
+    return found
+
+
+def _default(field: dataclasses.Field[Any]) -> object:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+@functools.cache  # every layer has the same configuration
+def _warn_once(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        logger.warning(text)

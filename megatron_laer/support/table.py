@@ -1,0 +1,284 @@
+"""Each setting of Megatron that FSEP refuses has one row here, for its flag and its field.
+
+`flags` looks for these rows in parsed arguments and `model` in a TransformerConfig, so a refused
+setting that a Megatron release adds, renames or drops is edited in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting of Megatron, refused unless it has an accepted value.
+
+    Attributes:
+        setting: the flag with the part of it that is refused, or the field if there is no flag;
+            docs list the row under this key.
+        reason: why FSEP cannot run with it.
+        way_out: what would work, in terms of flags.
+        accepted: the values that FSEP runs with, first the one to choose. None and False are both
+            "off", and either accepts the other.
+        dest: where argparse puts the flag, if not under the flag's own name.
+        field: the field of TransformerConfig that the flag ends up in; "" where there is none.
+        field_way_out: what would work, in terms of the field, if not the first accepted value.
+        refuses: whether arguments, or a TransformerConfig, are refused, where a comparison with the
+            accepted values does not tell.
+        is_filled_in: whether the accepted value leaves the model as it is, so that FSEP takes it as
+            the default where the flag is left out.
+    """
+
+    setting: str
+    reason: str
+    way_out: str = "leave it out"
+    accepted: tuple[object, ...] = (False,)
+    dest: str = ""
+    field: str = ""
+    field_way_out: str = ""
+    refuses: Callable[[Any], bool] | None = None
+    is_filled_in: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The flag alone, or "" for a setting that only TransformerConfig has."""
+        return self.setting.split()[0] if self.setting.startswith("--") else ""
+
+    @property
+    def argument(self) -> str:
+        """The attribute of parsed arguments that holds the flag's value, or ""."""
+        return self.dest or self.flag.removeprefix("--").replace("-", "_")
+
+    def problem_with_flag(self, args: Any) -> str | None:
+        """Why FSEP cannot run with these parsed arguments, and what would work, or None."""
+        if not self._is_refused(args, self.argument):
+            return None
+        value = getattr(args, self.argument)
+        if value is None and self.refuses is None:  # left out, and Megatron's default stands
+            return None
+        is_said_by_name = value is None or value is True or isinstance(value, list)
+        given = self.setting if is_said_by_name else f"{self.flag} {value}"
+        return f"{given}: {self.reason}; {self.way_out}"
+
+    def problem_with_field(self, config: Any) -> str | None:
+        """Why FSEP cannot run with this TransformerConfig, and what would work, or None."""
+        if not self._is_refused(config, self.field):
+            return None
+        way_out = self.field_way_out or f"must be {self.accepted[0]!r}"
+        return f"{self.field}={getattr(config, self.field)!r}: {self.reason}; {way_out}"
+
+    def _is_refused(self, settings: Any, name: str) -> bool:
+        if not name or not hasattr(settings, name):  # an older Megatron lacks some settings
+            return False
+        if self.refuses is not None:
+            return self.refuses(settings)
+        value = getattr(settings, name)
+        is_off = value is None or value is False
+        return value not in self.accepted and not (
+            is_off and (None in self.accepted or False in self.accepted)
+        )
+
+
+def _no_experts(args: Any) -> bool:
+    return args.num_experts is None or args.num_experts < 1
+
+
+def _one_rank(args: Any) -> bool:
+    return bool(args.expert_model_parallel_size < 2)
+
+
+def _drops_tokens(settings: Any) -> bool:
+    factor = settings.moe_expert_capacity_factor
+    # A negative one means none to Megatron.
+    return factor is not None and factor >= 0
+
+
+def _recomputes_activation(settings: Any) -> bool:
+    # Without selective recompute Megatron ignores the modules.
+    is_selective = settings.recompute_granularity == "selective"
+    return is_selective and "moe_act" in (settings.recompute_modules or ())
+
+
+_NO_FP8 = "restored experts are computed in bf16 or fp32"
+_TRAIN_IN_BF16 = "leave it out, and train with --bf16"
+_DTYPE_OF_SLICES = "slices are kept in the parameters' dtype"
+_DENSE_BY_DISTRIBUTED_OPTIMIZER = "leave it out; --use-distributed-optimizer shards the dense part"
+_NO_GRAPH = "layouts and split sizes are decided on the host, which a graph cannot record"
+_GRAPHS_OFF = "give --cuda-graph-impl none"
+_GRADIENTS_LEAVE = "gradients of restored experts leave the rank as soon as they are computed"
+_FORM_OF_TE_EXPERTS = "it is a form of Transformer Engine's grouped experts, which FSEP replaces"
+_ROUTES_FOR_FP8 = "it routes tokens for the sake of fp8's alignment, which FSEP does not compute in"
+_NEEDS_GPU = "it needs Transformer Engine and a GPU, and no test there proves the combination"
+_RECOMPUTE_INSTEAD = "leave it out, and use --recompute-granularity"
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "--num-experts absent",
+        "there are no experts to shard",
+        "give --num-experts, or leave out --expert-parallel-mode fsep",
+        refuses=_no_experts,
+    ),
+    Refusal(
+        "--expert-model-parallel-size 1",
+        "the FSEP group is the expert-parallel group, and one rank has nobody to share with",
+        "give --expert-model-parallel-size 2 or more",
+        refuses=_one_rank,
+    ),
+    Refusal(
+        "--moe-token-dispatcher-type other than alltoall",
+        "tokens travel by Megatron's All-to-All dispatcher over slots",
+        "leave it out, or give --moe-token-dispatcher-type alltoall, which goes before a "
+        "checkpoint's arguments",
+        accepted=("alltoall",),
+        field="moe_token_dispatcher_type",
+        is_filled_in=True,
+    ),
+    Refusal(
+        "--expert-tensor-parallel-size above 1",
+        "a slice already cuts an expert's rows over the group",
+        "leave it out, or give --expert-tensor-parallel-size 1",
+        accepted=(1,),
+        field="expert_tensor_parallel_size",
+        is_filled_in=True,
+    ),
+    Refusal(
+        "--expert-tensor-parallel-num-weight-shards",
+        "Megatron's expert GTP would shard a shard",
+        "leave it out: FSEP shards expert weights already",
+        accepted=(1,),
+        field="expert_gtp_weight_remat_size",
+    ),
+    Refusal(
+        "--moe-expert-capacity-factor",
+        "FSEP computes every token; dropping them would make replicas differ",
+        "leave it out: balance comes from layouts, not from dropping",
+        accepted=(None,),
+        field="moe_expert_capacity_factor",
+        refuses=_drops_tokens,
+    ),
+    Refusal(
+        "moe_token_dropping",
+        "FSEP computes every token; dropping them would make replicas differ",
+        field="moe_token_dropping",
+    ),
+    Refusal(
+        "--moe-pad-expert-input-to-capacity",
+        "it pads to a capacity, and FSEP drops no token",
+        field="moe_pad_expert_input_to_capacity",
+    ),
+    Refusal(
+        "--moe-expert-rank-capacity-factor",
+        "it drops tokens over a rank's budget",
+        "leave it out: balanced layouts bound what a rank receives",
+        accepted=(None,),
+        field="moe_expert_rank_capacity_factor",
+    ),
+    Refusal("--fp8-format", _NO_FP8, _TRAIN_IN_BF16, accepted=(None,), dest="fp8", field="fp8"),
+    Refusal("--fp4-format", _NO_FP8, _TRAIN_IN_BF16, accepted=(None,), dest="fp4", field="fp4"),
+    Refusal("--fp8-param-gather", _DTYPE_OF_SLICES),
+    Refusal("--fp4-param-gather", _DTYPE_OF_SLICES),
+    Refusal(
+        "--use-megatron-fsdp",
+        "Megatron-FSDP would shard slices again",
+        _DENSE_BY_DISTRIBUTED_OPTIMIZER,
+    ),
+    Refusal(
+        "--use-torch-fsdp2",
+        "torch FSDP2 excludes expert parallelism",
+        _DENSE_BY_DISTRIBUTED_OPTIMIZER,
+    ),
+    Refusal(
+        "--mtp-use-repeated-layer",
+        "one layer runs several times per microbatch, backward in another order than forward",
+        field="mtp_use_repeated_layer",
+    ),
+    Refusal(
+        "--recompute-modules moe_act",
+        "it belongs to Transformer Engine's grouped experts, which FSEP replaces",
+        "use --recompute-modules moe",
+        field="recompute_modules",
+        field_way_out="use 'moe' in place of 'moe_act'",
+        refuses=_recomputes_activation,
+    ),
+    Refusal("--enable-cuda-graph", _NO_GRAPH, _GRAPHS_OFF, field="enable_cuda_graph"),
+    Refusal("--external-cuda-graph", _NO_GRAPH, _GRAPHS_OFF, field="external_cuda_graph"),
+    Refusal(
+        "--cuda-graph-impl other than none",
+        _NO_GRAPH,
+        _GRAPHS_OFF,
+        accepted=("none",),
+        field="cuda_graph_impl",
+    ),
+    Refusal("--delay-wgrad-compute", _GRADIENTS_LEAVE, field="delay_wgrad_compute"),
+    Refusal(
+        "--overlap-dispatch-backward-with-experts-wgrad",
+        _GRADIENTS_LEAVE,
+        field="overlap_dispatch_backward_with_experts_wgrad",
+    ),
+    Refusal(
+        "--overlap-moe-expert-parallel-comm",
+        "its schedule frees what a restore still needs; no test proves the combination",
+        field="overlap_moe_expert_parallel_comm",
+    ),
+    Refusal(
+        "--optimizer other than adam, sgd, lion",
+        "the optimizer needs whole matrices, and a rank holds rows of them",
+        "give --optimizer adam or sgd",
+        accepted=("adam", "sgd", "lion"),
+    ),
+    Refusal(
+        "--disable-bias-linear absent",
+        "slices hold weights only",
+        "give --disable-bias-linear, as current MoE models do",
+        dest="add_bias_linear",
+        field="add_bias_linear",
+    ),
+    Refusal(
+        "--moe-mlp-glu-interleave-size",
+        "interleaved gates belong to Transformer Engine's grouped experts, which FSEP replaces; "
+        "restored experts hold gate and up as halves",
+        accepted=(None,),
+        field="moe_mlp_glu_interleave_size",
+    ),
+    Refusal("--moe-single-grouped-weight", _FORM_OF_TE_EXPERTS, field="moe_single_grouped_weight"),
+    Refusal("--moe-single-grouped-bias", _FORM_OF_TE_EXPERTS, field="moe_single_grouped_bias"),
+    Refusal(
+        "--moe-router-padding-for-quantization",
+        _ROUTES_FOR_FP8,
+        field="moe_router_padding_for_quantization",
+    ),
+    Refusal("--moe-router-padding-for-fp8", _ROUTES_FOR_FP8, field="moe_router_padding_for_fp8"),
+    Refusal(
+        "--moe-paged-stash",
+        "it stashes activations of Transformer Engine's grouped experts, which FSEP replaces, and "
+        "needs token dropping",
+        "leave it out; --recompute-modules moe saves the same memory",
+        field="moe_paged_stash",
+    ),
+    Refusal(
+        "--fine-grained-activation-offloading",
+        _NEEDS_GPU,
+        _RECOMPUTE_INSTEAD,
+        field="fine_grained_activation_offloading",
+    ),
+    Refusal(
+        "--cpu-offloading-num-layers",
+        _NEEDS_GPU,
+        _RECOMPUTE_INSTEAD,
+        field="cpu_offloading",
+    ),
+    Refusal(
+        "--moe-use-upcycling",
+        "upcycling copies dense weights into whole experts",
+        "upcycle with stock expert parallelism, then load the checkpoint with FSEP",
+    ),
+    Refusal(
+        "--transformer-impl other than local, transformer_engine",
+        "it builds layers for inference",
+        "give --transformer-impl local or transformer_engine",
+        accepted=("local", "transformer_engine"),
+        field="transformer_impl",
+    ),
+)

@@ -1,0 +1,290 @@
+"""A small MoE GPT is trained on this machine's CPU with FSEP, then with stock, for a comparison.
+
+`quickstart.sh` makes the environment and calls this. It starts `pretrain_gpt.py` twice under
+torchrun, follows its log, and compares; it trains nothing itself.
+
+Legend: N ranks, E experts, M microbatches, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.cli.argument_types import between
+from megatron_laer.files.checks import refuse_unusable_folder
+from megatron_laer.model_flags import model_flags
+from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
+from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.telemetry import log as training_log
+
+_SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_gpt.py"
+
+MODEL = "tiny-moe"
+STEPS = 200
+# Some hours; whoever wants more trains on more than this.
+MAX_STEPS = 100_000
+_SECONDS_BETWEEN_LINES = 5.0
+_CACHE = "cache"
+
+TRAINING_FLAGS = """
+    --micro-batch-size 4 --global-batch-size 16 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine
+    --lr-warmup-fraction 0.05 --weight-decay 0.1 --clip-grad 1.0 --seed 1234 --split 95,5,0
+    --eval-iters 10 --eval-interval 1000000 --log-interval 1 --num-workers 0 --no-save-optim
+""".split()
+
+
+@dataclass
+class Run:
+    """What one training said about itself."""
+
+    name: str
+    losses: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+    load_imbalance: list[float] = field(default_factory=list)
+    layouts: int = 1
+    validation_loss: float | None = None
+    wall_s: float = 0.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train twice and print the comparison."""
+    args = _parser().parse_args(argv)
+    started_s = time.monotonic()
+    try:
+        refuse_unusable_folder(args.work_dir, "--work-dir")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    args.work_dir = Path(args.work_dir)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        text = _prepare_text(args.work_dir)
+        shared = [*model_flags(MODEL), "--data-path", str(text), *_run_flags(args)]
+        fsep = _train("FSEP", [*shared, *_FSEP_FLAGS], args)
+        stock = _train("stock", shared, args)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    stock.load_imbalance = _traced_imbalance(args.work_dir / "stock-routing", args.ranks)
+
+    print(f"\n{_table(fsep, stock, args.ranks)}")
+    result = {"ranks": args.ranks, "steps": args.steps, "runs": [asdict(fsep), asdict(stock)]}
+    path = args.work_dir / "result.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(
+        f"\n{time.monotonic() - started_s:.0f} s. Every step is in {path}, full logs are beside it."
+    )
+    return 0
+
+
+_FSEP_FLAGS = "--expert-parallel-mode fsep".split()
+
+
+def _parser() -> argparse.ArgumentParser:
+    cores = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(
+        prog="scripts/quickstart.sh",
+        description="Trains a small MoE GPT on this machine's CPU with FSEP, then with stock "
+        "expert parallelism, and compares them.",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        choices=(2, 4),
+        default=4 if cores >= 4 else 2,
+        help="CPU ranks (default %(default)s on this machine)",
+    )
+    parser.add_argument(
+        "--steps", type=between(1, MAX_STEPS), default=STEPS, help="default %(default)s"
+    )
+    parser.add_argument("--work-dir", default=".quickstart", help="default %(default)s")
+    return parser
+
+
+def _prepare_text(work_dir: Path) -> Path:
+    print("Making a dataset from the sources of Python's standard library ...", flush=True)
+    prefix = work_dir / "text"
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "megatron_laer", "prepare-data"),
+            *("--python-sources", "--output", str(prefix)),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | _ENVIRONMENT,
+    )
+    if result.returncode:
+        raise RuntimeError(f"Making the dataset failed:\n{result.stderr}")
+    # Of an earlier quick start, perhaps with another Python's sources.
+    shutil.rmtree(work_dir / _CACHE, ignore_errors=True)
+    print(f"  {result.stdout.splitlines()[0]}")
+    return prefix
+
+
+def _run_flags(args: argparse.Namespace) -> list[str]:
+    cache = args.work_dir / _CACHE
+    return [
+        *CPU_FLAGS,
+        *TRAINING_FLAGS,
+        *f"--train-iters {args.steps} --data-cache-path {cache}".split(),
+        *f"--expert-model-parallel-size {args.ranks} --expert-tensor-parallel-size 1".split(),
+    ]
+
+
+def _train(name: str, flags: list[str], args: argparse.Namespace) -> Run:
+    print(f"\nTraining with {name} on {args.ranks} CPU ranks, {args.steps} steps", flush=True)
+    if name == "stock":
+        # Stock has no metric of balance, so its routing is written out and counted afterwards.
+        flags = [*flags, "--moe-routing-trace-path", str(args.work_dir / "stock-routing")]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--standalone", "--nproc-per-node", str(args.ranks)),
+        *(str(_SCRIPT), *flags),
+    ]
+    run = Run(name)
+    log_path = args.work_dir / f"{name.lower()}.log"
+    started_s = time.monotonic()
+    with (
+        log_path.open("w", encoding="utf-8") as log,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=os.environ | _ENVIRONMENT,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            _follow(_copied(process.stdout, log), run, args.steps)
+        except BaseException:
+            # torchrun then ends its ranks.
+            process.terminate()
+            raise
+    run.wall_s = time.monotonic() - started_s
+    if process.returncode or len(run.losses) != args.steps or run.validation_loss is None:
+        tail = "\n".join(log_path.read_text(encoding="utf-8").splitlines()[-30:])
+        raise RuntimeError(
+            f"{tail}\n\nTraining with {name} ended with status {process.returncode} after "
+            f"{len(run.losses)} of {args.steps} steps; its whole log is {log_path}"
+        )
+    return run
+
+
+_ENVIRONMENT = {
+    # Also where there is a GPU: the quick start is the same everywhere.
+    "MEGATRON_LAER_DEVICE": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def _copied(lines: Iterator[str], log: object) -> Iterator[str]:
+    for line in lines:
+        print(line, end="", file=log)  # type: ignore[call-overload]
+        yield line
+
+
+def _follow(lines: Iterator[str], run: Run, steps: int) -> None:
+    """Read a run's numbers from its log, printing progress now and then."""
+    printed_s = -float("inf")
+    for line in lines:
+        if match := re.search(r"validation loss at .*validation set .*lm loss value: (\S+)", line):
+            run.validation_loss = float(match[1])
+        step = training_log.step_of_line(line)
+        if step is None:
+            continue
+        values = step.values
+        run.losses.append(values[training_log.LOSS])
+        run.step_ms.append(values[training_log.STEP_MS])
+        if training_log.IMBALANCE in values:
+            run.load_imbalance.append(values[training_log.IMBALANCE])
+            # The first layout has version 0.
+            run.layouts = int(values["fsep_layout_version"]) + 1
+        done = len(run.losses)
+        if done == steps or time.monotonic() - printed_s > _SECONDS_BETWEEN_LINES:
+            printed_s = time.monotonic()
+            left_s = (steps - done) * statistics.median(run.step_ms) / 1e3
+            balance = f", max/mean {run.load_imbalance[-1]:.2f}" if run.load_imbalance else ""
+            print(
+                f"  step {done:4d} of {steps}, loss {run.losses[-1]:.3f}{balance}, "
+                f"about {left_s:.0f} s left",
+                flush=True,
+            )
+
+
+def _traced_imbalance(folder: Path, num_ranks: int) -> list[float]:
+    """Per step, max/mean tokens per rank, over layers and microbatches: counted, not predicted."""
+    by_step: dict[int, list[float]] = {}
+    paths = [folder / f"router_trace_rank{rank}.jsonl" for rank in range(num_ranks)]
+    # Ranks run the same layers in the same order, so equal lines are the same microbatch.
+    for records in zip(*map(_trace_records, paths), strict=True):
+        assert len({(step, layer) for step, layer, _ in records}) == 1
+        counts_NE = np.stack([counts_E for _, _, counts_E in records])
+        by_step.setdefault(records[0][0], []).append(max_over_mean(stock_tokens_N(counts_NE)))
+    for path in paths:
+        path.unlink()
+    return [float(np.mean(by_step[step])) for step in sorted(by_step)]
+
+
+def _trace_records(path: Path) -> Iterator[tuple[int, int, npt.NDArray[np.int64]]]:
+    experts = int(_flag_value(model_flags(MODEL), "--num-experts"))
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            chosen_TK = np.asarray(record["top_indices"], dtype=np.int64)
+            counts_E = np.bincount(chosen_TK.ravel(), minlength=experts)
+            yield record["step"], record["layer"], counts_E
+
+
+def _flag_value(flags: list[str], name: str) -> str:
+    return flags[flags.index(name) + 1]
+
+
+def _table(fsep: Run, stock: Run, ranks: int) -> str:
+    both = (fsep, stock)
+    steps = len(fsep.losses)
+
+    def balance(run: Run) -> str:
+        return f"{statistics.fmean(training_log.steady(run.load_imbalance)):.3f}"
+
+    rows = [
+        ("loss at step 1", [f"{run.losses[0]:.4f}" for run in both]),
+        (f"loss at step {steps}", [f"{run.losses[-1]:.4f}" for run in both]),
+        ("validation loss", [f"{run.validation_loss:.4f}" for run in both]),
+        (
+            f"max/mean tokens per rank, {training_log.steady_steps(steps)}",
+            [balance(run) for run in both],
+        ),
+        ("expert layouts used", [str(run.layouts) for run in both]),
+        ("step time, median (ms)", [f"{statistics.median(run.step_ms):.0f}" for run in both]),
+    ]
+    return (
+        f"{training_log.table(('FSEP', 'stock EP'), rows)}\n"
+        f"Balance: 1.000 is perfect, {ranks}.000 the worst; over every layer and microbatch.\n"
+        "Losses: close, not equal, since the two draw their experts' first weights differently;\n"
+        "  tests/distributed/test_parity.py compares them from equal weights.\n"
+        "Step time: without a fast network it shows what FSEP costs, not what it gains."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Files of version 0.1 are read by the commands of today, and names are what they were then."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_laer.config import FSEPConfig, add_arguments
+from tests.old_files import FOLDER, copied
+from tests.processes import python_path
+
+# Of a plan's rows: measured where it is made.
+MEASURED = ("plan_ms", "gate_ms")
+
+
+def run(*words: object) -> str:
+    """What a command of the package prints, run from the folder of the old files."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", *map(str, words)],
+        env=os.environ | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"},
+        cwd=FOLDER,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_checkpoint_and_its_planners_state_are_inspected(tmp_path: Path) -> None:
+    report = run("megatron_laer", "inspect", copied(tmp_path / "old") / "checkpoint")
+    assert "experts.linear_fc1.weight: 2 layers, 4 experts of 16 x 8" in report
+    assert "experts.linear_fc2.weight: 2 layers, 4 experts of 8 x 8" in report
+    assert "(exp_avg, exp_avg_sq)" in report
+    assert (
+        "planner, group 0: N = 2 ranks, C = 3 slots, E = 4 experts; goes on with step 4, layout "
+        "version 3, plans not in force yet from steps 3\n"
+    ) in report
+    # As the recording has them for step 3.
+    assert report.count("replicas per expert") == 2
+    assert report.count("replicas per expert 2 2 1 1") == 2
+
+
+def test_recorded_routing_is_planned_for_a_clusters_constants(tmp_path: Path) -> None:
+    def content(path: Path) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(path.read_text())
+        for row in found["rows"]:
+            for name in MEASURED:
+                assert row.pop(name) >= 0
+        return found
+
+    made = tmp_path / "plan.json"
+    sizes = "--hidden 8 --ffn 8 --strategy static greedy".split()
+    run("megatron_laer", "plan", "routing", "--cluster", "cluster.yaml", *sizes, "--json", made)
+    found, expected = content(made), content(FOLDER / "plan.json")
+    rows, expected_rows = found.pop("rows"), expected.pop("rows")
+    assert found == expected
+    assert len(rows) == len(expected_rows)
+    for row, expected_row in zip(rows, expected_rows, strict=True):
+        assert row == pytest.approx(expected_row)
+
+
+def test_a_dataset_has_the_bytes_that_it_had(tmp_path: Path) -> None:
+    run("megatron_laer", "prepare-data", "--input", "text.jsonl", "--output", tmp_path / "text")
+    for ending in ("bin", "idx"):
+        made = tmp_path / f"text.{ending}"
+        assert made.read_bytes() == (FOLDER / f"text.{ending}").read_bytes()
+
+
+def test_a_models_configuration_is_turned_into_flags() -> None:
+    flags = f" {run('megatron_laer', 'flags', 'model.yaml').strip()} "
+    for part in ("--num-layers 4", "--swiglu", "--moe-router-topk 2", "--vocab-size 257"):
+        assert f" {part} " in flags
+
+
+def test_a_log_is_read_back() -> None:
+    table = run("megatron_laer.telemetry.log", "fsep=training.log")
+    (steps,) = (line for line in table.splitlines() if line.startswith("steps in the log"))
+    (loss,) = (line for line in table.splitlines() if line.startswith("loss of its last step"))
+    assert (steps.split()[-1], loss.split()[-1]) == ("6", "4.9658")
+
+
+def test_flags_have_the_names_defaults_and_choices_that_they_had() -> None:
+    parser = add_arguments(argparse.ArgumentParser(add_help=False))
+    defaults = FSEPConfig()
+    found = {
+        action.option_strings[0]: {
+            "default": getattr(defaults, action.dest.removeprefix("fsep_"), action.default),
+            "choices": action.choices and list(action.choices),
+            "type": getattr(action.type, "__name__", None),
+        }
+        for action in parser._actions
+    }
+    assert found == json.loads((FOLDER / "names.json").read_text())["flags"]
