@@ -1,4 +1,4 @@
-"""Fully Sharded Expert Parallel for Megatron-LM.
+"""This package adds Fully Sharded Expert Parallel (FSEP) to Megatron-LM.
 
     import megatron_laer
     megatron_laer.enable(megatron_laer.FSEPConfig(capacity=4))
@@ -30,7 +30,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    # Torch and Megatron must not be imported before the CPU stand-in had its chance.
+    # `prepare` must have its chance to replace CUDA before torch and Megatron are imported.
     if name in _LAZY:
         import importlib
 

@@ -1,4 +1,4 @@
-"""Short names for the types of NumPy arrays."""
+"""Types of NumPy arrays have short names here."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as the checkpoint's metadata describes it."""
+    """Describes one tensor, as the checkpoint's metadata does."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -57,12 +57,12 @@ class Entry:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """Count the numbers that it holds."""
         return math.prod(self.shape)
 
 
 def describe(path: str | Path) -> str:
-    """A report on the checkpoint at `path`, which is a run's directory or one iteration's.
+    """Report on the checkpoint at `path`, which is a run's directory or one iteration's.
 
     Raises:
         ValueError: no checkpoint, or a damaged one; a planner's state that is damaged is part of
@@ -82,7 +82,7 @@ def describe(path: str | Path) -> str:
 
 
 def _find(path: Path) -> Path:
-    """The directory of one iteration."""
+    """Find the directory of one iteration."""
     if not path.is_dir():
         raise ValueError(f"{path} is no directory; give a checkpoint's, or that of a run")
     tracker = path / _TRACKER
@@ -124,7 +124,7 @@ def _format(config: Mapping[str, Any]) -> str:
 
 
 def _tensors(path: Path) -> dict[str, Entry]:
-    """Every tensor by its global name, escaped."""
+    """Read every tensor by its global name, escaped."""
     content = read_bytes(path, _MAX_LIST_BYTES)
     try:
         metadata = inert_pickle.read(content, _is_torchs)

@@ -1,4 +1,4 @@
-"""What a restore fetches and from where, by rules that the exchanges and the formulas both follow.
+"""A restore fetches experts by these rules, which the exchanges and the formulas both follow.
 
 Every rank holds a block of rows of every expert's matrices (its slice). A restore fetches the slots
 whose expert changed; through nodes, it fetches each distinct expert of a node once. This file moves

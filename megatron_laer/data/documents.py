@@ -1,4 +1,4 @@
-"""The documents of a file, in pieces of token ids, for files of any length.
+"""A file's documents are read here, in pieces of token ids, so that a file may have any length.
 
 Knows the formats of input; `tokenizers` knows what becomes of a text.
 """
@@ -27,7 +27,7 @@ _KEYS_SHOWN = 8
 
 
 def format_of(path: Path) -> str:
-    """The format that a file's ending tells.
+    """Tell a file's format by its ending.
 
     Raises:
         ValueError: it tells that the file is compressed.

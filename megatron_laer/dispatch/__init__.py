@@ -1,1 +1,1 @@
-"""From tokens and experts to tokens and slots."""
+"""The dispatcher sends each token to slots: to replicas of the experts that the router chose."""

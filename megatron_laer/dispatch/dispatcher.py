@@ -1,4 +1,4 @@
-"""Megatron's All-to-All dispatcher over slots instead of experts.
+"""`SlotTokenDispatcher` is Megatron's All-to-All dispatcher over slots instead of experts.
 
 Slots are equal in number and contiguous per rank, which is all that stock's permutations and
 exchanges assume. Only the map of tokens to slots and the sizes are ours: they come from the quotas,
@@ -24,7 +24,7 @@ from megatron_laer.telemetry.timeline import DENSE, Timeline
 
 @dataclass(frozen=True, eq=False)
 class SlotDispatch:
-    """What one forward pass of a layer dispatches by.
+    """Says how one forward pass of a layer dispatches its tokens.
 
     Attributes:
         plan: which tokens go to which slots.
@@ -38,7 +38,7 @@ class SlotDispatch:
 
 
 class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
-    """Built for S slots of which C are local (through the config it is given)."""
+    """Dispatches to S slots, of which C are local; its config gives S as the number of experts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -53,7 +53,7 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> Any:
-        """Megatron's, over slots.
+        """Map tokens to slots, then do as Megatron does with experts.
 
         Args:
             hidden_states: [..., H], T tokens.

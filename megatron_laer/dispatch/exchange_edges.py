@@ -1,4 +1,4 @@
-"""Where a token exchange begins and ends, forward and backward, for the timeline.
+"""Autograd nodes tell the timeline when a token exchange begins and ends, in both directions.
 
 Identity nodes before and after the exchange; only a run that writes a timeline has them.
 """
@@ -19,7 +19,7 @@ Edge = Callable[..., tuple[torch.Tensor, ...]]
 def exchange_edges(
     timeline: Timeline, name: str, then: str, then_backward: str
 ) -> tuple[Edge, Edge]:
-    """What to pass an exchange's inputs through, and its outputs.
+    """Make two functions: one to pass an exchange's inputs through, one for its outputs.
 
     Args:
         name: of the exchange.
@@ -32,7 +32,7 @@ def exchange_edges(
 
 
 class _Edge(torch.autograd.Function):
-    """Identity that calls something in forward and something in backward."""
+    """Returns tensors as they are; calls one function in forward and another in backward."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Which of a token's experts' replicas serves it: the token → slot map. The torch reference.
+"""The token → slot map says which replica of an expert serves a token; this is the torch reference.
 
 Runs no collective and makes no choice: how many tokens go to each slot was decided by the quotas.
 
@@ -15,7 +15,7 @@ from megatron_laer.arrays import Int64
 
 
 def slot_ranges(row_S: Int64, slot_expert_S: npt.NDArray[np.int16]) -> npt.NDArray[np.int32]:
-    """Each slot's share of its expert's tokens, as a half-open range of their places.
+    """Give each slot a share of its expert's tokens, as a half-open range of their places.
 
     Tokens of an expert are numbered in token order; its replicas take consecutive runs of them, in
     slot order.

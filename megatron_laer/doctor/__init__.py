@@ -15,7 +15,7 @@ from megatron_laer.doctor.row import Row
 
 
 def examine(environment: Mapping[str, str]) -> list[Row]:
-    """All rows, in the order in which they are printed."""
+    """Return all rows, in the order in which they are printed."""
     requirements = packages.requirements()
     optional = packages.optional(requirements)
     asked = [*requirements.always, *optional]

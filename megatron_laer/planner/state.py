@@ -199,7 +199,7 @@ class PlannerState:
 
     @classmethod
     def from_file(cls, file: BinaryIO) -> PlannerState:
-        """As `from_bytes`, from the begin of a file on; one with too long a tail is not read.
+        """Do as `from_bytes` with the begin of a file; one with too long a tail is not read.
 
         Raises:
             ValueError: anything else than what `to_bytes` made, saying what is wrong.

@@ -1,1 +1,1 @@
-"""What depends on the machine and on the installed Megatron, not on FSEP."""
+"""Code that depends on the machine and the installed Megatron, but not on FSEP, lives here."""

@@ -1,4 +1,4 @@
-"""What the CPU stand-in mends in Megatron: paths that work only with Transformer Engine or Apex.
+"""Paths of Megatron that need Transformer Engine or Apex are mended here, for the CPU platform.
 
 Not here: `torch.cuda` (`cpu_torch.py`), which has to be replaced before Megatron is imported.
 """
@@ -83,7 +83,7 @@ def _mend_attention() -> None:
 
 
 def _whole_sequence(part: torch.Tensor, group: Any) -> torch.Tensor:
-    """The sequence `[s, …]` of which rank r of n holds pieces r and 2n - 1 - r of 2n.
+    """Gather the sequence `[s, …]` of which rank r of n holds pieces r and 2n - 1 - r of 2n.
 
     Backward sums what all ranks' queries send to this rank's pieces.
     """
@@ -116,7 +116,7 @@ def _mend_output_discarding() -> None:
 
 
 class DuplicatedLinear(torch.nn.Module):
-    """Transformer Engine's linear layer, as far as projections to a latent space use it.
+    """Replaces Transformer Engine's linear layer, as far as projections to a latent space use it.
 
     The weight is whole on every tensor-parallel rank.
     """
@@ -136,7 +136,7 @@ class DuplicatedLinear(torch.nn.Module):
         weight.allreduce = True
 
     def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Megatron's convention: the output, and no bias."""
+        """Return the output, and by Megatron's convention a bias, which is None."""
         return torch.nn.functional.linear(input, self.weight), None
 
 
@@ -192,7 +192,7 @@ def _mend_async_saves() -> None:
 
 
 def _run_async_worker(*args: Any) -> None:
-    """The worker of async saves, which asks torch for its GPU; found by this name there."""
+    """Run the worker of async saves, which asks torch for its GPU and finds this by its name."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     from megatron_laer.platform import cpu_torch

@@ -1,4 +1,4 @@
-"""What the CPU stand-in replaces in torch; applied once, by `cpu.install`.
+"""Functions of torch that need CUDA are replaced here for the CPU platform, once, by `cpu.install`.
 
 Every replacement carries its reason. Nothing is undone: the process stays on the CPU. What Megatron
 itself gets wrong without a GPU is in `cpu_megatron.py`.
@@ -225,7 +225,7 @@ def _replace_collectives() -> None:
 
 
 class Event:
-    """A CUDA event on a machine without CUDA: its time is the wall clock at `record`."""
+    """Replaces a CUDA event: its time is the wall clock at `record`."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self._recorded_s = 0.0
@@ -235,22 +235,22 @@ class Event:
         self._recorded_s = time.perf_counter()
 
     def elapsed_time(self, end: "Event") -> float:
-        """Milliseconds from this event to `end`, as CUDA's."""
+        """Return the milliseconds from this event to `end`, as CUDA's."""
         return (end._recorded_s - self._recorded_s) * 1e3
 
     def query(self) -> bool:
-        """Always done."""
+        """Return True: all work is done."""
         return True
 
     def wait(self, *_: Any) -> None:
-        """Nothing to wait for."""
+        """Do nothing: there is nothing to wait for."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: there is nothing to wait for."""
 
 
 class Stream:
-    """A CUDA stream on a machine without CUDA: work is done when the call returns."""
+    """Replaces a CUDA stream: work is done when the call returns."""
 
     cuda_stream = 0
 
@@ -265,7 +265,7 @@ class Stream:
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
-        """One priority."""
+        """Return the range of one priority."""
         return 0, 0
 
     def record_event(self, event: Event | None = None) -> Event:
@@ -275,17 +275,17 @@ class Stream:
         return event
 
     def query(self) -> bool:
-        """Always done."""
+        """Return True: all work is done."""
         return True
 
     def wait_event(self, _: Event) -> None:
-        """Nothing to wait for."""
+        """Do nothing: there is nothing to wait for."""
 
     def wait_stream(self, _: "Stream") -> None:
-        """Nothing to wait for."""
+        """Do nothing: there is nothing to wait for."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: there is nothing to wait for."""
 
 
 class _OneGenerator:
@@ -323,7 +323,7 @@ def _is_gpu(device: Any) -> bool:
 
 
 def _on_cpu(function: Callable[..., Any], positional: bool = False) -> Callable[..., Any]:
-    """`function` with a GPU in `device=`, or in its second positional argument, made the CPU.
+    """Wrap `function`: a GPU in `device=`, or in its second positional argument, becomes the CPU.
 
     Nothing is pinned.
     """

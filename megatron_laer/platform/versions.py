@@ -24,7 +24,7 @@ def check_version() -> None:
 
 
 def megatron_version() -> str:
-    """The version of the Megatron that is imported, or else of the one installed."""
+    """Return the version of the Megatron that is imported, or else of the one installed."""
     try:
         from megatron.core.package_info import __version__
     except ImportError:

@@ -1,4 +1,4 @@
-"""What is missing from Megatron's wheel, on every device. Not about the CPU: see `cpu.py`."""
+"""Gaps of Megatron's wheel, which every device has, are filled here (`cpu.py` is about the CPU)."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The only place that changes Megatron for FSEP: what is changed, why, and how it is undone.
+"""Megatron is changed for FSEP here alone; each patch says why, and can be undone.
 
 Patches are attributes replaced at the place where Megatron looks them up. Each is found by name
 first, applied once, and put back by `disable` or `uninstall`. Without `--expert-parallel-mode fsep`

@@ -56,7 +56,7 @@ def _with_lasting_worker(original: Any) -> Any:
 
 
 def _run_worker(*args: Any) -> None:
-    """Megatron's loop of the worker, in the worker; found by its name there."""
+    """Run Megatron's loop of the worker, in the worker, which finds this function by its name."""
     end_with_parent()
     cpu.install_in_helper()
     original_of(_WORKER_LOOP)(*args)

@@ -21,7 +21,7 @@ from megatron_laer.releases import CHECKPOINT_STORAGE
 
 
 def _storage() -> Any:
-    """What checkpoints are written with: has `open` and `os`, of an object store where it is on."""
+    """Return the object whose `open` and `os` write checkpoints, to files or an object store."""
     from megatron.core import msc_utils
 
     if CHECKPOINT_STORAGE.is_in(msc_utils):

@@ -1,4 +1,4 @@
-"""Megatron's command line: FSEP's flags, and what follows from them."""
+"""Megatron's command line gets FSEP's flags, and its validation turns FSEP on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Teach Megatron's command line `--expert-parallel-mode`; idempotent.
+    """Teach Megatron's command line `--expert-parallel-mode`; a second call does nothing.
 
     FSEP itself is turned on when the arguments are validated and ask for it.
     """
@@ -66,7 +66,7 @@ def _with_fsep_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _asked_for() -> tuple[str | None, str | None]:
-    """The command line's `--expert-parallel-mode` and `--yaml-cfg`, as Megatron will read them."""
+    """Read `--expert-parallel-mode` and `--yaml-cfg` from the command line, as Megatron will."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--expert-parallel-mode", nargs="?")
     parser.add_argument("--yaml-cfg", nargs="?")
@@ -136,7 +136,7 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
 def _checked(
     args: Namespace, config: FSEPConfig, script_defaults: Mapping[str, object] | None
 ) -> tuple[FSEPConfig, list[str]]:
-    """The config in force, with the flags that were filled in.
+    """Check arguments; return the config in force, and the flags that were filled in.
 
     Raises:
         ValueError: what cannot work, before Megatron looks at the arguments.

@@ -1,4 +1,4 @@
-"""MoE layers and process groups: what makes Megatron build FSEP layers."""
+"""Patches make Megatron build FSEP layers, and FSEP groups beside its own process groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Megatron's tracker of MoE metrics, replaced through its own setter."""
+"""FSEP's metrics tracker replaces Megatron's, through Megatron's own setter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FSEP's metrics in Megatron's log line, TensorBoard and W&B.
+"""FSEP's metrics are collected here for Megatron's log line, TensorBoard and W&B.
 
 Megatron asks its MoE metrics tracker for a report once per step and puts what it returns into the
 log line; the tracker is replaceable by design (`set_moe_metrics_tracker`), so nothing is patched.
@@ -28,7 +28,7 @@ PERCENTILES = (50, 95)
 
 
 class FSEPMetricsTracker(MoEMetricsTracker):
-    """Megatron's tracker, which also reports balance and planning.
+    """Extends Megatron's tracker: it also reports balance and planning.
 
     Args:
         interval: steps between two reports; a report gathers over the world, so not every step.
@@ -41,7 +41,7 @@ class FSEPMetricsTracker(MoEMetricsTracker):
         self._layers = (decoder_layers, mtp_layers)
 
     def report(self, *args: Any, **kwargs: Any) -> str:
-        """Megatron's report, followed by FSEP's."""
+        """Return Megatron's report, followed by FSEP's."""
         line: str = super().report(*args, **kwargs)
         iteration = kwargs["iteration"]
         if iteration % self._interval:
@@ -59,7 +59,7 @@ class FSEPMetricsTracker(MoEMetricsTracker):
 
 @dataclass(frozen=True)
 class LayerMetrics:
-    """Sums over FSEP groups of what each measured of one layer since the last report.
+    """Holds sums over FSEP groups of what each measured of one layer since the last report.
 
     A layer's mean is the sum divided by `groups`. To add a metric of layers, add a field here, fill
     it in `of`, and name it in `_named`.
@@ -80,7 +80,7 @@ class LayerMetrics:
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> LayerMetrics:
-        """One group's measurement; all zero without samples."""
+        """Measure one group; all is zero without samples."""
         measured = balance(sample.decision.quotas for sample in samples)
         if measured is None:
             return cls()
@@ -93,17 +93,17 @@ class LayerMetrics:
         )
 
     def __add__(self, other: LayerMetrics) -> LayerMetrics:
-        """The sum over the groups of both."""
+        """Return the sum over the groups of both."""
         return LayerMetrics(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
     def mean(self) -> LayerMetrics:
-        """The mean over groups."""
+        """Return the mean over groups."""
         return LayerMetrics(*(value / self.groups for value in astuple(self)))
 
 
 @dataclass(frozen=True)
 class RankMetrics:
-    """Sums over ranks of what each rank measured.
+    """Holds sums over ranks of what each rank measured.
 
     Attributes:
         restore_exposed_ms, reduce_exposed_ms: what the compute waited for in a step.
@@ -118,7 +118,7 @@ class RankMetrics:
 def collect(
     coordinator: Coordinator | None, decoder_layers: int, mtp_layers: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics since the last call: over the model, and per layer. Collective over the world.
+    """Collect metrics since the last call, of the model and by layer. Collective over the world.
 
     A pipeline stage without MoE layers, hence without a coordinator, takes part.
 
@@ -162,7 +162,7 @@ def _sum_over_ranks(
 def _named(
     layers: Sequence[LayerMetrics], rank: RankMetrics
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Scalars and per-layer values by the names under which Megatron logs them."""
+    """Name scalars and per-layer values as Megatron logs them."""
     means = {index: layer.mean() for index, layer in enumerate(layers) if layer.groups}
     scalars: dict[str, float] = {}
     per_layer: dict[str, float] = {}

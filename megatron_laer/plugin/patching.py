@@ -1,4 +1,4 @@
-"""Attributes of Megatron that are replaced: found by name, replaced once, and put back."""
+"""A `Patch` finds an attribute of Megatron by name, replaces it once, and puts it back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_laer.releases import TESTED_RANGE
 
 @dataclass(frozen=True)
 class Patch:
-    """One replaced attribute.
+    """Describes one attribute to replace, and by what.
 
     Attributes:
         module: imported when the patch is applied.
@@ -29,7 +29,7 @@ class Patch:
     reason: str
 
     def owner_and_name(self) -> tuple[Any, str]:
-        """The object that holds the attribute.
+        """Find the object that holds the attribute.
 
         Raises:
             ImportError: Megatron lacks it; names the symbol and the tested versions.
@@ -72,7 +72,7 @@ def undo(patch: Patch) -> None:
 
 
 def original_of(patch: Patch) -> Any:
-    """The attribute as Megatron has it, replaced or not."""
+    """Return the attribute as Megatron has it, replaced or not."""
     if patch in _applied:
         return _applied[patch][2]
     owner, name = patch.owner_and_name()
@@ -80,6 +80,6 @@ def original_of(patch: Patch) -> Any:
 
 
 def patch_table() -> str:
-    """What is replaced in Megatron at this moment, one line each."""
+    """Describe what is replaced in Megatron at this moment, one line each."""
     rows = [f"  {patch.module}.{patch.path}: {patch.reason}" for patch in _applied]
     return "\n".join(rows)

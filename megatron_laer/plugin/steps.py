@@ -1,4 +1,4 @@
-"""Steps: layouts change at their boundaries, and the scheduler learns of their model chunks."""
+"""Layouts change at the boundaries of steps, where the scheduler also learns of model chunks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass
 class StepOutcome:
-    """How a step ended.
+    """Says how a step ended.
 
     Attributes:
         weights_changed: false where the optimizer skipped its step, say for an infinite gradient.
@@ -46,7 +46,7 @@ class StepOutcome:
 def training_step(
     step: int, num_microbatches: int | None = None, model: Sequence[torch.nn.Module] = ()
 ) -> Iterator[StepOutcome]:
-    """A training step, at whose start layouts change. Collective: every rank must enter it.
+    """Mark a training step, at whose start layouts change. Collective: every rank must enter it.
 
     Megatron's own loop is wrapped in it by the plugin; a loop of one's own does it like this:
 
@@ -78,7 +78,7 @@ def training_step(
 
 
 def _chunk(wrapped: Any) -> Chunk:
-    """A model chunk as the scheduler sees it, from inside Megatron's data-parallel wrapper."""
+    """Describe a model chunk for the scheduler, from inside Megatron's data-parallel wrapper."""
     from megatron.core.utils import unwrap_model
 
     from megatron_laer.moe_layer import FSEPMoELayer

@@ -1,4 +1,4 @@
-"""FSEP on and off."""
+"""`enable` turns FSEP on for models built from then on, and `disable` turns it off."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Effects: collectives, process groups, streams, and the state that every rank agrees on."""
+"""The runtime holds all effects: collectives, groups, streams, and state that ranks agree on."""

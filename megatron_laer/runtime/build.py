@@ -51,7 +51,7 @@ def build_coordinator(
     seed: int,
     device: torch.device,
 ) -> Coordinator:
-    """The coordinator of one rank, with everything that it uses.
+    """Build the coordinator of one rank, with everything that it uses.
 
     Args:
         transformer_config: Megatron's, with the true number of experts.
@@ -93,7 +93,7 @@ def build_coordinator(
 def make_exchange(
     config: FSEPConfig, groups: FSEPGroups, algorithm: ExchangeAlgorithm
 ) -> HierarchicalExchange:
-    """The exchange of weights and gradients by this algorithm, `flat` or `node`."""
+    """Make the exchange of weights and gradients by this algorithm, `flat` or `node`."""
     if algorithm == ExchangeAlgorithm.NODE:
         dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
         return node_exchange(groups, dtype)
@@ -101,7 +101,7 @@ def make_exchange(
 
 
 def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.device) -> CostModel:
-    """The cost model of one MoE layer of this model on the cluster that is configured, or here.
+    """Make the cost model of one MoE layer of this model on the configured cluster, or this one.
 
     Args:
         transformer_config: Megatron's; only its fields are read.
@@ -119,13 +119,13 @@ def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.devic
 
 
 def current_device() -> torch.device:
-    """The device that Megatron computes on, which is the CPU where CUDA is replaced."""
+    """Return the device that Megatron computes on, which is the CPU where CUDA is replaced."""
     device = torch.cuda.current_device()
     return device if isinstance(device, torch.device) else torch.device("cuda", device)
 
 
 def default_cluster(device: torch.device) -> str:
-    """The name of the shipped cluster whose devices are most like this one."""
+    """Name the shipped cluster whose devices are most like this one."""
     if device.type == "cpu":
         return "cpu-gloo"
     name = torch.cuda.get_device_name()

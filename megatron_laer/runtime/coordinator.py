@@ -1,4 +1,4 @@
-"""The layouts in force on one rank, and how they change: plans in, counts out.
+"""The coordinator holds the layouts in force on one rank; counts go out, and plans come in.
 
 Holds `(version, layout)` per MoE layer and each layer's FIFO of plans. Chooses no layout
 (`planner`), moves no weights (`comm`), does not say when they move (`weights.scheduler`), and is
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class Coordinator:
-    """Layouts and plans of one FSEP group, on one of its ranks.
+    """Holds the layouts and plans of one FSEP group, on one of its ranks.
 
     Args:
         guard: chooses each microbatch's layout; its cost model is the planner's as well.
@@ -97,7 +97,7 @@ class Coordinator:
 
     @property
     def exchange(self) -> HierarchicalExchange:
-        """The exchange of weights and gradients."""
+        """Return the exchange of weights and gradients."""
         return self.streams.exchange
 
     # What the layers call.
@@ -123,7 +123,7 @@ class Coordinator:
     def plan_microbatch(
         self, layer: LayerState, routing_map_TE: torch.Tensor, *, training: bool
     ) -> MicrobatchPlan:
-        """The plan that this forward pass follows. Collective, but for the re-run of a checkpoint.
+        """Plan this forward pass. Collective, except in the re-run of a checkpoint.
 
         A pass without gradients while training is the first one under a checkpoint: its plan is
         kept for the re-run, which exchanges nothing, decides nothing and records nothing.
@@ -185,7 +185,7 @@ class Coordinator:
         return None
 
     def begin_step(self, step: int, num_microbatches: int | None = None) -> None:
-        """A step boundary: layouts that are due take effect. Collective over the group.
+        """Begin a step: layouts that are due take effect. Collective over the group.
 
         Args:
             step: of the run, so that a resumed run goes on with the same numbers.
@@ -210,7 +210,7 @@ class Coordinator:
             self._hold_experts()
 
     def end_step(self, *, weights_changed: bool) -> None:
-        """The step's statistics are complete.
+        """End a step, whose statistics are complete.
 
         Args:
             weights_changed: whether the optimizer made its step.
@@ -229,7 +229,7 @@ class Coordinator:
             self.timeline.end_step(self.step)
 
     def take_exposed_ms(self) -> tuple[float, float]:
-        """What the compute waited for restores and for gradients, per step since the last call."""
+        """Return how long compute waited for restores and gradients, per step, since last asked."""
         steps, self._unreported_steps = max(1, self._unreported_steps), 0
         streams = self.streams
         return (
@@ -261,7 +261,7 @@ class Coordinator:
             )
 
     def planner_state(self) -> PlannerState | None:
-        """The planner's state between two steps, on the group's rank 0; None without a planner.
+        """Return the planner's state between two steps, on the planner rank; else return None.
 
         Waits for plans in the making.
         """
@@ -372,7 +372,7 @@ class Coordinator:
         return RestoredExperts(layer.name, layer.slices, index, self.streams)
 
     def _index_of(self, layer: LayerState, training: bool) -> LayoutIndex:
-        """The layout that the layer's next pass is planned with."""
+        """Return the layout that the layer's next pass is planned with."""
         layout = layer.layout
         if self.config.planner == FixedPlanner.RANDOM and training:
             draw = 0 if self.schedule.holds_step else layer.microbatches

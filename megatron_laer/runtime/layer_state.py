@@ -1,4 +1,4 @@
-"""One MoE layer on this rank, as coordinator, scheduler and metrics know it."""
+"""A `LayerState` is one MoE layer on this rank, as coordinator, scheduler and metrics know it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SAMPLES = 32
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A decision on one microbatch, and the seconds that the host took for it."""
+    """Holds a decision on one microbatch, and the seconds that the host took for it."""
 
     decision: Decision
     decide_s: float
@@ -31,7 +31,7 @@ class Sample:
 
 @dataclass
 class LayerState:
-    """One MoE layer on this rank.
+    """Holds the state of one MoE layer on this rank.
 
     Attributes:
         index: among the layers of this rank, from 0.
@@ -62,20 +62,20 @@ class LayerState:
 
     @property
     def rerun(self) -> RestoredExperts | None:
-        """The experts of the next re-run under a checkpoint, if one is to come."""
+        """Return the experts of the next re-run under a checkpoint, if one is to come."""
         return self.pending[0].restored if self.pending else None
 
     def tag(
         self, version: int, layout: ExpertLayout, device: torch.device
     ) -> tuple[LayoutTag, torch.Tensor]:
-        """The layout's tag, with its tensor, which stays on the device as long as the tag holds."""
+        """Return the layout's tag; its tensor stays on the device as long as the tag holds."""
         tag = LayoutTag(version, layout.digest)
         if self._tag is None or self._tag[0] != tag:
             self._tag = (tag, tag.tensor(device))
         return self._tag
 
     def count_microbatch(self, num_microbatches: int | None) -> int:
-        """The number, within the step, of a microbatch that was routed; from 0.
+        """Count a routed microbatch and return its number within the step, from 0.
 
         Megatron's rerun state machine repeats a step: after the last microbatch comes the first.
         """
@@ -88,14 +88,17 @@ class LayerState:
         self._samples.append(Sample(decision, decide_s))
 
     def take_samples(self) -> list[Sample]:
-        """The newest decisions since the last call, oldest first; none but on the planner rank."""
+        """Take the newest decisions since the last call, oldest first.
+
+        Only the planner rank has any.
+        """
         samples = list(self._samples)
         self._samples.clear()
         return samples
 
 
 def name_of_layer(number: int, is_mtp: bool, taken: Sequence[str]) -> str:
-    """The name of a layer in seeds and messages, different from the names that are taken.
+    """Name a layer for seeds and messages, unlike the names that are taken.
 
     Hybrid models number the MTP layers of each depth from 1.
     """

@@ -1,4 +1,4 @@
-"""What one rank must know of one microbatch of one layer: the value that a forward pass follows.
+"""A `MicrobatchPlan` is the value that one forward pass of one layer follows on one rank.
 
 Legend: N ranks, E experts, C slots per rank, S = N·C slots.
 """
@@ -16,7 +16,7 @@ from megatron_laer.runtime.weights.restored import RestoredExperts
 
 @dataclass(frozen=True, eq=False)
 class MicrobatchPlan:
-    """Layout and quotas of one microbatch, as one rank sees them.
+    """Holds layout and quotas of one microbatch, as one rank sees them.
 
     Attributes:
         restored: the experts that the pass computes with, under the layout that was planned.
@@ -42,32 +42,32 @@ class MicrobatchPlan:
 
     @property
     def layout(self) -> ExpertLayout:
-        """The layout."""
+        """Return the layout that was planned."""
         return self.restored.index.layout
 
     @property
     def input_splits_N(self) -> list[int]:
-        """Tokens that this rank sends to each rank."""
+        """Count the tokens that this rank sends to each rank."""
         splits: list[int] = self.row_S.reshape(self.layout.num_ranks, -1).sum(axis=1).tolist()
         return splits
 
     @property
     def output_splits_N(self) -> list[int]:
-        """Tokens that this rank receives from each rank."""
+        """Count the tokens that this rank receives from each rank."""
         splits: list[int] = self.columns_NC.sum(axis=1).tolist()
         return splits
 
     @property
     def tokens_C(self) -> list[int]:
-        """Tokens that each of this rank's slots computes."""
+        """Count the tokens that each of this rank's slots computes."""
         tokens: list[int] = self.columns_NC.sum(axis=0).tolist()
         return tokens
 
     @property
     def num_sent(self) -> int:
-        """Tokens that this rank sends, one per (token, expert) pair."""
+        """Count the tokens that this rank sends, one per (token, expert) pair."""
         return int(self.row_S.sum())
 
     def for_rerun(self, routing_map_TE: torch.Tensor) -> MicrobatchPlan:
-        """The same plan, for the re-run under a checkpoint."""
+        """Return the same plan, for the re-run under a checkpoint."""
         return replace(self, routing_map_TE=routing_map_TE)

@@ -1,1 +1,1 @@
-"""What FSEP reports about a run."""
+"""FSEP measures a run and reports on it here: durations, timelines, and tables of logs."""

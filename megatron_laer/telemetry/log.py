@@ -1,4 +1,4 @@
-"""Megatron's log read back: the numbers of each step, and a table that compares runs.
+"""Megatron's log is read here: the numbers of each step, and a table that compares runs.
 
     python -m megatron_laer.telemetry.log fsep=FSEP.log standard=STANDARD.log
 
@@ -28,7 +28,7 @@ _SKIPPED = "-"
 
 @dataclass(frozen=True)
 class Step:
-    """What one line of Megatron's log says of a step, which it counts from 1.
+    """Holds what one line of Megatron's log says of a step, which it counts from 1.
 
     Attributes:
         of: steps of the whole run.
@@ -42,7 +42,7 @@ class Step:
 
 @dataclass
 class LoggedRun:
-    """What a log says of a run.
+    """Holds what a log says of a run.
 
     Attributes:
         of: steps of the whole run, also where it ended early; 0 without any.
@@ -55,7 +55,7 @@ class LoggedRun:
 
 
 def step_of_line(line: str) -> Step | None:
-    """The step that a line of Megatron's log is about, or None for all other lines."""
+    """Read the step that a line of Megatron's log is about; None for all other lines."""
     found = re.search(r"\biteration +(\d+)/ *(\d+) \|(.*)", line)
     if found is None:
         return None
@@ -70,7 +70,7 @@ def step_of_line(line: str) -> Step | None:
 
 
 def read_run(name: str, lines: Iterable[str]) -> LoggedRun:
-    """What a log says of its run."""
+    """Read what a log says of its run."""
     run = LoggedRun(name)
     for line in lines:
         if (step := step_of_line(line)) is not None:
@@ -80,17 +80,17 @@ def read_run(name: str, lines: Iterable[str]) -> LoggedRun:
 
 
 def steady(values: Sequence[float]) -> Sequence[float]:
-    """The values of the last steps, in which a run is steady."""
+    """Return the values of the last steps, in which a run is steady."""
     return values[int(len(values) * STEADY_AFTER) :]
 
 
 def steady_steps(number: int) -> str:
-    """Which steps of so many these are, in words."""
+    """Say in words which steps of so many these are."""
     return f"steps {int(number * STEADY_AFTER) + 1} to {number}"
 
 
 def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Lines with a label and one value per column."""
+    """Lay out lines with a label and one value per column."""
 
     def line(label: str, cells: Sequence[str]) -> str:
         return f"{label:{_LABEL_WIDTH}}" + "".join(f"{cell:>{_COLUMN_WIDTH}}" for cell in cells)
@@ -99,7 +99,7 @@ def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> st
 
 
 def comparison(runs: Sequence[LoggedRun]) -> str:
-    """A table of runs that trained the same model on the same data."""
+    """Make a table of runs that trained the same model on the same data."""
     number = max(run.of for run in runs)
 
     def values(run: LoggedRun, name: str) -> list[float]:

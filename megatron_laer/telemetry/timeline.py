@@ -43,7 +43,7 @@ DENSE = "dense layers"
 
 @dataclass(frozen=True)
 class _Open:
-    """An interval that has begun."""
+    """Holds an interval that has begun."""
 
     label: str
     start: Timestamp

@@ -1,1 +1,1 @@
-"""Rank pools and observed training runs, for tests and benchmarks of the package."""
+"""Tests and benchmarks of the package get rank pools and observed training runs here."""

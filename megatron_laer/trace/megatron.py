@@ -1,4 +1,4 @@
-"""Reads what Megatron's `--moe-routing-trace-path` writes: JSON lines, one file per rank.
+"""This reader takes what Megatron's `--moe-routing-trace-path` writes: JSON lines, a file per rank.
 
 Each line is one call of one router: step, block, layer, rank and the experts of every token. Lines
 of one step and layer are its microbatches, in order (a router that runs again under recompute

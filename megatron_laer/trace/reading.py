@@ -1,4 +1,4 @@
-"""Reads a routing trace of any format, which its content tells."""
+"""`read_trace` reads a routing trace of any format, which its content tells."""
 
 from __future__ import annotations
 

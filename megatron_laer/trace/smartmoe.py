@@ -1,4 +1,4 @@
-"""Reads the traces of the SmartMoE artifact (USENIX ATC'23): the folder, and a packed form of it.
+"""This reader takes traces of the SmartMoE artifact (USENIX ATC'23): its folder, or a packed form.
 
 The folder `moe_trace` holds a file `table_iter{I}_rank{R}.log` per iteration and rank; each line is
 `{layer}:{counts}`, counts as JSON lists [microbatches][experts] of whole numbers written as floats.

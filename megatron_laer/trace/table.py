@@ -1,4 +1,4 @@
-"""Reads counts from CSV, with a line of column names, in any order and one of two forms.
+"""`read_table` reads counts from CSV, with a line of column names, in one of two forms.
 
 Long:  step,layer,microbatch,source_rank,expert,tokens
        one line per count; what is left out is 0, but every source rank has a line somewhere.

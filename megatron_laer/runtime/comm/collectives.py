@@ -22,7 +22,7 @@ from megatron_laer.runtime.comm.upload import upload
 
 
 class LayoutMismatchError(RuntimeError):
-    """Ranks of an FSEP group hold different layouts for the same layer."""
+    """Tells that ranks of an FSEP group hold different layouts for the same layer."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from megatron_laer.runtime.comm.workspace_sizes import reduce_workspace, restore
 
 @dataclass(frozen=True)
 class ReusableWeights:
-    """A restored matrix that may be updated in place, and the layout it was restored under.
+    """Holds a restored matrix that may be updated in place, and the layout it was restored under.
 
     Its slices must not have changed since: not across an optimizer step.
     """

@@ -22,7 +22,7 @@ CACHED_LAYOUTS = 256
 
 @dataclass(frozen=True, eq=False)
 class LayoutIndex:
-    """One layout on one device.
+    """Holds one layout on one device.
 
     Attributes:
         slot_expert_S: int64, the expert in each slot.
@@ -33,7 +33,7 @@ class LayoutIndex:
 
     @property
     def device(self) -> torch.device:
-        """The device that the index tensors live on."""
+        """Return the device that the index tensors live on."""
         return self.slot_expert_S.device
 
 

@@ -19,7 +19,7 @@ from megatron_laer.runtime.comm.workspace import MatrixBuffers
 
 @dataclass(frozen=True)
 class MatrixReduce:
-    """One reduce of one matrix on this rank.
+    """Runs one reduce of one matrix on this rank.
 
     Attributes:
         node, local_rank: where this rank is.

@@ -25,7 +25,7 @@ Group = dist.ProcessGroup
 
 @dataclass(frozen=True)
 class FSEPGroups:
-    """Communicators of one FSEP group of N ranks, G of them per node.
+    """Holds the communicators of one FSEP group of N ranks, G of them per node.
 
     Attributes:
         tokens: Megatron's expert-parallel group; token All-to-All and the exchange of counts.
@@ -52,21 +52,21 @@ class FSEPGroups:
 
     @property
     def size(self) -> int:
-        """N, the number of ranks in the group."""
+        """Return N, the number of ranks in the group."""
         return len(self.ranks)
 
     @property
     def rank(self) -> int:
-        """This rank's position in the group, 0..N-1."""
+        """Return this rank's position in the group, 0..N-1."""
         return dist.get_rank(self.tokens)
 
     @property
     def planner_rank(self) -> int:
-        """The global rank of the group's rank 0, where the planner runs."""
+        """Return the global rank of the group's rank 0, where the planner runs."""
         return self.ranks[0]
 
     def extra(self) -> tuple[Group, ...]:
-        """All groups that were made here (Megatron owns `tokens`)."""
+        """Return all groups that were made here (Megatron owns `tokens`)."""
         groups = (
             self.parameters,
             self.gradients,

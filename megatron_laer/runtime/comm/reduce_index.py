@@ -25,7 +25,7 @@ Rounds = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 @dataclass(frozen=True, eq=False)
 class ReduceIndex:
-    """How one rank sums the gradients of a layout's slots.
+    """Lists how one rank sums the gradients of a layout's slots.
 
     Attributes:
         distinct_M: distinct experts of each node; empty with one node.

@@ -42,7 +42,7 @@ from megatron_laer.sharding import changed_slots, node_sources
 
 
 class Run(NamedTuple):
-    """Neighbouring slots of this rank that are restored, and how many such slots precede them."""
+    """Holds neighbouring slots of this rank to restore, and how many such slots precede them."""
 
     first: int
     slots: slice
@@ -50,7 +50,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RestoreIndex:
-    """What one rank sends, receives and copies to restore the changed slots of a layout.
+    """Lists what one rank sends, receives and copies to restore the changed slots of a layout.
 
     Attributes:
         has_work: whether any rank of the group has a slot to restore.
@@ -120,7 +120,7 @@ def restore_index(
 
 @dataclass(frozen=True, eq=False)
 class _Arrivals:
-    """How experts come to the nodes that need them; the first four are those of `RestoreIndex`.
+    """Says how experts come to the nodes that need them; `RestoreIndex` has the first four too.
 
     Attributes:
         expert_D: the experts that arrive at this rank's node, fetched ones first.

@@ -21,7 +21,7 @@ from megatron_laer.sharding import row_bounds
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """The row blocks of one matrix.
+    """Holds the row blocks of one matrix.
 
     Attributes:
         bounds_N1: N + 1 bounds of the ranks' blocks.
@@ -33,18 +33,18 @@ class RowBlocks:
 
     @property
     def num_nodes(self) -> int:
-        """M, the nodes of the group."""
+        """Return M, the number of nodes of the group."""
         return len(self.rows_GM[0])
 
     @cached_property
     def rows_GM(self) -> list[list[int]]:
-        """r of each rank, by local rank and then by node."""
+        """Return r of each rank, by local rank and then by node."""
         rows_N = [end - start for start, end in pairwise(self.bounds_N1)]
         return [rows_N[local_rank :: self.node_size] for local_rank in range(self.node_size)]
 
     @cached_property
     def rows_G(self) -> list[int]:
-        """P of each local rank."""
+        """Return P of each local rank."""
         return [sum(rows_M) for rows_M in self.rows_GM]
 
     @property

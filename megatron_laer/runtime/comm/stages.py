@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 @dataclass
 class ExchangeCount:
-    """What this rank received from others, for metrics and for tests of the documented formulas.
+    """Counts what this rank received from others, for metrics and tests of the documented formulas.
 
     Counted from the sizes that collectives are given. Restores, changes of what was restored and
     reduces are counted by their caller, since a layer restores several matrices at once.
@@ -31,12 +31,12 @@ class ExchangeCount:
 
     @property
     def restore_bytes(self) -> int:
-        """Bytes received by restores, over any link."""
+        """Sum the bytes received by restores, over any link."""
         return self.restore_intra_bytes + self.restore_inter_bytes
 
     @property
     def reduce_bytes(self) -> int:
-        """Bytes received by reduces, over any link."""
+        """Sum the bytes received by reduces, over any link."""
         return self.reduce_intra_bytes + self.reduce_inter_bytes
 
     def add_restore(self, intra_bytes: int, inter_bytes: int) -> None:
@@ -54,7 +54,7 @@ class ExchangeCount:
 
 @dataclass(frozen=True)
 class Stage:
-    """A communicator, this rank's position in it, and which of its ranks share this rank's machine.
+    """Holds a communicator, this rank's position in it, and which of its ranks share its machine.
 
     Attributes:
         position: of this rank in the group.
@@ -77,7 +77,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages of a restore or of a reduce; None for one that moves nothing.
+    """Holds the stages of a restore or of a reduce; None for one that moves nothing.
 
     Attributes:
         inter_node: between the ranks of one local rank on all nodes.

@@ -25,7 +25,7 @@ Work = Callable[[], torch.Tensor]
 
 
 class Pending(Protocol):
-    """The result of work that was submitted to a communication stream."""
+    """Gives the result of work that was submitted to a communication stream."""
 
     def wait(self) -> torch.Tensor:
         """Return the result, for use on the caller's stream; may be called more than once.
@@ -101,7 +101,7 @@ def make_comm_stream(name: str, device: torch.device, *, overlaps: bool) -> Comm
 
 
 class _Done:
-    """A result that exists already."""
+    """Holds a result that exists already."""
 
     def __init__(self, result: torch.Tensor) -> None:
         self._result = result
@@ -129,7 +129,7 @@ class InlineStream:
 
 
 class _Promise:
-    """A result that a thread will compute."""
+    """Holds a result that a thread will compute."""
 
     def __init__(self, times: StreamTimes, label: str) -> None:
         self._times, self._label = times, label
@@ -195,7 +195,7 @@ class ThreadStream:
 
 
 class _StreamResult:
-    """A result that a CUDA stream will have written."""
+    """Holds a result that a CUDA stream will have written."""
 
     def __init__(
         self, result: torch.Tensor, done: torch.cuda.Event, times: StreamTimes, label: str

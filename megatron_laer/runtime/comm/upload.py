@@ -1,4 +1,4 @@
-"""Copies from the host to the device that do not wait for the compute queued there."""
+"""Copies from the host to the device are made here without waiting for the compute queued there."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 
 
 class Workspace:
-    """Named byte buffers that only ever grow, on the device of their first use.
+    """Holds named byte buffers that only ever grow, on the device of their first use.
 
     One exchange at a time may use it, and on CUDA always on the same stream: what one exchange left
     in a buffer is overwritten by the next without waiting.
@@ -25,7 +25,7 @@ class Workspace:
 
     @property
     def num_bytes(self) -> int:
-        """The bytes that all buffers hold together."""
+        """Count the bytes that all buffers hold together."""
         return sum(buffer.numel() for buffer in self._buffers.values())
 
     def buffer(self, name: str, num_bytes: int, device: torch.device) -> torch.Tensor:
@@ -38,7 +38,7 @@ class Workspace:
 
 @dataclass(frozen=True)
 class MatrixBuffers:
-    """The buffers of a workspace, for exchanges of one size of matrix.
+    """Lends the buffers of a workspace, for exchanges of one size of matrix.
 
     Attributes:
         sizes: bytes that each buffer will ever need for matrices of this size, so that it is

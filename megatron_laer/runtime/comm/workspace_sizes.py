@@ -1,4 +1,4 @@
-"""Formulas for the memory that exchanges send from and receive into; they allocate none.
+"""These formulas give the memory that exchanges send from and receive into; they allocate none.
 
 Legend: N ranks, E experts, C slots per rank; G ranks per node, M = N/G nodes; R rows, K columns.
 """

@@ -146,7 +146,7 @@ def recording_path(directory: str, group_index: int) -> Path:
 
 @dataclass(frozen=True)
 class _Shape:
-    """The shapes, layers and settings of a run, which its recording must have too."""
+    """Holds the shapes, layers and settings of a run, which its recording must have too."""
 
     geometry: Geometry
     signature: RunSignature
@@ -164,7 +164,7 @@ class _Shape:
 
     @property
     def longest_line_bytes(self) -> int:
-        """The longest line of a step, with a blank after each comma, and names and brackets."""
+        """Bound the bytes of a step's line: a blank after each comma, names and brackets."""
         slots = self.geometry.num_ranks * self.geometry.capacity
         digits = len(str(self.geometry.num_experts))
         return 100 + len(self.layers) * (slots * (digits + 2) + 4)
@@ -191,7 +191,7 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Entry:
-    """The bytes that a step's line takes in the file."""
+    """Says which bytes a step's line takes in the file."""
 
     step: int
     begin: int

@@ -34,7 +34,7 @@ class LayoutSource(Protocol):
 
     @property
     def failures(self) -> int:
-        """How many layers' planning failed so far."""
+        """Count the layers so far whose planning failed."""
         ...
 
     def observe(self, step: int, layer: int, counts_NE: Int64) -> None:
@@ -90,7 +90,7 @@ class PlannedLayouts:
 
     @property
     def failures(self) -> int:
-        """How many layers' planning failed; these kept their layout."""
+        """Count the layers whose planning failed; these kept their layout."""
         return self._service.failures
 
     def observe(self, step: int, layer: int, counts_NE: Int64) -> None:

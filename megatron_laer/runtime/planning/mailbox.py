@@ -1,4 +1,4 @@
-"""The mailbox on the planner rank: each microbatch's counts in, each step's sums out.
+"""The mailbox on the planner rank takes each microbatch's counts and delivers each step's sums.
 
 Legend: N ranks, E experts.
 """

@@ -36,7 +36,7 @@ def state_path(directory: str, group_index: int) -> str:
 
 @dataclass(frozen=True)
 class Resumption:
-    """What one FSEP group found of an earlier run's planner, the same on all of its ranks.
+    """Tells what one FSEP group found of an earlier run's planner; all of its ranks have the same.
 
     Attributes:
         state: what planning goes on from; None where it starts anew, from the static layout.

@@ -82,7 +82,7 @@ class PlannerRank:
 
     @property
     def status(self) -> PlannerStatus:
-        """The state of planning, for metrics."""
+        """Return the state of planning, for metrics."""
         source = self._source
         if source is None:
             return PlannerStatus()
