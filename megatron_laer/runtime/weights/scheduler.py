@@ -27,10 +27,14 @@ class Layer(Protocol):
     """Shows the scheduler all that it knows of a layer."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Return the layer's name."""
+        ...
 
     @property
-    def slices(self) -> Slices: ...
+    def slices(self) -> Slices:
+        """Return the layer's slices, as exchanges see them."""
+        ...
 
     @property
     def recomputes(self) -> bool:

@@ -18,7 +18,7 @@ class MainGrads(Protocol):
     """Knows the gradients that a training framework keeps beside parameters, in its own buffers."""
 
     def kept_for(self, parameters: Sequence[torch.nn.Parameter]) -> bool:
-        """Whether the framework keeps such gradients for all of these parameters."""
+        """Tell whether the framework keeps such gradients for all of these parameters."""
         ...
 
     def add(self, parameter: torch.nn.Parameter, grad: torch.Tensor) -> None:
