@@ -30,7 +30,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    # Torch and Megatron must not be imported before the CPU stand-in had its chance.
+    # Torch and Megatron must not be imported before the CPU platform could replace CUDA.
     if name in _LAZY:
         import importlib
 

@@ -1,4 +1,4 @@
-"""The CPU stand-in: lets Megatron's own training loop run with gloo where there is no GPU.
+"""The CPU platform lets Megatron's own training loop run with gloo where there is no GPU.
 
 Megatron calls `torch.cuda` unconditionally. `install` puts functions in its place that keep
 everything on the CPU; with a GPU nothing in here is active. Not here: what is replaced in torch
@@ -41,7 +41,7 @@ _installed = False
 
 
 def needed(force: bool = False) -> bool:
-    """Whether Megatron has to run on the CPU: asked for, or no usable CUDA device.
+    """Tell whether Megatron has to run on the CPU: asked for, or no usable CUDA device.
 
     `force` or `MEGATRON_LAER_DEVICE=cpu` ask for it; `MEGATRON_LAER_DEVICE=cuda` rules it out, so
     that a broken driver shows as Megatron's own error. Imports torch only where neither decides.
@@ -63,7 +63,7 @@ def needed(force: bool = False) -> bool:
 
 
 def install() -> None:
-    """Put the stand-in in place for the rest of the process. Installing twice does nothing.
+    """Replace CUDA for the rest of the process. Installing twice does nothing.
 
     Raises RuntimeError where Megatron is imported already: its modules have then bound names of
     `torch.cuda` and compiled functions that can no longer be replaced.
@@ -74,7 +74,7 @@ def install() -> None:
     loaded = [name for name in ("megatron.training", "megatron.core") if name in sys.modules]
     if loaded:
         raise RuntimeError(
-            f"the CPU stand-in was asked for after {' and '.join(loaded)} had been imported; call "
+            f"the CPU platform was asked for after {' and '.join(loaded)} had been imported; call "
             "megatron_laer.launch.prepare() before any import of megatron"
         )
     _set_environment()
@@ -102,7 +102,7 @@ def install_in_helper() -> None:
 
 
 def installed() -> bool:
-    """Whether the stand-in is active in this process."""
+    """Tell whether CUDA is replaced in this process."""
     return _installed
 
 

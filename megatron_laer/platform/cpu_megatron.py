@@ -1,4 +1,4 @@
-"""What the CPU stand-in mends in Megatron: paths that work only with Transformer Engine or Apex.
+"""The CPU platform mends paths of Megatron that work only with Transformer Engine or Apex.
 
 Not here: `torch.cuda` (`cpu_torch.py`), which has to be replaced before Megatron is imported.
 """
@@ -16,7 +16,7 @@ _async_loop: Callable[..., None] | None = None
 
 
 def mend() -> None:
-    """Mend all of them. Imports `megatron.core`."""
+    """Mend all of these paths. Imports `megatron.core`."""
     _mend_norm()
     _mend_attention()
     _mend_latent_projections()

@@ -1,4 +1,4 @@
-"""What the CPU stand-in replaces in torch; applied once, by `cpu.install`.
+"""The CPU platform replaces these parts of torch, once per process, from `cpu.install`.
 
 Every replacement carries its reason. Nothing is undone: the process stays on the CPU. What Megatron
 itself gets wrong without a GPU is in `cpu_megatron.py`.

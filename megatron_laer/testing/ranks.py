@@ -50,7 +50,7 @@ class Raised:
 
 
 class RankPool:
-    """`world_size` processes on this machine, with the CPU stand-in installed in each."""
+    """`world_size` processes on this machine, with the CPU platform installed in each."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size

@@ -126,10 +126,10 @@ def held_buffers(command: list[str]) -> Held:
     def look(model: object) -> None:
         coordinator = current_coordinator()
         assert coordinator is not None
-        lanes, exchange = coordinator.streams, coordinator.exchange
-        held.after_step.append((lanes.weights.in_use, lanes.grads.in_use))
+        streams, exchange = coordinator.streams, coordinator.exchange
+        held.after_step.append((streams.weights.in_use, streams.grads.in_use))
         spaces = exchange.restore_workspace.num_bytes + exchange.reduce_workspace.num_bytes
-        pools = (lanes.weights, lanes.grads, lanes.reduced)
+        pools = (streams.weights, streams.grads, streams.reduced)
         held.buffer_bytes.append((*(pool.num_bytes for pool in pools), spaces))
         slices = coordinator.layers[0].slices
         held.slice_bytes = sum(

@@ -483,7 +483,7 @@ def test_a_missing_version_is_quoted_before_anything_is_installed(version):
 def test_the_patch_applies_to_the_installed_megatron(tmp_path):
     from importlib.util import find_spec
 
-    # Found without importing Megatron, which needs a GPU or the stand-in.
+    # Found without importing Megatron, which needs a GPU or the CPU platform.
     source = find_spec("megatron.training").origin
     target = tmp_path / "megatron" / "training"
     target.mkdir(parents=True)
