@@ -154,7 +154,7 @@ class FSEPMoELayer(MoELayer):
         In backward likewise: with the tokens' gradients here, those of the experts may leave.
         """
         assert self._plan is not None, "dispatch before preprocess"
-        hidden_states = self._plan.restored.send_after(hidden_states)
+        hidden_states = self._plan.restored.reduce_after_dispatch(hidden_states)
         dispatched = super().dispatch(hidden_states, probs)
         self._coordinator.scheduler.dispatched(self.state, self.training)
         return dispatched
@@ -174,7 +174,7 @@ class FSEPMoELayer(MoELayer):
         self._state = self._coordinator.register_layer(
             layer_number,
             self.is_mtp_layer,
-            self.experts.held(),
+            self.experts.local_slices(),
             recomputes=self.moe_layer_recompute,
         )
         self.experts.initialise(self._state.name, self._coordinator.seed)

@@ -48,7 +48,7 @@ check "ruff format" ruff format --check .
 check mypy mypy
 check codespell codespell_lib ./*.md benchmarks configs docs megatron_laer patches scripts tests
 echo "== import-linter"
-.venv/bin/lint-imports || failed+=(import-linter)
+.venv/bin/lint-imports --no-cache || failed+=(import-linter)
 finish() {
     ((${#failed[@]} == 0)) && exit
     echo "FAILED: ${failed[*]}" && exit 1

@@ -1,1 +1,1 @@
-"""What a rank holds of every expert, and how restored experts compute."""
+"""A rank holds slices of all experts, and restored experts compute; both are defined here."""

@@ -1,4 +1,4 @@
-"""`FSEPExperts`: the module that owns the slices and lets restored experts compute.
+"""`FSEPExperts` is the module that owns the slices and lets restored experts compute.
 
 It stands where Megatron's MoE layer keeps its local experts. The activation, its fusions, clamps
 and the routing probabilities are those of Megatron's own `MLP`, whose two linear layers are
@@ -17,17 +17,19 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
-from megatron_laer.experts.compute import SlotLinear
+from megatron_laer.experts.gemm import SlotGemm, slot_gemm
+from megatron_laer.experts.main_grads import MegatronMainGrads
 from megatron_laer.experts.slices import SliceSpec, initialise, sharded_slice
+from megatron_laer.experts.slot_linear import SlotLinear
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.runtime.weights.restored import Slices
+from megatron_laer.runtime.weights.slices import Slices
 
 _EXTRA_STATE = "._extra_state"
 
 
 class FSEPExperts(MegatronModule):
-    """1/N of every expert of a layer, and the compute of the C experts in this rank's slots.
+    """Holds 1/N of every expert of a layer, and computes with the C experts in this rank's slots.
 
     Must be *called*, not have its methods used from outside: Megatron's distributed optimizer
     waits for updated parameters in a hook before the call of the module that owns them.
@@ -53,11 +55,12 @@ class FSEPExperts(MegatronModule):
         self._rank, self._num_ranks = groups.rank, groups.size
         self._expert_dp_group = pg_collection.expt_dp
         self._layer_name: str | None = None
+        gemm = slot_gemm("loop")
         self.mlp = MLP(
             config,
             MLPSubmodules(
-                linear_fc1=_slot_linear_builder(position=0),
-                linear_fc2=_slot_linear_builder(position=1),
+                linear_fc1=_slot_linear_builder(0, gemm),
+                linear_fc2=_slot_linear_builder(1, gemm),
                 activation_func=activation_builder,
             ),
             is_expert=True,
@@ -93,16 +96,17 @@ class FSEPExperts(MegatronModule):
                 initialise(slice_ErK, spec, seed, layer_name)
 
     def slices(self) -> list[torch.nn.Parameter]:
-        """The parameters, in the order of the matrices."""
+        """Return the parameters, in the order of the matrices."""
         return [getattr(self, f"{spec.name}_slice") for spec in self._specs]
 
-    def held(self) -> Slices:
-        """What this rank holds, as exchanges see it."""
-        return Slices(tuple(self.slices()), tuple(spec.rows for spec in self._specs))
+    def local_slices(self) -> Slices:
+        """Return this rank's slices, as exchanges see them."""
+        rows = tuple(spec.rows for spec in self._specs)
+        return Slices(tuple(self.slices()), rows, MegatronMainGrads())
 
     @property
     def specs(self) -> tuple[SliceSpec, ...]:
-        """What each slice is a slice of."""
+        """Return each slice's whole matrix, and the rows of it that the slice has."""
         return self._specs
 
     def forward(
@@ -111,7 +115,7 @@ class FSEPExperts(MegatronModule):
         probs_T: torch.Tensor,
         plan: MicrobatchPlan,
     ) -> torch.Tensor:
-        """Outputs of this rank's slots on the tokens they received.
+        """Return the outputs of this rank's slots on the tokens they received.
 
         Args:
             input_TH: tokens sorted by slot.
@@ -125,18 +129,17 @@ class FSEPExperts(MegatronModule):
 
         restored = plan.restored
         linears = (self.mlp.linear_fc1, self.mlp.linear_fc2)
-        tickets = restored.weight_tickets()
-        for linear, ticket_CRK in zip(linears, tickets, strict=True):
-            linear.bind(ticket_CRK, restored, plan.tokens_C)
+        placeholders = restored.weight_placeholders()
+        for linear, placeholder_CRK in zip(linears, placeholders, strict=True):
+            linear.bind(placeholder_CRK, restored, plan.tokens_C)
+        input_TH, probs_T = restored.before_compute(input_TH, probs_T)
         try:
             output_TH, bias = self.mlp(input_TH, probs_T)
         finally:
             for linear in linears:
                 linear.unbind()
         assert bias is None
-        if not plan.backward_follows:
-            restored.release()
-        return restored.before_backward(output_TH) if torch.is_grad_enabled() else output_TH
+        return restored.after_compute(output_TH, backward_follows=plan.backward_follows)
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients, which FSEP refuses at start."""
@@ -147,7 +150,7 @@ class FSEPExperts(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The slices under the names and shapes that stock Megatron saves its experts with."""
+        """Return the slices, named and shaped as stock Megatron saves its experts."""
         replica_id = (0, 0, self._expert_dp_group.rank())
         state: dict[str, Any] = {}
         for slice_ErK, spec in zip(self.slices(), self._specs, strict=True):
@@ -176,12 +179,16 @@ class FSEPExperts(MegatronModule):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _slot_linear_builder(position: int) -> Any:
-    """A builder with the signature by which Megatron's MLP makes its linear layers."""
+def _slot_linear_builder(position: int, gemm: SlotGemm) -> Any:
+    """Make a builder with the signature by which Megatron's MLP makes its linear layers."""
 
     def build(input_size: int, output_size: int, **options: Any) -> SlotLinear:
         return SlotLinear(
-            input_size, output_size, position=position, init_method=options["init_method"]
+            input_size,
+            output_size,
+            position=position,
+            init_method=options["init_method"],
+            gemm=gemm,
         )
 
     return build

@@ -1,4 +1,4 @@
-"""What a rank holds: one parameter per matrix with a block of whole rows of every expert.
+"""A rank holds one parameter per matrix: a slice, a block of whole rows of every expert.
 
 Initialisation and the mapping to checkpoints live here; restoring and computing do not.
 
@@ -22,7 +22,7 @@ Init = Callable[[torch.Tensor], object]
 
 @dataclass(frozen=True)
 class SliceSpec:
-    """One expert matrix as a rank holds it.
+    """Describes one expert matrix as a rank holds it.
 
     Attributes:
         name: Megatron's name of the matrix, `linear_fc1` or `linear_fc2`.
@@ -51,13 +51,13 @@ class SliceSpec:
         num_ranks: int,
         init_method: Init,
     ) -> SliceSpec:
-        """The rows that `rank` of `num_ranks` holds."""
+        """Describe the rows that `rank` of `num_ranks` holds."""
         bounds = row_bounds(rows, num_ranks)
         start, end = bounds[rank], bounds[rank + 1]
         return cls(name, num_experts, rows, columns, start, end, init_method)
 
     def new_parameter(self, dtype: torch.dtype, device: torch.device) -> torch.nn.Parameter:
-        """An uninitialised parameter [E, r, K], marked as distinct on every expert-parallel rank.
+        """Make an uninitialised parameter [E, r, K], marked as distinct on every rank of the group.
 
         Three dimensions keep Megatron's weight decay on (it exempts vectors).
         """
@@ -72,7 +72,7 @@ class SliceSpec:
 
 
 def expert_seed(seed: int, layer: str, matrix: str, expert: int) -> int:
-    """The 63-bit seed of one expert's matrix; no rank, group size or layout enters it."""
+    """Return the 63-bit seed of one expert's matrix; no rank, group size or layout enters it."""
     text = f"{seed}/{layer}/{matrix}/{expert}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
@@ -100,7 +100,7 @@ def sharded_slice(
     sharded_offsets: tuple[tuple[int, int, int], ...],
     replica_id: tuple[int, int, int],
 ) -> ShardedTensorFactory:
-    """The slice as a part of the tensor that stock Megatron saves under `key`.
+    """Describe the slice as a part of the tensor that stock Megatron saves under `key`.
 
     Stock saves expert matrices as `[…, E, R, K]` with one shard per expert, where `…` stands for
     axes such as the layers'. This rank's rows of all experts are the block at offset (…, 0, start,

@@ -28,7 +28,7 @@ from megatron_laer.runtime.comm.hierarchical import (
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.coordinator import Coordinator
-from megatron_laer.runtime.weights.restored import ExchangeStreams
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.schedule import make_schedule
 
 logger = logging.getLogger(__name__)

@@ -36,8 +36,10 @@ from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.planning import planner_checkpoint
 from megatron_laer.runtime.planning.planner_checkpoint import Resumption
 from megatron_laer.runtime.planning.planner_rank import PlannerRank, naming_flag
-from megatron_laer.runtime.weights.restored import ExchangeStreams, RestoredExperts, Slices
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.scheduler import Scheduler
+from megatron_laer.runtime.weights.slices import Slices
 from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 from megatron_laer.schedule import Schedule
 from megatron_laer.telemetry.timeline import Timeline, open_timeline
@@ -149,8 +151,6 @@ class Coordinator:
         if decision.replanned:
             restored.change(layout_index(decision.layout, self.device))
         self.scheduler.decided(layer, restored)
-        if not torch.is_grad_enabled():
-            restored.tickets = None  # the re-run makes its own, in its own graph
         plan = MicrobatchPlan(restored=restored, row_S=row_S, columns_NC=columns_NC)
         if training:
             self._note(layer, counts_NE, decision, decide_s)

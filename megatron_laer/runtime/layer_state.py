@@ -12,7 +12,8 @@ from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.guard import Decision
 from megatron_laer.runtime.comm.collectives import LayoutTag
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.runtime.weights.restored import RestoredExperts, Slices
+from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.runtime.weights.slices import Slices
 from megatron_laer.runtime.weights.step_experts import StepExperts
 
 # Microbatches per layer whose balance is reported. A sample: measuring all of a long log interval

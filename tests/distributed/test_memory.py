@@ -129,7 +129,7 @@ def held_buffers(command: list[str]) -> Held:
         streams, exchange = coordinator.streams, coordinator.exchange
         held.after_step.append((streams.weights.in_use, streams.grads.in_use))
         spaces = exchange.restore_workspace.num_bytes + exchange.reduce_workspace.num_bytes
-        pools = (streams.weights, streams.grads, streams.reduced)
+        pools = (streams.weights, streams.grads, streams.slice_grads)
         held.buffer_bytes.append((*(pool.num_bytes for pool in pools), spaces))
         slices = coordinator.layers[0].slices
         held.slice_bytes = sum(

@@ -127,12 +127,13 @@ def order_of_events(command: list[str]) -> list[str]:
 
     from megatron_laer.moe_layer import FSEPMoELayer
     from megatron_laer.runtime.weights.restored import RestoredExperts
+    from megatron_laer.runtime.weights.states import WeightState
 
     events: list[str] = []
 
     def told(word: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any) -> Any:
-            if word != "restore" or self._matrices is None:
+            if word != "restore" or self.state.weights is WeightState.SHARDED:
                 events.append(f"{word} {self._name.split()[1]}")
             return method(self, *args)
 
@@ -179,9 +180,12 @@ def order_of_events(command: list[str]) -> list[str]:
         mock.patch.object(LanguageModelEmbedding, "forward", embedding),
         mock.patch.object(MoELayer, "dispatch", dispatched),
         mock.patch.object(FSEPMoELayer, "routed_experts_compute", experts),
-        mock.patch.object(RestoredExperts, "start", told("restore", RestoredExperts.start)),
-        mock.patch.object(RestoredExperts, "reduce", told("leave", RestoredExperts.reduce)),
-        mock.patch.object(RestoredExperts, "reduced", told("arrive", RestoredExperts.reduced)),
+        mock.patch.multiple(
+            RestoredExperts,
+            start_restore=told("restore", RestoredExperts.start_restore),
+            start_reduce=told("leave", RestoredExperts.start_reduce),
+            finish_reduce=told("arrive", RestoredExperts.finish_reduce),
+        ),
     ):
         train(command)
     return events

@@ -5,67 +5,26 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
+from megatron_laer.experts.gemm import gemm_names
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import solve_quotas
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.reduce_index import reduce_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
+from tests.slot_gemm import check_back_end
 
 DEVICE = torch.device("cuda")
-TOKENS_C = [300, 0, 7, 129]
 
 
-class FixedWeights:
-    """Stands for restored experts that stay where they are."""
-
-    def __init__(self, weight_CRK: torch.Tensor) -> None:
-        self._weight_CRK = weight_CRK
-
-    def matrix(self, position: int) -> torch.Tensor:
-        return self._weight_CRK
-
-    def new_grad(self, like_CRK: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(like_CRK)
-
-    def release(self) -> None:
-        pass
-
-
+@pytest.mark.parametrize("name", gemm_names())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_slot_gemms_equal_a_linear_layer_per_slot(dtype: torch.dtype) -> None:
-    from megatron_laer.experts.compute import SlotLinear
-
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    options: dict[str, Any] = {"device": DEVICE, "dtype": dtype, "generator": generator}
-    weight_CRK = torch.randn(len(TOKENS_C), 64, 32, **options).requires_grad_()
-    input_TK = torch.randn(sum(TOKENS_C), 32, **options).requires_grad_()
-    grad_TR = torch.randn(sum(TOKENS_C), 64, **options)
-
-    linear = SlotLinear(32, 64, position=0, init_method=None)
-    linear.bind(weight_CRK, FixedWeights(weight_CRK.detach()), TOKENS_C)
-    output_TR, bias = linear(input_TK)
-    found = torch.autograd.grad(output_TR, (input_TK, weight_CRK), grad_TR)
-
-    bounds = pairwise(accumulate(TOKENS_C, initial=0))
-    expected_TR = torch.cat(
-        [
-            torch.nn.functional.linear(input_TK[start:end], weight_CRK[slot])
-            for slot, (start, end) in enumerate(bounds)
-        ]
-    )
-    expected = torch.autograd.grad(expected_TR, (input_TK, weight_CRK), grad_TR)
-    assert bias is None
-    torch.testing.assert_close(output_TR, expected_TR)
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
+def test_slot_gemms_equal_a_linear_layer_per_slot(dtype: torch.dtype, name: str) -> None:
+    check_back_end(name, dtype, DEVICE)
 
 
 def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:

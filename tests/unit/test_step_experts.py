@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_laer.experts.main_grads import MegatronMainGrads
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import layout_index
-from megatron_laer.runtime.weights.restored import ExchangeStreams, Slices
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.slices import Slices
 from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 
 
@@ -16,7 +18,7 @@ def slices(dtype: torch.dtype = torch.float32) -> Slices:
     """Of 4 experts on 2 ranks; matrices of 8 × 3 and 3 × 4."""
     shapes = [(4, 4, 3), (4, 2, 4)]
     parameters = tuple(torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes)
-    return Slices(parameters, rows=(8, 3))
+    return Slices(parameters, (8, 3), MegatronMainGrads())
 
 
 def test_parameters_without_main_gradients_are_refused(

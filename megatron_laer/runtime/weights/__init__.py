@@ -1,1 +1,1 @@
-"""Restored experts: their states, their place in autograd, and the communication schedule."""
+"""Restored experts live here, with their states, their autograd nodes and their scheduler."""

@@ -1,112 +1,123 @@
-"""The autograd nodes between a layer's slices and its restored experts.
+"""Autograd nodes lead from a layer's slices to its restored experts, and gradients back.
 
-Two nodes lie on the way of a layer's gradients: `Restore`, whose backward has whole gradients, and
-one before it, whose backward hands the slices' gradients to Megatron. Between the two the gradients
-are in flight; they leave when the tokens' gradients have arrived (an `AtBackward`), since the
-backward pass waits for those. The second node is `Arrive`, or under a checkpoint `ArriveAfter`:
+Two nodes lie on the way of a layer's gradients: the backward of `Restore` receives the gradients of
+whole matrices, and the backward of a second node hands the slices' gradients to Megatron. Between
+the two, the gradients are being reduced. The reduce starts when the tokens' gradients have arrived
+(a `RunOnBackward` at the dispatch), since the backward pass waits for those. The second node is a
+`WaitForGrads`, or under a checkpoint a `WaitForGradsAfterBlock`:
 
-- Autograd runs ready nodes latest first, so an `Arrive` made early in forward, while the layer
-  before was computing, waits only after that layer's backward.
+- Autograd runs the node that was made last first. So a `WaitForGrads` made early in forward, while
+  the layer before was computing, waits only after that layer's backward.
 - A checkpoint's backward is a backward pass of its own, at whose end all its nodes are done.
-  `ArriveAfter` lies on the hidden states that enter the transformer layer, so it waits when their
-  gradient is there, after the attention's backward.
+  `WaitForGradsAfterBlock` lies on the hidden states that enter the transformer layer, so it waits
+  when their gradient is there, after the attention's backward.
 
-What travels along the edges of this graph are placeholders of the right shape without storage:
-weights and gradients themselves are held by `RestoredExperts`.
+The tensors on the edges of this graph are placeholders of the right shape without storage: weights
+and gradients themselves are held by `RestoredExperts`, whose methods the nodes call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from megatron_laer.runtime.weights.restored import RestoredExperts
+Shape = tuple[int, ...]
+# Waits for the slices' gradients, and returns what autograd is given for them.
+FinishReduce = Callable[[], tuple[torch.Tensor, ...]]
 
 
 def placeholder(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Zeros of this shape without storage, for the edges of autograd's graph."""
+    """Return zeros of this shape without storage, for the edges of autograd's graph."""
     return like.new_zeros(()).expand(shape)
 
 
-class Arrive(torch.autograd.Function):
-    """Backward: the slices' gradients, once they are here."""
+class WaitForGrads(torch.autograd.Function):
+    """Takes slices and returns placeholders; its backward waits for the slices' gradients."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, restored: RestoredExperts, *slices: torch.Tensor
+    def forward(
+        ctx: Any, finish_reduce: FinishReduce, *slices: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        ctx.restored = restored
+        ctx.finish_reduce = finish_reduce
         return tuple(placeholder(slice_ErK, slice_ErK.shape) for slice_ErK in slices)
 
     @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        return (None, *ctx.restored.reduced())
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (None, *ctx.finish_reduce())
 
 
-class ArriveAfter(torch.autograd.Function):
-    """Identity on hidden states. Backward: their gradient, and the slices' once they are here."""
+class WaitForGradsAfterBlock(torch.autograd.Function):
+    """Returns hidden states as they are; its backward waits for the slices' gradients."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, restored: RestoredExperts, hidden: torch.Tensor, *_: torch.Tensor
+    def forward(
+        ctx: Any, finish_reduce: FinishReduce, hidden: torch.Tensor, *_: torch.Tensor
     ) -> torch.Tensor:
-        ctx.restored = restored
+        ctx.finish_reduce = finish_reduce
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        return (None, grad, *ctx.restored.reduced())
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (None, grad, *ctx.finish_reduce())
 
 
-class AtBackward(torch.autograd.Function):
-    """Identity, whose backward calls something when the gradient is there.
+class RunOnBackward(torch.autograd.Function):
+    """Returns tensors as they are; its backward calls `call` once all their gradients are there.
 
-    An autograd node rather than a hook: it runs exactly once per backward, at the same place on
-    every rank, also on a rank that received no token.
+    An autograd node and not a hook, since a node runs exactly once per backward, at the same place
+    on every rank, also on a rank that received no token.
     """
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, call: Callable[[], None]) -> torch.Tensor:  # type: ignore[override]
+    def forward(
+        ctx: Any, call: Callable[[], None], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.call = call
-        return tensor.view_as(tensor)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ctx.call()
-        return grad, None
+        return (None, *grads)
+
+
+def run_on_backward(call: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Mark tensors: `call` runs once the gradients of all that need one are there."""
+    marked = iter(RunOnBackward.apply(call, *(part for part in tensors if part.requires_grad)))
+    return tuple(next(marked) if tensor.requires_grad else tensor for tensor in tensors)
 
 
 class Restore(torch.autograd.Function):
-    """Backward: whole gradients out, on their way to the slices, now or after the tokens'."""
+    """Takes slices' placeholders and returns whole matrices'; its backward has whole gradients.
+
+    Args:
+        on_grads: receives the gradients `[C, R, K]`.
+        shapes: of the whole matrices.
+        returns_grads: whether placeholders of the slices' gradients are passed on in backward, to
+            a `WaitForGrads`.
+    """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
-        restored: RestoredExperts,
-        shapes: tuple[tuple[int, int, int], ...],
-        sends_after: bool,
-        *tickets: torch.Tensor,
+        on_grads: Callable[[tuple[torch.Tensor, ...]], None],
+        shapes: Sequence[Shape],
+        returns_grads: bool,
+        *placeholders: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.restored, ctx.shapes = restored, tuple(ticket.shape for ticket in tickets)
-        ctx.sends_after = sends_after
+        ctx.on_grads, ctx.returns_grads = on_grads, returns_grads
+        ctx.slice_shapes = tuple(tensor.shape for tensor in placeholders)
         return tuple(
-            placeholder(ticket, shape) for ticket, shape in zip(tickets, shapes, strict=True)
+            placeholder(tensor, shape) for tensor, shape in zip(placeholders, shapes, strict=True)
         )
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        if ctx.sends_after:
-            ctx.restored.hold(grads)
-        else:
-            ctx.restored.reduce(grads)
-        if ctx.restored.arrives_after:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.on_grads(grads)
+        if not ctx.returns_grads:
             return (None,) * (3 + len(grads))
-        return (
-            None,
-            None,
-            None,
-            *(placeholder(grad, shape) for grad, shape in zip(grads, ctx.shapes, strict=True)),
-        )
+        shapes = ctx.slice_shapes
+        passed_on = (placeholder(grad, shape) for grad, shape in zip(grads, shapes, strict=True))
+        return (None, None, None, *passed_on)

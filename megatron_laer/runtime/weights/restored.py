@@ -1,10 +1,24 @@
-"""Whole experts of one layer for one microbatch, alive only while something computes with them.
+"""`RestoredExperts` holds whole experts of a layer while something computes with them.
 
-Restored weights are not saved by autograd. A forward pass drops them when it is done, and the
-backward pass restores them again for the experts' backward; only a pass whose backward follows at
-once (the re-run under a checkpoint) keeps them. When an exchange starts is the scheduler's
-business; this file holds what is in flight, and `restored_nodes` the autograd nodes between slices
-and experts.
+The life of a layer's weights and gradients in one microbatch, told by states (`states.py`):
+
+ 1. The weights are SHARDED: every rank holds a slice of every expert, and no memory is taken.
+ 2. `start_restore`, called by the scheduler while the layer before computes: RESTORING. If the
+    layout changes after the gate, `change` fetches the slots that differ: RESTORING still.
+ 3. The GEMM of the first matrix asks for it by `matrix`, which waits: RESTORED.
+ 4. `after_compute` ends the forward: SHARDED, and the memory is free. Autograd saves no weights.
+    Evaluation ends here. A checkpoint's re-run keeps them, since its backward follows at once.
+ 5. The gradient of the experts' output arrives in backward: RESTORING again, and RESTORED. The
+    layer that backward comes to next follows (`prefetch_in_backward`).
+ 6. The gradients of the experts' inputs and weights are computed: SHARDED, the memory is free.
+ 7. The weights' gradients wait for the tokens' gradients, which go first: DEFERRED. Without overlap
+    this is left out, and with `--fsep-restore step` they are SUMMED over microbatches.
+ 8. The dispatch's backward is done and starts the reduce: REDUCING.
+ 9. `finish_reduce`, called by autograd after the backward of the layer before, waits for the
+    slices' gradients and adds them to Megatron's main gradients. No gradient is left: NONE.
+
+When an exchange starts is the scheduler's business. The memory of weights and gradients is taken
+and given back here alone: others tell `RestoredExperts` what happened, and it draws conclusions.
 
 Legend: E experts, C slots per rank, R rows of a matrix, r rows of this rank's slice, K columns.
 """
@@ -12,183 +26,207 @@ Legend: E experts, C slots per rank, R rows of a matrix, r rows of this rank's s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from megatron_laer.runtime.comm.buffer_pool import BufferPool
-from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange, ReusableWeights
+from megatron_laer.runtime.comm.hierarchical import ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
-from megatron_laer.runtime.comm.streams import CommStream, Pending
+from megatron_laer.runtime.comm.streams import Pending
 from megatron_laer.runtime.weights.autograd import (
-    Arrive,
-    ArriveAfter,
-    AtBackward,
     Restore,
+    WaitForGrads,
+    WaitForGradsAfterBlock,
     placeholder,
+    run_on_backward,
 )
-
-
-@dataclass(frozen=True)
-class Slices:
-    """What this rank holds of every expert of a layer.
-
-    Attributes:
-        parameters: `[E, r, K]` for each matrix.
-        rows: R of each matrix.
-    """
-
-    parameters: tuple[torch.nn.Parameter, ...]
-    rows: tuple[int, ...]
-
-    @property
-    def have_main_grads(self) -> bool:
-        """Whether Megatron's data-parallel wrapper keeps their gradients."""
-        return all(hasattr(parameter, "main_grad") for parameter in self.parameters)
-
-
-@dataclass(frozen=True)
-class ExchangeStreams:
-    """The exchanges, the lanes that they run on, and the memory that they fill.
-
-    Attributes:
-        weights: restored matrices; as many as the schedule restores layers at once.
-        grads: gradients of restored matrices, likewise.
-        reduced: gradients of slices, on their way to Megatron's main gradients.
-        stand_ins: zeros in the shapes of slices, see `mark_in_main_grad`.
-    """
-
-    exchange: HierarchicalExchange
-    parameters: CommStream
-    gradients: CommStream
-    weights: BufferPool = field(default_factory=BufferPool)
-    grads: BufferPool = field(default_factory=BufferPool)
-    reduced: BufferPool = field(default_factory=BufferPool)
-    stand_ins: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = field(default_factory=dict)
-
-    def mark_in_main_grad(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """Mark a parameter whose gradient is in its main gradient; what autograd is given instead.
-
-        Megatron looks at the mark when autograd is done with the parameter, and takes it off at
-        each step. A new tensor on whole memory is taken as it is; a placeholder would be copied.
-        """
-        parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        kind = parameter.shape, parameter.dtype
-        if kind not in self.stand_ins:
-            self.stand_ins[kind] = torch.zeros_like(parameter, requires_grad=False)
-        return self.stand_ins[kind].detach()
-
-    def close(self) -> None:
-        """End both lanes."""
-        self.parameters.close()
-        self.gradients.close()
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.slices import Slices
+from megatron_laer.runtime.weights.states import ExpertsState, GradState, WeightState
 
 
 class RestoredExperts:
-    """The slots' matrices `[C, R, K]` of one layer for one microbatch, and how to get them.
+    """Holds the slots' matrices `[C, R, K]` of one layer for one microbatch, and their gradients.
 
     Attributes:
         index: the layout that they are restored under.
-        before: the MoE layer before in the same chunk and microbatch, which backward comes to next.
-        tickets: the early `Arrive` node's outputs, until `weight_tickets` takes them.
-        arrives_after: whether an `ArriveAfter` takes the gradients.
-        sends_after: whether the tokens' gradients send those of the pass that is to come.
+        state: read by others, moved on here only.
     """
 
     def __init__(
-        self, name: str, slices: Slices, index: LayoutIndex, lanes: ExchangeStreams
+        self, name: str, slices: Slices, index: LayoutIndex, streams: ExchangeStreams
     ) -> None:
         self.index = index
-        self.before: RestoredExperts | None = None
-        self.tickets: tuple[torch.Tensor, ...] | None = None
-        self.arrives_after = False
-        self.sends_after = False
-        self._held_CRK: tuple[torch.Tensor, ...] | None = None
+        self.state = ExpertsState(name)
         self._name = name
         self._slices = slices
-        self._lanes = lanes
-        self._matrices: tuple[Pending, ...] | None = None
-        self._grads: list[torch.Tensor] = []
-        self._reduced: tuple[Pending, ...] | None = None
+        self._streams = streams
+        self._matrices: tuple[Pending, ...] = ()
+        # Buffers of the gradients that this layer's GEMMs write, and those kept in DEFERRED.
+        self._grads_CRK: list[torch.Tensor] = []
+        self._deferred_CRK: tuple[torch.Tensor, ...] = ()
+        self._slice_grads: tuple[Pending, ...] = ()
+        # How the autograd graph of the present pass is built.
+        self._next_in_backward: RestoredExperts | None = None
+        self._placeholders: tuple[torch.Tensor, ...] | None = None
+        self._waits_after_block = False
+        self._defers_reduce = False
 
-    def start(self) -> None:
+    # What the scheduler and the coordinator tell.
+
+    def start_restore(self) -> None:
         """Begin to fetch the slots' experts, unless that was begun. Collective over the group."""
-        if self._matrices is None:
-            exchange, weights = self._lanes.exchange, self._lanes.weights
-            self._matrices = tuple(
-                self._lanes.parameters.submit(
-                    # The slices as they are now: they change between steps only.
-                    partial(
-                        exchange.restore,
-                        slice_ErK.detach(),
-                        self.index,
-                        rows,
-                        out=weights.take(shape, slice_ErK.dtype, slice_ErK.device),
-                    ),
-                    f"restore {self._name}",
-                )
-                for slice_ErK, rows, shape in zip(
-                    self._slices.parameters, self._slices.rows, self._shapes(), strict=True
-                )
+        if self.state.weights is not WeightState.SHARDED:
+            return
+        self.state.enter(WeightState.RESTORING)
+        exchange, weights = self._streams.exchange, self._streams.weights
+        self._matrices = tuple(
+            self._streams.parameters.submit(
+                # The slices as they are now: they change between steps only.
+                partial(
+                    exchange.restore,
+                    slice_ErK.detach(),
+                    self.index,
+                    rows,
+                    out=weights.take(shape, slice_ErK.dtype, slice_ErK.device),
+                ),
+                f"restore {self._name}",
             )
-            exchange.count.restores += 1
-
-    def start_backward(self) -> None:
-        """Begin to fetch what this layer's backward needs, and the next one's behind it."""
-        self.start()
-        if self.before is not None:
-            self.before.start()
+            for slice_ErK, rows, shape in zip(
+                self._slices.parameters, self._slices.rows, self._shapes(), strict=True
+            )
+        )
+        exchange.count.restores += 1
 
     def change(self, index: LayoutIndex) -> None:
         """Follow another layout; of what was begun, only slots that differ are fetched again.
 
-        Collective over the group if `start` was.
+        Collective over the group if `start_restore` was.
         """
         before, self.index = self.index, index
-        if self._matrices is not None and index is not before:
-            self._matrices = tuple(
-                self._lanes.parameters.submit(
-                    partial(self._update, slice_ErK.detach(), index, rows, before, pending),
-                    f"change {self._name}",
-                )
-                for slice_ErK, rows, pending in zip(
-                    self._slices.parameters, self._slices.rows, self._matrices, strict=True
-                )
+        if self.state.weights is WeightState.SHARDED or index is before:
+            return
+        self.state.enter(WeightState.RESTORING)
+        self._matrices = tuple(
+            self._streams.parameters.submit(
+                partial(self._update, slice_ErK.detach(), index, rows, before, pending),
+                f"change {self._name}",
             )
-            self._lanes.exchange.count.changes += 1
+            for slice_ErK, rows, pending in zip(
+                self._slices.parameters, self._slices.rows, self._matrices, strict=True
+            )
+        )
+        self._streams.exchange.count.changes += 1
+
+    def prefetch_in_backward(self, previous: RestoredExperts) -> None:
+        """Restore `previous` too when the backward of these experts begins.
+
+        It is the MoE layer before in the same chunk and microbatch, to which backward comes next.
+        """
+        self._next_in_backward = previous
+
+    def wait_for_grads_here(self) -> None:
+        """Make the node that waits for this pass's gradients now.
+
+        The earlier it is made in forward, the later it runs in backward.
+        """
+        self._placeholders = self._make_wait_node()
+
+    def wait_for_grads_after_block(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Mark hidden states, on whose gradient's arrival this layer's gradients are waited for.
+
+        Whatever uses the hidden states must use the marked ones.
+        """
+        self._waits_after_block = True
+        marked: torch.Tensor = WaitForGradsAfterBlock.apply(
+            self.finish_reduce, hidden, *self._slices.parameters
+        )
+        return marked
+
+    # What the layer tells.
+
+    def reduce_after_dispatch(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Mark the tokens to dispatch, on whose gradient's arrival the reduce starts.
+
+        The reduce starts without them where it would be waited for at once, or where experts or
+        tokens need no gradient.
+        """
+        placeholders = self._placeholders or ()
+        waits_later = self._waits_after_block or any(part.requires_grad for part in placeholders)
+        if not (waits_later and torch.is_grad_enabled() and tokens.requires_grad):
+            return tokens
+        self._defers_reduce = True
+        return run_on_backward(self._start_deferred_reduce, tokens)[0]
+
+    def weight_placeholders(self) -> tuple[torch.Tensor, ...]:
+        """Make the tensors that stand for the weights in autograd's graph, where gradients go.
+
+        Its nodes are those of the pass that begins.
+        """
+        placeholders, self._placeholders = self._placeholders, None
+        if self._waits_after_block:
+            # Gradients take the other way; these only make autograd run `Restore`.
+            placeholders = tuple(
+                placeholder(slice_ErK.detach(), slice_ErK.shape).requires_grad_()
+                for slice_ErK in self._slices.parameters
+            )
+        elif placeholders is None:
+            placeholders = self._make_wait_node()
+        defers, self._defers_reduce = self._defers_reduce, False
+        weights: tuple[torch.Tensor, ...] = Restore.apply(
+            partial(self._grads_computed, defers),
+            self._shapes(),
+            not self._waits_after_block,
+            *placeholders,
+        )
+        return weights
+
+    def before_compute(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Mark the experts' inputs, whose gradients' arrival ends the use of the weights."""
+        return run_on_backward(self._weights_used, *inputs)
+
+    def after_compute(self, output: torch.Tensor, *, backward_follows: bool) -> torch.Tensor:
+        """Mark the experts' output, on whose gradient's arrival the weights are needed again.
+
+        Args:
+            backward_follows: at once, so that the weights are kept for it.
+        """
+        if not backward_follows:
+            self._weights_used()
+        return run_on_backward(self._begin_backward, output)[0]
 
     def matrix(self, position: int) -> torch.Tensor:
-        """The `position`-th matrix of every slot, waiting for it."""
-        self.start()
-        assert self._matrices is not None
-        return self._matrices[position].wait()
+        """Return the `position`-th matrix of every slot, having waited for it."""
+        self.start_restore()
+        matrix_CRK = self._matrices[position].wait()
+        if self.state.weights is WeightState.RESTORING:
+            self.state.enter(WeightState.RESTORED)
+        return matrix_CRK
 
-    def release(self) -> None:
-        """Let go of the restored matrices."""
-        if self._matrices is not None:
-            for pending in self._matrices:
-                self._lanes.weights.put_back(pending.wait())
-            self._matrices = None
-
-    def new_grad(self, like_CRK: torch.Tensor) -> torch.Tensor:
-        """Memory for the gradient of a matrix, whose content `reduce` will send."""
-        grad_CRK = self._lanes.grads.take(tuple(like_CRK.shape), like_CRK.dtype, like_CRK.device)
-        self._grads.append(grad_CRK)
+    def new_grad(self, position: int) -> torch.Tensor:
+        """Take memory for the gradient of the `position`-th matrix."""
+        slice_ErK = self._slices.parameters[position]
+        grad_CRK = self._streams.grads.take(
+            self._shapes()[position], slice_ErK.dtype, slice_ErK.device
+        )
+        self._grads_CRK.append(grad_CRK)
         return grad_CRK
 
-    def reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
-        """Begin to send the experts' gradients to their slices. Collective over the group."""
-        exchange = self._lanes.exchange
-        self._reduced = tuple(
-            self._lanes.gradients.submit(
+    # What backward brings about.
+
+    def start_reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
+        """Begin to send whole gradients to their slices. Collective over the group."""
+        self.state.enter(GradState.REDUCING)
+        exchange = self._streams.exchange
+        self._slice_grads = tuple(
+            self._streams.gradients.submit(
                 partial(
                     exchange.reduce,
                     grad_CRK,
                     self.index,
                     # A step's sums are float32, and cross nodes as one microbatch's would.
                     wire_dtype=slice_ErK.dtype,
-                    out=self._new_reduced(slice_ErK, grad_CRK.dtype),
+                    out=self._new_slice_grad(slice_ErK, grad_CRK.dtype),
                 ),
                 f"reduce {self._name}",
             )
@@ -196,96 +234,74 @@ class RestoredExperts:
         )
         exchange.count.reduces += 1
 
-    def reduced(self) -> tuple[torch.Tensor, ...]:
-        """What autograd hands to the slices `[E, r, K]`, waiting for their gradients.
+    def finish_reduce(self) -> tuple[torch.Tensor, ...]:
+        """Wait for the slices' gradients `[E, r, K]`, and return what autograd is given for them.
 
-        Where Megatron keeps main gradients, these receive them here, so that the memory they
-        arrived in is used again; autograd is given stand-ins, as by Megatron's own fused kernels.
+        Where there are main gradients, they receive the slices' gradients here, so that the memory
+        is used again; autograd is given dummy gradients, as by Megatron's own fused kernels.
         """
-        assert self._reduced is not None, "gradients asked for before they were sent"
-        grads_ErK = tuple(pending.wait() for pending in self._reduced)
-        self._reduced = None
-        self._give_grads()
+        self.state.enter(GradState.NONE)
+        grads_ErK = tuple(pending.wait() for pending in self._slice_grads)
+        self._slice_grads = ()
+        self._free_grads()
         return tuple(map(self._hand_over, self._slices.parameters, grads_ErK))
 
-    def issue_tickets(self) -> tuple[torch.Tensor, ...]:
-        """Make the node at which this layer's gradients will be waited for.
+    def _begin_backward(self) -> None:
+        self.start_restore()
+        if self._next_in_backward is not None:
+            self._next_in_backward.start_restore()
 
-        The earlier in forward, the later in backward.
-        """
-        tickets: tuple[torch.Tensor, ...] = Arrive.apply(self, *self._slices.parameters)
-        return tickets
+    def _grads_computed(self, defers: bool, grads_CRK: tuple[torch.Tensor, ...]) -> None:
+        # Inputs that need no gradient did not tell it.
+        self._weights_used()
+        if defers:
+            self.state.enter(GradState.DEFERRED)
+            self._deferred_CRK = grads_CRK
+        else:
+            self.start_reduce(grads_CRK)
 
-    def arrive_after(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Mark hidden states: when their gradient is there, this layer's gradients are waited for.
+    def _start_deferred_reduce(self) -> None:
+        assert self._deferred_CRK, "tokens' gradients arrived before the experts had any"
+        grads_CRK, self._deferred_CRK = self._deferred_CRK, ()
+        self.start_reduce(grads_CRK)
 
-        Whatever uses the hidden states must use the marked ones.
-        """
-        self.arrives_after = True
-        marked: torch.Tensor = ArriveAfter.apply(self, hidden, *self._slices.parameters)
-        return marked
+    # Memory.
 
-    def send_after(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Mark what is dispatched: when its gradient is there, this layer's gradients are sent.
+    def _weights_used(self) -> None:
+        """Conclude from the end of a forward or backward pass that the weights can go."""
+        self._free_weights()
 
-        Unless nobody waits for them later than that, or experts or tokens need no gradient.
-        """
-        tickets = self.tickets or ()
-        waits_later = self.arrives_after or any(ticket.requires_grad for ticket in tickets)
-        if not (waits_later and torch.is_grad_enabled() and tokens.requires_grad):
-            return tokens
-        self.sends_after = True
-        marked: torch.Tensor = AtBackward.apply(tokens, self.send_held)
-        return marked
+    def _free_weights(self) -> None:
+        if self.state.weights is not WeightState.SHARDED:
+            for pending in self._matrices:
+                self._streams.weights.put_back(pending.wait())
+            self._matrices = ()
+            self.state.enter(WeightState.SHARDED)
 
-    def hold(self, grads_CRK: tuple[torch.Tensor, ...]) -> None:
-        """Keep gradients until `send_held`."""
-        self._held_CRK = grads_CRK
+    def _free_grads(self) -> None:
+        for grad_CRK in self._grads_CRK:
+            self._streams.grads.put_back(grad_CRK)
+        self._grads_CRK.clear()
 
-    def send_held(self) -> None:
-        """Begin to send them. Collective over the group."""
-        assert self._held_CRK is not None, "tokens' gradients arrived before the experts had any"
-        held_CRK, self._held_CRK = self._held_CRK, None
-        self.reduce(held_CRK)
-
-    def weight_tickets(self) -> tuple[torch.Tensor, ...]:
-        """What the experts' linear layers take for their weights: they lead gradients back here."""
-        tickets, self.tickets = self.tickets, None
-        if self.arrives_after:
-            # Gradients take the other way; these only make autograd run `Restore`.
-            tickets = tuple(
-                placeholder(slice_ErK.detach(), slice_ErK.shape).requires_grad_()
-                for slice_ErK in self._slices.parameters
-            )
-        elif tickets is None:
-            tickets = self.issue_tickets()
-        sends_after, self.sends_after = self.sends_after, False
-        weights: tuple[torch.Tensor, ...] = Restore.apply(
-            self, self._shapes(), sends_after, *tickets
-        )
-        return weights
-
-    def before_backward(self, output: torch.Tensor) -> torch.Tensor:
-        """Mark the experts' output: its gradient's arrival is when backward restores."""
-        marked: torch.Tensor = AtBackward.apply(output, self.start_backward)
-        return marked
-
-    def _new_reduced(self, slice_ErK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    def _new_slice_grad(self, slice_ErK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         if not self._slices.have_main_grads:
             return None  # autograd accumulates it, and keeps its memory
-        return self._lanes.reduced.take(tuple(slice_ErK.shape), dtype, slice_ErK.device)
+        return self._streams.slice_grads.take(tuple(slice_ErK.shape), dtype, slice_ErK.device)
 
     def _hand_over(self, slice_ErK: torch.nn.Parameter, grad_ErK: torch.Tensor) -> torch.Tensor:
         if not self._slices.have_main_grads:
             return grad_ErK
-        slice_ErK.main_grad.add_(grad_ErK)  # type: ignore[attr-defined]
-        self._lanes.reduced.put_back(grad_ErK)
-        return self._lanes.mark_in_main_grad(slice_ErK)
+        self._slices.main_grads.add(slice_ErK, grad_ErK)
+        self._streams.slice_grads.put_back(grad_ErK)
+        return self._slices.main_grads.mark_added(slice_ErK)
 
-    def _give_grads(self) -> None:
-        for grad_CRK in self._grads:
-            self._lanes.grads.put_back(grad_CRK)
-        self._grads.clear()
+    # Helpers.
+
+    def _make_wait_node(self) -> tuple[torch.Tensor, ...]:
+        made: tuple[torch.Tensor, ...] = WaitForGrads.apply(
+            self.finish_reduce, *self._slices.parameters
+        )
+        return made
 
     def _shapes(self) -> tuple[tuple[int, int, int], ...]:
         capacity = self.index.layout.capacity
@@ -302,6 +318,6 @@ class RestoredExperts:
         before: LayoutIndex,
         pending: Pending,
     ) -> torch.Tensor:
-        """On the lane that `pending` was submitted to, hence after it."""
+        """Update a matrix on the communication stream that `pending` runs on, hence after it."""
         reuse = ReusableWeights(before, pending.wait())
-        return self._lanes.exchange.restore(slice_ErK, index, rows, reuse=reuse)
+        return self._streams.exchange.restore(slice_ErK, index, rows, reuse=reuse)

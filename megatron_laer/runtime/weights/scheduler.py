@@ -1,4 +1,4 @@
-"""Carries out the communication schedule: what overlaps what within one model chunk.
+"""The scheduler carries out the communication schedule: what overlaps what within a model chunk.
 
 Which moments start which exchange is data (`schedule.py`). The scheduler sees the moments: it
 follows a chunk's forward passes by hooks on the chunk, a layer tells when its tokens arrived, and
@@ -17,12 +17,14 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_laer.runtime.weights.restored import ExchangeStreams, RestoredExperts, Slices
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.runtime.weights.slices import Slices
 from megatron_laer.schedule import Schedule, SchedulePoint, Target
 
 
 class Layer(Protocol):
-    """What the scheduler knows of a layer."""
+    """Shows the scheduler all that it knows of a layer."""
 
     @property
     def name(self) -> str: ...
@@ -37,13 +39,13 @@ class Layer(Protocol):
 
     @property
     def rerun(self) -> RestoredExperts | None:
-        """The experts of the next re-run under a checkpoint, if one is to come."""
+        """Return the experts of the next re-run under a checkpoint, if one is to come."""
         ...
 
 
 @dataclass
 class Chunk:
-    """A model chunk: the MoE layers that one forward call of it passes, in order.
+    """Describes a model chunk: the MoE layers that one forward call of it passes, in order.
 
     Attributes:
         module: called once per microbatch and pass.
@@ -61,14 +63,14 @@ class Chunk:
 
 @dataclass
 class _Forward:
-    """One forward pass of a chunk."""
+    """Follows one forward pass of a chunk."""
 
     chunk: Chunk
     entered: list[RestoredExperts] = field(default_factory=list)
 
 
 class Scheduler:
-    """The schedule of one rank.
+    """Carries out the schedule on one rank.
 
     Args:
         experts_of: the experts for a layer's next pass, `training` or not, under the layout that
@@ -78,11 +80,11 @@ class Scheduler:
     def __init__(
         self,
         schedule: Schedule,
-        lanes: ExchangeStreams,
+        streams: ExchangeStreams,
         experts_of: Callable[[Any, bool], RestoredExperts],
     ) -> None:
         self._schedule = schedule
-        self._lanes = lanes
+        self._streams = streams
         self._experts_of = experts_of
         self._chunks: list[Chunk] = []
         self._hooks: list[Any] = []
@@ -95,7 +97,7 @@ class Scheduler:
         self._detach()
         self._chunks = list(chunks)
         for chunk in self._chunks:
-            # Kept alive by the module, so the chunk is bound by its number.
+            # The module keeps its hooks and they keep the chunk: a cycle, which `_detach` breaks.
             self._hooks += [
                 chunk.module.register_forward_pre_hook(_call(self._begin_forward, chunk)),
                 chunk.module.register_forward_hook(_call(self._end_forward)),
@@ -111,12 +113,12 @@ class Scheduler:
                 ]
 
     def close(self) -> None:
-        """Let go of the chunks and end the lanes."""
+        """Let go of the chunks and end the communication streams."""
         self._detach()
-        self._lanes.close()
+        self._streams.close()
 
     def enter(self, layer: Layer, training: bool) -> RestoredExperts:
-        """The experts of a layer whose forward begins, perhaps already on their way.
+        """Return the experts of a layer whose forward begins, perhaps already on their way.
 
         Not for the re-run of a checkpoint, which has those of its first pass.
         """
@@ -129,18 +131,18 @@ class Scheduler:
             self._schedule.target(SchedulePoint.COMBINE_GRADIENT) is Target.PREVIOUS
             and forward.entered
         ):
-            restored.before = forward.entered[-1]
+            restored.prefetch_in_backward(forward.entered[-1])
         forward.entered.append(restored)
         return restored
 
     def decided(self, layer: Layer, restored: RestoredExperts) -> None:
-        """The layout of a pass is decided; its restore need not wait for the experts' call."""
+        """Start the restore of a pass whose layout is decided: it need not wait for the call."""
         if self._schedule.restores and self._forward is not None:
             self._forward.chunk.await_weights(layer.slices.parameters)
-            restored.start()
+            restored.start_restore()
 
     def dispatched(self, layer: Layer, training: bool) -> None:
-        """A layer's tokens arrived."""
+        """Start what may start now that a layer's tokens arrived."""
         position = self._position(layer)
         if position is not None:
             starts = self._schedule.target(SchedulePoint.DISPATCHED) is Target.NEXT
@@ -149,7 +151,7 @@ class Scheduler:
     # Inside.
 
     def _position(self, layer: Layer) -> int | None:
-        """The layer's place in the chunk that is running forward; None outside of one.
+        """Return the layer's place in the chunk that is running forward; None outside of one.
 
         The re-run of a checkpoint is outside: it happens in backward.
         """
@@ -159,7 +161,10 @@ class Scheduler:
         return next((at for at, other in enumerate(layers) if other is layer), None)
 
     def _announce(self, position: int, training: bool, starts: bool) -> None:
-        """A layer is next; its restore starts already, or only its place in backward is taken."""
+        """Prepare the layer that comes next: start its restore, if `starts`.
+
+        Its gradients' place in backward is taken either way.
+        """
         assert self._forward is not None
         chunk = self._forward.chunk
         if position >= len(chunk.layers):
@@ -168,10 +173,10 @@ class Scheduler:
         restored = self._experts_of(layer, training)
         if starts:
             chunk.await_weights(layer.slices.parameters)
-            restored.start()
+            restored.start_restore()
         delays = self._schedule.delays_gradients and not layer.recomputes
         if training and torch.is_grad_enabled() and delays:
-            restored.tickets = restored.issue_tickets()
+            restored.wait_for_grads_here()
         self._ahead[position] = restored
 
     def _begin_forward(self, chunk: Chunk) -> None:
@@ -188,7 +193,7 @@ class Scheduler:
         inputs: tuple[Any, ...],
         named: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Under a checkpoint, have the layer's gradients arrive after the block's backward."""
+        """Under a checkpoint, wait for the layer's gradients after the block's backward."""
         if not (block.training and torch.is_grad_enabled()):
             return None
         if self._forward is None:
@@ -198,8 +203,9 @@ class Scheduler:
         if restored is None:
             return None
         if inputs:
-            return (restored.arrive_after(inputs[0]), *inputs[1:]), named
-        return inputs, named | {"hidden_states": restored.arrive_after(named["hidden_states"])}
+            return (restored.wait_for_grads_after_block(inputs[0]), *inputs[1:]), named
+        marked = restored.wait_for_grads_after_block(named["hidden_states"])
+        return inputs, named | {"hidden_states": marked}
 
     def _end_forward(self, output: Any) -> None:
         forward, self._forward = self._forward, None
@@ -211,7 +217,7 @@ class Scheduler:
             and output.grad_fn is not None
         ):
             last = forward.entered[-1]
-            output.grad_fn.register_prehook(lambda _: last.start())
+            output.grad_fn.register_prehook(lambda _: last.start_restore())
 
     def _detach(self) -> None:
         for hook in self._hooks:
@@ -222,7 +228,7 @@ class Scheduler:
 
 
 def _call(function: Callable[..., None], *bound: Any) -> Callable[..., None]:
-    """A module hook that passes on the bound arguments, and a forward hook's output."""
+    """Make a module hook that passes on the bound arguments, and a forward hook's output."""
 
     def hook(_module: torch.nn.Module, _inputs: Any, *output: Any) -> None:
         function(*bound, *output)

@@ -1,4 +1,4 @@
-"""Whole experts of one layer for all microbatches of a step: restored once, reduced once.
+"""`StepExperts` serve all microbatches of a step: they are restored once and reduced once.
 
 With M microbatches the layer's exchanges fall from 3·M to 2. In return a rank holds the restored
 matrices of every layer, and float32 sums of their gradients, as long as the step runs.
@@ -13,11 +13,14 @@ from collections.abc import Sequence
 import torch
 
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
-from megatron_laer.runtime.weights.restored import ExchangeStreams, RestoredExperts, Slices
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.runtime.weights.slices import Slices
+from megatron_laer.runtime.weights.states import GradState
 
 
 class StepExperts(RestoredExperts):
-    """One layer's restored experts, shared by the microbatches of a step, and by steps.
+    """Holds one layer's restored experts, shared by the microbatches of a step, and by steps.
 
     Needs Megatron's main gradients: through a bfloat16 parameter's `grad` the sum of a step would
     be rounded, on more than the wire between nodes.
@@ -27,7 +30,7 @@ class StepExperts(RestoredExperts):
     """
 
     def __init__(
-        self, name: str, slices: Slices, index: LayoutIndex, lanes: ExchangeStreams
+        self, name: str, slices: Slices, index: LayoutIndex, streams: ExchangeStreams
     ) -> None:
         if not slices.have_main_grads:
             raise ValueError(
@@ -35,56 +38,58 @@ class StepExperts(RestoredExperts):
                 "these parameters have none; wrap the model in Megatron's DistributedDataParallel, "
                 "or take --fsep-restore layer"
             )
-        super().__init__(name, slices, index, lanes)
+        super().__init__(name, slices, index, streams)
         self._num_microbatches = self._left = 0
         self._sums_CRK: list[torch.Tensor] = []
 
     def begin_step(self, index: LayoutIndex, num_microbatches: int) -> None:
-        """Another step, perhaps under another layout.
+        """Begin another step, perhaps under another layout.
 
-        What an earlier step left because its weights did not change is kept: of it, only slots that
-        differ are fetched.
+        What an earlier step left because its weights did not change is used again: of it, only
+        slots that differ are fetched.
         """
         self.change(index)
         self._num_microbatches = self._left = num_microbatches
 
     def end_step(self, *, weights_changed: bool) -> None:
-        """The step is over; what was restored is of no use any more once weights changed."""
+        """End the step; what was restored is of no use any more once weights changed."""
         if weights_changed:
-            super().release()
+            self._free_weights()
 
-    def release(self) -> None:
-        """Between microbatches everything stays."""
-
-    def reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
+    def start_reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
         """Add a microbatch's gradients; send the sum with the last one. Collective then."""
         if not self._sums_CRK:
+            pool = self._streams.grads
             self._sums_CRK = [
-                self._lanes.grads.take(tuple(grad.shape), torch.float32, grad.device).copy_(grad)
+                pool.take(tuple(grad.shape), torch.float32, grad.device).copy_(grad)
                 for grad in grads_CRK
             ]
         else:
             for sum_CRK, grad_CRK in zip(self._sums_CRK, grads_CRK, strict=True):
                 sum_CRK.add_(grad_CRK)
-        self._give_grads()
+        self.state.enter(GradState.SUMMED)
+        self._free_grads()
         self._left -= 1
         if self._left == 0:
-            super().reduce(self._sums_CRK)
+            super().start_reduce(self._sums_CRK)
             self._left = self._num_microbatches  # Megatron's rerun state machine repeats steps
 
-    def reduced(self) -> tuple[torch.Tensor, ...]:
-        """Stand-ins; with the last microbatch, main gradients receive the step's sum."""
-        if self._reduced is None:
-            return tuple(map(self._lanes.mark_in_main_grad, self._slices.parameters))
-        handed_over = super().reduced()
+    def finish_reduce(self) -> tuple[torch.Tensor, ...]:
+        """Return dummy gradients; with the last microbatch, main gradients receive the sum."""
+        if self.state.grads is GradState.SUMMED:
+            return tuple(map(self._slices.main_grads.mark_added, self._slices.parameters))
+        handed_over = super().finish_reduce()
         for sum_CRK in self._sums_CRK:
-            self._lanes.grads.put_back(sum_CRK)
+            self._streams.grads.put_back(sum_CRK)
         self._sums_CRK = []
         return handed_over
 
+    def _weights_used(self) -> None:
+        """Keep the weights: other microbatches of the step use them too."""
+
 
 def memory_held(layers: Sequence[Slices], capacity: int) -> str:
-    """What holding these layers' experts over a step takes on one rank, in words."""
+    """Say how much memory it takes on one rank to hold these layers' experts over a step."""
     matrices = [
         (capacity * rows * slice_ErK.shape[2], slice_ErK.element_size())
         for layer in layers

@@ -1,0 +1,39 @@
+"""Megatron has a convention for gradients that are added to main gradients outside of autograd.
+
+Megatron's data-parallel wrapper gives each parameter a `main_grad`. What adds to it by itself, as
+Megatron's fused kernels do, sets `grad_added_to_main_grad` and gives autograd a dummy gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+
+class MegatronMainGrads:
+    """Implements `MainGrads` of `runtime/weights/slices.py`."""
+
+    def kept_for(self, parameters: Sequence[torch.nn.Parameter]) -> bool:
+        """Whether the data-parallel wrapper keeps main gradients for all of these parameters."""
+        return all(hasattr(parameter, "main_grad") for parameter in parameters)
+
+    def add(self, parameter: torch.nn.Parameter, grad: torch.Tensor) -> None:
+        """Add a gradient to the parameter's main gradient."""
+        parameter.main_grad.add_(grad)  # type: ignore[attr-defined]
+
+    def mark_added(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Mark the parameter and return a dummy gradient.
+
+        Megatron looks at the mark when autograd is done with the parameter, and takes it off at
+        each step. A new tensor on whole memory is taken as it is; a placeholder would be copied.
+        """
+        parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return _zeros(parameter.shape, parameter.dtype, parameter.device).detach()
+
+
+@functools.cache
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Make the memory of dummy gradients, which all layers share, as Transformer Engine's do."""
+    return torch.zeros(shape, dtype=dtype, device=device)

@@ -1,0 +1,54 @@
+"""`Slices` is what exchanges see of a layer's parameters: a slice of every expert, per matrix.
+
+How slices are initialised and saved is not here (`experts/slices.py`).
+
+Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class MainGrads(Protocol):
+    """Knows the gradients that a training framework keeps beside parameters, in its own buffers."""
+
+    def kept_for(self, parameters: Sequence[torch.nn.Parameter]) -> bool:
+        """Whether the framework keeps such gradients for all of these parameters."""
+        ...
+
+    def add(self, parameter: torch.nn.Parameter, grad: torch.Tensor) -> None:
+        """Add a gradient to what the framework keeps."""
+        ...
+
+    def mark_added(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Tell the framework that the gradient was added.
+
+        Returns:
+            A dummy gradient, for autograd.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Holds a rank's slices of a layer's experts.
+
+    Attributes:
+        parameters: `[E, r, K]` for each matrix.
+        rows: R of each matrix.
+        main_grads: knows where the parameters' gradients are accumulated.
+    """
+
+    parameters: tuple[torch.nn.Parameter, ...]
+    rows: tuple[int, ...]
+    main_grads: MainGrads
+
+    @property
+    def have_main_grads(self) -> bool:
+        """Whether gradients are added to main gradients, and not returned to autograd."""
+        return self.main_grads.kept_for(self.parameters)

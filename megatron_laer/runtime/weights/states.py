@@ -1,0 +1,57 @@
+"""Restored experts have states, and this file says which may follow which.
+
+Weights and gradients have a state each: with `--fsep-restore step` the weights stay restored while
+the gradients of one microbatch after the other come and go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class WeightState(Enum):
+    """Says where a layer's whole weights are."""
+
+    SHARDED = "nowhere: each rank has its slices, and no memory is taken"
+    RESTORING = "on their way"
+    RESTORED = "in this rank's slots, where the experts use them"
+
+
+class GradState(Enum):
+    """Says where the gradients of a layer's whole weights are."""
+
+    NONE = "not computed yet, or already handed over to the slices' parameters"
+    DEFERRED = "computed, and kept until the tokens' gradients have arrived"
+    SUMMED = "added to those of the step's earlier microbatches"
+    REDUCING = "on their way to the slices"
+
+
+_FOLLOWING: dict[WeightState | GradState, set[WeightState] | set[GradState]] = {
+    # Weights that are restored, or nearly, are restored again where their layout changes.
+    WeightState.SHARDED: {WeightState.RESTORING},
+    WeightState.RESTORING: {WeightState.RESTORING, WeightState.RESTORED, WeightState.SHARDED},
+    WeightState.RESTORED: {WeightState.RESTORING, WeightState.SHARDED},
+    GradState.NONE: {GradState.DEFERRED, GradState.SUMMED, GradState.REDUCING},
+    GradState.DEFERRED: {GradState.SUMMED, GradState.REDUCING},
+    GradState.SUMMED: {GradState.DEFERRED, GradState.SUMMED, GradState.REDUCING},
+    GradState.REDUCING: {GradState.NONE},
+}
+
+
+@dataclass
+class ExpertsState:
+    """Holds the present states of a layer's experts, which only `RestoredExperts` changes."""
+
+    name: str
+    weights: WeightState = WeightState.SHARDED
+    grads: GradState = GradState.NONE
+
+    def enter(self, state: WeightState | GradState) -> None:
+        """Move the weights or the gradients on to a state that may follow their present one."""
+        present = self.weights if isinstance(state, WeightState) else self.grads
+        assert state in _FOLLOWING[present], f"{self.name}: {state} cannot follow {present}"
+        if isinstance(state, WeightState):
+            self.weights = state
+        else:
+            self.grads = state

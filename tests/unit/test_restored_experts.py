@@ -1,0 +1,172 @@
+"""Restored experts go through their states in order, and free their memory where they say so."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_laer.experts.main_grads import MegatronMainGrads
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
+from megatron_laer.runtime.comm.stages import ExchangeCount
+from megatron_laer.runtime.comm.streams import make_comm_stream
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.runtime.weights.slices import Slices
+from megatron_laer.runtime.weights.states import ExpertsState, GradState, WeightState
+
+CPU = torch.device("cpu")
+ROWS = (8, 3)
+
+
+class OneRank:
+    """An exchange of a group of one rank, which holds all rows of each of its two experts."""
+
+    def __init__(self) -> None:
+        self.count = ExchangeCount()
+
+    def restore(
+        self, slice_ErK: torch.Tensor, index: LayoutIndex, rows: int, *, out: torch.Tensor
+    ) -> torch.Tensor:
+        return out.copy_(slice_ErK)
+
+    def reduce(
+        self,
+        grad_CRK: torch.Tensor,
+        index: LayoutIndex,
+        *,
+        wire_dtype: torch.dtype,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return grad_CRK.clone() if out is None else out.copy_(grad_CRK)
+
+
+@pytest.fixture
+def streams() -> Iterator[ExchangeStreams]:
+    made = ExchangeStreams(
+        OneRank(),  # type: ignore[arg-type]  # it prepares nothing
+        parameters=make_comm_stream("parameters", CPU, overlaps=True),
+        gradients=make_comm_stream("gradients", CPU, overlaps=True),
+    )
+    yield made
+    made.close()
+
+
+def restored_experts(streams: ExchangeStreams, *, trained: bool = True) -> RestoredExperts:
+    """Two experts of 8 × 3 and 3 × 8, with main gradients."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = tuple(
+        torch.nn.Parameter(torch.randn(2, *shape, generator=generator), requires_grad=trained)
+        for shape in ((8, 3), (3, 8))
+    )
+    for parameter in parameters:
+        parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+    index = layout_index(ExpertLayout.static(1, 2, 2), CPU)
+    slices = Slices(parameters, ROWS, MegatronMainGrads())
+    return RestoredExperts("layer 1", slices, index, streams)
+
+
+class Scaled(torch.autograd.Function):
+    """Multiplies with the sum of a matrix, which it asks for in forward and in backward."""
+
+    @staticmethod
+    def forward(ctx, tensor, placeholder, restored, position):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(tensor)
+        ctx.restored, ctx.position = restored, position
+        return tensor * restored.matrix(position).sum()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (tensor,) = ctx.saved_tensors
+        tensor_needs, weight_needs = ctx.needs_input_grad[:2]
+        grad_tensor = grad * ctx.restored.matrix(ctx.position).sum() if tensor_needs else None
+        if not weight_needs:
+            return grad_tensor, None, None, None
+        grad_CRK = ctx.restored.new_grad(ctx.position).fill_((grad * tensor).sum())
+        return grad_tensor, grad_CRK, None, None
+
+
+def compute(
+    restored: RestoredExperts,
+    tokens: torch.Tensor,
+    probs: torch.Tensor,
+    *,
+    backward_follows: bool = False,
+) -> torch.Tensor:
+    """Pass as the module does: the first matrix, the probabilities, the second matrix."""
+    first, second = restored.weight_placeholders()
+    tokens, probs = restored.before_compute(tokens, probs)
+    hidden = Scaled.apply(tokens, first, restored, 0) * probs
+    output = Scaled.apply(hidden, second, restored, 1)
+    return restored.after_compute(output, backward_follows=backward_follows)
+
+
+def ones(*, needs_grad: bool) -> torch.Tensor:
+    return torch.ones(4, requires_grad=needs_grad)
+
+
+@pytest.mark.parametrize("backward_follows", [False, True], ids=["plain", "re-run"])
+def test_weights_are_in_memory_only_while_they_are_used(
+    streams: ExchangeStreams, backward_follows: bool
+) -> None:
+    restored = restored_experts(streams)
+    assert restored.state.weights is WeightState.SHARDED
+    restored.start_restore()
+    assert restored.state.weights is WeightState.RESTORING
+    tokens, probs = ones(needs_grad=True), ones(needs_grad=True)
+    output = compute(restored, tokens, probs, backward_follows=backward_follows)
+    kept = 2 if backward_follows else 0
+    assert streams.weights.in_use == kept
+    assert restored.state.weights is (WeightState.RESTORED if kept else WeightState.SHARDED)
+    output.sum().backward()
+    assert restored.state == ExpertsState("layer 1")
+    assert streams.weights.in_use == streams.grads.in_use == streams.slice_grads.in_use == 0
+    assert streams.exchange.count.restores == (1 if backward_follows else 2)
+    assert streams.exchange.count.reduces == 1
+
+
+@pytest.mark.parametrize(
+    ("trained", "tokens_need", "probs_need"),
+    [needs for needs in itertools.product((False, True), repeat=3) if any(needs)],
+)
+def test_whatever_needs_gradients_the_weights_are_freed(
+    streams: ExchangeStreams, trained: bool, tokens_need: bool, probs_need: bool
+) -> None:
+    restored = restored_experts(streams, trained=trained)
+    output = compute(restored, ones(needs_grad=tokens_need), ones(needs_grad=probs_need))
+    assert streams.weights.in_use == 0
+    output.sum().backward()
+    assert streams.weights.in_use == streams.grads.in_use == 0
+    assert restored.state == ExpertsState("layer 1")
+
+
+def test_evaluation_leaves_nothing(streams: ExchangeStreams) -> None:
+    restored = restored_experts(streams)
+    with torch.no_grad():
+        compute(restored, ones(needs_grad=False), ones(needs_grad=False))
+    assert streams.weights.in_use == 0
+    assert restored.state == ExpertsState("layer 1")
+
+
+def test_a_reduce_waits_for_the_tokens_gradients(streams: ExchangeStreams) -> None:
+    restored = restored_experts(streams)
+    restored.wait_for_grads_here()
+    seen: list[GradState] = []
+    hidden = ones(needs_grad=True) * 2
+    hidden.register_hook(lambda _: seen.append(restored.state.grads))
+    tokens = restored.reduce_after_dispatch(hidden)
+    tokens.register_hook(lambda _: seen.append(restored.state.grads))
+    compute(restored, tokens * 1, ones(needs_grad=True)).sum().backward()
+    assert seen == [GradState.DEFERRED, GradState.REDUCING]
+    assert restored.state.grads is GradState.NONE
+
+
+def test_a_state_that_may_not_follow_is_named() -> None:
+    state = ExpertsState("layer 3")
+    with pytest.raises(AssertionError, match=r"layer 3: .*RESTORED cannot follow .*SHARDED"):
+        state.enter(WeightState.RESTORED)
+    with pytest.raises(AssertionError, match=r"layer 3: .*NONE cannot follow .*NONE"):
+        state.enter(GradState.NONE)
