@@ -1,4 +1,4 @@
-"""Fully Sharded Expert Parallel for Megatron-LM.
+"""This package runs the experts of Megatron-LM's MoE layers with Fully Sharded Expert Parallel.
 
     import megatron_laer
     megatron_laer.enable(megatron_laer.FSEPConfig(capacity=4))

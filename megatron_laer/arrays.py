@@ -1,4 +1,4 @@
-"""Short names for the types of NumPy arrays."""
+"""This file gives short names to the types of NumPy arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint is described by what its metadata says (for `inspect`).
+"""`inspect` describes a checkpoint from its metadata alone.
 
 This needs no ranks and no device, and loads no tensor. Torch keeps the list of tensors as a pickle;
 it is read without unpickling (`files.inert_pickle`), so that looking at a checkpoint runs no code
@@ -49,7 +49,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as the checkpoint's metadata describes it."""
+    """Holds one tensor as the checkpoint's metadata describes it."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -57,12 +57,12 @@ class Entry:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """Return how many numbers the tensor holds."""
         return math.prod(self.shape)
 
 
 def describe(path: str | Path) -> str:
-    """A report on the checkpoint at `path`, which is a run's directory or one iteration's.
+    """Report on the checkpoint at `path`, which is a run's directory or one iteration's.
 
     Raises:
         ValueError: no checkpoint, or a damaged one; a planner's state that is damaged is part of
@@ -82,7 +82,7 @@ def describe(path: str | Path) -> str:
 
 
 def _find(path: Path) -> Path:
-    """The directory of one iteration."""
+    """Return the directory of one iteration."""
     if not path.is_dir():
         raise ValueError(f"{path} is no directory; give a checkpoint's, or that of a run")
     tracker = path / _TRACKER
@@ -124,7 +124,7 @@ def _format(config: Mapping[str, Any]) -> str:
 
 
 def _tensors(path: Path) -> dict[str, Entry]:
-    """Every tensor by its global name, escaped."""
+    """Return every tensor by its global name, escaped."""
     content = read_bytes(path, _MAX_LIST_BYTES)
     try:
         metadata = inert_pickle.read(content, _is_torchs)

@@ -30,7 +30,7 @@ def prepare(force_cpu: bool = False) -> None:
 
 
 def in_one_line(error: Exception) -> str:
-    """An error of `prepare` or of a command, for a terminal; a missing module's with what to do."""
+    """Return an error of `prepare` or of a command for a terminal, with what to do."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error}; `python -m megatron_laer doctor` says what is missing"
     return str(error)

@@ -38,7 +38,7 @@ _LONGEST_VALUE = 4096
 
 
 def model_flags(path_or_name: str | Path) -> list[str]:
-    """Megatron's flags for a model, by path to a YAML file or by the name of one we ship.
+    """Return Megatron's flags for a model, by path to a YAML file or by a shipped model's name.
 
     Raises:
         ValueError: an unknown name, or a file whose content does not fit; the message says what
@@ -107,7 +107,7 @@ def _words(key: str, value: object) -> list[str]:
 
 
 def _is_finite(text: str) -> bool:
-    """Whether a text is no number that is infinite or none, in YAML's spelling or Python's."""
+    """Tell whether a text is not infinite and not NaN, in YAML's spelling or Python's."""
     try:
         return math.isfinite(float(_YAML_POINT.sub("", text)))
     except ValueError:

@@ -1,4 +1,4 @@
-"""`FSEPMoELayer`: Megatron's MoE layer with experts in slots.
+"""`FSEPMoELayer` is Megatron's MoE layer with experts in slots.
 
 Router, losses, shared experts, permutations and the token All-to-All stay Megatron's. Only steps of
 `MoELayer` are overridden, never `forward`, which Megatron's combined 1F1B schedule bypasses.
@@ -31,7 +31,7 @@ _is_numbered_later = ContextVar("is_numbered_later", default=False)
 
 @contextlib.contextmanager
 def numbered_later() -> Iterator[None]:
-    """In this block, who builds a layer without a number gives it one by `set_layer_number`."""
+    """Allow, in this block, layers without a number; `set_layer_number` gives it to them."""
     token = _is_numbered_later.set(True)
     try:
         yield
@@ -40,7 +40,7 @@ def numbered_later() -> Iterator[None]:
 
 
 class FSEPMoELayer(MoELayer):
-    """An MoE layer whose C local "experts" are slots, filled anew as the layout says.
+    """Runs an MoE layer whose C local "experts" are slots, filled anew as the layout says.
 
     Args:
         layer_number: of the layer in the whole model, from 1; may be left out only where Megatron's
@@ -129,12 +129,12 @@ class FSEPMoELayer(MoELayer):
 
     @property
     def state(self) -> LayerState:
-        """The layer as the coordinator knows it."""
+        """Return the layer as the coordinator knows it."""
         assert self._state is not None, "set_layer_number was never called"
         return self._state
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Called by Megatron's transformer layer; the weights' seeds depend on the number."""
+        """Number the layer, for Megatron's transformer layer; the weights' seeds depend on it."""
         super().set_layer_number(layer_number)
         if self._state is None:
             self._register(layer_number)
@@ -181,13 +181,13 @@ class FSEPMoELayer(MoELayer):
 
 
 def _activation_builder(submodules: MoESubmodules) -> Any:
-    """Transformer Engine's activation module, where the module spec brings one."""
+    """Return Transformer Engine's activation module, where the module spec brings one."""
     options = getattr(submodules.experts, "keywords", {})
     return getattr(options.get("submodules"), "activation_func", None)
 
 
 def _seed_of_arguments() -> int | None:
-    """The seed of Megatron's command line; None in a script that has none."""
+    """Return the seed of Megatron's command line; None in a script that has none."""
     from megatron.training import global_vars
 
     return None if global_vars._GLOBAL_ARGS is None else int(global_vars.get_args().seed)

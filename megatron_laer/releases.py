@@ -1,4 +1,4 @@
-"""Megatron's releases: which are supported, which were tested, and what differs between them.
+"""This table says which Megatron releases are supported and tested, and how they differ.
 
 This table is the one place for such facts: code imports it, and where a file cannot, a test
 compares the file with it. `docs/new_release.md` says what a new release needs. The module imports
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Release:
-    """One release of Megatron, all of whose patch versions are supported.
+    """Holds one release of Megatron, all of whose patch versions are supported.
 
     Attributes:
         number: as in the names of Megatron's branches and of our folders in patches/.
@@ -43,7 +43,7 @@ TESTED_RANGE = f"{TESTED[0]} to {TESTED[-1]}"
 
 
 def release_after(number: str) -> str:
-    """The number of the release that follows, with the same major number."""
+    """Return the number of the release that follows, with the same major number."""
     major, minor = number.split(".")
     return f"{major}.{int(minor) + 1}"
 
@@ -54,7 +54,7 @@ SUPPORTED = f">={NUMBERS[0]},<{release_after(NUMBERS[-1])}"
 
 @dataclass(frozen=True)
 class Difference:
-    """Something in Megatron that newer releases have and older ones lack.
+    """Names something in Megatron that newer releases have and older ones lack.
 
     Code asks `is_in`, not for the release, because a fork or a checkout may be between two
     releases. A test compares the answers with `since` in each release.
@@ -72,13 +72,13 @@ class Difference:
     before: str
 
     def is_in(self, owner: object) -> bool:
-        """Whether this object, which `owner` names, has the attribute or the parameter."""
+        """Tell whether this object, which `owner` names, has the attribute or the parameter."""
         if inspect.isfunction(owner):
             return self.name in inspect.signature(owner).parameters
         return hasattr(owner, self.name)
 
     def lacked_by(self) -> tuple[str, ...]:
-        """The supported releases without it."""
+        """Return the supported releases without it."""
         return NUMBERS[: NUMBERS.index(self.since)]
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that a configuration names, checked before a run begins.
+"""Files and folders that a configuration names are checked here before a run begins.
 
 Reads no recording and opens none for writing: who does (`runtime`) checks what is in them.
 """
@@ -59,7 +59,7 @@ def _check_replay(given: str) -> None:
 
 
 def _refuse_recording_over_replay(replayed: str, recorded: str) -> None:
-    """Through links of either kind, of the folder or of a file in it."""
+    """Refuse to record over the replayed file, through links of any kind or its folder."""
     is_same = is_same_file(replayed, recorded) or any(
         is_same_file(file, Path(recorded) / file.name)
         for file in Path(replayed).glob(RECORDED_LAYOUTS)

@@ -1,4 +1,4 @@
-"""FSEP in this process: its settings, process groups, coordinator and progress, owned in one place.
+"""The session owns FSEP's settings, process groups, coordinator and progress in this process.
 
 The plugin begins and ends the session. Nothing here touches Megatron.
 """
@@ -21,7 +21,7 @@ from megatron_laer.runtime.weights.scheduler import Chunk
 
 
 class Session:
-    """FSEP is on, from `enable` until `disable`, or until `enable` with other settings.
+    """Lives from `enable` until `disable`, or until `enable` with other settings.
 
     Args:
         seed: of the experts' weights; None leaves it to whoever builds the first layer.
@@ -40,12 +40,12 @@ class Session:
 
     @property
     def has_groups(self) -> bool:
-        """Whether the process groups exist."""
+        """Tell whether the process groups exist."""
         return self._groups is not None
 
     @property
     def groups(self) -> FSEPGroups:
-        """The FSEP groups of this rank.
+        """Return the FSEP groups of this rank.
 
         Raises:
             RuntimeError: before Megatron's model parallel state was initialised with FSEP on.
@@ -72,7 +72,7 @@ class Session:
             coordinator.close()
 
     def coordinator_for(self, transformer_config: Any, seed: int | None) -> Coordinator:
-        """The coordinator, which is made when the first MoE layer is built.
+        """Return the coordinator, which is made when the first MoE layer is built.
 
         Args:
             transformer_config: Megatron's, with the true number of experts.
@@ -148,7 +148,7 @@ _session: Session | None = None
 
 
 def current() -> Session | None:
-    """The session, or None when FSEP is off."""
+    """Return the session, or None when FSEP is off."""
     return _session
 
 
@@ -161,12 +161,12 @@ def replace(session: Session | None) -> None:
 
 
 def current_coordinator() -> Coordinator | None:
-    """The session's coordinator, if FSEP is on and an MoE layer was built."""
+    """Return the session's coordinator, if FSEP is on and an MoE layer was built."""
     return None if _session is None else _session.coordinator
 
 
 def get_fsep_group() -> Group:
-    """The FSEP group of this rank: N ranks that together hold every expert of a layer.
+    """Return the FSEP group of this rank: N ranks that together hold every expert of a layer.
 
     Raises:
         RuntimeError: while FSEP is off, or before Megatron's model parallel state was initialised.

@@ -1,4 +1,4 @@
-"""What a restore fetches and from where, by rules that the exchanges and the formulas both follow.
+"""These rules of which rows a restore fetches, and from where, hold for exchanges and formulas.
 
 Every rank holds a block of rows of every expert's matrices (its slice). A restore fetches the slots
 whose expert changed; through nodes, it fetches each distinct expert of a node once. This file moves

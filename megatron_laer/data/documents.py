@@ -1,4 +1,4 @@
-"""The documents of a file, in pieces of token ids, for files of any length.
+"""The documents of a file are read in pieces of token ids, however long the file is.
 
 Knows the formats of input; `tokenizers` knows what becomes of a text.
 """
@@ -27,7 +27,7 @@ _KEYS_SHOWN = 8
 
 
 def format_of(path: Path) -> str:
-    """The format that a file's ending tells.
+    """Return the format that a file's ending tells.
 
     Raises:
         ValueError: it tells that the file is compressed.

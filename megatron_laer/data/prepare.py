@@ -1,4 +1,4 @@
-"""`prepare_data`: checks all that can be checked, then writes document after document."""
+"""`prepare_data` checks all that can be checked, then writes document after document."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from megatron_laer.files.checks import open_input, quoted
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What `prepare_data` wrote.
+    """Says what `prepare_data` wrote.
 
     Attributes:
         prefix: of the dataset's two files.

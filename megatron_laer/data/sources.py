@@ -1,4 +1,4 @@
-"""Which files `prepare-data` reads, in which order, and what it leaves out; opens none of them."""
+"""This file decides which files `prepare-data` reads, and in which order; it opens none of them."""
 
 import os
 import sysconfig
@@ -11,7 +11,7 @@ from megatron_laer.files.checks import check_regular, quoted
 
 @dataclass
 class Sources:
-    """The files to read, and how many entries of folders were left out, by reason."""
+    """Lists the files to read, and counts the entries of folders that were left out, by reason."""
 
     files: list[Path] = field(default_factory=list)
     links: int = 0
@@ -69,7 +69,7 @@ def find_sources(inputs: Iterable[str | os.PathLike[str]], follow_links: bool = 
 
 
 def default_text_sources() -> list[Path]:
-    """The Python standard library's source files, sorted: some megabytes of text on every machine.
+    """Return the Python standard library's files, sorted: megabytes of text on every machine.
 
     Tests, installed packages and empty files are left out.
     """
@@ -84,7 +84,7 @@ def default_text_sources() -> list[Path]:
 
 
 def as_list(inputs: Iterable[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
-    """The inputs as a list; a single path, which is easily passed, is a list of one."""
+    """Return the inputs as a list; a single path, which is easily passed, is a list of one."""
     return [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
 
 

@@ -1,4 +1,4 @@
-"""From text to token ids, in pieces of limited size where the tokenizer allows that.
+"""A tokenizer turns text into token ids, in pieces of limited size where it allows that.
 
 The tokenizer `bytes` needs no vocabulary: ids 0 to 255 are the bytes of the file, 256 ends a
 document. Train on it with `--tokenizer-type NullTokenizer --vocab-size 257`
@@ -40,7 +40,7 @@ _END_OF_DOCUMENT = 256
 
 
 class Tokenizer(Protocol):
-    """How text becomes documents of token ids, each in pieces and with its end.
+    """Turns text into documents of token ids, each in pieces and with its end.
 
     Attributes:
         vocab_size: ids are below it.
@@ -60,7 +60,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer `bytes`, or a Hugging Face tokenizer from a directory; runs no code of it.
+    """Return `bytes`, or a Hugging Face tokenizer from a directory; runs no code of it.
 
     Raises:
         ValueError: there is no such tokenizer, or it cannot be used.

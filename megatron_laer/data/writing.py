@@ -1,4 +1,4 @@
-"""The two files of a dataset in Megatron's format, written in pieces, put in place when complete.
+"""A dataset in Megatron's format is written in pieces, and put in place when it is complete.
 
 PREFIX.bin holds the ids of all documents. PREFIX.idx holds a header, and then for each document its
 length in tokens, where it begins in PREFIX.bin, and the number of its first sequence: one sequence
@@ -44,7 +44,7 @@ def check_prefix(
     inputs: Sequence[str | os.PathLike[str]],
     files: Sequence[Path],
 ) -> Path:
-    """The prefix as a path, if a dataset can be written there; makes nothing.
+    """Return the prefix as a path, if a dataset can be written there; makes nothing.
 
     Args:
         output_prefix: what the user passed.

@@ -1,4 +1,4 @@
-"""Starts the processes that answer what an import must tell (`probes.py`)."""
+"""This file starts the processes that answer what only an import can tell (`probes.py`)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _TIMEOUT_S = 600.0
 
 
 def answers_to(questions: Mapping[str, list[str]]) -> dict[str, Answer]:
-    """The answers by the keys of the questions, each asked in a process of its own."""
+    """Return the answers by the keys of the questions, each asked in a process of its own."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return dict(zip(questions, threads.map(_ask, questions.values()), strict=True))
 
 
 def _ask(question: list[str]) -> Answer:
-    """The answer of a process that finds modules where this one does."""
+    """Return the answer of a process that finds modules where this one does."""
     code = (
         "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
         "from megatron_laer.doctor import probes; probes.main()"

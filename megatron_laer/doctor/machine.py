@@ -1,4 +1,4 @@
-"""Rows about the machine, and about the launcher that started this process."""
+"""These rows describe the machine, and the launcher that started this process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NUMBER = re.compile("[0-9]{1,9}")
 
 
 def system() -> Row:
-    """The operating system and the processor."""
+    """Name the operating system and the processor."""
     found = f"{platform.platform()}, {os.cpu_count()} cores"
     if sys.platform == "linux":
         return Row("system", found)
@@ -32,7 +32,7 @@ def system() -> Row:
 
 
 def cuda(torch: Answer, environment: Mapping[str, str]) -> Row:
-    """What torch was built with, the driver, and whether training would run on a GPU."""
+    """Say what torch was built with, which driver is there, and where training would run."""
     found = f"torch's {torch['cuda']}" if torch["cuda"] else "torch without CUDA"
     driver = _driver()
     if driver:
@@ -54,7 +54,7 @@ def cuda(torch: Answer, environment: Mapping[str, str]) -> Row:
 
 
 def _driver() -> str:
-    """The version of NVIDIA's kernel driver, or nothing."""
+    """Return the version of NVIDIA's kernel driver, or nothing."""
     try:
         said = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
@@ -64,12 +64,12 @@ def _driver() -> str:
 
 
 def cards(torch: Answer) -> Row:
-    """The GPUs that torch sees."""
+    """List the GPUs that torch sees."""
     return Row("cards", "; ".join(torch["cards"]) or "none")
 
 
 def nccl(torch: Answer, on_cuda: bool) -> Row:
-    """The library that ranks exchange with, or gloo's presence on the CPU."""
+    """Name the library that ranks exchange with, or say whether gloo is there on the CPU."""
     found = torch["nccl"] or "none"
     if on_cuda and not torch["nccl"]:
         return Row("NCCL", found, Verdict.MISSING, "install a torch with NCCL")
@@ -79,7 +79,7 @@ def nccl(torch: Answer, on_cuda: bool) -> Row:
 
 
 def dataset_helper(megatron: Answer, environment: Mapping[str, str]) -> Row:
-    """Megatron's checkout builds it when training starts, with the `python3` in the PATH."""
+    """Say whether Megatron's dataset helper is built, or can be when training starts."""
     name = "dataset helper"
     if not megatron["builds_helper"]:
         if megatron["has_helper"]:
@@ -109,7 +109,7 @@ def _build_lacks(compiler: str) -> Iterator[str]:
 
 
 def compiler(environment: Mapping[str, str]) -> Row:
-    """The C++ compiler that an installation from source would use."""
+    """Name the C++ compiler that an installation from source would use."""
     asked = environment.get("CXX")
     for name in [asked] if asked else ["c++", "g++", "clang++"]:
         said = _output([*name.split(), "--version"])
@@ -128,7 +128,7 @@ def _output(command: list[str]) -> str | None:
 
 
 def launched(environment: Mapping[str, str]) -> Row:
-    """Which launcher started this process, as which rank."""
+    """Name the launcher that started this process, and its rank."""
     names = {"WORLD_SIZE": "torchrun", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
     said = _first(environment, _WORLD)
     rank = _first(environment, _RANK)
@@ -146,7 +146,7 @@ def launched(environment: Mapping[str, str]) -> Row:
 
 
 def node_size(environment: Mapping[str, str], cards: int, on_cuda: bool) -> Row:
-    """Ranks per node as FSEP would take them, without --fsep-node-size."""
+    """Say how many ranks per node FSEP would assume without --fsep-node-size."""
     said = _first(environment, _WORLD)
     world = int(said[1]) if said and _NUMBER.fullmatch(said[1]) else 1
     try:
@@ -159,7 +159,7 @@ def node_size(environment: Mapping[str, str], cards: int, on_cuda: bool) -> Row:
 
 
 def connections(environment: Mapping[str, str], on_cuda: bool) -> Row:
-    """The number of CUDA's queues, on which overlap depends."""
+    """Say how many queues CUDA has, on which overlap depends."""
     value = environment.get(CONNECTIONS)
     found = "not set" if value is None else _shown(value)
     if not on_cuda:

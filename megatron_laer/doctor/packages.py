@@ -1,4 +1,4 @@
-"""Rows about this package and about those that it needs, whose ranges pyproject.toml has."""
+"""These rows are about this package and those that it needs, whose ranges pyproject.toml has."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FOR_GPUS = ("transformer-engine", "apex")
 
 @dataclass(frozen=True)
 class Requirement:
-    """One line of a package's dependencies.
+    """Holds one line of a package's dependencies.
 
     Attributes:
         name: of the distribution, in lower case.
@@ -44,16 +44,16 @@ class Requirement:
 
     @property
     def module(self) -> str:
-        """What to import to know that it works."""
+        """Return the module to import to know that the package works."""
         return _MODULES.get(self.name, self.name)
 
     @property
     def install(self) -> str:
-        """The command that installs it."""
+        """Return the command that installs it."""
         return shlex.join([sys.executable, "-m", "pip", "install", self.text])
 
     def allows(self, version: str) -> bool:
-        """Whether a version is in range; so it is where `packaging`, itself needed, is missing."""
+        """Tell whether a version is in range; any is without `packaging`."""
         try:
             from packaging.requirements import Requirement as Parsed
         except ImportError:
@@ -63,7 +63,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What pyproject.toml declares.
+    """Holds what pyproject.toml declares.
 
     Attributes:
         python: the range of Python versions, such as `>=3.12`.
@@ -77,7 +77,7 @@ class Requirements:
 
 
 def requirements() -> Requirements:
-    """Those of the checkout whose sources run, or else of the installed package."""
+    """Read those of the checkout whose sources run, or else of the installed package."""
     checkout = _PACKAGE.parent / "pyproject.toml"
     if checkout.is_file():
         project = tomllib.loads(checkout.read_text())["project"]
@@ -98,13 +98,13 @@ def _parsed(line: str) -> Requirement:
 
 
 def optional(declared: Requirements) -> list[Requirement]:
-    """What is looked for beside what is needed always."""
+    """Return the packages that are looked for beside those that are always needed."""
     ranges = {required.name: required for required in declared.extras}
     return [ranges.get(name, Requirement(name, name)) for name in _OPTIONAL]
 
 
 def ours() -> Row:
-    """This package, and whether another version of it is installed."""
+    """Describe this package, and say whether another version of it is installed."""
     every = importlib.metadata.distributions(name="megatron_laer")
     others = {distribution.version for distribution in every} - {megatron_laer.__version__}
     note = f"these files come before the installed {', '.join(sorted(others))}" if others else ""
@@ -112,14 +112,14 @@ def ours() -> Row:
 
 
 def native_core(answer: Answer) -> Row:
-    """The compiled core of the planner."""
+    """Describe the compiled core of the planner."""
     if "error" in answer:
         return Row("native core", "none", Verdict.MISSING, answer["error"])
     return Row("native core", answer["file"])
 
 
 def python(supported: str) -> Row:
-    """The interpreter."""
+    """Describe the interpreter."""
     version = platform.python_version()
     found = f"{version}, {sys.executable}"
     if Requirement("python", f"python{supported}").allows(version):
@@ -128,7 +128,7 @@ def python(supported: str) -> Row:
 
 
 def needed(required: Requirement, answer: Answer) -> Row:
-    """A package that training needs."""
+    """Describe a package that training needs."""
     if answer.get("absent"):
         return Row(required.name, "none", Verdict.MISSING, required.install)
     if "lacks" in answer:
@@ -151,7 +151,7 @@ def needed(required: Requirement, answer: Answer) -> Row:
 
 
 def extra(required: Requirement, answer: Answer, on_cuda: bool) -> Row:
-    """A package that training, or a command, can do without."""
+    """Describe a package that training, or a command, can do without."""
     name, use = required.name, _OPTIONAL[required.name]
     if name in _FOR_GPUS and not on_cuda:
         return Row(name, answer.get("version", "none"), note="not used without a GPU")
@@ -165,7 +165,7 @@ def extra(required: Requirement, answer: Answer, on_cuda: bool) -> Row:
 
 
 def plugin(answer: Answer) -> Row:
-    """Whether the plugin finds in Megatron all that it replaces."""
+    """Say whether the plugin finds in Megatron all that it replaces."""
     if "error" in answer:
         return Row("plugin", "does not start", Verdict.UNSUPPORTED, answer["error"])
     return Row("plugin", f"finds all {answer['places']} places in Megatron")

@@ -1,4 +1,4 @@
-"""The questions of `doctor` that need an import: each is answered in a process of its own.
+"""A process of its own answers each question of `doctor` that needs an import.
 
 An import may fail in any way, end the process or never end; `asking.py` starts these
 processes, and the other files judge the answers.
@@ -41,21 +41,21 @@ def main() -> None:
 
 
 def module(name: str, distribution: str) -> Answer:
-    """The version of a module that can be imported."""
+    """Return the version of a module that can be imported."""
     imported = importlib.import_module(name)
     found = getattr(imported, "__version__", None)
     return {"version": str(found or importlib.metadata.version(distribution))}
 
 
 def native_core(_: str) -> Answer:
-    """The file of the core that fits."""
+    """Return the file of the core that fits."""
     from megatron_laer.planner.native_core import native
 
     return {"file": native.__file__}
 
 
 def torch(_: str) -> Answer:
-    """Torch, its libraries for exchanges, and the cards that it sees.
+    """Describe torch, its libraries for exchanges, and the cards that it sees.
 
     `device` is what training would run on, cpu or cuda; where that cannot be said, `device_error`.
     """
@@ -94,7 +94,7 @@ def torch(_: str) -> Answer:
 
 
 def megatron(_: str) -> Answer:
-    """Megatron's version and folder, what is wrong with the version, and its dataset helper."""
+    """Describe Megatron: version and folder, what is wrong with the version, its dataset helper."""
     import megatron.core.datasets
 
     from megatron_laer.platform import versions
@@ -116,7 +116,7 @@ def megatron(_: str) -> Answer:
 
 
 def plugin(_: str) -> Answer:
-    """How many places of Megatron FSEP replaces, all of them found, with the plugin installed."""
+    """Install the plugin, and return how many places of Megatron FSEP replaces."""
     from megatron_laer.launch import prepare
 
     prepare()

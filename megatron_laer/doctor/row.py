@@ -1,4 +1,4 @@
-"""One row of what `doctor` prints."""
+"""A row holds one line of what `doctor` prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Answer = dict[str, Any]
 
 
 class Verdict(StrEnum):
-    """What a row means for training, which the last two stop."""
+    """Says what a row means for training, which the last two stop."""
 
     OK = "ok"
     OPTIONAL = "optional"
@@ -21,7 +21,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was looked for.
+    """Holds one thing that was looked for.
 
     Attributes:
         name: of the thing.
@@ -37,10 +37,10 @@ class Row:
 
     @property
     def stops(self) -> bool:
-        """Whether training needs something else than what was found."""
+        """Tell whether training needs something else than what was found."""
         return self.verdict in (Verdict.MISSING, Verdict.UNSUPPORTED)
 
     @property
     def verdict_and_note(self) -> str:
-        """The last column."""
+        """Return the last column."""
         return f"{self.verdict}: {self.note}" if self.note else str(self.verdict)

@@ -18,7 +18,7 @@ MAX_OPERATIONS = 2**25
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A class, function or constant that the pickle refers to, such as torch.bfloat16."""
+    """Names a class, function or constant that the pickle refers to, such as torch.bfloat16."""
 
     module: str
     name: str
@@ -30,7 +30,7 @@ class Name:
 # Compared by identity and shown by name: a record may hold itself, and texts of any length.
 @dataclass(slots=True, eq=False, repr=False)
 class Record:
-    """An object that unpickling would have made.
+    """Stands for an object that unpickling would have made.
 
     Attributes:
         name: of its class, or of the function that would have returned it.
@@ -47,7 +47,7 @@ class Record:
 
 
 def read(data: bytes, is_allowed: Callable[[Name], bool]) -> Any:
-    """The object in a pickle, made of texts, numbers, lists, tuples, mappings, `Name`, `Record`.
+    """Return a pickle's object, made of texts, numbers, lists, tuples, mappings, `Name`, `Record`.
 
     Mappings are without the entries whose keys are no texts: hashing those could take forever.
 
@@ -85,7 +85,7 @@ _MAPPINGS = (Name("collections", "OrderedDict"), Name("builtins", "dict"))
 
 
 class _Machine:
-    """The stack and the memo of a pickle, as `pickletools` documents them."""
+    """Holds the stack and the memo of a pickle, as `pickletools` documents them."""
 
     def __init__(self, is_allowed: Callable[[Name], bool]) -> None:
         self._is_allowed = is_allowed
@@ -176,7 +176,7 @@ class _Machine:
         return found
 
     def _since_mark(self) -> list[Any]:
-        """What was pushed since the last mark, which is taken away."""
+        """Take away what was pushed since the last mark, and return it."""
         items = self._stack
         self._stack = self._below_marks.pop()
         return items

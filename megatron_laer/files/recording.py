@@ -34,7 +34,7 @@ _CUT_OFF = re.compile(r".+\.cut-from-\d+(\.\d+)?\.[^.]+")
 
 
 class RecordingFile:
-    """A recording, opened by its only writer.
+    """Holds a recording, opened by its only writer.
 
     Args:
         path: the file, made with its folders if it is missing.
@@ -176,7 +176,7 @@ class RecordingFile:
 
 
 def is_cut_off(path: Path) -> bool:
-    """Whether a file holds steps that a later run made again, by its name."""
+    """Tell by its name whether a file holds steps that a later run made again."""
     return _CUT_OFF.fullmatch(path.name) is not None
 
 

@@ -8,7 +8,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def yaml_file(kind: str, path_or_name: str | Path) -> Path:
-    """The file that is meant: a path as it is, a name as the shipped file of that name.
+    """Return the file that is meant: a path as it is, a name as the shipped file of that name.
 
     Args:
         kind: `cluster` or `model`.

@@ -28,7 +28,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class InUseError(ValueError):
-    """A file has a writer already."""
+    """Is raised where a file has a writer already."""
 
 
 # What this process has locked, for `_unlock_in_child`.
@@ -122,7 +122,7 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 
 class Replacement:
-    """A file under a temporary name beside its target, which it replaces when it is complete.
+    """Writes under a temporary name beside its target, and replaces it when complete.
 
     The temporary file is locked while it is written, so that what a killed run left can be told
     from what a living one writes: making a replacement removes what was left for the same target.
@@ -193,7 +193,7 @@ def remove_leftovers(target: Path) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """The path, or the first of PATH.2, PATH.3 and so on, before its suffix, that nothing has."""
+    """Return the path, or the first of PATH.2, PATH.3 and so on that nothing has."""
     names = itertools.chain(
         (path,), (path.with_stem(f"{path.stem}.{n}") for n in itertools.count(2))
     )

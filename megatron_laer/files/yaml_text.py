@@ -23,7 +23,7 @@ MAX_DEPTH = 16
 
 
 def read_yaml(path: Path) -> Content:
-    """The content of a YAML file; None if there is none.
+    """Return the content of a YAML file; None if there is none.
 
     Raises:
         ValueError: no regular file, too large a one, or content that `parse_yaml` refuses; the
@@ -38,7 +38,7 @@ def read_yaml(path: Path) -> Content:
 
 
 def parse_yaml(text: str) -> Content:
-    """The content of a YAML document; None if there is none.
+    """Return the content of a YAML document; None if there is none.
 
     Raises:
         ValueError: no YAML, several documents, a tag, an anchor or an alias, a key that is no text

@@ -1,1 +1,1 @@
-"""What depends on the machine and on the installed Megatron, not on FSEP."""
+"""This package holds what depends on the machine and on the installed Megatron, not on FSEP."""

@@ -81,7 +81,7 @@ def _mend_attention() -> None:
 
 
 def _whole_sequence(part: torch.Tensor, group: Any) -> torch.Tensor:
-    """The sequence `[s, …]` of which rank r of n holds pieces r and 2n - 1 - r of 2n.
+    """Return the sequence `[s, …]` of which rank r of n holds pieces r and 2n - 1 - r of 2n.
 
     Backward sums what all ranks' queries send to this rank's pieces.
     """
@@ -114,7 +114,7 @@ def _mend_output_discarding() -> None:
 
 
 class DuplicatedLinear(torch.nn.Module):
-    """Transformer Engine's linear layer, as far as projections to a latent space use it.
+    """Is Transformer Engine's linear layer, as far as projections to a latent space use it.
 
     The weight is whole on every tensor-parallel rank.
     """
@@ -132,7 +132,7 @@ class DuplicatedLinear(torch.nn.Module):
         self.weight.allreduce = True
 
     def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Megatron's convention: the output, and no bias."""
+        """Return the output and no bias, by Megatron's convention."""
         return torch.nn.functional.linear(input, self.weight), None
 
 
@@ -188,7 +188,7 @@ def _mend_async_saves() -> None:
 
 
 def _run_async_worker(*args: Any) -> None:
-    """The worker of async saves, which asks torch for its GPU; found by this name there."""
+    """Run the worker of async saves, which asks torch for its GPU; found by this name there."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     from megatron_laer.platform import cpu_torch

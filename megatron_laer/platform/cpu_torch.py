@@ -220,7 +220,7 @@ def _replace_collectives() -> None:
 
 
 class Event:
-    """A CUDA event on a machine without CUDA: its time is the wall clock at `record`."""
+    """Replaces a CUDA event on a machine without CUDA: its time is the wall clock at `record`."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self._recorded_s = 0.0
@@ -230,22 +230,22 @@ class Event:
         self._recorded_s = time.perf_counter()
 
     def elapsed_time(self, end: "Event") -> float:
-        """Milliseconds from this event to `end`, as CUDA's."""
+        """Return the milliseconds from this event to `end`, as CUDA's."""
         return (end._recorded_s - self._recorded_s) * 1e3
 
     def query(self) -> bool:
-        """Always done."""
+        """Return True: the work is always done."""
         return True
 
     def wait(self, *_: Any) -> None:
-        """Nothing to wait for."""
+        """Return at once: there is nothing to wait for."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Return at once: there is nothing to wait for."""
 
 
 class Stream:
-    """A CUDA stream on a machine without CUDA: work is done when the call returns."""
+    """Replaces a CUDA stream on a machine without CUDA: work is done when the call returns."""
 
     cuda_stream = 0
 
@@ -260,7 +260,7 @@ class Stream:
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
-        """One priority."""
+        """Return one priority, 0."""
         return 0, 0
 
     def record_event(self, event: Event | None = None) -> Event:
@@ -270,17 +270,17 @@ class Stream:
         return event
 
     def query(self) -> bool:
-        """Always done."""
+        """Return True: the work is always done."""
         return True
 
     def wait_event(self, _: Event) -> None:
-        """Nothing to wait for."""
+        """Return at once: there is nothing to wait for."""
 
     def wait_stream(self, _: "Stream") -> None:
-        """Nothing to wait for."""
+        """Return at once: there is nothing to wait for."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Return at once: there is nothing to wait for."""
 
 
 class _OneGenerator:
@@ -318,7 +318,7 @@ def _is_gpu(device: Any) -> bool:
 
 
 def _on_cpu(function: Callable[..., Any], positional: bool = False) -> Callable[..., Any]:
-    """`function` with a GPU in `device=`, or in its second positional argument, made the CPU.
+    """Make the GPU in `device=`, or in the second positional argument of `function`, the CPU.
 
     Nothing is pinned.
     """

@@ -1,4 +1,4 @@
-"""Helper processes that hear no signal and end with the process that started them.
+"""These helper processes hear no signal and end with the process that started them.
 
 A launcher that stops a job signals every process of it. A rank has a handler then; a helper that it
 started through `multiprocessing` has none, dies at once, and takes down what the rank does next.
@@ -18,7 +18,7 @@ from multiprocessing import resource_tracker
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """What is started in this context has all signals blocked, for good; this thread until its end.
+    """Block all signals for what is started in this block, for good; this thread until its end.
 
     Blocked, not ignored: a signal that comes meanwhile is kept for this process. A helper that is
     started in here can be ended by SIGKILL and by its own return, not by `terminate`.

@@ -13,7 +13,7 @@ from megatron_laer.releases import GPT_FROM_CONFIG, PACKED_SEQUENCES
 
 
 def pretrain_arguments(args: Namespace) -> dict[str, Any]:
-    """The keywords of Megatron's `pretrain` that say which GPT model is trained, and how.
+    """Return the keywords of Megatron's `pretrain` that say which GPT model is trained, and how.
 
     Raises:
         ValueError: what `build_gpt`, where it is needed, does not build, quoting the flag.
@@ -47,7 +47,7 @@ _NOT_BUILT = (
 
 
 def no_packed_sequences() -> dict[str, bool]:
-    """The keyword of `get_batch_on_this_tp_rank` that says so."""
+    """Return the keyword of `get_batch_on_this_tp_rank` that says there are none."""
     from megatron.core.utils import get_batch_on_this_tp_rank
 
     has_it = PACKED_SEQUENCES.is_in(get_batch_on_this_tp_rank)

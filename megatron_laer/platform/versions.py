@@ -1,4 +1,4 @@
-"""The version of the Megatron that is here, and whether `releases` supports it."""
+"""This file finds the installed Megatron's version, and asks `releases` whether it is supported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_version() -> None:
 
 
 def megatron_version() -> str:
-    """The version of the Megatron that is imported, or else of the one installed."""
+    """Return the version of the Megatron that is imported, or else of the one installed."""
     try:
         from megatron.core.package_info import __version__
     except ImportError:

@@ -1,4 +1,4 @@
-"""What is missing from Megatron's wheel, on every device. Not about the CPU: see `cpu.py`."""
+"""This file mends what Megatron's wheel lacks on every device; for the CPU alone see `cpu.py`."""
 
 from pathlib import Path
 

@@ -8,4 +8,4 @@ are rows of `tests/parity`, and docs/support.md lists all of it.
 
 
 class RefusedError(ValueError):
-    """A run was asked for what cannot work; launchers print the message alone."""
+    """Is raised for a run that cannot work; launchers print the message alone."""

@@ -55,7 +55,7 @@ def check(args: Namespace, config: FSEPConfig) -> None:
 def warnings(
     args: Namespace, config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: bool
 ) -> list[str]:
-    """What FSEP runs with, but not well, or without a test that shows it."""
+    """Return a warning for each setting that works badly, or that no test covers."""
     found = []
     if on_cuda and config.scheduler == OverlapScheduler.ON and environment.get(_CONNECTIONS) == "1":
         found.append(

@@ -44,7 +44,7 @@ def check(config: Any) -> None:
 
 
 def warnings_of(config: Any) -> list[str]:
-    """A warning for each setting about MoE or recompute that no test covers."""
+    """Return a warning for each setting about MoE or recompute that no test covers."""
     found = []
     for field in dataclasses.fields(config):
         if not MOE_FIELD.search(field.name) or field.name in _REFUSED:

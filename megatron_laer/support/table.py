@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Refusal:
-    """A setting of Megatron, refused unless it has an accepted value.
+    """Holds a setting of Megatron that is refused unless it has an accepted value.
 
     Attributes:
         setting: the flag with the part of it that is refused, or the field if there is no flag;
@@ -43,16 +43,16 @@ class Refusal:
 
     @property
     def flag(self) -> str:
-        """The flag alone, or "" for a setting that only TransformerConfig has."""
+        """Return the flag alone, or "" for a setting that only TransformerConfig has."""
         return self.setting.split()[0] if self.setting.startswith("--") else ""
 
     @property
     def argument(self) -> str:
-        """The attribute of parsed arguments that holds the flag's value, or ""."""
+        """Return the attribute of parsed arguments that holds the flag's value, or ""."""
         return self.dest or self.flag.removeprefix("--").replace("-", "_")
 
     def problem_with_flag(self, args: Any) -> str | None:
-        """Why FSEP cannot run with these parsed arguments, and what would work, or None."""
+        """Say why FSEP cannot run with these parsed arguments, and what would work, or None."""
         if not self._is_refused(args, self.argument):
             return None
         value = getattr(args, self.argument)
@@ -63,7 +63,7 @@ class Refusal:
         return f"{given}: {self.reason}; {self.way_out}"
 
     def problem_with_field(self, config: Any) -> str | None:
-        """Why FSEP cannot run with this TransformerConfig, and what would work, or None."""
+        """Say why FSEP cannot run with this TransformerConfig, and what would work, or None."""
         if not self._is_refused(config, self.field):
             return None
         way_out = self.field_way_out or f"must be {self.accepted[0]!r}"

@@ -1,1 +1,1 @@
-"""Rank pools and observed training runs, for tests and benchmarks of the package."""
+"""This package holds rank pools and observed training runs, for tests and benchmarks."""

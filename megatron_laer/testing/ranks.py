@@ -1,4 +1,4 @@
-"""Processes that stand for ranks: started once, given one function after the other.
+"""Pools of processes stand for ranks: started once, given one function after the other.
 
     with RankPool(4) as pool:
         results = pool.run(function, argument)      # one result per rank
@@ -37,12 +37,12 @@ _STACK_SIGNAL = signal.SIGUSR1
 
 
 class RankError(AssertionError):
-    """A function failed on some rank, or did not come back."""
+    """Is raised where a function failed on some rank, or did not come back."""
 
 
 @dataclass
 class Raised:
-    """What a rank raised, for tests of errors."""
+    """Holds what a rank raised, for tests of errors."""
 
     type_name: str
     message: str
@@ -50,7 +50,7 @@ class Raised:
 
 
 class RankPool:
-    """`world_size` processes on this machine, with the CPU platform installed in each."""
+    """Runs functions in `world_size` processes of this machine, each with the CPU platform."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -71,7 +71,7 @@ class RankPool:
 
     @property
     def running(self) -> bool:
-        """Whether the processes have started; a closed pool starts them again when it is used."""
+        """Tell whether the processes have started; a closed pool starts them again on use."""
         return bool(self._processes)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 1200.0) -> list[Any]:
@@ -90,7 +90,7 @@ class RankPool:
     def run_raw(
         self, function: Callable[..., Any], *args: Any, timeout_s: float = 1200.0
     ) -> list[Any]:
-        """Like `run`, with a `Raised` in place of what a rank could not return."""
+        """Do as `run`, with a `Raised` in place of what a rank could not return."""
         if not self._processes:
             self._start()
         task = (function.__module__, function.__qualname__, args, self._open_store())
@@ -114,7 +114,7 @@ class RankPool:
         self._processes, self._pipes, self._logs, self._store = [], [], [], None
 
     def _open_store(self) -> int:
-        """The port of a store for one call's process group, served here as torchrun does it.
+        """Return the port of a store for one call's process group, served here as torchrun does it.
 
         A call makes one such group, since a second one would find the first one's addresses.
         Where rank 0 serves it, ranks that come before it try again later, after up to a second.
@@ -193,7 +193,7 @@ def _await_stacks(process: Any, log: Path, written: int, within_s: float = 60.0)
 
 
 class RankPools:
-    """`pools(4)`: the pool of four ranks. As many ranks are kept as the memory is meant for.
+    """Keeps pools by size, `pools(4)` for four ranks, as many ranks as the memory is meant for.
 
     Where a pool would make more than `most` of them, the others are closed; they start again when
     they are used.

@@ -1,4 +1,4 @@
-"""One run of Megatron's own pretraining loop on this rank, observed.
+"""One run of Megatron's own pretraining loop is observed on this rank.
 
 Nothing of the loop is replaced: `pretrain_gpt.main()` runs with a command line. Observers wrap the
 functions through which weights, gradients, losses and norms pass.
@@ -23,7 +23,7 @@ from megatron_laer.testing.weights import Tensors
 
 @dataclass
 class Record:
-    """What a run left, the same on every rank but for the tensors, which rank 0 has.
+    """Holds what a run left, the same on every rank but for the tensors, which rank 0 has.
 
     No gradients of runs without a training step, or with instances of the distributed optimizer.
     """
@@ -148,7 +148,7 @@ class _Writer:
 
 
 def initial_weights(flags: list[str]) -> Tensors:
-    """Whole weights as Megatron's setup leaves them, drawn or loaded; on rank 0. Collective."""
+    """Return, on rank 0, the whole weights as Megatron's setup leaves them. Collective."""
     from megatron.training import training
 
     found: Tensors = {}
@@ -165,14 +165,14 @@ def initial_weights(flags: list[str]) -> Tensors:
 
 
 def dist_object(value: Any, source: int) -> list[Any]:
-    """The source rank's value, on every rank."""
+    """Return the source rank's value, on every rank."""
     holder = [value]
     dist.broadcast_object_list(holder, src=source)
     return holder
 
 
 def rank_of_environment() -> int:
-    """This process's rank, also when no process group exists."""
+    """Return this process's rank, also when no process group exists."""
     import os
 
     return int(os.environ["RANK"])

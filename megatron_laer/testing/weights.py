@@ -1,4 +1,4 @@
-"""Weights, gradients and their names in a form that stock and FSEP models share.
+"""Weights, gradients and their names are brought here to a form that stock and FSEP models share.
 
 Every parameter has a key that no parallel size enters: its name with the global layer number, and
 for an expert matrix the expert. A rank's share of a key is a block of its rows.
@@ -23,7 +23,7 @@ _LAYER = re.compile(r"^(.*?layers)\.(\d+)\.(.*)$")
 
 @dataclass(frozen=True)
 class Piece:
-    """What one rank holds of one key: rows [start, start + len) of a tensor of `shape`."""
+    """Holds what one rank has of one key: rows [start, start + len) of a tensor of `shape`."""
 
     key: str
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class Piece:
 
 
 def pieces(model: list[torch.nn.Module]) -> Iterator[Piece]:
-    """Every piece of every chunk on this rank, in the same order for the same model."""
+    """Return every piece of every chunk on this rank, in the same order for the same model."""
     from megatron.core.transformer.transformer_layer import TransformerLayer
     from megatron.core.utils import unwrap_model
 
@@ -110,7 +110,7 @@ def load_common_weights(model: list[torch.nn.Module]) -> None:
 
 
 def read(model: list[torch.nn.Module], what: str) -> list[tuple[str, int, torch.Tensor]]:
-    """(key, start, rows) of every piece: of the `weight`, or of the `main_grad` if it has one."""
+    """Return (key, start, rows) of every piece's `weight`, or `main_grad` if it has one."""
     return [
         (piece.key, piece.start, piece.select(_tensor(piece.parameter, what)).detach().clone())
         for piece in pieces(model)
@@ -123,7 +123,7 @@ def _tensor(parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
 
 
 def assemble(parts: list[list[tuple[str, int, torch.Tensor]]]) -> Tensors:
-    """Whole tensors from all ranks' pieces.
+    """Join all ranks' pieces to whole tensors.
 
     Raises:
         AssertionError: ranks that hold the same piece differ, or pieces do not tile their tensor.
