@@ -221,7 +221,7 @@ def refuse_out_of_scope(args):
         )
 
 
-def main():
+def main() -> None:
     """Parse Megatron's command line and train."""
     set_startup_timestamps(program_start=_STARTED_S, main_entry=time.time())
     train, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)

@@ -41,14 +41,14 @@ class NodeSources:
     Pairs of a node and an expert are numbered node·E + expert.
 
     Attributes:
-        far_pairs: ascending; from the slices of all ranks.
-        held_pairs: ascending; from a slot of the same node, under the layout before.
-        held_slots: those slots, one per held pair.
+        fetched_pairs: ascending; from the slices of all ranks.
+        shared_pairs: ascending; from a slot of the same node, under the layout before.
+        shared_slots: those slots, one per shared pair.
     """
 
-    far_pairs: Int64
-    held_pairs: Int64
-    held_slots: Int64
+    fetched_pairs: Int64
+    shared_pairs: Int64
+    shared_slots: Int64
 
 
 def node_sources(

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from megatron_laer.cli.argument_types import between, number, path, rank_range
 from megatron_laer.config import ExchangeAlgorithm

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from megatron_laer.data.documents import DEFAULT_JSON_KEY, FORMATS, documents, format_of
 from megatron_laer.data.sources import as_list, find_sources

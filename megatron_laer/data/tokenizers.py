@@ -125,7 +125,7 @@ class _HuggingFace:
 
 def _load_hugging_face(folder: str) -> Any:
     try:
-        from transformers import AutoTokenizer  # type: ignore[import-not-found]
+        from transformers import AutoTokenizer
     except ImportError as error:
         raise ImportError(
             f"the tokenizer in {quoted(folder)} needs the package transformers: "

@@ -35,7 +35,7 @@ class _Edge(torch.autograd.Function):
     """Identity that calls something in forward and something in backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, pass_: Callable[[], None], back: Callable[[], None], *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         pass_()
@@ -44,6 +44,6 @@ class _Edge(torch.autograd.Function):
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         ctx.back()
         return (None, None, *grads)

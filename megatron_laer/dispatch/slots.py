@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatron_laer.arrays import Int64
 
-def slot_ranges(row_S: npt.NDArray[np.int64], slot_expert_S: npt.NDArray[np.int16]) -> np.ndarray:
+
+def slot_ranges(row_S: Int64, slot_expert_S: npt.NDArray[np.int16]) -> npt.NDArray[np.int32]:
     """Each slot's share of its expert's tokens, as a half-open range of their places.
 
     Tokens of an expert are numbered in token order; its replicas take consecutive runs of them, in

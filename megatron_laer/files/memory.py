@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 _GIB = 2**30
 # Of the second version, as the process sees its own group in a container.

@@ -21,9 +21,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_laer.arrays import Int64
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.config import ExchangeAlgorithm, RestoreAlgorithm, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Cluster
@@ -168,7 +167,7 @@ class CostModel:
         layout: ExpertLayout,
         node_size: int,
         algorithm: ExchangeAlgorithm,
-        changed_S: npt.NDArray[np.bool_] | None = None,
+        changed_S: Bool | None = None,
     ) -> Traffic:
         """Return the bytes per rank and link class of one restore of a layer's experts.
 
@@ -196,7 +195,7 @@ class CostModel:
         layout: ExpertLayout,
         node_size: int,
         algorithm: ExchangeAlgorithm,
-        changed_S: npt.NDArray[np.bool_] | None = None,
+        changed_S: Bool | None = None,
     ) -> float:
         """Predict the seconds of one restore if nothing hides it; see `restore_bytes`."""
         traffic = restore_traffic(layout, node_size, self.matrices, algorithm, changed_S)

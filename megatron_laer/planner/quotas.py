@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_laer.arrays import Int64
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.layout import ExpertLayout, check_rank
 from megatron_laer.planner.geometry import Geometry
 
@@ -203,10 +202,8 @@ def _starts(group_sizes: Int64) -> Int64:
     return starts
 
 
-def _gets_extra(
-    place: Int64, source: Int64 | int, shared: Int64, left: Int64
-) -> npt.NDArray[np.bool_]:
-    extra: npt.NDArray[np.bool_] = (place - source) % shared < left
+def _gets_extra(place: Int64, source: Int64 | int, shared: Int64, left: Int64) -> Bool:
+    extra: Bool = (place - source) % shared < left
     return extra
 
 

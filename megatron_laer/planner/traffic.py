@@ -119,8 +119,8 @@ def restore_traffic(
     fetched_J = fetched_N.reshape(-1, node_size).sum(axis=1)
     # A group on one node has every expert's rows there anyway.
     sources = node_sources(layout, node_size, changed_S, before if num_nodes > 1 else None)
-    far_J = np.bincount(sources.far_pairs // layout.num_experts, minlength=num_nodes)
-    given_N = np.bincount(sources.held_slots // layout.capacity, minlength=num_ranks)
+    far_J = np.bincount(sources.fetched_pairs // layout.num_experts, minlength=num_nodes)
+    given_N = np.bincount(sources.shared_slots // layout.capacity, minlength=num_ranks)
     given_J = given_N.reshape(-1, node_size).sum(axis=1)
 
     received_intra_N, received_inter_N, sent_intra_N, sent_inter_N = np.zeros(

@@ -36,7 +36,8 @@ def _mend_norm() -> None:
     def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         unsplit = copy.copy(config)
         unsplit.sequence_parallel = False
-        norm = stock(cls, unsplit, *args, **kwargs)
+        norm: torch.nn.Module = stock(cls, unsplit, *args, **kwargs)
+        parameter: Any
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
@@ -74,7 +75,8 @@ def _mend_attention() -> None:
             assert mask is not None, "context parallelism on the CPU needs masks from the loader"
             group = parallel_state.get_context_parallel_group()
             key, value = _whole_sequence(key, group), _whole_sequence(value, group)
-        return stock_forward(self, query, key, value, mask, *args, **kwargs)
+        output: torch.Tensor = stock_forward(self, query, key, value, mask, *args, **kwargs)
+        return output
 
     DotProductAttention.__init__ = init
     DotProductAttention.forward = forward
@@ -123,13 +125,15 @@ class DuplicatedLinear(torch.nn.Module):
         self, input_size: int, output_size: int, *, config: Any, init_method: Any, **_: Any
     ) -> None:
         super().__init__()
-        weight = torch.empty(output_size, input_size, dtype=config.params_dtype)
-        self.weight = torch.nn.Parameter(weight)
+        weight: Any = torch.nn.Parameter(
+            torch.empty(output_size, input_size, dtype=config.params_dtype)
+        )
+        self.weight = weight
         if config.perform_initialization:
             init_method(self.weight)
         # With sequence parallelism each rank has the gradient of its own tokens.
-        self.weight.sequence_parallel = config.sequence_parallel
-        self.weight.allreduce = True
+        weight.sequence_parallel = config.sequence_parallel
+        weight.allreduce = True
 
     def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Return the output and no bias, by Megatron's convention."""

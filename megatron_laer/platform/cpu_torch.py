@@ -16,6 +16,11 @@ from typing import Any
 
 import torch
 
+# Under these names, functions and classes are replaced by some of other types.
+_CUDA: Any = torch.cuda
+_TENSOR: Any = torch.Tensor
+_MODULE: Any = torch.nn.Module
+
 _CPU = torch.device("cpu")
 
 _FACTORIES = (
@@ -72,7 +77,7 @@ def _replace_compilation() -> None:
 
 
 def _replace_devices() -> None:
-    cuda = torch.cuda
+    cuda = _CUDA
     # Megatron requires CUDA; one device per local rank keeps its local-rank arithmetic valid.
     cuda.is_available = lambda: True
     cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -95,7 +100,7 @@ def _replace_devices() -> None:
 
 
 def _replace_streams() -> None:
-    cuda = torch.cuda
+    cuda = _CUDA
     # Everything on the CPU runs in program order: a stream has nothing to order.
     default = Stream()
     cuda.Stream = Stream
@@ -106,14 +111,14 @@ def _replace_streams() -> None:
     cuda.set_stream = _nothing
     cuda.synchronize = _nothing
     cuda.is_current_stream_capturing = lambda: False
-    torch.Tensor.record_stream = _nothing
+    _TENSOR.record_stream = _nothing
     # NVTX ranges are only visible to a CUDA profiler, and need its library.
     for name in ("range_push", "range_pop", "mark", "range_start", "range_end"):
         setattr(cuda.nvtx, name, _nothing)
 
 
 def _replace_memory() -> None:
-    cuda = torch.cuda
+    cuda = _CUDA
     # Logged by Megatron in every run; the allocator that they ask about does not exist.
     for name in (
         "memory_allocated",
@@ -145,17 +150,17 @@ def _replace_random() -> None:
     for name, function in functions.items():
         setattr(torch.cuda, name, function)
         setattr(torch.cuda.random, name, function)
-    torch.cuda.default_generators = _OneGenerator(generator)
+    _CUDA.default_generators = _OneGenerator(generator)
 
 
 def _replace_moves() -> None:
     # Megatron moves to the GPU without asking whether there is one.
-    torch.Tensor.cuda = lambda self, *_, **__: self
-    torch.nn.Module.cuda = lambda self, *_, **__: self
-    torch.Tensor.pin_memory = lambda self, *_, **__: self
-    torch.Tensor.to = _on_cpu(torch.Tensor.to, positional=True)
-    torch.nn.Module.to = _on_cpu(torch.nn.Module.to, positional=True)
-    torch.nn.Module.to_empty = _on_cpu(torch.nn.Module.to_empty)
+    _TENSOR.cuda = lambda self, *_, **__: self
+    _MODULE.cuda = lambda self, *_, **__: self
+    _TENSOR.pin_memory = lambda self, *_, **__: self
+    _TENSOR.to = _on_cpu(torch.Tensor.to, positional=True)
+    _MODULE.to = _on_cpu(torch.nn.Module.to, positional=True)
+    _MODULE.to_empty = _on_cpu(torch.nn.Module.to_empty)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _TENSOR_FACTORIES:
@@ -174,7 +179,7 @@ def _replace_type_names() -> None:
             dtype = dtype.replace("torch.cuda.", "torch.", 1)
         return true_type(self, dtype, *args, **kwargs)
 
-    torch.Tensor.type = type_
+    _TENSOR.type = type_
 
 
 def _replace_collectives() -> None:

@@ -42,7 +42,7 @@ class FSEPMetricsTracker(MoEMetricsTracker):
 
     def report(self, *args: Any, **kwargs: Any) -> str:
         """Megatron's report, followed by FSEP's."""
-        line = super().report(*args, **kwargs)
+        line: str = super().report(*args, **kwargs)
         iteration = kwargs["iteration"]
         if iteration % self._interval:
             return line

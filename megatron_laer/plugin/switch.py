@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from megatron_laer import run_files, session
+from megatron_laer import session
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.strategies import check_planner
 from megatron_laer.platform.versions import check_version
@@ -16,6 +16,7 @@ from megatron_laer.plugin.metrics import remove_metrics
 from megatron_laer.plugin.patching import apply, patch_table, undo
 from megatron_laer.plugin.steps import STEP_PATCHES
 from megatron_laer.session import Session
+from megatron_laer.support import run_files
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,10 @@ import logging
 import time
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from megatron_laer.arrays import Int64
 from megatron_laer.config import FixedPlanner, FSEPConfig
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
@@ -386,7 +385,7 @@ class Coordinator:
     def _note(
         self,
         layer: LayerState,
-        counts_NE: npt.NDArray[np.int64],
+        counts_NE: Int64,
         decision: Decision,
         decide_s: float,
     ) -> None:

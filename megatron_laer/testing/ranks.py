@@ -119,7 +119,7 @@ class RankPool:
         A call makes one such group, since a second one would find the first one's addresses.
         Where rank 0 serves it, ranks that come before it try again later, after up to a second.
         """
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port: int = self._store.port
@@ -274,17 +274,19 @@ def _share_gloo_device() -> None:
     """
     from torch.distributed import ProcessGroupGloo, distributed_c10d
 
-    device = ProcessGroupGloo.create_default_device()
+    gloo: Any = ProcessGroupGloo  # torch's types lack some of its arguments
+    internals: Any = distributed_c10d
+    device = gloo.create_default_device()
 
-    def create(given: Any, _: object) -> ProcessGroupGloo:
-        options = ProcessGroupGloo._Options()
+    def create(given: Any, _: object) -> Any:
+        options = gloo._Options()
         options._devices, options._timeout = [device], given.timeout
         options.enable_reconfigure = given.enable_reconfigure
         options.global_ranks_in_group = given.global_ranks_in_group
         options.group_name = given.group_id
-        return ProcessGroupGloo(given.store, given.group_rank, given.group_size, options)
+        return gloo(given.store, given.group_rank, given.group_size, options)
 
-    distributed_c10d._create_gloo_process_group = create
+    internals._create_gloo_process_group = create
 
 
 def _end_with(parent: int) -> None:

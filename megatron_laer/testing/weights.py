@@ -10,6 +10,8 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -57,7 +59,7 @@ def _globalise(name: str, numbers: dict[str, int]) -> str:
 
 
 def _pieces_of(
-    key: str, name: str, parameter: torch.nn.Parameter, modules: dict[str, torch.nn.Module]
+    key: str, name: str, parameter: torch.nn.Parameter, modules: dict[str, Any]
 ) -> Iterator[Piece]:
     shape = tuple(parameter.shape)
     if stock := _STOCK_EXPERT.match(key):
@@ -74,7 +76,7 @@ def _pieces_of(
                 (spec.rows, spec.columns),
                 spec.start,
                 parameter,
-                lambda tensor, expert=expert: tensor[expert],
+                partial(_expert, expert),
             )
     else:
         # One weight that the first and the last pipeline stage each hold a copy of.
@@ -95,6 +97,10 @@ def _tensor_rank() -> int:
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
+
+
+def _expert(expert: int, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[expert]
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer import run_files
 from megatron_laer.config import FSEPConfig, flag_name
-from megatron_laer.run_files import RECORDED_LAYOUTS, WRITTEN
 from megatron_laer.runtime.planning.layout_recording import recording_path
+from megatron_laer.support import run_files
+from megatron_laer.support.run_files import RECORDED_LAYOUTS, WRITTEN
 from megatron_laer.telemetry.timeline import timeline_path
 from megatron_laer.trace.recording import recording_path as trace_path
 

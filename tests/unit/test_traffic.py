@@ -55,7 +55,9 @@ def traffic_by_message(case: Case, algorithm: ExchangeAlgorithm, keep: bool = Fa
     held: dict[tuple[int, int], int] = {}  # (node, expert) → the slot that has it
     if keep and G < N:
         found = node_sources(layout, G, changed_S, case.before)
-        for pair, slot in zip(found.held_pairs.tolist(), found.held_slots.tolist(), strict=True):
+        for pair, slot in zip(
+            found.shared_pairs.tolist(), found.shared_slots.tolist(), strict=True
+        ):
             node, expert = divmod(pair, layout.num_experts)
             assert slot // C // G == node and case.before.slot_expert_S[slot] == expert
             held[node, expert] = slot

@@ -50,7 +50,7 @@ def reduce_index(
     node = rank // node_size
     all_S = np.ones(layout.num_slots, dtype=np.bool_)
     node_of_pair, experts = np.divmod(
-        node_sources(layout, node_size, all_S).far_pairs, layout.num_experts
+        node_sources(layout, node_size, all_S).fetched_pairs, layout.num_experts
     )
     slots = node_size * layout.capacity
     expert_of_node_slot = expert_S[node * slots : (node + 1) * slots]

@@ -150,12 +150,12 @@ def _arrivals(
         return _Arrivals(nothing, [0], [], [0] * node_size, np.arange(num_experts))
 
     sources = node_sources(after, node_size, changed_S, before)
-    to_node, sent_experts = np.divmod(sources.far_pairs, num_experts)
+    to_node, sent_experts = np.divmod(sources.fetched_pairs, num_experts)
 
     # Shared experts arrive rank by rank, and per rank in the order of its slots.
-    in_order = np.argsort(sources.held_slots)
-    slots = sources.held_slots[in_order]
-    experts = sources.held_pairs[in_order] % num_experts
+    in_order = np.argsort(sources.shared_slots)
+    slots = sources.shared_slots[in_order]
+    experts = sources.shared_pairs[in_order] % num_experts
     rank_of_slot = slots // capacity
     is_of_node = rank_of_slot // node_size == node
     local_ranks = rank_of_slot[is_of_node] - node * node_size
