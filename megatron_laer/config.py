@@ -281,7 +281,7 @@ class FSEPConfig:
         default=None,
         metadata=_option(
             "directory to which a Chrome/Perfetto trace of steps 3 to 5 of the run is written, "
-            "one file per rank: compute, token, parameter and gradient lanes",
+            "one file per rank: compute, token, parameter and gradient tracks",
         ),
     )
 

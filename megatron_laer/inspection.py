@@ -1,4 +1,4 @@
-"""A checkpoint is described by what its metadata says (for `inspect`).
+"""`inspect` describes a checkpoint from its metadata alone.
 
 This needs no ranks and no device, and loads no tensor. Torch keeps the list of tensors as a pickle;
 it is read without unpickling (`files.inert_pickle`), so that looking at a checkpoint runs no code

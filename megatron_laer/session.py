@@ -40,7 +40,7 @@ class Session:
 
     @property
     def has_groups(self) -> bool:
-        """Whether the process groups exist."""
+        """Tell whether the process groups exist."""
         return self._groups is not None
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,10 @@ PAGES = (
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "patches" / "README.md",
 )
+FOLDERS = (
+    *(".ci", ".github", "benchmarks", "configs", "docs", "megatron_laer", "patches", "scripts"),
+    "tests",
+)
 
 # What is run, and what is only shown.
 COMMANDS, SCRIPT = "bash", "python"
@@ -21,6 +26,13 @@ SHOWN = frozenset({"text", "csv", "yaml", "json"})
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`]+)`")
 _PROGRAMS = "torchrun python pip sbatch srun scontrol bash megatron-laer scripts/ ./scripts/"
+
+
+def project_files() -> Iterator[Path]:
+    """Every file of the project, with what was built or cached beside the sources."""
+    yield from (path for path in ROOT.iterdir() if path.is_file())
+    for folder in FOLDERS:
+        yield from (path for path in ROOT.joinpath(folder).rglob("*") if path.is_file())
 
 
 @dataclass(frozen=True)

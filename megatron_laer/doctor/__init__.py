@@ -1,4 +1,4 @@
-"""A machine is examined for what training needs: what is there, supported or missing.
+"""`doctor` examines a machine for what training needs: what is there, supported or missing.
 
 This trains nothing and changes nothing. It needs nothing but the standard library, so that it runs
 where everything else is missing; what must be imported to be known is asked in other processes

@@ -74,7 +74,7 @@ def install() -> None:
     loaded = [name for name in ("megatron.training", "megatron.core") if name in sys.modules]
     if loaded:
         raise RuntimeError(
-            f"the CPU stand-in was asked for after {' and '.join(loaded)} had been imported; call "
+            f"the CPU platform was asked for after {' and '.join(loaded)} had been imported; call "
             "megatron_laer.launch.prepare() before any import of megatron"
         )
     _set_environment()

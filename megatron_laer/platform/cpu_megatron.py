@@ -16,7 +16,7 @@ _async_loop: Callable[..., None] | None = None
 
 
 def mend() -> None:
-    """Mend all of them. Imports `megatron.core`."""
+    """Mend all of these paths. Imports `megatron.core`."""
     _mend_norm()
     _mend_attention()
     _mend_latent_projections()

@@ -1,4 +1,4 @@
-"""The version of the Megatron that is here, and whether `releases` supports it."""
+"""This file finds the installed Megatron's version, and asks `releases` whether it is supported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An expert is as wide as in the paper's model, or in a model configuration."""
+"""The widths of an expert come from the paper's model, or from a model configuration."""
 
 from __future__ import annotations
 

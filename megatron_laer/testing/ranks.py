@@ -71,7 +71,7 @@ class RankPool:
 
     @property
     def running(self) -> bool:
-        """Whether the processes have started; a closed pool starts them again when it is used."""
+        """Tell whether the processes have started; a closed pool starts them again on use."""
         return bool(self._processes)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 1200.0) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A routing trace is a value that is checked here. The readers beside it read files.
+"""A routing trace is a value that is checked here; the readers beside this file read files.
 
 Legend: R records, N source ranks, E experts. A record is one microbatch of one layer.
 """

@@ -1,6 +1,8 @@
 """Command lines that cannot work, and what the message must say of each.
 
 Words are separated by spaces; files are those of `inputs`, in the folder that the command runs in.
+
+Over 400 lines: a table of cases, one or two lines each, which is read as a whole.
 """
 
 from __future__ import annotations

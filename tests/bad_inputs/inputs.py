@@ -1,4 +1,7 @@
-"""The files that bad inputs are made of: good ones, and copies with one thing wrong."""
+"""The files that bad inputs are made of: good ones, and copies with one thing wrong.
+
+Over 400 lines: a table of contents by format, beside the function that writes each format.
+"""
 
 from __future__ import annotations
 

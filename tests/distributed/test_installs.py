@@ -3,6 +3,8 @@
 A checkout is a copy of this one without what is built or ignored. Nothing is downloaded: each
 environment sees the packages of the one that runs the tests, but not the installation of this
 package there. An environment tells which files of the package each process had imported.
+
+Over 400 lines: all tests share the built archives and environments, which take minutes to make.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 One `Row` is one combination; `tests/distributed/test_parity.py` runs it and docs/support.md lists
 it. Nothing is run here.
+
+Over 400 lines: one table, in the order of docs/support.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Counts of the kinds that planners get wrong, for property tests.
 
-Shape suffixes: N ranks, E experts.
+Legend: N ranks, E experts.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def test_a_checkout_beside_the_script_is_the_megatron_whose_version_is_checked(s
     for module in (core / "__init__.py", core / "datasets" / "utils.py"):
         module.touch()
     (core / "package_info.py").write_text("__version__ = '0.17.1'\n")
-    # The CPU stand-in would mend modules that this checkout does not have.
+    # The CPU platform would mend modules that this checkout does not have.
     result = run("train", path, device="cuda")
     assert result.returncode == 2
     assert f"supports megatron-core {TESTED_RANGE}, found 0.17.1" in result.stderr

@@ -1,4 +1,4 @@
-"""The stand-in changes the whole process, so whatever installs it runs in a process of its own."""
+"""The CPU platform changes the whole process, so a process of its own runs whatever installs it."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def run(code, **environment):
     return (result.stdout.strip() or result.stderr.strip()).splitlines()[-1]
 
 
-# Importing Megatron takes seconds: the stand-in is installed once, and every test runs in a fork.
+# Importing Megatron takes seconds: CUDA is replaced once, and every test runs in a fork.
 _SERVER = """
 import json, os, sys, traceback
 from megatron_laer.platform import cpu
@@ -48,7 +48,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def on_cpu():
-    """A function that runs code under the stand-in and returns the last line it prints."""
+    """A function that runs code with CUDA replaced and returns the last line it prints."""
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", _SERVER],
         env=os.environ | {"PYTHONPATH": python_path()},
@@ -62,7 +62,7 @@ def on_cpu():
             server.stdin.flush()
             printed = []
             while (line := server.stdout.readline().rstrip()) != "done":
-                assert server.poll() is None, "the process with the stand-in has ended"
+                assert server.poll() is None, "the process with CUDA replaced has ended"
                 printed.append(line)
             return printed[-1] if printed else ""
 

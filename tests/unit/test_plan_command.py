@@ -1,4 +1,4 @@
-"""`plan`: the table against plain recomputation, its files, and what it refuses."""
+"""`plan`: what it prints and writes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -15,195 +14,20 @@ import numpy as np
 import pytest
 
 from megatron_laer import cli
-from megatron_laer.files import memory
 from megatron_laer.files.shipped import yaml_file
-from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
-from megatron_laer.planner.clusters import load_cluster
-from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.exact import exact_split
-from megatron_laer.planner.forecast import SmoothedForecast
-from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.strategies import make_strategy, strategy_names
 from megatron_laer.simulator import report
-from megatron_laer.simulator.estimate import Work, check_fits
-from megatron_laer.simulator.table import MODES, STOCK, simulate
-from megatron_laer.trace import Trace, TraceWriter
+from megatron_laer.simulator.table import STOCK
+from megatron_laer.trace import TraceWriter
 from tests.processes import python_path
+from tests.unit.plan_cases import drifting_trace, recording
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_NPZ = ROOT.parent / "shared" / "data" / "smartmoe_trace_dev.npz"
-
-COSTS = CostModel(load_cluster("a100-4x8-ib800"), 4096, 14336, gated=True, bytes_per_element=2)
-STRATEGIES = ("static", "laer", "greedy", "search")
-
-
-def drifting_trace(steps=6, layers=2, microbatches=3, ranks=4, experts=8, seed=0):
-    """Skewed counts whose hot experts move slowly, and jump in the last step."""
-    luck = np.random.default_rng(seed)
-    popularity = luck.gamma(0.3, size=(layers, experts)) + 0.01
-    counts = np.empty((steps, layers, microbatches, ranks, experts), dtype=np.int64)
-    for step in range(steps):
-        popularity *= luck.uniform(0.8, 1.25, popularity.shape)
-        if step == steps - 1:
-            popularity = popularity[:, ::-1].copy()
-        for layer, microbatch, rank in np.ndindex(layers, microbatches, ranks):
-            shares = popularity[layer] / popularity[layer].sum()
-            counts[step, layer, microbatch, rank] = luck.multinomial(4096, shares)
-    step_R, layer_R, microbatch_R = (
-        axis.reshape(-1) for axis in np.indices(counts.shape[:3], dtype=np.int64)
-    )
-    names = tuple(f"decoder.{layer}" for layer in range(layers))
-    flat = counts.reshape(-1, ranks, experts).astype(np.int32)
-    return Trace(names, step_R, layer_R, microbatch_R, flat)
-
-
-def table(trace, capacity=3, node_size=2, strategies=STRATEGIES, modes=MODES, **more):
-    geometry = Geometry(trace.num_ranks, trace.num_experts, capacity, node_size)
-    rows = simulate(trace, [geometry], COSTS, strategies, modes, **more)
-    return {(row.strategy, row.mode): row for row in rows}
-
-
-def recording(path, trace):
-    writer = TraceWriter(path, trace.num_ranks, trace.num_experts, trace.layers)
-    for record in range(len(trace)):
-        writer.append(
-            int(trace.step_R[record]),
-            int(trace.layer_R[record]),
-            int(trace.microbatch_R[record]),
-            trace.counts_NE(record),
-        )
-    writer.close()
-    return path
 
 
 @pytest.fixture(scope="module")
 def trace():
     return drifting_trace()
-
-
-@pytest.fixture(scope="module")
-def rows(trace):
-    return table(trace)
-
-
-@pytest.mark.parametrize("lag", [1, 2])
-def test_a_row_is_what_a_plain_loop_over_the_steps_gives(trace, lag):
-    geometry = Geometry(4, 8, 3, 2)
-    greedy = make_strategy("greedy", geometry=geometry, costs=COSTS)
-    ratios, off_node, tokens, seconds = [], 0, 0, 0.0
-    for layer in range(2):
-        layout = ExpertLayout.static(4, 3, 8)
-        states = [SmoothedForecast()]
-        for step in range(6):
-            records = np.flatnonzero((trace.step_R == step) & (trace.layer_R == layer))
-            if step >= lag:
-                layout = greedy.plan(states[step - lag + 1].counts_NE(), layout)
-                for record in records:
-                    counts_NE = trace.counts_NE(record)
-                    quotas = exact_split(layout, 2).solve(counts_NE)
-                    ratios.append(max_over_mean(quotas.rank_loads_N()))
-                    off_node += int(quotas.totals().far_S.sum())
-                    tokens += int(counts_NE.sum())
-                    seconds += COSTS.layer_seconds(counts_NE, layout, 2)
-            total_NE = sum(trace.counts_NE(record) for record in records)
-            states.append(states[-1].observe(total_NE))
-    row = table(trace, strategies=["greedy"], modes=["forecast"], lag=lag)["greedy", "forecast"]
-    assert row.cases == len(ratios) == 2 * (6 - lag) * 3
-    assert sorted(row.ratios_R) == pytest.approx(sorted(ratios))
-    assert row.mean == pytest.approx(np.mean(ratios))
-    assert row.max == pytest.approx(max(ratios))
-    assert row.p95 == pytest.approx(np.percentile(ratios, 95))
-    assert row.off_node_share == pytest.approx(off_node / tokens)
-    assert row.layer_ms == pytest.approx(seconds / len(ratios) * 1e3)
-
-
-def test_stock_is_megatrons_placement_and_restores_nothing(trace, rows):
-    expected = [
-        max_over_mean(stock_tokens_N(trace.counts_NE(record)))
-        for record in range(len(trace))
-        if trace.step_R[record] > 0
-    ]
-    row = rows[STOCK, "-"]
-    assert row.mean == pytest.approx(np.mean(expected))
-    assert (row.capacity, row.restored_bytes, row.plan_ms, row.replan_share) == (2, 0, 0, 0)
-
-
-def test_there_is_no_stock_row_where_experts_do_not_divide(trace):
-    assert (STOCK, "-") not in table(drifting_trace(experts=9), modes=["forecast"])
-
-
-def test_rows_are_in_the_order_that_was_asked_for(rows):
-    expected = [(STOCK, "-"), ("static", "forecast"), ("laer", "forecast")]
-    expected += [(name, mode) for name in ("greedy", "search") for mode in MODES]
-    assert list(rows) == expected
-    assert {name: row.split for (name, _), row in rows.items()} == {
-        STOCK: "even",
-        "static": "exact",
-        "laer": "even",
-        "greedy": "exact",
-        "search": "exact",
-    }
-
-
-def test_modes_do_what_they_promise(rows):
-    forecast, exact = rows["greedy", "forecast"], rows["greedy", "exact"]
-    assert exact.load_over_bound == 1.0
-    assert forecast.max > 1.05
-    assert (forecast.replan_share, forecast.fetched_bytes) == (0, 0)
-    assert exact.replan_share > 0.9
-    adaptive = rows["greedy", "adaptive"]
-    assert adaptive.layer_ms <= min(forecast.layer_ms, exact.layer_ms)
-    assert rows["greedy", "tolerance"].max <= 1.05
-    assert 0 < rows["greedy", "tolerance"].replan_share < 1
-    assert all(row.time_over_bound >= 1 and row.load_over_bound >= 1 for row in rows.values())
-
-
-def test_a_forward_pass_restores_all_slots_and_what_changed_after_the_gate(rows):
-    expert_bytes = 3 * 4096 * 14336 * 2
-    assert rows["greedy", "forecast"].restored_bytes == 3 * expert_bytes * 3 / 4
-    exact = rows["greedy", "exact"]
-    ahead = exact.restored_bytes - exact.fetched_bytes
-    assert ahead == pytest.approx(3 * expert_bytes * 3 / 4)
-    assert 0 < exact.fetched_bytes <= 3 * expert_bytes * 3 / 4
-
-
-def test_every_kth_case_is_a_part_of_all_of_them(trace, rows):
-    part = table(trace, strategies=["static"], modes=["forecast"], every=7)["static", "forecast"]
-    whole = rows["static", "forecast"]
-    assert part.cases == -(-whole.cases // 7)
-    assert part.ratios_R == whole.ratios_R[::7]
-
-
-def test_the_bar_counts_every_case_and_is_closed(trace):
-    seen = []
-
-    def progress(cases):
-        yield from cases
-        seen.append(len(cases))
-
-    row = table(trace, strategies=["static"], modes=["forecast"], progress=progress)
-    assert seen == [row["static", "forecast"].cases]
-
-
-def test_microbatches_without_tokens_are_no_cases(trace):
-    counts = trace.counts_RNE.copy()
-    counts[-1] = 0
-    fewer = Trace(trace.layers, trace.step_R, trace.layer_R, trace.microbatch_R, counts)
-    row = table(fewer, strategies=["static"], modes=["forecast"])["static", "forecast"]
-    assert row.cases == 2 * 5 * 3 - 1
-
-
-def test_a_layer_that_starts_late_has_cases_from_its_second_step_on(trace):
-    chosen = np.flatnonzero((trace.layer_R == 0) | (trace.step_R >= 4))
-    part = Trace(
-        trace.layers,
-        trace.step_R[chosen],
-        trace.layer_R[chosen],
-        trace.microbatch_R[chosen],
-        trace.counts_RNE[chosen],
-    )
-    assert table(part, strategies=["static"])["static", "forecast"].cases == 5 * 3 + 1 * 3
 
 
 def run(*words, capsys):
@@ -376,38 +200,6 @@ def test_names_of_a_trace_cannot_forge_lines(tmp_path, trace, capsys):
     assert "\x1b" not in out and not any(line.startswith("FAKE") for line in out.splitlines())
 
 
-def work(ranks, experts, records=36, lag=1, capacity=3):
-    return Work(
-        geometries=[Geometry(ranks, experts, capacity, 1)],
-        strategies=STRATEGIES,
-        modes=MODES,
-        records=records,
-        layers=2,
-        plans=10,
-        cases=30,
-        lag=lag,
-    )
-
-
-def test_every_strategy_and_mode_has_an_estimate():
-    for name in strategy_names():
-        for mode in MODES:
-            only = replace(work(8, 8), strategies=[name], modes=[mode])
-            assert only.seconds > 0
-            assert replace(only, geometries=work(16, 8).geometries).seconds > only.seconds
-
-
-def test_a_plan_takes_no_more_memory_than_estimated(trace):
-    wide = trace.with_ranks(512)
-    geometry = Geometry(512, 8, 3, 8)
-    tracemalloc.start()
-    simulate(wide, [geometry], COSTS, STRATEGIES, MODES)
-    _, peak_bytes = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    # Of one process, whatever its size, and of what it holds of each count.
-    assert peak_bytes < 2**24 + work(512, 8).bytes
-
-
 def test_a_model_without_gates_is_planned_as_one_and_told_so(tmp_path, trace, capsys):
     path = recording(tmp_path / "x.trace", trace)
     sizes = "hidden_size: 64, ffn-hidden-size: 32, num-experts: 8"
@@ -418,25 +210,6 @@ def test_a_model_without_gates_is_planned_as_one_and_told_so(tmp_path, trace, ca
         assert status == 0, err
         assert ("experts of 64 x 32, not gated" in out) is not gated
         assert json.loads((tmp_path / "x.json").read_text())["expert_sizes"]["gated"] is gated
-
-
-def test_what_would_take_too_long_is_refused_with_what_would_fit():
-    many = work(4096, 256)
-    hours = many.seconds / 3600
-    check_fits(many, hours * 1.01)
-    with pytest.raises(ValueError, match=r"planning 30 cases for 4,096 ranks would take") as error:
-        check_fits(many, hours / 3.5)
-    said = str(error.value)
-    assert "give --every 4, --ranks of about 1,170, fewer --strategy, or --hours" in said
-    check_fits(replace(many, plans=many.plans / 4, cases=many.cases / 4), hours / 3.5)
-    check_fits(work(1170, 256), hours / 3.5 * 1.1)
-
-
-def test_what_would_take_too_much_memory_is_refused_with_what_would_fit(monkeypatch):
-    many = work(4096, 256)
-    monkeypatch.setattr(memory, "available_bytes", lambda: many.bytes // 4)
-    with pytest.raises(ValueError, match=r"GiB of memory.* give --ranks of at most 1,02[34]$"):
-        check_fits(many, 1e9)
 
 
 def test_a_missing_and_an_empty_trace_are_refused(tmp_path, capsys):
@@ -461,22 +234,6 @@ def test_a_plot_is_written_in_the_format_of_its_ending(tmp_path, trace, capsys):
         words = ("--strategy", "greedy", "--mode", "forecast", "--plot", tmp_path / f"x.{ending}")
         assert run(path, *words, capsys=capsys)[0] == 0
         assert (tmp_path / f"x.{ending}").read_bytes().startswith(magic)
-
-
-def test_a_plot_shows_how_far_each_row_is_from_perfect_balance(rows):
-    axes = report.draw("title_$x", list(rows.values())).axes[0]
-    assert len(axes.lines) == len(rows)
-    for line, row in zip(axes.lines, rows.values(), strict=True):
-        assert line.get_ydata().tolist() == pytest.approx([r - 1 for r in sorted(row.ratios_R)])
-    heights = {
-        row: axes.transData.transform((1, max(line.get_ydata())))[1]
-        for line, row in zip(axes.lines, rows, strict=True)
-    }
-    # Perfect balance, a few percent and the paper's planner are apart on the picture.
-    figure_height = axes.bbox.height
-    exact, forecast = heights["greedy", "exact"], heights["greedy", "forecast"]
-    assert forecast - exact > figure_height / 4
-    assert heights[STOCK, "-"] - forecast > figure_height / 20
 
 
 def test_neither_torch_nor_megatron_is_imported():

@@ -12,10 +12,15 @@ import pytest
 import yaml
 
 import megatron_laer
-from tests.documents import ROOT
+from tests.documents import ROOT, project_files
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+
+# A file with more lines says why it is not split.
+MOST_LINES = 400
+OVER = re.compile(rf"^(?:# )?Over {MOST_LINES} lines: \S.*\.$", re.MULTILINE)
+SOURCES = {".py", ".cpp", ".hpp", ".sh", ".sbatch"}
 
 
 def read(path: Path) -> Any:
@@ -87,3 +92,13 @@ def test_a_bug_report_asks_for_the_doctor_the_command_and_the_release() -> None:
     required = {f["id"] for f in form["body"] if f.get("validations", {}).get("required")}
     assert {"doctor", "command", "megatron"} <= required
     assert "python -m megatron_laer doctor" in form["body"][0]["attributes"]["label"]
+
+
+def test_a_file_of_many_lines_says_why_it_is_not_split() -> None:
+    texts = {
+        path.relative_to(ROOT): path.read_text(encoding="utf-8")
+        for path in project_files()
+        if path.suffix in SOURCES
+    }
+    long = {path for path, text in texts.items() if text.count("\n") > MOST_LINES}
+    assert long == {path for path, text in texts.items() if OVER.search(text)}

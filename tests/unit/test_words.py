@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from tests.documents import ROOT
+from tests.documents import ROOT, project_files
 
 LIST = ROOT / "tests" / "retired_words.txt"
-FOLDERS = (
-    *(".ci", ".github", "benchmarks", "configs", "docs", "megatron_laer", "patches", "scripts"),
-    "tests",
-)
 # They tell what things were called.
 EXEMPT = (LIST, ROOT / "CHANGELOG.md", ROOT / "docs" / "glossary.md")
 # Between parts of an identifier; an underscore is a letter to `\b`.
@@ -44,16 +39,10 @@ def retired(path: Path, listed: Rules) -> list[str]:
     return [f"{where}:{line}: {word!r}; say {new}" for line, word, new in sorted(found)]
 
 
-def documents() -> Iterator[Path]:
-    """Every file of the project but those that are exempt."""
-    yield from (path for path in ROOT.iterdir() if path.is_file() and path not in EXEMPT)
-    for folder in FOLDERS:
-        yield from (p for p in ROOT.joinpath(folder).rglob("*") if p.is_file() and p not in EXEMPT)
-
-
 def test_no_file_has_a_retired_word() -> None:
     listed = rules(LIST.read_text(encoding="utf-8"))
-    found = [where for path in sorted(documents()) for where in retired(path, listed)]
+    files = sorted(path for path in project_files() if path not in EXEMPT)
+    found = [where for path in files for where in retired(path, listed)]
     assert not found, "\n".join([f"{len(found)} lines:", *found])
 
 

@@ -1,0 +1,153 @@
+"""Rows of `doctor` about the machine and the launcher, from what was found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_laer.doctor import machine
+from megatron_laer.doctor.row import Row, Verdict
+
+CPU = {"cuda": "13.2", "cards": [], "device": "cpu", "cuda_error": "no device"}
+
+
+@pytest.mark.parametrize(
+    ("torch", "driver", "environment", "verdict"),
+    [
+        ({}, "", {}, "ok: no GPU: Megatron runs on the CPU"),
+        ({}, "580.1", {}, "missing: torch sees no card: no device"),
+        (
+            {},
+            "580.1",
+            {"CUDA_VISIBLE_DEVICES": ""},
+            "ok: cards are turned down",
+        ),
+        ({}, "580.1", {"CUDA_VISIBLE_DEVICES": "7"}, "missing: torch sees no card: no device"),
+        ({}, "580.1", {"MEGATRON_LAER_DEVICE": "cpu"}, "ok: cards are turned down"),
+        ({"device": "cuda"}, "", {"MEGATRON_LAER_DEVICE": "cuda"}, "missing: asked for: no device"),
+        ({"cards": ["1 x H100"]}, "580.1", {"MEGATRON_LAER_DEVICE": "cpu"}, "ok: cards are turned"),
+        ({"cards": ["1 x H100"], "device": "cuda"}, "580.1", {}, "ok"),
+    ],
+)
+def test_cards_that_cannot_be_used_are_told_from_none(
+    torch: dict[str, object],
+    driver: str,
+    environment: dict[str, str],
+    verdict: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "_driver", lambda: driver)
+    row = machine.cuda(CPU | torch, environment)
+    assert row.verdict_and_note.startswith(verdict)
+    assert row.found == "torch's 13.2" + (f", driver {driver}" if driver else "")
+
+
+@pytest.mark.parametrize(
+    ("environment", "launched", "node_size"),
+    [
+        ({}, "none", "1 (no launcher tells, so all ranks are on one node)"),
+        ({"SLURM_JOB_ID": "7"}, "none, in Slurm's job 7", "1 (no launcher tells"),
+        (
+            {"WORLD_SIZE": "8", "RANK": "3", "LOCAL_WORLD_SIZE": "4"},
+            "torchrun: rank 3 of 8",
+            "4 (LOCAL_WORLD_SIZE)",
+        ),
+        (
+            {
+                "OMPI_COMM_WORLD_SIZE": "8",
+                "OMPI_COMM_WORLD_RANK": "0",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+            },
+            "Open MPI: rank 0 of 8",
+            "2 (OMPI_COMM_WORLD_LOCAL_SIZE)",
+        ),
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "8",
+                "SLURM_PROCID": "5",
+                "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+            },
+            "Slurm: rank 5 of 8",
+            "4 (SLURM_STEP_TASKS_PER_NODE)",
+        ),
+        ({"WORLD_SIZE": "8"}, "torchrun: no rank of 8", "8 (no launcher tells"),
+    ],
+    ids=["none", "job", "torchrun", "mpirun", "srun", "world only"],
+)
+def test_the_launcher_and_the_node_size_are_as_training_sees_them(
+    environment: dict[str, str], launched: str, node_size: str
+) -> None:
+    assert machine.launched(environment).found == launched
+    assert machine.node_size(environment, 0, False).found.startswith(node_size)
+
+
+def test_a_node_size_that_training_would_refuse_is_unsupported() -> None:
+    row = machine.node_size({"WORLD_SIZE": "16"}, 8, True)
+    assert row.verdict is Verdict.UNSUPPORTED
+    assert "16 ranks on nodes of 8 GPUs" in row.note
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [
+        ("32", "ok"),
+        ("1", "optional: exchanges"),
+        ("0", "unsupported"),
+        ("x\n", "unsupported"),
+        ("9" * 5000, "unsupported"),
+    ],
+)
+def test_connections_are_judged_on_a_gpu(value: str, verdict: str) -> None:
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": value}
+    assert machine.connections(environment, True).verdict_and_note.startswith(verdict)
+    assert not machine.connections(environment, False).stops
+
+
+def tools(folder: Path, **bodies: str) -> None:
+    for name, body in bodies.items():
+        path = folder / name.replace("_", "-")
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+
+
+CHECKOUT = {"folder": "/megatron", "builds_helper": True, "has_helper": False}
+
+
+def test_a_checkout_of_megatron_needs_the_tools_that_build_its_helper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sysconfig
+
+    def row() -> Row:
+        return machine.dataset_helper(CHECKOUT, {})
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert row().note.startswith("training would build it with make, which is not in the PATH; g++")
+    tools(tmp_path, make="", python3="exit 1", python3_config="echo .other.so")
+    tools(tmp_path, **{"g++": ""})
+    assert row().note.count(";") == 1
+    assert "`python3 -m pybind11 --includes`, which does not run" in row().note
+    assert "python3 in the PATH, for .other.so, but this Python needs" in row().note
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    tools(tmp_path, python3="echo -I/include", python3_config=f"echo {suffix}")
+    assert row().verdict is Verdict.OK
+    assert machine.dataset_helper(CHECKOUT, {"CXX": "nvc++ -x"}).note.startswith(
+        "training would build it with nvc++, which is not in the PATH"
+    )
+
+
+def test_a_wheel_of_megatron_brings_its_helper_or_is_broken() -> None:
+    wheel = CHECKOUT | {"builds_helper": False}
+    assert machine.dataset_helper(wheel | {"has_helper": True}, {}).verdict is Verdict.OK
+    assert machine.dataset_helper(wheel, {}).stops
+
+
+@pytest.mark.parametrize("asked", [None, "no-such-compiler --fast"])
+def test_without_a_compiler_only_an_installation_from_source_fails(
+    asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    row = machine.compiler({} if asked is None else {"CXX": asked})
+    assert row.verdict is Verdict.OPTIONAL
+    assert asked is None or repr(asked) in row.found

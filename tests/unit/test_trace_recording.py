@@ -1,0 +1,228 @@
+"""A recording of our own format comes back whole, and goes on after every way of ending."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_laer.trace import TraceWriter, read_trace
+from megatron_laer.trace.recording import MAGIC, recording_path
+from tests.fuzz import bytes_read
+from tests.unit.traces import (
+    assert_holds,
+    some_counts,
+    write_recording,
+)
+
+
+@given(seed=st.integers(0, 99), most=st.sampled_from([2, 256, 257, 70_000, 2**31]))
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_recording_gives_back_every_count(tmp_path, seed, most):
+    path = tmp_path / "group.trace"
+    path.unlink(missing_ok=True)
+    counts = some_counts(seed, most=most)
+    write_recording(path, counts)
+    trace = read_trace(path)
+    assert trace.layers == ("decoder.0", "decoder.1")
+    assert_holds(trace, counts)
+
+
+def test_a_count_takes_as_many_bytes_as_its_record_needs(tmp_path):
+    sizes = []
+    for most in (255, 256, 65_536):
+        path = tmp_path / f"{most}.trace"
+        write_recording(path, np.full((1, 1, 1, 8, 16), most), layers=["x"])
+        sizes.append(path.stat().st_size)
+    assert np.diff(sizes).tolist() == [8 * 16, 2 * 8 * 16]
+
+
+def test_a_recording_cut_anywhere_is_readable_up_to_its_last_complete_record(tmp_path, caplog):
+    path = tmp_path / "group.trace"
+    counts = some_counts(0, steps=2, layers=1, microbatches=2, most=200)
+    write_recording(path, counts)
+    content = path.read_bytes()
+    header = content.index(b"\n") + 1
+    record_bytes = (len(content) - header) // 4
+    for length in range(header, len(content)):
+        path.write_bytes(content[:length])
+        complete = (length - header) // record_bytes
+        if complete == 0:
+            with pytest.raises(ValueError, match="no complete record"):
+                read_trace(path)
+        else:
+            expected = counts.reshape(-1, *counts.shape[3:])[:complete]
+            caplog.clear()
+            np.testing.assert_array_equal(read_trace(path).counts_RNE, expected)
+            left_out = (length - header) % record_bytes
+            said = f"group.trace: its last {left_out} bytes are no whole record and are left out"
+            assert (said in caplog.text) == (left_out > 0) == bool(caplog.text)
+
+
+@pytest.mark.parametrize("rest", [b"\0" * 100, b"\0" * 3])
+def test_zeros_at_the_end_are_no_records(tmp_path, rest):
+    path = tmp_path / "group.trace"
+    counts = some_counts(0)
+    write_recording(path, counts)
+    path.write_bytes(path.read_bytes() + rest)
+    assert_holds(read_trace(path), counts)
+    write_recording(path, some_counts(1, steps=1), first_step=3)  # as after a loss of power
+    assert_holds(read_trace(path), np.concatenate([counts, some_counts(1, steps=1)]))
+
+
+def test_a_damaged_last_record_is_left_out_and_what_follows_later_is_readable(tmp_path):
+    path = tmp_path / "group.trace"
+    counts = some_counts(0, steps=2, layers=1, microbatches=1)
+    write_recording(path, counts)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert_holds(read_trace(path), counts[:1])
+    write_recording(path, counts[1:], first_step=2)
+    assert_holds(read_trace(path), counts, steps=[0, 2])
+
+
+def test_a_huge_tail_is_refused_where_it_begins_and_is_not_read(tmp_path):
+    path = tmp_path / "group.trace"
+    counts = some_counts(0)
+    write_recording(path, counts)
+    size = path.stat().st_size
+    os.truncate(path, 50 * 10**9)  # takes no place on disk
+    before = bytes_read()
+    problem = rf"group\.trace, byte {size}: 0 bytes per count, .* a copy of {size} bytes"
+    with pytest.raises(ValueError, match=problem):
+        read_trace(path)
+    with pytest.raises(ValueError, match=problem):
+        write_recording(path, counts, first_step=2)
+    assert bytes_read() - before < 10**7
+    os.truncate(path, size)
+    assert_holds(read_trace(path), counts)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    path = tmp_path / "group.trace"
+    write_recording(path, some_counts(0))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\n") + 30] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"group\.trace, record 1 at byte \d+: the checksum"):
+        read_trace(path)
+
+
+def test_a_resumed_run_keeps_the_steps_before_its_own(tmp_path):
+    path = recording_path(tmp_path / "new folder", 3)
+    assert path.name == "group-3.trace"
+    before, after = some_counts(1, steps=4), some_counts(2, steps=2)
+    write_recording(path, before)
+    write_recording(path, after, first_step=2)
+    assert_holds(read_trace(path), np.concatenate([before[:2], after]))
+
+
+def test_a_resumed_run_leaves_nothing_of_the_steps_that_it_repeats(tmp_path):
+    path = tmp_path / "group.trace"
+    before, after = some_counts(1, microbatches=3), some_counts(2, steps=1, microbatches=1)
+    write_recording(path, before)
+    write_recording(path, after, first_step=1)
+    trace = read_trace(path)
+    assert trace.step_R.tolist() == [0] * 6 + [1] * 2
+    np.testing.assert_array_equal(trace.counts_RNE[6:], after.reshape(2, 2, 4))
+
+
+def test_a_run_killed_within_a_record_is_resumed(tmp_path):
+    path = tmp_path / "group.trace"
+    before, after = some_counts(1, steps=2), some_counts(2, steps=1)
+    write_recording(path, before)
+    path.write_bytes(path.read_bytes()[:-5])
+    write_recording(path, after, first_step=1)
+    assert_holds(read_trace(path), np.concatenate([before[:1], after]))
+
+
+def test_a_run_killed_within_the_header_is_resumed(tmp_path):
+    path = tmp_path / "group.trace"
+    counts = some_counts(1)
+    write_recording(path, counts)
+    path.write_bytes(path.read_bytes()[:20])
+    write_recording(path, counts)
+    assert_holds(read_trace(path), counts)
+
+
+def test_a_step_back_rewinds_and_a_repeated_record_replaces(tmp_path):
+    counts = some_counts(1, steps=3, layers=1, microbatches=1)[:, 0, 0]
+    writer = TraceWriter(tmp_path / "x.trace", 2, 4, ["a"])
+    for step, record in ((0, 0), (1, 1), (2, 2), (1, 2), (1, 0)):
+        writer.append(step, 0, 0, counts[record])
+    writer.close()
+    trace = read_trace(tmp_path / "x.trace")
+    assert trace.step_R.tolist() == [0, 1]
+    np.testing.assert_array_equal(trace.counts_RNE, counts[[0, 0]])
+    aside = read_trace(tmp_path / "x.cut-from-1.trace")
+    assert aside.step_R.tolist() == [1, 2]
+    np.testing.assert_array_equal(aside.counts_RNE, counts[[1, 2]])
+
+
+def test_a_recording_of_another_shape_is_not_overwritten(tmp_path):
+    path = tmp_path / "group.trace"
+    write_recording(path, some_counts(1))
+    content = path.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"group\.trace begins with .*\"num_ranks\":2.*another folder"
+    ):
+        TraceWriter(path, 4, 4, ["decoder.0", "decoder.1"])
+    path_of_text = tmp_path / "notes.txt"
+    path_of_text.write_text("dear diary")
+    with pytest.raises(ValueError, match="dear diary"):
+        TraceWriter(path_of_text, 4, 4, ["a"])
+    assert path.read_bytes() == content and path_of_text.read_text() == "dear diary"
+
+
+def test_steps_that_are_missing_before_those_of_a_resumed_run_are_said(tmp_path, caplog):
+    path = tmp_path / "group.trace"
+    counts = some_counts(1)
+    write_recording(path, counts)
+    write_recording(path, counts, first_step=3)
+    assert not caplog.text
+    write_recording(path, counts, first_step=9)
+    assert "nothing is recorded of steps 6 to 8, which an earlier run made" in caplog.text
+    assert sorted(set(read_trace(path).step_R)) == [*range(6), 9, 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ((0, 0, 0, np.zeros((4, 2))), r"shape \(4, 2\), expected \[ranks, experts\] = \(2, 4\)"),
+        ((0, 0, 0, np.full((2, 4), -1)), "must be in 0..2147483647, got -1"),
+        ((0, 0, 0, np.full((2, 4), 2**31)), "got 2147483648"),
+        ((0, 1, 0, np.ones((2, 4), int)), "layer_index must be in 0..0, got 1"),
+        ((-1, 0, 0, np.ones((2, 4), int)), "step is out of range, got -1"),
+        ((0, 0, 2**32, np.ones((2, 4), int)), "microbatch is out of range"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(tmp_path, arguments, problem):
+    writer = TraceWriter(tmp_path / "x.trace", 2, 4, ["a"])
+    with pytest.raises(ValueError, match=problem):
+        writer.append(*arguments)
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [
+        ({"version": 2}, "version 2 of the format; this release reads version 1"),
+        ({"num_ranks": 0}, "num_ranks must be an integer in 1"),
+        ({"num_experts": 40_000}, "num_experts must be an integer in 1..32767, got 40000"),
+        ({"layers": ["a", "a"]}, "layers must all be different"),
+        ({"layers": "ab"}, "layers must be names"),
+    ],
+)
+def test_a_header_that_does_not_fit_is_quoted(tmp_path, header, problem):
+    path = tmp_path / "x.trace"
+    fields = {"format": "megatron_laer-trace", "version": 1, "num_ranks": 1, "num_experts": 2}
+    content = json.dumps(fields | {"layers": ["a"]} | header, separators=(",", ":"))
+    path.write_text(content + "\n")
+    assert content.encode().startswith(MAGIC)
+    with pytest.raises(ValueError, match=rf"x\.trace, line 1: {problem}"):
+        read_trace(path)
