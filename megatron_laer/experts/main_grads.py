@@ -16,7 +16,7 @@ class MegatronMainGrads:
     """Implements `MainGrads` of `runtime/weights/slices.py`."""
 
     def kept_for(self, parameters: Sequence[torch.nn.Parameter]) -> bool:
-        """Tell whether the data-parallel wrapper keeps main gradients for all of these parameters."""
+        """Tell whether the data-parallel wrapper keeps main gradients for all parameters."""
         return all(hasattr(parameter, "main_grad") for parameter in parameters)
 
     def add(self, parameter: torch.nn.Parameter, grad: torch.Tensor) -> None:
