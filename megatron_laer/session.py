@@ -120,7 +120,7 @@ class Session:
             if self.config.makes_plans:
                 resumption = None
                 if coordinator is not None and coordinator.layers and self.groups.rank == 0:
-                    resumption = coordinator.resumption
+                    resumption = coordinator.layouts.resumption
                 planner_checkpoint.report_resumption(resumption, step)
             if coordinator is not None:
                 coordinator.scheduler.attach(chunks())

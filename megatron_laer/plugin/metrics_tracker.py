@@ -140,9 +140,9 @@ def collect(
     layers, rank = _sum_over_ranks(layers, rank)
     scalars, per_layer = _named(layers, rank)
     if coordinator is not None:
-        status = coordinator.planner_status
+        status = coordinator.layouts.status
         scalars["fsep_plan_ms"] = status.plan_us / 1e3
-        scalars["fsep_layout_version"] = float(coordinator.version)
+        scalars["fsep_layout_version"] = float(coordinator.layouts.version)
         scalars["fsep_late_plans"] = float(status.late_plans)
         scalars["fsep_plan_failures"] = float(status.failures)
     return scalars, per_layer

@@ -1,8 +1,8 @@
-"""The coordinator holds the layouts in force on one rank; counts go out, and plans come in.
+"""The coordinator plans each microbatch on one rank, and leads the rank's layers through steps.
 
-Holds `(version, layout)` per MoE layer and each layer's FIFO of plans. Chooses no layout
-(`planner`), moves no weights (`comm`), does not say when they move (`weights.scheduler`), and is
-put together elsewhere (`build`).
+It holds the FIFO of plans of each layer. It chooses no layout (`planner`) and keeps none
+(`planning.layouts_in_force`), moves no weights (`comm`), does not say when they move
+(`weights.scheduler`), and is put together elsewhere (`build`).
 
 Legend: N ranks, E experts, C slots per rank.
 """
@@ -17,29 +17,23 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.arrays import Int64
-from megatron_laer.config import FixedPlanner, FSEPConfig
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
-from megatron_laer.planner.state import PlannerState
-from megatron_laer.planner.status import PlannerStatus
-from megatron_laer.runtime.comm.collectives import (
-    broadcast_layouts,
-    exchange_counts,
-)
+from megatron_laer.runtime.comm.collectives import exchange_counts
 from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.layer_state import LayerState, check_no_plan_is_left, name_of_layer
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.runtime.planning import planner_checkpoint
-from megatron_laer.runtime.planning.planner_checkpoint import Resumption
-from megatron_laer.runtime.planning.planner_rank import PlannerRank, naming_flag
+from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
+from megatron_laer.runtime.planning.planner_rank import naming_flag
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.scheduler import Scheduler
 from megatron_laer.runtime.weights.slices import Slices
-from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
+from megatron_laer.runtime.weights.step_experts import memory_held
 from megatron_laer.schedule import Schedule
 from megatron_laer.telemetry.timeline import Timeline, open_timeline
 
@@ -47,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class Coordinator:
-    """Holds the layouts and plans of one FSEP group, on one of its ranks.
+    """Leads the layers of one rank of an FSEP group.
 
     Args:
         guard: chooses each microbatch's layout; its cost model is the planner's as well.
@@ -55,11 +49,9 @@ class Coordinator:
         seed: the run's seed; the same on every rank.
 
     Attributes:
+        layouts: those in force, which change at step boundaries.
         layers: this rank's MoE layers, in the order in which they were built.
-        version: of the layouts in force; counts how often they changed.
-        planner_status: of the group's planner, as of the last step boundary.
         timeline: open while training is recorded.
-        resumption: what was found of an earlier run's planner.
     """
 
     def __init__(
@@ -79,21 +71,21 @@ class Coordinator:
         self.geometry = geometry
         self.guard = guard
         self.schedule = schedule
+        self.streams = streams
+        self.experts = LayerExperts(streams)
         self.scheduler = Scheduler(schedule, streams, self._experts_of)
+        self.layouts = LayoutsInForce(
+            config, groups, geometry, guard.costs, seed=seed, device=device
+        )
         self.seed = seed
         self.device = device
         self.layers: list[LayerState] = []
-        self.version = 0
         self.step = 0
-        self.planner_status = PlannerStatus()
         self.timeline: Timeline | None = None
-        self.resumption = Resumption()
-        self.streams = streams
         self._num_microbatches: int | None = None
         self._started = False
         self._unreported_steps = 0
         self._warned_without_steps = False
-        self._planner_rank: PlannerRank | None = None
 
     @property
     def exchange(self) -> HierarchicalExchange:
@@ -114,9 +106,8 @@ class Coordinator:
         """
         assert not self._started, "a layer was built after training began"
         name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
-        geometry = self.geometry
-        layout = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
-        state = LayerState(len(self.layers), name, number, is_mtp, slices, recomputes, layout)
+        state = LayerState(len(self.layers), name, number, is_mtp, slices, recomputes)
+        self.layouts.add_layer(name)
         self.layers.append(state)
         return state
 
@@ -138,7 +129,7 @@ class Coordinator:
             self._warn_without_steps()
         restored = self.scheduler.enter(layer, training)
         layout = restored.index.layout
-        tag, tag_tensor = layer.tag(self.version, layout, self.device)
+        tag, tag_tensor = layer.tag(self.layouts.version, layout, self.device)
         counts_NE = exchange_counts(
             routing_map_TE.sum(dim=0), tag, tag_tensor, self.groups, layer.name
         )
@@ -160,26 +151,18 @@ class Coordinator:
     # What the training loop calls.
 
     def start(self, first_step: int) -> str | None:
-        """Open the timeline; on the group's rank 0 also the planner, or the recordings.
+        """Open the timeline; on the planner rank also the planner, or the recordings.
 
         Returns:
             What went wrong, for the caller to raise on every rank of the world.
         """
         self._started = True
-        self._go_on(first_step)
+        if self.schedule.holds_step and self.groups.rank == 0:
+            held = memory_held([layer.slices for layer in self.layers], self.geometry.capacity)
+            logger.info("FSEP: %s", held)
         try:
             self._open_timeline(first_step)
-            if self.groups.rank == 0 and self.layers:
-                self._planner_rank = PlannerRank(
-                    self.config,
-                    self.geometry,
-                    self.guard.costs,
-                    [layer.name for layer in self.layers],
-                    [layer.layout for layer in self.layers],
-                    group_index=self.groups.index,
-                    first_step=first_step,
-                    resumed=self.resumption.state,
-                )
+            self.layouts.start(first_step)
         except Exception as error:  # whatever it is, the other ranks must hear of it
             return f"{type(error).__name__}: {error}"
         return None
@@ -199,15 +182,14 @@ class Coordinator:
         check_no_plan_is_left(self.layers)
         if self.timeline is not None:
             self.timeline.begin_step(step)
-        if self._planner_rank is not None:
-            self._planner_rank.mailbox.begin_step(step, num_microbatches)
         self.step = step
         self._num_microbatches = num_microbatches
         for layer in self.layers:
             layer.microbatches = 0
-        self._change_layouts()
+        self.layouts.begin_step(step, num_microbatches)
         if self.schedule.holds_step:
-            self._hold_experts()
+            indexes = [(layer, self._index_of(layer, training=True)) for layer in self.layers]
+            self.experts.begin_step(indexes, num_microbatches)
 
     def end_step(self, *, weights_changed: bool) -> None:
         """End a step, whose statistics are complete.
@@ -219,11 +201,8 @@ class Coordinator:
             RuntimeError: a layer's plans were not all used by a backward pass.
         """
         check_no_plan_is_left(self.layers)
-        if self._planner_rank is not None:
-            self._planner_rank.mailbox.end_step()
-        for layer in self.layers:
-            if layer.step_experts is not None:
-                layer.step_experts.end_step(weights_changed=weights_changed)
+        self.layouts.end_step()
+        self.experts.end_step(weights_changed=weights_changed)
         self._unreported_steps += 1
         if self.timeline is not None:
             self.timeline.end_step(self.step)
@@ -241,50 +220,22 @@ class Coordinator:
 
     def save_planner(self, directory: str, storage: Any) -> None:
         """Write the planner's state into a checkpoint: see `planner_checkpoint.save_state`."""
-        planner_checkpoint.save_state(directory, self.groups, self.planner_state, storage)
+        self.layouts.save(directory, storage)
 
     def resume_planner(self, directory: str, storage: Any) -> None:
-        """Go on from the planner's state in a checkpoint, if the next step is the one after it.
+        """Go on from the planner's state in a checkpoint: see `LayoutsInForce.resume`.
 
-        Where the state is missing or does not fit, planning starts from the static layout, and
-        the session says why when training begins. Does nothing once training has begun. Collective
-        over the group.
+        Does nothing once training has begun. Collective over the group.
         """
         if self.layers and not self._started:
-            names = [layer.name for layer in self.layers]
-            self.resumption = planner_checkpoint.load_state(
-                directory,
-                self.groups,
-                self.device,
-                lambda state: state.check_fits(self.geometry, names),
-                storage,
-            )
-
-    def planner_state(self) -> PlannerState | None:
-        """Return the planner's state between two steps, on the planner rank; else return None.
-
-        Waits for plans in the making.
-        """
-        planned = None if self._planner_rank is None else self._planner_rank.planned()
-        if planned is not None:
-            forecasts, plans = planned
-            return PlannerState(
-                next_step=self.step + 1,
-                version=self.version,
-                layers=tuple(layer.name for layer in self.layers),
-                layouts=tuple(layer.layout for layer in self.layers),
-                forecasts=forecasts,
-                plans=plans,
-            )
-        return self.resumption.state  # loaded, and saved again before the first step
+            self.layouts.resume(directory, storage)
 
     def close(self) -> None:
         """Stop the planner and the streams, and close the recording and the timeline."""
         self.scheduler.close()
         if self.timeline is not None:
             self.timeline.close()
-        if self._planner_rank is not None:
-            self._planner_rank.close()
+        self.layouts.close()
 
     # Inside.
 
@@ -304,20 +255,6 @@ class Coordinator:
                     "forward and backward passes and the optimizer's step, on every rank"
                 )
 
-    def _go_on(self, first_step: int) -> None:
-        state = self.resumption.state
-        if state is None:
-            return
-        if state.next_step != first_step:
-            self.resumption = Resumption(
-                problem=f"its state was saved before step {state.next_step} and training begins at "
-                f"step {first_step}"
-            )
-            return
-        self.version = state.version
-        for layer, layout in zip(self.layers, state.layouts, strict=True):
-            layer.layout = layout
-
     def _open_timeline(self, first_step: int) -> None:
         if self.config.timeline is None:
             return
@@ -328,58 +265,13 @@ class Coordinator:
         for stream in (self.streams.parameters, self.streams.gradients):
             stream.times.timeline = self.timeline
 
-    def _change_layouts(self) -> None:
-        changes = self.config.makes_plans or self.config.replay_layouts is not None
-        if not changes or not self.layers:
-            return
-        planner_rank, geometry = self._planner_rank, self.geometry
-        layouts, self.planner_status = broadcast_layouts(
-            None if planner_rank is None else planner_rank.due(self.step),
-            PlannerStatus() if planner_rank is None else planner_rank.status,
-            (geometry.num_ranks, geometry.capacity, geometry.num_experts),
-            len(self.layers),
-            self.groups,
-            self.device,
-        )
-        if layouts is None:
-            return
-        self.version += 1
-        for layer, layout in zip(self.layers, layouts, strict=True):
-            layer.layout = layout
-        if planner_rank is not None:
-            planner_rank.applied(self.step, layouts)
-
-    def _hold_experts(self) -> None:
-        if self._num_microbatches is None:
-            raise ValueError(
-                "--fsep-restore step must know the microbatches of a step: give "
-                "training_step(step, num_microbatches), or take --fsep-restore layer"
-            )
-        is_first = any(layer.step_experts is None for layer in self.layers)
-        if is_first and self.groups.rank == 0:
-            held = memory_held([layer.slices for layer in self.layers], self.geometry.capacity)
-            logger.info("FSEP: %s", held)
-        for layer in self.layers:
-            index = self._index_of(layer, training=True)
-            if layer.step_experts is None:
-                layer.step_experts = StepExperts(layer.name, layer.slices, index, self.streams)
-            layer.step_experts.begin_step(index, self._num_microbatches)
-
     def _experts_of(self, layer: LayerState, training: bool) -> RestoredExperts:
-        if training and layer.step_experts is not None:
-            return layer.step_experts
-        index = self._index_of(layer, training)
-        return RestoredExperts(layer.name, layer.slices, index, self.streams)
+        return self.experts.of_pass(layer, self._index_of(layer, training), training=training)
 
     def _index_of(self, layer: LayerState, training: bool) -> LayoutIndex:
-        """Return the layout that the layer's next pass is planned with."""
-        layout = layer.layout
-        if self.config.planner == FixedPlanner.RANDOM and training:
-            draw = 0 if self.schedule.holds_step else layer.microbatches
-            seed = (self.seed, self.step, layer.index, draw)
-            layout = ExpertLayout.random(
-                layout.num_ranks, layout.capacity, layout.num_experts, seed
-            )
+        """Return the layout that the layer's next pass is planned with, as exchanges see it."""
+        draw = 0 if self.schedule.holds_step else layer.microbatches
+        layout = self.layouts.of_pass(layer.index, draw, training=training)
         return layout_index(layout, self.device)
 
     def _note(
@@ -391,6 +283,6 @@ class Coordinator:
     ) -> None:
         """Count a microbatch; on the planner rank, also hand on what planner and metrics need."""
         number = layer.count_microbatch(self._num_microbatches)
-        if self._planner_rank is not None:
-            self._planner_rank.mailbox.put(layer.index, number, counts_NE)
+        if self.layouts.mailbox is not None:
+            self.layouts.mailbox.put(layer.index, number, counts_NE)
             layer.add_sample(decision, decide_s)

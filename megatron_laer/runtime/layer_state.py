@@ -14,7 +14,6 @@ from megatron_laer.runtime.comm.collectives import LayoutTag
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.slices import Slices
-from megatron_laer.runtime.weights.step_experts import StepExperts
 
 # Microbatches per layer whose balance is reported. A sample: measuring all of a long log interval
 # would hold up the step that logs.
@@ -39,12 +38,10 @@ class LayerState:
         number: the 3 of "layer 3".
         slices: what this rank holds of its experts.
         recomputes: whether the MoE layer is a checkpoint of its own.
-        layout: the one in force.
         pending: plans whose forward ran without gradients, under a checkpoint, oldest first; the
             re-run takes them. Backward order equals forward order per layer, in 1F1B and
             interleaved schedules alike.
         microbatches: that were routed in this step so far.
-        step_experts: restored for the whole step, where the schedule holds it.
     """
 
     index: int
@@ -53,10 +50,8 @@ class LayerState:
     is_mtp: bool
     slices: Slices
     recomputes: bool
-    layout: ExpertLayout
     pending: deque[MicrobatchPlan] = field(default_factory=deque)
     microbatches: int = 0
-    step_experts: StepExperts | None = None
     _samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     _tag: tuple[LayoutTag, torch.Tensor] | None = None
 

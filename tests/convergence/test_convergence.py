@@ -35,7 +35,7 @@ def balance_of_step(model: object) -> tuple[float, int]:
         for layer in coordinator.layers
     ]
     mean = sum(part.fsep for part in found if part is not None) / len(found)
-    return mean, coordinator.version
+    return mean, coordinator.layouts.version
 
 
 def test_a_small_model_learns_text_as_with_stock(

@@ -246,7 +246,7 @@ def layouts_in_force(_: list[torch.nn.Module]) -> Any:
     coordinator = current_coordinator()
     if coordinator is None:
         return None
-    return coordinator.version, [layer.layout.to_list() for layer in coordinator.layers]
+    return coordinator.layouts.version, [layout.to_list() for layout in coordinator.layouts.layouts]
 
 
 PLANNED = " --expert-parallel-mode fsep --fsep-late-plan wait"

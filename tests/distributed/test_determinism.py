@@ -24,7 +24,7 @@ def layout_version(model: object) -> int:
     from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
-    return -1 if coordinator is None else coordinator.version
+    return -1 if coordinator is None else coordinator.layouts.version
 
 
 @pytest.fixture

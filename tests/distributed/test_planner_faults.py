@@ -35,8 +35,8 @@ def planner_state(model: object) -> tuple[int, int, int]:
 
     coordinator = current_coordinator()
     assert coordinator is not None
-    status = coordinator.planner_status
-    return coordinator.version, status.late_plans, status.failures
+    status = coordinator.layouts.status
+    return coordinator.layouts.version, status.late_plans, status.failures
 
 
 def train_with_slow_planner(command: list[str], longest_s: float) -> Record:

@@ -132,8 +132,8 @@ def train_with_delays(
         coordinator = current_coordinator()
         assert coordinator is not None
         trace.digests.append(digest(model))
-        trace.versions.append(coordinator.version)
-        trace.late_plans = coordinator.planner_status.late_plans
+        trace.versions.append(coordinator.layouts.version)
+        trace.late_plans = coordinator.layouts.status.late_plans
 
     with _injected(delays, lambda name: trace.completed[-1].append(name), begin_step):
         try:

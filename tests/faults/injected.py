@@ -81,10 +81,11 @@ def other_layout(rank: int, after_step: int, *, ahead: bool) -> Callable[[object
         coordinator = current_coordinator()
         assert coordinator is not None
         if steps == after_step and dist.get_rank() == rank:
-            coordinator.version += ahead
-            for layer in coordinator.layers if ahead else coordinator.layers[-1:]:
-                good = layer.layout
-                layer.layout = ExpertLayout.from_slots(
+            in_force = coordinator.layouts
+            in_force.version += ahead
+            for layer in range(len(in_force.layouts))[None if ahead else -1 :]:
+                good = in_force.layouts[layer]
+                in_force._layouts[layer] = ExpertLayout.from_slots(
                     good.num_ranks, good.capacity, good.num_experts, good.to_list()[::-1]
                 )
 

@@ -19,22 +19,12 @@ import torch
 
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.slices import Slices
+from megatron_laer.runtime.weights.slices import SlicedLayer
 from megatron_laer.schedule import Schedule, SchedulePoint, Target
 
 
-class Layer(Protocol):
+class Layer(SlicedLayer, Protocol):
     """Shows the scheduler all that it knows of a layer."""
-
-    @property
-    def name(self) -> str:
-        """Return the layer's name."""
-        ...
-
-    @property
-    def slices(self) -> Slices:
-        """Return the layer's slices, as exchanges see them."""
-        ...
 
     @property
     def recomputes(self) -> bool:

@@ -34,6 +34,20 @@ class MainGrads(Protocol):
         ...
 
 
+class SlicedLayer(Protocol):
+    """Is a layer as far as its weights go."""
+
+    @property
+    def name(self) -> str:
+        """Return the layer's name."""
+        ...
+
+    @property
+    def slices(self) -> Slices:
+        """Return the layer's slices, as exchanges see them."""
+        ...
+
+
 @dataclass(frozen=True)
 class Slices:
     """Holds a rank's slices of a layer's experts.
