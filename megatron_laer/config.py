@@ -155,8 +155,8 @@ class FSEPConfig:
     planner: str = field(
         default="greedy",
         metadata=_option(
-            "strategy that chooses layouts on rank 0 of the FSEP group: greedy; search (slower); "
-            "laer (the paper's); static; or random: a new random layout per microbatch, for tests",
+            "strategy that chooses layouts on rank 0 of the FSEP group: {strategies}; or random: a "
+            "new random layout per microbatch, for tests",
         ),
     )
     split: Split = field(

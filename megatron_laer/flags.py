@@ -21,7 +21,7 @@ from megatron_laer.config import (
     RestoreAlgorithm,
     flag_name,
 )
-from megatron_laer.planner.strategies import uses_costs
+from megatron_laer.planner.strategies import described_strategies, uses_costs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     for spec in dataclasses.fields(FSEPConfig):
         kind, text = spec.metadata["type"], spec.metadata["help"].replace("%", "%%")
+        text = text.replace("{strategies}", described_strategies())
         default = "" if spec.default is None else f" (default {spec.default})"
         is_choice = issubclass(kind, Choice)
         group.add_argument(

@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         choices=strategy_names(),
-        default=["static", "laer", "greedy", "search"],
+        default=[*BASELINES, *(name for name in strategy_names() if name not in BASELINES)],
         help=f"of {', '.join(strategy_names())}; default: all",
     )
     parser.add_argument(

@@ -85,11 +85,11 @@ class LayerMetrics:
         if measured is None:
             return cls()
         return cls(
-            measured.fsep,
-            measured.stock,
-            float(np.mean([sample.decision.replanned for sample in samples])),
-            float(np.mean([sample.decide_s for sample in samples])) * 1e3,
-            1.0,
+            imbalance=measured.fsep,
+            stock_imbalance=measured.stock,
+            fresh_layouts=float(np.mean([sample.decision.replanned for sample in samples])),
+            decide_ms=float(np.mean([sample.decide_s for sample in samples])) * 1e3,
+            groups=1.0,
         )
 
     def __add__(self, other: LayerMetrics) -> LayerMetrics:

@@ -9,24 +9,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_laer.config import PlanMode
+from megatron_laer.config import PlanMode, Split
 from megatron_laer.files import memory
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.simulator.table import BASELINES, chosen_cases
+from megatron_laer.planner.strategies import TimeTerms, plan_time
+from megatron_laer.simulator.table import BASELINES, chosen_cases, split_of
 from megatron_laer.trace import Trace
 
-# Seconds: always, per slot and per count [N, E]. Measured on one core of a server of 2023 with
-# skewed counts, from 8 ranks with 8 experts to 8192 with 256 and 1024 with 2048, 2 to 8 slots; most
-# are right within a factor of three.
-_PLAN_S = {
-    "static": (1e-4, 0.0, 0.0),
-    "greedy": (1e-4, 5e-6, 1e-7),
-    "laer": (5e-4, 3e-5, 8e-7),
-    "search": (2e-2, 5e-5, 1e-6),
-}
-_EVEN_GATE_S = (3e-4, 1e-6, 5e-7)
-_FORECAST_GATE_S = (3e-4, 2e-6, 3e-8)
-_FRESH_GATE_S = (5e-4, 3e-6, 1e-7)
+# What follows the gate, measured as the times of strategies were (`planner/strategies.py`).
+_EVEN_GATE = TimeTerms(3e-4, 1e-6, 5e-7)
+_FORECAST_GATE = TimeTerms(3e-4, 2e-6, 3e-8)
+_FRESH_GATE = TimeTerms(5e-4, 3e-6, 1e-7)
 
 # Bytes per count while one case is evaluated, measured likewise; and what is kept: the trace's
 # counts, the forecasts.
@@ -61,11 +54,11 @@ class Work:
         total = 0.0
         for geometry in self.geometries:
             for strategy in self.strategies:
-                total += self.plans * _seconds(_PLAN_S[strategy], geometry)
+                total += self.plans * plan_time(strategy).seconds(geometry)
                 for mode in [PlanMode.FORECAST] if strategy in BASELINES else self.modes:
-                    fresh_s = _FORECAST_GATE_S if mode == PlanMode.FORECAST else _FRESH_GATE_S
-                    gate_s = _EVEN_GATE_S if strategy == "laer" else fresh_s
-                    total += self.cases * _seconds(gate_s, geometry)
+                    fresh = _FORECAST_GATE if mode == PlanMode.FORECAST else _FRESH_GATE
+                    gate = _EVEN_GATE if split_of(strategy) == Split.EVEN else fresh
+                    total += self.cases * gate.seconds(geometry)
         return total
 
     @property
@@ -120,9 +113,3 @@ def check_fits(work: Work, longest_hours: float) -> None:
             f"{what} would take about {hours:.2g} hours, more than the {longest_hours:.2g} of "
             f"--hours; give {', '.join([*ways, 'fewer --strategy'])}, or --hours {hours * 1.1:.2g}"
         )
-
-
-def _seconds(terms: tuple[float, float, float], geometry: Geometry) -> float:
-    always_s, slot_s, count_s = terms
-    counts = geometry.num_ranks * geometry.num_experts
-    return always_s + slot_s * geometry.num_slots + count_s * counts

@@ -32,8 +32,6 @@ STOCK = "stock EP"
 TOLERANCE = "tolerance"
 MODES = (*(mode.value for mode in PlanMode), TOLERANCE)
 
-# The paper's planner reckons with even splits, and is shown with them.
-_SPLITS = {"laer": Split.EVEN}
 # Shown as they are; a layout made after the gate would hide what they do.
 BASELINES = ("static", "laer")
 
@@ -171,6 +169,11 @@ def simulate(
     return [_row(entry, planner) for planner in planners for entry in planner.entries]
 
 
+def split_of(strategy: str) -> Split:
+    """Return the split that a strategy reckons with, and is shown with: the paper's is even."""
+    return Split.EVEN if strategy == "laer" else Split.EXACT
+
+
 def chosen_cases(trace: Trace, lag: int, every: int) -> list[int]:
     """Return the records that are evaluated, in order.
 
@@ -211,7 +214,7 @@ def _planners(
         yield _Planner(None, stock, [_Entry(STOCK, "-", guard)])
     for geometry in geometries:
         for name in strategies:
-            split = _SPLITS.get(name, Split.EXACT)
+            split = split_of(name)
             entries = [
                 _Entry(name, mode, _guard(mode, costs, geometry, split, tolerance))
                 for mode in ([PlanMode.FORECAST.value] if name in BASELINES else modes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
+from tests.documents import ROOT
 from tests.parity.flags import command_line
 
 STEPS = 6
@@ -34,6 +36,11 @@ def test_balance_and_planning_are_in_tensorboard(
     ranks(size).run(train, command)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for tag in events.Tags()["scalars"]:
+        if "fsep" in tag:
+            name = re.sub(r"_p\d+$|_layer_\d+$", "", tag.removeprefix("moe/"))
+            assert f"`{name}`" in readme
 
     def series(name: str) -> list[float]:
         found = events.Scalars(name)

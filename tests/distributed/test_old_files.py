@@ -76,8 +76,9 @@ def test_a_run_is_resumed_with_its_planner_and_its_recordings(
 
     events = EventAccumulator(str(old / "tensorboard"))
     events.Reload()
-    metrics = sorted(tag for tag in events.Tags()["scalars"] if "fsep" in tag)
-    assert metrics == json.loads((FOLDER / "names.json").read_text())["metrics"]
+    # There may be more by now.
+    expected = json.loads((FOLDER / "names.json").read_text())["metrics"]
+    assert set(expected) <= set(events.Tags()["scalars"])
 
 
 def test_stock_goes_on_from_the_checkpoint(ranks: Callable[[int], RankPool], old: Path) -> None:

@@ -99,4 +99,6 @@ def test_flags_have_the_names_defaults_and_choices_that_they_had() -> None:
         }
         for action in parser._actions
     }
-    assert found == json.loads((FOLDER / "names.json").read_text())["flags"]
+    expected = json.loads((FOLDER / "names.json").read_text())["flags"]
+    # There may be more by now.
+    assert {flag: found.get(flag) for flag in expected} == expected

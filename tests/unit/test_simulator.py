@@ -176,7 +176,7 @@ def test_a_plan_takes_no_more_memory_than_estimated(trace):
     wide = trace.with_ranks(512)
     geometry = Geometry(512, 8, 3, 8)
     tracemalloc.start()
-    simulate(wide, [geometry], COSTS, STRATEGIES, MODES)
+    simulate(wide, [geometry], COSTS, strategy_names(), MODES)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # Of one process, whatever its size, and of what it holds of each count.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_laer.experts.gemm import gemm_names, slot_gemm
+from tests.documents import ROOT
 from tests.slot_gemm import TOKENS_C, check_back_end
 
 CPU = torch.device("cpu")
@@ -20,6 +21,11 @@ def test_a_back_end_equals_a_linear_layer_per_slot(
     name: str, dtype: torch.dtype, tokens_C: Sequence[int]
 ) -> None:
     check_back_end(name, dtype, CPU, tokens_C)
+
+
+@pytest.mark.parametrize("name", gemm_names())
+def test_a_back_end_is_documented(name: str) -> None:
+    assert f"`{name}`" in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
 def test_a_back_end_is_found_by_the_name_of_its_file() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from megatron_laer.planner.laer import place, replicas_by_load, replicas_even
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.strategies import make_strategy, strategy_names
 from tests.costs import COMPUTE_ONLY, make_costs
+from tests.documents import ROOT
 
 COSTS = make_costs()
 
@@ -178,8 +181,35 @@ def test_every_strategy_knows_its_name_and_refuses_other_shapes(name: str) -> No
         strategy.plan(np.zeros((4, 6), dtype=np.int64), ExpertLayout.static(4, 3, 6))
 
 
+@pytest.mark.parametrize("name", strategy_names())
+@settings(max_examples=25)
+@given(geometry=geometries(), seed=st.integers(0, 2**16))
+def test_every_strategy_is_legal_and_a_pure_function(
+    name: str, geometry: Geometry, seed: int
+) -> None:
+    counts_NE = counts_for(seed, geometry)
+    current = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
+    given_NE, given_slots = counts_NE.copy(), current.to_list()
+
+    planned = make_strategy(name, geometry=geometry, costs=COSTS).plan(counts_NE, current)
+
+    geometry.check_layout(planned)
+    assert planned.replicas_E.min() >= 1
+    again = make_strategy(name, geometry=geometry, costs=COSTS).plan(given_NE, current)
+    assert again == planned
+    np.testing.assert_array_equal(counts_NE, given_NE)
+    assert current.to_list() == given_slots
+
+
+@pytest.mark.parametrize("name", strategy_names())
+@pytest.mark.parametrize("page", ["README.md", "docs/planner.md"])
+def test_every_strategy_is_documented(page: str, name: str) -> None:
+    assert f"`{name}`" in (ROOT / page).read_text(encoding="utf-8")
+
+
 def test_unknown_strategies_and_illegal_geometries_are_quoted() -> None:
-    with pytest.raises(ValueError, match="unknown planner 'magic'; use one of greedy, laer, "):
+    known = re.escape(", ".join(strategy_names()))
+    with pytest.raises(ValueError, match=f"unknown planner 'magic'; use one of {known}$"):
         make_strategy("magic", geometry=Geometry(4, 4, 2, 2), costs=COSTS)
     with pytest.raises(ValueError, match="node size 8 does not divide the 12 ranks"):
         Geometry(12, 8, 2, 8)

@@ -10,6 +10,8 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from megatron_laer.experts.gemm import SlotGemm
+
 
 class _Loop:
     """Implements `SlotGemm`; every product is written where it belongs, so nothing is stacked."""
@@ -46,4 +48,4 @@ def _spans(tokens_C: Sequence[int]) -> Iterable[tuple[int, tuple[int, int]]]:
     return enumerate(pairwise(accumulate(tokens_C, initial=0)))
 
 
-GEMM = _Loop()
+GEMM: SlotGemm = _Loop()
