@@ -1,6 +1,6 @@
 // The choice between the two ways to pack, by how scarce slots are and by tokens off their node.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include "construct.hpp"
 
 #include <optional>

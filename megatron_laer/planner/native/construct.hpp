@@ -2,7 +2,7 @@
 // C >= ceil(E / N) + 1, and few tokens leave their node. Integers only, ties by index. Why that is
 // possible is proved in pack_scarce.hpp; layouts for forecasts are in greedy.hpp and search.hpp.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // The graph that both flow problems share; they are solved in load_flow.cpp and foreign_flow.cpp.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node,
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node,
 // U suppliers.
 #include "flow.hpp"
 

@@ -5,7 +5,7 @@
 // own tokens is foreign. Sources: Dinic's maximum flow; for the second problem successive shortest
 // paths by distance classes (primal-dual) after all foreign arcs were undone.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node,
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node,
 // U suppliers.
 #pragma once
 

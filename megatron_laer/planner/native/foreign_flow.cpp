@@ -1,7 +1,7 @@
 // The fewest foreign tokens with ranks within a cap: all foreign flow is undone, and sent again by
 // successive shortest paths, all of one length at a time (primal-dual). It keeps the cap as it is.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node,
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node,
 // U suppliers.
 #include <algorithm>
 #include <limits>

@@ -1,6 +1,6 @@
 // The choice between two ways to make a layout, and the headroom that one of them is given.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include "greedy.hpp"
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // Layouts for forecasts, by how scarce slots are: connected pair graphs with fewer than two spare
 // slots per rank, replicas in proportion to load with more.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // The least largest load: Dinic's maximum flow by levels, with a cap on ranks that is raised to the
 // bound of a cut whenever no more flow gets through. It does not look at who owns tokens.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node,
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node,
 // U suppliers.
 #include <algorithm>
 #include <limits>

@@ -1,7 +1,7 @@
 // Greedy, by how many experts a rank's new slots share with its old ones: pairs of ranks of a node
 // that share most first. It is not an assignment of least cost.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include "match_previous.hpp"
 
 #include <algorithm>

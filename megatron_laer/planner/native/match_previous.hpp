@@ -2,7 +2,7 @@
 // Ranks of a node trade places, slots of a rank too. Neither loads nor tokens between nodes change,
 // and so no rank's experts move to another node.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
 
 #include <cstdint>

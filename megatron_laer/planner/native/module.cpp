@@ -1,7 +1,7 @@
 // The native planner as a Python module: arrays in, arrays out, all work without the GIL. Values
 // are not checked here, only sizes; the callers in planner/*.py do that.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

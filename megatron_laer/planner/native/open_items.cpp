@@ -1,7 +1,7 @@
 // Phase 1 of pack_scarce.hpp, and the items' part of 2d. Lists are sorted vectors, as they are read
 // far more often than changed.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include "open_items.hpp"
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // The items that packing over all ranks has not given to a rank yet: their bookkeeping by node. It
 // does not choose among them, see rank_choice.hpp; items themselves are explained in window.hpp.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,7 @@
 // a flow (flow.hpp); 3 the ranks of each node by the window argument (window.hpp), for which phase
 // 1 gives a node G*(C-1) + 1 experts at most, and phase 2 G*cap tokens.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include "pack_by_node.hpp"
 
 #include <algorithm>

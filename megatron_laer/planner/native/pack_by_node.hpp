@@ -1,7 +1,7 @@
 // Packs experts by node and then by rank, for slots to spare: each node hosts its largest experts,
 // as many as it can balance over its own ranks. Its counterpart for scarce slots is pack_scarce.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
 
 #include <cstdint>

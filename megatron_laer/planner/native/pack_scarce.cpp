@@ -1,6 +1,6 @@
 // The loop over ranks, by the phases of pack_scarce.hpp.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include "pack_scarce.hpp"
 
 #include <algorithm>

@@ -34,7 +34,7 @@
 // rank of another node that has tokens for it. Phases 1 and the items' part of 2d are in
 // open_items.cpp, 2b is in rank_choice.cpp, and the loop is in pack_scarce.cpp.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
 
 #include <cstdint>

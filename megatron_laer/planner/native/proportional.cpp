@@ -1,7 +1,7 @@
 // Two phases: how many replicas each expert has, and which rank takes each of them. The plain
 // double of both is planner/reference_exact.py.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include "proportional.hpp"
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 // loaded and links the pair graph. For loads that will differ from the ones at hand, and for known
 // ones where slots are too few for the construction. Integers only, ties by index.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,7 @@
 // from them one rank's row and columns (token_split.cpp). Integers only, ties by index. It does not
 // choose layouts.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,7 @@
 // smallest ones, and only the last two are searched for: a heuristic, which keeps the search at
 // most quadratic in the number of items.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include "rank_choice.hpp"
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 // that it finds. It changes nothing but its own scratch space; pack_scarce.hpp says which choices
 // are legal, and window.hpp what items are.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
 
 #include <algorithm>

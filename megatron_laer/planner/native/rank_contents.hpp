@@ -1,7 +1,7 @@
 // The experts that each rank hosts while a layout is made, at most C different ones per rank. It
 // does not know how many of their tokens a rank computes: exact quotas decide that afterwards.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
 
 #include <algorithm>

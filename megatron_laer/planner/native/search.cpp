@@ -1,7 +1,7 @@
 // Candidates are judged by their largest load after exact quotas in every disturbed copy; the best
 // one is changed by single exchanges as long as tries are left.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include "search.hpp"
 
 #include <algorithm>

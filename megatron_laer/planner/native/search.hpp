@@ -1,7 +1,7 @@
 // A layout that stays balanced when loads drift: the best of several over disturbed copies of the
 // forecast, improved by single exchanges. Slower than the construction, for the background.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
 
 #include <cstdint>

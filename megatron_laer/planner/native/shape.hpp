@@ -1,7 +1,7 @@
 // The shape of a layout and the purpose that one is made for, used by every file of the native
 // planner. No algorithm is in here.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
 
 namespace laer {

@@ -1,7 +1,7 @@
 // The first half of the exact quotas: how many tokens each slot computes, by two flow problems over
 // nodes and one over ranks (flow.hpp). Which tokens these are is decided in token_split.cpp.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include <algorithm>
 
 #include "flow.hpp"

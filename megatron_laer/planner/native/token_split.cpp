@@ -2,7 +2,7 @@
 // of slots that are known (slot_loads.cpp). One rank's row or columns need no N*S matrix, as each
 // expert's tokens are intervals that are matched where they overlap.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include <algorithm>
 
 #include "quotas.hpp"

@@ -22,7 +22,7 @@
 // Mathematical Software 3(3), 1977), where each column has one item whole and fills up with a part
 // of another. With more slots per rank, a window takes the place of the one whole item.
 //
-// Shape suffixes: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
 
 #include <algorithm>
