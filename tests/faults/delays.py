@@ -167,6 +167,7 @@ def _injected(
     from megatron_laer.runtime import coordinator
     from megatron_laer.runtime.comm.stages import Stage
     from megatron_laer.runtime.comm.streams import InlineStream, ThreadStream
+    from megatron_laer.runtime.planning import layouts_in_force
 
     all_to_all, tokens = Stage.all_to_all, _AllToAll.forward
     start = coordinator.Coordinator.begin_step
@@ -227,7 +228,11 @@ def _injected(
             (Guard, "decide", slow_decision),
             (coordinator.Coordinator, "begin_step", started),
             (coordinator, "exchange_counts", slow(coordinator.exchange_counts, "counts")),
-            (coordinator, "broadcast_layouts", slow(coordinator.broadcast_layouts, "layouts")),
+            (
+                layouts_in_force,
+                "broadcast_layouts",
+                slow(layouts_in_force.broadcast_layouts, "layouts"),
+            ),
             (ThreadStream, "submit", observed(ThreadStream.submit)),
             (InlineStream, "submit", observed(InlineStream.submit)),
         ):

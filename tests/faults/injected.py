@@ -289,7 +289,7 @@ def train_with_bursts(flags: list[str], every: int, look_every: int) -> Received
     received, preprocess, steps = Received(), SlotTokenDispatcher.preprocess, 0
 
     def counted(self: Any, routing_map: torch.Tensor) -> Any:
-        plan = self._plan
+        plan = self._current.plan
         mine = int(plan.columns_NC.sum())
         total = torch.tensor([mine])
         torch.distributed.all_reduce(total, group=self.ep_group)
