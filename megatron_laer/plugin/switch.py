@@ -32,7 +32,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     Idempotent. Other settings than before hold for models built from now on; those built before
     cannot go on training. Before Megatron's model parallel state is initialised it makes no
     collective; after that it is collective over the world, because it creates the FSEP groups, and
-    these have torch's time-out and NCCL's defaults, and token exchanges no priority.
+    these have torch's time-out and NCCL's defaults, and token exchanges the priority of compute.
 
     Args:
         config: settings; the defaults if None.
