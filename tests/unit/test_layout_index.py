@@ -114,6 +114,29 @@ def test_a_layout_made_for_a_pass_is_indexed_before_and_outside_of_its_exchanges
     streams.close()
 
 
+def test_a_change_on_the_stream_of_the_restore_does_not_count_as_waiting() -> None:
+    """The compute waits once, for the matrix."""
+    stream = make_comm_stream("parameters", CPU, overlaps=True)
+    waits = mock.Mock()
+    submit = stream.submit
+
+    def observed(*args: Any) -> Any:
+        pending = submit(*args)
+        pending.wait = waits  # type: ignore[method-assign]
+        return pending
+
+    with mock.patch.object(stream, "submit", observed):
+        restored = restored_experts(
+            index_of(0, 1, 2, 3), ExchangeStreams(one_rank(), stream, gradients=stream)
+        )
+        restored.start_restore()
+        restored.change(index_of(2, 1, 0, 3))
+        stream.close()
+        assert waits.call_count == 0
+        restored.matrix(0)
+    assert waits.call_count == 1
+
+
 def test_a_microbatch_holds_its_index_tensors_while_other_layouts_come_and_go() -> None:
     """An exchange that is submitted and not begun finds them, though nobody else has them."""
     streams = ExchangeStreams(

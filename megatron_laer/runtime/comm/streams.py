@@ -42,6 +42,14 @@ class Pending(Protocol):
         """
         ...
 
+    def result(self) -> torch.Tensor:
+        """Return the result to work submitted later to the same stream, which waits for nothing.
+
+        Raises:
+            BaseException: what the work raised.
+        """
+        ...
+
 
 class StreamTimes:
     """Measures when a communication stream works, and when the compute waits for it.
@@ -116,6 +124,9 @@ class _Done:
     def wait(self) -> torch.Tensor:
         return self._result
 
+    def result(self) -> torch.Tensor:
+        return self._result
+
 
 class InlineStream:
     """Does not overlap: work is done when `submit` returns."""
@@ -160,6 +171,9 @@ class _Promise:
             start = self._times.clock.now()
             self._is_there.wait()
             self._times.waited(start, self._label)
+        return self.result()
+
+    def result(self) -> torch.Tensor:
         if self._error is not None:
             raise self._error
         result: torch.Tensor = self._result
@@ -220,6 +234,9 @@ class _StreamResult:
             stream.wait_event(self._done)
             self._times.waited(start, self._label)
         self._result.record_stream(stream)
+        return self._result
+
+    def result(self) -> torch.Tensor:
         return self._result
 
 

@@ -330,5 +330,5 @@ class RestoredExperts:
         pending: Pending,
     ) -> torch.Tensor:
         """Update a matrix on the communication stream that `pending` runs on, hence after it."""
-        reuse = ReusableWeights(before, pending.wait())
+        reuse = ReusableWeights(before, pending.result())
         return self._streams.exchange.restore(slice_ErK, index, rows, reuse=reuse)
