@@ -12,14 +12,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megatron_laer.config import FSEPConfig
+from megatron_laer.version import __version__
 
 if TYPE_CHECKING:
     from megatron_laer.plugin import disable, enable, training_step
     from megatron_laer.session import get_fsep_group
 
-__version__ = "0.1.0"
-
-__all__ = ["FSEPConfig", "disable", "enable", "get_fsep_group", "training_step"]
+__all__ = ["FSEPConfig", "__version__", "disable", "enable", "get_fsep_group", "training_step"]
 
 _LAZY = {
     "enable": "megatron_laer.plugin",

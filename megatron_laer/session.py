@@ -110,8 +110,8 @@ class Session:
             chunks: of the model, asked for at the first step.
 
         Raises:
-            ValueError: at the first step, on every rank of the world: a recording that cannot be
-                replayed or written.
+            ValueError: at the first step, on every rank of the world: ranks of a group with other
+                settings, constants or versions, or a recording that cannot be replayed or written.
             RuntimeError: a plan of the step before that no backward pass used.
         """
         coordinator = self.coordinator

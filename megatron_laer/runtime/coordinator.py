@@ -20,7 +20,8 @@ from megatron_laer.arrays import Int64
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
-from megatron_laer.runtime.comm.collectives import exchange_counts
+from megatron_laer.runtime.comm import agreement
+from megatron_laer.runtime.comm.collectives import decision_digest, exchange_counts
 from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
@@ -84,6 +85,7 @@ class Coordinator:
         self.timeline: Timeline | None = None
         self._num_microbatches: int | None = None
         self._started = False
+        self._last_decision = 0
         self._unreported_steps = 0
         self._warned_without_steps = False
 
@@ -129,12 +131,13 @@ class Coordinator:
             self._warn_without_steps()
         restored = self.scheduler.enter(layer, training)
         layout = restored.index.layout
-        tag, tag_tensor = layer.tag(self.layouts.version, layout, self.device)
+        tag, tag_tensor = layer.tag(self.layouts.version, layout, self._last_decision, self.device)
         counts_NE = exchange_counts(
             routing_map_TE.sum(dim=0), tag, tag_tensor, self.groups, layer.name
         )
         start_s = time.perf_counter()
         decision = self.guard.decide(counts_NE, layout)
+        self._last_decision = decision_digest(decision.layout, solved=decision.solved)
         row_S = decision.quotas.rank_row(self.groups.rank)
         columns_NC = decision.quotas.rank_columns(self.groups.rank)
         decide_s = time.perf_counter() - start_s
@@ -153,10 +156,16 @@ class Coordinator:
     def start(self, first_step: int) -> str | None:
         """Open the timeline; on the planner rank also the planner, or the recordings.
 
+        Before that, the ranks compare what they decide by. Collective over the group.
+
         Returns:
             What went wrong, for the caller to raise on every rank of the world.
         """
         self._started = True
+        summary = agreement.summarise(self.config, self.geometry, self.guard.costs, self.seed)
+        problem = agreement.difference(summary, self.groups)
+        if problem is not None:
+            return problem
         if self.schedule.holds_step and self.groups.rank == 0:
             held = memory_held([layer.slices for layer in self.layers], self.geometry.capacity)
             logger.info("FSEP: %s", held)

@@ -64,10 +64,14 @@ class LayerState:
         return self.pending[0].restored if self.pending else None
 
     def tag(
-        self, version: int, layout: ExpertLayout, device: torch.device
+        self, version: int, layout: ExpertLayout, last_decision: int, device: torch.device
     ) -> tuple[LayoutTag, torch.Tensor]:
-        """Return the layout's tag; its tensor stays on the device as long as the tag holds."""
-        tag = LayoutTag(version, layout.digest)
+        """Return the tag of an exchange; its tensor stays on the device as long as the tag holds.
+
+        Args:
+            last_decision: the digest of this rank's decision before, in whichever layer.
+        """
+        tag = LayoutTag(version, layout.digest, last_decision)
         if self._tag is None or self._tag[0] != tag:
             self._tag = (tag, tag.tensor(device))
         return self._tag

@@ -22,27 +22,47 @@ from megatron_laer.runtime.comm.upload import upload
 
 
 class LayoutMismatchError(RuntimeError):
-    """Tells that ranks of an FSEP group hold different layouts for the same layer."""
+    """Tells that ranks of an FSEP group hold or chose different layouts for the same layer."""
 
 
 @dataclass(frozen=True)
 class LayoutTag:
-    """Identifies a layout in every exchange of counts, so that a rank with another one is found."""
+    """Identifies in every exchange of counts what all ranks must hold and have decided.
+
+    So a rank that holds another layout is found before anything is sent, and one that decided
+    otherwise is found at the exchange that follows. Nothing follows a run's last decision.
+
+    Attributes:
+        version: of the planned layouts.
+        digest: of this layer's planned layout.
+        last_decision: of this rank, in whichever layer: see `decision_digest`; 0 before the first.
+    """
 
     version: int
     digest: int
+    last_decision: int
 
     def tensor(self, device: torch.device) -> torch.Tensor:
-        """Upload the tag as int64 [2]."""
-        return upload(torch.tensor([self.version, self.digest], dtype=torch.int64), device)
+        """Upload the tag as int64 [3]."""
+        numbers = [self.version, self.digest, self.last_decision]
+        return upload(torch.tensor(numbers, dtype=torch.int64), device)
+
+
+def decision_digest(layout: ExpertLayout, *, solved: bool) -> int:
+    """Return the digest of a decision: the layout that was chosen, and in the lowest bit `solved`.
+
+    Args:
+        solved: whether a fresh layout was made, also if it was not taken.
+    """
+    return layout.digest & ~1 | solved
 
 
 def exchange_counts(
     counts_E: torch.Tensor, tag: LayoutTag, tag_tensor: torch.Tensor, groups: FSEPGroups, layer: str
 ) -> Int64:
-    """Gather every rank's tokens per expert, and check that all ranks hold the same layout.
+    """Gather every rank's tokens per expert, and check that all ranks have the same tag.
 
-    One All-gather of N·(E + 2) integers and one copy to the host, the layer's only synchronisation.
+    One All-gather of N·(E + 3) integers and one copy to the host, the layer's only synchronisation.
 
     Returns:
         counts_NE on the host.
@@ -54,33 +74,48 @@ def exchange_counts(
     gathered = payload.new_empty(groups.size * payload.numel())
     dist.all_gather_into_tensor(gathered, payload, group=groups.tokens)
     rows = gathered.view(groups.size, -1).cpu().numpy()
-    tags_N2 = rows[:, -2:]
-    if (tags_N2 != tags_N2[0]).any():
-        raise LayoutMismatchError(_describe_mismatch(tags_N2, groups, layer))
-    return rows[:, :-2]
+    tags_N3 = rows[:, -3:]
+    if (tags_N3 != tags_N3[0]).any():
+        raise LayoutMismatchError(_describe_mismatch(tags_N3, groups, layer))
+    return rows[:, :-3]
 
 
-def _describe_mismatch(tags_N2: Int64, groups: FSEPGroups, layer: str) -> str:
-    tags, counts = np.unique(tags_N2, axis=0, return_counts=True)
+def _describe_mismatch(tags_N3: Int64, groups: FSEPGroups, layer: str) -> str:
+    *layouts_differ, decisions_differ = (tags_N3 != tags_N3[0]).any(axis=0)
+    tags, counts = np.unique(tags_N3, axis=0, return_counts=True)
     is_tie = (counts == counts.max()).sum() > 1
     right = tags[counts.argmax()]
-    wrong = range(groups.size) if is_tie else np.flatnonzero((tags_N2 != right).any(axis=1))
+    wrong = range(groups.size) if is_tie else np.flatnonzero((tags_N3 != right).any(axis=1))
     names = ", ".join(
-        f"rank {groups.ranks[place]} (place {place} in the group) holds {_tag_text(tags_N2[place])}"
+        f"rank {groups.ranks[place]} (place {place} in the group) holds {_tag_text(tags_N3[place])}"
         for place in wrong
     )
     others = "which is right cannot be told" if is_tie else f"the others hold {_tag_text(right)}"
-    return (
-        f"FSEP {layer}: {names}; {others}. Experts would be restored "
-        "into the wrong slots, so every rank stops. Layouts change only at step boundaries, from "
-        "the group's rank 0: look for code that steps some ranks and not others, or for faulty "
-        "memory on the named rank."
+    return " ".join(
+        [
+            f"FSEP {layer}: {names}; {others}.",
+            *([_OTHER_LAYOUT] if any(layouts_differ) else []),
+            *([_OTHER_DECISION] if decisions_differ else []),
+        ]
     )
 
 
-def _tag_text(tag_2: Int64) -> str:
-    version, digest = tag_2.tolist()
-    return f"version {version}, digest {digest % 2**64:016x}"
+_OTHER_LAYOUT = (
+    "Experts would be restored into the wrong slots, so every rank stops. Layouts change only at "
+    "step boundaries, from the group's rank 0: look for code that steps some ranks and not others, "
+    "or for faulty memory on the named rank."
+)
+_OTHER_DECISION = (
+    "In the exchange before this one, ranks decided differently from the same counts, so experts "
+    "may have been restored into the wrong slots, and every rank stops. Look for ranks with "
+    "another NumPy, native core or cluster constants (compared before the first step), or for "
+    "faulty memory on the named rank."
+)
+
+
+def _tag_text(tag_3: Int64) -> str:
+    version, digest, decision = tag_3.tolist()
+    return f"version {version}, digest {digest % 2**64:016x}, last decision {decision % 2**64:016x}"
 
 
 def broadcast_layouts(

@@ -1,0 +1,104 @@
+"""Before the first step the ranks of an FSEP group compare what they decide by.
+
+After the gate every rank works out layouts and splits for itself from the same counts, so settings,
+hardware constants or code that differ would let ranks decide differently. What they then decide is
+compared in each exchange of counts (`collectives`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_laer.config import FSEPConfig, flag_name
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.native_core import native
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.version import __version__
+
+# Paths may differ from rank to rank: of a cluster its constants are compared, and the other files
+# are read and written by single ranks, so only whether layouts are replayed concerns the others.
+_PATHS = ("cluster", "record_layouts", "record_trace", "replay_layouts", "timeline")
+# Texts of a cluster; no decision depends on them.
+_TEXTS = ("name", "source", "assumed")
+# In one message: differing values, and ranks with the same value.
+_SHOWN = 8
+
+
+def summarise(
+    config: FSEPConfig, geometry: Geometry, costs: CostModel, seed: int
+) -> dict[str, str]:
+    """Return what a rank decides by, as texts by name; floats are written with all their digits."""
+    flags = {
+        flag_name(spec.name): str(getattr(config, spec.name))
+        for spec in dataclasses.fields(config)
+        if spec.name not in _PATHS
+    }
+    return {
+        **flags,
+        flag_name("replay_layouts"): "None" if config.replay_layouts is None else "given",
+        **dict(_texts(geometry)),
+        **dict(_texts(costs)),
+        "seed": str(seed),
+        "megatron_laer": __version__,
+        "native core": native.sources[:16],
+        "NumPy": np.__version__,
+    }
+
+
+def difference(summary: Mapping[str, str], groups: FSEPGroups) -> str | None:
+    """Gather the summaries of the FSEP group and say how they differ. Collective over the group.
+
+    Returns:
+        None where all are equal; else the same text on every rank of the group.
+    """
+    summaries: list[Mapping[str, str]] = [{}] * groups.size
+    dist.all_gather_object(summaries, summary, group=groups.tokens)
+    return describe_difference(summaries, groups.ranks)
+
+
+def describe_difference(summaries: Sequence[Mapping[str, str]], ranks: Sequence[int]) -> str | None:
+    """Name the values that differ and the ranks that have them; None where none differs."""
+    found = []
+    for name in dict.fromkeys(chain.from_iterable(summaries)):
+        values = [summary.get(name, "missing") for summary in summaries]
+        if len(set(values)) > 1:
+            found.append(f"{name} is {_by_value(values, ranks)}")
+    if not found:
+        return None
+    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return (
+        f"the ranks of its FSEP group differ: {'; '.join(found[:_SHOWN])}{more}. Every rank works "
+        "out layouts and splits for itself, so these would not fit together: give all ranks the "
+        "same flags, the same constants in the file of --fsep-cluster, and the same installation "
+        "of megatron_laer and NumPy"
+    )
+
+
+def _by_value(values: Sequence[str], ranks: Sequence[int]) -> str:
+    """Return "0.5 on rank 1 and 0.2 on ranks 0, 2, 3", the rarest value first."""
+    parts = []
+    for value, count in reversed(Counter(values).most_common()):
+        having = [str(rank) for rank, its in zip(ranks, values, strict=True) if its == value]
+        more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
+        noun = "rank" if count == 1 else "ranks"
+        parts.append(f"{value} on {noun} {', '.join(having[:_SHOWN])}{more}")
+    return " and ".join(parts)
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the numbers of nested dataclasses, as ("cluster.solve.base_s", "3.65e-05")."""
+    if not dataclasses.is_dataclass(value):
+        yield name, str(value)
+        return
+    for spec in dataclasses.fields(value):
+        if spec.name not in _TEXTS:
+            below = f"{name}.{spec.name}" if name else spec.name
+            yield from _texts(getattr(value, spec.name), below)

@@ -1,0 +1,5 @@
+"""The package's version is here, for files that may not import the whole package."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

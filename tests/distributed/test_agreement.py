@@ -1,0 +1,129 @@
+"""Ranks that would decide or decide otherwise than the others of their group are found and named.
+
+They run Megatron's own loop, whose ranks are given other files, versions or decisions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from megatron_laer.files.shipped import yaml_file
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.testing.ranks import Raised, RankPool
+from megatron_laer.testing.training import rank_of_environment, train
+from tests.faults.injected import current_step
+from tests.parity.flags import command_line
+
+FSEP = " --expert-parallel-mode fsep"
+OTHER_NUMPY = "0.0.other"
+
+
+def train_with_other_rank(
+    flags: list[str], rank: int, others: list[str], numpy_version: str | None
+) -> None:
+    """Train; one rank gets more flags than the others, or another version of NumPy."""
+    mine = rank_of_environment() == rank
+    with contextlib.ExitStack() as stack:
+        if mine and numpy_version is not None:
+            stack.enter_context(mock.patch.object(np, "__version__", numpy_version))
+        train([*flags, *others] if mine else flags)
+
+
+def refusals(
+    pool: RankPool, flags: list[str], rank: int, others: str = "", numpy: str | None = None
+) -> str:
+    """The one error that every rank of the world raises before its first step."""
+    raised = pool.run_raw(train_with_other_rank, flags, rank, others.split(), numpy)
+    assert all(isinstance(result, Raised) for result in raised)
+    assert {result.type_name for result in raised} == {"ValueError"}
+    (message,) = {result.message for result in raised}
+    return str(message)
+
+
+@pytest.mark.counts(fault_runs=1)
+def test_a_rank_with_another_solve_time_is_named_on_every_rank_of_the_world(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+) -> None:
+    shipped = yaml_file("cluster", "cpu-gloo").read_text()
+    other = tmp_path / "cluster.yaml"
+    other.write_text(shipped.replace("base_s: 3.65e-5", "base_s: 3.65e-4"))
+    assert other.read_text() != shipped
+    # Two groups of two ranks: the first has no rank that differs, and must not wait for the other.
+    flags = command_line(
+        text_data, experts=8, expert_parallel=2, global_batch=8, steps=2, extra=FSEP
+    )
+    message = refusals(ranks(4), flags, 3, f"--fsep-cluster {other}")
+    assert message.startswith("rank 2: the ranks of its FSEP group differ: cluster.solve.base_s ")
+    assert "0.000365 on rank 3" in message and "3.65e-05 on rank 2" in message
+
+
+@pytest.mark.counts(fault_runs=2)
+def test_a_rank_with_another_numpy_or_other_flags_is_named(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    flags = command_line(
+        text_data, experts=8, expert_parallel=2, global_batch=4, steps=2, extra=FSEP
+    )
+    message = refusals(ranks(2), flags, 1, numpy=OTHER_NUMPY)
+    assert f"NumPy is {OTHER_NUMPY} on rank 1 and {np.__version__} on rank 0." in message
+    message = refusals(ranks(2), flags, 0, "--fsep-plan-lag 3")
+    assert "--fsep-plan-lag is " in message and "3 on rank 0" in message
+
+
+def train_with_other_decision(flags: list[str], rank: int, step: int) -> None:
+    """Train; one rank's first decision of a step swaps experts between two slots of rank 0.
+
+    Sizes stay the same, so that the exchanges before the next one of counts come to their ends.
+    """
+    from megatron_laer.planner.guard import Decision, Guard
+
+    decide, decided = Guard.decide, 0
+
+    def decide_otherwise(self: Any, *args: Any) -> Decision:
+        nonlocal decided
+        decision = decide(self, *args)
+        if rank_of_environment() != rank or current_step() != step:
+            return decision
+        decided += 1
+        if decided > 1:
+            return decision
+        layout = decision.layout
+        slots = layout.to_list()
+        slots[: layout.capacity] = slots[: layout.capacity][::-1]
+        swapped = ExpertLayout.from_slots(
+            layout.num_ranks, layout.capacity, layout.num_experts, slots
+        )
+        assert swapped != layout
+        return replace(decision, layout=swapped)
+
+    with mock.patch.object(Guard, "decide", decide_otherwise):
+        train(flags)
+
+
+@pytest.mark.counts(fault_runs=1)
+def test_a_rank_that_decides_otherwise_is_named_at_the_next_exchange(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    flags = command_line(
+        text_data,
+        experts=8,
+        expert_parallel=4,
+        global_batch=8,
+        steps=4,
+        extra=FSEP + " --fsep-plan-mode exact",
+    )
+    raised = ranks(4).run_raw(train_with_other_decision, flags, 2, 2)
+    assert {result.type_name for result in raised} == {"LayoutMismatchError"}
+    (message,) = {result.message for result in raised}
+    # The other decision was on layer 1.
+    assert message.startswith("FSEP layer 2: rank 2 (place 2 in the group) holds version 0, ")
+    assert "ranks decided differently from the same counts" in message
+    assert "step boundaries" not in message, "the planned layouts are the same"

@@ -1,0 +1,167 @@
+"""Ranks launch the same on every communicator, and in orders that no device could hang on.
+
+Megatron's own loop runs; what is recorded are its communicators and FSEP's, from the making of the
+process groups to the end of training. See `tests/launch_order.py` for what is checked and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
+from tests.launch_order import Launch, problems, recorded
+from tests.parity.flags import command_line
+
+PIPELINE = " --pipeline-model-parallel-size 2 --num-layers 4"
+VIRTUAL = PIPELINE + " --num-layers-per-virtual-pipeline-stage 1"
+FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+SELECTIVE = " --recompute-granularity selective --recompute-modules moe"
+OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+EXACT = " --fsep-plan-mode exact"
+ADAPTIVE = " --fsep-imbalance-tolerance 0.02 --fsep-late-plan wait"
+NODES = " --fsep-node-size 2 --fsep-restore-algorithm node"
+
+# Size of an FSEP group, and flags. Of 8 ranks, 4 are in each pipeline stage.
+CASES = {
+    "virtual pipeline, recompute, fresh layouts in four groups": (
+        2,
+        VIRTUAL + FULL + OVERLAP + EXACT,
+    ),
+    "pipeline, recompute of the experts, by nodes": (4, PIPELINE + SELECTIVE + NODES + ADAPTIVE),
+}
+
+
+def launches_of(flags: list[str]) -> tuple[list[Launch], list[tuple[int, int]]]:
+    """What this rank launched in a run, and (FSEP group, digest) of the fresh layouts it made."""
+    from megatron_laer.runtime.coordinator import Coordinator
+
+    launches: list[Launch] = []
+    fresh: list[tuple[int, int]] = []
+    note = Coordinator._note
+
+    def noted(self: Any, layer: Any, counts_NE: Any, decision: Any, decide_s: float) -> None:
+        if decision.replanned:
+            fresh.append((self.groups.index, decision.layout.digest))
+        note(self, layer, counts_NE, decision, decide_s)
+
+    with recorded(launches), mock.patch.object(Coordinator, "_note", noted):
+        train(flags)
+    return launches, fresh
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_launch_in_orders_that_agree(
+    ranks: Callable[[int], RankPool], text_data: str, case: str
+) -> None:
+    group, extra = CASES[case]
+    flags = command_line(
+        text_data,
+        experts=8,
+        expert_parallel=group,
+        global_batch=8,
+        steps=2,
+        extra=" --micro-batch-size 1 --expert-parallel-mode fsep" + extra,
+    )
+    launches, fresh = map(list, zip(*ranks(8).run(launches_of, flags), strict=True))
+    assert problems(launches) == []
+
+    found = {launch.description for of_rank in launches for launch in of_rank}
+    expected = {"FSEP_PARAMETERS", "FSEP_GRADIENTS"}
+    if NODES in extra:
+        expected = {f"{name}_{of}_NODE" for name in expected for of in ("INTRA", "INTER")}
+    assert expected <= found
+    layouts = [{digest for _, digest in of_rank} for of_rank in fresh]
+    assert all(layouts)
+    if group == 2:  # ranks 0 and 1 are a group, and so are 2 and 3; both are in the first stage
+        assert layouts[0] == layouts[1] != layouts[2] == layouts[3]
+    print(f"\n{case}: {sum(map(len, launches))} launches, {len(found)} kinds of communicators")
+    some_launches_swapped_are_found(launches, found & expected)
+
+
+def some_launches_swapped_are_found(launches: list[list[Launch]], of_fsep: set[str]) -> None:
+    """Swap, on one rank, launches that follow each other; each time the check must tell."""
+    mine, swaps = launches[0], {"one communicator": 0, "two communicators": 0}
+    for number, (first, second) in enumerate(pairwise(mine)):
+        if not {first.description, second.description} & of_fsep:
+            continue
+        if first.group == second.group and first.sizes != second.sizes:
+            kind = "one communicator"
+        elif first.group != second.group and first.members == second.members:
+            kind = "two communicators"
+        else:
+            continue
+        if swaps[kind] == 3:
+            continue
+        swaps[kind] += 1
+        swapped = [*mine]
+        swapped[number] = replace(second, batch=first.batch)
+        swapped[number + 1] = replace(first, batch=second.batch)
+        (problem,) = problems([swapped, *launches[1:]])[:1]
+        assert problem.startswith("collective" if kind == "one communicator" else "a circle")
+    assert swaps["two communicators"] > 0
+
+
+# The check itself, on orders made by hand.
+
+
+def launch(group: str, members: tuple[int, ...], batch: int, **changes: Any) -> Launch:
+    """A launch on a communicator of that name."""
+    made = Launch(group, group, members, "allreduce", (1,), None, batch)
+    return replace(made, **changes)
+
+
+def test_orders_that_cross_are_a_circle_and_those_that_agree_are_none() -> None:
+    pair = (0, 1)
+    one = [launch("a", pair, 0), launch("b", pair, 1)]
+    other = [launch("b", pair, 0), launch("a", pair, 1)]
+    assert problems([one, one]) == []
+    assert problems([one, other]) == ["a circle of 2 launches: a allreduce → b allreduce"]
+
+
+def test_a_circle_through_three_ranks_is_found() -> None:
+    a, b, c = (0, 1), (1, 2), (0, 2)
+    orders = [
+        [launch("c", c, 0), launch("a", a, 1)],
+        [launch("a", a, 0), launch("b", b, 1)],
+        [launch("b", b, 0), launch("c", c, 1)],
+    ]
+    (problem,) = problems(orders)
+    assert problem.startswith("a circle of 3 launches")
+    assert problems([orders[0][::-1], *orders[1:]]) == []
+
+
+def test_operations_and_sizes_that_do_not_fit_are_found() -> None:
+    pair = (0, 1)
+    sizes = [((1, 2), (1, 3)), ((3, 4), (2, 4))]  # received from each, sent to each
+    exchange = [
+        [launch("a", pair, 0, operation="all_to_all_single", sizes=of_rank)] for of_rank in sizes
+    ]
+    assert problems(exchange) == []
+    assert "sent" in problems([exchange[0], exchange[0]])[0]
+    assert "sizes" in problems([[launch("a", pair, 0)], [launch("a", pair, 0, sizes=(2,))]])[0]
+    assert "operations" in problems([[launch("a", pair, 0)], exchange[0]])[0]
+    assert "not launched by ranks [1]" in problems([[launch("a", pair, 0)], []])[0]
+
+
+def test_messages_meet_in_order_and_a_batch_is_launched_at_once() -> None:
+    pair = (0, 1)
+
+    def send(to: int, batch: int) -> Launch:
+        return launch("p", pair, batch, operation="send", peer=to)
+
+    def receive(source: int, batch: int) -> Launch:
+        return launch("p", pair, batch, operation="recv", peer=source)
+
+    assert problems([[send(1, 0), receive(1, 0)], [send(0, 0), receive(0, 0)]]) == []
+    assert problems([[send(1, 0), receive(1, 1)], [receive(0, 0), send(0, 1)]]) == []
+    (problem,) = problems([[send(1, 0), receive(1, 1)], [send(0, 0), receive(0, 1)]])
+    assert problem.startswith("a circle of 2 launches")
+    (problem,) = problems([[send(1, 0)], []])
+    assert problem == "messages on p from 0 to 1: 1 sent, 0 received"

@@ -1,0 +1,255 @@
+"""What each rank launches on which communicator is recorded, and the orders are checked.
+
+On CUDA a communication stream launches its collectives while work is submitted to it, so the
+order in which they are launched is the program's own. On the CPU a thread would run them at another
+time; here streams do the work at once, at the same places in the program.
+
+A set of ranks cannot hang, even if a device ran one launch after the other, if
+- the k-th collective of a communicator is the same one on all of its members, sizes included, and
+  the k-th message from one rank to another is received as the k-th one;
+- program orders agree: no chain of launches, each before the next on some rank, ends where it
+  began. A collective on several ranks, like a message sent and received, is one link of a chain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+Sizes = tuple[Any, ...]
+
+# Every way in which Python asks a process group to communicate, under the names of all versions of
+# torch; an exchange of what has splits has the arguments of `all_to_all_single`.
+_WITH_SPLITS = ("all_to_all_single", "alltoall_base")
+_WITH_ROOT = ("gather", "gather_single", "scatter")  # lists of tensors on the root only
+_POINT_TO_POINT = ("send", "recv")
+_OTHERS = """
+    allreduce allreduce_coalesced reduce broadcast barrier
+    allgather _allgather_base all_gather_single allgather_coalesced all_gather_single_coalesced
+    allgather_into_tensor_coalesced
+    reduce_scatter _reduce_scatter_base reduce_scatter_single reduce_scatter_single_coalesced
+    reduce_scatter_tensor_coalesced alltoall recv_anysource
+""".split()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One operation that a rank launched.
+
+    Attributes:
+        group: the communicator's name, the same on all of its members.
+        description: the communicator's, as Megatron and FSEP name it.
+        members: its ranks in the world.
+        sizes: of what is exchanged; equal on all members, but for exchanges with splits: there
+            what this rank receives from each member, and what it sends to each.
+        peer: the other rank of a message; None of a collective.
+        batch: operations of one batch are launched at once and have the same number.
+    """
+
+    group: str
+    description: str
+    members: tuple[int, ...]
+    operation: str
+    sizes: Sizes
+    peer: int | None
+    batch: int
+
+
+# Recording.
+
+
+@contextlib.contextmanager
+def recorded(launches: list[Launch]) -> Iterator[None]:
+    """Append all that this rank launches, in program order."""
+    from megatron_laer.runtime import build
+
+    make_comm_stream, batch_isend_irecv = build.make_comm_stream, dist.batch_isend_irecv
+    batches, is_batch = 0, False
+
+    def record(name: str, group: dist.ProcessGroup, args: tuple[Any, ...]) -> None:
+        nonlocal batches
+        members = tuple(dist.get_process_group_ranks(group))
+        peer = members[args[1]] if name in _POINT_TO_POINT else None
+        sizes = _sizes(name, len(members), args)
+        launch = Launch(group.group_name, group.group_desc, members, name, sizes, peer, batches)
+        launches.append(launch)
+        batches += not is_batch
+
+    def recording(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def launch(self: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+            record(name, self, (*args, *kwargs.values()))
+            return operation(self, *args, **kwargs)
+
+        return launch
+
+    def batch(operations: list[Any]) -> Any:
+        nonlocal batches, is_batch
+        is_batch = True
+        try:
+            return batch_isend_irecv(operations)
+        finally:
+            batches, is_batch = batches + 1, False
+
+    def at_once(name: str, device: torch.device, *, overlaps: bool) -> Any:
+        return make_comm_stream(name, device, overlaps=False)
+
+    with contextlib.ExitStack() as stack:
+        for name in (*_WITH_SPLITS, *_WITH_ROOT, *_POINT_TO_POINT, *_OTHERS):
+            operation = getattr(dist.ProcessGroup, name, None)
+            if operation is not None:
+                patch = mock.patch.object(dist.ProcessGroup, name, recording(name, operation))
+                stack.enter_context(patch)
+        stack.enter_context(mock.patch.object(dist, "batch_isend_irecv", batch))
+        stack.enter_context(mock.patch.object(build, "make_comm_stream", at_once))
+        yield
+
+
+def _sizes(name: str, num_members: int, args: tuple[Any, ...]) -> Sizes:
+    if name in _WITH_SPLITS:
+        received, sent, *splits = args[:4]
+        return tuple(
+            tuple(_elements(tensor, sizes, num_members))
+            for tensor, sizes in zip((received, sent), splits, strict=True)
+        )
+    root = getattr(args[-1], "rootRank", None) if args else None
+    if name in _WITH_ROOT:
+        return (root,)
+    return (root, *((tensor.numel(), str(tensor.dtype)) for tensor in _tensors(args)))
+
+
+def _elements(tensor: torch.Tensor, splits: Sequence[int], num_members: int) -> list[int]:
+    """Elements for each member; no splits are equal ones."""
+    if not splits:
+        return [tensor.numel() // num_members] * num_members
+    row = tensor.numel() // max(1, tensor.shape[0])
+    return [size * row for size in splits]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+# Checking.
+
+Place = tuple[int, int]  # rank, and number of the launch on it
+
+
+def problems(launches: Sequence[Sequence[Launch]]) -> list[str]:
+    """What could hang, given every rank's launches; the first problem is the earliest."""
+    found, pairs = _unequal(launches)
+    return found or _cycle(launches, pairs)
+
+
+def _unequal(launches: Sequence[Sequence[Launch]]) -> tuple[list[str], list[list[Place]]]:
+    """Operations that do not meet their like, and the places of those that do."""
+    collectives: dict[str, dict[int, list[Place]]] = defaultdict(lambda: defaultdict(list))
+    messages: dict[tuple[str, int, int], dict[str, list[Place]]] = defaultdict(
+        lambda: {"send": [], "recv": []}
+    )
+    for rank, of_rank in enumerate(launches):
+        for number, launch in enumerate(of_rank):
+            if launch.peer is None:
+                collectives[launch.group][rank].append((rank, number))
+            else:
+                ends = (rank, launch.peer) if launch.operation == "send" else (launch.peer, rank)
+                messages[(launch.group, *ends)][launch.operation].append((rank, number))
+
+    def at(place: Place) -> Launch:
+        return launches[place[0]][place[1]]
+
+    found, same = [], []
+    for by_rank in collectives.values():
+        members = at(next(iter(by_rank.values()))[0]).members
+        lengths = {rank: len(by_rank[rank]) for rank in members}
+        for k in range(max(lengths.values())):
+            places = [by_rank[rank][k] for rank in members if k < lengths[rank]]
+            wrong = _misfit([at(place) for place in places])
+            if wrong or len(places) < len(members):
+                missing = [rank for rank in members if k >= lengths[rank]]
+                text = f"{k}: {wrong or f'not launched by ranks {missing}'}"
+                found.append(f"collective {at(places[0]).description} {text}")
+                break
+            same.append(places)
+    for (group, source, target), ends in messages.items():
+        pairs = list(zip(ends["send"], ends["recv"], strict=False))
+        name = f"messages on {group} from {source} to {target}"
+        if len(ends["send"]) != len(ends["recv"]):
+            found.append(f"{name}: {len(ends['send'])} sent, {len(ends['recv'])} received")
+        for k, pair in enumerate(pairs):
+            sent, received = (at(place).sizes for place in pair)
+            if sent != received:
+                found.append(f"{name}, {k}: {sent} sent, {received} received")
+                break
+        same += [list(pair) for pair in pairs]
+    return found, same
+
+
+def _misfit(launches: Sequence[Launch]) -> str | None:
+    """Say why these launches, one of each member, are not the same collective."""
+    operations = [launch.operation for launch in launches]
+    if len(set(operations)) > 1:
+        return f"operations {operations}"
+    sizes = [launch.sizes for launch in launches]
+    if operations[0] in _WITH_SPLITS:
+        sent = [[of_rank[1][target] for of_rank in sizes] for target in range(len(sizes))]
+        received = [list(of_rank[0]) for of_rank in sizes]
+        return None if sent == received else f"{operations[0]}: {sent} sent, {received} received"
+    return None if len(set(sizes)) == 1 else f"{operations[0]}: sizes {sizes}"
+
+
+def _cycle(launches: Sequence[Sequence[Launch]], same: Iterable[list[Place]]) -> list[str]:
+    """A chain of launches that ends where it began, if there is one."""
+    event_of: dict[Place, Place] = {
+        (rank, number): (rank, number)
+        for rank, of_rank in enumerate(launches)
+        for number in range(len(of_rank))
+    }
+    for places in same:
+        for place in places:
+            event_of[place] = places[0]
+
+    after: dict[Place, set[Place]] = {event: set() for event in event_of.values()}
+    for rank, of_rank in enumerate(launches):
+        batches: dict[int, list[Place]] = defaultdict(list)
+        for number, launch in enumerate(of_rank):
+            batches[launch.batch].append(event_of[rank, number])
+        for earlier, later in pairwise(batches.values()):
+            for event in earlier:
+                after[event].update(later)
+
+    waiting = dict.fromkeys(after, 0)
+    for event in after:
+        for later_event in after[event]:
+            waiting[later_event] += 1
+    ready = [event for event, count in waiting.items() if count == 0]
+    while ready:
+        event = ready.pop()
+        del waiting[event]
+        for later_event in after[event]:
+            waiting[later_event] -= 1
+            if waiting[later_event] == 0:
+                ready.append(later_event)
+    if not waiting:
+        return []
+    # Each of these comes after another of them.
+    before = {later: event for event in waiting for later in after[event] if later in waiting}
+    chain, place = [], next(iter(waiting))
+    while place not in chain:
+        chain.append(place)
+        place = before[place]
+    chain = chain[chain.index(place) :][::-1]
+    names = [launches[rank][number] for rank, number in chain[:8]]
+    text = " → ".join(f"{name.description} {name.operation}" for name in names)
+    return [f"a circle of {len(chain)} launches: {text}"]

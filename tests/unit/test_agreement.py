@@ -1,0 +1,76 @@
+"""What ranks compare before the first step, and how a difference reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from megatron_laer.config import FSEPConfig
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.runtime.comm.agreement import describe_difference, summarise
+from megatron_laer.runtime.comm.collectives import decision_digest
+from tests.unit.plan_cases import COSTS
+
+SUMMARY = summarise(FSEPConfig(), Geometry(4, 8, 3, 2), COSTS, seed=1)
+
+
+def test_what_decides_is_compared_and_where_files_lie_is_not() -> None:
+    cluster = replace(COSTS.cluster, name="a copy", source="a copy", assumed="nothing")
+    config = FSEPConfig(
+        cluster="/there/copy.yaml", record_layouts="a", record_trace="b", timeline="c"
+    )
+    same = summarise(config, Geometry(4, 8, 3, 2), replace(COSTS, cluster=cluster), seed=1)
+    assert same == SUMMARY
+    assert describe_difference([SUMMARY, same], [0, 1]) is None
+
+
+def test_the_last_digit_of_a_constant_is_a_difference() -> None:
+    solve = COSTS.cluster.solve
+    solve = replace(solve, base_s=float(np.nextafter(solve.base_s, 1.0)))
+    costs = replace(COSTS, cluster=replace(COSTS.cluster, solve=solve))
+    other = summarise(FSEPConfig(), Geometry(4, 8, 3, 2), costs, seed=1)
+    text = describe_difference([SUMMARY, SUMMARY, other, SUMMARY], [4, 5, 6, 7])
+    assert text is not None
+    assert f"cluster.solve.base_s is {solve.base_s!r} on rank 6" in text
+    assert f"{COSTS.cluster.solve.base_s!r} on ranks 4, 5, 7" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("--fsep-plan-lag", FSEPConfig(plan_lag=2)),
+        ("--fsep-split", FSEPConfig(split="even")),  # type: ignore[arg-type]
+        ("--fsep-replay-layouts", FSEPConfig(replay_layouts="there")),
+    ],
+)
+def test_other_flags_are_named(name: str, other: FSEPConfig) -> None:
+    summary = summarise(other, Geometry(4, 8, 3, 2), COSTS, seed=1)
+    text = describe_difference([SUMMARY, summary], [0, 1])
+    assert text is not None and f"differ: {name} is " in text
+
+
+def test_other_versions_are_named() -> None:
+    with mock.patch.object(np, "__version__", "1.0.other"):
+        other = summarise(FSEPConfig(), Geometry(4, 8, 3, 2), COSTS, seed=1)
+    text = describe_difference([SUMMARY, other], [0, 1])
+    assert text is not None and "NumPy is 1.0.other on rank 1 and " in text
+
+
+def test_many_differences_and_ranks_are_cut_short() -> None:
+    summaries = [{f"key {key}": str(rank % 2) for key in range(20)} for rank in range(40)]
+    text = describe_difference(summaries, range(40))
+    assert text is not None
+    assert "; and 12 more. " in text and "15 and 12 more" in text and len(text) < 1500
+
+
+def test_a_decision_is_told_from_others() -> None:
+    layouts = [ExpertLayout.random(4, 3, 8, (draw,)) for draw in range(50)]
+    digests = {
+        decision_digest(layout, solved=solved) for layout in layouts for solved in (False, True)
+    }
+    assert len(digests) == 2 * len(set(layouts)) and 0 not in digests
+    assert all(-(2**63) <= digest < 2**63 for digest in digests)
