@@ -12,11 +12,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_laer.config import GemmBackEnd
+
+if TYPE_CHECKING:  # in this package, `torch` is the back end of that name
+    import torch
 
 
 class SlotGemm(Protocol):
