@@ -86,6 +86,16 @@ class RestoreAlgorithm(Choice):
     AUTO = "auto"
 
 
+class GemmBackEnd(Choice):
+    """Names what multiplies the tokens of slots (`experts/gemm`), or `auto` for what is proved."""
+
+    AUTO = "auto"
+    LOOP = "loop"
+    STREAMS = "streams"
+    TE = "te"
+    TORCH = "torch"
+
+
 class WireDtype(Choice):
     """Says in which dtype gradients cross nodes."""
 
@@ -248,6 +258,15 @@ class FSEPConfig:
             "of gradients between nodes under --fsep-restore-algorithm node; default that of the "
             "weights",
             type=WireDtype,
+        ),
+    )
+    gemm: GemmBackEnd = field(
+        default=GemmBackEnd.AUTO,
+        metadata=_option(
+            "what multiplies the tokens of slots: loop (one torch.mm per slot), streams (the same "
+            "on CUDA streams side by side), te (Transformer Engine's grouped GEMM), torch "
+            "(torch's grouped_mm), or auto (loop, until another one is measured on the card)",
+            type=GemmBackEnd,
         ),
     )
     cluster: str | None = field(

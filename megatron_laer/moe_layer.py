@@ -86,6 +86,7 @@ class FSEPMoELayer(MoELayer):
                 groups=groups,
                 pg_collection=pg_collection,
                 device=coordinator.device,
+                gemm=current.config.gemm,
                 activation_builder=_activation_builder(submodules),
             )
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
-from megatron_laer.experts.gemm import slot_gemm
+from megatron_laer.experts.gemm import SlotGemm
 from megatron_laer.experts.slot_linear import SlotLinear
 
 # Slots without tokens at both ends and between, one token, and more than a tile.
 TOKENS_C = [0, 300, 0, 7, 1, 129, 0]
+SPLITS = {"some": TOKENS_C, "none": [0, 0, 0], "one slot": [5], "all in one": [0, 0, 64, 0]}
 ROWS, COLUMNS = 64, 32
 
 
@@ -29,8 +31,20 @@ class FixedWeights:
         return torch.full_like(self._weight_CRK, float("nan"))
 
 
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill new memory with NaN, which shows what a back end has left as it was."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+
+
 def check_back_end(
-    name: str, dtype: torch.dtype, device: torch.device, tokens_C: Sequence[int] = TOKENS_C
+    gemm: SlotGemm, dtype: torch.dtype, device: torch.device, tokens_C: Sequence[int] = TOKENS_C
 ) -> None:
     """Compare output and gradients of `SlotLinear` on this back end with the reference."""
     generator = torch.Generator(device).manual_seed(0)
@@ -39,15 +53,16 @@ def check_back_end(
     input_TK = torch.randn(sum(tokens_C), COLUMNS, **options).requires_grad_()
     grad_TR = torch.randn(sum(tokens_C), ROWS, **options)
 
-    linear = SlotLinear(COLUMNS, ROWS, position=0, init_method=None, gemm=slot_gemm(name))
+    linear = SlotLinear(COLUMNS, ROWS, position=0, init_method=None, gemm=gemm)
     linear.bind(weight_CRK, FixedWeights(weight_CRK.detach()), list(tokens_C))
-    output_TR, bias = linear(input_TK)
-    found = torch.autograd.grad(output_TR, (input_TK, weight_CRK), grad_TR)
+    with poisoned_memory():
+        output_TR, bias = linear(input_TK)
+        found = torch.autograd.grad(output_TR, (input_TK, weight_CRK), grad_TR)
 
     expected_TR = torch.cat(
         [
             torch.nn.functional.linear(input_TK[start:end], weight_CRK[slot])
-            for slot, (start, end) in enumerate(pairwise(accumulate(tokens_C, initial=0)))
+            for slot, (start, end) in enumerate(_spans(tokens_C))
         ]
     )
     expected = torch.autograd.grad(expected_TR, (input_TK, weight_CRK), grad_TR)
@@ -55,3 +70,41 @@ def check_back_end(
     torch.testing.assert_close(output_TR, expected_TR)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def check_weight_grad(
+    gemm: SlotGemm,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    device: torch.device,
+    tokens_C: Sequence[int] = TOKENS_C,
+) -> None:
+    """Compare weight gradients, written and then added, with products in float64.
+
+    The output gradients have no memory of their own for every element, as a sum's have none.
+    """
+    generator = torch.Generator(device).manual_seed(1)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
+    input_TK = torch.randn(sum(tokens_C), COLUMNS, **options)
+    grad_TR = torch.randn(1, ROWS, **options).expand(sum(tokens_C), ROWS)
+    expected_CRK = torch.stack(
+        [
+            grad_TR[start:end].double().t() @ input_TK[start:end].double()
+            for start, end in _spans(tokens_C)
+        ]
+    )
+    shape = (len(tokens_C), ROWS, COLUMNS)
+    out_CRK = torch.full(shape, float("nan"), dtype=out_dtype, device=device)
+    # In float32 nothing is rounded to bfloat16 on the way: then only the sum's order differs.
+    bound = 2e-5 if out_dtype == torch.float32 else 2e-2
+    with poisoned_memory():
+        for times in (1, 2):
+            gemm.weight_grad(grad_TR, input_TK, tokens_C, out_CRK, accumulate=times > 1)
+            torch.testing.assert_close(
+                out_CRK.double(), times * expected_CRK, rtol=bound, atol=10 * bound
+            )
+    assert not out_CRK[[slot for slot, tokens in enumerate(tokens_C) if not tokens]].any()
+
+
+def _spans(tokens_C: Sequence[int]) -> Iterator[tuple[int, int]]:
+    return pairwise(accumulate(tokens_C, initial=0))

@@ -17,7 +17,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
-from megatron_laer.experts.gemm import SlotGemm, slot_gemm
+from megatron_laer.experts.gemm import SlotGemm, check_gemm, slot_gemm
 from megatron_laer.experts.main_grads import MegatronMainGrads
 from megatron_laer.experts.slices import SliceSpec, initialise, sharded_slice
 from megatron_laer.experts.slot_linear import SlotLinear
@@ -36,7 +36,11 @@ class FSEPExperts(MegatronModule):
 
     Args:
         config: Megatron's config, with the true number of experts.
+        gemm: the name of the back end that multiplies.
         activation_builder: Transformer Engine's activation from the module spec, or None.
+
+    Raises:
+        ValueError: the back end cannot multiply matrices of this size or dtype on this device.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class FSEPExperts(MegatronModule):
         groups: FSEPGroups,
         pg_collection: Any,
         device: torch.device,
+        gemm: str,
         activation_builder: Any = None,
     ) -> None:
         # Like Megatron's SequentialMLP: MLP reads the FFN width of an expert from ffn_hidden_size.
@@ -55,12 +60,12 @@ class FSEPExperts(MegatronModule):
         self._rank, self._num_ranks = groups.rank, groups.size
         self._expert_dp_group = pg_collection.expt_dp
         self._layer_name: str | None = None
-        gemm = slot_gemm("loop")
+        back_end = slot_gemm(gemm)
         self.mlp = MLP(
             config,
             MLPSubmodules(
-                linear_fc1=_slot_linear_builder(0, gemm),
-                linear_fc2=_slot_linear_builder(1, gemm),
+                linear_fc1=_slot_linear_builder(0, back_end),
+                linear_fc2=_slot_linear_builder(1, back_end),
                 activation_func=activation_builder,
             ),
             is_expert=True,
@@ -82,6 +87,8 @@ class FSEPExperts(MegatronModule):
                 ("linear_fc2", self.mlp.linear_fc2),
             )
         )
+        sizes = [size for spec in self._specs for size in (spec.rows, spec.columns)]
+        check_gemm(gemm, device, config.params_dtype, sizes)
         device = torch.device("cpu") if config.use_cpu_initialization else device
         for spec in self._specs:
             self.register_parameter(

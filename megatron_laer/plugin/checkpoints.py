@@ -7,6 +7,7 @@ tracker file names it; that is written after `save` has returned, also under asy
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_laer import session
 from megatron_laer.plugin.patching import Patch
 from megatron_laer.releases import CHECKPOINT_STORAGE
+
+logger = logging.getLogger(__name__)
 
 
 def _storage() -> Any:
@@ -57,6 +60,21 @@ def _mark_buffers(sharded_state_dict: Any, group_size: int) -> bool:
     return bool(buffers)
 
 
+def _report_gemm(before: str | None, now: str) -> None:
+    """Say that a resumed run multiplies by another back end than the run that was saved.
+
+    Args:
+        before: None in a checkpoint of stock, or of a version that had no choice.
+    """
+    if before not in (None, now) and int(os.environ.get("RANK", "0")) == 0:
+        logger.warning(
+            "FSEP: the checkpoint is of a run with --fsep-gemm %s, and this one has --fsep-gemm "
+            "%s: from here on, numbers may differ from that run's by rounding",
+            before,
+            now,
+        )
+
+
 def _with_planner_saved(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,6 +109,8 @@ def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
                     "with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
                 ) from error
             raise
+        if current is not None and isinstance(loaded, dict):
+            _report_gemm(getattr(loaded.get("args"), "fsep_gemm", None), current.config.gemm)
         if current is not None and current.config.makes_plans and current.coordinator is not None:
             current.coordinator.resume_planner(str(checkpoint_dir), _storage())
         return loaded

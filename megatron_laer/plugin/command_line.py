@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_laer import flags
 from megatron_laer.config import ExpertParallelMode, FSEPConfig, LatePlan, deterministic
+from megatron_laer.experts.gemm import check_gemm, gemm_in_force
 from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.platform import cpu
 from megatron_laer.platform.versions import check_version
@@ -109,6 +112,9 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
                 config, filled = _checked(args, config, rest[0] if rest else kwargs.get("defaults"))
         if config is None:
             return original(args, *rest, **kwargs)
+        # A plain word that Megatron lists with its arguments and keeps in checkpoints, where `auto`
+        # would not say what computed.
+        args.fsep_gemm = gemm_in_force(config.gemm).value
         # Megatron demands that experts divide over ranks, which slots do not need. It reads the
         # number for nothing else before the model is built.
         experts, ranks = args.num_experts, args.expert_model_parallel_size
@@ -126,6 +132,9 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
             for warning in arguments.warnings(args, config, os.environ, on_cuda=on_cuda):
                 logger.warning("FSEP: %s", warning)
         with _refusing():
+            # By now Megatron has derived the dtype.
+            device = torch.device("cpu" if cpu.installed() else "cuda")
+            check_gemm(args.fsep_gemm, device, args.params_dtype)
             enable(config, seed=args.seed)
         install_metrics(args)
         return result

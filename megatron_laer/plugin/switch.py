@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 
@@ -9,6 +10,7 @@ import torch
 
 from megatron_laer import session
 from megatron_laer.config import FSEPConfig
+from megatron_laer.experts.gemm import gemm_in_force
 from megatron_laer.planner.strategies import check_planner
 from megatron_laer.platform import cpu
 from megatron_laer.platform.versions import check_version
@@ -44,7 +46,8 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
         ValueError: a torch that is too old for a GPU; an unknown planner; a file or folder that
             cannot be used; a node size that does not divide the group, on every rank.
     """
-    wanted = Session(config or FSEPConfig(), seed)
+    asked = config or FSEPConfig()
+    wanted = Session(dataclasses.replace(asked, gemm=gemm_in_force(asked.gemm)), seed)
     current = session.current()
     if current is not None and (current.config, current.seed) == (wanted.config, wanted.seed):
         return
@@ -59,8 +62,10 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     session.replace(wanted)
     fresh = [patch for patch in FSEP_PATCHES if apply(patch)]
     repoint_hybrid_specs()
-    if fresh and int(os.environ.get("RANK", "0")) == 0:
-        logger.info("FSEP is on:\n%s", patch_table())
+    if int(os.environ.get("RANK", "0")) == 0:
+        if fresh:
+            logger.info("FSEP is on:\n%s", patch_table())
+        logger.info("FSEP: experts compute with --fsep-gemm %s", wanted.config.gemm)
 
     from megatron.core import parallel_state
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
-from megatron_laer.experts.gemm import gemm_names
+from megatron_laer.experts.gemm import gemm_names, slot_gemm
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import solve_quotas
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.reduce_index import reduce_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
-from tests.slot_gemm import check_back_end
+from tests.slot_gemm import COLUMNS, ROWS, SPLITS, check_back_end, check_weight_grad
 
 DEVICE = torch.device("cuda")
 
@@ -24,7 +24,13 @@ DEVICE = torch.device("cuda")
 @pytest.mark.parametrize("name", gemm_names())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slot_gemms_equal_a_linear_layer_per_slot(dtype: torch.dtype, name: str) -> None:
-    check_back_end(name, dtype, DEVICE)
+    gemm = slot_gemm(name)
+    if (problem := gemm.problem(DEVICE, dtype, (ROWS, COLUMNS))) is not None:
+        pytest.skip(f"{name}: {problem}")
+    for tokens_C in SPLITS.values():
+        check_back_end(gemm, dtype, DEVICE, tokens_C)
+        for out_dtype in {dtype, torch.float32}:
+            check_weight_grad(gemm, dtype, out_dtype, DEVICE, tokens_C)
 
 
 def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:

@@ -110,4 +110,9 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "FSEP's exchange through nodes": ("exchange through nodes of 2, E = 8 on 4 ranks",),
     "`--fsep-restore step`": ("restored once per step, accumulation 4",),
     "`--fsep-scheduler off`": ("scheduler off",),
+    "`--fsep-gemm loop`": ("plain DDP",),
+    "`--fsep-gemm torch`": (
+        "experts' products by grouped_mm",
+        "experts' products by grouped_mm, bf16, restored once per step",
+    ),
 }

@@ -190,6 +190,13 @@ ROWS = [
         bound=BF16_BOUND,
     ),
     Row("scheduler off", fsep=RANDOM + " --fsep-scheduler off"),
+    Row("experts' products by grouped_mm", fsep=RANDOM + " --fsep-gemm torch"),
+    Row(
+        "experts' products by grouped_mm, bf16, restored once per step",
+        flags=" --bf16",
+        fsep=RANDOM + STEP + " --fsep-gemm torch",
+        bound=BF16_BOUND,
+    ),
     Row(
         "restored once per step, accumulation 4",
         accumulation=4,

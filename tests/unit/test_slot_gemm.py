@@ -1,34 +1,280 @@
-"""Every GEMM back end computes what a linear layer per slot does, and back ends go by name."""
+"""Every GEMM back end computes what a linear layer per slot does, and back ends go by name.
+
+What needs a GPU runs here on the CPU with its GPU part replaced: CUDA streams by ones that note
+what they are told, Transformer Engine's function by one that does what its sources say.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_laer.experts.gemm import gemm_names, slot_gemm
+from megatron_laer.config import GemmBackEnd
+from megatron_laer.experts.gemm import (
+    SlotGemm,
+    check_gemm,
+    gemm_in_force,
+    gemm_names,
+    loop,
+    slot_gemm,
+    streams,
+    te,
+)
+from megatron_laer.plugin import checkpoints
 from tests.documents import ROOT
-from tests.slot_gemm import TOKENS_C, check_back_end
+from tests.slot_gemm import SPLITS, TOKENS_C, check_back_end, check_weight_grad
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+BOTH = [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("name", gemm_names())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens_C", [TOKENS_C, [0, 0, 0], [5]], ids=["some", "none", "one slot"])
-def test_a_back_end_equals_a_linear_layer_per_slot(
-    name: str, dtype: torch.dtype, tokens_C: Sequence[int]
+class Stream:
+    """Notes events; a stream's are numbered in the order in which it records them."""
+
+    def __init__(self, name: Any, log: list[str]) -> None:
+        self.name, self.device, self._log, self._recorded = name, CPU, log, 0
+
+    def record_event(self) -> str:
+        self._recorded += 1
+        self._log.append(f"{self.name} records {self._recorded}")
+        return f"{self.name}:{self._recorded}"
+
+    def wait_event(self, event: str) -> None:
+        self._log.append(f"{self.name} waits for {event}")
+
+
+@pytest.fixture
+def stream_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What streams are told, with the products that run on them."""
+    log: list[str] = []
+    current = [Stream("compute", log)]
+    numbers = iter(range(1000))
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    mm = torch.mm
+
+    def noted_mm(*args: Any, **kwargs: Any) -> torch.Tensor:
+        log.append(f"{current[-1].name} multiplies")
+        return mm(*args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current[-1])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream(f"side{next(numbers)}", log))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch, "mm", noted_mm)
+    streams._side_streams.cache_clear()
+    yield log
+    streams._side_streams.cache_clear()
+
+
+def grouped_gemm(
+    A: list[torch.Tensor],
+    B: list[torch.Tensor],
+    out: list[torch.Tensor],
+    quantization_params: list[None],
+    out_dtype: torch.dtype,
+    layout: str = "TN",
+    m_splits: list[int] | None = None,
+    gelu: bool = False,
+    grad: bool = False,
+    accumulate: bool = False,
+    bias: None = None,
+    use_bias: bool = False,
+    use_split_accumulator: bool = False,
+    D_dtype: None = None,
+    single_output: bool = False,
 ) -> None:
-    check_back_end(name, dtype, CPU, tokens_C)
+    """What Transformer Engine's function does with bf16: column-major, so B comes first."""
+    assert len(A) == len(B) == len(quantization_params) and out_dtype == out[0].dtype
+    assert all(part.is_contiguous() for part in (*A, *B, *out))
+    outs = out[0].split(m_splits or []) if single_output else out
+    for first, second, product in zip(A, B, outs, strict=True):
+        left = second.t() if layout[1] == "T" else second
+        right = first.t() if layout[0] == "T" else first
+        assert left.shape[1] == right.shape[0]
+        if not first.numel() or not second.numel():
+            if product.numel() and not accumulate:
+                product.zero_()
+            continue
+        result = (left.float() @ right.float()).to(product.dtype)
+        product.copy_(product + result if accumulate else result)
+
+
+@pytest.fixture(params=gemm_names())
+def gemm(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, stream_log: list[str]
+) -> SlotGemm:
+    """Each back end, with what it needs of a GPU replaced."""
+    monkeypatch.setattr(te, "_grouped_gemm", lambda: grouped_gemm)
+    return slot_gemm(request.param)
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("tokens_C", SPLITS.values(), ids=SPLITS)
+def test_a_back_end_equals_a_linear_layer_per_slot(
+    gemm: SlotGemm, dtype: torch.dtype, tokens_C: Sequence[int]
+) -> None:
+    check_back_end(gemm, dtype, CPU, tokens_C)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("tokens_C", SPLITS.values(), ids=SPLITS)
+def test_weight_gradients_are_written_or_added_and_float32_ones_are_not_rounded(
+    gemm: SlotGemm, dtype: torch.dtype, out_dtype: torch.dtype, tokens_C: Sequence[int]
+) -> None:
+    check_weight_grad(gemm, dtype, out_dtype, CPU, tokens_C)
+
+
+class _ForgetsEmptySlots(loop.Loop):
+    def weight_grad(self, *args: Any, **options: Any) -> None:
+        grad_TR, input_TK, tokens_C, out_CRK = args
+        full = [slot for slot, tokens in enumerate(tokens_C) if tokens]
+        found_CRK = out_CRK[full]
+        super().weight_grad(grad_TR, input_TK, [tokens_C[slot] for slot in full], found_CRK)
+        out_CRK[full] = found_CRK
+
+
+class _ForgetsARow(loop.Loop):
+    def forward(self, *args: Any) -> torch.Tensor:
+        output_TR = super().forward(*args)
+        return torch.cat([output_TR[:-1], output_TR.new_empty(1, output_TR.shape[1])])
+
+
+@pytest.mark.parametrize("faulty", [_ForgetsEmptySlots(), _ForgetsARow()])
+def test_memory_that_a_back_end_leaves_as_it_was_is_found(faulty: SlotGemm) -> None:
+    with pytest.raises(AssertionError, match=r"(?i)not close"):
+        check_back_end(faulty, torch.float32, CPU)
+
+
+def test_side_streams_begin_after_the_compute_stream_which_waits_for_them(
+    stream_log: list[str],
+) -> None:
+    input_TK, weight_CRK = torch.randn(6, 4), torch.randn(6, 3, 4)
+    slot_gemm("streams").forward(input_TK, weight_CRK, [1] * 6)
+    sides = [f"side{number}" for number in range(4)]
+    assert stream_log == [
+        "compute records 1",
+        *(f"{side} waits for compute:1" for side in sides),
+        *(f"{side} multiplies" for side in (*sides, "side0", "side1")),
+        *(line for side in sides for line in (f"{side} records 1", f"compute waits for {side}:1")),
+    ]
+
+
+def test_offsets_are_uploaded_once_for_the_products_of_a_microbatch() -> None:
+    from megatron_laer.experts.gemm import torch as grouped
+
+    grouped._ends.cache_clear()
+    check_back_end(slot_gemm("torch"), torch.float32, CPU, TOKENS_C)
+    assert (grouped._ends.cache_info().misses, grouped._ends.cache_info().hits) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "sizes", "says"),
+    [
+        ("streams", CPU, torch.float32, (), "CUDA streams need a GPU, .* on cpu; give .* loop"),
+        ("torch", CPU, torch.bfloat16, (64, 36), "multiples of 8 in torch.bfloat16, and 36 is not"),
+        ("torch", CPU, torch.float32, (64, 34), "multiples of 4 in torch.float32, and 34 is not"),
+        ("torch", GPU, torch.float32, (), "in bf16, not in torch.float32; give --bf16, or"),
+        ("torch", GPU, torch.bfloat16, (), r"capability 8\.0, for which .* --fsep-gemm loop"),
+    ],
+)
+def test_what_a_back_end_cannot_do_is_refused_with_the_way_out(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.raises(ValueError, match=f"^--fsep-gemm {name}: .*{says}"):
+        check_gemm(name, device, dtype, sizes)
+
+
+def test_what_works_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    check_gemm("loop", CPU, torch.float32, (3, 5))
+    check_gemm("torch", CPU, torch.float32, (64, 36))
+    check_gemm("torch", GPU, torch.bfloat16, (64, 40))
+    check_gemm("streams", GPU, torch.float32, (3, 5))
+
+
+def test_a_torch_without_the_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.nn.functional, "grouped_mm")
+    with pytest.raises(ValueError, match=r"has no torch\.nn\.functional\.grouped_mm; install"):
+        check_gemm("torch", CPU, torch.float32)
+
+
+def test_transformer_engine_is_guarded_by_package_device_symbol_and_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refusal(device: torch.device = GPU, dtype: torch.dtype = torch.bfloat16) -> str | None:
+        return te.GEMM.problem(device, dtype)
+
+    there: list[object] = [None]
+    monkeypatch.setattr(te.importlib.util, "find_spec", lambda _: there[0])
+    assert "not installed (there is no package transformer_engine)" in (refusal() or "")
+    there[0] = object()
+    assert "needs a GPU, and this rank computes on cpu" in (refusal(CPU) or "")
+    assert "rounds float32 to TF32" in (refusal(dtype=torch.float32) or "")
+
+    package = SimpleNamespace(__version__="2.9")
+    modules: dict[str, Any] = {te._PACKAGE: package, te._MODULE: SimpleNamespace()}
+    monkeypatch.setattr(te.importlib, "import_module", modules.__getitem__)
+    te._grouped_gemm.cache_clear()
+    assert "general_grouped_gemm cannot be imported" in (refusal() or "")
+    modules[te._MODULE].general_grouped_gemm = lambda A, B, out, out_dtype, workspaces: None
+    said = refusal() or ""
+    assert "Transformer Engine 2.9 takes (A, B, out, out_dtype, workspaces)" in said
+    assert "install transformer-engine 2.11 to 2.18, or give --fsep-gemm loop" in said
+    te._grouped_gemm.cache_clear()
+    modules[te._MODULE].general_grouped_gemm = grouped_gemm
+    assert refusal() is None
+    te._grouped_gemm.cache_clear()
 
 
 @pytest.mark.parametrize("name", gemm_names())
 def test_a_back_end_is_documented(name: str) -> None:
-    assert f"`{name}`" in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert f"| `{name}` |" in (ROOT / "docs" / "gemm.md").read_text(encoding="utf-8")
 
 
 def test_a_back_end_is_found_by_the_name_of_its_file() -> None:
     assert "loop" in gemm_names()
     with pytest.raises(ValueError, match=r"'lop' is no GEMM back end; take one of: .*loop"):
         slot_gemm("lop")
+
+
+def test_the_flag_offers_every_back_end_and_auto_which_is_the_proved_one() -> None:
+    assert {*GemmBackEnd} == {"auto", *gemm_names()}
+    assert [gemm_in_force(asked) for asked in GemmBackEnd] == [
+        "loop" if asked == "auto" else asked for asked in GemmBackEnd
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "lines"), [("loop", "torch", 1), ("loop", "loop", 0), (None, "torch", 0)]
+)
+def test_another_back_end_than_the_checkpoint_has_is_reported(
+    before: str | None, now: str, lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        checkpoints._report_gemm(before, now)
+    assert len(caplog.records) == lines
+    assert all("run with --fsep-gemm loop" in record.getMessage() for record in caplog.records)

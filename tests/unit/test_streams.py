@@ -49,6 +49,7 @@ def test_warnings_are_logged_when_arguments_are_validated(caplog: pytest.LogCapt
         expert_model_parallel_size=2,
         expert_tensor_parallel_size=1,
         moe_token_dispatcher_type="alltoall",
+        params_dtype=torch.float32,
         world_size=2,
         seed=1,
         rank=0,

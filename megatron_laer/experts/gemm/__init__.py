@@ -12,9 +12,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+from megatron_laer.config import GemmBackEnd
+
+if TYPE_CHECKING:  # in this package, `torch` is the back end of that name
+    import torch
 
 
 class SlotGemm(Protocol):
@@ -23,6 +26,17 @@ class SlotGemm(Protocol):
     In all methods `tokens_C` has the number of tokens of each slot, on the host, and zeros among
     them; their sum is T. A result is written by the time the current stream gets there.
     """
+
+    def problem(
+        self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
+    ) -> str | None:
+        """Say why this back end cannot compute there, and what would; None if it can.
+
+        Args:
+            dtype: of the weights and tokens.
+            sizes: of features, R and K of every matrix.
+        """
+        ...
 
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
@@ -42,11 +56,15 @@ class SlotGemm(Protocol):
         input_TK: torch.Tensor,
         tokens_C: Sequence[int],
         out_CRK: torch.Tensor,
+        *,
+        accumulate: bool = False,
     ) -> None:
         """Write the gradients of all slots' matrices to `out_CRK`, zeros for slots without tokens.
 
         Args:
-            out_CRK: contiguous; its content before counts for nothing.
+            out_CRK: contiguous, in the tokens' dtype, or in float32, to which nothing is rounded.
+            accumulate: whether the gradients are added to `out_CRK`; its content before counts for
+                nothing otherwise.
         """
         ...
 
@@ -54,6 +72,14 @@ class SlotGemm(Protocol):
 def gemm_names() -> list[str]:
     """Return the names of all back ends."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def gemm_in_force(asked: GemmBackEnd) -> GemmBackEnd:
+    """Return the back end that computes; `auto` is `loop` while docs/gpu_status.md has no figures.
+
+    With figures of a card, `auto` becomes what was fastest there.
+    """
+    return GemmBackEnd.LOOP if asked is GemmBackEnd.AUTO else asked
 
 
 def slot_gemm(name: str) -> SlotGemm:
@@ -66,3 +92,15 @@ def slot_gemm(name: str) -> SlotGemm:
         raise ValueError(f"{name!r} is no GEMM back end; take one of: {', '.join(gemm_names())}")
     back_end: SlotGemm = importlib.import_module(f"{__name__}.{name}").GEMM
     return back_end
+
+
+def check_gemm(
+    name: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
+) -> None:
+    """Refuse a back end that cannot compute with this: see `SlotGemm.problem`.
+
+    Raises:
+        ValueError: what is in its way, and what would work.
+    """
+    if (problem := slot_gemm(name).problem(device, dtype, sizes)) is not None:
+        raise ValueError(f"--fsep-gemm {name}: {problem}")

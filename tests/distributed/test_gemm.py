@@ -1,0 +1,63 @@
+"""The back end of the experts' products in whole runs: what computes, is refused and is resumed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_laer.testing.ranks import Raised, RankPool
+from megatron_laer.testing.training import train
+from tests.parity.flags import command_line
+
+FSEP = " --expert-parallel-mode fsep --ckpt-format torch_dist"
+
+
+def command(text_data: str, steps: int, extra: str) -> list[str]:
+    return command_line(
+        text_data, experts=4, expert_parallel=2, global_batch=4, steps=steps, extra=FSEP + extra
+    )
+
+
+def listen(flags: list[str]) -> tuple[list[str], int]:
+    """Train; returns what FSEP said of back ends, and how many splits `grouped_mm` was given."""
+    from megatron_laer.experts.gemm import torch as grouped
+
+    grouped._ends.cache_clear()
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron_laer")
+    logger.addHandler(handler)
+    try:
+        train(flags)
+    finally:
+        logger.removeHandler(handler)
+    return [line for line in lines if "--fsep-gemm" in line], grouped._ends.cache_info().misses
+
+
+def test_a_run_that_goes_on_with_another_back_end_says_so(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+) -> None:
+    pool = ranks(2)
+    saved = pool.run(listen, command(text_data, 1, f" --save {tmp_path} --save-interval 1"))
+    assert saved == [([], 0), ([], 0)]
+    # The schedule of learning rates follows the number of steps, which another run has.
+    go_on = f" --load {tmp_path} --override-opt_param-scheduler"
+    assert pool.run(listen, command(text_data, 2, go_on)) == saved
+    (first, uploads), (second, _) = pool.run(
+        listen, command(text_data, 2, go_on + " --fsep-gemm torch")
+    )
+    assert uploads > 0 and second == []
+    (line,) = first
+    assert "run with --fsep-gemm loop, and this one has --fsep-gemm torch" in line
+
+
+def test_sizes_that_a_back_end_cannot_multiply_are_refused_on_every_rank(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    odd = command(text_data, 1, " --fsep-gemm torch --moe-ffn-hidden-size 34")
+    for result in ranks(2).run_raw(train, odd):
+        assert isinstance(result, Raised)
+        assert "--fsep-gemm torch: sizes of experts must be multiples of 4" in result.traceback
+        assert "34 is not; give --fsep-gemm loop" in result.traceback
