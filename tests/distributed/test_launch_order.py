@@ -128,7 +128,7 @@ def test_orders_that_cross_are_a_circle_and_those_that_agree_are_none() -> None:
     one = [launch("a", pair, 0), launch("b", pair, 1)]
     other = [launch("b", pair, 0), launch("a", pair, 1)]
     assert problems([one, one]) == []
-    assert problems([one, other]) == ["a circle of 2 launches: a allreduce → b allreduce"]
+    assert problems([one, other]) == ["a circle of 2 launches: b allreduce → a allreduce"]
 
 
 def test_a_circle_through_three_ranks_is_found() -> None:
