@@ -96,23 +96,20 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """
         if self._permutation is None:
             return super().dispatch_postprocess(global_input_tokens, global_probs)
-        tokens_C, self.tokens_per_expert = self.tokens_per_expert, None
         if self.num_local_experts > 1:
             global_input_tokens = self._permutation.by_slot(global_input_tokens)
             global_probs = self._permutation.by_slot(global_probs)
-        return global_input_tokens, tokens_C, global_probs
+        return global_input_tokens, self.tokens_per_expert, global_probs
 
-    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> Any:
         """Sort the experts' outputs, [R, H], by the ranks that they go back to."""
         if self._permutation is None:
             return super().combine_preprocess(hidden_states)
-        return (
-            self._permutation.by_rank(hidden_states)
-            if self.num_local_experts > 1
-            else hidden_states
-        )
+        if self.num_local_experts == 1:
+            return hidden_states
+        return self._permutation.by_rank(hidden_states)
 
-    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
+    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> Any:
         """Sum what came back, [P, H], for each token, and add the shared experts' output."""
         if self._permutation is None:
             return super().combine_postprocess(permutated_local_input_tokens)

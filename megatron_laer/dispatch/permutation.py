@@ -16,7 +16,10 @@ P = T·K pairs that are sent, R pairs that are received, X runs of rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,10 @@ import numpy.typing as npt
 import torch
 
 from megatron_laer.arrays import Int64
+from megatron_laer.dispatch.slots import slot_ranges
 from megatron_laer.runtime.comm.upload import upload
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,62 +90,103 @@ def slot_permutation(
         slot_expert_S: the expert in each slot.
         columns_NC: tokens that each rank sends to this rank's slots.
     """
-    num_tokens = routing_map_TE.shape[0]
+    device, (num_tokens, num_experts) = routing_map_TE.device, routing_map_TE.shape
     sent, received = int(row_S.sum()), int(columns_NC.sum())
     topk = sent // max(num_tokens, 1)
     assert sent == num_tokens * topk, f"{sent} pairs of {num_tokens} tokens: a token lacks experts"
-    runs_2X = upload(
-        torch.from_numpy(run_shifts(row_S, slot_expert_S, columns_NC)), routing_map_TE.device
+    kernels = _kernels(device)
+    send_runs = (
+        places(row_S, slot_expert_S, num_experts)
+        if kernels is not None
+        else sources(row_S, slot_expert_S)
     )
-    rows = torch.repeat_interleave(runs_2X[0], runs_2X[1], output_size=sent + 2 * received)
-    rows += torch.arange(rows.numel(), dtype=rows.dtype, device=rows.device)
-    mapped_P, arrived_R, sorted_R = rows.split([sent, received, received])
-    pairs_P = routing_map_TE.t().reshape(-1).nonzero_static(size=sent).view(-1)
-    pair_P = pairs_P.index_select(0, mapped_P)
-    token_P = pair_P % max(num_tokens, 1)
-    rows_TK = token_P.argsort(stable=True).view(num_tokens, topk)
+    shifts, counts, *send = _upload((*arrivals(columns_NC), *send_runs), device)
+    find: Callable[..., Tensors] = send_rows if kernels is None else kernels.send_rows
+    arrived_R, sorted_R = _rows_of_runs(shifts, counts, 2 * received).split([received, received])
+    pair_P, token_P, rows_TK = find(routing_map_TE, *send, topk)
     return SlotPermutation(pair_P, token_P, rows_TK, arrived_R, sorted_R)
 
 
-def run_shifts(
-    row_S: Int64, slot_expert_S: npt.NDArray[np.int16], columns_NC: Int64
-) -> npt.NDArray[np.int32]:
-    """Compute what to add to a row's number in one order to find it in another, by runs of rows.
-
-    There are three lists of rows, one behind the other, and their rows are numbered through: the
-    send buffer into the pairs by expert, rows by slot into those that arrived, and back.
+def arrivals(columns_NC: Int64) -> tuple[Int64, Int64]:
+    """Give the runs of rows by slot and of rows that arrived, numbered through, [2·N·C] each.
 
     Returns:
-        int32 [2, S + 2·N·C], the shift and the number of rows of each run.
+        What to add to a row's number to find it among the others, and the rows of each run.
     """
-    sent, received = int(row_S.sum()), int(columns_NC.sum())
-    by_expert_S = np.argsort(slot_expert_S, kind="stable")
-    mapped_S = np.empty_like(row_S)
-    mapped_S[by_expert_S] = _starts(row_S[by_expert_S])
     columns_CN = columns_NC.T
     arrived_NC = _starts(columns_NC.ravel()).reshape(columns_NC.shape)
     sorted_CN = _starts(columns_CN.ravel()).reshape(columns_CN.shape)
-    arrived_CN, sorted_NC = arrived_NC.T, sorted_CN.T
-    shifts = (
-        mapped_S - _starts(row_S),
-        (arrived_CN - sorted_CN).ravel() - sent,
-        (sorted_NC - arrived_NC).ravel() - sent - received,
+    shifts = (arrived_NC.T - sorted_CN).ravel(), (sorted_CN.T - arrived_NC).ravel()
+    return (
+        np.concatenate((shifts[0], shifts[1] - columns_NC.sum())),
+        np.concatenate((columns_CN.ravel(), columns_NC.ravel())),
     )
-    counts = (row_S, columns_CN.ravel(), columns_NC.ravel())
-    return np.stack([np.concatenate(shifts), np.concatenate(counts)]).astype(np.int32)
+
+
+def sources(row_S: Int64, slot_expert_S: npt.NDArray[np.int16]) -> tuple[Int64, Int64]:
+    """Give the runs of the send buffer, [S] each, for `send_rows`.
+
+    Returns:
+        What to add to a row's number to find its pair by expert, and the rows of each run.
+    """
+    by_expert_S = np.argsort(slot_expert_S, kind="stable")
+    pair_S = np.empty_like(row_S)
+    pair_S[by_expert_S] = _starts(row_S[by_expert_S])
+    return pair_S - _starts(row_S), row_S
+
+
+def places(
+    row_S: Int64, slot_expert_S: npt.NDArray[np.int16], num_experts: int
+) -> tuple[npt.NDArray[np.integer], ...]:
+    """Give what `kernels.send_rows` must know of slots, from starts to the experts' first ones."""
+    by_expert_S = np.argsort(slot_expert_S, kind="stable")
+    first_E1 = np.searchsorted(slot_expert_S[by_expert_S], np.arange(num_experts + 1))
+    return (*slot_ranges(row_S, slot_expert_S), _starts(row_S), by_expert_S, first_E1)
+
+
+def send_rows(
+    routing_map_TE: torch.Tensor, shifts_S: torch.Tensor, counts_S: torch.Tensor, topk: int
+) -> Tensors:
+    """Find the pair and the token of every row of the send buffer, and the rows of each token."""
+    num_tokens = routing_map_TE.shape[0]
+    by_expert_P = _rows_of_runs(shifts_S, counts_S, num_tokens * topk)
+    pairs_P = routing_map_TE.t().reshape(-1).nonzero_static(size=num_tokens * topk).view(-1)
+    pair_P = pairs_P.index_select(0, by_expert_P)
+    token_P = pair_P % max(num_tokens, 1)
+    return pair_P, token_P, token_P.argsort(stable=True).view(num_tokens, topk)
 
 
 def sum_rows(rows_PH: torch.Tensor, rows_TK: torch.Tensor) -> torch.Tensor:
     """Sum K rows for each token, in fp32 where they are narrower, in an order fixed by shapes."""
-    gathered = rows_PH.index_select(0, rows_TK.reshape(-1))
     if rows_TK.shape[1] == 1:
-        return gathered
+        return rows_PH.index_select(0, rows_TK.view(-1))
+    if (kernels := _kernels(rows_PH.device)) is not None:
+        summed: torch.Tensor = kernels.sum_rows(rows_PH, rows_TK)
+        return summed
+    gathered = rows_PH.index_select(0, rows_TK.view(-1))
     return gathered.view(*rows_TK.shape, *rows_PH.shape[1:]).sum(dim=1)
 
 
 def _starts(counts: Int64) -> Int64:
     starts: Int64 = np.cumsum(counts) - counts
     return starts
+
+
+def _rows_of_runs(shifts_X: torch.Tensor, counts_X: torch.Tensor, total: int) -> torch.Tensor:
+    rows = torch.repeat_interleave(shifts_X, counts_X, output_size=total)
+    return rows.add_(torch.arange(total, dtype=rows.dtype, device=rows.device))
+
+
+def _upload(arrays: Sequence[npt.NDArray[np.integer]], device: torch.device) -> list[torch.Tensor]:
+    packed = torch.from_numpy(np.concatenate(arrays).astype(np.int32))
+    return list(upload(packed, device).split([len(array) for array in arrays]))
+
+
+def _kernels(device: torch.device) -> Any:
+    """Return the module of Triton kernels, or None where they cannot run."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    return import_module("megatron_laer.dispatch.kernels")
 
 
 class _Gather(torch.autograd.Function):

@@ -16,6 +16,7 @@ from megatron_laer.planner.splits import solve_quotas
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.reduce_index import reduce_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
+from tests.dispatch_kernels import check_all as check_kernels_of_permutations
 from tests.slot_gemm import check_back_end
 
 DEVICE = torch.device("cuda")
@@ -83,3 +84,7 @@ def test_a_communication_stream_sees_what_was_computed_before_and_shows_what_it_
         doubled = stream.submit(lambda value=value: value * 2, "double").wait()
         assert torch.equal(doubled, torch.full_like(doubled, 2.0 * step))
     stream.close()
+
+
+def test_kernels_of_the_permutations_equal_torch() -> None:
+    assert check_kernels_of_permutations(DEVICE) > 0

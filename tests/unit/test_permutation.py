@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.moe.moe_utils import permute, sort_chunks_by_idxs, unpermute
 
+from megatron_laer.config import Split
 from megatron_laer.dispatch.permutation import SlotPermutation, slot_permutation
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
 from megatron_laer.layout import ExpertLayout
@@ -87,7 +88,7 @@ def world(layout: ExpertLayout, tokens: list[int], topk: int, seed: int, hot: bo
         map_TE = torch.zeros(number, layout.num_experts, dtype=torch.bool)
         maps.append(map_TE.scatter_(1, scores.topk(topk, dim=1).indices, True))
     counts_NE = np.stack([map_TE.sum(0).numpy() for map_TE in maps])
-    quotas = solve_quotas("exact", counts_NE, layout, 1)
+    quotas = solve_quotas(Split.EXACT, counts_NE, layout, 1)
     rows_NS = np.stack([quotas.rank_row(rank) for rank in range(layout.num_ranks)])
     by_rank = rows_NS.reshape(layout.num_ranks, layout.num_ranks, layout.capacity)
     return [
@@ -135,9 +136,9 @@ def assert_equal_bits(ranks: list[Rank], dtype: torch.dtype) -> None:
         assert torch.equal(a, b)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
-    tokens=st.lists(st.integers(0, 30), min_size=1, max_size=5),
+    tokens=st.lists(st.integers(0, 30), min_size=1, max_size=4),
     experts=st.integers(1, 12),
     spare=st.integers(0, 3),
     topk=st.integers(1, 8),
@@ -179,7 +180,7 @@ def test_a_token_with_fewer_experts_than_others_is_an_error() -> None:
 
 
 def test_what_is_kept_for_backward_does_not_grow_with_slots() -> None:
-    """Bytes: 24 for each pair sent, and 4 for each list of three in which a row has a number."""
+    """It is 24 bytes for each row that is sent, and 8 for each that is received."""
     tokens, topk = 256, 4
 
     def kept(make: Callable[[Rank], Steps], slots: int) -> int:
@@ -202,5 +203,5 @@ def test_what_is_kept_for_backward_does_not_grow_with_slots() -> None:
         return sum(storage.nbytes() for storage in storages.values())
 
     pairs = tokens * topk
-    assert kept(ours, 16) == kept(ours, 256) == 36 * pairs
+    assert kept(ours, 16) == kept(ours, 256) == 32 * pairs
     assert kept(megatrons, 256) > 9 * tokens * 256
