@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -182,6 +183,7 @@ def _upload(arrays: Sequence[npt.NDArray[np.integer]], device: torch.device) -> 
     return list(upload(packed, device).split([len(array) for array in arrays]))
 
 
+@cache
 def _kernels(device: torch.device) -> Any:
     """Return the module of Triton kernels, or None where they cannot run."""
     if device.type != "cuda" or find_spec("triton") is None:
