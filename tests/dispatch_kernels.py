@@ -16,7 +16,7 @@ from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import solve_quotas
 
 CPU = torch.device("cpu")
-# ranks, slots per rank, experts, tokens, experts of a token
+# Ranks, slots per rank, experts, tokens, experts of a token.
 SIZES = [
     (1, 1, 1, 3, 1),
     (2, 3, 4, 0, 2),
@@ -25,7 +25,8 @@ SIZES = [
     (3, 5, 12, 130, 8),
     (8, 512, 1024, 40, 8),
 ]
-SUMS = [(0, 2, 8), (5, 1, 7), (33, 3, 64), (9, 8, 1500)]
+# Tokens, rows, columns.
+SUMS = [(1, 0, 8), (5, 5, 7), (33, 99, 64), (9, 72, 1500)]
 
 
 def check_send_rows(
@@ -37,32 +38,35 @@ def check_send_rows(
     scores_TE[:, -1] += 1  # one expert has all tokens
     map_TE = torch.zeros(tokens, experts, dtype=torch.bool)
     map_TE.scatter_(1, scores_TE.topk(topk, dim=1).indices, True)
+    map_TE[::3, ::2] = False  # a token may have fewer experts than others
     counts_NE = np.tile(map_TE.sum(0).numpy(), (ranks, 1))
     row_S = solve_quotas(Split.EXACT, counts_NE, layout, 1).rank_row(ranks - 1)
 
     def on(device: torch.device, arrays: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
         return [torch.from_numpy(array.astype(np.int32)).to(device) for array in arrays]
 
-    expected = send_rows(map_TE, *on(CPU, sources(row_S, layout.slot_expert_S)), topk)
+    sent = int(row_S.sum())
+    pair_P, token_P = send_rows(map_TE, sent, *on(CPU, sources(row_S, layout.slot_expert_S)))
     given = on(device, places(row_S, layout.slot_expert_S, experts))
-    found = kernels.send_rows(map_TE.to(device), *given, topk)
+    found = kernels.send_rows(map_TE.to(device), sent, *given)
+    expected = pair_P, token_P, map_TE.sum(1).cumsum(0), token_P.argsort(stable=True)
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.dtype == torch.int32
         assert torch.equal(mine.cpu().long(), theirs)
 
 
 def check_sum_rows(
-    tokens: int, topk: int, width: int, dtype: torch.dtype, device: torch.device
+    tokens: int, rows: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     generator = torch.Generator().manual_seed(1)
-    rows_PH = torch.randn(tokens * topk, width, generator=generator).to(dtype)
-    rows_TK = torch.randperm(tokens * topk, generator=generator).view(tokens, topk)
-    found = kernels.sum_rows(rows_PH.to(device), rows_TK.int().to(device)).cpu()
-    expected = torch.zeros(tokens, width)
-    for place in range(topk):
-        expected += rows_PH[rows_TK[:, place]].float()
-    assert torch.equal(found, expected.to(dtype))
-    torch.testing.assert_close(found, sum_rows(rows_PH, rows_TK))
+    rows_PH = torch.randn(rows, width, generator=generator).to(dtype)
+    token_P = torch.randint(0, tokens, (rows,), generator=generator)
+    ends_T = torch.bincount(token_P, minlength=tokens).cumsum(0).int()
+    by_token_P = token_P.argsort(stable=True).int()
+    found = kernels.sum_rows(rows_PH.to(device), ends_T.to(device), by_token_P.to(device))
+    expected = sum_rows(rows_PH, tokens, token_P, None, None)
+    assert found.dtype == dtype
+    assert torch.equal(found.cpu(), expected)
 
 
 def check_all(device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 Every result has one writer, so nothing is atomic and bits never depend on timing.
 
-Legend: T tokens, E experts, S slots, K experts of a token, P = T·K pairs, H columns of a row.
+Legend: T tokens, E experts, S slots, P (token, expert) pairs, H columns of a row.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ import triton.language as tl
 
 def send_rows(
     routing_map_TE: torch.Tensor,
+    num_sent: int,
     starts_S: torch.Tensor,
     ends_S: torch.Tensor,
     first_row_S: torch.Tensor,
     by_expert_S: torch.Tensor,
     first_E1: torch.Tensor,
-    topk: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Find the row of every pair in the send buffer, in two launches.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Find the row of every pair in the send buffer.
 
     Args:
         routing_map_TE: bool, the router's.
+        num_sent: P.
         starts_S, ends_S: int32, the places among its expert's tokens that each slot serves.
         first_row_S: int32, the first row of each slot in the send buffer.
         by_expert_S: int32, the slots in the order of their experts.
         first_E1: int32 [E + 1], where each expert's slots begin there.
-        topk: K.
 
     Returns:
-        int32: of each row its pair in the map [E, T], [P], and its token, [P]; of each token its
-        rows, rising, [T, K].
+        What makes `permutation.SendRows`, all int32.
     """
     num_tokens, num_experts = routing_map_TE.shape
 
     def make(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=routing_map_TE.device)
 
-    pair_P, token_P = make(num_tokens * topk), make(num_tokens * topk)
-    rows_TK, row_TE = make(num_tokens, topk), make(num_tokens, num_experts)
+    pair_P, token_P, by_token_P = make(num_sent), make(num_sent), make(num_sent)
+    ends_T = routing_map_TE.sum(dim=1).cumsum(dim=0, dtype=torch.int32)
+    row_TE = make(num_tokens, num_experts)
     if num_tokens:
         _rows_of_expert[(num_experts,)](
             routing_map_TE.contiguous().view(torch.uint8),
@@ -58,20 +58,19 @@ def send_rows(
             BLOCK=1024,
         )
         _rows_of_token[(num_tokens,)](
-            row_TE, rows_TK, num_experts, topk, BLOCK=triton.next_power_of_2(num_experts)
+            row_TE, ends_T, by_token_P, num_experts, BLOCK=triton.next_power_of_2(num_experts)
         )
-    return pair_P, token_P, rows_TK
+    return pair_P, token_P, ends_T, by_token_P
 
 
-def sum_rows(rows_PH: torch.Tensor, rows_TK: torch.Tensor) -> torch.Tensor:
-    """Sum K rows for each token in the order of `rows_TK`, in fp32, with no copy of the rows."""
-    num_tokens, topk = rows_TK.shape
-    width = rows_PH.shape[1]
+def sum_rows(rows_PH: torch.Tensor, ends_T: torch.Tensor, by_token_P: torch.Tensor) -> torch.Tensor:
+    """Add up the rows of each token in the order of `by_token_P`, in fp32, copying no row."""
+    num_tokens, width = len(ends_T), rows_PH.shape[1]
     sums_TH = rows_PH.new_empty(num_tokens, width)
-    if sums_TH.numel():
+    if num_tokens:
         block = min(triton.next_power_of_2(width), 1024)
         grid = (num_tokens, triton.cdiv(width, block))
-        _sum_rows[grid](rows_PH.contiguous(), rows_TK, sums_TH, width, topk, BLOCK=block)
+        _sum_rows[grid](rows_PH.contiguous(), ends_T, by_token_P, sums_TH, width, BLOCK=block)
     return sums_TH
 
 
@@ -115,25 +114,28 @@ def _rows_of_expert(
 
 
 @triton.jit
-def _rows_of_token(row_TE, rows_TK, num_experts, topk, BLOCK: tl.constexpr):
+def _rows_of_token(row_TE, ends_T, by_token_P, num_experts, BLOCK: tl.constexpr):
     """Write a token's rows in rising order, which is that of slots."""
     token = tl.program_id(0)
     expert = tl.arange(0, BLOCK)
     row = tl.load(row_TE + token * num_experts + expert, mask=expert < num_experts, other=-1)
+    count = tl.sum((row >= 0).to(tl.int32), 0)
+    begin = tl.load(ends_T + token) - count
     last = -1
-    for place in range(topk):
+    for place in range(count):
         last = tl.min(tl.where(row > last, row, 2147483647), 0)
-        tl.store(rows_TK + token * topk + place, last)
+        tl.store(by_token_P + begin + place, last)
 
 
 @triton.jit
-def _sum_rows(rows_PH, rows_TK, sums_TH, width, topk, BLOCK: tl.constexpr):
+def _sum_rows(rows_PH, ends_T, by_token_P, sums_TH, width, BLOCK: tl.constexpr):
     """Add a token's rows one after the other; a program has up to `BLOCK` of its columns."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     total = tl.full((BLOCK,), 0.0, tl.float32)
-    for place in range(topk):
-        row = tl.load(rows_TK + token * topk + place).to(tl.int64)
+    begin = tl.load(ends_T + token - 1, mask=token > 0, other=0)
+    for place in range(begin, tl.load(ends_T + token)):
+        row = tl.load(by_token_P + place).to(tl.int64)
         total += tl.load(rows_PH + row * width + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(sums_TH + token * width + column, total.to(sums_TH.dtype.element_ty), mask=inside)

@@ -7,16 +7,16 @@ another plus a number that is the same for a whole run of rows:
 * by slot, then token: the send buffer, for slots are in rank order,
 * by slot, then source rank: what the experts compute with; it arrives by source rank, then slot.
 
-So one gather makes the send buffer, one sorts what arrived, and combine is one gather and a sum
-over each token's K rows in slot order. No [T, S] map, no sort of one, no atomics.
+So one gather makes the send buffer, one sorts what arrived, and combine adds up the rows of each
+token in slot order. There is no map [T, S], no sort of one, and on CUDA nothing is atomic.
 
-Legend: N ranks, T tokens, E experts, C slots per rank, S = N·C slots, K experts of a token,
-P = T·K pairs that are sent, R pairs that are received, X runs of rows.
+Legend: N ranks, T tokens, E experts, C slots per rank, S = N·C slots, P pairs that are sent,
+R pairs that are received, X runs of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -31,7 +31,22 @@ from megatron_laer.arrays import Int64
 from megatron_laer.dispatch.slots import slot_ranges
 from megatron_laer.runtime.comm.upload import upload
 
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+@dataclass(frozen=True, eq=False)
+class SendRows:
+    """Holds what the rows of a send buffer are.
+
+    Attributes:
+        pair_P: of each row, the place of its pair in the router's map [E, T].
+        token_P: of each row, its token.
+        ends_T: of each token, where its rows end in `by_token_P`; None where torch adds rows.
+        by_token_P: rows in the order of tokens, those of a token in slot order; None likewise.
+    """
+
+    pair_P: torch.Tensor
+    token_P: torch.Tensor
+    ends_T: torch.Tensor | None = None
+    by_token_P: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,16 +54,14 @@ class SlotPermutation:
     """Holds the rows between which one rank's tokens move in one microbatch of one layer.
 
     Attributes:
-        pair_P: of each row to send, the place of its pair in the router's map [E, T].
-        token_P: of each row to send, its token.
-        rows_TK: of each token, its rows in the send buffer, in slot order.
+        sent: the rows of the send buffer.
+        num_tokens: T.
         arrived_R: of each row in the experts' order, its row among those that arrived.
         sorted_R: the other way round.
     """
 
-    pair_P: torch.Tensor
-    token_P: torch.Tensor
-    rows_TK: torch.Tensor
+    sent: SendRows
+    num_tokens: int
     arrived_R: torch.Tensor
     sorted_R: torch.Tensor
 
@@ -56,22 +69,26 @@ class SlotPermutation:
         self, hidden_TH: torch.Tensor, probs_TE: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gather the send buffer, [P, H], and its probabilities, [P]."""
-        hidden_PH = _Gather.apply(hidden_TH, self.token_P, self.rows_TK)
-        return hidden_PH, probs_TE.t().reshape(-1).index_select(0, self.pair_P)
+        sent = self.sent
+        hidden_PH = _Gather.apply(hidden_TH, sent.token_P, sent.ends_T, sent.by_token_P)
+        return hidden_PH, probs_TE.t().reshape(-1).index_select(0, sent.pair_P)
 
     def by_slot(self, arrived: torch.Tensor) -> torch.Tensor:
         """Sort rows that arrived, [R, ...], from (source rank, slot) by (slot, source rank)."""
-        sorted_: torch.Tensor = _Gather.apply(arrived, self.arrived_R, self.sorted_R[:, None])
-        return sorted_
+        rows: torch.Tensor = _Reorder.apply(arrived, self.arrived_R, self.sorted_R)
+        return rows
 
-    def by_rank(self, sorted_: torch.Tensor) -> torch.Tensor:
+    def by_rank(self, rows: torch.Tensor) -> torch.Tensor:
         """Sort rows, [R, ...], from (slot, source rank) by (source rank, slot)."""
-        back: torch.Tensor = _Gather.apply(sorted_, self.sorted_R, self.arrived_R[:, None])
+        back: torch.Tensor = _Reorder.apply(rows, self.sorted_R, self.arrived_R)
         return back
 
     def combine(self, hidden_PH: torch.Tensor) -> torch.Tensor:
-        """Sum each token's rows of what came back, in slot order, to [T, H]."""
-        combined: torch.Tensor = _Sum.apply(hidden_PH, self.token_P, self.rows_TK)
+        """Add up each token's rows of what came back, to [T, H]."""
+        sent = self.sent
+        combined: torch.Tensor = _Sum.apply(
+            hidden_PH, self.num_tokens, sent.token_P, sent.ends_T, sent.by_token_P
+        )
         return combined
 
 
@@ -86,15 +103,13 @@ def slot_permutation(
     Deterministic: replicas of an expert take consecutive runs of its tokens, in slot order.
 
     Args:
-        routing_map_TE: bool, the router's; every token goes to the same number of experts.
+        routing_map_TE: bool, the router's.
         row_S: tokens that this rank sends to each slot.
         slot_expert_S: the expert in each slot.
         columns_NC: tokens that each rank sends to this rank's slots.
     """
-    device, (num_tokens, num_experts) = routing_map_TE.device, routing_map_TE.shape
-    sent, received = int(row_S.sum()), int(columns_NC.sum())
-    topk = sent // max(num_tokens, 1)
-    assert sent == num_tokens * topk, f"{sent} pairs of {num_tokens} tokens: a token lacks experts"
+    device, num_experts = routing_map_TE.device, routing_map_TE.shape[1]
+    num_sent, num_received = int(row_S.sum()), int(columns_NC.sum())
     kernels = _kernels(device)
     send_runs = (
         places(row_S, slot_expert_S, num_experts)
@@ -102,10 +117,10 @@ def slot_permutation(
         else sources(row_S, slot_expert_S)
     )
     shifts, counts, *send = _upload((*arrivals(columns_NC), *send_runs), device)
-    find: Callable[..., Tensors] = send_rows if kernels is None else kernels.send_rows
-    arrived_R, sorted_R = _rows_of_runs(shifts, counts, 2 * received).split([received, received])
-    pair_P, token_P, rows_TK = find(routing_map_TE, *send, topk)
-    return SlotPermutation(pair_P, token_P, rows_TK, arrived_R, sorted_R)
+    rows_2R = _rows_of_runs(shifts, counts, 2 * num_received)
+    find = send_rows if kernels is None else kernels.send_rows
+    sent = SendRows(*find(routing_map_TE, num_sent, *send))
+    return SlotPermutation(sent, len(routing_map_TE), *rows_2R.split([num_received] * 2))
 
 
 def arrivals(columns_NC: Int64) -> tuple[Int64, Int64]:
@@ -146,26 +161,27 @@ def places(
 
 
 def send_rows(
-    routing_map_TE: torch.Tensor, shifts_S: torch.Tensor, counts_S: torch.Tensor, topk: int
-) -> Tensors:
-    """Find the pair and the token of every row of the send buffer, and the rows of each token."""
-    num_tokens = routing_map_TE.shape[0]
-    by_expert_P = _rows_of_runs(shifts_S, counts_S, num_tokens * topk)
-    pairs_P = routing_map_TE.t().reshape(-1).nonzero_static(size=num_tokens * topk).view(-1)
+    routing_map_TE: torch.Tensor, num_sent: int, shifts_S: torch.Tensor, counts_S: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the pair and the token of every row of the send buffer."""
+    by_expert_P = _rows_of_runs(shifts_S, counts_S, num_sent)
+    pairs_P = routing_map_TE.t().reshape(-1).nonzero_static(size=num_sent).view(-1)
     pair_P = pairs_P.index_select(0, by_expert_P)
-    token_P = pair_P % max(num_tokens, 1)
-    return pair_P, token_P, token_P.argsort(stable=True).view(num_tokens, topk)
+    return pair_P, pair_P % max(len(routing_map_TE), 1)
 
 
-def sum_rows(rows_PH: torch.Tensor, rows_TK: torch.Tensor) -> torch.Tensor:
-    """Sum K rows for each token, in fp32 where they are narrower, in an order fixed by shapes."""
-    if rows_TK.shape[1] == 1:
-        return rows_PH.index_select(0, rows_TK.view(-1))
-    if (kernels := _kernels(rows_PH.device)) is not None:
-        summed: torch.Tensor = kernels.sum_rows(rows_PH, rows_TK)
-        return summed
-    gathered = rows_PH.index_select(0, rows_TK.view(-1))
-    return gathered.view(*rows_TK.shape, *rows_PH.shape[1:]).sum(dim=1)
+def sum_rows(
+    rows_PH: torch.Tensor,
+    num_tokens: int,
+    token_P: torch.Tensor,
+    ends_T: torch.Tensor | None,
+    by_token_P: torch.Tensor | None,
+) -> torch.Tensor:
+    """Add up the rows of each token in slot order, in fp32 where they are narrower."""
+    if ends_T is None:
+        return rows_PH.new_zeros(num_tokens, rows_PH.shape[1]).index_add_(0, token_P, rows_PH)
+    summed: torch.Tensor = _kernels(rows_PH.device).sum_rows(rows_PH, ends_T, by_token_P)
+    return summed
 
 
 def _starts(counts: Int64) -> Int64:
@@ -191,33 +207,53 @@ def _kernels(device: torch.device) -> Any:
     return import_module("megatron_laer.dispatch.kernels")
 
 
-class _Gather(torch.autograd.Function):
-    """Takes row `index[i]` for row i; `uses` says which rows took each, for the gradients' sum."""
+class _Reorder(torch.autograd.Function):
+    """Takes row `order[i]` for row i; `inverse` undoes it."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, index: torch.Tensor, uses: torch.Tensor
+        ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(uses)
-        return rows.index_select(0, index)
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (uses,) = ctx.saved_tensors
-        return sum_rows(grad, uses), None, None
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Takes each row's token; the gradient of a token is the sum of its rows' ones."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: torch.Tensor, *rows: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(*rows)
+        ctx.num_tokens = len(hidden_TH)
+        token_P = rows[0]
+        assert token_P is not None
+        return hidden_TH.index_select(0, token_P)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return sum_rows(grad, ctx.num_tokens, *ctx.saved_tensors), None, None, None
 
 
 class _Sum(torch.autograd.Function):
-    """Sums rows `uses[i]` for row i; `index` says into which sum each row went: its gradient."""
+    """Adds up each token's rows; the gradient of a row is its token's one."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, index: torch.Tensor, uses: torch.Tensor
+        ctx: Any,
+        rows_PH: torch.Tensor,
+        num_tokens: int,
+        token_P: torch.Tensor,
+        *by_token: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(index)
-        return sum_rows(rows, uses)
+        ctx.save_for_backward(token_P)
+        return sum_rows(rows_PH, num_tokens, token_P, *by_token)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (index,) = ctx.saved_tensors
-        return grad.index_select(0, index), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        (token_P,) = ctx.saved_tensors
+        return grad.index_select(0, token_P), None, None, None, None

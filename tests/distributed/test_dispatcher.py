@@ -9,7 +9,7 @@ import pytest
 
 from megatron_laer.testing.ranks import RankPool
 
-HIDDEN = 64
+HIDDEN = 6
 
 
 class SharedExperts:

@@ -98,7 +98,8 @@ def test_the_permutation_is_that_of_the_cpu() -> None:
 
     def run(device: torch.device) -> list[torch.Tensor]:
         found = slot_permutation(map_TE.to(device), row_S, layout.slot_expert_S, columns_NC)
-        return [tensor.cpu().long() for tensor in vars(found).values()]
+        tensors = found.sent.pair_P, found.sent.token_P, found.arrived_R, found.sorted_R
+        return [tensor.cpu().long() for tensor in tensors]
 
     for mine, theirs in zip(run(DEVICE), run(torch.device("cpu")), strict=True):
         assert torch.equal(mine, theirs)

@@ -11,7 +11,9 @@ import pytest
 
 pytest.importorskip("triton", reason="PyTorch for CUDA brings Triton")
 
-INTEGERS = "starts_S ends_S first_row_S by_expert_S first_E1 pair_P token_P row_TE rows_TK".split()
+INTEGERS = (
+    "starts_S ends_S first_row_S by_expert_S first_E1 pair_P token_P row_TE ends_T by_token_P"
+).split()
 
 
 def test_kernels_equal_torch_in_tritons_interpreter() -> None:
