@@ -64,7 +64,8 @@ def both_paths(capacity: int, experts: int, topk: int, tokens: list[int], shared
             hidden_size=HIDDEN,
             num_attention_heads=1,
             num_moe_experts=plan.layout.num_slots,
-            moe_router_topk=1,
+            moe_router_topk=topk,
+            moe_router_pre_softmax=True,
             moe_token_dispatcher_type="alltoall",
         )
         groups = SimpleNamespace(ep=dist.group.WORLD, expt_tp=None, tp_ep=dist.group.WORLD)
@@ -72,6 +73,7 @@ def both_paths(capacity: int, experts: int, topk: int, tokens: list[int], shared
         local = list(range(first, first + capacity))
         dispatcher = SlotTokenDispatcher(capacity, local, config=config, pg_collection=groups)
         config.moe_permute_fusion = fused
+        config.moe_shared_expert_overlap = shared
         experts_ = SharedExperts()
         if shared:
             dispatcher.set_shared_experts(experts_)
