@@ -1,6 +1,6 @@
 """`FSEPMoELayer` is Megatron's MoE layer with its experts in slots.
 
-Router, losses, shared experts, permutations and the token All-to-All stay Megatron's. Only steps of
+Router, losses, shared experts and the token All-to-All stay Megatron's. Only steps of
 `MoELayer` are overridden, never `forward`, which Megatron's combined 1F1B schedule bypasses.
 
 Legend: N ranks, E experts, C slots per rank, S = N·C slots, T tokens, H hidden.

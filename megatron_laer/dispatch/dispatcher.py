@@ -1,10 +1,10 @@
 """`SlotTokenDispatcher` is Megatron's All-to-All dispatcher over slots instead of experts.
 
-Slots are equal in number and contiguous per rank, which is all that stock's permutations and
-exchanges assume. Only the map of tokens to slots and the sizes are ours: they come from the quotas,
-not from an exchange.
+Slots are equal in number and contiguous per rank, which is all that stock's exchanges assume. Sizes
+come from the quotas, not from an exchange, and so do the permutations (`permutation`). With
+`--moe-permute-fusion` these are stock's fused ones, over the map of tokens to slots (`slots`).
 
-Legend: T tokens, E experts, S slots, C slots per rank, H hidden.
+Legend: T tokens, E experts, S slots, C slots per rank, P rows sent, R rows received, H hidden.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_laer.dispatch.exchange_edges import exchange_edges
+from megatron_laer.dispatch.permutation import SlotPermutation, slot_permutation
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
 from megatron_laer.runtime.comm.upload import upload
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
@@ -45,6 +46,8 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         # On the group's own stream, whose priority the plugin raises, tokens overtake other work.
         self.use_nccl_stream = True
         self._pass: SlotDispatch | None = None
+        self._permutation: SlotPermutation | None = None
+        assert self.tp_size == 1, "experts are never cut by tensor parallelism"
 
     def begin(self, dispatch: SlotDispatch) -> None:
         """Begin a forward pass of the layer; its steps follow."""
@@ -53,30 +56,74 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> Any:
-        """Map tokens to slots, then do as Megatron does with experts.
+        """Put tokens and probabilities into the order in which they are sent.
 
         Args:
             hidden_states: [..., H], T tokens.
             routing_map: bool [T, E], the router's; a re-run under a checkpoint has the first
                 pass's in its plan instead.
             probs: [T, E].
+
+        Returns:
+            [P, H] and [P].
         """
         plan = self._current.plan
         if plan.routing_map_TE is not None:
             routing_map = plan.routing_map_TE
-        ranges_2S = upload(
-            torch.from_numpy(slot_ranges(plan.row_S, plan.layout.slot_expert_S)), routing_map.device
+        if self.config.moe_permute_fusion:
+            return super().dispatch_preprocess(hidden_states, *self._to_slots(routing_map, probs))
+        self.hidden_shape = hidden_states.shape
+        hidden_TH = hidden_states.view(-1, self.hidden_shape[-1])
+        self.tokens_per_expert = self.preprocess(routing_map)
+        if self.shared_experts is not None:
+            self.shared_experts.pre_forward_comm(hidden_TH.view(self.hidden_shape))
+        self._permutation = slot_permutation(
+            routing_map, plan.row_S, plan.layout.slot_expert_S, plan.columns_NC
         )
-        probs_TS, slot_map_TS = to_slots(
-            probs, routing_map, plan.restored.index.slot_expert_S, ranges_2S
-        )
-        return super().dispatch_preprocess(hidden_states, slot_map_TS, probs_TS)
+        return self._permutation.to_send(hidden_TH, probs)
+
+    def dispatch_postprocess(
+        self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
+    ) -> Any:
+        """Sort what arrived by slot.
+
+        Args:
+            global_input_tokens: [R, H], by source rank.
+            global_probs: [R].
+
+        Returns:
+            Both, by slot, and between them the tokens of each local slot, int64 [C].
+        """
+        if self._permutation is None:
+            return super().dispatch_postprocess(global_input_tokens, global_probs)
+        if self.num_local_experts > 1:
+            global_input_tokens = self._permutation.by_slot(global_input_tokens)
+            global_probs = self._permutation.by_slot(global_probs)
+        return global_input_tokens, self.tokens_per_expert, global_probs
+
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> Any:
+        """Sort the experts' outputs, [R, H], by the ranks that they go back to."""
+        if self._permutation is None:
+            return super().combine_preprocess(hidden_states)
+        if self.num_local_experts == 1:
+            return hidden_states
+        return self._permutation.by_rank(hidden_states)
+
+    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> Any:
+        """Sum what came back, [P, H], for each token, and add the shared experts' output."""
+        if self._permutation is None:
+            return super().combine_postprocess(permutated_local_input_tokens)
+        permutation, self._permutation = self._permutation, None
+        output = permutation.combine(permutated_local_input_tokens).view(self.hidden_shape)
+        if self.shared_experts is not None:
+            output += self.shared_experts.get_output()
+        return output
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """Take the sizes from the plan; stock's would gather counts and copy them to the host.
 
         Args:
-            routing_map: bool [T, S].
+            routing_map: only for its device.
 
         Returns:
             Tokens of each local slot, int64 [C] on the host.
@@ -114,6 +161,19 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         (tokens,) = before(tokens)
         (combined,) = after(super().token_combine(tokens, *args, **kwargs))
         return combined
+
+    def _to_slots(
+        self, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        plan = self._current.plan
+        ranges_2S = torch.from_numpy(slot_ranges(plan.row_S, plan.layout.slot_expert_S))
+        probs_TS, slot_map_TS = to_slots(
+            probs,
+            routing_map,
+            plan.restored.index.slot_expert_S,
+            upload(ranges_2S, routing_map.device),
+        )
+        return slot_map_TS, probs_TS
 
     @property
     def _current(self) -> SlotDispatch:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_laer.dispatch.permutation import slot_permutation
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
 from megatron_laer.experts.gemm import gemm_names, slot_gemm
 from megatron_laer.layout import ExpertLayout
@@ -16,6 +17,7 @@ from megatron_laer.planner.splits import solve_quotas
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.reduce_index import reduce_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
+from tests.dispatch_kernels import check_all as check_kernels_of_permutations
 from tests.slot_gemm import COLUMNS, ROWS, SPLITS, check_back_end, check_weight_grad
 
 DEVICE = torch.device("cuda")
@@ -33,7 +35,8 @@ def test_slot_gemms_equal_a_linear_layer_per_slot(dtype: torch.dtype, name: str)
             check_weight_grad(gemm, dtype, out_dtype, DEVICE, tokens_C)
 
 
-def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:
+def routed() -> tuple[ExpertLayout, torch.Tensor, torch.Tensor, np.ndarray]:
+    """Make a layout, scores and a map of 4096 tokens, and their row of the quotas."""
     layout = ExpertLayout.random(4, 4, 12, (1,))
     generator = torch.Generator().manual_seed(2)
     scores_TE = torch.rand(4096, 12, generator=generator)
@@ -41,7 +44,11 @@ def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:
     map_TE.scatter_(1, scores_TE.topk(3, dim=1).indices, True)
     counts_NE = np.zeros((4, 12), dtype=np.int64)
     counts_NE[1] = map_TE.sum(0).numpy()
-    row_S = solve_quotas("exact", counts_NE, layout, 2).rank_row(1)
+    return layout, scores_TE, map_TE, solve_quotas("exact", counts_NE, layout, 2).rank_row(1)
+
+
+def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:
+    layout, scores_TE, map_TE, row_S = routed()
     ranges_2S = torch.from_numpy(slot_ranges(row_S, layout.slot_expert_S))
 
     def run(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,3 +96,20 @@ def test_a_communication_stream_sees_what_was_computed_before_and_shows_what_it_
         doubled = stream.submit(lambda value=value: value * 2, "double").wait()
         assert torch.equal(doubled, torch.full_like(doubled, 2.0 * step))
     stream.close()
+
+
+def test_the_permutation_is_that_of_the_cpu() -> None:
+    layout, _, map_TE, row_S = routed()
+    columns_NC = row_S.reshape(4, 4)
+
+    def run(device: torch.device) -> list[torch.Tensor]:
+        found = slot_permutation(map_TE.to(device), row_S, layout.slot_expert_S, columns_NC)
+        tensors = found.sent.pair_P, found.sent.token_P, found.arrived_R, found.sorted_R
+        return [tensor.cpu().long() for tensor in tensors]
+
+    for mine, theirs in zip(run(DEVICE), run(torch.device("cpu")), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_kernels_of_the_permutations_equal_torch() -> None:
+    assert check_kernels_of_permutations(DEVICE) > 0

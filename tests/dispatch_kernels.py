@@ -1,0 +1,85 @@
+"""Triton kernels of the permutations equal torch, in Triton's interpreter or on a card.
+
+`TRITON_INTERPRET=1 python -m tests.dispatch_kernels` checks them on the CPU: Triton decides when it
+is imported whether it interprets, so a test starts a process for it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megatron_laer.config import Split
+from megatron_laer.dispatch import kernels
+from megatron_laer.dispatch.permutation import places, send_rows, sources, sum_rows
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.splits import solve_quotas
+
+CPU = torch.device("cpu")
+# Ranks, slots per rank, experts, tokens, experts of a token.
+SIZES = [
+    (1, 1, 1, 3, 1),
+    (2, 3, 4, 0, 2),
+    (2, 4, 4, 1, 4),
+    (2, 3, 4, 1025, 1),
+    (3, 5, 12, 130, 8),
+    (8, 512, 1024, 40, 8),
+]
+# Tokens, rows, columns.
+SUMS = [(1, 0, 8), (5, 5, 7), (33, 99, 64), (9, 72, 1500)]
+
+
+def check_send_rows(
+    ranks: int, capacity: int, experts: int, tokens: int, topk: int, device: torch.device
+) -> None:
+    layout = ExpertLayout.random(ranks, capacity, experts, (tokens,))
+    generator = torch.Generator().manual_seed(tokens)
+    scores_TE = torch.rand(tokens, experts, generator=generator)
+    scores_TE[:, -1] += 1  # one expert has all tokens
+    map_TE = torch.zeros(tokens, experts, dtype=torch.bool)
+    map_TE.scatter_(1, scores_TE.topk(topk, dim=1).indices, True)
+    map_TE[::3, ::2] = False  # a token may have fewer experts than others
+    counts_NE = np.tile(map_TE.sum(0).numpy(), (ranks, 1))
+    row_S = solve_quotas(Split.EXACT, counts_NE, layout, 1).rank_row(ranks - 1)
+
+    def on(device: torch.device, arrays: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
+        return [torch.from_numpy(array.astype(np.int32)).to(device) for array in arrays]
+
+    sent = int(row_S.sum())
+    pair_P, token_P = send_rows(map_TE, sent, *on(CPU, sources(row_S, layout.slot_expert_S)))
+    given = on(device, places(row_S, layout.slot_expert_S, experts))
+    found = kernels.send_rows(map_TE.to(device), sent, *given)
+    expected = pair_P, token_P, map_TE.sum(1).cumsum(0), token_P.argsort(stable=True)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype == torch.int32
+        assert torch.equal(mine.cpu().long(), theirs)
+
+
+def check_sum_rows(
+    tokens: int, rows: int, width: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows_PH = torch.randn(rows, width, generator=generator).to(dtype)
+    token_P = torch.randint(0, tokens, (rows,), generator=generator)
+    ends_T = torch.bincount(token_P, minlength=tokens).cumsum(0).int()
+    by_token_P = token_P.argsort(stable=True).int()
+    found = kernels.sum_rows(rows_PH.to(device), ends_T.to(device), by_token_P.to(device))
+    expected = sum_rows(rows_PH, tokens, token_P, None, None)
+    assert found.dtype == dtype
+    assert torch.equal(found.cpu(), expected)
+
+
+def check_all(device: torch.device) -> int:
+    """Check every case; returns how many there were."""
+    for sizes in SIZES:
+        check_send_rows(*sizes, device)
+    # The interpreter cuts float32 to bfloat16 where a card rounds.
+    narrow = torch.bfloat16 if device.type == "cuda" else torch.float16
+    for dtype in (torch.float32, narrow):
+        for shape in SUMS:
+            check_sum_rows(*shape, dtype, device)
+    return len(SIZES) + 2 * len(SUMS)
+
+
+if __name__ == "__main__":
+    print(f"{check_all(CPU)} cases")

@@ -1,0 +1,215 @@
+"""The closed-form permutations equal Megatron's over the token → slot map, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.transformer.moe.moe_utils import permute, sort_chunks_by_idxs, unpermute
+
+from megatron_laer.config import Split
+from megatron_laer.dispatch.permutation import SlotPermutation, slot_permutation
+from megatron_laer.dispatch.slots import slot_ranges, to_slots
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.splits import solve_quotas
+
+Tensors = tuple[torch.Tensor, ...]
+HIDDEN = 5
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank's dispatch works with."""
+
+    layout: ExpertLayout
+    map_TE: torch.Tensor
+    row_S: np.ndarray
+    columns_NC: np.ndarray
+
+    def index_form(self) -> SlotPermutation:
+        return slot_permutation(self.map_TE, self.row_S, self.layout.slot_expert_S, self.columns_NC)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The four permutations around a dispatch."""
+
+    to_send: Callable[[torch.Tensor, torch.Tensor], Tensors]
+    by_slot: Callable[[torch.Tensor], torch.Tensor]
+    by_rank: Callable[[torch.Tensor], torch.Tensor]
+    combine: Callable[[torch.Tensor], torch.Tensor]
+
+
+def ours(rank: Rank) -> Steps:
+    found = rank.index_form()
+    return Steps(found.to_send, found.by_slot, found.by_rank, found.combine)
+
+
+def megatrons(rank: Rank) -> Steps:
+    """Megatron's, over the map [T, S], as its dispatcher calls them."""
+    layout = rank.layout
+    slot_expert_S = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
+    ranges = torch.from_numpy(slot_ranges(rank.row_S, layout.slot_expert_S))
+    columns_NC = torch.from_numpy(rank.columns_NC)
+    chunks = torch.arange(layout.num_slots)
+    tokens_TP: list[torch.Tensor] = []
+
+    def to_send(hidden_TH: torch.Tensor, probs_TE: torch.Tensor) -> Tensors:
+        probs_TS, map_TS = to_slots(probs_TE, rank.map_TE, slot_expert_S, ranges)
+        sent = int(rank.row_S.sum())
+        hidden, probs, tokens, *_ = permute(hidden_TH, map_TS, probs_TS, num_out_tokens=sent)
+        tokens_TP[:] = [tokens]
+        return hidden, probs
+
+    return Steps(
+        to_send,
+        lambda rows: sort_chunks_by_idxs(
+            rows, columns_NC.ravel(), chunks.reshape(-1, layout.capacity).T.ravel()
+        )[0],
+        lambda rows: sort_chunks_by_idxs(
+            rows, columns_NC.T.ravel(), chunks.reshape(layout.capacity, -1).T.ravel()
+        )[0],
+        lambda rows: unpermute(rows, tokens_TP[0], torch.Size((len(rank.map_TE), rows.shape[-1]))),
+    )
+
+
+def world(
+    layout: ExpertLayout,
+    tokens: list[int],
+    topk: int,
+    seed: int,
+    hot: bool = False,
+    uneven: bool = False,
+) -> list[Rank]:
+    """Every rank routes its own tokens.
+
+    Args:
+        hot: all of them go to expert 0.
+        uneven: some have fewer experts than others, or none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    maps = []
+    for number in tokens:
+        scores = torch.rand(number, layout.num_experts, generator=generator)
+        scores[:, 0] += hot
+        map_TE = torch.zeros(number, layout.num_experts, dtype=torch.bool)
+        map_TE.scatter_(1, scores.topk(topk, dim=1).indices, True)
+        maps.append(map_TE & (scores > 0.7) if uneven else map_TE)
+    counts_NE = np.stack([map_TE.sum(0).numpy() for map_TE in maps])
+    quotas = solve_quotas(Split.EXACT, counts_NE, layout, 1)
+    rows_NS = np.stack([quotas.rank_row(rank) for rank in range(layout.num_ranks)])
+    by_rank = rows_NS.reshape(layout.num_ranks, layout.num_ranks, layout.capacity)
+    return [
+        Rank(layout, map_TE, rows_NS[rank], np.ascontiguousarray(by_rank[:, rank]))
+        for rank, map_TE in enumerate(maps)
+    ]
+
+
+def exchange(sent: list[torch.Tensor], sizes_NN: np.ndarray) -> list[torch.Tensor]:
+    parts = [x.split(sizes.tolist()) for x, sizes in zip(sent, sizes_NN, strict=True)]
+    return [torch.cat([part[rank] for part in parts]) for rank in range(len(sent))]
+
+
+def whole_dispatch(ranks: list[Rank], make: Callable[[Rank], Steps], dtype: torch.dtype) -> Tensors:
+    """Every tensor on the way, and gradients, of a dispatch, experts that weigh, and a combine."""
+    generator = torch.Generator().manual_seed(7)
+    steps = [make(rank) for rank in ranks]
+    sizes = np.stack([rank.row_S.reshape(len(ranks), -1).sum(1) for rank in ranks])
+    hidden, probs, weights = [], [], []
+    for rank in ranks:
+        shape = (len(rank.map_TE), HIDDEN)
+        hidden += [torch.randn(shape, generator=generator).to(dtype).requires_grad_()]
+        weights += [torch.randn(shape, generator=generator).to(dtype)]
+        chosen = torch.rand(rank.map_TE.shape, generator=generator) * rank.map_TE
+        probs += [chosen.requires_grad_()]
+    sent = [s.to_send(h, p) for s, h, p in zip(steps, hidden, probs, strict=True)]
+    arrived = exchange([x for x, _ in sent], sizes)
+    arrived_probs = exchange([p for _, p in sent], sizes)
+    inputs = [s.by_slot(x) for s, x in zip(steps, arrived, strict=True)]
+    input_probs = [s.by_slot(p) for s, p in zip(steps, arrived_probs, strict=True)]
+    outputs = [(x * x * p[:, None]).to(dtype) for x, p in zip(inputs, input_probs, strict=True)]
+    back = exchange([s.by_rank(x) for s, x in zip(steps, outputs, strict=True)], sizes.T)
+    combined = [s.combine(x) for s, x in zip(steps, back, strict=True)]
+    torch.autograd.backward(combined, weights)
+    grads = [x.grad for x in (*hidden, *probs)]
+    on_the_way = (*inputs, *input_probs, *outputs, *back, *combined)
+    return (*(x.detach() for x in on_the_way), *(g for g in grads if g is not None))
+
+
+def assert_equal_bits(ranks: list[Rank], dtype: torch.dtype) -> None:
+    mine, theirs = whole_dispatch(ranks, ours, dtype), whole_dispatch(ranks, megatrons, dtype)
+    assert len(mine) == len(theirs) == 7 * len(ranks)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@settings(max_examples=60)
+@given(
+    tokens=st.lists(st.integers(0, 30), min_size=1, max_size=4),
+    experts=st.integers(1, 12),
+    spare=st.integers(0, 3),
+    topk=st.integers(1, 8),
+    hot=st.booleans(),
+    uneven=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**20),
+)
+def test_a_whole_dispatch_and_its_gradients_are_bitwise_those_of_megatrons_permutations(
+    tokens: list[int],
+    experts: int,
+    spare: int,
+    topk: int,
+    hot: bool,
+    uneven: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    ranks = len(tokens)
+    capacity = min(experts, -(-experts // ranks) + spare)
+    layout = ExpertLayout.random(ranks, capacity, experts, (seed,))
+    assert_equal_bits(world(layout, tokens, min(topk, experts), seed, hot, uneven), dtype)
+
+
+@pytest.mark.parametrize("tokens", [[0, 0], [0, 7], [9, 4]], ids=["no token", "one rank", "both"])
+def test_tokens_that_all_go_to_one_expert(tokens: list[int]) -> None:
+    layout = ExpertLayout.from_slots(2, 2, 3, [0, 1, 2, 0])
+    assert_equal_bits(world(layout, tokens, 1, 3, hot=True), torch.float32)
+
+
+def test_4096_slots_and_few_tokens() -> None:
+    layout = ExpertLayout.random(8, 512, 1024, (1,))
+    assert_equal_bits(world(layout, [6, 0, 1, 2, 3, 6, 5, 4], 8, 2, hot=True), torch.bfloat16)
+
+
+def test_what_is_kept_for_backward_does_not_grow_with_slots() -> None:
+    """It is 16 bytes for each row that is sent, and 8 for each that is received."""
+    tokens, topk = 256, 4
+
+    def kept(make: Callable[[Rank], Steps], slots: int) -> int:
+        layout = ExpertLayout.random(1, slots, slots, (5,))
+        (rank,) = world(layout, [tokens], topk, 1)
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        hidden = torch.rand(tokens, HIDDEN, requires_grad=True)
+        probs = torch.rand(tokens, slots).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            steps = make(rank)
+            rows, row_probs = steps.to_send(hidden, probs)
+            rows, row_probs = steps.by_slot(rows), steps.by_slot(row_probs)
+            total = steps.combine(steps.by_rank(rows)).sum() + row_probs.sum()
+        total.backward()
+        return sum(storage.nbytes() for storage in storages.values())
+
+    pairs = tokens * topk
+    assert kept(ours, 16) == kept(ours, 256) == 24 * pairs
+    assert kept(megatrons, 256) > 9 * tokens * 256
