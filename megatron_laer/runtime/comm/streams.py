@@ -24,6 +24,31 @@ _CLOSE_S = 5.0
 Work = Callable[[], torch.Tensor]
 
 
+def has_streams(device: torch.device) -> bool:
+    """Tell whether a device runs its work on CUDA streams."""
+    return device.type == "cuda"
+
+
+class OneComputeStream:
+    """Asserts that one compute stream uses an object, where nothing orders two of them."""
+
+    def __init__(self, user: str) -> None:
+        self._user = user
+        self._stream: torch.cuda.Stream | None = None
+
+    def check(self, device: torch.device) -> None:
+        """Remember the caller's stream at the first call, and compare it at every other."""
+        if not has_streams(device):
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._stream is None:
+            self._stream = stream
+        assert stream == self._stream, (
+            f"{self._user} is used on {stream}, and was used on {self._stream}: nothing orders two "
+            "compute streams here, so one would overwrite what the other still reads"
+        )
+
+
 class Pending(Protocol):
     """Gives the result of work that was submitted to a communication stream."""
 
@@ -49,7 +74,7 @@ class StreamTimes:
         self.exposed = Stopwatch(self.clock)
         self.timeline: Timeline | None = None
         self._name = name
-        self._is_cuda = device.type == "cuda"
+        self._is_cuda = has_streams(device)
 
     def waited(self, start: Timestamp, label: str) -> None:
         """Record that the compute waited since `start`."""
@@ -97,7 +122,7 @@ def make_comm_stream(name: str, device: torch.device, *, overlaps: bool) -> Comm
     times = StreamTimes(name, device)
     if not overlaps:
         return InlineStream(times)
-    return CudaStream(times, device) if device.type == "cuda" else ThreadStream(times, name)
+    return CudaStream(times, name, device) if has_streams(device) else ThreadStream(times, name)
 
 
 class _Done:
@@ -219,12 +244,14 @@ class _StreamResult:
 class CudaStream:
     """Runs work on a CUDA stream of the lowest priority; token exchanges get a high one."""
 
-    def __init__(self, times: StreamTimes, device: torch.device) -> None:
+    def __init__(self, times: StreamTimes, name: str, device: torch.device) -> None:
         self.times = times
         self._stream = torch.cuda.Stream(device, priority=0)
+        self._compute = OneComputeStream(f"the communication stream of {name}")
 
     def submit(self, work: Work, label: str) -> Pending:
         """Enqueue the work behind what the current stream holds; the host does not wait."""
+        self._compute.check(self._stream.device)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.no_grad(), torch.cuda.stream(self._stream):
             with self.times.working(label):
