@@ -192,16 +192,19 @@ def _record_stream(tensor: torch.Tensor, stream: Any) -> None:
         Simulation.checker.recorded(stream.number, tensor)
 
 
-def _copies_to(true_to: Callable[..., Any]) -> Callable[..., Any]:
-    """`Tensor.to`: a copy to the card is one; without `non_blocking` the host waits for it."""
+def copy_to_card(tensor: torch.Tensor, *, waits: bool) -> torch.Tensor:
+    """Copy a host tensor on the current stream; the host waits for copies of unpinned memory."""
+    copied = tensor.clone()
+    if waits:
+        current_stream().synchronize()
+    return copied
 
+
+def _copies_to(true_to: Callable[..., Any]) -> Callable[..., Any]:
     def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not (args and isinstance(args[0], Card)):
             return true_to(tensor, *args, **kwargs)
-        copied = tensor.clone()
-        if not kwargs.get("non_blocking", False):
-            current_stream().synchronize()
-        return copied
+        return copy_to_card(tensor, waits=not kwargs.get("non_blocking", False))
 
     return to
 

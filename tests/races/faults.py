@@ -84,6 +84,12 @@ def _on_new_stream(stream: Any, work: Any, label: str) -> Any:
     return _submit(stream, work, label)
 
 
+def _copied_on_new_stream(tensor: torch.Tensor, *, waits: bool) -> torch.Tensor:
+    """Upload beside everything else."""
+    with cuda.Stream():
+        return tensor.clone()
+
+
 @contextlib.contextmanager
 def _one_workspace() -> Iterator[None]:
     """Let restores and reduces use the same buffers."""
@@ -179,8 +185,8 @@ LAYER_FAULTS = {
         _replaced(RestoredExperts, "_hand_over", _added_on_the_communication_stream)
     ),
     "indexes are evicted while they are read": Fault(_evicted_indexes, found="is freed while"),
-    "the host does not wait for uploads": Fault(
-        _replaced(cuda.Stream, "synchronize", _nothing), found="what clone on stream"
+    "nobody waits for an upload on a stream of its own": Fault(
+        _replaced(cuda, "copy_to_card", _copied_on_new_stream), found="what clone on stream"
     ),
     "nobody waits for a token exchange": Fault(
         _replaced(AsyncWork, "order", _nothing), found="alltoall_base_ on NCCL's"
