@@ -6,7 +6,7 @@ changed, and the new layout of every layer:
     {"num_ranks":N,"capacity":C,"num_experts":E,...,"layers":["layer 1",...]}\\n
     {"step":7,"slots":[[expert of slot 0, ... of slot N*C-1], ... of the last layer]}\\n
 
-A line is written at once. `recording_file.py` says how a file is kept when a run is resumed.
+A line is written at once. `files/recording.py` says how a file is kept when a run is resumed.
 """
 
 from __future__ import annotations
