@@ -168,6 +168,8 @@ class FSEPMoELayer(MoELayer):
         assert plan is not None, "routed_experts_compute before preprocess"
         # A call, not a method: Megatron waits for updated parameters in the call's pre-hook.
         output_TH = self.experts(input_TH, probs_T, plan)
+        if self.training:
+            plan.restored.prepare_backward()
         return self.token_dispatcher.combine_preprocess(output_TH), None
 
     def _register(self, layer_number: int) -> None:

@@ -58,10 +58,12 @@ def torch(_: str) -> Answer:
     """Describe torch, its libraries for exchanges, and the cards that it sees.
 
     `device` is what training would run on, cpu or cuda; where that cannot be said, `device_error`.
+    `unsupported` says why this torch cannot train on a GPU, where it would have to.
     """
     import torch
 
     from megatron_laer.platform import cpu
+    from megatron_laer.support.torch_version import problem_on_cuda
 
     answer: Answer = {
         "version": torch.__version__,
@@ -74,6 +76,8 @@ def torch(_: str) -> Answer:
         answer["device"] = "cpu" if cpu.needed() else "cuda"
     except ValueError as error:
         answer["device_error"] = str(error)
+    if answer.get("device") == "cuda" and (problem := problem_on_cuda(torch.__version__)):
+        answer["unsupported"] = problem
     if torch.distributed.is_available() and torch.distributed.is_nccl_available():
         answer["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     if torch.cuda.is_available():

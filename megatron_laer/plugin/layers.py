@@ -91,7 +91,7 @@ def _with_fsep_groups(original: Callable[..., Any]) -> Callable[..., Any]:
         call.apply_defaults()
         given = call.arguments
         if _uses_nccl():
-            # Tokens go before weights and gradients, whose exchanges have streams of low priority.
+            # Tokens go before weights and gradients, whose streams have a lower priority.
             given["high_priority_stream_groups"] = [
                 *(given["high_priority_stream_groups"] or ()),
                 "ep",

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 
+import torch
+
 from megatron_laer import session
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.strategies import check_planner
+from megatron_laer.platform import cpu
 from megatron_laer.platform.versions import check_version
 from megatron_laer.plugin.checkpoint_writer import WRITER_PATCHES
 from megatron_laer.plugin.checkpoints import CHECKPOINT_PATCHES
@@ -16,7 +19,7 @@ from megatron_laer.plugin.metrics import remove_metrics
 from megatron_laer.plugin.patching import apply, patch_table, undo
 from megatron_laer.plugin.steps import STEP_PATCHES
 from megatron_laer.session import Session
-from megatron_laer.support import run_files
+from megatron_laer.support import run_files, torch_version
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     Idempotent. Other settings than before hold for models built from now on; those built before
     cannot go on training. Before Megatron's model parallel state is initialised it makes no
     collective; after that it is collective over the world, because it creates the FSEP groups, and
-    these have torch's time-out and NCCL's defaults, and token exchanges no priority.
+    these have torch's time-out and NCCL's defaults, and token exchanges the priority of compute.
 
     Args:
         config: settings; the defaults if None.
@@ -38,14 +41,16 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
 
     Raises:
         ImportError: a Megatron without a seam that FSEP needs, naming it.
-        ValueError: an unknown planner; a file or folder that cannot be used; a node size that does
-            not divide the group, on every rank.
+        ValueError: a torch that is too old for a GPU; an unknown planner; a file or folder that
+            cannot be used; a node size that does not divide the group, on every rank.
     """
     wanted = Session(config or FSEPConfig(), seed)
     current = session.current()
     if current is not None and (current.config, current.seed) == (wanted.config, wanted.seed):
         return
     check_version()
+    if not cpu.installed() and (problem := torch_version.problem_on_cuda(torch.__version__)):
+        raise ValueError(f"FSEP cannot run with {problem}")
     check_planner(wanted.config.planner)
     run_files.check(wanted.config)
     # All seams are found before one is used, so that a missing one leaves nothing patched.

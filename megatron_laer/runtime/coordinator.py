@@ -187,8 +187,11 @@ class Coordinator:
         for layer in self.layers:
             layer.microbatches = 0
         self.layouts.begin_step(step, num_microbatches)
+        indexes = [(layer, self._index_of(layer, training=True)) for layer in self.layers]
+        for _, index in indexes:
+            self.exchange.prepare_restore(index)
+            self.exchange.prepare_reduce(index)
         if self.schedule.holds_step:
-            indexes = [(layer, self._index_of(layer, training=True)) for layer in self.layers]
             self.experts.begin_step(indexes, num_microbatches)
 
     def end_step(self, *, weights_changed: bool) -> None:
@@ -272,7 +275,9 @@ class Coordinator:
         """Return the layout that the layer's next pass is planned with, as exchanges see it."""
         draw = 0 if self.schedule.holds_step else layer.microbatches
         layout = self.layouts.of_pass(layer.index, draw, training=training)
-        return layout_index(layout, self.device)
+        if layer.planned is None or layer.planned.layout != layout:
+            layer.planned = layout_index(layout, self.device)
+        return layer.planned
 
     def _note(
         self,

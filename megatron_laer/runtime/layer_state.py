@@ -11,6 +11,7 @@ import torch
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.guard import Decision
 from megatron_laer.runtime.comm.collectives import LayoutTag
+from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.slices import Slices
@@ -42,6 +43,7 @@ class LayerState:
             re-run takes them. Backward order equals forward order per layer, in 1F1B and
             interleaved schedules alike.
         microbatches: that were routed in this step so far.
+        planned: the layout that a pass was last planned with, as exchanges see it.
     """
 
     index: int
@@ -52,6 +54,7 @@ class LayerState:
     recomputes: bool
     pending: deque[MicrobatchPlan] = field(default_factory=deque)
     microbatches: int = 0
+    planned: LayoutIndex | None = None
     _samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     _tag: tuple[LayoutTag, torch.Tensor] | None = None
 

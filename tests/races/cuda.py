@@ -105,6 +105,14 @@ class Card:
     type, index = "cuda", 0
 
 
+class _OnCard:
+    """Passes for a tensor on the card."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.device: Any = Card()
+        self.record_stream = tensor.record_stream
+
+
 def current_stream(_: Any = None) -> Stream:
     """`torch.cuda.current_stream`."""
     return Simulation.current[-1]
@@ -126,8 +134,6 @@ def behind(stream: Stream, other: Stream) -> None:
 @contextlib.contextmanager
 def streams_on_cpu() -> Iterator[Checker]:
     """Replace streams inside the block, and yield the checker that watches them."""
-    from megatron_laer.runtime.comm import layout_index, reduce_index, restore_index
-
     checker = Simulation.checker = Checker()
     compute = Stream()
     checker.names[compute.number] = "the compute stream"
@@ -147,7 +153,6 @@ def streams_on_cpu() -> Iterator[Checker]:
         "synchronize": synchronize,
         "is_current_stream_capturing": lambda: False,
     }
-    caches = (layout_index.layout_index, restore_index.restore_index, reduce_index.reduce_index)
     with contextlib.ExitStack() as stack:
         for name, replacement in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, replacement))
@@ -160,17 +165,12 @@ def streams_on_cpu() -> Iterator[Checker]:
             (streams.CudaStream, "__init__", _named(streams.CudaStream.__init__)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
-        for name in ("upload", "upload_arrays"):
-            _replace_everywhere(stack, name, _on(card, getattr(upload, name)))
-        for cached in caches:
-            cached.cache_clear()
+        true_upload, true_read_here = upload.upload, upload.read_here
+        _replace_everywhere(stack, "upload", lambda tensor, _: true_upload(tensor, card))
+        _replace_everywhere(stack, "read_here", lambda tensor: true_read_here(_OnCard(tensor)))
         Simulation.current, Simulation.leaf_streams = [compute], set()
-        try:
-            yield checker
-        finally:
-            synchronize()
-            for cached in caches:  # their tensors belong to this run's streams
-                cached.cache_clear()
+        yield checker
+        synchronize()
 
 
 def _refuse(stream: Any) -> None:
@@ -207,10 +207,6 @@ def _copies_to(true_to: Callable[..., Any]) -> Callable[..., Any]:
         return copy_to_card(tensor, waits=not kwargs.get("non_blocking", False))
 
     return to
-
-
-def _on(card: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda data, _: function(data, card)
 
 
 def _replace_everywhere(stack: contextlib.ExitStack, name: str, replacement: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from megatron_laer.plugin import steps
-from megatron_laer.runtime.comm import hierarchical, layout_index
+from megatron_laer.runtime.comm import hierarchical
 from megatron_laer.runtime.comm.buffer_pool import BufferPool
 from megatron_laer.runtime.comm.streams import CudaStream, _StreamResult
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
@@ -158,17 +158,6 @@ def _works_without_order(manager: Any) -> None:
         work._work.wait()
 
 
-@contextlib.contextmanager
-def _evicted_indexes() -> Iterator[None]:
-    """Keep no index tensor in a cache, so that it dies with its last use on the host."""
-    with (
-        mock.patch.object(hierarchical, "restore_index", hierarchical.restore_index.__wrapped__),
-        mock.patch.object(hierarchical, "reduce_index", hierarchical.reduce_index.__wrapped__),
-        mock.patch.object(layout_index, "layout_index", layout_index.layout_index.__wrapped__),
-    ):
-        yield
-
-
 LAYER_FAULTS = {
     "submit does not wait for the compute": Fault(_replaced(cuda.Stream, "wait_stream", _nothing)),
     "wait waits for nothing": Fault(_replaced(_StreamResult, "wait", _result_at_once)),
@@ -184,7 +173,9 @@ LAYER_FAULTS = {
     "main gradients are added to on the communication stream": Fault(
         _replaced(RestoredExperts, "_hand_over", _added_on_the_communication_stream)
     ),
-    "indexes are evicted while they are read": Fault(_evicted_indexes, found="is freed while"),
+    "indexes are not recorded on the streams that read them": Fault(
+        _replaced(hierarchical, "read_here", _nothing), Scene.FRESH, "is freed while"
+    ),
     "nobody waits for an upload on a stream of its own": Fault(
         _replaced(cuda, "copy_to_card", _copied_on_new_stream), found="what clone on stream"
     ),

@@ -273,6 +273,15 @@ def test_gpus_are_listed_and_what_they_could_use_is_optional(doctor: Doctor) -> 
 
 
 @pytest.mark.distributed
+def test_a_torch_that_is_too_old_for_a_gpu_is_unsupported_there(doctor: Doctor) -> None:
+    examined = doctor(fake_torch("2.7.1", cards=2) | fake_megatron())
+    assert examined.rows["torch"][0] == "2.7.1"
+    assert examined.verdict("torch").startswith("unsupported: torch 2.7.1 on a GPU: before torch 2")
+    assert examined.last_line == "missing or unsupported: torch"
+    assert doctor(fake_torch("2.7.1") | fake_megatron()).verdict("torch") == "ok"
+
+
+@pytest.mark.distributed
 def test_gpus_without_nccl_cannot_train(doctor: Doctor) -> None:
     examined = doctor(fake_torch(cards=2, nccl=False) | fake_megatron())
     assert examined.rows["NCCL"] == ("none", "missing: install a torch with NCCL")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_laer import session
 from megatron_laer.config import FSEPConfig
-from megatron_laer.runtime.comm import launcher, process_groups
+from megatron_laer.runtime.comm import launcher, process_groups, streams
 from megatron_laer.support import arguments
 
 
@@ -105,6 +105,14 @@ def test_ranks_per_node_are_the_launchers_or_all_or_an_error(
             return
         with pytest.raises(ValueError, match="--fsep-node-size"):
             process_groups.ranks_per_node()
+
+
+def test_exchanges_go_before_compute_and_after_tokens() -> None:
+    with mock.patch.object(torch.cuda, "Stream") as stream:
+        streams.CudaStream(mock.Mock(), torch.device("cuda", 0))
+    (call,) = stream.call_args_list
+    transformer_engines, of_tokens_at_most = -1, -3
+    assert of_tokens_at_most < call.kwargs["priority"] < transformer_engines
 
 
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])

@@ -22,10 +22,11 @@ from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.matrix_reduce import MatrixReduce
 from megatron_laer.runtime.comm.matrix_restore import MatrixRestore
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
-from megatron_laer.runtime.comm.reduce_index import ReduceIndex, reduce_index
-from megatron_laer.runtime.comm.restore_index import RestoreIndex, restore_index
+from megatron_laer.runtime.comm.reduce_index import ReduceIndex
+from megatron_laer.runtime.comm.restore_index import RestoreIndex
 from megatron_laer.runtime.comm.row_blocks import row_blocks
 from megatron_laer.runtime.comm.stages import ExchangeCount, Stage, Stages
+from megatron_laer.runtime.comm.upload import read_here
 from megatron_laer.runtime.comm.workspace import MatrixBuffers, Workspace
 from megatron_laer.runtime.comm.workspace_sizes import reduce_workspace, restore_workspace
 
@@ -73,13 +74,20 @@ class HierarchicalExchange:
         self._restore_stages, self._reduce_stages = restore_stages, reduce_stages
         self._grad_wire_dtype = grad_wire_dtype
 
-    def prepare(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
-        """Build the index tensors that exchanges of this layout need; they would do it themselves.
+    def prepare_restore(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
+        """Build the index tensors that restores of this layout need, unless they are there.
+
+        Restores would do it themselves, but on CUDA their stream is not the only one that reads
+        the tensors: so this must be called before a restore is submitted, on the stream that
+        submits it.
 
         Args:
             before: the layout of weights that will be reused.
         """
         self._restore_index(index, before)
+
+    def prepare_reduce(self, index: LayoutIndex) -> None:
+        """Build the index tensors that reduces of this layout need, as `prepare_restore` does."""
         self._reduce_index(index)
 
     @torch.no_grad()
@@ -115,6 +123,7 @@ class HierarchicalExchange:
         out_CRK = slice_ErK.new_empty(shape) if out_CRK is None else out_CRK
         assert out_CRK.shape == shape and out_CRK.is_contiguous()
         needed = self._restore_index(index, None if reuse is None else reuse.index)
+        read_here(needed.position_n)
         if needed.has_work:
             sizes = restore_workspace(
                 self._geometry(index), rows, columns, slice_ErK.element_size()
@@ -165,11 +174,15 @@ class HierarchicalExchange:
         sizes = reduce_workspace(
             self._geometry(index), rows, columns, grad_CRK.element_size(), wire.itemsize
         )
+        needed = self._reduce_index(index)
+        for rounds in (needed.intra_node, needed.inter_node):
+            for targets, _ in rounds[:1]:
+                read_here(targets)
         MatrixReduce(
             self._node,
             self._local_rank,
             self._reduce_stages,
-            self._reduce_index(index),
+            needed,
             blocks,
             MatrixBuffers(self.reduce_workspace, sizes, grad_CRK.device),
             wire,
@@ -178,16 +191,11 @@ class HierarchicalExchange:
         return out_ErK
 
     def _restore_index(self, index: LayoutIndex, before: LayoutIndex | None) -> RestoreIndex:
-        return restore_index(
-            None if before is None else before.layout,
-            index.layout,
-            self.node_size,
-            self.groups.rank,
-            index.device,
-        )
+        layout = None if before is None else before.layout
+        return index.for_restore(layout, self.node_size, self.groups.rank)
 
     def _reduce_index(self, index: LayoutIndex) -> ReduceIndex:
-        return reduce_index(index.layout, self.node_size, self.groups.rank, index.device)
+        return index.for_reduce(self.node_size, self.groups.rank)
 
     def _geometry(self, index: LayoutIndex) -> Geometry:
         layout = index.layout

@@ -1,23 +1,23 @@
-"""A `LayoutIndex` is a layout together with its slot map on the device, made once per layout.
+"""A `LayoutIndex` is a layout together with all index tensors that it needs on the device.
 
-What a restore and a reduce look up beside it is in `restore_index.py` and `reduce_index.py`.
+What is in those of a restore and a reduce is in `restore_index.py` and `reduce_index.py`. There is
+no cache: whoever computes under a layout holds its `LayoutIndex`, and with it the tensors. A layer
+holds that of the layout in force, a microbatch that of its own until its backward is done.
 
 Legend: N ranks, C slots per rank, S = N·C slots.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from megatron_laer.layout import ExpertLayout
+from megatron_laer.runtime.comm.reduce_index import ReduceIndex, reduce_index
+from megatron_laer.runtime.comm.restore_index import RestoreIndex, restore_index
 from megatron_laer.runtime.comm.upload import upload_arrays
-
-# Layouts whose index tensors are cached: those in force in all layers of a stage, and fresh ones.
-CACHED_LAYOUTS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,15 +30,33 @@ class LayoutIndex:
 
     layout: ExpertLayout
     slot_expert_S: torch.Tensor
+    # By what they were built for.
+    _restores: dict[tuple[ExpertLayout | None, int, int], RestoreIndex] = field(
+        default_factory=dict
+    )
+    _reduces: dict[tuple[int, int], ReduceIndex] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
         """Return the device that the index tensors live on."""
         return self.slot_expert_S.device
 
+    def for_restore(self, before: ExpertLayout | None, node_size: int, rank: int) -> RestoreIndex:
+        """Return what a restore looks up, built at the first call: see `restore_index`."""
+        key = before, node_size, rank
+        if key not in self._restores:
+            self._restores[key] = restore_index(before, self.layout, node_size, rank, self.device)
+        return self._restores[key]
 
-@lru_cache(maxsize=CACHED_LAYOUTS)
+    def for_reduce(self, node_size: int, rank: int) -> ReduceIndex:
+        """Return what a reduce looks up, built at the first call: see `reduce_index`."""
+        key = node_size, rank
+        if key not in self._reduces:
+            self._reduces[key] = reduce_index(self.layout, node_size, rank, self.device)
+        return self._reduces[key]
+
+
 def layout_index(layout: ExpertLayout, device: torch.device) -> LayoutIndex:
-    """Upload the slot map of `layout` to `device`, once."""
+    """Upload the slot map of `layout` to `device`; the rest follows when it is asked for."""
     (slot_expert_S,) = upload_arrays([layout.slot_expert_S.astype(np.int64)], device)
     return LayoutIndex(layout, slot_expert_S)

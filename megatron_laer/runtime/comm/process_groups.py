@@ -132,7 +132,9 @@ def create_groups(
     mine = tuple(dist.get_process_group_ranks(expert_group))
     sizes = _node_sizes(mine, node_size)
 
-    # new_group is collective: every rank creates every group, in the same order.
+    # new_group is collective: every rank creates every group, in the same order. It waits for
+    # nobody, and with local synchronisation ranks would count groups, and so name the next one of
+    # the world, differently (docs/communication.md).
     made: dict[str, Group] = {}
 
     def make(kind: str, ranks: Sequence[int]) -> None:

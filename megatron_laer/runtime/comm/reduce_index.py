@@ -8,14 +8,12 @@ Legend: E experts, S slots of all ranks; G ranks per node, M nodes, D distinct e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.runtime.comm.layout_index import CACHED_LAYOUTS
 from megatron_laer.runtime.comm.upload import upload_arrays
 from megatron_laer.sharding import node_sources
 
@@ -39,7 +37,6 @@ class ReduceIndex:
     inter_node: Rounds
 
 
-@lru_cache(maxsize=CACHED_LAYOUTS)
 def reduce_index(
     layout: ExpertLayout, node_size: int, rank: int, device: torch.device
 ) -> ReduceIndex:

@@ -28,7 +28,6 @@ slots of a node to restore, D distinct experts that arrive at a node for them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +35,6 @@ import torch
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.runtime.comm.layout_index import CACHED_LAYOUTS
 from megatron_laer.runtime.comm.upload import upload_arrays
 from megatron_laer.sharding import changed_slots, node_sources
 
@@ -80,7 +78,6 @@ class RestoreIndex:
     runs: list[Run]
 
 
-@lru_cache(maxsize=CACHED_LAYOUTS)
 def restore_index(
     before: ExpertLayout | None,
     after: ExpertLayout,

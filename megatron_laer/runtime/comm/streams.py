@@ -18,6 +18,13 @@ import torch
 from megatron_laer.telemetry.clock import Stopwatch, Timestamp, make_clock
 from megatron_laer.telemetry.timeline import COMPUTE, Timeline
 
+# The priority of CUDA streams for exchanges; lower numbers go first. Priority orders thread blocks:
+# with that of compute, 0, each small kernel of an exchange would wait until the running GEMM has no
+# block left to start. Transformer Engine's GEMMs use -1 too; the streams on which NCCL's groups of
+# high priority send tokens go before this one. torch takes streams of one priority in turn from a
+# pool of 32, and hardly anyone else takes from this pool, so nobody else gets the same stream.
+_EXCHANGE_PRIORITY = -2
+
 # How long a stream that is closed may take to end what it is doing.
 _CLOSE_S = 5.0
 
@@ -54,6 +61,14 @@ class Pending(Protocol):
 
     def wait(self) -> torch.Tensor:
         """Return the result, for use on the caller's stream; may be called more than once.
+
+        Raises:
+            BaseException: what the work raised.
+        """
+        ...
+
+    def result(self) -> torch.Tensor:
+        """Return the result to work submitted later to the same stream, which waits for nothing.
 
         Raises:
             BaseException: what the work raised.
@@ -134,6 +149,9 @@ class _Done:
     def wait(self) -> torch.Tensor:
         return self._result
 
+    def result(self) -> torch.Tensor:
+        return self._result
+
 
 class InlineStream:
     """Does not overlap: work is done when `submit` returns."""
@@ -178,6 +196,9 @@ class _Promise:
             start = self._times.clock.now()
             self._is_there.wait()
             self._times.waited(start, self._label)
+        return self.result()
+
+    def result(self) -> torch.Tensor:
         if self._error is not None:
             raise self._error
         result: torch.Tensor = self._result
@@ -240,13 +261,16 @@ class _StreamResult:
         self._result.record_stream(stream)
         return self._result
 
+    def result(self) -> torch.Tensor:
+        return self._result
+
 
 class CudaStream:
-    """Runs work on a CUDA stream of the lowest priority; token exchanges get a high one."""
+    """Runs work on a CUDA stream of its own, before compute and after token exchanges."""
 
     def __init__(self, times: StreamTimes, name: str, device: torch.device) -> None:
         self.times = times
-        self._stream = torch.cuda.Stream(device, priority=0)
+        self._stream = torch.cuda.Stream(device, priority=_EXCHANGE_PRIORITY)
         self._compute = OneComputeStream(f"the communication stream of {name}")
 
     def submit(self, work: Work, label: str) -> Pending:

@@ -1,9 +1,12 @@
-"""Copies from the host to the device are made here without waiting for the compute queued there."""
+"""Copies from the host to the device are made here, and the host never waits for them.
+
+They run on the current stream. Another stream that reads what was copied must come after it, and
+must tell the allocator (`read_here`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 import torch
@@ -22,20 +25,16 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def upload_arrays(arrays: Sequence[Int64], device: torch.device) -> list[torch.Tensor]:
-    """Copy arrays to the device at once, for use on any stream.
-
-    On CUDA the copy runs on a stream of its own, which is waited for: so the tensors may be used on
-    any stream at once, and the wait is never behind queued compute. They are for index tensors that
-    a cache holds: these outlive any kernel that reads them, because many newer layouts must come
-    before the cache lets go of them.
-    """
-    packed = torch.from_numpy(np.concatenate(arrays))
-    if device.type == "cuda":
-        with torch.cuda.stream(_upload_stream(device)):
-            packed = packed.to(device)
+    """Copy arrays to the device at once, as `upload` does; they share one piece of memory."""
+    packed = upload(torch.from_numpy(np.concatenate(arrays)), device)
     return list(packed.split([len(array) for array in arrays]))
 
 
-@cache
-def _upload_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def read_here(tensor: torch.Tensor) -> None:
+    """Tell CUDA's allocator that the current stream reads this tensor, made on another stream.
+
+    When the host lets go of the tensor, this stream may still have kernels in its queue that read
+    it: its memory is another's only after these. One call covers all that share the memory.
+    """
+    if tensor.device.type == "cuda":
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -80,6 +80,7 @@ class RestoredExperts:
             return
         self.state.enter(WeightState.RESTORING)
         exchange, weights = self._streams.exchange, self._streams.weights
+        exchange.prepare_restore(self.index)
         self._matrices = tuple(
             self._streams.parameters.submit(
                 # The slices as they are now: they change between steps only.
@@ -107,6 +108,7 @@ class RestoredExperts:
         if self.state.weights is WeightState.SHARDED or index is before:
             return
         self.state.enter(WeightState.RESTORING)
+        self._streams.exchange.prepare_restore(index, before)
         self._matrices = tuple(
             self._streams.parameters.submit(
                 partial(self._update, slice_ErK.detach(), index, rows, before, pending),
@@ -195,6 +197,14 @@ class RestoredExperts:
             self._weights_used()
         return run_on_backward(self._begin_backward, output)[0]
 
+    def prepare_backward(self) -> None:
+        """Build the index tensors that backward needs, which a layout made for this pass lacks.
+
+        Called when the experts' compute is queued, so that the device is busy meanwhile.
+        """
+        self._streams.exchange.prepare_restore(self.index)
+        self._streams.exchange.prepare_reduce(self.index)
+
     def matrix(self, position: int) -> torch.Tensor:
         """Return the `position`-th matrix of every slot, having waited for it."""
         self.start_restore()
@@ -218,6 +228,7 @@ class RestoredExperts:
         """Begin to send whole gradients to their slices. Collective over the group."""
         self.state.enter(GradState.REDUCING)
         exchange = self._streams.exchange
+        exchange.prepare_reduce(self.index)
         self._slice_grads = tuple(
             self._streams.gradients.submit(
                 partial(
@@ -319,5 +330,5 @@ class RestoredExperts:
         pending: Pending,
     ) -> torch.Tensor:
         """Update a matrix on the communication stream that `pending` runs on, hence after it."""
-        reuse = ReusableWeights(before, pending.wait())
+        reuse = ReusableWeights(before, pending.result())
         return self._streams.exchange.restore(slice_ErK, index, rows, reuse=reuse)

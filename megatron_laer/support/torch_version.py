@@ -1,0 +1,21 @@
+"""On a GPU, FSEP needs a newer torch than elsewhere."""
+
+from __future__ import annotations
+
+import re
+
+OLDEST_ON_CUDA = "2.8"
+
+
+def problem_on_cuda(version: str) -> str | None:
+    """Say why this torch cannot train with FSEP on a GPU, and what would work; None if it can."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    oldest = tuple(map(int, OLDEST_ON_CUDA.split(".")))
+    if numbers is None or tuple(map(int, numbers.groups())) >= oldest:
+        return None
+    return (
+        f"torch {version} on a GPU: before torch {OLDEST_ON_CUDA}, NCCL's collectives leave the "
+        "stream that calls them, so exchanges of weights would not have the priority and the order "
+        f"that FSEP gives them; install torch>={OLDEST_ON_CUDA}, or train on the CPU with "
+        "MEGATRON_LAER_DEVICE=cpu"
+    )

@@ -1,0 +1,78 @@
+"""In training, index tensors are built where nothing waits for them, and never by an exchange."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
+from tests.parity.flags import command_line
+
+# Whichever of these is on the stack first built the index.
+PLACES = ("begin_step", "prepare_backward", "change", "start_restore", "start_reduce")
+RECOMPUTE = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+
+def places_of_builds(command: list[str]) -> set[str]:
+    """Train; for each index that was built, the place of the host's program, or the thread."""
+    from megatron_laer.runtime.comm import layout_index
+
+    places: set[str] = set()
+
+    def place() -> str:
+        thread = threading.current_thread().name
+        if thread.startswith("fsep-"):
+            return thread
+        names, frame = set(), sys._getframe(1)
+        while frame is not None:
+            names.add(frame.f_code.co_name)
+            frame = frame.f_back  # type: ignore[assignment]
+        return next(name for name in PLACES if name in names)
+
+    def noted(original: Any) -> Any:
+        def build(*args: Any) -> Any:
+            places.add(place())
+            return original(*args)
+
+        return build
+
+    with (
+        mock.patch.object(layout_index, "restore_index", noted(layout_index.restore_index)),
+        mock.patch.object(layout_index, "reduce_index", noted(layout_index.reduce_index)),
+    ):
+        train(command)
+    return places
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--fsep-plan-mode forecast --fsep-late-plan wait", {"begin_step"}),
+        ("--fsep-restore step --fsep-late-plan wait", {"begin_step"}),
+        # What is fetched after the gate is indexed after the gate, and nothing else.
+        ("--fsep-imbalance-tolerance 0", {"begin_step", "change", "prepare_backward"}),
+        ("--fsep-plan-mode exact", {"begin_step", "start_restore", "prepare_backward"}),
+        (
+            f"--fsep-plan-mode exact {RECOMPUTE}",
+            {"begin_step", "start_restore", "prepare_backward"},
+        ),
+    ],
+)
+def test_indexes_are_built_where_nothing_waits_for_them(
+    ranks: Callable[[int], RankPool], text_data: str, flags: str, expected: set[str]
+) -> None:
+    command = command_line(
+        text_data,
+        experts=4,
+        expert_parallel=2,
+        global_batch=8,
+        steps=4,
+        extra=f"--expert-parallel-mode fsep --fsep-capacity 3 {flags}",
+    )
+    assert ranks(2).run(places_of_builds, command) == [expected] * 2
