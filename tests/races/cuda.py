@@ -182,7 +182,7 @@ def _named(true_init: Callable[..., None]) -> Callable[..., None]:
 
     def init(stream: Any, times: Any, *args: Any, **kwargs: Any) -> None:
         true_init(stream, times, *args, **kwargs)
-        Simulation.checker.names[stream._stream.number] = f"the stream of {times._name}"
+        Simulation.checker.names[stream._stream.number] = f"the stream of {times.name}"
 
     return init
 
