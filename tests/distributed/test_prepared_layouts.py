@@ -56,7 +56,10 @@ def places_of_builds(command: list[str]) -> set[str]:
         ("--fsep-plan-mode forecast --fsep-late-plan wait", {"begin_step"}),
         ("--fsep-restore step --fsep-late-plan wait", {"begin_step"}),
         # What is fetched after the gate is indexed after the gate, and nothing else.
-        ("--fsep-imbalance-tolerance 0", {"begin_step", "change", "prepare_backward"}),
+        (
+            "--fsep-imbalance-tolerance 0.02 --fsep-late-plan wait",
+            {"begin_step", "change", "prepare_backward"},
+        ),
         ("--fsep-plan-mode exact", {"begin_step", "start_restore", "prepare_backward"}),
         (
             f"--fsep-plan-mode exact {RECOMPUTE}",
@@ -69,10 +72,10 @@ def test_indexes_are_built_where_nothing_waits_for_them(
 ) -> None:
     command = command_line(
         text_data,
-        experts=4,
+        experts=8,
         expert_parallel=2,
-        global_batch=8,
+        global_batch=16,
         steps=4,
-        extra=f"--expert-parallel-mode fsep --fsep-capacity 3 {flags}",
+        extra=f"--expert-parallel-mode fsep {flags}",
     )
     assert ranks(2).run(places_of_builds, command) == [expected] * 2

@@ -111,6 +111,32 @@ def test_launchers_that_disagree_are_refused_on_every_rank(
         assert "[1, 4] ranks: not the same number" in raised.message
 
 
+def groups_across_a_node_and_inside_one() -> tuple[int, float]:
+    """Groups of 4 on nodes of 6: one lies inside a node, the other half on each of two."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_laer.runtime.comm import process_groups
+
+    dist.init_process_group("gloo")
+    try:
+        first = dist.get_rank() // 4 * 4
+        expert_groups = [dist.new_group(list(range(start, start + 4))) for start in (0, 4)]
+        with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="6"):
+            made = process_groups.create_groups(expert_groups[first // 4], None, dist.new_group)
+        total = torch.ones(())
+        dist.all_reduce(total, group=dist.new_group())
+        return len(made.extra()), total.item()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_go_on_alike_where_fsep_groups_are_unlike(ranks: Callable[[int], RankPool]) -> None:
+    """A group of the world that is made afterwards has one name on all ranks."""
+    found = ranks(8).run(groups_across_a_node_and_inside_one)
+    assert found == [(2, 8.0)] * 4 + [(6, 8.0)] * 4
+
+
 def chosen_node_size(command: list[str]) -> int:
     """What the exchange that a run takes counts as a node."""
     from megatron_laer.session import current_coordinator
