@@ -64,12 +64,6 @@ def _result_at_once(pending: Any) -> torch.Tensor:
     return result
 
 
-def _result_unrecorded(pending: Any) -> torch.Tensor:
-    """Wait, and do not tell the allocator that this stream reads the result."""
-    cuda.current_stream().wait_event(pending._done)
-    return _result_at_once(pending)
-
-
 def _unordered_result(stream: Any, work: Any, label: str) -> Any:
     """Record the event before the work instead of after it."""
     stream._stream.wait_stream(cuda.current_stream())
@@ -197,9 +191,6 @@ LAYER_FAULTS = {
     ),
     "a step's sums are used again when they are sent": Fault(
         _replaced(StepExperts, "start_reduce", _reduce_and_reset_sums), Scene.STEP
-    ),
-    "a result is not recorded on the stream that uses it": Fault(
-        _replaced(_StreamResult, "wait", _result_unrecorded), Scene.AUTOGRAD, "is free while"
     ),
 }
 
