@@ -2,8 +2,8 @@
 
 A stream's clock says up to which operation of every other stream it has waited. Two accesses to the
 same bytes, one of them a write, are a race unless the later one's stream had waited for the earlier
-one. Memory is freed as CUDA's caching allocator frees it: the stream that it was allocated on may
-overwrite it at once, unless every other stream that used it was waited for or recorded.
+one. Memory is freed as CUDA's caching allocator frees it: the next allocation on its stream may get
+it, so by then that stream must have waited for every other one that used it and was not recorded.
 
 What only the host orders is not seen, apart from `host_waits`: a test must not rest on the host's
 slowness.
@@ -68,6 +68,7 @@ class Checker:
         self._clocks: defaultdict[int, Clock] = defaultdict(dict)
         self._host: Clock = {}
         self._memory: dict[int, Memory] = {}
+        self._free: defaultdict[int, list[Memory]] = defaultdict(list)
 
     @property
     def races(self) -> list[str]:
@@ -127,6 +128,7 @@ class Checker:
         if tensor.numel() == 0 or storage.data_ptr() in self._memory:
             return False
         self._known(tensor, stream)
+        self._reuse(stream)
         return True
 
     def recorded(self, stream: int, tensor: torch.Tensor) -> None:
@@ -144,21 +146,24 @@ class Checker:
         return self._memory[pointer]
 
     def free(self, pointer: int) -> None:
-        """Let the stream that memory was allocated on have it back."""
+        """Note that the host let go of memory: the next allocation of its stream may get it."""
         memory = self._memory.pop(pointer, None)
-        if memory is None or memory.home is None:
-            return
-        self.frees += 1
-        home = memory.home
-        for span, operation in memory.accesses.items():
-            waited_for = max(self._clocks[home].get(span.stream, 0), self._host.get(span.stream, 0))
-            if span.stream in {home, *memory.recorded} or waited_for >= operation.number:
-                continue
-            self._found(
-                f"memory of {self._name(home)} is freed while {operation.name} on "
-                f"{self._name(span.stream)} may still {'write' if span.writes else 'read'} it, and "
-                "was not recorded"
-            )
+        if memory is not None and memory.home is not None:
+            self.frees += 1
+            self._free[memory.home].append(memory)
+
+    def _reuse(self, home: int) -> None:
+        """Let an allocation have all memory that was freed on its stream."""
+        clock = self.now(home)
+        for memory in self._free.pop(home, []):
+            for span, operation in memory.accesses.items():
+                is_known = span.stream in {home, *memory.recorded}
+                if not is_known and clock.get(span.stream, 0) < operation.number:
+                    self._found(
+                        f"memory of {self._name(home)} is free while {operation.name} on "
+                        f"{self._name(span.stream)} may still "
+                        f"{'write' if span.writes else 'read'} it, and was not recorded"
+                    )
 
     def _name(self, stream: int) -> str:
         return self.names.get(stream, f"stream {stream}")

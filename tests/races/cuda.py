@@ -132,6 +132,7 @@ def streams_on_cpu() -> Iterator[Checker]:
     compute = Stream()
     checker.names[compute.number] = "the compute stream"
     card: Any = Card()
+    caches = (layout_index.layout_index, restore_index.restore_index, reduce_index.reduce_index)
 
     def synchronize(_: Any = None) -> None:
         for number in range(1, next(_numbers)):
@@ -147,7 +148,6 @@ def streams_on_cpu() -> Iterator[Checker]:
         "synchronize": synchronize,
         "is_current_stream_capturing": lambda: False,
     }
-    caches = (layout_index.layout_index, restore_index.restore_index, reduce_index.reduce_index)
     with contextlib.ExitStack() as stack:
         for name, replacement in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, replacement))
@@ -160,8 +160,9 @@ def streams_on_cpu() -> Iterator[Checker]:
             (streams.CudaStream, "__init__", _named(streams.CudaStream.__init__)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
-        for name in ("upload", "upload_arrays"):
-            _replace_everywhere(stack, name, _on(card, getattr(upload, name)))
+        true_upload, true_arrays = upload.upload, upload.upload_arrays
+        _replace_everywhere(stack, "upload", lambda tensor, _: true_upload(tensor, card))
+        _replace_everywhere(stack, "upload_arrays", lambda arrays, _: true_arrays(arrays, card))
         for cached in caches:
             cached.cache_clear()
         Simulation.current, Simulation.leaf_streams = [compute], set()
@@ -182,7 +183,7 @@ def _named(true_init: Callable[..., None]) -> Callable[..., None]:
 
     def init(stream: Any, times: Any, *args: Any, **kwargs: Any) -> None:
         true_init(stream, times, *args, **kwargs)
-        Simulation.checker.names[stream._stream.number] = f"the stream of {times._name}"
+        Simulation.checker.names[stream._stream.number] = f"the stream of {times.name}"
 
     return init
 
@@ -207,10 +208,6 @@ def _copies_to(true_to: Callable[..., Any]) -> Callable[..., Any]:
         return copy_to_card(tensor, waits=not kwargs.get("non_blocking", False))
 
     return to
-
-
-def _on(card: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda data, _: function(data, card)
 
 
 def _replace_everywhere(stack: contextlib.ExitStack, name: str, replacement: Any) -> None:

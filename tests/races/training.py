@@ -20,7 +20,6 @@ _RANDOM = " --fsep-planner random"
 _OVERLAPS = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 _FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 _MOE = " --recompute-granularity selective --recompute-modules moe"
-_SHARED = " --moe-shared-expert-intermediate-size 32 --moe-shared-expert-overlap"
 
 
 class Training(NamedTuple):
@@ -38,7 +37,6 @@ SCENARIOS = {
     "recompute of the MoE layer": Training(_RANDOM + _MOE),
     "experts held over a step": Training(_RANDOM + " --fsep-restore step"),
     "both overlaps": Training(_RANDOM + _OVERLAPS),
-    "shared experts on a stream of their own": Training(_RANDOM + _SHARED),
     "pipeline 2": Training(_RANDOM + " --pipeline-model-parallel-size 2", 4),
     "both overlaps, slices replicated": Training(_RANDOM + _OVERLAPS, 4),
 }
@@ -86,12 +84,8 @@ def _side_stream_of_leaves() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fresh_streams() -> Iterator[None]:
-    """Let Megatron make anew, inside and after the block, the streams that its classes keep."""
-    from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+    """Let Megatron make anew, inside and after the block, the stream that its class keeps."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    with (
-        mock.patch.object(MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None),
-        mock.patch.object(SharedExpertMLP, "stream", None),
-    ):
+    with mock.patch.object(MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None):
         yield

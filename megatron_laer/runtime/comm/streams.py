@@ -65,6 +65,7 @@ class StreamTimes:
     """Measures when a communication stream works, and when the compute waits for it.
 
     Attributes:
+        name: of the communication stream.
         exposed: what the compute waited, on its own stream.
         timeline: where intervals are recorded, if anywhere.
     """
@@ -73,7 +74,7 @@ class StreamTimes:
         self.clock = make_clock(device)
         self.exposed = Stopwatch(self.clock)
         self.timeline: Timeline | None = None
-        self._name = name
+        self.name = name
         self._is_cuda = has_streams(device)
 
     def waited(self, start: Timestamp, label: str) -> None:
@@ -91,7 +92,7 @@ class StreamTimes:
         with named(label):
             yield
         if self.timeline is not None and start is not None:
-            self.timeline.add(self._name, label, start, self.clock.now())
+            self.timeline.add(self.name, label, start, self.clock.now())
 
 
 class CommStream(Protocol):
@@ -122,7 +123,7 @@ def make_comm_stream(name: str, device: torch.device, *, overlaps: bool) -> Comm
     times = StreamTimes(name, device)
     if not overlaps:
         return InlineStream(times)
-    return CudaStream(times, name, device) if has_streams(device) else ThreadStream(times, name)
+    return CudaStream(times, device) if has_streams(device) else ThreadStream(times, name)
 
 
 class _Done:
@@ -244,10 +245,10 @@ class _StreamResult:
 class CudaStream:
     """Runs work on a CUDA stream of the lowest priority; token exchanges get a high one."""
 
-    def __init__(self, times: StreamTimes, name: str, device: torch.device) -> None:
+    def __init__(self, times: StreamTimes, device: torch.device) -> None:
         self.times = times
         self._stream = torch.cuda.Stream(device, priority=0)
-        self._compute = OneComputeStream(f"the communication stream of {name}")
+        self._compute = OneComputeStream(f"the communication stream of {times.name}")
 
     def submit(self, work: Work, label: str) -> Pending:
         """Enqueue the work behind what the current stream holds; the host does not wait."""
