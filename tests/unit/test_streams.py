@@ -108,8 +108,11 @@ def test_ranks_per_node_are_the_launchers_or_all_or_an_error(
 
 
 def test_exchanges_go_before_compute_and_after_tokens() -> None:
-    with mock.patch.object(torch.cuda, "Stream") as stream:
-        streams.CudaStream(mock.Mock(), torch.device("cuda", 0))
+    with (
+        mock.patch.object(torch.cuda, "Stream") as stream,
+        mock.patch.object(streams, "StreamTimes"),
+    ):
+        streams.make_comm_stream("parameters", torch.device("cuda", 0), overlaps=True)
     (call,) = stream.call_args_list
     transformer_engines, of_tokens_at_most = -1, -3
     assert of_tokens_at_most < call.kwargs["priority"] < transformer_engines
