@@ -9,6 +9,8 @@ from collections import defaultdict
 
 import torch
 
+from megatron_laer.runtime.comm.streams import OneComputeStream
+
 _Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
 
 
@@ -16,7 +18,8 @@ class BufferPool:
     """Hands out tensors by shape and dtype, and takes them back.
 
     On CUDA a tensor may be put back while the caller's stream still uses it: whoever takes it next
-    submits its work behind that stream (see `streams.CommStream`).
+    submits its work behind that stream (see `streams.CommStream`). So all callers must share one
+    stream, which is asserted.
 
     Attributes:
         in_use: how many tensors were taken and not put back.
@@ -27,11 +30,13 @@ class BufferPool:
         self.in_use = 0
         self.num_bytes = 0
         self._free: defaultdict[_Kind, list[torch.Tensor]] = defaultdict(list)
+        self._compute = OneComputeStream("a buffer pool")
 
     def take(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
         """Hand out an uninitialised tensor."""
+        self._compute.check(device)
         self.in_use += 1
         free = self._free[shape, dtype, device]
         if free:
@@ -42,5 +47,6 @@ class BufferPool:
 
     def put_back(self, tensor: torch.Tensor) -> None:
         """Take back a tensor from `take` that nobody reads any more."""
+        self._compute.check(tensor.device)
         self.in_use -= 1
         self._free[tuple(tensor.shape), tensor.dtype, tensor.device].append(tensor)

@@ -31,6 +31,31 @@ _CLOSE_S = 5.0
 Work = Callable[[], torch.Tensor]
 
 
+def has_streams(device: torch.device) -> bool:
+    """Tell whether a device runs its work on CUDA streams."""
+    return device.type == "cuda"
+
+
+class OneComputeStream:
+    """Asserts that one compute stream uses an object, where nothing orders two of them."""
+
+    def __init__(self, user: str) -> None:
+        self._user = user
+        self._stream: torch.cuda.Stream | None = None
+
+    def check(self, device: torch.device) -> None:
+        """Remember the caller's stream at the first call, and compare it at every other."""
+        if not has_streams(device):
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._stream is None:
+            self._stream = stream
+        assert stream == self._stream, (
+            f"{self._user} is used on {stream}, and was used on {self._stream}: nothing orders two "
+            "compute streams here, so one would overwrite what the other still reads"
+        )
+
+
 class Pending(Protocol):
     """Gives the result of work that was submitted to a communication stream."""
 
@@ -55,6 +80,7 @@ class StreamTimes:
     """Measures when a communication stream works, and when the compute waits for it.
 
     Attributes:
+        name: of the communication stream.
         exposed: what the compute waited, on its own stream.
         timeline: where intervals are recorded, if anywhere.
     """
@@ -63,8 +89,8 @@ class StreamTimes:
         self.clock = make_clock(device)
         self.exposed = Stopwatch(self.clock)
         self.timeline: Timeline | None = None
-        self._name = name
-        self._is_cuda = device.type == "cuda"
+        self.name = name
+        self._is_cuda = has_streams(device)
 
     def waited(self, start: Timestamp, label: str) -> None:
         """Record that the compute waited since `start`."""
@@ -81,7 +107,7 @@ class StreamTimes:
         with named(label):
             yield
         if self.timeline is not None and start is not None:
-            self.timeline.add(self._name, label, start, self.clock.now())
+            self.timeline.add(self.name, label, start, self.clock.now())
 
 
 class CommStream(Protocol):
@@ -112,7 +138,7 @@ def make_comm_stream(name: str, device: torch.device, *, overlaps: bool) -> Comm
     times = StreamTimes(name, device)
     if not overlaps:
         return InlineStream(times)
-    return CudaStream(times, device) if device.type == "cuda" else ThreadStream(times, name)
+    return CudaStream(times, device) if has_streams(device) else ThreadStream(times, name)
 
 
 class _Done:
@@ -246,9 +272,11 @@ class CudaStream:
     def __init__(self, times: StreamTimes, device: torch.device) -> None:
         self.times = times
         self._stream = torch.cuda.Stream(device, priority=_EXCHANGE_PRIORITY)
+        self._compute = OneComputeStream(f"the communication stream of {times.name}")
 
     def submit(self, work: Work, label: str) -> Pending:
         """Enqueue the work behind what the current stream holds; the host does not wait."""
+        self._compute.check(self._stream.device)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.no_grad(), torch.cuda.stream(self._stream):
             with self.times.working(label):

@@ -1,0 +1,196 @@
+"""`Checker` keeps a vector clock per stream, and finds accesses to memory that nothing orders.
+
+A stream's clock says up to which operation of every other stream it has waited. Two accesses to the
+same bytes, one of them a write, are a race unless the later one's stream had waited for the earlier
+one. Memory is freed as CUDA's caching allocator frees it: the next allocation on its stream may get
+it, so by then that stream must have waited for every other one that used it and was not recorded.
+
+What only the host orders is not seen, apart from `host_waits`: a test must not rest on the host's
+slowness.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+Clock = dict[int, int]  # by stream: the number of the last operation that was waited for
+
+
+class Span(NamedTuple):
+    """Bytes of a storage, from `start` to before `end`, as one stream read or wrote them."""
+
+    stream: int
+    start: int
+    end: int
+    writes: bool
+
+    def conflicts(self, other: Span) -> bool:
+        """Whether both touch a byte that one of them writes."""
+        overlaps = self.start < other.end and other.start < self.end
+        return overlaps and (self.writes or other.writes)
+
+
+class Operation(NamedTuple):
+    """An operation by its number on its stream."""
+
+    number: int
+    name: str
+
+
+@dataclass
+class Memory:
+    """What is known of a storage.
+
+    Attributes:
+        home: the stream it was allocated on; None if it was there before the checker.
+        recorded: streams that the allocator was told of.
+        accesses: the last operation of each kind of access.
+    """
+
+    home: int | None
+    recorded: set[int] = field(default_factory=set)
+    accesses: dict[Span, Operation] = field(default_factory=dict)
+
+
+class Checker:
+    """Collects races, each once."""
+
+    def __init__(self) -> None:
+        self.names: dict[int, str] = {}
+        self.operations = 0
+        self.frees = 0
+        self._races: dict[str, None] = {}
+        self._clocks: defaultdict[int, Clock] = defaultdict(dict)
+        self._host: Clock = {}
+        self._memory: dict[int, Memory] = {}
+        self._free: defaultdict[int, list[Memory]] = defaultdict(list)
+
+    @property
+    def races(self) -> list[str]:
+        """What was found, in the order in which it was found."""
+        return list(self._races)
+
+    # Order.
+
+    def enqueue(self, stream: int) -> int:
+        """Number the next operation of a stream; the host enqueues it after all it waited for."""
+        self.operations += 1
+        clock = self._clocks[stream]
+        _merge(clock, self._host)
+        clock[stream] = clock.get(stream, 0) + 1
+        return clock[stream]
+
+    def now(self, stream: int) -> Clock:
+        """What an event that is recorded now on this stream stands for."""
+        _merge(self._clocks[stream], self._host)
+        return dict(self._clocks[stream])
+
+    def wait(self, stream: int, event: Clock) -> None:
+        """Let a stream wait for an event."""
+        _merge(self._clocks[stream], event)
+
+    def host_waits(self, event: Clock) -> None:
+        """Let the host wait for an event, and so whatever it enqueues from now on."""
+        _merge(self._host, event)
+
+    # Accesses.
+
+    def access(
+        self, stream: int, number: int, tensor: torch.Tensor, *, writes: bool, name: str
+    ) -> None:
+        """Note that operation `number` of a stream reads or writes a tensor."""
+        if tensor.numel() == 0 or tensor.device.type != "cpu":
+            return
+        memory = self._known(tensor, None)
+        new = Span(stream, *_bytes_of(tensor), writes)
+        clock = self._clocks[stream]
+        for old, operation in memory.accesses.items():
+            if new.conflicts(old) and clock.get(old.stream, 0) < operation.number:
+                self._found(
+                    f"{name} on {self._name(stream)} {'writes' if writes else 'reads'} what "
+                    f"{operation.name} on {self._name(old.stream)} "
+                    f"{'writes' if old.writes else 'reads'}: nothing orders them"
+                )
+        if writes:  # what was ordered before this write is ordered before all after it
+            covered = [old for old in memory.accesses if _covers(new, old)]
+            for old in covered:
+                del memory.accesses[old]
+        memory.accesses[new] = Operation(number, name)
+
+    def allocated(self, stream: int, tensor: torch.Tensor) -> bool:
+        """Note an output's memory; whether it is new."""
+        storage = tensor.untyped_storage()
+        if tensor.numel() == 0 or storage.data_ptr() in self._memory:
+            return False
+        self._known(tensor, stream)
+        self._reuse(stream)
+        return True
+
+    def recorded(self, stream: int, tensor: torch.Tensor) -> None:
+        """Note `Tensor.record_stream`."""
+        if tensor.numel():
+            self._known(tensor, None).recorded.add(stream)
+
+    def _known(self, tensor: torch.Tensor, home: int | None) -> Memory:
+        storage = tensor.untyped_storage()
+        pointer = storage.data_ptr()
+        if pointer not in self._memory:
+            self._memory[pointer] = Memory(home)
+            # By reference: a new storage at this address is another memory.
+            weakref.finalize(storage, _freed, weakref.ref(self), pointer).atexit = False
+        return self._memory[pointer]
+
+    def free(self, pointer: int) -> None:
+        """Note that the host let go of memory: the next allocation of its stream may get it."""
+        memory = self._memory.pop(pointer, None)
+        if memory is not None and memory.home is not None:
+            self.frees += 1
+            self._free[memory.home].append(memory)
+
+    def _reuse(self, home: int) -> None:
+        """Let an allocation have all memory that was freed on its stream."""
+        clock = self.now(home)
+        for memory in self._free.pop(home, []):
+            for span, operation in memory.accesses.items():
+                is_known = span.stream in {home, *memory.recorded}
+                if not is_known and clock.get(span.stream, 0) < operation.number:
+                    self._found(
+                        f"memory of {self._name(home)} is free while {operation.name} on "
+                        f"{self._name(span.stream)} may still "
+                        f"{'write' if span.writes else 'read'} it, and was not recorded"
+                    )
+
+    def _name(self, stream: int) -> str:
+        return self.names.get(stream, f"stream {stream}")
+
+    def _found(self, race: str) -> None:
+        self._races[race] = None
+
+
+def _freed(checker: weakref.ref[Checker], pointer: int) -> None:
+    living = checker()
+    if living is not None:
+        living.free(pointer)
+
+
+def _merge(clock: Clock, other: Clock) -> None:
+    for stream, number in other.items():
+        if clock.get(stream, 0) < number:
+            clock[stream] = number
+
+
+def _covers(new: Span, old: Span) -> bool:
+    return new.start <= old.start and old.end <= new.end
+
+
+def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """From the first to the last byte that a tensor's elements lie on."""
+    size = tensor.element_size()
+    start = tensor.storage_offset() * size
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return start, start + (sum((length - 1) * step for length, step in steps) + 1) * size

@@ -1,0 +1,219 @@
+"""Streams and events that order nothing themselves, but tell the checker what CUDA's would order.
+
+`StreamsOnCPU` puts them in the place of `torch.cuda`'s, and lets the package's code for CUDA run on
+tensors of the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+
+from megatron_laer.runtime.comm import streams, upload
+from megatron_laer.telemetry.clock import StreamClock
+from tests.races.clocks import Checker, Clock
+
+_numbers = itertools.count(1)
+
+
+class Simulation:
+    """What is simulated at present.
+
+    Attributes:
+        checker: is told of everything.
+        current: the streams that are current, innermost last.
+        leaf_streams: those that autograd accumulated gradients on.
+    """
+
+    checker: ClassVar[Checker]
+    current: ClassVar[list[Stream]]
+    leaf_streams: ClassVar[set[Stream]]
+
+
+class Event:
+    """A CUDA event."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.clock: Clock = {}
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.clock = Simulation.checker.now((stream or current_stream()).number)
+
+    def wait(self, stream: Stream | None = None) -> None:
+        (stream or current_stream()).wait_event(self)
+
+    def query(self) -> bool:
+        """The worst case: the host never finds anything done."""
+        return False
+
+    def elapsed_time(self, _: Event) -> float:
+        return 0.0
+
+    def synchronize(self) -> None:
+        Simulation.checker.host_waits(self.clock)
+
+
+class Stream:
+    """A CUDA stream."""
+
+    def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
+        self.number = self.cuda_stream = self.stream_id = next(_numbers)
+        self.device, self.priority = device, priority
+        self.native_handle = self.number
+
+    def __repr__(self) -> str:
+        return f"stream {self.number}"
+
+    def __enter__(self) -> Stream:
+        Simulation.current.append(self)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        Simulation.current.pop()
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, -5
+
+    def wait_event(self, event: Event) -> None:
+        Simulation.checker.wait(self.number, event.clock)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.wait_event(other.record_event())
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        self.record_event().synchronize()
+
+
+class Card:
+    """Stands for the CUDA device where code asks for its type, or copies a host tensor to it."""
+
+    type, index = "cuda", 0
+
+
+class _OnCard:
+    """Passes for a tensor on the card."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.device: Any = Card()
+        self.record_stream = tensor.record_stream
+
+
+def current_stream(_: Any = None) -> Stream:
+    """`torch.cuda.current_stream`."""
+    return Simulation.current[-1]
+
+
+@contextlib.contextmanager
+def on_stream(stream: Any) -> Iterator[None]:
+    """`torch.cuda.stream`; for None, or another's stream, it does nothing, as torch's."""
+    with stream if isinstance(stream, Stream) else contextlib.nullcontext():
+        yield
+
+
+def behind(stream: Stream, other: Stream) -> None:
+    """Let a stream wait for another, whatever a fault made of `wait_stream`."""
+    checker = Simulation.checker
+    checker.wait(stream.number, checker.now(other.number))
+
+
+@contextlib.contextmanager
+def streams_on_cpu() -> Iterator[Checker]:
+    """Replace streams inside the block, and yield the checker that watches them."""
+    checker = Simulation.checker = Checker()
+    compute = Stream()
+    checker.names[compute.number] = "the compute stream"
+    card: Any = Card()
+
+    def synchronize(_: Any = None) -> None:
+        for number in range(1, next(_numbers)):
+            checker.host_waits(checker.now(number))
+
+    cuda: dict[str, Any] = {
+        "Stream": Stream,
+        "Event": Event,
+        "stream": on_stream,
+        "current_stream": current_stream,
+        "default_stream": lambda _=None: compute,
+        "set_stream": _refuse,
+        "synchronize": synchronize,
+        "is_current_stream_capturing": lambda: False,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, replacement in cuda.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, replacement))
+        for owner, name, replacement in (
+            (torch.cuda.nvtx, "range", lambda *_: contextlib.nullcontext()),
+            (torch.Tensor, "record_stream", _record_stream),
+            (torch.Tensor, "to", _copies_to(torch.Tensor.to)),
+            (streams, "has_streams", lambda _: True),
+            (streams, "make_clock", lambda _: StreamClock()),
+            (streams.CudaStream, "__init__", _named(streams.CudaStream.__init__)),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        true_upload, true_read_here = upload.upload, upload.read_here
+        _replace_everywhere(stack, "upload", lambda tensor, _: true_upload(tensor, card))
+        _replace_everywhere(stack, "read_here", lambda tensor: true_read_here(_OnCard(tensor)))
+        Simulation.current, Simulation.leaf_streams = [compute], set()
+        yield checker
+        synchronize()
+
+
+def _refuse(stream: Any) -> None:
+    raise NotImplementedError("torch.cuda.set_stream: nothing uses it; use torch.cuda.stream")
+
+
+def _named(true_init: Callable[..., None]) -> Callable[..., None]:
+    """Make communication streams known to the checker by their names."""
+
+    def init(stream: Any, times: Any, *args: Any, **kwargs: Any) -> None:
+        true_init(stream, times, *args, **kwargs)
+        Simulation.checker.names[stream._stream.number] = f"the stream of {times.name}"
+
+    return init
+
+
+def _record_stream(tensor: torch.Tensor, stream: Any) -> None:
+    if isinstance(stream, Stream):
+        Simulation.checker.recorded(stream.number, tensor)
+
+
+def copy_to_card(tensor: torch.Tensor, *, waits: bool) -> torch.Tensor:
+    """Copy a host tensor on the current stream; the host waits for copies of unpinned memory."""
+    copied = tensor.clone()
+    if waits:
+        current_stream().synchronize()
+    return copied
+
+
+def _copies_to(true_to: Callable[..., Any]) -> Callable[..., Any]:
+    def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not (args and isinstance(args[0], Card)):
+            return true_to(tensor, *args, **kwargs)
+        return copy_to_card(tensor, waits=not kwargs.get("non_blocking", False))
+
+    return to
+
+
+def _replace_everywhere(stack: contextlib.ExitStack, name: str, replacement: Any) -> None:
+    """Replace a function of `upload` in every module that imported it by its name."""
+    original = getattr(upload, name)
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("megatron_laer") and (
+            vars(module).get(name) is original
+        ):
+            stack.enter_context(mock.patch.object(module, name, replacement))

@@ -1,0 +1,219 @@
+"""Deliberate faults of stream code, one at a time; the checker must find each.
+
+A fault replaces a function of the package by one that lacks an order, and is put back after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from enum import StrEnum
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch.distributed import distributed_c10d
+
+from megatron_laer.plugin import steps
+from megatron_laer.runtime.comm import hierarchical
+from megatron_laer.runtime.comm.buffer_pool import BufferPool
+from megatron_laer.runtime.comm.streams import CudaStream, _StreamResult
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.runtime.weights.step_experts import StepExperts
+from tests.races import cuda
+from tests.races.observing import AsyncWork
+
+
+class Scene(StrEnum):
+    """How the layers of `layers.py` train."""
+
+    PLAIN = "plain"
+    FRESH = "fresh layouts after the gate"
+    STEP = "experts held over a step"
+    AUTOGRAD = "gradients left to autograd"
+    NODE = "exchange through nodes of one rank"
+
+
+class Fault(NamedTuple):
+    """What is replaced, in which scene it shows, and what its report says among others."""
+
+    replaced: Callable[[], AbstractContextManager[Any]]
+    scene: str = Scene.PLAIN
+    found: str = "nothing orders them"
+
+
+_submit = CudaStream.submit
+_start_reduce = RestoredExperts.start_reduce
+_start_step_reduce = StepExperts.start_reduce
+_change = RestoredExperts.change
+
+
+def _replaced(owner: Any, name: str, replacement: Any) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: mock.patch.object(owner, name, replacement)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Forget an order."""
+
+
+def _result_at_once(pending: Any) -> torch.Tensor:
+    """Wait for nothing."""
+    result: torch.Tensor = pending._result
+    return result
+
+
+def _unordered_result(stream: Any, work: Any, label: str) -> Any:
+    """Record the event before the work instead of after it."""
+    stream._stream.wait_stream(cuda.current_stream())
+    done = stream._stream.record_event()
+    with torch.no_grad(), torch.cuda.stream(stream._stream):
+        return _StreamResult(work(), done, stream.times, label)
+
+
+def _on_new_stream(stream: Any, work: Any, label: str) -> Any:
+    """Give each exchange a stream of its own, though they share a workspace."""
+    stream._stream = torch.cuda.Stream()
+    return _submit(stream, work, label)
+
+
+def _copied_on_new_stream(tensor: torch.Tensor, *, waits: bool) -> torch.Tensor:
+    """Upload beside everything else."""
+    with cuda.Stream():
+        return tensor.clone()
+
+
+@contextlib.contextmanager
+def _one_workspace() -> Iterator[None]:
+    """Let restores and reduces use the same buffers."""
+    true_init = hierarchical.HierarchicalExchange.__init__
+
+    def init(exchange: Any, *args: Any, **kwargs: Any) -> None:
+        true_init(exchange, *args, **kwargs)
+        exchange.reduce_workspace = exchange.restore_workspace
+
+    with mock.patch.object(hierarchical.HierarchicalExchange, "__init__", init):
+        yield
+
+
+def _one_buffer(pool: Any, shape: Any, dtype: Any, device: Any) -> torch.Tensor:
+    """Hand the same tensor to everybody who asks for one of this shape."""
+    pool.in_use += 1
+    key = shape, dtype, device
+    if not pool._free[key]:
+        pool._free[key].append(torch.empty(shape, dtype=dtype, device=device))
+    tensor: torch.Tensor = pool._free[key][-1]
+    return tensor
+
+
+def _reduce_and_put_back(restored: Any, grads_CRK: Any) -> None:
+    """Put whole gradients back when they are sent, not when they have arrived."""
+    _start_reduce(restored, grads_CRK)
+    restored._free_grads()
+
+
+def _reduce_and_reset_sums(restored: Any, grads_CRK: Any) -> None:
+    """Use a step's sums again when they are sent."""
+    _start_step_reduce(restored, grads_CRK)
+    if restored._left == restored._num_microbatches:
+        for sum_CRK in restored._sums_CRK:
+            sum_CRK.zero_()
+
+
+def _added_on_the_communication_stream(
+    restored: Any, slice_ErK: Any, grad_ErK: torch.Tensor
+) -> torch.Tensor:
+    """Add to main gradients where they were reduced, and let nobody wait."""
+    with torch.cuda.stream(restored._streams.gradients._stream):
+        restored._slices.main_grads.add(slice_ErK, grad_ErK)
+    restored._streams.slice_grads.put_back(grad_ErK)
+    marked: torch.Tensor = restored._slices.main_grads.mark_added(slice_ErK)
+    return marked
+
+
+def _change_on_the_other_stream(restored: Any, index: Any) -> None:
+    """Fetch slots that changed on the stream of gradients, with the workspace of restores."""
+    swapped = ExchangeStreams(
+        restored._streams.exchange,
+        parameters=restored._streams.gradients,
+        gradients=restored._streams.gradients,
+    )
+    true_streams, restored._streams = restored._streams, swapped
+    try:
+        _change(restored, index)
+    finally:
+        restored._streams = true_streams
+
+
+def _works_without_order(manager: Any) -> None:
+    """Wait on the host until works are done, and let no stream wait."""
+    for work in manager.works:
+        work.finish()
+
+
+@contextlib.contextmanager
+def _activations_at_once() -> Iterator[None]:
+    """Wait for no collective, and leave out the synchronisation that Megatron adds to batches."""
+    with (
+        mock.patch.object(AsyncWork, "order", _nothing),
+        mock.patch.object(torch.cuda, "synchronize", _nothing),
+    ):
+        yield
+
+
+LAYER_FAULTS = {
+    "submit does not wait for the compute": Fault(_replaced(cuda.Stream, "wait_stream", _nothing)),
+    "wait waits for nothing": Fault(_replaced(_StreamResult, "wait", _result_at_once)),
+    "an event is recorded before the work and not after it": Fault(
+        _replaced(CudaStream, "submit", _unordered_result)
+    ),
+    "each exchange has a stream of its own": Fault(_replaced(CudaStream, "submit", _on_new_stream)),
+    "restores and reduces share a workspace": Fault(_one_workspace),
+    "a pool hands out a buffer twice": Fault(_replaced(BufferPool, "take", _one_buffer)),
+    "whole gradients are put back when they are sent": Fault(
+        _replaced(RestoredExperts, "start_reduce", _reduce_and_put_back)
+    ),
+    "main gradients are added to on the communication stream": Fault(
+        _replaced(RestoredExperts, "_hand_over", _added_on_the_communication_stream)
+    ),
+    "indexes are not recorded on the streams that read them": Fault(
+        _replaced(hierarchical, "read_here", _nothing), Scene.FRESH, "is free while"
+    ),
+    "nobody waits for an upload on a stream of its own": Fault(
+        _replaced(cuda, "copy_to_card", _copied_on_new_stream), found="what clone on stream"
+    ),
+    "nobody waits for a token exchange": Fault(
+        _replaced(AsyncWork, "order", _nothing), found="alltoall_base_ on NCCL's"
+    ),
+    "a layout changes on the stream of gradients": Fault(
+        _replaced(RestoredExperts, "change", _change_on_the_other_stream), Scene.FRESH
+    ),
+    "a step's sums are used again when they are sent": Fault(
+        _replaced(StepExperts, "start_reduce", _reduce_and_reset_sums), Scene.STEP
+    ),
+}
+
+TRAINING_FAULTS = {
+    "nobody waits for weights that replicas gather": Fault(
+        _replaced(steps, "_await_weights", _nothing),
+        "both overlaps, slices replicated",
+        "allgather_into_tensor_coalesced_",
+    ),
+    "nobody waits for gradients that replicas sum": Fault(
+        _replaced(distributed_c10d._CoalescingManager, "wait", _works_without_order),
+        "both overlaps",
+        "reduce_scatter_tensor_coalesced_",
+    ),
+    "main gradients are added to on the communication stream": Fault(
+        _replaced(RestoredExperts, "_hand_over", _added_on_the_communication_stream),
+        "both overlaps, slices replicated",
+        "what add_ on the stream of gradients",
+    ),
+    "nobody waits for activations of the stage before": Fault(
+        _activations_at_once, "pipeline 2", "recv_"
+    ),
+    "wait waits for nothing": Fault(
+        _replaced(_StreamResult, "wait", _result_at_once), "full recompute"
+    ),
+}

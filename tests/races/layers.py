@@ -1,0 +1,174 @@
+"""Three layers of experts train on each rank: real exchanges, streams, GEMMs and token exchanges.
+
+It is the smallest program in which everything overlaps that overlaps in training: restores run
+ahead in forward and backward, reduces wait for the tokens' gradients, layouts change after the
+gate. Megatron's own loop is in `training.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_laer.experts.gemm import slot_gemm
+from megatron_laer.experts.main_grads import MegatronMainGrads
+from megatron_laer.experts.slot_linear import _SlotLinear
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.runtime.comm import layout_index, process_groups
+from megatron_laer.runtime.comm.hierarchical import flat_exchange, node_exchange
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.streams import make_comm_stream
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.runtime.weights.slices import Slices
+from megatron_laer.runtime.weights.step_experts import StepExperts
+from tests.races.faults import LAYER_FAULTS, Scene
+from tests.races.observing import observed
+from tests.races.watched import Watched
+
+CPU = torch.device("cpu")
+LAYERS, STEPS, MICROBATCHES = 3, 3, 2
+EXPERTS, CAPACITY, HIDDEN, FFN = 3, 3, 8, 12
+TOKENS_C = [4, 0, 2]
+
+
+class _Tokens(torch.autograd.Function):
+    """Exchanges equally many tokens with every rank, asynchronously and waited for at once."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, tokens: torch.Tensor) -> torch.Tensor:
+        ctx.group = group
+        received = torch.empty_like(tokens)
+        work = dist.all_to_all_single(received, tokens.contiguous(), group=group, async_op=True)
+        work.wait()
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return None, _Tokens.apply(ctx.group, grad)
+
+
+class Model:
+    """The layers of one rank, and what they share."""
+
+    def __init__(self, scene: Scene, groups: FSEPGroups) -> None:
+        exchange = node_exchange(groups) if scene is Scene.NODE else flat_exchange(groups)
+        self.scene, self.groups = scene, groups
+        self.streams = ExchangeStreams(
+            exchange,
+            parameters=make_comm_stream("parameters", CPU, overlaps=True),
+            gradients=make_comm_stream("gradients", CPU, overlaps=True),
+        )
+        self.layers = [self._new_slices() for _ in range(LAYERS)]
+        self.layouts = 0
+        self.held: list[StepExperts] = []
+        self.gemm = slot_gemm("loop")
+
+    def _new_slices(self) -> Slices:
+        ranks = self.groups.size
+        parameters = tuple(
+            torch.nn.Parameter(torch.randn(EXPERTS, rows // ranks, columns))
+            for rows, columns in ((FFN, HIDDEN), (HIDDEN, FFN))
+        )
+        if self.scene is not Scene.AUTOGRAD:
+            for parameter in parameters:
+                parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+        return Slices(parameters, (FFN, HIDDEN), MegatronMainGrads())
+
+    def next_index(self) -> Any:
+        """Another layout, the same on every rank."""
+        self.layouts += 1
+        layout = ExpertLayout.random(self.groups.size, CAPACITY, EXPERTS, seed=(7, self.layouts))
+        return layout_index.layout_index(layout, CPU)
+
+    def experts(self) -> list[RestoredExperts]:
+        """What the layers of one microbatch restore."""
+        if self.scene is Scene.STEP:
+            return list(self.held)
+        index = self.next_index()
+        return [
+            RestoredExperts(f"layer {number}", slices, index, self.streams)
+            for number, slices in enumerate(self.layers)
+        ]
+
+    def step(self) -> None:
+        """Train one step."""
+        if self.scene is Scene.STEP:
+            index = self.next_index()
+            self.held = self.held or [
+                StepExperts(f"layer {number}", slices, index, self.streams)
+                for number, slices in enumerate(self.layers)
+            ]
+            for held in self.held:
+                held.begin_step(index, MICROBATCHES)
+        for _ in range(MICROBATCHES):
+            self.microbatch()
+        for held in self.held:
+            held.end_step(weights_changed=True)
+        with torch.no_grad():
+            for parameter in (part for slices in self.layers for part in slices.parameters):
+                kept = self.scene is not Scene.AUTOGRAD
+                grad: Any = parameter.main_grad if kept else parameter.grad  # type: ignore[attr-defined]
+                parameter.add_(grad, alpha=-1e-2)
+                if kept:
+                    grad.zero_()
+                parameter.grad = None
+
+    def microbatch(self) -> None:
+        """Pass forward and backward, as the scheduler lets a chunk do."""
+        experts = self.experts()
+        hidden = torch.randn(sum(TOKENS_C), HIDDEN, requires_grad=True)
+        first, last = experts[0], experts[-1]
+        first.start_restore()
+        first.wait_for_grads_here()
+        for number, restored in enumerate(experts):
+            hidden = torch.tanh(hidden)
+            if number:
+                restored.prefetch_in_backward(experts[number - 1])
+            if self.scene is Scene.FRESH:
+                restored.change(self.next_index())
+            hidden = restored.reduce_after_dispatch(hidden)
+            hidden = _Tokens.apply(self.groups.tokens, hidden)
+            if number + 1 < len(experts):
+                experts[number + 1].start_restore()
+                experts[number + 1].wait_for_grads_here()
+            hidden = _Tokens.apply(self.groups.tokens, self._compute(restored, hidden))
+        loss = hidden.sum()
+        assert loss.grad_fn is not None
+        loss.grad_fn.register_prehook(lambda _: last.start_restore())
+        loss.backward()
+
+    def _compute(self, restored: RestoredExperts, tokens: torch.Tensor) -> torch.Tensor:
+        first, second = restored.weight_placeholders()
+        (tokens,) = restored.before_compute(tokens)
+        hidden = _SlotLinear.apply(tokens, first, restored, 0, TOKENS_C, self.gemm)
+        output = _SlotLinear.apply(torch.relu(hidden), second, restored, 1, TOKENS_C, self.gemm)
+        return restored.after_compute(output, backward_follows=False)
+
+
+@contextlib.contextmanager
+def gloo_groups() -> Iterator[FSEPGroups]:
+    """The groups of all ranks, taken for nodes of one rank each."""
+    dist.init_process_group("gloo")
+    try:
+        groups = process_groups.create_groups(dist.group.WORLD, 1, dist.new_group)
+        yield groups
+    finally:
+        groups.destroy()
+        dist.destroy_process_group()
+
+
+def watch(scene: Scene, fault: str | None) -> Watched:
+    """Train in this scene, with a fault or none; what the checker saw of this rank."""
+    torch.manual_seed(0)
+    broken = contextlib.nullcontext() if fault is None else LAYER_FAULTS[fault].replaced()
+    with gloo_groups() as groups, observed() as checker, broken:
+        model = Model(scene, groups)
+        for _ in range(STEPS):
+            model.step()
+        del model
+    return Watched(checker.races, checker.operations, checker.frees)

@@ -1,0 +1,267 @@
+"""The checker is told of every operation that torch dispatches: its reads, writes, allocations.
+
+Of an aten operation its schema says so; of a collective the table here does, since c10d's schemas
+name nothing as written. As on NCCL, a collective runs on the current stream, or asynchronously on a
+stream of its group's own, which waits for the current one; `Work.wait` lets the current stream wait
+for it. Until then the work holds its tensors.
+
+Autograd runs on CUDA a leaf's accumulation and its hooks on the stream that was current when the
+leaf's node was made, for Megatron's DDP a side stream; here they are run there by hooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from tests.races.clocks import Checker
+from tests.races.cuda import Event, Simulation, Stream, behind, current_stream, streams_on_cpu
+
+
+class Effect(NamedTuple):
+    """The arguments that a collective reads and writes, by their names in c10d's schema."""
+
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+
+
+_IN_PLACE = Effect(("tensors",), ("tensors",))
+_ONE = Effect(("input_tensor",), ("output_tensor",))
+_LISTS = Effect(("input_tensors",), ("output_tensors",))
+_COALESCED = Effect(("inputs",), ("outputs",))
+
+COLLECTIVES = {
+    "_allgather_base_": _ONE,
+    "_reduce_scatter_base_": _ONE,
+    "allgather_": _LISTS,
+    "allgather_coalesced_": Effect(("input_list",), ("output_lists",)),
+    "allgather_into_tensor_coalesced_": _COALESCED,
+    "allreduce_": _IN_PLACE,
+    "allreduce_coalesced_": _IN_PLACE,
+    "alltoall_": _LISTS,
+    "alltoall_base_": Effect(("input",), ("output",)),
+    "barrier": Effect(),
+    "broadcast_": _IN_PLACE,
+    "gather_": _LISTS,
+    "gather_into_tensor_": _ONE,
+    "monitored_barrier_": Effect(),
+    "recv_": Effect(writes=("tensors",)),
+    "recv_any_source_": Effect(writes=("tensors",)),
+    "reduce_": _IN_PLACE,
+    "reduce_scatter_": _LISTS,
+    "reduce_scatter_tensor_coalesced_": _COALESCED,
+    "scatter_": _LISTS,
+    "send": Effect(reads=("tensors",)),
+}
+"""What each operation of c10d reads and writes."""
+
+_POINT_TO_POINT = {"send": "dst", "recv_": "src", "recv_any_source_": ""}
+
+# Operations that give another view of their input and whose schema does not say so.
+_VIEWS = {"aten::_unsafe_view", "aten::lift_fresh", "aten::_reshape_alias"}
+# Operations that look at no element of their inputs, and those that write none of their output.
+_SHAPES = ("aten::empty", "aten::new_", "aten::zeros", "aten::ones", "aten::full", "aten::rand")
+_UNINITIALISED = ("aten::empty", "aten::new_empty")
+
+
+class Observer(TorchDispatchMode):
+    """Tells the checker of every operation in the thread that entered it."""
+
+    def __init__(self, checker: Checker, works: Works) -> None:
+        super().__init__()
+        self._checker = checker
+        self._works = works
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        schema = func._schema
+        names = [argument.name for argument in schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if schema.name.startswith("c10d::"):
+            self._works.enqueued(schema.name.removeprefix("c10d::"), given)
+            return result
+        if not _is_view(schema):
+            self._note(schema, given, result)
+        return result
+
+    def _note(self, schema: Any, given: dict[str, Any], result: Any) -> None:
+        checker, stream = self._checker, current_stream().number
+        name = schema.name.removeprefix("aten::")
+        number = checker.enqueue(stream)
+        for argument in () if schema.name.startswith(_SHAPES) else schema.arguments:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in _tensors(given.get(argument.name)):
+                checker.access(stream, number, tensor, writes=written, name=name)
+        for tensor in _tensors(result):
+            is_new = checker.allocated(stream, tensor)
+            if is_new and not schema.name.startswith(_UNINITIALISED):
+                checker.access(stream, number, tensor, writes=True, name=name)
+
+
+def _is_view(schema: Any) -> bool:
+    aliases = [returned.alias_info for returned in schema.returns]
+    return schema.name in _VIEWS or any(
+        alias is not None and not alias.is_write for alias in aliases
+    )
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if not isinstance(value, list | tuple):
+        return []
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+class Works:
+    """Runs collectives on the streams where NCCL would, and remembers when each is done."""
+
+    def __init__(self, checker: Checker) -> None:
+        self._checker = checker
+        self._group: Any = None
+        self._streams: dict[tuple[str, object], Stream] = {}
+        self._enqueued: list[tuple[Event, list[torch.Tensor]]] = []
+        self._held: list[list[tuple[Event, list[torch.Tensor]]]] = []
+
+    def enqueued(self, name: str, given: dict[str, Any]) -> None:
+        """Note one operation of the group whose method is running."""
+        assert name in COLLECTIVES, f"say in COLLECTIVES what c10d::{name} reads and writes"
+        assert self._group is not None, f"c10d::{name} was called past ProcessGroup's methods"
+        effect, checker = COLLECTIVES[name], self._checker
+        stream = current_stream()
+        is_async = name in _POINT_TO_POINT or given.get("async_op", True)
+        if is_async:
+            stream = self._stream_of(name, given)
+            behind(stream, current_stream())
+        number = checker.enqueue(stream.number)
+        touched = []
+        for arguments, writes in ((effect.reads, False), (effect.writes, True)):
+            for tensor in (tensor for key in arguments for tensor in _tensors(given[key])):
+                checker.access(stream.number, number, tensor, writes=writes, name=name)
+                touched.append(tensor)
+        if is_async:
+            self._enqueued.append((stream.record_event(), touched))
+
+    def method(self, true_method: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a method of `ProcessGroup` that starts a collective."""
+
+        def run(group: Any, *args: Any, **kwargs: Any) -> Any:
+            outer, self._group = self._group, group
+            try:
+                work = true_method(group, *args, **kwargs)
+            finally:
+                self._group = outer
+            enqueued, self._enqueued = self._enqueued, []
+            if not enqueued:
+                return work
+            # Work that nobody waits for holds its tensors until it is done; here, for ever.
+            self._held.append(enqueued)
+            return AsyncWork(work, enqueued)
+
+        return run
+
+    def _stream_of(self, name: str, given: dict[str, Any]) -> Stream:
+        """NCCL has a stream per communicator; point-to-point, one per pair of ranks."""
+        peer = _POINT_TO_POINT.get(name)
+        key = self._group.group_name, None if peer is None else given.get(peer)
+        if key not in self._streams:
+            stream = self._streams[key] = Stream()
+            described = self._group.group_desc
+            self._checker.names[stream.number] = f"NCCL's stream of group {described}"
+        return self._streams[key]
+
+
+class AsyncWork:
+    """Waits as NCCL's work: it lets the current stream wait, and lets go of the tensors."""
+
+    def __init__(self, work: Any, enqueued: list[tuple[Event, list[torch.Tensor]]]) -> None:
+        self._work = work
+        self._enqueued = enqueued
+
+    def wait(self, *args: Any) -> bool:
+        self.finish(*args)
+        self.order()
+        return True
+
+    def finish(self, *args: Any) -> None:
+        """Wait until gloo is done, whose own copies are no work of this program."""
+        with _disable_current_modes():
+            self._work.wait(*args)
+
+    def order(self) -> None:
+        """Let the current stream wait, and let go of the tensors."""
+        for event, _ in self._enqueued:
+            Simulation.checker.wait(current_stream().number, event.clock)
+        self._enqueued.clear()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+_COLLECTIVE_METHODS = [
+    name
+    for name, method in vars(dist.ProcessGroup).items()
+    if callable(method)
+    and name.lstrip("_").startswith(
+        ("all", "reduce", "broadcast", "gather", "scatter", "send", "recv", "barrier", "monitored")
+    )
+]
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[Checker]:
+    """Run the block on replaced streams, and yield the checker of all it does in this thread."""
+    with contextlib.ExitStack() as stack:
+        checker = stack.enter_context(streams_on_cpu())
+        works = Works(checker)
+        for name in _COLLECTIVE_METHODS:
+            wrapped = works.method(getattr(dist.ProcessGroup, name))
+            stack.enter_context(mock.patch.object(dist.ProcessGroup, name, wrapped))
+        engine = _Engine(torch.autograd.Variable._execution_engine)
+        stack.enter_context(mock.patch.object(torch.autograd.Variable, "_execution_engine", engine))
+        stack.enter_context(Observer(checker, works))
+        yield checker
+
+
+class _Engine:
+    """Autograd's engine, at whose end the caller's stream waits for the streams of leaves."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._engine.run_backward(*args, **kwargs)
+        for stream in Simulation.leaf_streams:
+            behind(current_stream(), stream)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def accumulate_on(stream: Stream, node: Any) -> None:
+    """Run the accumulation of a leaf, and the hooks it has already, on this stream."""
+
+    def enter(grads: tuple[torch.Tensor | None, ...]) -> None:
+        for grad in grads:
+            if grad is not None:
+                Simulation.checker.recorded(stream.number, grad)
+        behind(stream, current_stream())
+        Simulation.current.append(stream)
+        Simulation.leaf_streams.add(stream)
+
+    def leave(*_: Any) -> None:
+        assert Simulation.current.pop() is stream
+
+    node.register_prehook(enter)
+    node.register_hook(leave)

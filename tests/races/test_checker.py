@@ -1,0 +1,129 @@
+"""The checker itself: what it takes for a race, and what for order."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from megatron_laer.runtime.comm.buffer_pool import BufferPool
+from megatron_laer.runtime.comm.streams import make_comm_stream
+from tests.races.cuda import Event, Stream, current_stream
+from tests.races.observing import COLLECTIVES, observed
+
+pytestmark = pytest.mark.unit
+
+
+def test_a_read_that_did_not_wait_for_the_write_is_a_race() -> None:
+    with observed() as checker:
+        other = Stream()
+        tensor = torch.zeros(4)
+        with torch.cuda.stream(other):  # type: ignore[arg-type]
+            copied = tensor + 1
+    (race,) = checker.races
+    assert race == (
+        f"add on stream {other.number} reads what zeros on the compute stream writes: nothing "
+        "orders them"
+    )
+    assert copied.tolist() == [1.0] * 4
+
+
+def test_waiting_for_a_stream_orders_what_it_held_then_and_nothing_later() -> None:
+    with observed() as checker:
+        other, tensor = Stream(), torch.zeros(4)
+        other.wait_stream(current_stream())
+        with torch.cuda.stream(other):  # type: ignore[arg-type]
+            tensor.add_(1)
+        assert checker.races == []
+        tensor.add_(1)
+    assert len(checker.races) == 1
+
+
+def test_an_event_orders_what_was_before_its_record() -> None:
+    with observed() as checker:
+        other, event, tensor = Stream(), Event(), torch.zeros(4)
+        event.record()
+        tensor.mul_(2)
+        other.wait_event(event)
+        with torch.cuda.stream(other):  # type: ignore[arg-type]
+            tensor.sum()
+    assert [race.split(":")[0] for race in checker.races] == [
+        f"sum on stream {other.number} reads what mul_ on the compute stream writes"
+    ]
+
+
+def test_streams_may_read_together_and_write_other_bytes() -> None:
+    with observed() as checker:
+        other, tensor = Stream(), torch.zeros(4, 4)
+        other.wait_stream(current_stream())
+        with torch.cuda.stream(other):  # type: ignore[arg-type]
+            tensor.sum()
+            tensor[2:].add_(1)
+        tensor[:2].add_(1)
+        assert [race for race in checker.races if "add_" in race and "sum" not in race] == []
+        assert len(checker.races) == 1  # `sum` had read the first rows as well
+
+
+def test_memory_that_another_stream_reads_must_be_recorded_or_waited_for_before_it_is_freed() -> (
+    None
+):
+    def use(how: str) -> list[str]:
+        with observed() as checker:
+            other, tensor = Stream(), torch.zeros(4)
+            other.wait_stream(current_stream())
+            with torch.cuda.stream(other):  # type: ignore[arg-type]
+                tensor.sum()
+            if how == "recorded":
+                tensor.record_stream(other)  # type: ignore[arg-type]
+            if how == "waited for":
+                current_stream().wait_stream(other)
+            if how == "the host waits":
+                other.synchronize()
+            frees = checker.frees
+            del tensor
+            gc.collect()
+            assert checker.frees > frees
+            assert checker.races == []
+            torch.zeros(4)  # may get that memory
+        return checker.races
+
+    assert ["was not recorded" in race for race in use("nothing")] == [True]
+    assert use("recorded") == use("waited for") == use("the host waits") == []
+
+
+def test_memory_that_only_autograd_holds_is_not_taken_for_freed() -> None:
+    with observed() as checker:
+        weight = torch.ones(3, requires_grad=True)
+        output = (weight * 2).exp().sum()
+        gc.collect()
+        frees = checker.frees
+        output.backward()
+        assert checker.frees > frees
+
+
+def test_a_pool_and_a_communication_stream_refuse_a_second_compute_stream() -> None:
+    cpu = torch.device("cpu")
+    with observed():
+        pool, comm_stream = BufferPool(), make_comm_stream("gradients", cpu, overlaps=True)
+        tensor = pool.take((2,), torch.float32, cpu)
+        assert comm_stream.submit(lambda: tensor.zero_(), "reduce").wait() is tensor
+        with torch.cuda.stream(Stream()):  # type: ignore[arg-type]
+            with pytest.raises(AssertionError, match=r"a buffer pool is used on stream \d+, and"):
+                pool.put_back(tensor)
+            with pytest.raises(AssertionError, match="the communication stream of gradients is"):
+                comm_stream.submit(lambda: tensor, "reduce")
+
+
+def test_the_table_has_every_collective_of_torch() -> None:
+    schemas = torch._C._jit_get_all_schemas()
+    ours = {schema.name.removeprefix("c10d::") for schema in schemas if "c10d::" in schema.name}
+    assert ours - {"check_for_nan"} == set(COLLECTIVES)
+    for schema in schemas:
+        name = schema.name.removeprefix("c10d::")
+        if "c10d::" in schema.name and name in COLLECTIVES:
+            effect = COLLECTIVES[name]
+            tensors = {
+                argument.name for argument in schema.arguments if "Tensor" in str(argument.type)
+            }
+            assert tensors - {"tensor", "sparse_indices"} == {*effect.reads, *effect.writes}

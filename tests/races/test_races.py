@@ -1,0 +1,63 @@
+"""No access to memory is unordered, in any scenario; and every deliberate fault is found.
+
+The code for CUDA streams runs as it is, on replaced streams and tensors of the CPU (`cuda.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from megatron_laer.testing.ranks import RankPool
+from tests.races import layers, training
+from tests.races.faults import LAYER_FAULTS, TRAINING_FAULTS, Scene
+from tests.races.watched import Watched
+
+pytestmark = pytest.mark.distributed
+
+Ranks = Callable[[int], RankPool]
+
+
+def check_clean(ranks: list[Watched], least_operations: int) -> None:
+    """Nobody found a race, and everybody looked."""
+    assert [watched.races for watched in ranks] == [[]] * len(ranks)
+    assert min(watched.operations for watched in ranks) >= least_operations
+    assert min(watched.frees for watched in ranks) >= least_operations // 10
+
+
+@pytest.mark.parametrize("scene", Scene)
+def test_layers_train_without_a_race(scene: Scene, ranks: Ranks) -> None:
+    check_clean(ranks(2).run(layers.watch, scene, None), 500)
+
+
+@pytest.mark.counts(race_faults=1)
+@pytest.mark.parametrize("fault", LAYER_FAULTS)
+def test_a_fault_in_the_layers_is_found(fault: str, ranks: Ranks) -> None:
+    scene, found = LAYER_FAULTS[fault].scene, LAYER_FAULTS[fault].found
+    for watched in ranks(2).run(layers.watch, scene, fault):
+        assert [race for race in watched.races if found in race], watched.races
+
+
+@pytest.mark.counts(race_scenarios=1)
+@pytest.mark.parametrize("scenario", training.SCENARIOS)
+def test_megatrons_loop_trains_without_a_race(scenario: str, ranks: Ranks, text_data: str) -> None:
+    size = training.SCENARIOS[scenario].ranks
+    check_clean(ranks(size).run(training.watch, text_data, scenario, None), 2000)
+
+
+@pytest.mark.counts(race_faults=1)
+@pytest.mark.parametrize("fault", TRAINING_FAULTS)
+def test_a_fault_in_megatrons_loop_is_found(fault: str, ranks: Ranks, text_data: str) -> None:
+    scenario, found = TRAINING_FAULTS[fault].scene, TRAINING_FAULTS[fault].found
+    size = training.SCENARIOS[scenario].ranks
+    races = [
+        race
+        for watched in ranks(size).run(training.watch, text_data, scenario, fault)
+        for race in watched.races
+    ]
+    assert [race for race in races if found in race], races
+
+
+def test_there_are_a_dozen_faults() -> None:
+    assert len(LAYER_FAULTS) >= 12
