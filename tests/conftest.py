@@ -20,7 +20,7 @@ settings.load_profile("any")
 # At once: a rank holds up to a gigabyte, and two sessions may run side by side.
 RANKS_KEPT = 6
 
-KINDS = ("unit", "distributed", "convergence", "gpu")
+KINDS = ("unit", "distributed", "races", "convergence", "gpu")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -12,8 +12,6 @@ from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.races.cuda import Event, Stream, current_stream
 from tests.races.observing import COLLECTIVES, observed
 
-pytestmark = pytest.mark.unit
-
 
 def test_a_read_that_did_not_wait_for_the_write_is_a_race() -> None:
     with observed() as checker:

@@ -14,8 +14,6 @@ from tests.races import layers, training
 from tests.races.faults import LAYER_FAULTS, TRAINING_FAULTS, Scene
 from tests.races.watched import Watched
 
-pytestmark = pytest.mark.distributed
-
 Ranks = Callable[[int], RankPool]
 
 
