@@ -210,10 +210,18 @@ def _copies_to(true_to: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _replace_everywhere(stack: contextlib.ExitStack, name: str, replacement: Any) -> None:
-    """Replace a function of `upload` in every module that imported it by its name."""
+    """Replace a function of `upload` in every module that imported it by its name.
+
+    A module that is imported meanwhile takes the replacement, and gives it back in the end.
+    """
     original = getattr(upload, name)
+    stack.callback(_exchange_everywhere, name, replacement, original)
+    _exchange_everywhere(name, original, replacement)
+
+
+def _exchange_everywhere(name: str, present: Any, wanted: Any) -> None:
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("megatron_laer") and (
-            vars(module).get(name) is original
+            vars(module).get(name) is present
         ):
-            stack.enter_context(mock.patch.object(module, name, replacement))
+            setattr(module, name, wanted)
