@@ -18,9 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -29,6 +26,7 @@ import torch
 
 from megatron_laer.arrays import Int64
 from megatron_laer.dispatch.slots import slot_ranges
+from megatron_laer.runtime.comm.kernel_choice import kernels_of
 from megatron_laer.runtime.comm.upload import upload
 
 
@@ -110,7 +108,7 @@ def slot_permutation(
     """
     device, num_experts = routing_map_TE.device, routing_map_TE.shape[1]
     num_sent, num_received = int(row_S.sum()), int(columns_NC.sum())
-    kernels = _kernels(device)
+    kernels = _kernels(routing_map_TE)
     send_runs = (
         places(row_S, slot_expert_S, num_experts)
         if kernels is not None
@@ -180,7 +178,7 @@ def sum_rows(
     """Add up the rows of each token in slot order, in fp32 where they are narrower."""
     if ends_T is None:
         return rows_PH.new_zeros(num_tokens, rows_PH.shape[1]).index_add_(0, token_P, rows_PH)
-    summed: torch.Tensor = _kernels(rows_PH.device).sum_rows(rows_PH, ends_T, by_token_P)
+    summed: torch.Tensor = _kernels(rows_PH).sum_rows(rows_PH, ends_T, by_token_P)
     return summed
 
 
@@ -199,12 +197,8 @@ def _upload(arrays: Sequence[npt.NDArray[np.integer]], device: torch.device) -> 
     return list(upload(packed, device).split([len(array) for array in arrays]))
 
 
-@cache
-def _kernels(device: torch.device) -> Any:
-    """Return the module of Triton kernels, or None where they cannot run."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return None
-    return import_module("megatron_laer.dispatch.kernels")
+def _kernels(tensor: torch.Tensor) -> Any:
+    return kernels_of("megatron_laer.dispatch", tensor.device)
 
 
 class _Reorder(torch.autograd.Function):

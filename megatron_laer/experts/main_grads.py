@@ -19,9 +19,10 @@ class MegatronMainGrads:
         """Tell whether the data-parallel wrapper keeps main gradients for all parameters."""
         return all(hasattr(parameter, "main_grad") for parameter in parameters)
 
-    def add(self, parameter: torch.nn.Parameter, grad: torch.Tensor) -> None:
-        """Add a gradient to the parameter's main gradient."""
-        parameter.main_grad.add_(grad)  # type: ignore[attr-defined]
+    def of(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Return the parameter's main gradient."""
+        main_grad: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]
+        return main_grad
 
     def mark_added(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """Mark the parameter and return a dummy gradient.

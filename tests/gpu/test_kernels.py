@@ -16,8 +16,11 @@ from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import solve_quotas
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.reduce_index import reduce_index
+from megatron_laer.runtime.comm.row_blocks import row_blocks
+from megatron_laer.runtime.comm.rows import sum_replicas
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.dispatch_kernels import check_all as check_kernels_of_permutations
+from tests.exchange_kernels import check_all as check_kernels_of_the_exchange
 from tests.slot_gemm import COLUMNS, ROWS, SPLITS, check_back_end, check_weight_grad
 
 DEVICE = torch.device("cuda")
@@ -69,15 +72,13 @@ def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:
 
 def test_sums_over_replicas_are_bitwise_the_same_every_time() -> None:
     layout = ExpertLayout.random(8, 4, 6, (3,))
-    index = reduce_index(layout, layout.num_ranks, 0, DEVICE)
+    sums = reduce_index(layout, layout.num_ranks, 0, DEVICE).intra_node
     generator = torch.Generator(DEVICE).manual_seed(4)
     parts_SrK = torch.randn(layout.num_slots, 65, 33, device=DEVICE, generator=generator)
 
     def reduce() -> torch.Tensor:
-        (_, first), *others = index.intra_node
-        total = parts_SrK.index_select(0, first)
-        for experts, slots in others:
-            total.index_add_(0, experts, parts_SrK.index_select(0, slots))
+        total = torch.empty(6, 65, 33, device=DEVICE)
+        sum_replicas(parts_SrK, sums, total, row_blocks(65, 1, 1), 0)
         return total
 
     first_time = reduce()
@@ -113,3 +114,7 @@ def test_the_permutation_is_that_of_the_cpu() -> None:
 
 def test_kernels_of_the_permutations_equal_torch() -> None:
     assert check_kernels_of_permutations(DEVICE) > 0
+
+
+def test_kernels_of_the_exchange_equal_torch() -> None:
+    assert check_kernels_of_the_exchange(DEVICE) > 0

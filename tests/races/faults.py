@@ -47,6 +47,8 @@ class Fault(NamedTuple):
 _submit = CudaStream.submit
 _start_reduce = RestoredExperts.start_reduce
 _start_step_reduce = StepExperts.start_reduce
+_finish_reduce = RestoredExperts.finish_reduce
+_reduce = hierarchical.HierarchicalExchange.reduce
 _change = RestoredExperts.change
 
 
@@ -121,15 +123,30 @@ def _reduce_and_reset_sums(restored: Any, grads_CRK: Any) -> None:
             sum_CRK.zero_()
 
 
-def _added_on_the_communication_stream(
-    restored: Any, slice_ErK: Any, grad_ErK: torch.Tensor
-) -> torch.Tensor:
-    """Add to main gradients where they were reduced, and let nobody wait."""
-    with torch.cuda.stream(restored._streams.gradients._stream):
-        restored._slices.main_grads.add(slice_ErK, grad_ErK)
-    restored._streams.slice_grads.put_back(grad_ErK)
-    marked: torch.Tensor = restored._slices.main_grads.mark_added(slice_ErK)
-    return marked
+def _finish_at_once(restored: Any) -> Any:
+    """Tell Megatron that gradients were added, and let nobody wait until they are."""
+    with mock.patch.object(_StreamResult, "wait", _result_at_once):
+        return _finish_reduce(restored)
+
+
+def _add_beside(exchange: Any, *args: Any, add_to: Any, **kwargs: Any) -> torch.Tensor:
+    """Add to main gradients on a stream of its own, once there are sums; nobody waits for it."""
+    summed = _reduce(exchange, *args, **kwargs)
+    beside = cuda.Stream()
+    cuda.behind(beside, cuda.current_stream())
+    summed.record_stream(beside)  # type: ignore[arg-type]
+    with torch.cuda.stream(beside):  # type: ignore[arg-type]
+        add_to.add_(summed)
+    result: torch.Tensor = add_to
+    return result
+
+
+def _reduce_at_once(stream: Any, work: Any, label: str) -> Any:
+    """Let only the stream of gradients not wait for the compute."""
+    is_reduce = label.startswith("reduce")
+    waits = mock.patch.object(cuda.Stream, "wait_stream", _nothing)
+    with waits if is_reduce else contextlib.nullcontext():
+        return _submit(stream, work, label)
 
 
 def _change_on_the_other_stream(restored: Any, index: Any) -> None:
@@ -174,8 +191,15 @@ LAYER_FAULTS = {
     "whole gradients are put back when they are sent": Fault(
         _replaced(RestoredExperts, "start_reduce", _reduce_and_put_back)
     ),
-    "main gradients are added to on the communication stream": Fault(
-        _replaced(RestoredExperts, "_hand_over", _added_on_the_communication_stream)
+    "nobody waits until main gradients are added to": Fault(
+        _replaced(RestoredExperts, "finish_reduce", _finish_at_once),
+        found="what add_ on the stream of gradients",
+    ),
+    "main gradients are added to beside the stream of gradients": Fault(
+        _replaced(hierarchical.HierarchicalExchange, "reduce", _add_beside), found="what add_ on"
+    ),
+    "main gradients are added to before they are zeros": Fault(
+        _replaced(CudaStream, "submit", _reduce_at_once), found="writes what zero_ on the compute"
     ),
     "indexes are not recorded on the streams that read them": Fault(
         _replaced(hierarchical, "read_here", _nothing), Scene.FRESH, "is free while"
@@ -205,8 +229,8 @@ TRAINING_FAULTS = {
         "both overlaps",
         "reduce_scatter_tensor_coalesced_",
     ),
-    "main gradients are added to on the communication stream": Fault(
-        _replaced(RestoredExperts, "_hand_over", _added_on_the_communication_stream),
+    "nobody waits until main gradients are added to": Fault(
+        _replaced(RestoredExperts, "finish_reduce", _finish_at_once),
         "both overlaps, slices replicated",
         "what add_ on the stream of gradients",
     ),

@@ -26,7 +26,6 @@ def test_the_worked_example() -> None:
     assert index.shared_slots == [1]
     assert index.shared_G == [1, 0]
     assert index.position_n.tolist() == [0, 1]
-    assert index.block_nM.view(-1, 2).tolist() == [[0, 1], [2, 3]]
     assert index.restored_G == [1, 1]
     assert index.runs == [Run(0, slice(0, 1))]
 
@@ -47,7 +46,6 @@ def test_without_a_layout_before_all_slots_are_restored_from_slices() -> None:
     assert index.sent_experts.tolist() == [1, 2, 3, 0, 2, 3]
     assert index.shared_G == [0, 0]
     assert index.position_n.tolist() == [2, 0, 2, 1]
-    assert index.block_nM.view(-1, 2).tolist() == [[2, 5], [0, 3], [2, 5], [1, 4]]
     assert index.runs == [Run(0, slice(0, 2))]
 
 

@@ -146,38 +146,37 @@ class HierarchicalExchange:
         index: LayoutIndex,
         *,
         wire_dtype: torch.dtype | None = None,
-        out: torch.Tensor | None = None,
+        add_to: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sum gradients over replicas, for this rank's slice of every expert.
 
-        Sums run in float32 and in a fixed order: the same gradients give the same bits.
+        Sums run in float32 and in a fixed order: the same gradients give the same bits. They are
+        rounded once, to the dtype of the result.
 
         Args:
             grad_CRK: gradients of this rank's restored experts; left as they are.
             index: the layout they were restored with.
             wire_dtype: of sums that cross nodes, unless the exchange was made for one; the
                 gradient's own without either.
-            out: where to reduce to, contiguous [E, r, K]; a new tensor without it.
+            add_to: what the sums are added to, contiguous [E, r, K] of any float dtype: a main
+                gradient.
 
         Returns:
-            [E, r, K] in the gradient's dtype, as autograd demands; Megatron adds microbatches in
-            float32.
+            `add_to`; without it, a new [E, r, K] in the gradient's dtype, as autograd demands.
         """
         grad_CRK = grad_CRK.contiguous()
         _, rows, columns = grad_CRK.shape
         blocks = row_blocks(rows, self.groups.size, self.node_size)
         own_rows = blocks.rows_GM[self._local_rank][self._node]
         shape = (index.layout.num_experts, own_rows, columns)
-        out_ErK = grad_CRK.new_empty(shape) if out is None else out
+        out_ErK = grad_CRK.new_empty(shape) if add_to is None else add_to
         assert out_ErK.shape == shape and out_ErK.is_contiguous()
         wire = self._grad_wire_dtype or wire_dtype or grad_CRK.dtype
         sizes = reduce_workspace(
             self._geometry(index), rows, columns, grad_CRK.element_size(), wire.itemsize
         )
         needed = self._reduce_index(index)
-        for rounds in (needed.intra_node, needed.inter_node):
-            for targets, _ in rounds[:1]:
-                read_here(targets)
+        read_here(needed.intra_node.uploaded)
         MatrixReduce(
             self._node,
             self._local_rank,
@@ -187,7 +186,7 @@ class HierarchicalExchange:
             MatrixBuffers(self.reduce_workspace, sizes, grad_CRK.device),
             wire,
             self.count,
-        ).run(grad_CRK, out_ErK)
+        ).run(grad_CRK, out_ErK, adds=add_to is not None)
         return out_ErK
 
     def _restore_index(self, index: LayoutIndex, before: LayoutIndex | None) -> RestoreIndex:

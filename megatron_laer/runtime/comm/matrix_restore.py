@@ -13,6 +13,7 @@ import torch
 
 from megatron_laer.runtime.comm.restore_index import RestoreIndex
 from megatron_laer.runtime.comm.row_blocks import RowBlocks
+from megatron_laer.runtime.comm.rows import gather_rows, pack_rows, unpack_rows
 from megatron_laer.runtime.comm.stages import ExchangeCount, Stage, Stages
 from megatron_laer.runtime.comm.workspace import MatrixBuffers
 
@@ -83,8 +84,7 @@ class MatrixRestore:
             send = self.buffers.take("send", (len(slots) * rows * columns,), before_CRK.dtype)
         for position, slot in enumerate(slots):
             whole_1RK = before_CRK[slot : slot + 1]
-            for whole, part in self.blocks.pairs(whole_1RK, send, position, len(slots)):
-                part.copy_(whole)
+            pack_rows(whole_1RK, send, self.blocks, position, len(slots))
         if stage is None:
             return
         rows_G = self.blocks.rows_G
@@ -106,8 +106,7 @@ class MatrixRestore:
         sent_sizes = [number * own_rows * columns for number in restored_G]
         self.count.add_restore(*stage.all_to_all(received, send.view(-1), sizes, sent_sizes))
         for first, slots in self.index.runs:
-            for whole, part in self.blocks.pairs(out_CRK[slots], received, first, num_restored):
-                whole.copy_(part)
+            unpack_rows(out_CRK[slots], received, self.blocks, first, num_restored)
 
     def _gather(self, arrived: torch.Tensor, first: int, target_nPK: torch.Tensor) -> None:
         """Gather this local rank's rows of the experts of some of the node's slots to restore.
@@ -116,31 +115,12 @@ class MatrixRestore:
             arrived: what `_fetch` returned; with one node, the slices of all experts.
             first: which of the slots to restore is the first of the target's.
         """
-        index, nodes = self.index, self.blocks.num_nodes
-        number, rows, columns = target_nPK.shape
-        position_n = index.position_n[first : first + number]
-        if nodes == 1:
+        index = self.index
+        position_n = index.position_n[first : first + len(target_nPK)]
+        if self.blocks.num_nodes == 1:
             torch.index_select(arrived, 0, position_n, out=target_nPK)
             return
         num_fetched, num_shared = index.fetched_M[self.node], sum(index.shared_G)
-        if self.blocks.even:
-            block = rows // nodes * columns
-            torch.index_select(
-                arrived.view((num_fetched + num_shared) * nodes, block),
-                0,
-                index.block_nM[first * nodes : (first + number) * nodes],
-                out=target_nPK.view(number * nodes, block),
-            )
-            return
-        fetched, shared = arrived.split(
-            [part * rows * columns for part in (num_fetched, num_shared)]
+        gather_rows(
+            arrived, position_n, num_fetched, num_shared, target_nPK, self.blocks, self.local_rank
         )
-        shared_DPK = shared.view(num_shared, rows, columns)
-        offset = 0
-        for size in self.blocks.rows_GM[self.local_rank]:
-            of_node = slice(offset, offset + size)
-            start, end = (num_fetched * row * columns for row in (offset, offset + size))
-            fetched_DrK = fetched[start:end].view(num_fetched, size, columns)
-            experts_DrK = torch.cat((fetched_DrK, shared_DPK[:, of_node]))
-            target_nPK[:, of_node] = experts_DrK[position_n]
-            offset += size

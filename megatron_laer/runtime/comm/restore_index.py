@@ -17,7 +17,6 @@ the other node; slot 1 of rank 0 had 1, so rank 0 shares it with its node. On ra
     shared_slots [1]              its slot 1 has an expert that the node needs
     shared_G     [1, 0]           rank 0 of the node shares one expert, rank 1 none
     position_n   [0, 1]           expert 3 arrives first (fetched), 1 after it (shared)
-    block_nM     [[0, 1], [2, 3]] rows of 3 from node 0 and node 1, then those of 1
     restored_G   [1, 1]           each rank of the node has one slot to restore
     runs         [(0, slot 0)]    the first of rank 0's slots to restore is slot 0
 
@@ -61,8 +60,6 @@ class RestoreIndex:
         position_n: for each slot to restore on this node, rank by rank, the position of its expert
             among the D that arrive: those fetched, then those shared. With one node, where nothing
             has to arrive, the expert itself.
-        block_nM: the same by node: the row block that holds a node's rows of the expert, where all
-            ranks hold equally many rows. Flat, [n·M].
         restored_G: slots to restore on each rank of this node.
         runs: this rank's slots to restore.
     """
@@ -73,7 +70,6 @@ class RestoreIndex:
     shared_slots: list[int]
     shared_G: list[int]
     position_n: torch.Tensor
-    block_nM: torch.Tensor
     restored_G: list[int]
     runs: list[Run]
 
@@ -98,10 +94,7 @@ def restore_index(
 
     arrivals = _arrivals(before, after, changed_S, node_size, rank)
     position_n = arrivals.positions(expert_GC[changed_GC], after.num_experts)
-    block_nM = _row_blocks(position_n, arrivals.fetched_M[node], num_ranks // node_size)
-    sent_experts, positions, blocks = upload_arrays(
-        [arrivals.sent_experts, position_n, block_nM.reshape(-1)], device
-    )
+    sent_experts, positions = upload_arrays([arrivals.sent_experts, position_n], device)
     return RestoreIndex(
         has_work=bool(changed_S.any()),
         sent_experts=sent_experts,
@@ -109,7 +102,6 @@ def restore_index(
         shared_slots=arrivals.shared_slots,
         shared_G=arrivals.shared_G,
         position_n=positions,
-        block_nM=blocks,
         restored_G=changed_GC.sum(axis=1).tolist(),
         runs=_runs(np.flatnonzero(changed_GC[local_rank])),
     )
@@ -163,21 +155,6 @@ def _arrivals(
         shared_G=np.bincount(local_ranks, minlength=node_size).tolist(),
         expert_D=np.concatenate([sent_experts[to_node == node], experts[is_of_node]]),
     )
-
-
-def _row_blocks(position_n: Int64, num_fetched: int, num_nodes: int) -> Int64:
-    """Number the row blocks, one per node, of the experts at these positions.
-
-    Fetched experts arrive node by node, so an expert's blocks are `num_fetched` apart; shared ones
-    arrive after them, expert by expert.
-
-    Returns:
-        [n, M].
-    """
-    is_fetched_n = position_n < num_fetched
-    first_n = np.where(is_fetched_n, position_n, position_n * num_nodes)
-    stride_n = np.where(is_fetched_n, num_fetched, 1)
-    return first_n[:, None] + stride_n[:, None] * np.arange(num_nodes)
 
 
 def _runs(slots: Int64) -> list[Run]:

@@ -51,9 +51,6 @@ def reduce_workspace(
 
         send      max(C·R·g if G > 1, min(E, G·C)·P·w if M > 1)·K
         receive   max(G·C·P·g if G > 1, min(N·C, M·E)·r·w if M > 1)·K
-        total     E·r·K·4    the float32 sums, unless the result is float32 itself
-        picked    E·r·K·max(g, w)   replicas that are added next
-        widened   E·r·K·4    the same in float32, unless they are
     """
     nodes, slots = geometry.num_nodes, geometry.node_size * geometry.capacity
     block = -(-rows // geometry.num_ranks)
@@ -61,7 +58,6 @@ def reduce_workspace(
     distinct = min(geometry.num_experts, slots)
     inter_node, intra_node = nodes > 1, geometry.node_size > 1
     num_received = min(geometry.num_slots, nodes * geometry.num_experts)
-    sums = geometry.num_experts * block * columns
     intra_sent, intra_received = geometry.capacity * rows, slots * local_rank_rows
     inter_sent, inter_received = distinct * local_rank_rows, num_received * block
     return {
@@ -69,7 +65,4 @@ def reduce_workspace(
         * max(intra_node * intra_sent * grad_bytes, inter_node * inter_sent * wire_bytes),
         "receive": columns
         * max(intra_node * intra_received * grad_bytes, inter_node * inter_received * wire_bytes),
-        "total": 4 * sums,
-        "picked": max(grad_bytes, inter_node * wire_bytes) * sums,
-        "widened": 4 * sums,
     }

@@ -19,6 +19,7 @@ and gradients themselves are held by `RestoredExperts`, whose methods the nodes 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +31,14 @@ FinishReduce = Callable[[], tuple[torch.Tensor, ...]]
 
 def placeholder(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Return zeros of this shape without storage, for the edges of autograd's graph."""
-    return like.new_zeros(()).expand(shape)
+    return _zero(like.dtype, like.device).expand(shape)
+
+
+@cache
+def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Make the one zero that all placeholders show; nobody reads it."""
+    with torch.inference_mode(False):  # or training could not use what an evaluation made
+        return torch.zeros((), dtype=dtype, device=device)
 
 
 class WaitForGrads(torch.autograd.Function):

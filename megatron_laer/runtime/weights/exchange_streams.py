@@ -18,7 +18,6 @@ class ExchangeStreams:
         gradients: the communication stream of reduces.
         weights: restored matrices; as many as the schedule restores layers at once.
         grads: gradients of restored matrices, likewise.
-        slice_grads: gradients of slices, until they are added to main gradients.
     """
 
     exchange: HierarchicalExchange
@@ -26,7 +25,6 @@ class ExchangeStreams:
     gradients: CommStream
     weights: BufferPool = field(default_factory=BufferPool)
     grads: BufferPool = field(default_factory=BufferPool)
-    slice_grads: BufferPool = field(default_factory=BufferPool)
 
     def close(self) -> None:
         """End both communication streams."""

@@ -13,9 +13,10 @@ The life of a layer's weights and gradients in one microbatch, told by states (`
  6. The gradients of the experts' inputs and weights are computed: SHARDED, the memory is free.
  7. The weights' gradients wait for the tokens' gradients, which go first: DEFERRED. Without overlap
     this is left out, and with `--fsep-restore step` they are SUMMED over microbatches.
- 8. The dispatch's backward is done and starts the reduce: REDUCING.
- 9. `finish_reduce`, called by autograd after the backward of the layer before, waits for the
-    slices' gradients and adds them to Megatron's main gradients. No gradient is left: NONE.
+ 8. The dispatch's backward is done and starts the reduce: REDUCING. Sums over replicas are added to
+    Megatron's main gradients where they are computed, on the gradients' communication stream.
+ 9. `finish_reduce`, called by autograd after the backward of the layer before, waits for that, and
+    tells Megatron that gradients were added. No gradient is left: NONE.
 
 When an exchange starts is the scheduler's business. The memory of weights and gradients is taken
 and given back here alone: others tell `RestoredExperts` what happened, and it draws conclusions.
@@ -227,7 +228,7 @@ class RestoredExperts:
     def start_reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
         """Begin to send whole gradients to their slices. Collective over the group."""
         self.state.enter(GradState.REDUCING)
-        exchange = self._streams.exchange
+        exchange, main_grads = self._streams.exchange, self._slices.main_grads
         exchange.prepare_reduce(self.index)
         self._slice_grads = tuple(
             self._streams.gradients.submit(
@@ -237,7 +238,7 @@ class RestoredExperts:
                     self.index,
                     # A step's sums are float32, and cross nodes as one microbatch's would.
                     wire_dtype=slice_ErK.dtype,
-                    out=self._new_slice_grad(slice_ErK, grad_CRK.dtype),
+                    add_to=main_grads.of(slice_ErK) if self._slices.have_main_grads else None,
                 ),
                 f"reduce {self._name}",
             )
@@ -248,14 +249,16 @@ class RestoredExperts:
     def finish_reduce(self) -> tuple[torch.Tensor, ...]:
         """Wait for the slices' gradients `[E, r, K]`, and return what autograd is given for them.
 
-        Where there are main gradients, they receive the slices' gradients here, so that the memory
-        is used again; autograd is given dummy gradients, as by Megatron's own fused kernels.
+        Main gradients, where there are any, have received them by then: autograd is given dummy
+        gradients, as by Megatron's own fused kernels.
         """
         self.state.enter(GradState.NONE)
         grads_ErK = tuple(pending.wait() for pending in self._slice_grads)
         self._slice_grads = ()
         self._free_grads()
-        return tuple(map(self._hand_over, self._slices.parameters, grads_ErK))
+        if not self._slices.have_main_grads:
+            return grads_ErK
+        return tuple(map(self._slices.main_grads.mark_added, self._slices.parameters))
 
     def _begin_backward(self) -> None:
         self.start_restore()
@@ -293,18 +296,6 @@ class RestoredExperts:
         for grad_CRK in self._grads_CRK:
             self._streams.grads.put_back(grad_CRK)
         self._grads_CRK.clear()
-
-    def _new_slice_grad(self, slice_ErK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-        if not self._slices.have_main_grads:
-            return None  # autograd accumulates it, and keeps its memory
-        return self._streams.slice_grads.take(tuple(slice_ErK.shape), dtype, slice_ErK.device)
-
-    def _hand_over(self, slice_ErK: torch.nn.Parameter, grad_ErK: torch.Tensor) -> torch.Tensor:
-        if not self._slices.have_main_grads:
-            return grad_ErK
-        self._slices.main_grads.add(slice_ErK, grad_ErK)
-        self._streams.slice_grads.put_back(grad_ErK)
-        return self._slices.main_grads.mark_added(slice_ErK)
 
     # Helpers.
 

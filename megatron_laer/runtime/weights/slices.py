@@ -21,12 +21,12 @@ class MainGrads(Protocol):
         """Tell whether the framework keeps such gradients for all of these parameters."""
         ...
 
-    def add(self, parameter: torch.nn.Parameter, grad: torch.Tensor) -> None:
-        """Add a gradient to what the framework keeps."""
+    def of(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Return what the framework keeps for a parameter, to which gradients are added."""
         ...
 
     def mark_added(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """Tell the framework that the gradient was added.
+        """Tell the framework that a gradient was added.
 
         Returns:
             A dummy gradient, for autograd.

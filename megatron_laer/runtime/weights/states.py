@@ -24,7 +24,7 @@ class GradState(Enum):
     NONE = "not computed yet, or already handed over to the slices' parameters"
     DEFERRED = "computed, and kept until the tokens' gradients have arrived"
     SUMMED = "added to those of the step's earlier microbatches"
-    REDUCING = "on their way to the slices"
+    REDUCING = "on their way to the slices, whose main gradients they are added to"
 
 
 _FOLLOWING: dict[WeightState | GradState, set[WeightState] | set[GradState]] = {
