@@ -46,19 +46,17 @@ SIZES = [
     Size(3, 1, 8, 1),
     Size(8, 4, 67, 65),
 ]
-# Every expert once, one expert only, experts that do not divide by N, many; the hottest of 8
-# experts has 21 replicas.
+# The hottest of 8 experts has 21 replicas.
+HOT = ExpertLayout.from_slots(
+    32, 2, 8, [slot for n in range(32) for slot in (0 if n < 21 else 1 + n % 7, 1 + (n + 1) % 7)]
+)
+# Every expert once, one expert only, experts that do not divide by N, more of them, a hot one.
 LAYOUTS = [
     ExpertLayout.static(1, 1, 1),
     ExpertLayout.static(4, 1, 1),
     ExpertLayout.random(8, 4, 6, (3,)),
     ExpertLayout.random(3, 11, 17, (1,)),
-    ExpertLayout.from_slots(
-        32,
-        2,
-        8,
-        [slot for n in range(32) for slot in (0 if n < 21 else 1 + n % 7, 1 + (n + 1) % 7)],
-    ),
+    HOT,
 ]
 
 

@@ -34,6 +34,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "accumulation 4, distributed optimizer",
     ),
     "bf16": ("bf16", "tied embeddings, bf16, distributed optimizer, full recompute"),
+    "`--grad-reduce-in-bf16`": ("main gradients in bf16, accumulation 2",),
     "per-token loss": ("the same losses, recompute of the MoE layer, per-token loss",),
     "full recompute, uniform": ("full recompute",),
     "full recompute, by block": ("the same losses, full recompute of one layer in two",),

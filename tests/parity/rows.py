@@ -142,6 +142,12 @@ ROWS = [
     Row("selective recompute of the MoE layer", flags=MOE_RECOMPUTE, steps=LONG),
     Row("bf16", flags=" --bf16", bound=BF16_BOUND, steps=LONG),
     Row(
+        "main gradients in bf16, accumulation 2",
+        flags=" --bf16 --grad-reduce-in-bf16",
+        accumulation=2,
+        bound=BF16_BOUND,
+    ),
+    Row(
         "few tokens: experts, ranks and microbatches without any",
         ranks=4,
         stock_parallel=(4, 1),

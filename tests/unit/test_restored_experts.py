@@ -13,6 +13,7 @@ from megatron_laer.layout import ExpertLayout
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.stages import ExchangeCount
 from megatron_laer.runtime.comm.streams import make_comm_stream
+from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.slices import Slices
@@ -168,6 +169,32 @@ def test_a_reduce_waits_for_the_tokens_gradients(streams: ExchangeStreams) -> No
     compute(restored, tokens * 1, ones(needs_grad=True)).sum().backward()
     assert seen == [GradState.DEFERRED, GradState.REDUCING]
     assert restored.state.grads is GradState.NONE
+
+
+def test_placeholders_fill_no_memory_but_once_also_where_an_evaluation_comes_first() -> None:
+    like = torch.zeros(2, dtype=torch.float64)  # a dtype that no other test has
+    with torch.inference_mode():
+        first = placeholder(like, (3, 4))
+    second = placeholder(like, (5,)).requires_grad_()
+    assert first.shape == (3, 4) and second.shape == (5,)
+    assert first.data_ptr() == second.data_ptr()
+    (second * 2).sum().backward()
+    assert torch.equal(second.grad, torch.full((5,), 2.0, dtype=torch.float64))  # type: ignore[arg-type]
+
+
+def test_main_gradients_have_received_the_sums_when_autograd_is_told(
+    streams: ExchangeStreams,
+) -> None:
+    restored = restored_experts(streams)
+    parameter = restored._slices.parameters[0]
+    seen: list[torch.Tensor] = []
+    node = parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    node.register_prehook(lambda _: seen.append(parameter.main_grad.clone()))
+    for _ in range(2):
+        compute(restored, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
+    assert parameter.grad_added_to_main_grad
+    assert not torch.equal(seen[0], torch.zeros_like(seen[0]))
+    assert torch.equal(seen[1], 2 * seen[0]) and torch.equal(seen[1], parameter.main_grad)
 
 
 def test_a_state_that_may_not_follow_is_named() -> None:

@@ -180,7 +180,7 @@ def _gather_rows(
     size = tl.sum(tl.where(other == node, rows_M, 0), 0)
     offset = tl.sum(tl.where(other < node, rows_M, 0), 0)
     together = tl.sum(rows_M, 0)
-    position = tl.load(position_n + wanted).to(tl.int64)
+    position = tl.load(position_n + wanted)
     fetched = offset.to(tl.int64) * num_fetched + position * size
     source = tl.where(position < num_fetched, fetched, position * together + offset)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

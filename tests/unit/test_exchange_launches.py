@@ -1,0 +1,120 @@
+"""An exchange of one matrix launches few kernels on CUDA, however often an expert is replicated.
+
+Triton's kernels are replaced by a count, and collectives by nothing, so that one process stands for
+32 ranks. What else would launch is seen as torch dispatches it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_laer.config import ExchangeAlgorithm
+from megatron_laer.runtime.comm import rows
+from megatron_laer.runtime.comm.hierarchical import flat_exchange, node_exchange
+from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
+from megatron_laer.runtime.comm.row_blocks import row_blocks
+
+HOT = pytest.importorskip("tests.exchange_kernels", reason="PyTorch for CUDA brings Triton").HOT
+FLAT, NODE = ExchangeAlgorithm.FLAT, ExchangeAlgorithm.NODE
+RANK, COLUMNS = 9, 3
+# They make tensors or views, and launch nothing.
+SILENT = "empty new_empty view slice select split split_with_sizes detach alias".split()
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be launched, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name not in SILENT:
+            self.counted[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def counter(self, name: str) -> Any:
+        """Return a function that only counts its calls."""
+        return lambda *_, **__: self.counted.update([name])
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Count what runs inside of it."""
+    counting = Launches()
+    kernels = {
+        name: counting.counter(name) for name in ("move_rows", "gather_rows", "sum_replicas")
+    }
+    monkeypatch.setattr(rows, "kernels_of", lambda *_: SimpleNamespace(**kernels))
+    monkeypatch.setattr(dist, "all_to_all_single", counting.counter("A2A"))
+    return counting
+
+
+def exchange_of(algorithm: ExchangeAlgorithm, node_size: int) -> tuple[Any, LayoutIndex]:
+    """Make the exchange of one rank, and an index that is ready."""
+    groups: Any = SimpleNamespace(rank=RANK, size=HOT.num_ranks, node_size=node_size)
+    for name in ("parameters", "gradients"):
+        for stage in ("", "_inter_node", "_intra_node"):
+            setattr(groups, name + stage, object())
+    exchange = (flat_exchange if algorithm is FLAT else node_exchange)(groups)
+    index = layout_index(HOT, torch.device("cpu"))
+    exchange.prepare_restore(index)
+    exchange.prepare_reduce(index)
+    return exchange, index
+
+
+REDUCES = [
+    (FLAT, 8, {"move_rows": 1, "A2A": 1, "sum_replicas": 1}),
+    (NODE, 8, {"move_rows": 1, "A2A": 2, "sum_replicas": 2}),
+    (NODE, 1, {"A2A": 1, "sum_replicas": 2}),
+]
+RESTORES = [
+    (FLAT, 8, {"index_select": 1, "A2A": 1, "move_rows": 1}),
+    (NODE, 8, {"index_select": 1, "A2A": 2, "gather_rows": 1, "move_rows": 1}),
+    (NODE, 1, {"index_select": 1, "A2A": 1, "gather_rows": 1}),
+]
+
+
+@pytest.mark.parametrize("num_rows", [64, 67], ids=["even rows", "uneven rows"])
+@pytest.mark.parametrize(("algorithm", "node_size", "expected"), REDUCES)
+def test_a_reduce_launches_two_kernels_and_one_more_if_it_goes_through_nodes(
+    algorithm: ExchangeAlgorithm,
+    node_size: int,
+    expected: dict[str, int],
+    num_rows: int,
+    launches: Launches,
+) -> None:
+    exchange, index = exchange_of(algorithm, node_size)
+    main_ErK = torch.zeros(HOT.num_experts, own_rows(num_rows), COLUMNS)
+    grad_CRK = torch.zeros(HOT.capacity, num_rows, COLUMNS, dtype=torch.bfloat16)
+    with launches:
+        exchange.reduce(grad_CRK, index, add_to=main_ErK)
+    assert launches.counted == expected
+
+
+@pytest.mark.parametrize("num_rows", [64, 67], ids=["even rows", "uneven rows"])
+@pytest.mark.parametrize(("algorithm", "node_size", "expected"), RESTORES)
+def test_a_restore_launches_two_kernels_and_one_more_if_it_goes_through_nodes(
+    algorithm: ExchangeAlgorithm,
+    node_size: int,
+    expected: dict[str, int],
+    num_rows: int,
+    launches: Launches,
+) -> None:
+    exchange, index = exchange_of(algorithm, node_size)
+    slice_ErK = torch.zeros(HOT.num_experts, own_rows(num_rows), COLUMNS)
+    with launches:
+        exchange.restore(slice_ErK, index, num_rows)
+    assert launches.counted == expected
+
+
+def own_rows(num_rows: int) -> int:
+    return row_blocks(num_rows, HOT.num_ranks, 1).rows_GM[0][RANK]
