@@ -1,0 +1,351 @@
+"""Counts the kernels that an FSEP layer launches per microbatch, forward and backward.
+
+    python -m benchmarks.launches [--before DIR] [--json OUT]
+
+It needs no GPU. One rank of N runs Megatron's MoE layer with FSEP on the CPU, its process groups
+are torch's fake ones, and every operation that would launch a kernel is counted: an ATen operation
+counts as one, views and memory counting nothing, and so does a launch of a Triton kernel, which
+Triton's interpreter executes. The router is left out: its choice is given. What torch compiles into
+one kernel on CUDA, the activation, counts with all its operations here.
+
+`--before` names a checkout of another commit, with its native core built, for a table beside it.
+
+Legend: N ranks, C slots per rank, E experts, K experts of a token, T tokens of a rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+HIDDEN, FFN = 64, 128
+
+
+class Case(NamedTuple):
+    """Is one shape of a layer, and how its ranks make nodes."""
+
+    capacity: int
+    ranks: int
+    experts: int
+    topk: int
+    tokens: int
+    exchange: str = "flat"
+
+    def __str__(self) -> str:
+        sizes = f"C {self.capacity}, N {self.ranks}, E {self.experts}, K {self.topk}"
+        return f"{sizes}, T {self.tokens}, {self.exchange}"
+
+
+_SHAPES = ((2, 32, 8, 2, 512), (5, 64, 256, 8, 256), (16, 64, 256, 8, 256))
+CASES = (
+    *(Case(*shape, exchange) for shape in _SHAPES for exchange in ("flat", "node")),
+    Case(8, 64, 256, 8, 8192),  # for what is kept for backward
+)
+_NODE_SIZE = 8
+
+# Operations that launch nothing: they make views, or ask for memory.
+_LAUNCH_NOTHING = frozenset(
+    "view detach expand select slice t transpose unbind permute alias split split_with_sizes "
+    "_unsafe_view unsqueeze squeeze as_strided empty new_empty empty_like empty_strided "
+    "new_empty_strided _reshape_alias lift_fresh resize_ is_pinned chunk unfold diagonal "
+    "record_stream _local_scalar_dense".split()
+)
+_GEMMS = frozenset({"mm", "addmm", "bmm", "matmul", "_grouped_mm"})
+
+
+def kind_of(operation: str) -> str | None:
+    """Return what an operation, as "namespace::name", counts as; None if it launches nothing."""
+    namespace, name = operation.split("::")
+    if namespace == "c10d":
+        return "collectives"
+    if namespace == "profiler" or name in _LAUNCH_NOTHING:
+        return None
+    return "GEMMs" if name in _GEMMS else "rest"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Count in a process of its own per case and checkout, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--before", type=Path, help="a checkout of another commit")
+    parser.add_argument("--json", type=Path, help="where to write all counts")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker is not None:
+        print(json.dumps(_count(CASES[args.worker])))
+        return 0
+    checkouts = {"now": ROOT} if args.before is None else {"before": args.before, "now": ROOT}
+    results = {
+        str(case): {label: _run(folder, place) for label, folder in checkouts.items()}
+        for place, case in enumerate(CASES)
+    }
+    print("\n".join(table(results)))
+    if args.json is not None:
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lay the counts out as a table in Markdown."""
+    lines = [
+        "| case | commit | replicas of the hottest | launches but GEMMs and collectives | of it "
+        "reduce, per matrix | GEMMs | collectives | kept for backward, MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case, by_commit in results.items():
+        for label, found in by_commit.items():
+            kinds = found["kinds"]
+            lines.append(
+                f"| {case} | {label} | {found['replicas']} | {kinds['rest']} | "
+                f"{kinds['reduce'] / 2:g} | {kinds['GEMMs']} | {kinds['collectives']} | "
+                f"{found['saved_MB']:.2f} |"
+            )
+    return lines
+
+
+def _run(checkout: Path, place: int) -> Any:
+    # Triton decides when it is imported whether it interprets.
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(checkout),
+        "MEGATRON_LAER_DEVICE": "cpu",
+        "TRITON_INTERPRET": "1",
+    }
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(place)]
+    done = subprocess.run(
+        command, env=environment, cwd=checkout, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _count(case: Case) -> dict[str, Any]:
+    """Run forward and backward of one layer twice, and count the second time."""
+    from megatron_laer import launch
+
+    launch.prepare()
+    import torch
+
+    counts_NE = _counts(case)
+    routing_TE = _routing(case, counts_NE[0])
+    layer = _build(case)
+    probs_TE = torch.rand(case.tokens, case.experts) * routing_TE
+    hidden = torch.randn(case.tokens, 1, HIDDEN, dtype=torch.bfloat16)
+    with _gathering(torch.from_numpy(counts_NE)), _counter() as counter:
+        _take_kernels_of_cuda(lambda: counter.add("triton::kernel"))
+        for _ in range(2):
+            counter.found.clear()
+            inputs = [part.detach().requires_grad_() for part in (hidden, probs_TE)]
+            layer.route = lambda *_, inputs=inputs, **__: (inputs[1], routing_TE)
+            with _saved() as saved:
+                output, _ = layer(inputs[0])
+            output.backward(output.detach())
+    found = {f"{part} {name}": number for (part, name), number in counter.found.items()}
+    kinds = Counter[str]()
+    for (part, name), number in counter.found.items():
+        kinds[kind_of(name) or ""] += number
+        if part.startswith("reduce") and kind_of(name) == "rest":
+            kinds["reduce"] += number
+    return {
+        "replicas": _replicas(case, counts_NE),
+        "kinds": kinds,
+        "saved_MB": sum(saved.values()) / 1e6,
+        "operations": found,
+    }
+
+
+def _counts(case: Case) -> Any:
+    """Draw each rank's tokens per expert, int64 [N, E], from one skewed distribution."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    share_E = rng.dirichlet(np.full(case.experts, 0.3))
+    rows = [rng.multinomial(case.tokens * case.topk, share_E) for _ in range(case.ranks)]
+    return np.minimum(rows, case.tokens)
+
+
+def _routing(case: Case, counts_E: Any) -> Any:
+    """Make a map [T, E] with these tokens per expert, and at most K experts per token."""
+    import torch
+
+    experts = torch.arange(case.experts).repeat_interleave(torch.from_numpy(counts_E))
+    routing_TE = torch.zeros(case.tokens, case.experts, dtype=torch.bool)
+    routing_TE[torch.arange(len(experts)) % case.tokens, experts] = True
+    return routing_TE
+
+
+def _build(case: Case) -> Any:
+    """Build the MoE layer of rank 0 of N as Megatron does, with main gradients in fp32."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    import megatron_laer
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=case.ranks)
+    settings = megatron_laer.FSEPConfig(
+        plan_mode="exact",
+        capacity=case.capacity,
+        node_size=_NODE_SIZE,
+        restore_algorithm=case.exchange,
+        scheduler="off",
+    )
+    megatron_laer.enable(settings, seed=1)
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=case.ranks, create_gloo_process_groups=False
+    )
+    model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=1,
+        num_moe_experts=case.experts,
+        moe_ffn_hidden_size=FFN,
+        moe_router_topk=case.topk,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        expert_model_parallel_size=case.ranks,
+        moe_token_dispatcher_type="alltoall",
+        expert_tensor_parallel_size=1,
+        add_bias_linear=False,
+    )
+    spec = get_gpt_layer_local_spec(num_experts=case.experts, moe_grouped_gemm=False)
+    model = GPTModel(config, spec, vocab_size=64, max_sequence_length=case.tokens)
+    layer = model.decoder.layers[0].mlp
+    for parameter in layer.experts.parameters():
+        parameter.main_grad = torch.zeros(parameter.shape)
+    return layer
+
+
+def _replicas(case: Case, counts_NE: Any) -> int:
+    """Count the replicas that the hottest expert gets."""
+    from megatron_laer.layout import ExpertLayout
+    from megatron_laer.planner.construct import construct_layout
+
+    static = ExpertLayout.static(case.ranks, case.capacity, case.experts)
+    return int(construct_layout(counts_NE, static, _NODE_SIZE).replicas_E.max())
+
+
+@contextmanager
+def _saved() -> Iterator[dict[int, int]]:
+    """Collect the bytes that autograd keeps, without hidden states and what the experts compute."""
+    import torch
+
+    found: dict[int, int] = {}
+
+    def pack(tensor: Any) -> Any:
+        if tensor.dim() == 0 or tensor.shape[-1] not in (HIDDEN, FFN, 2 * FFN):
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
+@contextmanager
+def _gathering(counts_NE: Any) -> Iterator[None]:
+    """Let gathers of counts, with whatever the ranks send behind them, bring these counts."""
+    import torch
+    import torch.distributed as dist
+
+    gather = dist.all_gather_into_tensor
+
+    def all_gather_into_tensor(output: Any, payload: Any, *args: Any, **kwargs: Any) -> Any:
+        work = gather(output, payload, *args, **kwargs)
+        with _uncounted():
+            rows = output.view(len(counts_NE), -1)
+            rows.copy_(payload.expand_as(rows))
+            rows[:, : counts_NE.shape[1]] = counts_NE
+        return work
+
+    dist.all_gather_into_tensor = all_gather_into_tensor
+    assert torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        dist.all_gather_into_tensor = gather
+
+
+def _uncounted() -> Any:
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def _take_kernels_of_cuda(on_launch: Callable[[], None]) -> None:
+    """Take Triton's kernels where CUDA would, if this commit has any, and tell of each launch."""
+    if find_spec("megatron_laer.dispatch.kernels") is None:
+        return
+    from triton.runtime.interpreter import GridExecutor
+
+    from megatron_laer.dispatch import permutation
+
+    run = GridExecutor.__call__
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        on_launch()
+        with _uncounted():
+            return run(*args, **kwargs)
+
+    GridExecutor.__call__ = counted
+    kernels = import_module("megatron_laer.dispatch.kernels")
+    permutation._kernels = lambda _: kernels
+
+
+@contextmanager
+def _counter() -> Iterator[Any]:
+    """Count operations by the exchange that they belong to, and by name."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.found = Counter[tuple[str, str]]()
+            self.part = ""
+
+        def add(self, name: str) -> None:
+            if kind_of(name) is not None:
+                self.found[self.part, name] += 1
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            name = func._schema.name
+            self.add(name)
+            return func(*args, **(kwargs or {}))
+
+    count = Count()
+    named = torch.autograd.profiler.record_function
+
+    @contextmanager
+    def record_function(label: str, *_: Any) -> Iterator[None]:
+        before, count.part = count.part, label
+        yield
+        count.part = before
+
+    torch.autograd.profiler.record_function = record_function
+    try:
+        with count:
+            yield count
+    finally:
+        torch.autograd.profiler.record_function = named
+
+
+if __name__ == "__main__":
+    sys.exit(main())
