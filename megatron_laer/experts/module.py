@@ -1,8 +1,8 @@
 """`FSEPExperts` is the module that owns the slices and lets restored experts compute.
 
 It stands where Megatron's MoE layer keeps its local experts. The activation, its fusions, clamps
-and the routing probabilities are those of Megatron's own `MLP`, whose two linear layers are
-replaced; nothing of that is written again here.
+and the routing probabilities are those of Megatron's own `MLP`, whose two linear layers only pass
+on what they are given; nothing of that is written again here.
 
 Legend: E experts, C slots per rank, T tokens received, H hidden, r rows of a slice, K columns.
 """
@@ -10,17 +10,18 @@ Legend: E experts, C slots per rank, T tokens received, H hidden, r rows of a sl
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
-from megatron_laer.experts.gemm import SlotGemm, check_gemm, slot_gemm
+from megatron_laer.experts.gemm import check_gemm, slot_gemm
 from megatron_laer.experts.main_grads import MegatronMainGrads
 from megatron_laer.experts.slices import SliceSpec, initialise, sharded_slice
-from megatron_laer.experts.slot_linear import SlotLinear
+from megatron_laer.experts.slot_linear import slot_linear
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.weights.slices import Slices
@@ -60,12 +61,17 @@ class FSEPExperts(MegatronModule):
         self._rank, self._num_ranks = groups.rank, groups.size
         self._expert_dp_group = pg_collection.expt_dp
         self._layer_name: str | None = None
-        back_end = slot_gemm(gemm)
-        self.mlp = MLP(
+        self._gemm = slot_gemm(gemm)
+        # Also a stock module of grouped experts recomputes nothing without this granularity.
+        self._recomputes_activation = (
+            config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
+        )
+        linears: list[_Linear] = []
+        self._activation = MLP(
             config,
             MLPSubmodules(
-                linear_fc1=_slot_linear_builder(0, back_end),
-                linear_fc2=_slot_linear_builder(1, back_end),
+                linear_fc1=_builder("linear_fc1", linears),
+                linear_fc2=_builder("linear_fc2", linears),
                 activation_func=activation_builder,
             ),
             is_expert=True,
@@ -74,18 +80,15 @@ class FSEPExperts(MegatronModule):
         )
         self._specs = tuple(
             SliceSpec.for_rank(
-                name,
+                linear.name,
                 config.num_moe_experts,
-                linear.output_size,
-                linear.input_size,
+                linear.rows,
+                linear.columns,
                 rank=self._rank,
                 num_ranks=self._num_ranks,
                 init_method=linear.init_method,
             )
-            for name, linear in (
-                ("linear_fc1", self.mlp.linear_fc1),
-                ("linear_fc2", self.mlp.linear_fc2),
-            )
+            for linear in linears
         )
         sizes = [size for spec in self._specs for size in (spec.rows, spec.columns)]
         check_gemm(gemm, device, config.params_dtype, sizes)
@@ -135,17 +138,22 @@ class FSEPExperts(MegatronModule):
             probs_T = torch.ones_like(probs_T)
 
         restored = plan.restored
-        linears = (self.mlp.linear_fc1, self.mlp.linear_fc2)
         placeholders = restored.weight_placeholders()
-        for linear, placeholder_CRK in zip(linears, placeholders, strict=True):
-            linear.bind(placeholder_CRK, restored, plan.tokens_C)
         input_TH, probs_T = restored.before_compute(input_TH, probs_T)
-        try:
-            output_TH, bias = self.mlp(input_TH, probs_T)
-        finally:
-            for linear in linears:
-                linear.unbind()
-        assert bias is None
+
+        def linear(position: int, input_TK: torch.Tensor) -> torch.Tensor:
+            placeholder_CRK = placeholders[position]
+            return slot_linear(
+                input_TK, placeholder_CRK, restored, position, plan.tokens_C, self._gemm
+            )
+
+        hidden_TF = linear(0, input_TH)
+        if self._recomputes_activation and torch.is_grad_enabled():
+            checkpoint = CheckpointWithoutOutput()
+            output_TH = linear(1, checkpoint.checkpoint(self._activate, hidden_TF, probs_T))
+            checkpoint.discard_output_and_register_recompute(output_TH)
+        else:
+            output_TH = linear(1, self._activate(hidden_TF, probs_T))
         return restored.after_compute(output_TH, backward_follows=plan.backward_follows)
 
     def backward_dw(self) -> None:
@@ -178,6 +186,12 @@ class FSEPExperts(MegatronModule):
                 )
         return state
 
+    def _activate(self, hidden_TF: torch.Tensor, probs_T: torch.Tensor) -> torch.Tensor:
+        output_TF, bias = self._activation(hidden_TF, probs_T)
+        assert bias is None
+        activated: torch.Tensor = output_TF
+        return activated
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -186,16 +200,27 @@ class FSEPExperts(MegatronModule):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _slot_linear_builder(position: int, gemm: SlotGemm) -> Any:
+class _Linear(NamedTuple):
+    """Holds the shape [rows, columns] of a linear layer of Megatron's MLP, and its first values."""
+
+    name: str
+    rows: int
+    columns: int
+    init_method: Any
+
+
+class _PassOn(torch.nn.Module):
+    """Passes its input on where Megatron's MLP has a linear layer, and has no bias."""
+
+    def forward(self, input_TK: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return input_TK, None
+
+
+def _builder(name: str, linears: list[_Linear]) -> Any:
     """Make a builder with the signature by which Megatron's MLP makes its linear layers."""
 
-    def build(input_size: int, output_size: int, **options: Any) -> SlotLinear:
-        return SlotLinear(
-            input_size,
-            output_size,
-            position=position,
-            init_method=options["init_method"],
-            gemm=gemm,
-        )
+    def build(input_size: int, output_size: int, **options: Any) -> _PassOn:
+        linears.append(_Linear(name, output_size, input_size, options["init_method"]))
+        return _PassOn()
 
     return build

@@ -1,6 +1,6 @@
-"""`SlotLinear` stands for a linear layer over restored experts, in autograd and Megatron's MLP.
+"""`slot_linear` is a linear layer over restored experts, in autograd.
 
-The GEMMs are a back end's (`experts.gemm`), the activation between the two layers is Megatron's own
+The GEMMs are a back end's (`experts.gemm`), the activation between two layers is Megatron's own
 (see `experts.module`). Nothing here runs a collective or frees a weight.
 
 Legend: C slots, T tokens received, R output features (rows), K input features (columns).
@@ -9,7 +9,7 @@ Legend: C slots, T tokens received, R output features (rows), K input features (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -28,12 +28,30 @@ class SlotWeights(Protocol):
         ...
 
 
-class _Bound(NamedTuple):
-    """Holds the weights of one forward call, and how many of the input's rows each slot has."""
+def slot_linear(
+    input_TK: torch.Tensor,
+    placeholder_CRK: torch.Tensor,
+    weights: SlotWeights,
+    position: int,
+    tokens_C: Sequence[int],
+    gemm: SlotGemm,
+) -> torch.Tensor:
+    """Multiply each slot's tokens with the slot's matrix.
 
-    placeholder_CRK: torch.Tensor
-    weights: SlotWeights
-    tokens_C: Sequence[int]
+    Args:
+        input_TK: tokens sorted by slot.
+        placeholder_CRK: stands for the matrices in autograd's graph.
+        weights: lends the matrices.
+        position: of the layer among the expert's layers.
+        tokens_C: how many of the input's rows each slot has.
+
+    Returns:
+        [T, R].
+    """
+    output_TR: torch.Tensor = _SlotLinear.apply(
+        input_TK, placeholder_CRK, weights, position, tokens_C, gemm
+    )
+    return output_TR
 
 
 class _SlotLinear(torch.autograd.Function):
@@ -71,40 +89,3 @@ class _SlotLinear(torch.autograd.Function):
             grad_weight_CRK = weights.new_grad(position)
             gemm.weight_grad(grad_TR, input_TK, tokens_C, grad_weight_CRK)
         return grad_input_TK, grad_weight_CRK, None, None, None, None
-
-
-class SlotLinear(torch.nn.Module):
-    """Stands where Megatron's MLP expects a linear layer; owns no parameter.
-
-    `bind` gives it the weights of one forward call, `unbind` takes them away.
-    """
-
-    def __init__(
-        self, input_size: int, output_size: int, *, position: int, init_method: Any, gemm: SlotGemm
-    ) -> None:
-        super().__init__()
-        self.input_size = input_size
-        self.output_size = output_size
-        self.position = position
-        self.init_method = init_method
-        self._gemm = gemm
-        self._bound: _Bound | None = None
-
-    def bind(
-        self, placeholder_CRK: torch.Tensor, weights: SlotWeights, tokens_C: Sequence[int]
-    ) -> None:
-        """Use these slots' weights; the input's rows are sorted by slot, `tokens_C[c]` each."""
-        self._bound = _Bound(placeholder_CRK, weights, tokens_C)
-
-    def unbind(self) -> None:
-        """Forget the weights, so that they can be freed."""
-        self._bound = None
-
-    def forward(self, input_TK: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return the output, and by Megatron's convention a bias, which is None."""
-        assert self._bound is not None, "SlotLinear called without weights"
-        placeholder_CRK, weights, tokens_C = self._bound
-        output_TR = _SlotLinear.apply(
-            input_TK, placeholder_CRK, weights, self.position, tokens_C, self._gemm
-        )
-        return output_TR, None

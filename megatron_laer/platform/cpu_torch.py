@@ -85,8 +85,9 @@ def _replace_devices() -> None:
     cuda.current_device = lambda: _CPU
     cuda.set_device = _nothing
     cuda.device = lambda *_: contextlib.nullcontext()
-    # Capability 0.0 fails every "new enough?" test: no CUDA kernel is chosen.
-    cuda.get_device_capability = lambda *_: (0, 0)
+    # That of an A100, below which Megatron refuses --moe-grouped-gemm, though its layers without
+    # Transformer Engine, and FSEP's, ignore the flag.
+    cuda.get_device_capability = lambda *_: (8, 0)
     cuda.get_device_name = lambda *_: "cpu"
     cuda.get_device_properties = lambda *_: types.SimpleNamespace(
         name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=1

@@ -95,12 +95,6 @@ def _drops_tokens(settings: Any) -> bool:
     return factor is not None and factor >= 0
 
 
-def _recomputes_activation(settings: Any) -> bool:
-    # Without selective recompute Megatron ignores the modules.
-    is_selective = settings.recompute_granularity == "selective"
-    return is_selective and "moe_act" in (settings.recompute_modules or ())
-
-
 _NO_FP8 = "restored experts are computed in bf16 or fp32"
 _TRAIN_IN_BF16 = "leave it out, and train with --bf16"
 _DTYPE_OF_SLICES = "slices are kept in the parameters' dtype"
@@ -193,14 +187,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "--mtp-use-repeated-layer",
         "one layer runs several times per microbatch, backward in another order than forward",
         field="mtp_use_repeated_layer",
-    ),
-    Refusal(
-        "--recompute-modules moe_act",
-        "it belongs to Transformer Engine's grouped experts, which FSEP replaces",
-        "use --recompute-modules moe",
-        field="recompute_modules",
-        field_way_out="use 'moe' in place of 'moe_act'",
-        refuses=_recomputes_activation,
     ),
     Refusal("--enable-cuda-graph", _NO_GRAPH, _GRAPHS_OFF, field="enable_cuda_graph"),
     Refusal("--external-cuda-graph", _NO_GRAPH, _GRAPHS_OFF, field="external_cuda_graph"),

@@ -253,3 +253,49 @@ def test_bytes_on_the_wire_follow_the_formula(
         # C experts of P parameters, but for the 1/N of each that is here: C·P·(N-1)/N.
         assert restored * size == restores * slots * (size - 1)
         assert reduced * size == reduces * slots * (size - 1)
+
+
+def kept_activations(command: list[str]) -> tuple[int, int]:
+    """Train; how often experts' activations were computed, and the bytes kept after forward."""
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_laer.experts.module import FSEPExperts
+
+    computed: list[torch.Tensor] = []
+    kept = 0
+    activate, forward = FSEPExperts._activate, GPTModel.forward
+
+    def observed_activation(self: Any, *args: Any) -> Any:
+        output = activate(self, *args)
+        computed.append(output.detach())
+        return output
+
+    def observed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal kept
+        output = forward(self, *args, **kwargs)
+        kept += sum(tensor.untyped_storage().nbytes() for tensor in computed)
+        return output
+
+    with (
+        mock.patch.object(FSEPExperts, "_activate", observed_activation),
+        mock.patch.object(GPTModel, "forward", observed_forward),
+    ):
+        train(command)
+    return len(computed), kept
+
+
+def test_a_recomputed_activation_is_not_kept(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    def run(flags: str) -> list[tuple[int, int]]:
+        command = command_line(
+            text_data, experts=4, expert_parallel=2, global_batch=4, steps=1, extra=FSEP + flags
+        )
+        return ranks(2).run(kept_activations, command)
+
+    recompute = " --recompute-granularity selective --moe-grouped-gemm --recompute-modules"
+    for (computed, kept), (recomputed, left) in zip(
+        run(f"{recompute} core_attn"), run(f"{recompute} moe_act"), strict=True
+    ):
+        assert kept > 0 and left == 0
+        assert recomputed == 2 * computed > 0

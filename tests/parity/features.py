@@ -42,7 +42,9 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "selective recompute of `core_attn`, `layernorm`, `mlp`, `shared_experts`": (
         "first layer dense, recompute of attention, norms, dense and shared experts",
     ),
-    "selective recompute of `moe_act`": ("--recompute-modules moe_act",),
+    "selective recompute of `moe_act`": (
+        "recompute of the experts' activation, with the layer norms",
+    ),
     "shared experts": ("shared experts",),
     "shared experts with `--moe-shared-expert-overlap`": (
         "shared experts with a gate and overlap",

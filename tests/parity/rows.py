@@ -140,6 +140,13 @@ ROWS = [
     ),
     Row("full recompute", flags=FULL_RECOMPUTE, steps=LONG),
     Row("selective recompute of the MoE layer", flags=MOE_RECOMPUTE, steps=LONG),
+    Row(
+        # Stock's own needs Transformer Engine, so the stock run recomputes nothing.
+        "recompute of the experts' activation, with the layer norms",
+        fsep=RANDOM
+        + " --moe-grouped-gemm --recompute-granularity selective"
+        + " --recompute-modules moe_act layernorm",
+    ),
     Row("bf16", flags=" --bf16", bound=BF16_BOUND, steps=LONG),
     Row(
         "main gradients in bf16, accumulation 2",

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_laer.experts.gemm import slot_gemm
 from megatron_laer.experts.main_grads import MegatronMainGrads
-from megatron_laer.experts.slot_linear import _SlotLinear
+from megatron_laer.experts.slot_linear import slot_linear
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.runtime.comm import layout_index, process_groups
 from megatron_laer.runtime.comm.hierarchical import flat_exchange, node_exchange
@@ -145,8 +145,8 @@ class Model:
     def _compute(self, restored: RestoredExperts, tokens: torch.Tensor) -> torch.Tensor:
         first, second = restored.weight_placeholders()
         (tokens,) = restored.before_compute(tokens)
-        hidden = _SlotLinear.apply(tokens, first, restored, 0, TOKENS_C, self.gemm)
-        output = _SlotLinear.apply(torch.relu(hidden), second, restored, 1, TOKENS_C, self.gemm)
+        hidden = slot_linear(tokens, first, restored, 0, TOKENS_C, self.gemm)
+        output = slot_linear(torch.relu(hidden), second, restored, 1, TOKENS_C, self.gemm)
         return restored.after_compute(output, backward_follows=False)
 
 

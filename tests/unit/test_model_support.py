@@ -137,11 +137,6 @@ def test_only_the_first_rank_warns(
         (Config(fp8="hybrid"), "fp8='hybrid'"),
         (Config(fp8=True), "fp8=True"),
         (Config(expert_tensor_parallel_size=2), "expert_tensor_parallel_size=2"),
-        (
-            Config(recompute_granularity="selective", recompute_modules=["moe_act"]),
-            "recompute_modules=['moe_act']: it belongs to Transformer Engine's grouped experts, "
-            "which FSEP replaces; use 'moe' in place of 'moe_act'",
-        ),
     ],
 )
 def test_what_cannot_work_is_refused(config: Config, quoted: str) -> None:

@@ -45,9 +45,6 @@ REFUSED = {
     "--use-megatron-fsdp": ["--use-megatron-fsdp"],
     "--use-torch-fsdp2": ["--use-torch-fsdp2"],
     "--mtp-use-repeated-layer": ["--mtp-use-repeated-layer"],
-    "--recompute-modules moe_act": [
-        "--recompute-granularity selective --recompute-modules core_attn moe_act"
-    ],
     "--cuda-graph-impl other than none": ["--cuda-graph-impl local"],
     "--enable-cuda-graph": ["--enable-cuda-graph"],
     "--external-cuda-graph": ["--external-cuda-graph"],
@@ -80,6 +77,7 @@ TAKEN = [
     "--moe-expert-capacity-factor -1.0",
     "--recompute-modules core_attn moe_act",
     "--recompute-granularity full --recompute-modules moe_act",
+    "--recompute-granularity selective --recompute-modules core_attn moe_act",
 ]
 
 PROGRAM = """
