@@ -290,12 +290,14 @@ def _uncounted() -> Any:
 
 
 def _take_kernels_of_cuda(on_launch: Callable[[], None]) -> None:
-    """Take Triton's kernels where CUDA would, if this commit has any, and tell of each launch."""
-    if find_spec("megatron_laer.dispatch.kernels") is None:
+    """Take Triton's kernels where CUDA would, and tell of each launch.
+
+    A commit that chooses kernels by another module than this one has none, or is counted with none.
+    """
+    choice = "megatron_laer.runtime.comm.kernel_choice"
+    if find_spec(choice) is None:
         return
     from triton.runtime.interpreter import GridExecutor
-
-    from megatron_laer.dispatch import permutation
 
     run = GridExecutor.__call__
 
@@ -305,8 +307,8 @@ def _take_kernels_of_cuda(on_launch: Callable[[], None]) -> None:
             return run(*args, **kwargs)
 
     GridExecutor.__call__ = counted
-    kernels = import_module("megatron_laer.dispatch.kernels")
-    permutation._kernels = lambda _: kernels
+    for module in ("megatron_laer.dispatch.permutation", "megatron_laer.runtime.comm.rows"):
+        import_module(module).kernels_of = lambda package, _: import_module(f"{package}.kernels")
 
 
 @contextmanager
