@@ -45,8 +45,6 @@ GRAPHS = (
     f" --cuda-graph-warmup-steps {WARMUP} --cuda-graph-modules "
 )
 FP8 = " --fsep-allow-unproven dense-fp8 --fp8-format hybrid --fp8-recipe "
-Train = Callable[[str], tuple[list[float], str]]
-
 BOTH = " --fsep-allow-unproven te-graphs dense-fp8"  # of several, the last one counts
 
 # Where gloo carries CUDA tensors it takes no device ids, as on the CPU.
@@ -57,6 +55,8 @@ cpu_torch._replace_collectives()
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+Train = Callable[[str], tuple[list[float], str]]
 
 
 @pytest.fixture(autouse=True)
