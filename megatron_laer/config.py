@@ -96,6 +96,13 @@ class GemmBackEnd(Choice):
     TORCH = "torch"
 
 
+class Unproven(Choice):
+    """Names what FSEP should run with, but that nobody has run."""
+
+    TE_GRAPHS = "te-graphs"
+    DENSE_FP8 = "dense-fp8"
+
+
 class WireDtype(Choice):
     """Says in which dtype gradients cross nodes."""
 
@@ -126,10 +133,7 @@ class Bound(NamedTuple):
 # thousand steps ago says little of now.
 MAX_PLAN_LAG = 1000
 
-_NUMBERS: dict[type, tuple[type[Any], str]] = {
-    int: (Integral, "an integer"),
-    float: (Real, "a number"),
-}
+_NUMBERS: dict[type, Any] = {int: (Integral, "an integer"), float: (Real, "a number")}
 
 
 def _option(
@@ -138,8 +142,9 @@ def _option(
     type: type = str,
     minimum: Bound | None = None,
     maximum: Bound | None = None,
+    several: bool = False,
 ) -> Mapping[str, Any]:
-    return {"help": help, "type": type, "minimum": minimum, "maximum": maximum}
+    return {"help": help, "type": type, "minimum": minimum, "maximum": maximum, "several": several}
 
 
 @dataclass(frozen=True)
@@ -269,6 +274,15 @@ class FSEPConfig:
             type=GemmBackEnd,
         ),
     )
+    allow_unproven: tuple[Unproven, ...] = field(
+        default=(),
+        metadata=_option(
+            "run what nobody has run yet: te-graphs (Transformer Engine's CUDA graphs of "
+            "attention, router, dense layers), dense-fp8 (fp8 in all layers but the experts)",
+            type=Unproven,
+            several=True,
+        ),
+    )
     cluster: str | None = field(
         default=None,
         metadata=_option(
@@ -365,10 +379,13 @@ def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
     """Return a field's value in the field's type, or refuse it, quoting it."""
     kind, flag = spec.metadata["type"], flag_name(spec.name)
     if issubclass(kind, Choice):
+        several = spec.metadata["several"]
+        given = value if several and isinstance(value, list | tuple) else [value]
         try:
-            return kind(value)
+            words = tuple(sorted({kind(word) for word in given}))  # in one order on all ranks
         except ValueError as error:
             raise ValueError(f"{flag} {error}") from None
+        return words if several else words[0]
     if kind not in _NUMBERS:
         return value
     number, noun = _NUMBERS[kind]

@@ -41,13 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for spec in dataclasses.fields(FSEPConfig):
         kind, text = spec.metadata["type"], spec.metadata["help"].replace("%", "%%")
         text = text.replace("{strategies}", described_strategies())
-        default = "" if spec.default is None else f" (default {spec.default})"
+        default = "" if spec.default in (None, ()) else f" (default {spec.default})"
         is_choice = issubclass(kind, Choice)
         group.add_argument(
             flag_name(spec.name),
             default=None,
             type=str if is_choice else kind,
             choices=words(kind) if is_choice else None,
+            nargs="+" if spec.metadata["several"] else None,
             help=text + default,
         )
     return parser
@@ -59,6 +60,13 @@ def words(choice: type[Choice]) -> list[str]:
     Plain ones are kept in parsed arguments, which Megatron pickles into checkpoints.
     """
     return [member.value for member in choice]
+
+
+def value_text(value: object) -> str:
+    """Return a flag's value as a command line has it; "none" for an empty list of words."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or "none"
+    return str(value)
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:
@@ -80,7 +88,7 @@ def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
         _check_effects(config, given)
         return config
     if given:
-        flags = ", ".join(f"{flag_name(name)} {value}" for name, value in given.items())
+        flags = ", ".join(f"{flag_name(name)} {value_text(value)}" for name, value in given.items())
         raise ValueError(
             f"{flags}: no effect with --expert-parallel-mode {args.expert_parallel_mode}; "
             "add --expert-parallel-mode fsep or leave the flag out"
@@ -94,7 +102,8 @@ def _check_effects(config: FSEPConfig, given: dict[str, Any]) -> None:
         for name in idle:
             if name in given:
                 raise ValueError(
-                    f"{flag_name(name)} {given[name]}: no effect, since {reason}; leave it out"
+                    f"{flag_name(name)} {value_text(given[name])}: no effect, since {reason}; "
+                    "leave it out"
                 )
 
 

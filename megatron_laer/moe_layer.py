@@ -68,9 +68,9 @@ class FSEPMoELayer(MoELayer):
             )
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
-        model_support.check(config)
         current = session.current()
         assert current is not None, "an FSEP layer was built while FSEP is off"
+        model_support.check(config, current.config.allow_unproven)
         groups = current.groups
         assert dist.get_process_group_ranks(pg_collection.ep) == list(groups.ranks), (
             "the model's expert-parallel group is not the one that FSEP was set up for"

@@ -85,15 +85,17 @@ def _chunk(wrapped: Any) -> Chunk:
 
     module = unwrap_model(wrapped)
     found = [
-        (part.state, block)
+        (part, block)
         for block in module.modules()
         for part in block.children()
         if isinstance(part, FSEPMoELayer)
     ]
+    # Transformer Engine captures no module that has hooks, and its replay runs none.
+    is_graphed = any(part.config.cuda_graph_impl != "none" for part, _ in found)
     return Chunk(
         module,
-        layers=[state for state, _ in found],
-        blocks=[block for _, block in found],
+        layers=[part.state for part, _ in found],
+        blocks=[] if is_graphed else [block for _, block in found],
         await_weights=functools.partial(_await_weights, wrapped),
     )
 

@@ -22,6 +22,7 @@ from megatron_laer.plugin.patching import apply, patch_table, undo
 from megatron_laer.plugin.steps import STEP_PATCHES
 from megatron_laer.session import Session
 from megatron_laer.support import run_files, torch_version
+from megatron_laer.support.table import UNPROVEN
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,13 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
         if fresh:
             logger.info("FSEP is on:\n%s", patch_table())
         logger.info("FSEP: experts compute with --fsep-gemm %s", wanted.config.gemm)
+        for word in wanted.config.allow_unproven:
+            logger.warning(
+                "FSEP: --fsep-allow-unproven %s: nobody has run FSEP with %s, and no test on a GPU "
+                "has shown that it works; compare losses with those of a run without",
+                word,
+                UNPROVEN[word],
+            )
 
     from megatron.core import parallel_state
 

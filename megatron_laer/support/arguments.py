@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from megatron_laer.config import FSEPConfig, OverlapScheduler
 from megatron_laer.layout import MAX_EXPERTS, default_capacity
 from megatron_laer.support import RefusedError
-from megatron_laer.support.table import REFUSALS
+from megatron_laer.support.table import REFUSALS, UNPROVEN
 
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
@@ -43,7 +43,15 @@ def check(args: Namespace, config: FSEPConfig) -> None:
     Raises:
         RefusedError: what was given, why it cannot work, and what would.
     """
-    problems = [text for row in REFUSALS if (text := row.problem_with_flag(args)) is not None]
+    allowed = config.allow_unproven
+    problems = [text for row in REFUSALS if (text := row.problem_with_flag(args, allowed))]
+    used = {row.unproven for row in REFUSALS if row.asks_for_unproven(args, row.argument)}
+    problems += [
+        f"--fsep-allow-unproven {word}: no effect, since nothing that it allows is asked for "
+        f"({UNPROVEN[word]}); leave it out"
+        for word in allowed
+        if word not in used
+    ]
     if not problems:
         problems = _shape_problems(args, config)
     if problems:

@@ -10,8 +10,10 @@ import dataclasses
 import functools
 import logging
 import os
+from collections.abc import Collection
 from typing import Any
 
+from megatron_laer.config import Unproven
 from megatron_laer.support.fields import (
     MOE_FIELD,
     PROVED,
@@ -19,7 +21,7 @@ from megatron_laer.support.fields import (
     UNPROVED,
     WITHOUT_EFFECT,
 )
-from megatron_laer.support.table import REFUSALS
+from megatron_laer.support.table import REFUSALS, UNPROVEN
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +29,24 @@ _REFUSED = frozenset(row.field for row in REFUSALS)
 _NO_PROOF = "no test proves that it works with FSEP"
 
 
-def check(config: Any) -> None:
+def check(config: Any, allowed: Collection[Unproven] = ()) -> None:
     """Refuse a model that FSEP cannot run, and warn of MoE fields that no test covers.
 
     Args:
         config: Megatron's TransformerConfig.
+        allowed: what nobody has run, and may be run all the same.
 
     Raises:
         ValueError: the fields, why they cannot work, and what would.
     """
-    problems = [text for row in REFUSALS if (text := row.problem_with_field(config)) is not None]
+    problems = [text for row in REFUSALS if (text := row.problem_with_field(config, allowed))]
+    used = {row.unproven for row in REFUSALS if row.asks_for_unproven(config, row.field)}
+    problems += [
+        f"FSEPConfig(allow_unproven={list(map(str, allowed))}): {word!s} has no effect, since the "
+        f"model has nothing that it allows ({UNPROVEN[word]}); leave it out"
+        for word in allowed
+        if word not in used
+    ]
     if problems:
         raise ValueError("FSEP cannot run this model:\n  " + "\n  ".join(problems))
     for warning in warnings_of(config):

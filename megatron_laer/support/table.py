@@ -6,9 +6,11 @@ setting that a Megatron release adds, renames or drops is edited in one place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
+
+from megatron_laer.config import Unproven
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Refusal:
             accepted values does not tell.
         is_filled_in: whether the accepted value leaves the model as it is, so that FSEP takes it as
             the default where the flag is left out.
+        unproven: the word of `--fsep-allow-unproven` with which more values are accepted.
+        unproven_values: those values.
     """
 
     setting: str
@@ -40,6 +44,8 @@ class Refusal:
     field_way_out: str = ""
     refuses: Callable[[Any], bool] | None = None
     is_filled_in: bool = False
+    unproven: Unproven | None = None
+    unproven_values: tuple[str, ...] = ()
 
     @property
     def flag(self) -> str:
@@ -51,34 +57,65 @@ class Refusal:
         """Return the attribute of parsed arguments that holds the flag's value, or ""."""
         return self.dest or self.flag.removeprefix("--").replace("-", "_")
 
-    def problem_with_flag(self, args: Any) -> str | None:
-        """Say why FSEP cannot run with these arguments, and what would work; None if it can."""
-        if not self._is_refused(args, self.argument):
+    def problem_with_flag(self, args: Any, allowed: Collection[Unproven] = ()) -> str | None:
+        """Say why FSEP cannot run with these arguments, and what would work; None if it can.
+
+        Args:
+            allowed: the words of `--fsep-allow-unproven`.
+        """
+        if not self._is_refused(args, self.argument, allowed):
             return None
         value = getattr(args, self.argument)
         if value is None and self.refuses is None:  # left out, and Megatron's default stands
             return None
-        is_said_by_name = value is None or value is True or isinstance(value, list)
-        given = self.setting if is_said_by_name else f"{self.flag} {value}"
+        if self.asks_for_unproven(args, self.argument):
+            return (
+                f"{self.flag} {value}: {_NOT_RUN}; to run it all the same give "
+                f"--fsep-allow-unproven {self.unproven}, or {self.way_out}"
+            )
+        if isinstance(value, list) and value:
+            given = " ".join([self.flag, *_names(value)])
+        else:
+            is_said_by_name = value is None or value is True or value == []
+            given = self.setting if is_said_by_name else f"{self.flag} {value}"
         return f"{given}: {self.reason}; {self.way_out}"
 
-    def problem_with_field(self, config: Any) -> str | None:
-        """Say why FSEP cannot run with this config, and what would work; None if it can."""
-        if not self._is_refused(config, self.field):
-            return None
-        way_out = self.field_way_out or f"must be {self.accepted[0]!r}"
-        return f"{self.field}={getattr(config, self.field)!r}: {self.reason}; {way_out}"
+    def problem_with_field(self, config: Any, allowed: Collection[Unproven] = ()) -> str | None:
+        """Say why FSEP cannot run with this config, and what would work; None if it can.
 
-    def _is_refused(self, settings: Any, name: str) -> bool:
+        Args:
+            allowed: what `FSEPConfig.allow_unproven` has.
+        """
+        if not self._is_refused(config, self.field, allowed):
+            return None
+        given = f"{self.field}={getattr(config, self.field)!r}"
+        way_out = self.field_way_out or f"must be {self.accepted[0]!r}"
+        if self.asks_for_unproven(config, self.field):
+            allow = f"FSEPConfig(allow_unproven=[{str(self.unproven)!r}])"
+            return f"{given}: {_NOT_RUN}; to run it all the same give {allow}, or else it {way_out}"
+        return f"{given}: {self.reason}; {way_out}"
+
+    def asks_for_unproven(self, settings: Any, name: str) -> bool:
+        """Tell whether the setting of this name has a value that nobody has run."""
+        return self.unproven is not None and getattr(settings, name, None) in self.unproven_values
+
+    def _is_refused(self, settings: Any, name: str, allowed: Collection[Unproven]) -> bool:
         if not name or not hasattr(settings, name):  # an older Megatron lacks some settings
             return False
         if self.refuses is not None:
             return self.refuses(settings)
+        if self.unproven in allowed and self.asks_for_unproven(settings, name):
+            return False
         value = getattr(settings, name)
         is_off = value is None or value is False
         return value not in self.accepted and not (
             is_off and (None in self.accepted or False in self.accepted)
         )
+
+
+def _names(words: Collection[Any]) -> list[str]:
+    """Return words as a command line has them; some are members of an enumeration of Megatron."""
+    return [str(getattr(word, "name", word)) for word in words]
 
 
 def _no_experts(args: Any) -> bool:
@@ -95,6 +132,23 @@ def _drops_tokens(settings: Any) -> bool:
     return factor is not None and factor >= 0
 
 
+def _captures_plan(settings: Any) -> bool:
+    # Without modules Megatron captures whole layers.
+    is_by_module = settings.cuda_graph_impl == "transformer_engine"
+    names = set(_names(settings.cuda_graph_modules or ()))
+    return is_by_module and not (names and names <= GRAPHED)
+
+
+# What Transformer Engine may capture: it is done before a layer plans, or has no experts.
+GRAPHED = frozenset({"attn", "moe_router", "mlp"})
+
+# What each word of `--fsep-allow-unproven` allows.
+UNPROVEN = {
+    Unproven.TE_GRAPHS: "Transformer Engine's CUDA graphs of attention, router and dense layers",
+    Unproven.DENSE_FP8: "fp8 in all layers but the experts, which compute in the parameters' dtype",
+}
+
+_NOT_RUN = "nobody has run it with FSEP, and no test on a GPU has shown it"
 _NO_FP8 = "restored experts are computed in bf16 or fp32"
 _TRAIN_IN_BF16 = "leave it out, and train with --bf16"
 _DTYPE_OF_SLICES = "slices are kept in the parameters' dtype"
@@ -169,10 +223,20 @@ REFUSALS: tuple[Refusal, ...] = (
         accepted=(None,),
         field="moe_expert_rank_capacity_factor",
     ),
-    Refusal("--fp8-format", _NO_FP8, _TRAIN_IN_BF16, accepted=(None,), dest="fp8", field="fp8"),
+    # The experts have no module of Transformer Engine, so that its autocast does not reach them.
+    Refusal(
+        "--fp8-format",
+        _NO_FP8,
+        _TRAIN_IN_BF16,
+        accepted=(None,),
+        dest="fp8",
+        field="fp8",
+        unproven=Unproven.DENSE_FP8,
+        unproven_values=("e4m3", "hybrid"),
+    ),
     Refusal("--fp4-format", _NO_FP8, _TRAIN_IN_BF16, accepted=(None,), dest="fp4", field="fp4"),
-    Refusal("--fp8-param-gather", _DTYPE_OF_SLICES),
-    Refusal("--fp4-param-gather", _DTYPE_OF_SLICES),
+    Refusal("--fp8-param-gather", _DTYPE_OF_SLICES, field="fp8_param"),
+    Refusal("--fp4-param-gather", _DTYPE_OF_SLICES, field="fp4_param"),
     Refusal(
         "--use-megatron-fsdp",
         "Megatron-FSDP would shard slices again",
@@ -196,6 +260,16 @@ REFUSALS: tuple[Refusal, ...] = (
         _GRAPHS_OFF,
         accepted=("none",),
         field="cuda_graph_impl",
+        unproven=Unproven.TE_GRAPHS,
+        unproven_values=("transformer_engine",),
+    ),
+    Refusal(
+        "--cuda-graph-modules other than attn, moe_router, mlp",
+        _NO_GRAPH,
+        "give --cuda-graph-modules attn moe_router, and mlp if there are dense layers",
+        field="cuda_graph_modules",
+        field_way_out="take some of 'attn', 'moe_router' and 'mlp'",
+        refuses=_captures_plan,
     ),
     Refusal("--delay-wgrad-compute", _GRADIENTS_LEAVE, field="delay_wgrad_compute"),
     Refusal(

@@ -99,6 +99,18 @@ _FLAGS = (
     (ON + "--expert-tensor-parallel-size 2", "--expert-tensor-parallel-size 2"),
     (ON + "--moe-expert-capacity-factor 1.5", "--moe-expert-capacity-factor 1.5"),
     (ON + "--fp8-format hybrid", "--fp8-format hybrid"),
+    (ON + "--fsep-allow-unproven warp", "invalid choice: 'warp' (choose from te-graphs, dense-fp8"),
+    (ON + "--fsep-allow-unproven", "expected at least one argument"),
+    (ON + "--fsep-allow-unproven dense-fp8", "--fsep-allow-unproven dense-fp8: no effect"),
+    ("--fsep-allow-unproven dense-fp8 te-graphs", "dense-fp8 te-graphs: no effect with"),
+    (
+        ON + "--fsep-allow-unproven te-graphs --cuda-graph-impl full_iteration",
+        "--cuda-graph-impl full_iteration",
+    ),
+    (
+        ON + "--fsep-allow-unproven te-graphs --cuda-graph-impl transformer_engine",
+        "--cuda-graph-modules other than attn, moe_router, mlp",
+    ),
     (ON + "--optimizer muon", "--optimizer muon"),
     (ON + "--cuda-graph-impl local", "--cuda-graph-impl local"),
     (ON + "--delay-wgrad-compute", "--delay-wgrad-compute"),

@@ -106,6 +106,19 @@ CASES = {
         "2 or more",
     ),
     "cuda graphs": ("--cuda-graph-impl local", "--cuda-graph-impl local", "none"),
+    "unproven fp8": ("--fp8-format e4m3", "nobody has run it", "--fsep-allow-unproven dense-fp8"),
+    "unproven graphs": (
+        "--cuda-graph-impl transformer_engine --cuda-graph-modules attn",
+        "nobody has run it",
+        "--fsep-allow-unproven te-graphs",
+    ),
+    "captured experts": (
+        "--cuda-graph-impl transformer_engine --cuda-graph-modules moe_router moe_preprocess"
+        " --fsep-allow-unproven te-graphs",
+        "--cuda-graph-modules moe_router moe_preprocess",
+        "attn moe_router",
+    ),
+    "idle word": ("--fsep-allow-unproven te-graphs", "te-graphs: no effect", "leave it out"),
     "Muon": ("--optimizer muon", "--optimizer muon", "adam"),
     "delayed weight gradients": ("--delay-wgrad-compute", "--delay-wgrad-compute", "leave it out"),
     "yaml": ("--yaml-cfg x.yaml", "--yaml-cfg", "no effect"),

@@ -1,9 +1,26 @@
 """What users ask for, and where the answer is: in rows of the parity table, or in refusals.
 
-Names that begin with a flag are settings of `megatron_laer.support.table.REFUSALS`.
+Names that begin with a flag are settings of `megatron_laer.support.table.REFUSALS`, or words of
+`--fsep-allow-unproven`. A feature without names runs, and nothing proves it.
 """
 
 from __future__ import annotations
+
+from megatron_laer.config import Unproven
+
+ALLOW = "--fsep-allow-unproven"
+
+# Where Megatron has no implementation for the CPU, what `megatron_laer/platform` puts in its place,
+# by the word of a row's flags that needs it.
+REPLACED = {
+    "--context-parallel-size": "attention over a sequence that is cut (context parallel)",
+    "--moe-latent-size": "the projections of latent MoE",
+    "layernorm": "recompute of norms",
+    "--sequence-parallel": "norms under sequence parallelism",
+}
+
+# Rows and words of `--fsep-allow-unproven` of which docs/gpu_status.md has a run.
+SEEN_ON_A_CARD: frozenset[str] = frozenset()
 
 FEATURES: dict[str, tuple[str, ...]] = {
     "tensor parallel 2 with sequence parallel": (
@@ -117,5 +134,20 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "`--fsep-gemm torch`": (
         "experts' products by grouped_mm",
         "experts' products by grouped_mm, bf16, restored once per step",
+    ),
+    "`--fsep-gemm streams`": (),
+    "`--fsep-gemm te`": (),
+    "CUDA graphs of attention, router and dense layers, by Transformer Engine": (
+        f"{ALLOW} {Unproven.TE_GRAPHS}",
+    ),
+    "other CUDA graphs": (
+        "--cuda-graph-impl other than none",
+        "--cuda-graph-modules other than attn, moe_router, mlp",
+    ),
+    "fp8 in all layers but the experts": (f"{ALLOW} {Unproven.DENSE_FP8}",),
+    "fp8 or fp4 in the experts": (
+        "--fp8-param-gather",
+        "--moe-router-padding-for-quantization",
+        "--fp4-format",
     ),
 }

@@ -11,22 +11,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 from megatron_laer.releases import NUMBERS, RELEASES
 from megatron_laer.support.fields import UNPROVED, WITHOUT_EFFECT_BY_REASON
-from megatron_laer.support.table import REFUSALS
+from megatron_laer.support.table import REFUSALS, UNPROVEN, Refusal
 from tests.parity.compare import Distance
-from tests.parity.features import FEATURES
+from tests.parity.features import ALLOW, FEATURES, REPLACED, SEEN_ON_A_CARD
 from tests.parity.rows import FLOOR_FACTOR, ROWS, Row
 
 TEMPLATE = Path(__file__).with_name("support_page.md")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
 
 _NONE = "–"
+_NOTHING = "nothing yet"
+_SETTINGS = {item.setting for item in REFUSALS}
 _COLUMNS = ("gradients", "losses", "norms", "weights", "MoE losses")
 
 
@@ -100,7 +102,7 @@ def render(figures: Mapping[str, Figures]) -> str:
         for row in ROWS
     )
     refusals = (
-        f"| `{item.setting}` | {_code(item.field)} | {item.reason} | {item.way_out} |"
+        f"| `{item.setting}` | {_code(item.field)} | {item.reason} | {_way_out(item)} |"
         for item in REFUSALS
     )
     without_effect = (
@@ -108,8 +110,12 @@ def render(figures: Mapping[str, Figures]) -> str:
         for reason, fields in WITHOUT_EFFECT_BY_REASON.items()
     )
     features = (
-        f"| {feature} | {'refused' if _refused(names) else 'proved'} | {_listed(names)} |"
+        f"| {feature} | {' | '.join(status(names))} | {_listed(names)} |"
         for feature, names in FEATURES.items()
+    )
+    allowed = (
+        f"| `{word}` | {text} | {_code(*_allowed_by(word))} | {proved_by([f'{ALLOW} {word}'])} |"
+        for word, text in UNPROVEN.items()
     )
     return TEMPLATE.read_text(encoding="utf-8").format(
         proved=len(ROWS),
@@ -125,7 +131,9 @@ def render(figures: Mapping[str, Figures]) -> str:
         heads=heads,
         dashes="|".join("---" for _ in range(3 + len(_COLUMNS))),
         rows="\n".join(rows),
+        replaced=", ".join(REPLACED.values()),
         refusals="\n".join(refusals),
+        allowed="\n".join(allowed),
         unproved=_code(*sorted(UNPROVED)),
         without_effect="\n".join(without_effect),
     )
@@ -135,8 +143,40 @@ def _code(*names: str) -> str:
     return ", ".join(f"`{name}`" for name in names if name) or _NONE
 
 
-def _refused(names: Iterable[str]) -> bool:
-    return all(name.startswith("--") for name in names)
+def status(names: Collection[str]) -> tuple[str, str]:
+    """Whether a feature with these rows, refusals and words is proved, and by what."""
+    by = proved_by(names)
+    if names and all(name in _SETTINGS for name in names):
+        return "refused", _NONE
+    return "unproven" if by == _NOTHING else "proved", by
+
+
+def proved_by(names: Iterable[str]) -> str:
+    """What has shown that all of this is right: runs on the CPU, on a card, or nothing yet."""
+    given = [set(row.flags.split()) for row in ROWS if row.name in set(names)]
+    kinds = []
+    if given:
+        is_replaced = all(flags & REPLACED.keys() for flags in given)
+        kinds.append("CPU row, replacement" if is_replaced else "CPU row")
+    if SEEN_ON_A_CARD & set(names):
+        kinds.append("card")
+    return ", ".join(kinds) or _NOTHING
+
+
+def _allowed_by(word: str) -> list[str]:
+    return [
+        f"{item.flag} {value}"
+        for item in REFUSALS
+        if item.unproven == word
+        for value in item.unproven_values
+    ]
+
+
+def _way_out(item: Refusal) -> str:
+    if item.unproven is None:
+        return item.way_out
+    values = " or ".join(item.unproven_values)
+    return f"{item.way_out}; {values} with {ALLOW} {item.unproven}"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -52,6 +52,9 @@ class Config:
     expert_tensor_parallel_size: int | None = 1
     add_bias_linear: bool | None = False
     fp8: str | bool | None = None
+    fp8_param: bool = False
+    cuda_graph_impl: str = "none"
+    cuda_graph_modules: list[object] = field(default_factory=list)
 
 
 def test_every_moe_field_of_this_megatron_is_known() -> None:
@@ -136,6 +139,8 @@ def test_only_the_first_rank_warns(
         (Config(add_bias_linear=True), "add_bias_linear=True"),
         (Config(fp8="hybrid"), "fp8='hybrid'"),
         (Config(fp8=True), "fp8=True"),
+        (Config(fp8_param=True), "fp8_param=True"),
+        (Config(cuda_graph_impl="local"), "cuda_graph_impl='local': layouts and split sizes"),
         (Config(expert_tensor_parallel_size=2), "expert_tensor_parallel_size=2"),
     ],
 )

@@ -243,7 +243,7 @@ def test_transformer_engine_is_guarded_by_package_device_symbol_and_parameters(
     modules[te._MODULE].general_grouped_gemm = lambda A, B, out, out_dtype, workspaces: None
     said = refusal() or ""
     assert "Transformer Engine 2.9 takes (A, B, out, out_dtype, workspaces)" in said
-    assert "install transformer-engine 2.11 to 2.18, or give --fsep-gemm loop" in said
+    assert "install transformer-engine 2.11 to 2.20, or give --fsep-gemm loop" in said
     te._grouped_gemm.cache_clear()
     modules[te._MODULE].general_grouped_gemm = grouped_gemm
     assert refusal() is None

@@ -26,6 +26,7 @@ BASE = (
     "--expert-parallel-mode fsep --num-experts 8 --expert-model-parallel-size 2"
     " --disable-bias-linear --transformer-impl local"
 )
+GRAPHS = "--fsep-allow-unproven te-graphs --cuda-graph-impl transformer_engine"
 REFUSED = {
     "--num-experts absent": ["--num-experts 0", "--num-experts -4"],
     "--expert-model-parallel-size 1": ["--expert-model-parallel-size 1"],
@@ -38,14 +39,30 @@ REFUSED = {
     "--moe-expert-capacity-factor": ["--moe-expert-capacity-factor 1.0"],
     "--moe-pad-expert-input-to-capacity": ["--moe-pad-expert-input-to-capacity"],
     "--moe-expert-rank-capacity-factor": ["--moe-expert-rank-capacity-factor 1.0"],
-    "--fp8-format": ["--fp8-format hybrid"],
+    "--fp8-format": [
+        "--fp8-format hybrid",
+        "--fp8-format e4m3",
+        f"--fp8-format hybrid {GRAPHS} --cuda-graph-modules attn",
+    ],
     "--fp4-format": ["--fp4-format e2m1"],
     "--fp8-param-gather": ["--fp8-param-gather"],
     "--fp4-param-gather": ["--fp4-param-gather"],
     "--use-megatron-fsdp": ["--use-megatron-fsdp"],
     "--use-torch-fsdp2": ["--use-torch-fsdp2"],
     "--mtp-use-repeated-layer": ["--mtp-use-repeated-layer"],
-    "--cuda-graph-impl other than none": ["--cuda-graph-impl local"],
+    "--cuda-graph-impl other than none": [
+        "--cuda-graph-impl local",
+        "--cuda-graph-impl full_iteration",
+        "--cuda-graph-impl transformer_engine --cuda-graph-modules attn",
+        "--cuda-graph-impl local --cuda-graph-modules attn --fsep-allow-unproven te-graphs",
+    ],
+    "--cuda-graph-modules other than attn, moe_router, mlp": [
+        GRAPHS,
+        f"{GRAPHS} --cuda-graph-modules attn moe",
+        f"{GRAPHS} --cuda-graph-modules attn moe_router moe_preprocess",
+        f"{GRAPHS} --cuda-graph-modules mamba",
+        f"{GRAPHS} --cuda-graph-scope full",
+    ],
     "--enable-cuda-graph": ["--enable-cuda-graph"],
     "--external-cuda-graph": ["--external-cuda-graph"],
     "--delay-wgrad-compute": ["--delay-wgrad-compute"],
@@ -71,8 +88,13 @@ REFUSED = {
     ],
 }
 
-# Not refused: Megatron takes each for off, or the size of what is not the experts.
+# Not refused: allowed by name, off for Megatron, or the size of what is not the experts.
 TAKEN = [
+    f"{GRAPHS} --cuda-graph-modules attn",
+    f"{GRAPHS} --cuda-graph-modules attn moe_router mlp",
+    "--fp8-format hybrid --fsep-allow-unproven dense-fp8",
+    "--fp8-format e4m3 --fp8-recipe tensorwise --fsep-allow-unproven dense-fp8",
+    "--cuda-graph-modules moe",
     "--tensor-model-parallel-size 2",
     "--moe-expert-capacity-factor -1.0",
     "--recompute-modules core_attn moe_act",
@@ -97,7 +119,8 @@ def fired(line):
     sys.argv = ["script", *words]
     args = arguments.parse_args()
     fill_in(args, {})
-    return [row.setting for row in REFUSALS if row.problem_with_flag(args) is not None]
+    allowed = args.fsep_allow_unproven or ()
+    return [row.setting for row in REFUSALS if row.problem_with_flag(args, allowed) is not None]
 
 print(json.dumps({line: fired(line) for line in LINES}))
 """

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from megatron_laer.config import GemmBackEnd, Unproven
 from megatron_laer.support.table import REFUSALS
 from tests.parity import report
 from tests.parity.compare import Distance
-from tests.parity.features import FEATURES
-from tests.parity.report import Figures, figures_in, figures_on, render
+from tests.parity.features import ALLOW, FEATURES, REPLACED
+from tests.parity.report import Figures, figures_in, figures_on, proved_by, render, status
 from tests.parity.rows import ROWS
 
 FOUND = Distance(grads=1e-7, losses=2e-7, norms=3e-7, weights=4e-7, logged=5e-7)
 FLOOR = FOUND.times(2)
+WORDS = {f"{ALLOW} {word}" for word in Unproven}
 
 
 def results(tmp_path: Path, inside: str = "") -> Path:
@@ -55,8 +57,42 @@ def test_rows_have_names_of_their_own() -> None:
 
 
 def test_features_point_at_rows_and_refusals_that_exist() -> None:
-    there = {row.name for row in ROWS} | {refusal.setting for refusal in REFUSALS}
+    there = {row.name for row in ROWS} | {refusal.setting for refusal in REFUSALS} | WORDS
     assert {name for names in FEATURES.values() for name in names} <= there
+
+
+def test_a_feature_is_proved_by_what_its_rows_run_with() -> None:
+    assert status(["plain DDP"]) == ("proved", "CPU row")
+    assert status(["plain DDP", "--optimizer other than adam, sgd, lion"]) == ("proved", "CPU row")
+    assert status(["context parallel 2 with aux losses"]) == ("proved", "CPU row, replacement")
+    assert status(["context parallel 2 with aux losses", "bf16"]) == ("proved", "CPU row")
+    assert status(["--fp4-format", "--fp8-param-gather"]) == ("refused", "–")
+    assert status([]) == ("unproven", "nothing yet")
+
+
+def test_every_replacement_is_needed_by_a_row() -> None:
+    given = {word for row in ROWS for word in row.flags.split()}
+    assert REPLACED.keys() <= given
+
+
+def test_what_has_to_be_allowed_by_name_is_proved_by_nothing_until_a_card_has_run_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert {name for names in FEATURES.values() for name in names} >= WORDS
+    page = report.PAGE.read_text(encoding="utf-8")
+    for word in Unproven:
+        assert status([f"{ALLOW} {word}"]) == ("unproven", "nothing yet")
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| `{word}` | "))
+        assert line.endswith(" | nothing yet |")
+    seen = frozenset({"bf16", f"{ALLOW} te-graphs"})
+    monkeypatch.setattr(report, "SEEN_ON_A_CARD", seen)
+    assert status([f"{ALLOW} te-graphs"]) == ("proved", "card")
+    assert proved_by(["bf16"]) == "CPU row, card"
+
+
+def test_every_gemm_back_end_is_a_feature() -> None:
+    names = set(GemmBackEnd) - {GemmBackEnd.AUTO}
+    assert {f"`--fsep-gemm {name}`" for name in names} <= FEATURES.keys()
 
 
 def test_figures_of_a_run_reach_the_page_and_come_back(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 It writes weight gradients in float32 and adds them in place, as Megatron's fused accumulation does.
 `general_grouped_gemm` is no public interface, so it is used only with the parameters that are known
-here: those of Transformer Engine 2.11 to 2.18.
+here: those of Transformer Engine 2.11 to 2.20.
 
 Legend: C slots, T tokens received, R output features (rows), K input features (columns).
 """
@@ -27,7 +27,7 @@ _PARAMETERS = (
     *("A", "B", "out", "quantization_params", "out_dtype", "layout", "m_splits", "gelu", "grad"),
     *("accumulate", "bias", "use_bias", "use_split_accumulator", "D_dtype", "single_output"),
 )
-_KNOWN = "2.11 to 2.18"
+_KNOWN = "2.11 to 2.20"
 
 
 class _TransformerEngine:

@@ -17,6 +17,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_laer.config import FSEPConfig, flag_name
+from megatron_laer.flags import value_text
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
@@ -37,7 +38,7 @@ def summarise(
 ) -> dict[str, str]:
     """Return what a rank decides by, as texts by name; floats are written with all their digits."""
     flags = {
-        flag_name(spec.name): str(getattr(config, spec.name))
+        flag_name(spec.name): value_text(getattr(config, spec.name))
         for spec in dataclasses.fields(config)
         if spec.name not in _PATHS
     }

@@ -44,7 +44,8 @@ class Chunk:
     Attributes:
         module: called once per microbatch and pass.
         blocks: for each layer, the transformer layer that it belongs to, called with the hidden
-            states as its first argument or as `hidden_states`.
+            states as its first argument or as `hidden_states`. None where their calls are not to be
+            followed: then gradients of layers that recompute are waited for as soon as they leave.
         await_weights: waits until these slices hold this step's weights, which Megatron may still
             be gathering over replicas.
     """
@@ -96,7 +97,7 @@ class Scheduler:
                 chunk.module.register_forward_pre_hook(_call(self._begin_forward, chunk)),
                 chunk.module.register_forward_hook(_call(self._end_forward)),
             ]
-            if self._schedule.delays_gradients:
+            if self._schedule.delays_gradients and chunk.blocks:
                 self._hooks += [
                     block.register_forward_pre_hook(
                         partial(self._begin_block, position, layer), with_kwargs=True

@@ -1,0 +1,156 @@
+"""Transformer Engine's layers take ours, as far as that shows without a GPU: nothing is computed.
+
+Skipped, with the reason, where Transformer Engine is not installed or cannot be imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megatron_laer.testing.ranks import RankPool
+
+pytestmark = pytest.mark.nightly
+
+_PACKAGE = "transformer_engine"
+LINEAR_LAYERS = {"TELayerNormColumnParallelLinear", "TERowParallelLinear"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_transformer_engine() -> None:
+    """Imported in a process of its own, since it loads CUDA libraries."""
+    if importlib.util.find_spec(_PACKAGE) is None:
+        pytest.skip("Transformer Engine is not installed")
+    program = [sys.executable, "-W", "ignore", "-c", f"import {_PACKAGE}.pytorch"]
+    found = subprocess.run(program, capture_output=True, text=True, timeout=600)
+    if found.returncode:
+        pytest.skip(f"Transformer Engine cannot be imported: {found.stderr.strip()[-500:]}")
+
+
+def describe(kind: str, fp8: str | None) -> dict[str, Any]:
+    """Build a model with two MoE layers, and Transformer Engine's on the meta device."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.cuda_graphs import _layer_is_graphable
+    from megatron.core.transformer.enums import CudaGraphModule
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    import megatron_laer
+    from megatron_laer.moe_layer import FSEPMoELayer
+    from megatron_laer.testing.training import fresh_megatron
+
+    model: list[torch.nn.Module] = []
+    with fresh_megatron(model):
+        torch.distributed.init_process_group("gloo")
+        words = ["te-graphs"] + (["dense-fp8"] if fp8 else [])
+        megatron_laer.enable(megatron_laer.FSEPConfig(allow_unproven=words), seed=1)
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+        model_parallel_cuda_manual_seed(1)
+        is_hybrid = kind == "hybrid"
+        config = TransformerConfig(
+            num_layers=4 if is_hybrid else 2,
+            hidden_size=64,
+            num_attention_heads=4,
+            ffn_hidden_size=96,
+            num_moe_experts=8,
+            moe_ffn_hidden_size=96,
+            moe_router_topk=2,
+            moe_token_dispatcher_type="alltoall",
+            moe_shared_expert_intermediate_size=32,
+            expert_model_parallel_size=2,
+            add_bias_linear=False,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            normalization="RMSNorm",
+            bf16=True,
+            params_dtype=torch.bfloat16,
+            init_model_with_meta_device=True,
+            fp8=fp8,
+            cuda_graph_impl="transformer_engine",
+            cuda_graph_modules=[CudaGraphModule.attn, CudaGraphModule.moe_router],
+        )
+        sizes = {"vocab_size": 128, "max_sequence_length": 32}
+        if is_hybrid:
+            built = HybridModel(config, hybrid_stack_spec, hybrid_layer_pattern="*E*E", **sizes)
+        else:
+            spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+            built = GPTModel(config, spec, **sizes)
+        model.append(built)
+
+        layers = [part for part in built.modules() if isinstance(part, FSEPMoELayer)]
+        experts = [layer.experts for layer in layers]
+        return {
+            "MoE layers": len(layers),
+            "of Transformer Engine": _parts_of(built, _PACKAGE),
+            "devices": sorted(
+                {
+                    weight.device.type
+                    for part in built.modules()
+                    if type(part).__name__ in LINEAR_LAYERS
+                    for weight in part.parameters()
+                }
+            ),
+            "in experts": [_parts_of(module, _PACKAGE) for module in experts],
+            "slices": [[tuple(part.shape) for part in module.slices()] for module in experts],
+            "dtypes": sorted({str(part.dtype) for m in experts for part in m.slices()}),
+            "graphable": sum(_layer_is_graphable(layer, config) for layer in built.decoder.layers),
+            "hooked": [type(block).__name__ for block in _chunk_of(built)],
+        }
+
+
+def _parts_of(module: Any, package: str) -> list[str]:
+    """The kinds of modules in it that are this package's, or derive from it."""
+    return sorted(
+        {
+            type(part).__name__
+            for part in module.modules()
+            if any(kind.__module__.startswith(package) for kind in type(part).__mro__)
+        }
+    )
+
+
+def _chunk_of(built: Any) -> Any:
+    """The transformer layers whose calls the scheduler would follow."""
+    from megatron_laer.plugin.steps import _chunk
+
+    return _chunk(built).blocks
+
+
+@pytest.mark.parametrize("fp8", [None, "hybrid"], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("kind", ["gpt", "hybrid"])
+def test_layers_of_transformer_engine_are_built_around_ours(
+    kind: str, fp8: str | None, ranks: Callable[[int], RankPool]
+) -> None:
+    for found in ranks(2).run(describe, kind, fp8):
+        assert found["MoE layers"] == 2
+        assert set(found["of Transformer Engine"]) >= LINEAR_LAYERS
+        assert found["devices"] == ["meta"]
+        # fp8 is computed by modules of Transformer Engine alone.
+        assert found["in experts"] == [[], []]
+        assert found["slices"] == [[(8, 96, 64), (8, 32, 96)]] * 2
+        assert found["dtypes"] == ["torch.bfloat16"]
+        assert found["graphable"] == (4 if kind == "hybrid" else 2)
+        assert found["hooked"] == [], "Transformer Engine captures no module with hooks"
+
+
+def parameters_of_grouped_gemm() -> tuple[str, ...]:
+    from megatron_laer.experts.gemm import te
+
+    return tuple(inspect.signature(te._grouped_gemm()).parameters)
+
+
+def test_the_grouped_gemm_takes_what_we_call_it_with(ranks: Callable[[int], RankPool]) -> None:
+    from megatron_laer.experts.gemm import te
+
+    assert ranks(2).run(parameters_of_grouped_gemm) == [te._PARAMETERS] * 2

@@ -1,0 +1,136 @@
+"""Calls take the place of Transformer Engine's CUDA graphs, so that ranks on the CPU go their way.
+
+Megatron's own loop captures after some steps and replays from then on. Its capture asks Transformer
+Engine for graphs of layers; here it gets functions that run what would have been captured, as one
+autograd node each, and that write their outputs to the same memory at every call, as graphs do.
+Like Transformer Engine, it takes no layer with hooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+
+from megatron_laer.testing.training import Record, train
+
+
+class Graph:
+    """Replaces the graph of one layer, or of what is captured of it."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.replays = 0
+        self._parameters = [
+            parameter
+            for part in layer._get_submodules_under_cudagraphs()
+            for parameter in part.parameters()
+        ]
+        self._buffers: list[torch.Tensor] = []
+
+    def __call__(self, hidden: torch.Tensor, **tensors: Any) -> tuple[torch.Tensor, ...]:
+        """Replay it."""
+        self.replays += 1
+        del tensors["is_first_microbatch"]
+        outputs: tuple[torch.Tensor, ...] = _Node.apply(self, tensors, hidden, *self._parameters)
+        return outputs
+
+    def run(self, hidden: torch.Tensor, tensors: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """Run what is captured; Megatron stops there because a capture is going on."""
+        from megatron.core.transformer import cuda_graphs
+
+        cuda_graphs._set_capture_start()
+        try:
+            found: tuple[torch.Tensor, ...] = self.layer._te_cuda_graph_capture(hidden, **tensors)
+            return found
+        finally:
+            cuda_graphs._set_capture_end()
+
+    def keep(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copy outputs to where every replay leaves them."""
+        if not self._buffers:
+            self._buffers = [torch.empty_like(output) for output in outputs]
+        for buffer, output in zip(self._buffers, outputs, strict=True):
+            buffer.copy_(output)
+        return self._buffers
+
+    def reset(self) -> None:
+        """Free it, as Megatron does at the end of a run."""
+        self._buffers.clear()
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, graph: Graph, tensors: dict[str, Any], hidden: torch.Tensor, *parameters: Any
+    ) -> tuple[torch.Tensor, ...]:
+        hidden = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = graph.run(hidden, tensors)
+        ctx.inputs, ctx.outputs = (hidden, *parameters), outputs
+        kept = [buffer.detach() for buffer in graph.keep(outputs)]
+        ctx.mark_non_differentiable(*(out for out in kept if not out.is_floating_point()))
+        return tuple(kept)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        pairs = [pair for pair in zip(ctx.outputs, grads, strict=True) if pair[0].requires_grad]
+        found = torch.autograd.grad(
+            [output for output, _ in pairs],
+            ctx.inputs,
+            [grad for _, grad in pairs],
+            allow_unused=True,
+        )
+        return (None, None, *found)
+
+
+def _make_graphs(layers: Sequence[Any], inputs: Sequence[Any], **_: Any) -> list[Graph]:
+    """Replace `transformer_engine.pytorch.graph.make_graphed_callables`."""
+    for layer in layers:
+        if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks:
+            raise RuntimeError("Modules must not have hooks registered at the time they are passed")
+    made.extend(Graph(layers[at % len(layers)]) for at in range(len(inputs)))
+    return made[-len(inputs) :]
+
+
+made: list[Graph] = []
+
+
+@contextlib.contextmanager
+def graphs_replaced() -> Iterator[list[Graph]]:
+    """Let Megatron capture on the CPU; yields the graphs that it makes."""
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import cuda_graphs
+    from megatron.core.transformer.module import GraphableMegatronModule
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    def plain_tracker(_te: bool = False, inference: bool = False, *_: Any, **options: Any) -> None:
+        tracker(False, inference, False, **options)
+
+    tracker = random.initialize_rng_tracker
+    made.clear()
+    with (
+        mock.patch.object(cuda_graphs, "HAVE_TE_GRAPHS", True),
+        mock.patch.object(cuda_graphs, "make_graphed_callables", _make_graphs, create=True),
+        mock.patch.object(random, "initialize_rng_tracker", plain_tracker),
+        # Megatron's adds a mask where there is none, for which it imports Transformer Engine.
+        mock.patch.object(
+            TransformerLayer,
+            "_get_te_cuda_graph_replay_args",
+            GraphableMegatronModule._get_te_cuda_graph_replay_args,
+        ),
+    ):
+        yield made
+
+
+def train_graphed(flags: list[str], probe: Callable[..., Any] | None = None) -> tuple[Record, int]:
+    """Train with calls in place of graphs; returns the record, and how often graphs were replayed.
+
+    Collective.
+    """
+    with graphs_replaced() as graphs:
+        record = train(flags, probe)
+        return record, sum(graph.replays for graph in graphs)
