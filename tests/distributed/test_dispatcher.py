@@ -77,6 +77,7 @@ def both_paths(capacity: int, experts: int, topk: int, tokens: list[int], shared
         experts_ = SharedExperts()
         if shared:
             dispatcher.set_shared_experts(experts_)
+        dispatcher.start_shared_experts(hidden)
         dispatcher.begin(SlotDispatch(plan, "layer 1", None))
         sent = dispatcher.dispatch_preprocess(hidden, map_TE, probs)
         inputs, tokens_C, weights = dispatcher.dispatch_postprocess(
@@ -117,6 +118,7 @@ def both_paths(capacity: int, experts: int, topk: int, tokens: list[int], shared
         mine, stocks = dispatch(plan, map_TE, fused=False), dispatch(plan, map_TE, fused=True)
         assert mine.calls == stocks.calls
         assert len(mine.calls) == (7 if shared else 0), mine.calls
+        assert mine.calls[:1] == ["pre_forward_comm"] * shared, mine.calls
         for a, b in zip(mine.tensors, stocks.tensors, strict=True):
             assert torch.equal(a, b)
         return len(mine.tensors)
