@@ -221,7 +221,8 @@ class Coordinator:
             layer.microbatches = 0
         self.layouts.begin_step(step, num_microbatches)
         indexes = [(layer, self._index_of(layer, training=True)) for layer in self.layers]
-        for _, index in indexes:
+        for layer, index in indexes:
+            layer.tag(self.layouts.version, index.layout, self.device)
             self.exchange.prepare_restore(index)
             self.exchange.prepare_reduce(index)
         if self.schedule.holds_step:

@@ -64,7 +64,7 @@ class LayerState:
         return self.pending[0].restored if self.pending else None
 
     def tag(self, version: int, layout: ExpertLayout, device: torch.device) -> torch.Tensor:
-        """Return the tag of an exchange, which stays on the device as long as it holds."""
+        """Return the tag of an exchange, which is uploaded once for as long as it holds."""
         tag = LayoutTag(version, layout.digest)
         if self._tag is None or self._tag[0] != tag:
             self._tag = (tag, tag.tensor(device))
