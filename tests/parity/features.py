@@ -42,7 +42,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "first layer dense, recompute of attention, norms, dense and shared experts",
     ),
     "selective recompute of `moe_act`": ("--recompute-modules moe_act",),
-    "shared experts": ("shared experts",),
+    "shared experts": ("shared experts", "shared experts with a gate, recompute of the MoE layer"),
     "shared experts with `--moe-shared-expert-overlap`": (
         "shared experts with a gate and overlap",
         "tensor parallel 2, MoE in every second layer, aux losses, overlapped shared experts",
