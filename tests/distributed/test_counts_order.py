@@ -13,9 +13,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
+from megatron_laer.testing.training import Record, train
 from tests.parity.flags import command_line
 
 SHARED = " --moe-shared-expert-intermediate-size 32"
@@ -69,8 +70,8 @@ def noted(events: list[str]) -> Iterator[None]:
         yield
 
 
-def events_of(flags: list[str], cuda_graph_impl: str = "none") -> list[str]:
-    """What the host did on this rank in a run whose MoE layers see that setting."""
+def observed(flags: list[str], cuda_graph_impl: str = "none") -> tuple[list[str], Record]:
+    """What the host did on this rank, and what is left of a run whose layers see that setting."""
     from megatron_laer.moe_layer import FSEPMoELayer
 
     events: list[str] = []
@@ -82,8 +83,8 @@ def events_of(flags: list[str], cuda_graph_impl: str = "none") -> list[str]:
         layer.config.cuda_graph_impl = cuda_graph_impl
 
     with noted(events), mock.patch.object(FSEPMoELayer, "__init__", with_setting):
-        train(flags)
-    return events
+        record = train(flags)
+    return events, record
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -100,7 +101,7 @@ def test_the_host_waits_for_counts_once_shared_experts_are_enqueued(
         extra=" --expert-parallel-mode fsep --eval-interval 2 --eval-iters 1" + flags,
     )
     layers, microbatches = 2, 2 * 2  # microbatches in the two steps; each layer runs again in each
-    for events in ranks(2).run(events_of, command):
+    for events, _ in ranks(2).run(observed, command):
         of_training = microbatches * layers * (len(forward) + len(rerun))
         trained, evaluated = events[:of_training], events[of_training:]
         assert evaluated == forward * (len(evaluated) // len(forward)) != []
@@ -109,7 +110,7 @@ def test_the_host_waits_for_counts_once_shared_experts_are_enqueued(
             assert trained[number * size :][:size] == forward * layers + rerun * layers
 
 
-def test_where_graphs_may_hold_the_router_shared_experts_stay_before_it(
+def test_every_bit_is_that_of_the_order_with_graphs_which_is_stocks(
     ranks: Callable[[int], RankPool], text_data: str
 ) -> None:
     command = command_line(
@@ -117,8 +118,13 @@ def test_where_graphs_may_hold_the_router_shared_experts_stay_before_it(
         experts=4,
         expert_parallel=2,
         global_batch=4,
-        steps=1,
+        steps=4,
         extra=" --expert-parallel-mode fsep" + SHARED,
     )
-    for events in ranks(2).run(events_of, command, "transformer_engine"):
-        assert events == [SHARE, *PLAIN] * 2
+    runs = [ranks(2).run(observed, command, setting) for setting in ("none", "transformer_engine")]
+    assert [runs[0][rank][0] for rank in (0, 1)] == [COVERED * 2 * 4] * 2
+    assert [runs[1][rank][0] for rank in (0, 1)] == [[SHARE, *PLAIN] * 2 * 4] * 2
+    mine, stocks = (of_ranks[0][1] for of_ranks in runs)
+    assert mine.losses == stocks.losses and mine.grad_norms == stocks.grad_norms
+    assert mine.weights.keys() == stocks.weights.keys() != set()
+    assert all(torch.equal(mine.weights[name], stocks.weights[name]) for name in mine.weights)
