@@ -125,6 +125,8 @@ class FSEPMoELayer(MoELayer):
         self._coordinator = coordinator
         self._state: LayerState | None = None
         self._plan: MicrobatchPlan | None = None
+        self._shared_input: torch.Tensor | None = None
+        self._shared_output: torch.Tensor | None = None
         if layer_number is not None:
             self._register(layer_number)
 
@@ -140,12 +142,30 @@ class FSEPMoELayer(MoELayer):
         if self._state is None:
             self._register(layer_number)
 
+    def shared_experts_compute(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Put shared experts off until counts are on their way, which comes after the router."""
+        # A graph of the router has the shared experts in it.
+        if self.config.cuda_graph_impl != "none":
+            output: torch.Tensor | None = super().shared_experts_compute(hidden_states)
+            return output
+        if self.use_shared_expert and not self.shared_expert_overlap:
+            # A node that is older than the router's adds their gradient where stock's does: last.
+            self._shared_input = hidden_states.view_as(hidden_states)
+        return None
+
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> Any:
-        """Plan this microbatch, which exchanges counts; from here on tokens go to slots."""
-        plan = self._coordinator.plan_microbatch(self.state, routing_map, training=self.training)
-        self._plan = plan
+        """Plan this microbatch, which exchanges counts; from here on tokens go to slots.
+
+        While counts are on their way, the device has the shared experts to compute.
+        """
+        finish_plan = self._coordinator.start_plan(self.state, routing_map, training=self.training)
+        if self._shared_input is not None:
+            shared_input, self._shared_input = self._shared_input, None
+            self._shared_output = super().shared_experts_compute(shared_input)
+        self.token_dispatcher.start_shared_experts(hidden_states)
+        plan = self._plan = finish_plan()
         self.token_dispatcher.begin(SlotDispatch(plan, self.state.name, self._coordinator.timeline))
         return super().preprocess(hidden_states, probs, routing_map)
 
@@ -172,6 +192,15 @@ class FSEPMoELayer(MoELayer):
         if self.training:
             plan.restored.prepare_backward()
         return self.token_dispatcher.combine_preprocess(output_TH), None
+
+    def postprocess(
+        self, output: torch.Tensor, shared_expert_output: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Add what the shared experts gave, also if they were put off."""
+        if self._shared_output is not None:
+            shared_expert_output, self._shared_output = self._shared_output, None
+        summed: torch.Tensor = super().postprocess(output, shared_expert_output)
+        return summed
 
     def _register(self, layer_number: int) -> None:
         self._state = self._coordinator.register_layer(

@@ -12,13 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_laer.dispatch.exchange_edges import exchange_edges
 from megatron_laer.dispatch.permutation import SlotPermutation, slot_permutation
 from megatron_laer.dispatch.slots import slot_ranges, to_slots
-from megatron_laer.runtime.comm.upload import upload
+from megatron_laer.runtime.comm.upload import upload_arrays
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.telemetry.timeline import DENSE, Timeline
 
@@ -41,17 +42,26 @@ class SlotDispatch:
 class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """Dispatches to S slots, of which C are local; its config gives S as the number of experts."""
 
+    shared_experts: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # On the group's own stream, whose priority the plugin raises, tokens overtake other work.
         self.use_nccl_stream = True
         self._pass: SlotDispatch | None = None
         self._permutation: SlotPermutation | None = None
+        self._columns_NC: torch.Tensor | None = None
         assert self.tp_size == 1, "experts are never cut by tensor parallelism"
 
     def begin(self, dispatch: SlotDispatch) -> None:
         """Begin a forward pass of the layer; its steps follow."""
         self._pass = dispatch
+
+    def start_shared_experts(self, hidden_states: torch.Tensor) -> None:
+        """Start the shared experts that overlap with exchanges; stock does so after the sizes."""
+        if self.shared_experts is not None:
+            # A node of its own, as stock's view: gradients are then added in stock's order.
+            self.shared_experts.pre_forward_comm(hidden_states.view_as(hidden_states))
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
@@ -71,12 +81,13 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         if plan.routing_map_TE is not None:
             routing_map = plan.routing_map_TE
         if self.config.moe_permute_fusion:
-            return super().dispatch_preprocess(hidden_states, *self._to_slots(routing_map, probs))
+            shared_experts, self.shared_experts = self.shared_experts, None  # they were started
+            sent = super().dispatch_preprocess(hidden_states, *self._to_slots(routing_map, probs))
+            self.shared_experts = shared_experts
+            return sent
         self.hidden_shape = hidden_states.shape
         hidden_TH = hidden_states.view(-1, self.hidden_shape[-1])
         self.tokens_per_expert = self.preprocess(routing_map)
-        if self.shared_experts is not None:
-            self.shared_experts.pre_forward_comm(hidden_TH.view(self.hidden_shape))
         self._permutation = slot_permutation(
             routing_map, plan.row_S, plan.layout.slot_expert_S, plan.columns_NC
         )
@@ -123,7 +134,7 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """Take the sizes from the plan; stock's would gather counts and copy them to the host.
 
         Args:
-            routing_map: only for its device.
+            routing_map: not looked at.
 
         Returns:
             Tokens of each local slot, int64 [C] on the host.
@@ -133,12 +144,9 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.input_splits = plan.input_splits_N
         self.output_splits = plan.output_splits_N
         self.output_splits_tp = None
-        columns_NC = torch.from_numpy(plan.columns_NC)
-        # The fused sort of chunks runs on the device and reads sizes there, stock's on the host.
-        self.num_global_tokens_per_local_expert = (
-            upload(columns_NC, routing_map.device) if self.config.moe_permute_fusion else columns_NC
-        )
-        return columns_NC.sum(dim=0)
+        # The fused sort of chunks runs on the device and reads sizes there; ours was told them.
+        self.num_global_tokens_per_local_expert, self._columns_NC = self._columns_NC, None
+        return torch.from_numpy(plan.columns_NC).sum(dim=0)
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
         """Megatron's, with its begin and end on the timeline."""
@@ -166,12 +174,13 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         plan = self._current.plan
-        ranges_2S = torch.from_numpy(slot_ranges(plan.row_S, plan.layout.slot_expert_S))
+        ranges_2S = slot_ranges(plan.row_S, plan.layout.slot_expert_S).astype(np.int64)
+        ranges, columns = upload_arrays(
+            [ranges_2S.ravel(), plan.columns_NC.ravel()], routing_map.device
+        )
+        self._columns_NC = columns.view(plan.columns_NC.shape)
         probs_TS, slot_map_TS = to_slots(
-            probs,
-            routing_map,
-            plan.restored.index.slot_expert_S,
-            upload(ranges_2S, routing_map.device),
+            probs, routing_map, plan.restored.index.slot_expert_S, ranges.view(ranges_2S.shape)
         )
         return slot_map_TS, probs_TS
 

@@ -50,7 +50,7 @@ def to_slots(
         probs_TE: routing probabilities.
         routing_map_TE: bool, which experts each token goes to.
         slot_expert_S: int64, the expert in each slot.
-        ranges_2S: from `slot_ranges`, on the same device.
+        ranges_2S: from `slot_ranges`, integers on the same device.
 
     Returns:
         probs_TS and the bool map [T, S].

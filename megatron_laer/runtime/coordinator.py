@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.runtime.comm import agreement
-from megatron_laer.runtime.comm.collectives import decision_digest, exchange_counts
+from megatron_laer.runtime.comm.collectives import CountsExchange, decision_digest
 from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
@@ -85,6 +87,7 @@ class Coordinator:
         self.timeline: Timeline | None = None
         self._num_microbatches: int | None = None
         self._started = False
+        self._counts = CountsExchange(groups, device)
         self._last_decision = 0
         self._unreported_steps = 0
         self._warned_without_steps = False
@@ -113,10 +116,10 @@ class Coordinator:
         self.layers.append(state)
         return state
 
-    def plan_microbatch(
+    def start_plan(
         self, layer: LayerState, routing_map_TE: torch.Tensor, *, training: bool
-    ) -> MicrobatchPlan:
-        """Plan this forward pass. Collective, except in the re-run of a checkpoint.
+    ) -> Callable[[], MicrobatchPlan]:
+        """Start to plan this forward pass. Collective, except in the re-run of a checkpoint.
 
         A pass without gradients while training is the first one under a checkpoint: its plan is
         kept for the re-run, which exchanges nothing, decides nothing and records nothing.
@@ -124,19 +127,40 @@ class Coordinator:
 
         Args:
             routing_map_TE: bool [T, E], the router's choice.
+
+        Returns:
+            A function that waits for everybody's counts and plans: to be called once all is
+            enqueued that the device can do meanwhile, and before the next plan is started.
         """
+        assert not torch.cuda.is_current_stream_capturing(), (
+            "a CUDA graph is being captured where a microbatch is planned: layouts and split sizes "
+            "are decided on the host, which a graph cannot record; give --cuda-graph-impl none"
+        )
         if training and torch.is_grad_enabled() and layer.pending:
-            return layer.pending.popleft()
+            plan = layer.pending.popleft()
+            return lambda: plan
         if training and not self._started:
             self._warn_without_steps()
         restored = self.scheduler.enter(layer, training)
-        layout = restored.index.layout
-        tag, tag_tensor = layer.tag(self.layouts.version, layout, self._last_decision, self.device)
-        counts_NE = exchange_counts(
-            routing_map_TE.sum(dim=0), tag, tag_tensor, self.groups, layer.name
+        tag_2 = layer.tag(self.layouts.version, restored.index.layout, self.device)
+        read_counts = self._counts.start(
+            routing_map_TE.sum(dim=0), tag_2, self._last_decision, layer.name
         )
+        return partial(self._plan, layer, restored, read_counts, routing_map_TE, training=training)
+
+    def _plan(
+        self,
+        layer: LayerState,
+        restored: RestoredExperts,
+        read_counts: Callable[[], Int64],
+        routing_map_TE: torch.Tensor,
+        *,
+        training: bool,
+    ) -> MicrobatchPlan:
+        """Plan a forward pass whose counts are on their way."""
+        counts_NE = read_counts()
         start_s = time.perf_counter()
-        decision = self.guard.decide(counts_NE, layout)
+        decision = self.guard.decide(counts_NE, restored.index.layout)
         self._last_decision = decision_digest(decision.layout, solved=decision.solved)
         row_S = decision.quotas.rank_row(self.groups.rank)
         columns_NC = decision.quotas.rank_columns(self.groups.rank)
@@ -197,7 +221,8 @@ class Coordinator:
             layer.microbatches = 0
         self.layouts.begin_step(step, num_microbatches)
         indexes = [(layer, self._index_of(layer, training=True)) for layer in self.layers]
-        for _, index in indexes:
+        for layer, index in indexes:
+            layer.tag(self.layouts.version, index.layout, self.device)
             self.exchange.prepare_restore(index)
             self.exchange.prepare_reduce(index)
         if self.schedule.holds_step:

@@ -63,18 +63,12 @@ class LayerState:
         """Return the experts of the next re-run under a checkpoint, if one is to come."""
         return self.pending[0].restored if self.pending else None
 
-    def tag(
-        self, version: int, layout: ExpertLayout, last_decision: int, device: torch.device
-    ) -> tuple[LayoutTag, torch.Tensor]:
-        """Return the tag of an exchange; its tensor stays on the device as long as the tag holds.
-
-        Args:
-            last_decision: the digest of this rank's decision before, in whichever layer.
-        """
-        tag = LayoutTag(version, layout.digest, last_decision)
+    def tag(self, version: int, layout: ExpertLayout, device: torch.device) -> torch.Tensor:
+        """Return the tag of an exchange, which is uploaded once for as long as it holds."""
+        tag = LayoutTag(version, layout.digest)
         if self._tag is None or self._tag[0] != tag:
             self._tag = (tag, tag.tensor(device))
-        return self._tag
+        return self._tag[1]
 
     def count_microbatch(self, num_microbatches: int | None) -> int:
         """Count a routed microbatch and return its number within the step, from 0.

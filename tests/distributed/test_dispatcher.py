@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -44,9 +45,11 @@ def both_paths(capacity: int, experts: int, topk: int, tokens: list[int], shared
     from megatron.core.transformer.moe import token_dispatcher
 
     from megatron_laer.config import Split
+    from megatron_laer.dispatch import permutation
     from megatron_laer.dispatch.dispatcher import SlotDispatch, SlotTokenDispatcher
     from megatron_laer.layout import ExpertLayout
     from megatron_laer.planner.splits import solve_quotas
+    from megatron_laer.runtime.comm import upload
     from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 
     @dataclass
@@ -77,8 +80,15 @@ def both_paths(capacity: int, experts: int, topk: int, tokens: list[int], shared
         experts_ = SharedExperts()
         if shared:
             dispatcher.set_shared_experts(experts_)
+        dispatcher.start_shared_experts(hidden)
         dispatcher.begin(SlotDispatch(plan, "layer 1", None))
-        sent = dispatcher.dispatch_preprocess(hidden, map_TE, probs)
+        uploads = mock.Mock(side_effect=upload.upload)
+        with (
+            mock.patch.object(upload, "upload", uploads),
+            mock.patch.object(permutation, "upload", uploads),
+        ):
+            sent = dispatcher.dispatch_preprocess(hidden, map_TE, probs)
+        assert uploads.call_count == 1, "one piece of memory for all that the device must know"
         inputs, tokens_C, weights = dispatcher.dispatch_postprocess(
             *dispatcher.token_dispatch(*sent)
         )
@@ -117,6 +127,7 @@ def both_paths(capacity: int, experts: int, topk: int, tokens: list[int], shared
         mine, stocks = dispatch(plan, map_TE, fused=False), dispatch(plan, map_TE, fused=True)
         assert mine.calls == stocks.calls
         assert len(mine.calls) == (7 if shared else 0), mine.calls
+        assert mine.calls[:1] == ["pre_forward_comm"] * shared, mine.calls
         for a, b in zip(mine.tensors, stocks.tensors, strict=True):
             assert torch.equal(a, b)
         return len(mine.tensors)

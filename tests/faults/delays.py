@@ -165,6 +165,7 @@ def _injected(
     from megatron_laer.planner.guard import Guard
     from megatron_laer.planner.service import PlannerService
     from megatron_laer.runtime import coordinator
+    from megatron_laer.runtime.comm.collectives import CountsExchange
     from megatron_laer.runtime.comm.stages import Stage
     from megatron_laer.runtime.comm.streams import InlineStream, ThreadStream
     from megatron_laer.runtime.planning import layouts_in_force
@@ -227,7 +228,7 @@ def _injected(
             (PlannerService, "_next_job", slow_job),
             (Guard, "decide", slow_decision),
             (coordinator.Coordinator, "begin_step", started),
-            (coordinator, "exchange_counts", slow(coordinator.exchange_counts, "counts")),
+            (CountsExchange, "start", slow(CountsExchange.start, "counts")),
             (
                 layouts_in_force,
                 "broadcast_layouts",

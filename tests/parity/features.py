@@ -62,7 +62,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "selective recompute of `moe_act`": (
         "recompute of the experts' activation, with the layer norms",
     ),
-    "shared experts": ("shared experts",),
+    "shared experts": ("shared experts", "shared experts with a gate, recompute of the MoE layer"),
     "shared experts with `--moe-shared-expert-overlap`": (
         "shared experts with a gate and overlap",
         "tensor parallel 2, MoE in every second layer, aux losses, overlapped shared experts",

@@ -377,6 +377,10 @@ ROWS = [
         releases=True,
     ),
     Row(
+        "shared experts with a gate, recompute of the MoE layer",
+        flags=" --moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate" + MOE_RECOMPUTE,
+    ),
+    Row(
         "first layer dense, recompute of attention, norms, dense and shared experts",
         flags=" --num-layers 3 --moe-layer-freq ([0]*1+[1]*2) --moe-ffn-hidden-size 40"
         " --moe-shared-expert-intermediate-size 32 --recompute-granularity selective"

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from megatron_laer.runtime.comm import streams, upload
+from megatron_laer.runtime.comm import download, streams, upload
 from megatron_laer.telemetry.clock import StreamClock
 from tests.races.clocks import Checker, Clock
 
@@ -161,8 +161,10 @@ def streams_on_cpu() -> Iterator[Checker]:
             (torch.Tensor, "record_stream", _record_stream),
             (torch.Tensor, "to", _copies_to(torch.Tensor.to)),
             (streams, "has_streams", lambda _: True),
+            (download, "has_streams", lambda _: True),
             (streams, "make_clock", lambda _: StreamClock()),
             (streams.CudaStream, "__init__", _named(streams.CudaStream.__init__)),
+            (download.Download, "__init__", _named(download.Download.__init__)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         true_upload, true_read_here = upload.upload, upload.read_here
@@ -178,11 +180,12 @@ def _refuse(stream: Any) -> None:
 
 
 def _named(true_init: Callable[..., None]) -> Callable[..., None]:
-    """Make communication streams known to the checker by their names."""
+    """Make streams known to the checker by their names; copies to the host are those of counts."""
 
     def init(stream: Any, times: Any, *args: Any, **kwargs: Any) -> None:
         true_init(stream, times, *args, **kwargs)
-        Simulation.checker.names[stream._stream.number] = f"the stream of {times.name}"
+        name = getattr(times, "name", "counts")
+        Simulation.checker.names[stream._stream.number] = f"the stream of {name}"
 
     return init
 

@@ -18,6 +18,7 @@ from torch.distributed import distributed_c10d
 from megatron_laer.plugin import steps
 from megatron_laer.runtime.comm import hierarchical
 from megatron_laer.runtime.comm.buffer_pool import BufferPool
+from megatron_laer.runtime.comm.download import Download
 from megatron_laer.runtime.comm.streams import CudaStream, _StreamResult
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored import RestoredExperts
@@ -50,6 +51,7 @@ _start_step_reduce = StepExperts.start_reduce
 _finish_reduce = RestoredExperts.finish_reduce
 _reduce = hierarchical.HierarchicalExchange.reduce
 _change = RestoredExperts.change
+_start_download = Download.start
 
 
 def _replaced(owner: Any, name: str, replacement: Any) -> Callable[[], AbstractContextManager[Any]]:
@@ -163,6 +165,25 @@ def _change_on_the_other_stream(restored: Any, index: Any) -> None:
         restored._streams = true_streams
 
 
+def _read_without_waiting(_: Any, __: Any, pinned: torch.Tensor) -> torch.Tensor:
+    """Read a copy in pinned memory that may not be there yet."""
+    return pinned.clone()
+
+
+def _copy_beside_the_exchange(download: Any, tensor: torch.Tensor) -> Any:
+    """Copy to the host without waiting for what is copied."""
+    with mock.patch.object(cuda.Stream, "wait_stream", _nothing):
+        return _start_download(download, tensor)
+
+
+def _let_go_of_the_source(download: Any, tensor: torch.Tensor) -> Any:
+    """Free what is copied to the host before it was copied."""
+    read = _start_download(download, tensor)
+    done, _ = download._latest
+    download._latest = done, torch.empty(0)
+    return read
+
+
 def _works_without_order(manager: Any) -> None:
     """Wait on the host until works are done, and let no stream wait."""
     for work in manager.works:
@@ -207,6 +228,18 @@ LAYER_FAULTS = {
     "nobody waits for an upload on a stream of its own": Fault(
         _replaced(cuda, "copy_to_card", _copied_on_new_stream), found="what clone on stream"
     ),
+    "nobody waits for the copy of counts": Fault(
+        _replaced(Download, "_read", _read_without_waiting),
+        found="reads what copy_ on the stream of counts writes",
+    ),
+    "counts are copied while they are gathered": Fault(
+        _replaced(Download, "start", _copy_beside_the_exchange),
+        found="copy_ on the stream of counts reads what _allgather_base_",
+    ),
+    "gathered counts are freed before they are copied": Fault(
+        _replaced(Download, "start", _let_go_of_the_source),
+        found="is free while copy_ on the stream of counts may still read it",
+    ),
     "nobody waits for a token exchange": Fault(
         _replaced(AsyncWork, "order", _nothing), found="alltoall_base_ on NCCL's"
     ),
@@ -239,5 +272,10 @@ TRAINING_FAULTS = {
     ),
     "wait waits for nothing": Fault(
         _replaced(_StreamResult, "wait", _result_at_once), "full recompute"
+    ),
+    "nobody waits for the copy of counts": Fault(
+        _replaced(Download, "_read", _read_without_waiting),
+        "plain",
+        "reads what copy_ on the stream of counts writes",
     ),
 }

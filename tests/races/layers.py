@@ -19,6 +19,7 @@ from megatron_laer.experts.main_grads import MegatronMainGrads
 from megatron_laer.experts.slot_linear import slot_linear
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.runtime.comm import layout_index, process_groups
+from megatron_laer.runtime.comm.collectives import CountsExchange
 from megatron_laer.runtime.comm.hierarchical import flat_exchange, node_exchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import make_comm_stream
@@ -64,6 +65,7 @@ class Model:
             gradients=make_comm_stream("gradients", CPU, overlaps=True),
         )
         self.layers = [self._new_slices() for _ in range(LAYERS)]
+        self.counts = CountsExchange(groups, CPU)
         self.layouts = 0
         self.held: list[StepExperts] = []
         self.gemm = slot_gemm("loop")
@@ -126,9 +128,12 @@ class Model:
         first.start_restore()
         first.wait_for_grads_here()
         for number, restored in enumerate(experts):
-            hidden = torch.tanh(hidden)
             if number:
                 restored.prefetch_in_backward(experts[number - 1])
+            ones = torch.ones(EXPERTS + 2, dtype=torch.int64)
+            read_counts = self.counts.start(ones[2:], ones[:2], 0, "layer")
+            hidden = torch.tanh(hidden)  # as shared experts do while counts are on their way
+            assert (read_counts() == 1).all()
             if self.scene is Scene.FRESH:
                 restored.change(self.next_index())
             hidden = restored.reduce_after_dispatch(hidden)

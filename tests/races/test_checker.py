@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from megatron_laer.runtime.comm.buffer_pool import BufferPool
+from megatron_laer.runtime.comm.download import Download
 from megatron_laer.runtime.comm.streams import make_comm_stream
+from megatron_laer.testing.ranks import RankPool
 from tests.races.cuda import Event, Stream, current_stream
 from tests.races.observing import COLLECTIVES, observed
 
@@ -111,6 +114,30 @@ def test_a_pool_and_a_communication_stream_refuse_a_second_compute_stream() -> N
                 pool.put_back(tensor)
             with pytest.raises(AssertionError, match="the communication stream of gradients is"):
                 comm_stream.submit(lambda: tensor, "reduce")
+
+
+def read_late() -> list[str]:
+    """What a rank says of copies to the host that are read after another one was started."""
+    with observed():
+        download = Download(torch.device("cpu"))
+        said = []
+        first, second = download.start(torch.zeros(2)), download.start(torch.ones(2))
+        assert second().tolist() == [1.0, 1.0]
+        for read in (first, second):
+            with pytest.raises(AssertionError) as caught:
+                read()
+            said.append(str(caught.value))
+    return said
+
+
+def test_a_copy_to_the_host_is_read_once_and_before_the_next(
+    ranks: Callable[[int], RankPool],
+) -> None:
+    (said,) = ranks(1).run(read_late)
+    assert ["a copy is read twice, or after another one" in sentence for sentence in said] == [
+        True,
+        True,
+    ]
 
 
 def test_the_table_has_every_collective_of_torch() -> None:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from megatron_laer import session
 from megatron_laer.config import FSEPConfig
 from megatron_laer.runtime.comm import launcher, process_groups, streams
+from megatron_laer.runtime.comm.download import Download
+from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.support import arguments
 
 
@@ -108,15 +110,28 @@ def test_ranks_per_node_are_the_launchers_or_all_or_an_error(
             process_groups.ranks_per_node()
 
 
-def test_exchanges_go_before_compute_and_after_tokens() -> None:
+@pytest.mark.parametrize("exchanged", ["parameters", "counts"])
+def test_exchanges_go_before_compute_and_after_tokens(exchanged: str) -> None:
+    card = torch.device("cuda", 0)
     with (
         mock.patch.object(torch.cuda, "Stream") as stream,
         mock.patch.object(streams, "StreamTimes"),
     ):
-        streams.make_comm_stream("parameters", torch.device("cuda", 0), overlaps=True)
+        if exchanged == "counts":
+            Download(card)
+        else:
+            streams.make_comm_stream(exchanged, card, overlaps=True)
     (call,) = stream.call_args_list
     transformer_engines, of_tokens_at_most = -1, -3
     assert of_tokens_at_most < call.kwargs["priority"] < transformer_engines
+
+
+def test_a_graph_that_is_captured_is_told_that_it_cannot_record_a_plan() -> None:
+    coordinator: Any = mock.Mock()
+    capturing = mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True)
+    with capturing, pytest.raises(AssertionError, match="a CUDA graph is being captured where"):
+        Coordinator.start_plan(coordinator, mock.Mock(), torch.zeros(2, 4), training=True)
+    assert coordinator.mock_calls == []
 
 
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])

@@ -7,8 +7,9 @@ Legend: N ranks, E experts, S slots, L MoE layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.status import PlannerStatus
+from megatron_laer.runtime.comm.download import Download
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.upload import upload
 
@@ -27,25 +29,21 @@ class LayoutMismatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class LayoutTag:
-    """Identifies in every exchange of counts what all ranks must hold and have decided.
+    """Identifies in every exchange of counts the layout that all ranks must hold.
 
-    So a rank that holds another layout is found before anything is sent, and one that decided
-    otherwise is found at the exchange that follows. Nothing follows a run's last decision.
+    So a rank that holds another one is found before anything is sent.
 
     Attributes:
         version: of the planned layouts.
         digest: of this layer's planned layout.
-        last_decision: of this rank, in whichever layer: see `decision_digest`; 0 before the first.
     """
 
     version: int
     digest: int
-    last_decision: int
 
     def tensor(self, device: torch.device) -> torch.Tensor:
-        """Upload the tag as int64 [3]."""
-        numbers = [self.version, self.digest, self.last_decision]
-        return upload(torch.tensor(numbers, dtype=torch.int64), device)
+        """Upload the tag as int64 [2]."""
+        return upload(torch.tensor([self.version, self.digest], dtype=torch.int64), device)
 
 
 def decision_digest(layout: ExpertLayout, *, solved: bool) -> int:
@@ -57,27 +55,46 @@ def decision_digest(layout: ExpertLayout, *, solved: bool) -> int:
     return layout.digest & ~1 | solved
 
 
-def exchange_counts(
-    counts_E: torch.Tensor, tag: LayoutTag, tag_tensor: torch.Tensor, groups: FSEPGroups, layer: str
-) -> Int64:
-    """Gather every rank's tokens per expert, and check that all ranks have the same tag.
+class CountsExchange:
+    """Gathers every rank's tokens per expert, while the host may enqueue other work.
 
-    One All-gather of N·(E + 3) integers and one copy to the host, the layer's only synchronisation.
-
-    Returns:
-        counts_NE on the host.
-
-    Raises:
-        LayoutMismatchError: on every rank of the group, naming the ranks that differ.
+    With the counts go the tag of the planned layout and the digest of the rank's last decision, so
+    that one that decided otherwise is found here. Nothing follows a run's last decision.
     """
-    payload = torch.cat([counts_E.to(torch.int64), tag_tensor])
-    gathered = payload.new_empty(groups.size * payload.numel())
-    dist.all_gather_into_tensor(gathered, payload, group=groups.tokens)
-    rows = gathered.view(groups.size, -1).cpu().numpy()
-    tags_N3 = rows[:, -3:]
-    if (tags_N3 != tags_N3[0]).any():
-        raise LayoutMismatchError(_describe_mismatch(tags_N3, groups, layer))
-    return rows[:, :-3]
+
+    def __init__(self, groups: FSEPGroups, device: torch.device) -> None:
+        self._groups = groups
+        self._download = Download(device)
+
+    def start(
+        self, counts_E: torch.Tensor, tag_2: torch.Tensor, last_decision: int, layer: str
+    ) -> Callable[[], Int64]:
+        """Start the exchange: one All-gather of N·(E + 3) integers and one copy to the host.
+
+        Args:
+            tag_2: of the layout that is planned for this layer, see `LayoutTag.tensor`.
+            last_decision: of this rank, in whichever layer: see `decision_digest`; 0 before the
+                first.
+
+        Returns:
+            A function that waits for the copy, the layer's only synchronisation, and returns
+            counts_NE. If ranks differ in the tag or the last decision, it raises a
+            LayoutMismatchError on every rank of the group, naming those that differ.
+        """
+        # As an argument of a kernel the number needs no copy from the host.
+        decision_1 = torch.full((1,), last_decision, dtype=torch.int64, device=counts_E.device)
+        payload = torch.cat([counts_E.to(torch.int64), tag_2, decision_1])
+        gathered = payload.new_empty(self._groups.size * payload.numel())
+        dist.all_gather_into_tensor(gathered, payload, group=self._groups.tokens)
+        return partial(self._finish, self._download.start(gathered), layer)
+
+    def _finish(self, read: Callable[[], torch.Tensor], layer: str) -> Int64:
+        rows = read().view(self._groups.size, -1).numpy()
+        tags_N3 = rows[:, -3:]
+        if (tags_N3 != tags_N3[0]).any():
+            raise LayoutMismatchError(_describe_mismatch(tags_N3, self._groups, layer))
+        counts_NE: Int64 = rows[:, :-3]
+        return counts_NE
 
 
 def _describe_mismatch(tags_N3: Int64, groups: FSEPGroups, layer: str) -> str:

@@ -36,6 +36,11 @@ def has_streams(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def exchange_stream(device: torch.device) -> torch.cuda.Stream:
+    """Make a CUDA stream that goes before compute and after token exchanges."""
+    return torch.cuda.Stream(device, priority=_EXCHANGE_PRIORITY)
+
+
 class OneComputeStream:
     """Asserts that one compute stream uses an object, where nothing orders two of them."""
 
@@ -271,7 +276,7 @@ class CudaStream:
 
     def __init__(self, times: StreamTimes, device: torch.device) -> None:
         self.times = times
-        self._stream = torch.cuda.Stream(device, priority=_EXCHANGE_PRIORITY)
+        self._stream = exchange_stream(device)
         self._compute = OneComputeStream(f"the communication stream of {times.name}")
 
     def submit(self, work: Work, label: str) -> Pending:

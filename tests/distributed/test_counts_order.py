@@ -1,0 +1,130 @@
+"""Shared experts are enqueued while counts are on their way: counts leave, they run, counts come.
+
+On CUDA the host's order is what decides: it waits for counts where they are read, and the device
+computes meanwhile what was enqueued before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import Record, train
+from tests.parity.flags import command_line
+
+SHARED = " --moe-shared-expert-intermediate-size 32"
+OVERLAP = SHARED + " --moe-shared-expert-overlap"
+RECOMPUTE = " --recompute-granularity selective --recompute-modules"
+FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+LEAVE, READ, SHARE = "counts leave", "counts are read", "shared experts"
+PLAIN = ["router", LEAVE, READ, "dispatch"]
+COVERED = ["router", LEAVE, SHARE, READ, "dispatch"]
+RERUN = ["router", SHARE, "dispatch"]
+
+# What a layer does in forward, and in the re-run of a checkpoint.
+CASES = {
+    "no shared experts": ("", PLAIN, []),
+    "shared experts": (SHARED, COVERED, []),
+    "shared experts that overlap": (OVERLAP, COVERED, []),
+    "with a gate": (SHARED + " --moe-shared-expert-gate", COVERED, []),
+    "recomputed with the layer": (SHARED + RECOMPUTE + " moe", COVERED, RERUN),
+    "recomputed alone": (SHARED + RECOMPUTE + " shared_experts", COVERED, [SHARE]),
+    "overlap, full recompute": (OVERLAP + FULL, COVERED, RERUN),
+}
+
+
+@contextlib.contextmanager
+def noted(events: list[str]) -> Iterator[None]:
+    """Append what the host does on this rank, in order."""
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+
+    from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
+    from megatron_laer.runtime.comm.collectives import CountsExchange
+
+    def noting(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            events.append(event)
+            return function(*args, **kwargs)
+
+        return note
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, event in (
+            (TopKRouter, "forward", "router"),
+            (CountsExchange, "start", LEAVE),
+            (CountsExchange, "_finish", READ),
+            (SharedExpertMLP, "forward", SHARE),
+            (SharedExpertMLP, "pre_forward_comm", SHARE),
+            (SlotTokenDispatcher, "token_dispatch", "dispatch"),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, noting(event, getattr(owner, name))))
+        yield
+
+
+def observed(flags: list[str], cuda_graph_impl: str = "none") -> tuple[list[str], Record]:
+    """What the host did on this rank, and what is left of a run whose layers see that setting."""
+    from megatron_laer.moe_layer import FSEPMoELayer
+
+    events: list[str] = []
+    init = FSEPMoELayer.__init__
+
+    def with_setting(layer: Any, *args: Any, **kwargs: Any) -> None:
+        init(layer, *args, **kwargs)
+        layer.config = copy.copy(layer.config)
+        layer.config.cuda_graph_impl = cuda_graph_impl
+
+    with noted(events), mock.patch.object(FSEPMoELayer, "__init__", with_setting):
+        record = train(flags)
+    return events, record
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_host_waits_for_counts_once_shared_experts_are_enqueued(
+    ranks: Callable[[int], RankPool], text_data: str, case: str
+) -> None:
+    flags, forward, rerun = CASES[case]
+    command = command_line(
+        text_data,
+        experts=4,
+        expert_parallel=2,
+        global_batch=8,
+        steps=2,
+        extra=" --expert-parallel-mode fsep --eval-interval 2 --eval-iters 1" + flags,
+    )
+    layers, microbatches = 2, 2 * 2  # microbatches in the two steps; each layer runs again in each
+    for events, _ in ranks(2).run(observed, command):
+        of_training = microbatches * layers * (len(forward) + len(rerun))
+        trained, evaluated = events[:of_training], events[of_training:]
+        assert evaluated == forward * (len(evaluated) // len(forward)) != []
+        for number in range(microbatches):
+            size = len(trained) // microbatches
+            assert trained[number * size :][:size] == forward * layers + rerun * layers
+
+
+def test_every_bit_is_that_of_the_order_with_graphs_which_is_stocks(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    command = command_line(
+        text_data,
+        experts=4,
+        expert_parallel=2,
+        global_batch=4,
+        steps=4,
+        extra=" --expert-parallel-mode fsep" + SHARED,
+    )
+    runs = [ranks(2).run(observed, command, setting) for setting in ("none", "transformer_engine")]
+    assert [runs[0][rank][0] for rank in (0, 1)] == [COVERED * 2 * 4] * 2
+    assert [runs[1][rank][0] for rank in (0, 1)] == [[SHARE, *PLAIN] * 2 * 4] * 2
+    mine, stocks = (of_ranks[0][1] for of_ranks in runs)
+    assert mine.losses == stocks.losses and mine.grad_norms == stocks.grad_norms
+    assert mine.weights.keys() == stocks.weights.keys() != set()
+    assert all(torch.equal(mine.weights[name], stocks.weights[name]) for name in mine.weights)

@@ -1,0 +1,73 @@
+"""One FSEP layer on one GPU: its host waits for counts and nothing else, and never in backward.
+
+torch's debug mode raises at operations that wait for a stream. It does not know of waits for an
+event, which are noted here: the one for the copy of counts is a layer's only one. Nor does it know
+of copies from memory that is not pinned and that were asked not to wait; these are noted as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.one_layer import EXPECTED, MODELS, UPLOAD, WAIT, host_work, one_layer
+
+
+class _Uploads(TorchDispatchMode):
+    """Notes copies from the host to the device."""
+
+    def __init__(self, done: list[str]) -> None:
+        super().__init__()
+        self._done = done
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sources = {"aten::_to_copy": args[:1], "aten::copy_": args[1:2]}
+        for source in sources.get(func._schema.name, ()):
+            if source.device.type == "cpu" and result.device.type == "cuda":
+                self._done.append(UPLOAD if source.is_pinned() else f"{UPLOAD} of pageable memory")
+        return result
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[str]]:
+    """Yield a list of waits and uploads of the host; other waits raise."""
+    done: list[str] = []
+    synchronize = torch.cuda.Event.synchronize
+
+    def noted(event: torch.cuda.Event) -> None:
+        done.append(WAIT)
+        synchronize(event)
+
+    with mock.patch.object(torch.cuda.Event, "synchronize", noted), _Uploads(done):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield done
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_debug_mode_raises_at_a_number_that_is_read_back() -> None:
+    ones = torch.ones(4, device="cuda")
+    with watched() as done:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            ones.sum().item()
+        torch.zeros(4).pin_memory().to("cuda", non_blocking=True)
+        torch.zeros(4).to("cuda", non_blocking=True)
+        torch.cuda.current_stream().record_event().synchronize()
+    assert done == [UPLOAD, f"{UPLOAD} of pageable memory", WAIT]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_host_waits_for_counts_and_uploads_what_it_planned(model: str) -> None:
+    torch.cuda.set_device(0)
+    with one_layer("nccl", model) as layer:
+        assert host_work(layer, watched) == [EXPECTED] * 3

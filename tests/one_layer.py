@@ -1,0 +1,104 @@
+"""One FSEP layer on one rank, alone in its process group: what one GPU, or none, can run of it.
+
+Command lines with a single rank are refused, for there is nobody to share experts with. A layer
+that is built by itself runs all its code, and its exchanges give a rank what it sent itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+EXPERTS, CAPACITY, HIDDEN, TOKENS = 4, 4, 32, 24
+
+# What the host does for the device in a layer's forward and backward pass.
+HostWork = tuple[list[str], list[str]]
+
+# What a layer may be in which Megatron's part of it differs.
+MODELS: dict[str, dict[str, Any]] = {
+    "no shared experts": {},
+    "shared experts": {"moe_shared_expert_intermediate_size": 16},
+    "shared experts that overlap": {
+        "moe_shared_expert_intermediate_size": 16,
+        "moe_shared_expert_overlap": True,
+    },
+}
+
+
+WAIT, UPLOAD = "the host waits", "upload"
+
+EXPECTED: HostWork = ([WAIT, UPLOAD], [])
+"""In a forward pass the host waits for counts and uploads what it planned; in backward, nothing."""
+
+
+@contextlib.contextmanager
+def one_layer(backend: str, model: str) -> Iterator[Any]:
+    """Build a layer in Megatron's data-parallel wrapper, on the current device."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import build_module
+
+    import megatron_laer
+
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    megatron_laer.enable(megatron_laer.FSEPConfig(capacity=CAPACITY, node_size=1), seed=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=HIDDEN,
+            num_attention_heads=1,
+            num_moe_experts=EXPERTS,
+            moe_ffn_hidden_size=HIDDEN,
+            moe_router_topk=2,
+            moe_router_load_balancing_type="aux_loss",
+            moe_aux_loss_coeff=1e-2,
+            moe_token_dispatcher_type="alltoall",
+            add_bias_linear=False,
+            params_dtype=torch.float32,
+            **MODELS[model],
+        )
+        spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
+        layer = build_module(spec, config=config, layer_number=1).mlp.cuda()
+        yield DistributedDataParallel(config, DistributedDataParallelConfig(), layer)
+    finally:
+        megatron_laer.disable()
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def host_work(
+    layer: Any, watched: Callable[[], AbstractContextManager[list[str]]], steps: int = 3
+) -> list[HostWork]:
+    """Train the layer; what the host did in each step after the first.
+
+    The first one makes buffers, communicators and libraries' handles.
+
+    Args:
+        watched: a context in which waits and uploads are appended to its list.
+    """
+    import megatron_laer
+
+    device = torch.cuda.current_device()
+    found = []
+    for step in range(steps + 1):
+        hidden = torch.randn(TOKENS, 1, HIDDEN, device=device, requires_grad=True)
+        grad = torch.ones_like(hidden)
+        with megatron_laer.training_step(step, 1):
+            layer.zero_grad_buffer()
+            with watched() as done:
+                output, _ = layer(hidden)
+                forward = [*done]
+                output.backward(grad)
+            found.append((forward, done[len(forward) :]))
+        assert hidden.grad is not None and bool(hidden.grad.any())
+    return found[1:]

@@ -1,0 +1,98 @@
+"""A layer's forward pass waits for the device once and uploads once; its backward does neither.
+
+The code for CUDA runs on replaced streams, whose waits are noted, and so are operations that would
+read a number back from the device to learn a size or a value. What only a GPU shows, a copy to
+pageable memory for one, is left to `tests/gpu/test_host_waits.py`, which runs the same layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_laer.testing.ranks import RankPool
+from tests.one_layer import EXPECTED, MODELS, UPLOAD, WAIT, HostWork, host_work, one_layer
+from tests.races import cuda
+from tests.races.observing import observed
+
+_READ_BACK = """
+    _local_scalar_dense is_nonzero equal nonzero masked_select _unique2 unique_consecutive
+    repeat_interleave.Tensor
+""".split()
+
+
+class _ReadsBack(TorchDispatchMode):
+    """Notes operations whose result on the host needs the device's."""
+
+    def __init__(self, done: list[str]) -> None:
+        super().__init__()
+        self._done = done
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__.removesuffix(".default")
+        if name in _READ_BACK and kwargs.get("output_size") is None:
+            self._done.append(f"{WAIT} for {name}")
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[str]]:
+    """Yield a list to which every wait and upload of the host is appended."""
+    done: list[str] = []
+
+    def noting(owner: Any, name: str, event: str) -> Any:
+        function = getattr(owner, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            done.append(event)
+            return function(*args, **kwargs)
+
+        return mock.patch.object(owner, name, noted)
+
+    with (
+        noting(cuda.Event, "synchronize", WAIT),
+        noting(torch.cuda, "synchronize", WAIT),
+        noting(cuda, "copy_to_card", UPLOAD),
+        _ReadsBack(done),
+    ):
+        yield done
+
+
+def work_of(model: str, fault: bool) -> list[HostWork]:
+    """What the host does on this rank, with a number that is read back or without."""
+    from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
+
+    broken: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if fault:
+        true_preprocess = SlotTokenDispatcher.preprocess
+
+        def preprocess(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
+            assert routing_map.sum().item() > 0
+            return true_preprocess(dispatcher, routing_map)
+
+        broken = mock.patch.object(SlotTokenDispatcher, "preprocess", preprocess)
+    with observed() as checker, broken, one_layer("gloo", model) as layer:
+        found = host_work(layer, watched)
+    assert checker.races == []
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_host_waits_for_counts_and_uploads_what_it_planned(
+    ranks: Callable[[int], RankPool], model: str
+) -> None:
+    assert ranks(1).run(work_of, model, False) == [[EXPECTED] * 3]
+
+
+def test_a_number_that_is_read_back_is_a_wait(ranks: Callable[[int], RankPool]) -> None:
+    (steps,) = ranks(1).run(work_of, "no shared experts", True)
+    assert steps == [([WAIT, f"{WAIT} for _local_scalar_dense", UPLOAD], [])] * 3
