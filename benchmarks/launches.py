@@ -61,7 +61,8 @@ _LAUNCH_NOTHING = frozenset(
     "new_empty_strided _reshape_alias lift_fresh resize_ is_pinned chunk unfold diagonal "
     "record_stream _local_scalar_dense".split()
 )
-_GEMMS = frozenset({"mm", "addmm", "bmm", "matmul", "_grouped_mm"})
+# A slot without tokens has zeros written in place of a product.
+_GEMMS = frozenset({"mm", "addmm", "bmm", "matmul", "_grouped_mm", "zero_"})
 
 
 def kind_of(operation: str) -> str | None:
