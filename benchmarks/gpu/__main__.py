@@ -10,13 +10,14 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -26,8 +27,9 @@ from megatron_laer.support.torch_version import problem_on_cuda
 _ROOT = Path(__file__).resolve().parents[2]
 _CONNECTIONS = ("1", "8", "32")
 _PARITY_RANKS = (2, 4, 8)
-# What a part's process needs beside its measurements.
-_SPARE_S = 15.0
+# What a part's processes need beside their measurements, and what the last one may be late by.
+_SPARE_S, _SPARE_ON_RANKS_S = 15.0, 40.0
+_LAST_S = 30.0
 _DRY_S = 600.0
 
 
@@ -118,14 +120,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
     minutes = options.minutes or (9.0 if options.ranks == 1 else 18.0)
-    end_s = time.monotonic() + 60 * minutes
+    end_s = time.monotonic() + 60 * minutes - _LAST_S
     left = tasks(parts, options.ranks, options.nodes, dry=options.dry_run)
     result: dict[str, Any] = {"about": about(["scripts/gpu_check.sh", *given]), "parts": {}}
     failed = []
     with _data(options, any(task.ranks > 1 for task in left)) as data:
         while left:
             share_s = end_s - time.monotonic()
-            seconds = share_s * left[0].share / sum(task.share for task in left) - _SPARE_S
+            spare_s = _SPARE_S if left[0].ranks == 1 else _SPARE_ON_RANKS_S
+            seconds = share_s * left[0].share / sum(task.share for task in left) - spare_s
             # There it is not about speed, and everything is to run.
             seconds = _DRY_S if options.dry_run else seconds
             task = left.pop(0)
@@ -154,16 +157,31 @@ def run(task: Task, options: argparse.Namespace, data: str, seconds: float) -> P
     words += ["--data", data] * (task.ranks > 1) + ["--dry-run"] * options.dry_run
     environment = {**os.environ, **dict(task.environment), "PYTHONPATH": _python_path()}
     # Runs end by their own budget; this is for those that hang.
-    limit_s = 3 * seconds + 300
-    with log.open("w") as output, contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(
-            words, env=environment, cwd=_ROOT, stdout=output, stderr=output, timeout=limit_s
-        )
-        if done.returncode == 0 and json_file.exists():
-            return Part(**json.loads(json_file.read_text()))
+    limit_s = seconds + 120
+    with log.open("w") as output:
+        status = _status_of(words, environment, output, limit_s)
+    if status == 0 and json_file.exists():
+        return Part(**json.loads(json_file.read_text()))
     print("\n".join(log.read_text(errors="replace").splitlines()[-40:]))
     print(f"{task.title} failed, or took over {limit_s:.0f} s; all of its output is in {log}")
     return None
+
+
+def _status_of(
+    words: Sequence[str], environment: dict[str, str], output: IO[str], limit_s: float
+) -> int | None:
+    """Status of a program; None if it took too long. Ends all that it has started with it."""
+    process = subprocess.Popen(
+        words, env=environment, cwd=_ROOT, stdout=output, stderr=output, start_new_session=True
+    )
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def run_tests(dry: bool, seconds: float) -> Part | None:

@@ -1,6 +1,6 @@
 """One whole MoE layer, forward and backward: FSEP's against stock Megatron's on the same card.
 
-`python -m benchmarks.gpu.layer`. The process stands in for rank 0 of N (`stand_in`), routing is
+`python -m benchmarks.gpu.layer`. The process stands in for rank 0 of N (`lone_rank`), routing is
 forced to balance on both sides, and parameters have the gradient buffers in float32 that Megatron's
 data-parallel wrapper gives them. Stock computes its experts with Transformer Engine's grouped GEMM
 where that is installed, else one after the other. Times are for a layer alone, behind which FSEP
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import stand_in
+from benchmarks.gpu import lone_rank
 from benchmarks.gpu.report import Part, Setting, run_part
 from benchmarks.gpu.sizes import Model, models
 from benchmarks.gpu.timing import Times, elapsed_ms
@@ -75,6 +74,7 @@ def rows(found: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, An
                     "model": model,
                     "side": side,
                     "experts by": sides[side][0]["experts"],
+                    "rows": sides[side][0]["rows"],
                     **times["forward"].cells("forward "),
                     **times["backward"].cells("backward "),
                     "of stock's time": whole_ms / stock_ms if stock_ms else "",
@@ -88,9 +88,8 @@ def measure_one(side: str, model: Model, dry: bool) -> dict[str, Any]:
     """Build a layer of one side, and measure it."""
     from megatron_laer import launch
 
+    lone_rank.install(model.ranks)
     launch.prepare(force_cpu=dry)
-    os.environ.setdefault("LOCAL_RANK", "0")
-    stand_in.install(model.ranks)
 
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -111,11 +110,12 @@ def measure_one(side: str, model: Model, dry: bool) -> dict[str, Any]:
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = _times(layer, model, device, rounds=2 if dry else _ROUNDS)
+    computed: list[int] = []
+    times = _times(layer, model, device, computed, rounds=2 if dry else _ROUNDS)
     megatron_laer.disable()
     how = ("grouped GEMM" if grouped else "a loop") if side == "stock" else "--fsep-gemm auto"
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return {**times, "experts": how, "peak_bytes": peak}
+    return {**times, "experts": how, "rows": computed[-1], "peak_bytes": peak}
 
 
 def _build(model: Model, grouped: bool) -> torch.nn.Module:
@@ -152,14 +152,17 @@ def _build(model: Model, grouped: bool) -> torch.nn.Module:
 
 
 def _times(
-    layer: torch.nn.Module, model: Model, device: torch.device, rounds: int
+    layer: torch.nn.Module, model: Model, device: torch.device, computed: list[int], rounds: int
 ) -> dict[str, list[float]]:
+    """Times of each step; `computed` gets the rows of the experts."""
     import megatron_laer
 
     shape = model.tokens, 1, model.hidden
     hidden = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn(shape, device=device, dtype=torch.bfloat16)
     times: dict[str, list[float]] = {"forward": [], "backward": []}
+    experts: Any = layer.experts
+    experts.register_forward_pre_hook(lambda _, given: computed.append(len(given[0])))
     outputs: list[torch.Tensor] = []
     for step in range(_WARM_UP + rounds):
         with megatron_laer.training_step(step, 1):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -73,8 +74,12 @@ def run_ranks_part(
     parser.add_argument("--data", required=True, help="prefix of a dataset")
     options = parser.parse_args(arguments)
     from megatron_laer import launch
+    from megatron_laer.platform import cpu
 
     launch.prepare(force_cpu=options.dry_run)
+    if cpu.installed() and not options.dry_run:
+        print("torch sees no card; run this on one, or give --dry-run", file=sys.stderr)
+        return 2
     folder = Path(options.data).parent
     ranks = Ranks(options.seconds, options.data, folder, dry=options.dry_run)
     part = measure(ranks)

@@ -19,10 +19,10 @@ from benchmarks.gpu import (
     gemms,
     kernels,
     layer,
+    lone_rank,
     priorities,
     report,
     sizes,
-    stand_in,
     workloads,
 )
 from benchmarks.gpu.timing import Budget, Times, in_turn
@@ -76,7 +76,13 @@ def test_priorities_are_beside_the_copy_and_the_chain_alone() -> None:
 
 def test_layers_are_beside_stock_over_all_turns() -> None:
     def turn(forward: float, peak: int) -> dict[str, Any]:
-        return {"forward": [forward], "backward": [6.0], "experts": "x", "peak_bytes": peak}
+        return {
+            "forward": [forward],
+            "backward": [6.0],
+            "experts": "x",
+            "rows": 9,
+            "peak_bytes": peak,
+        }
 
     stock, fsep = layer.rows(
         {
@@ -142,12 +148,12 @@ def test_splits_have_all_rows_and_the_skewed_one_a_slot_without(model: sizes.Mod
 
 def test_a_rank_that_stands_in_receives_what_it_sends() -> None:
     gathered = torch.full((6,), -1)
-    stand_in.all_gather_into_tensor(gathered, torch.tensor([1, 2]))
+    lone_rank.all_gather_into_tensor(gathered, torch.tensor([1, 2]))
     assert gathered.tolist() == [1, 2, 1, 2, 1, 2]
     received = torch.full((5,), -1)
-    assert stand_in.all_to_all_single(received, torch.tensor([3, 4]), [2, 3], [1, 1]).wait()
+    assert lone_rank.all_to_all_single(received, torch.tensor([3, 4]), [2, 3], [1, 1]).wait()
     assert received.tolist() == [3, 4, 3, 4, 3]
-    stand_in.all_to_all_single(received, torch.tensor([], dtype=torch.int64))
+    lone_rank.all_to_all_single(received, torch.tensor([], dtype=torch.int64))
     assert received.tolist() == [0] * 5
 
 
