@@ -48,7 +48,9 @@ def measure(setting: Setting) -> Part:
                     words + ["--dry-run"] * setting.dry, capture_output=True, text=True
                 )
                 if done.returncode:
-                    raise RuntimeError(f"{side} at {model.name}:\n{done.stderr[-3000:]}")
+                    print(done.stderr[-3000:], file=sys.stderr)
+                    part.problems.append(f"{side} at {model.name}: see the log of this part")
+                    continue
                 of_model = found.setdefault(model.name, {})
                 of_model.setdefault(side, []).append(json.loads(done.stdout.splitlines()[-1]))
     part.tables["One MoE layer beside stock's"] = rows(found)
