@@ -26,12 +26,12 @@ from benchmarks.report import machine, print_table
 from benchmarks.speed import GROWTH_SHAPES, SOLVE_SHAPES, quota_times, solve_times
 from benchmarks.splits import split_exactly
 from benchmarks.trace_cases import Trace
-from benchmarks.workloads import WORKLOADS, microbatches
 from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.trace.workloads import WORKLOADS, Shape, workload_counts
 
 # Every how many cases `--quick` takes one; prime, so that it meets all layers and microbatches.
 QUICK_STRIDE = 37
@@ -86,10 +86,12 @@ def named_workloads(count: int) -> Iterator[dict[str, Any]]:
         geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
         greedy = make_strategy("greedy", geometry=geometry, costs=paper_costs())
         static = ExpertLayout.static(num_ranks, capacity, num_experts)
+        shape = Shape(num_ranks, num_experts, topk=2, tokens=2048)
         for name in WORKLOADS:
             exact, old = [], []
             before_NE: Int64 | None = None
-            for counts_NE in microbatches(name, geometry, count, seed=0):
+            for step in range(count):
+                counts_NE = workload_counts(name, shape, step)
                 layout = construct_layout(counts_NE, static, NODE_SIZE)
                 exact.append(split_exactly(counts_NE, layout, NODE_SIZE))
                 if before_NE is not None:

@@ -63,8 +63,13 @@ class Measured:
     fsep_skew: list[float] = field(default_factory=list)
 
 
-def measure(flags: list[str], routing: Routing, shape: RoutingShape, steps: int) -> Measured:
-    """Train for so many steps, and one more whose begin ends the last. Collective."""
+def measure(flags: list[str], routing: Routing, shape: RoutingShape | None, steps: int) -> Measured:
+    """Train for so many steps, and one more whose begin ends the last. Collective.
+
+    Args:
+        shape: of the routing; without it nothing is said of stock's skew, as where layers are on
+            other ranks.
+    """
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
     from megatron.training import training
@@ -89,11 +94,13 @@ def measure(flags: list[str], routing: Routing, shape: RoutingShape, steps: int)
             router.register_forward_hook(lambda _, __, out: counts_E.append(out[1].sum(dim=0)))
         RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
         if routing.bias is not None:
+            assert shape is not None
             _set_fixed_biases(shape, *routing.bias)
         torch.manual_seed(dist.get_rank())  # what forced routing draws its noise from
         return result
 
     def observed_step(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.synchronize()
         begins_s.append(time.perf_counter())
         begins_cpu_s.append(time.process_time())
         coordinator = current_coordinator()
@@ -104,7 +111,7 @@ def measure(flags: list[str], routing: Routing, shape: RoutingShape, steps: int)
             chosen_LTK = torch.from_numpy(
                 trace[len(begins_s) - 1, :, dist.get_rank()].astype(np.int64)
             )
-            RouterReplay.set_replay_data(list(chosen_LTK))
+            RouterReplay.set_replay_data(list(chosen_LTK.to(torch.cuda.current_device())))
         return train_step(*args, **kwargs)
 
     argv = ["pretrain_gpt.py", *flags, *routing.flags.split(), "--train-iters", str(steps + 1)]
@@ -121,7 +128,7 @@ def measure(flags: list[str], routing: Routing, shape: RoutingShape, steps: int)
         return Measured(
             step_ms=(1e3 * np.diff(begins_s)).tolist(),
             cpu_ms=(1e3 * np.diff(begins_cpu_s)).tolist(),
-            stock_skew=_stock_skew(torch.stack(counts_E), steps),
+            stock_skew=[] if shape is None else _stock_skew(torch.stack(counts_E), steps),
             restore_exposed_ms=list(restore_ms),
             reduce_exposed_ms=list(reduce_ms),
             fsep_skew=_fsep_skew(),
@@ -145,7 +152,7 @@ def _stock_skew(counts_ME: torch.Tensor, steps: int) -> list[float]:
     """Per step; M = P·L, or more where layers are run again."""
     counts_NME = counts_ME.new_empty((dist.get_world_size(), *counts_ME.shape))
     dist.all_gather_into_tensor(counts_NME.view(-1, counts_ME.shape[1]), counts_ME.contiguous())
-    counts_MNE = counts_NME.transpose(0, 1).numpy()
+    counts_MNE = counts_NME.transpose(0, 1).cpu().numpy()
     skew_M = np.array([max_over_mean(stock_tokens_N(counts_NE)) for counts_NE in counts_MNE])
     per_step: list[float] = skew_M.reshape(steps + 1, -1).mean(axis=1).tolist()
     return per_step[:-1]

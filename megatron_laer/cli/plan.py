@@ -1,4 +1,4 @@
-"""The command `plan` prints what each strategy would have made of a recorded run."""
+"""The command `plan` prints what each strategy would have made of a recorded run or a workload."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from megatron_laer.cli.argument_types import between, number, path, rank_range
+from megatron_laer.cli import plan_input
+from megatron_laer.cli.argument_types import between, number, path
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.files.checks import (
     is_same_file,
@@ -35,7 +37,7 @@ from megatron_laer.simulator.report import (
 )
 from megatron_laer.simulator.sizes import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
 from megatron_laer.simulator.table import BASELINES, MODES, TOLERANCE, simulate
-from megatron_laer.trace import FORMATS, Trace, read_trace
+from megatron_laer.trace import Trace
 
 _BYTES_PER_ELEMENT = 2
 
@@ -53,6 +55,7 @@ examples:
   %(prog)s traces/group-0.trace
   %(prog)s traces/group-0.trace --ranks 64 --node-size 8 --capacity 2 3 4
   %(prog)s routing.csv --experts 64 --cluster my-cluster.yaml --config my-model.yaml --every 97
+  %(prog)s --workload W6 --ranks 32 --experts 128 --topk 8
   %(prog)s traces --strategy greedy --mode forecast adaptive --json plan.json --plot plan.png
 """
 
@@ -60,33 +63,12 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `plan` to `parser`."""
     parser.description = (
-        "What each strategy would have made of a recorded run: balance, traffic and predicted time "
-        "of a layer."
+        "What each strategy would have made of a recorded run or of a named workload: balance, "
+        "traffic and predicted time of a layer."
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXAMPLES
-    parser.add_argument(
-        "trace",
-        metavar="TRACE",
-        type=path,
-        help="a file or folder: a recording of --fsep-record-trace, the folder of Megatron's "
-        "--moe-routing-trace-path, SmartMoE's moe_trace, npz, or CSV",
-    )
-    parser.add_argument(
-        "--format", choices=FORMATS, help="of the trace; default: what its content tells"
-    )
-    parser.add_argument(
-        "--trace-ranks",
-        type=rank_range,
-        metavar="FIRST-LAST",
-        help="only these ranks of the trace, such as 0-7; default: all",
-    )
-    parser.add_argument(
-        "--experts",
-        type=between(1, MAX_EXPERTS),
-        metavar="E",
-        help="for traces that do not say it",
-    )
+    plan_input.add_arguments(parser)
     parser.add_argument(
         "--ranks", type=between(1, _MAX_RANKS), metavar="N", help="default: as in the trace"
     )
@@ -202,9 +184,7 @@ def run(args: argparse.Namespace) -> int:
     num_experts = args.experts if args.experts is not None else sizes.num_experts
     tolerance = _DEFAULT_TOLERANCE if args.tolerance is None else args.tolerance
 
-    recorded = read_trace(
-        args.trace, args.format, ranks=args.trace_ranks, num_experts=num_experts, progress=_reading
-    )
+    source, recorded = plan_input.read(args, num_experts, _reading)
     num_ranks = recorded.num_ranks if args.ranks is None else args.ranks
     geometries = _geometries(args, recorded, num_ranks, cluster)
     node_size = geometries[0].node_size
@@ -214,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
     estimate.check_fits(work, args.hours)
     trace = recorded.with_ranks(num_ranks)
     about = {
-        "trace": str(args.trace),
+        "trace": source,
         "steps": len(set(trace.step_R.tolist())),
         "layers": len(trace.layers),
         "records": len(trace),
@@ -231,7 +211,7 @@ def run(args: argparse.Namespace) -> int:
     }
     print(
         one_line(
-            f"{args.trace}: {about['steps']} steps, {about['layers']} layers, {len(trace)} records"
+            f"{source}: {about['steps']} steps, {about['layers']} layers, {len(trace)} records"
             f", {trace.num_experts} experts, {recorded.num_ranks} ranks"
         )
     )
@@ -258,7 +238,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_json(args.json, about, rows)
     if args.plot is not None:
-        write_plot(args.plot, f"{args.trace.name}, N={num_ranks}, G={node_size}", rows)
+        write_plot(args.plot, f"{Path(source).name}, N={num_ranks}, G={node_size}", rows)
     print(table_text(rows))
     print(
         f"\n{rows[0].cases} cases: microbatches of one layer each, with layouts from counts that "
@@ -336,7 +316,10 @@ def _check(args: argparse.Namespace) -> None:
             f"--tolerance {args.tolerance}: no effect without --mode {TOLERANCE}; add that mode, "
             "or leave the tolerance out"
         )
-    inputs = [args.trace, _named("--cluster", args.cluster, partial(yaml_file, "cluster"))]
+    plan_input.check(args)
+    inputs = [_named("--cluster", args.cluster, partial(yaml_file, "cluster"))]
+    if args.trace is not None:
+        inputs.append(args.trace)
     if args.config is not None:
         inputs.append(_named("--config", args.config, partial(yaml_file, "model")))
     for flag, output in (("--json", args.json), ("--plot", args.plot)):

@@ -118,10 +118,19 @@ def load_common_weights(model: list[torch.nn.Module]) -> None:
 def read(model: list[torch.nn.Module], what: str) -> list[tuple[str, int, torch.Tensor]]:
     """Read (key, start, rows) of every piece's `weight`, or of its `main_grad` if it has one."""
     return [
-        (piece.key, piece.start, piece.select(_tensor(piece.parameter, what)).detach().clone())
+        (
+            piece.key,
+            piece.start,
+            piece.select(_tensor(piece.parameter, what)).detach().cpu().clone(),
+        )
         for piece in pieces(model)
         if what == "weight" or piece.parameter.requires_grad
     ]
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy on the CPU, where those of all ranks can be compared."""
+    return tensor.detach().cpu().clone()
 
 
 def _tensor(parameter: torch.nn.Parameter, what: str) -> torch.Tensor:

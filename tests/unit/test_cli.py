@@ -301,4 +301,4 @@ def test_help_of_plan_tells_every_default():
     parser = argparse.ArgumentParser()
     plan.add_arguments(parser)
     silent = [action.dest for action in parser._actions if "default" not in action.help]
-    assert silent == ["help", "trace", "experts", "json", "plot"]
+    assert silent == ["help", "trace", "experts", "workload", "json", "plot"]

@@ -123,6 +123,39 @@ def test_bad_input_is_quoted_and_told_what_works(tmp_path, trace, capsys, words,
     assert out == "" and err.count("\n") == 1
 
 
+def test_a_workload_takes_the_place_of_a_trace(tmp_path, capsys):
+    words = "--workload W5 --ranks 4 --experts 8 --strategy static --mode forecast --steps 3"
+    status, out, err = run(*words.split(), "--json", tmp_path / "x.json", capsys=capsys)
+    assert status == 0, err
+    assert "W5 zero expert rank, top-2, 4096 tokens per rank: 3 steps, 1 layers, 3 records" in out
+    stock = json.loads((tmp_path / "x.json").read_text())["rows"][0]
+    assert stock["strategy"] == STOCK and abs(stock["mean"] - 2.0) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("", "nothing to plan for: give a TRACE, or --workload with one of W0, W1"),
+        ("x.trace --topk 2", "--topk 2: no effect here; add --workload, or leave --topk out"),
+        ("--workload W8", "--workload: invalid choice: 'W8' (choose from"),
+        ("x.trace --workload W1", "both a trace, 'x.trace', and --workload W1; leave one out"),
+        ("--workload W1 --format csv", "--format csv: no effect here; --workload W1 reads no file"),
+        ("--workload W1", "--workload W1 has no ranks of its own; give --ranks"),
+        ("--workload W1 --ranks 4", "has no experts of its own; give --experts or --config"),
+        ("--workload W1 --ranks 4 --experts 2 --topk 3", "cannot have 3 of 2 experts; take a"),
+        ("--workload W1 --ranks 4 --experts 2 --tokens 0", "--tokens: '0' is no integer in 1.."),
+        (
+            "--workload W1 --ranks 65536 --experts 32767 --steps 100000 --tokens 1",
+            "100000 steps of 65536 ranks and 32767 experts",
+        ),
+    ],
+)
+def test_a_workload_with_bad_arguments_is_refused(capsys, words, problem):
+    status, out, err = run(*words.split(), capsys=capsys)
+    assert status == 2
+    assert problem in err and out == "" and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("flag", ["--json", "--plot"])
 @pytest.mark.parametrize("name", ["x.trace", "link.png", "hard.png", "./x.trace"])
 def test_no_output_replaces_the_trace(tmp_path, trace, capsys, flag, name):

@@ -1,0 +1,150 @@
+"""Bandwidth of the project's kernels, as a share of a plain copy's on the same card.
+
+`python -m benchmarks.gpu.kernels`. The bytes of a kernel are those of everything that it is given
+and of everything that it returns, once each. Without a card the torch of each kernel runs.
+
+Legend: T tokens, E experts, S slots, P pairs, H columns.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu.report import Part, Setting, run_part
+from benchmarks.gpu.sizes import Model, models
+from benchmarks.gpu.timing import Times, copy_gb_per_s, in_turn
+from megatron_laer.config import Split
+from megatron_laer.dispatch import permutation
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.splits import solve_quotas
+
+_COPY_BYTES, _DRY_COPY_BYTES = 2**30, 2**16
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Names a kernel, what computes the same on the CPU, and what both are given.
+
+    Attributes:
+        make: arguments of `run` and of `reference`, of a model's sizes.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    reference: Callable[..., Any]
+    make: Callable[[Model, Setting], tuple[tuple[Any, ...], tuple[Any, ...]]]
+
+
+def measure(setting: Setting) -> Part:
+    """Measure every kernel at every model's sizes."""
+    part = Part()
+    share_s = setting.budget.left_s / (len(KERNELS) * len(models(setting.dry)) + 2)
+    copied = copy_gb_per_s(
+        setting.device, _DRY_COPY_BYTES if setting.dry else _COPY_BYTES, min(share_s, 5.0)
+    )
+    found: list[tuple[str, str, int, Times]] = []
+    for model in models(setting.dry):
+        for kernel in KERNELS:
+            if setting.budget.spent:
+                part.left_out.append(f"{kernel.name} at {model.name}: the time was spent")
+                continue
+            of_kernel, of_reference = kernel.make(model, setting)
+            run, given = (
+                (kernel.reference, of_reference) if setting.dry else (kernel.run, of_kernel)
+            )
+            moved = _bytes(given) + _bytes(run(*given))
+            times = in_turn(
+                {kernel.name: lambda run=run, given=given: run(*given)},
+                setting.device,
+                min(share_s, 2.0),
+            )
+            found.append((kernel.name, model.name, moved, times[kernel.name]))
+    part.tables["Kernels beside a plain copy"] = rows(found, copied)
+    return part
+
+
+def rows(found: list[tuple[str, str, int, Times]], copied_gb_per_s: float) -> list[dict[str, Any]]:
+    """The table of kernels: their bandwidth and its share of a copy's."""
+    return [
+        {
+            "kernel": name,
+            "sizes of": model,
+            "MB": moved / 1e6,
+            **times.cells(),
+            "GB/s": moved / times.median_ms / 1e6,
+            "share of a copy": moved / times.median_ms / 1e6 / copied_gb_per_s,
+        }
+        for name, model, moved, times in found
+    ]
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    return sum(map(_bytes, value)) if isinstance(value, tuple | list) else 0
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    """A function of the permutations' Triton kernels, which are imported when it is called."""
+
+    def call(*given: Any) -> Any:
+        return getattr(import_module("megatron_laer.dispatch.kernels"), name)(*given)
+
+    return call
+
+
+def _map(model: Model) -> tuple[torch.Tensor, np.ndarray, ExpertLayout]:
+    """A router's map, this rank's row of the quotas, and the layout."""
+    layout = ExpertLayout.random(model.ranks, model.slots, model.experts, (1,))
+    generator = torch.Generator().manual_seed(1)
+    scores_TE = torch.rand(model.tokens, model.experts, generator=generator)
+    map_TE = torch.zeros(model.tokens, model.experts, dtype=torch.bool)
+    map_TE.scatter_(1, scores_TE.topk(model.topk, dim=1).indices, True)
+    counts_NE = np.tile(map_TE.sum(0).numpy(), (model.ranks, 1))
+    row_S = solve_quotas(Split.EXACT, counts_NE, layout, min(8, model.ranks)).rank_row(0)
+    return map_TE, row_S, layout
+
+
+def _on(arrays: tuple[np.ndarray, ...], setting: Setting) -> list[torch.Tensor]:
+    return [torch.from_numpy(array.astype(np.int32)).to(setting.device) for array in arrays]
+
+
+def _of_send_rows(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    map_TE, row_S, layout = _map(model)
+    slots_S = layout.slot_expert_S
+    given = map_TE.to(setting.device), int(row_S.sum())
+    places = _on(permutation.places(row_S, slots_S, model.experts), setting)
+    return (*given, *places), (*given, *_on(permutation.sources(row_S, slots_S), setting))
+
+
+def _of_sum_rows(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    device = setting.device
+    rows_PH = torch.randn(model.rows, model.hidden, device=device, dtype=setting.dtype)
+    token_P = torch.randperm(model.rows, device=device) % model.tokens
+    ends_T = torch.bincount(token_P, minlength=model.tokens).cumsum(0).int()
+    by_token_P = token_P.argsort(stable=True).int()
+    return (rows_PH, ends_T, by_token_P), (rows_PH, model.tokens, token_P, None, None)
+
+
+def _of_gather(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    hidden_TH = torch.randn(model.tokens, model.hidden, device=setting.device, dtype=setting.dtype)
+    token_P = torch.randperm(model.rows, device=setting.device) % model.tokens
+    return (hidden_TH, 0, token_P), (hidden_TH, 0, token_P)
+
+
+KERNELS = (
+    Kernel("rows of the send buffer", _triton("send_rows"), permutation.send_rows, _of_send_rows),
+    Kernel("gather of tokens", torch.index_select, torch.index_select, _of_gather),
+    Kernel("sum of tokens' rows", _triton("sum_rows"), permutation.sum_rows, _of_sum_rows),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(run_part(__doc__, measure))

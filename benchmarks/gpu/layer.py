@@ -1,0 +1,197 @@
+"""One whole MoE layer, forward and backward: FSEP's against stock Megatron's on the same card.
+
+`python -m benchmarks.gpu.layer`. The process stands in for rank 0 of N (`lone_rank`), routing is
+forced to balance on both sides, and parameters have the gradient buffers in float32 that Megatron's
+data-parallel wrapper gives them. Stock computes its experts with Transformer Engine's grouped GEMM
+where that is installed, else one after the other. Times are for a layer alone, behind which FSEP
+can hide nothing of its exchanges but what its own other products hide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import lone_rank
+from benchmarks.gpu.report import Part, Setting, run_part
+from benchmarks.gpu.sizes import Model, models
+from benchmarks.gpu.timing import Times, elapsed_ms
+
+SIDES = ("stock", "fsep")
+_WARM_UP, _ROUNDS, _TURNS = 3, 10, 2
+_ONE = "--one"
+
+
+def measure(setting: Setting) -> Part:
+    """Measure both sides in turn, each time in a process of its own.
+
+    A process can be rank 0 of one N only, and memory of one side would count for the other.
+    """
+    part = Part()
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    chosen = models(setting.dry)
+    for turn in range(1 if setting.dry else _TURNS):
+        for model in chosen:
+            for side in SIDES:
+                if setting.budget.spent:
+                    part.left_out.append(f"{side} at {model.name}, turn {turn + 1}: no time left")
+                    continue
+                words = [sys.executable, "-m", "benchmarks.gpu.layer", _ONE, side, model.name]
+                done = subprocess.run(
+                    words + ["--dry-run"] * setting.dry, capture_output=True, text=True
+                )
+                if done.returncode:
+                    print(done.stderr[-3000:], file=sys.stderr)
+                    part.problems.append(f"{side} at {model.name}: see the log of this part")
+                    continue
+                of_model = found.setdefault(model.name, {})
+                of_model.setdefault(side, []).append(json.loads(done.stdout.splitlines()[-1]))
+    part.tables["One MoE layer beside stock's"] = rows(found)
+    return part
+
+
+def rows(found: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    """The table of layers: times of all turns together, ratios to stock, and peaks of memory."""
+    table = []
+    for model, sides in found.items():
+        all_ms = {
+            side: {
+                which: Times.of([ms for turn in turns for ms in turn[which]])
+                for which in ("forward", "backward")
+            }
+            for side, turns in sides.items()
+        }
+        for side, times in all_ms.items():
+            whole_ms = sum(each.median_ms for each in times.values())
+            stock_ms = sum(each.median_ms for each in all_ms.get("stock", {}).values())
+            table.append(
+                {
+                    "model": model,
+                    "side": side,
+                    "experts by": sides[side][0]["experts"],
+                    "rows": sides[side][0]["rows"],
+                    **times["forward"].cells("forward "),
+                    **times["backward"].cells("backward "),
+                    "of stock's time": whole_ms / stock_ms if stock_ms else "",
+                    "peak MiB": max(turn["peak_bytes"] for turn in sides[side]) / 2**20,
+                }
+            )
+    return table
+
+
+def measure_one(side: str, model: Model, dry: bool) -> dict[str, Any]:
+    """Build a layer of one side, and measure it."""
+    from megatron_laer import launch
+
+    lone_rank.install(model.ranks)
+    launch.prepare(force_cpu=dry)
+
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    import megatron_laer
+
+    if side == "fsep":
+        settings = megatron_laer.FSEPConfig(node_size=min(8, model.ranks), late_plan="wait")
+        megatron_laer.enable(settings, seed=1)
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=model.ranks, create_gloo_process_groups=False
+    )
+    model_parallel_cuda_manual_seed(1)
+    device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
+    grouped = not dry and find_spec("transformer_engine") is not None
+    layer = _build(model, grouped and side == "stock").to(device)
+    for parameter in layer.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    computed: list[int] = []
+    times = _times(layer, model, device, computed, rounds=2 if dry else _ROUNDS)
+    megatron_laer.disable()
+    how = ("grouped GEMM" if grouped else "a loop") if side == "stock" else "--fsep-gemm auto"
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return {**times, "experts": how, "rows": computed[-1], "peak_bytes": peak}
+
+
+def _build(model: Model, grouped: bool) -> torch.nn.Module:
+    """Megatron's MoE layer of these sizes; FSEP's, where FSEP is on."""
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=model.hidden,
+        num_attention_heads=model.hidden // 32,
+        num_moe_experts=model.experts,
+        moe_ffn_hidden_size=model.ffn,
+        ffn_hidden_size=model.ffn,
+        moe_router_topk=model.topk,
+        moe_router_load_balancing_type="none",
+        moe_router_force_load_balancing=True,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=grouped,
+        expert_model_parallel_size=model.ranks,
+        expert_tensor_parallel_size=1,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        params_dtype=torch.bfloat16,
+        bf16=True,
+    )
+    make = gpt_layer_specs.get_gpt_layer_local_submodules
+    if grouped:
+        make = gpt_layer_specs.get_gpt_layer_with_transformer_engine_submodules
+    builder = make(num_experts=model.experts, moe_grouped_gemm=grouped).mlp
+    layer: torch.nn.Module = builder(config=config, layer_number=1)
+    return layer
+
+
+def _times(
+    layer: torch.nn.Module, model: Model, device: torch.device, computed: list[int], rounds: int
+) -> dict[str, list[float]]:
+    """Times of each step; `computed` gets the rows of the experts."""
+    import megatron_laer
+
+    shape = model.tokens, 1, model.hidden
+    hidden = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    times: dict[str, list[float]] = {"forward": [], "backward": []}
+    experts: Any = layer.experts
+    experts.register_forward_pre_hook(lambda _, given: computed.append(len(given[0])))
+    outputs: list[torch.Tensor] = []
+    for step in range(_WARM_UP + rounds):
+        with megatron_laer.training_step(step, 1):
+            forward_ms = elapsed_ms(lambda: outputs.append(layer(hidden)[0]), device)
+            backward_ms = elapsed_ms(lambda: outputs.pop().backward(grad), device)
+        if step >= _WARM_UP:
+            times["forward"].append(forward_ms)
+            times["backward"].append(backward_ms)
+        hidden.grad = None
+        for parameter in layer.parameters():
+            parameter.grad = None
+    return times
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure all, or one side of one model for the process that measures all."""
+    if arguments[:1] != [_ONE]:
+        return run_part(__doc__, measure, arguments)
+    parser = argparse.ArgumentParser()
+    parser.add_argument(_ONE, nargs=2, dest="one")
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args(arguments)
+    side, name = options.one
+    (model,) = [model for model in models(options.dry_run) if model.name == name]
+    print(json.dumps(measure_one(side, model, options.dry_run)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,64 @@
+"""One process stands in for rank 0 of N: collectives copy what it sent to where it would receive.
+
+Every other rank is taken to send what this one does. So counts, plans and the sizes of all buffers
+are those of N ranks; received values are finite and mean nothing, and a copy on the card takes the
+place of the wire.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class _Done:
+    """Is the work of a collective that is in its stream already."""
+
+    def wait(self, *_: Any) -> bool:
+        """Return at once: the stream orders what follows."""
+        return True
+
+    def is_completed(self) -> bool:
+        """Tell so."""
+        return True
+
+
+def install(ranks: int) -> None:
+    """Make this process rank 0 of so many. Before Megatron is imported, which binds collectives."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    for function in (all_gather_into_tensor, all_to_all_single, all_gather_object):
+        setattr(dist, function.__name__, function)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+
+
+def all_gather_into_tensor(
+    output: torch.Tensor, given: torch.Tensor, group: Any = None, async_op: bool = False
+) -> _Done:
+    """Gather what this rank has from every rank."""
+    _fill(output, given)
+    return _Done()
+
+
+def all_to_all_single(output: torch.Tensor, given: torch.Tensor, *_: Any, **__: Any) -> _Done:
+    """Receive what this rank sends, again and again, or as much of it as was asked for."""
+    _fill(output, given)
+    return _Done()
+
+
+def all_gather_object(objects: list[Any], mine: Any, group: Any = None) -> None:
+    """Gather this rank's object from every rank."""
+    objects[:] = [mine] * len(objects)
+
+
+@torch.no_grad()
+def _fill(output: torch.Tensor, given: torch.Tensor) -> None:
+    target, source = output.view(-1), given.reshape(-1)
+    if not len(source):
+        target.zero_()
+        return
+    for begin in range(0, len(target), len(source)):
+        part = target[begin : begin + len(source)]
+        part.copy_(source[: len(part)])

@@ -1,0 +1,83 @@
+"""Parity rows over NCCL, or gloo: the ranks that torchrun starts train stock and FSEP.
+
+    torchrun --nproc-per-node 4 -m tests.parity.launched --data PREFIX
+
+runs those rows that need as many ranks as there are, on any number of nodes, until its time is
+spent. Bounds are those of the CPU; a row beyond its own fails. Rank 0 prints.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from benchmarks.gpu.ranks import Ranks, run_ranks_part
+from benchmarks.gpu.report import Part
+from megatron_laer.testing.training import Record, train
+from tests.parity.compare import Distance, distance
+from tests.parity.rows import FLOOR_FACTOR, ROWS, SMALLEST_FLOOR, Row
+
+_DRY_STEPS = 2
+
+
+def compare(ranks: Ranks) -> Part:
+    """Run every row of this many ranks: twice stock, once FSEP."""
+    part = Part()
+    found: list[tuple[Row, Distance, Distance]] = []
+    chosen = [row for row in ROWS if row.ranks == ranks.size and row.reference_ranks is None]
+    stock: dict[str, Record] = {}
+
+    def run(command: list[str], kept: dict[str, Record] | None = None) -> Record | None:
+        key = " ".join(command)
+        if kept is not None and key in kept:
+            return kept[key]
+        if not ranks.may_run():
+            return None
+        more = [] if ranks.dry else ["--distributed-backend", "nccl"]
+        more += ["--train-iters", str(_DRY_STEPS)] if ranks.dry else []
+        record = train([*command, *more])
+        if kept is not None:
+            kept[key] = record
+        return record
+
+    for row in chosen[:1] if ranks.dry else chosen:
+        records = (
+            run(row.reference(ranks.data)[1], stock),
+            run(row.other_stock(ranks.data)[1], stock),
+            run(row.fsep_run(ranks.data)[1]),
+        )
+        reference, other, fsep = records
+        if reference is None or other is None or fsep is None:
+            part.left_out.append(f"row {row.name}: the time was spent")
+        elif ranks.rank == 0:
+            floor = distance(other, reference).at_least(SMALLEST_FLOOR)
+            found.append((row, distance(fsep, reference), floor))
+    part.tables[f"Parity on {ranks.size} ranks"] = rows(found)
+    part.problems += [
+        f"row {row.name} differs from stock"
+        for row, mine, floor in found
+        if not is_equal(row, mine, floor)
+    ]
+    return part
+
+
+def rows(found: list[tuple[Row, Distance, Distance]]) -> list[dict[str, Any]]:
+    """The table of parity rows."""
+    return [
+        {
+            "row": row.name,
+            "result": "equal" if is_equal(row, mine, floor) else "DIFFERS",
+            "fsep": str(mine),
+            "floor": str(floor),
+        }
+        for row, mine, floor in found
+    ]
+
+
+def is_equal(row: Row, found: Distance, floor: Distance) -> bool:
+    """Whether FSEP is as near to stock as the row's bound and its floor demand."""
+    return found.within(row.bound) and found.within(floor.times(FLOOR_FACTOR))
+
+
+if __name__ == "__main__":
+    sys.exit(run_ranks_part(__doc__, compare))

@@ -1,0 +1,314 @@
+"""Tables of the GPU check, from measurements that are made up, and what the check refuses."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.gpu import (
+    __main__,
+    communicators,
+    connections,
+    gemms,
+    kernels,
+    layer,
+    lone_rank,
+    priorities,
+    report,
+    sizes,
+    workloads,
+)
+from benchmarks.gpu.timing import Budget, Times, in_turn
+from benchmarks.training_run import Measured
+from megatron_laer.trace.workloads import Shape
+from tests.parity import launched
+from tests.parity.compare import Distance
+from tests.parity.rows import ROWS
+from tests.unit.shell_scripts import fake_python, shell
+
+_ROOT = Path(__file__).resolve().parents[2]
+_CHECK = _ROOT / "scripts" / "gpu_check.sh"
+_SBATCH = _ROOT / "scripts" / "slurm" / "gpu_check.sbatch"
+_TINY = sizes.TINY[0]
+
+
+def times(median_ms: float) -> Times:
+    return Times.of([median_ms / 2, median_ms, 3 * median_ms])
+
+
+def test_variants_take_turns_and_each_is_measured_without_time() -> None:
+    calls: list[str] = []
+    variants = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    found = in_turn(variants, torch.device("cpu"), seconds=0.0)
+    assert calls == ["a", "b", "a", "b"]  # the first two warm up
+    assert all(each.rounds == 1 for each in found.values())
+    assert Budget(0.0).spent and not Budget(60.0).spent
+
+
+def test_a_kernels_share_is_of_the_copy() -> None:
+    (row,) = kernels.rows([("sum", "tiny", 4_000_000, times(2.0))], copied_gb_per_s=8.0)
+    assert row["GB/s"] == 2.0 and row["share of a copy"] == 0.25
+    assert (row["least"], row["most"]) == (1.0, 6.0)
+
+
+def test_back_ends_are_beside_loop_and_a_plain_product() -> None:
+    found: list[gemms.Case] = [
+        (_TINY, "even", "backward", {"loop": times(4.0), "torch": times(3.0)})
+    ]
+    loop, torch_ = gemms.rows(found, plain_tflops=1.0)
+    assert (loop["of loop's time"], torch_["of loop's time"]) == (1.0, 0.75)
+    # Two products of 64 rows with 3 · 32 · 48 weights, two operations each.
+    assert loop["share of a plain product"] == pytest.approx(2 * 2 * 64 * 3 * 32 * 48 / 4.0 / 1e9)
+
+
+def test_priorities_are_beside_the_copy_and_the_chain_alone() -> None:
+    alone = {"copy": times(0.5), "chain": times(10.0)}
+    (row,) = priorities.rows(alone, {-2: (times(1.0), times(11.0))})
+    assert row["of the copy alone"] == 2.0 and row["of the chain alone"] == 1.1
+
+
+def test_layers_are_beside_stock_over_all_turns() -> None:
+    def turn(forward: float, peak: int) -> dict[str, Any]:
+        return {
+            "forward": [forward],
+            "backward": [6.0],
+            "experts": "x",
+            "rows": 9,
+            "peak_bytes": peak,
+        }
+
+    stock, fsep = layer.rows(
+        {
+            "tiny": {
+                "stock": [turn(1.0, 2**20), turn(3.0, 2**21)],
+                "fsep": [turn(6.0, 2**20)],
+            }
+        }
+    )
+    assert stock["of stock's time"] == 1.0 and stock["peak MiB"] == 2.0
+    assert fsep["of stock's time"] == 12.0 / 8.0
+    (alone,) = layer.rows({"tiny": {"fsep": [turn(6.0, 0)]}})
+    assert alone["of stock's time"] == ""
+
+
+def test_the_share_of_forced_balance_counts_bursts_and_no_warm_up() -> None:
+    forced = Measured(step_ms=[99.0, 8.0, 8.0], stock_skew=[1.0] * 3)
+    mine = Measured(
+        step_ms=[99.0, 4.0, 16.0],
+        stock_skew=[9.0, 1.0, 2.0],
+        restore_exposed_ms=[9.0, 1.0, 3.0],
+        reduce_exposed_ms=[9.0, 0.0, 1.0],
+    )
+    fsep, stock = workloads.rows(
+        [
+            workloads.Case("W7", "fsep", mine, (forced, forced)),
+            workloads.Case("W7", "stock", forced, (forced,)),
+        ],
+        warm_up=1,
+    )
+    assert fsep["share of forced balance"] == 0.8 and stock["share of forced balance"] == 1.0
+    assert (fsep["restore exposed ms"], fsep["reduce exposed ms"]) == (2.0, 0.5)
+    assert stock["restore exposed ms"] == "" and fsep["stock max/mean"] == 1.5
+
+
+def test_what_is_replayed_has_the_workloads_experts() -> None:
+    found = workloads.replayed("W5", Shape(2, 8, 2, 16), steps=3, layers=2)
+    assert found.shape == (3, 2, 2, 16, 2) and found.dtype == np.uint8
+    assert found.min() >= 4
+
+
+def test_pipelines_communicators_and_parity_have_rows() -> None:
+    measured = Measured([9.0, 2.0], [], [], [9.0, 1.0], [9.0, 0.5])
+    (pipeline,) = connections.rows({"none": measured}, warm_up=1)
+    assert (pipeline["step ms"], pipeline["restore exposed ms"]) == (2.0, 1.0)
+    (memory,) = communicators.rows([{"tokens": 2**20}, {"tokens": 2**22}], {"tokens": 2})
+    assert (memory["least MiB"], memory["most MiB"]) == (1.0, 4.0)
+
+    floor, far = Distance(1e-7, 1e-7, 1e-7, 1e-7), Distance(1e-3, 0.0, 0.0, 0.0)
+    same, differs = launched.rows([(ROWS[0], floor, floor), (ROWS[0], far, floor)])
+    assert (same["result"], differs["result"]) == ("equal", "DIFFERS")
+
+
+@pytest.mark.parametrize("model", [*sizes.MODELS, _TINY], ids=lambda model: model.name)
+def test_splits_have_all_rows_and_the_skewed_one_a_slot_without(model: sizes.Model) -> None:
+    found = sizes.splits(model.slots, model.rows)
+    for rows_C in found.values():
+        assert len(rows_C) == model.slots and sum(rows_C) == model.rows
+    assert max(found["even"]) - min(found["even"]) <= 1
+    assert max(found["skewed"]) >= model.rows // 2
+    assert model.slots < 3 or found["skewed"][-1] == 0
+
+
+def test_a_rank_that_stands_in_receives_what_it_sends() -> None:
+    gathered = torch.full((6,), -1)
+    lone_rank.all_gather_into_tensor(gathered, torch.tensor([1, 2]))
+    assert gathered.tolist() == [1, 2, 1, 2, 1, 2]
+    received = torch.full((5,), -1)
+    assert lone_rank.all_to_all_single(received, torch.tensor([3, 4]), [2, 3], [1, 1]).wait()
+    assert received.tolist() == [3, 4, 3, 4, 3]
+    lone_rank.all_to_all_single(received, torch.tensor([], dtype=torch.int64))
+    assert received.tolist() == [0] * 5
+
+
+def test_the_page_has_every_table_and_what_was_left_out() -> None:
+    part = {"tables": {"T": [{"a": 1.23456, "b": "x"}]}, "left_out": ["y"], "problems": ["z"]}
+    page = report.page_rows({"about": {"card": "H", "driver": "1"}, "parts": {"p": part}})
+    for line in ("## H", "driver 1.", "**T**", "| a | b |", "| 1.235 | x |", "* left out: y"):
+        assert line in page.splitlines()
+    assert "* **problem**: z" in page
+    assert report.DRY in report.page_rows({"about": {}, "parts": {"p": part}})
+
+
+# Which processes run, and how.
+
+
+def test_every_part_has_tasks_and_ranks_are_asked_for() -> None:
+    alone = __main__.tasks(__main__.PARTS, 1, 1, dry=False)
+    assert [task.name for task in alone] == "tests kernels gemms priorities layer".split()
+    on_eight = __main__.tasks(__main__.PARTS, 8, 1, dry=False)
+    assert {task.name for task in on_eight} == set(__main__.PARTS)
+    assert [task.ranks for task in on_eight if task.name == "parity"] == [2, 4, 8]
+    numbers = [dict(task.environment) for task in on_eight if task.name == "connections"]
+    assert [number["CUDA_DEVICE_MAX_CONNECTIONS"] for number in numbers] == ["1", "8", "32"]
+    on_four_nodes = __main__.tasks(["parity"], 32, 4, dry=False)
+    assert [task.ranks for task in on_four_nodes] == [4, 8]
+
+
+def test_several_nodes_get_a_launcher_each() -> None:
+    options = argparse.Namespace(nodes=2, address="n7", port=20008)
+    words = __main__.launch(__main__.Task("x", "m", 1, ranks=8), options)
+    assert words[:5] == ["srun", "--nodes", "2", "--ntasks", "2"]
+    assert words[words.index("--nproc-per-node") + 1] == "4"
+    assert words[words.index("--master-addr") + 1] == "n7"
+    assert words[-2:] == ["-m", "m"]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("", "torch sees no card; run this on a machine with one, or give --dry-run"),
+        ("--parts tests,speed", "--parts speed is no part; take some of tests,"),
+        ("--parts parity", "--parts parity needs several ranks; give --ranks N as well"),
+        ("--dry-run --ranks 3 --nodes 2", "--ranks 3 are not equally many on each of 2 nodes"),
+        ("--dry-run --ranks 4 --nodes 2", "needs --address; submit scripts/slurm/gpu_check"),
+        ("--ranks many", "'many' is no whole number of at least 1"),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    words: str, problem: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        status = __main__.main(words.split())
+    except SystemExit as stopped:  # by argparse
+        status = int(str(stopped.code))
+    assert status == 2
+    assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("version", "cards", "problem"),
+    [
+        ("2.7.1", 8, "install torch>=2.8"),
+        ("2.8.0", 4, "--ranks 8 needs 8 cards on a node, and this one has 4"),
+    ],
+)
+def test_a_machine_that_lacks_something_is_refused(
+    version: str, cards: int, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch, "__version__", version)
+    options = __main__._parser().parse_args("--ranks 8".split())
+    said = __main__.refusal(options, __main__.PARTS)
+    assert said is not None and problem in said
+
+
+# The shell scripts.
+
+
+def test_wheels_without_megatron_are_refused(tmp_path: Path) -> None:
+    python = fake_python(tmp_path, "python", "exit 0")
+    result = shell(_CHECK, "--wheels", tmp_path, PYTHON=str(python))
+    assert result.returncode == 2
+    assert f"--wheels {tmp_path} holds no wheel of megatron-core; fill it" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "body", "problem"),
+    [
+        (["--wheels"], "exit 0", "--wheels needs a folder"),
+        ([], 'case "$2" in *version*) exit 1 ;; esac; echo old', "old; 3.12 or newer is needed"),
+        ([], 'case "$2" in *torch*) exit 1 ;; esac', "has no torch; set PYTHON to the one that"),
+        ([], 'case "$2" in *megatron*) exit 1 ;; esac', "or the native core is not built; give"),
+    ],
+)
+def test_a_python_that_lacks_something_is_refused(
+    tmp_path: Path, words: list[str], body: str, problem: str
+) -> None:
+    result = shell(_CHECK, *words, PYTHON=str(fake_python(tmp_path, "python", body)))
+    assert result.returncode == 2
+    assert problem in result.stderr and "gpu_check: " in result.stderr
+
+
+def test_the_scripts_options_go_to_the_check(tmp_path: Path) -> None:
+    python = fake_python(tmp_path, "python", 'case "$1" in -m) echo "$@" ;; esac')
+    result = shell(_CHECK, "--ranks", "8", "--minutes", "5", PYTHON=str(python))
+    assert result.stdout == "-m benchmarks.gpu --ranks 8 --minutes 5\n"
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, str]:
+    """What a job on two nodes sees, with a replacement of scontrol."""
+    shown = f'echo "   Command={_SBATCH} --wheels w"'
+    fake_python(tmp_path, "scontrol", f'[ "$2" = job ] && {shown} || printf "n7\\nn8\\n"')
+    return {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "n[7-8]",
+        "SLURM_GPUS_PER_NODE": "h100:8",
+        "DRY_RUN": "1",
+    }
+
+
+def test_a_job_runs_the_check_on_all_cards_of_its_nodes(
+    tmp_path: Path, job: dict[str, str]
+) -> None:
+    copied = tmp_path / "slurm_script"
+    shutil.copy(_SBATCH, copied)
+    for script in (_SBATCH, copied):
+        result = shell(script, "--wheels", "w", **job)
+        words = shlex.split(result.stdout)
+        assert words[0] == "bash" and Path(words[1]).resolve() == _CHECK, result.stderr
+        expected = f"--ranks 16 --nodes 2 --address n7 --port {20000 + 123456 * 8 % 12000}"
+        assert words[2:] == [*expected.split(), "--wheels", "w"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({"SLURM_JOB_ID": ""}, "this is no Slurm job; submit it with sbatch"),
+        ({"SLURM_GPUS_PER_NODE": ""}, "the job has '' GPUs per node, which is no number"),
+    ],
+)
+def test_a_job_that_lacks_something_is_refused(
+    job: dict[str, str], environment: dict[str, str], problem: str
+) -> None:
+    result = shell(_SBATCH, **{**job, **environment})
+    assert result.returncode == 2 and problem in result.stderr
+
+
+def test_a_part_alone_refuses_a_machine_without_a_card(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert report.run_part("x", priorities.measure, []) == 2
+    assert "torch sees no card; run this on one, or give --dry-run" in capsys.readouterr().err
