@@ -3,7 +3,8 @@
 `python -m benchmarks.gpu.kernels`. The bytes of a kernel are those of everything that it is given
 and of everything that it returns, once each. Without a card the torch of each kernel runs.
 
-Legend: T tokens, E experts, S slots, P pairs, H columns.
+Legend: T tokens, E experts, C slots of a rank, S of all, P pairs, H columns; R rows of a matrix,
+r of a rank, K columns.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from megatron_laer.config import Split
 from megatron_laer.dispatch import permutation
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import solve_quotas
+from megatron_laer.runtime.comm.reduce_index import reduce_index
+from megatron_laer.runtime.comm.row_blocks import row_blocks
+from megatron_laer.runtime.comm.rows import pack_rows, sum_replicas
 
 _COPY_BYTES, _DRY_COPY_BYTES = 2**30, 2**16
 
@@ -139,10 +143,41 @@ def _of_gather(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[A
     return (hidden_TH, 0, token_P), (hidden_TH, 0, token_P)
 
 
+def _of_pack(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    slots_CRK = _matrices(model.slots, model.hidden, model, setting)
+    blocks = row_blocks(model.hidden, model.ranks, model.ranks)
+    given = slots_CRK, torch.empty_like(slots_CRK).view(-1), blocks, 0, model.slots
+    return given, given
+
+
+def _of_sum_replicas(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    layout = ExpertLayout.random(model.ranks, model.slots, model.experts, (1,))
+    sums = reduce_index(layout, model.ranks, 0, setting.device).intra_node
+    mine = model.hidden // model.ranks
+    parts_SrK = _matrices(layout.num_slots, mine, model, setting)
+    main_grad_ErK = torch.zeros(
+        model.experts, mine, model.ffn, device=setting.device, dtype=torch.float32
+    )
+    given = parts_SrK, sums, main_grad_ErK, row_blocks(mine, 1, 1), 0
+    return given, given
+
+
+def _add_replicas(*given: Any) -> None:
+    sum_replicas(*given, adds=True)
+
+
+def _matrices(number: int, rows: int, model: Model, setting: Setting) -> torch.Tensor:
+    shape = number, rows, model.ffn
+    return torch.randn(shape, device=setting.device, dtype=setting.dtype)
+
+
 KERNELS = (
     Kernel("rows of the send buffer", _triton("send_rows"), permutation.send_rows, _of_send_rows),
     Kernel("gather of tokens", torch.index_select, torch.index_select, _of_gather),
     Kernel("sum of tokens' rows", _triton("sum_rows"), permutation.sum_rows, _of_sum_rows),
+    # These choose between kernel and torch by themselves.
+    Kernel("rows of slots to send", pack_rows, pack_rows, _of_pack),
+    Kernel("sum of replicas to main gradients", _add_replicas, _add_replicas, _of_sum_replicas),
 )
 
 
