@@ -16,8 +16,8 @@ import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_laer.dispatch.exchange_edges import exchange_edges
-from megatron_laer.dispatch.permutation import SlotPermutation, slot_permutation
-from megatron_laer.dispatch.slots import slot_ranges, to_slots
+from megatron_laer.dispatch.permutation import SlotPermutation, slot_permutation, slot_ranges
+from megatron_laer.dispatch.slots import to_slots
 from megatron_laer.runtime.comm.upload import upload
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.telemetry.timeline import DENSE, Timeline
@@ -77,9 +77,7 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.tokens_per_expert = self.preprocess(routing_map)
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_TH.view(self.hidden_shape))
-        self._permutation = slot_permutation(
-            routing_map, plan.row_S, plan.layout.slot_expert_S, plan.columns_NC
-        )
+        self._permutation = slot_permutation(routing_map, plan.quotas)
         return self._permutation.to_send(hidden_TH, probs)
 
     def dispatch_postprocess(
@@ -128,17 +126,17 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         Returns:
             Tokens of each local slot, int64 [C] on the host.
         """
-        plan = self._current.plan
-        self.num_out_tokens = plan.num_sent
-        self.input_splits = plan.input_splits_N
-        self.output_splits = plan.output_splits_N
+        quotas = self._current.plan.quotas
+        self.num_out_tokens = quotas.num_sent
+        self.input_splits = quotas.input_splits_N
+        self.output_splits = quotas.output_splits_N
         self.output_splits_tp = None
-        columns_NC = torch.from_numpy(plan.columns_NC)
+        columns_NC = torch.from_numpy(quotas.columns_NC)
         # The fused sort of chunks runs on the device and reads sizes there, stock's on the host.
         self.num_global_tokens_per_local_expert = (
             upload(columns_NC, routing_map.device) if self.config.moe_permute_fusion else columns_NC
         )
-        return columns_NC.sum(dim=0)
+        return torch.tensor(quotas.tokens_C)
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
         """Megatron's, with its begin and end on the timeline."""
@@ -166,7 +164,7 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         plan = self._current.plan
-        ranges_2S = torch.from_numpy(slot_ranges(plan.row_S, plan.layout.slot_expert_S))
+        ranges_2S = torch.from_numpy(slot_ranges(plan.quotas))
         probs_TS, slot_map_TS = to_slots(
             probs,
             routing_map,

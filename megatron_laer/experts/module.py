@@ -138,7 +138,7 @@ class FSEPExperts(MegatronModule):
         linears = (self.mlp.linear_fc1, self.mlp.linear_fc2)
         placeholders = restored.weight_placeholders()
         for linear, placeholder_CRK in zip(linears, placeholders, strict=True):
-            linear.bind(placeholder_CRK, restored, plan.tokens_C)
+            linear.bind(placeholder_CRK, restored, plan.quotas.tokens_C)
         input_TH, probs_T = restored.before_compute(input_TH, probs_T)
         try:
             output_TH, bias = self.mlp(input_TH, probs_T)
