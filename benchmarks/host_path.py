@@ -210,7 +210,6 @@ def _steps_now(guard: Any) -> tuple[Callable[[Any], Any], ...]:
 
     def sizes(quotas: Any) -> Any:
         _ = quotas.num_sent, quotas.num_received
-        torch.from_numpy(quotas.columns_NC)
         torch.tensor(quotas.tokens_C)
         return quotas
 

@@ -131,11 +131,9 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.input_splits = quotas.input_splits_N
         self.output_splits = quotas.output_splits_N
         self.output_splits_tp = None
-        columns_NC = torch.from_numpy(quotas.columns_NC)
-        # The fused sort of chunks runs on the device and reads sizes there, stock's on the host.
-        self.num_global_tokens_per_local_expert = (
-            upload(columns_NC, routing_map.device) if self.config.moe_permute_fusion else columns_NC
-        )
+        if self.config.moe_permute_fusion:  # the fused sort of chunks reads sizes on the device
+            columns_NC = torch.from_numpy(quotas.columns_NC)
+            self.num_global_tokens_per_local_expert = upload(columns_NC, routing_map.device)
         return torch.tensor(quotas.tokens_C)
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
