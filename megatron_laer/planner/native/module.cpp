@@ -7,6 +7,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <functional>
+#include <numeric>
 #include <optional>
 #include <string>
 
@@ -59,12 +61,13 @@ laer::Shape shape_of(const Counts& counts_NE, const Slots& slots_S, int node_siz
       std::count(is_held_E.begin(), is_held_E.end(), 1) != experts) {
     throw py::value_error("every expert must have a slot, and a rank no more slots than experts");
   }
-  const int64_t* first = counts_NE.data();
-  const int64_t* least = std::min_element(first, first + counts_NE.size());
-  if (*least < 0) {
-    throw py::value_error("counts_NE holds " + std::to_string(*least) + " at rank " +
-                          std::to_string((least - first) / experts) + ", expert " +
-                          std::to_string((least - first) % experts) +
+  const int64_t *first = counts_NE.data(), *last = first + counts_NE.size();
+  // Any sign bit at all: many numbers at a time, where a search would take one.
+  if (std::accumulate(first, last, int64_t{0}, std::bit_or<int64_t>()) < 0) {
+    const auto at = std::min_element(first, last) - first;
+    throw py::value_error("counts_NE holds " + std::to_string(first[at]) + " at rank " +
+                          std::to_string(at / experts) + ", expert " +
+                          std::to_string(at % experts) +
                           "; token counts must not be negative");
   }
   return {static_cast<int>(ranks), static_cast<int>(experts),

@@ -22,6 +22,8 @@ FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Re
   }
   graph.pair_rank.resize(replicas.slot.size());
   graph.own.reserve(replicas.slot.size());
+  graph.pair_begin.reserve(replicas.slot.size() + 1);
+  graph.group_begin.reserve(shape.experts + 1);
   for (int e = 0; e < shape.experts; ++e) {
     graph.group_begin.push_back(graph.groups());
     int last_node = -1;
@@ -66,12 +68,12 @@ FlowGraph rank_graph(const Shape& shape, const int64_t* counts_NE, const Replica
 void fill_locally(const Shape& shape, const int64_t* counts_NE, const FlowGraph& graph, int64_t cap,
                   std::vector<int64_t>& flow) {
   std::vector<int64_t> room_N(shape.ranks, cap);
-  std::vector<int> order(graph.suppliers());
-  for (int e = 0; e < graph.suppliers(); ++e) order[e] = e;
+  std::vector<int> order(graph.suppliers()), place(shape.ranks + 2, 0);
   auto first_pair = [&](int e) { return graph.pair_begin[graph.group_begin[e]]; };
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-    return first_pair(a + 1) - first_pair(a) < first_pair(b + 1) - first_pair(b);
-  });
+  auto replicas = [&](int e) { return first_pair(e + 1) - first_pair(e); };
+  for (int e = 0; e < graph.suppliers(); ++e) ++place[replicas(e) + 1];
+  for (int count = 0; count <= shape.ranks; ++count) place[count + 1] += place[count];
+  for (int e = 0; e < graph.suppliers(); ++e) order[place[replicas(e)]++] = e;
   auto add = [&](int pair, int64_t wanted) {
     const int64_t amount = std::min(wanted, room_N[graph.pair_rank[pair]]);
     flow[pair] += amount;
