@@ -11,9 +11,9 @@ import torch
 
 from megatron_laer.config import Split
 from megatron_laer.dispatch import kernels
-from megatron_laer.dispatch.permutation import places, send_rows, sources, sum_rows
+from megatron_laer.dispatch.permutation import run_sizes, send_rows, sum_rows
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.splits import solve_quotas
+from megatron_laer.planner.splits import RankQuotas, solve_quotas
 
 CPU = torch.device("cpu")
 # Ranks, slots per rank, experts, tokens, experts of a token.
@@ -40,19 +40,17 @@ def check_send_rows(
     map_TE.scatter_(1, scores_TE.topk(topk, dim=1).indices, True)
     map_TE[::3, ::2] = False  # a token may have fewer experts than others
     counts_NE = np.tile(map_TE.sum(0).numpy(), (ranks, 1))
-    row_S = solve_quotas(Split.EXACT, counts_NE, layout, 1).rank_row(ranks - 1)
-
-    def on(device: torch.device, arrays: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
-        return [torch.from_numpy(array.astype(np.int32)).to(device) for array in arrays]
-
-    sent = int(row_S.sum())
-    pair_P, token_P = send_rows(map_TE, sent, *on(CPU, sources(row_S, layout.slot_expert_S)))
-    given = on(device, places(row_S, layout.slot_expert_S, experts))
-    found = kernels.send_rows(map_TE.to(device), sent, *given)
+    quotas = solve_quotas(Split.EXACT, counts_NE, layout, 1)
+    rank = ranks - 1
+    mine = RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank))
+    parts = torch.from_numpy(mine.runs).split(run_sizes(layout.num_slots, experts))
+    pair_P, token_P = send_rows(map_TE, mine.num_sent, *parts[7:])
+    given = [part.to(device) for part in parts[:5]]
+    found = kernels.send_rows(map_TE.to(device), mine.num_sent, *given)
     expected = pair_P, token_P, map_TE.sum(1).cumsum(0), token_P.argsort(stable=True)
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine.dtype == torch.int32
-        assert torch.equal(mine.cpu().long(), theirs)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.int32
+        assert torch.equal(one.cpu().long(), other)
 
 
 def check_sum_rows(

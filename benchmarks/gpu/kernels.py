@@ -24,7 +24,7 @@ from benchmarks.gpu.timing import Times, copy_gb_per_s, in_turn
 from megatron_laer.config import Split
 from megatron_laer.dispatch import permutation
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.splits import solve_quotas
+from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.runtime.comm.reduce_index import reduce_index
 from megatron_laer.runtime.comm.row_blocks import row_blocks
 from megatron_laer.runtime.comm.rows import pack_rows, sum_replicas
@@ -104,28 +104,19 @@ def _triton(name: str) -> Callable[..., Any]:
     return call
 
 
-def _map(model: Model) -> tuple[torch.Tensor, np.ndarray, ExpertLayout]:
-    """A router's map, this rank's row of the quotas, and the layout."""
+def _of_send_rows(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     layout = ExpertLayout.random(model.ranks, model.slots, model.experts, (1,))
     generator = torch.Generator().manual_seed(1)
     scores_TE = torch.rand(model.tokens, model.experts, generator=generator)
     map_TE = torch.zeros(model.tokens, model.experts, dtype=torch.bool)
     map_TE.scatter_(1, scores_TE.topk(model.topk, dim=1).indices, True)
     counts_NE = np.tile(map_TE.sum(0).numpy(), (model.ranks, 1))
-    row_S = solve_quotas(Split.EXACT, counts_NE, layout, min(8, model.ranks)).rank_row(0)
-    return map_TE, row_S, layout
-
-
-def _on(arrays: tuple[np.ndarray, ...], setting: Setting) -> list[torch.Tensor]:
-    return [torch.from_numpy(array.astype(np.int32)).to(setting.device) for array in arrays]
-
-
-def _of_send_rows(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    map_TE, row_S, layout = _map(model)
-    slots_S = layout.slot_expert_S
-    given = map_TE.to(setting.device), int(row_S.sum())
-    places = _on(permutation.places(row_S, slots_S, model.experts), setting)
-    return (*given, *places), (*given, *_on(permutation.sources(row_S, slots_S), setting))
+    solved = solve_quotas(Split.EXACT, counts_NE, layout, min(8, model.ranks))
+    quotas = RankQuotas.of(layout, solved.rank_row(0), solved.rank_columns(0))
+    sizes = permutation.run_sizes(layout.num_slots, model.experts)
+    runs = torch.from_numpy(quotas.runs).to(setting.device).split(sizes)
+    given = map_TE.to(setting.device), quotas.num_sent
+    return (*given, *runs[:5]), (*given, *runs[7:])
 
 
 def _of_sum_rows(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -17,8 +17,8 @@ import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_laer.dispatch.exchange_edges import exchange_edges
-from megatron_laer.dispatch.permutation import SlotPermutation, slot_permutation
-from megatron_laer.dispatch.slots import slot_ranges, to_slots
+from megatron_laer.dispatch.permutation import SlotPermutation, slot_permutation, slot_ranges
+from megatron_laer.dispatch.slots import to_slots
 from megatron_laer.runtime.comm.upload import upload_arrays
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.telemetry.timeline import DENSE, Timeline
@@ -88,9 +88,7 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.hidden_shape = hidden_states.shape
         hidden_TH = hidden_states.view(-1, self.hidden_shape[-1])
         self.tokens_per_expert = self.preprocess(routing_map)
-        self._permutation = slot_permutation(
-            routing_map, plan.row_S, plan.layout.slot_expert_S, plan.columns_NC
-        )
+        self._permutation = slot_permutation(routing_map, plan.quotas)
         return self._permutation.to_send(hidden_TH, probs)
 
     def dispatch_postprocess(
@@ -139,14 +137,14 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         Returns:
             Tokens of each local slot, int64 [C] on the host.
         """
-        plan = self._current.plan
-        self.num_out_tokens = plan.num_sent
-        self.input_splits = plan.input_splits_N
-        self.output_splits = plan.output_splits_N
+        quotas = self._current.plan.quotas
+        self.num_out_tokens = quotas.num_sent
+        self.input_splits = quotas.input_splits_N
+        self.output_splits = quotas.output_splits_N
         self.output_splits_tp = None
         # The fused sort of chunks runs on the device and reads sizes there; ours was told them.
         self.num_global_tokens_per_local_expert, self._columns_NC = self._columns_NC, None
-        return torch.from_numpy(plan.columns_NC).sum(dim=0)
+        return torch.tensor(quotas.tokens_C)
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
         """Megatron's, with its begin and end on the timeline."""
@@ -174,11 +172,10 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         plan = self._current.plan
-        ranges_2S = slot_ranges(plan.row_S, plan.layout.slot_expert_S).astype(np.int64)
-        ranges, columns = upload_arrays(
-            [ranges_2S.ravel(), plan.columns_NC.ravel()], routing_map.device
-        )
-        self._columns_NC = columns.view(plan.columns_NC.shape)
+        columns_NC = plan.quotas.columns_NC
+        ranges_2S = slot_ranges(plan.quotas).astype(np.int64)
+        ranges, columns = upload_arrays([ranges_2S.ravel(), columns_NC.ravel()], routing_map.device)
+        self._columns_NC = columns.view(columns_NC.shape)
         probs_TS, slot_map_TS = to_slots(
             probs, routing_map, plan.restored.index.slot_expert_S, ranges.view(ranges_2S.shape)
         )

@@ -106,7 +106,7 @@ def _rows_of_expert(
             serves = (place >= start) & (place < tl.load(ends_S + slot))
             row = tl.where(serves, place - start + tl.load(first_row_S + slot), row)
         routed = chosen != 0
-        tl.store(pair_P + row, expert * num_tokens + token, mask=routed)
+        tl.store(pair_P + row, token * num_experts + expert, mask=routed)
         tl.store(token_P + row, token, mask=routed)
         none = tl.full((BLOCK,), -1, tl.int32)
         tl.store(row_TE + token * num_experts + expert, tl.where(routed, row, none), mask=inside)

@@ -16,7 +16,6 @@ R pairs that are received, X runs of rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_laer.arrays import Int64
-from megatron_laer.dispatch.slots import slot_ranges
+from megatron_laer.planner.splits import RankQuotas
 from megatron_laer.runtime.comm.kernel_choice import kernels_of
 from megatron_laer.runtime.comm.upload import upload
 
@@ -35,7 +33,7 @@ class SendRows:
     """Holds what the rows of a send buffer are.
 
     Attributes:
-        pair_P: of each row, the place of its pair in the router's map [E, T].
+        pair_P: of each row, the place of its pair in the router's map [T, E].
         token_P: of each row, its token.
         ends_T: of each token, where its rows end in `by_token_P`; None where torch adds rows.
         by_token_P: rows in the order of tokens, those of a token in slot order; None likewise.
@@ -69,7 +67,7 @@ class SlotPermutation:
         """Gather the send buffer, [P, H], and its probabilities, [P]."""
         sent = self.sent
         hidden_PH = _Gather.apply(hidden_TH, sent.token_P, sent.ends_T, sent.by_token_P)
-        return hidden_PH, probs_TE.t().reshape(-1).index_select(0, sent.pair_P)
+        return hidden_PH, probs_TE.reshape(-1).index_select(0, sent.pair_P)
 
     def by_slot(self, arrived: torch.Tensor) -> torch.Tensor:
         """Sort rows that arrived, [R, ...], from (source rank, slot) by (slot, source rank)."""
@@ -90,72 +88,50 @@ class SlotPermutation:
         return combined
 
 
-def slot_permutation(
-    routing_map_TE: torch.Tensor,
-    row_S: Int64,
-    slot_expert_S: npt.NDArray[np.int16],
-    columns_NC: Int64,
-) -> SlotPermutation:
+def slot_permutation(routing_map_TE: torch.Tensor, quotas: RankQuotas) -> SlotPermutation:
     """Find the rows between which tokens move, without waiting for the device.
 
     Deterministic: replicas of an expert take consecutive runs of its tokens, in slot order.
 
     Args:
         routing_map_TE: bool, the router's.
-        row_S: tokens that this rank sends to each slot.
-        slot_expert_S: the expert in each slot.
-        columns_NC: tokens that each rank sends to this rank's slots.
+        quotas: this rank's.
     """
-    device, num_experts = routing_map_TE.device, routing_map_TE.shape[1]
-    num_sent, num_received = int(row_S.sum()), int(columns_NC.sum())
-    kernels = _kernels(routing_map_TE)
-    send_runs = (
-        places(row_S, slot_expert_S, num_experts)
-        if kernels is not None
-        else sources(row_S, slot_expert_S)
-    )
-    shifts, counts, *send = _upload((*arrivals(columns_NC), *send_runs), device)
+    device, kernels = routing_map_TE.device, _kernels(routing_map_TE)
+    sizes = run_sizes(quotas.row_S.size, routing_map_TE.shape[1])
+    runs = torch.from_numpy(quotas.runs)
+    if kernels is None:
+        find, wanted = send_rows, runs[sum(sizes[:5]) :]
+        shifts, counts, *send = upload(wanted, device).split(sizes[5:])
+    else:
+        find, wanted = kernels.send_rows, runs[: sum(sizes[:7])]
+        *send, shifts, counts = upload(wanted, device).split(sizes[:7])
+    num_received = quotas.num_received
     rows_2R = _rows_of_runs(shifts, counts, 2 * num_received)
-    find = send_rows if kernels is None else kernels.send_rows
-    sent = SendRows(*find(routing_map_TE, num_sent, *send))
+    sent = SendRows(*find(routing_map_TE, quotas.num_sent, *send))
     return SlotPermutation(sent, len(routing_map_TE), *rows_2R.split([num_received] * 2))
 
 
-def arrivals(columns_NC: Int64) -> tuple[Int64, Int64]:
-    """Give the runs of rows by slot and of rows that arrived, numbered through, [2·N·C] each.
+def run_sizes(num_slots: int, num_experts: int) -> list[int]:
+    """Return the lengths of the parts of `RankQuotas.runs`, which `reference.token_runs` defines.
+
+    The first five are what `kernels.send_rows` asks of slots, then come the shifts and counts of
+    arrivals, then those of `send_rows`.
+    """
+    return [*[num_slots] * 4, num_experts + 1, *[2 * num_slots] * 2, *[num_slots] * 2]
+
+
+def slot_ranges(quotas: RankQuotas) -> npt.NDArray[np.int32]:
+    """Give each slot its share of its expert's tokens, as a half-open range of their places.
+
+    Tokens of an expert are numbered in token order; its replicas take consecutive runs of them, in
+    slot order.
 
     Returns:
-        What to add to a row's number to find it among the others, and the rows of each run.
+        int32 [2, S], the starts and the ends.
     """
-    columns_CN = columns_NC.T
-    arrived_NC = _starts(columns_NC.ravel()).reshape(columns_NC.shape)
-    sorted_CN = _starts(columns_CN.ravel()).reshape(columns_CN.shape)
-    shifts = (arrived_NC.T - sorted_CN).ravel(), (sorted_CN.T - arrived_NC).ravel()
-    return (
-        np.concatenate((shifts[0], shifts[1] - columns_NC.sum())),
-        np.concatenate((columns_CN.ravel(), columns_NC.ravel())),
-    )
-
-
-def sources(row_S: Int64, slot_expert_S: npt.NDArray[np.int16]) -> tuple[Int64, Int64]:
-    """Give the runs of the send buffer, [S] each, for `send_rows`.
-
-    Returns:
-        What to add to a row's number to find its pair by expert, and the rows of each run.
-    """
-    by_expert_S = np.argsort(slot_expert_S, kind="stable")
-    pair_S = np.empty_like(row_S)
-    pair_S[by_expert_S] = _starts(row_S[by_expert_S])
-    return pair_S - _starts(row_S), row_S
-
-
-def places(
-    row_S: Int64, slot_expert_S: npt.NDArray[np.int16], num_experts: int
-) -> tuple[npt.NDArray[np.integer], ...]:
-    """Give what `kernels.send_rows` must know of slots, from starts to the experts' first ones."""
-    by_expert_S = np.argsort(slot_expert_S, kind="stable")
-    first_E1 = np.searchsorted(slot_expert_S[by_expert_S], np.arange(num_experts + 1))
-    return (*slot_ranges(row_S, slot_expert_S), _starts(row_S), by_expert_S, first_E1)
+    ranges_2S: npt.NDArray[np.int32] = quotas.runs[: 2 * quotas.row_S.size].reshape(2, -1)
+    return ranges_2S
 
 
 def send_rows(
@@ -164,8 +140,10 @@ def send_rows(
     """Find the pair and the token of every row of the send buffer."""
     by_expert_P = _rows_of_runs(shifts_S, counts_S, num_sent)
     pairs_P = routing_map_TE.t().reshape(-1).nonzero_static(size=num_sent).view(-1)
+    num_tokens, num_experts = routing_map_TE.shape
     pair_P = pairs_P.index_select(0, by_expert_P)
-    return pair_P, pair_P % max(len(routing_map_TE), 1)
+    token_P = pair_P % max(num_tokens, 1)
+    return token_P * num_experts + pair_P // max(num_tokens, 1), token_P
 
 
 def sum_rows(
@@ -182,19 +160,9 @@ def sum_rows(
     return summed
 
 
-def _starts(counts: Int64) -> Int64:
-    starts: Int64 = np.cumsum(counts) - counts
-    return starts
-
-
 def _rows_of_runs(shifts_X: torch.Tensor, counts_X: torch.Tensor, total: int) -> torch.Tensor:
     rows = torch.repeat_interleave(shifts_X, counts_X, output_size=total)
     return rows.add_(torch.arange(total, dtype=rows.dtype, device=rows.device))
-
-
-def _upload(arrays: Sequence[npt.NDArray[np.integer]], device: torch.device) -> list[torch.Tensor]:
-    packed = torch.from_numpy(np.concatenate(arrays).astype(np.int32))
-    return list(upload(packed, device).split([len(array) for array in arrays]))
 
 
 def _kernels(tensor: torch.Tensor) -> Any:

@@ -7,31 +7,7 @@ Legend: T tokens, E experts, S slots.
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import torch
-
-from megatron_laer.arrays import Int64
-
-
-def slot_ranges(row_S: Int64, slot_expert_S: npt.NDArray[np.int16]) -> npt.NDArray[np.int32]:
-    """Give each slot a share of its expert's tokens, as a half-open range of their places.
-
-    Tokens of an expert are numbered in token order; its replicas take consecutive runs of them, in
-    slot order.
-
-    Returns:
-        int32 [2, S], the starts and the ends.
-    """
-    by_expert = np.argsort(slot_expert_S, kind="stable")
-    ends = np.cumsum(row_S[by_expert])
-    starts = ends - row_S[by_expert]
-    first_of_expert = np.searchsorted(slot_expert_S[by_expert], slot_expert_S[by_expert])
-    base = starts[first_of_expert]
-    ranges_2S = np.empty((2, row_S.size), dtype=np.int32)
-    ranges_2S[0, by_expert] = starts - base
-    ranges_2S[1, by_expert] = ends - base
-    return ranges_2S
 
 
 def to_slots(
@@ -50,7 +26,7 @@ def to_slots(
         probs_TE: routing probabilities.
         routing_map_TE: bool, which experts each token goes to.
         slot_expert_S: int64, the expert in each slot.
-        ranges_2S: from `slot_ranges`, integers on the same device.
+        ranges_2S: from `permutation.slot_ranges`, integers on the same device.
 
     Returns:
         probs_TS and the bool map [T, S].

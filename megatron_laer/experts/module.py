@@ -142,9 +142,9 @@ class FSEPExperts(MegatronModule):
         input_TH, probs_T = restored.before_compute(input_TH, probs_T)
 
         def linear(position: int, input_TK: torch.Tensor) -> torch.Tensor:
-            placeholder_CRK = placeholders[position]
+            tokens_C = plan.quotas.tokens_C
             return slot_linear(
-                input_TK, placeholder_CRK, restored, position, plan.tokens_C, self._gemm
+                input_TK, placeholders[position], restored, position, tokens_C, self._gemm
             )
 
         hidden_TF = linear(0, input_TH)

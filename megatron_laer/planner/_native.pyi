@@ -2,36 +2,59 @@ import numpy as np
 import numpy.typing as npt
 
 _Int64 = npt.NDArray[np.int64]
+_Int32 = npt.NDArray[np.int32]
 _Int16 = npt.NDArray[np.int16]
+_Float64 = npt.NDArray[np.float64]
 
 sources: str
 
-def slot_loads(counts_NE: _Int64, slots_S: _Int16, node_size: int, /) -> tuple[_Int64, _Int64]: ...
-def rank_row(
+class CostModel:
+    def __init__(
+        self,
+        tokens_P: _Int64,
+        seconds_P: _Float64,
+        slope_P: _Float64,
+        limit_P: _Float64,
+        best_P: _Float64,
+        expert_flops: float,
+        token_bytes: float,
+        element_bytes: float,
+        intra_bytes_per_s: float,
+        inter_bytes_per_s: float,
+        latency_s: float,
+        by_node: bool,
+        fetch_latency_s: float,
+        solve_s: float,
+        least_change_s: float,
+        held_N: _Int64,
+        /,
+    ) -> None: ...
+
+# Row and columns; tokens sent to and received from each rank, and of each slot; packed runs.
+_RankQuotas = tuple[_Int64, _Int64, list[int], list[int], list[int], _Int32]
+
+def decide(
+    mode: str,
+    costs: CostModel,
+    tolerance: float | None,
     counts_NE: _Int64,
-    node_counts_QE: _Int64,
-    slots_S: _Int16,
-    loads_S: _Int64,
+    planned_S: _Int16,
     node_size: int,
     rank: int,
     /,
+) -> tuple[_Int16 | None, _Int64, _Int64 | None, bool, float | None, float | None, _RankQuotas]: ...
+def rank_quotas(
+    slots_S: _Int16, row_S: _Int64, columns_NC: _Int64, num_experts: int, /
+) -> _RankQuotas: ...
+def slot_loads(counts_NE: _Int64, slots_S: _Int16, node_size: int, /) -> _Int64: ...
+def rank_row(
+    counts_NE: _Int64, slots_S: _Int16, loads_S: _Int64, node_size: int, rank: int, /
 ) -> _Int64: ...
 def rank_columns(
-    counts_NE: _Int64,
-    node_counts_QE: _Int64,
-    slots_S: _Int16,
-    loads_S: _Int64,
-    node_size: int,
-    rank: int,
-    /,
+    counts_NE: _Int64, slots_S: _Int16, loads_S: _Int64, node_size: int, rank: int, /
 ) -> _Int64: ...
 def totals(
-    counts_NE: _Int64,
-    node_counts_QE: _Int64,
-    slots_S: _Int16,
-    loads_S: _Int64,
-    node_size: int,
-    /,
+    counts_NE: _Int64, slots_S: _Int16, loads_S: _Int64, node_size: int, /
 ) -> tuple[_Int64, _Int64, _Int64, _Int64, _Int64]: ...
 def construct(counts_NE: _Int64, current_S: _Int16, node_size: int, /) -> _Int16: ...
 def proportional(counts_NE: _Int64, current_S: _Int16, node_size: int, /) -> _Int16: ...

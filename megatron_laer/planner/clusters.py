@@ -21,6 +21,8 @@ from megatron_laer.arrays import Int64
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.yaml_text import parse_yaml, read_yaml
 
+_Float64 = npt.NDArray[np.float64]
+
 # Of constants in files: far beyond any machine, and far from where sums of times overflow.
 _LEAST_RATE, _MOST_RATE = 1.0, 1e24
 _MOST_SECONDS = 3600.0
@@ -84,13 +86,17 @@ class GemmCurve:
         at_best = np.where(point > 0, tokens / self._best_P[np.maximum(point - 1, 0)], math.inf)
         return np.minimum(self.unit_seconds(tokens), at_best)
 
+    def columns(self) -> tuple[Int64, _Float64, _Float64, _Float64, _Float64]:
+        """Return what both methods look up, by point, for the native cost model."""
+        return (*self._table, self._best_P)
+
     @cached_property
-    def _best_P(self) -> npt.NDArray[np.float64]:
+    def _best_P(self) -> _Float64:
         """Return the highest speed up to each point."""
         return np.maximum.accumulate([flops_per_s for _, flops_per_s in self.points])
 
     @cached_property
-    def _table(self) -> tuple[npt.NDArray[Any], ...]:
+    def _table(self) -> tuple[Int64, _Float64, _Float64, _Float64]:
         """Return by point: tokens, seconds, seconds per token beyond, seconds at the next one."""
         tokens_P = np.array([tokens for tokens, _ in self.points], dtype=np.int64)
         seconds_P = np.array([tokens / speed for tokens, speed in self.points])

@@ -9,14 +9,15 @@ that is made after the gate. Hardware constants are in `clusters`, element count
 
 Every rank reaches the same numbers from the same counts, bit for bit: token counts are added as
 integers, floats only element by element, slot after slot, and across ranks only by maximum. No
-floating-point reduction whose order NumPy chooses, and nothing measured at run time.
+floating-point reduction whose order NumPy chooses, and nothing measured at run time. The guard's
+decisions are made by the same formulas in C++ (`native/costs.hpp`), of which these are the
+definition: tests hold the two equal to the last bit.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -28,8 +29,14 @@ from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import SplitTotals, even_split
-from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
+from megatron_laer.planner.traffic import (
+    Traffic,
+    expert_elements_N,
+    reduce_traffic,
+    restore_traffic,
+)
 from megatron_laer.sharding import changed_slots
 
 # Dispatch and combine, forward and backward.
@@ -147,7 +154,8 @@ class CostModel:
         num_ranks, node_size, capacity = geometry.num_ranks, geometry.node_size, geometry.capacity
         loads_E = counts_NE.sum(axis=0)
         largest = np.array([-(-int(loads_E.sum()) // num_ranks)])
-        experts_s = math.fsum(gemm.least_unit_seconds(loads_E).tolist()) / num_ranks
+        # Expert after expert; NumPy's sum would choose an order.
+        experts_s = float(np.cumsum(gemm.least_unit_seconds(loads_E))[-1]) / num_ranks
         expert_s = self._expert_flops * max(experts_s, float(gemm.least_unit_seconds(largest)[0]))
 
         pass_s = 0.0
@@ -259,6 +267,25 @@ class CostModel:
         """Return what no change of layout gets below: the solve, and one expert for one rank."""
         return _least_change_seconds(self, geometry)
 
+    def for_native(self, geometry: Geometry) -> native.CostModel:
+        """Return the constants of layouts of this geometry, as the native guard reads them."""
+        num_ranks, node_size = geometry.num_ranks, geometry.node_size
+        intra, inter = self.cluster.intra, self.cluster.inter
+        return native.CostModel(
+            *self.cluster.gemm.columns(),
+            self._expert_flops,
+            self.token_bytes,
+            self.bytes_per_element,
+            intra.bytes_per_s,
+            inter.bytes_per_s,
+            self._latency_seconds(num_ranks, node_size),
+            self.restore_algorithm == ExchangeAlgorithm.NODE,
+            self._exchange_latency_seconds(num_ranks, node_size, self.restore_algorithm),
+            self.solve_seconds(geometry),
+            self.least_change_seconds(geometry),
+            expert_elements_N(self.matrices, num_ranks),
+        )
+
     @property
     def _expert_flops(self) -> int:
         """Count the FLOPs per token over all passes of a microbatch."""
@@ -282,11 +309,16 @@ class CostModel:
             self.cluster.intra.bytes_per_s,
             self.cluster.inter.bytes_per_s,
         )
+        return wire_s + self._exchange_latency_seconds(num_ranks, node_size, algorithm)
+
+    def _exchange_latency_seconds(
+        self, num_ranks: int, node_size: int, algorithm: ExchangeAlgorithm
+    ) -> float:
         latency_s = self._latency_seconds(num_ranks, node_size)
         if algorithm == ExchangeAlgorithm.NODE:  # two collectives, one after the other
             in_node_s = self._latency_seconds(node_size, node_size)
             latency_s = in_node_s + (latency_s if num_ranks > node_size else 0.0)
-        return wire_s + len(self.matrices) * latency_s
+        return len(self.matrices) * latency_s
 
     def _latency_seconds(self, num_ranks: int, node_size: int) -> float:
         """Return the latency of one collective: that of the slowest links it spans."""

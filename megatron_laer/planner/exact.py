@@ -11,7 +11,7 @@ flows are in `native/flow.hpp`, on graphs of size O(N*C) whatever N*E*N is.
 It has the methods of `quotas.EvenSplit`, so that the runtime can switch; a caller that needs more
 than one of them takes them from `ExactSplit.solve`, which solves once.
 
-Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes.
+Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout, check_rank
@@ -40,45 +41,43 @@ class ExactQuotas:
         layout: the layout that was solved for.
         node_size: G.
         counts_NE: tokens on each source rank for each expert, int64 [N, E].
-        node_counts_QE: their sums by node, int64 [Q, E].
         loads_S: tokens that each slot computes, int64 [S].
     """
 
     layout: ExpertLayout
     node_size: int
     counts_NE: Int64
-    node_counts_QE: Int64
     loads_S: Int64
 
     def rank_row(self, rank: int) -> Int64:
-        """Return the tokens that `rank` sends to each slot, int64 [S]. O(S + E*G).
+        """Return the tokens that `rank` sends to each slot, int64 [S]. O(N*E + S).
 
         Raises:
             ValueError: a rank outside 0..N-1.
         """
         check_rank(self.layout.num_ranks, rank)
-        return native.rank_row(*self._arguments(), self.node_size, rank)
+        return native.rank_row(*self._arguments(), rank)
 
     def rank_columns(self, rank: int) -> Int64:
-        """Return the tokens that each source sends to `rank`'s slots, int64 [N, C]. O(N*C).
+        """Return the tokens that each source sends to `rank`'s slots, int64 [N, C]. O(N*E + S).
 
         Raises:
             ValueError: a rank outside 0..N-1.
         """
         check_rank(self.layout.num_ranks, rank)
-        return native.rank_columns(*self._arguments(), self.node_size, rank)
+        return native.rank_columns(*self._arguments(), rank)
 
     def totals(self) -> SplitTotals:
         """Return what slots receive from near and far, and what ranks keep. O(N*E + S)."""
-        return SplitTotals(*native.totals(*self._arguments(), self.node_size))
+        return SplitTotals(*native.totals(*self._arguments()))
 
     def rank_loads_N(self) -> Int64:
         """Return the tokens that each rank computes, int64 [N]."""
         loads_N: Int64 = self.loads_S.reshape(self.layout.num_ranks, -1).sum(axis=1)
         return loads_N
 
-    def _arguments(self) -> tuple[Int64, Int64, np.ndarray[tuple[int], np.dtype[np.int16]], Int64]:
-        return self.counts_NE, self.node_counts_QE, self.layout.slot_expert_S, self.loads_S
+    def _arguments(self) -> tuple[Int64, npt.NDArray[np.int16], Int64, int]:
+        return self.counts_NE, self.layout.slot_expert_S, self.loads_S, self.node_size
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,9 @@ class ExactSplit:
             ValueError: counts of another shape, or negative.
         """
         counts_NE = checked_counts(counts_NE, self.geometry)
-        loads_S, node_counts_QE = native.slot_loads(
-            counts_NE, self.layout.slot_expert_S, self.geometry.node_size
-        )
-        return ExactQuotas(self.layout, self.geometry.node_size, counts_NE, node_counts_QE, loads_S)
+        node_size = self.geometry.node_size
+        loads_S = native.slot_loads(counts_NE, self.layout.slot_expert_S, node_size)
+        return ExactQuotas(self.layout, node_size, counts_NE, loads_S)
 
     def rank_row(self, counts_NE: Int64, rank: int) -> Int64:
         """Return the tokens that `rank` sends to each slot, int64 [S]."""

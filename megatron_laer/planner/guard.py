@@ -1,7 +1,8 @@
 """After the gate, the guard keeps the planned layout or makes a fresh one for these counts.
 
 A pure function of the counts of one microbatch, the same on every rank: integers, and the cost
-model's floats, which are equal everywhere (see `costs`). It moves nothing and measures nothing.
+model's floats, which are equal everywhere (see `costs`). It moves nothing and measures nothing. The
+choice itself is in `native/guard.hpp`.
 
 Legend: N ranks, E experts, S slots.
 """
@@ -13,13 +14,14 @@ from functools import cached_property
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import PlanMode, Split
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.layout import ExpertLayout, check_rank
 from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean
-from megatron_laer.planner.construct import construct_layout
+from megatron_laer.planner.construct import from_native
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.exact import ExactQuotas, exact_split
+from megatron_laer.planner.exact import ExactQuotas
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.splits import Quotas, solve_quotas
+from megatron_laer.planner.native_core import native
+from megatron_laer.planner.splits import Quotas, RankQuotas, solve_quotas
 from megatron_laer.sharding import changed_slots
 
 
@@ -32,6 +34,7 @@ class Decision:
         quotas: of `layout`.
         planned_layout: what the choice started from.
         planned_quotas: of the planned layout; None under `exact`, which does not ask for them.
+        rank_quotas: what the rank that asked must know of `quotas`.
         solved: whether a fresh layout was made, also if it was not taken.
         gain_s: what the fresh layout saves in the layer's predicted time; None where the choice was
             not made by cost. Without `solved`, the most that any layout could save.
@@ -44,6 +47,7 @@ class Decision:
     quotas: Quotas
     planned_layout: ExpertLayout
     planned_quotas: Quotas | None
+    rank_quotas: RankQuotas
     solved: bool
     gain_s: float | None = None
     cost_s: float | None = None
@@ -139,63 +143,50 @@ class Guard:
                 f"({self.geometry.num_ranks}), since no rank has more than all tokens"
             )
 
-    def decide(self, counts_NE: Int64, planned: ExpertLayout) -> Decision:
+    def decide(self, counts_NE: Int64, planned: ExpertLayout, rank: int = 0) -> Decision:
         """Choose the layout and quotas of one microbatch.
+
+        With the exact split all of it is one native call, without the GIL.
 
         Args:
             counts_NE: tokens on each source rank for each expert, int64 [N, E].
             planned: the layout that the slow loop planned, whose slots are restored ahead.
+            rank: the one that `rank_quotas` are for; nothing else depends on it.
 
         Raises:
-            ValueError: counts or a layout of another shape, or negative counts.
+            ValueError: counts or a layout of another shape, negative counts, or a rank outside
+                0..N-1.
         """
-        self.geometry.check_layout(planned)
-        if self.mode == PlanMode.EXACT:
-            layout = self._fresh(counts_NE, planned)
-            return Decision(layout, self._exact(counts_NE, layout), planned, None, solved=True)
-        if self.mode == PlanMode.FORECAST:
-            quotas = solve_quotas(self.split, counts_NE, planned, self.geometry.node_size)
-            return Decision(planned, quotas, planned, quotas, solved=False)
-        kept = self._exact(counts_NE, planned)
-        if self.tolerance is not None:
-            return self._by_tolerance(planned, kept, self.tolerance)
-        return self._by_cost(planned, kept)
+        geometry = self.geometry
+        geometry.check_layout(planned)
+        geometry.check_counts(counts_NE.shape)
+        check_rank(geometry.num_ranks, rank)
+        if self.split == Split.EVEN:
+            even = solve_quotas(self.split, counts_NE, planned, geometry.node_size)
+            mine = RankQuotas.of(planned, even.rank_row(rank), even.rank_columns(rank))
+            return Decision(planned, even, planned, even, mine, solved=False)
+        fresh, loads_S, kept_loads_S, solved, gain_s, cost_s, of_rank = native.decide(
+            self.mode,
+            self._native_costs,
+            self.tolerance,
+            counts_NE,
+            planned.slot_expert_S,
+            geometry.node_size,
+            rank,
+        )
+        layout = planned if fresh is None else from_native(fresh, planned)
+        quotas = ExactQuotas(layout, geometry.node_size, counts_NE, loads_S)
+        kept: ExactQuotas | None = quotas
+        if kept_loads_S is not None:
+            kept = ExactQuotas(planned, geometry.node_size, counts_NE, kept_loads_S)
+        elif self.mode == PlanMode.EXACT:
+            kept = None
+        mine = RankQuotas(*of_rank)
+        return Decision(layout, quotas, planned, kept, mine, solved, gain_s, cost_s, self.tolerance)
 
-    def _by_tolerance(self, planned: ExpertLayout, kept: ExactQuotas, tolerance: float) -> Decision:
-        kept_N = kept.rank_loads_N()
-        largest, least = int(kept_N.max()), -(-int(kept_N.sum()) // self.geometry.num_ranks)
-        # At the bound no layout is better, whatever the tolerance; one token is N times the mean.
-        if largest == least or max_over_mean(kept_N) <= 1.0 + tolerance:
-            return Decision(planned, kept, planned, kept, solved=False, tolerance=tolerance)
-        fresh = self._fresh(kept.counts_NE, planned)
-        quotas = self._exact(kept.counts_NE, fresh)
-        if int(quotas.rank_loads_N().max()) >= largest:
-            return Decision(planned, kept, planned, kept, solved=True, tolerance=tolerance)
-        return Decision(fresh, quotas, planned, kept, solved=True, tolerance=tolerance)
-
-    def _by_cost(self, planned: ExpertLayout, kept: ExactQuotas) -> Decision:
-        costs, node_size = self.costs, self.geometry.node_size
-        kept_s = costs.split_seconds(kept.totals(), planned, node_size)
-        # Both bounds are below what they bound, so leaving here never changes the choice.
-        most_s = kept_s - costs.least_layer_seconds(kept.counts_NE, self.geometry)
-        least_s = costs.least_change_seconds(self.geometry)
-        if most_s <= least_s:
-            return Decision(planned, kept, planned, kept, False, most_s, least_s)
-        fresh = self._fresh(kept.counts_NE, planned)
-        if fresh is planned:
-            return Decision(planned, kept, planned, kept, solved=True)
-        quotas = self._exact(kept.counts_NE, fresh)
-        gain_s = kept_s - costs.split_seconds(quotas.totals(), fresh, node_size)
-        cost_s = costs.change_seconds(planned, fresh, node_size)
-        if gain_s > cost_s:
-            return Decision(fresh, quotas, planned, kept, True, gain_s, cost_s)
-        return Decision(planned, kept, planned, kept, True, gain_s, cost_s)
-
-    def _fresh(self, counts_NE: Int64, planned: ExpertLayout) -> ExpertLayout:
-        return construct_layout(counts_NE, planned, self.geometry.node_size)
-
-    def _exact(self, counts_NE: Int64, layout: ExpertLayout) -> ExactQuotas:
-        return exact_split(layout, self.geometry.node_size).solve(counts_NE)
+    @cached_property
+    def _native_costs(self) -> native.CostModel:
+        return self.costs.for_native(self.geometry)
 
 
 def _imbalance(quotas: Quotas) -> float:

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_laer.arrays import Int64
 from megatron_laer.config import Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import EvenSplit, even_split
 
 
@@ -36,6 +40,47 @@ class Quotas(Protocol):
     def rank_columns(self, rank: int) -> Int64:
         """Return the tokens that each source sends to the slots of `rank`, int64 [N, C]."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class RankQuotas:
+    """Holds what one rank must know of a microbatch's quotas, all of it made in one native call.
+
+    Attributes:
+        row_S: tokens that the rank sends to each slot.
+        columns_NC: tokens that each rank sends to this rank's slots.
+        input_splits_N: tokens that the rank sends to each rank.
+        output_splits_N: tokens that the rank receives from each rank.
+        tokens_C: tokens that each of the rank's slots computes.
+        runs: int32, the runs of rows between which its tokens move: see `dispatch.permutation`.
+    """
+
+    row_S: Int64
+    columns_NC: Int64
+    input_splits_N: list[int]
+    output_splits_N: list[int]
+    tokens_C: list[int]
+    runs: npt.NDArray[np.int32]
+
+    @property
+    def num_sent(self) -> int:
+        """Count the tokens that the rank sends, one per (token, expert) pair."""
+        return sum(self.input_splits_N)
+
+    @property
+    def num_received(self) -> int:
+        """Count the tokens that the rank receives."""
+        return sum(self.output_splits_N)
+
+    @classmethod
+    def of(cls, layout: ExpertLayout, row_S: Int64, columns_NC: Int64) -> RankQuotas:
+        """Make them from a rank's row and columns.
+
+        Raises:
+            ValueError: a row or columns of another shape than the layout's.
+        """
+        slots_S, num_experts = layout.slot_expert_S, layout.num_experts
+        return cls(*native.rank_quotas(slots_S, row_S, columns_NC, num_experts))
 
 
 @dataclass(frozen=True)

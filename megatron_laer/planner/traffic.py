@@ -148,6 +148,14 @@ def restore_traffic(
     return Traffic(received_intra_N, received_inter_N, sent_intra_N, sent_inter_N)
 
 
+def expert_elements_N(matrices: Sequence[tuple[int, int]], num_ranks: int) -> Int64:
+    """Count the elements of one expert that each rank holds, of all matrices, int64 [N]."""
+    elements_N = np.zeros(num_ranks, dtype=np.int64)
+    for rows, columns in matrices:
+        elements_N += np.diff(row_bounds(rows, num_ranks)) * columns
+    return elements_N
+
+
 def reduce_traffic(
     layout: ExpertLayout,
     node_size: int,

@@ -160,15 +160,13 @@ class Coordinator:
         """Plan a forward pass whose counts are on their way."""
         counts_NE = read_counts()
         start_s = time.perf_counter()
-        decision = self.guard.decide(counts_NE, restored.index.layout)
+        decision = self.guard.decide(counts_NE, restored.index.layout, self.groups.rank)
         self._last_decision = decision_digest(decision.layout, solved=decision.solved)
-        row_S = decision.quotas.rank_row(self.groups.rank)
-        columns_NC = decision.quotas.rank_columns(self.groups.rank)
         decide_s = time.perf_counter() - start_s
         if decision.replanned:
             restored.change(layout_index(decision.layout, self.device))
         self.scheduler.decided(layer, restored)
-        plan = MicrobatchPlan(restored=restored, row_S=row_S, columns_NC=columns_NC)
+        plan = MicrobatchPlan(restored=restored, quotas=decision.rank_quotas)
         if training:
             self._note(layer, counts_NE, decision, decide_s)
             if not torch.is_grad_enabled():

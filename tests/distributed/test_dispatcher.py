@@ -48,7 +48,7 @@ def both_paths(capacity: int, experts: int, topk: int, tokens: list[int], shared
     from megatron_laer.dispatch import permutation
     from megatron_laer.dispatch.dispatcher import SlotDispatch, SlotTokenDispatcher
     from megatron_laer.layout import ExpertLayout
-    from megatron_laer.planner.splits import solve_quotas
+    from megatron_laer.planner.splits import RankQuotas, solve_quotas
     from megatron_laer.runtime.comm import upload
     from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 
@@ -92,7 +92,7 @@ def both_paths(capacity: int, experts: int, topk: int, tokens: list[int], shared
         inputs, tokens_C, weights = dispatcher.dispatch_postprocess(
             *dispatcher.token_dispatch(*sent)
         )
-        assert tokens_C.tolist() == plan.tokens_C
+        assert tokens_C.tolist() == plan.quotas.tokens_C
         outputs = dispatcher.combine_preprocess(inputs * inputs * weights[:, None])
         combined = dispatcher.combine_postprocess(dispatcher.token_combine(outputs))
         assert combined.shape == hidden.shape
@@ -121,8 +121,7 @@ def both_paths(capacity: int, experts: int, topk: int, tokens: list[int], shared
         index: Any = SimpleNamespace(layout=layout, slot_expert_S=slot_expert_S)
         plan = MicrobatchPlan(
             SimpleNamespace(index=index),  # type: ignore[arg-type]
-            quotas.rank_row(rank),
-            quotas.rank_columns(rank),
+            RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank)),
         )
         mine, stocks = dispatch(plan, map_TE, fused=False), dispatch(plan, map_TE, fused=True)
         assert mine.calls == stocks.calls

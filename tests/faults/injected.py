@@ -290,7 +290,7 @@ def train_with_bursts(flags: list[str], every: int, look_every: int) -> Received
 
     def counted(self: Any, routing_map: torch.Tensor) -> Any:
         plan = self._current.plan
-        mine = int(plan.columns_NC.sum())
+        mine = int(plan.quotas.columns_NC.sum())
         total = torch.tensor([mine])
         torch.distributed.all_reduce(total, group=self.ep_group)
         received.tokens.append((mine, int(total)))

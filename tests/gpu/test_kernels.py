@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_laer.dispatch.permutation import slot_permutation
-from megatron_laer.dispatch.slots import slot_ranges, to_slots
+from megatron_laer.dispatch.permutation import slot_permutation, slot_ranges
+from megatron_laer.dispatch.slots import to_slots
 from megatron_laer.experts.gemm import gemm_names, slot_gemm
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.splits import solve_quotas
+from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.reduce_index import reduce_index
 from megatron_laer.runtime.comm.row_blocks import row_blocks
@@ -38,8 +38,8 @@ def test_slot_gemms_equal_a_linear_layer_per_slot(dtype: torch.dtype, name: str)
             check_weight_grad(gemm, dtype, out_dtype, DEVICE, tokens_C)
 
 
-def routed() -> tuple[ExpertLayout, torch.Tensor, torch.Tensor, np.ndarray]:
-    """Make a layout, scores and a map of 4096 tokens, and their row of the quotas."""
+def routed() -> tuple[ExpertLayout, torch.Tensor, torch.Tensor, RankQuotas]:
+    """Make a layout, scores and a map of 4096 tokens, and their rank's quotas."""
     layout = ExpertLayout.random(4, 4, 12, (1,))
     generator = torch.Generator().manual_seed(2)
     scores_TE = torch.rand(4096, 12, generator=generator)
@@ -47,12 +47,13 @@ def routed() -> tuple[ExpertLayout, torch.Tensor, torch.Tensor, np.ndarray]:
     map_TE.scatter_(1, scores_TE.topk(3, dim=1).indices, True)
     counts_NE = np.zeros((4, 12), dtype=np.int64)
     counts_NE[1] = map_TE.sum(0).numpy()
-    return layout, scores_TE, map_TE, solve_quotas("exact", counts_NE, layout, 2).rank_row(1)
+    row_S = solve_quotas("exact", counts_NE, layout, 2).rank_row(1)
+    return layout, scores_TE, map_TE, RankQuotas.of(layout, row_S, row_S.reshape(4, 4))
 
 
 def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:
-    layout, scores_TE, map_TE, row_S = routed()
-    ranges_2S = torch.from_numpy(slot_ranges(row_S, layout.slot_expert_S))
+    layout, scores_TE, map_TE, quotas = routed()
+    ranges_2S = torch.from_numpy(slot_ranges(quotas))
 
     def run(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         index = layout_index(layout, device)
@@ -100,11 +101,10 @@ def test_a_communication_stream_sees_what_was_computed_before_and_shows_what_it_
 
 
 def test_the_permutation_is_that_of_the_cpu() -> None:
-    layout, _, map_TE, row_S = routed()
-    columns_NC = row_S.reshape(4, 4)
+    _, _, map_TE, quotas = routed()
 
     def run(device: torch.device) -> list[torch.Tensor]:
-        found = slot_permutation(map_TE.to(device), row_S, layout.slot_expert_S, columns_NC)
+        found = slot_permutation(map_TE.to(device), quotas)
         tensors = found.sent.pair_P, found.sent.token_P, found.arrived_R, found.sorted_R
         return [tensor.cpu().long() for tensor in tensors]
 

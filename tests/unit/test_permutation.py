@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from megatron.core.transformer.moe.moe_utils import permute, sort_chunks_by_idxs, unpermute
 
 from megatron_laer.config import Split
-from megatron_laer.dispatch.permutation import SlotPermutation, slot_permutation
-from megatron_laer.dispatch.slots import slot_ranges, to_slots
+from megatron_laer.dispatch.permutation import SlotPermutation, slot_permutation, slot_ranges
+from megatron_laer.dispatch.slots import to_slots
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.splits import solve_quotas
+from megatron_laer.planner.splits import RankQuotas, solve_quotas
 
 Tensors = tuple[torch.Tensor, ...]
 HIDDEN = 5
@@ -28,11 +28,10 @@ class Rank:
 
     layout: ExpertLayout
     map_TE: torch.Tensor
-    row_S: np.ndarray
-    columns_NC: np.ndarray
+    quotas: RankQuotas
 
     def index_form(self) -> SlotPermutation:
-        return slot_permutation(self.map_TE, self.row_S, self.layout.slot_expert_S, self.columns_NC)
+        return slot_permutation(self.map_TE, self.quotas)
 
 
 @dataclass(frozen=True)
@@ -54,14 +53,14 @@ def megatrons(rank: Rank) -> Steps:
     """Megatron's, over the map [T, S], as its dispatcher calls them."""
     layout = rank.layout
     slot_expert_S = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
-    ranges = torch.from_numpy(slot_ranges(rank.row_S, layout.slot_expert_S))
-    columns_NC = torch.from_numpy(rank.columns_NC)
+    ranges = torch.from_numpy(slot_ranges(rank.quotas))
+    columns_NC = torch.from_numpy(rank.quotas.columns_NC)
     chunks = torch.arange(layout.num_slots)
     tokens_TP: list[torch.Tensor] = []
 
     def to_send(hidden_TH: torch.Tensor, probs_TE: torch.Tensor) -> Tensors:
         probs_TS, map_TS = to_slots(probs_TE, rank.map_TE, slot_expert_S, ranges)
-        sent = int(rank.row_S.sum())
+        sent = rank.quotas.num_sent
         hidden, probs, tokens, *_ = permute(hidden_TH, map_TS, probs_TS, num_out_tokens=sent)
         tokens_TP[:] = [tokens]
         return hidden, probs
@@ -105,7 +104,7 @@ def world(
     rows_NS = np.stack([quotas.rank_row(rank) for rank in range(layout.num_ranks)])
     by_rank = rows_NS.reshape(layout.num_ranks, layout.num_ranks, layout.capacity)
     return [
-        Rank(layout, map_TE, rows_NS[rank], np.ascontiguousarray(by_rank[:, rank]))
+        Rank(layout, map_TE, RankQuotas.of(layout, rows_NS[rank], by_rank[:, rank]))
         for rank, map_TE in enumerate(maps)
     ]
 
@@ -119,7 +118,7 @@ def whole_dispatch(ranks: list[Rank], make: Callable[[Rank], Steps], dtype: torc
     """Every tensor on the way, and gradients, of a dispatch, experts that weigh, and a combine."""
     generator = torch.Generator().manual_seed(7)
     steps = [make(rank) for rank in ranks]
-    sizes = np.stack([rank.row_S.reshape(len(ranks), -1).sum(1) for rank in ranks])
+    sizes = np.stack([rank.quotas.row_S.reshape(len(ranks), -1).sum(1) for rank in ranks])
     hidden, probs, weights = [], [], []
     for rank in ranks:
         shape = (len(rank.map_TE), HIDDEN)

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.dispatch.slots import slot_ranges, to_slots
+from megatron_laer.dispatch.permutation import slot_ranges
+from megatron_laer.dispatch.slots import to_slots
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.quotas import even_split
+from megatron_laer.planner.splits import RankQuotas
 
 
 def routed(tokens: int, experts: int, topk: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,9 +29,11 @@ def map_to_slots(
     """The map of one rank whose tokens these are; the other ranks have none."""
     counts_NE = np.zeros((layout.num_ranks, layout.num_experts), dtype=np.int64)
     counts_NE[rank] = routing_map.sum(0).numpy()
-    row_S = even_split(layout, node).rank_row(counts_NE, rank)
+    split = even_split(layout, node)
+    row_S = split.rank_row(counts_NE, rank)
+    quotas = RankQuotas.of(layout, row_S, split.rank_columns(counts_NE, rank))
     slot_expert_S = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
-    ranges = torch.from_numpy(slot_ranges(row_S, layout.slot_expert_S))
+    ranges = torch.from_numpy(slot_ranges(quotas))
     return (*to_slots(probs, routing_map, slot_expert_S, ranges), row_S)
 
 

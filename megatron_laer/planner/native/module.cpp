@@ -1,108 +1,260 @@
-// The native planner as a Python module: arrays in, arrays out, all work without the GIL. Values
-// are not checked here, only sizes; the callers in planner/*.py do that.
+// The native planner as a Python module: arrays in, arrays out, all work without the GIL. What the
+// core relies on is checked here; the callers in planner/*.py say more of what does not fit.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+#include <optional>
+#include <string>
 
 #include "construct.hpp"
+#include "costs.hpp"
 #include "greedy.hpp"
+#include "guard.hpp"
 #include "match_previous.hpp"
 #include "proportional.hpp"
 #include "quotas.hpp"
 #include "search.hpp"
 #include "shape.hpp"
+#include "token_runs.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
-using Counts = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
-using Slots = py::array_t<int16_t, py::array::c_style | py::array::forcecast>;
+constexpr int kDense = py::array::c_style | py::array::forcecast;
+using Counts = py::array_t<int64_t, kDense>;
+using Doubles = py::array_t<double, kDense>;
+using Slots = py::array_t<int16_t, kDense>;
 
 py::array_t<int64_t> to_array(const std::vector<int64_t>& values) {
   return py::array_t<int64_t>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
+template <typename Number>
+std::vector<Number> to_vector(const py::array_t<Number, kDense>& array) {
+  return {array.data(), array.data() + array.size()};
+}
+
+// The shape, if these sizes have one, every expert has a slot and no count is negative: the core
+// relies on all of it.
 laer::Shape shape_of(const Counts& counts_NE, const Slots& slots_S, int node_size) {
-  if (counts_NE.ndim() != 2 || slots_S.ndim() != 1 || counts_NE.shape(0) == 0) {
+  if (counts_NE.ndim() != 2 || slots_S.ndim() != 1 || counts_NE.size() == 0) {
     throw py::value_error("counts must be [N, E] and slots [S]");
   }
-  const int ranks = static_cast<int>(counts_NE.shape(0));
-  return {ranks, static_cast<int>(counts_NE.shape(1)), static_cast<int>(slots_S.size()) / ranks,
-          node_size};
+  const auto ranks = counts_NE.shape(0), experts = counts_NE.shape(1);
+  if (node_size < 1 || ranks % node_size != 0 || slots_S.size() % ranks != 0) {
+    throw py::value_error("ranks must divide the slots, and a node's ranks all ranks");
+  }
+  std::vector<char> is_held_E(experts, 0);
+  for (py::ssize_t slot = 0; slot < slots_S.size(); ++slot) {
+    const int16_t expert = slots_S.data()[slot];
+    if (expert < 0 || expert >= experts) throw py::value_error("a slot holds no expert");
+    is_held_E[expert] = 1;
+  }
+  if (slots_S.size() / ranks > experts ||
+      std::count(is_held_E.begin(), is_held_E.end(), 1) != experts) {
+    throw py::value_error("every expert must have a slot, and a rank no more slots than experts");
+  }
+  const int64_t *first = counts_NE.data(), *last = first + counts_NE.size();
+  // Any sign bit at all: many numbers at a time, where a search would take one.
+  if (std::accumulate(first, last, int64_t{0}, std::bit_or<int64_t>()) < 0) {
+    const auto at = std::min_element(first, last) - first;
+    throw py::value_error("counts_NE holds " + std::to_string(first[at]) + " at rank " +
+                          std::to_string(at / experts) + ", expert " +
+                          std::to_string(at % experts) +
+                          "; token counts must not be negative");
+  }
+  return {static_cast<int>(ranks), static_cast<int>(experts),
+          static_cast<int>(slots_S.size() / ranks), node_size};
 }
 
-// Solved quotas as plain pointers, to be read without the GIL.
-struct Inputs {
-  const int64_t* counts;
-  const int64_t* node_counts;
-  const int16_t* slots;
-  const int64_t* loads;
+void check_size(const py::array& array, int64_t size, const char* what) {
+  if (array.size() != size) throw py::value_error(std::string("wrong size of ") + what);
+}
 
-  Inputs(const Counts& counts_NE, const Counts& node_counts_QE, const Slots& slots_S,
-         const Counts& loads_S)
-      : counts(counts_NE.data()),
-        node_counts(node_counts_QE.data()),
-        slots(slots_S.data()),
-        loads(loads_S.data()) {}
-};
+void check_rank(const laer::Shape& shape, int rank) {
+  if (rank < 0 || rank >= shape.ranks) throw py::value_error("rank must be in 0..N-1");
+}
 
-py::tuple slot_loads(const Counts& counts_NE, const Slots& slots_S, int node_size) {
+// Counts by node, [Q, E].
+std::vector<int64_t> node_counts(const laer::Shape& shape, const int64_t* counts_NE) {
+  std::vector<int64_t> node_counts_QE(static_cast<size_t>(shape.nodes()) * shape.experts);
+  laer::node_counts(shape, counts_NE, node_counts_QE.data());
+  return node_counts_QE;
+}
+
+// Calls compute(shape, counts, node counts, replicas) without the GIL.
+template <typename Compute>
+void on_layout(const laer::Shape& shape, const Counts& counts_NE, const Slots& slots_S,
+               Compute compute) {
+  const int64_t* counts = counts_NE.data();
+  const int16_t* slots = slots_S.data();
+  py::gil_scoped_release release;
+  compute(counts, node_counts(shape, counts).data(), laer::Replicas(shape, slots));
+}
+
+py::array_t<int64_t> slot_loads(const Counts& counts_NE, const Slots& slots_S, int node_size) {
   const laer::Shape shape = shape_of(counts_NE, slots_S, node_size);
-  py::array_t<int64_t> node_counts_QE({shape.nodes(), shape.experts});
   py::array_t<int64_t> loads_S(shape.slots());
-  {
-    const int64_t* counts = counts_NE.data();
-    const int16_t* slots = slots_S.data();
-    int64_t* node_counts = node_counts_QE.mutable_data();
-    int64_t* loads = loads_S.mutable_data();
-    py::gil_scoped_release release;
-    laer::node_counts(shape, counts, node_counts);
-    laer::slot_loads(shape, counts, node_counts, slots, loads);
-  }
-  return py::make_tuple(loads_S, node_counts_QE);
+  int64_t* loads = loads_S.mutable_data();
+  on_layout(shape, counts_NE, slots_S, [&](auto counts, auto by_node, const auto& replicas) {
+    laer::slot_loads(shape, counts, by_node, replicas, loads);
+  });
+  return loads_S;
 }
 
-py::array_t<int64_t> rank_row(const Counts& counts_NE, const Counts& node_counts_QE,
-                              const Slots& slots_S, const Counts& loads_S, int node_size,
-                              int rank) {
+py::array_t<int64_t> rank_row(const Counts& counts_NE, const Slots& slots_S, const Counts& loads_S,
+                              int node_size, int rank) {
   const laer::Shape shape = shape_of(counts_NE, slots_S, node_size);
+  check_size(loads_S, shape.slots(), "loads");
+  check_rank(shape, rank);
   py::array_t<int64_t> row_S(shape.slots());
-  {
-    const Inputs in(counts_NE, node_counts_QE, slots_S, loads_S);
-    int64_t* row = row_S.mutable_data();
-    py::gil_scoped_release release;
-    laer::rank_row(shape, in.counts, in.node_counts, in.slots, in.loads, rank, row);
-  }
+  int64_t* row = row_S.mutable_data();
+  const int64_t* loads = loads_S.data();
+  on_layout(shape, counts_NE, slots_S, [&](auto counts, auto by_node, const auto& replicas) {
+    laer::rank_row(shape, counts, by_node, replicas, loads, rank, row);
+  });
   return row_S;
 }
 
-py::array_t<int64_t> rank_columns(const Counts& counts_NE, const Counts& node_counts_QE,
-                                  const Slots& slots_S, const Counts& loads_S, int node_size,
-                                  int rank) {
+py::array_t<int64_t> rank_columns(const Counts& counts_NE, const Slots& slots_S,
+                                  const Counts& loads_S, int node_size, int rank) {
   const laer::Shape shape = shape_of(counts_NE, slots_S, node_size);
+  check_size(loads_S, shape.slots(), "loads");
+  check_rank(shape, rank);
   py::array_t<int64_t> columns_NC({shape.ranks, shape.capacity});
-  {
-    const Inputs in(counts_NE, node_counts_QE, slots_S, loads_S);
-    int64_t* columns = columns_NC.mutable_data();
-    py::gil_scoped_release release;
-    laer::rank_columns(shape, in.counts, in.node_counts, in.slots, in.loads, rank, columns);
-  }
+  int64_t* columns = columns_NC.mutable_data();
+  const int64_t* loads = loads_S.data();
+  on_layout(shape, counts_NE, slots_S, [&](auto counts, auto by_node, const auto& replicas) {
+    laer::rank_columns(shape, counts, by_node, replicas, loads, rank, columns);
+  });
   return columns_NC;
 }
 
-py::tuple totals(const Counts& counts_NE, const Counts& node_counts_QE, const Slots& slots_S,
-                 const Counts& loads_S, int node_size) {
+py::tuple totals(const Counts& counts_NE, const Slots& slots_S, const Counts& loads_S,
+                 int node_size) {
   const laer::Shape shape = shape_of(counts_NE, slots_S, node_size);
+  check_size(loads_S, shape.slots(), "loads");
+  const int64_t* loads = loads_S.data();
   laer::Totals sums;
-  {
-    const Inputs in(counts_NE, node_counts_QE, slots_S, loads_S);
-    py::gil_scoped_release release;
-    sums = laer::totals(shape, in.counts, in.node_counts, in.slots, in.loads);
-  }
+  on_layout(shape, counts_NE, slots_S, [&](auto counts, auto by_node, const auto& replicas) {
+    sums = laer::totals(shape, counts, by_node, replicas, loads);
+  });
   return py::make_tuple(to_array(sums.near_S), to_array(sums.far_S), to_array(sums.sent_near_N),
                         to_array(sums.sent_far_N), to_array(sums.own_N));
+}
+
+laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
+                           const Doubles& slope_P, const Doubles& limit_P, const Doubles& best_P,
+                           double expert_flops, double token_bytes, double element_bytes,
+                           double intra_bytes_per_s, double inter_bytes_per_s, double latency_s,
+                           bool by_node, double fetch_latency_s, double solve_s,
+                           double least_change_s, const Counts& held_N) {
+  for (const auto& column_P : {seconds_P, slope_P, limit_P, best_P}) {
+    check_size(column_P, tokens_P.size(), "the GEMM curve");
+  }
+  if (tokens_P.size() == 0) throw py::value_error("the GEMM curve is empty");
+  return {{to_vector(tokens_P), to_vector(seconds_P), to_vector(slope_P), to_vector(limit_P),
+           to_vector(best_P)},
+          expert_flops, token_bytes, element_bytes, intra_bytes_per_s, inter_bytes_per_s,
+          latency_s, by_node, fetch_latency_s, solve_s, least_change_s, to_vector(held_N)};
+}
+
+// A rank's sums and runs, with the GIL but next to no work: what is sent to and received from each
+// rank, the tokens of its slots, and the packed runs.
+struct RankSums {
+  py::list sent_N, received_N, tokens_C;
+  py::array_t<int32_t> runs;
+};
+
+RankSums rank_sums(const laer::Shape& shape, const int16_t* slots_S, const int64_t* row_S,
+                    const int64_t* columns_NC) {
+  py::list sent_N(shape.ranks), received_N(shape.ranks), tokens_C(shape.capacity);
+  std::vector<int64_t> sums_C(shape.capacity, 0);
+  for (int rank = 0; rank < shape.ranks; ++rank) {
+    int64_t sent = 0, received = 0;
+    for (int c = 0; c < shape.capacity; ++c) {
+      const int64_t column = columns_NC[rank * shape.capacity + c];
+      sent += row_S[rank * shape.capacity + c];
+      received += column;
+      sums_C[c] += column;
+    }
+    sent_N[rank] = py::int_(sent);
+    received_N[rank] = py::int_(received);
+  }
+  for (int c = 0; c < shape.capacity; ++c) tokens_C[c] = py::int_(sums_C[c]);
+  py::array_t<int32_t> runs(laer::TokenRuns(shape).size);
+  laer::token_runs(shape, slots_S, row_S, columns_NC, runs.mutable_data());
+  return {sent_N, received_N, tokens_C, runs};
+}
+
+py::tuple rank_quotas(const Slots& slots_S, const Counts& row_S, const Counts& columns_NC,
+                       int num_experts) {
+  if (columns_NC.ndim() != 2) throw py::value_error("columns must be [N, C]");
+  check_size(row_S, slots_S.size(), "the row");
+  check_size(columns_NC, slots_S.size(), "the columns");
+  for (py::ssize_t slot = 0; slot < slots_S.size(); ++slot) {
+    const int16_t expert = slots_S.data()[slot];
+    if (expert < 0 || expert >= num_experts) throw py::value_error("a slot holds no expert");
+  }
+  const laer::Shape shape{static_cast<int>(columns_NC.shape(0)), num_experts,
+                          static_cast<int>(columns_NC.shape(1)), 1};
+  const RankSums sums = rank_sums(shape, slots_S.data(), row_S.data(), columns_NC.data());
+  return py::make_tuple(row_S, columns_NC, sums.sent_N, sums.received_N, sums.tokens_C, sums.runs);
+}
+
+// One microbatch for one rank, from counts to all that it must know: planner/guard.py and
+// planner/splits.py name what is returned.
+py::tuple decide(const std::string& mode, const laer::CostModel& costs,
+                 std::optional<double> tolerance, const Counts& counts_NE, const Slots& planned_S,
+                 int node_size, int rank) {
+  const laer::Shape shape = shape_of(counts_NE, planned_S, node_size);
+  check_rank(shape, rank);
+  if (mode != "forecast" && mode != "exact" && mode != "adaptive") {
+    throw py::value_error("no such mode: " + mode);
+  }
+  if (costs.held_N.size() != static_cast<size_t>(shape.ranks)) {
+    throw py::value_error("the cost model is for another number of ranks");
+  }
+  const laer::Mode way = mode == "forecast" ? laer::Mode::kForecast
+                         : mode == "exact"  ? laer::Mode::kExact
+                         : tolerance        ? laer::Mode::kByTolerance
+                                            : laer::Mode::kByCost;
+  py::array_t<int64_t> row_S(shape.slots()), columns_NC({shape.ranks, shape.capacity});
+  laer::Decision made;
+  const int16_t* slots = planned_S.data();
+  {
+    const int64_t* counts = counts_NE.data();
+    int64_t *row = row_S.mutable_data(), *columns = columns_NC.mutable_data();
+    py::gil_scoped_release release;
+    const std::vector<int64_t> by_node = node_counts(shape, counts);
+    made = laer::decide(shape, way, costs, tolerance.value_or(0.0), counts, by_node.data(), slots);
+    if (!made.fresh_S.empty()) slots = made.fresh_S.data();
+    const laer::Replicas replicas(shape, slots);
+    laer::rank_row(shape, counts, by_node.data(), replicas, made.loads_S.data(), rank, row);
+    laer::rank_columns(shape, counts, by_node.data(), replicas, made.loads_S.data(), rank, columns);
+  }
+  py::object fresh_S = py::none(), kept_loads_S = py::none();
+  py::object gain_s = py::none(), cost_s = py::none();
+  if (!made.fresh_S.empty()) {
+    fresh_S = py::array_t<int16_t>(static_cast<py::ssize_t>(made.fresh_S.size()),
+                                   made.fresh_S.data());
+  }
+  if (!made.kept_loads_S.empty()) kept_loads_S = to_array(made.kept_loads_S);
+  if (made.is_priced) {
+    gain_s = py::float_(made.gain_s);
+    cost_s = py::float_(made.cost_s);
+  }
+  const RankSums sums = rank_sums(shape, slots, row_S.data(), columns_NC.data());
+  return py::make_tuple(fresh_S, to_array(made.loads_S), kept_loads_S, made.solved, gain_s, cost_s,
+                        py::make_tuple(row_S, columns_NC, sums.sent_N, sums.received_N,
+                                       sums.tokens_C, sums.runs));
 }
 
 using Maker = std::vector<int16_t> (*)(const laer::Shape&, const int64_t*);
@@ -116,9 +268,7 @@ py::array_t<int16_t> make_layout(const Counts& counts_NE, const Slots& current_S
     const int64_t* counts = counts_NE.data();
     const int16_t* current = current_S.data();
     py::gil_scoped_release release;
-    std::vector<int64_t> node_counts_QE(static_cast<size_t>(shape.nodes()) * shape.experts);
-    laer::node_counts(shape, counts, node_counts_QE.data());
-    slots_S = make(shape, node_counts_QE.data());
+    slots_S = make(shape, node_counts(shape, counts).data());
     laer::match_previous(shape, current, slots_S);
   }
   return py::array_t<int16_t>(static_cast<py::ssize_t>(slots_S.size()), slots_S.data());
@@ -136,9 +286,7 @@ py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int
     const int64_t* counts = counts_NE.data();
     const int16_t* current = current_S.data();
     py::gil_scoped_release release;
-    std::vector<int64_t> node_counts_QE(static_cast<size_t>(shape.nodes()) * shape.experts);
-    laer::node_counts(shape, counts, node_counts_QE.data());
-    slots_S = laer::search(shape, node_counts_QE.data(), current,
+    slots_S = laer::search(shape, node_counts(shape, counts).data(), current,
                            {scenarios, candidates, exchanges}, seed);
     laer::match_previous(shape, current, slots_S);
   }
@@ -154,6 +302,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("rank_row", &rank_row);
   module.def("rank_columns", &rank_columns);
   module.def("totals", &totals);
+  py::class_<laer::CostModel>(module, "CostModel").def(py::init(&cost_model));
+  module.def("decide", &decide);
+  module.def("rank_quotas", &rank_quotas);
   module.def("construct", &make_layout<laer::fresh>);
   module.def("proportional", &make_layout<proportional>);
   module.def("greedy", &make_layout<laer::greedy>);

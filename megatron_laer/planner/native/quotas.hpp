@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "replicas.hpp"
 #include "shape.hpp"
 
 namespace laer {
@@ -25,17 +26,17 @@ void node_counts(const Shape& shape, const int64_t* counts_NE, int64_t* node_cou
 // their node are minimal, then, keeping how many tokens of each expert every node takes, tokens
 // that leave their rank.
 void slot_loads(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
-                const int16_t* slots_S, int64_t* loads_S);
+                const Replicas& replicas, int64_t* loads_S);
 
 // Tokens that a source rank sends to each slot, [S].
 void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
-              const int16_t* slots_S, const int64_t* loads_S, int rank, int64_t* row_S);
+              const Replicas& replicas, const int64_t* loads_S, int rank, int64_t* row_S);
 
 // Tokens that each source rank sends to the slots of a rank, [N, C].
 void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
-                  const int16_t* slots_S, const int64_t* loads_S, int rank, int64_t* columns_NC);
+                  const Replicas& replicas, const int64_t* loads_S, int rank, int64_t* columns_NC);
 
 Totals totals(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
-              const int16_t* slots_S, const int64_t* loads_S);
+              const Replicas& replicas, const int64_t* loads_S);
 
 }  // namespace laer

@@ -12,9 +12,10 @@ namespace laer {
 
 // Replicas by expert, [E + 1] and [S], by rank; a second slot of an expert on a rank is left out.
 struct Replicas {
+  const int16_t* slots_S;  // of the layout, which must outlive this
   std::vector<int> begin_E, slot;
 
-  Replicas(const Shape& shape, const int16_t* slots_S) {
+  Replicas(const Shape& shape, const int16_t* layout_S) : slots_S(layout_S) {
     const int slots = shape.slots();
     std::vector<int> last_rank_E(shape.experts, -1);
     std::vector<char> first_S(slots);

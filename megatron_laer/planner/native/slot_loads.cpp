@@ -22,6 +22,8 @@ FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Re
   }
   graph.pair_rank.resize(replicas.slot.size());
   graph.own.reserve(replicas.slot.size());
+  graph.pair_begin.reserve(replicas.slot.size() + 1);
+  graph.group_begin.reserve(shape.experts + 1);
   for (int e = 0; e < shape.experts; ++e) {
     graph.group_begin.push_back(graph.groups());
     int last_node = -1;
@@ -41,9 +43,8 @@ FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Re
 }
 
 // Every node's share of an expert becomes a supplier of its own, and every pair a group.
-FlowGraph rank_graph(const Shape& shape, const int64_t* counts_NE, const int16_t* slots_S,
-                     const Replicas& replicas, const FlowGraph& nodes,
-                     const std::vector<int64_t>& flow) {
+FlowGraph rank_graph(const Shape& shape, const int64_t* counts_NE, const Replicas& replicas,
+                     const FlowGraph& nodes, const std::vector<int64_t>& flow) {
   FlowGraph graph;
   graph.ranks = shape.ranks;
   graph.pair_rank = nodes.pair_rank;
@@ -52,7 +53,7 @@ FlowGraph rank_graph(const Shape& shape, const int64_t* counts_NE, const int16_t
   graph.own.resize(nodes.pairs());
   graph.pair_begin.resize(nodes.pairs() + 1);
   for (int pair = 0; pair < nodes.pairs(); ++pair) {
-    const int expert = slots_S[replicas.slot[pair]];
+    const int expert = replicas.slots_S[replicas.slot[pair]];
     graph.supply[nodes.pair_group[pair]] += flow[pair];
     graph.own[pair] =
         counts_NE[static_cast<int64_t>(nodes.pair_rank[pair]) * shape.experts + expert];
@@ -67,12 +68,12 @@ FlowGraph rank_graph(const Shape& shape, const int64_t* counts_NE, const int16_t
 void fill_locally(const Shape& shape, const int64_t* counts_NE, const FlowGraph& graph, int64_t cap,
                   std::vector<int64_t>& flow) {
   std::vector<int64_t> room_N(shape.ranks, cap);
-  std::vector<int> order(graph.suppliers());
-  for (int e = 0; e < graph.suppliers(); ++e) order[e] = e;
+  std::vector<int> order(graph.suppliers()), place(shape.ranks + 2, 0);
   auto first_pair = [&](int e) { return graph.pair_begin[graph.group_begin[e]]; };
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-    return first_pair(a + 1) - first_pair(a) < first_pair(b + 1) - first_pair(b);
-  });
+  auto replicas = [&](int e) { return first_pair(e + 1) - first_pair(e); };
+  for (int e = 0; e < graph.suppliers(); ++e) ++place[replicas(e) + 1];
+  for (int count = 0; count <= shape.ranks; ++count) place[count + 1] += place[count];
+  for (int e = 0; e < graph.suppliers(); ++e) order[place[replicas(e)]++] = e;
   auto add = [&](int pair, int64_t wanted) {
     const int64_t amount = std::min(wanted, room_N[graph.pair_rank[pair]]);
     flow[pair] += amount;
@@ -126,8 +127,7 @@ void node_counts(const Shape& shape, const int64_t* counts_NE, int64_t* node_cou
 }
 
 void slot_loads(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
-                const int16_t* slots_S, int64_t* loads_S) {
-  const Replicas replicas(shape, slots_S);
+                const Replicas& replicas, int64_t* loads_S) {
   const FlowGraph by_node = node_graph(shape, node_counts_QE, replicas);
   std::vector<int64_t> flow(by_node.pairs(), 0);
   int64_t cap = lower_bound(shape, by_node);
@@ -135,7 +135,7 @@ void slot_loads(const Shape& shape, const int64_t* counts_NE, const int64_t* nod
   cap = minimise_largest_load(by_node, cap, flow);
   if (shape.nodes() > 1) minimise_foreign(by_node, cap, flow);
   if (shape.node_size > 1) {
-    minimise_foreign(rank_graph(shape, counts_NE, slots_S, replicas, by_node, flow), cap, flow);
+    minimise_foreign(rank_graph(shape, counts_NE, replicas, by_node, flow), cap, flow);
   }
   std::fill(loads_S, loads_S + shape.slots(), 0);
   for (size_t pair = 0; pair < flow.size(); ++pair) loads_S[replicas.slot[pair]] = flow[pair];

@@ -4,6 +4,7 @@
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include <algorithm>
+#include <numeric>
 
 #include "quotas.hpp"
 #include "replicas.hpp"
@@ -87,6 +88,16 @@ class ExpertSplit {
             std::max<int64_t>(load_tokens - supply, 0)};
   }
 
+  // The same for the nodes that have replicas.
+  template <typename Visit>
+  void for_hosts(Visit visit) const {
+    for (int replica = begin_; replica < end_;) {
+      const int first = replica, node = rank(first) / shape_.node_size;
+      while (replica < end_ && rank(replica) / shape_.node_size == node) ++replica;
+      visit(node, first, replica);
+    }
+  }
+
   // Calls visit(rank, interval in the node's row) for the node's sources, own tokens taken off.
   template <typename Visit>
   void for_sources(int node, int first, int last, Visit visit) const {
@@ -130,37 +141,36 @@ Interval beyond(const Interval& interval, int64_t near, int64_t far_begin) {
 }  // namespace
 
 void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
-              const int16_t* slots_S, const int64_t* loads_S, int rank, int64_t* row_S) {
-  const Replicas replicas(shape, slots_S);
+              const Replicas& replicas, const int64_t* loads_S, int rank, int64_t* row_S) {
   std::fill(row_S, row_S + shape.slots(), 0);
   const int home = rank / shape.node_size;
   for (int e = 0; e < shape.experts; ++e) {
     const ExpertSplit split(shape, counts_NE, node_counts_QE, loads_S, replicas, e);
     if (split.count(rank) == 0) continue;
-    Interval far{0, 0};
-    int64_t far_begin = 0;
-    split.for_nodes([&](int node, int first, int last) {
-      const auto sums = split.node(node, first, last);
-      if (node == home) {
-        Interval mine{0, 0};
-        split.for_sources(node, first, last, [&](int source, const Interval& interval) {
-          if (source == rank) mine = interval;
-        });
-        const Interval near = mine.within(0, sums.near);
-        split.for_targets(first, last, [&](int replica, const Interval& interval) {
-          row_S[split.slot(replica)] = overlap(near, interval);
-          if (split.rank(replica) == rank) row_S[split.slot(replica)] += split.own(replica);
-        });
-        far = beyond(mine, sums.near, far_begin);
-      }
-      far_begin += sums.far_supply;
+    int first = 0, last = 0;
+    split.for_hosts([&](int node, int begin, int end) {
+      if (node == home) first = begin, last = end;
     });
-    if (far.size() == 0) continue;
-    int64_t demand_begin = 0;
-    split.for_nodes([&](int node, int first, int last) {
-      const auto sums = split.node(node, first, last);
+    const int64_t home_near = split.node(home, first, last).near;
+    Interval mine{0, 0};
+    split.for_sources(home, first, last, [&](int source, const Interval& interval) {
+      if (source == rank) mine = interval;
+    });
+    const Interval near = mine.within(0, home_near);
+    split.for_targets(first, last, [&](int replica, const Interval& interval) {
+      row_S[split.slot(replica)] = overlap(near, interval);
+      if (split.rank(replica) == rank) row_S[split.slot(replica)] += split.own(replica);
+    });
+    if (mine.end <= home_near) continue;
+    int64_t far_begin = 0, demand_begin = 0;
+    split.for_nodes([&](int node, int begin, int end) {
+      if (node < home) far_begin += split.node(node, begin, end).far_supply;
+    });
+    const Interval far = beyond(mine, home_near, far_begin);
+    split.for_hosts([&](int node, int begin, int end) {
+      const auto sums = split.node(node, begin, end);
       if (sums.far_demand == 0) return;
-      split.for_targets(first, last, [&](int replica, const Interval& interval) {
+      split.for_targets(begin, end, [&](int replica, const Interval& interval) {
         row_S[split.slot(replica)] += overlap(far, beyond(interval, sums.near, demand_begin));
       });
       demand_begin += sums.far_demand;
@@ -169,15 +179,15 @@ void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_
 }
 
 void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
-                  const int16_t* slots_S, const int64_t* loads_S, int rank, int64_t* columns_NC) {
-  const Replicas replicas(shape, slots_S);
+                  const Replicas& replicas, const int64_t* loads_S, int rank, int64_t* columns_NC) {
   std::fill(columns_NC, columns_NC + shape.slots(), 0);
   const int home = rank / shape.node_size;
   for (int c = 0; c < shape.capacity; ++c) {
     const int slot = rank * shape.capacity + c;
     if (loads_S[slot] == 0) continue;
     auto column = [&](int source) -> int64_t& { return columns_NC[source * shape.capacity + c]; };
-    const ExpertSplit split(shape, counts_NE, node_counts_QE, loads_S, replicas, slots_S[slot]);
+    const ExpertSplit split(shape, counts_NE, node_counts_QE, loads_S, replicas,
+                            replicas.slots_S[slot]);
     Interval far{0, 0};
     int64_t demand_begin = 0;
     split.for_nodes([&](int node, int first, int last) {
@@ -212,34 +222,38 @@ void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* n
 }
 
 Totals totals(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
-              const int16_t* slots_S, const int64_t* loads_S) {
-  const Replicas replicas(shape, slots_S);
+              const Replicas& replicas, const int64_t* loads_S) {
   Totals sums;
   sums.near_S.assign(shape.slots(), 0);
   sums.far_S.assign(shape.slots(), 0);
   sums.sent_near_N.assign(shape.ranks, 0);
   sums.sent_far_N.assign(shape.ranks, 0);
   sums.own_N.assign(shape.ranks, 0);
+  // What is sent far is the rest: most pairs of a node and an expert have no replica.
   for (int e = 0; e < shape.experts; ++e) {
     const ExpertSplit split(shape, counts_NE, node_counts_QE, loads_S, replicas, e);
-    split.for_nodes([&](int node, int first, int last) {
-      const auto in_node = split.node(node, first, last);
+    split.for_hosts([&](int node, int first, int last) {
+      const int64_t in_node = split.node(node, first, last).near;
       for (int replica = first; replica < last; ++replica) {
         sums.own_N[split.rank(replica)] += split.own(replica);
-        sums.sent_near_N[split.rank(replica)] += split.own(replica);
         sums.near_S[split.slot(replica)] += split.own(replica);
       }
       split.for_targets(first, last, [&](int replica, const Interval& interval) {
-        const int64_t near = interval.within(0, in_node.near).size();
+        const int64_t near = interval.within(0, in_node).size();
         sums.near_S[split.slot(replica)] += near;
         sums.far_S[split.slot(replica)] += interval.size() - near;
       });
+      if (in_node == 0) return;
       split.for_sources(node, first, last, [&](int source, const Interval& interval) {
-        const int64_t near = interval.within(0, in_node.near).size();
-        sums.sent_near_N[source] += near;
-        sums.sent_far_N[source] += interval.size() - near;
+        sums.sent_near_N[source] += interval.within(0, in_node).size();
       });
     });
+  }
+  for (int rank = 0; rank < shape.ranks; ++rank) {
+    const int64_t* counts_E = counts_NE + static_cast<int64_t>(rank) * shape.experts;
+    sums.sent_near_N[rank] += sums.own_N[rank];
+    sums.sent_far_N[rank] =
+        std::accumulate(counts_E, counts_E + shape.experts, int64_t{0}) - sums.sent_near_N[rank];
   }
   return sums;
 }

@@ -1,0 +1,168 @@
+// Predicted seconds, term by term as planner/costs.py has them. Only the largest rank counts, so no
+// sum of floats runs over ranks.
+//
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node, P points
+// of the GEMM curve.
+#include "costs.hpp"
+
+#include <algorithm>
+#include <functional>
+#include <limits>
+#include <numeric>
+
+namespace laer {
+namespace {
+
+constexpr double kAllToAllPasses = 4, kBelowRounding = 1.0 - 1e-9;
+
+// The sum of the `kept` largest numbers of a row.
+int64_t largest_sum(const int64_t* row, int size, int kept, std::vector<int64_t>& scratch) {
+  if (kept > 16) {
+    scratch.assign(row, row + size);
+    std::nth_element(scratch.begin(), scratch.begin() + kept, scratch.end(),
+                     std::greater<int64_t>());
+    return std::accumulate(scratch.begin(), scratch.begin() + kept, int64_t{0});
+  }
+  scratch.assign(kept, 0);  // ascending; counts are not negative
+  for (int i = 0; i < size; ++i) {
+    if (row[i] <= scratch[0]) continue;
+    int at = 0;
+    for (; at + 1 < kept && scratch[at + 1] < row[i]; ++at) scratch[at] = scratch[at + 1];
+    scratch[at] = row[i];
+  }
+  return std::accumulate(scratch.begin(), scratch.end(), int64_t{0});
+}
+
+// Tokens that leave the row that keeps fewest, if rows keep their largest counts.
+int64_t least_leaving(const int64_t* counts, int rows, int experts, int kept) {
+  if (kept >= experts) return 0;
+  std::vector<int64_t> scratch;
+  int64_t most = 0;
+  for (int row = 0; row < rows; ++row) {
+    const int64_t* counts_E = counts + static_cast<int64_t>(row) * experts;
+    const int64_t total = std::accumulate(counts_E, counts_E + experts, int64_t{0});
+    most = std::max(most, total - largest_sum(counts_E, experts, kept, scratch));
+  }
+  return most;
+}
+
+}  // namespace
+
+double GemmCurve::unit_seconds(int64_t tokens) const {
+  if (tokens <= 0) return 0.0;
+  const auto above_P = std::upper_bound(tokens_P.begin(), tokens_P.end(), tokens);
+  const auto point = std::max<std::ptrdiff_t>(above_P - tokens_P.begin() - 1, 0);
+  const double above = static_cast<double>(std::max<int64_t>(tokens - tokens_P[point], 0));
+  return std::min(seconds_P[point] + above * slope_P[point], limit_P[point]);
+}
+
+double GemmCurve::least_unit_seconds(int64_t tokens) const {
+  const auto point = std::upper_bound(tokens_P.begin(), tokens_P.end(), tokens) - tokens_P.begin();
+  const double at_best = point > 0 ? static_cast<double>(tokens) / best_P[point - 1]
+                                   : std::numeric_limits<double>::infinity();
+  return std::min(unit_seconds(tokens), at_best);
+}
+
+double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& totals) {
+  int64_t intra = 0, inter = 0;
+  double expert_s = 0.0;
+  for (int rank = 0; rank < shape.ranks; ++rank) {
+    int64_t near = 0, far = 0;
+    double rank_s = 0.0;
+    for (int slot = rank * shape.capacity; slot < (rank + 1) * shape.capacity; ++slot) {
+      near += totals.near_S[slot];
+      far += totals.far_S[slot];
+      rank_s += costs.gemm.unit_seconds(totals.near_S[slot] + totals.far_S[slot]);
+    }
+    intra = std::max(intra, std::max(totals.sent_near_N[rank], near) - totals.own_N[rank]);
+    inter = std::max(inter, std::max(totals.sent_far_N[rank], far));
+    expert_s = std::max(expert_s, rank_s);
+  }
+  const double pass_s =
+      std::max(static_cast<double>(intra) * (costs.token_bytes / costs.intra_bytes_per_s),
+               static_cast<double>(inter) * (costs.token_bytes / costs.inter_bytes_per_s));
+  return costs.expert_flops * expert_s + kAllToAllPasses * (pass_s + costs.latency_s);
+}
+
+double least_layer_seconds(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
+                           const int64_t* node_counts_QE) {
+  int64_t total = 0;
+  double experts_s = 0.0;
+  for (int e = 0; e < shape.experts; ++e) {
+    int64_t load = 0;
+    for (int node = 0; node < shape.nodes(); ++node) {
+      load += node_counts_QE[static_cast<int64_t>(node) * shape.experts + e];
+    }
+    total += load;
+    experts_s += costs.gemm.least_unit_seconds(load);
+  }
+  const double largest_s =
+      costs.gemm.least_unit_seconds((total + shape.ranks - 1) / shape.ranks);
+  const double expert_s = costs.expert_flops * std::max(experts_s / shape.ranks, largest_s);
+
+  double pass_s = 0.0;
+  if (shape.ranks > 1) {
+    const int64_t leaving = least_leaving(counts_NE, shape.ranks, shape.experts, shape.capacity);
+    const double near_bytes_per_s = shape.node_size > 1 ? costs.intra_bytes_per_s : 0.0;
+    const double far_bytes_per_s = shape.nodes() > 1 ? costs.inter_bytes_per_s : 0.0;
+    pass_s = static_cast<double>(leaving) / (near_bytes_per_s + far_bytes_per_s);
+  }
+  if (shape.nodes() > 1) {
+    const int64_t leaving = least_leaving(node_counts_QE, shape.nodes(), shape.experts,
+                                          shape.node_size * shape.capacity);
+    pass_s = std::max(
+        pass_s, static_cast<double>(leaving) / shape.node_size / costs.inter_bytes_per_s);
+  }
+  pass_s = pass_s * costs.token_bytes + costs.latency_s;
+  return (expert_s + kAllToAllPasses * pass_s) * kBelowRounding;
+}
+
+double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
+                      const int16_t* after_S) {
+  const int size = shape.node_size;
+  std::vector<int64_t> fetched_N(shape.ranks, 0), fetched_Q(shape.nodes(), 0);
+  std::vector<int64_t> distinct_Q(shape.nodes(), 0), held_Q(shape.nodes(), 0), place_G(size, 0);
+  std::vector<int> last_node_E(shape.experts, -1);
+  int64_t whole = 0, fetched = 0, distinct = 0;
+  for (int rank = 0; rank < shape.ranks; ++rank) {
+    const int node = rank / size;
+    for (int slot = rank * shape.capacity; slot < (rank + 1) * shape.capacity; ++slot) {
+      if (before_S[slot] == after_S[slot]) continue;
+      ++fetched_N[rank];
+      distinct_Q[node] += last_node_E[after_S[slot]] != node;
+      last_node_E[after_S[slot]] = node;
+    }
+    fetched_Q[node] += fetched_N[rank];
+    held_Q[node] += costs.held_N[rank];
+    place_G[rank % size] += costs.held_N[rank];
+    whole += costs.held_N[rank];
+  }
+  for (int node = 0; node < shape.nodes(); ++node) {
+    fetched += fetched_Q[node];
+    distinct += distinct_Q[node];
+  }
+  // Received and sent, see planner/traffic.py for the formulas.
+  int64_t intra = 0, inter = 0;
+  for (int rank = 0; rank < shape.ranks; ++rank) {
+    const int node = rank / size;
+    const int64_t held = costs.held_N[rank], place = place_G[rank % size];
+    const int64_t others = fetched_Q[node] - fetched_N[rank];
+    if (costs.by_node) {
+      intra = std::max({intra, fetched_N[rank] * (whole - place), others * place});
+      inter = std::max(
+          {inter, distinct_Q[node] * (place - held), (distinct - distinct_Q[node]) * held});
+    } else {
+      intra = std::max({intra, fetched_N[rank] * (held_Q[node] - held), others * held});
+      inter = std::max(
+          {inter, fetched_N[rank] * (whole - held_Q[node]), (fetched - fetched_Q[node]) * held});
+    }
+  }
+  const double intra_s =
+      static_cast<double>(intra) * (costs.element_bytes / costs.intra_bytes_per_s);
+  const double inter_s =
+      static_cast<double>(inter) * (costs.element_bytes / costs.inter_bytes_per_s);
+  const double wire_s = costs.by_node ? intra_s + inter_s : std::max(intra_s, inter_s);
+  return wire_s + costs.fetch_latency_s + costs.solve_s;
+}
+
+}  // namespace laer

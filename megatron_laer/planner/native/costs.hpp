@@ -1,0 +1,49 @@
+// The cost model as the guard needs it, equal bit for bit to planner/costs.py, which defines it and
+// says why every rank gets the same: token counts are added as integers, floats slot after slot, and
+// across ranks only the largest counts. Built without contraction of products and sums.
+//
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node, P points
+// of the GEMM curve.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "quotas.hpp"
+#include "shape.hpp"
+
+namespace laer {
+
+// Seconds of GEMMs that need one FLOP per token; planner/clusters.py has its table and says more.
+struct GemmCurve {
+  std::vector<int64_t> tokens_P;
+  std::vector<double> seconds_P, slope_P, limit_P, best_P;
+
+  double unit_seconds(int64_t tokens) const;
+  double least_unit_seconds(int64_t tokens) const;
+};
+
+struct CostModel {
+  GemmCurve gemm;
+  double expert_flops;  // per token, over all passes
+  double token_bytes, element_bytes;
+  double intra_bytes_per_s, inter_bytes_per_s;
+  double latency_s;                    // of one collective over all ranks
+  bool by_node;                        // how changed slots are fetched
+  double fetch_latency_s;              // of all matrices
+  double solve_s, least_change_s;      // constants of the shape
+  std::vector<int64_t> held_N;         // elements of one expert that each rank holds
+};
+
+// Seconds of one layer and microbatch, both passes.
+double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& totals);
+
+// What no layout and no split gets below.
+double least_layer_seconds(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
+                           const int64_t* node_counts_QE);
+
+// What it costs to change to a layout made after the gate.
+double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
+                      const int16_t* after_S);
+
+}  // namespace laer

@@ -1,0 +1,134 @@
+// Each mode in a function of its own; what is asked of both layouts is in Microbatch.
+//
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+#include "guard.hpp"
+
+#include <algorithm>
+#include <numeric>
+
+#include "construct.hpp"
+#include "match_previous.hpp"
+#include "quotas.hpp"
+
+namespace laer {
+namespace {
+
+// One microbatch, and what both layouts are asked.
+struct Microbatch {
+  const Shape& shape;
+  const int64_t* counts_NE;
+  const int64_t* node_counts_QE;
+
+  std::vector<int64_t> loads(const Replicas& replicas) const {
+    std::vector<int64_t> loads_S(shape.slots());
+    slot_loads(shape, counts_NE, node_counts_QE, replicas, loads_S.data());
+    return loads_S;
+  }
+
+  std::vector<int64_t> loads(const int16_t* slots_S) const {
+    return loads(Replicas(shape, slots_S));
+  }
+
+  std::vector<int16_t> fresh(const int16_t* planned_S) const {
+    std::vector<int16_t> fresh_S = laer::fresh(shape, node_counts_QE);
+    match_previous(shape, planned_S, fresh_S);
+    return fresh_S;
+  }
+
+  double seconds(const CostModel& costs, const Replicas& replicas,
+                 const std::vector<int64_t>& loads_S) const {
+    return layer_seconds(
+        shape, costs, totals(shape, counts_NE, node_counts_QE, replicas, loads_S.data()));
+  }
+
+  int64_t largest(const std::vector<int64_t>& loads_S) const {
+    int64_t most = 0;
+    for (int rank = 0; rank < shape.ranks; ++rank) {
+      const auto first = loads_S.begin() + static_cast<int64_t>(rank) * shape.capacity;
+      most = std::max(most, std::accumulate(first, first + shape.capacity, int64_t{0}));
+    }
+    return most;
+  }
+};
+
+void take(Decision& decision, std::vector<int16_t> fresh_S, std::vector<int64_t> loads_S) {
+  decision.fresh_S = std::move(fresh_S);
+  decision.kept_loads_S = std::move(decision.loads_S);
+  decision.loads_S = std::move(loads_S);
+}
+
+void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t* planned_S,
+             Decision& decision) {
+  const Shape& shape = microbatch.shape;
+  const Replicas planned(shape, planned_S);
+  decision.loads_S = microbatch.loads(planned);
+  const double kept_s = microbatch.seconds(costs, planned, decision.loads_S);
+  // Both bounds are below what they bound, so leaving here never changes the choice.
+  decision.gain_s = kept_s - least_layer_seconds(shape, costs, microbatch.counts_NE,
+                                                 microbatch.node_counts_QE);
+  decision.cost_s = costs.least_change_s;
+  decision.is_priced = true;
+  if (decision.gain_s <= decision.cost_s) return;
+  std::vector<int16_t> fresh_S = microbatch.fresh(planned_S);
+  decision.solved = true;
+  if (std::equal(fresh_S.begin(), fresh_S.end(), planned_S)) {
+    decision.is_priced = false;
+    return;
+  }
+  const Replicas fresh(shape, fresh_S.data());
+  std::vector<int64_t> loads_S = microbatch.loads(fresh);
+  decision.gain_s = kept_s - microbatch.seconds(costs, fresh, loads_S);
+  decision.cost_s = change_seconds(shape, costs, planned_S, fresh_S.data());
+  if (decision.gain_s > decision.cost_s) {
+    take(decision, std::move(fresh_S), std::move(loads_S));
+  }
+}
+
+void by_tolerance(const Microbatch& microbatch, double tolerance, const int16_t* planned_S,
+                  Decision& decision) {
+  const int ranks = microbatch.shape.ranks;
+  decision.loads_S = microbatch.loads(planned_S);
+  const int64_t largest = microbatch.largest(decision.loads_S);
+  const int64_t total =
+      std::accumulate(decision.loads_S.begin(), decision.loads_S.end(), int64_t{0});
+  // At the bound no layout is better, whatever the tolerance; one token is N times the mean.
+  if (largest == (total + ranks - 1) / ranks) return;
+  if (static_cast<double>(largest * ranks) / static_cast<double>(total) <= 1.0 + tolerance) return;
+  std::vector<int16_t> fresh_S = microbatch.fresh(planned_S);
+  std::vector<int64_t> loads_S = microbatch.loads(fresh_S.data());
+  decision.solved = true;
+  if (microbatch.largest(loads_S) < largest) {
+    take(decision, std::move(fresh_S), std::move(loads_S));
+  }
+}
+
+}  // namespace
+
+Decision decide(const Shape& shape, Mode mode, const CostModel& costs, double tolerance,
+                const int64_t* counts_NE, const int64_t* node_counts_QE,
+                const int16_t* planned_S) {
+  const Microbatch microbatch{shape, counts_NE, node_counts_QE};
+  Decision decision;
+  switch (mode) {
+    case Mode::kForecast:
+      decision.loads_S = microbatch.loads(planned_S);
+      break;
+    case Mode::kExact:
+      decision.solved = true;
+      decision.fresh_S = microbatch.fresh(planned_S);
+      decision.loads_S = microbatch.loads(decision.fresh_S.data());
+      if (std::equal(decision.fresh_S.begin(), decision.fresh_S.end(), planned_S)) {
+        decision.fresh_S.clear();
+      }
+      break;
+    case Mode::kByCost:
+      by_cost(microbatch, costs, planned_S, decision);
+      break;
+    case Mode::kByTolerance:
+      by_tolerance(microbatch, tolerance, planned_S, decision);
+      break;
+  }
+  return decision;
+}
+
+}  // namespace laer

@@ -1,0 +1,140 @@
+"""What one rank must know of a microbatch equals its definition, and the core refuses the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_laer.arrays import Int64
+from megatron_laer.config import PlanMode, Split
+from megatron_laer.dispatch.permutation import run_sizes
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner import reference
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.native_core import native
+from megatron_laer.planner.splits import RankQuotas, solve_quotas
+from tests.costs import make_costs
+from tests.unit.test_guard import cases, cost_models
+from tests.unit.test_strategies import geometries
+
+MODES = [*((mode, Split.EXACT) for mode in PlanMode), (PlanMode.FORECAST, Split.EVEN)]
+
+
+@settings(max_examples=150)
+@given(cases(), cost_models(), st.sampled_from(MODES), st.integers(0, 2**16))
+def test_a_rank_gets_what_follows_from_the_quotas_of_all(
+    case: tuple[Geometry, Int64, ExpertLayout], costs: Any, mode: Any, seed: int
+) -> None:
+    geometry, counts_NE, planned = case
+    rank = seed % geometry.num_ranks
+    decision = Guard(mode[0], costs, geometry, split=mode[1]).decide(counts_NE, planned, rank)
+    mine = decision.rank_quotas
+    again = solve_quotas(mode[1], counts_NE, decision.layout, geometry.node_size)
+    np.testing.assert_array_equal(mine.row_S, again.rank_row(rank))
+    np.testing.assert_array_equal(mine.columns_NC, again.rank_columns(rank))
+    sent_NC = mine.row_S.reshape(geometry.num_ranks, -1)
+    assert mine.input_splits_N == sent_NC.sum(axis=1).tolist()
+    assert mine.output_splits_N == mine.columns_NC.sum(axis=1).tolist()
+    assert mine.tokens_C == mine.columns_NC.sum(axis=0).tolist()
+    assert (mine.num_sent, mine.num_received) == (mine.row_S.sum(), mine.columns_NC.sum())
+    np.testing.assert_array_equal(
+        mine.runs, RankQuotas.of(decision.layout, mine.row_S, mine.columns_NC).runs
+    )
+
+
+@settings(max_examples=100)
+@given(geometries().filter(lambda geometry: geometry.num_slots <= 60), st.integers(0, 2**16))
+def test_runs_of_rows_equal_their_definition(geometry: Geometry, seed: int) -> None:
+    shape = geometry.num_ranks, geometry.capacity, geometry.num_experts
+    layout = ExpertLayout.random(*shape, seed=(seed,))
+    rng = np.random.default_rng(seed)
+    # A rank's row and columns need not fit each other.
+    row_S = rng.integers(0, 5, geometry.num_slots)
+    columns_NC = rng.integers(0, 5, shape[:2])
+    runs = RankQuotas.of(layout, row_S, columns_NC).runs
+    expected = reference.token_runs(layout, row_S, columns_NC)
+    assert runs.dtype == np.int32
+    parts = np.split(runs, np.cumsum(run_sizes(geometry.num_slots, geometry.num_experts))[:-1])
+    for (name, wanted), found in zip(expected.items(), parts, strict=True):
+        assert found.tolist() == wanted, name
+
+
+COUNTS_NE = np.ones((4, 6), dtype=np.int64)
+SLOTS_S = ExpertLayout.static(4, 3, 6).slot_expert_S
+COSTS = make_costs().for_native(Geometry(4, 6, 3, 2))
+
+
+def decide(**other: Any) -> Any:
+    given = {
+        "mode": "adaptive",
+        "costs": COSTS,
+        "tolerance": None,
+        "counts_NE": COUNTS_NE,
+        "planned_S": SLOTS_S,
+        "node_size": 2,
+        "rank": 0,
+    }
+    return native.decide(*(given | other).values())
+
+
+def with_one(array: Any, value: int) -> Any:
+    other = array.copy()
+    other.flat[5] = value
+    return other
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"mode": "guess"}, "no such mode: guess"),
+        ({"costs": make_costs().for_native(Geometry(2, 6, 3, 2))}, "another number of ranks"),
+        ({"counts_NE": COUNTS_NE[0]}, r"counts must be \[N, E\]"),
+        ({"counts_NE": COUNTS_NE[:0]}, r"counts must be \[N, E\]"),
+        ({"counts_NE": COUNTS_NE[:, :5]}, "a slot holds no expert"),
+        ({"counts_NE": np.ones((4, 7), dtype=np.int64)}, "every expert must have a slot"),
+        ({"counts_NE": with_one(COUNTS_NE, -3)}, "holds -3 at rank 0, expert 5"),
+        ({"planned_S": SLOTS_S[:11]}, "ranks must divide the slots"),
+        ({"planned_S": SLOTS_S[:0]}, "every expert must have a slot"),
+        ({"planned_S": with_one(SLOTS_S, 6)}, "a slot holds no expert"),
+        ({"planned_S": with_one(SLOTS_S, -1)}, "a slot holds no expert"),
+        ({"planned_S": np.zeros(12, dtype=np.int16)}, "every expert must have a slot"),
+        ({"planned_S": np.tile(SLOTS_S, 4)}, "no more slots than experts"),
+        ({"node_size": 3}, "a node's ranks all ranks"),
+        ({"node_size": 0}, "a node's ranks all ranks"),
+        ({"rank": 4}, r"rank must be in 0\.\.N-1"),
+        ({"rank": -1}, r"rank must be in 0\.\.N-1"),
+    ],
+)
+def test_the_core_refuses_what_it_cannot_read(other: dict[str, Any], message: str) -> None:
+    decide()
+    with pytest.raises(ValueError, match=message):
+        decide(**other)
+
+
+def test_the_core_refuses_sizes_that_do_not_fit() -> None:
+    loads_S, short_S = np.full(12, 2), np.full(11, 2)
+    columns_NC = np.ones((4, 3), dtype=np.int64)
+    for call in (native.rank_row, native.rank_columns):
+        with pytest.raises(ValueError, match="wrong size of loads"):
+            call(COUNTS_NE, SLOTS_S, short_S, 2, 0)
+        with pytest.raises(ValueError, match="rank must be"):
+            call(COUNTS_NE, SLOTS_S, loads_S, 2, 4)
+    with pytest.raises(ValueError, match="wrong size of loads"):
+        native.totals(COUNTS_NE, SLOTS_S, short_S, 2)
+    with pytest.raises(ValueError, match="wrong size of the row"):
+        native.rank_quotas(SLOTS_S, short_S, columns_NC, 6)
+    with pytest.raises(ValueError, match="wrong size of the columns"):
+        native.rank_quotas(SLOTS_S, loads_S, columns_NC[:3], 6)
+    with pytest.raises(ValueError, match="a slot holds no expert"):
+        native.rank_quotas(SLOTS_S, loads_S, columns_NC, 5)
+    points = np.array([1]), np.ones(1), np.ones(2), np.ones(1), np.ones(1)
+    numbers = 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, False, 0.0, 0.0, 0.0
+    with pytest.raises(ValueError, match="wrong size of the GEMM curve"):
+        native.CostModel(*points, *numbers, np.ones(4, dtype=np.int64))
+    with pytest.raises(ValueError, match="the GEMM curve is empty"):
+        native.CostModel(*[np.ones(0)] * 5, *numbers, np.ones(4, dtype=np.int64))  # type: ignore[arg-type]
