@@ -103,7 +103,6 @@ _NO_GRAPH = "layouts and split sizes are decided on the host, which a graph cann
 _GRAPHS_OFF = "give --cuda-graph-impl none"
 _GRADIENTS_LEAVE = "gradients of restored experts leave the rank as soon as they are computed"
 _FORM_OF_TE_EXPERTS = "it is a form of Transformer Engine's grouped experts, which FSEP replaces"
-_ROUTES_FOR_FP8 = "it routes tokens for the sake of fp8's alignment, which FSEP does not compute in"
 _NEEDS_GPU = "it needs Transformer Engine and a GPU, and no test there proves the combination"
 _RECOMPUTE_INSTEAD = "leave it out, and use --recompute-granularity"
 
@@ -215,13 +214,6 @@ REFUSALS: tuple[Refusal, ...] = (
         accepted=("adam", "sgd", "lion"),
     ),
     Refusal(
-        "--disable-bias-linear absent",
-        "slices hold weights only",
-        "give --disable-bias-linear, as current MoE models do",
-        dest="add_bias_linear",
-        field="add_bias_linear",
-    ),
-    Refusal(
         "--moe-mlp-glu-interleave-size",
         "interleaved gates belong to Transformer Engine's grouped experts, which FSEP replaces; "
         "restored experts hold gate and up as halves",
@@ -230,12 +222,6 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal("--moe-single-grouped-weight", _FORM_OF_TE_EXPERTS, field="moe_single_grouped_weight"),
     Refusal("--moe-single-grouped-bias", _FORM_OF_TE_EXPERTS, field="moe_single_grouped_bias"),
-    Refusal(
-        "--moe-router-padding-for-quantization",
-        _ROUTES_FOR_FP8,
-        field="moe_router_padding_for_quantization",
-    ),
-    Refusal("--moe-router-padding-for-fp8", _ROUTES_FOR_FP8, field="moe_router_padding_for_fp8"),
     Refusal(
         "--moe-paged-stash",
         "it stashes activations of Transformer Engine's grouped experts, which FSEP replaces, and "

@@ -91,6 +91,16 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "experts without a gate": ("latent MoE without a gate, shared experts",),
     "`--moe-apply-probs-on-input`": ("probabilities applied on input, top-1",),
     "GLU clamp and offset": ("clamped and offset quick-GEGLU",),
+    "linear bias": (
+        "linear bias, clamped and offset quick-GEGLU",
+        "linear bias, distributed optimizer, expert data parallel 2, accumulation 2",
+        "linear bias, tensor parallel 2 with sequence parallel, per-token loss",
+        "linear bias, recompute of the MoE layer, pipeline 2, accumulation 2",
+        "linear bias, recompute of the experts' activation, through nodes of 2, E = 6 on 4 ranks",
+        "linear bias, restored once per step, bf16, accumulation 4",
+        "linear bias without a gate, probabilities applied on input, top-1, scheduler off",
+    ),
+    "router padding without fp8": ("router padding, without effect",),
     "GLU interleave": ("--moe-mlp-glu-interleave-size",),
     "activation offloading": (
         "--fine-grained-activation-offloading",

@@ -1,4 +1,4 @@
-"""The ranks' blocks of a saved matrix cover it, each element once."""
+"""The ranks' blocks of a saved matrix, or bias, cover it, each element once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from megatron_laer.experts.slices import SliceSpec, sharded_slice
 EXPERTS, COLUMNS, LAYERS = 3, 2, 4
 
 
+@pytest.mark.parametrize("is_bias", [False, True], ids=["matrix", "bias"])
 @pytest.mark.parametrize("rows", [1, 3, 10, 64, 97])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
-def test_blocks_tile_the_matrix(rows: int, num_ranks: int) -> None:
-    covered = torch.zeros(LAYERS, EXPERTS, rows, COLUMNS, dtype=torch.int64)
+def test_blocks_tile_the_matrix(rows: int, num_ranks: int, is_bias: bool) -> None:
+    columns = () if is_bias else (COLUMNS,)
+    covered = torch.zeros(LAYERS, EXPERTS, rows, *columns, dtype=torch.int64)
     for layer in range(LAYERS):
         for rank in range(num_ranks):
             spec = SliceSpec.for_rank(
@@ -25,6 +27,7 @@ def test_blocks_tile_the_matrix(rows: int, num_ranks: int) -> None:
                 num_ranks=num_ranks,
                 init_method=torch.nn.init.zeros_,
             )
+            spec = spec.of_bias() if is_bias else spec
             slice_ErK = spec.new_parameter(torch.float32, torch.device("cpu"))
             factory = sharded_slice(slice_ErK, spec, "key", ((0, layer, LAYERS),), (0, 0, 0))
             shard = factory.build()

@@ -86,7 +86,7 @@ class RestoredExperts:
                 # The slices as they are now: they change between steps only.
                 partial(
                     exchange.restore,
-                    slice_ErK.detach(),
+                    slice_ErK,
                     self.index,
                     rows,
                     out=weights.take(shape, slice_ErK.dtype, slice_ErK.device),
@@ -94,7 +94,7 @@ class RestoredExperts:
                 f"restore {self._name}",
             )
             for slice_ErK, rows, shape in zip(
-                self._slices.parameters, self._slices.rows, self._shapes(), strict=True
+                self._values(), self._slices.rows, self._shapes(), strict=True
             )
         )
         exchange.count.restores += 1
@@ -111,11 +111,11 @@ class RestoredExperts:
         self._streams.exchange.prepare_restore(index, before)
         self._matrices = tuple(
             self._streams.parameters.submit(
-                partial(self._update, slice_ErK.detach(), index, rows, before, pending),
+                partial(self._update, slice_ErK, index, rows, before, pending),
                 f"change {self._name}",
             )
             for slice_ErK, rows, pending in zip(
-                self._slices.parameters, self._slices.rows, self._matrices, strict=True
+                self._values(), self._slices.rows, self._matrices, strict=True
             )
         )
         self._streams.exchange.count.changes += 1
@@ -241,7 +241,7 @@ class RestoredExperts:
                 ),
                 f"reduce {self._name}",
             )
-            for grad_CRK, slice_ErK in zip(grads_CRK, self._slices.parameters, strict=True)
+            for grad_CRK, slice_ErK in zip(grads_CRK, self._values(), strict=True)
         )
         exchange.count.reduces += 1
 
@@ -299,12 +299,13 @@ class RestoredExperts:
             return None  # autograd accumulates it, and keeps its memory
         return self._streams.slice_grads.take(tuple(slice_ErK.shape), dtype, slice_ErK.device)
 
-    def _hand_over(self, slice_ErK: torch.nn.Parameter, grad_ErK: torch.Tensor) -> torch.Tensor:
+    def _hand_over(self, parameter: torch.nn.Parameter, grad_ErK: torch.Tensor) -> torch.Tensor:
+        grad = grad_ErK.view(parameter.shape)
         if not self._slices.have_main_grads:
-            return grad_ErK
-        self._slices.main_grads.add(slice_ErK, grad_ErK)
+            return grad
+        self._slices.main_grads.add(parameter, grad)
         self._streams.slice_grads.put_back(grad_ErK)
-        return self._slices.main_grads.mark_added(slice_ErK)
+        return self._slices.main_grads.mark_added(parameter)
 
     # Helpers.
 
@@ -314,11 +315,14 @@ class RestoredExperts:
         )
         return made
 
+    def _values(self) -> tuple[torch.Tensor, ...]:
+        return self._slices.values(self.index.layout.num_experts)
+
     def _shapes(self) -> tuple[tuple[int, int, int], ...]:
         capacity = self.index.layout.capacity
         return tuple(
-            (capacity, rows, slice_ErK.shape[2])
-            for slice_ErK, rows in zip(self._slices.parameters, self._slices.rows, strict=True)
+            (capacity, rows, columns)
+            for rows, columns in zip(self._slices.rows, self._slices.columns, strict=True)
         )
 
     def _update(
