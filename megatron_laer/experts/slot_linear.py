@@ -173,4 +173,4 @@ def _scales(scale_T: torch.Tensor | None, tokens_C: Sequence[int]) -> Sequence[t
     """Return each slot's scales `[n, 1]`; None for each where nothing is scaled."""
     if scale_T is None:
         return [None] * len(tokens_C)
-    return scale_T.unsqueeze(1).split(list(tokens_C))
+    return torch.split(scale_T.unsqueeze(1), list(tokens_C))

@@ -121,6 +121,7 @@ AUX_LOSSES = (
 )
 UNTIED = "--untie-embeddings-and-output-weights"
 CLAMPED_GEGLU = " --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0"
+PER_TOKEN = " --calculate-per-token-loss"
 NO_BIAS = "--disable-bias-linear"
 NO_BIAS_NOR_SWIGLU = NO_BIAS + " --swiglu"
 
@@ -350,7 +351,7 @@ ROWS = [
     Row(
         "the same losses, recompute of the MoE layer, per-token loss",
         accumulation=2,
-        flags=AUX_LOSSES + MOE_RECOMPUTE + " --calculate-per-token-loss",
+        flags=AUX_LOSSES + MOE_RECOMPUTE + PER_TOKEN,
     ),
     Row("sinkhorn router", flags=" --moe-router-load-balancing-type sinkhorn"),
     Row(
@@ -414,7 +415,7 @@ ROWS = [
         ranks=4,
         stock_parallel=(4, 2),
         without=NO_BIAS,
-        flags=TENSOR + " --calculate-per-token-loss",
+        flags=TENSOR + PER_TOKEN,
     ),
     Row(
         "linear bias, recompute of the MoE layer, pipeline 2, accumulation 2",
