@@ -399,7 +399,6 @@ ROWS = [
         without=NO_BIAS_NOR_SWIGLU,
         flags=CLAMPED_GEGLU,
         steps=LONG,
-        releases=True,
     ),
     Row(
         "linear bias, distributed optimizer, expert data parallel 2, accumulation 2",
