@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_laer.experts.slices import SliceSpec, sharded_slice
+from megatron_laer.experts.slices import SliceSpec, initialise, sharded_slice
 
 EXPERTS, COLUMNS, LAYERS = 3, 2, 4
 
@@ -39,3 +39,15 @@ def test_blocks_tile_the_matrix(rows: int, num_ranks: int, is_bias: bool) -> Non
             covered[block] += 1
             assert factory.merge_fn(shard.data).shape == slice_ErK.shape
     assert (covered == 1).all()
+
+
+def test_a_bias_is_a_vector_of_zeros_whatever_its_matrix_begins_with() -> None:
+    matrix = SliceSpec.for_rank(
+        "linear_fc2", EXPERTS, 7, COLUMNS, rank=1, num_ranks=2, init_method=torch.nn.init.ones_
+    )
+    bias = matrix.of_bias().new_parameter(torch.float32, torch.device("cpu"))
+    assert bias.shape == (EXPERTS * 4,), "Megatron would let the weights of a matrix decay"
+    with torch.no_grad():
+        bias.fill_(torch.nan)
+    initialise(bias, matrix.of_bias(), seed=1, layer="layer 1")
+    assert not bias.any()
