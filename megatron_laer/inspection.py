@@ -28,6 +28,8 @@ _MAX_AXES = 64
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _EXPERTS = ".mlp.experts.experts.linear_fc"
+# Of the tensors with all experts, by the last part of their names.
+_DIMENSIONS_OF_EXPERTS = {"weight": 3, "bias": 2}
 _OPTIMIZER = "optimizer."
 
 # What torch's list of tensors is made of: plain records, and torch's names for types. None of them
@@ -195,10 +197,12 @@ def _model(tensors: Mapping[str, Entry]) -> Iterator[str]:
     if embedding is not None and len(embedding.shape) == 2:
         yield f"embedding        vocabulary {embedding.shape[0]}, hidden {embedding.shape[1]}"
     for name, entry in sorted(weights.items()):
-        if _EXPERTS in name and name.endswith(".weight") and len(entry.shape) >= 3:
-            *axes, experts, rows, columns = entry.shape
+        dimensions = _DIMENSIONS_OF_EXPERTS.get(name.rpartition(".")[2])
+        if _EXPERTS in name and dimensions is not None and len(entry.shape) >= dimensions:
+            axes, (experts, *sizes) = entry.shape[:-dimensions], entry.shape[-dimensions:]
             layers = f"{axes[0]} layers, " if axes else ""
-            yield f"experts          {name}: {layers}{experts} experts of {rows} x {columns}"
+            of_one = " x ".join(map(str, sizes))
+            yield f"experts          {name}: {layers}{experts} experts of {of_one}"
 
 
 def _optimizer(tensors: Mapping[str, Entry]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from megatron_laer.experts.gemm import check_gemm, slot_gemm
 from megatron_laer.experts.main_grads import MegatronMainGrads
 from megatron_laer.experts.slices import SliceSpec, initialise, sharded_slice
-from megatron_laer.experts.slot_linear import slot_linear
+from megatron_laer.experts.slot_linear import slot_bias, slot_linear
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.weights.slices import Slices
@@ -78,7 +78,7 @@ class FSEPExperts(MegatronModule):
             ffn_hidden_size=config.moe_ffn_hidden_size,
             tp_group=pg_collection.expt_tp,
         )
-        self._specs = tuple(
+        matrices = [
             SliceSpec.for_rank(
                 linear.name,
                 config.num_moe_experts,
@@ -89,13 +89,20 @@ class FSEPExperts(MegatronModule):
                 init_method=linear.init_method,
             )
             for linear in linears
-        )
-        sizes = [size for spec in self._specs for size in (spec.rows, spec.columns)]
+        ]
+        sizes = [size for spec in matrices for size in (spec.rows, spec.columns)]
         check_gemm(gemm, device, config.params_dtype, sizes)
+        # A layer's bias is restored right after its matrix, before the next layer's.
+        self._has_bias = config.add_bias_linear
+        self._specs = tuple(
+            spec
+            for matrix in matrices
+            for spec in ([matrix, matrix.of_bias()] if self._has_bias else [matrix])
+        )
         device = torch.device("cpu") if config.use_cpu_initialization else device
         for spec in self._specs:
             self.register_parameter(
-                f"{spec.name}_slice", spec.new_parameter(config.params_dtype, device)
+                spec.parameter_name, spec.new_parameter(config.params_dtype, device)
             )
 
     def initialise(self, layer_name: str, seed: int) -> None:
@@ -106,8 +113,8 @@ class FSEPExperts(MegatronModule):
                 initialise(slice_ErK, spec, seed, layer_name)
 
     def slices(self) -> list[torch.nn.Parameter]:
-        """Return the parameters, in the order of the matrices."""
-        return [getattr(self, f"{spec.name}_slice") for spec in self._specs]
+        """Return the parameters, in the order of the specs."""
+        return [getattr(self, spec.parameter_name) for spec in self._specs]
 
     def local_slices(self) -> Slices:
         """Return this rank's slices, as exchanges see them."""
@@ -116,7 +123,7 @@ class FSEPExperts(MegatronModule):
 
     @property
     def specs(self) -> tuple[SliceSpec, ...]:
-        """Return each slice's whole matrix, and the rows of it that the slice has."""
+        """Return each slice's whole matrix or bias, and the rows of it that the slice has."""
         return self._specs
 
     def forward(
@@ -141,19 +148,27 @@ class FSEPExperts(MegatronModule):
         placeholders = restored.weight_placeholders()
         input_TH, probs_T = restored.before_compute(input_TH, probs_T)
 
-        def linear(position: int, input_TK: torch.Tensor) -> torch.Tensor:
-            tokens_C = plan.quotas.tokens_C
-            return slot_linear(
-                input_TK, placeholders[position], restored, position, tokens_C, self._gemm
+        def linear(
+            layer: int, input_TK: torch.Tensor, bias_scale_T: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            at, tokens_C = layer * (1 + self._has_bias), plan.quotas.tokens_C
+            output_TR = slot_linear(input_TK, placeholders[at], restored, at, tokens_C, self._gemm)
+            if not self._has_bias:
+                return output_TR
+            return slot_bias(
+                output_TR, bias_scale_T, placeholders[at + 1], restored, at + 1, tokens_C
             )
 
+        # As in Megatron's grouped experts, the first bias comes before a clamp, and the second one
+        # is multiplied with the probability, which the activation's output has been already.
         hidden_TF = linear(0, input_TH)
         if self._recomputes_activation and torch.is_grad_enabled():
             checkpoint = CheckpointWithoutOutput()
-            output_TH = linear(1, checkpoint.checkpoint(self._activate, hidden_TF, probs_T))
+            activated_TF = checkpoint.checkpoint(self._activate, hidden_TF, probs_T)
+            output_TH = linear(1, activated_TF, probs_T)
             checkpoint.discard_output_and_register_recompute(output_TH)
         else:
-            output_TH = linear(1, self._activate(hidden_TF, probs_T))
+            output_TH = linear(1, self._activate(hidden_TF, probs_T), probs_T)
         return restored.after_compute(output_TH, backward_follows=plan.backward_follows)
 
     def backward_dw(self) -> None:
@@ -169,17 +184,19 @@ class FSEPExperts(MegatronModule):
         replica_id = (0, 0, self._expert_dp_group.rank())
         state: dict[str, Any] = {}
         for slice_ErK, spec in zip(self.slices(), self._specs, strict=True):
-            saved_as = f"{prefix}experts.{spec.name}"
-            state[f"{prefix}{spec.name}_slice"] = sharded_slice(
-                slice_ErK, spec, f"{saved_as}.weight", sharded_offsets, replica_id
+            saved_as = f"{prefix}experts.{spec.saved_as}"
+            state[f"{prefix}{spec.parameter_name}"] = sharded_slice(
+                slice_ErK, spec, saved_as, sharded_offsets, replica_id
             )
+            if spec.is_bias:
+                continue
             # Stock's linear layers ask for an extra state per expert, which is empty without fp8.
             # Each is written by one rank.
             for expert in range(self._rank, spec.num_experts, self._num_ranks):
                 state[f"{prefix}{spec.name}{_EXTRA_STATE}.{expert}"] = (
                     make_sharded_object_for_checkpoint(
                         None,
-                        f"{saved_as}{_EXTRA_STATE}",
+                        f"{prefix}experts.{spec.name}{_EXTRA_STATE}",
                         (*sharded_offsets, (len(sharded_offsets), expert, spec.num_experts)),
                         replica_id,
                     )
@@ -210,7 +227,7 @@ class _Linear(NamedTuple):
 
 
 class _PassOn(torch.nn.Module):
-    """Passes its input on where Megatron's MLP has a linear layer, and has no bias."""
+    """Passes its input on where Megatron's MLP has a linear layer, and hands on no bias."""
 
     def forward(self, input_TK: torch.Tensor) -> tuple[torch.Tensor, None]:
         return input_TK, None

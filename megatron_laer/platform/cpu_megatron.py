@@ -20,6 +20,7 @@ def mend() -> None:
     _mend_norm()
     _mend_attention()
     _mend_latent_projections()
+    _mend_expert_bias()
     _mend_output_discarding()
     _mend_optimizer_load()
     _mend_async_saves()
@@ -102,6 +103,23 @@ def _mend_latent_projections() -> None:
     # Megatron has a linear layer for projections to a latent space in Transformer Engine alone.
     moe_layer.HAVE_TE = True
     moe_layer.TELinear = DuplicatedLinear
+
+
+def _mend_expert_bias() -> None:
+    from megatron.core.tensor_parallel.layers import RowParallelLinear
+
+    stock = RowParallelLinear.__init__
+
+    # Under sequence parallelism Megatron adds up the gradients of marked biases over tensor ranks.
+    # Its own linear layers, unlike Transformer Engine's, mark those of experts as well, of which
+    # these ranks hold different ones.
+    @functools.wraps(stock)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        if self.is_expert and self.bias is not None:
+            self.bias.sequence_parallel = False
+
+    RowParallelLinear.__init__ = init
 
 
 def _mend_output_discarding() -> None:

@@ -109,7 +109,7 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
         with _refusing():
             config = flags.config_from_args(args)
             if config is not None:
-                config, filled = _checked(args, config, rest[0] if rest else kwargs.get("defaults"))
+                config, said = _checked(args, config, rest[0] if rest else kwargs.get("defaults"))
         if config is None:
             return original(args, *rest, **kwargs)
         # A plain word that Megatron lists with its arguments and keeps in checkpoints, where `auto`
@@ -125,9 +125,9 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
             args.num_experts = experts
         arguments.check(args, config)  # again, since Megatron rewrites deprecated flags
         if args.rank == 0:
-            if filled:
+            for line in said:
                 # Printed like Megatron's own lines on what it derives, before logging has a level.
-                print(f"FSEP takes {' '.join(filled)}, which it needs", flush=True)
+                print(line, flush=True)
             on_cuda = not cpu.installed()
             for warning in arguments.warnings(args, config, os.environ, on_cuda=on_cuda):
                 logger.warning("FSEP: %s", warning)
@@ -145,7 +145,7 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
 def _checked(
     args: Namespace, config: FSEPConfig, script_defaults: Mapping[str, object] | None
 ) -> tuple[FSEPConfig, list[str]]:
-    """Check arguments; return the config in force, and the flags that were filled in.
+    """Check and complete arguments; return the config in force, and lines on what was changed.
 
     Raises:
         ValueError: what cannot work, before Megatron looks at the arguments.
@@ -158,9 +158,15 @@ def _checked(
         config = deterministic(config)
     filled = arguments.fill_in(args, script_defaults or {})
     arguments.check(args, config)
+    left_out = arguments.leave_out(args)
     if config.node_size is None:
         launcher.told_ranks_per_node(os.environ, args.world_size)
-    return config, filled
+    said = []
+    if filled:
+        said.append(f"FSEP takes {' '.join(filled)}, which it needs")
+    if left_out:
+        said.append(f"FSEP leaves out {' '.join(left_out)}, which has no effect without fp8")
+    return config, said
 
 
 @contextlib.contextmanager

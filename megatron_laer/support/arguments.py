@@ -18,6 +18,9 @@ _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 # The arguments that FSEP sets where they are left out, with their values.
 FILLED_IN = {row.argument: row.accepted[0] for row in REFUSALS if row.is_filled_in}
 
+# What acts in fp8 and fp4 alone, without which Megatron refuses it, and FSEP with them.
+_LEFT_OUT = ("moe_router_padding_for_quantization", "moe_router_padding_for_fp8")
+
 
 def fill_in(args: Namespace, script_defaults: Mapping[str, object]) -> list[str]:
     """Set what FSEP needs where nobody set it: where the argument is None.
@@ -33,8 +36,16 @@ def fill_in(args: Namespace, script_defaults: Mapping[str, object]) -> list[str]
         if getattr(args, name) is None:
             setattr(args, name, script_defaults.get(name, needed))
             if name not in script_defaults:
-                filled.append(f"--{name.replace('_', '-')} {needed}")
+                filled.append(f"{_flag(name)} {needed}")
     return filled
+
+
+def leave_out(args: Namespace) -> list[str]:
+    """Turn off what has no effect, but would keep Megatron from running, and return the flags."""
+    given = [name for name in _LEFT_OUT if getattr(args, name, None)]
+    for name in given:
+        setattr(args, name, False)
+    return [_flag(name) for name in given]
 
 
 def check(args: Namespace, config: FSEPConfig) -> None:
@@ -75,6 +86,10 @@ def warnings(
     if args.optimizer == "lion":
         found.append("--optimizer lion: no test proves that it works with FSEP")
     return found
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:

@@ -139,6 +139,13 @@ def _captures_plan(settings: Any) -> bool:
     return is_by_module and not (names and names <= GRAPHED)
 
 
+def _pads_for_fp8(settings: Any) -> bool:
+    """Tell whether the router pads, which Megatron does for fp8 and fp4 alone."""
+    names = ("moe_router_padding_for_quantization", "moe_router_padding_for_fp8")
+    pads = any(getattr(settings, name, None) for name in names)
+    return pads and bool(settings.fp8 or getattr(settings, "fp4", None))
+
+
 # What Transformer Engine may capture: it is done before a layer plans, or has no experts.
 GRAPHED = frozenset({"attn", "moe_router", "mlp"})
 
@@ -157,7 +164,6 @@ _NO_GRAPH = "layouts and split sizes are decided on the host, which a graph cann
 _GRAPHS_OFF = "give --cuda-graph-impl none"
 _GRADIENTS_LEAVE = "gradients of restored experts leave the rank as soon as they are computed"
 _FORM_OF_TE_EXPERTS = "it is a form of Transformer Engine's grouped experts, which FSEP replaces"
-_ROUTES_FOR_FP8 = "it routes tokens for the sake of fp8's alignment, which FSEP does not compute in"
 _NEEDS_GPU = "it needs Transformer Engine and a GPU, and no test there proves the combination"
 _RECOMPUTE_INSTEAD = "leave it out, and use --recompute-granularity"
 
@@ -289,13 +295,6 @@ REFUSALS: tuple[Refusal, ...] = (
         accepted=("adam", "sgd", "lion"),
     ),
     Refusal(
-        "--disable-bias-linear absent",
-        "slices hold weights only",
-        "give --disable-bias-linear, as current MoE models do",
-        dest="add_bias_linear",
-        field="add_bias_linear",
-    ),
-    Refusal(
         "--moe-mlp-glu-interleave-size",
         "interleaved gates belong to Transformer Engine's grouped experts, which FSEP replaces; "
         "restored experts hold gate and up as halves",
@@ -305,11 +304,12 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("--moe-single-grouped-weight", _FORM_OF_TE_EXPERTS, field="moe_single_grouped_weight"),
     Refusal("--moe-single-grouped-bias", _FORM_OF_TE_EXPERTS, field="moe_single_grouped_bias"),
     Refusal(
-        "--moe-router-padding-for-quantization",
-        _ROUTES_FOR_FP8,
+        "--moe-router-padding-for-quantization with fp8",
+        "it routes tokens for the sake of fp8's alignment, which the experts do not compute in",
         field="moe_router_padding_for_quantization",
+        field_way_out="must be False",
+        refuses=_pads_for_fp8,
     ),
-    Refusal("--moe-router-padding-for-fp8", _ROUTES_FOR_FP8, field="moe_router_padding_for_fp8"),
     Refusal(
         "--moe-paged-stash",
         "it stashes activations of Transformer Engine's grouped experts, which FSEP replaces, and "

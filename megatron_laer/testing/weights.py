@@ -17,8 +17,10 @@ import torch
 
 Tensors = dict[str, torch.Tensor]
 
-_STOCK_EXPERT = re.compile(r"(.*\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
-_FSEP_SLICE = re.compile(r"(.*\.mlp\.experts)\.(linear_fc[12])_slice$")
+_STOCK_EXPERT = re.compile(
+    r"(.*\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12](?:\.bias)?)(?:\.weight)?$"
+)
+_FSEP_SLICE = re.compile(r"(.*\.mlp\.experts)\.(linear_fc[12](?:_bias)?_slice)$")
 _TIED = "embedding.word_embeddings.weight"
 _LAYER = re.compile(r"^(.*?layers)\.(\d+)\.(.*)$")
 
@@ -69,14 +71,14 @@ def _pieces_of(
         yield Piece(f"{stock[1]}.{stock[3]}.{expert}", shape, 0, parameter, _whole)
     elif fsep := _FSEP_SLICE.match(key):
         experts = modules[name.rsplit(".", 1)[0]]
-        (spec,) = [spec for spec in experts.specs if spec.name == fsep[2]]
+        (spec,) = [spec for spec in experts.specs if spec.parameter_name == fsep[2]]
         for expert in range(spec.num_experts):
             yield Piece(
-                f"{fsep[1]}.{fsep[2]}.{expert}",
-                (spec.rows, spec.columns),
+                f"{fsep[1]}.{spec.saved_as.removesuffix('.weight')}.{expert}",
+                (spec.rows, *spec.saved_shape[2:]),
                 spec.start,
                 parameter,
-                partial(_expert, expert),
+                partial(_expert, expert, spec.saved_shape),
             )
     else:
         # One weight that the first and the last pipeline stage each hold a copy of.
@@ -99,8 +101,8 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _expert(expert: int, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor[expert]
+def _expert(expert: int, shape: tuple[int, ...], tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(shape)[expert]
 
 
 @torch.no_grad()
@@ -109,8 +111,9 @@ def load_common_weights(model: list[torch.nn.Module]) -> None:
     for piece in pieces(model):
         generator = torch.Generator().manual_seed(zlib.crc32(piece.key.encode()))
         whole = torch.randn(piece.shape, generator=generator)
-        # Norm weights are vectors around one, matrices small enough for a stable start.
-        whole = 1 + 0.05 * whole if whole.dim() == 1 else 0.04 * whole
+        # Norm weights are vectors around one, all else is small enough for a stable start.
+        is_norm = whole.dim() == 1 and "bias" not in piece.key
+        whole = 1 + 0.05 * whole if is_norm else 0.04 * whole
         mine = piece.select(piece.parameter)
         mine.copy_(whole[piece.start : piece.start + mine.shape[0]])
 

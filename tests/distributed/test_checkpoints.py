@@ -51,7 +51,7 @@ class Journey:
     name: str
     flags: str
     stops: tuple[Stop, ...]
-    gated: bool = True
+    without: str = ""
 
 
 STOCK_TO_STOCK = (
@@ -83,10 +83,10 @@ JOURNEYS = (
         ),
     ),
     Journey(
-        "uneven rows of both matrices",  # 10 and 54 on four ranks
+        "uneven rows of both matrices and biases",  # 10 and 54 on four ranks
         DISTRIBUTED + " --ffn-hidden-size 10 --hidden-size 54 --num-attention-heads 3",
         STOCK_TO_STOCK,
-        gated=False,
+        without="--swiglu --disable-bias-linear",
     ),
     Journey(
         "pipeline and tensor parallel",
@@ -117,6 +117,7 @@ JOURNEYS = (
         " --moe-latent-size 24 --moe-shared-expert-intermediate-size 32",
         STOCK_TO_STOCK,
     ),
+    Journey("linear bias, plain optimizer", "", STOCK_TO_STOCK, without="--disable-bias-linear"),
 )
 
 
@@ -143,9 +144,8 @@ def test_weights_and_optimizer_state_survive_every_change_of_parallelism(
             global_batch=8,
             steps=2,
             extra=flags,
+            without=journey.without,
         )
-        if not journey.gated:
-            command.remove("--swiglu")
         ranks(stop.ranks).run(train, command)
         assert saved_iteration(target) == 2
         folders.append(iteration_folder(target, 2))
@@ -153,13 +153,14 @@ def test_weights_and_optimizer_state_survive_every_change_of_parallelism(
     first, *others = map(saved_tensors, folders)
     states = {key.split(".")[2] for key in first if key.startswith("optimizer.state.")}
     assert {"exp_avg", "exp_avg_sq"} <= states
-    moments = [
-        tensor
+    moments = {
+        key.split(".linear_fc1.")[1]: tensor.any()
         for key, tensor in first.items()
         if key.startswith("optimizer.state.exp_avg.decoder.layers.")
-        and key.endswith("mlp.experts.experts.linear_fc1.weight")
-    ]
-    assert moments and all(tensor.any() for tensor in moments)
+        and ".experts.linear_fc1" in key
+    }
+    has_biases = "--disable-bias-linear" in journey.without
+    assert moments == {"weight": True} | ({"bias": True} if has_biases else {})
     for other in others:
         assert_equal(other, first)
 

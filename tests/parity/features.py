@@ -16,7 +16,7 @@ REPLACED = {
     "--context-parallel-size": "attention over a sequence that is cut (context parallel)",
     "--moe-latent-size": "the projections of latent MoE",
     "layernorm": "recompute of norms",
-    "--sequence-parallel": "norms under sequence parallelism",
+    "--sequence-parallel": "norms and biases of experts under sequence parallelism",
 }
 
 # Rows and words of `--fsep-allow-unproven` of which docs/gpu_status.md has a run.
@@ -109,6 +109,16 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "experts without a gate": ("latent MoE without a gate, shared experts",),
     "`--moe-apply-probs-on-input`": ("probabilities applied on input, top-1",),
     "GLU clamp and offset": ("clamped and offset quick-GEGLU",),
+    "linear bias": (
+        "linear bias, clamped and offset quick-GEGLU",
+        "linear bias, distributed optimizer, expert data parallel 2, accumulation 2",
+        "linear bias, tensor parallel 2 with sequence parallel, per-token loss",
+        "linear bias, recompute of the MoE layer, pipeline 2, accumulation 2",
+        "linear bias, recompute of the experts' activation, through nodes of 2, E = 6 on 4 ranks",
+        "linear bias, restored once per step, bf16, accumulation 4",
+        "linear bias without a gate, probabilities applied on input, top-1, scheduler off",
+    ),
+    "router padding without fp8": ("router padding, without effect",),
     "GLU interleave": ("--moe-mlp-glu-interleave-size",),
     "activation offloading": (
         "--fine-grained-activation-offloading",
@@ -147,7 +157,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "fp8 in all layers but the experts": (f"{ALLOW} {Unproven.DENSE_FP8}",),
     "fp8 or fp4 in the experts": (
         "--fp8-param-gather",
-        "--moe-router-padding-for-quantization",
+        "--moe-router-padding-for-quantization with fp8",
         "--fp4-format",
     ),
 }

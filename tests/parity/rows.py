@@ -120,6 +120,10 @@ AUX_LOSSES = (
     " --moe-aux-loss-coeff 1e-2 2e-2 3e-2 --moe-z-loss-coeff 1e-3"
 )
 UNTIED = "--untie-embeddings-and-output-weights"
+CLAMPED_GEGLU = " --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0"
+PER_TOKEN = " --calculate-per-token-loss"
+NO_BIAS = "--disable-bias-linear"
+NO_BIAS_NOR_SWIGLU = NO_BIAS + " --swiglu"
 
 ROWS = [
     Row("plain DDP", steps=LONG),
@@ -353,7 +357,7 @@ ROWS = [
     Row(
         "the same losses, recompute of the MoE layer, per-token loss",
         accumulation=2,
-        flags=AUX_LOSSES + MOE_RECOMPUTE + " --calculate-per-token-loss",
+        flags=AUX_LOSSES + MOE_RECOMPUTE + PER_TOKEN,
     ),
     Row("sinkhorn router", flags=" --moe-router-load-balancing-type sinkhorn"),
     Row(
@@ -395,7 +399,76 @@ ROWS = [
     Row(
         "clamped and offset quick-GEGLU",
         without="--swiglu",
-        flags=" --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0",
+        flags=CLAMPED_GEGLU,
+    ),
+    # With one expert-parallel rank, Megatron's local layers cannot train an expert's bias.
+    Row(
+        "linear bias, clamped and offset quick-GEGLU",
+        ranks=4,
+        stock_parallel=(4, 2),
+        without=NO_BIAS_NOR_SWIGLU,
+        flags=CLAMPED_GEGLU,
+        steps=LONG,
+    ),
+    Row(
+        "linear bias, distributed optimizer, expert data parallel 2, accumulation 2",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(2, 4),
+        accumulation=2,
+        without=NO_BIAS,
+        flags=DIST_OPT,
+    ),
+    Row(
+        "linear bias, tensor parallel 2 with sequence parallel, per-token loss",
+        ranks=4,
+        stock_parallel=(4, 2),
+        without=NO_BIAS,
+        flags=TENSOR + PER_TOKEN,
+    ),
+    Row(
+        "linear bias, recompute of the MoE layer, pipeline 2, accumulation 2",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(2, 2),
+        reference_ranks=2,
+        reference_flags=MOE_RECOMPUTE,
+        accumulation=2,
+        without=NO_BIAS,
+        flags=PIPELINE + MOE_RECOMPUTE,
+        moe_layers=1,
+    ),
+    Row(
+        "linear bias, recompute of the experts' activation, through nodes of 2, E = 6 on 4 ranks",
+        ranks=4,
+        experts=6,
+        stock_parallel=(2, 2),
+        reference_ranks=2,
+        without=NO_BIAS_NOR_SWIGLU,
+        flags=CLAMPED_GEGLU,
+        fsep=RANDOM
+        + NODES.format(2)
+        + " --moe-grouped-gemm --recompute-granularity selective --recompute-modules moe_act",
+    ),
+    Row(
+        "linear bias, restored once per step, bf16, accumulation 4",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(4, 2),
+        accumulation=4,
+        without=NO_BIAS_NOR_SWIGLU,
+        flags=CLAMPED_GEGLU + " --bf16",
+        fsep=RANDOM + STEP,
+        bound=BF16_BOUND,
+    ),
+    Row(
+        "linear bias without a gate, probabilities applied on input, top-1, scheduler off",
+        ranks=4,
+        stock_parallel=(4, 2),
+        without=NO_BIAS_NOR_SWIGLU,
+        flags=" --squared-relu --moe-apply-probs-on-input --moe-router-topk 1"
+        " --moe-router-pre-softmax",
+        fsep=RANDOM + " --fsep-scheduler off",
     ),
     Row(
         "probabilities applied on input, top-1",
@@ -455,6 +528,11 @@ ROWS = [
         moe_layers=1,
     ),
     # Runs.
+    Row(
+        # Without fp8 Megatron itself refuses it.
+        "router padding, without effect",
+        fsep=RANDOM + " --moe-router-padding-for-quantization",
+    ),
     Row("SGD with momentum", flags=" --optimizer sgd --sgd-momentum 0.9 --lr 2e-1 --min-lr 2e-1"),
     Row(
         "evaluation and hashes of weights between steps, expert data parallel 2",

@@ -18,6 +18,7 @@ from tests.fuzz import damaged
 from tests.unit.test_planner_state import make_state
 
 EXPERTS = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+BIASES = "decoder.layers.mlp.experts.experts.linear_fc1.bias"
 
 
 @pytest.fixture
@@ -28,6 +29,7 @@ def run(tmp_path: Path) -> Path:
     tensors = {
         "embedding.word_embeddings.weight": torch.zeros(16, 4, dtype=torch.bfloat16),
         EXPERTS: torch.zeros(2, 6, 8, 4, dtype=torch.bfloat16),
+        BIASES: torch.zeros(2, 6, 8, dtype=torch.bfloat16),
         f"optimizer.state.exp_avg.{EXPERTS}": torch.zeros(2, 6, 8, 4),
     }
     with warnings.catch_warnings():
@@ -52,9 +54,10 @@ def test_a_run_and_its_checkpoint_are_described(
     report = capsys.readouterr().out
     for expected in (
         "iter_0000007",
-        "2 tensors, 448 elements, 896 bytes (bfloat16)",
+        "3 tensors, 544 elements, 1,088 bytes (bfloat16)",
         "vocabulary 16, hidden 4",
-        "2 layers, 6 experts of 8 x 4",
+        f"{EXPERTS}: 2 layers, 6 experts of 8 x 4\n",
+        f"{BIASES}: 2 layers, 6 experts of 8\n",
         "1 tensors, 1,536 bytes (exp_avg)",
         "planner, group 3: N = 4 ranks, C = 3 slots, E = 6 experts; goes on with step 8, layout "
         "version 5, plans not in force yet from steps 6, 7",

@@ -50,7 +50,7 @@ class Config:
     recompute_granularity: str | None = None
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
     expert_tensor_parallel_size: int | None = 1
-    add_bias_linear: bool | None = False
+    delay_wgrad_compute: bool | None = False
     fp8: str | bool | None = None
     fp8_param: bool = False
     cuda_graph_impl: str = "none"
@@ -90,7 +90,7 @@ def test_a_plain_model_is_taken_without_a_warning() -> None:
 
 
 def test_off_is_off_whether_none_or_false_says_it() -> None:
-    model_support.check(Config(fp8=False, add_bias_linear=None))
+    model_support.check(Config(fp8=False, delay_wgrad_compute=None))
 
 
 def test_fields_that_no_test_covers_are_named_in_a_warning(
@@ -136,7 +136,7 @@ def test_only_the_first_rank_warns(
     ("config", "quoted"),
     [
         (Config(moe_token_dispatcher_type="flex"), "moe_token_dispatcher_type='flex'"),
-        (Config(add_bias_linear=True), "add_bias_linear=True"),
+        (Config(delay_wgrad_compute=True), "delay_wgrad_compute=True"),
         (Config(fp8="hybrid"), "fp8='hybrid'"),
         (Config(fp8=True), "fp8=True"),
         (Config(fp8_param=True), "fp8_param=True"),

@@ -158,6 +158,28 @@ def test_evaluation_leaves_nothing(streams: ExchangeStreams) -> None:
     assert restored.state == ExpertsState("layer 1")
 
 
+@pytest.mark.parametrize("has_main_grads", [False, True], ids=["autograd", "main gradients"])
+def test_a_flat_bias_is_lent_as_a_matrix_of_one_column(
+    streams: ExchangeStreams, has_main_grads: bool
+) -> None:
+    matrix = torch.nn.Parameter(torch.ones(2, 8, 3))
+    bias = torch.nn.Parameter(torch.arange(16.0))
+    for parameter in (matrix, bias) if has_main_grads else ():
+        parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+    slices = Slices((matrix, bias), (8, 8), MegatronMainGrads())
+    assert slices.columns == (3, 1)
+    index = layout_index(ExpertLayout.static(1, 2, 2), CPU)
+    restored = RestoredExperts("layer 1", slices, index, streams)
+    lent_CR1 = restored.matrix(1)
+    assert torch.equal(lent_CR1, torch.arange(16.0).view(2, 8, 1))
+
+    compute(restored, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
+    grad = bias.main_grad if has_main_grads else bias.grad  # type: ignore[attr-defined]
+    # `Scaled` gives every element the sum of what it multiplied: four times that of the matrix.
+    assert torch.equal(grad, torch.full((16,), 4.0 * 48))
+    assert streams.grads.in_use == 0
+
+
 def test_a_reduce_waits_for_the_tokens_gradients(streams: ExchangeStreams) -> None:
     restored = restored_experts(streams)
     restored.wait_for_grads_here()

@@ -24,7 +24,7 @@ OUR_SCRIPT = Path(__file__).resolve().parents[2] / "pretrain_gpt.py"
 # The base line alone is fine; added to it, each of the others is refused for its setting.
 BASE = (
     "--expert-parallel-mode fsep --num-experts 8 --expert-model-parallel-size 2"
-    " --disable-bias-linear --transformer-impl local"
+    " --transformer-impl local"
 )
 GRAPHS = "--fsep-allow-unproven te-graphs --cuda-graph-impl transformer_engine"
 REFUSED = {
@@ -71,12 +71,16 @@ REFUSED = {
     ],
     "--overlap-moe-expert-parallel-comm": ["--overlap-moe-expert-parallel-comm"],
     "--optimizer other than adam, sgd, lion": ["--optimizer muon"],
-    "--disable-bias-linear absent": ["WITHOUT --disable-bias-linear"],
     "--moe-mlp-glu-interleave-size": ["--moe-mlp-glu-interleave-size 8"],
     "--moe-single-grouped-weight": ["--moe-single-grouped-weight"],
     "--moe-single-grouped-bias": ["--moe-single-grouped-bias"],
-    "--moe-router-padding-for-quantization": ["--moe-router-padding-for-quantization"],
-    "--moe-router-padding-for-fp8": ["--moe-router-padding-for-fp8"],
+    "--moe-router-padding-for-quantization with fp8": [
+        f"--fp8-format hybrid --fsep-allow-unproven dense-fp8 {padding}"
+        for padding in (
+            "--moe-router-padding-for-quantization",
+            "--moe-router-padding-for-fp8",
+        )
+    ],
     "--moe-paged-stash": ["--moe-paged-stash"],
     "--fine-grained-activation-offloading": [
         "--fine-grained-activation-offloading --offload-modules core_attn"
@@ -88,7 +92,8 @@ REFUSED = {
     ],
 }
 
-# Not refused: allowed by name, off for Megatron, or the size of what is not the experts.
+# Not refused: allowed by name, off for Megatron, the size of what is not the experts, or without
+# effect beside what is refused.
 TAKEN = [
     f"{GRAPHS} --cuda-graph-modules attn",
     f"{GRAPHS} --cuda-graph-modules attn moe_router mlp",
@@ -97,6 +102,8 @@ TAKEN = [
     "--cuda-graph-modules moe",
     "--tensor-model-parallel-size 2",
     "--moe-expert-capacity-factor -1.0",
+    "--moe-router-padding-for-quantization",
+    "--moe-router-padding-for-fp8",
     "--recompute-modules core_attn moe_act",
     "--recompute-granularity full --recompute-modules moe_act",
     "--recompute-granularity selective --recompute-modules core_attn moe_act",
@@ -111,12 +118,7 @@ from megatron_laer.support.arguments import fill_in
 from megatron_laer.support.table import REFUSALS
 
 def fired(line):
-    words = BASE.split()
-    if line.startswith("WITHOUT "):
-        words.remove(line.split()[1])
-    else:
-        words += line.split()
-    sys.argv = ["script", *words]
+    sys.argv = ["script", *BASE.split(), *line.split()]
     args = arguments.parse_args()
     fill_in(args, {})
     allowed = args.fsep_allow_unproven or ()
@@ -128,7 +130,7 @@ print(json.dumps({line: fired(line) for line in LINES}))
 
 def test_every_refusal_fires_on_its_own_flags_and_on_no_other() -> None:
     every = [line for lines in REFUSED.values() for line in lines]
-    unknown = refused_flags([line for line in every if not line.startswith("WITHOUT ")])
+    unknown = refused_flags(every)
     lines = ["", *TAKEN, *(line for line in every if line not in unknown)]
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", f"BASE = {BASE!r}\nLINES = {lines!r}\n{PROGRAM}"],
@@ -179,7 +181,9 @@ def outcome(line, of_script, of_parser, of_checkpoint):
             return str(error)
         finally:
             plugin.disable()
-    said = [line for line in output.getvalue().splitlines() if line.startswith("FSEP takes")]
+    said = [line for line in output.getvalue().splitlines() if line.startswith("FSEP ")]
+    if args.moe_router_padding_for_quantization or args.moe_router_padding_for_fp8:
+        said.append("router padding is on")
     return [args.moe_token_dispatcher_type, args.expert_tensor_parallel_size, said]
 
 print(json.dumps([outcome(*case) for case in json.load(sys.stdin)]))
@@ -187,6 +191,7 @@ print(json.dumps([outcome(*case) for case in json.load(sys.stdin)]))
 
 FSEP = "--expert-parallel-mode fsep"
 DISPATCHER = "--moe-token-dispatcher-type"
+PADDING = "--moe-router-padding-for-quantization"
 RESUMED = f"{FSEP} --use-checkpoint-args --load there"
 SAID = (
     "FSEP takes --moe-token-dispatcher-type alltoall --expert-tensor-parallel-size 1, "
@@ -216,6 +221,18 @@ SETTINGS_TAKEN: dict[str, tuple[Case, list[object]]] = {
         (f"{RESUMED} {DISPATCHER} alltoall", {}, {}, {"moe_token_dispatcher_type": "allgather"}),
         ["alltoall", 1, ["FSEP takes --expert-tensor-parallel-size 1, which it needs"]],
     ),
+    "router padding": (
+        (f"{FSEP} {PADDING} --moe-router-padding-for-fp8", {}, {}, {}),
+        [
+            "alltoall",
+            1,
+            [
+                SAID,
+                f"FSEP leaves out {PADDING} --moe-router-padding-for-fp8, which has no effect "
+                "without fp8",
+            ],
+        ],
+    ),
     "standard": (("", {}, {}, {}), ["allgather", 2, []]),
     "standard from a checkpoint": (
         (
@@ -242,7 +259,6 @@ SETTINGS_REFUSED: dict[str, tuple[Case, str]] = {
     ),
     "script's parser": ((FSEP, {}, {"moe_token_dispatcher_type": "flex"}, {}), "flex"),
     "checkpoint's": ((RESUMED, {}, {}, {"moe_token_dispatcher_type": "allgather"}), "allgather"),
-    "linear bias": ((f"{RESUMED}", {}, {}, {"add_bias_linear": True}), "--disable-bias-linear"),
 }
 
 

@@ -87,7 +87,7 @@ class RestoredExperts:
                 # The slices as they are now: they change between steps only.
                 partial(
                     exchange.restore,
-                    slice_ErK.detach(),
+                    slice_ErK,
                     self.index,
                     rows,
                     out=weights.take(shape, slice_ErK.dtype, slice_ErK.device),
@@ -95,7 +95,7 @@ class RestoredExperts:
                 f"restore {self._name}",
             )
             for slice_ErK, rows, shape in zip(
-                self._slices.parameters, self._slices.rows, self._shapes(), strict=True
+                self._values(), self._slices.rows, self._shapes(), strict=True
             )
         )
         exchange.count.restores += 1
@@ -112,11 +112,11 @@ class RestoredExperts:
         self._streams.exchange.prepare_restore(index, before)
         self._matrices = tuple(
             self._streams.parameters.submit(
-                partial(self._update, slice_ErK.detach(), index, rows, before, pending),
+                partial(self._update, slice_ErK, index, rows, before, pending),
                 f"change {self._name}",
             )
             for slice_ErK, rows, pending in zip(
-                self._slices.parameters, self._slices.rows, self._matrices, strict=True
+                self._values(), self._slices.rows, self._matrices, strict=True
             )
         )
         self._streams.exchange.count.changes += 1
@@ -228,7 +228,7 @@ class RestoredExperts:
     def start_reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
         """Begin to send whole gradients to their slices. Collective over the group."""
         self.state.enter(GradState.REDUCING)
-        exchange, main_grads = self._streams.exchange, self._slices.main_grads
+        exchange = self._streams.exchange
         exchange.prepare_reduce(self.index)
         self._slice_grads = tuple(
             self._streams.gradients.submit(
@@ -238,11 +238,13 @@ class RestoredExperts:
                     self.index,
                     # A step's sums are float32, and cross nodes as one microbatch's would.
                     wire_dtype=slice_ErK.dtype,
-                    add_to=main_grads.of(slice_ErK) if self._slices.have_main_grads else None,
+                    add_to=self._main_grad(parameter, slice_ErK),
                 ),
                 f"reduce {self._name}",
             )
-            for grad_CRK, slice_ErK in zip(grads_CRK, self._slices.parameters, strict=True)
+            for grad_CRK, parameter, slice_ErK in zip(
+                grads_CRK, self._slices.parameters, self._values(), strict=True
+            )
         )
         exchange.count.reduces += 1
 
@@ -257,7 +259,10 @@ class RestoredExperts:
         self._slice_grads = ()
         self._free_grads()
         if not self._slices.have_main_grads:
-            return grads_ErK
+            return tuple(
+                grad_ErK.view(parameter.shape)
+                for grad_ErK, parameter in zip(grads_ErK, self._slices.parameters, strict=True)
+            )
         return tuple(map(self._slices.main_grads.mark_added, self._slices.parameters))
 
     def _begin_backward(self) -> None:
@@ -305,11 +310,21 @@ class RestoredExperts:
         )
         return made
 
+    def _main_grad(
+        self, parameter: torch.nn.Parameter, slice_ErK: torch.Tensor
+    ) -> torch.Tensor | None:
+        if not self._slices.have_main_grads:
+            return None
+        return self._slices.main_grads.of(parameter).view(slice_ErK.shape)
+
+    def _values(self) -> tuple[torch.Tensor, ...]:
+        return self._slices.values(self.index.layout.num_experts)
+
     def _shapes(self) -> tuple[tuple[int, int, int], ...]:
         capacity = self.index.layout.capacity
         return tuple(
-            (capacity, rows, slice_ErK.shape[2])
-            for slice_ErK, rows in zip(self._slices.parameters, self._slices.rows, strict=True)
+            (capacity, rows, columns)
+            for rows, columns in zip(self._slices.rows, self._slices.columns, strict=True)
         )
 
     def _update(

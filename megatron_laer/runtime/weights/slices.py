@@ -1,5 +1,7 @@
 """`Slices` is what exchanges see of a layer's parameters: a slice of every expert, per matrix.
 
+A bias is a matrix of one column to them, though the parameter is flat.
+
 How slices are initialised and saved is not here (`experts/slices.py`).
 
 Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns.
@@ -53,7 +55,7 @@ class Slices:
     """Holds a rank's slices of a layer's experts.
 
     Attributes:
-        parameters: `[E, r, K]` for each matrix.
+        parameters: `[E, r, K]` for each matrix, `[E·r]` for each bias.
         rows: R of each matrix.
         main_grads: knows where the parameters' gradients are accumulated.
     """
@@ -61,6 +63,22 @@ class Slices:
     parameters: tuple[torch.nn.Parameter, ...]
     rows: tuple[int, ...]
     main_grads: MainGrads
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Return K of each matrix, 1 of each bias."""
+        return tuple(
+            parameter.shape[2] if parameter.dim() == 3 else 1 for parameter in self.parameters
+        )
+
+    def values(self, num_experts: int) -> tuple[torch.Tensor, ...]:
+        """Return the parameters as they are now, each as `[E, r, K]`."""
+        return tuple(
+            parameter.detach().view(
+                num_experts, parameter.numel() // num_experts // columns, columns
+            )
+            for parameter, columns in zip(self.parameters, self.columns, strict=True)
+        )
 
     @property
     def have_main_grads(self) -> bool:

@@ -91,9 +91,11 @@ class StepExperts(RestoredExperts):
 def memory_held(layers: Sequence[Slices], capacity: int) -> str:
     """Say how much memory it takes on one rank to hold these layers' experts over a step."""
     matrices = [
-        (capacity * rows * slice_ErK.shape[2], slice_ErK.element_size())
+        (capacity * rows * columns, parameter.element_size())
         for layer in layers
-        for rows, slice_ErK in zip(layer.rows, layer.parameters, strict=True)
+        for rows, columns, parameter in zip(
+            layer.rows, layer.columns, layer.parameters, strict=True
+        )
     ]
     weights = sum(elements * size for elements, size in matrices)
     sums = sum(4 * elements for elements, _ in matrices)
