@@ -9,49 +9,24 @@ Legend: T tokens, E experts, S slots, C slots per rank, P rows sent, R rows rece
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from megatron_laer.dispatch.exchange_edges import exchange_edges
 from megatron_laer.dispatch.permutation import SlotPermutation, slot_permutation
-from megatron_laer.dispatch.slots import slot_ranges, to_slots
+from megatron_laer.dispatch.slot_dispatch import SlotDispatching
 from megatron_laer.runtime.comm.upload import upload
-from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.telemetry.timeline import DENSE, Timeline
 
 
-@dataclass(frozen=True, eq=False)
-class SlotDispatch:
-    """Says how one forward pass of a layer dispatches its tokens.
-
-    Attributes:
-        plan: which tokens go to which slots.
-        layer_name: for the timeline.
-        timeline: where the layer's token exchanges are recorded, if anywhere.
-    """
-
-    plan: MicrobatchPlan
-    layer_name: str
-    timeline: Timeline | None
-
-
-class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
+class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
     """Dispatches to S slots, of which C are local; its config gives S as the number of experts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # On the group's own stream, whose priority the plugin raises, tokens overtake other work.
         self.use_nccl_stream = True
-        self._pass: SlotDispatch | None = None
         self._permutation: SlotPermutation | None = None
-        assert self.tp_size == 1, "experts are never cut by tensor parallelism"
-
-    def begin(self, dispatch: SlotDispatch) -> None:
-        """Begin a forward pass of the layer; its steps follow."""
-        self._pass = dispatch
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
@@ -68,8 +43,7 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
             [P, H] and [P].
         """
         plan = self._current.plan
-        if plan.routing_map_TE is not None:
-            routing_map = plan.routing_map_TE
+        routing_map = self._routed(routing_map)
         if self.config.moe_permute_fusion:
             return super().dispatch_preprocess(hidden_states, *self._to_slots(routing_map, probs))
         self.hidden_shape = hidden_states.shape
@@ -139,43 +113,3 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
             upload(columns_NC, routing_map.device) if self.config.moe_permute_fusion else columns_NC
         )
         return columns_NC.sum(dim=0)
-
-    def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Megatron's, with its begin and end on the timeline."""
-        timeline, layer = self._current.timeline, self._current.layer_name
-        if timeline is None:
-            return super().token_dispatch(tokens, probs)
-        before, after = exchange_edges(
-            timeline, f"dispatch {layer}", f"experts {layer}", f"{DENSE}, backward"
-        )
-        return after(*super().token_dispatch(*before(tokens, probs)))
-
-    def token_combine(self, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Megatron's, with its begin and end on the timeline."""
-        timeline, layer = self._current.timeline, self._current.layer_name
-        if timeline is None:
-            return super().token_combine(tokens, *args, **kwargs)
-        before, after = exchange_edges(
-            timeline, f"combine {layer}", DENSE, f"experts {layer}, backward"
-        )
-        (tokens,) = before(tokens)
-        (combined,) = after(super().token_combine(tokens, *args, **kwargs))
-        return combined
-
-    def _to_slots(
-        self, routing_map: torch.Tensor, probs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = self._current.plan
-        ranges_2S = torch.from_numpy(slot_ranges(plan.row_S, plan.layout.slot_expert_S))
-        probs_TS, slot_map_TS = to_slots(
-            probs,
-            routing_map,
-            plan.restored.index.slot_expert_S,
-            upload(ranges_2S, routing_map.device),
-        )
-        return slot_map_TS, probs_TS
-
-    @property
-    def _current(self) -> SlotDispatch:
-        assert self._pass is not None, "a step of the dispatcher before `begin`"
-        return self._pass
