@@ -1,4 +1,4 @@
-"""`SlotFlexDispatcher` is Megatron's flex dispatcher over slots, on the buffers of DeepEP or HybridEP.
+"""`SlotFlexDispatcher` is Megatron's flex dispatcher over slots, with DeepEP or HybridEP.
 
 Metadata come from the plan instead of the router's probabilities: DeepEP gets the slots of each
 token, HybridEP the map of tokens to slots and the number of rows that this rank will receive. What
@@ -76,13 +76,15 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
             manager.moe_expert_rank_capacity_factor = 1.0
             manager.num_permuted_tokens = sum(plan.tokens_C)
         else:
-            by_expert_S = np.argsort(plan.layout.slot_expert_S, kind="stable")
+            slots = np.argsort(plan.layout.slot_expert_S, kind="stable")
+            by_expert, tokens = upload_arrays([slots, plan.row_S[slots]], routing_map.device)
             manager.token_probs, manager.token_indices = to_choices(
                 probs,
                 routing_map,
                 self.config.moe_router_topk,
-                *upload_arrays([by_expert_S, plan.row_S[by_expert_S]], routing_map.device),
-                plan.num_sent,
+                by_expert_S=by_expert,
+                tokens_S=tokens,
+                num_pairs=plan.num_sent,
             )
         return hidden_states.view(-1, self.hidden_shape[-1]), manager.token_probs
 

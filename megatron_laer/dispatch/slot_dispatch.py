@@ -1,4 +1,4 @@
-"""What all dispatchers over slots have in common stands in front of Megatron's own here.
+"""`SlotDispatching` is what dispatchers over slots have in common, in front of Megatron's own.
 
 A dispatcher sees S slots instead of E experts. Slots are equal in number and contiguous per rank,
 which is all that stock's exchanges assume. Sizes come from the plan.

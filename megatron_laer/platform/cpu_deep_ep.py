@@ -96,7 +96,9 @@ class _Route:
         total_T = rows_Q.new_zeros(self.num_tokens, *rows_Q.shape[1:], dtype=wide)
         return total_T.index_add_(0, self.token_Q, rows_Q.to(wide)).to(rows_Q.dtype)
 
-    def _exchange(self, rows: torch.Tensor, sizes: list[int], sizes_there: list[int]) -> Any:
+    def _exchange(
+        self, rows: torch.Tensor, sizes: list[int], sizes_there: list[int]
+    ) -> torch.Tensor:
         arrived = rows.new_empty(sum(sizes_there), *rows.shape[1:])
         dist.all_to_all_single(arrived, rows.contiguous(), sizes_there, sizes, group=self.group)
         return arrived
@@ -265,9 +267,10 @@ class HybridEPBuffer:
         return route.sum_back(sums_RH.to(hidden.dtype)), probs_TE
 
     def _handle(self, routing_map_TE: torch.Tensor, most: int | None) -> tuple[Any, ...]:
-        numbers_N = [torch.empty(1, dtype=torch.int64) for _ in range(self.group.size())]
-        dist.all_gather(numbers_N, torch.tensor([len(routing_map_TE)]), group=self.group)
-        if len(set(numbers_N := [int(number) for number in numbers_N])) > 1:
+        numbers_N = torch.empty(self.group.size(), dtype=torch.int64)
+        number = torch.tensor([len(routing_map_TE)])
+        dist.all_gather_into_tensor(numbers_N, number, group=self.group)
+        if len(numbers_N.unique()) > 1:
             raise ValueError(f"HybridEP needs as many tokens on each rank, not {numbers_N}")
         map_TNC = self._blocks(routing_map_TE)
         route = _Route.of(self.group, map_TNC.any(dim=2))
@@ -280,7 +283,7 @@ class HybridEPBuffer:
         return values_TE.reshape(len(values_TE), self.group.size(), self.num_local_experts)
 
     def _ranks_of(self, route: _Route) -> torch.Tensor:
-        """The rank that each row is sent to."""
+        """Return the rank that each row is sent to."""
         return torch.repeat_interleave(torch.tensor(route.sent_N))
 
 

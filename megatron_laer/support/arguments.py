@@ -127,7 +127,9 @@ def _buffer_problems(args: Namespace, capacity: int) -> list[str]:
                 f"{ranks} ranks; {fewer if fewest <= most_slots else ''}{instead}"
             )
     if backend == "hybridep" and capacity * ranks % _HYBRIDEP_SLOTS:
-        fitting = [c for c in range(fewest, args.num_experts + 1) if not c * ranks % _HYBRIDEP_SLOTS]
+        fitting = [
+            c for c in range(fewest, args.num_experts + 1) if not c * ranks % _HYBRIDEP_SLOTS
+        ]
         larger = [c for c in fitting if c > capacity]
         better = f"give --fsep-capacity {min(larger or fitting)}, or " if fitting else ""
         problems.append(

@@ -17,7 +17,8 @@ PROVED = frozenset(
     num_moe_experts expert_model_parallel_size
     moe_apply_probs_on_input moe_aux_loss_coeff moe_ffn_hidden_size
     moe_hybridep_pad_uneven_dispatch_inputs moe_latent_size moe_layer_freq
-    moe_permute_fusion_into_hybridep moe_router_bias_update_rate moe_router_dtype moe_router_enable_expert_bias
+    moe_permute_fusion_into_hybridep
+    moe_router_bias_update_rate moe_router_dtype moe_router_enable_expert_bias
     moe_router_group_topk moe_router_load_balancing_type
     moe_router_num_groups moe_router_pre_softmax
     moe_router_score_function moe_router_topk moe_router_topk_scaling_factor moe_shared_expert_gate

@@ -230,10 +230,9 @@ ROWS = [
         ranks=4,
         stock_parallel=(4, 1),
         flags=MOE_RECOMPUTE
-        + " --moe-shared-expert-intermediate-size 32 --moe-shared-expert-overlap",
-        fsep=RANDOM
-        + HYBRIDEP
-        + " --moe-hybridep-pad-uneven-dispatch-inputs --moe-permute-fusion-into-hybridep",
+        + " --moe-shared-expert-intermediate-size 32 --moe-shared-expert-overlap"
+        " --moe-hybridep-pad-uneven-dispatch-inputs --moe-permute-fusion-into-hybridep",
+        fsep=RANDOM + HYBRIDEP,
     ),
     Row(
         "restored once per step, accumulation 4",

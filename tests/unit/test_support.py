@@ -31,9 +31,11 @@ REFUSED = {
     "--expert-model-parallel-size 1": ["--expert-model-parallel-size 1"],
     "--expert-tensor-parallel-size above 1": ["--expert-tensor-parallel-size 2"],
     "--expert-tensor-parallel-num-weight-shards": ["--expert-tensor-parallel-num-weight-shards 2"],
-    "--moe-token-dispatcher-type other than alltoall": [
-        "--moe-token-dispatcher-type flex",
+    "--moe-token-dispatcher-type other than alltoall, flex": [
         "--moe-token-dispatcher-type allgather",
+    ],
+    "--moe-flex-dispatcher-backend other than deepep, hybridep": [
+        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
     ],
     "--moe-expert-capacity-factor": ["--moe-expert-capacity-factor 1.0"],
     "--moe-pad-expert-input-to-capacity": ["--moe-pad-expert-input-to-capacity"],
@@ -74,6 +76,8 @@ REFUSED = {
 # Not refused: Megatron takes each for off, or the size of what is not the experts.
 TAKEN = [
     "--tensor-model-parallel-size 2",
+    "--moe-token-dispatcher-type flex",
+    "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep",
     "--moe-expert-capacity-factor -1.0",
     "--recompute-modules core_attn moe_act",
     "--recompute-granularity full --recompute-modules moe_act",
@@ -193,6 +197,10 @@ SETTINGS_TAKEN: dict[str, tuple[Case, list[object]]] = {
         (f"{RESUMED} {DISPATCHER} alltoall", {}, {}, {"moe_token_dispatcher_type": "allgather"}),
         ["alltoall", 1, ["FSEP takes --expert-tensor-parallel-size 1, which it needs"]],
     ),
+    "flex": (
+        (f"{DISPATCHER} flex {FSEP}", {}, {}, {}),
+        ["flex", 1, ["FSEP takes --expert-tensor-parallel-size 1, which it needs"]],
+    ),
     "standard": (("", {}, {}, {}), ["allgather", 2, []]),
     "standard from a checkpoint": (
         (
@@ -217,7 +225,10 @@ SETTINGS_REFUSED: dict[str, tuple[Case, str]] = {
         (FSEP, {"expert_tensor_parallel_size": 2}, {}, {}),
         "--expert-tensor-parallel-size 2",
     ),
-    "script's parser": ((FSEP, {}, {"moe_token_dispatcher_type": "flex"}, {}), "flex"),
+    "script's parser": (
+        (FSEP, {}, {"moe_token_dispatcher_type": "allgather"}, {}),
+        "--moe-token-dispatcher-type allgather",
+    ),
     "checkpoint's": ((RESUMED, {}, {}, {"moe_token_dispatcher_type": "allgather"}), "allgather"),
     "linear bias": ((f"{RESUMED}", {}, {}, {"add_bias_linear": True}), "--disable-bias-linear"),
 }
