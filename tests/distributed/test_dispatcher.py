@@ -203,6 +203,31 @@ def flex_and_all_to_all(
     assert torch.equal(rerun.experts[0], flex.experts[0]), "a re-run follows its plan"
 
 
+def exchanges_noted(backend: str) -> list[list[tuple[str, str]]]:
+    """On a rank: what either dispatcher tells a timeline, forward and backward."""
+    import torch
+
+    found = []
+    with on_gloo():
+        plan, map_TE = make_plan(3, 4, 2, [40, 33])
+        for path in ("own", backend):
+            noted: list[tuple[str, str]] = []
+            timeline = SimpleNamespace(
+                begin_exchange=lambda name, noted=noted: noted.append(("begin", name)),
+                end_exchange=lambda then, noted=noted: noted.append(("end", then)),
+            )
+            dispatcher = make_dispatcher(plan, 2, path, None)
+            dispatcher.begin(dataclasses.replace(dispatcher._current, timeline=timeline))
+            hidden, probs = torch.rand(len(map_TE), HIDDEN, requires_grad=True), map_TE.float()
+            sent = dispatcher.dispatch_preprocess(hidden, map_TE, probs.requires_grad_())
+            inputs, *_ = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(*sent))
+            outputs = dispatcher.token_combine(dispatcher.combine_preprocess(inputs * inputs))
+            dispatcher.combine_postprocess(outputs).sum().backward()
+            assert hidden.grad is not None and len(noted) == 8
+            found.append(noted)
+    return found
+
+
 def flex_against_another_plan(backend: str) -> list[str]:
     """On a rank: what is said where the buffer brings other numbers than planned, and when."""
     import torch
@@ -281,6 +306,14 @@ def test_what_a_buffer_counted_is_compared_with_the_plan_once_it_is_there(
         assert f"layer 7: {backend} brought [3, 2, 1] tokens" in earlier
         assert "the plan says [1, 2, 3]" in earlier
         assert "give --moe-token-dispatcher-type alltoall" in at_once
+
+
+@BACKENDS
+def test_a_timeline_is_told_the_same_by_either_dispatcher(
+    ranks: Callable[[int], RankPool], backend: str
+) -> None:
+    for all_to_all, flex in ranks(2).run(exchanges_noted, backend):
+        assert flex == all_to_all
 
 
 @pytest.mark.parametrize("flex", [DEEPEP, HYBRIDEP], ids=["deepep", "hybridep"])
