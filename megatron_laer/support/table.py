@@ -122,7 +122,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "--moe-token-dispatcher-type other than alltoall, flex",
-        "it would gather every rank's tokens on every rank, for experts that differ by microbatch",
+        "the plan sends tokens to slots, and this one gathers those of all ranks on every rank",
         "leave it out, or give --moe-token-dispatcher-type alltoall, which goes before a "
         "checkpoint's arguments",
         accepted=("alltoall", "flex"),

@@ -97,12 +97,12 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "--cpu-offloading-num-layers",
     ),
     "paged stash": ("--moe-paged-stash",),
-    "flex dispatcher with DeepEP": (
+    "flex dispatcher with DeepEP, on a replacement of its buffer": (
         "flex dispatcher with DeepEP",
         "flex dispatcher with DeepEP, bf16, fp32 router, overlapped shared experts",
         "flex dispatcher with DeepEP, recompute of the MoE layer, shared experts, E = 8 on 4 ranks",
     ),
-    "flex dispatcher with HybridEP": (
+    "flex dispatcher with HybridEP, on a replacement of its buffer": (
         "flex dispatcher with HybridEP",
         "flex dispatcher with HybridEP, padded inputs, fused permutation, recompute of the MoE"
         " layer, overlapped shared experts, E = 8 on 4 ranks",
