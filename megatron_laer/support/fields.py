@@ -68,7 +68,7 @@ WITHOUT_EFFECT_BY_REASON: dict[str, str] = {
         moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute
         moe_hybridep_num_sms_preprocessing
         """,
-    "it is Megatron's old name for --moe-flex-dispatcher-backend deepep, which has rows on a replacement of its buffer": """
+    "it is Megatron's old name for --moe-flex-dispatcher-backend deepep, which has rows": """
         moe_enable_deepep
         """,
     "it configures NCCL EP, which is refused": """
