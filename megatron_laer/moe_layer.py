@@ -20,7 +20,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_laer import session
-from megatron_laer.dispatch.dispatcher import SlotDispatch, SlotTokenDispatcher
+from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
+from megatron_laer.dispatch.flex import SlotFlexDispatcher
+from megatron_laer.dispatch.slot_dispatch import SlotDispatch
 from megatron_laer.experts.module import FSEPExperts
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
@@ -113,7 +115,8 @@ class FSEPMoELayer(MoELayer):
         )
         self.config = config
         self.submodules = submodules
-        self.token_dispatcher = SlotTokenDispatcher(
+        is_flex = config.moe_token_dispatcher_type == "flex"
+        self.token_dispatcher = (SlotFlexDispatcher if is_flex else SlotTokenDispatcher)(
             self.num_local_experts,
             self.local_expert_indices,
             config=slot_config,

@@ -9,37 +9,16 @@ Legend: T tokens, E experts, S slots, C slots per rank, P rows sent, R rows rece
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from megatron_laer.dispatch.exchange_edges import exchange_edges
-from megatron_laer.dispatch.permutation import SlotPermutation, slot_permutation, slot_ranges
-from megatron_laer.dispatch.slots import to_slots
-from megatron_laer.runtime.comm.upload import upload_arrays
-from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.telemetry.timeline import DENSE, Timeline
+from megatron_laer.dispatch.permutation import SlotPermutation, slot_permutation
+from megatron_laer.dispatch.slot_dispatch import SlotDispatching
 
 
-@dataclass(frozen=True, eq=False)
-class SlotDispatch:
-    """Says how one forward pass of a layer dispatches its tokens.
-
-    Attributes:
-        plan: which tokens go to which slots.
-        layer_name: for the timeline.
-        timeline: where the layer's token exchanges are recorded, if anywhere.
-    """
-
-    plan: MicrobatchPlan
-    layer_name: str
-    timeline: Timeline | None
-
-
-class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
+class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
     """Dispatches to S slots, of which C are local; its config gives S as the number of experts."""
 
     shared_experts: Any
@@ -48,14 +27,7 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         super().__init__(*args, **kwargs)
         # On the group's own stream, whose priority the plugin raises, tokens overtake other work.
         self.use_nccl_stream = True
-        self._pass: SlotDispatch | None = None
         self._permutation: SlotPermutation | None = None
-        self._columns_NC: torch.Tensor | None = None
-        assert self.tp_size == 1, "experts are never cut by tensor parallelism"
-
-    def begin(self, dispatch: SlotDispatch) -> None:
-        """Begin a forward pass of the layer; its steps follow."""
-        self._pass = dispatch
 
     def start_shared_experts(self, hidden_states: torch.Tensor) -> None:
         """Start the shared experts that overlap with exchanges; stock does so after the sizes."""
@@ -78,8 +50,7 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
             [P, H] and [P].
         """
         plan = self._current.plan
-        if plan.routing_map_TE is not None:
-            routing_map = plan.routing_map_TE
+        routing_map = self._routed(routing_map)
         if self.config.moe_permute_fusion:
             shared_experts, self.shared_experts = self.shared_experts, None  # they were started
             sent = super().dispatch_preprocess(hidden_states, *self._to_slots(routing_map, probs))
@@ -145,43 +116,3 @@ class SlotTokenDispatcher(MoEAlltoAllTokenDispatcher):
         # The fused sort of chunks runs on the device and reads sizes there; ours was told them.
         self.num_global_tokens_per_local_expert, self._columns_NC = self._columns_NC, None
         return torch.tensor(quotas.tokens_C)
-
-    def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Megatron's, with its begin and end on the timeline."""
-        timeline, layer = self._current.timeline, self._current.layer_name
-        if timeline is None:
-            return super().token_dispatch(tokens, probs)
-        before, after = exchange_edges(
-            timeline, f"dispatch {layer}", f"experts {layer}", f"{DENSE}, backward"
-        )
-        return after(*super().token_dispatch(*before(tokens, probs)))
-
-    def token_combine(self, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Megatron's, with its begin and end on the timeline."""
-        timeline, layer = self._current.timeline, self._current.layer_name
-        if timeline is None:
-            return super().token_combine(tokens, *args, **kwargs)
-        before, after = exchange_edges(
-            timeline, f"combine {layer}", DENSE, f"experts {layer}, backward"
-        )
-        (tokens,) = before(tokens)
-        (combined,) = after(super().token_combine(tokens, *args, **kwargs))
-        return combined
-
-    def _to_slots(
-        self, routing_map: torch.Tensor, probs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = self._current.plan
-        columns_NC = plan.quotas.columns_NC
-        ranges_2S = slot_ranges(plan.quotas).astype(np.int64)
-        ranges, columns = upload_arrays([ranges_2S.ravel(), columns_NC.ravel()], routing_map.device)
-        self._columns_NC = columns.view(columns_NC.shape)
-        probs_TS, slot_map_TS = to_slots(
-            probs, routing_map, plan.restored.index.slot_expert_S, ranges.view(ranges_2S.shape)
-        )
-        return slot_map_TS, probs_TS
-
-    @property
-    def _current(self) -> SlotDispatch:
-        assert self._pass is not None, "a step of the dispatcher before `begin`"
-        return self._pass

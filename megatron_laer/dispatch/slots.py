@@ -1,8 +1,9 @@
 """The token → slot map says which replica of an expert serves a token; this is the torch reference.
 
-Runs no collective and makes no choice: how many tokens go to each slot was decided by the quotas.
+It has a column for each slot (`to_slots`), or one for each choice of the router (`to_choices`). No
+collective is run and no choice made: how many tokens go to each slot was decided by the quotas.
 
-Legend: T tokens, E experts, S slots.
+Legend: T tokens, E experts, S slots, K top-k, P (token, expert) pairs.
 """
 
 from __future__ import annotations
@@ -38,3 +39,35 @@ def to_slots(
     slot_map_TS = routed_TS & (place_TS >= ranges_2S[0]) & (place_TS < ranges_2S[1])
     probs_TS = probs_TE.index_select(1, slot_expert_S).masked_fill(~slot_map_TS, 0)
     return probs_TS, slot_map_TS
+
+
+def to_choices(
+    probs_TE: torch.Tensor,
+    routing_map_TE: torch.Tensor,
+    top_k: int,
+    by_expert_S: torch.Tensor,
+    tokens_S: torch.Tensor,
+    num_pairs: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Translate the router's output to the slots that each token goes to, as `to_slots` does.
+
+    The map decides, so a pair of probability 0 has its slot too. Read by expert, then token, the
+    pairs of an expert lie in runs, one for each of its slots; the device is not waited for.
+
+    Args:
+        probs_TE: routing probabilities.
+        routing_map_TE: bool, which experts each token goes to, at most `top_k`.
+        by_expert_S: the slots in the order of their experts.
+        tokens_S: in that order, how many tokens of this rank each slot serves.
+        num_pairs: P, the sum of these.
+
+    Returns:
+        probs_TK and the int64 slots [T, K], which are -1 where a token has fewer.
+    """
+    num_tokens, num_experts = routing_map_TE.shape
+    slot_P = torch.repeat_interleave(by_expert_S, tokens_S, output_size=num_pairs)
+    slot_ET = slot_P.new_full((num_experts, num_tokens), -1)
+    slot_ET.masked_scatter_(routing_map_TE.t(), slot_P)
+    slot_TK, expert_TK = slot_ET.t().topk(top_k, dim=1)
+    probs_TK = probs_TE.gather(1, expert_TK).masked_fill(slot_TK < 0, 0)
+    return probs_TK, slot_TK.long()

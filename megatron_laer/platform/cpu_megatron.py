@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 
+from megatron_laer.platform import cpu_deep_ep
+
 _async_loop: Callable[..., None] | None = None
 
 
 def mend() -> None:
     """Mend all of these paths. Imports `megatron.core`."""
+    cpu_deep_ep.give_to_megatron()
     _mend_norm()
     _mend_attention()
     _mend_latent_projections()

@@ -13,6 +13,8 @@ from megatron_laer.layout import MAX_EXPERTS, default_capacity
 from megatron_laer.support import RefusedError
 from megatron_laer.support.table import REFUSALS, UNPROVEN
 
+_DEEPEP_TOP_K = 32
+_HYBRIDEP_SLOTS = 4
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 # The arguments that FSEP sets where they are left out, with their values.
@@ -116,10 +118,45 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
             f"no rank has more than {ranks} times the mean; give less than {ranks - 1}, or "
             "--fsep-plan-mode forecast"
         )
+    problems += _buffer_problems(args, config.capacity or default)
     if config.node_size is not None and ranks % config.node_size:
         divisors = [d for d in range(1, ranks + 1) if ranks % d == 0]
         problems.append(
             f"--fsep-node-size {config.node_size} does not divide "
             f"--expert-model-parallel-size {ranks}; use one of {divisors}"
+        )
+    return problems
+
+
+def _buffer_problems(args: Namespace, capacity: int) -> list[str]:
+    """List what the flex dispatcher's buffers cannot have; their kernels assert it on a GPU."""
+    if args.moe_token_dispatcher_type != "flex":
+        return []
+    problems, ranks = [], args.expert_model_parallel_size
+    fewest, backend = -(-args.num_experts // ranks), args.moe_flex_dispatcher_backend
+    flags = f"--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend {backend}"
+    instead = "give --moe-token-dispatcher-type alltoall"
+    if backend == "deepep":
+        most_slots = 128 if ranks <= 8 else 64  # inside a node, and between nodes
+        if args.moe_router_topk > _DEEPEP_TOP_K:
+            problems.append(
+                f"{flags} --moe-router-topk {args.moe_router_topk}: DeepEP sends a token to at "
+                f"most {_DEEPEP_TOP_K} experts; {instead}"
+            )
+        if capacity > most_slots:
+            fewer = f"give --fsep-capacity {fewest} to {most_slots}, or "
+            problems.append(
+                f"{flags} with {capacity} slots per rank: DeepEP takes at most {most_slots} on "
+                f"{ranks} ranks; {fewer if fewest <= most_slots else ''}{instead}"
+            )
+    if backend == "hybridep" and capacity * ranks % _HYBRIDEP_SLOTS:
+        fitting = [
+            c for c in range(fewest, args.num_experts + 1) if not c * ranks % _HYBRIDEP_SLOTS
+        ]
+        larger = [c for c in fitting if c > capacity]
+        better = f"give --fsep-capacity {min(larger or fitting)}, or " if fitting else ""
+        problems.append(
+            f"{flags} with {capacity} slots on each of {ranks} ranks: HybridEP needs a multiple of "
+            f"{_HYBRIDEP_SLOTS} in all; {better}{instead}"
         )
     return problems

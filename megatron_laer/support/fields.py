@@ -15,7 +15,9 @@ MOE_FIELD = re.compile(r"moe|expert|router")
 PROVED = frozenset(
     """
     num_moe_experts expert_model_parallel_size
-    moe_apply_probs_on_input moe_aux_loss_coeff moe_ffn_hidden_size moe_latent_size moe_layer_freq
+    moe_apply_probs_on_input moe_aux_loss_coeff moe_ffn_hidden_size
+    moe_hybridep_pad_uneven_dispatch_inputs moe_latent_size moe_layer_freq
+    moe_permute_fusion_into_hybridep
     moe_router_bias_update_rate moe_router_dtype moe_router_enable_expert_bias
     moe_router_group_topk moe_router_load_balancing_type
     moe_router_num_groups moe_router_pre_softmax
@@ -64,12 +66,16 @@ WITHOUT_EFFECT_BY_REASON: dict[str, str] = {
     "it configures token dropping, which is refused": """
         moe_token_drop_policy
         """,
-    "it configures the flex dispatcher, which is refused": """
-        moe_enable_deepep moe_flex_dispatcher_backend moe_flex_dispatcher_num_sms
-        moe_deepep_num_sms moe_permute_fusion_into_hybridep
-        moe_hybridep_pad_uneven_dispatch_inputs moe_hybridep_num_sms
+    "it only says how much of a GPU the flex dispatcher's kernels take": """
+        moe_flex_dispatcher_num_sms moe_deepep_num_sms moe_hybridep_num_sms
         moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute
-        moe_hybridep_num_sms_preprocessing moe_ncclep_static_shape moe_ncclep_zero_copy
+        moe_hybridep_num_sms_preprocessing
+        """,
+    "it is Megatron's old name for --moe-flex-dispatcher-backend deepep, which has rows": """
+        moe_enable_deepep
+        """,
+    "it configures NCCL EP, which is refused": """
+        moe_ncclep_static_shape moe_ncclep_zero_copy
         """,
     "it configures the paged stash, which is refused": """
         moe_paged_stash_page_size moe_paged_stash_buffer_size_factor_cuda

@@ -181,13 +181,22 @@ REFUSALS: tuple[Refusal, ...] = (
         refuses=_one_rank,
     ),
     Refusal(
-        "--moe-token-dispatcher-type other than alltoall",
-        "tokens travel by Megatron's All-to-All dispatcher over slots",
+        "--moe-token-dispatcher-type other than alltoall, flex",
+        "the plan sends tokens to slots, and this one gathers those of all ranks on every rank",
         "leave it out, or give --moe-token-dispatcher-type alltoall, which goes before a "
         "checkpoint's arguments",
-        accepted=("alltoall",),
+        accepted=("alltoall", "flex"),
         field="moe_token_dispatcher_type",
         is_filled_in=True,
+    ),
+    Refusal(
+        "--moe-flex-dispatcher-backend other than deepep, hybridep",
+        "NCCL EP needs --moe-expert-rank-capacity-factor, beyond which it ends the run",
+        "give --moe-flex-dispatcher-backend deepep or hybridep, or --moe-token-dispatcher-type "
+        "alltoall without it",
+        accepted=("deepep", "hybridep"),
+        field="moe_flex_dispatcher_backend",
+        field_way_out="must be 'deepep' or 'hybridep'",
     ),
     Refusal(
         "--expert-tensor-parallel-size above 1",

@@ -8,6 +8,7 @@ from __future__ import annotations
 RANKS = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
 
 ON = "--expert-parallel-mode fsep "
+FLEX = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend "
 
 _FLAGS = (
     ("--expert-parallel-mode dense", "invalid choice: 'dense'"),
@@ -38,6 +39,26 @@ _FLAGS = (
     (ON + "--fsep-restore step --fsep-plan-mode exact", "--fsep-plan-mode exact"),
     (ON + "--fsep-split even --fsep-plan-mode adaptive", "--fsep-plan-mode adaptive"),
     (ON + "--fsep-scheduler maybe", "invalid choice: 'maybe'"),
+    (
+        ON + FLEX + "deepep --num-experts 48 --moe-router-topk 33",
+        "--moe-router-topk 33: DeepEP sends a token to at most 32 experts; give --moe-token-disp",
+    ),
+    (
+        ON + FLEX + "deepep --num-experts 255 --fsep-capacity 129",
+        "129 slots per rank: DeepEP takes at most 128 on 2 ranks; give --fsep-capacity 128 to 128,",
+    ),
+    (
+        ON + FLEX + "deepep --num-experts 512",
+        "257 slots per rank: DeepEP takes at most 128 on 2 ranks; give --moe-token-dispatcher-type",
+    ),
+    (
+        ON + FLEX + "hybridep",
+        "5 slots on each of 2 ranks: HybridEP needs a multiple of 4 in all; give --fsep-capacity 6",
+    ),
+    (
+        ON + FLEX + "hybridep --num-experts 3 --fsep-capacity 3",
+        "3 slots on each of 2 ranks: HybridEP needs a multiple of 4 in all; give --fsep-capacity 2",
+    ),
     (ON + "--fsep-gemm cutlass", "invalid choice: 'cutlass'"),
     (ON + "--fsep-gemm streams", "--fsep-gemm streams: CUDA streams need a GPU"),
     (ON + "--fsep-gemm te", "--fsep-gemm te: Transformer Engine"),

@@ -1,14 +1,25 @@
-"""The dispatcher's own permutations give the bits that stock's give over the token → slot map."""
+"""Dispatchers over slots agree: own permutations and stock's, All-to-All and the flex dispatcher's.
+
+The flex dispatcher has replacements of DeepEP's and HybridEP's buffers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 
 from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import Record, train
+from tests.parity.compare import distance
+from tests.parity.flags import command_line
+from tests.parity.rows import DEEPEP, FP32_BOUND, HYBRIDEP
 
 HIDDEN = 6
 
@@ -24,7 +35,7 @@ class SharedExperts:
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_: self.calls.append(name)
 
-    def pre_forward_comm(self, hidden: Any) -> None:
+    def pre_forward_comm(self, hidden: Any, wait_current_stream: bool = True) -> None:
         self.calls.append("pre_forward_comm")
         self.hidden = hidden
 
@@ -33,114 +44,252 @@ class SharedExperts:
         return self.hidden * 2
 
 
-def both_paths(capacity: int, experts: int, topk: int, tokens: list[int], shared: bool) -> int:
-    """On a rank: a whole dispatch by either path; returns the tensors that were compared."""
-    from dataclasses import dataclass
-    from types import SimpleNamespace
+@dataclass
+class Outcome:
+    """A whole dispatch: what is sent, the experts' inputs, what returns, and gradients."""
 
+    sent: list[Any]
+    experts: list[Any]
+    returned: list[Any]
+    combined: list[Any]
+    calls: list[str]
+
+
+def make_plan(capacity: int, experts: int, topk: int, tokens: list[int]) -> tuple[Any, Any]:
+    """On a rank: a plan for random tokens, and the router's map of this rank's."""
     import numpy as np
     import torch
     import torch.distributed as dist
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.moe import token_dispatcher
 
     from megatron_laer.config import Split
-    from megatron_laer.dispatch import permutation
-    from megatron_laer.dispatch.dispatcher import SlotDispatch, SlotTokenDispatcher
     from megatron_laer.layout import ExpertLayout
     from megatron_laer.planner.splits import RankQuotas, solve_quotas
-    from megatron_laer.runtime.comm import upload
     from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 
-    @dataclass
-    class Outcome:
-        tensors: list[torch.Tensor]
-        calls: list[str]
+    rank, size = dist.get_rank(), dist.get_world_size()
+    layout = ExpertLayout.random(size, capacity, experts, (topk,))
+    generator = torch.Generator().manual_seed(rank)
+    scores_TE = torch.rand(tokens[rank], experts, generator=generator)
+    map_TE = torch.zeros(scores_TE.shape, dtype=torch.bool)
+    map_TE.scatter_(1, scores_TE.topk(topk, dim=1).indices, True)
+    counts: list[Any] = [None] * size
+    dist.all_gather_object(counts, map_TE.sum(0).numpy())
+    quotas = solve_quotas(Split.EXACT, np.stack(counts), layout, 1)
+    slot_expert_S = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
+    index: Any = SimpleNamespace(layout=layout, slot_expert_S=slot_expert_S)
+    restored: Any = SimpleNamespace(index=index)
+    mine = RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank))
+    return MicrobatchPlan(restored, mine), map_TE
 
-    def dispatch(plan: MicrobatchPlan, map_TE: torch.Tensor, fused: bool) -> Outcome:
-        generator = torch.Generator().manual_seed(dist.get_rank())
-        hidden = torch.randn(1, len(map_TE), HIDDEN, generator=generator).requires_grad_()
-        probs = (torch.rand(map_TE.shape, generator=generator) * map_TE).requires_grad_()
-        weight = torch.randn(hidden.shape, generator=generator)
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=HIDDEN,
-            num_attention_heads=1,
-            num_moe_experts=plan.layout.num_slots,
-            moe_router_topk=topk,
-            moe_router_pre_softmax=True,
-            moe_token_dispatcher_type="alltoall",
-        )
-        groups = SimpleNamespace(ep=dist.group.WORLD, expt_tp=None, tp_ep=dist.group.WORLD)
-        first = capacity * dist.get_rank()
-        local = list(range(first, first + capacity))
-        dispatcher = SlotTokenDispatcher(capacity, local, config=config, pg_collection=groups)
-        config.moe_permute_fusion = fused
-        config.moe_shared_expert_overlap = shared
-        experts_ = SharedExperts()
-        if shared:
-            dispatcher.set_shared_experts(experts_)
-        dispatcher.start_shared_experts(hidden)
-        dispatcher.begin(SlotDispatch(plan, "layer 1", None))
-        uploads = mock.Mock(side_effect=upload.upload)
-        with (
-            mock.patch.object(upload, "upload", uploads),
-            mock.patch.object(permutation, "upload", uploads),
-        ):
-            sent = dispatcher.dispatch_preprocess(hidden, map_TE, probs)
-        assert uploads.call_count == 1, "one piece of memory for all that the device must know"
-        inputs, tokens_C, weights = dispatcher.dispatch_postprocess(
-            *dispatcher.token_dispatch(*sent)
-        )
-        assert tokens_C.tolist() == plan.quotas.tokens_C
-        outputs = dispatcher.combine_preprocess(inputs * inputs * weights[:, None])
-        combined = dispatcher.combine_postprocess(dispatcher.token_combine(outputs))
-        assert combined.shape == hidden.shape
-        combined.backward(weight)
-        tensors = [*sent, inputs, weights, outputs, combined, hidden.grad, probs.grad]
-        return Outcome([tensor.detach() for tensor in tensors], experts_.calls)
+
+def make_dispatcher(plan: Any, topk: int, path: str, shared: SharedExperts | None) -> Any:
+    """A dispatcher by "own" or "stock's" permutations, or with "deepep" or "hybridep"."""
+    import torch.distributed as dist
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
+    from megatron_laer.dispatch.flex import SlotFlexDispatcher
+    from megatron_laer.dispatch.slot_dispatch import SlotDispatch
+
+    is_flex = path in ("deepep", "hybridep")
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=1,
+        num_moe_experts=plan.layout.num_slots,
+        moe_router_topk=topk,
+        moe_router_pre_softmax=True,
+        moe_token_dispatcher_type="flex" if is_flex else "alltoall",
+        moe_flex_dispatcher_backend=path if is_flex else "deepep",
+        moe_hybridep_pad_uneven_dispatch_inputs=True,
+    )
+    groups = SimpleNamespace(ep=dist.group.WORLD, expt_tp=None, tp_ep=dist.group.WORLD)
+    capacity = plan.layout.capacity
+    local = list(range(capacity * dist.get_rank(), capacity * (dist.get_rank() + 1)))
+    make = SlotFlexDispatcher if is_flex else SlotTokenDispatcher
+    dispatcher = make(capacity, local, config=config, pg_collection=groups)
+    config.moe_permute_fusion = path == "stock's"
+    config.moe_shared_expert_overlap = shared is not None
+    if shared is not None:
+        dispatcher.set_shared_experts(shared)
+    dispatcher.begin(SlotDispatch(plan, "layer 1", None))
+    return dispatcher
+
+
+def dispatch(plan: Any, map_TE: Any, topk: int, path: str, with_shared: bool) -> Outcome:
+    """On a rank: dispatch tokens, let experts square and weigh them, combine, go back."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_laer.dispatch import permutation
+    from megatron_laer.runtime.comm import upload
+
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    hidden = torch.randn(1, len(map_TE), HIDDEN, generator=generator).requires_grad_()
+    probs = torch.rand(map_TE.shape, generator=generator) * map_TE
+    probs[:, 0] = 0  # tokens go to expert 0 all the same
+    probs.requires_grad_()
+    weight = torch.randn(hidden.shape, generator=generator)
+    shared = SharedExperts() if with_shared else None
+    dispatcher = make_dispatcher(plan, topk, path, shared)
+    dispatcher.start_shared_experts(hidden)
+    uploads = mock.Mock(side_effect=upload.upload)
+    with (
+        mock.patch.object(upload, "upload", uploads),
+        mock.patch.object(permutation, "upload", uploads),
+    ):
+        sent = dispatcher.dispatch_preprocess(hidden, map_TE, probs)
+    assert uploads.call_count == 1, "one piece of memory for all that the device must know"
+    inputs, tokens_C, weights = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(*sent))
+    assert tokens_C.tolist() == plan.quotas.tokens_C
+    outputs = dispatcher.combine_preprocess(inputs * inputs * weights[:, None])
+    combined = dispatcher.combine_postprocess(dispatcher.token_combine(outputs))
+    assert combined.shape == hidden.shape
+    combined.backward(weight)
+    found = [*sent], [inputs, weights], [outputs], [combined, hidden.grad, probs.grad]
+    detached = ([tensor.detach() for tensor in tensors] for tensors in found)
+    return Outcome(*detached, shared.calls if shared else [])
+
+
+@contextlib.contextmanager
+def on_gloo() -> Iterator[None]:
+    """A process group of all ranks; nothing holds it afterwards."""
+    import torch.distributed as dist
+    from megatron.core.transformer.moe import fused_a2a
+
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        fused_a2a._buffer = None
+        fused_a2a.reset_hybrid_ep_buffer()
+        dist.destroy_process_group()
+
+
+def both_paths(capacity: int, experts: int, topk: int, tokens: list[int], shared: bool) -> int:
+    """On a rank: a whole dispatch by either path; returns the tensors that were compared."""
+    import torch
+    from megatron.core.transformer.moe import token_dispatcher
 
     # Transformer Engine's kernels are for CUDA: Megatron's other ones do the same.
     names = ("permute", "unpermute", "sort_chunks_by_idxs")
     stock = {name: getattr(token_dispatcher, name) for name in names}
-    dist.init_process_group("gloo")
-    try:
+    with on_gloo():
         for name in names:
             unfused = lambda *a, stock=stock[name], **kw: stock(*a, **{**kw, "fused": False})  # noqa: E731
             setattr(token_dispatcher, name, unfused)
-        rank, size = dist.get_rank(), dist.get_world_size()
-        layout = ExpertLayout.random(size, capacity, experts, (topk,))
-        generator = torch.Generator().manual_seed(rank)
-        scores_TE = torch.rand(tokens[rank], experts, generator=generator)
-        map_TE = torch.zeros(scores_TE.shape, dtype=torch.bool)
-        map_TE.scatter_(1, scores_TE.topk(topk, dim=1).indices, True)
-        counts: list[Any] = [None] * size
-        dist.all_gather_object(counts, map_TE.sum(0).numpy())
-        quotas = solve_quotas(Split.EXACT, np.stack(counts), layout, 1)
-        slot_expert_S = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
-        index: Any = SimpleNamespace(layout=layout, slot_expert_S=slot_expert_S)
-        plan = MicrobatchPlan(
-            SimpleNamespace(index=index),  # type: ignore[arg-type]
-            RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank)),
+        try:
+            plan, map_TE = make_plan(capacity, experts, topk, tokens)
+            mine, stocks = (
+                dispatch(plan, map_TE, topk, path, shared) for path in ("own", "stock's")
+            )
+        finally:
+            for name in names:
+                setattr(token_dispatcher, name, stock[name])
+    assert mine.calls == stocks.calls
+    assert len(mine.calls) == (7 if shared else 0), mine.calls
+    assert mine.calls[:1] == ["pre_forward_comm"] * shared, mine.calls
+    pairs = [
+        pair
+        for part in ("sent", "experts", "returned", "combined")
+        for pair in zip(getattr(mine, part), getattr(stocks, part), strict=True)
+    ]
+    assert all(torch.equal(a, b) for a, b in pairs)
+    return len(pairs)
+
+
+def flex_and_all_to_all(
+    backend: str, capacity: int, experts: int, topk: int, tokens: list[int], shared: bool
+) -> None:
+    """On a rank: experts get the same bits by either dispatcher; sums are taken in other orders."""
+    import torch
+
+    with on_gloo():
+        plan, map_TE = make_plan(capacity, experts, topk, tokens)
+        mine, flex = (dispatch(plan, map_TE, topk, path, shared) for path in ("own", backend))
+        rerun = dispatch(plan.for_rerun(map_TE), ~map_TE, topk, backend, False)
+    assert sorted(set(flex.calls)) == sorted({*mine.calls, *(["wait_current_stream"] * shared)})
+    for a, b in zip(mine.experts, flex.experts, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(mine.combined, flex.combined, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(rerun.experts[0], flex.experts[0]), "a re-run follows its plan"
+
+
+def exchanges_noted(backend: str) -> list[list[tuple[str, str]]]:
+    """On a rank: what either dispatcher tells a timeline, forward and backward."""
+    import torch
+
+    found = []
+    with on_gloo():
+        plan, map_TE = make_plan(3, 4, 2, [40, 33])
+        for path in ("own", backend):
+            noted: list[tuple[str, str]] = []
+            timeline = SimpleNamespace(
+                begin_exchange=lambda name, noted=noted: noted.append(("begin", name)),
+                end_exchange=lambda then, noted=noted: noted.append(("end", then)),
+            )
+            dispatcher = make_dispatcher(plan, 2, path, None)
+            dispatcher.begin(dataclasses.replace(dispatcher._current, timeline=timeline))
+            hidden, probs = torch.rand(len(map_TE), HIDDEN, requires_grad=True), map_TE.float()
+            sent = dispatcher.dispatch_preprocess(hidden, map_TE, probs.requires_grad_())
+            inputs, *_ = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(*sent))
+            outputs = dispatcher.token_combine(dispatcher.combine_preprocess(inputs * inputs))
+            dispatcher.combine_postprocess(outputs).sum().backward()
+            assert hidden.grad is not None and len(noted) == 8
+            found.append(noted)
+    return found
+
+
+def flex_against_another_plan(backend: str) -> list[str]:
+    """On a rank: what is said where the buffer brings other numbers than planned, and when."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_laer.dispatch.flex import _Received
+
+    with on_gloo():
+        plan, map_TE = make_plan(3, 4, 2, [40, 33])
+        late = SimpleNamespace(query=lambda: False)
+        dispatcher = make_dispatcher(plan, 2, backend, None)
+        dispatcher._received.append(_Received("layer 7", [1, 2, 3], torch.tensor([3, 2, 1]), late))
+        hidden, probs = torch.zeros(len(map_TE), HIDDEN), map_TE.float()
+
+        def run() -> None:
+            dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(hidden, map_TE, probs))
+
+        run()  # nobody waits for what has not arrived
+        late.query = lambda: True
+        with pytest.raises(RuntimeError) as first:
+            run()
+        run()
+        assert not dispatcher._received
+        # As many in all, on other slots.
+        others = dataclasses.replace(plan.quotas, tokens_C=plan.quotas.tokens_C[::-1])
+        wrong = dataclasses.replace(plan, quotas=others)
+        dispatcher.begin(dataclasses.replace(dispatcher._current, plan=wrong))
+        assert wrong.quotas.tokens_C != plan.quotas.tokens_C
+        with pytest.raises(RuntimeError) as second:
+            run()
+        numbers = (
+            f"brought {plan.quotas.tokens_C} tokens to the slots of rank {dist.get_rank()}, and the"
         )
-        mine, stocks = dispatch(plan, map_TE, fused=False), dispatch(plan, map_TE, fused=True)
-        assert mine.calls == stocks.calls
-        assert len(mine.calls) == (7 if shared else 0), mine.calls
-        assert mine.calls[:1] == ["pre_forward_comm"] * shared, mine.calls
-        for a, b in zip(mine.tensors, stocks.tensors, strict=True):
-            assert torch.equal(a, b)
-        return len(mine.tensors)
-    finally:
-        for name in names:
-            setattr(token_dispatcher, name, stock[name])
-        dist.destroy_process_group()
+        assert f"layer 1: {backend} {numbers} plan says {wrong.quotas.tokens_C}" in str(
+            second.value
+        )
+    return [str(first.value), str(second.value)]
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["routed", "with shared experts"])
-@pytest.mark.parametrize(
+SHARED = pytest.mark.parametrize("shared", [False, True], ids=["routed", "with shared experts"])
+SHAPES = pytest.mark.parametrize(
     ("capacity", "experts", "topk", "tokens"),
     [(3, 4, 2, [40, 33]), (1, 2, 1, [5, 9]), (8, 9, 8, [17, 0]), (2, 3, 3, [0, 0])],
 )
+BACKENDS = pytest.mark.parametrize("backend", ["deepep", "hybridep"])
+
+
+@SHARED
+@SHAPES
 def test_own_permutations_and_stocks_give_the_same_bits(
     ranks: Callable[[int], RankPool],
     capacity: int,
@@ -150,3 +299,50 @@ def test_own_permutations_and_stocks_give_the_same_bits(
     shared: bool,
 ) -> None:
     assert ranks(2).run(both_paths, capacity, experts, topk, tokens, shared) == [8, 8]
+
+
+@BACKENDS
+@SHARED
+@SHAPES
+def test_the_flex_dispatcher_brings_experts_the_bits_of_the_all_to_all_one(
+    ranks: Callable[[int], RankPool],
+    backend: str,
+    capacity: int,
+    experts: int,
+    topk: int,
+    tokens: list[int],
+    shared: bool,
+) -> None:
+    ranks(2).run(flex_and_all_to_all, backend, capacity, experts, topk, tokens, shared)
+
+
+@BACKENDS
+def test_what_a_buffer_counted_is_compared_with_the_plan_once_it_is_there(
+    ranks: Callable[[int], RankPool], backend: str
+) -> None:
+    for earlier, at_once in ranks(2).run(flex_against_another_plan, backend):
+        assert f"layer 7: {backend} brought [3, 2, 1] tokens" in earlier
+        assert "the plan says [1, 2, 3]" in earlier
+        assert "give --moe-token-dispatcher-type alltoall" in at_once
+
+
+@BACKENDS
+def test_a_timeline_is_told_the_same_by_either_dispatcher(
+    ranks: Callable[[int], RankPool], backend: str
+) -> None:
+    for all_to_all, flex in ranks(2).run(exchanges_noted, backend):
+        assert flex == all_to_all
+
+
+@pytest.mark.parametrize("flex", [DEEPEP, HYBRIDEP], ids=["deepep", "hybridep"])
+def test_stock_trains_with_the_replaced_buffers_as_by_all_to_all(
+    ranks: Callable[[int], RankPool], text_data: str, flex: str
+) -> None:
+    def run(flags: str) -> Record:
+        command = command_line(
+            text_data, experts=4, expert_parallel=2, global_batch=4, steps=4, extra=flags
+        )
+        record: Record = ranks(2).run(train, command)[0]
+        return record
+
+    assert distance(run(flex), run("")).within(FP32_BOUND)

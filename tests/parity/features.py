@@ -17,6 +17,7 @@ REPLACED = {
     "--moe-latent-size": "the projections of latent MoE",
     "layernorm": "recompute of norms",
     "--sequence-parallel": "norms and biases of experts under sequence parallelism",
+    "--moe-flex-dispatcher-backend": "the flex dispatcher's buffers (these with FSEP alone)",
 }
 
 # Rows and words of `--fsep-allow-unproven` of which docs/gpu_status.md has a run.
@@ -125,6 +126,17 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "--cpu-offloading-num-layers",
     ),
     "paged stash": ("--moe-paged-stash",),
+    "flex dispatcher with DeepEP": (
+        "flex dispatcher with DeepEP",
+        "flex dispatcher with DeepEP, bf16, fp32 router, overlapped shared experts",
+        "flex dispatcher with DeepEP, recompute of the MoE layer, shared experts, E = 8 on 4 ranks",
+    ),
+    "flex dispatcher with HybridEP": (
+        "flex dispatcher with HybridEP",
+        "flex dispatcher with HybridEP, padded inputs, fused permutation, recompute of the MoE"
+        " layer, overlapped shared experts, E = 8 on 4 ranks",
+    ),
+    "flex dispatcher with NCCL EP": ("--moe-flex-dispatcher-backend other than deepep, hybridep",),
     "evaluation": ("evaluation and hashes of weights between steps, expert data parallel 2",),
     "`--skip-train`": ("evaluation alone",),
     "`--check-weight-hash-across-dp-replicas-interval`": (

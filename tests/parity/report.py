@@ -153,7 +153,7 @@ def status(names: Collection[str]) -> tuple[str, str]:
 
 def proved_by(names: Iterable[str]) -> str:
     """What has shown that all of this is right: runs on the CPU, on a card, or nothing yet."""
-    given = [set(row.flags.split()) for row in ROWS if row.name in set(names)]
+    given = [set((row.flags + row.fsep).split()) for row in ROWS if row.name in set(names)]
     kinds = []
     if given:
         is_replaced = all(flags & REPLACED.keys() for flags in given)

@@ -119,6 +119,9 @@ AUX_LOSSES = (
     " --moe-router-load-balancing-type aux_loss seq_aux_loss global_aux_loss"
     " --moe-aux-loss-coeff 1e-2 2e-2 3e-2 --moe-z-loss-coeff 1e-3"
 )
+# The reference has stock's All-to-All dispatcher; buffers of the other side are replacements.
+DEEPEP = " --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep"
+HYBRIDEP = " --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep"
 UNTIED = "--untie-embeddings-and-output-weights"
 CLAMPED_GEGLU = " --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0"
 PER_TOKEN = " --calculate-per-token-loss"
@@ -213,6 +216,33 @@ ROWS = [
         flags=" --bf16",
         fsep=RANDOM + STEP + " --fsep-gemm torch",
         bound=BF16_BOUND,
+    ),
+    # Dispatchers.
+    Row("flex dispatcher with DeepEP", fsep=RANDOM + DEEPEP, releases=True),
+    Row(
+        "flex dispatcher with DeepEP, bf16, fp32 router, overlapped shared experts",
+        flags=" --bf16 --moe-router-dtype fp32 --moe-shared-expert-intermediate-size 32"
+        " --moe-shared-expert-overlap",
+        fsep=RANDOM + DEEPEP,
+        bound=BF16_BOUND,
+    ),
+    Row(
+        "flex dispatcher with DeepEP, recompute of the MoE layer, shared experts, E = 8 on 4 ranks",
+        ranks=4,
+        stock_parallel=(4, 1),
+        flags=MOE_RECOMPUTE + " --moe-shared-expert-intermediate-size 32",
+        fsep=RANDOM + DEEPEP,
+    ),
+    Row("flex dispatcher with HybridEP", capacity=6, fsep=RANDOM + HYBRIDEP, releases=True),
+    Row(
+        "flex dispatcher with HybridEP, padded inputs, fused permutation, recompute of the MoE"
+        " layer, overlapped shared experts, E = 8 on 4 ranks",
+        ranks=4,
+        stock_parallel=(4, 1),
+        flags=MOE_RECOMPUTE
+        + " --moe-shared-expert-intermediate-size 32 --moe-shared-expert-overlap"
+        " --moe-hybridep-pad-uneven-dispatch-inputs --moe-permute-fusion-into-hybridep",
+        fsep=RANDOM + HYBRIDEP,
     ),
     Row(
         "restored once per step, accumulation 4",

@@ -41,6 +41,7 @@ class Config:
     """As much of Megatron's configuration as is looked at, with a field that nobody knows."""
 
     moe_token_dispatcher_type: str = "alltoall"
+    moe_flex_dispatcher_backend: str = "deepep"
     moe_router_topk: int = 2
     moe_router_fusion: bool = False
     moe_grouped_gemm: bool = False
@@ -135,7 +136,11 @@ def test_only_the_first_rank_warns(
 @pytest.mark.parametrize(
     ("config", "quoted"),
     [
-        (Config(moe_token_dispatcher_type="flex"), "moe_token_dispatcher_type='flex'"),
+        (Config(moe_token_dispatcher_type="allgather"), "moe_token_dispatcher_type='allgather'"),
+        (
+            Config(moe_flex_dispatcher_backend="ncclep"),
+            "moe_flex_dispatcher_backend='ncclep': NCCL EP needs",
+        ),
         (Config(delay_wgrad_compute=True), "delay_wgrad_compute=True"),
         (Config(fp8="hybrid"), "fp8='hybrid'"),
         (Config(fp8=True), "fp8=True"),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.dispatch.permutation import slot_ranges
-from megatron_laer.dispatch.slots import to_slots
+from megatron_laer.dispatch.slots import to_choices, to_slots
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.splits import RankQuotas
@@ -86,3 +86,45 @@ def test_gradients_of_probabilities_come_back_to_the_experts_exactly() -> None:
     slot_expert = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
     expected = torch.zeros(64, 6).index_add_(1, slot_expert, weight_TS * map_TS)
     assert torch.equal(probs.grad, expected)
+
+
+@settings(max_examples=100)
+@given(
+    tokens=st.integers(0, 40),
+    experts=st.integers(1, 12),
+    ranks=st.integers(1, 6),
+    uneven=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_a_tokens_choices_are_its_columns_of_the_map_to_slots(
+    tokens: int, experts: int, ranks: int, uneven: bool, seed: int
+) -> None:
+    capacity = min(experts, -(-experts // ranks) + 1)
+    layout = ExpertLayout.random(ranks, capacity, experts, (seed,))
+    topk = 1 + seed % experts
+    probs, routing_map = routed(tokens, experts, topk, seed)
+    if uneven:  # some tokens have fewer experts, or none
+        routing_map &= probs > 0.7
+    probs = (probs * routing_map).masked_fill(probs > 0.9, 0).requires_grad_()
+    probs_TS, map_TS, row_S = map_to_slots(probs, routing_map, layout, 0, 1)
+    by_expert = np.argsort(layout.slot_expert_S, kind="stable")
+    probs_TK, slot_TK = to_choices(
+        probs,
+        routing_map,
+        topk,
+        torch.from_numpy(by_expert),
+        torch.from_numpy(row_S[by_expert]),
+        int(row_S.sum()),
+    )
+
+    assert slot_TK.shape == probs_TK.shape == (tokens, topk) and slot_TK.dtype == torch.int64
+    found = torch.zeros(tokens, layout.num_slots + 1)
+    places = slot_TK % (layout.num_slots + 1)  # the last column is for no slot
+    chosen = found.scatter(1, places, 1.0)[:, :-1]
+    assert torch.equal(chosen, map_TS.float())
+    assert torch.equal(found.scatter(1, places, probs_TK)[:, :-1], probs_TS)
+    weight_TS = torch.rand(probs_TS.shape, generator=torch.Generator().manual_seed(0))
+    (expected,) = torch.autograd.grad((probs_TS * weight_TS).sum(), probs)
+    weight_TK = torch.cat([weight_TS, torch.ones(tokens, 1)], dim=1).gather(1, places)
+    (grad,) = torch.autograd.grad((probs_TK * weight_TK).sum(), probs)
+    assert torch.equal(grad, expected)

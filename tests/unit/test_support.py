@@ -32,9 +32,11 @@ REFUSED = {
     "--expert-model-parallel-size 1": ["--expert-model-parallel-size 1"],
     "--expert-tensor-parallel-size above 1": ["--expert-tensor-parallel-size 2"],
     "--expert-tensor-parallel-num-weight-shards": ["--expert-tensor-parallel-num-weight-shards 2"],
-    "--moe-token-dispatcher-type other than alltoall": [
-        "--moe-token-dispatcher-type flex",
+    "--moe-token-dispatcher-type other than alltoall, flex": [
         "--moe-token-dispatcher-type allgather",
+    ],
+    "--moe-flex-dispatcher-backend other than deepep, hybridep": [
+        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
     ],
     "--moe-expert-capacity-factor": ["--moe-expert-capacity-factor 1.0"],
     "--moe-pad-expert-input-to-capacity": ["--moe-pad-expert-input-to-capacity"],
@@ -101,6 +103,8 @@ TAKEN = [
     "--fp8-format e4m3 --fp8-recipe tensorwise --fsep-allow-unproven dense-fp8",
     "--cuda-graph-modules moe",
     "--tensor-model-parallel-size 2",
+    "--moe-token-dispatcher-type flex",
+    "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep",
     "--moe-expert-capacity-factor -1.0",
     "--moe-router-padding-for-quantization",
     "--moe-router-padding-for-fp8",
@@ -233,6 +237,10 @@ SETTINGS_TAKEN: dict[str, tuple[Case, list[object]]] = {
             ],
         ],
     ),
+    "flex": (
+        (f"{DISPATCHER} flex {FSEP}", {}, {}, {}),
+        ["flex", 1, ["FSEP takes --expert-tensor-parallel-size 1, which it needs"]],
+    ),
     "standard": (("", {}, {}, {}), ["allgather", 2, []]),
     "standard from a checkpoint": (
         (
@@ -257,7 +265,10 @@ SETTINGS_REFUSED: dict[str, tuple[Case, str]] = {
         (FSEP, {"expert_tensor_parallel_size": 2}, {}, {}),
         "--expert-tensor-parallel-size 2",
     ),
-    "script's parser": ((FSEP, {}, {"moe_token_dispatcher_type": "flex"}, {}), "flex"),
+    "script's parser": (
+        (FSEP, {}, {"moe_token_dispatcher_type": "allgather"}, {}),
+        "--moe-token-dispatcher-type allgather",
+    ),
     "checkpoint's": ((RESUMED, {}, {}, {"moe_token_dispatcher_type": "allgather"}), "allgather"),
 }
 

@@ -1,0 +1,293 @@
+"""Replaces the buffers of DeepEP and HybridEP, with their public interfaces, by All-to-All.
+
+As far as Megatron's flex dispatcher calls them: dispatch, combine, what is kept for the other
+direction (handles), in any dtype. A token goes once to each rank that has a slot for it, and ranks
+get tokens by source rank, in token order.
+
+Legend: T tokens of this rank, N ranks, E experts, C experts per rank, K top-k, R tokens received,
+H hidden, P rows for experts: the pairs of a received token and an expert here.
+"""
+
+import importlib
+import sys
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def give_to_megatron() -> None:
+    """Let Megatron's flex dispatcher find these buffers; nobody else who imports `deep_ep` does."""
+    package, utils = types.ModuleType("deep_ep"), types.ModuleType("deep_ep.utils")
+    vars(package).update(Buffer=Buffer, HybridEPBuffer=HybridEPBuffer)
+    vars(utils).update(EventHandle=EventHandle, EventOverlap=EventOverlap)
+    modules = {"deep_ep": package, "deep_ep.utils": utils}
+    hidden = {name: sys.modules[name] for name in modules if name in sys.modules}
+    sys.modules.update(modules)
+    importlib.import_module("megatron.core.transformer.moe.fused_a2a")
+    for name in modules:
+        del sys.modules[name]
+    sys.modules.update(hidden)
+
+
+class EventHandle:
+    """Replaces a CUDA event: work is done when a call returns."""
+
+
+class EventOverlap:
+    """Replaces DeepEP's holder of an event."""
+
+    def __init__(self, event: EventHandle | None = None) -> None:
+        self.event = event
+
+    def current_stream_wait(self) -> None:
+        """Do nothing: there is nothing to wait for."""
+
+
+class Config:
+    """Replaces DeepEP's tuning: its buffers are of no size here."""
+
+    def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """Return the size of no buffer."""
+        return 0
+
+    def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """Return the size of no buffer."""
+        return 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Route:
+    """Says which tokens go to which ranks, each once per rank.
+
+    Attributes:
+        token_Q: the tokens that this rank sends, by rank.
+        sent_N, received_N: how many.
+    """
+
+    group: dist.ProcessGroup
+    num_tokens: int
+    token_Q: torch.Tensor
+    sent_N: list[int]
+    received_N: list[int]
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup, goes_TN: torch.Tensor) -> "_Route":
+        sent_N = goes_TN.sum(dim=0)
+        received_N = torch.empty_like(sent_N)
+        dist.all_to_all_single(received_N, sent_N, group=group)
+        token_Q = goes_TN.t().nonzero()[:, 1]
+        return cls(group, len(goes_TN), token_Q, sent_N.tolist(), received_N.tolist())
+
+    def there(self, rows_Q: torch.Tensor) -> torch.Tensor:
+        """Exchange rows, one for each token that is sent; returns those of tokens received."""
+        return self._exchange(rows_Q, self.sent_N, self.received_N)
+
+    def back(self, rows_R: torch.Tensor) -> torch.Tensor:
+        """Return rows of received tokens to where these came from, [Q, …]."""
+        return self._exchange(rows_R, self.received_N, self.sent_N)
+
+    def sum_back(self, rows_R: torch.Tensor) -> torch.Tensor:
+        """Return rows of received tokens, and add up each token's in fp32 or wider."""
+        rows_Q = self.back(rows_R)
+        wide = torch.promote_types(rows_Q.dtype, torch.float32)
+        total_T = rows_Q.new_zeros(self.num_tokens, *rows_Q.shape[1:], dtype=wide)
+        return total_T.index_add_(0, self.token_Q, rows_Q.to(wide)).to(rows_Q.dtype)
+
+    def _exchange(
+        self, rows: torch.Tensor, sizes: list[int], sizes_there: list[int]
+    ) -> torch.Tensor:
+        arrived = rows.new_empty(sum(sizes_there), *rows.shape[1:])
+        dist.all_to_all_single(arrived, rows.contiguous(), sizes_there, sizes, group=self.group)
+        return arrived
+
+
+class Buffer:
+    """Replaces DeepEP's buffer."""
+
+    num_sms = 20
+
+    def __init__(
+        self, group: dist.ProcessGroup, num_nvl_bytes: int = 0, num_rdma_bytes: int = 0, **_: Any
+    ) -> None:
+        self.group = group
+        self.num_nvl_bytes = num_nvl_bytes
+        self.num_rdma_bytes = num_rdma_bytes
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """Take the number, which means nothing here."""
+        Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """Return the tuning of a dispatch."""
+        return Config()
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """Return the tuning of a combine."""
+        return Config()
+
+    def get_dispatch_layout(
+        self, topk_idx: torch.Tensor, num_experts: int, **_: Any
+    ) -> tuple[torch.Tensor, None, torch.Tensor, torch.Tensor, EventOverlap]:
+        """Count this rank's tokens for each rank and expert; -1 in `topk_idx` is no expert."""
+        assert topk_idx.dtype == torch.int64
+        ranks = self.group.size()
+        chosen_TE1 = torch.zeros(len(topk_idx), num_experts + 1, dtype=torch.bool)
+        chosen_TE1.scatter_(1, topk_idx % (num_experts + 1), True)
+        chosen_TE = chosen_TE1[:, :-1]
+        goes_TN = chosen_TE.reshape(len(topk_idx), ranks, num_experts // ranks).any(dim=2)
+        tokens_N = goes_TN.sum(dim=0, dtype=torch.int32)
+        tokens_E = chosen_TE.sum(dim=0, dtype=torch.int32)
+        return tokens_N, None, tokens_E, goes_TN, EventOverlap()
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        handle: tuple[_Route] | None = None,
+        is_token_in_rank: torch.Tensor | None = None,
+        num_tokens_per_expert: torch.Tensor | None = None,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Any, ...]:
+        """Send tokens, [T, H]; with a handle, along its route and without their choices."""
+        if handle is not None:
+            assert topk_idx is None and topk_weights is None
+            (route,) = handle
+            return route.there(x[route.token_Q]), None, None, None, None, EventOverlap()
+        assert is_token_in_rank is not None and num_tokens_per_expert is not None
+        assert topk_idx is not None and topk_weights is not None
+        assert topk_weights.dtype == torch.float32
+        route = _Route.of(self.group, is_token_in_rank)
+        per_rank = len(num_tokens_per_expert) // self.group.size()
+        index_RK = route.there(topk_idx[route.token_Q]) - per_rank * self.group.rank()
+        is_here_RK = (index_RK >= 0) & (index_RK < per_rank)
+        counts_C = torch.bincount(index_RK[is_here_RK], minlength=per_rank)
+        weights_RK = route.there(topk_weights[route.token_Q])
+        return (
+            route.there(x[route.token_Q]),
+            index_RK.masked_fill(~is_here_RK, -1),
+            weights_RK.masked_fill(~is_here_RK, 0),
+            counts_C.tolist(),
+            (route,),
+            EventOverlap(),
+        )
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: tuple[_Route],
+        topk_weights: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+        """Send rows of received tokens back, [R, H], and add up each token's; weights likewise."""
+        (route,) = handle
+        weights_TK = None if topk_weights is None else route.sum_back(topk_weights)
+        return route.sum_back(x), weights_TK, EventOverlap()
+
+
+class HybridEPBuffer:
+    """Replaces HybridEP's buffer, which also sorts what it received by expert."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        hidden_dim: int,
+        max_num_of_tokens_per_rank: int,
+        num_local_experts: int,
+        use_fp8: bool = False,
+        **_: Any,
+    ) -> None:
+        self.group = group
+        self.num_local_experts = num_local_experts
+
+    def dispatch_with_permute(
+        self,
+        *,
+        hidden: torch.Tensor,
+        routing_map: torch.Tensor | None = None,
+        probs: torch.Tensor | None = None,
+        scaling_factor: None = None,
+        num_of_experts_per_rank: int | None = None,
+        num_permuted_tokens: int | None = None,
+        pad_multiple: None = None,
+        handle: tuple[Any, ...] | None = None,
+        non_blocking: bool = False,
+        fuse_permute_dispatch: bool = False,
+    ) -> tuple[Any, ...]:
+        """Send tokens, [T, H], and sort them by expert.
+
+        Returns:
+            [P, H], probabilities [P], None, the tokens of each expert here, and a handle, whose
+            last part says whether there were more rows than `num_permuted_tokens`.
+        """
+        if non_blocking:
+            assert num_permuted_tokens is not None
+        if handle is None:
+            assert routing_map is not None and routing_map.dtype == torch.bool
+            assert num_of_experts_per_rank in (None, self.num_local_experts)
+            handle = self._handle(routing_map, num_permuted_tokens)
+        route, source_P, expert_P, tokens_C, _ = handle
+        size = len(source_P) if num_permuted_tokens is None else num_permuted_tokens
+        hidden_PH = _rows(route.there(hidden[route.token_Q])[source_P], size)
+        probs_P = None
+        if probs is not None:
+            assert probs.dtype == torch.float32
+            probs_RC = route.there(self._blocks(probs)[route.token_Q, self._ranks_of(route)])
+            probs_P = _rows(probs_RC[source_P, expert_P], size)
+        return hidden_PH, probs_P, None, tokens_C, handle
+
+    def combine_with_unpermute(
+        self,
+        *,
+        hidden: torch.Tensor,
+        probs: torch.Tensor | None = None,
+        handle: tuple[Any, ...],
+        pad_multiple: None = None,
+        fuse_unpermute_combine: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Add up the rows of each received token, [P, H], send the sums back, and add up these."""
+        route, source_P, expert_P, _, _ = handle
+        received, rows = sum(route.received_N), len(source_P)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        sums_RH = torch.zeros(received, hidden.shape[1], dtype=wide)
+        sums_RH.index_add_(0, source_P, hidden[:rows].to(wide))
+        probs_TE = None
+        if probs is not None:
+            probs_RC = torch.zeros(received, self.num_local_experts)
+            probs_RC[source_P, expert_P] = probs[:rows].float()
+            blocks_TNC = torch.zeros(route.num_tokens, self.group.size(), self.num_local_experts)
+            blocks_TNC[route.token_Q, self._ranks_of(route)] = route.back(probs_RC)
+            probs_TE = blocks_TNC.flatten(1)
+        return route.sum_back(sums_RH.to(hidden.dtype)), probs_TE
+
+    def _handle(self, routing_map_TE: torch.Tensor, most: int | None) -> tuple[Any, ...]:
+        numbers_N = torch.empty(self.group.size(), dtype=torch.int64)
+        number = torch.tensor([len(routing_map_TE)])
+        dist.all_gather_into_tensor(numbers_N, number, group=self.group)
+        if len(numbers_N.unique()) > 1:
+            raise ValueError(f"HybridEP needs as many tokens on each rank, not {numbers_N}")
+        map_TNC = self._blocks(routing_map_TE)
+        route = _Route.of(self.group, map_TNC.any(dim=2))
+        map_RC = route.there(map_TNC[route.token_Q, self._ranks_of(route)].byte()).bool()
+        expert_P, source_P = map_RC.t().nonzero().unbind(dim=1)
+        overflow = torch.tensor([most is not None and len(source_P) > most], dtype=torch.int32)
+        return route, source_P[:most], expert_P[:most], map_RC.sum(dim=0), overflow
+
+    def _blocks(self, values_TE: torch.Tensor) -> torch.Tensor:
+        return values_TE.reshape(len(values_TE), self.group.size(), self.num_local_experts)
+
+    def _ranks_of(self, route: _Route) -> torch.Tensor:
+        """Return the rank that each row is sent to."""
+        return torch.repeat_interleave(torch.tensor(route.sent_N))
+
+
+def _rows(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Return so many rows, of which the ones that nobody wrote are not a number."""
+    padding = rows.new_full((max(size - len(rows), 0), *rows.shape[1:]), float("nan"))
+    return torch.cat([rows, padding])[:size]
