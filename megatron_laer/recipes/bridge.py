@@ -22,6 +22,7 @@ from megatron_laer.recipes.families import (
 )
 from megatron_laer.recipes.verdict import Judgement, judge
 
+_FP4 = "e2m1"
 _SWITCH: dict[str, object] = {"": False, "False": False, "True": True}
 
 # An empty text is what a recipe leaves to Megatron-Bridge's default, which comes first.
@@ -42,7 +43,10 @@ _WORDS: dict[str, dict[str, object]] = {
     "precision": {
         **dict.fromkeys(("bf16", "bf16_mixed", "MixedPrecisionConfig", "mp"), None),
         **dict.fromkeys(("fp8_mx", "bf16_with_mxfp8_mixed"), "e4m3"),
+        **dict.fromkeys(("fp8_sc", "bf16_with_fp8_subchannel_scaling_mixed"), "e4m3"),
         **dict.fromkeys(("fp8_cs", "bf16_with_fp8_current_scaling_mixed"), "hybrid"),
+        **dict.fromkeys(("fp8_ds", "bf16_with_fp8_delayed_scaling_mixed"), "hybrid"),
+        **dict.fromkeys(("nvfp4", "bf16_with_nvfp4_mixed"), _FP4),
     },
     "cuda_graph_impl": {
         "": "none",
@@ -155,7 +159,8 @@ def _settings(row: Mapping[str, str]) -> Namespace:
         moe_token_dispatcher_type=word["dispatcher"],
         moe_flex_dispatcher_backend=word["flex_backend"],
         moe_expert_capacity_factor=None,
-        fp8=word["precision"],
+        fp8=None if word["precision"] == _FP4 else word["precision"],
+        fp4=_FP4 if word["precision"] == _FP4 else None,
         cuda_graph_impl=word["cuda_graph_impl"],
         cuda_graph_modules=_list(row, "cuda_graph_scope"),
         recompute_granularity=word["recompute"],

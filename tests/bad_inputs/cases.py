@@ -411,7 +411,7 @@ CHECK_RECIPE = (
     ("--json out.json", "give one of FILE"),
     ("good.trace --json out.json", "--json 'out.json': only with --bridge-csv"),
     ("good.trace -- --lr 1", "give one of FILE"),
-    ("--lr 1", "unrecognized arguments: --lr 1"),
+    ("--lr 1", "unrecognized arguments: --lr; the script's own follow --"),
 )
 
 

@@ -90,6 +90,13 @@ JUDGED: dict[str, tuple[dict[str, str], Verdict, Proof | None, list[str], list[s
         ["--fp8-format e4m3", "--delay-wgrad-compute"],
         ["--fp8-format", "--delay-wgrad-compute"],
     ),
+    "fp4": (
+        {"precision": "bf16_with_nvfp4_mixed"},
+        Verdict.PRECISION,
+        Proof.CPU,
+        ["--fp4-format e2m1"],
+        ["--fp4-format"],
+    ),
     "gpt-oss in fp8": (
         {"recipe": GPT_OSS, "precision": "bf16_with_mxfp8_mixed"},
         Verdict.PRECISION,
