@@ -47,7 +47,7 @@ COMMAND_LINE = (
     ("flags tiny-moe -- --lr", "nothing follows -- here, got --lr"),
     ("inspect", "required: CHECKPOINT"),
     ("inspect nothing --verbose", "unrecognized arguments: --verbose"),
-    ("plan", "required: TRACE"),
+    ("plan", "give a TRACE, or --workload"),
     ("plan good.trace extra", "unrecognized arguments: extra"),
     ("plan good.trace --rank-count 4", "unrecognized arguments: --rank-count 4"),
     ("plan good.trace -- x", "nothing follows -- here, got x"),
