@@ -53,7 +53,7 @@ def model_flags(path_or_name: str | Path) -> list[str]:
             # To argparse, which fills one variable, both spellings are the same flag.
             if (name := key.replace("_", "-")) in flags:
                 raise ValueError(f"{key} is given twice; leave one out")
-            flags[name] = [f"--{key}", *_words(key, value)]
+            flags[name] = [f"--{key}", *flag_words(key, value)]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return [word for words in flags.values() for word in words]
@@ -84,7 +84,12 @@ def _settings(content: object) -> Iterator[tuple[str, object]]:
             yield key, value
 
 
-def _words(key: str, value: object) -> list[str]:
+def flag_words(key: str, value: object) -> list[str]:
+    """Return what follows a flag on a command line, for its value in YAML.
+
+    Raises:
+        ValueError: a value that no flag has.
+    """
     if isinstance(value, str) and value.lower() in _ON:
         return []
     values = value if isinstance(value, list) else [value]

@@ -4,6 +4,7 @@ torchrun ... -m megatron_laer train PATH/TO/pretrain_gpt.py -- <Megatron's flags
 python -m megatron_laer prepare-data --input FILES --output PREFIX
 python -m megatron_laer flags mixtral-8x7b-e8k2
 python -m megatron_laer plan TRACE --ranks N --capacity C --cluster a100-4x8-ib800
+python -m megatron_laer check-recipe -- <Megatron's flags>
 python -m megatron_laer inspect CHECKPOINT
 python -m megatron_laer doctor
 
@@ -38,8 +39,12 @@ _COMMANDS = {
     "inspect": "print what is in a checkpoint",
     "flags": "print Megatron's flags for a model configuration",
     "plan": "compare strategies on a routing trace",
+    "check-recipe": "say whether settings run with FSEP, before a run",
     "doctor": "print what this machine has, and what is missing",
 }
+
+# Commands to which what follows `--` belongs.
+_TAKE_FLAGS = ("train", "check-recipe")
 
 # As shells report a process that a signal ended.
 _INTERRUPTED = 128 + signal.SIGINT
@@ -151,6 +156,7 @@ examples:
   %(prog)s flags mixtral-8x7b-e8k2
   %(prog)s prepare-data --python-sources --output data/text
   %(prog)s plan traces/group-0.trace --ranks 64 --node-size 8 --capacity 2 3 4
+  %(prog)s check-recipe -- --num-experts 64 --expert-model-parallel-size 8 FLAGS
   %(prog)s inspect checkpoints
   torchrun --nproc-per-node 8 -m megatron_laer train Megatron-LM/pretrain_gpt.py -- FLAGS
 """
@@ -164,7 +170,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the arguments, and what follows `--`.
+    """Return the arguments, and what follows `--`, which is among them as `flags` too.
 
     Raises:
         ImportError: the module of the command cannot be imported.
@@ -175,10 +181,11 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args, unknown = parser.parse_known_args(own)
     parser.prog = f"{parser.prog} {args.command}"
     if unknown:
-        hint = "; the script's own follow --" if args.command == "train" else ""
+        hint = "; the script's own follow --" if args.command in _TAKE_FLAGS else ""
         parser.error(f"unrecognized arguments: {shlex.join(unknown)}{hint}")
-    if script_args and args.command != "train":
+    if script_args and args.command not in _TAKE_FLAGS:
         parser.error(f"nothing follows -- here, got {shlex.join(script_args)}")
+    args.flags = script_args
     return args, script_args
 
 

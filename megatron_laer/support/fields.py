@@ -27,7 +27,7 @@ PROVED = frozenset(
 )
 
 # What rows of the parity table recompute, of Megatron's selective recompute.
-PROVED_RECOMPUTE = frozenset({"core_attn", "layernorm", "mlp", "moe", "shared_experts"})
+PROVED_RECOMPUTE = frozenset({"core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"})
 
 # FSEP is made to run with these, but no row of the parity table shows it.
 UNPROVED = frozenset(

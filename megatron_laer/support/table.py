@@ -6,116 +6,10 @@ setting that a Megatron release adds, renames or drops is edited in one place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_laer.config import Unproven
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Describes a setting of Megatron, refused unless it has an accepted value.
-
-    Attributes:
-        setting: the flag with the part of it that is refused, or the field if there is no flag;
-            docs list the row under this key.
-        reason: why FSEP cannot run with it.
-        way_out: what would work, in terms of flags.
-        accepted: the values that FSEP runs with, first the one to choose. None and False are both
-            "off", and either accepts the other.
-        dest: where argparse puts the flag, if not under the flag's own name.
-        field: the field of TransformerConfig that the flag ends up in; "" where there is none.
-        field_way_out: what would work, in terms of the field, if not the first accepted value.
-        refuses: whether arguments, or a TransformerConfig, are refused, where a comparison with the
-            accepted values does not tell.
-        is_filled_in: whether the accepted value leaves the model as it is, so that FSEP takes it as
-            the default where the flag is left out.
-        unproven: the word of `--fsep-allow-unproven` with which more values are accepted.
-        unproven_values: those values.
-    """
-
-    setting: str
-    reason: str
-    way_out: str = "leave it out"
-    accepted: tuple[object, ...] = (False,)
-    dest: str = ""
-    field: str = ""
-    field_way_out: str = ""
-    refuses: Callable[[Any], bool] | None = None
-    is_filled_in: bool = False
-    unproven: Unproven | None = None
-    unproven_values: tuple[str, ...] = ()
-
-    @property
-    def flag(self) -> str:
-        """Return the flag alone, or "" for a setting that only TransformerConfig has."""
-        return self.setting.split()[0] if self.setting.startswith("--") else ""
-
-    @property
-    def argument(self) -> str:
-        """Return the attribute of parsed arguments that holds the flag's value, or ""."""
-        return self.dest or self.flag.removeprefix("--").replace("-", "_")
-
-    def problem_with_flag(self, args: Any, allowed: Collection[Unproven] = ()) -> str | None:
-        """Say why FSEP cannot run with these arguments, and what would work; None if it can.
-
-        Args:
-            allowed: the words of `--fsep-allow-unproven`.
-        """
-        if not self._is_refused(args, self.argument, allowed):
-            return None
-        value = getattr(args, self.argument)
-        if value is None and self.refuses is None:  # left out, and Megatron's default stands
-            return None
-        if self.asks_for_unproven(args, self.argument):
-            return (
-                f"{self.flag} {value}: {_NOT_RUN}; to run it all the same give "
-                f"--fsep-allow-unproven {self.unproven}, or {self.way_out}"
-            )
-        if isinstance(value, list) and value:
-            given = " ".join([self.flag, *_names(value)])
-        else:
-            is_said_by_name = value is None or value is True or value == []
-            given = self.setting if is_said_by_name else f"{self.flag} {value}"
-        return f"{given}: {self.reason}; {self.way_out}"
-
-    def problem_with_field(self, config: Any, allowed: Collection[Unproven] = ()) -> str | None:
-        """Say why FSEP cannot run with this config, and what would work; None if it can.
-
-        Args:
-            allowed: what `FSEPConfig.allow_unproven` has.
-        """
-        if not self._is_refused(config, self.field, allowed):
-            return None
-        given = f"{self.field}={getattr(config, self.field)!r}"
-        way_out = self.field_way_out or f"must be {self.accepted[0]!r}"
-        if self.asks_for_unproven(config, self.field):
-            allow = f"FSEPConfig(allow_unproven=[{str(self.unproven)!r}])"
-            return f"{given}: {_NOT_RUN}; to run it all the same give {allow}, or else it {way_out}"
-        return f"{given}: {self.reason}; {way_out}"
-
-    def asks_for_unproven(self, settings: Any, name: str) -> bool:
-        """Tell whether the setting of this name has a value that nobody has run."""
-        return self.unproven is not None and getattr(settings, name, None) in self.unproven_values
-
-    def _is_refused(self, settings: Any, name: str, allowed: Collection[Unproven]) -> bool:
-        if not name or not hasattr(settings, name):  # an older Megatron lacks some settings
-            return False
-        if self.refuses is not None:
-            return self.refuses(settings)
-        if self.unproven in allowed and self.asks_for_unproven(settings, name):
-            return False
-        value = getattr(settings, name)
-        is_off = value is None or value is False
-        return value not in self.accepted and not (
-            is_off and (None in self.accepted or False in self.accepted)
-        )
-
-
-def _names(words: Collection[Any]) -> list[str]:
-    """Return words as a command line has them; some are members of an enumeration of Megatron."""
-    return [str(getattr(word, "name", word)) for word in words]
+from megatron_laer.support.refusal import LeftOut, Refusal, names_of
 
 
 def _no_experts(args: Any) -> bool:
@@ -135,7 +29,7 @@ def _drops_tokens(settings: Any) -> bool:
 def _captures_plan(settings: Any) -> bool:
     # Without modules Megatron captures whole layers.
     is_by_module = settings.cuda_graph_impl == "transformer_engine"
-    names = set(_names(settings.cuda_graph_modules or ()))
+    names = set(names_of(settings.cuda_graph_modules or ()))
     return is_by_module and not (names and names <= GRAPHED)
 
 
@@ -155,7 +49,6 @@ UNPROVEN = {
     Unproven.DENSE_FP8: "fp8 in all layers but the experts, which compute in the parameters' dtype",
 }
 
-_NOT_RUN = "nobody has run it with FSEP, and no test on a GPU has shown it"
 _NO_FP8 = "restored experts are computed in bf16 or fp32"
 _TRAIN_IN_BF16 = "leave it out, and train with --bf16"
 _DTYPE_OF_SLICES = "slices are kept in the parameters' dtype"
@@ -237,6 +130,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "leave it out: balanced layouts bound what a rank receives",
         accepted=(None,),
         field="moe_expert_rank_capacity_factor",
+        left_out=LeftOut.SPEED,
     ),
     # The experts have no module of Transformer Engine, so that its autocast does not reach them.
     Refusal(
@@ -248,10 +142,19 @@ REFUSALS: tuple[Refusal, ...] = (
         field="fp8",
         unproven=Unproven.DENSE_FP8,
         unproven_values=("e4m3", "hybrid"),
+        left_out=LeftOut.PRECISION,
     ),
-    Refusal("--fp4-format", _NO_FP8, _TRAIN_IN_BF16, accepted=(None,), dest="fp4", field="fp4"),
-    Refusal("--fp8-param-gather", _DTYPE_OF_SLICES, field="fp8_param"),
-    Refusal("--fp4-param-gather", _DTYPE_OF_SLICES, field="fp4_param"),
+    Refusal(
+        "--fp4-format",
+        _NO_FP8,
+        _TRAIN_IN_BF16,
+        accepted=(None,),
+        dest="fp4",
+        field="fp4",
+        left_out=LeftOut.PRECISION,
+    ),
+    Refusal("--fp8-param-gather", _DTYPE_OF_SLICES, field="fp8_param", left_out=LeftOut.PRECISION),
+    Refusal("--fp4-param-gather", _DTYPE_OF_SLICES, field="fp4_param", left_out=LeftOut.PRECISION),
     Refusal(
         "--use-megatron-fsdp",
         "Megatron-FSDP would shard slices again",
@@ -267,8 +170,20 @@ REFUSALS: tuple[Refusal, ...] = (
         "one layer runs several times per microbatch, backward in another order than forward",
         field="mtp_use_repeated_layer",
     ),
-    Refusal("--enable-cuda-graph", _NO_GRAPH, _GRAPHS_OFF, field="enable_cuda_graph"),
-    Refusal("--external-cuda-graph", _NO_GRAPH, _GRAPHS_OFF, field="external_cuda_graph"),
+    Refusal(
+        "--enable-cuda-graph",
+        _NO_GRAPH,
+        _GRAPHS_OFF,
+        field="enable_cuda_graph",
+        left_out=LeftOut.SPEED,
+    ),
+    Refusal(
+        "--external-cuda-graph",
+        _NO_GRAPH,
+        _GRAPHS_OFF,
+        field="external_cuda_graph",
+        left_out=LeftOut.SPEED,
+    ),
     Refusal(
         "--cuda-graph-impl other than none",
         _NO_GRAPH,
@@ -277,6 +192,7 @@ REFUSALS: tuple[Refusal, ...] = (
         field="cuda_graph_impl",
         unproven=Unproven.TE_GRAPHS,
         unproven_values=("transformer_engine",),
+        left_out=LeftOut.SPEED,
     ),
     Refusal(
         "--cuda-graph-modules other than attn, moe_router, mlp",
@@ -285,17 +201,25 @@ REFUSALS: tuple[Refusal, ...] = (
         field="cuda_graph_modules",
         field_way_out="take some of 'attn', 'moe_router' and 'mlp'",
         refuses=_captures_plan,
+        left_out=LeftOut.SPEED,
     ),
-    Refusal("--delay-wgrad-compute", _GRADIENTS_LEAVE, field="delay_wgrad_compute"),
+    Refusal(
+        "--delay-wgrad-compute",
+        _GRADIENTS_LEAVE,
+        field="delay_wgrad_compute",
+        left_out=LeftOut.SPEED,
+    ),
     Refusal(
         "--overlap-dispatch-backward-with-experts-wgrad",
         _GRADIENTS_LEAVE,
         field="overlap_dispatch_backward_with_experts_wgrad",
+        left_out=LeftOut.SPEED,
     ),
     Refusal(
         "--overlap-moe-expert-parallel-comm",
         "its schedule frees what a restore still needs; no test proves the combination",
         field="overlap_moe_expert_parallel_comm",
+        left_out=LeftOut.SPEED,
     ),
     Refusal(
         "--optimizer other than adam, sgd, lion",
@@ -309,6 +233,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "restored experts hold gate and up as halves",
         accepted=(None,),
         field="moe_mlp_glu_interleave_size",
+        left_out=LeftOut.SPEED,
+    ),
+    Refusal(
+        "--use-transformer-engine-op-fuser",
+        "it fuses operations of Transformer Engine's experts, which FSEP replaces, and no test "
+        "proves it in dense layers",
+        field="use_transformer_engine_op_fuser",
+        left_out=LeftOut.SPEED,
     ),
     Refusal("--moe-single-grouped-weight", _FORM_OF_TE_EXPERTS, field="moe_single_grouped_weight"),
     Refusal("--moe-single-grouped-bias", _FORM_OF_TE_EXPERTS, field="moe_single_grouped_bias"),
@@ -318,6 +250,7 @@ REFUSALS: tuple[Refusal, ...] = (
         field="moe_router_padding_for_quantization",
         field_way_out="must be False",
         refuses=_pads_for_fp8,
+        left_out=LeftOut.PRECISION,
     ),
     Refusal(
         "--moe-paged-stash",
@@ -325,6 +258,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "needs token dropping",
         "leave it out; --recompute-modules moe saves the same memory",
         field="moe_paged_stash",
+        left_out=LeftOut.SPEED,
     ),
     Refusal(
         "--fine-grained-activation-offloading",

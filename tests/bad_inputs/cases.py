@@ -31,7 +31,7 @@ class Case:
     @property
     def command(self) -> str:
         """For the count."""
-        known = ("plan", "flags", "inspect", "prepare-data", "train", "doctor")
+        known = ("plan", "flags", "inspect", "prepare-data", "check-recipe", "train", "doctor")
         return next((word for word in self.words[:1] if word in known), "command line")
 
 
@@ -392,6 +392,28 @@ INSPECT = (
     ("checkpoint-pipe", "'checkpoint-pipe/.metadata' is a pipe"),
 )
 
+CHECK_RECIPE = (
+    ("", "give one of FILE"),
+    ("absent.yaml", "absent.yaml"),
+    ("absent", "'absent'"),
+    ("pipe", "'pipe' is a pipe"),
+    ("yaml-pipe.yaml", "is a pipe"),
+    ("yaml-latin.yaml", "is not UTF-8"),
+    ("good.trace", "good.trace"),
+    ("--bridge-csv absent.csv", "absent.csv"),
+    ("--bridge-csv pipe", "'pipe' is a pipe"),
+    ("--bridge-csv latin.csv", "is not UTF-8"),
+    ("--bridge-csv endless.csv", "has 68,719,476,736 bytes"),
+    ("--bridge-csv long.csv", "long.csv"),
+    ("--bridge-csv good.trace", "good.trace"),
+    ("--bridge-csv long.csv --json no/out.json", "--json 'no/out.json'"),
+    ("--bridge-csv long.csv --json long.csv", "would write over the input"),
+    ("--json out.json", "give one of FILE"),
+    ("good.trace --json out.json", "--json 'out.json': only with --bridge-csv"),
+    ("good.trace -- --lr 1", "give one of FILE"),
+    ("--lr 1", "unrecognized arguments: --lr; the script's own follow --"),
+)
+
 
 def all_cases(script: str, flags: tuple[str, ...]) -> Iterator[Case]:
     """Yield every bad input.
@@ -424,6 +446,8 @@ def all_cases(script: str, flags: tuple[str, ...]) -> Iterator[Case]:
     for words, says in INSPECT:
         yield Case(("inspect", *words.split(" ")), says)
     yield Case(("inspect", ""), "")
+    for words, says in CHECK_RECIPE:
+        yield Case(("check-recipe", *words.split()), says)
     for name, (_, says) in inputs.pickles().items():
         yield Case(("inspect", f"checkpoint-{name}"), says)
     for words, says in PREPARE_DATA:

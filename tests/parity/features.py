@@ -121,6 +121,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     ),
     "router padding without fp8": ("router padding, without effect",),
     "GLU interleave": ("--moe-mlp-glu-interleave-size",),
+    "Transformer Engine's fused operations": ("--use-transformer-engine-op-fuser",),
     "activation offloading": (
         "--fine-grained-activation-offloading",
         "--cpu-offloading-num-layers",

@@ -18,7 +18,8 @@ from xml.etree import ElementTree
 
 from megatron_laer.releases import NUMBERS, RELEASES
 from megatron_laer.support.fields import UNPROVED, WITHOUT_EFFECT_BY_REASON
-from megatron_laer.support.table import REFUSALS, UNPROVEN, Refusal
+from megatron_laer.support.refusal import Refusal
+from megatron_laer.support.table import REFUSALS, UNPROVEN
 from tests.parity.compare import Distance
 from tests.parity.features import ALLOW, FEATURES, REPLACED, SEEN_ON_A_CARD
 from tests.parity.rows import FLOOR_FACTOR, ROWS, Row
@@ -174,9 +175,9 @@ def _allowed_by(word: str) -> list[str]:
 
 def _way_out(item: Refusal) -> str:
     if item.unproven is None:
-        return item.way_out
+        return item.said_way_out
     values = " or ".join(item.unproven_values)
-    return f"{item.way_out}; {values} with {ALLOW} {item.unproven}"
+    return f"{item.said_way_out}; {values} with {ALLOW} {item.unproven}"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -120,7 +120,7 @@ def test_recompute_that_no_row_of_the_parity_table_has_is_named() -> None:
     config = Config(recompute_granularity="selective", recompute_modules=modules)
     (warning,) = model_support.warnings_of(config)
     assert "'mla_up_proj'" in warning and "no test proves" in warning
-    given = {word for row in ROWS for word in row.flags.split()}
+    given = {word for row in ROWS for word in f"{row.flags} {row.fsep}".split()}
     assert given | {"core_attn"} >= PROVED_RECOMPUTE
 
 

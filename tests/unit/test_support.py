@@ -83,6 +83,7 @@ REFUSED = {
             "--moe-router-padding-for-fp8",
         )
     ],
+    "--use-transformer-engine-op-fuser": ["--use-transformer-engine-op-fuser"],
     "--moe-paged-stash": ["--moe-paged-stash"],
     "--fine-grained-activation-offloading": [
         "--fine-grained-activation-offloading --offload-modules core_attn"

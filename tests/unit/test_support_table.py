@@ -13,7 +13,8 @@ from collections.abc import Iterable
 import pytest
 
 from megatron_laer.support.fields import PROVED, UNPROVED, WITHOUT_EFFECT
-from megatron_laer.support.table import REFUSALS, Refusal
+from megatron_laer.support.refusal import LeftOut, Refusal
+from megatron_laer.support.table import REFUSALS
 
 pytestmark = pytest.mark.releases
 
@@ -77,3 +78,14 @@ def test_a_row_refuses_the_flag_and_the_field_for_the_same_reason() -> None:
     assert row.problem_with_flag(Namespace(warp="impulse")) is None
     assert row.problem_with_flag(Namespace(warp=None)) is None, "left out"
     assert row.problem_with_field(Namespace()) is None, "a Megatron without the field"
+
+
+def test_what_is_speed_only_says_so_by_flag_and_by_field() -> None:
+    row = Refusal("--warp 9", "it breaks the hull", field="warp", left_out=LeftOut.SPEED)
+    for said in (
+        row.problem_with_flag(Namespace(warp=9)),
+        row.problem_with_field(Namespace(warp=9)),
+    ):
+        assert said is not None and said.endswith(" (it is speed-only)")
+    other = Refusal("--warp 9", "it breaks the hull", left_out=LeftOut.PRECISION)
+    assert "speed-only" not in str(other.problem_with_flag(Namespace(warp=9)))

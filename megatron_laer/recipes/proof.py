@@ -1,0 +1,69 @@
+"""Settings alone tell what proves that FSEP equals stock Megatron with them.
+
+The proofs are rows of the parity table, which docs/support.md lists. They are about what FSEP
+changes, which are MoE layers, their parameters and their place in a model; attention, and what a
+model has beside a language model, stay Megatron's.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+
+from megatron_laer.config import Choice
+from megatron_laer.support.fields import PROVED_RECOMPUTE, UNPROVED
+
+_NO_ROW = "no parity row has it, so that nothing proves it yet"
+
+
+class Proof(Choice):
+    """Says where settings were proved: on the CPU, there with a replacement, or on a card."""
+
+    CPU = "cpu"
+    REPLACEMENT = "stand-in"
+    GPU = "gpu"
+
+
+# Settings whose rows run on a replacement of what Megatron has for GPUs alone, by their flag or
+# their module of selective recompute.
+REPLACED: dict[str, Callable[[Namespace], bool]] = {
+    "--context-parallel-size": lambda settings: _above_one(settings, "context_parallel_size"),
+    "--moe-latent-size": lambda settings: bool(getattr(settings, "moe_latent_size", None)),
+    "layernorm": lambda settings: "layernorm" in _recomputed(settings),
+    "--sequence-parallel": lambda settings: bool(getattr(settings, "sequence_parallel", False)),
+    "--moe-flex-dispatcher-backend": lambda settings: settings.moe_token_dispatcher_type == "flex",
+}
+
+
+def unproved(settings: Namespace) -> list[str]:
+    """List what training accepts of these settings, and no parity row has."""
+    found = [
+        f"--recompute-modules {name}: {_NO_ROW}"
+        for name in sorted(_recomputed(settings) - PROVED_RECOMPUTE)
+    ]
+    found += [
+        f"--{name.replace('_', '-')}: {_NO_ROW}"
+        for name in sorted(UNPROVED)
+        if getattr(settings, name, None)
+    ]
+    if getattr(settings, "hybrid_layer_pattern", None):
+        found.append(f"--hybrid-layer-pattern (HybridModel): {_NO_ROW}")
+    if settings.optimizer == "lion":
+        found.append(f"--optimizer lion: {_NO_ROW}")
+    return found
+
+
+def proof_of(settings: Namespace) -> Proof:
+    """Say what proves settings of which nothing is unproved."""
+    is_replaced = any(is_used(settings) for is_used in REPLACED.values())
+    return Proof.REPLACEMENT if is_replaced else Proof.CPU
+
+
+def _recomputed(settings: Namespace) -> set[str]:
+    if settings.recompute_granularity != "selective":
+        return set()
+    return set(settings.recompute_modules or ())
+
+
+def _above_one(settings: Namespace, name: str) -> bool:
+    return int(getattr(settings, name, None) or 1) > 1

@@ -1,0 +1,80 @@
+"""A run's settings are judged by the table that training refuses them by."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from megatron_laer.config import Choice, Unproven
+from megatron_laer.recipes.proof import Proof, proof_of, unproved
+from megatron_laer.support.refusal import LeftOut
+from megatron_laer.support.table import REFUSALS
+
+
+class Verdict(Choice):
+    """Says whether a run works with FSEP: as it is, with a change, or not.
+
+    `SET_EP` uses no expert parallelism, which FSEP needs. `SPEED_ONLY` runs without some flags that
+    only change the speed, and `PRECISION` without these and in bf16.
+    """
+
+    RUNS = "runs"
+    SET_EP = "set-ep"
+    SPEED_ONLY = "speed-only"
+    PRECISION = "precision"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Says what becomes of a run, and why.
+
+    Attributes:
+        proved_by: what proves the run without the flags in `drop`; None if nothing does, or if it
+            does not run.
+        because: why it is refused; of what runs, why flags must go and what is not proved.
+        drop: the flags without which it runs, or would once it used expert parallelism.
+    """
+
+    verdict: Verdict
+    proved_by: Proof | None
+    because: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+
+
+def judge(
+    settings: Namespace,
+    allowed: Collection[Unproven] = (),
+    *,
+    also_refused: Sequence[str] = (),
+    also_unproved: Sequence[str] = (),
+) -> Judgement:
+    """Judge parsed arguments, or the same attributes from elsewhere.
+
+    Args:
+        settings: every attribute that the table looks for is checked if it is there.
+        allowed: the words of `--fsep-allow-unproven`.
+        also_refused: what else keeps the run from working, which no argument tells.
+        also_unproved: what else nothing proves, which no argument tells.
+    """
+    found = [(row, text) for row in REFUSALS if (text := row.problem_with_flag(settings, allowed))]
+    refused = {row.argument for row, _ in found}
+    reasons = tuple(text for _, text in found)
+    drop = tuple(row.flag for row, _ in found if row.left_out)
+    if "expert_model_parallel_size" in refused and "num_experts" not in refused:
+        return Judgement(Verdict.SET_EP, None, (*reasons, *also_refused), drop)
+    blocking = (*(text for row, text in found if not row.left_out), *also_refused)
+    if blocking:
+        return Judgement(Verdict.REFUSED, None, blocking)
+    lost = {row.left_out for row, _ in found}
+    verdict = Verdict.RUNS
+    if lost:
+        verdict = Verdict.PRECISION if LeftOut.PRECISION in lost else Verdict.SPEED_ONLY
+    by_name = [
+        f"{row.flag} {getattr(settings, row.argument)}: allowed by name, and nobody has run it"
+        for row in REFUSALS
+        if row.unproven in allowed and row.asks_for_unproven(settings, row.argument)
+    ]
+    doubts = (*by_name, *unproved(settings), *also_unproved)
+    return Judgement(verdict, None if doubts else proof_of(settings), (*reasons, *doubts), drop)

@@ -1,0 +1,135 @@
+"""A `Refusal` describes one setting of Megatron that FSEP refuses, as a flag and as a field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from megatron_laer.config import Unproven
+
+_NOT_RUN = "nobody has run it with FSEP, and no test on a GPU has shown it"
+
+
+class LeftOut(StrEnum):
+    """Says of a refused setting what leaving it out changes, where the model stays as it is."""
+
+    SPEED = "speed-only"
+    PRECISION = "precision"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Describes a setting of Megatron, refused unless it has an accepted value.
+
+    Attributes:
+        setting: the flag with the part of it that is refused, or the field if there is no flag;
+            docs list the row under this key.
+        reason: why FSEP cannot run with it.
+        way_out: what would work, in terms of flags.
+        accepted: the values that FSEP runs with, first the one to choose. None and False are both
+            "off", and either accepts the other.
+        dest: where argparse puts the flag, if not under the flag's own name.
+        field: the field of TransformerConfig that the flag ends up in; "" where there is none.
+        field_way_out: what would work, in terms of the field, if not the first accepted value.
+        refuses: whether arguments, or a TransformerConfig, are refused, where a comparison with the
+            accepted values does not tell.
+        is_filled_in: whether the accepted value leaves the model as it is, so that FSEP takes it as
+            the default where the flag is left out.
+        unproven: the word of `--fsep-allow-unproven` with which more values are accepted.
+        unproven_values: those values.
+        left_out: what a run without the setting loses, if that is speed or precision alone.
+    """
+
+    setting: str
+    reason: str
+    way_out: str = "leave it out"
+    accepted: tuple[object, ...] = (False,)
+    dest: str = ""
+    field: str = ""
+    field_way_out: str = ""
+    refuses: Callable[[Any], bool] | None = None
+    is_filled_in: bool = False
+    unproven: Unproven | None = None
+    unproven_values: tuple[str, ...] = ()
+    left_out: LeftOut | None = None
+
+    @property
+    def said_way_out(self) -> str:
+        """Return the way out, and that it costs nothing but speed where that is so."""
+        return self._with_cost(self.way_out)
+
+    @property
+    def flag(self) -> str:
+        """Return the flag alone, or "" for a setting that only TransformerConfig has."""
+        return self.setting.split()[0] if self.setting.startswith("--") else ""
+
+    @property
+    def argument(self) -> str:
+        """Return the attribute of parsed arguments that holds the flag's value, or ""."""
+        return self.dest or self.flag.removeprefix("--").replace("-", "_")
+
+    def problem_with_flag(self, args: Any, allowed: Collection[Unproven] = ()) -> str | None:
+        """Say why FSEP cannot run with these arguments, and what would work; None if it can.
+
+        Args:
+            allowed: the words of `--fsep-allow-unproven`.
+        """
+        if not self._is_refused(args, self.argument, allowed):
+            return None
+        value = getattr(args, self.argument)
+        if value is None and self.refuses is None:  # left out, and Megatron's default stands
+            return None
+        if self.asks_for_unproven(args, self.argument):
+            return (
+                f"{self.flag} {value}: {_NOT_RUN}; to run it all the same give "
+                f"--fsep-allow-unproven {self.unproven}, or {self.said_way_out}"
+            )
+        if isinstance(value, list) and value:
+            given = " ".join([self.flag, *names_of(value)])
+        else:
+            is_said_by_name = value is None or value is True or value == []
+            given = self.setting if is_said_by_name else f"{self.flag} {value}"
+        return f"{given}: {self.reason}; {self.said_way_out}"
+
+    def problem_with_field(self, config: Any, allowed: Collection[Unproven] = ()) -> str | None:
+        """Say why FSEP cannot run with this config, and what would work; None if it can.
+
+        Args:
+            allowed: what `FSEPConfig.allow_unproven` has.
+        """
+        if not self._is_refused(config, self.field, allowed):
+            return None
+        given = f"{self.field}={getattr(config, self.field)!r}"
+        way_out = self._with_cost(self.field_way_out or f"must be {self.accepted[0]!r}")
+        if self.asks_for_unproven(config, self.field):
+            allow = f"FSEPConfig(allow_unproven=[{str(self.unproven)!r}])"
+            return f"{given}: {_NOT_RUN}; to run it all the same give {allow}, or else it {way_out}"
+        return f"{given}: {self.reason}; {way_out}"
+
+    def asks_for_unproven(self, settings: Any, name: str) -> bool:
+        """Tell whether the setting of this name has a value that nobody has run."""
+        return self.unproven is not None and getattr(settings, name, None) in self.unproven_values
+
+    def _with_cost(self, way_out: str) -> str:
+        is_speed_only = self.left_out is LeftOut.SPEED
+        return f"{way_out} (it is {LeftOut.SPEED})" if is_speed_only else way_out
+
+    def _is_refused(self, settings: Any, name: str, allowed: Collection[Unproven]) -> bool:
+        if not name or not hasattr(settings, name):  # an older Megatron lacks some settings
+            return False
+        if self.refuses is not None:
+            return self.refuses(settings)
+        if self.unproven in allowed and self.asks_for_unproven(settings, name):
+            return False
+        value = getattr(settings, name)
+        is_off = value is None or value is False
+        return value not in self.accepted and not (
+            is_off and (None in self.accepted or False in self.accepted)
+        )
+
+
+def names_of(words: Collection[Any]) -> list[str]:
+    """Return words as a command line has them; some are members of an enumeration of Megatron."""
+    return [str(getattr(word, "name", word)) for word in words]

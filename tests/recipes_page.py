@@ -1,0 +1,98 @@
+"""The tables of docs/recipes.md are made from a list of Megatron-Bridge's recipes.
+
+`python -m tests.recipes_page` prints them; a unit test looks for each of their lines on the page.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from megatron_laer.recipes.bridge import judge_recipe, read_recipes
+from megatron_laer.recipes.proof import Proof
+from megatron_laer.recipes.verdict import Judgement, Verdict
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "recipes.md"
+LIST = ROOT.parent / "shared" / "data" / "bridge_recipes_train.csv"
+
+# The columns that judge nothing, and only say what was refused when the list was made.
+BEFORE = "refused_features"
+_PROOFS = {
+    Proof.CPU: "CPU rows",
+    Proof.REPLACEMENT: "CPU rows with a replacement",
+    None: "nothing yet",
+}
+
+Judged = list[tuple[Mapping[str, str], Judgement]]
+
+
+def judged(path: Path) -> Judged:
+    """Every recipe with what is judged of it."""
+    return [(row, judge_recipe(row)) for row in read_recipes(path)]
+
+
+def tables(recipes: Judged) -> list[list[str]]:
+    """The three tables of the page: verdicts, features and what is still in the way."""
+    lora = [(row, found) for row, found in recipes if row["pool"] == "peft"]
+    training = [(row, found) for row, found in recipes if row["pool"] != "peft"]
+    return [
+        list(_verdicts(training, lora)),
+        list(_features(training)),
+        list(_reasons(training, lora)),
+    ]
+
+
+def _verdicts(training: Judged, lora: Judged) -> Iterator[str]:
+    yield f"| verdict | proved by | of {len(training)} for training | of {len(lora)} for LoRA |"
+    yield "|---|---|---|---|"
+    for verdict in Verdict:
+        runs = verdict not in (Verdict.SET_EP, Verdict.REFUSED)
+        for proof in _PROOFS if runs else (None,):
+            numbers = [
+                sum(found.verdict is verdict and found.proved_by is proof for _, found in of)
+                for of in (training, lora)
+            ]
+            if any(numbers):
+                name = _PROOFS[proof] if runs else "–"
+                yield f"| *{verdict}* | {name} | {numbers[0]} | {numbers[1]} |"
+
+
+def _features(training: Judged) -> Iterator[str]:
+    yield "| refused at first | recipes | these alone | " + " | ".join(Verdict) + " |"
+    yield "|---|---" + "|---" * (1 + len(Verdict)) + "|"
+    by_feature: dict[str, list[tuple[bool, Verdict]]] = {}
+    for row, found in training:
+        features = row[BEFORE].split("|") if row[BEFORE] else ["nothing"]
+        for feature in features:
+            by_feature.setdefault(feature, []).append((len(features) == 1, found.verdict))
+    for feature, seen in sorted(by_feature.items(), key=lambda item: (-len(item[1]), item[0])):
+        verdicts = Counter(verdict for _, verdict in seen)
+        numbers = [len(seen), sum(alone for alone, _ in seen), *(verdicts[v] for v in Verdict)]
+        yield f"| {feature} | " + " | ".join(map(str, numbers)) + " |"
+
+
+def _reasons(training: Judged, lora: Judged) -> Iterator[str]:
+    yield "| in the way now | verdict | training | LoRA |"
+    yield "|---|---|---|---|"
+    numbers = [_counted(of) for of in (training, lora)]
+    for key in sorted(numbers[0] | numbers[1]):
+        yield f"| {key[1]} | {key[0]} | {numbers[0][key]} | {numbers[1][key]} |"
+
+
+def _counted(of: Judged) -> Counter[tuple[str, str]]:
+    return Counter(key for _, found in of for key in _keys(found))
+
+
+def _keys(found: Judgement) -> Iterable[tuple[str, str]]:
+    """Kinds of reasons, each once, by the text before what is said of it."""
+    kinds = {reason.split(":")[0] for reason in found.because}
+    if found.verdict is Verdict.SET_EP:
+        kinds = {kind for kind in kinds if kind.startswith("--expert-model-parallel-size")}
+    is_flag = {kind: kind.startswith("--") for kind in kinds}
+    return [(found.verdict, f"`{kind}`" if is_flag[kind] else kind) for kind in kinds]
+
+
+if __name__ == "__main__":
+    print("\n\n".join("\n".join(table) for table in tables(judged(LIST))))

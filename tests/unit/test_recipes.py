@@ -1,0 +1,356 @@
+"""Recipes are judged by training's table, and what cannot be judged is quoted."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megatron_laer import cli
+from megatron_laer.cli.check_recipe import STATUS
+from megatron_laer.files.yaml_text import parse_yaml
+from megatron_laer.recipes.bridge import COLUMNS, judge_recipe, read_recipes
+from megatron_laer.recipes.families import IMPLIED, implied_by
+from megatron_laer.recipes.flags import flags_in_mapping, flags_in_text, script_flags, without
+from megatron_laer.recipes.proof import REPLACED, Proof
+from megatron_laer.recipes.verdict import Verdict, judge
+from megatron_laer.support.refusal import LeftOut
+from megatron_laer.support.table import REFUSALS
+from tests.parity import features
+from tests.recipes_page import LIST, PAGE, judged, tables
+
+NAME = "megatron.bridge.recipes.qwen.h100.qwen3_moe:qwen3_30b_a3b_pretrain_8gpu_h100_bf16_config"
+NONE = dict.fromkeys(COLUMNS, "") | {
+    "pool": "pretrain",
+    "recipe": NAME,
+    "EP": "4",
+    "precision": "bf16_mixed",
+    "optimizer": "opt:distributed_fused_adam_with_cosine_annealing",
+}
+GPT_OSS = "megatron.bridge.recipes.gpt_oss.h100.gpt_oss:gpt_oss_20b_pretrain_fp8mx_config"
+NANO = "megatron.bridge.recipes.nemotronh.h100.nemotron_3_nano:nemotron_3_nano_pretrain_config"
+SUPER = "megatron.bridge.recipes.nemotronh.h100.nemotron_3_super:nemotron_3_super_sft_config"
+OLMOE = "megatron.bridge.recipes.olmoe.h100.olmoe_7b:olmoe_7b_peft_1gpu_h100_bf16_config"
+
+# Fields of a recipe; its verdict, what proves it, what is said of it, and what is to be dropped.
+JUDGED: dict[str, tuple[dict[str, str], Verdict, Proof | None, list[str], list[str]]] = {
+    "as it is": ({}, Verdict.RUNS, Proof.CPU, [], []),
+    "flex": ({"dispatcher": "flex"}, Verdict.RUNS, Proof.REPLACEMENT, [], []),
+    "tensor parallel": ({"TP": "2"}, Verdict.RUNS, Proof.REPLACEMENT, [], []),
+    "moe_act": (
+        {"recompute": "selective", "recompute_modules": "['moe_act', 'moe']"},
+        Verdict.RUNS,
+        Proof.CPU,
+        [],
+        [],
+    ),
+    "unproved module": (
+        {"recompute": "selective", "recompute_modules": "['mhc']"},
+        Verdict.RUNS,
+        None,
+        ["--recompute-modules mhc: no parity row"],
+        [],
+    ),
+    "no expert parallelism": (
+        {"EP": "", "ep_overlap": "True"},
+        Verdict.SET_EP,
+        None,
+        ["--expert-model-parallel-size 1", "--overlap-moe-expert-parallel-comm"],
+        ["--overlap-moe-expert-parallel-comm"],
+    ),
+    "overlap": (
+        {"ep_overlap": "True", "delay_wgrad": "True", "dispatcher": "flex"},
+        Verdict.SPEED_ONLY,
+        Proof.REPLACEMENT,
+        ["--delay-wgrad-compute: ", "--overlap-moe-expert-parallel-comm: "],
+        ["--delay-wgrad-compute", "--overlap-moe-expert-parallel-comm"],
+    ),
+    "graphs": (
+        {"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": "['attn']"},
+        Verdict.SPEED_ONLY,
+        Proof.CPU,
+        ["--cuda-graph-impl transformer_engine"],
+        ["--cuda-graph-impl"],
+    ),
+    "graphs of whole layers": (
+        {"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": "full"},
+        Verdict.SPEED_ONLY,
+        Proof.CPU,
+        ["--cuda-graph-impl transformer_engine", "--cuda-graph-modules full"],
+        ["--cuda-graph-impl", "--cuda-graph-modules"],
+    ),
+    "scope without graphs": ({"cuda_graph_scope": "full"}, Verdict.RUNS, Proof.CPU, [], []),
+    "fp8": (
+        {"precision": "fp8_mx", "delay_wgrad": "True"},
+        Verdict.PRECISION,
+        Proof.CPU,
+        ["--fp8-format e4m3", "--delay-wgrad-compute"],
+        ["--fp8-format", "--delay-wgrad-compute"],
+    ),
+    "fp4": (
+        {"precision": "bf16_with_nvfp4_mixed"},
+        Verdict.PRECISION,
+        Proof.CPU,
+        ["--fp4-format e2m1"],
+        ["--fp4-format"],
+    ),
+    "gpt-oss in fp8": (
+        {"recipe": GPT_OSS, "precision": "bf16_with_mxfp8_mixed"},
+        Verdict.PRECISION,
+        Proof.CPU,
+        ["--fp8-format e4m3", "--moe-router-padding-for-quantization with fp8"],
+        ["--fp8-format", "--moe-router-padding-for-quantization"],
+    ),
+    "Muon": (
+        {"optimizer": "opt:distributed_muon_with_cosine_annealing", "delay_wgrad": "True"},
+        Verdict.REFUSED,
+        None,
+        ["--optimizer muon: the optimizer needs whole matrices"],
+        [],
+    ),
+    "expert tensor parallel": (
+        {"ETP": "2"},
+        Verdict.REFUSED,
+        None,
+        ["--expert-tensor-parallel-size 2"],
+        [],
+    ),
+    "HybridModel": (
+        {"recipe": NANO},
+        Verdict.RUNS,
+        None,
+        ["--hybrid-layer-pattern (HybridModel): no parity row"],
+        [],
+    ),
+    "repeated MTP": (
+        {"recipe": SUPER},
+        Verdict.REFUSED,
+        None,
+        ["--mtp-use-repeated-layer: "],
+        [],
+    ),
+    "LoRA on attention": ({"pool": "peft"}, Verdict.RUNS, None, ["LoRA on attention: "], []),
+    "LoRA on experts": (
+        {"pool": "peft", "recipe": OLMOE},
+        Verdict.REFUSED,
+        None,
+        ["LoRA on linear_fc1 and linear_fc2"],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", JUDGED)
+def test_a_recipe_is_judged_by_its_fields_and_its_model(case: str) -> None:
+    fields, verdict, proof, because, drop = JUDGED[case]
+    found = judge_recipe(NONE | fields)
+    assert (found.verdict, found.proved_by, list(found.drop)) == (verdict, proof, drop)
+    assert len(found.because) == len(because), found.because
+    assert all(map(str.startswith, found.because, because)), found.because
+
+
+def test_dropping_what_is_named_is_what_the_verdict_promises() -> None:
+    row = next(row for row in IMPLIED if "use_transformer_engine_op_fuser" in row.settings)
+    recipe = f"qwen3_moe{row.recipes.strip('$')}"
+    assert implied_by(recipe) == [row]
+    found = judge_recipe(NONE | {"recipe": recipe})
+    assert found.verdict is Verdict.SPEED_ONLY
+    assert found.drop == ("--moe-mlp-glu-interleave-size", "--use-transformer-engine-op-fuser")
+
+
+def test_a_dense_model_is_refused_and_not_sent_to_expert_parallelism() -> None:
+    settings = Namespace(num_experts=None, expert_model_parallel_size=1)
+    found = judge(settings)
+    assert found.verdict is Verdict.REFUSED
+    assert "no experts" in found.because[0]
+
+
+def test_speed_only_are_the_settings_that_leave_the_model_as_it_is() -> None:
+    of = {kind: {row.flag for row in REFUSALS if row.left_out is kind} for kind in LeftOut}
+    assert of[LeftOut.SPEED] == {
+        "--moe-expert-rank-capacity-factor",
+        "--enable-cuda-graph",
+        "--external-cuda-graph",
+        "--cuda-graph-impl",
+        "--cuda-graph-modules",
+        "--delay-wgrad-compute",
+        "--overlap-dispatch-backward-with-experts-wgrad",
+        "--overlap-moe-expert-parallel-comm",
+        "--moe-mlp-glu-interleave-size",
+        "--use-transformer-engine-op-fuser",
+        "--moe-paged-stash",
+    }
+    assert of[LeftOut.PRECISION] == {
+        "--fp8-format",
+        "--fp4-format",
+        "--fp8-param-gather",
+        "--fp4-param-gather",
+        "--moe-router-padding-for-quantization",
+    }
+
+
+def test_proofs_by_replacement_are_those_of_the_parity_table() -> None:
+    assert set(REPLACED) == set(features.REPLACED)
+
+
+BAD_FIELDS = {
+    "pool": ("rl", "pool 'rl': unknown; known are pretrain, sft, peft"),
+    "EP": ("many", "EP 'many': give a number of ranks"),
+    "TP": ("0", "TP '0': give a number of ranks"),
+    "ETP": ("-1", "ETP '-1'"),
+    "dispatcher": ("pigeon", "dispatcher 'pigeon': unknown; known are an empty text, alltoall"),
+    "flex_backend": ("deepest", "flex_backend 'deepest'"),
+    "precision": ("fp2", "precision 'fp2': unknown"),
+    "cuda_graph_impl": ("magic", "cuda_graph_impl 'magic'"),
+    "cuda_graph_scope": ("[attn", "cuda_graph_scope '[attn': give a list such as"),
+    "recompute": ("some", "recompute 'some'"),
+    "recompute_modules": ("['moe'", "recompute_modules \"['moe'\": give a list"),
+    "ep_overlap": ("yes", "ep_overlap 'yes'"),
+    "delay_wgrad": ("1", "delay_wgrad '1'"),
+    "force_balance": ("on", "force_balance 'on'"),
+    "optimizer": ("shampoo", "optimizer 'shampoo': no known one; give adam"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_a_field_that_means_nothing_is_quoted_with_its_recipe(name: str) -> None:
+    value, says = BAD_FIELDS[name]
+    with pytest.raises(ValueError) as refused:
+        judge_recipe(NONE | {name: value})
+    assert str(refused.value).startswith(f"recipe '{NAME}': {says}")
+
+
+def csv_of(*rows: dict[str, str]) -> str:
+    cells = [[f'"{row[name]}"' for name in COLUMNS] for row in rows]
+    return "\n".join(",".join(line) for line in [list(COLUMNS), *cells]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "no field recipe, pool"),
+        ("recipe,pool,EP\nx,sft,4\n", "no field dispatcher"),
+        (csv_of(), "no recipe follows"),
+        (csv_of(NONE) + "\nx,y\n", "line 4: 2 cells, and the first line names 16"),
+        (csv_of(NONE) + '"x"y\n', "line 3: no CSV"),
+        ("{}", "no field recipe"),
+        (csv_of(NONE | {"EP": "x"}), f"recipe '{NAME}': EP 'x'"),
+    ],
+    ids=["empty", "columns", "rows", "cells", "quotes", "JSON", "field"],
+)
+def test_a_table_that_is_none_is_refused(
+    text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipes.csv"
+    path.write_text(text)
+    assert cli.main(["check-recipe", "--bridge-csv", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_a_table_is_judged_into_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, output = tmp_path / "recipes.csv", tmp_path / "out.json"
+    rows = [NONE | {"dispatcher": "flex"}, NONE | {"EP": "1"}, NONE | {"delay_wgrad": "True"}]
+    table.write_text(csv_of(*rows))
+    words = ["check-recipe", "--bridge-csv", str(table), "--json", str(output)]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("1 runs, 1 set-ep, 1 speed-only, 0")
+    first, second, third = json.loads(output.read_text())
+    assert first == {
+        "recipe": NAME,
+        "verdict": "runs",
+        "proved_by": "stand-in",
+        "because": [],
+        "drop": [],
+    }
+    assert (second["verdict"], second["proved_by"]) == ("set-ep", None)
+    assert third["drop"] == ["--delay-wgrad-compute"] and "speed-only" in third["because"][0]
+
+
+def test_what_blocked_a_recipe_at_first_is_no_input(tmp_path: Path) -> None:
+    table = tmp_path / "recipes.csv"
+    header, row = csv_of(NONE).splitlines()
+    table.write_text(f"{header},refused_features\n{row},flex|muon|token_drop\n")
+    (found,) = read_recipes(table)
+    assert judge_recipe(found) == judge_recipe(NONE)
+
+
+def test_the_fields_of_a_recipe_may_be_yaml(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    fields = NONE | {"recompute": "selective", "cuda_graph_impl": "local"}
+    lines = [f"{name}: '{value}'" for name, value in fields.items() if name != "recompute_modules"]
+    path.write_text("\n".join([*lines, "recompute_modules: [moe, mla_up_proj]"]))
+    assert cli.main(["check-recipe", str(path)]) == STATUS[Verdict.SPEED_ONLY] == 3
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "runs without these speed-only flags: --cuda-graph-impl; nothing proves it yet, because\n"
+    )
+    assert "  --recompute-modules mla_up_proj: no parity row" in said
+    path.write_text("recipe: x\n")
+    assert cli.main(["check-recipe", str(path)]) == 2
+    assert "no field pool" in capsys.readouterr().err
+
+
+def test_every_verdict_has_a_status_of_its_own_and_none_is_that_of_an_error() -> None:
+    assert set(STATUS) == set(Verdict)
+    assert len(set(STATUS.values()) | {2}) == len(Verdict) + 1
+    assert STATUS[Verdict.RUNS] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "give one of FILE, --bridge-csv CSV and -- FLAGS"),
+        (["x", "--", "--lr"], "give one of"),
+        (["x", "--json", "y"], "--json 'y': only with --bridge-csv"),
+        (["no/file"], "no/file"),
+    ],
+)
+def test_a_command_that_asks_for_nothing_is_told_what_to_give(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check-recipe", *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_flags_are_taken_from_a_script_and_from_yaml(tmp_path: Path) -> None:
+    line = "torchrun --nproc-per-node 8 pretrain_gpt.py --lr 1 --bf16"
+    assert script_flags(line.split()) == ["--lr", "1", "--bf16"]
+    assert script_flags("train x.py -- --lr 1".split()) == ["--lr", "1"]
+    path = tmp_path / "run.sh"
+    path.write_text("#!/bin/bash\ntorchrun pretrain_gpt.py \\\n  --lr 1 \\\n  --split '99,1,0'\n")
+    assert flags_in_text(path) == ["--lr", "1", "--split", "99,1,0"]
+    text = "description: x\nmoe:\n  num_experts: 8\n  --moe-layer-freq: '[0,1]'\nswiglu: true\n"
+    content = parse_yaml(text)
+    assert isinstance(content, dict)
+    flags = ["--num-experts", "8", "--moe-layer-freq", "[0,1]", "--swiglu"]
+    assert flags_in_mapping(content, "x.yaml") == flags
+    with pytest.raises(ValueError, match=r"^x.yaml: 'Num Layers' is no flag"):
+        flags_in_mapping({"Num Layers": "2"}, "x.yaml")
+    path.write_text("--lr 'x")
+    with pytest.raises(ValueError, match="no command line"):
+        flags_in_text(path)
+
+
+def test_a_line_loses_flags_with_their_values() -> None:
+    words = "--a 1 2 --b --c=3 --d -1 --ab 4".split()
+    assert without(words, ("--a", "--c")) == ["--b", "--d", "-1", "--ab", "4"]
+
+
+@pytest.mark.skipif(not LIST.exists(), reason=f"no table of recipes at {LIST}")
+def test_the_page_has_the_verdicts_of_today() -> None:
+    recipes = judged(LIST)
+    page = PAGE.read_text(encoding="utf-8")
+    for table in tables(recipes):
+        assert "\n".join(table) in page, "python -m tests.recipes_page prints the tables of today"
+    training = Counter(found.verdict for row, found in recipes if row["pool"] != "peft")
+    assert training.total() == 104 and training[Verdict.SET_EP] == 9
+    running = [training[verdict] for verdict in (Verdict.RUNS, Verdict.SPEED_ONLY)]
+    running.append(training[Verdict.PRECISION])
+    assert f"So of 104 recipes {running[0]} run as they are" in page
+    assert f"they are {sum(running[:2])}, and with bf16 {sum(running)}" in page
