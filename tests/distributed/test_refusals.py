@@ -77,10 +77,10 @@ CASES = {
         "--moe-token-dispatcher-type allgather",
         "--moe-token-dispatcher-type alltoall",
     ),
-    "flex dispatcher": (
-        "--moe-token-dispatcher-type flex",
-        "--moe-token-dispatcher-type flex",
-        "--moe-token-dispatcher-type alltoall",
+    "flex dispatcher with NCCL EP": (
+        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
+        "--moe-flex-dispatcher-backend ncclep",
+        "deepep",
     ),
     "fp8": ("--fp8-format hybrid", "--fp8", "bf16"),
     "Megatron-FSDP": ("--use-megatron-fsdp", "--use-megatron-fsdp", "--use-distributed-optimizer"),
