@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -295,8 +294,9 @@ def _take_kernels_of_cuda(on_launch: Callable[[], None]) -> None:
 
     A commit that chooses kernels by another module than this one has none, or is counted with none.
     """
-    choice = "megatron_laer.runtime.comm.kernel_choice"
-    if find_spec(choice) is None:
+    try:
+        import_module("megatron_laer.runtime.comm.kernel_choice")
+    except ModuleNotFoundError:
         return
     from triton.runtime.interpreter import GridExecutor
 
