@@ -219,8 +219,9 @@ LAYER_FAULTS = {
     "main gradients are added to beside the stream of gradients": Fault(
         _replaced(hierarchical.HierarchicalExchange, "reduce", _add_beside), found="what add_ on"
     ),
-    "main gradients are added to before they are zeros": Fault(
-        _replaced(CudaStream, "submit", _reduce_at_once), found="writes what zero_ on the compute"
+    "reduces do not wait for the gradients that they send": Fault(
+        _replaced(CudaStream, "submit", _reduce_at_once),
+        found="on the stream of gradients reads what mm on the compute stream writes",
     ),
     "indexes are not recorded on the streams that read them": Fault(
         _replaced(hierarchical, "read_here", _nothing), Scene.FRESH, "is free while"
