@@ -168,16 +168,17 @@ def test_messages_name_the_program_as_it_was_started(tmp_path):
     assert result.stderr.startswith("megatron-laer flags: unknown model 'x'")
 
 
-# A command that says when it is at work, and when its `finally` clause has run.
+# A command that says when it is at work, and when its `finally` clause has run. It sleeps again and
+# again, since a signal just before `signal.pause` would leave it there.
 _WAITING = """
-import signal, sys
+import sys, time
 from megatron_laer import cli
 from megatron_laer.cli import plan
 def wait(args):
     try:
         print("at work", flush=True)
         while True:
-            signal.pause()
+            time.sleep(0.05)
     finally:
         print("tidied up")
 plan.run = wait
@@ -208,10 +209,11 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 def test_a_script_gets_signals_as_under_python_itself(script):
     path = script("""
-        import signal
+        import time
         try:
             print("at work", flush=True)
-            signal.pause()
+            while True:
+                time.sleep(0.05)
         finally:
             print("tidied up")
     """)
