@@ -220,6 +220,7 @@ class Coordinator:
         self.layouts.begin_step(step, num_microbatches)
         indexes = [(layer, self._index_of(layer, training=True)) for layer in self.layers]
         for layer, index in indexes:
+            # What forward needs on the device of planned layouts is uploaded now.
             layer.tag(self.layouts.version, index.layout, self.device)
             self.exchange.prepare_restore(index)
             self.exchange.prepare_reduce(index)
