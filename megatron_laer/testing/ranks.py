@@ -33,6 +33,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+# Of each rank's log when one fails: the stacks of all its threads, and what came before them.
+_SHOWN_LINES = 250
 _STACK_SIGNAL = signal.SIGUSR1
 
 
@@ -167,10 +169,10 @@ class RankPool:
                 written = log.stat().st_size
                 os.kill(process.pid, _STACK_SIGNAL)
                 _await_stacks(process, log, written)
-        tails = [
-            f"--- rank {rank}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-60:])
-            for rank, log in enumerate(self._logs)
-        ]
+        tails = []
+        for rank, log in enumerate(self._logs):
+            lines = log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
+            tails += [f"--- rank {rank}", *lines]
         self.close()
         return f"{reason}; the last lines of every rank:\n" + "\n".join(tails)
 
