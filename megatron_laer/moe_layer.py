@@ -29,6 +29,7 @@ from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.support import model as model_support
 
 _is_numbered_later = ContextVar("is_numbered_later", default=False)
+_is_for_mtp = ContextVar("is_for_mtp", default=False)
 
 
 @contextlib.contextmanager
@@ -39,6 +40,19 @@ def numbered_later() -> Iterator[None]:
         yield
     finally:
         _is_numbered_later.reset(token)
+
+
+@contextlib.contextmanager
+def for_multi_token_prediction() -> Iterator[None]:
+    """Take layers that are built in this block for those of multi-token prediction.
+
+    Megatron's hybrid models do not tell them.
+    """
+    token = _is_for_mtp.set(True)
+    try:
+        yield
+    finally:
+        _is_for_mtp.reset(token)
 
 
 class FSEPMoELayer(MoELayer):
@@ -126,6 +140,7 @@ class FSEPMoELayer(MoELayer):
             self.token_dispatcher.set_shared_experts(self.shared_experts)
 
         self._coordinator = coordinator
+        self._is_mtp = is_mtp_layer or _is_for_mtp.get()
         self._state: LayerState | None = None
         self._plan: MicrobatchPlan | None = None
         self._shared_input: torch.Tensor | None = None
@@ -206,11 +221,13 @@ class FSEPMoELayer(MoELayer):
         return summed
 
     def _register(self, layer_number: int) -> None:
+        repeats = self._is_mtp and self.config.mtp_use_repeated_layer
         self._state = self._coordinator.register_layer(
             layer_number,
-            self.is_mtp_layer,
+            self._is_mtp,
             self.experts.local_slices(),
             recomputes=self.moe_layer_recompute,
+            passes=self.config.mtp_num_layers if repeats else 1,
         )
         self.experts.initialise(self._state.name, self._coordinator.seed)
 

@@ -21,6 +21,7 @@ def mend() -> None:
     """Mend all of these paths. Imports `megatron.core`."""
     cpu_deep_ep.give_to_megatron()
     _mend_norm()
+    _mend_hybrid_norm()
     _mend_attention()
     _mend_latent_projections()
     _mend_expert_bias()
@@ -47,6 +48,14 @@ def _mend_norm() -> None:
         return norm
 
     torch_norm.WrappedTorchNorm.__new__ = staticmethod(new)
+
+
+def _mend_hybrid_norm() -> None:
+    from megatron.core.models.hybrid import hybrid_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    # Behind its last layer HybridModel has Transformer Engine's norm, whatever its layers are.
+    hybrid_block.TENorm = WrappedTorchNorm
 
 
 def _mend_attention() -> None:

@@ -13,7 +13,9 @@ from megatron_laer.releases import GPT_FROM_CONFIG, PACKED_SEQUENCES
 
 
 def pretrain_arguments(args: Namespace) -> dict[str, Any]:
-    """Return the keywords of Megatron's `pretrain` that say which GPT model is trained, and how.
+    """Return the keywords of Megatron's `pretrain` that say which model is trained, and how.
+
+    A HybridModel with `--hybrid-layer-pattern`, else a GPT model.
 
     Raises:
         ValueError: what `build_gpt`, where it is needed, does not build, quoting the flag.
@@ -22,7 +24,9 @@ def pretrain_arguments(args: Namespace) -> dict[str, Any]:
 
     container = argument_utils.pretrain_cfg_container_from_args
     if GPT_FROM_CONFIG.is_in(argument_utils):
-        return {"cfg_container": container(args, argument_utils.gpt_config_from_args(args))}
+        is_hybrid = args.hybrid_layer_pattern is not None
+        from_args = "hybrid_config_from_args" if is_hybrid else "gpt_config_from_args"
+        return {"cfg_container": container(args, getattr(argument_utils, from_args)(args))}
     asked = [name for name in _NOT_BUILT if getattr(args, name, None) not in (None, False)]
     flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
     if args.num_experts is None:
@@ -38,6 +42,7 @@ def pretrain_arguments(args: Namespace) -> dict[str, Any]:
 
 # What such a Megatron leaves to the function that builds the model, beside what is built here.
 _NOT_BUILT = (
+    "hybrid_layer_pattern",
     "spec",
     "yaml_cfg",
     "experimental_attention_variant",

@@ -37,6 +37,17 @@ def _numbering_its_layer(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
+def _for_multi_token_prediction(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        from megatron_laer.moe_layer import for_multi_token_prediction
+
+        with for_multi_token_prediction():
+            original(self, *args, **kwargs)
+
+    return __init__
+
+
 def repoint_hybrid_specs() -> None:
     """Make the hybrid model's layer specs, built when their module was imported, follow the switch.
 
@@ -142,6 +153,12 @@ LAYER_PATCHES = (
         "TransformerLayer.__init__",
         _numbering_its_layer,
         "tells the layers that are numbered after they are built from those that never are",
+    ),
+    Patch(
+        "megatron.core.transformer.multi_token_prediction",
+        "MultiTokenPredictionLayer.__init__",
+        _for_multi_token_prediction,
+        "tells the layers of multi-token prediction, which hybrid models do not, from the others",
     ),
     Patch(
         "megatron.core.parallel_state",

@@ -90,6 +90,10 @@ def _chunk(wrapped: Any) -> Chunk:
         for part in block.children()
         if isinstance(part, FSEPMoELayer)
     ]
+    # Megatron repeats the layers of multi-token prediction alone, which are a chunk's last ones.
+    repeated = [pair for pair in found if pair[0].state.passes > 1]
+    if repeated:
+        found += repeated * (repeated[0][0].state.passes - 1)
     # Transformer Engine captures no module that has hooks, and its replay runs none.
     is_graphed = any(part.config.cuda_graph_impl != "none" for part, _ in found)
     return Chunk(

@@ -28,6 +28,9 @@ class Proof(Choice):
 # their module of selective recompute.
 REPLACED: dict[str, Callable[[Namespace], bool]] = {
     "--context-parallel-size": lambda settings: _above_one(settings, "context_parallel_size"),
+    "--hybrid-layer-pattern": lambda settings: bool(
+        getattr(settings, "hybrid_layer_pattern", None)
+    ),
     "--moe-latent-size": lambda settings: bool(getattr(settings, "moe_latent_size", None)),
     "layernorm": lambda settings: "layernorm" in _recomputed(settings),
     "--sequence-parallel": lambda settings: bool(getattr(settings, "sequence_parallel", False)),
@@ -46,8 +49,6 @@ def unproved(settings: Namespace) -> list[str]:
         for name in sorted(UNPROVED)
         if getattr(settings, name, None)
     ]
-    if getattr(settings, "hybrid_layer_pattern", None):
-        found.append(f"--hybrid-layer-pattern (HybridModel): {_NO_ROW}")
     if settings.optimizer == "lion":
         found.append(f"--optimizer lion: {_NO_ROW}")
     return found

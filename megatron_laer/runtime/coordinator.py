@@ -100,7 +100,7 @@ class Coordinator:
     # What the layers call.
 
     def register_layer(
-        self, number: int, is_mtp: bool, slices: Slices, *, recomputes: bool
+        self, number: int, is_mtp: bool, slices: Slices, *, recomputes: bool, passes: int
     ) -> LayerState:
         """Add a MoE layer; every rank of the group adds the same ones in the same order.
 
@@ -108,10 +108,11 @@ class Coordinator:
             number: 1-based, over the whole model.
             slices: what this rank holds of its experts.
             recomputes: whether it is a checkpoint of its own.
+            passes: that each microbatch makes through it.
         """
         assert not self._started, "a layer was built after training began"
         name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
-        state = LayerState(len(self.layers), name, number, is_mtp, slices, recomputes)
+        state = LayerState(len(self.layers), name, number, is_mtp, slices, recomputes, passes)
         self.layouts.add_layer(name)
         self.layers.append(state)
         return state
@@ -136,8 +137,7 @@ class Coordinator:
             "a CUDA graph is being captured where a microbatch is planned: layouts and split sizes "
             "are decided on the host, which a graph cannot record; give --cuda-graph-impl none"
         )
-        if training and torch.is_grad_enabled() and layer.pending:
-            plan = layer.pending.popleft()
+        if training and (plan := layer.plan_of_rerun()) is not None:
             return lambda: plan
         if training and not self._started:
             self._warn_without_steps()
@@ -170,7 +170,7 @@ class Coordinator:
         if training:
             self._note(layer, counts_NE, decision, decide_s)
             if not torch.is_grad_enabled():
-                layer.pending.append(plan.for_rerun(routing_map_TE))
+                layer.keep_for_rerun(plan.for_rerun(routing_map_TE))
         return plan
 
     # What the training loop calls.
@@ -216,7 +216,7 @@ class Coordinator:
         self.step = step
         self._num_microbatches = num_microbatches
         for layer in self.layers:
-            layer.microbatches = 0
+            layer.routed = 0
         self.layouts.begin_step(step, num_microbatches)
         indexes = [(layer, self._index_of(layer, training=True)) for layer in self.layers]
         for layer, index in indexes:
@@ -306,7 +306,7 @@ class Coordinator:
 
     def _index_of(self, layer: LayerState, training: bool) -> LayoutIndex:
         """Return the layout that the layer's next pass is planned with, as exchanges see it."""
-        draw = 0 if self.schedule.holds_step else layer.microbatches
+        draw = 0 if self.schedule.holds_step else layer.routed
         layout = self.layouts.of_pass(layer.index, draw, training=training)
         if layer.planned is None or layer.planned.layout != layout:
             layer.planned = layout_index(layout, self.device)
@@ -319,8 +319,9 @@ class Coordinator:
         decision: Decision,
         decide_s: float,
     ) -> None:
-        """Count a microbatch; on the planner rank, also hand on what planner and metrics need."""
-        number = layer.count_microbatch(self._num_microbatches)
+        """Count a pass; on the planner rank, also hand on what planner and metrics need."""
+        microbatch = layer.count_pass(counts_NE, self._num_microbatches)
         if self.layouts.mailbox is not None:
-            self.layouts.mailbox.put(layer.index, number, counts_NE)
             layer.add_sample(decision, decide_s)
+            if microbatch is not None:
+                self.layouts.mailbox.put(layer.index, *microbatch)

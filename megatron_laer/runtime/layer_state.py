@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.guard import Decision
 from megatron_laer.runtime.comm.collectives import LayoutTag
@@ -39,10 +40,12 @@ class LayerState:
         number: the 3 of "layer 3".
         slices: what this rank holds of its experts.
         recomputes: whether the MoE layer is a checkpoint of its own.
-        pending: plans whose forward ran without gradients, under a checkpoint, oldest first; the
-            re-run takes them. Backward order equals forward order per layer, in 1F1B and
-            interleaved schedules alike.
-        microbatches: that were routed in this step so far.
+        passes: that each microbatch makes through the layer: several where Megatron repeats it.
+        pending: plans whose forward ran without gradients, under a checkpoint; the re-runs take
+            them. A list for each microbatch, oldest first: backward order of microbatches equals
+            forward order per layer, in 1F1B and interleaved schedules alike. The passes of one
+            microbatch feed each other, so that backward comes to the last one first.
+        routed: passes of this step so far.
         planned: the layout that a pass was last planned with, as exchanges see it.
     """
 
@@ -52,16 +55,40 @@ class LayerState:
     is_mtp: bool
     slices: Slices
     recomputes: bool
-    pending: deque[MicrobatchPlan] = field(default_factory=deque)
-    microbatches: int = 0
+    passes: int = 1
+    pending: deque[list[MicrobatchPlan]] = field(default_factory=deque)
+    routed: int = 0
     planned: LayoutIndex | None = None
+    _counts_NE: Int64 | None = None
     _samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     _tag: tuple[LayoutTag, torch.Tensor] | None = None
 
     @property
     def rerun(self) -> RestoredExperts | None:
         """Return the experts of the next re-run under a checkpoint, if one is to come."""
-        return self.pending[0].restored if self.pending else None
+        return self.pending[0][-1].restored if self.pending else None
+
+    def keep_for_rerun(self, plan: MicrobatchPlan) -> None:
+        """Keep the plan of a first pass under a checkpoint."""
+        if not self.pending or len(self.pending[-1]) == self.passes:
+            self.pending.append([])
+        self.pending[-1].append(plan)
+
+    def plan_of_rerun(self) -> MicrobatchPlan | None:
+        """Return the plan of this forward pass, if it is the re-run of a checkpoint.
+
+        In the re-run of a checkpoint that has another one inside, the inner one runs without
+        gradients once more, and its own re-run follows in the same backward pass.
+        """
+        if not self.pending:
+            return None
+        if not torch.is_grad_enabled():
+            is_in_backward = torch._C._current_graph_task_id() != -1
+            return self.pending[0][-1] if is_in_backward else None
+        plan = self.pending[0].pop()
+        if not self.pending[0]:
+            self.pending.popleft()
+        return plan
 
     def tag(self, version: int, layout: ExpertLayout, device: torch.device) -> torch.Tensor:
         """Return the tag of an exchange, which is uploaded once for as long as it holds."""
@@ -70,14 +97,26 @@ class LayerState:
             self._tag = (tag, tag.tensor(device))
         return self._tag[1]
 
-    def count_microbatch(self, num_microbatches: int | None) -> int:
-        """Count a routed microbatch and return its number within the step, from 0.
+    def count_pass(
+        self, counts_NE: Int64, num_microbatches: int | None
+    ) -> tuple[int, Int64] | None:
+        """Count a routed pass.
 
         Megatron's rerun state machine repeats a step: after the last microbatch comes the first.
+
+        Returns:
+            With a microbatch's last pass its number within the step, from 0, and the sum of the
+            counts of its passes.
         """
-        number = 0 if self.microbatches == num_microbatches else self.microbatches
-        self.microbatches = number + 1
-        return number
+        number, at = divmod(self.routed, self.passes)
+        number = 0 if number == num_microbatches else number
+        self.routed = number * self.passes + at + 1
+        before_NE, self._counts_NE = self._counts_NE, None
+        summed_NE = counts_NE if at == 0 or before_NE is None else before_NE + counts_NE
+        if at + 1 == self.passes:
+            return number, summed_NE
+        self._counts_NE = summed_NE
+        return None
 
     def add_sample(self, decision: Decision, decide_s: float) -> None:
         """Keep a decision for the metrics; the oldest one makes room."""
@@ -109,7 +148,7 @@ def check_no_plan_is_left(layers: Sequence[LayerState]) -> None:
     Raises:
         RuntimeError: naming the layers.
     """
-    left = {layer.name: len(layer.pending) for layer in layers if layer.pending}
+    left = {layer.name: sum(map(len, layer.pending)) for layer in layers if layer.pending}
     if left:
         raise RuntimeError(
             f"FSEP: forward passes without gradients left plans that no re-run used: {left}. A "

@@ -166,11 +166,6 @@ REFUSALS: tuple[Refusal, ...] = (
         _DENSE_BY_DISTRIBUTED_OPTIMIZER,
     ),
     Refusal(
-        "--mtp-use-repeated-layer",
-        "one layer runs several times per microbatch, backward in another order than forward",
-        field="mtp_use_repeated_layer",
-    ),
-    Refusal(
         "--enable-cuda-graph",
         _NO_GRAPH,
         _GRAPHS_OFF,

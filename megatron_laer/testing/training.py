@@ -196,6 +196,7 @@ def fresh_megatron(model: list[torch.nn.Module]) -> Iterator[None]:
     finally:
         from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
         from megatron.core.transformer.moe import fused_a2a, moe_logging, moe_utils
+        from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
         from megatron.training import training
 
         from megatron_laer import plugin
@@ -211,6 +212,7 @@ def fresh_megatron(model: list[torch.nn.Module]) -> Iterator[None]:
         training.destroy_global_state()
         plugin.disable()
         moe_logging.destroy_moe_metrics_tracker()
+        MTPLossLoggingHelper.tracker.clear()
         moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
         if dist.is_initialized():
             dist.destroy_process_group()

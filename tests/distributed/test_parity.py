@@ -91,11 +91,14 @@ def test_fsep_equals_stock(
     assert found.within(row.bound), f"{found} exceeds {row.bound}"
     assert found.within(floor.times(FLOOR_FACTOR)), f"{found} exceeds ten times {floor}"
 
-    # With M microbatches 3·M exchanges of a layer in a step, or 2.
+    # With M microbatches 3·M exchanges of a layer in a step, or 2. Each pass of a repeated layer
+    # has gradients of its own, and hands restored weights on to a pass that follows at once.
     passes = 1 if STEP in row.fsep else row.accumulation
     restores = passes if STEP in row.fsep else 2 * passes
+    reduced_layers = row.moe_layers + (0 if STEP in row.fsep else row.repeats)
+    restored_layers = row.moe_layers + (0 if STEP in row.fsep else row.restored_anew)
     assert len(fsep.probes) == row.steps
     for step, (left, restored, reduced) in enumerate(fsep.probes, start=1):
-        assert left == 0 and reduced == row.moe_layers * passes * step
+        assert left == 0 and reduced == reduced_layers * passes * step
         if not row.evaluations:  # which restore experts as well
-            assert restored == row.moe_layers * restores * step
+            assert restored == restored_layers * restores * step

@@ -95,11 +95,6 @@ CASES = {
         "--fine-grained-activation-offloading",
         "--recompute-granularity",
     ),
-    "repeated MTP layer": (
-        "--mtp-num-layers 2 --mtp-use-repeated-layer",
-        "--mtp-use-repeated-layer",
-        "leave it out",
-    ),
     "one rank": (
         "--expert-model-parallel-size 1",
         "--expert-model-parallel-size 1",

@@ -14,6 +14,7 @@ ALLOW = "--fsep-allow-unproven"
 # by the word of a row's flags that needs it.
 REPLACED = {
     "--context-parallel-size": "attention over a sequence that is cut (context parallel)",
+    "--hybrid-layer-pattern": "the layers of HybridModel and its last norm (no Mamba layers)",
     "--moe-latent-size": "the projections of latent MoE",
     "layernorm": "recompute of norms",
     "--sequence-parallel": "norms and biases of experts under sequence parallelism",
@@ -72,7 +73,18 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "multi-token prediction with aux losses",
         "pipeline 2 with multi-token prediction and tied embeddings, accumulation 2",
     ),
-    "multi-token prediction with one layer repeated": ("--mtp-use-repeated-layer",),
+    "multi-token prediction with one layer repeated": (
+        "repeated MTP layer, depth 2, aux losses, distributed optimizer, accumulation 2",
+        "repeated MTP layer, depth 3, exact, recompute of the MoE layer, shared experts",
+        "repeated MTP layer, depth 2, restored once per step, forecast, bf16, accumulation 2",
+        "repeated MTP layer, depth 2, adaptive, full recompute, pipeline 2, accumulation 4",
+    ),
+    "HybridModel": (
+        "HybridModel of attention, dense and MoE layers, aux losses, shared experts, distributed"
+        " optimizer",
+        "HybridModel, two MoE layers repeated by multi-token prediction, full recompute, exact",
+        "HybridModel, virtual pipeline 2 x 2, multi-token prediction, accumulation 4",
+    ),
     "expert bias": (
         "expert bias",
         "group-limited sigmoid router in fp64 with expert bias, scaling and sequence aux loss",

@@ -51,6 +51,8 @@ class Row:
         steps: training steps; 0 for a run that only evaluates.
         evaluations: how often the run evaluates.
         moe_layers: on rank 0.
+        repeats: passes of them that a microbatch makes on rank 0 beside one through each.
+        restored_anew: those of them that come after another layer than their own.
         gradients: whether Megatron can hand over the first step's; norms are compared without.
         releases: whether the row is run with the oldest supported Megatron as well.
     """
@@ -71,6 +73,8 @@ class Row:
     steps: int = STEPS
     evaluations: int = 0
     moe_layers: int = 2
+    repeats: int = 0
+    restored_anew: int = 0
     gradients: bool = True
     releases: bool = False
 
@@ -124,6 +128,8 @@ DEEPEP = " --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep
 HYBRIDEP = " --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep"
 UNTIED = "--untie-embeddings-and-output-weights"
 CLAMPED_GEGLU = " --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0"
+HYBRID = " --spec megatron_laer.testing.hybrid hybrid_stack_spec --hybrid-layer-pattern "
+REPEATED = " --mtp-use-repeated-layer --mtp-num-layers "
 PER_TOKEN = " --calculate-per-token-loss"
 NO_BIAS = "--disable-bias-linear"
 NO_BIAS_NOR_SWIGLU = NO_BIAS + " --swiglu"
@@ -427,6 +433,38 @@ ROWS = [
         releases=True,
     ),
     Row(
+        "repeated MTP layer, depth 2, aux losses, distributed optimizer, accumulation 2",
+        accumulation=2,
+        flags=AUX_LOSSES + DIST_OPT + REPEATED + "2",
+        moe_layers=3,
+        repeats=1,
+    ),
+    Row(
+        "repeated MTP layer, depth 3, exact, recompute of the MoE layer, shared experts",
+        flags=MOE_RECOMPUTE + REPEATED + "3 --moe-shared-expert-intermediate-size 32",
+        fsep=" --fsep-plan-mode exact",
+        moe_layers=3,
+        repeats=2,
+    ),
+    Row(
+        "repeated MTP layer, depth 2, restored once per step, forecast, bf16, accumulation 2",
+        accumulation=2,
+        flags=" --bf16" + REPEATED + "2",
+        fsep=" --fsep-planner greedy --fsep-plan-mode forecast" + STEP,
+        bound=BF16_BOUND,
+        moe_layers=3,
+        repeats=1,
+    ),
+    Row(
+        "repeated MTP layer, depth 2, adaptive, full recompute, pipeline 2, accumulation 4",
+        ranks=4,
+        expert_parallel=2,
+        accumulation=4,
+        flags=PIPELINE + FULL_RECOMPUTE + REPEATED + "2",
+        fsep=" --fsep-planner greedy --fsep-imbalance-tolerance 0.02",
+        moe_layers=1,
+    ),
+    Row(
         "clamped and offset quick-GEGLU",
         without="--swiglu",
         flags=CLAMPED_GEGLU,
@@ -514,6 +552,26 @@ ROWS = [
         without=UNTIED,
         flags=" --bf16" + DIST_OPT + FULL_RECOMPUTE,
         bound=BF16_BOUND,
+    ),
+    Row(
+        "HybridModel of attention, dense and MoE layers, aux losses, shared experts, distributed"
+        " optimizer",
+        flags=AUX_LOSSES + DIST_OPT + HYBRID + "*E-*E --moe-shared-expert-intermediate-size 32",
+    ),
+    Row(
+        "HybridModel, two MoE layers repeated by multi-token prediction, full recompute, exact",
+        flags=FULL_RECOMPUTE + HYBRID + "*-E/*E-E/*E-E --mtp-use-repeated-layer",
+        fsep=" --fsep-plan-mode exact",
+        moe_layers=3,
+        repeats=2,
+        restored_anew=2,
+    ),
+    Row(
+        "HybridModel, virtual pipeline 2 x 2, multi-token prediction, accumulation 4",
+        ranks=4,
+        expert_parallel=2,
+        accumulation=4,
+        flags=PIPELINE + HYBRID + "*E|E-|*E|-E/*E/*E",
     ),
     # Parallelism.
     Row(

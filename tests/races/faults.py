@@ -120,7 +120,7 @@ def _reduce_and_put_back(restored: Any, grads_CRK: Any) -> None:
 def _reduce_and_reset_sums(restored: Any, grads_CRK: Any) -> None:
     """Use a step's sums again when they are sent."""
     _start_step_reduce(restored, grads_CRK)
-    if restored._left == restored._num_microbatches:
+    if restored._left == restored._num_passes:
         for sum_CRK in restored._sums_CRK:
             sum_CRK.zero_()
 

@@ -36,7 +36,7 @@ LINES = {
     "flex": (f"{BASE} --moe-token-dispatcher-type flex", 0, "where replacements stand for", None),
     "script": (f"pretrain_gpt.py {BASE}", 0, "runs", None),
     "unproved": (f"{BASE} --moe-router-fusion", 0, "runs; nothing proves it yet", None),
-    "hybrid": (f"{BASE} --hybrid-layer-pattern ME*E", 0, "runs; nothing proves it yet", None),
+    "hybrid": (f"{BASE} --hybrid-layer-pattern ME*E", 0, "where replacements stand for", None),
     "speed-only": (f"{BASE} {SLOW}", 3, "runs without these speed-only flags: --", BASE),
     "precision": (
         f"{BASE} --fp8-format hybrid --moe-router-padding-for-quantization {SLOW}",

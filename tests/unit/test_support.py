@@ -51,7 +51,6 @@ REFUSED = {
     "--fp4-param-gather": ["--fp4-param-gather"],
     "--use-megatron-fsdp": ["--use-megatron-fsdp"],
     "--use-torch-fsdp2": ["--use-torch-fsdp2"],
-    "--mtp-use-repeated-layer": ["--mtp-use-repeated-layer"],
     "--cuda-graph-impl other than none": [
         "--cuda-graph-impl local",
         "--cuda-graph-impl full_iteration",

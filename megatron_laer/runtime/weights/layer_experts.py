@@ -43,7 +43,7 @@ class LayerExperts:
                 for layer, index in indexes
             }
         for layer, index in indexes:
-            self._of_step[layer.name].begin_step(index, num_microbatches)
+            self._of_step[layer.name].begin_step(index, num_microbatches * layer.passes)
 
     def end_step(self, *, weights_changed: bool) -> None:
         """End the step; experts that are held must be restored anew once weights changed."""

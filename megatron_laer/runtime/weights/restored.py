@@ -11,6 +11,8 @@ The life of a layer's weights and gradients in one microbatch, told by states (`
  5. The gradient of the experts' output arrives in backward: RESTORING again, and RESTORED. The
     layer that backward comes to next follows (`prefetch_in_backward`).
  6. The gradients of the experts' inputs and weights are computed: SHARDED, the memory is free.
+    Where a microbatch makes its next pass through the same layer, the weights are handed on to that
+    pass in 4 and 6 instead, and only slots that differ are fetched.
  7. The weights' gradients wait for the tokens' gradients, which go first: DEFERRED. Without overlap
     this is left out, and with `--fsep-restore step` they are SUMMED over microbatches.
  8. The dispatch's backward is done and starts the reduce: REDUCING. Sums over replicas are added to
@@ -26,6 +28,7 @@ Legend: E experts, C slots per rank, R rows of a matrix, r rows of this rank's s
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 
@@ -69,7 +72,9 @@ class RestoredExperts:
         self._slice_grads: tuple[Pending, ...] = ()
         # How the autograd graph of the present pass is built.
         self._next_in_backward: RestoredExperts | None = None
-        self._placeholders: tuple[torch.Tensor, ...] | None = None
+        self._heir: RestoredExperts | None = None
+        # Of the passes to come, of which experts that are held over a step may have two.
+        self._placeholders: deque[tuple[torch.Tensor, ...]] = deque()
         self._waits_after_block = False
         self._defers_reduce = False
 
@@ -121,10 +126,19 @@ class RestoredExperts:
         )
         self._streams.exchange.count.changes += 1
 
+    def is_same_layer(self, other: RestoredExperts) -> bool:
+        """Tell whether both are experts of one layer, in two passes of it."""
+        return self._slices is other._slices
+
+    def hand_on(self, following: RestoredExperts) -> None:
+        """Give the weights to the layer's following pass when these experts have computed."""
+        self._heir = following
+
     def prefetch_in_backward(self, previous: RestoredExperts) -> None:
         """Restore `previous` too when the backward of these experts begins.
 
         It is the MoE layer before in the same chunk and microbatch, to which backward comes next.
+        If that is an earlier pass of this layer, it is given the weights when backward is done.
         """
         self._next_in_backward = previous
 
@@ -133,7 +147,7 @@ class RestoredExperts:
 
         The earlier it is made in forward, the later it runs in backward.
         """
-        self._placeholders = self._make_wait_node()
+        self._placeholders.append(self._make_wait_node())
 
     def wait_for_grads_after_block(self, hidden: torch.Tensor) -> torch.Tensor:
         """Mark hidden states, on whose gradient's arrival this layer's gradients are waited for.
@@ -154,7 +168,7 @@ class RestoredExperts:
         The reduce starts without them where it would be waited for at once, or where experts or
         tokens need no gradient.
         """
-        placeholders = self._placeholders or ()
+        placeholders = self._placeholders[0] if self._placeholders else ()
         waits_later = self._waits_after_block or any(part.requires_grad for part in placeholders)
         if not (waits_later and torch.is_grad_enabled() and tokens.requires_grad):
             return tokens
@@ -166,7 +180,7 @@ class RestoredExperts:
 
         Its nodes are those of the pass that begins.
         """
-        placeholders, self._placeholders = self._placeholders, None
+        placeholders = self._placeholders.popleft() if self._placeholders else None
         if self._waits_after_block:
             # Gradients take the other way; these only make autograd run `Restore`.
             placeholders = tuple(
@@ -267,8 +281,11 @@ class RestoredExperts:
 
     def _begin_backward(self) -> None:
         self.start_restore()
-        if self._next_in_backward is not None:
-            self._next_in_backward.start_restore()
+        following = self._next_in_backward
+        if following is not None and self.is_same_layer(following):
+            self.hand_on(following)
+        elif following is not None:
+            following.start_restore()
 
     def _grads_computed(self, defers: bool, grads_CRK: tuple[torch.Tensor, ...]) -> None:
         # Inputs that need no gradient did not tell it.
@@ -288,7 +305,18 @@ class RestoredExperts:
 
     def _weights_used(self) -> None:
         """Conclude from the end of a forward or backward pass that the weights can go."""
+        heir, self._heir = self._heir, None
+        if heir is not None and heir.state.weights is WeightState.SHARDED:
+            heir._take_over(self)
         self._free_weights()
+
+    def _take_over(self, other: RestoredExperts) -> None:
+        """Take the other pass's weights. Collective over the group if the layouts differ."""
+        other.state.enter(WeightState.SHARDED)
+        self._matrices, other._matrices = other._matrices, ()
+        self.state.enter(WeightState.RESTORING)
+        index, self.index = self.index, other.index
+        self.change(index)
 
     def _free_weights(self) -> None:
         if self.state.weights is not WeightState.SHARDED:

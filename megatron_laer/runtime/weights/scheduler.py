@@ -43,6 +43,7 @@ class Chunk:
 
     Attributes:
         module: called once per microbatch and pass.
+        layers: one that a microbatch passes several times is there as often.
         blocks: for each layer, the transformer layer that it belongs to, called with the hidden
             states as its first argument or as `hidden_states`. None where their calls are not to be
             followed: then gradients of layers that recompute are waited for as soon as they leave.
@@ -61,7 +62,16 @@ class _Forward:
     """Follows one forward pass of a chunk."""
 
     chunk: Chunk
+    # The place of the layer that was entered last.
+    position: int = -1
     entered: list[RestoredExperts] = field(default_factory=list)
+
+    def next_position(self, layer: Layer) -> int | None:
+        """Return the place at which a layer's next pass is; None if the chunk has none."""
+        layers = self.chunk.layers
+        return next(
+            (at for at in range(self.position + 1, len(layers)) if layers[at] is layer), None
+        )
 
 
 class Scheduler:
@@ -98,13 +108,12 @@ class Scheduler:
                 chunk.module.register_forward_hook(_call(self._end_forward)),
             ]
             if self._schedule.delays_gradients and chunk.blocks:
+                layer_of = dict(zip(chunk.blocks, chunk.layers, strict=True))
                 self._hooks += [
                     block.register_forward_pre_hook(
-                        partial(self._begin_block, position, layer), with_kwargs=True
+                        partial(self._begin_block, layer), with_kwargs=True
                     )
-                    for position, (layer, block) in enumerate(
-                        zip(chunk.layers, chunk.blocks, strict=True)
-                    )
+                    for block, layer in layer_of.items()
                 ]
 
     def close(self) -> None:
@@ -118,16 +127,15 @@ class Scheduler:
         Not for the re-run of a checkpoint, which has those of its first pass.
         """
         forward = self._forward
-        position = self._position(layer)
+        position = None if forward is None else forward.next_position(layer)
         if forward is None or position is None:
             return self._experts_of(layer, training)
         restored = self._ahead.pop(position, None) or self._experts_of(layer, training)
-        if (
-            self._schedule.target(SchedulePoint.COMBINE_GRADIENT) is Target.PREVIOUS
-            and forward.entered
-        ):
+        prefetches = self._schedule.target(SchedulePoint.COMBINE_GRADIENT) is Target.PREVIOUS
+        if forward.entered and (prefetches or restored.is_same_layer(forward.entered[-1])):
             restored.prefetch_in_backward(forward.entered[-1])
         forward.entered.append(restored)
+        forward.position = position
         return restored
 
     def decided(self, layer: Layer, restored: RestoredExperts) -> None:
@@ -138,22 +146,14 @@ class Scheduler:
 
     def dispatched(self, layer: Layer, training: bool) -> None:
         """Start what may start now that a layer's tokens arrived."""
-        position = self._position(layer)
-        if position is not None:
+        forward = self._forward  # none in the re-run of a checkpoint, which happens in backward
+        if forward is None or not forward.entered:
+            return
+        if forward.chunk.layers[forward.position] is layer:
             starts = self._schedule.target(SchedulePoint.DISPATCHED) is Target.NEXT
-            self._announce(position + 1, training, starts)
+            self._announce(forward.position + 1, training, starts)
 
     # Inside.
-
-    def _position(self, layer: Layer) -> int | None:
-        """Return the layer's place in the chunk that is running forward; None outside of one.
-
-        The re-run of a checkpoint is outside: it happens in backward.
-        """
-        if self._forward is None:
-            return None
-        layers = self._forward.chunk.layers
-        return next((at for at, other in enumerate(layers) if other is layer), None)
 
     def _announce(self, position: int, training: bool, starts: bool) -> None:
         """Prepare the layer that comes next: start its restore, if `starts`.
@@ -161,12 +161,14 @@ class Scheduler:
         Its gradients' place in backward is taken either way.
         """
         assert self._forward is not None
-        chunk = self._forward.chunk
+        chunk, entered = self._forward.chunk, self._forward.entered
         if position >= len(chunk.layers):
             return
         layer = chunk.layers[position]
         restored = self._experts_of(layer, training)
-        if starts:
+        if entered and entered[-1].is_same_layer(restored):
+            entered[-1].hand_on(restored)
+        elif starts:
             chunk.await_weights(layer.slices.parameters)
             restored.start_restore()
         delays = self._schedule.delays_gradients and not layer.recomputes
@@ -182,7 +184,6 @@ class Scheduler:
 
     def _begin_block(
         self,
-        position: int,
         layer: Layer,
         block: torch.nn.Module,
         inputs: tuple[Any, ...],
@@ -193,8 +194,10 @@ class Scheduler:
             return None
         if self._forward is None:
             restored = layer.rerun
+        elif layer.recomputes and (position := self._forward.next_position(layer)) is not None:
+            restored = self._ahead.get(position)
         else:
-            restored = self._ahead.get(position) if layer.recomputes else None
+            restored = None
         if restored is None:
             return None
         if inputs:

@@ -49,6 +49,11 @@ class SlicedLayer(Protocol):
         """Return the layer's slices, as exchanges see them."""
         ...
 
+    @property
+    def passes(self) -> int:
+        """Return how many passes each microbatch makes through the layer."""
+        ...
+
 
 @dataclass(frozen=True)
 class Slices:

@@ -39,17 +39,20 @@ class StepExperts(RestoredExperts):
                 "or take --fsep-restore layer"
             )
         super().__init__(name, slices, index, streams)
-        self._num_microbatches = self._left = 0
+        self._num_passes = self._left = 0
         self._sums_CRK: list[torch.Tensor] = []
 
-    def begin_step(self, index: LayoutIndex, num_microbatches: int) -> None:
+    def begin_step(self, index: LayoutIndex, num_passes: int) -> None:
         """Begin another step, perhaps under another layout.
 
         What an earlier step left because its weights did not change is used again: of it, only
         slots that differ are fetched.
+
+        Args:
+            num_passes: through the layer, of all microbatches.
         """
         self.change(index)
-        self._num_microbatches = self._left = num_microbatches
+        self._num_passes = self._left = num_passes
 
     def end_step(self, *, weights_changed: bool) -> None:
         """End the step; what was restored is of no use any more once weights changed."""
@@ -57,7 +60,7 @@ class StepExperts(RestoredExperts):
             self._free_weights()
 
     def start_reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
-        """Add a microbatch's gradients; send the sum with the last one. Collective then."""
+        """Add a pass's gradients; send the sum with the last one. Collective then."""
         if not self._sums_CRK:
             pool = self._streams.grads
             self._sums_CRK = [
@@ -72,11 +75,14 @@ class StepExperts(RestoredExperts):
         self._left -= 1
         if self._left == 0:
             super().start_reduce(self._sums_CRK)
-            self._left = self._num_microbatches  # Megatron's rerun state machine repeats steps
+            self._left = self._num_passes  # Megatron's rerun state machine repeats steps
 
     def finish_reduce(self) -> tuple[torch.Tensor, ...]:
-        """Return dummy gradients; with the last microbatch, main gradients receive the sum."""
-        if self.state.grads is GradState.SUMMED:
+        """Return dummy gradients; while the sum is on its way, wait until main gradients have it.
+
+        Another pass of the same microbatch may have begun its backward, or ended it, by then.
+        """
+        if self.state.grads is not GradState.REDUCING:
             return tuple(map(self._slices.main_grads.mark_added, self._slices.parameters))
         handed_over = super().finish_reduce()
         for sum_CRK in self._sums_CRK:
