@@ -22,6 +22,7 @@ from megatron_laer.testing.training import initial_weights, train
 from megatron_laer.testing.weights import Tensors
 from tests.checkpoints import iteration_folder, saved_iteration, saved_tensors
 from tests.parity.flags import command_line
+from tests.parity.rows import HYBRID
 
 FSEP = " --expert-parallel-mode fsep --fsep-planner static"
 WEIGHTS_ONLY = " --no-load-optim --no-load-rng --finetune"
@@ -116,6 +117,16 @@ JOURNEYS = (
         DISTRIBUTED + " --num-layers 3 --moe-layer-freq ([0]*1+[1]*2) --mtp-num-layers 1"
         " --moe-latent-size 24 --moe-shared-expert-intermediate-size 32",
         STOCK_TO_STOCK,
+    ),
+    Journey(
+        "HybridModel, multi-token prediction with one layer repeated",
+        DISTRIBUTED + HYBRID + "*E-E/*E/*E --mtp-use-repeated-layer",
+        (
+            Stop(2, 2),
+            Stop(4, 2, FSEP + STAGES),
+            Stop(2, 2, FSEP + " --fsep-capacity 7"),
+            Stop(2, 2),
+        ),
     ),
     Journey("linear bias, plain optimizer", "", STOCK_TO_STOCK, without="--disable-bias-linear"),
 )

@@ -13,6 +13,7 @@ from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import initial_weights
 from megatron_laer.testing.weights import Tensors
 from tests.parity.flags import command_line
+from tests.parity.rows import HYBRID
 
 FSEP = " --expert-parallel-mode fsep --fsep-planner static"
 
@@ -42,13 +43,14 @@ def experts_of(weights: Tensors) -> Tensors:
     return {key: value for key, value in weights.items() if ".experts." in key}
 
 
+@pytest.mark.parametrize("model", ["", HYBRID + "*E*E/*E"], ids=["GPT", "hybrid"])
 def test_weights_do_not_depend_on_ranks_slots_or_pipeline(
-    weights_of: Callable[[int, int, str], Tensors],
+    weights_of: Callable[[int, int, str], Tensors], model: str
 ) -> None:
-    two = weights_of(2, 2, FSEP)
+    two = weights_of(2, 2, FSEP + model)
     others = [
-        weights_of(4, 4, FSEP + " --fsep-capacity 4"),
-        weights_of(4, 2, FSEP + " --pipeline-model-parallel-size 2"),
+        weights_of(4, 4, FSEP + model + " --fsep-capacity 4"),
+        weights_of(4, 2, FSEP + model + " --pipeline-model-parallel-size 2"),
     ]
     for other in others:
         assert experts_of(two).keys() == experts_of(other).keys()

@@ -18,6 +18,7 @@ STEPS = 4
 OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 BLOCK = " --recompute-granularity full --recompute-method block --recompute-num-layers 2"
+REPEATED = " --mtp-num-layers 3 --mtp-use-repeated-layer"
 SELECTIVE = " --recompute-granularity selective --recompute-modules moe"
 PIPELINE = " --pipeline-model-parallel-size 2"
 VIRTUAL = PIPELINE + " --num-layers-per-virtual-pipeline-stage 1"
@@ -35,6 +36,11 @@ CASES = {
     "recompute of the first layers": (2, " --num-layers 3" + BLOCK),
     "selective recompute": (2, " --num-layers 3" + SELECTIVE),
     "expert data parallel 2, overlaps": (4, " --num-layers 3" + OVERLAP),
+    "repeated MTP layer": (2, " --num-layers 2" + REPEATED),
+    "repeated MTP layer, full recompute, adaptive": (
+        2,
+        " --num-layers 1" + REPEATED + FULL + ADAPTIVE,
+    ),
     "pipeline 2": (4, " --num-layers 4" + PIPELINE),
     "virtual pipeline 2 x 2": (4, " --num-layers 4" + VIRTUAL),
     "exact": (2, " --num-layers 3" + EXACT),
@@ -53,7 +59,7 @@ def test_the_schedule_changes_no_bit(
     ranks: Callable[[int], RankPool], text_data: str, case: str
 ) -> None:
     size, extra = CASES[case]
-    planner = "" if case in ("exact", "adaptive") else " --fsep-planner random"
+    planner = "" if EXACT in extra or ADAPTIVE in extra else " --fsep-planner random"
     pipelines = 2 if "pipeline" in case else 1
     on, off = (
         ranks(size).run(

@@ -1,7 +1,7 @@
-"""Megatron's own `pretrain_gpt.py`, unmodified, trains through `megatron_laer train` like ours.
+"""Megatron's own scripts, unmodified, train through `megatron_laer train` like ours.
 
 Needs a checkout of the newest supported Megatron-LM, whose folder MEGATRON_LM_CHECKOUT names: no
-wheel holds the script. Megatron builds the checkout's dataset helper itself, with `make`, a
+wheel holds the scripts. Megatron builds the checkout's dataset helper itself, with `make`, a
 compiler and the `python3` in the PATH, which must be this one and have pybind11.
 """
 
@@ -20,6 +20,7 @@ from megatron_laer.testing.training import train
 from tests import processes
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
+from tests.parity.rows import HYBRID
 
 _ROOT = Path(__file__).resolve().parents[2]
 CHECKOUT = os.environ.get("MEGATRON_LM_CHECKOUT")
@@ -33,24 +34,37 @@ pytestmark = [
 ]
 
 FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait"
+# Each script and the model that it is given.
+SCRIPTS = {
+    "pretrain_gpt.py": "",
+    "pretrain_hybrid.py": HYBRID + "*E-*E/*E/*E --mtp-use-repeated-layer",
+}
 
 
 @pytest.mark.parametrize("mode", ["", FSEP], ids=["standard", "fsep"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_megatrons_script_and_ours_are_bitwise_equal(
-    ranks: Callable[[int], RankPool], text_data: str, mode: str
+    ranks: Callable[[int], RankPool], text_data: str, script: str, mode: str
 ) -> None:
     assert CHECKOUT is not None
-    script = Path(CHECKOUT) / "pretrain_gpt.py"
     flags = command_line(
-        text_data, experts=8, expert_parallel=2, global_batch=8, steps=10, extra=mode
+        text_data,
+        experts=8,
+        expert_parallel=2,
+        global_batch=8,
+        steps=10,
+        extra=SCRIPTS[script] + mode,
     )
     ours = ranks(2).run(train, flags)[0]
-    theirs = ranks(2).run(train, flags, None, str(script))[0]
+    theirs = ranks(2).run(train, flags, None, str(Path(CHECKOUT) / script))[0]
     assert len(theirs.losses) == 10
     assert identical(ours, theirs)
 
 
-def test_the_checkouts_own_megatron_trains_like_the_wheel(text_data: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_checkouts_own_megatron_trains_like_the_wheel(
+    text_data: str, tmp_path: Path, script: str
+) -> None:
     """As a user starts it: in the tests above ranks have imported the wheel's Megatron already."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -61,14 +75,14 @@ def test_the_checkouts_own_megatron_trains_like_the_wheel(text_data: str, tmp_pa
         expert_parallel=2,
         global_batch=8,
         steps=10,
-        extra=FSEP + " --log-interval 1",
+        extra=SCRIPTS[script] + FSEP + " --log-interval 1",
     )
 
-    def scalars(name: str, script: list[str]) -> dict[str, list[tuple[int, float]]]:
+    def scalars(name: str, command: list[str]) -> dict[str, list[tuple[int, float]]]:
         folder = tmp_path / name
         launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
         result = processes.run(
-            [sys.executable, *launcher, *script, *flags, "--tensorboard-dir", str(folder)],
+            [sys.executable, *launcher, *command, *flags, "--tensorboard-dir", str(folder)],
             timeout_s=1800.0,
             env=os.environ | {"MEGATRON_LAER_DEVICE": "cpu", "PYTHONPATH": processes.python_path()},
         )
@@ -81,7 +95,7 @@ def test_the_checkouts_own_megatron_trains_like_the_wheel(text_data: str, tmp_pa
         }
 
     ours = scalars("ours", [str(_ROOT / "pretrain_gpt.py")])
-    script = str(Path(CHECKOUT) / "pretrain_gpt.py")
-    theirs = scalars("theirs", ["-m", "megatron_laer", "train", script, "--"])
+    theirs_script = str(Path(CHECKOUT) / script)
+    theirs = scalars("theirs", ["-m", "megatron_laer", "train", theirs_script, "--"])
     assert len(ours["lm loss"]) == 10
     assert theirs == ours

@@ -77,13 +77,13 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "repeated MTP layer, depth 2, aux losses, distributed optimizer, accumulation 2",
         "repeated MTP layer, depth 3, exact, recompute of the MoE layer, shared experts",
         "repeated MTP layer, depth 2, restored once per step, forecast, bf16, accumulation 2",
-        "repeated MTP layer, depth 2, adaptive, full recompute, pipeline 2, accumulation 4",
+        "repeated MTP layer, depth 2, adaptive, full recompute, pipeline 2, accumulation 2",
     ),
     "HybridModel": (
         "HybridModel of attention, dense and MoE layers, aux losses, shared experts, distributed"
         " optimizer",
         "HybridModel, two MoE layers repeated by multi-token prediction, full recompute, exact",
-        "HybridModel, virtual pipeline 2 x 2, multi-token prediction, accumulation 4",
+        "HybridModel, virtual pipeline 2 x 2, multi-token prediction, accumulation 2",
     ),
     "expert bias": (
         "expert bias",

@@ -456,10 +456,10 @@ ROWS = [
         repeats=1,
     ),
     Row(
-        "repeated MTP layer, depth 2, adaptive, full recompute, pipeline 2, accumulation 4",
+        "repeated MTP layer, depth 2, adaptive, full recompute, pipeline 2, accumulation 2",
         ranks=4,
         expert_parallel=2,
-        accumulation=4,
+        accumulation=2,
         flags=PIPELINE + FULL_RECOMPUTE + REPEATED + "2",
         fsep=" --fsep-planner greedy --fsep-imbalance-tolerance 0.02",
         moe_layers=1,
@@ -567,10 +567,10 @@ ROWS = [
         restored_anew=2,
     ),
     Row(
-        "HybridModel, virtual pipeline 2 x 2, multi-token prediction, accumulation 4",
+        "HybridModel, virtual pipeline 2 x 2, multi-token prediction, accumulation 2",
         ranks=4,
         expert_parallel=2,
-        accumulation=4,
+        accumulation=2,
         flags=PIPELINE + HYBRID + "*E|E-|*E|-E/*E/*E",
     ),
     # Parallelism.

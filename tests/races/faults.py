@@ -32,6 +32,7 @@ class Scene(StrEnum):
 
     PLAIN = "plain"
     FRESH = "fresh layouts after the gate"
+    REPEATED = "a layer is passed twice, under two layouts"
     STEP = "experts held over a step"
     AUTOGRAD = "gradients left to autograd"
     NODE = "exchange through nodes of one rank"

@@ -92,10 +92,14 @@ class Model:
         if self.scene is Scene.STEP:
             return list(self.held)
         index = self.next_index()
-        return [
+        passes = [
             RestoredExperts(f"layer {number}", slices, index, self.streams)
             for number, slices in enumerate(self.layers)
         ]
+        if self.scene is Scene.REPEATED:
+            again = RestoredExperts("layer 1", self.layers[1], self.next_index(), self.streams)
+            passes.insert(2, again)
+        return passes
 
     def step(self) -> None:
         """Train one step."""
@@ -139,8 +143,12 @@ class Model:
             hidden = restored.reduce_after_dispatch(hidden)
             hidden = _Tokens.apply(self.groups.tokens, hidden)
             if number + 1 < len(experts):
-                experts[number + 1].start_restore()
-                experts[number + 1].wait_for_grads_here()
+                following = experts[number + 1]
+                if following.is_same_layer(restored):
+                    restored.hand_on(following)
+                else:
+                    following.start_restore()
+                following.wait_for_grads_here()
             hidden = _Tokens.apply(self.groups.tokens, self._compute(restored, hidden))
         loss = hidden.sum()
         assert loss.grad_fn is not None

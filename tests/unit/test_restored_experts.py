@@ -10,6 +10,7 @@ import torch
 
 from megatron_laer.experts.main_grads import MegatronMainGrads
 from megatron_laer.layout import ExpertLayout
+from megatron_laer.runtime.comm.hierarchical import ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.stages import ExchangeCount
 from megatron_laer.runtime.comm.streams import make_comm_stream
@@ -36,9 +37,17 @@ class OneRank:
         pass
 
     def restore(
-        self, slice_ErK: torch.Tensor, index: LayoutIndex, rows: int, *, out: torch.Tensor
+        self,
+        slice_ErK: torch.Tensor,
+        index: LayoutIndex,
+        rows: int,
+        *,
+        out: torch.Tensor | None = None,
+        reuse: ReusableWeights | None = None,
     ) -> torch.Tensor:
-        return out.copy_(slice_ErK)
+        filled = out if reuse is None else reuse.matrix_CRK
+        assert filled is not None
+        return filled.copy_(slice_ErK[index.slot_expert_S])
 
     def reduce(
         self,
@@ -148,6 +157,35 @@ def test_whatever_needs_gradients_the_weights_are_freed(
     output.sum().backward()
     assert streams.weights.in_use == streams.grads.in_use == 0
     assert restored.state == ExpertsState("layer 1")
+
+
+@pytest.mark.parametrize("slots", [[0, 1], [1, 0]], ids=["one layout", "two layouts"])
+def test_passes_through_one_layer_hand_on_its_weights(
+    streams: ExchangeStreams, slots: list[int]
+) -> None:
+    first = restored_experts(streams)
+    index = first.index
+    if slots != [0, 1]:
+        index = layout_index(ExpertLayout.from_slots(1, 2, 2, slots), CPU)
+    second = RestoredExperts("layer 1", first._slices, index, streams)
+    first.hand_on(second)
+    second.prefetch_in_backward(first)
+    middle = compute(first, ones(needs_grad=True), ones(needs_grad=True))
+    assert first.state.weights is WeightState.SHARDED
+    assert second.state.weights is not WeightState.SHARDED
+    assert streams.weights.in_use == 2
+    output = compute(second, middle, ones(needs_grad=True))
+    assert streams.weights.in_use == 0
+    output.sum().backward()
+    assert first.state == second.state == ExpertsState("layer 1")
+    assert streams.weights.in_use == streams.grads.in_use == 0
+    count = streams.exchange.count
+    assert (count.restores, count.reduces) == (2, 2)
+    assert count.changes == (0 if slots == [0, 1] else 2)
+    # Both passes' gradients: d/dw of the sum of four times (product of the matrices' sums) ** 2.
+    one, other = first._slices.parameters
+    expected = 4 * 2 * one.sum() * other.sum() ** 2
+    assert torch.allclose(one.main_grad, expected.expand_as(one))  # type: ignore[attr-defined]
 
 
 def test_evaluation_leaves_nothing(streams: ExchangeStreams) -> None:
