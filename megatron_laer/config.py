@@ -42,12 +42,14 @@ class PlanMode(Choice):
     """Says what a microbatch is computed with.
 
     That is the planned layout (`forecast`), one made for its very counts after the gate (`exact`),
-    or the cheaper of the two (`adaptive`).
+    the cheaper of the two (`adaptive`), or one made ahead for counts that were announced
+    (`announced`).
     """
 
     FORECAST = "forecast"
     EXACT = "exact"
     ADAPTIVE = "adaptive"
+    ANNOUNCED = "announced"
 
 
 class LatePlan(Choice):
@@ -186,8 +188,10 @@ class FSEPConfig:
         default=None,
         metadata=_option(
             "what a microbatch is computed with: forecast (the planned layout), exact (a fresh "
-            "one, made after the gate for its very counts: no rank above the mean), or adaptive "
-            "(per layer the cheaper of the two in predicted seconds); default adaptive, or "
+            "one, made after the gate for its very counts: no rank above the mean), adaptive (per "
+            "layer the cheaper of the two in predicted seconds), or announced (as exact, but made "
+            "and restored ahead, for routing that is known before: Megatron's router replay, or "
+            "megatron_laer.announce_routing); default adaptive, or "
             "forecast with a planner that makes no plans, --fsep-split even or --fsep-restore "
             "step",
             type=PlanMode,
@@ -350,7 +354,7 @@ class FSEPConfig:
         return (
             self.replay_layouts is None
             and self.planner not in FixedPlanner
-            and self.mode != PlanMode.EXACT
+            and self.mode not in (PlanMode.EXACT, PlanMode.ANNOUNCED)
         )
 
     @property
@@ -359,6 +363,7 @@ class FSEPConfig:
         written = (self.record_layouts, self.record_trace, self.timeline)
         return (
             self.makes_plans
+            or self.mode == PlanMode.ANNOUNCED
             or self.replay_layouts is not None
             or self.restore == Restore.STEP
             or any(folder is not None for folder in written)

@@ -70,12 +70,16 @@ class LayerState:
             self._tag = (tag, tag.tensor(device))
         return self._tag[1]
 
-    def count_microbatch(self, num_microbatches: int | None) -> int:
-        """Count a routed microbatch and return its number within the step, from 0.
+    def next_microbatch(self, num_microbatches: int | None) -> int:
+        """Return the number within the step, from 0, of the microbatch that is routed next.
 
         Megatron's rerun state machine repeats a step: after the last microbatch comes the first.
         """
-        number = 0 if self.microbatches == num_microbatches else self.microbatches
+        return 0 if self.microbatches == num_microbatches else self.microbatches
+
+    def count_microbatch(self, num_microbatches: int | None) -> int:
+        """Count a routed microbatch and return its number within the step, from 0."""
+        number = self.next_microbatch(num_microbatches)
         self.microbatches = number + 1
         return number
 
