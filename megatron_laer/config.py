@@ -42,8 +42,7 @@ class PlanMode(Choice):
     """Says what a microbatch is computed with.
 
     That is the planned layout (`forecast`), one made for its very counts after the gate (`exact`),
-    the cheaper of the two (`adaptive`), or one made ahead for counts that were announced
-    (`announced`).
+    the cheaper of the two (`adaptive`), or one made ahead for announced counts (`announced`).
     """
 
     FORECAST = "forecast"
@@ -306,7 +305,6 @@ class FSEPConfig:
             "directory written by --fsep-record-layouts whose layouts are repeated, step by step",
         ),
     )
-
     record_trace: str | None = field(
         default=None,
         metadata=_option(
@@ -351,11 +349,8 @@ class FSEPConfig:
     @property
     def makes_plans(self) -> bool:
         """Tell whether layouts come from a planner's thread."""
-        return (
-            self.replay_layouts is None
-            and self.planner not in FixedPlanner
-            and self.mode not in (PlanMode.EXACT, PlanMode.ANNOUNCED)
-        )
+        is_planned = self.mode in (PlanMode.FORECAST, PlanMode.ADAPTIVE)
+        return is_planned and self.replay_layouts is None and self.planner not in FixedPlanner
 
     @property
     def follows_steps(self) -> bool:

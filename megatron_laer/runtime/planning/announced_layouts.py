@@ -60,15 +60,8 @@ class AnnouncedLayouts:
         """
         num_experts = self._at_gate.geometry.num_experts
         shape = tuple(counts_MLE.shape)
-        if (
-            counts_MLE.dtype not in _INTEGERS
-            or len(shape) != 3
-            or shape[1:]
-            != (
-                num_layers,
-                num_experts,
-            )
-        ):
+        is_shaped = len(shape) == 3 and shape[1:] == (num_layers, num_experts)
+        if counts_MLE.dtype not in _INTEGERS or not is_shaped:
             raise ValueError(
                 f"announce_routing got {counts_MLE.dtype} {list(shape)}: must be integers "
                 f"[microbatches, {num_layers}, {num_experts}], tokens of this rank for each expert "
