@@ -131,12 +131,7 @@ class AnnouncedLayouts:
         if experts_TK is None:
             mine_LE = torch.full((len(passes), num_experts), -1)
         else:
-            mine_LE = torch.stack(
-                [
-                    torch.bincount(experts.flatten(), minlength=num_experts)[:num_experts]
-                    for experts in experts_TK
-                ]
-            )
+            mine_LE = _counts(torch.stack(list(experts_TK)), num_experts)
         counts_NLE = gather_integers(mine_LE, self._groups, self._device)
         silent_N = (counts_NLE < 0).any(axis=(1, 2))
         if silent_N.any():
@@ -177,6 +172,15 @@ class AnnouncedLayouts:
         return replace(
             made, planned_layout=made.layout, planned_quotas=made.quotas, as_announced=True
         )
+
+
+def _counts(experts_LTK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Count the tokens of each layer's experts, in one call, for which a host waits on a GPU."""
+    num_layers = len(experts_LTK)
+    layer_L = torch.arange(num_layers, device=experts_LTK.device)
+    numbered = experts_LTK + num_experts * layer_L[:, None, None]
+    size = num_layers * num_experts
+    return torch.bincount(numbered.flatten(), minlength=size)[:size].view(num_layers, -1)
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
