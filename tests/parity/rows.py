@@ -212,7 +212,12 @@ ROWS = [
         fsep=RANDOM + NODES.format(2) + STEP,
         bound=BF16_BOUND,
     ),
-    Row("announced by router replay, accumulation 2", accumulation=2, flags=REPLAY, fsep=ANNOUNCED),
+    Row(
+        "announced by router replay, full recompute, accumulation 2",
+        accumulation=2,
+        flags=REPLAY + FULL_RECOMPUTE,
+        fsep=ANNOUNCED,
+    ),
     Row(
         "announced by router replay, full recompute, pipeline 2, accumulation 4",
         ranks=4,
