@@ -115,7 +115,6 @@ def measure(flags: list[str], routing: Routing, shape: RoutingShape | None, step
         return train_step(*args, **kwargs)
 
     argv = ["pretrain_gpt.py", *flags, *routing.flags.split(), "--train-iters", str(steps + 1)]
-    RouterReplay.clear_global_router_replay_instances()
     with (
         mock.patch.object(training, "setup_model_and_optimizer", observed_setup),
         mock.patch.object(training, "train_step", observed_step),
@@ -123,7 +122,6 @@ def measure(flags: list[str], routing: Routing, shape: RoutingShape | None, step
         fresh_megatron(model),
     ):
         pretrain_gpt.main()
-        RouterReplay.clear_global_router_replay_instances()
         restore_ms, reduce_ms = zip(*exposed_ms[1:], strict=True) if exposed_ms else ((), ())
         return Measured(
             step_ms=(1e3 * np.diff(begins_s)).tolist(),

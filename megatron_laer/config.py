@@ -42,12 +42,13 @@ class PlanMode(Choice):
     """Says what a microbatch is computed with.
 
     That is the planned layout (`forecast`), one made for its very counts after the gate (`exact`),
-    or the cheaper of the two (`adaptive`).
+    the cheaper of the two (`adaptive`), or one made ahead for announced counts (`announced`).
     """
 
     FORECAST = "forecast"
     EXACT = "exact"
     ADAPTIVE = "adaptive"
+    ANNOUNCED = "announced"
 
 
 class LatePlan(Choice):
@@ -186,8 +187,10 @@ class FSEPConfig:
         default=None,
         metadata=_option(
             "what a microbatch is computed with: forecast (the planned layout), exact (a fresh "
-            "one, made after the gate for its very counts: no rank above the mean), or adaptive "
-            "(per layer the cheaper of the two in predicted seconds); default adaptive, or "
+            "one, made after the gate for its very counts: no rank above the mean), adaptive (per "
+            "layer the cheaper of the two in predicted seconds), or announced (as exact, but made "
+            "and restored ahead, for routing that is known before: Megatron's router replay, or "
+            "megatron_laer.announce_routing); default adaptive, or "
             "forecast with a planner that makes no plans, --fsep-split even or --fsep-restore "
             "step",
             type=PlanMode,
@@ -302,7 +305,6 @@ class FSEPConfig:
             "directory written by --fsep-record-layouts whose layouts are repeated, step by step",
         ),
     )
-
     record_trace: str | None = field(
         default=None,
         metadata=_option(
@@ -347,11 +349,8 @@ class FSEPConfig:
     @property
     def makes_plans(self) -> bool:
         """Tell whether layouts come from a planner's thread."""
-        return (
-            self.replay_layouts is None
-            and self.planner not in FixedPlanner
-            and self.mode != PlanMode.EXACT
-        )
+        is_planned = self.mode in (PlanMode.FORECAST, PlanMode.ADAPTIVE)
+        return is_planned and self.replay_layouts is None and self.planner not in FixedPlanner
 
     @property
     def follows_steps(self) -> bool:
@@ -359,6 +358,7 @@ class FSEPConfig:
         written = (self.record_layouts, self.record_trace, self.timeline)
         return (
             self.makes_plans
+            or self.mode == PlanMode.ANNOUNCED
             or self.replay_layouts is not None
             or self.restore == Restore.STEP
             or any(folder is not None for folder in written)

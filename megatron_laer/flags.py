@@ -112,9 +112,10 @@ def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     planning = ("plan_lag", "late_plan")
     if config.replay_layouts is not None:
         yield "layouts are replayed", ("planner", *planning)
-    if config.mode == PlanMode.EXACT:
+    made = {PlanMode.EXACT: "after the gate", PlanMode.ANNOUNCED: "from announced routing"}
+    if config.mode in made:
         yield (
-            "--fsep-plan-mode exact makes every layout after the gate",
+            f"--fsep-plan-mode {config.mode} makes every layout {made[config.mode]}",
             ("planner", *planning, "record_layouts", "replay_layouts"),
         )
     elif config.planner in FixedPlanner:

@@ -20,6 +20,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_laer import session
+from megatron_laer.config import PlanMode
 from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.dispatch.flex import SlotFlexDispatcher
 from megatron_laer.dispatch.slot_dispatch import SlotDispatch
@@ -92,6 +93,12 @@ class FSEPMoELayer(MoELayer):
             "the model's expert-parallel group is not the one that FSEP was set up for"
         )
         pg_collection.fsep = groups.tokens
+        if current.config.mode == PlanMode.ANNOUNCED and config.mtp_use_repeated_layer:
+            raise ValueError(
+                "--fsep-plan-mode announced with --mtp-use-repeated-layer: routing is announced "
+                "once per microbatch, and a repeated layer routes several times; leave out one of "
+                "them"
+            )
         coordinator = current.coordinator_for(config, _seed_of_arguments())
         geometry = coordinator.geometry
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_laer.config import FSEPConfig
+from megatron_laer.config import FSEPConfig, PlanMode
 from megatron_laer.runtime.build import build_coordinator, current_device
 from megatron_laer.runtime.comm.collectives import raise_everywhere
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group, create_groups
@@ -174,6 +174,33 @@ def get_fsep_group() -> Group:
     if _session is None:
         raise RuntimeError(_NO_GROUPS)
     return _session.groups.tokens
+
+
+def announce_routing(counts_MLE: Any) -> None:
+    """Announce what this rank's routers will choose in the next step; without FSEP, do nothing.
+
+    For `--fsep-plan-mode announced`. Every rank calls it before each step, also before the first;
+    the step itself exchanges it.
+
+    Args:
+        counts_MLE: tokens of this rank for each expert, integers [M, L, E] in a tensor, an array or
+            lists: M microbatches of the step, L MoE layers of this rank, of one model chunk after
+            the other. Of top-k indices it is `torch.bincount(indices.flatten(), minlength=E)`.
+
+    Raises:
+        ValueError: another plan mode; another shape or dtype, or negative counts.
+    """
+    if _session is None:
+        return
+    mode = _session.config.mode
+    if mode != PlanMode.ANNOUNCED:
+        raise ValueError(
+            f"announce_routing: no effect with --fsep-plan-mode {mode}; give --fsep-plan-mode "
+            f"{PlanMode.ANNOUNCED}, or leave the call out"
+        )
+    coordinator = _session.coordinator
+    if coordinator is not None and coordinator.announced is not None:
+        coordinator.announced.announce(torch.as_tensor(counts_MLE), len(coordinator.layers))
 
 
 def _common_seed(groups: FSEPGroups) -> int:

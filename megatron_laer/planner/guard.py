@@ -24,6 +24,9 @@ from megatron_laer.planner.native_core import native
 from megatron_laer.planner.splits import Quotas, RankQuotas, solve_quotas
 from megatron_laer.sharding import changed_slots
 
+# The modes that choose after the gate.
+GUARD_MODES = (PlanMode.FORECAST, PlanMode.EXACT, PlanMode.ADAPTIVE)
+
 
 @dataclass(frozen=True, eq=False)
 class Decision:
@@ -41,6 +44,7 @@ class Decision:
         cost_s: what changing to it costs; None with `gain_s`. Without `solved`, the least that any
             change costs.
         tolerance: None, or what the choice was made by.
+        as_announced: None, or whether the microbatch's routing was the one that was announced.
     """
 
     layout: ExpertLayout
@@ -52,6 +56,7 @@ class Decision:
     gain_s: float | None = None
     cost_s: float | None = None
     tolerance: float | None = None
+    as_announced: bool | None = None
 
     @property
     def replanned(self) -> bool:
@@ -77,6 +82,8 @@ class Decision:
     def reason(self) -> str:
         """Return the decision in words for the log, without the layer's name."""
         ratio = f"max/mean {self.max_over_mean_after:.2f}"
+        if self.as_announced is not None:
+            return f"{'as' if self.as_announced else 'not as'} announced: {ratio}"
         if self.replanned:
             if self.max_over_mean_before is not None:
                 ratio = f"max/mean {self.max_over_mean_before:.2f} -> {ratio[9:]}"
@@ -112,7 +119,7 @@ class Guard:
       fresh one's is smaller.
 
     Attributes:
-        mode: which of the two.
+        mode: which of the two, one of `GUARD_MODES`.
         tolerance: x, only with `adaptive`; None decides by cost.
         split: how tokens are split over replicas; a fresh layout needs the exact split.
 
@@ -127,6 +134,7 @@ class Guard:
     split: Split = Split.EXACT
 
     def __post_init__(self) -> None:
+        assert self.mode in GUARD_MODES, f"plan mode '{self.mode}' chooses nothing after the gate"
         if self.mode != PlanMode.FORECAST and self.split == Split.EVEN:
             raise ValueError(
                 f"plan mode '{self.mode}' makes layouts for the exact split, got split "

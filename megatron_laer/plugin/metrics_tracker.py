@@ -145,6 +145,8 @@ def collect(
         scalars["fsep_layout_version"] = float(coordinator.layouts.version)
         scalars["fsep_late_plans"] = float(status.late_plans)
         scalars["fsep_plan_failures"] = float(status.failures)
+        if coordinator.announced is not None:
+            scalars["fsep_announcement_misses"] = float(coordinator.announced.misses)
     return scalars, per_layer
 
 

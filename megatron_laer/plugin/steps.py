@@ -96,12 +96,33 @@ def _chunk(wrapped: Any) -> Chunk:
         found += repeated * (repeated[0][0].state.passes - 1)
     # Transformer Engine captures no module that has hooks, and its replay runs none.
     is_graphed = any(part.config.cuda_graph_impl != "none" for part, _ in found)
+    routers = [part.router for part, _ in found]
+    # Older releases have no router replay.
+    can_replay = any(getattr(router, "router_replay", None) is not None for router in routers)
     return Chunk(
         module,
         layers=[part.state for part, _ in found],
         blocks=[] if is_graphed else [block for _, block in found],
         await_weights=functools.partial(_await_weights, wrapped),
+        replayed=functools.partial(_replayed, routers) if can_replay else None,
     )
+
+
+def _replayed(routers: Sequence[Any]) -> list[torch.Tensor] | None:
+    """Return the experts that Megatron's router replay will choose in the next forward pass.
+
+    Returns:
+        Int [T, K] for each router; None where one of them will choose by itself.
+    """
+    from megatron.core.transformer.moe.router_replay import RouterReplayAction
+
+    replays = [router.router_replay for router in routers]
+    is_told = all(
+        replay.router_replay_action is RouterReplayAction.REPLAY_FORWARD
+        and replay.target_topk_idx is not None
+        for replay in replays
+    )
+    return [replay.target_topk_idx for replay in replays] if is_told else None
 
 
 def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> None:

@@ -70,11 +70,13 @@ def build_coordinator(
     costs = layer_costs(config, transformer_config, device)
     chosen = costs.with_exchange(config.restore_algorithm, geometry)
     overlaps = config.scheduler == OverlapScheduler.ON
+    # Announced layouts are kept after the gate, as forecast ones are.
+    at_gate = PlanMode.FORECAST if config.mode == PlanMode.ANNOUNCED else config.mode
     return Coordinator(
         config,
         groups,
         geometry,
-        Guard(config.mode, chosen, geometry, config.imbalance_tolerance, config.split),
+        Guard(at_gate, chosen, geometry, config.imbalance_tolerance, config.split),
         make_schedule(
             overlaps=overlaps,
             after_gate=config.mode == PlanMode.EXACT,

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.arrays import Int64
-from megatron_laer.config import FSEPConfig
+from megatron_laer.config import FSEPConfig, PlanMode
+from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.runtime.comm import agreement
@@ -29,12 +30,13 @@ from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.layer_state import LayerState, check_no_plan_is_left, name_of_layer
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.planner_rank import naming_flag
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.scheduler import Scheduler
+from megatron_laer.runtime.weights.scheduler import Chunk, Scheduler
 from megatron_laer.runtime.weights.slices import Slices
 from megatron_laer.runtime.weights.step_experts import memory_held
 from megatron_laer.schedule import Schedule
@@ -53,6 +55,7 @@ class Coordinator:
 
     Attributes:
         layouts: those in force, which change at step boundaries.
+        announced: those of announced microbatches; None in other plan modes.
         layers: this rank's MoE layers, in the order in which they were built.
         timeline: open while training is recorded.
     """
@@ -76,10 +79,13 @@ class Coordinator:
         self.schedule = schedule
         self.streams = streams
         self.experts = LayerExperts(streams)
-        self.scheduler = Scheduler(schedule, streams, self._experts_of)
+        self.scheduler = Scheduler(schedule, streams, self._experts_of, self._before_forward)
         self.layouts = LayoutsInForce(
             config, groups, geometry, guard.costs, seed=seed, device=device
         )
+        self.announced: AnnouncedLayouts | None = None
+        if config.mode == PlanMode.ANNOUNCED:
+            self.announced = AnnouncedLayouts(guard, groups, device)
         self.seed = seed
         self.device = device
         self.layers: list[LayerState] = []
@@ -160,7 +166,7 @@ class Coordinator:
         """Plan a forward pass whose counts are on their way."""
         counts_NE = read_counts()
         start_s = time.perf_counter()
-        decision = self.guard.decide(counts_NE, restored.index.layout, self.groups.rank)
+        decision = self._decide(layer, counts_NE, restored.index.layout, training=training)
         self._last_decision = decision_digest(decision.layout, solved=decision.solved)
         decide_s = time.perf_counter() - start_s
         if decision.replanned:
@@ -207,7 +213,8 @@ class Coordinator:
 
         Raises:
             RuntimeError: plans of the step before were left over.
-            ValueError: `--fsep-restore step` without a number of microbatches.
+            ValueError: `--fsep-restore step` without a number of microbatches; with
+                `--fsep-plan-mode announced` as `AnnouncedLayouts.begin_step`.
         """
         assert self._started, "begin_step before start"
         check_no_plan_is_left(self.layers)
@@ -218,6 +225,12 @@ class Coordinator:
         for layer in self.layers:
             layer.routed = 0
         self.layouts.begin_step(step, num_microbatches)
+        if self.announced is not None:
+            # Each microbatch has a layout of its own, and many are still being solved.
+            self.announced.begin_step(
+                step, num_microbatches, len(self.layers), self.scheduler.replays_routing
+            )
+            return
         indexes = [(layer, self._index_of(layer, training=True)) for layer in self.layers]
         for layer, index in indexes:
             # What forward needs on the device of planned layouts is uploaded now.
@@ -271,6 +284,8 @@ class Coordinator:
         self.scheduler.close()
         if self.timeline is not None:
             self.timeline.close()
+        if self.announced is not None:
+            self.announced.close()
         self.layouts.close()
 
     # Inside.
@@ -301,16 +316,45 @@ class Coordinator:
         for stream in (self.streams.parameters, self.streams.gradients):
             stream.times.timeline = self.timeline
 
+    def _before_forward(self, chunk: Chunk) -> None:
+        """Take what routers are told to choose in a chunk's forward, unless it was announced."""
+        if self.announced is not None and self._started and chunk.module.training and chunk.layers:
+            layers: Any = chunk.layers  # the coordinator's own
+            passes = [
+                (layer.index, layer.next_microbatch(self._num_microbatches)) for layer in layers
+            ]
+            self.announced.begin_pass(passes, chunk.replayed() if chunk.replayed else None)
+
     def _experts_of(self, layer: LayerState, training: bool) -> RestoredExperts:
         return self.experts.of_pass(layer, self._index_of(layer, training), training=training)
 
     def _index_of(self, layer: LayerState, training: bool) -> LayoutIndex:
         """Return the layout that the layer's next pass is planned with, as exchanges see it."""
-        draw = 0 if self.schedule.holds_step else layer.routed
-        layout = self.layouts.of_pass(layer.index, draw, training=training)
+        ahead = self._announced_for(layer, training)
+        if ahead is not None:
+            layout = ahead.layout
+        else:
+            draw = 0 if self.schedule.holds_step else layer.routed
+            layout = self.layouts.of_pass(layer.index, draw, training=training)
         if layer.planned is None or layer.planned.layout != layout:
             layer.planned = layout_index(layout, self.device)
         return layer.planned
+
+    def _announced_for(self, layer: LayerState, training: bool) -> Decision | None:
+        """Return what was decided ahead on the layer's next pass, waiting for it."""
+        if self.announced is None or not training or not self._started:
+            return None
+        number = layer.next_microbatch(self._num_microbatches)
+        return self.announced.of_pass(layer.index, number)
+
+    def _decide(
+        self, layer: LayerState, counts_NE: Int64, planned: ExpertLayout, *, training: bool
+    ) -> Decision:
+        ahead = self._announced_for(layer, training)
+        if ahead is not None:
+            assert self.announced is not None
+            return self.announced.decide(ahead, counts_NE)
+        return self.guard.decide(counts_NE, planned, self.groups.rank)
 
     def _note(
         self,

@@ -97,19 +97,24 @@ class LayerState:
             self._tag = (tag, tag.tensor(device))
         return self._tag[1]
 
+    def next_microbatch(self, num_microbatches: int | None) -> int:
+        """Return the number within the step, from 0, of the microbatch that is routed next.
+
+        Megatron's rerun state machine repeats a step: after the last microbatch comes the first.
+        """
+        number = self.routed // self.passes
+        return 0 if number == num_microbatches else number
+
     def count_pass(
         self, counts_NE: Int64, num_microbatches: int | None
     ) -> tuple[int, Int64] | None:
         """Count a routed pass.
 
-        Megatron's rerun state machine repeats a step: after the last microbatch comes the first.
-
         Returns:
             With a microbatch's last pass its number within the step, from 0, and the sum of the
             counts of its passes.
         """
-        number, at = divmod(self.routed, self.passes)
-        number = 0 if number == num_microbatches else number
+        number, at = self.next_microbatch(num_microbatches), self.routed % self.passes
         self.routed = number * self.passes + at + 1
         before_NE, self._counts_NE = self._counts_NE, None
         summed_NE = counts_NE if at == 0 or before_NE is None else before_NE + counts_NE

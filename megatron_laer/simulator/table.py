@@ -21,7 +21,7 @@ from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.simulator.outcome import Outcome, evaluate, restored_bytes
 from megatron_laer.trace.records import Trace
@@ -30,7 +30,7 @@ STOCK = "stock EP"
 
 # `adaptive` by cost, and by a tolerance.
 TOLERANCE = "tolerance"
-MODES = (*(mode.value for mode in PlanMode), TOLERANCE)
+MODES = (*(mode.value for mode in GUARD_MODES), TOLERANCE)
 
 # Shown as they are; a layout made after the gate would hide what they do.
 BASELINES = ("static", "laer")

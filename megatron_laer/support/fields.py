@@ -15,7 +15,7 @@ MOE_FIELD = re.compile(r"moe|expert|router")
 PROVED = frozenset(
     """
     num_moe_experts expert_model_parallel_size
-    moe_apply_probs_on_input moe_aux_loss_coeff moe_ffn_hidden_size
+    moe_apply_probs_on_input moe_aux_loss_coeff moe_enable_routing_replay moe_ffn_hidden_size
     moe_hybridep_pad_uneven_dispatch_inputs moe_latent_size moe_layer_freq
     moe_permute_fusion_into_hybridep
     moe_router_bias_update_rate moe_router_dtype moe_router_enable_expert_bias
@@ -32,7 +32,7 @@ PROVED_RECOMPUTE = frozenset({"core_attn", "layernorm", "mlp", "moe", "moe_act",
 # FSEP is made to run with these, but no row of the parity table shows it.
 UNPROVED = frozenset(
     """
-    moe_enable_routing_replay moe_input_jitter_eps moe_permute_fusion moe_router_force_biased
+    moe_input_jitter_eps moe_permute_fusion moe_router_force_biased
     moe_router_force_load_balancing moe_router_fusion moe_router_quantile_balancing_ema
     moe_router_topk_limited_devices
     moe_shared_expert_glu_interleave_size use_grouped_gemm_for_shared_expert

@@ -195,7 +195,7 @@ def fresh_megatron(model: list[torch.nn.Module]) -> Iterator[None]:
         yield
     finally:
         from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-        from megatron.core.transformer.moe import fused_a2a, moe_logging, moe_utils
+        from megatron.core.transformer.moe import fused_a2a, moe_logging, moe_utils, router_replay
         from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
         from megatron.training import training
 
@@ -205,6 +205,7 @@ def fresh_megatron(model: list[torch.nn.Module]) -> Iterator[None]:
             _strip(chunk)
         # Its cache of rotary embeddings is one of the class, and each holds a group.
         RotaryEmbedding.forward.cache_clear()
+        router_replay.RouterReplay.clear_global_router_replay_instances()
         # And so do the flex dispatcher's buffers; HybridEP's would serve the next group as well.
         fused_a2a._buffer = None
         fused_a2a.reset_hybrid_ep_buffer()

@@ -37,6 +37,7 @@ _FLAGS = (
     (ON + "--fsep-late-plan keep --deterministic-mode", "--fsep-late-plan keep"),
     (ON + "--fsep-restore never", "invalid choice: 'never'"),
     (ON + "--fsep-restore step --fsep-plan-mode exact", "--fsep-plan-mode exact"),
+    (ON + "--fsep-restore step --fsep-plan-mode announced", "--fsep-plan-mode announced"),
     (ON + "--fsep-split even --fsep-plan-mode adaptive", "--fsep-plan-mode adaptive"),
     (ON + "--fsep-scheduler maybe", "invalid choice: 'maybe'"),
     (

@@ -12,8 +12,9 @@ from collections.abc import Callable
 import pytest
 
 from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import Record, train
+from megatron_laer.testing.training import Record
 from tests.parity.compare import distance
+from tests.parity.replay import train_row
 from tests.parity.rows import FLOOR_FACTOR, LONG, ROWS, SMALLEST_FLOOR, STEP, Row
 from tests.releases import refused_flags
 
@@ -41,7 +42,7 @@ def stock(ranks: Callable[[int], RankPool]) -> Callable[[int, list[str]], Record
     def run(size: int, flags: list[str]) -> Record:
         key = size, " ".join(flags)
         if key not in records:
-            records[key] = ranks(size).run(train, flags)[0]
+            records[key] = ranks(size).run(train_row, flags)[0]
         return records[key]
 
     return run
@@ -73,7 +74,7 @@ def test_fsep_equals_stock(
     reference = stock(*row.reference(text_data))
     other = stock(*row.other_stock(text_data))
     size, command = row.fsep_run(text_data)
-    fsep: Record = ranks(size).run(train, command, check_nothing_left)[0]
+    fsep: Record = ranks(size).run(train_row, command, check_nothing_left)[0]
 
     assert len(fsep.losses) == row.steps and len(fsep.eval_losses) == row.evaluations
     assert bool(fsep.first_grads) == row.gradients

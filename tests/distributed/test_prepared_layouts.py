@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 
 from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
+from tests.parity.replay import train_row
 
 # Whichever of these is on the stack first built the index.
 PLACES = ("begin_step", "prepare_backward", "change", "start_restore", "start_reduce")
@@ -46,7 +46,7 @@ def places_of_builds(command: list[str]) -> set[str]:
         mock.patch.object(layout_index, "restore_index", noted(layout_index.restore_index)),
         mock.patch.object(layout_index, "reduce_index", noted(layout_index.reduce_index)),
     ):
-        train(command)
+        train_row(command)
     return places
 
 
@@ -61,6 +61,11 @@ def places_of_builds(command: list[str]) -> set[str]:
             {"begin_step", "change", "prepare_backward"},
         ),
         ("--fsep-plan-mode exact", {"begin_step", "start_restore", "prepare_backward"}),
+        # Ahead of the gate, each when its restore starts.
+        (
+            "--fsep-plan-mode announced --moe-enable-routing-replay",
+            {"start_restore", "prepare_backward"},
+        ),
         (
             f"--fsep-plan-mode exact {RECOMPUTE}",
             {"begin_step", "start_restore", "prepare_backward"},

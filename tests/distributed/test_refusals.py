@@ -77,6 +77,11 @@ CASES = {
         "--moe-token-dispatcher-type allgather",
         "--moe-token-dispatcher-type alltoall",
     ),
+    "announced routing with a repeated layer": (
+        "--fsep-plan-mode announced --mtp-num-layers 2 --mtp-use-repeated-layer",
+        "--fsep-plan-mode announced with --mtp-use-repeated-layer",
+        "leave out one of them",
+    ),
     "flex dispatcher with NCCL EP": (
         "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
         "--moe-flex-dispatcher-backend ncclep",

@@ -103,6 +103,10 @@ FEATURES: dict[str, tuple[str, ...]] = {
     ),
     "load balancing by sinkhorn": ("sinkhorn router",),
     "load balancing by quantiles": ("quantile balancing, accumulation 2",),
+    "router replay": (
+        "router replay, full recompute, accumulation 2",
+        "announced by router replay, full recompute, accumulation 2",
+    ),
     "group-limited routing": (
         "group-limited sigmoid router in fp64 with expert bias, scaling and sequence aux loss",
     ),
@@ -161,7 +165,13 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "planner search, forecast",
         "planner laer, tolerance 0",
     ),
-    "FSEP's plan modes": ("planner greedy, adaptive", "fresh layouts after the gate, exact"),
+    "FSEP's plan modes": (
+        "planner greedy, adaptive",
+        "planner search, forecast",
+        "fresh layouts after the gate, exact",
+        "announced by router replay, full recompute, accumulation 2",
+        "announced by router replay, full recompute, pipeline 2, accumulation 4",
+    ),
     "FSEP's exchange through nodes": ("exchange through nodes of 2, E = 8 on 4 ranks",),
     "`--fsep-restore step`": ("restored once per step, accumulation 4",),
     "`--fsep-scheduler off`": ("scheduler off",),

@@ -13,8 +13,9 @@ from typing import Any
 
 from benchmarks.gpu.ranks import Ranks, run_ranks_part
 from benchmarks.gpu.report import Part
-from megatron_laer.testing.training import Record, train
+from megatron_laer.testing.training import Record
 from tests.parity.compare import Distance, distance
+from tests.parity.replay import train_row
 from tests.parity.rows import FLOOR_FACTOR, ROWS, SMALLEST_FLOOR, Row
 
 _DRY_STEPS = 2
@@ -35,7 +36,7 @@ def compare(ranks: Ranks) -> Part:
             return None
         more = [] if ranks.dry else ["--distributed-backend", "nccl"]
         more += ["--train-iters", str(_DRY_STEPS)] if ranks.dry else []
-        record = train([*command, *more])
+        record = train_row([*command, *more])
         if kept is not None:
             kept[key] = record
         return record

@@ -126,6 +126,9 @@ AUX_LOSSES = (
 # The reference has stock's All-to-All dispatcher; buffers of the other side are replacements.
 DEEPEP = " --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep"
 HYBRIDEP = " --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep"
+# Both sides are told what routers choose: see `tests/parity/replay.py`.
+REPLAY = " --moe-enable-routing-replay"
+ANNOUNCED = " --fsep-plan-mode announced"
 UNTIED = "--untie-embeddings-and-output-weights"
 CLAMPED_GEGLU = " --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0"
 HYBRID = " --spec megatron_laer.testing.hybrid hybrid_stack_spec --hybrid-layer-pattern "
@@ -214,6 +217,22 @@ ROWS = [
         flags=" --bf16",
         fsep=RANDOM + NODES.format(2) + STEP,
         bound=BF16_BOUND,
+    ),
+    Row(
+        "announced by router replay, full recompute, accumulation 2",
+        accumulation=2,
+        flags=REPLAY + FULL_RECOMPUTE,
+        fsep=ANNOUNCED,
+    ),
+    Row(
+        "announced by router replay, full recompute, pipeline 2, accumulation 4",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(2, 1),
+        accumulation=4,
+        flags=REPLAY + PIPELINE + FULL_RECOMPUTE,
+        fsep=ANNOUNCED,
+        moe_layers=1,
     ),
     Row("scheduler off", fsep=RANDOM + " --fsep-scheduler off"),
     Row("experts' products by grouped_mm", fsep=RANDOM + " --fsep-gemm torch"),
@@ -407,6 +426,11 @@ ROWS = [
         " --moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-topk-scaling-factor 2.5"
         " --moe-router-dtype fp64"
         " --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-4",
+    ),
+    Row(
+        "router replay, full recompute, accumulation 2",
+        accumulation=2,
+        flags=REPLAY + FULL_RECOMPUTE,
     ),
     Row("square-root softplus router", flags=" --moe-router-score-function sqrtsoftplus"),
     # Models.

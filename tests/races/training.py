@@ -11,6 +11,7 @@ import torch
 
 from megatron_laer.testing import training
 from tests.parity.flags import command_line
+from tests.parity.replay import REPLAY, train_row
 from tests.races.cuda import current_stream
 from tests.races.faults import TRAINING_FAULTS
 from tests.races.observing import accumulate_on, observed
@@ -33,6 +34,7 @@ SCENARIOS = {
     "plain": Training(""),
     "random layouts": Training(_RANDOM),
     "fresh layouts after the gate": Training(" --fsep-plan-mode exact"),
+    "announced layouts": Training(f" --fsep-plan-mode announced {REPLAY}"),
     "full recompute": Training(_RANDOM + _FULL),
     "recompute of the MoE layer": Training(_RANDOM + _MOE),
     "experts held over a step": Training(_RANDOM + " --fsep-restore step"),
@@ -49,7 +51,7 @@ def watch(data: str, scenario: str, fault: str | None) -> Watched:
     broken = contextlib.nullcontext() if fault is None else TRAINING_FAULTS[fault].replaced()
     whole = mock.patch.object(training, "fresh_megatron", _synchronised)
     with _fresh_streams(), observed() as checker, _side_stream_of_leaves(), whole, broken:
-        training.train(command)
+        train_row(command)
     return Watched(checker.races, checker.operations, checker.frees)
 
 

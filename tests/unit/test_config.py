@@ -59,7 +59,8 @@ def test_a_flag_without_the_mode_is_an_error_that_quotes_it(words: list[str]) ->
         for flag in ("--fsep-plan-lag 2", "--fsep-late-plan wait", "--fsep-record-layouts d")
     ]
     + [
-        (flag, "--fsep-plan-mode exact")
+        (flag, f"--fsep-plan-mode {mode}")
+        for mode in ("exact", "announced")
         for flag in (
             "--fsep-planner laer",
             "--fsep-plan-lag 2",
@@ -71,6 +72,7 @@ def test_a_flag_without_the_mode_is_an_error_that_quotes_it(words: list[str]) ->
     + [
         ("--fsep-imbalance-tolerance 0.1", "--fsep-plan-mode forecast"),
         ("--fsep-imbalance-tolerance 0.1", "--fsep-plan-mode exact"),
+        ("--fsep-imbalance-tolerance 0.1", "--fsep-plan-mode announced"),
         ("--fsep-grad-wire-dtype fp32", "--fsep-restore-algorithm flat"),
         ("--fsep-planner greedy", "--fsep-replay-layouts d"),
         ("--fsep-cluster cpu-gloo", "--fsep-restore-algorithm flat --fsep-plan-mode exact"),
@@ -103,7 +105,7 @@ def test_the_plan_mode_by_default(words: str, mode: str) -> None:
     assert config is not None and config.mode == mode
 
 
-@pytest.mark.parametrize("mode", ["exact", "adaptive"])
+@pytest.mark.parametrize("mode", ["exact", "adaptive", "announced"])
 def test_fresh_layouts_need_exact_splits(mode: str) -> None:
     with pytest.raises(ValueError, match=f"{mode}.*even"):
         FSEPConfig(plan_mode=mode, split="even")
@@ -141,6 +143,7 @@ def test_values_out_of_range_are_quoted(values: dict[str, object]) -> None:
         ({"planner": "static"}, False),
         ({"planner": "random"}, False),
         ({"plan_mode": "exact"}, False),
+        ({"plan_mode": "announced"}, True),
         ({"planner": "static", "restore": "step"}, True),
         ({"planner": "static", "replay_layouts": "d"}, True),
         ({"planner": "static", "record_trace": "d"}, True),

@@ -15,14 +15,14 @@ from megatron_laer.dispatch.permutation import run_sizes
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner import reference
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from tests.costs import make_costs
 from tests.unit.test_guard import cases, cost_models
 from tests.unit.test_strategies import geometries
 
-MODES = [*((mode, Split.EXACT) for mode in PlanMode), (PlanMode.FORECAST, Split.EVEN)]
+MODES = [*((mode, Split.EXACT) for mode in GUARD_MODES), (PlanMode.FORECAST, Split.EVEN)]
 
 
 @settings(max_examples=150)

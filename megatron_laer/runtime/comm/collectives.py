@@ -173,6 +173,16 @@ def broadcast_layouts(
     return [ExpertLayout.from_slots(*shape, slots_S) for slots_S in slots_LS], told
 
 
+def gather_integers(values: torch.Tensor, groups: FSEPGroups, device: torch.device) -> Int64:
+    """Gather every rank's integers `[…]` of one shape, and wait for them; int64 `[N, …]`."""
+    values = values.to(torch.int64)
+    mine = upload(values, device) if values.device.type == "cpu" else values
+    gathered = mine.new_empty(groups.size * mine.numel())
+    dist.all_gather_into_tensor(gathered, mine.flatten(), group=groups.tokens)
+    received: Int64 = gathered.view(groups.size, *mine.shape).cpu().numpy()
+    return received
+
+
 def broadcast_bytes(data: bytes, groups: FSEPGroups, device: torch.device) -> bytes:
     """Broadcast bytes from the group's rank 0; what other ranks pass is ignored.
 

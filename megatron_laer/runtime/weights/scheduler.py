@@ -49,12 +49,16 @@ class Chunk:
             followed: then gradients of layers that recompute are waited for as soon as they leave.
         await_weights: waits until these slices hold this step's weights, which Megatron may still
             be gathering over replicas.
+        replayed: gives the experts that the layers' routers are told to choose in the next forward
+            pass, int [T, K] each, or None where they choose by themselves; None for a model whose
+            routers cannot be told.
     """
 
     module: torch.nn.Module
     layers: Sequence[Layer]
     blocks: Sequence[torch.nn.Module]
     await_weights: Callable[[Sequence[torch.nn.Parameter]], None]
+    replayed: Callable[[], Sequence[torch.Tensor] | None] | None
 
 
 @dataclass
@@ -80,6 +84,7 @@ class Scheduler:
     Args:
         experts_of: the experts for a layer's next pass, `training` or not, under the layout that
             was planned for it.
+        before_forward: called with the chunk, before it is planned what its forward begins with.
     """
 
     def __init__(
@@ -87,10 +92,12 @@ class Scheduler:
         schedule: Schedule,
         streams: ExchangeStreams,
         experts_of: Callable[[Any, bool], RestoredExperts],
+        before_forward: Callable[[Chunk], None],
     ) -> None:
         self._schedule = schedule
         self._streams = streams
         self._experts_of = experts_of
+        self._before_forward = before_forward
         self._chunks: list[Chunk] = []
         self._hooks: list[Any] = []
         self._forward: _Forward | None = None
@@ -115,6 +122,11 @@ class Scheduler:
                     )
                     for block, layer in layer_of.items()
                 ]
+
+    @property
+    def replays_routing(self) -> bool:
+        """Tell whether the routers of the chunks that are followed can be told what to choose."""
+        return any(chunk.replayed is not None for chunk in self._chunks)
 
     def close(self) -> None:
         """Let go of the chunks and end the communication streams."""
@@ -178,6 +190,7 @@ class Scheduler:
 
     def _begin_forward(self, chunk: Chunk) -> None:
         self._ahead.clear()
+        self._before_forward(chunk)
         self._forward = _Forward(chunk)
         starts = self._schedule.target(SchedulePoint.CHUNK_FORWARD) is Target.FIRST
         self._announce(0, chunk.module.training, starts)

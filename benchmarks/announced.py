@@ -1,0 +1,104 @@
+"""Compares plan modes on routing that is known before: `python -m benchmarks.announced --help`.
+
+Gloo ranks on this machine run Megatron's own training loop on a drifting trace, through Megatron's
+router replay: the popularity of experts changes at every step, so a forecast is always of another
+one. The modes run in turn, again and again, since the machine's own speed drifts. Printed are
+balance, what the compute waited for, and the time of a step, each beside `forecast`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from benchmarks import routing
+from benchmarks.end_to_end import KEEP_MEMORY
+from benchmarks.end_to_end_cases import FSEP, FULL, QUICK, SEED, Size
+from benchmarks.report import machine, print_table
+from benchmarks.training_run import Measured, Routing, measure
+from megatron_laer.data import default_text_sources, prepare_data
+from megatron_laer.testing.ranks import RankPool
+
+MODES = ("forecast", "exact", "announced")
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=2, help="gloo ranks; they share the cores")
+    parser.add_argument("--repeats", type=int, default=3, help="of every mode")
+    parser.add_argument("--steps", type=int, default=6, help="that are counted, of a run")
+    parser.add_argument("--quick", action="store_true", help="a small model: says nothing of speed")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    options = parser.parse_args()
+    size = replace(QUICK if options.quick else FULL, steps=options.steps)
+    found = run(size, options.ranks, options.repeats)
+    rows = [summary(mode, found[mode], size) for mode in MODES]
+    for row in rows:
+        for name in ("exposed_ms", "step_ms"):
+            row[f"{name}, of forecast's"] = row[name] / rows[0][name]
+    print_table(rows)
+    if options.json is not None:
+        result = {"machine": machine(), "ranks": options.ranks, "modes": rows}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def run(size: Size, ranks: int, repeats: int) -> dict[str, list[list[Measured]]]:
+    """Run every mode `repeats` times; of each run, what its ranks measured."""
+    found: dict[str, list[list[Measured]]] = {mode: [] for mode in MODES}
+    steps = size.warm_up + size.steps
+    shape = size.routing_shape(ranks)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        mock.patch.dict(os.environ, KEEP_MEMORY),
+        RankPool(ranks) as pool,
+    ):
+        prefix, trace = f"{scratch}/text", Path(scratch) / "drifting.npy"
+        prepare_data(default_text_sources()[:150], prefix, progress=False)
+        np.save(trace, routing.drifting_trace(shape, steps + 1, SEED))
+        replayed = Routing("--moe-enable-routing-replay", trace=trace)
+        for repeat in range(repeats):
+            for mode in MODES if repeat % 2 == 0 else MODES[::-1]:
+                flags = [
+                    *size.flags(prefix, ranks),
+                    *f"--data-cache-path {scratch}/cache {FSEP} --fsep-plan-mode {mode}".split(),
+                ]
+                found[mode].append(pool.run(measure, flags, replayed, shape, steps, timeout_s=3600))
+    return found
+
+
+def summary(mode: str, runs: list[list[Measured]], size: Size) -> dict[str, Any]:
+    """A row of the table, over the steps that count."""
+
+    def counted(name: str) -> list[float]:
+        values = [getattr(rank, name)[size.warm_up :] for ranks in runs for rank in ranks]
+        return [value for of_rank in values for value in of_rank]
+
+    # A layer has one microbatch in a step; the first ones of every layer are not counted.
+    skews = [
+        skew
+        for ranks in runs
+        for of_layer in np.split(np.array(ranks[0].fsep_skew), size.layers)
+        for skew in of_layer[size.warm_up :]
+    ]
+    return {
+        "mode": mode,
+        "max_over_mean": statistics.mean(skews),
+        "worst": max(skews),
+        "exposed_ms": statistics.mean(counted("restore_exposed_ms")),
+        "step_ms": statistics.median(counted("step_ms")),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

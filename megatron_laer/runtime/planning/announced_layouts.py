@@ -1,0 +1,193 @@
+"""Layouts for announced routing are solved ahead, each for the counts of its own microbatch.
+
+Every rank solves the same ones from the same counts, in a thread, in the order of their use:
+nothing is broadcast. What `guard` would decide after the gate is known before it, so the gate only
+compares counts. The routers' choice is never touched.
+
+Legend: M microbatches of a step, L MoE layers of this rank, N ranks, E experts, T tokens, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from megatron_laer.arrays import Int64
+from megatron_laer.config import PlanMode
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.exact import ExactQuotas
+from megatron_laer.planner.guard import Decision, Guard
+from megatron_laer.runtime.comm.collectives import gather_integers
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+
+
+class AnnouncedLayouts:
+    """Gives each pass the decision that was made ahead for its announced counts.
+
+    Args:
+        guard: keeps a planned layout, where the routing is not the announced one.
+
+    Attributes:
+        misses: passes so far whose routing was not the announced one.
+    """
+
+    def __init__(self, guard: Guard, groups: FSEPGroups, device: torch.device) -> None:
+        self.misses = 0
+        self._at_gate = guard
+        self._ahead = replace(guard, mode=PlanMode.EXACT)
+        self._groups = groups
+        self._device = device
+        geometry = guard.geometry
+        self._static = ExpertLayout.static(
+            geometry.num_ranks, geometry.capacity, geometry.num_experts
+        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fsep-announced")
+        self._given_MLE: torch.Tensor | None = None
+        self._awaits_replay = False
+        self._step = 0
+        # By layer and microbatch of the step.
+        self._decisions: dict[tuple[int, int], Future[Decision]] = {}
+
+    def announce(self, counts_MLE: torch.Tensor, num_layers: int) -> None:
+        """Take what this rank's routers will choose in the next step; no collective.
+
+        Raises:
+            ValueError: another shape or dtype, or negative counts.
+        """
+        num_experts = self._at_gate.geometry.num_experts
+        shape = tuple(counts_MLE.shape)
+        is_shaped = len(shape) == 3 and shape[1:] == (num_layers, num_experts)
+        if counts_MLE.dtype not in _INTEGERS or not is_shaped:
+            raise ValueError(
+                f"announce_routing got {counts_MLE.dtype} {list(shape)}: must be integers "
+                f"[microbatches, {num_layers}, {num_experts}], tokens of this rank for each expert "
+                f"in its {num_layers} MoE layers"
+            )
+        if counts_MLE.numel() and int(counts_MLE.min()) < 0:
+            raise ValueError(
+                f"announce_routing got {int(counts_MLE.min())} tokens for an expert: must be at "
+                "least 0"
+            )
+        self._given_MLE = counts_MLE
+
+    def begin_step(
+        self, step: int, num_microbatches: int | None, num_layers: int, replays: bool
+    ) -> None:
+        """Exchange what ranks announced for this step, and begin to solve. Collective.
+
+        Args:
+            replays: whether Megatron's router replay may announce each microbatch instead.
+
+        Raises:
+            ValueError: on every rank of the group: ranks announced another number of microbatches
+                than the step has, or nothing, where no router replay can; a step whose number of
+                microbatches is not known.
+        """
+        if num_microbatches is None:
+            raise ValueError(
+                "--fsep-plan-mode announced must know the microbatches of a step: give "
+                "training_step(step, num_microbatches, model)"
+            )
+        given_MLE, self._given_MLE = self._given_MLE, None
+        self._step = step
+        self._decisions.clear()
+        announced = torch.tensor([0 if given_MLE is None else len(given_MLE)])
+        announced_N = gather_integers(announced, self._groups, self._device)[:, 0]
+        self._awaits_replay = replays and not announced_N.any()
+        if self._awaits_replay:
+            return
+        if (announced_N != num_microbatches).any():
+            raise ValueError(
+                f"FSEP step {step}: {num_microbatches} microbatches must be announced, and the "
+                f"ranks {self._groups.ranks} announced {announced_N.tolist()}. {_HOW}"
+            )
+        assert given_MLE is not None
+        counts_NMLE = gather_integers(given_MLE, self._groups, self._device)
+        for microbatch in range(num_microbatches):
+            for layer in range(num_layers):
+                self._solve_ahead(layer, microbatch, counts_NMLE[:, microbatch, layer])
+
+    def begin_pass(
+        self, passes: Sequence[tuple[int, int]], experts_TK: Sequence[torch.Tensor] | None
+    ) -> None:
+        """Exchange what routers are told to choose in a chunk's forward, if the step awaits it.
+
+        Collective over the group, then.
+
+        Args:
+            passes: layer and microbatch of each MoE layer of the chunk.
+            experts_TK: for each of them; None where the routers choose by themselves.
+
+        Raises:
+            ValueError: on every rank of the group: routers of some rank choose by themselves.
+        """
+        if not self._awaits_replay:
+            return
+        num_experts = self._at_gate.geometry.num_experts
+        if experts_TK is None:
+            mine_LE = torch.full((len(passes), num_experts), -1)
+        else:
+            mine_LE = _counts(torch.stack(list(experts_TK)), num_experts)
+        counts_NLE = gather_integers(mine_LE, self._groups, self._device)
+        silent_N = (counts_NLE < 0).any(axis=(1, 2))
+        if silent_N.any():
+            silent = [self._groups.ranks[place] for place in np.flatnonzero(silent_N)]
+            raise ValueError(
+                f"FSEP step {self._step}, microbatch {passes[0][1]}: no routing is announced on "
+                f"ranks {silent}. {_HOW}"
+            )
+        for (layer, microbatch), counts_NE in zip(
+            passes, counts_NLE.transpose(1, 0, 2), strict=True
+        ):
+            self._solve_ahead(layer, microbatch, counts_NE)
+
+    def of_pass(self, layer: int, microbatch: int) -> Decision:
+        """Return what was decided ahead, waiting for it."""
+        return self._decisions[layer, microbatch].result()
+
+    def decide(self, ahead: Decision, counts_NE: Int64) -> Decision:
+        """Return what was decided ahead, or new quotas of its layout where the counts differ."""
+        quotas = ahead.quotas
+        assert isinstance(quotas, ExactQuotas)
+        if np.array_equal(quotas.counts_NE, counts_NE):
+            return ahead
+        self.misses += 1
+        kept = self._at_gate.decide(counts_NE, ahead.layout, self._groups.rank)
+        return replace(kept, as_announced=False)
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _solve_ahead(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
+        counts_NE = np.ascontiguousarray(counts_NE)
+        self._decisions[layer, microbatch] = self._thread.submit(self._solve, counts_NE)
+
+    def _solve(self, counts_NE: Int64) -> Decision:
+        made = self._ahead.decide(counts_NE, self._static, self._groups.rank)
+        return replace(
+            made, planned_layout=made.layout, planned_quotas=made.quotas, as_announced=True
+        )
+
+
+def _counts(experts_LTK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Count the tokens of each layer's experts, in one call, for which a host waits on a GPU."""
+    num_layers = len(experts_LTK)
+    layer_L = torch.arange(num_layers, device=experts_LTK.device)
+    numbered = experts_LTK + num_experts * layer_L[:, None, None]
+    size = num_layers * num_experts
+    return torch.bincount(numbered.flatten(), minlength=size)[:size].view(num_layers, -1)
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+_HOW = (
+    "With --fsep-plan-mode announced, every rank calls megatron_laer.announce_routing before each "
+    "step; or it gives --moe-enable-routing-replay, passes the model to training_step, and sets "
+    "the target indices and the action REPLAY_FORWARD of Megatron's RouterReplay before each "
+    "microbatch's forward. Routing that nobody knows before needs another --fsep-plan-mode"
+)

@@ -1,0 +1,303 @@
+"""Announced routing: layouts as `exact` makes them, nothing decided after the gate, and its errors.
+
+The page's functions record routing without gradients, as a rollout does, and training replays it.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
+from tests.distributed.test_own_loop import loaded, script
+from tests.parity.flags import command_line
+
+__all__ = ["script"]  # the fixture
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "announced.md"
+# Steps on one rollout: from the second on, routers would choose otherwise by themselves.
+ROLLOUTS, UPDATES = 2, 3
+STEPS = ROLLOUTS * UPDATES
+LAYERS, EXPERTS, MICROBATCHES = 2, 8, 2
+PASSES = STEPS * LAYERS * MICROBATCHES
+
+
+@dataclass
+class Seen:
+    """What a run showed on one rank.
+
+    Attributes:
+        solved_after_gate: decisions that the main thread made.
+        restores_ahead: for each pass, whether its experts were on their way before its decision.
+        max_over_mean: of each pass, on rank 0.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    misses: float | None = None
+    changes: int = 0
+    solved_after_gate: int = 0
+    restores_ahead: list[bool] = field(default_factory=list)
+    max_over_mean: list[float] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+
+def page() -> Any:
+    """The functions of the page."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(compile(code, str(PAGE), "exec"), names)
+    return SimpleNamespace(**names)
+
+
+def start(module: ModuleType, mode: str | None) -> tuple[Any, Any]:
+    """Model and optimizer of the page on own loops, from the common weights."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    import megatron_laer
+    from megatron_laer.testing.weights import load_common_weights
+
+    dist.init_process_group("gloo")
+    torch.cuda.set_device(dist.get_rank())
+    if mode is not None:
+        megatron_laer.enable(megatron_laer.FSEPConfig(plan_mode=mode), seed=1)
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    model_parallel_cuda_manual_seed(1)
+    replaying = partial(module.TransformerConfig, moe_enable_routing_replay=True)
+    with mock.patch.object(module, "TransformerConfig", replaying):
+        model = module.build_model()
+    load_common_weights(model)
+    optimizer = module.get_megatron_optimizer(
+        module.OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True), model
+    )
+    return model, optimizer
+
+
+def train_on_rollouts(path: Path, mode: str | None, announces: str) -> Seen:
+    """Record, and train with replay; `announces` what was recorded, something else, or nothing."""
+    import torch
+    from megatron.core import parallel_state
+
+    import megatron_laer
+    from megatron_laer.planner.guard import Guard
+    from megatron_laer.plugin.metrics_tracker import collect
+    from megatron_laer.runtime.coordinator import Coordinator
+    from megatron_laer.runtime.weights.states import WeightState
+    from megatron_laer.session import current_coordinator
+
+    seen, functions = Seen(), page()
+    decide, plan = Guard.decide, Coordinator._plan
+
+    def watched_decide(guard: Guard, *args: Any) -> Any:
+        seen.solved_after_gate += threading.current_thread() is threading.main_thread()
+        return decide(guard, *args)
+
+    def watched_plan(coordinator: Any, layer: Any, restored: Any, *args: Any, **named: Any) -> Any:
+        if named["training"]:
+            seen.restores_ahead.append(restored.state.weights is not WeightState.SHARDED)
+        return plan(coordinator, layer, restored, *args, **named)
+
+    with loaded(path) as module:
+        assert (module.LAYERS, module.EXPERTS, module.MICROBATCHES) == (
+            LAYERS,
+            EXPERTS,
+            MICROBATCHES,
+        )
+        model, optimizer = start(module, mode)
+        forward = module.forward_step
+        for step in range(STEPS):
+            rollout = step // UPDATES
+            if step % UPDATES == 0:
+                batches = list(module.batches(rollout))
+                recorded = functions.record(
+                    model[0], lambda batch, chunk: forward(iter([batch]), chunk), batches
+                )
+            told = iter(recorded)
+
+            def told_forward(data: Any, chunk: Any, told: Any = told) -> Any:
+                functions.replay(next(told))
+                return forward(data, chunk)
+
+            if announces == "as recorded":
+                functions.announce(recorded, EXPERTS)
+            elif announces == "otherwise":
+                functions.announce(
+                    [[(experts + 1) % EXPERTS for experts in layers] for layers in recorded],
+                    EXPERTS,
+                )
+            with (
+                mock.patch.object(module, "forward_step", told_forward),
+                mock.patch.object(Guard, "decide", watched_decide),
+                mock.patch.object(Coordinator, "_plan", watched_plan),
+                megatron_laer.training_step(step, MICROBATCHES, model),
+            ):
+                loss, _ = module.train_step(rollout, model, optimizer)
+            seen.losses.append(loss)
+        coordinator = current_coordinator()
+        if coordinator is not None:
+            seen.changes = coordinator.exchange.count.changes
+            for layer in coordinator.layers:
+                samples = layer.take_samples()
+                seen.max_over_mean += [s.decision.max_over_mean_after for s in samples]
+                seen.reasons += [sample.decision.reason for sample in samples]
+            scalars, _ = collect(coordinator, LAYERS, 0)
+            seen.misses = scalars.get("fsep_announcement_misses")
+        parallel_state.destroy_model_parallel()
+        assert torch.isfinite(torch.tensor(seen.losses)).all()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def run(ranks: Callable[[int], RankPool], script: Path) -> Callable[[str | None, str], list[Seen]]:
+    """`run(mode, announces)`: what both ranks saw; tests that need the same one share it."""
+    runs: dict[tuple[str | None, str], list[Seen]] = {}
+
+    def once(mode: str | None, announces: str) -> list[Seen]:
+        key = mode, announces
+        if key not in runs:
+            runs[key] = ranks(2).run(train_on_rollouts, script, mode, announces)
+        return runs[key]
+
+    return once
+
+
+Runs = Callable[[str | None, str], list[Seen]]
+
+
+@pytest.mark.parametrize("announces", ["as recorded", "nothing"])
+def test_announced_layouts_are_those_of_exact_with_nothing_left_for_after_the_gate(
+    run: Runs, announces: str
+) -> None:
+    # Where nothing is announced before the step, the router replay tells each microbatch.
+    stock, exact = run(None, "nothing")[0], run("exact", "nothing")[0]
+    assert len(set(stock.losses)) == STEPS
+    for announced in run("announced", announces):
+        assert announced.losses == exact.losses, "the same layouts, so the same bits"
+        assert announced.losses == pytest.approx(stock.losses, rel=1e-6)
+        assert announced.solved_after_gate == announced.changes == announced.misses == 0
+        assert announced.restores_ahead == [True] * PASSES
+    first = run("announced", announces)[0]
+    assert first.max_over_mean == exact.max_over_mean and len(first.max_over_mean) == PASSES
+    assert all(reason.startswith("as announced: max/mean 1.0") for reason in first.reasons)
+    assert exact.solved_after_gate == PASSES and exact.restores_ahead == [False] * PASSES
+    assert exact.misses is None
+
+
+def test_routing_that_differs_from_the_announced_is_computed_rightly_and_counted(run: Runs) -> None:
+    stock = run(None, "nothing")[0]
+    for announced in run("announced", "otherwise"):
+        assert announced.losses == pytest.approx(stock.losses, rel=1e-6)
+        assert announced.misses == announced.solved_after_gate == PASSES
+        assert announced.changes == 0
+    first = run("announced", "otherwise")[0]
+    assert max(first.max_over_mean) > 1.05
+    assert all(reason.startswith("not as announced: max/mean 1.") for reason in first.reasons)
+
+
+def problems(path: Path) -> list[str]:
+    """What is said of wrong announcements, one after the other."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.router_replay import RouterReplay
+
+    import megatron_laer
+
+    said: list[str] = []
+    right = torch.ones(MICROBATCHES, LAYERS, EXPERTS, dtype=torch.int32)
+    with loaded(path) as module:
+        model, optimizer = start(module, "announced")
+
+        def step(num_microbatches: int | None, counts_MLE: Any = None) -> None:
+            try:
+                if counts_MLE is not None:
+                    megatron_laer.announce_routing(counts_MLE)
+                with megatron_laer.training_step(0, num_microbatches, model):
+                    module.train_step(0, model, optimizer)
+            except ValueError as error:
+                said.append(str(error))
+
+        step(MICROBATCHES, right[0])
+        step(MICROBATCHES, right[:, :, 1:].tolist())
+        step(MICROBATCHES, right.float())
+        step(MICROBATCHES, -right)
+        step(None, right)
+        step(MICROBATCHES, right[:1])
+        step(MICROBATCHES, right if dist.get_rank() == 0 else None)
+        # Routers are told on one rank only.
+        RouterReplay.clear_global_indices()
+        if dist.get_rank() == 0:
+            tokens = module.BATCH * module.LENGTH
+            page().replay([torch.arange(tokens * 2).view(tokens, 2) % EXPERTS] * LAYERS)
+        step(MICROBATCHES)
+        parallel_state.destroy_model_parallel()
+    megatron_laer.announce_routing("nothing looks at it without FSEP")
+    return said
+
+
+def test_a_wrong_announcement_is_an_error_on_every_rank(
+    ranks: Callable[[int], RankPool], script: Path
+) -> None:
+    shape = f"must be integers [microbatches, {LAYERS}, {EXPERTS}]"
+    expected = [
+        ("int32 [2, 8]", shape),
+        ("int64 [2, 2, 7]", shape),
+        ("float32 [2, 2, 8]", shape),
+        ("got -1 tokens", "must be at least 0"),
+        ("must know the microbatches of a step", "training_step(step, num_microbatches, model)"),
+        ("2 microbatches must be announced", "ranks (0, 1) announced [1, 1]"),
+        ("2 microbatches must be announced", "ranks (0, 1) announced [2, 0]"),
+        ("step 0, microbatch 0: no routing is announced on ranks [1]", "REPLAY_FORWARD"),
+    ]
+    for said in ranks(2).run(problems, script):
+        assert len(said) == len(expected)
+        for message, parts in zip(said, expected, strict=True):
+            assert all(part in message for part in parts), message
+
+
+def announce_in_another_mode() -> str:
+    """What is said of an announcement that nothing reads."""
+    import megatron_laer
+
+    megatron_laer.enable(megatron_laer.FSEPConfig(plan_mode="exact"))
+    try:
+        megatron_laer.announce_routing([])
+    except ValueError as error:
+        return str(error)
+    finally:
+        megatron_laer.disable()
+    return ""
+
+
+def test_an_announcement_without_effect_is_refused(ranks: Callable[[int], RankPool]) -> None:
+    for said in ranks(2).run(announce_in_another_mode):
+        assert "no effect with --fsep-plan-mode exact" in said
+
+
+def test_a_run_without_announcements_ends_at_its_first_step(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    command = command_line(
+        text_data,
+        experts=8,
+        expert_parallel=2,
+        global_batch=4,
+        steps=2,
+        extra="--expert-parallel-mode fsep --fsep-plan-mode announced",
+    )
+    for result in ranks(2).run_raw(train, command):
+        assert result.type_name == "ValueError", result.traceback
+        assert "step 0: 1 microbatches must be announced" in result.message
+        assert "calls megatron_laer.announce_routing before each step" in result.message
