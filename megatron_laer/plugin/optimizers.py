@@ -17,6 +17,23 @@ from megatron_laer.plugin.patching import Patch
 from megatron_laer.runtime.comm.collectives import raise_everywhere
 
 _PACKAGE = "megatron.core.optimizer"
+_DISTRIBUTED = "--optimizer muon with --use-distributed-optimizer (or dist_muon)"
+
+
+def check_installed(optimizer: str) -> None:
+    """Refuse an optimizer that Megatron takes from a package which is missing.
+
+    Raises:
+        ValueError: naming the package.
+    """
+    from megatron.core.optimizer import HAVE_EMERGING_OPTIMIZERS
+
+    if optimizer not in ("adam", "sgd") and not HAVE_EMERGING_OPTIMIZERS:
+        raise ValueError(
+            f"--optimizer {optimizer}: Megatron takes it from the package emerging-optimizers, and "
+            "finds none of version 0.2 or newer; run pip install 'emerging-optimizers>=0.2', or "
+            "give --optimizer adam or sgd"
+        )
 
 
 def _with_slices(original: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,9 +79,21 @@ def _muon_options(
     current = session.current()
     assert current is not None
     if config.use_layer_wise_distributed_optimizer or config.optimizer.startswith("dist_"):
-        raise_everywhere(_problem_of_replicas(model_chunks, pg_collection, current.groups.size))
+        raise_everywhere(
+            _problem_of_dtype(config)
+            or _problem_of_replicas(model_chunks, pg_collection, current.groups.size)
+        )
     options = original(config, model_chunks, pg_collection)
     return {**options, "fsep_group": current.groups.gradients}
+
+
+def _problem_of_dtype(config: Any) -> str | None:
+    if config.bf16:
+        return None
+    return (
+        f"{_DISTRIBUTED} without --bf16: Megatron's layer-wise optimizer cannot step in fp32; give "
+        "--bf16, or leave out --use-distributed-optimizer"
+    )
 
 
 def _problem_of_replicas(model_chunks: Any, pg_collection: Any, num_ranks: int) -> str | None:
@@ -77,7 +106,7 @@ def _problem_of_replicas(model_chunks: Any, pg_collection: Any, num_ranks: int) 
     if pg_collection.expt_dp.size() == 1 or not uneven:
         return None
     return (
-        f"--optimizer muon with --use-distributed-optimizer: {uneven} rows of experts' matrices on "
+        f"{_DISTRIBUTED}: {uneven} rows of experts' matrices on "
         f"--expert-model-parallel-size {num_ranks} make slices of two sizes, by which replicas "
         "would share the work differently on different ranks; leave out "
         "--use-distributed-optimizer, or choose an --expert-model-parallel-size that divides them"

@@ -127,6 +127,8 @@ HYBRIDEP = " --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybr
 # Megatron's default multiplies in bf16, whose rounding would hide other differences.
 MUON = " --optimizer muon --muon-fp32-matmul-prec high"
 MUON_BF16 = " --optimizer muon --muon-extra-scale-factor 0.5 --bf16"
+# As `--optimizer muon --use-distributed-optimizer`, by its name of old.
+MUON_SHARED = MUON_BF16.replace("muon", "dist_muon", 1)
 UNTIED = "--untie-embeddings-and-output-weights"
 CLAMPED_GEGLU = " --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0"
 PER_TOKEN = " --calculate-per-token-loss"
@@ -573,8 +575,7 @@ ROWS = [
     Row("Muon", flags=MUON),
     Row(
         "Muon with Nesterov momentum, other scales, coefficients, and tensor-parallel mode",
-        flags=MUON
-        + " --muon-nesterov --muon-momentum 0.95 --muon-scale-mode unit_rms_norm"
+        flags=MUON + " --muon-nesterov --muon-momentum 0.95 --muon-scale-mode unit_rms_norm"
         " --muon-extra-scale-factor 0.2 --muon-coefficient-type polar_express"
         " --muon-num-ns-steps 8 --muon-tp-mode distributed --muon-no-split-qkv",
     ),
@@ -601,10 +602,10 @@ ROWS = [
         flags=MUON + TENSOR + " --muon-tp-mode duplicated",
     ),
     Row(
-        "Muon, distributed optimizer with both overlaps, expert data parallel 2, bf16",
+        "dist_muon with both overlaps, expert data parallel 2, bf16",
         ranks=4,
         expert_parallel=2,
-        flags=MUON_BF16 + DIST_OPT,
+        flags=MUON_SHARED + " --overlap-grad-reduce --overlap-param-gather",
         bound=BF16_BOUND,
     ),
     Row(
@@ -613,7 +614,7 @@ ROWS = [
         expert_parallel=2,
         accumulation=2,
         moe_layers=1,
-        flags=MUON_BF16.replace("muon", "dist_muon") + PIPELINE,
+        flags=MUON_SHARED + PIPELINE,
         bound=BF16_BOUND,
     ),
     Row(
