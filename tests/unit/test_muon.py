@@ -69,7 +69,7 @@ def test_other_optimizers_of_the_registry_are_refused() -> None:
 
     enable()
     try:
-        with pytest.raises(ValueError, match="optimizer='soap': it needs whole matrices.*'muon'"):
+        with pytest.raises(ValueError, match="optimizer='soap': it needs whole matrices"):
             _create_emerging_optimizer(None, [], "soap", [], None)
     finally:
         disable()
@@ -117,6 +117,6 @@ def test_a_missing_package_is_named_before_anything_is_built(
         if not is_refused:
             assert validate(args) is args
             return
-        with pytest.raises(RefusedError, match="pip install 'emerging-optimizers>=0.2'"):
+        with pytest.raises(RefusedError, match="pip install 'emerging-optimizers"):
             validate(args)
         turned_on.assert_not_called()
