@@ -10,6 +10,7 @@ Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from megatron_laer.experts.slices import WholeMatrix, whole_matrix_of
 from megatron_laer.runtime.comm.whole_matrices import WholeMatrices
 
 # With so many matrices for each rank, one more on some ranks is little.
-_ENOUGH_PER_RANK = 4
+_ENOUGH_PER_RANK = 8
 
 
 @dataclass
@@ -98,7 +99,7 @@ class ExpertMuon(TensorParallelMuon):
         return update
 
     def _batches(self) -> Iterator[_Batch]:
-        """Put slices together until their matrices divide over the ranks, or are enough.
+        """Put slices together until the matrices of each size divide over the ranks, or are enough.
 
         A batch has slices of one parameter group, and so one learning rate.
         """
@@ -108,13 +109,15 @@ class ExpertMuon(TensorParallelMuon):
         }
         for group in self.param_groups:
             slices = [(p, whole_of[p]) for p in group["params"] if p in whole_of]
-            first = matrices = 0
-            for end, (parameter, _) in enumerate(slices, start=1):
-                matrices += parameter.shape[0]
-                is_enough = matrices >= _ENOUGH_PER_RANK * self._group.size()
-                if is_enough or matrices % self._group.size() == 0 or end == len(slices):
+            first, matrices = 0, Counter[tuple[int, int]]()
+            for end, (parameter, whole) in enumerate(slices, start=1):
+                matrices[whole.rows, parameter.shape[2]] += parameter.shape[0]
+                is_enough = matrices.total() >= _ENOUGH_PER_RANK * self._group.size()
+                is_even = not any(count % self._group.size() for count in matrices.values())
+                if is_enough or is_even or end == len(slices):
                     yield self._batch(slices[first:end])
-                    first, matrices = end, 0
+                    first = end
+                    matrices.clear()
 
     def _batch(self, slices: list[tuple[torch.Tensor, WholeMatrix]]) -> _Batch:
         shapes_ERK = [(p.shape[0], whole.rows, p.shape[2]) for p, whole in slices]

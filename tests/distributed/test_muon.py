@@ -93,7 +93,7 @@ def test_every_expert_is_updated_once_per_group_by_ranks_that_share_the_work(
     done = ranks(2).run(count_updates, command)
     for shape in ((128, 48), (48, 64)):
         assert sum(mine.count(shape) for mine in done) == steps * experts * layers
-        # Three matrices of two ranks: two slices are exchanged together.
+        # Three matrices do not divide over two ranks, but those of both layers do.
         assert {mine.count(shape) for mine in done} == {steps * experts * layers // 2}
 
 
