@@ -25,6 +25,7 @@ _MODULES = {
 _OPTIONAL = {
     "transformer-engine": "Megatron's default on a GPU; without it give --transformer-impl local",
     "apex": "with --transformer-impl local; without it give --no-gradient-accumulation-fusion",
+    "emerging-optimizers": "for --optimizer muon and lion",
     "matplotlib": "for the plot of `plan`",
 }
 _FOR_GPUS = ("transformer-engine", "apex")

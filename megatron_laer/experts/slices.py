@@ -21,6 +21,22 @@ from megatron_laer.sharding import row_bounds
 
 Init = Callable[[torch.Tensor], object]
 
+# Megatron cuts the first linear layer of an MLP by rows over tensor ranks, the second by columns.
+_PARTITION_DIM = {"linear_fc1": 0, "linear_fc2": 1}
+
+
+@dataclass(frozen=True)
+class WholeMatrix:
+    """Tells an optimizer that needs whole matrices what the parameter is a slice of.
+
+    Attributes:
+        rows: R of each expert's whole matrix.
+        partition_dim: the mark of stock's parameter: the dimension that tensor ranks would cut.
+    """
+
+    rows: int
+    partition_dim: int
+
 
 @dataclass(frozen=True)
 class SliceSpec:
@@ -93,7 +109,16 @@ class SliceSpec:
         slice_ErK.tensor_model_parallel = True  # type: ignore[attr-defined]
         slice_ErK.partition_dim = 0 if self.is_bias else 1  # type: ignore[attr-defined]
         slice_ErK.partition_stride = 1  # type: ignore[attr-defined]
+        if not self.is_bias:
+            slice_ErK.whole_matrix = WholeMatrix(  # type: ignore[attr-defined]
+                self.rows, _PARTITION_DIM[self.name]
+            )
         return slice_ErK
+
+
+def whole_matrix_of(parameter: torch.Tensor) -> WholeMatrix | None:
+    """Return what a parameter of a model is a slice of; None if it is no slice of matrices."""
+    return getattr(parameter, "whole_matrix", None)
 
 
 def expert_seed(seed: int, layer: str, matrix: str, expert: int) -> int:

@@ -12,7 +12,7 @@ import os
 import time
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -186,6 +186,7 @@ def _replace_type_names() -> None:
 def _replace_collectives() -> None:
     dist = torch.distributed
     true_all_to_all = dist.all_to_all_single
+    true_all_gather = dist.all_gather
     true_barrier = dist.barrier
     true_init = dist.init_process_group
 
@@ -208,6 +209,25 @@ def _replace_collectives() -> None:
             **kwargs,
         )
 
+    # NCCL gathers tensors of several sizes; gloo's ranks then send one after the other.
+    @functools.wraps(true_all_gather)
+    def all_gather(
+        tensor_list: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if len({part.numel() for part in tensor_list}) == 1:
+            return true_all_gather(tensor_list, tensor, group, async_op)
+        group = group or dist.group.WORLD
+        tensor_list[dist.get_rank(group)].copy_(tensor)
+        works = [
+            dist.broadcast(part, group=group, group_src=rank, async_op=async_op)
+            for rank, part in enumerate(tensor_list)
+            if part.numel()
+        ]
+        return _Works(works) if async_op else None
+
     # gloo's barrier takes no device ids.
     @functools.wraps(true_barrier)
     def barrier(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
@@ -220,9 +240,19 @@ def _replace_collectives() -> None:
         true_init(*args, **kwargs)
         atexit.register(_destroy_groups)
 
-    for function in (all_to_all_single, barrier, init_process_group):
+    for function in (all_to_all_single, all_gather, barrier, init_process_group):
         setattr(dist, function.__name__, function)
         setattr(dist.distributed_c10d, function.__name__, function)
+
+
+class _Works(NamedTuple):
+    """Is waited for as the handle of one collective is."""
+
+    works: list[Any]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
 
 
 class Event:

@@ -23,6 +23,7 @@ from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.platform import cpu
 from megatron_laer.platform.versions import check_version
 from megatron_laer.plugin.metrics import install_metrics
+from megatron_laer.plugin.optimizers import check_installed
 from megatron_laer.plugin.patching import Patch, apply, undo
 from megatron_laer.plugin.switch import disable, enable
 from megatron_laer.runtime.comm import launcher
@@ -129,12 +130,13 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
                 # Printed like Megatron's own lines on what it derives, before logging has a level.
                 print(line, flush=True)
             on_cuda = not cpu.installed()
-            for warning in arguments.warnings(args, config, os.environ, on_cuda=on_cuda):
+            for warning in arguments.warnings(config, os.environ, on_cuda=on_cuda):
                 logger.warning("FSEP: %s", warning)
         with _refusing():
             # By now Megatron has derived the dtype.
             device = torch.device("cpu" if cpu.installed() else "cuda")
             check_gemm(args.fsep_gemm, device, args.params_dtype)
+            check_installed(args.optimizer)
             enable(config, seed=args.seed)
         install_metrics(args)
         return result

@@ -18,6 +18,7 @@ from megatron_laer.plugin.checkpoint_writer import WRITER_PATCHES
 from megatron_laer.plugin.checkpoints import CHECKPOINT_PATCHES
 from megatron_laer.plugin.layers import LAYER_PATCHES, create_groups, repoint_hybrid_specs
 from megatron_laer.plugin.metrics import remove_metrics
+from megatron_laer.plugin.optimizers import OPTIMIZER_PATCHES
 from megatron_laer.plugin.patching import apply, patch_table, undo
 from megatron_laer.plugin.steps import STEP_PATCHES
 from megatron_laer.session import Session
@@ -26,7 +27,13 @@ from megatron_laer.support.table import UNPROVEN
 
 logger = logging.getLogger(__name__)
 
-FSEP_PATCHES = (*LAYER_PATCHES, *STEP_PATCHES, *CHECKPOINT_PATCHES, *WRITER_PATCHES)
+FSEP_PATCHES = (
+    *LAYER_PATCHES,
+    *STEP_PATCHES,
+    *OPTIMIZER_PATCHES,
+    *CHECKPOINT_PATCHES,
+    *WRITER_PATCHES,
+)
 
 
 def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None:

@@ -66,7 +66,7 @@ _OPTIMIZER = "optimizer"
 COLUMNS = ("recipe", *_WORDS, *_SIZES, *_LISTS, _OPTIMIZER)
 
 _LIST = re.compile(r"\w*|\[('\w+'(, *'\w+')*)?\]", re.ASCII)
-_OPTIMIZERS = re.compile(r"(?:opt:)?(?:distributed_)?(?:fused_)?(adam|sgd|muon|lion)(?:_\w+)?")
+_OPTIMIZERS = re.compile(r"(?:opt:)?(distributed_)?(?:fused_)?(adam|sgd|muon|lion)(?:_\w+)?")
 
 
 def read_recipes(path: Path) -> list[dict[str, str]]:
@@ -169,7 +169,8 @@ def _settings(row: Mapping[str, str]) -> Namespace:
         delay_wgrad_compute=word["delay_wgrad"],
         moe_router_force_load_balancing=word["force_balance"],
         moe_router_padding_for_quantization=False,
-        optimizer=optimizer[1],
+        optimizer=optimizer[2],
+        use_distributed_optimizer=bool(optimizer[1]),
     )
 
 

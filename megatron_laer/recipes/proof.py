@@ -24,8 +24,8 @@ class Proof(Choice):
     GPU = "gpu"
 
 
-# Settings whose rows run on a replacement of what Megatron has for GPUs alone, by their flag or
-# their module of selective recompute.
+# Settings whose rows run on a replacement of what Megatron has for GPUs alone, by their flag, its
+# value, or their module of selective recompute.
 REPLACED: dict[str, Callable[[Namespace], bool]] = {
     "--context-parallel-size": lambda settings: _above_one(settings, "context_parallel_size"),
     "--hybrid-layer-pattern": lambda settings: bool(
@@ -35,6 +35,7 @@ REPLACED: dict[str, Callable[[Namespace], bool]] = {
     "layernorm": lambda settings: "layernorm" in _recomputed(settings),
     "--sequence-parallel": lambda settings: bool(getattr(settings, "sequence_parallel", False)),
     "--moe-flex-dispatcher-backend": lambda settings: settings.moe_token_dispatcher_type == "flex",
+    "dist_muon": lambda settings: _is_dist_muon(settings),
 }
 
 
@@ -49,8 +50,6 @@ def unproved(settings: Namespace) -> list[str]:
         for name in sorted(UNPROVED)
         if getattr(settings, name, None)
     ]
-    if settings.optimizer == "lion":
-        found.append(f"--optimizer lion: {_NO_ROW}")
     return found
 
 
@@ -58,6 +57,11 @@ def proof_of(settings: Namespace) -> Proof:
     """Say what proves settings of which nothing is unproved."""
     is_replaced = any(is_used(settings) for is_used in REPLACED.values())
     return Proof.REPLACEMENT if is_replaced else Proof.CPU
+
+
+def _is_dist_muon(settings: Namespace) -> bool:
+    is_shared = bool(getattr(settings, "use_distributed_optimizer", False))
+    return settings.optimizer == "dist_muon" or (settings.optimizer == "muon" and is_shared)
 
 
 def _recomputed(settings: Namespace) -> set[str]:

@@ -73,10 +73,8 @@ def check(args: Namespace, config: FSEPConfig) -> None:
         raise RefusedError(f"--expert-parallel-mode fsep cannot run with {listed}")
 
 
-def warnings(
-    args: Namespace, config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: bool
-) -> list[str]:
-    """List what FSEP runs with, but not well, or without a test that shows it."""
+def warnings(config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: bool) -> list[str]:
+    """List what FSEP runs with, but not well."""
     found = []
     if on_cuda and config.scheduler == OverlapScheduler.ON and environment.get(_CONNECTIONS) == "1":
         found.append(
@@ -85,8 +83,6 @@ def warnings(
             "or set it to 32, unless --tensor-model-parallel-size or --context-parallel-size above "
             "1 needs it (before Blackwell)"
         )
-    if args.optimizer == "lion":
-        found.append("--optimizer lion: no test proves that it works with FSEP")
     return found
 
 

@@ -217,10 +217,11 @@ REFUSALS: tuple[Refusal, ...] = (
         left_out=LeftOut.SPEED,
     ),
     Refusal(
-        "--optimizer other than adam, sgd, lion",
-        "the optimizer needs whole matrices, and a rank holds rows of them",
-        "give --optimizer adam or sgd",
-        accepted=("adam", "sgd", "lion"),
+        "--optimizer other than adam, sgd, lion, muon",
+        "the optimizer needs whole matrices, and a rank holds rows of them, for which FSEP "
+        "provides with Muon alone",
+        "give --optimizer adam, sgd, lion or muon",
+        accepted=("adam", "sgd", "lion", "muon", "dist_muon"),
     ),
     Refusal(
         "--moe-mlp-glu-interleave-size",

@@ -133,7 +133,7 @@ _FLAGS = (
         ON + "--fsep-allow-unproven te-graphs --cuda-graph-impl transformer_engine",
         "--cuda-graph-modules other than attn, moe_router, mlp",
     ),
-    (ON + "--optimizer muon", "--optimizer muon"),
+    (ON + "--optimizer soap", "--optimizer soap"),
     (ON + "--cuda-graph-impl local", "--cuda-graph-impl local"),
     (ON + "--delay-wgrad-compute", "--delay-wgrad-compute"),
     (ON + "--use-megatron-fsdp", "--use-megatron-fsdp"),

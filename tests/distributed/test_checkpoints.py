@@ -47,12 +47,18 @@ class Stop:
 
 @dataclass(frozen=True)
 class Journey:
-    """A checkpoint goes from one way of being parallel to the next."""
+    """A checkpoint goes from one way of being parallel to the next.
+
+    Attributes:
+        without: flags of the model to leave out.
+        moment: what the optimizer keeps of an expert's matrix.
+    """
 
     name: str
     flags: str
     stops: tuple[Stop, ...]
     without: str = ""
+    moment: str = "exp_avg"
 
 
 STOCK_TO_STOCK = (
@@ -129,6 +135,13 @@ JOURNEYS = (
         ),
     ),
     Journey("linear bias, plain optimizer", "", STOCK_TO_STOCK, without="--disable-bias-linear"),
+    Journey("Muon", " --optimizer muon", STOCK_TO_STOCK, moment="momentum_buffer"),
+    Journey(
+        "Muon, distributed optimizer, bf16",
+        " --optimizer muon --use-distributed-optimizer --bf16",
+        (Stop(2, 2), Stop(4, 2, FSEP), Stop(2, 2, FSEP + " --fsep-capacity 7"), Stop(2, 2)),
+        moment="momentum_buffer",
+    ),
 )
 
 
@@ -162,13 +175,13 @@ def test_weights_and_optimizer_state_survive_every_change_of_parallelism(
         folders.append(iteration_folder(target, 2))
 
     first, *others = map(saved_tensors, folders)
-    states = {key.split(".")[2] for key in first if key.startswith("optimizer.state.")}
-    assert {"exp_avg", "exp_avg_sq"} <= states
+    # Optimizers of several kinds have their place in front of the key.
+    parts = [(key.partition("optimizer.state.")[2], tensor) for key, tensor in first.items()]
+    assert {"exp_avg", "exp_avg_sq", journey.moment} <= {key.split(".")[0] for key, _ in parts}
     moments = {
         key.split(".linear_fc1.")[1]: tensor.any()
-        for key, tensor in first.items()
-        if key.startswith("optimizer.state.exp_avg.decoder.layers.")
-        and ".experts.linear_fc1" in key
+        for key, tensor in parts
+        if key.startswith(f"{journey.moment}.decoder.layers.") and ".experts.linear_fc1" in key
     }
     has_biases = "--disable-bias-linear" in journey.without
     assert moments == {"weight": True} | ({"bias": True} if has_biases else {})

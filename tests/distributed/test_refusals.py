@@ -119,7 +119,7 @@ CASES = {
         "attn moe_router",
     ),
     "idle word": ("--fsep-allow-unproven te-graphs", "te-graphs: no effect", "leave it out"),
-    "Muon": ("--optimizer muon", "--optimizer muon", "adam"),
+    "SOAP": ("--optimizer soap", "--optimizer soap", "adam, sgd, lion or muon"),
     "delayed weight gradients": ("--delay-wgrad-compute", "--delay-wgrad-compute", "leave it out"),
     "yaml": ("--yaml-cfg x.yaml", "--yaml-cfg", "no effect"),
     "deprecated cuda graphs": ("--enable-cuda-graph", "--enable-cuda-graph", "none"),

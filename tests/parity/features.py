@@ -19,6 +19,7 @@ REPLACED = {
     "layernorm": "recompute of norms",
     "--sequence-parallel": "norms and biases of experts under sequence parallelism",
     "--moe-flex-dispatcher-backend": "the flex dispatcher's buffers (these with FSEP alone)",
+    "dist_muon": "gathers of tensors of several sizes (Muon's distributed form)",
 }
 
 # Rows and words of `--fsep-allow-unproven` of which docs/gpu_status.md has a run.
@@ -159,7 +160,19 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "`--check-weight-hash-across-dp-replicas-interval`": (
         "evaluation and hashes of weights between steps, expert data parallel 2",
     ),
-    "optimizers": ("plain DDP", "SGD with momentum", "--optimizer other than adam, sgd, lion"),
+    "Adam, SGD, Lion": ("plain DDP", "SGD with momentum", "Lion"),
+    "Muon": (
+        "Muon",
+        "Muon with Nesterov momentum, other scales, coefficients, and tensor-parallel mode",
+        "Muon, bf16, accumulation 2, shared experts",
+        "Muon, expert data parallel 2, E = 3 on 4 ranks",
+        "Muon, tensor parallel 2, linear bias",
+    ),
+    "Muon with `--use-distributed-optimizer`, or `dist_muon`": (
+        "dist_muon with both overlaps, expert data parallel 2, bf16",
+        "dist_muon, expert data parallel 2, pipeline 2, bf16, accumulation 2",
+    ),
+    "other optimizers": ("--optimizer other than adam, sgd, lion, muon",),
     "FSEP's planners": (
         "planner greedy, adaptive",
         "planner search, forecast",

@@ -8,7 +8,7 @@ Over 400 lines: one table, in the order of docs/support.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.parity.compare import Distance
 from tests.parity.flags import command_line
@@ -27,6 +27,8 @@ FP32_BOUND = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4, logged=
 # bf16 keeps 8 bits: a rounding is 4e-3 relative. Two layouts sum the same gradients in another
 # order, which after some steps of Adam decides the rounding of many weights.
 BF16_BOUND = Distance(grads=2e-2, losses=1e-2, norms=1e-1, weights=5e-2, logged=1e-2)
+# An update is the sign of a momentum, which rounding decides near zero.
+LION_BOUND = replace(FP32_BOUND, weights=1e-2)
 FLOOR_FACTOR = 10
 # Two stock runs of few steps may agree in every loss, but no run can be held to less than a
 # rounding of fp32.
@@ -129,6 +131,11 @@ HYBRIDEP = " --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybr
 # Both sides are told what routers choose: see `tests/parity/replay.py`.
 REPLAY = " --moe-enable-routing-replay"
 ANNOUNCED = " --fsep-plan-mode announced"
+# Megatron's default multiplies in bf16, whose rounding would hide other differences.
+MUON = " --optimizer muon --muon-fp32-matmul-prec high"
+MUON_BF16 = " --optimizer muon --muon-extra-scale-factor 0.5 --bf16"
+# As `--optimizer muon --use-distributed-optimizer`, by its name of old.
+MUON_SHARED = MUON_BF16.replace("muon", "dist_muon", 1)
 UNTIED = "--untie-embeddings-and-output-weights"
 CLAMPED_GEGLU = " --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0"
 HYBRID = " --spec megatron_laer.testing.hybrid hybrid_stack_spec --hybrid-layer-pattern "
@@ -646,6 +653,52 @@ ROWS = [
         fsep=RANDOM + " --moe-router-padding-for-quantization",
     ),
     Row("SGD with momentum", flags=" --optimizer sgd --sgd-momentum 0.9 --lr 2e-1 --min-lr 2e-1"),
+    Row("Lion", flags=" --optimizer lion", bound=LION_BOUND),
+    Row("Muon", flags=MUON),
+    Row(
+        "Muon with Nesterov momentum, other scales, coefficients, and tensor-parallel mode",
+        flags=MUON + " --muon-nesterov --muon-momentum 0.95 --muon-scale-mode unit_rms_norm"
+        " --muon-extra-scale-factor 0.2 --muon-coefficient-type polar_express"
+        " --muon-num-ns-steps 8 --muon-tp-mode distributed --muon-no-split-qkv",
+    ),
+    Row(
+        "Muon, bf16, accumulation 2, shared experts",
+        flags=MUON_BF16 + " --moe-shared-expert-intermediate-size 32",
+        accumulation=2,
+        bound=BF16_BOUND,
+    ),
+    Row(
+        "Muon, expert data parallel 2, E = 3 on 4 ranks",
+        ranks=4,
+        experts=3,
+        expert_parallel=2,
+        stock_parallel=(1, 1),
+        reference_ranks=1,
+        flags=MUON,
+    ),
+    Row(
+        "Muon, tensor parallel 2, linear bias",
+        ranks=4,
+        stock_parallel=(4, 2),
+        without=NO_BIAS,
+        flags=MUON + TENSOR + " --muon-tp-mode duplicated",
+    ),
+    Row(
+        "dist_muon with both overlaps, expert data parallel 2, bf16",
+        ranks=4,
+        expert_parallel=2,
+        flags=MUON_SHARED + " --overlap-grad-reduce --overlap-param-gather",
+        bound=BF16_BOUND,
+    ),
+    Row(
+        "dist_muon, expert data parallel 2, pipeline 2, bf16, accumulation 2",
+        ranks=4,
+        expert_parallel=2,
+        accumulation=2,
+        moe_layers=1,
+        flags=MUON_SHARED + PIPELINE,
+        bound=BF16_BOUND,
+    ),
     Row(
         "evaluation and hashes of weights between steps, expert data parallel 2",
         ranks=4,

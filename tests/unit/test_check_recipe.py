@@ -52,7 +52,7 @@ LINES = {
     ),
     "set-ep": ("--num-experts 8", 5, "uses no expert parallelism", None),
     "dense": ("--num-layers 2", 1, "refused, because", None),
-    "refused": (f"{BASE} --optimizer muon {SLOW}", 1, "refused, because", None),
+    "refused": (f"{BASE} --optimizer soap {SLOW}", 1, "refused, because", None),
     "too many slots": (
         "--num-experts 4096 --expert-model-parallel-size 8 --moe-token-dispatcher-type flex",
         1,

@@ -104,11 +104,12 @@ JUDGED: dict[str, tuple[dict[str, str], Verdict, Proof | None, list[str], list[s
         ["--fp8-format e4m3", "--moe-router-padding-for-quantization with fp8"],
         ["--fp8-format", "--moe-router-padding-for-quantization"],
     ),
-    "Muon": (
-        {"optimizer": "opt:distributed_muon_with_cosine_annealing", "delay_wgrad": "True"},
-        Verdict.REFUSED,
-        None,
-        ["--optimizer muon: the optimizer needs whole matrices"],
+    "Muon": ({"optimizer": "muon"}, Verdict.RUNS, Proof.CPU, [], []),
+    "Muon, shared among replicas": (
+        {"optimizer": "opt:distributed_muon_with_cosine_annealing"},
+        Verdict.RUNS,
+        Proof.REPLACEMENT,
+        [],
         [],
     ),
     "expert tensor parallel": (

@@ -35,8 +35,7 @@ def test_one_connection_is_warned_of_where_it_hides_nothing(
     config: FSEPConfig, connections: str | None, on_cuda: bool, warned: int
 ) -> None:
     environment = {} if connections is None else {"CUDA_DEVICE_MAX_CONNECTIONS": connections}
-    args = Namespace(optimizer="adam")
-    warnings = arguments.warnings(args, config, environment, on_cuda=on_cuda)
+    warnings = arguments.warnings(config, environment, on_cuda=on_cuda)
     assert len(warnings) == warned
     assert all("CUDA_DEVICE_MAX_CONNECTIONS=1" in warning for warning in warnings)
 
@@ -46,7 +45,7 @@ def test_warnings_are_logged_when_arguments_are_validated(caplog: pytest.LogCapt
 
     args = Namespace(
         expert_parallel_mode="fsep",
-        optimizer="lion",
+        optimizer="adam",
         num_experts=8,
         expert_model_parallel_size=2,
         expert_tensor_parallel_size=1,
@@ -58,6 +57,7 @@ def test_warnings_are_logged_when_arguments_are_validated(caplog: pytest.LogCapt
     )
     with (
         mock.patch.object(arguments, "check"),
+        mock.patch.object(arguments, "warnings", return_value=["it crawls"]),
         mock.patch.object(command_line, "enable"),
         mock.patch.object(command_line, "install_metrics"),
         caplog.at_level(logging.WARNING),
@@ -65,8 +65,7 @@ def test_warnings_are_logged_when_arguments_are_validated(caplog: pytest.LogCapt
         assert command_line._with_fsep_validation(lambda args: args)(args) is args
         args.rank = 1
         command_line._with_fsep_validation(lambda args: args)(args)
-    (record,) = (record for record in caplog.records if "lion" in record.getMessage())
-    assert "no test proves" in record.getMessage()
+    assert [record.getMessage() for record in caplog.records] == ["FSEP: it crawls"]
 
 
 SLURM_8 = {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_STEP_NUM_TASKS": "16"}

@@ -71,7 +71,7 @@ REFUSED = {
         "--overlap-dispatch-backward-with-experts-wgrad"
     ],
     "--overlap-moe-expert-parallel-comm": ["--overlap-moe-expert-parallel-comm"],
-    "--optimizer other than adam, sgd, lion": ["--optimizer muon"],
+    "--optimizer other than adam, sgd, lion, muon": ["--optimizer soap"],
     "--moe-mlp-glu-interleave-size": ["--moe-mlp-glu-interleave-size 8"],
     "--moe-single-grouped-weight": ["--moe-single-grouped-weight"],
     "--moe-single-grouped-bias": ["--moe-single-grouped-bias"],

@@ -63,7 +63,10 @@ def test_features_point_at_rows_and_refusals_that_exist() -> None:
 
 def test_a_feature_is_proved_by_what_its_rows_run_with() -> None:
     assert status(["plain DDP"]) == ("proved", "CPU row")
-    assert status(["plain DDP", "--optimizer other than adam, sgd, lion"]) == ("proved", "CPU row")
+    assert status(["plain DDP", "--optimizer other than adam, sgd, lion, muon"]) == (
+        "proved",
+        "CPU row",
+    )
     assert status(["context parallel 2 with aux losses"]) == ("proved", "CPU row, replacement")
     assert status(["context parallel 2 with aux losses", "bf16"]) == ("proved", "CPU row")
     assert status(["--fp4-format", "--fp8-param-gather"]) == ("refused", "–")
