@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_laer.testing.training import Adapt
+from tests.parity.adapted import frozen_in_part, lora_on_attention, lora_under_recompute
 from tests.parity.compare import Distance
 from tests.parity.flags import command_line
 
@@ -51,6 +53,9 @@ class Row:
         steps: training steps; 0 for a run that only evaluates.
         evaluations: how often the run evaluates.
         moe_layers: on rank 0.
+        exchanges: restores and reduces of a microbatch over rank 0's MoE layers, where not all of
+            their weights are trained.
+        adapt: changes the model on both sides.
         gradients: whether Megatron can hand over the first step's; norms are compared without.
         releases: whether the row is run with the oldest supported Megatron as well.
     """
@@ -71,6 +76,8 @@ class Row:
     steps: int = STEPS
     evaluations: int = 0
     moe_layers: int = 2
+    exchanges: tuple[int, int] | None = None
+    adapt: Adapt | None = None
     gradients: bool = True
     releases: bool = False
 
@@ -107,6 +114,7 @@ class Row:
 
 
 DIST_OPT = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+OFFLOADED = DIST_OPT + " --bf16 --optimizer-cpu-offload --use-precision-aware-optimizer"
 FULL_RECOMPUTE = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 # The first layer of a stage only.
 BLOCK_RECOMPUTE = " --recompute-granularity full --recompute-method block --recompute-num-layers 1"
@@ -557,11 +565,47 @@ ROWS = [
         flags=PIPELINE + " --mtp-num-layers 1",
         moe_layers=1,
     ),
+    # Frozen weights.
+    Row(
+        "LoRA on attention, distributed optimizer",
+        flags=DIST_OPT + " --lr 1e-2 --min-lr 1e-2",
+        adapt=lora_on_attention,
+        exchanges=(4, 0),
+    ),
+    Row(
+        "LoRA on attention, full recompute, restored once per step, accumulation 2, bf16",
+        accumulation=2,
+        flags=FULL_RECOMPUTE + " --bf16 --lr 1e-2 --min-lr 1e-2",
+        fsep=RANDOM + STEP,
+        adapt=lora_under_recompute,
+        exchanges=(2, 0),
+        bound=BF16_BOUND,
+    ),
+    Row(
+        "first layer and first matrix of experts frozen, recompute of the MoE layer,"
+        " distributed optimizer, accumulation 2",
+        accumulation=2,
+        flags=MOE_RECOMPUTE + DIST_OPT,
+        adapt=frozen_in_part,
+        exchanges=(3, 1),
+    ),
     # Runs.
     Row(
         # Without fp8 Megatron itself refuses it.
         "router padding, without effect",
         fsep=RANDOM + " --moe-router-padding-for-quantization",
+    ),
+    Row(
+        "optimizer offloaded to the CPU, expert data parallel 2",
+        ranks=4,
+        expert_parallel=2,
+        flags=OFFLOADED,
+        bound=BF16_BOUND,
+    ),
+    Row(
+        "half of the optimizer offloaded to the CPU with both copies overlapped",
+        flags=OFFLOADED + " --optimizer-offload-fraction 0.5 --overlap-cpu-optimizer-d2h-h2d",
+        bound=BF16_BOUND,
     ),
     Row("SGD with momentum", flags=" --optimizer sgd --sgd-momentum 0.9 --lr 2e-1 --min-lr 2e-1"),
     Row(

@@ -132,7 +132,7 @@ JUDGED: dict[str, tuple[dict[str, str], Verdict, Proof | None, list[str], list[s
         ["--mtp-use-repeated-layer: "],
         [],
     ),
-    "LoRA on attention": ({"pool": "peft"}, Verdict.RUNS, None, ["LoRA on attention: "], []),
+    "LoRA on attention": ({"pool": "peft"}, Verdict.RUNS, Proof.CPU, [], []),
     "LoRA on experts": (
         {"pool": "peft", "recipe": OLMOE},
         Verdict.REFUSED,
