@@ -2,8 +2,9 @@
 
 Gloo ranks on this machine, one thread each, run Megatron's own training loop. All configurations
 run in turn, again and again, in one start: the ideal (stock, routing forced to balance), stock and
-FSEP under three skews, FSEP with layouts that never change, and FSEP on balanced routing in every
-mode. What to expect and what is left is in `docs/end_to_end.md`.
+FSEP under three skews and under Megatron's workloads W0 to W7, FSEP with layouts that never change,
+and FSEP on balanced routing in every mode. What is said first is the share of forced balance that
+each of them keeps. What to expect and what is left is in `docs/end_to_end.md`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from benchmarks import routing
 from benchmarks.end_to_end_cases import (
     FSEP,
     FULL,
+    HALF,
     MODES,
     QUICK,
     SKEWS,
@@ -41,6 +43,7 @@ from benchmarks.report import machine, print_table
 from benchmarks.training_run import Measured, measure
 from megatron_laer.data import default_text_sources, prepare_data
 from megatron_laer.testing.ranks import RankPool
+from megatron_laer.trace.workloads import WORKLOADS
 
 # On this share of the ideal's throughput, and at most so much slower on balanced routing.
 LEAST_THROUGHPUT, MOST_SLOWDOWN = 0.90, 0.05
@@ -59,12 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2, help="gloo ranks; they share the cores")
     parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--quick", action="store_true", help="a small model: says nothing of speed")
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--half", action="store_true", help="a model of an eighth of the work")
+    models.add_argument("--quick", action="store_true", help="a small model: says nothing of speed")
     parser.add_argument("--repeats", type=int, help="of every configuration")
     parser.add_argument("--steps", type=int, help="that are counted, but for bursts")
     parser.add_argument("--only", help="configurations whose names contain this, and stock's")
     options = parser.parse_args(arguments)
-    size = QUICK if options.quick else FULL
+    size = QUICK if options.quick else HALF if options.half else FULL
     if options.repeats is not None:
         size = replace(size, repeats=options.repeats)
     if options.steps is not None:
@@ -208,6 +213,7 @@ def summary(cases: Sequence[Configuration], runs: Runs, size: Size) -> dict[str,
             case.name: spread(ms for run in runs[case.name] for ms in cpu_times(size, run))
             for case in cases
         },
+        "share_of_forced_balance": kept(runs, size),
         "throughput_of_ideal": {case.name: throughput(runs, case.name, size) for case in cases},
         "burst_steps_ms": {
             kind: spread(burst_times(runs[f"{kind}, burst"]))
@@ -258,11 +264,13 @@ def burst_times(repeats: Sequence[Run]) -> list[float]:
 def throughput(runs: Runs, name: str, size: Size) -> dict[str, float]:
     """Share of the ideal's throughput: its neighbours' median steps over its own, per run.
 
-    Of what recomputes, the share of stock's that does, of the same repeat.
+    Of what recomputes, the share of stock's that does, of the same repeat. Of workloads the share
+    of mean steps, since bursts count.
     """
+    typical = statistics.fmean if name.split(", ")[-1] in WORKLOADS else statistics.median
 
     def step_ms(run: Run) -> float:
-        return statistics.median(step_times(size, run))
+        return typical(step_times(size, run))
 
     rivals = [run.ideals for run in runs[name]]
     if "recompute" in name and STOCK_RECOMPUTE in runs:
@@ -273,8 +281,34 @@ def throughput(runs: Runs, name: str, size: Size) -> dict[str, float]:
     )
 
 
+def kept(runs: Runs, size: Size) -> dict[str, dict[str, dict[str, float]]]:
+    """The share of forced balance that stock and FSEP keep under each workload that was run."""
+    return {
+        workload: {
+            kind: throughput(runs, f"{kind}, {workload}", size)
+            for kind in ("stock", "fsep")
+            if f"{kind}, {workload}" in runs
+        }
+        for workload in routing.REPLAYED
+        if f"fsep, {workload}" in runs
+    }
+
+
 def report(cases: Sequence[Configuration], runs: Runs, size: Size) -> None:
-    """The table, and which goals were met."""
+    """The share of forced balance that is kept, the table of all, and which goals were met."""
+    print_table(
+        [
+            {
+                "share of forced balance": f"{workload} {WORKLOADS[workload].title}",
+                **{kind: round(share["median"], 3) for kind, share in shares.items()},
+                **{
+                    f"{kind} least - most": f"{share['min']:.3f} - {share['max']:.3f}"
+                    for kind, share in shares.items()
+                },
+            }
+            for workload, shares in kept(runs, size).items()
+        ]
+    )
     rows = []
     for case in cases:
         repeats = runs[case.name]

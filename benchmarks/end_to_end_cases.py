@@ -18,6 +18,8 @@ from megatron_laer.data import BYTES_TOKENIZER_FLAGS
 from megatron_laer.platform.cpu import CPU_FLAGS
 
 SKEWS = ("fixed", "drifting", "burst")
+# Steps of workloads that change from step to step: until hot experts have gone round, three bursts.
+CHANGING = {"W6": 12, "W7": 12}
 BIAS_STD = 1.0
 SEED = 0
 
@@ -87,6 +89,8 @@ class Size:
 
 # Where experts dominate, and the same program at a size that shows that it runs.
 FULL = Size(2, 512, 2048, 8, 2, 256, 32, warm_up=2, steps=4, repeats=3)
+# Half as wide, with half of the tokens: an eighth of the time.
+HALF = Size(2, 256, 1024, 8, 2, 256, 16, warm_up=2, steps=4, repeats=3)
 QUICK = Size(2, 128, 512, 8, 2, 64, 16, warm_up=2, steps=4, repeats=2)
 
 
@@ -131,6 +135,15 @@ def configurations(size: Size, ranks: int, scratch: Path) -> list[Configuration]
         for kind, flags in (("stock", ""), ("fsep", FSEP), ("fsep static", STATIC)):
             long = burst_steps if skew == "burst" else steps
             found.append(Configuration(f"{kind}, {skew}", flags, skewed[skew], long))
+    for name in routing.REPLAYED:
+        long = size.warm_up + CHANGING.get(name, size.steps)
+        path = scratch / f"{name}.npy"
+        np.save(path, routing.replayed(name, shape, long + 1))
+        workload = Routing("--moe-enable-routing-replay", trace=path)
+        found += [
+            Configuration(f"{kind}, {name}", flags, workload, long)
+            for kind, flags in (("stock", ""), ("fsep", FSEP))
+        ]
     for mode, flags in MODES.items():
         if mode == "recompute":
             found.append(Configuration(STOCK_RECOMPUTE, RECOMPUTE, balanced, steps))

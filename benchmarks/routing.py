@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
+from megatron_laer.trace.workloads import WORKLOADS, Shape, experts_of_tokens, workload_counts
 
 Floats = npt.NDArray[np.float64]
 Trace = npt.NDArray[np.uint8]  # [P, L, N, T, K]
@@ -29,6 +30,9 @@ _MARGIN = 0.03
 # Popularity changes from step to step by about this much: the standard deviation of its logarithm.
 DRIFT = 0.2
 BURST_EVERY = 10
+
+# Of Megatron's workloads, those that its microbatches can have: they are as long on every rank.
+REPLAYED = tuple(name for name in WORKLOADS if name != "W4")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,18 @@ def burst_trace(shape: RoutingShape, steps: int, seed: int) -> Trace:
 def is_burst(step: int) -> bool:
     """Whether a step of a burst trace is skewed; counted from 0."""
     return step % BURST_EVERY == BURST_EVERY - 1
+
+
+def replayed(name: str, shape: RoutingShape, steps: int) -> Trace:
+    """Route as a workload does, the same in all layers."""
+    assert shape.experts <= 256
+    sizes = Shape(shape.ranks, shape.experts, shape.topk, shape.tokens)
+    by_step = [
+        [experts_of_tokens(counts_E, shape.topk) for counts_E in workload_counts(name, sizes, step)]
+        for step in range(steps)
+    ]
+    found: Trace = np.repeat(np.array(by_step, dtype=np.uint8)[:, None], shape.layers, axis=1)
+    return found
 
 
 def fixed_bias_seed(shape: RoutingShape, std: float) -> int:

@@ -24,7 +24,7 @@ from megatron_laer.config import PlanMode
 from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.dispatch.flex import SlotFlexDispatcher
 from megatron_laer.dispatch.slot_dispatch import SlotDispatch
-from megatron_laer.experts.module import FSEPExperts
+from megatron_laer.experts.module import ADAPTED, FSEPExperts
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.support import model as model_support
@@ -185,7 +185,13 @@ class FSEPMoELayer(MoELayer):
 
         While counts are on their way, the device has the shared experts to compute.
         """
-        finish_plan = self._coordinator.start_plan(self.state, routing_map, training=self.training)
+        finish_plan = self._coordinator.start_plan(
+            self.state,
+            routing_map,
+            training=self.training,
+            # Where the layer is a checkpoint, autograd sees what it was called with, and no more.
+            has_rerun=hidden_states.requires_grad or not self.moe_layer_recompute,
+        )
         if self._shared_input is not None:
             shared_input, self._shared_input = self._shared_input, None
             self._shared_output = super().shared_experts_compute(shared_input)
@@ -235,8 +241,15 @@ class FSEPMoELayer(MoELayer):
             self.experts.local_slices(),
             recomputes=self.moe_layer_recompute,
             passes=self.config.mtp_num_layers if repeats else 1,
+            changed=self._what_changed,
         )
         self.experts.initialise(self._state.name, self._coordinator.seed)
+
+    def _what_changed(self) -> str | None:
+        experts: torch.nn.Module = self.experts
+        if isinstance(experts, FSEPExperts):
+            return experts.what_changed()
+        return f"its experts were replaced by {type(experts).__name__}: {ADAPTED}"
 
 
 def _activation_builder(submodules: MoESubmodules) -> Any:

@@ -19,8 +19,8 @@ from benchmarks.end_to_end_cases import FSEP
 from benchmarks.gpu.ranks import Ranks, run_ranks_part
 from benchmarks.gpu.report import Part
 from benchmarks.gpu.timing import Times
+from benchmarks.routing import REPLAYED, replayed
 from benchmarks.training_run import Measured, Routing, measure
-from megatron_laer.trace.workloads import WORKLOADS, Shape, experts_of_tokens, workload_counts
 
 _FORCED = Routing("--moe-router-force-load-balancing")
 _SIDES = {"stock": [], "fsep": FSEP.split()}
@@ -53,13 +53,10 @@ def measure_workloads(ranks: Ranks) -> Part:
     balanced = train(_FORCED, _SIDES["fsep"])
     if forced is not None and balanced is not None:
         cases.append(Case("forced balance", "fsep", balanced, (forced,)))
-    for name in _DRY_WORKLOADS if ranks.dry else WORKLOADS:
-        if name == "W4":
-            continue
+    for name in _DRY_WORKLOADS if ranks.dry else REPLAYED:
         path = ranks.folder / f"{name}.npy"
         if ranks.rank == 0:
-            sizes = Shape(ranks.size, size.experts, size.topk, shape.tokens)
-            np.save(path, replayed(name, sizes, steps + 1, size.layers))
+            np.save(path, replayed(name, shape, steps + 1))
         routing = Routing("--moe-enable-routing-replay", trace=path)
         found = {side: train(routing, more) for side, more in _SIDES.items()}
         after = train(_FORCED, [])
@@ -72,17 +69,6 @@ def measure_workloads(ranks: Ranks) -> Part:
         forced = after
     part.tables["Share of forced balance"] = rows(cases, size.warm_up)
     return part
-
-
-def replayed(name: str, shape: Shape, steps: int, layers: int) -> np.ndarray:
-    """Experts of every token, uint8 [steps, layers, N, T, K], the same in all layers."""
-    assert shape.experts <= 256
-    by_step = [
-        [experts_of_tokens(counts_E, shape.topk) for counts_E in workload_counts(name, shape, step)]
-        for step in range(steps)
-    ]
-    found: np.ndarray = np.repeat(np.array(by_step, dtype=np.uint8)[:, None], layers, axis=1)
-    return found
 
 
 def rows(cases: list[Case], warm_up: int) -> list[dict[str, Any]]:

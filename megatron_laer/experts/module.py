@@ -28,6 +28,16 @@ from megatron_laer.runtime.weights.slices import Slices
 
 _EXTRA_STATE = "._extra_state"
 
+# In one message: modules that were not built here.
+_SHOWN = 4
+
+# Why nothing may be put into experts.
+ADAPTED = (
+    "FSEP computes experts from slices, and their two linear layers are no modules that could be "
+    "wrapped, so adapters such as LoRA cannot be on them; give as targets layers of attention "
+    "alone, such as linear_qkv and linear_proj, or leave out --expert-parallel-mode fsep"
+)
+
 
 class FSEPExperts(MegatronModule):
     """Holds 1/N of every expert of a layer, and computes with the C experts in this rank's slots.
@@ -104,6 +114,7 @@ class FSEPExperts(MegatronModule):
             self.register_parameter(
                 spec.parameter_name, spec.new_parameter(config.params_dtype, device)
             )
+        self._built = self._parts()
 
     def initialise(self, layer_name: str, seed: int) -> None:
         """Draw the weights, which depend on the seed and the global layer but on no rank."""
@@ -125,6 +136,16 @@ class FSEPExperts(MegatronModule):
     def specs(self) -> tuple[SliceSpec, ...]:
         """Return each slice's whole matrix or bias, and the rows of it that the slice has."""
         return self._specs
+
+    def what_changed(self) -> str | None:
+        """Say which modules and parameters in here are others than were built; None if none is."""
+        parts = self._parts()
+        others = [name for name, kind in parts.items() if self._built.get(name) is not kind]
+        if not others:
+            return None
+        listed = ", ".join(f"{name} ({parts[name].__name__})" for name in others[:_SHOWN])
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        return f"its experts have {listed}{more}, which FSEP did not build: {ADAPTED}"
 
     def forward(
         self,
@@ -203,6 +224,13 @@ class FSEPExperts(MegatronModule):
                 )
         return state
 
+    def _parts(self) -> dict[str, type]:
+        return {
+            name: type(part)
+            for name, part in (*self.named_modules(), *self.named_parameters())
+            if part is not self
+        }
+
     def _activate(self, hidden_TF: torch.Tensor, probs_T: torch.Tensor) -> torch.Tensor:
         output_TF, bias = self._activation(hidden_TF, probs_T)
         assert bias is None
@@ -227,7 +255,17 @@ class _Linear(NamedTuple):
 
 
 class _PassOn(torch.nn.Module):
-    """Passes its input on where Megatron's MLP has a linear layer, and hands on no bias."""
+    """Passes its input on where Megatron's MLP has a linear layer, and hands on no bias.
+
+    What looks for linear layers by their names, as Megatron-Bridge's LoRA does, asks this one for a
+    linear layer's attributes.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise AttributeError(f"a linear layer of experts has no {name!r}: {ADAPTED}") from error
 
     def forward(self, input_TK: torch.Tensor) -> tuple[torch.Tensor, None]:
         return input_TK, None

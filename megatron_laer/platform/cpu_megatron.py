@@ -9,6 +9,7 @@ import functools
 import types
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -27,6 +28,7 @@ def mend() -> None:
     _mend_expert_bias()
     _mend_output_discarding()
     _mend_optimizer_load()
+    _mend_optimizer_offload()
     _mend_async_saves()
 
 
@@ -211,6 +213,34 @@ def _mend_optimizer_load() -> None:
     optimizer.state_dict = state_dict
     optimizer.load_state_dict = load_state_dict
     optimizer._set_main_param_and_optimizer_states = set_states
+
+
+class _OnHost(torch.Tensor):
+    """Tells what was moved to the host, and what is made of that, from what is "on the GPU"."""
+
+    is_cuda = False
+
+
+def _mend_optimizer_offload() -> None:
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    stock = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+    # It only keeps copies on the host of parameters that are on a GPU, and counts on having some of
+    # each. Here all are, until it moves them.
+    @functools.wraps(stock)
+    def groups(self: Any, fraction: float) -> Any:
+        with (
+            mock.patch.object(torch.Tensor, "is_cuda", True),
+            mock.patch.object(torch.Tensor, "cpu", lambda tensor: tensor.as_subclass(_OnHost)),
+        ):
+            found = stock(self, fraction)
+        for group in found[0]:
+            for parameter in group["params"]:
+                parameter.__class__ = torch.Tensor
+        return found
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = groups
 
 
 def _mend_async_saves() -> None:

@@ -136,6 +136,8 @@ def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> No
         wrapped.ddp_config.align_param_gather or wrapped.overlap_param_gather_with_optimizer_step
     )
     for parameter in parameters:
+        if not parameter.requires_grad:  # Megatron keeps no buffer of what is frozen
+            continue
         wrapped.param_to_bucket_group[parameter].finish_param_sync(
             skip_next_bucket_dispatch=is_dispatched_elsewhere
         )

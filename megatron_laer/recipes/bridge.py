@@ -15,7 +15,6 @@ from pathlib import Path
 from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.files.yaml_text import Content
 from megatron_laer.recipes.families import (
-    LORA_ON_ATTENTION,
     LORA_ON_EXPERTS,
     adapts_experts,
     implied_by,
@@ -127,11 +126,9 @@ def judge_recipe(row: Mapping[str, str]) -> Judgement:
     for implied in implied_by(row["recipe"]):
         vars(settings).update(implied.settings)
         doubts += [implied.unproved] if implied.unproved else []
-    if row["pool"] != "peft":
-        return judge(settings, also_unproved=doubts)
-    if adapts_experts(row["recipe"]):
+    if row["pool"] == "peft" and adapts_experts(row["recipe"]):
         return judge(settings, also_refused=[LORA_ON_EXPERTS])
-    return judge(settings, also_unproved=[*doubts, LORA_ON_ATTENTION])
+    return judge(settings, also_unproved=doubts)  # rows have LoRA on attention
 
 
 def _check_columns(names: list[str], where: str) -> None:

@@ -80,7 +80,6 @@ LORA_ON_EXPERTS = (
     "layers that it knows, and FSEP computes experts from slices; give target_modules with layers "
     "of attention alone, such as linear_qkv and linear_proj"
 )
-LORA_ON_ATTENTION = "LoRA on attention: no parity row has it, so that nothing proves it yet"
 
 
 def implied_by(recipe: str) -> list[Implied]:

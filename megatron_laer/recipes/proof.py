@@ -34,6 +34,9 @@ REPLACED: dict[str, Callable[[Namespace], bool]] = {
     "--moe-latent-size": lambda settings: bool(getattr(settings, "moe_latent_size", None)),
     "layernorm": lambda settings: "layernorm" in _recomputed(settings),
     "--sequence-parallel": lambda settings: bool(getattr(settings, "sequence_parallel", False)),
+    "--optimizer-cpu-offload": lambda settings: bool(
+        getattr(settings, "optimizer_cpu_offload", False)
+    ),
     "--moe-flex-dispatcher-backend": lambda settings: settings.moe_token_dispatcher_type == "flex",
     "dist_muon": lambda settings: _is_dist_muon(settings),
 }

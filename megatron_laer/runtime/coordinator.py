@@ -28,7 +28,13 @@ from megatron_laer.runtime.comm.collectives import CountsExchange, decision_dige
 from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
-from megatron_laer.runtime.layer_state import LayerState, check_no_plan_is_left, name_of_layer
+from megatron_laer.runtime.layer_state import (
+    LayerState,
+    check_no_plan_is_left,
+    frozen_in,
+    name_of_layer,
+    what_changed,
+)
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
@@ -106,7 +112,14 @@ class Coordinator:
     # What the layers call.
 
     def register_layer(
-        self, number: int, is_mtp: bool, slices: Slices, *, recomputes: bool, passes: int
+        self,
+        number: int,
+        is_mtp: bool,
+        slices: Slices,
+        *,
+        recomputes: bool,
+        passes: int,
+        changed: Callable[[], str | None],
     ) -> LayerState:
         """Add a MoE layer; every rank of the group adds the same ones in the same order.
 
@@ -115,16 +128,24 @@ class Coordinator:
             slices: what this rank holds of its experts.
             recomputes: whether it is a checkpoint of its own.
             passes: that each microbatch makes through it.
+            changed: tells what somebody changed in its experts, once the model is complete.
         """
         assert not self._started, "a layer was built after training began"
         name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
-        state = LayerState(len(self.layers), name, number, is_mtp, slices, recomputes, passes)
+        state = LayerState(
+            len(self.layers), name, number, is_mtp, slices, recomputes, passes, changed
+        )
         self.layouts.add_layer(name)
         self.layers.append(state)
         return state
 
     def start_plan(
-        self, layer: LayerState, routing_map_TE: torch.Tensor, *, training: bool
+        self,
+        layer: LayerState,
+        routing_map_TE: torch.Tensor,
+        *,
+        training: bool,
+        has_rerun: bool = True,
     ) -> Callable[[], MicrobatchPlan]:
         """Start to plan this forward pass. Collective, except in the re-run of a checkpoint.
 
@@ -134,6 +155,7 @@ class Coordinator:
 
         Args:
             routing_map_TE: bool [T, E], the router's choice.
+            has_rerun: false where the layer is a checkpoint whose input needs no gradient.
 
         Returns:
             A function that waits for everybody's counts and plans: to be called once all is
@@ -152,7 +174,17 @@ class Coordinator:
         read_counts = self._counts.start(
             routing_map_TE.sum(dim=0), tag_2, self._last_decision, layer.name
         )
-        return partial(self._plan, layer, restored, read_counts, routing_map_TE, training=training)
+        if not has_rerun:
+            restored.expect_no_backward()
+        return partial(
+            self._plan,
+            layer,
+            restored,
+            read_counts,
+            routing_map_TE,
+            training=training,
+            has_rerun=has_rerun,
+        )
 
     def _plan(
         self,
@@ -162,6 +194,7 @@ class Coordinator:
         routing_map_TE: torch.Tensor,
         *,
         training: bool,
+        has_rerun: bool,
     ) -> MicrobatchPlan:
         """Plan a forward pass whose counts are on their way."""
         counts_NE = read_counts()
@@ -175,7 +208,7 @@ class Coordinator:
         plan = MicrobatchPlan(restored=restored, quotas=decision.rank_quotas)
         if training:
             self._note(layer, counts_NE, decision, decide_s)
-            if not torch.is_grad_enabled():
+            if has_rerun and not torch.is_grad_enabled():
                 layer.keep_for_rerun(plan.for_rerun(routing_map_TE))
         return plan
 
@@ -191,7 +224,8 @@ class Coordinator:
         """
         self._started = True
         summary = agreement.summarise(self.config, self.geometry, self.guard.costs, self.seed)
-        problem = agreement.difference(summary, self.groups)
+        summary["frozen experts"] = frozen_in(self.layers)
+        problem = agreement.difference(summary, self.groups) or what_changed(self.layers)
         if problem is not None:
             return problem
         if self.schedule.holds_step and self.groups.rank == 0:
@@ -295,7 +329,7 @@ class Coordinator:
 
         Evaluation has no backward pass, and what tries a model out has a single one.
         """
-        trains = self.exchange.count.reduces > 0
+        trains = self.exchange.count.backwards > 0
         if trains and self.config.follows_steps and not self._warned_without_steps:
             self._warned_without_steps = True
             if self.groups.rank == 0 and self.groups.index == 0:  # it is so for all of them

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +41,7 @@ class LayerState:
         slices: what this rank holds of its experts.
         recomputes: whether the MoE layer is a checkpoint of its own.
         passes: that each microbatch makes through the layer: several where Megatron repeats it.
+        changed: tells what somebody changed in its experts since they were built.
         pending: plans whose forward ran without gradients, under a checkpoint; the re-runs take
             them. A list for each microbatch, oldest first: backward order of microbatches equals
             forward order per layer, in 1F1B and interleaved schedules alike. The passes of one
@@ -55,7 +56,8 @@ class LayerState:
     is_mtp: bool
     slices: Slices
     recomputes: bool
-    passes: int = 1
+    passes: int
+    changed: Callable[[], str | None]
     pending: deque[list[MicrobatchPlan]] = field(default_factory=deque)
     routed: int = 0
     planned: LayoutIndex | None = None
@@ -147,6 +149,21 @@ def name_of_layer(number: int, is_mtp: bool, taken: Sequence[str]) -> str:
     return f"{name} #{same + 1}" if same else name
 
 
+def frozen_in(layers: Sequence[LayerState]) -> str:
+    """Name the layers with frozen matrices, and the positions of these, for ranks to compare."""
+    frozen = {
+        layer.name: sorted(set(range(len(layer.slices.rows))) - set(layer.slices.trained_at))
+        for layer in layers
+    }
+    return ", ".join(f"{name}: {positions}" for name, positions in frozen.items() if positions)
+
+
+def what_changed(layers: Sequence[LayerState]) -> str | None:
+    """Say of the first layer with other experts than FSEP's what they are; None without any."""
+    found = ((layer.name, layer.changed()) for layer in layers)
+    return next((f"{name}: {change}" for name, change in found if change), None)
+
+
 def check_no_plan_is_left(layers: Sequence[LayerState]) -> None:
     """Raise if forward passes left plans.
 
@@ -158,5 +175,7 @@ def check_no_plan_is_left(layers: Sequence[LayerState]) -> None:
         raise RuntimeError(
             f"FSEP: forward passes without gradients left plans that no re-run used: {left}. A "
             "forward in training mode under torch.no_grad() is taken for the first pass of a "
-            "checkpoint; call model.eval() for passes that have no backward"
+            "checkpoint; call model.eval() for passes that have no backward. Neither has a "
+            "checkpoint whose inputs need no gradient, as after frozen embeddings: let the hidden "
+            "states that enter the layers require one, or do not recompute these layers"
         )

@@ -42,9 +42,15 @@ class Record:
 _docstrings: dict[type, Any] = {}
 
 Probe = Callable[[list[torch.nn.Module]], Any]
+Adapt = Callable[[torch.nn.Module], None]
 
 
-def train(flags: list[str], probe: Probe | None = None, script: str | None = None) -> Record:
+def train(
+    flags: list[str],
+    probe: Probe | None = None,
+    script: str | None = None,
+    adapt: Adapt | None = None,
+) -> Record:
     """Run `pretrain_gpt.py` with these flags from the common weights. Collective.
 
     A run with `--load` keeps the weights that it loads.
@@ -52,7 +58,9 @@ def train(flags: list[str], probe: Probe | None = None, script: str | None = Non
     Args:
         probe: called after every step with the model chunks; its results are recorded.
         script: run this Megatron script by `megatron_laer train` instead of our own.
+        adapt: changes every model chunk before Megatron wraps it.
     """
+    from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
     from megatron.training import training
     from megatron.training.argument_utils import ArgumentGroupFactory
@@ -67,8 +75,13 @@ def train(flags: list[str], probe: Probe | None = None, script: str | None = Non
         training.train_step,
         training.evaluate,
     )
-    report = MoEMetricsTracker.report
+    build, report = GPTModel.__init__, MoEMetricsTracker.report
     docstrings = ArgumentGroupFactory._get_field_docstrings
+
+    def observed_chunk(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        if adapt is not None:
+            adapt(self)
 
     def observed_setup(*args: Any, **kwargs: Any) -> Any:
         result = setup(*args, **kwargs)
@@ -114,6 +127,7 @@ def train(flags: list[str], probe: Probe | None = None, script: str | None = Non
         return result
 
     with (
+        mock.patch.object(GPTModel, "__init__", observed_chunk),
         mock.patch.object(training, "setup_model_and_optimizer", observed_setup),
         mock.patch.object(training, "train_step", observed_step),
         mock.patch.object(training, "save_grads", observed_gradients),

@@ -71,6 +71,7 @@ STOCK_TO_STOCK = (
 DISTRIBUTED = " --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 # Without its worker Megatron saves in the foreground after all.
 ASYNC = " --async-save --use-persistent-ckpt-worker --async-strategy mcore"
+OFFLOADED = " --bf16 --optimizer-cpu-offload --use-precision-aware-optimizer"
 STAGES = " --pipeline-model-parallel-size 2"
 VIRTUAL = STAGES + " --num-layers-per-virtual-pipeline-stage 1"
 # Megatron pads the vocabulary to a multiple of 128 per tensor rank.
@@ -89,6 +90,7 @@ JOURNEYS = (
             Stop(4, 4),
         ),
     ),
+    Journey("offloaded", DISTRIBUTED + OFFLOADED, (Stop(2, 2), Stop(4, 4, FSEP), Stop(4, 4))),
     Journey(
         "uneven rows of both matrices and biases",  # 10 and 54 on four ranks
         DISTRIBUTED + " --ffn-hidden-size 10 --hidden-size 54 --num-attention-heads 3",
@@ -285,6 +287,7 @@ INTERRUPTED = {
     ),
     "two stages, step restore": (2, PLANNED + STAGES + " --fsep-restore step"),
     "two replicas": (2, PLANNED + DISTRIBUTED),
+    "two replicas, offloaded": (2, PLANNED + " --use-distributed-optimizer" + OFFLOADED),
 }
 
 

@@ -38,7 +38,7 @@ SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
         # Outside of Slurm, which has pyxis, it is refused.
         "CONTAINER_IMAGE=/images/pytorch.sqsh CONTAINER_MOUNTS=/data:/data ": "",
     },
-    "end_to_end.md": {"--ranks 2 --json": "--ranks 2 --quick --json"},
+    "end_to_end.md": {"--ranks 2 --json": "--ranks 2 --quick --json", "--half": "--quick"},
 }
 # What a page takes for granted.
 BEFORE = {

@@ -8,13 +8,20 @@ import pytest
 
 from benchmarks import end_to_end, routing
 from benchmarks.end_to_end_cases import SKEWS, Size, configurations
+from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
+from megatron_laer.trace.workloads import Shape, workload_counts
 
 TINY = Size(2, 64, 64, 8, 2, 64, 16, warm_up=1, steps=2, repeats=1)
 TIMES = {"median", "min", "max"}
 
 
 def test_every_configuration_runs_under_the_routing_it_is_named_for(tmp_path: Path) -> None:
-    cases = configurations(TINY, 2, tmp_path)
+    # The other workloads are configurations alike, each of which takes seconds.
+    cases = [
+        case
+        for case in configurations(TINY, 2, tmp_path)
+        if not case.name.endswith(("W0", "W1", "W2", "W3", "W6"))
+    ]
     runs = end_to_end.run_all(TINY, 2, cases, tmp_path)
     result = end_to_end.summary(cases, runs, TINY)
 
@@ -24,6 +31,19 @@ def test_every_configuration_runs_under_the_routing_it_is_named_for(tmp_path: Pa
         assert all(set(times) == TIMES and times["min"] > 0 for times in result[kind].values())
     assert set(result["stock_max_over_mean"]) == set(SKEWS)
     assert set(result["exposed_restore_share"]) == {"scheduled", "unscheduled"}
+
+    # Workloads: stock was as uneven as their counts are, and FSEP computed the same in balance.
+    shape = TINY.routing_shape(2)
+    assert set(result["share_of_forced_balance"]) == {"W5", "W7"}
+    for workload, shares in result["share_of_forced_balance"].items():
+        assert set(shares) == {"stock", "fsep"}
+        assert all(set(share) == TIMES and share["min"] > 0 for share in shares.values())
+        stock, fsep = (runs[f"{kind}, {workload}"][0].ranks[0] for kind in ("stock", "fsep"))
+        sizes = Shape(2, shape.experts, shape.topk, shape.tokens)
+        counts = [workload_counts(workload, sizes, step) for step in range(len(stock.step_ms))]
+        skews = [max_over_mean(stock_tokens_N(counts_NE)) for counts_NE in counts]
+        assert stock.stock_skew == fsep.stock_skew == pytest.approx(skews)
+        assert max(fsep.fsep_skew) < 1.1
 
     for skew, value in result["stock_max_over_mean"].items():
         assert routing.LEAST_SKEW <= value <= routing.MOST_SKEW, skew

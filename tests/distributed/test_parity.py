@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import Record
+from megatron_laer.testing.training import Adapt, Record
 from tests.parity.compare import distance
 from tests.parity.replay import train_row
 from tests.parity.rows import FLOOR_FACTOR, LONG, ROWS, SMALLEST_FLOOR, STEP, Row
@@ -35,14 +35,14 @@ def check_nothing_left(model: object) -> tuple[int, int, int]:
 
 
 @pytest.fixture(scope="module")
-def stock(ranks: Callable[[int], RankPool]) -> Callable[[int, list[str]], Record]:
-    """`stock(ranks, flags)`: a stock run; rows that need the same one share it."""
-    records: dict[tuple[int, str], Record] = {}
+def stock(ranks: Callable[[int], RankPool]) -> Callable[[int, list[str], Adapt | None], Record]:
+    """`stock(ranks, flags, adapt)`: a stock run; rows that need the same one share it."""
+    records: dict[tuple[int, str, Adapt | None], Record] = {}
 
-    def run(size: int, flags: list[str]) -> Record:
-        key = size, " ".join(flags)
+    def run(size: int, flags: list[str], adapt: Adapt | None) -> Record:
+        key = size, " ".join(flags), adapt
         if key not in records:
-            records[key] = ranks(size).run(train_row, flags)[0]
+            records[key] = ranks(size).run(train_row, flags, None, adapt)[0]
         return records[key]
 
     return run
@@ -64,17 +64,17 @@ def test_fsep_equals_stock(
     row: Row,
     refused: dict[str, str],
     ranks: Callable[[int], RankPool],
-    stock: Callable[[int, list[str]], Record],
+    stock: Callable[[int, list[str], Adapt | None], Record],
     text_data: str,
     record_property: Callable[[str, object], None],
 ) -> None:
     if row.flags in refused:
         assert not row.releases, "the page says that the oldest Megatron runs this row"
         pytest.skip(refused[row.flags])
-    reference = stock(*row.reference(text_data))
-    other = stock(*row.other_stock(text_data))
+    reference = stock(*row.reference(text_data), row.adapt)
+    other = stock(*row.other_stock(text_data), row.adapt)
     size, command = row.fsep_run(text_data)
-    fsep: Record = ranks(size).run(train_row, command, check_nothing_left)[0]
+    fsep: Record = ranks(size).run(train_row, command, check_nothing_left, row.adapt)[0]
 
     assert len(fsep.losses) == row.steps and len(fsep.eval_losses) == row.evaluations
     assert bool(fsep.first_grads) == row.gradients
@@ -95,11 +95,10 @@ def test_fsep_equals_stock(
     # With M microbatches 3·M exchanges of a layer in a step, or 2. Each pass of a repeated layer
     # has gradients of its own, and hands restored weights on to a pass that follows at once.
     passes = 1 if STEP in row.fsep else row.accumulation
-    restores = passes if STEP in row.fsep else 2 * passes
-    reduced_layers = row.moe_layers + (0 if STEP in row.fsep else row.repeats)
-    restored_layers = row.moe_layers + (0 if STEP in row.fsep else row.restored_anew)
+    in_layer = 1 if STEP in row.fsep else 2
+    restores, reduces = row.exchanges or (row.moe_layers * in_layer, row.moe_layers)
     assert len(fsep.probes) == row.steps
     for step, (left, restored, reduced) in enumerate(fsep.probes, start=1):
-        assert left == 0 and reduced == reduced_layers * passes * step
+        assert left == 0 and reduced == reduces * passes * step
         if not row.evaluations:  # which restore experts as well
-            assert restored == restored_layers * restores * step
+            assert restored == restores * passes * step

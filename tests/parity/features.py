@@ -18,6 +18,7 @@ REPLACED = {
     "--moe-latent-size": "the projections of latent MoE",
     "layernorm": "recompute of norms",
     "--sequence-parallel": "norms and biases of experts under sequence parallelism",
+    "--optimizer-cpu-offload": "the two devices of an optimizer that is offloaded in part",
     "--moe-flex-dispatcher-backend": "the flex dispatcher's buffers (these with FSEP alone)",
     "dist_muon": "gathers of tensors of several sizes (Muon's distributed form)",
 }
@@ -118,6 +119,14 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "tensor parallel 2, MoE in every second layer, aux losses, overlapped shared experts",
         "pipeline 2 whose first stage has no MoE layer, aux losses, accumulation 2",
     ),
+    "LoRA on attention, with all else frozen": (
+        "LoRA on attention, distributed optimizer",
+        "LoRA on attention, full recompute, restored once per step, accumulation 2, bf16",
+    ),
+    "models frozen in part": (
+        "first layer and first matrix of experts frozen, recompute of the MoE layer,"
+        " distributed optimizer, accumulation 2",
+    ),
     "untied embeddings": ("plain DDP",),
     "tied embeddings": (
         "tied embeddings, bf16, distributed optimizer, full recompute",
@@ -173,6 +182,10 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "dist_muon, expert data parallel 2, pipeline 2, bf16, accumulation 2",
     ),
     "other optimizers": ("--optimizer other than adam, sgd, lion, muon",),
+    "optimizer CPU offload": (
+        "optimizer offloaded to the CPU, expert data parallel 2",
+        "half of the optimizer offloaded to the CPU with both copies overlapped",
+    ),
     "FSEP's planners": (
         "planner greedy, adaptive",
         "planner search, forecast",

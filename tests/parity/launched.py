@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.gpu.ranks import Ranks, run_ranks_part
 from benchmarks.gpu.report import Part
-from megatron_laer.testing.training import Record
+from megatron_laer.testing.training import Adapt, Record
 from tests.parity.compare import Distance, distance
 from tests.parity.replay import train_row
 from tests.parity.rows import FLOOR_FACTOR, ROWS, SMALLEST_FLOOR, Row
@@ -26,26 +26,30 @@ def compare(ranks: Ranks) -> Part:
     part = Part()
     found: list[tuple[Row, Distance, Distance]] = []
     chosen = [row for row in ROWS if row.ranks == ranks.size and row.reference_ranks is None]
-    stock: dict[str, Record] = {}
+    stock: dict[tuple[str, Adapt | None], Record] = {}
 
-    def run(command: list[str], kept: dict[str, Record] | None = None) -> Record | None:
-        key = " ".join(command)
+    def run(
+        command: list[str],
+        adapt: Adapt | None,
+        kept: dict[tuple[str, Adapt | None], Record] | None = None,
+    ) -> Record | None:
+        key = " ".join(command), adapt
         if kept is not None and key in kept:
             return kept[key]
         if not ranks.may_run():
             return None
         more = [] if ranks.dry else ["--distributed-backend", "nccl"]
         more += ["--train-iters", str(_DRY_STEPS)] if ranks.dry else []
-        record = train_row([*command, *more])
+        record = train_row([*command, *more], adapt=adapt)
         if kept is not None:
             kept[key] = record
         return record
 
     for row in chosen[:1] if ranks.dry else chosen:
         records = (
-            run(row.reference(ranks.data)[1], stock),
-            run(row.other_stock(ranks.data)[1], stock),
-            run(row.fsep_run(ranks.data)[1]),
+            run(row.reference(ranks.data)[1], row.adapt, stock),
+            run(row.other_stock(ranks.data)[1], row.adapt, stock),
+            run(row.fsep_run(ranks.data)[1], row.adapt),
         )
         reference, other, fsep = records
         if reference is None or other is None or fsep is None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megatron_laer.testing.training import Adapt
+from tests.parity.adapted import frozen_in_part, lora_on_attention, lora_under_recompute
 from tests.parity.compare import Distance
 from tests.parity.flags import command_line
 
@@ -53,8 +55,9 @@ class Row:
         steps: training steps; 0 for a run that only evaluates.
         evaluations: how often the run evaluates.
         moe_layers: on rank 0.
-        repeats: passes of them that a microbatch makes on rank 0 beside one through each.
-        restored_anew: those of them that come after another layer than their own.
+        exchanges: restores and reduces of a microbatch over rank 0's MoE layers, where these are
+            repeated, or not all of their weights trained.
+        adapt: changes the model on both sides.
         gradients: whether Megatron can hand over the first step's; norms are compared without.
         releases: whether the row is run with the oldest supported Megatron as well.
     """
@@ -75,8 +78,8 @@ class Row:
     steps: int = STEPS
     evaluations: int = 0
     moe_layers: int = 2
-    repeats: int = 0
-    restored_anew: int = 0
+    exchanges: tuple[int, int] | None = None
+    adapt: Adapt | None = None
     gradients: bool = True
     releases: bool = False
 
@@ -113,6 +116,7 @@ class Row:
 
 
 DIST_OPT = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+OFFLOADED = DIST_OPT + " --bf16 --optimizer-cpu-offload --use-precision-aware-optimizer"
 FULL_RECOMPUTE = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 # The first layer of a stage only.
 BLOCK_RECOMPUTE = " --recompute-granularity full --recompute-method block --recompute-num-layers 1"
@@ -468,14 +472,14 @@ ROWS = [
         accumulation=2,
         flags=AUX_LOSSES + DIST_OPT + REPEATED + "2",
         moe_layers=3,
-        repeats=1,
+        exchanges=(6, 4),
     ),
     Row(
         "repeated MTP layer, depth 3, exact, recompute of the MoE layer, shared experts",
         flags=MOE_RECOMPUTE + REPEATED + "3 --moe-shared-expert-intermediate-size 32",
         fsep=" --fsep-plan-mode exact",
         moe_layers=3,
-        repeats=2,
+        exchanges=(6, 5),
     ),
     Row(
         "repeated MTP layer, depth 2, restored once per step, forecast, bf16, accumulation 2",
@@ -484,7 +488,6 @@ ROWS = [
         fsep=" --fsep-planner greedy --fsep-plan-mode forecast" + STEP,
         bound=BF16_BOUND,
         moe_layers=3,
-        repeats=1,
     ),
     Row(
         "repeated MTP layer, depth 2, adaptive, full recompute, pipeline 2, accumulation 2",
@@ -594,8 +597,7 @@ ROWS = [
         flags=FULL_RECOMPUTE + HYBRID + "*-E/*E-E/*E-E --mtp-use-repeated-layer",
         fsep=" --fsep-plan-mode exact",
         moe_layers=3,
-        repeats=2,
-        restored_anew=2,
+        exchanges=(10, 5),
     ),
     Row(
         "HybridModel, virtual pipeline 2 x 2, multi-token prediction, accumulation 2",
@@ -646,11 +648,47 @@ ROWS = [
         flags=PIPELINE + " --mtp-num-layers 1",
         moe_layers=1,
     ),
+    # Frozen weights.
+    Row(
+        "LoRA on attention, distributed optimizer",
+        flags=DIST_OPT + " --lr 1e-2 --min-lr 1e-2",
+        adapt=lora_on_attention,
+        exchanges=(4, 0),
+    ),
+    Row(
+        "LoRA on attention, full recompute, restored once per step, accumulation 2, bf16",
+        accumulation=2,
+        flags=FULL_RECOMPUTE + " --bf16 --lr 1e-2 --min-lr 1e-2",
+        fsep=RANDOM + STEP,
+        adapt=lora_under_recompute,
+        exchanges=(2, 0),
+        bound=BF16_BOUND,
+    ),
+    Row(
+        "first layer and first matrix of experts frozen, recompute of the MoE layer,"
+        " distributed optimizer, accumulation 2",
+        accumulation=2,
+        flags=MOE_RECOMPUTE + DIST_OPT,
+        adapt=frozen_in_part,
+        exchanges=(3, 1),
+    ),
     # Runs.
     Row(
         # Without fp8 Megatron itself refuses it.
         "router padding, without effect",
         fsep=RANDOM + " --moe-router-padding-for-quantization",
+    ),
+    Row(
+        "optimizer offloaded to the CPU, expert data parallel 2",
+        ranks=4,
+        expert_parallel=2,
+        flags=OFFLOADED,
+        bound=BF16_BOUND,
+    ),
+    Row(
+        "half of the optimizer offloaded to the CPU with both copies overlapped",
+        flags=OFFLOADED + " --optimizer-offload-fraction 0.5 --overlap-cpu-optimizer-d2h-h2d",
+        bound=BF16_BOUND,
     ),
     Row("SGD with momentum", flags=" --optimizer sgd --sgd-momentum 0.9 --lr 2e-1 --min-lr 2e-1"),
     Row("Lion", flags=" --optimizer lion", bound=LION_BOUND),

@@ -16,6 +16,7 @@ from benchmarks.routing import (
     fixed_bias_seed,
     fixed_biases,
     is_burst,
+    replayed,
 )
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 
@@ -90,3 +91,9 @@ def test_fixed_biases_are_those_of_their_seed() -> None:
     assert len(first) == SHAPE.layers
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     assert (first[0] != first[1]).any()
+
+
+def test_what_is_replayed_has_the_workloads_experts() -> None:
+    found = replayed("W5", RoutingShape(2, 2, 8, 16, 2), steps=3)
+    assert found.shape == (3, 2, 2, 16, 2) and found.dtype == np.uint8
+    assert found.min() >= 4

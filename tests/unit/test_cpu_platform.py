@@ -249,6 +249,31 @@ def test_a_norm_carries_the_mark_of_sequence_parallelism(on_cpu):
     assert on_cpu(code) == "[True, False] True"
 
 
+def test_the_hybrid_optimizer_sees_a_gpu_beside_the_host(on_cpu):
+    code = """
+        from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+        torch.manual_seed(1)
+        plain = [torch.nn.Parameter(torch.randn(8)) for _ in range(4)]
+        moved = [torch.nn.Parameter(p.detach().clone()) for p in plain]
+        adam = torch.optim.AdamW(plain, lr=0.1)
+        hybrid = HybridDeviceOptimizer(
+            [{"params": moved}], offload_fraction=0.5, param_update_in_fp32=True, lr=0.1,
+            cpu_optimizer_cls=torch.optim.AdamW, gpu_optimizer_cls=torch.optim.AdamW,
+        )
+        for optimizer, parameters in (adam, plain), (hybrid, moved):
+            for number, parameter in enumerate(parameters):
+                parameter.grad = torch.full_like(parameter, number - 1.5)
+            optimizer.step()
+        copies = list(hybrid.cpu_copys_map_gpu_param)
+        print(
+            len(copies), len(hybrid.gpu_optimizer.param_groups[0]["params"]),
+            {type(copy) is torch.Tensor and not copy.is_cuda for copy in copies},
+            all(map(torch.equal, moved, plain)),
+        )
+    """
+    assert on_cpu(code) == "2 2 {True} True"
+
+
 def test_the_dataset_helper_is_not_built_where_the_wheel_brings_it(on_cpu):
     code = """
         import tempfile

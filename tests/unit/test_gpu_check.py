@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,7 +26,6 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu.timing import Budget, Times, in_turn
 from benchmarks.training_run import Measured
-from megatron_laer.trace.workloads import Shape
 from tests.parity import launched
 from tests.parity.compare import Distance
 from tests.parity.rows import ROWS
@@ -116,12 +114,6 @@ def test_the_share_of_forced_balance_counts_bursts_and_no_warm_up() -> None:
     assert fsep["share of forced balance"] == 0.8 and stock["share of forced balance"] == 1.0
     assert (fsep["restore exposed ms"], fsep["reduce exposed ms"]) == (2.0, 0.5)
     assert stock["restore exposed ms"] == "" and fsep["stock max/mean"] == 1.5
-
-
-def test_what_is_replayed_has_the_workloads_experts() -> None:
-    found = workloads.replayed("W5", Shape(2, 8, 2, 16), steps=3, layers=2)
-    assert found.shape == (3, 2, 2, 16, 2) and found.dtype == np.uint8
-    assert found.min() >= 4
 
 
 def test_pipelines_communicators_and_parity_have_rows() -> None:

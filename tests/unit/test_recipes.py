@@ -133,7 +133,7 @@ JUDGED: dict[str, tuple[dict[str, str], Verdict, Proof | None, list[str], list[s
         [],
         [],
     ),
-    "LoRA on attention": ({"pool": "peft"}, Verdict.RUNS, None, ["LoRA on attention: "], []),
+    "LoRA on attention": ({"pool": "peft"}, Verdict.RUNS, Proof.CPU, [], []),
     "LoRA on experts": (
         {"pool": "peft", "recipe": OLMOE},
         Verdict.REFUSED,

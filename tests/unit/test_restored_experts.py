@@ -71,15 +71,18 @@ def streams() -> Iterator[ExchangeStreams]:
     made.close()
 
 
-def restored_experts(streams: ExchangeStreams, *, trained: bool = True) -> RestoredExperts:
-    """Two experts of 8 × 3 and 3 × 8, with main gradients."""
+def restored_experts(
+    streams: ExchangeStreams, *, trained: tuple[bool, bool] = (True, True)
+) -> RestoredExperts:
+    """Two experts of 8 × 3 and 3 × 8; what is trained has main gradients."""
     generator = torch.Generator().manual_seed(0)
     parameters = tuple(
-        torch.nn.Parameter(torch.randn(2, *shape, generator=generator), requires_grad=trained)
-        for shape in ((8, 3), (3, 8))
+        torch.nn.Parameter(torch.randn(2, *shape, generator=generator), requires_grad=is_trained)
+        for shape, is_trained in zip(((8, 3), (3, 8)), trained, strict=True)
     )
     for parameter in parameters:
-        parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+        if parameter.requires_grad:
+            parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     index = layout_index(ExpertLayout.static(1, 2, 2), CPU)
     slices = Slices(parameters, ROWS, MegatronMainGrads())
     return RestoredExperts("layer 1", slices, index, streams)
@@ -145,18 +148,47 @@ def test_weights_are_in_memory_only_while_they_are_used(
 
 
 @pytest.mark.parametrize(
-    ("trained", "tokens_need", "probs_need"),
-    [needs for needs in itertools.product((False, True), repeat=3) if any(needs)],
+    ("first", "second", "tokens_need", "probs_need"),
+    [needs for needs in itertools.product((False, True), repeat=4) if any(needs)],
 )
-def test_whatever_needs_gradients_the_weights_are_freed(
-    streams: ExchangeStreams, trained: bool, tokens_need: bool, probs_need: bool
+@pytest.mark.parametrize("waits", ["at once", "after the layer before", "after the block"])
+def test_whatever_needs_gradients_the_weights_are_freed_and_only_trained_ones_get_any(
+    streams: ExchangeStreams,
+    first: bool,
+    second: bool,
+    tokens_need: bool,
+    probs_need: bool,
+    waits: str,
 ) -> None:
-    restored = restored_experts(streams, trained=trained)
-    output = compute(restored, ones(needs_grad=tokens_need), ones(needs_grad=probs_need))
+    restored = restored_experts(streams, trained=(first, second))
+    hidden = ones(needs_grad=tokens_need)
+    if waits == "after the layer before":
+        restored.wait_for_grads_here()
+    elif waits == "after the block":
+        hidden = restored.wait_for_grads_after_block(hidden)
+    tokens = restored.reduce_after_dispatch(hidden)
+    output = compute(restored, tokens, ones(needs_grad=probs_need))
     assert streams.weights.in_use == 0
     output.sum().backward()
     assert streams.weights.in_use == streams.grads.in_use == 0
     assert restored.state == ExpertsState("layer 1")
+    count = streams.exchange.count
+    assert (count.restores, count.backwards, count.reduces) == (2, 1, int(first or second))
+    for parameter, is_trained in zip(restored._slices.parameters, (first, second), strict=True):
+        assert hasattr(parameter, "grad_added_to_main_grad") == is_trained
+        assert not is_trained or parameter.main_grad.any()  # type: ignore[attr-defined]
+
+
+def test_no_weights_are_fetched_in_backward_for_a_layer_that_it_does_not_reach(
+    streams: ExchangeStreams,
+) -> None:
+    frozen = restored_experts(streams, trained=(False, False))
+    compute(frozen, ones(needs_grad=False), ones(needs_grad=False))
+    restored = restored_experts(streams)
+    restored.prefetch_in_backward(frozen)
+    compute(restored, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
+    assert streams.weights.in_use == 0
+    assert streams.exchange.count.restores == 3
 
 
 @pytest.mark.parametrize("slots", [[0, 1], [1, 0]], ids=["one layout", "two layouts"])

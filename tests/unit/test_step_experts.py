@@ -40,3 +40,7 @@ def test_memory_is_that_of_slots_and_of_float32_sums() -> None:
     assert "2 layers" in text
     assert f"({2 * elements / 2**20:.1f} MiB)" in text
     assert f"({4 * elements / 2**20:.1f} MiB)" in text
+    frozen = slices(torch.bfloat16)
+    for parameter in frozen.parameters:
+        parameter.requires_grad = False
+    assert "sums of their gradients (0.0 MiB)" in memory_held([frozen], capacity=1024)

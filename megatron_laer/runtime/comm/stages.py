@@ -15,13 +15,15 @@ import torch.distributed as dist
 class ExchangeCount:
     """Counts what this rank received from others, for metrics and tests of the documented formulas.
 
-    Counted from the sizes that collectives are given. Restores, changes of what was restored and
-    reduces are counted by their caller, since a layer restores several matrices at once.
+    Counted from the sizes that collectives are given. Restores, changes of what was restored,
+    reduces and backward passes are counted by their caller, since a layer restores several matrices
+    at once.
     """
 
     restores: int = 0
     changes: int = 0
     reduces: int = 0
+    backwards: int = 0
     restore_intra_bytes: int = 0
     restore_inter_bytes: int = 0
     reduce_intra_bytes: int = 0

@@ -20,6 +20,9 @@ The life of a layer's weights and gradients in one microbatch, told by states (`
  9. `finish_reduce`, called by autograd after the backward of the layer before, waits for that, and
     tells Megatron that gradients were added. No gradient is left: NONE.
 
+Of frozen matrices there are no gradients: nothing is computed, reduced or waited for, and autograd
+sees no parameter.
+
 When an exchange starts is the scheduler's business. The memory of weights and gradients is taken
 and given back here alone: others tell `RestoredExperts` what happened, and it draws conclusions.
 
@@ -77,6 +80,8 @@ class RestoredExperts:
         self._placeholders: deque[tuple[torch.Tensor, ...]] = deque()
         self._waits_after_block = False
         self._defers_reduce = False
+        self._inputs_tell = False
+        self._has_backward = True
 
     # What the scheduler and the coordinator tell.
 
@@ -134,6 +139,15 @@ class RestoredExperts:
         """Give the weights to the layer's following pass when these experts have computed."""
         self._heir = following
 
+    def expect_no_backward(self) -> None:
+        """Take this pass for one without a backward pass, since its inputs need no gradient."""
+        self._has_backward = False
+
+    def start_backward_restore(self) -> None:
+        """Begin to fetch the slots' experts for backward, if that comes. Collective then."""
+        if self._has_backward:
+            self.start_restore()
+
     def prefetch_in_backward(self, previous: RestoredExperts) -> None:
         """Restore `previous` too when the backward of these experts begins.
 
@@ -154,9 +168,11 @@ class RestoredExperts:
 
         Whatever uses the hidden states must use the marked ones.
         """
+        if not self._slices.trained:
+            return hidden
         self._waits_after_block = True
         marked: torch.Tensor = WaitForGradsAfterBlock.apply(
-            self.finish_reduce, hidden, *self._slices.parameters
+            self.finish_reduce, hidden, *self._slices.trained
         )
         return marked
 
@@ -180,26 +196,35 @@ class RestoredExperts:
 
         Its nodes are those of the pass that begins.
         """
+        shapes, trained_at = self._shapes(), self._slices.trained_at
+        weights = [
+            placeholder(parameter.detach(), shape)
+            for parameter, shape in zip(self._slices.parameters, shapes, strict=True)
+        ]
         placeholders = self._placeholders.popleft() if self._placeholders else None
         if self._waits_after_block:
             # Gradients take the other way; these only make autograd run `Restore`.
             placeholders = tuple(
                 placeholder(slice_ErK.detach(), slice_ErK.shape).requires_grad_()
-                for slice_ErK in self._slices.parameters
+                for slice_ErK in self._slices.trained
             )
         elif placeholders is None:
             placeholders = self._make_wait_node()
         defers, self._defers_reduce = self._defers_reduce, False
-        weights: tuple[torch.Tensor, ...] = Restore.apply(
-            partial(self._grads_computed, defers),
-            self._shapes(),
-            not self._waits_after_block,
-            *placeholders,
-        )
-        return weights
+        if placeholders:
+            trained: tuple[torch.Tensor, ...] = Restore.apply(
+                partial(self._grads_computed, defers),
+                [shapes[at] for at in trained_at],
+                not self._waits_after_block,
+                *placeholders,
+            )
+            for at, weight in zip(trained_at, trained, strict=True):
+                weights[at] = weight
+        return tuple(weights)
 
     def before_compute(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Mark the experts' inputs, whose gradients' arrival ends the use of the weights."""
+        self._inputs_tell = any(part.requires_grad for part in inputs)
         return run_on_backward(self._weights_used, *inputs)
 
     def after_compute(self, output: torch.Tensor, *, backward_follows: bool) -> torch.Tensor:
@@ -208,6 +233,8 @@ class RestoredExperts:
         Args:
             backward_follows: at once, so that the weights are kept for it.
         """
+        if torch.is_grad_enabled() and not output.requires_grad:
+            self.expect_no_backward()
         if not backward_follows:
             self._weights_used()
         return run_on_backward(self._begin_backward, output)[0]
@@ -257,7 +284,7 @@ class RestoredExperts:
                 f"reduce {self._name}",
             )
             for grad_CRK, parameter, slice_ErK in zip(
-                grads_CRK, self._slices.parameters, self._values(), strict=True
+                grads_CRK, self._slices.trained, self._trained_values(), strict=True
             )
         )
         exchange.count.reduces += 1
@@ -275,21 +302,23 @@ class RestoredExperts:
         if not self._slices.have_main_grads:
             return tuple(
                 grad_ErK.view(parameter.shape)
-                for grad_ErK, parameter in zip(grads_ErK, self._slices.parameters, strict=True)
+                for grad_ErK, parameter in zip(grads_ErK, self._slices.trained, strict=True)
             )
-        return tuple(map(self._slices.main_grads.mark_added, self._slices.parameters))
+        return tuple(map(self._slices.main_grads.mark_added, self._slices.trained))
 
     def _begin_backward(self) -> None:
+        self._streams.exchange.count.backwards += 1
         self.start_restore()
         following = self._next_in_backward
         if following is not None and self.is_same_layer(following):
             self.hand_on(following)
         elif following is not None:
-            following.start_restore()
+            following.start_backward_restore()
 
     def _grads_computed(self, defers: bool, grads_CRK: tuple[torch.Tensor, ...]) -> None:
-        # Inputs that need no gradient did not tell it.
-        self._weights_used()
+        # Inputs that need a gradient tell it, perhaps later: they may need frozen matrices still.
+        if not self._inputs_tell:
+            self._weights_used()
         if defers:
             self.state.enter(GradState.DEFERRED)
             self._deferred_CRK = grads_CRK
@@ -333,8 +362,10 @@ class RestoredExperts:
     # Helpers.
 
     def _make_wait_node(self) -> tuple[torch.Tensor, ...]:
+        if not self._slices.trained:
+            return ()
         made: tuple[torch.Tensor, ...] = WaitForGrads.apply(
-            self.finish_reduce, *self._slices.parameters
+            self.finish_reduce, *self._slices.trained
         )
         return made
 
@@ -347,6 +378,10 @@ class RestoredExperts:
 
     def _values(self) -> tuple[torch.Tensor, ...]:
         return self._slices.values(self.index.layout.num_experts)
+
+    def _trained_values(self) -> list[torch.Tensor]:
+        values = self._values()
+        return [values[at] for at in self._slices.trained_at]
 
     def _shapes(self) -> tuple[tuple[int, int, int], ...]:
         capacity = self.index.layout.capacity

@@ -228,7 +228,7 @@ class Scheduler:
             and output.grad_fn is not None
         ):
             last = forward.entered[-1]
-            output.grad_fn.register_prehook(lambda _: last.start_restore())
+            output.grad_fn.register_prehook(lambda _: last.start_backward_restore())
 
     def _detach(self) -> None:
         for hook in self._hooks:

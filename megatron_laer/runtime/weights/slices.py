@@ -86,6 +86,16 @@ class Slices:
         )
 
     @property
+    def trained_at(self) -> tuple[int, ...]:
+        """Return the positions of the matrices that are trained; the others are frozen."""
+        return tuple(at for at, part in enumerate(self.parameters) if part.requires_grad)
+
+    @property
+    def trained(self) -> tuple[torch.nn.Parameter, ...]:
+        """Return the parameters that are trained, of which alone there are gradients."""
+        return tuple(self.parameters[at] for at in self.trained_at)
+
+    @property
     def have_main_grads(self) -> bool:
         """Whether gradients are added to main gradients, and not returned to autograd."""
-        return self.main_grads.kept_for(self.parameters)
+        return self.main_grads.kept_for(self.trained)

@@ -83,7 +83,7 @@ class StepExperts(RestoredExperts):
         Another pass of the same microbatch may have begun its backward, or ended it, by then.
         """
         if self.state.grads is not GradState.REDUCING:
-            return tuple(map(self._slices.main_grads.mark_added, self._slices.parameters))
+            return tuple(map(self._slices.main_grads.mark_added, self._slices.trained))
         handed_over = super().finish_reduce()
         for sum_CRK in self._sums_CRK:
             self._streams.grads.put_back(sum_CRK)
@@ -97,14 +97,14 @@ class StepExperts(RestoredExperts):
 def memory_held(layers: Sequence[Slices], capacity: int) -> str:
     """Say how much memory it takes on one rank to hold these layers' experts over a step."""
     matrices = [
-        (capacity * rows * columns, parameter.element_size())
+        (capacity * rows * columns, parameter)
         for layer in layers
         for rows, columns, parameter in zip(
             layer.rows, layer.columns, layer.parameters, strict=True
         )
     ]
-    weights = sum(elements * size for elements, size in matrices)
-    sums = sum(4 * elements for elements, _ in matrices)
+    weights = sum(elements * parameter.element_size() for elements, parameter in matrices)
+    sums = sum(4 * elements for elements, parameter in matrices if parameter.requires_grad)
     return (
         f"--fsep-restore step holds the restored experts of {len(layers)} layers "
         f"({weights / 2**20:.1f} MiB), and sums of their gradients ({sums / 2**20:.1f} MiB)"

@@ -1,0 +1,95 @@
+"""Adapters on experts are refused, as is what only some ranks freeze; attention may have them.
+
+That LoRA on attention equals stock's is shown by rows of the parity table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_laer.testing.ranks import Raised, RankPool
+from megatron_laer.testing.training import Adapt, rank_of_environment, train
+from tests.parity.adapted import LowRank
+from tests.parity.flags import command_line
+
+
+def wrapped(model: torch.nn.Module, name: str) -> None:
+    """Put an adapter on a linear layer of every expert, by its name."""
+    for module in [*model.modules()]:
+        child: Any = getattr(module, name, None)
+        if isinstance(child, torch.nn.Module) and not hasattr(child, "weight"):
+            child.weight = torch.nn.Parameter(torch.zeros(4, 4))
+            setattr(module, name, LowRank(child))
+
+
+def asked(model: torch.nn.Module) -> None:
+    """Ask every linear layer of experts for what Megatron-Bridge's LoRA asks first."""
+    for name, module in model.named_modules():
+        if name.endswith("linear_fc1"):
+            module.config.sequence_parallel  # type: ignore[union-attr]  # noqa: B018
+
+
+def replaced(model: torch.nn.Module) -> None:
+    """Put another module in the experts' place."""
+    for module in [*model.modules()]:
+        if hasattr(module, "experts"):
+            module.experts = torch.nn.Linear(4, 4)
+
+
+def frozen_on_rank_1(model: torch.nn.Module) -> None:
+    """Freeze the first layer's experts on one rank."""
+    for name, parameter in model.named_parameters():
+        if rank_of_environment() == 1 and "layers.0.mlp.experts.linear_fc2" in name:
+            parameter.requires_grad = False
+
+
+@pytest.mark.counts(fault_runs=1)
+@pytest.mark.parametrize(
+    ("adapt", "kind", "said"),
+    [
+        (
+            partial(wrapped, name="linear_fc1"),
+            "ValueError",
+            "rank 0: layer 1: its experts have _activation.linear_fc1 (LowRank)",
+        ),
+        (replaced, "ValueError", "rank 0: layer 1: its experts were replaced by Linear"),
+        (asked, "AttributeError", "a linear layer of experts has no 'config'"),
+    ],
+    ids=["wrapped", "replaced", "asked for a linear layer's attributes"],
+)
+def test_adapters_on_experts_are_refused_with_the_way_out(
+    ranks: Callable[[int], RankPool], text_data: str, adapt: Adapt, kind: str, said: str
+) -> None:
+    message = refusal(ranks(2), text_data, adapt, kind)
+    assert said in message
+    assert "give as targets layers of attention alone" in message
+
+
+@pytest.mark.counts(fault_runs=1)
+def test_weights_that_some_ranks_freeze_are_named_on_every_rank(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    message = refusal(ranks(2), text_data, frozen_on_rank_1, "ValueError")
+    assert "frozen experts is " in message and "layer 1: [1] on rank 1" in message
+
+
+def refusal(pool: RankPool, data: str, adapt: Adapt, kind: str) -> str:
+    """The one error that every rank raises before its first step."""
+    flags = command_line(
+        data,
+        experts=8,
+        expert_parallel=2,
+        global_batch=4,
+        steps=1,
+        extra=" --expert-parallel-mode fsep",
+    )
+    raised = pool.run_raw(train, flags, None, None, adapt)
+    assert all(isinstance(result, Raised) for result in raised)
+    assert {result.type_name for result in raised} == {kind}
+    (message,) = {result.message for result in raised}
+    return str(message)
