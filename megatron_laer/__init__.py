@@ -17,13 +17,26 @@ from megatron_laer.version import __version__
 if TYPE_CHECKING:
     from megatron_laer.plugin import disable, enable, training_step
     from megatron_laer.session import get_fsep_group
+    from megatron_laer.stock_loading import load_stock_named_parameters
+    from megatron_laer.stock_names import stock_named_parameters
 
-__all__ = ["FSEPConfig", "__version__", "disable", "enable", "get_fsep_group", "training_step"]
+__all__ = [
+    "FSEPConfig",
+    "__version__",
+    "disable",
+    "enable",
+    "get_fsep_group",
+    "load_stock_named_parameters",
+    "stock_named_parameters",
+    "training_step",
+]
 
 _LAZY = {
     "enable": "megatron_laer.plugin",
     "disable": "megatron_laer.plugin",
     "get_fsep_group": "megatron_laer.session",
+    "load_stock_named_parameters": "megatron_laer.stock_loading",
+    "stock_named_parameters": "megatron_laer.stock_names",
     "training_step": "megatron_laer.plugin",
 }
 
