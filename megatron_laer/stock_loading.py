@@ -14,9 +14,8 @@ import torch.distributed as dist
 
 from megatron_laer import session
 from megatron_laer.runtime.comm.collectives import raise_everywhere
-from megatron_laer.runtime.comm.expert_blocks import scatter_block
 from megatron_laer.runtime.comm.process_groups import Group
-from megatron_laer.stock_names import Named, StockLayer, stock_layers, stock_shape
+from megatron_laer.stock_names import Named, StockLayer, stock_layers
 
 _NAMED_IN_ERRORS = 5
 
@@ -55,10 +54,8 @@ def load_stock_named_parameters(
         is_sound = is_sound and not _is_any(reader.has_problems, session.get_fsep_group())
         blocks = reader.take(layer)
         if is_sound:
-            _write(layer, blocks)
+            layer.write(blocks)
     reader.read_until(None)
-    if (coordinator := session.current_coordinator()) is not None:
-        coordinator.experts.end_step(weights_changed=True)
     try:
         raise_everywhere(reader.problem())
     except ValueError as error:
@@ -78,13 +75,12 @@ class _Reader:
             if id(parameter) not in slices
         }
         self._experts = {
-            parameter.name: (layer, parameter)
-            for layer in layers
-            for parameter in layer.parameters()
+            parameter.name: layer for layer in layers for parameter in layer.parameters()
         }
         self._missing = dict.fromkeys([*self._dense, *self._experts])  # in order
         self._left = {layer.prefix: len(layer.parameters()) for layer in layers}
-        self._blocks: dict[str, list[torch.Tensor]] = {}
+        # By layer: its blocks, and their parts by name.
+        self._held: dict[str, tuple[list[torch.Tensor], dict[str, torch.Tensor]]] = {}
         self._iterator = iter(named_tensors)
         self._problems: list[str] = []
         self._is_at_end = False
@@ -114,8 +110,8 @@ class _Reader:
                 self._problems.append(f"named_tensors: {type(error).__name__}: {error}")
 
     def take(self, layer: StockLayer) -> list[torch.Tensor]:
-        """Hand over the layer's blocks `[e, R, K]`, one for each slice."""
-        return self._blocks.pop(layer.prefix, [])
+        """Hand over the layer's blocks, all of which were read unless there are problems."""
+        return self._held.pop(layer.prefix, ([], {}))[0]
 
     def _copy(self, name: str, tensor: torch.Tensor) -> None:
         if name not in self._missing:
@@ -135,22 +131,12 @@ class _Reader:
         """Find what the tensor is copied to; an expert counts as read."""
         if name in self._dense:
             return self._dense[name]
-        layer, parameter = self._experts[name]
+        layer = self._experts[name]
         self._left[layer.prefix] -= 1
-        if layer.prefix not in self._blocks:
-            self._blocks[layer.prefix] = [
-                slice_ErK.new_empty((layer.block_size, *stock_shape(spec)))
-                for slice_ErK, spec in zip(layer.experts.slices(), layer.experts.specs, strict=True)
-            ]
-        return self._blocks[layer.prefix][parameter.matrix][parameter.expert]
-
-
-def _write(layer: StockLayer, blocks: list[torch.Tensor]) -> None:
-    """Cut the layer's experts of all ranks into slices. Collective over the group."""
-    values = layer.experts.local_slices().values(layer.experts.specs[0].num_experts)
-    for block, slice_ErK in zip(blocks, values, strict=True):
-        block_eRK = block.view(*block.shape[:2], -1)
-        scatter_block(block_eRK, slice_ErK, session.get_fsep_group())
+        if layer.prefix not in self._held:
+            blocks = layer.empty_blocks()
+            self._held[layer.prefix] = blocks, dict(layer.named(blocks))
+        return self._held[layer.prefix][1][name]
 
 
 def _is_any(problem: bool, group: Group) -> bool:

@@ -3,7 +3,7 @@
 What converts or sends weights by name reads stock's parameters: one matrix per expert, on the ranks
 of the expert-parallel group in turn. FSEP's own are slices of all experts, on every rank.
 
-How weights come back in is in `stock_loading.py`.
+What takes tensors under these names is in `stock_loading.py`.
 
 Legend: N ranks of the FSEP group, E experts, X the expert-parallel size that is asked for, e = E/X
 experts of a rank; R rows and K columns of a matrix, r rows of a slice.
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_laer import session
 from megatron_laer.experts.module import FSEPExperts
 from megatron_laer.experts.slices import SliceSpec
-from megatron_laer.runtime.comm.expert_blocks import gather_block
+from megatron_laer.runtime.comm.expert_blocks import gather_block, scatter_block
 
 Named = tuple[str, torch.Tensor]
 
@@ -71,22 +71,40 @@ class StockLayer:
             found.sort(key=lambda pair: pair[0].name)
         return [parameter for _, parameter in found]
 
-    def gather(self) -> Iterator[Named]:
-        """Yield names and tensors, once all matrices are restored. Collective over the group.
+    def blocks(self) -> list[torch.Tensor]:
+        """Restore this rank's experts, [e, R, K] for each slice. Collective over the group."""
+        slices = self.experts.local_slices()
+        return [
+            gather_block(slice_ErK, rows, self.num_blocks, session.get_fsep_group())
+            for slice_ErK, rows in zip(slices.values(self._num_experts), slices.rows, strict=True)
+        ]
+
+    def empty_blocks(self, device: torch.device | None = None) -> list[torch.Tensor]:
+        """Make blocks to be filled; without a device, where the slices are."""
+        slices = self.experts.local_slices()
+        return [
+            slice_ErK.new_empty((self.block_size, rows, slice_ErK.shape[2]), device=device)
+            for slice_ErK, rows in zip(slices.values(self._num_experts), slices.rows, strict=True)
+        ]
+
+    def named(self, blocks: list[torch.Tensor]) -> Iterator[Named]:
+        """Yield stock's names with their parts of the blocks.
 
         The tensors are marked as stock's parameters are, for those who ask how they are cut.
         """
-        group = session.get_fsep_group()
-        slices = self.experts.local_slices()
-        blocks = [
-            gather_block(slice_ErK, rows, self.num_blocks, group)
-            for slice_ErK, rows in zip(slices.values(self._num_experts), slices.rows, strict=True)
-        ]
         for name, matrix, expert in self.parameters():
             spec = self.experts.specs[matrix]
             tensor = blocks[matrix][expert].view(stock_shape(spec))
             self._mark(tensor, spec)
             yield name, tensor
+
+    def write(self, blocks: list[torch.Tensor]) -> None:
+        """Cut the blocks of all ranks into slices. Collective over the group."""
+        slices = self.experts.local_slices().values(self._num_experts)
+        for block_eRK, slice_ErK in zip(blocks, slices, strict=True):
+            scatter_block(block_eRK, slice_ErK, session.get_fsep_group())
+        if (coordinator := session.current_coordinator()) is not None:
+            coordinator.experts.end_step(weights_changed=True)  # what is held for a step is stale
 
     @property
     def _num_experts(self) -> int:
@@ -164,7 +182,8 @@ def _iterate(chunk: torch.nn.Module, layers: list[StockLayer]) -> Iterator[Named
     slices = {id(slice_ErK) for layer in layers for slice_ErK in layer.experts.slices()}
     for name, parameter in chunk.named_parameters():
         if id(parameter) in first_slices:
-            yield from first_slices[id(parameter)].gather()
+            layer = first_slices[id(parameter)]
+            yield from layer.named(layer.blocks())
         elif id(parameter) not in slices:
             yield name, parameter
 
