@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
@@ -111,6 +112,7 @@ class FSEPMoELayer(MoELayer):
                 device=coordinator.device,
                 gemm=current.config.gemm,
                 activation_builder=_activation_builder(submodules),
+                stock_is_grouped=_stock_is_grouped(submodules),
             )
 
         def with_true_config(builder: Any) -> Any:
@@ -256,6 +258,12 @@ def _activation_builder(submodules: MoESubmodules) -> Any:
     """Return Transformer Engine's activation module, where the module spec brings one."""
     options = getattr(submodules.experts, "keywords", {})
     return getattr(options.get("submodules"), "activation_func", None)
+
+
+def _stock_is_grouped(submodules: MoESubmodules) -> bool:
+    """Tell whether the module spec asks for experts that compute in one grouped product."""
+    builder = getattr(submodules.experts, "func", submodules.experts)
+    return not (isinstance(builder, type) and issubclass(builder, SequentialMLP))
 
 
 def _seed_of_arguments() -> int | None:

@@ -49,6 +49,10 @@ class FSEPExperts(MegatronModule):
         config: Megatron's config, with the true number of experts.
         gemm: the name of the back end that multiplies.
         activation_builder: Transformer Engine's activation from the module spec, or None.
+        stock_is_grouped: whether stock would build grouped experts from the module spec.
+
+    Attributes:
+        stock_is_grouped: decides under which names stock would hold these experts.
 
     Raises:
         ValueError: the back end cannot multiply matrices of this size or dtype on this device.
@@ -63,6 +67,7 @@ class FSEPExperts(MegatronModule):
         device: torch.device,
         gemm: str,
         activation_builder: Any = None,
+        stock_is_grouped: bool = False,
     ) -> None:
         # Like Megatron's SequentialMLP: MLP reads the FFN width of an expert from ffn_hidden_size.
         config = copy.copy(config)
@@ -71,6 +76,7 @@ class FSEPExperts(MegatronModule):
         self._rank, self._num_ranks = groups.rank, groups.size
         self._expert_dp_group = pg_collection.expt_dp
         self._layer_name: str | None = None
+        self.stock_is_grouped = stock_is_grouped
         self._gemm = slot_gemm(gemm)
         # Also a stock module of grouped experts recomputes nothing without this granularity.
         self._recomputes_activation = (

@@ -57,7 +57,10 @@ INSTALLS = ("./scripts/quickstart.sh", "./scripts/test.sh", "scripts/environment
 # Of other projects, which are not on the package index or need more than a CPU.
 NOT_OURS = ("scripts/conversion/convert.sh", "from megatron.bridge", "git apply")
 # By another test, with ranks.
-RUN_ELSEWHERE = {"own_loop.md": "test_own_loop.py"}
+RUN_ELSEWHERE = {
+    "own_loop.md": "test_own_loop.py",
+    "stock_names.md": "test_stock_names.py",
+}
 
 _IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 

@@ -1,0 +1,147 @@
+"""Megatron-Bridge converts the weights of FSEP models to and from Hugging Face's format.
+
+    with stock_weights():
+        bridge.load_hf_weights(model)
+
+Its conversion lists the model's parameters by name, makes a task for each, and carries out the
+tasks in the order of layers. Here the list is stock's, and a layer's experts are restored when the
+first of its tasks comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from megatron_laer.stock_names import StockLayer, stock_layers
+
+
+@contextlib.contextmanager
+def stock_weights() -> Iterator[None]:
+    """Let Megatron-Bridge see the weights of FSEP models as stock's, while the context lasts.
+
+    In it, what `AutoBridge` does with Hugging Face's weights works as without FSEP, in both
+    directions: `load_hf_weights`, `export_hf_weights`, `save_hf_weights`, `save_hf_pretrained`. All
+    ranks take part, as always, and iterate over exported weights to the end. Of the experts one
+    layer's at a time are restored, as stock's ranks hold them for the expert-parallel size of the
+    model. After a load call Megatron's `reload_model_params()` of the optimizer.
+
+    Raises:
+        ValueError: from Megatron-Bridge's functions, on every rank: the group's ranks do not divide
+            the experts, so that stock could not hold them either.
+    """
+    from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+
+    build = MegatronModelBridge.build_conversion_tasks
+    load = MegatronModelBridge.load_weights_hf_to_megatron
+    loads = 0
+
+    @functools.wraps(build)
+    def build_tasks(self: Any, hf_pretrained: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        chunks = [stock_layers(chunk, None, grouped=True) for chunk in model]
+        with contextlib.ExitStack() as stack:
+            for chunk, layers in chunks:
+                for layer in layers:
+                    stack.enter_context(_shown_as_stock(chunk, layer))
+            tasks = build(self, hf_pretrained, model, *args, **kwargs)
+        return _Tasks(tasks, [layers for _, layers in chunks], writes=loads > 0)
+
+    @functools.wraps(load)
+    def load_weights(*args: Any, **kwargs: Any) -> Any:
+        nonlocal loads
+        loads += 1
+        try:
+            return load(*args, **kwargs)
+        finally:
+            loads -= 1
+
+    MegatronModelBridge.build_conversion_tasks = build_tasks
+    MegatronModelBridge.load_weights_hf_to_megatron = load_weights
+    try:
+        yield
+    finally:
+        MegatronModelBridge.build_conversion_tasks = build
+        MegatronModelBridge.load_weights_hf_to_megatron = load
+
+
+class _Tasks:
+    """Gives Megatron-Bridge its tasks, those of an expert with the weight in its place.
+
+    Args:
+        layers: of each model chunk.
+        writes: whether the tasks write to weights.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Any], layers: Sequence[list[StockLayer]], *, writes: bool
+    ) -> None:
+        self._layers = {
+            (stage, parameter.name): layer
+            for stage, of_chunk in enumerate(layers)
+            for layer in of_chunk
+            for parameter in layer.parameters()
+        }
+        # Layers of MTP count from 0 too, and their experts' tasks would alternate with others. The
+        # order must be the same on all ranks, so it goes by names alone.
+        places: dict[str, int] = {}
+        for task in tasks:
+            places.setdefault(_owner(task), len(places))
+        self._tasks = sorted(tasks, key=lambda task: places[_owner(task)])
+        self._writes = writes
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __iter__(self) -> Iterator[Any]:
+        for layer, tasks in groupby(self._tasks, self._layer_of):
+            if layer is None:
+                yield from tasks
+                continue
+            blocks = layer.blocks()
+            tensors = dict(layer.named(blocks))
+            for task in tasks:
+                yield replace(task, param_weight=tensors[task.param_name])
+            if self._writes:
+                layer.write(blocks)
+            del blocks, tensors  # before the next layer's are made
+
+    def _layer_of(self, task: Any) -> StockLayer | None:
+        return self._layers.get((task.vp_stage, task.param_name))
+
+
+def _owner(task: Any) -> str:
+    """Name the experts that a task's parameter belongs to, or else the parameter."""
+    name: str = task.global_param_name
+    return name.partition(".experts.")[0] if ".experts." in name else name
+
+
+@contextlib.contextmanager
+def _shown_as_stock(chunk: torch.nn.Module, layer: StockLayer) -> Iterator[None]:
+    """Put modules with stock's parameters, which have no memory, in the place of the experts."""
+    parent = chunk.get_submodule(layer.prefix.rpartition(".")[0])
+    shown = torch.nn.Module()
+    for name, weight in layer.named(layer.empty_blocks(torch.device("meta"))):
+        linear, parameter = name.removeprefix(f"{layer.prefix}.").split(".")
+        if not hasattr(shown, linear):
+            shown.add_module(linear, _Linear(partition_dim=0 if linear == "linear_fc1" else 1))
+        shown.get_submodule(linear).register_parameter(parameter, torch.nn.Parameter(weight))
+    parent.experts = shown
+    try:
+        yield
+    finally:
+        parent.experts = layer.experts
+
+
+class _Linear(torch.nn.Module):
+    """Holds a linear layer's parameters, and says how tensor-parallel ranks would cut them."""
+
+    def __init__(self, partition_dim: int) -> None:
+        super().__init__()
+        self.tensor_model_parallel = True
+        self.partition_dim = partition_dim

@@ -1,0 +1,121 @@
+"""Megatron-Bridge's mapping code converts weights of an FSEP model as it does those of stock.
+
+Needs a checkout of Megatron-Bridge 0.6, whose folder MEGATRON_BRIDGE_CHECKOUT names, and what it
+imports beside Megatron, which the pages on it name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_laer.testing.bridge_stubs import importable
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
+from tests.parity.flags import command_line
+
+CHECKOUT = os.environ.get("MEGATRON_BRIDGE_CHECKOUT")
+
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.skipif(
+        CHECKOUT is None, reason="MEGATRON_BRIDGE_CHECKOUT names no checkout of Megatron-Bridge 0.6"
+    ),
+]
+
+FSEP = " --expert-parallel-mode fsep --fsep-planner random"
+QWEN3 = (
+    " --lr 0 --min-lr 0 --group-query-attention --num-query-groups 2 --kv-channels 16"
+    " --qk-layernorm"
+)
+EXPERT = "model.layers.{}.mlp.experts.{}.{}_proj.weight"
+PARTS = {"gate": [64, 48], "up": [64, 48], "down": [48, 64]}
+
+
+class Pretrained:
+    """Is to Megatron-Bridge a model of Hugging Face's with these weights."""
+
+    model_name_or_path = "weights of a test"
+
+    def __init__(self, config: Any, weights: dict[str, torch.Tensor]) -> None:
+        self.config = config
+        self.state = _State(weights)
+
+
+class _State(dict[str, torch.Tensor]):
+    @property
+    def source(self) -> Any:
+        return self
+
+    def get_all_keys(self) -> list[str]:
+        return list(self)
+
+
+def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
+    """Return the weights in Hugging Face's format, and after a load of the doubled ones."""
+
+    def convert(model: list[torch.nn.Module]) -> list[dict[str, torch.Tensor]]:
+        from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge
+        from transformers import Qwen3MoeConfig
+
+        from megatron_laer.integrations.bridge_weights import stock_weights
+
+        config = Qwen3MoeConfig(num_experts=4, hidden_size=48, num_attention_heads=4)
+
+        def exported() -> dict[str, torch.Tensor]:
+            stream = Qwen3MoEBridge().stream_weights_megatron_to_hf(
+                model, config, show_progress=False
+            )
+            return {name: weight.clone() for name, weight in stream}
+
+        with stock_weights():
+            before = exported()
+            doubled = {name: 2 * weight for name, weight in before.items()}
+            Qwen3MoEBridge().load_weights_hf_to_megatron(Pretrained(config, doubled), model)
+            return [before, exported()]
+
+    assert CHECKOUT is not None
+    with importable(Path(CHECKOUT)):
+        found: list[dict[str, torch.Tensor]] = train(flags, convert).probes[0]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "extra"),
+    [(2, ""), (4, " --pipeline-model-parallel-size 2")],
+    ids=["2 ranks", "2 pipeline stages"],
+)
+def test_qwen3_moe_is_converted_as_stocks_and_back(
+    ranks: Callable[[int], RankPool], text_data: str, size: int, extra: str
+) -> None:
+    def run(mode: str) -> Any:
+        flags = command_line(
+            text_data,
+            experts=4,
+            expert_parallel=2,
+            global_batch=4,
+            steps=1,
+            extra=QWEN3 + extra + mode,
+        )
+        return ranks(size).run(converted, flags)
+
+    stock, fsep = run(""), run(FSEP)
+    for rank, (theirs, ours) in enumerate(zip(stock, fsep, strict=True)):
+        for expected, found in zip(theirs, ours, strict=True):
+            assert found.keys() == expected.keys(), rank
+            for name, weight in expected.items():
+                assert torch.equal(found[name], weight), (rank, name)
+        before, after = ours
+        assert {
+            EXPERT.format(layer, expert, part): shape
+            for layer in range(2)
+            for expert in range(4)
+            for part, shape in PARTS.items()
+        } == {name: list(weight.shape) for name, weight in before.items() if ".experts." in name}
+        for name, weight in before.items():
+            assert torch.equal(after[name], 2 * weight), (rank, name)

@@ -1,0 +1,143 @@
+"""A load of weights under stock's names is strict: what is wrong is named on every rank, at once.
+
+That what it takes is what there was before, `test_stock_names.py` shows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import megatron_laer
+from megatron_laer import session
+from megatron_laer.runtime.weights.states import WeightState
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
+from tests.parity.flags import command_line
+
+Chunk = torch.nn.Module
+Given = tuple[str, torch.Tensor]
+
+FSEP = " --expert-parallel-mode fsep --fsep-planner random"
+
+
+def flags_of(data: str, extra: str = "") -> list[str]:
+    """Make the command line of a step with FSEP."""
+    return command_line(
+        data, experts=4, expert_parallel=2, global_batch=4, steps=1, extra=FSEP + extra
+    )
+
+
+def without(name: str) -> Callable[[list[Given]], Iterator[Given]]:
+    """Leave a name out."""
+    return lambda given: (pair for pair in given if pair[0] != name)
+
+
+def failing(given: list[Given]) -> Iterator[Given]:
+    """Give the first tensor, then fail on one rank."""
+    yield given[0]
+    if dist.get_rank() == 1:
+        raise KeyError("lm_head.weight")
+    yield from given[1:]
+
+
+EXPERT = "decoder.layers.1.mlp.experts.local_experts.1.linear_fc2.weight"
+ROUTER = "decoder.layers.0.mlp.router.weight"
+# What a rank is given instead of what belongs there, and what every rank says to it.
+WRONG: dict[str, tuple[Callable[[list[Given]], Iterator[Given]], str]] = {
+    "a dense one is missing": (without(ROUTER), f"rank 1: missing: '{ROUTER}'"),
+    "an expert is missing": (without(EXPERT), f"rank 1: missing: '{EXPERT}'"),
+    "all are missing": (
+        lambda _: iter(()),
+        "rank 1: missing: 'embedding.word_embeddings.weight', ",
+    ),
+    "one is unknown": (lambda given: iter([*given, ("x", given[0][1])]), "rank 1: 'x' is unknown"),
+    "one comes twice": (
+        lambda given: iter([*given, given[0]]),
+        "rank 1: 'embedding.word_embeddings.weight' comes twice",
+    ),
+    "of a shape": (
+        lambda given: ((name, t.T if name == EXPERT else t) for name, t in given),
+        f"rank 1: '{EXPERT}' has the shape [64, 48], not [48, 64]",
+    ),
+    "no tensor": (
+        lambda given: ((name, None if name == EXPERT else t) for name, t in given),  # type: ignore[misc]
+        "rank 1: named_tensors: AttributeError: ",
+    ),
+    "an error": (failing, "rank 1: named_tensors: KeyError: 'lm_head.weight'"),
+}
+
+
+def errors(flags: list[str]) -> dict[str, str]:
+    """Return what this rank was told for each wrong call, when only rank 1 makes it wrong."""
+
+    def attempts(model: list[Chunk]) -> dict[str, str]:
+        (chunk,) = model
+        given = [
+            (name, tensor.clone()) for name, tensor in megatron_laer.stock_named_parameters(chunk)
+        ]
+        calls: dict[str, Callable[[], object]] = {
+            "list": lambda: megatron_laer.stock_named_parameters(model),  # type: ignore[arg-type]
+            "size": lambda: megatron_laer.stock_named_parameters(chunk, expert_parallel_size=4),
+            "sizes": lambda: megatron_laer.stock_named_parameters(
+                chunk, expert_parallel_size=1 + dist.get_rank()
+            ),
+        }
+        for name, (change, _) in WRONG.items():
+            tensors = iter(given) if dist.get_rank() == 0 else change(given)
+            calls[name] = functools.partial(
+                megatron_laer.load_stock_named_parameters, chunk, tensors
+            )
+        said = {}
+        for name, call in calls.items():
+            with pytest.raises(ValueError) as raised:
+                call()
+            said[name] = str(raised.value)
+        megatron_laer.load_stock_named_parameters(chunk, given)  # nobody is out of step
+        return said
+
+    found: dict[str, str] = train(flags, attempts).probes[0]
+    return found
+
+
+def test_wrong_calls_are_refused_on_every_rank_and_named(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    for said in ranks(2).run(errors, flags_of(text_data)):
+        assert "model is a list: " in said["list"]
+        assert "expert_parallel_size=4 does not divide both the 2 ranks" in said["size"]
+        assert "the 4 experts; what works: [1, 2]" in said["size"]
+        assert "ask for the expert_parallel_size [1, 2]" in said["sizes"]
+        for name, (_, message) in WRONG.items():
+            assert said[name].startswith(message), name
+
+
+def held_over_a_load(flags: list[str]) -> bool:
+    """Tell whether experts that are held over a step were dropped by a load."""
+
+    def load(model: list[Chunk]) -> bool:
+        (chunk,) = model
+        coordinator = session.current_coordinator()
+        assert coordinator is not None
+        held = list(coordinator.experts._of_step.values())
+        # The step's end, which is yet to come, would keep them if its optimizer had been skipped.
+        assert held and all(experts.state.weights is WeightState.RESTORED for experts in held)
+        given = [
+            (name, tensor.clone()) for name, tensor in megatron_laer.stock_named_parameters(chunk)
+        ]
+        megatron_laer.load_stock_named_parameters(chunk, given)
+        return all(experts.state.weights is WeightState.SHARDED for experts in held)
+
+    found: bool = train(flags, load).probes[0]
+    return found
+
+
+def test_experts_that_a_step_holds_are_not_used_after_a_load(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    flags = flags_of(text_data, " --fsep-restore step")
+    assert ranks(2).run(held_over_a_load, flags) == [True, True]
