@@ -17,7 +17,7 @@ class Release:
 
     Attributes:
         number: as in the names of Megatron's branches and of our folders in patches/.
-        tested: versions that the tests passed with, oldest first.
+        tested: versions that the tests passed with, oldest first; of a checkout, with its commit.
         limits: what the release cannot do, for docs/support.md; the end of a sentence.
     """
 
@@ -36,6 +36,9 @@ RELEASES = (
     ),
     Release("0.19", tested=("0.19.0", "0.19.2")),
 )
+
+# Megatron's main branch. It may change until it is released, so it is refused unless asked for.
+NEXT = Release("0.20", tested=("0.20.0+d98e8a6",))
 
 NUMBERS = tuple(release.number for release in RELEASES)
 TESTED = tuple(version for release in RELEASES for version in release.tested)
@@ -79,7 +82,7 @@ class Difference:
 
     def lacked_by(self) -> tuple[str, ...]:
         """Return the supported releases without it."""
-        return NUMBERS[: NUMBERS.index(self.since)]
+        return NUMBERS[: (*NUMBERS, NEXT.number).index(self.since)]
 
 
 GPT_FROM_CONFIG = Difference(
@@ -106,5 +109,17 @@ ROUTING_TRACES = Difference(
     since="0.19",
     before="there are no traces of Megatron's to read",
 )
+INFERENCE_LINEARS = Difference(
+    "megatron.core.tensor_parallel.inference_layers",
+    "is_inference_column_parallel_linear",
+    since="0.20",
+    before="nothing asks for classes that only Transformer Engine has",
+)
 
-DIFFERENCES = (GPT_FROM_CONFIG, PACKED_SEQUENCES, CHECKPOINT_STORAGE, ROUTING_TRACES)
+DIFFERENCES = (
+    GPT_FROM_CONFIG,
+    PACKED_SEQUENCES,
+    CHECKPOINT_STORAGE,
+    ROUTING_TRACES,
+    INFERENCE_LINEARS,
+)

@@ -75,19 +75,31 @@ laer_stamp() {
     } | sha256sum
 }
 
-# Puts another release of Megatron before the installed one, for this shell and what it starts. Only
-# Megatron differs: what it needs is the same.
+# Puts another Megatron before the installed one, for this shell and what it starts: a version, or
+# what a checkout's folder holds now. Only Megatron differs: what it needs is the same.
 laer_use_megatron() {
-    local folder=$laer_venv/megatron-$1
+    local folder=$laer_venv/megatron-$1 wanted=megatron-core==$1
+    if [[ -d $1 ]]; then
+        folder=$laer_venv/megatron-checkout wanted=$folder.source
+        rm -rf "$folder" "$wanted"
+        # A copy, since pip builds in the folder, and what an earlier build left there would come too.
+        mkdir -p "$wanted"
+        tar -C "$1" --exclude=./build -cf - . | tar -C "$wanted" -xf -
+    fi
     if [[ ! -d $folder ]]; then
-        echo "Installing megatron-core $1 beside the other (the first time) ..."
+        echo "Installing $1 as megatron-core beside the other ..."
         rm -rf "$folder.part"
         "$PYTHON" -m pip install --disable-pip-version-check --quiet --no-deps \
-            --target "$folder.part" "megatron-core==$1" >"$folder.log" 2>&1 ||
+            --target "$folder.part" "$wanted" >"$folder.log" 2>&1 ||
             laer_stop "Installation failed; all of pip's output is in $folder.log"
         mv "$folder.part" "$folder"
     fi
     export PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH}
+    local next
+    next=$("$PYTHON" -c "from megatron_laer.releases import NEXT; print(NEXT.number)")
+    if compgen -G "$folder/megatron_core-$next.*" >/dev/null; then
+        export MEGATRON_LAER_UNRELEASED_MEGATRON=$next
+    fi
 }
 
 laer_environment() {

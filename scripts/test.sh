@@ -4,10 +4,12 @@
 #   scripts/test.sh               the quick set: tests marked unit or quick
 #   scripts/test.sh --all         everything that needs no GPU (also with CI=true), and then what is
 #                                 marked `releases` once more, with the oldest Megatron supported
-#   scripts/test.sh --nightly     what --all leaves out, because it takes long or needs more tools
+#   scripts/test.sh --nightly     what --all leaves out, because it takes long or needs more tools;
+#                                 then what is marked `releases`, with the checkout of Megatron's
+#                                 main branch that MEGATRON_LM_NEXT names, if it does
 #   scripts/test.sh --gpu         the tests that need one
 #   scripts/test.sh --lint        no tests
-#   scripts/test.sh --megatron X  the chosen set with megatron-core X instead
+#   scripts/test.sh --megatron X  the chosen set with megatron-core X, or a checkout's folder, instead
 #   scripts/test.sh ... -- ARGS   ARGS are given to pytest, which then runs once
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,13 +26,13 @@ while (($#)); do
         --lint) selection= ;;
         --megatron)
             megatron=${2:-}
-            if [[ $megatron != [0-9]* ]]; then
-                echo "--megatron '$megatron' is no version; give one, such as 0.X.Y, of megatron_laer/releases.py" >&2 && exit 2
+            if [[ $megatron != [0-9]* && ! -f $megatron/megatron/core/package_info.py ]]; then
+                echo "--megatron '$megatron' is no version; give one, such as 0.X.Y, of megatron_laer/releases.py, or a checkout's folder" >&2 && exit 2
             fi
             shift
             ;;
         --) shift && break ;;
-        -h | --help) sed -n '2,11s/^# \{0,1\}//p' scripts/test.sh && exit ;;
+        -h | --help) sed -n '2,13s/^# \{0,1\}//p' scripts/test.sh && exit ;;
         *) echo "unknown option $1; allowed are --all, --nightly, --gpu, --lint, --megatron X, and -- followed by pytest's" >&2 && exit 2 ;;
     esac
     shift
@@ -69,9 +71,19 @@ run_tests() {
 }
 [[ -z $megatron ]] || laer_use_megatron "$megatron"
 run_tests "$selection" "$@"
-if [[ $selection == "$everything" && -z $megatron ]] && (($# == 0)); then
-    megatron=$("$PYTHON" -c "from megatron_laer.releases import TESTED; print(TESTED[0])")
-    laer_use_megatron "$megatron"
-    run_tests "$everything and releases"
+if [[ -z $megatron ]] && (($# == 0)); then
+    case $selection in
+        "$everything")
+            megatron=$("$PYTHON" -c "from megatron_laer.releases import TESTED; print(TESTED[0])")
+            ;;
+        nightly*)
+            megatron=${MEGATRON_LM_NEXT:-} everything="not gpu"
+            export MEGATRON_LM_CHECKOUT=$megatron
+            ;;
+    esac
+    if [[ -n $megatron ]]; then
+        laer_use_megatron "$megatron"
+        run_tests "$everything and releases"
+    fi
 fi
 finish

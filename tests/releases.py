@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from megatron_laer.releases import (
+    NEXT,
     NUMBERS,
     RELEASES,
     ROUTING_TRACES,
@@ -89,10 +90,19 @@ PLACES = (
         "\n".join(
             f"| `core_v{release.number}/` | "
             f"{' to '.join(dict.fromkeys((release.tested[0], release.tested[-1])))} |"
-            for release in RELEASES
+            for release in (*RELEASES, NEXT)
         ),
     ),
 )
+
+# Of the fields of TransformerConfig that our tables know, those that come and go with NEXT.
+FIELDS_FROM_NEXT = {
+    "enable_mhc_connections",
+    "moe_combine_bwd_dtype",
+    "moe_dispatch_fwd_dtype",
+    "moe_use_grouped_tensor",
+}
+FIELDS_BEFORE_NEXT = {"moe_ncclep_static_shape"}
 
 
 def release_of(version: str) -> str:
@@ -130,7 +140,7 @@ def refused_flags(lines: Sequence[str]) -> dict[str, str]:
     """Of these lines of flags, those that the installed Megatron does not know, with its complaint.
 
     Raises:
-        AssertionError: there are some, and no newer Megatron that would know them is supported.
+        AssertionError: there are some, and no newer Megatron would know them.
     """
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _PROGRAM],
@@ -143,8 +153,14 @@ def refused_flags(lines: Sequence[str]) -> dict[str, str]:
     assert result.returncode == 0, result.stderr
     version, complaints = json.loads(result.stdout.splitlines()[-1])
     refused = {line: why for line, why in zip(lines, complaints, strict=True) if why is not None}
-    is_older = release_of(version) in NUMBERS[:-1]
-    assert not refused or is_older, f"megatron-core {version}: {refused}"
+    release = release_of(version)
+    from_next = {f"--{field.replace('_', '-')}" for field in FIELDS_FROM_NEXT}
+    unexplained = {
+        line: why
+        for line, why in refused.items()
+        if release == NEXT.number or from_next.isdisjoint(line.split())
+    }
+    assert not unexplained or release in NUMBERS[:-1], f"megatron-core {version}: {unexplained}"
     return refused
 
 

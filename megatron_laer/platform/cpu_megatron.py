@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 
 from megatron_laer.platform import cpu_deep_ep
+from megatron_laer.releases import INFERENCE_LINEARS
 
 _async_loop: Callable[..., None] | None = None
 
@@ -25,6 +26,7 @@ def mend() -> None:
     _mend_hybrid_norm()
     _mend_attention()
     _mend_latent_projections()
+    _mend_multi_token_prediction()
     _mend_expert_bias()
     _mend_output_discarding()
     _mend_optimizer_load()
@@ -117,6 +119,16 @@ def _mend_latent_projections() -> None:
     # Megatron has a linear layer for projections to a latent space in Transformer Engine alone.
     moe_layer.HAVE_TE = True
     moe_layer.TELinear = DuplicatedLinear
+
+
+def _mend_multi_token_prediction() -> None:
+    from megatron.core.tensor_parallel import inference_layers
+
+    if inference_layers.HAVE_TE or not INFERENCE_LINEARS.is_in(inference_layers):
+        return
+    # Megatron asks whether a layer is of these classes, which without Transformer Engine are none.
+    inference_layers.InferenceColumnParallelLinear = ()
+    inference_layers.InferenceLayerNormColumnParallelLinear = ()
 
 
 def _mend_expert_bias() -> None:

@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 
-from megatron_laer.releases import SUPPORTED, TESTED_RANGE
+from megatron_laer.releases import NEXT, SUPPORTED, TESTED_RANGE
+
+# Of the environment, since a version is looked at before there is a command line.
+UNRELEASED_VARIABLE = "MEGATRON_LAER_UNRELEASED_MEGATRON"
 
 
 def check_version() -> None:
-    """Refuse a Megatron that was never tried.
+    """Refuse a Megatron that was never tried, and one that is not released unless asked for.
 
     Raises:
         ImportError: with the version found and the tested range.
+        ValueError: a release is asked for that is another, or needs no asking.
     """
     from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
 
     found = megatron_version()
-    if not SpecifierSet(SUPPORTED).contains(found, prereleases=True):
-        raise ImportError(
-            f"megatron_laer supports megatron-core {TESTED_RANGE}, "
-            f"found {found}; install a supported version, or see patches/ for keeping a fork"
+    is_supported = SpecifierSet(SUPPORTED).contains(found, prereleases=True)
+    is_next = ".".join(map(str, Version(found).release[:2])) == NEXT.number
+    asked = os.environ.get(UNRELEASED_VARIABLE)
+    if asked is not None and asked != NEXT.number:
+        raise ValueError(
+            f"{UNRELEASED_VARIABLE}={asked}: must be {NEXT.number}, the release after the newest "
+            "supported one; or unset it"
         )
+    if asked is not None and is_supported:
+        raise ValueError(
+            f"{UNRELEASED_VARIABLE}={asked} has no effect with megatron-core {found}, which needs "
+            "no asking; unset it"
+        )
+    if is_supported or (is_next and asked is not None):
+        return
+    way_out = "install a supported version, or see patches/ for keeping a fork"
+    if is_next:
+        tried = ", ".join(NEXT.tested)
+        way_out += (
+            f"; {NEXT.number} was not released when this was written: {UNRELEASED_VARIABLE}="
+            f"{NEXT.number} in the environment tries it (tested with {tried})"
+        )
+    raise ImportError(
+        f"megatron_laer supports megatron-core {TESTED_RANGE}, found {found}; {way_out}"
+    )
 
 
 def megatron_version() -> str:

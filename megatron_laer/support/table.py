@@ -53,6 +53,7 @@ _NO_FP8 = "restored experts are computed in bf16 or fp32"
 _TRAIN_IN_BF16 = "leave it out, and train with --bf16"
 _DTYPE_OF_SLICES = "slices are kept in the parameters' dtype"
 _DENSE_BY_DISTRIBUTED_OPTIMIZER = "leave it out; --use-distributed-optimizer shards the dense part"
+_DTYPE_OF_NCCL_EP = "NCCL EP alone sends tokens in it, to experts of Transformer Engine"
 _NO_GRAPH = "layouts and split sizes are decided on the host, which a graph cannot record"
 _GRAPHS_OFF = "give --cuda-graph-impl none"
 _GRADIENTS_LEAVE = "gradients of restored experts leave the rank as soon as they are computed"
@@ -90,6 +91,22 @@ REFUSALS: tuple[Refusal, ...] = (
         accepted=("deepep", "hybridep"),
         field="moe_flex_dispatcher_backend",
         field_way_out="must be 'deepep' or 'hybridep'",
+    ),
+    Refusal(
+        "--moe-dispatch-fwd-dtype other than bf16",
+        _DTYPE_OF_NCCL_EP,
+        "leave it out, or give --moe-dispatch-fwd-dtype bf16",
+        accepted=("bf16",),
+        field="moe_dispatch_fwd_dtype",
+        left_out=LeftOut.PRECISION,
+    ),
+    Refusal(
+        "--moe-combine-bwd-dtype other than bf16",
+        _DTYPE_OF_NCCL_EP,
+        "leave it out, or give --moe-combine-bwd-dtype bf16",
+        accepted=("bf16",),
+        field="moe_combine_bwd_dtype",
+        left_out=LeftOut.PRECISION,
     ),
     Refusal(
         "--expert-tensor-parallel-size above 1",
@@ -238,6 +255,12 @@ REFUSALS: tuple[Refusal, ...] = (
         field="use_transformer_engine_op_fuser",
         left_out=LeftOut.SPEED,
     ),
+    Refusal(
+        "--moe-use-grouped-tensor",
+        _FORM_OF_TE_EXPERTS,
+        field="moe_use_grouped_tensor",
+        left_out=LeftOut.SPEED,
+    ),
     Refusal("--moe-single-grouped-weight", _FORM_OF_TE_EXPERTS, field="moe_single_grouped_weight"),
     Refusal("--moe-single-grouped-bias", _FORM_OF_TE_EXPERTS, field="moe_single_grouped_bias"),
     Refusal(
@@ -255,6 +278,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "leave it out; --recompute-modules moe saves the same memory",
         field="moe_paged_stash",
         left_out=LeftOut.SPEED,
+    ),
+    Refusal(
+        "--enable-mhc-connections",
+        "several residual streams enter a layer, and no test proves the combination",
+        field="enable_mhc_connections",
     ),
     Refusal(
         "--fine-grained-activation-offloading",

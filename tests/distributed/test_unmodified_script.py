@@ -1,6 +1,6 @@
 """Megatron's own scripts, unmodified, train through `megatron_laer train` like ours.
 
-Needs a checkout of the newest supported Megatron-LM, whose folder MEGATRON_LM_CHECKOUT names: no
+Needs a checkout of the Megatron-LM that is installed, whose folder MEGATRON_LM_CHECKOUT names: no
 wheel holds the scripts. Megatron builds the checkout's dataset helper itself, with `make`, a
 compiler and the `python3` in the PATH, which must be this one and have pybind11.
 """
@@ -14,26 +14,27 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.releases import NUMBERS
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
 from tests import processes
-from tests.parity.compare import identical
+from tests.parity.compare import distance, identical
 from tests.parity.flags import command_line
-from tests.parity.rows import HYBRID
+from tests.parity.rows import FP32_BOUND, HYBRID
 
 _ROOT = Path(__file__).resolve().parents[2]
 CHECKOUT = os.environ.get("MEGATRON_LM_CHECKOUT")
 
 pytestmark = [
     pytest.mark.nightly,
+    pytest.mark.releases,
     pytest.mark.skipif(
         CHECKOUT is None,
-        reason=f"MEGATRON_LM_CHECKOUT names no checkout of Megatron-LM {NUMBERS[-1]}",
+        reason="MEGATRON_LM_CHECKOUT names no checkout of the installed Megatron-LM",
     ),
 ]
 
 FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait"
+RANDOM = " --expert-parallel-mode fsep --fsep-planner random"
 # Each script and the model that it is given.
 SCRIPTS = {
     "pretrain_gpt.py": "",
@@ -59,6 +60,31 @@ def test_megatrons_script_and_ours_are_bitwise_equal(
     theirs = ranks(2).run(train, flags, None, str(Path(CHECKOUT) / script))[0]
     assert len(theirs.losses) == 10
     assert identical(ours, theirs)
+
+
+def test_megatrons_script_with_fsep_equals_stock(
+    ranks: Callable[[int], RankPool], text_data: str, record_property: Callable[[str, object], None]
+) -> None:
+    assert CHECKOUT is not None
+    script = Path(CHECKOUT) / "pretrain_gpt.py"
+    stock, fsep = (
+        ranks(2).run(
+            train,
+            command_line(
+                text_data, experts=8, expert_parallel=2, global_batch=8, steps=20, extra=mode
+            ),
+            None,
+            str(script),
+        )[0]
+        for mode in ("", RANDOM)
+    )
+    found = distance(fsep, stock)
+    # As Megatron prints them.
+    printed = [[f"{loss:.6E}" for loss in run.losses] for run in (stock, fsep)]
+    record_property("fsep", str(found))
+    print(f"\n{found}; equal as printed: {sum(map(str.__eq__, *printed))} of {len(printed[0])}")
+    assert len(fsep.losses) == 20
+    assert found.within(FP32_BOUND)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

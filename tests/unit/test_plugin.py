@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from megatron_laer.releases import NUMBERS, TESTED_RANGE, release_after
+from megatron_laer.platform import versions
+from megatron_laer.platform.versions import UNRELEASED_VARIABLE
+from megatron_laer.releases import NEXT, NUMBERS, TESTED_RANGE, release_after
 
 pytestmark = pytest.mark.releases
 
-UNSUPPORTED = ("0.16.1", "0.17.1", f"{release_after(NUMBERS[-1])}.0")
+UNSUPPORTED = ("0.16.1", "0.17.1", f"{release_after(NEXT.number)}.0")
 
 PREPARE = "from megatron_laer.launch import prepare; prepare()\n"
 
@@ -99,6 +102,34 @@ assert plugin.patch_table() == ""
         assert f"found {version}" in refusal and TESTED_RANGE in refusal
     assert "needs megatron.training.training.train_step" in refusals[3]
     assert TESTED_RANGE in refusals[3]
+
+
+# What is found, what is asked for, and words of the refusal; without a refusal, None.
+UNRELEASED = [
+    (f"{NEXT.number}.0", None, f"{UNRELEASED_VARIABLE}={NEXT.number} in the environment tries it"),
+    (f"{NEXT.number}.0", NEXT.number, None),
+    (f"{NEXT.number}.0rc0", NEXT.number, None),
+    (NEXT.tested[-1], NEXT.number, None),
+    (f"{NEXT.number}.0", "1", f"{UNRELEASED_VARIABLE}=1: must be {NEXT.number}"),
+    (f"{NUMBERS[-1]}.0", NEXT.number, f"no effect with megatron-core {NUMBERS[-1]}.0"),
+    (f"{NUMBERS[-1]}.0", None, None),
+    (f"{release_after(NEXT.number)}.0", NEXT.number, f"supports megatron-core {TESTED_RANGE}"),
+]
+
+
+@pytest.mark.parametrize(("found", "asked", "quoted"), UNRELEASED)
+def test_a_megatron_that_is_not_released_has_to_be_asked_for(
+    found: str, asked: str | None, quoted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "megatron_version", lambda: found)
+    monkeypatch.delenv(UNRELEASED_VARIABLE, raising=False)
+    if asked is not None:
+        monkeypatch.setenv(UNRELEASED_VARIABLE, asked)
+    if quoted is None:
+        versions.check_version()
+        return
+    with pytest.raises((ImportError, ValueError), match=re.escape(quoted)):
+        versions.check_version()
 
 
 def test_installing_the_command_line_changes_nothing_but_the_argument_functions() -> None:

@@ -182,6 +182,7 @@ def test_speed_only_are_the_settings_that_leave_the_model_as_it_is() -> None:
         "--overlap-moe-expert-parallel-comm",
         "--moe-mlp-glu-interleave-size",
         "--use-transformer-engine-op-fuser",
+        "--moe-use-grouped-tensor",
         "--moe-paged-stash",
     }
     assert of[LeftOut.PRECISION] == {
@@ -189,6 +190,8 @@ def test_speed_only_are_the_settings_that_leave_the_model_as_it_is() -> None:
         "--fp4-format",
         "--fp8-param-gather",
         "--fp4-param-gather",
+        "--moe-dispatch-fwd-dtype",
+        "--moe-combine-bwd-dtype",
         "--moe-router-padding-for-quantization",
     }
 

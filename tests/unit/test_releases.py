@@ -25,6 +25,7 @@ from megatron_laer.platform import pretraining
 from megatron_laer.plugin import checkpoints
 from megatron_laer.releases import (
     DIFFERENCES,
+    NEXT,
     NUMBERS,
     RELEASES,
     SUPPORTED,
@@ -37,7 +38,8 @@ from tests.releases import PLACES, ROOT, Place, installed_release
 
 
 def test_releases_are_in_order_and_none_is_left_out() -> None:
-    assert [release_after(number) for number in NUMBERS[:-1]] == list(NUMBERS[1:])
+    after = [release_after(number) for number in NUMBERS]
+    assert after == [*NUMBERS[1:], NEXT.number]
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.number)
@@ -45,6 +47,11 @@ def test_tested_versions_are_of_their_release_and_in_order(release: releases.Rel
     assert release.tested
     assert all(re.fullmatch(rf"{release.number}\.\d+", version) for version in release.tested)
     assert list(release.tested) == sorted(set(release.tested), key=lambda v: int(v.split(".")[2]))
+
+
+def test_the_next_release_was_tried_from_a_checkout() -> None:
+    tried = rf"{NEXT.number}\.\d+\+[0-9a-f]{{7,}}"
+    assert NEXT.tested and all(re.fullmatch(tried, version) for version in NEXT.tested)
 
 
 def test_the_supported_range_holds_what_was_tested_and_ends_with_it() -> None:
@@ -57,7 +64,7 @@ def test_the_supported_range_holds_what_was_tested_and_ends_with_it() -> None:
 
 
 def test_a_difference_parts_the_supported_releases_or_its_fallback_has_to_go() -> None:
-    assert {d.since for d in DIFFERENCES} <= set(NUMBERS)
+    assert {d.since for d in DIFFERENCES} <= {*NUMBERS, NEXT.number}
     assert [d.name for d in DIFFERENCES if not d.lacked_by()] == []
     declared = {id(value) for value in vars(releases).values() if isinstance(value, Difference)}
     assert {id(difference) for difference in DIFFERENCES} == declared

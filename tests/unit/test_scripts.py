@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.releases import NUMBERS, TESTED
+from megatron_laer.releases import NEXT, NUMBERS, TESTED
 from tests import processes
 from tests.releases import installed_release
 from tests.unit.shell_scripts import fake_python, shell
@@ -136,7 +136,8 @@ def test_the_patch_adds_one_line_and_has_no_context(patch):
 
 
 def test_every_supported_release_has_a_patch():
-    assert {path.parent.name for path in _PATCHES} == {f"core_v{number}" for number in NUMBERS}
+    folders = {f"core_v{number}" for number in (*NUMBERS, NEXT.number)}
+    assert {path.parent.name for path in _PATCHES} == folders
 
 
 def test_the_smaller_run_has_the_oldest_release_that_is_said_to_be_tested():

@@ -30,6 +30,9 @@ GRAPHS = "--fsep-allow-unproven te-graphs --cuda-graph-impl transformer_engine"
 REFUSED = {
     "--num-experts absent": ["--num-experts 0", "--num-experts -4"],
     "--expert-model-parallel-size 1": ["--expert-model-parallel-size 1"],
+    "--moe-dispatch-fwd-dtype other than bf16": ["--moe-dispatch-fwd-dtype mxfp8"],
+    "--moe-combine-bwd-dtype other than bf16": ["--moe-combine-bwd-dtype mxfp8"],
+    "--enable-mhc-connections": ["--enable-mhc-connections"],
     "--expert-tensor-parallel-size above 1": ["--expert-tensor-parallel-size 2"],
     "--expert-tensor-parallel-num-weight-shards": ["--expert-tensor-parallel-num-weight-shards 2"],
     "--moe-token-dispatcher-type other than alltoall, flex": [
@@ -73,6 +76,7 @@ REFUSED = {
     "--overlap-moe-expert-parallel-comm": ["--overlap-moe-expert-parallel-comm"],
     "--optimizer other than adam, sgd, lion, muon": ["--optimizer soap"],
     "--moe-mlp-glu-interleave-size": ["--moe-mlp-glu-interleave-size 8"],
+    "--moe-use-grouped-tensor": ["--moe-use-grouped-tensor"],
     "--moe-single-grouped-weight": ["--moe-single-grouped-weight"],
     "--moe-single-grouped-bias": ["--moe-single-grouped-bias"],
     "--moe-router-padding-for-quantization with fp8": [
