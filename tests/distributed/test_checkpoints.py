@@ -22,7 +22,7 @@ from megatron_laer.testing.training import initial_weights, train
 from megatron_laer.testing.weights import Tensors
 from tests.checkpoints import iteration_folder, saved_iteration, saved_tensors
 from tests.parity.flags import command_line
-from tests.parity.rows import HYBRID
+from tests.parity.rows import HYBRID_MTP
 
 FSEP = " --expert-parallel-mode fsep --fsep-planner static"
 WEIGHTS_ONLY = " --no-load-optim --no-load-rng --finetune"
@@ -119,14 +119,7 @@ JOURNEYS = (
         STOCK_TO_STOCK,
     ),
     Journey(
-        "HybridModel, multi-token prediction with one layer repeated",
-        DISTRIBUTED + HYBRID + "*E-E/*E/*E --mtp-use-repeated-layer",
-        (
-            Stop(2, 2),
-            Stop(4, 2, FSEP + STAGES),
-            Stop(2, 2, FSEP + " --fsep-capacity 7"),
-            Stop(2, 2),
-        ),
+        "hybrid", DISTRIBUTED + HYBRID_MTP, (Stop(2, 2), Stop(4, 2, FSEP + STAGES), Stop(2, 2))
     ),
     Journey("linear bias, plain optimizer", "", STOCK_TO_STOCK, without="--disable-bias-linear"),
 )
