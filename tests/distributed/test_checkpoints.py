@@ -22,7 +22,7 @@ from megatron_laer.testing.training import initial_weights, train
 from megatron_laer.testing.weights import Tensors
 from tests.checkpoints import iteration_folder, saved_iteration, saved_tensors
 from tests.parity.flags import command_line
-from tests.parity.rows import HYBRID_MTP
+from tests.parity.rows import HYBRID_MTP as HYBRID
 
 FSEP = " --expert-parallel-mode fsep --fsep-planner static"
 WEIGHTS_ONLY = " --no-load-optim --no-load-rng --finetune"
@@ -118,9 +118,7 @@ JOURNEYS = (
         " --moe-latent-size 24 --moe-shared-expert-intermediate-size 32",
         STOCK_TO_STOCK,
     ),
-    Journey(
-        "hybrid", DISTRIBUTED + HYBRID_MTP, (Stop(2, 2), Stop(4, 2, FSEP + STAGES), Stop(2, 2))
-    ),
+    Journey("hybrid", DISTRIBUTED + HYBRID, (Stop(2, 2), Stop(4, 2, FSEP + STAGES), Stop(2, 2))),
     Journey("linear bias, plain optimizer", "", STOCK_TO_STOCK, without="--disable-bias-linear"),
 )
 
