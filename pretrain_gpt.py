@@ -5,7 +5,7 @@
 The wheel holds Megatron's training loop but no script to run it; this is one, for plain
 pretraining, and computes what Megatron's own script computes, bit for bit. It leaves out
 fill-in-the-middle data, fine-tuning, packed sequences and distillation, and says so when a flag
-asks for them.
+asks for them. With `--hybrid-layer-pattern` it trains Megatron's HybridModel instead of a GPT.
 """
 
 # ruff: noqa: E402 -- imports of Megatron have to follow prepare()

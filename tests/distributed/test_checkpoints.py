@@ -22,7 +22,7 @@ from megatron_laer.testing.training import initial_weights, train
 from megatron_laer.testing.weights import Tensors
 from tests.checkpoints import iteration_folder, saved_iteration, saved_tensors
 from tests.parity.flags import command_line
-from tests.parity.rows import HYBRID
+from tests.parity.rows import HYBRID_MTP as HYBRID
 
 FSEP = " --expert-parallel-mode fsep --fsep-planner static"
 WEIGHTS_ONLY = " --no-load-optim --no-load-rng --finetune"
@@ -120,16 +120,7 @@ JOURNEYS = (
         " --moe-latent-size 24 --moe-shared-expert-intermediate-size 32",
         STOCK_TO_STOCK,
     ),
-    Journey(
-        "HybridModel, multi-token prediction with one layer repeated",
-        DISTRIBUTED + HYBRID + "*E-E/*E/*E --mtp-use-repeated-layer",
-        (
-            Stop(2, 2),
-            Stop(4, 2, FSEP + STAGES),
-            Stop(2, 2, FSEP + " --fsep-capacity 7"),
-            Stop(2, 2),
-        ),
-    ),
+    Journey("hybrid", DISTRIBUTED + HYBRID, (Stop(2, 2), Stop(4, 2, FSEP + STAGES), Stop(2, 2))),
     Journey("linear bias, plain optimizer", "", STOCK_TO_STOCK, without="--disable-bias-linear"),
     Journey("Muon", " --optimizer muon", STOCK_TO_STOCK),
     Journey("Muon, distributed optimizer, bf16", " --optimizer dist_muon --bf16", STOCK_TO_STOCK),

@@ -36,7 +36,7 @@ CASES = {
     "recompute of the first layers": (2, " --num-layers 3" + BLOCK),
     "selective recompute": (2, " --num-layers 3" + SELECTIVE),
     "expert data parallel 2, overlaps": (4, " --num-layers 3" + OVERLAP),
-    "repeated MTP layer": (2, " --num-layers 2" + REPEATED),
+    "repeated MTP layer": (2, " --num-layers 1" + REPEATED),
     "repeated MTP layer, full recompute, adaptive": (
         2,
         " --num-layers 1" + REPEATED + FULL + ADAPTIVE,

@@ -19,7 +19,7 @@ from megatron_laer.testing.training import train
 from tests import processes
 from tests.parity.compare import distance, identical
 from tests.parity.flags import command_line
-from tests.parity.rows import FP32_BOUND, HYBRID
+from tests.parity.rows import FP32_BOUND, HYBRID_MTP
 
 _ROOT = Path(__file__).resolve().parents[2]
 CHECKOUT = os.environ.get("MEGATRON_LM_CHECKOUT")
@@ -38,7 +38,7 @@ RANDOM = " --expert-parallel-mode fsep --fsep-planner random"
 # Each script and the model that it is given.
 SCRIPTS = {
     "pretrain_gpt.py": "",
-    "pretrain_hybrid.py": HYBRID + "*E-*E/*E/*E --mtp-use-repeated-layer",
+    "pretrain_hybrid.py": HYBRID_MTP,
 }
 
 

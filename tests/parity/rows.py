@@ -143,6 +143,7 @@ MUON_SHARED = MUON_BF16.replace("muon", "dist_muon", 1)
 UNTIED = "--untie-embeddings-and-output-weights"
 CLAMPED_GEGLU = " --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0"
 HYBRID = " --spec megatron_laer.testing.hybrid hybrid_stack_spec --hybrid-layer-pattern "
+HYBRID_MTP = HYBRID + "*E-E/*E/*E --mtp-use-repeated-layer"
 REPEATED = " --mtp-use-repeated-layer --mtp-num-layers "
 PER_TOKEN = " --calculate-per-token-loss"
 NO_BIAS = "--disable-bias-linear"
