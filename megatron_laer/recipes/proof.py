@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 
 from megatron_laer.config import Choice
 from megatron_laer.support.fields import PROVED_RECOMPUTE, UNPROVED
@@ -24,16 +25,24 @@ class Proof(Choice):
     GPU = "gpu"
 
 
+def _is_on(name: str, settings: Namespace) -> bool:
+    return bool(getattr(settings, name, False))
+
+
+_SWITCHES = (
+    "moe_permute_fusion",
+    "moe_router_fusion",
+    "optimizer_cpu_offload",
+    "sequence_parallel",
+)
+
 # Settings whose rows run on a replacement of what Megatron has for GPUs alone, by their flag or
 # their module of selective recompute.
 REPLACED: dict[str, Callable[[Namespace], bool]] = {
     "--context-parallel-size": lambda settings: _above_one(settings, "context_parallel_size"),
     "--moe-latent-size": lambda settings: bool(getattr(settings, "moe_latent_size", None)),
     "layernorm": lambda settings: "layernorm" in _recomputed(settings),
-    "--sequence-parallel": lambda settings: bool(getattr(settings, "sequence_parallel", False)),
-    "--optimizer-cpu-offload": lambda settings: bool(
-        getattr(settings, "optimizer_cpu_offload", False)
-    ),
+    **{f"--{name.replace('_', '-')}": partial(_is_on, name) for name in _SWITCHES},
     "--moe-flex-dispatcher-backend": lambda settings: settings.moe_token_dispatcher_type == "flex",
 }
 

@@ -43,7 +43,7 @@ class Config:
     moe_token_dispatcher_type: str = "alltoall"
     moe_flex_dispatcher_backend: str = "deepep"
     moe_router_topk: int = 2
-    moe_router_fusion: bool = False
+    moe_enable_routing_replay: bool = False
     moe_grouped_gemm: bool = False
     moe_teleport: bool = False
     warp_experts: bool = False
@@ -100,7 +100,7 @@ def test_fields_that_no_test_covers_are_named_in_a_warning(
     monkeypatch.setenv("RANK", "0")
     model_support._warn_once.cache_clear()
     config = Config(
-        moe_router_fusion=True,
+        moe_enable_routing_replay=True,
         moe_teleport=True,
         moe_teleport_targets=["moon"],
         warp_experts=True,
@@ -108,8 +108,8 @@ def test_fields_that_no_test_covers_are_named_in_a_warning(
     with caplog.at_level(logging.WARNING):
         model_support.check(config)
         model_support.check(config)  # the next layer of the same model
-    fusion, teleport, warp, targets = (record.getMessage() for record in caplog.records)
-    assert "moe_router_fusion=True" in fusion and "no test proves" in fusion
+    replay, teleport, warp, targets = (record.getMessage() for record in caplog.records)
+    assert "moe_enable_routing_replay=True" in replay and "no test proves" in replay
     assert "moe_teleport=True" in teleport and "does not know" in teleport
     assert "moe_teleport_targets=['moon']" in targets
     assert "warp_experts=True" in warp and "does not know" in warp

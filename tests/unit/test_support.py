@@ -74,6 +74,10 @@ REFUSED = {
     "--overlap-moe-expert-parallel-comm": ["--overlap-moe-expert-parallel-comm"],
     "--optimizer other than adam, sgd, lion": ["--optimizer muon"],
     "--moe-mlp-glu-interleave-size": ["--moe-mlp-glu-interleave-size 8"],
+    "--use-grouped-gemm-for-shared-expert": [
+        "--use-grouped-gemm-for-shared-expert --moe-shared-expert-intermediate-size 32"
+    ],
+    "--moe-shared-expert-glu-interleave-size": ["--moe-shared-expert-glu-interleave-size 8"],
     "--moe-single-grouped-weight": ["--moe-single-grouped-weight"],
     "--moe-single-grouped-bias": ["--moe-single-grouped-bias"],
     "--moe-router-padding-for-quantization with fp8": [
