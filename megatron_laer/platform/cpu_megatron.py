@@ -22,6 +22,11 @@ _async_loop: Callable[..., None] | None = None
 def mend() -> None:
     """Mend all of these paths. Imports `megatron.core`."""
     cpu_deep_ep.give_to_megatron()
+
+    # It imports Megatron, which has now found those buffers.
+    from megatron_laer.platform import cpu_fusions
+
+    cpu_fusions.give_to_megatron()
     _mend_norm()
     _mend_hybrid_norm()
     _mend_attention()

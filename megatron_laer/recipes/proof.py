@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 
 from megatron_laer.config import Choice
-from megatron_laer.support.fields import PROVED_RECOMPUTE, UNPROVED
+from megatron_laer.support.fields import PROVED_RECOMPUTE
 
 _NO_ROW = "no parity row has it, so that nothing proves it yet"
 
@@ -24,19 +25,25 @@ class Proof(Choice):
     GPU = "gpu"
 
 
+def _is_on(name: str, settings: Namespace) -> bool:
+    return bool(getattr(settings, name, False))
+
+
+_SWITCHES = (
+    "hybrid_layer_pattern",
+    "moe_permute_fusion",
+    "moe_router_fusion",
+    "optimizer_cpu_offload",
+    "sequence_parallel",
+)
+
 # Settings whose rows run on a replacement of what Megatron has for GPUs alone, by their flag, its
 # value, or their module of selective recompute.
 REPLACED: dict[str, Callable[[Namespace], bool]] = {
     "--context-parallel-size": lambda settings: _above_one(settings, "context_parallel_size"),
-    "--hybrid-layer-pattern": lambda settings: bool(
-        getattr(settings, "hybrid_layer_pattern", None)
-    ),
     "--moe-latent-size": lambda settings: bool(getattr(settings, "moe_latent_size", None)),
     "layernorm": lambda settings: "layernorm" in _recomputed(settings),
-    "--sequence-parallel": lambda settings: bool(getattr(settings, "sequence_parallel", False)),
-    "--optimizer-cpu-offload": lambda settings: bool(
-        getattr(settings, "optimizer_cpu_offload", False)
-    ),
+    **{f"--{name.replace('_', '-')}": partial(_is_on, name) for name in _SWITCHES},
     "--moe-flex-dispatcher-backend": lambda settings: settings.moe_token_dispatcher_type == "flex",
     "dist_muon": lambda settings: _is_dist_muon(settings),
 }
@@ -44,16 +51,10 @@ REPLACED: dict[str, Callable[[Namespace], bool]] = {
 
 def unproved(settings: Namespace) -> list[str]:
     """List what training accepts of these settings, and no parity row has."""
-    found = [
+    return [
         f"--recompute-modules {name}: {_NO_ROW}"
         for name in sorted(_recomputed(settings) - PROVED_RECOMPUTE)
     ]
-    found += [
-        f"--{name.replace('_', '-')}: {_NO_ROW}"
-        for name in sorted(UNPROVED)
-        if getattr(settings, name, None)
-    ]
-    return found
 
 
 def proof_of(settings: Namespace) -> Proof:

@@ -1,7 +1,7 @@
 """The MoE fields of Megatron's TransformerConfig that FSEP does not refuse are listed here.
 
 Each is proved by a parity row, without effect, or unproved; the last are warned of, as are fields
-that are neither here nor in `table`.
+that are neither here nor in `table`, which only a Megatron that is not known yet has.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ MOE_FIELD = re.compile(r"moe|expert|router")
 PROVED = frozenset(
     """
     num_moe_experts expert_model_parallel_size
-    moe_apply_probs_on_input moe_aux_loss_coeff moe_enable_routing_replay moe_ffn_hidden_size
-    moe_hybridep_pad_uneven_dispatch_inputs moe_latent_size moe_layer_freq
-    moe_permute_fusion_into_hybridep
+    moe_apply_probs_on_input moe_aux_loss_coeff moe_enable_routing_replay
+    moe_ffn_hidden_size moe_hybridep_pad_uneven_dispatch_inputs moe_input_jitter_eps moe_latent_size
+    moe_layer_freq
+    moe_permute_fusion moe_permute_fusion_into_hybridep
     moe_router_bias_update_rate moe_router_dtype moe_router_enable_expert_bias
+    moe_router_force_biased moe_router_force_load_balancing moe_router_fusion
     moe_router_group_topk moe_router_load_balancing_type
-    moe_router_num_groups moe_router_pre_softmax
+    moe_router_num_groups moe_router_pre_softmax moe_router_quantile_balancing_ema
     moe_router_score_function moe_router_topk moe_router_topk_scaling_factor moe_shared_expert_gate
     moe_shared_expert_intermediate_size moe_shared_expert_overlap moe_z_loss_coeff
     """.split()
@@ -28,16 +30,6 @@ PROVED = frozenset(
 
 # What rows of the parity table recompute, of Megatron's selective recompute.
 PROVED_RECOMPUTE = frozenset({"core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"})
-
-# FSEP is made to run with these, but no row of the parity table shows it.
-UNPROVED = frozenset(
-    """
-    moe_input_jitter_eps moe_permute_fusion moe_router_force_biased
-    moe_router_force_load_balancing moe_router_fusion moe_router_quantile_balancing_ema
-    moe_router_topk_limited_devices
-    moe_shared_expert_glu_interleave_size use_grouped_gemm_for_shared_expert
-    """.split()
-)
 
 # Fields that change nothing of what FSEP does, by the reason.
 WITHOUT_EFFECT_BY_REASON: dict[str, str] = {
@@ -55,6 +47,9 @@ WITHOUT_EFFECT_BY_REASON: dict[str, str] = {
         """,
     "it is Megatron's old name for --recompute-modules moe, which is proved": """
         moe_layer_recompute
+        """,
+    "it is Megatron's old name for --moe-router-group-topk, which is proved": """
+        moe_router_topk_limited_devices
         """,
     "Megatron derives expert_gtp_weight_remat_size from it, and that field is checked": """
         expert_tensor_parallel_num_weight_shards

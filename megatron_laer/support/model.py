@@ -18,7 +18,6 @@ from megatron_laer.support.fields import (
     MOE_FIELD,
     PROVED,
     PROVED_RECOMPUTE,
-    UNPROVED,
     WITHOUT_EFFECT,
 )
 from megatron_laer.support.table import REFUSALS, UNPROVEN
@@ -62,12 +61,10 @@ def warnings_of(config: Any) -> list[str]:
         value = getattr(config, field.name)
         if field.name in PROVED or field.name in WITHOUT_EFFECT or value == _default(field):
             continue
-        why = (
-            _NO_PROOF
-            if field.name in UNPROVED
-            else "megatron_laer does not know this field, and FSEP may not honour it"
+        found.append(
+            f"{field.name}={value!r}: megatron_laer does not know this field, and FSEP may not "
+            "honour it"
         )
-        found.append(f"{field.name}={value!r}: {why}")
     if config.recompute_granularity == "selective":
         unproved = sorted(set(config.recompute_modules) - PROVED_RECOMPUTE)
         found += [f"recompute_modules with {name!r}: {_NO_PROOF}" for name in unproved]

@@ -256,6 +256,20 @@ REFUSALS: tuple[Refusal, ...] = (
         left_out=LeftOut.SPEED,
     ),
     Refusal(
+        "--use-grouped-gemm-for-shared-expert",
+        "it makes the shared experts Transformer Engine's grouped ones, and no test proves that "
+        "these may be put off until counts are on their way",
+        field="use_grouped_gemm_for_shared_expert",
+        left_out=LeftOut.SPEED,
+    ),
+    Refusal(
+        "--moe-shared-expert-glu-interleave-size",
+        "it configures Transformer Engine's grouped shared experts, which are refused",
+        accepted=(None,),
+        field="moe_shared_expert_glu_interleave_size",
+        left_out=LeftOut.SPEED,
+    ),
+    Refusal(
         "--moe-use-grouped-tensor",
         _FORM_OF_TE_EXPERTS,
         field="moe_use_grouped_tensor",

@@ -88,6 +88,7 @@ def train(
         model[:] = result[0]
         if training.get_args().load is None:
             weights.load_common_weights(model)
+            torch.manual_seed(dist.get_rank())  # what routers draw their noise from
             if result[1] is not None:  # a run that only evaluates has no optimizer
                 result[1].reload_model_params()
         # Makes Megatron reduce whole gradients in the first step, and hand them over. Between
@@ -228,6 +229,7 @@ def fresh_megatron(model: list[torch.nn.Module]) -> Iterator[None]:
         plugin.disable()
         moe_logging.destroy_moe_metrics_tracker()
         MTPLossLoggingHelper.tracker.clear()
+        moe_utils.RandomSTEShared._cache.clear()
         moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
         if dist.is_initialized():
             dist.destroy_process_group()

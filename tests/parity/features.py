@@ -18,6 +18,8 @@ REPLACED = {
     "--moe-latent-size": "the projections of latent MoE",
     "layernorm": "recompute of norms",
     "--sequence-parallel": "norms and biases of experts under sequence parallelism",
+    "--moe-permute-fusion": "Transformer Engine's fused permutation",
+    "--moe-router-fusion": "Transformer Engine's fused router",
     "--optimizer-cpu-offload": "the two devices of an optimizer that is offloaded in part",
     "--moe-flex-dispatcher-backend": "the flex dispatcher's buffers (these with FSEP alone)",
     "dist_muon": "gathers of tensors of several sizes (Muon's distributed form)",
@@ -104,7 +106,14 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "the same losses, recompute of the MoE layer, per-token loss",
     ),
     "load balancing by sinkhorn": ("sinkhorn router",),
-    "load balancing by quantiles": ("quantile balancing, accumulation 2",),
+    "load balancing by quantiles": ("quantile balancing with a moving average, accumulation 2",),
+    "forced balance, forced bias, input jitter": (
+        "forced balance, input jitter",
+        "forced bias that stays, recompute of the MoE layer",
+    ),
+    "fused router and permutation": (
+        "fused router and permutation, aux, sequence, global and z losses",
+    ),
     "router replay": (
         "router replay, full recompute, accumulation 2",
         "announced by router replay, full recompute, accumulation 2",
@@ -144,6 +153,10 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "linear bias, recompute of the experts' activation, through nodes of 2, E = 6 on 4 ranks",
         "linear bias, restored once per step, bf16, accumulation 4",
         "linear bias without a gate, probabilities applied on input, top-1, scheduler off",
+    ),
+    "grouped shared experts": (
+        "--use-grouped-gemm-for-shared-expert",
+        "--moe-shared-expert-glu-interleave-size",
     ),
     "router padding without fp8": ("router padding, without effect",),
     "GLU interleave": ("--moe-mlp-glu-interleave-size",),

@@ -17,7 +17,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from megatron_laer.releases import NUMBERS, RELEASES
-from megatron_laer.support.fields import UNPROVED, WITHOUT_EFFECT_BY_REASON
+from megatron_laer.support.fields import WITHOUT_EFFECT_BY_REASON
 from megatron_laer.support.refusal import Refusal
 from megatron_laer.support.table import REFUSALS, UNPROVEN
 from tests.parity.compare import Distance
@@ -135,7 +135,6 @@ def render(figures: Mapping[str, Figures]) -> str:
         replaced=", ".join(REPLACED.values()),
         refusals="\n".join(refusals),
         allowed="\n".join(allowed),
-        unproved=_code(*sorted(UNPROVED)),
         without_effect="\n".join(without_effect),
     )
 

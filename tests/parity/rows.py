@@ -428,9 +428,10 @@ ROWS = [
     ),
     Row("sinkhorn router", flags=" --moe-router-load-balancing-type sinkhorn"),
     Row(
-        "quantile balancing, accumulation 2",
+        "quantile balancing with a moving average, accumulation 2",
         accumulation=2,
-        flags=" --moe-router-load-balancing-type quantile_balancing",
+        flags=" --moe-router-load-balancing-type quantile_balancing"
+        " --moe-router-quantile-balancing-ema 0.5",
     ),
     Row(
         "group-limited sigmoid router in fp64 with expert bias, scaling and sequence aux loss",
@@ -438,6 +439,18 @@ ROWS = [
         " --moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-topk-scaling-factor 2.5"
         " --moe-router-dtype fp64"
         " --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-4",
+    ),
+    Row(
+        "forced balance, input jitter",
+        flags=" --moe-router-force-load-balancing --moe-input-jitter-eps 1e-1",
+    ),
+    Row(
+        "forced bias that stays, recompute of the MoE layer",
+        flags=" --moe-router-force-biased -1" + MOE_RECOMPUTE,
+    ),
+    Row(
+        "fused router and permutation, aux, sequence, global and z losses",
+        flags=AUX_LOSSES + " --moe-router-fusion --moe-permute-fusion",
     ),
     Row(
         "router replay, full recompute, accumulation 2",

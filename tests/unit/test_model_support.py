@@ -17,7 +17,6 @@ from megatron_laer.support.fields import (
     MOE_FIELD,
     PROVED,
     PROVED_RECOMPUTE,
-    UNPROVED,
     WITHOUT_EFFECT,
 )
 from megatron_laer.support.table import REFUSALS
@@ -43,7 +42,7 @@ class Config:
     moe_token_dispatcher_type: str = "alltoall"
     moe_flex_dispatcher_backend: str = "deepep"
     moe_router_topk: int = 2
-    moe_router_fusion: bool = False
+    moe_enable_routing_replay: bool = False
     moe_grouped_gemm: bool = False
     moe_teleport: bool = False
     warp_experts: bool = False
@@ -71,7 +70,7 @@ def test_every_moe_field_of_this_megatron_is_known() -> None:
     fields = set(names)
     moe_fields = {name for name in fields if MOE_FIELD.search(name)}
     refused = [row.field for row in REFUSALS if row.field]
-    known = [*refused, *PROVED, *WITHOUT_EFFECT, *UNPROVED]
+    known = [*refused, *PROVED, *WITHOUT_EFFECT]
     assert len(known) == len(set(known)), "a field is in two lists"
     assert moe_fields <= set(known), "new in this Megatron: decide what FSEP makes of it"
     gone = {NUMBERS[-1]: FIELDS_FROM_NEXT, NEXT.number: FIELDS_BEFORE_NEXT}
@@ -95,13 +94,12 @@ def test_off_is_off_whether_none_or_false_says_it() -> None:
     model_support.check(Config(fp8=False, delay_wgrad_compute=None))
 
 
-def test_fields_that_no_test_covers_are_named_in_a_warning(
+def test_fields_that_nobody_knows_are_named_in_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     model_support._warn_once.cache_clear()
     config = Config(
-        moe_router_fusion=True,
         moe_teleport=True,
         moe_teleport_targets=["moon"],
         warp_experts=True,
@@ -109,8 +107,7 @@ def test_fields_that_no_test_covers_are_named_in_a_warning(
     with caplog.at_level(logging.WARNING):
         model_support.check(config)
         model_support.check(config)  # the next layer of the same model
-    fusion, teleport, warp, targets = (record.getMessage() for record in caplog.records)
-    assert "moe_router_fusion=True" in fusion and "no test proves" in fusion
+    teleport, warp, targets = (record.getMessage() for record in caplog.records)
     assert "moe_teleport=True" in teleport and "does not know" in teleport
     assert "moe_teleport_targets=['moon']" in targets
     assert "warp_experts=True" in warp and "does not know" in warp

@@ -183,6 +183,8 @@ def test_speed_only_are_the_settings_that_leave_the_model_as_it_is() -> None:
         "--moe-mlp-glu-interleave-size",
         "--use-transformer-engine-op-fuser",
         "--moe-use-grouped-tensor",
+        "--use-grouped-gemm-for-shared-expert",
+        "--moe-shared-expert-glu-interleave-size",
         "--moe-paged-stash",
     }
     assert of[LeftOut.PRECISION] == {

@@ -77,6 +77,10 @@ REFUSED = {
     "--optimizer other than adam, sgd, lion, muon": ["--optimizer soap"],
     "--moe-mlp-glu-interleave-size": ["--moe-mlp-glu-interleave-size 8"],
     "--moe-use-grouped-tensor": ["--moe-use-grouped-tensor"],
+    "--use-grouped-gemm-for-shared-expert": [
+        "--use-grouped-gemm-for-shared-expert --moe-shared-expert-intermediate-size 32"
+    ],
+    "--moe-shared-expert-glu-interleave-size": ["--moe-shared-expert-glu-interleave-size 8"],
     "--moe-single-grouped-weight": ["--moe-single-grouped-weight"],
     "--moe-single-grouped-bias": ["--moe-single-grouped-bias"],
     "--moe-router-padding-for-quantization with fp8": [
