@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from megatron_laer.config import Choice
-from megatron_laer.support.fields import PROVED_RECOMPUTE, UNPROVED
+from megatron_laer.support.fields import UNPROVED
 
 _NO_ROW = "no parity row has it, so that nothing proves it yet"
 
@@ -29,8 +29,17 @@ class Proof(Choice):
 REPLACED: dict[str, Callable[[Namespace], bool]] = {
     "--context-parallel-size": lambda settings: _above_one(settings, "context_parallel_size"),
     "--moe-latent-size": lambda settings: bool(getattr(settings, "moe_latent_size", None)),
+    "--multi-latent-attention": lambda settings: (
+        bool(getattr(settings, "multi_latent_attention", False))
+        or "mla_up_proj" in _recomputed(settings)
+    ),
+    "--experimental-attention-variant": lambda settings: (
+        getattr(settings, "experimental_attention_variant", None) == "gated_delta_net"
+        or "gdn_norm_out" in _recomputed(settings)
+    ),
     "layernorm": lambda settings: "layernorm" in _recomputed(settings),
-    "--sequence-parallel": lambda settings: bool(getattr(settings, "sequence_parallel", False)),
+    # Megatron demands it of MoE layers under tensor parallelism, and turns it off without.
+    "--sequence-parallel": lambda settings: _above_one(settings, "tensor_model_parallel_size"),
     "--moe-flex-dispatcher-backend": lambda settings: settings.moe_token_dispatcher_type == "flex",
 }
 
@@ -38,10 +47,6 @@ REPLACED: dict[str, Callable[[Namespace], bool]] = {
 def unproved(settings: Namespace) -> list[str]:
     """List what training accepts of these settings, and no parity row has."""
     found = [
-        f"--recompute-modules {name}: {_NO_ROW}"
-        for name in sorted(_recomputed(settings) - PROVED_RECOMPUTE)
-    ]
-    found += [
         f"--{name.replace('_', '-')}: {_NO_ROW}"
         for name in sorted(UNPROVED)
         if getattr(settings, name, None)

@@ -17,7 +17,6 @@ from megatron_laer.config import Unproven
 from megatron_laer.support.fields import (
     MOE_FIELD,
     PROVED,
-    PROVED_RECOMPUTE,
     UNPROVED,
     WITHOUT_EFFECT,
 )
@@ -54,7 +53,7 @@ def check(config: Any, allowed: Collection[Unproven] = ()) -> None:
 
 
 def warnings_of(config: Any) -> list[str]:
-    """Make a warning for each setting about MoE or recompute that no test covers."""
+    """Make a warning for each setting about MoE that no test covers."""
     found = []
     for field in dataclasses.fields(config):
         if not MOE_FIELD.search(field.name) or field.name in _REFUSED:
@@ -68,9 +67,6 @@ def warnings_of(config: Any) -> list[str]:
             else "megatron_laer does not know this field, and FSEP may not honour it"
         )
         found.append(f"{field.name}={value!r}: {why}")
-    if config.recompute_granularity == "selective":
-        unproved = sorted(set(config.recompute_modules) - PROVED_RECOMPUTE)
-        found += [f"recompute_modules with {name!r}: {_NO_PROOF}" for name in unproved]
     return found
 
 
