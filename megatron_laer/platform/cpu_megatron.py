@@ -75,13 +75,23 @@ def _mend_attention() -> None:
 
     # Without Transformer Engine, attention refuses a sequence that is cut over context-parallel
     # ranks. With keys and values of the whole sequence it needs nothing more: Megatron cuts the
-    # mask by its queries.
+    # mask by its queries. Nor does it take the sizes of a head's keys and values, which differ in
+    # latent attention: what it computes fits any, and its outputs are as wide as values.
     @functools.wraps(stock_init)
-    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def init(
+        self: Any,
+        config: Any,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         uncut = copy.copy(config)
         uncut.context_parallel_size = 1
         stock_init(self, uncut, *args, **kwargs)
         self.config = config
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
     @functools.wraps(stock_forward)
     def forward(

@@ -122,13 +122,13 @@ def judge_recipe(row: Mapping[str, str]) -> Judgement:
         settings = _settings(row)
     except ValueError as error:
         raise ValueError(f"recipe {quoted(row['recipe'])}: {error}") from error
-    doubts = []
+    refused = []
     for implied in implied_by(row["recipe"]):
         vars(settings).update(implied.settings)
-        doubts += [implied.unproved] if implied.unproved else []
+        refused += [implied.refused] if implied.refused else []
     if row["pool"] == "peft" and adapts_experts(row["recipe"]):
-        return judge(settings, also_refused=[LORA_ON_EXPERTS])
-    return judge(settings, also_unproved=doubts)  # rows have LoRA on attention
+        refused.append(LORA_ON_EXPERTS)
+    return judge(settings, also_refused=refused)  # rows have LoRA on attention
 
 
 def _check_columns(names: list[str], where: str) -> None:
@@ -152,7 +152,7 @@ def _settings(row: Mapping[str, str]) -> Namespace:
         num_experts=1,  # no column has the number, and all that matters here is that there are some
         expert_model_parallel_size=_size(row, "EP"),
         expert_tensor_parallel_size=_size(row, "ETP"),
-        sequence_parallel=_size(row, "TP") > 1,  # Megatron demands it of MoE layers
+        tensor_model_parallel_size=_size(row, "TP"),
         moe_token_dispatcher_type=word["dispatcher"],
         moe_flex_dispatcher_backend=word["flex_backend"],
         moe_expert_capacity_factor=None,

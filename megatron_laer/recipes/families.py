@@ -18,13 +18,13 @@ class Implied:
         recipes: a regular expression that is searched in `module:function`.
         source: where that is said, and what it means.
         settings: arguments of Megatron, by attribute.
-        unproved: what no argument of Megatron 0.19 tells, and nothing proves.
+        refused: what no Megatron that FSEP supports can build, with what can.
     """
 
     recipes: str
     source: str
     settings: Mapping[str, object] = field(default_factory=dict)
-    unproved: str = ""
+    refused: str = ""
 
 
 IMPLIED = (
@@ -40,8 +40,21 @@ IMPLIED = (
     ),
     Implied(
         r"\.deepseek_v4:",
-        "the first layers route by hashes of tokens (deepseek_v4_bridge)",
-        unproved="hash routing: megatron-core 0.19 has none, so that no parity row can have it",
+        "moe_n_hash_layers, dsv4_hybrid attention, enable_hyper_connections (deepseek_v4_bridge)",
+        refused="hash routing, compressed sparse attention and hyper-connections of DeepSeek-V4: "
+        "megatron-core 0.19 cannot build the model, and neither can 0.20.0 as developed; it takes "
+        "the Megatron that Megatron-Bridge pins, until a release that FSEP supports has them",
+    ),
+    Implied(
+        r"\.(deepseek_v\d|kimi_\w+|moonlight_\w+|glm5):",
+        "multi_latent_attention (deepseek_v2_bridge and v3, kimi_bridge, kimi_k25_vl_bridge, "
+        "glm5_bridge; Moonlight is a DeepSeek-V3)",
+        {"multi_latent_attention": True},
+    ),
+    Implied(
+        r"\.(qwen3_next|qwen35|qwen35_vl):",
+        "gated delta nets (qwen3_next_bridge, qwen35_bridge, qwen35_vl_provider)",
+        {"experimental_attention_variant": "gated_delta_net"},
     ),
     Implied(
         r"\.(nemotron_3_\w+|nemotron_omni):",

@@ -12,9 +12,6 @@ from collections.abc import Callable
 from functools import partial
 
 from megatron_laer.config import Choice
-from megatron_laer.support.fields import PROVED_RECOMPUTE
-
-_NO_ROW = "no parity row has it, so that nothing proves it yet"
 
 
 class Proof(Choice):
@@ -34,7 +31,6 @@ _SWITCHES = (
     "moe_permute_fusion",
     "moe_router_fusion",
     "optimizer_cpu_offload",
-    "sequence_parallel",
 )
 
 # Settings whose rows run on a replacement of what Megatron has for GPUs alone, by their flag, its
@@ -42,23 +38,26 @@ _SWITCHES = (
 REPLACED: dict[str, Callable[[Namespace], bool]] = {
     "--context-parallel-size": lambda settings: _above_one(settings, "context_parallel_size"),
     "--moe-latent-size": lambda settings: bool(getattr(settings, "moe_latent_size", None)),
+    "--multi-latent-attention": lambda settings: (
+        bool(getattr(settings, "multi_latent_attention", False))
+        or "mla_up_proj" in _recomputed(settings)
+    ),
+    "--experimental-attention-variant": lambda settings: (
+        getattr(settings, "experimental_attention_variant", None) == "gated_delta_net"
+        or "gdn_norm_out" in _recomputed(settings)
+    ),
     "layernorm": lambda settings: "layernorm" in _recomputed(settings),
     **{f"--{name.replace('_', '-')}": partial(_is_on, name) for name in _SWITCHES},
+    **{f"--{name.replace('_', '-')}": partial(_is_on, name) for name in _SWITCHES},
+    # Megatron demands it of MoE layers under tensor parallelism, and turns it off without.
+    "--sequence-parallel": lambda settings: _above_one(settings, "tensor_model_parallel_size"),
     "--moe-flex-dispatcher-backend": lambda settings: settings.moe_token_dispatcher_type == "flex",
     "dist_muon": lambda settings: _is_dist_muon(settings),
 }
 
 
-def unproved(settings: Namespace) -> list[str]:
-    """List what training accepts of these settings, and no parity row has."""
-    return [
-        f"--recompute-modules {name}: {_NO_ROW}"
-        for name in sorted(_recomputed(settings) - PROVED_RECOMPUTE)
-    ]
-
-
 def proof_of(settings: Namespace) -> Proof:
-    """Say what proves settings of which nothing is unproved."""
+    """Say what proves settings that training accepts."""
     is_replaced = any(is_used(settings) for is_used in REPLACED.values())
     return Proof.REPLACEMENT if is_replaced else Proof.CPU
 

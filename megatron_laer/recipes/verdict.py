@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_laer.config import Choice, Unproven
-from megatron_laer.recipes.proof import Proof, proof_of, unproved
+from megatron_laer.recipes.proof import Proof, proof_of
 from megatron_laer.support.refusal import LeftOut
 from megatron_laer.support.table import REFUSALS
 
@@ -48,7 +48,6 @@ def judge(
     allowed: Collection[Unproven] = (),
     *,
     also_refused: Sequence[str] = (),
-    also_unproved: Sequence[str] = (),
 ) -> Judgement:
     """Judge parsed arguments, or the same attributes from elsewhere.
 
@@ -56,7 +55,6 @@ def judge(
         settings: every attribute that the table looks for is checked if it is there.
         allowed: the words of `--fsep-allow-unproven`.
         also_refused: what else keeps the run from working, which no argument tells.
-        also_unproved: what else nothing proves, which no argument tells.
     """
     found = [(row, text) for row in REFUSALS if (text := row.problem_with_flag(settings, allowed))]
     refused = {row.argument for row, _ in found}
@@ -71,10 +69,9 @@ def judge(
     verdict = Verdict.RUNS
     if lost:
         verdict = Verdict.PRECISION if LeftOut.PRECISION in lost else Verdict.SPEED_ONLY
-    by_name = [
+    doubts = [
         f"{row.flag} {getattr(settings, row.argument)}: allowed by name, and nobody has run it"
         for row in REFUSALS
         if row.unproven in allowed and row.asks_for_unproven(settings, row.argument)
     ]
-    doubts = (*by_name, *unproved(settings), *also_unproved)
     return Judgement(verdict, None if doubts else proof_of(settings), (*reasons, *doubts), drop)

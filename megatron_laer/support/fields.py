@@ -28,8 +28,12 @@ PROVED = frozenset(
     """.split()
 )
 
-# What rows of the parity table recompute, of Megatron's selective recompute.
-PROVED_RECOMPUTE = frozenset({"core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"})
+# What rows of the parity table recompute, of Megatron's selective recompute; the rest is refused.
+PROVED_RECOMPUTE = frozenset(
+    """
+    core_attn gdn_norm_out layernorm mla_up_proj mlp moe moe_act shared_experts
+    """.split()
+)
 
 # Fields that change nothing of what FSEP does, by the reason.
 WITHOUT_EFFECT_BY_REASON: dict[str, str] = {

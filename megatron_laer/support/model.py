@@ -17,7 +17,6 @@ from megatron_laer.config import Unproven
 from megatron_laer.support.fields import (
     MOE_FIELD,
     PROVED,
-    PROVED_RECOMPUTE,
     WITHOUT_EFFECT,
 )
 from megatron_laer.support.table import REFUSALS, UNPROVEN
@@ -25,7 +24,6 @@ from megatron_laer.support.table import REFUSALS, UNPROVEN
 logger = logging.getLogger(__name__)
 
 _REFUSED = frozenset(row.field for row in REFUSALS)
-_NO_PROOF = "no test proves that it works with FSEP"
 
 
 def check(config: Any, allowed: Collection[Unproven] = ()) -> None:
@@ -53,7 +51,7 @@ def check(config: Any, allowed: Collection[Unproven] = ()) -> None:
 
 
 def warnings_of(config: Any) -> list[str]:
-    """Make a warning for each setting about MoE or recompute that no test covers."""
+    """Make a warning for each setting about MoE that no test covers."""
     found = []
     for field in dataclasses.fields(config):
         if not MOE_FIELD.search(field.name) or field.name in _REFUSED:
@@ -65,9 +63,6 @@ def warnings_of(config: Any) -> list[str]:
             f"{field.name}={value!r}: megatron_laer does not know this field, and FSEP may not "
             "honour it"
         )
-    if config.recompute_granularity == "selective":
-        unproved = sorted(set(config.recompute_modules) - PROVED_RECOMPUTE)
-        found += [f"recompute_modules with {name!r}: {_NO_PROOF}" for name in unproved]
     return found
 
 

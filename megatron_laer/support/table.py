@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_laer.config import Unproven
+from megatron_laer.support.fields import PROVED_RECOMPUTE
 from megatron_laer.support.refusal import LeftOut, Refusal, names_of
 
 
@@ -40,6 +41,11 @@ def _pads_for_fp8(settings: Any) -> bool:
     return pads and bool(settings.fp8 or getattr(settings, "fp4", None))
 
 
+def _recomputes_unproved(settings: Any) -> bool:
+    is_selective = settings.recompute_granularity == "selective"
+    return is_selective and not set(settings.recompute_modules or ()) <= PROVED_RECOMPUTE
+
+
 # What Transformer Engine may capture: it is done before a layer plans, or has no experts.
 GRAPHED = frozenset({"attn", "moe_router", "mlp"})
 
@@ -60,6 +66,7 @@ _GRADIENTS_LEAVE = "gradients of restored experts leave the rank as soon as they
 _FORM_OF_TE_EXPERTS = "it is a form of Transformer Engine's grouped experts, which FSEP replaces"
 _NEEDS_GPU = "it needs Transformer Engine and a GPU, and no test there proves the combination"
 _RECOMPUTE_INSTEAD = "leave it out, and use --recompute-granularity"
+_RECOMPUTED = ", ".join(sorted(PROVED_RECOMPUTE))
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
@@ -292,6 +299,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "leave it out; --recompute-modules moe saves the same memory",
         field="moe_paged_stash",
         left_out=LeftOut.SPEED,
+    ),
+    Refusal(
+        f"--recompute-modules other than {_RECOMPUTED}",
+        "no test proves that FSEP takes part in the recompute of all of these",
+        f"give some of {_RECOMPUTED}",
+        field="recompute_modules",
+        field_way_out=f"take some of {_RECOMPUTED}",
+        refuses=_recomputes_unproved,
     ),
     Refusal(
         "--enable-mhc-connections",

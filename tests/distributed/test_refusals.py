@@ -89,11 +89,30 @@ CASES = {
     ),
     "fp8": ("--fp8-format hybrid", "--fp8", "bf16"),
     "Megatron-FSDP": ("--use-megatron-fsdp", "--use-megatron-fsdp", "--use-distributed-optimizer"),
-    "paged stash": ("--moe-paged-stash", "--moe-paged-stash", "--recompute-modules moe"),
+    "paged stash": (
+        "--moe-paged-stash",
+        "--moe-paged-stash",
+        "--recompute-modules moe saves the same memory (it is speed-only)",
+    ),
     "GLU interleave": (
         "--moe-mlp-glu-interleave-size 8",
         "--moe-mlp-glu-interleave-size 8",
-        "leave it out",
+        "leave it out (it is speed-only)",
+    ),
+    "fused operations": (
+        "--use-transformer-engine-op-fuser",
+        "--use-transformer-engine-op-fuser",
+        "leave it out (it is speed-only)",
+    ),
+    "overlap of expert-parallel communication": (
+        "--overlap-moe-expert-parallel-comm",
+        "--overlap-moe-expert-parallel-comm",
+        "leave it out (it is speed-only)",
+    ),
+    "rank capacity": (
+        "--moe-expert-rank-capacity-factor 1.5",
+        "--moe-expert-rank-capacity-factor 1.5",
+        "balanced layouts bound what a rank receives (it is speed-only)",
     ),
     "activation offloading": (
         "--fine-grained-activation-offloading --offload-modules core_attn",
@@ -120,7 +139,16 @@ CASES = {
     ),
     "idle word": ("--fsep-allow-unproven te-graphs", "te-graphs: no effect", "leave it out"),
     "SOAP": ("--optimizer soap", "--optimizer soap", "adam, sgd, lion or muon"),
-    "delayed weight gradients": ("--delay-wgrad-compute", "--delay-wgrad-compute", "leave it out"),
+    "delayed weight gradients": (
+        "--delay-wgrad-compute",
+        "--delay-wgrad-compute",
+        "leave it out (it is speed-only)",
+    ),
+    "recompute that no row has": (
+        "--recompute-granularity selective --recompute-modules moe mhc",
+        "--recompute-modules moe mhc",
+        "give some of core_attn, gdn_norm_out",
+    ),
     "yaml": ("--yaml-cfg x.yaml", "--yaml-cfg", "no effect"),
     "deprecated cuda graphs": ("--enable-cuda-graph", "--enable-cuda-graph", "none"),
     "keep under determinism": (

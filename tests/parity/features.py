@@ -16,6 +16,8 @@ REPLACED = {
     "--context-parallel-size": "attention over a sequence that is cut (context parallel)",
     "--hybrid-layer-pattern": "the layers of HybridModel and its last norm (no Mamba layers)",
     "--moe-latent-size": "the projections of latent MoE",
+    "--multi-latent-attention": "attention with heads of two sizes (latent attention)",
+    "--experimental-attention-variant": "the kernels and modules of gated delta nets",
     "layernorm": "recompute of norms",
     "--sequence-parallel": "norms and biases of experts under sequence parallelism",
     "--moe-permute-fusion": "Transformer Engine's fused permutation",
@@ -67,6 +69,14 @@ FEATURES: dict[str, tuple[str, ...]] = {
     ),
     "selective recompute of `moe_act`": (
         "recompute of the experts' activation, with the layer norms",
+    ),
+    "selective recompute of `mla_up_proj`": ("latent attention, recompute of its up-projections",),
+    "selective recompute of `gdn_norm_out`": (
+        "gated delta net before attention, recompute of its output norm",
+    ),
+    "selective recompute of other modules, such as `mhc`": (
+        "--recompute-modules other than core_attn, gdn_norm_out, layernorm, mla_up_proj, mlp, moe,"
+        " moe_act, shared_experts",
     ),
     "shared experts": ("shared experts", "shared experts with a gate, recompute of the MoE layer"),
     "shared experts with `--moe-shared-expert-overlap`": (
@@ -142,6 +152,14 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "pipeline 2 with multi-token prediction and tied embeddings, accumulation 2",
     ),
     "latent MoE": ("latent MoE without a gate, shared experts",),
+    "latent attention": (
+        "latent attention, recompute of its up-projections",
+        "as DeepSeek-V3: latent attention, first layer dense, shared experts, group-limited sigmoid"
+        " router with expert bias, multi-token prediction, flex dispatcher with DeepEP, recompute",
+        "as Kimi-K2: latent attention, first layer dense, shared experts, sigmoid router with"
+        " expert bias, flex dispatcher with HybridEP, recompute with the experts' activation",
+    ),
+    "gated delta nets": ("gated delta net before attention, recompute of its output norm",),
     "experts without a gate": ("latent MoE without a gate, shared experts",),
     "`--moe-apply-probs-on-input`": ("probabilities applied on input, top-1",),
     "GLU clamp and offset": ("clamped and offset quick-GEGLU",),

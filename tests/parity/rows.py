@@ -146,6 +146,20 @@ HYBRID = " --spec megatron_laer.testing.hybrid hybrid_stack_spec --hybrid-layer-
 HYBRID_MTP = HYBRID + "*E-E/*E/*E --mtp-use-repeated-layer"
 REPEATED = " --mtp-use-repeated-layer --mtp-num-layers "
 PER_TOKEN = " --calculate-per-token-loss"
+LATENT_ATTENTION = (
+    " --multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 12"
+    " --qk-pos-emb-head-dim 4 --v-head-dim 8 --qk-layernorm"
+)
+LATENT_RECOMPUTE = " --recompute-granularity selective --recompute-modules mla_up_proj"
+GROUPED_QUERIES = " --group-query-attention --num-query-groups 2"
+AUX_LOSS = " --moe-router-load-balancing-type aux_loss"
+FIRST_LAYER_DENSE = " --num-layers 3 --moe-layer-freq ([0]*1+[1]*2) --moe-ffn-hidden-size 40"
+# Of DeepSeek-V3, which Kimi-K2 follows but for its groups.
+SIGMOID_ROUTER = (
+    " --moe-router-score-function sigmoid --moe-router-enable-expert-bias"
+    " --moe-router-bias-update-rate 1e-3 --moe-router-dtype fp32"
+    " --moe-router-load-balancing-type seq_aux_loss"
+)
 NO_BIAS = "--disable-bias-linear"
 NO_BIAS_NOR_SWIGLU = NO_BIAS + " --swiglu"
 
@@ -511,6 +525,112 @@ ROWS = [
         flags=PIPELINE + FULL_RECOMPUTE + REPEATED + "2",
         fsep=" --fsep-planner greedy --fsep-imbalance-tolerance 0.02",
         moe_layers=1,
+    ),
+    Row(
+        "latent attention, recompute of its up-projections",
+        flags=LATENT_ATTENTION + " --rope-type rope" + LATENT_RECOMPUTE,
+    ),
+    Row(
+        "gated delta net before attention, recompute of its output norm",
+        flags=" --spec megatron_laer.testing.gated_delta_net block_spec"
+        " --experimental-attention-variant gated_delta_net --linear-attention-freq 2"
+        " --linear-key-head-dim 8 --linear-value-head-dim 12 --linear-num-key-heads 2"
+        " --linear-num-value-heads 4"
+        " --recompute-granularity selective --recompute-modules gdn_norm_out",
+    ),
+    Row(
+        # In smaller sizes what Megatron's own command for 256 GPUs has.
+        "as DeepSeek-V3: latent attention, first layer dense, shared experts, group-limited sigmoid"
+        " router with expert bias, multi-token prediction, flex dispatcher with DeepEP, recompute",
+        flags=DIST_OPT
+        + LATENT_ATTENTION
+        + FIRST_LAYER_DENSE
+        + SIGMOID_ROUTER
+        + " --moe-aux-loss-coeff 1e-4 --moe-router-num-groups 4 --moe-router-group-topk 2"
+        " --moe-router-topk-scaling-factor 2.5 --moe-shared-expert-intermediate-size 32"
+        " --rotary-scaling-factor 40 --mscale 1.0 --mscale-all-dim 1.0"
+        " --mtp-num-layers 1 --mtp-loss-scaling-factor 0.1"
+        + LATENT_RECOMPUTE
+        + " mlp moe layernorm",
+        fsep=RANDOM + DEEPEP,
+        moe_layers=3,
+    ),
+    Row(
+        # As with Kimi-K2's 384, the number of experts is no power of two. Stock's own recompute of
+        # their activation needs Transformer Engine.
+        "as Kimi-K2: latent attention, first layer dense, shared experts, sigmoid router with"
+        " expert bias, flex dispatcher with HybridEP, recompute with the experts' activation",
+        experts=6,
+        flags=DIST_OPT
+        + LATENT_ATTENTION
+        + FIRST_LAYER_DENSE
+        + SIGMOID_ROUTER
+        + " --moe-aux-loss-coeff 1e-3 --moe-router-num-groups 1 --moe-router-group-topk 1"
+        " --moe-router-topk-scaling-factor 2.827 --moe-shared-expert-intermediate-size 32"
+        " --rotary-scaling-factor 32 --mscale 1.0 --mscale-all-dim 1.0"
+        + LATENT_RECOMPUTE
+        + " mlp layernorm",
+        fsep=RANDOM
+        + HYBRIDEP
+        + " --moe-grouped-gemm"
+        + LATENT_RECOMPUTE
+        + " mlp layernorm moe_act",
+    ),
+    # Feature sets of published commands, in smaller sizes; so are the two before.
+    Row(
+        "as Mixtral: grouped queries, aux loss, pipeline 2, distributed optimizer, accumulation 2",
+        ranks=4,
+        expert_parallel=2,
+        accumulation=2,
+        # In a pipeline, overlapped reduces would leave parts of the gradients that are compared.
+        flags=PIPELINE
+        + " --use-distributed-optimizer"
+        + GROUPED_QUERIES
+        + AUX_LOSS
+        + " --moe-aux-loss-coeff 1e-2",
+        moe_layers=1,
+    ),
+    Row(
+        # Stock recomputes nothing here, for want of Transformer Engine.
+        "as Qwen3: grouped and normalised queries, top-4, aux loss, fp32 router, tensor parallel 2,"
+        " flex dispatcher with DeepEP, recompute of norms and of the experts' activation",
+        ranks=4,
+        stock_parallel=(4, 2),
+        flags=TENSOR
+        + DIST_OPT
+        + GROUPED_QUERIES
+        + AUX_LOSS
+        + " --qk-layernorm --kv-channels 16 --moe-aux-loss-coeff 1e-3 --moe-router-topk 4"
+        " --moe-router-dtype fp32 --moe-ffn-hidden-size 40",
+        fsep=RANDOM
+        + DEEPEP
+        + " --moe-grouped-gemm --recompute-granularity selective"
+        + " --recompute-modules moe_act layernorm",
+    ),
+    Row(
+        "as GLM-4.5: first layer dense, overlapped shared experts, sigmoid router with expert bias,"
+        " biased and normalised queries, multi-token prediction, recompute of attention",
+        flags=DIST_OPT
+        + GROUPED_QUERIES
+        + FIRST_LAYER_DENSE
+        + SIGMOID_ROUTER
+        + " --moe-aux-loss-coeff 1e-3 --moe-shared-expert-intermediate-size 32"
+        " --moe-shared-expert-overlap --add-qkv-bias --qk-layernorm --rotary-percent 0.5"
+        " --mtp-num-layers 1 --mtp-loss-scaling-factor 0.3 --recompute-granularity selective",
+        moe_layers=3,
+    ),
+    Row(
+        "as gpt-oss: linear bias, clamped and offset quick-GEGLU, learned softmax, windows, top-4,"
+        " aux loss, fp32 router",
+        ranks=4,
+        stock_parallel=(4, 2),
+        without=NO_BIAS_NOR_SWIGLU,
+        flags=DIST_OPT
+        + CLAMPED_GEGLU
+        + GROUPED_QUERIES
+        + AUX_LOSS
+        + " --softmax-type learnable --window-size 15,0 --window-attn-skip-freq 2"
+        " --moe-aux-loss-coeff 1e-3 --moe-router-topk 4 --moe-router-dtype fp32",
     ),
     Row(
         "clamped and offset quick-GEGLU",

@@ -113,11 +113,11 @@ def test_fields_that_nobody_knows_are_named_in_a_warning(
     assert "warp_experts=True" in warp and "does not know" in warp
 
 
-def test_recompute_that_no_row_of_the_parity_table_has_is_named() -> None:
-    modules = ["core_attn", "mla_up_proj"]
-    config = Config(recompute_granularity="selective", recompute_modules=modules)
-    (warning,) = model_support.warnings_of(config)
-    assert "'mla_up_proj'" in warning and "no test proves" in warning
+def test_recompute_that_no_row_of_the_parity_table_has_is_refused() -> None:
+    modules = ["core_attn", "mhc"]
+    model_support.check(Config(recompute_granularity="full", recompute_modules=modules))
+    with pytest.raises(ValueError, match=r"recompute_modules=\['core_attn', 'mhc'\]: no test"):
+        model_support.check(Config(recompute_granularity="selective", recompute_modules=modules))
     given = {word for row in ROWS for word in f"{row.flags} {row.fsep}".split()}
     assert given | {"core_attn"} >= PROVED_RECOMPUTE
 

@@ -33,6 +33,8 @@ NONE = dict.fromkeys(COLUMNS, "") | {
 GPT_OSS = "megatron.bridge.recipes.gpt_oss.h100.gpt_oss:gpt_oss_20b_pretrain_fp8mx_config"
 NANO = "megatron.bridge.recipes.nemotronh.h100.nemotron_3_nano:nemotron_3_nano_pretrain_config"
 SUPER = "megatron.bridge.recipes.nemotronh.h100.nemotron_3_super:nemotron_3_super_sft_config"
+KIMI = "megatron.bridge.recipes.kimi.h100.kimi_k2:kimi_k2_pretrain_config"
+DEEPSEEK_V4 = "megatron.bridge.recipes.deepseek.h100.deepseek_v4:deepseek_v4_flash_sft_config"
 OLMOE = "megatron.bridge.recipes.olmoe.h100.olmoe_7b:olmoe_7b_peft_1gpu_h100_bf16_config"
 
 # Fields of a recipe; its verdict, what proves it, what is said of it, and what is to be dropped.
@@ -48,10 +50,24 @@ JUDGED: dict[str, tuple[dict[str, str], Verdict, Proof | None, list[str], list[s
         [],
     ),
     "unproved module": (
-        {"recompute": "selective", "recompute_modules": "['mhc']"},
-        Verdict.RUNS,
+        {"recompute": "selective", "recompute_modules": "['moe', 'mhc']"},
+        Verdict.REFUSED,
         None,
-        ["--recompute-modules mhc: no parity row"],
+        ["--recompute-modules moe mhc: no test proves"],
+        [],
+    ),
+    "latent attention": (
+        {"recipe": KIMI, "recompute": "selective", "recompute_modules": "['mla_up_proj']"},
+        Verdict.RUNS,
+        Proof.REPLACEMENT,
+        [],
+        [],
+    ),
+    "what no release of Megatron builds": (
+        {"recipe": DEEPSEEK_V4, "precision": "fp8_mx"},
+        Verdict.REFUSED,
+        None,
+        ["hash routing, compressed sparse attention and hyper-connections of DeepSeek-V4: mega"],
         [],
     ),
     "no expert parallelism": (
@@ -288,7 +304,7 @@ def test_the_fields_of_a_recipe_may_be_yaml(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "recipe.yaml"
-    fields = NONE | {"recompute": "selective", "cuda_graph_impl": "local"}
+    fields = NONE | {"recompute": "selective", "cuda_graph_impl": "local", "optimizer": "lion"}
     lines = [f"{name}: '{value}'" for name, value in fields.items() if name != "recompute_modules"]
     path.write_text("\n".join([*lines, "recompute_modules: [moe, mla_up_proj]"]))
     assert cli.main(["check-recipe", str(path)]) == STATUS[Verdict.SPEED_ONLY] == 3
@@ -296,7 +312,7 @@ def test_the_fields_of_a_recipe_may_be_yaml(
     assert said.startswith(
         "runs without these speed-only flags: --cuda-graph-impl; nothing proves it yet, because\n"
     )
-    assert "  --recompute-modules mla_up_proj: no parity row" in said
+    assert "  --optimizer lion: no parity row" in said
     path.write_text("recipe: x\n")
     assert cli.main(["check-recipe", str(path)]) == 2
     assert "no field pool" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_laer.support.fields import PROVED_RECOMPUTE
 from megatron_laer.support.table import REFUSALS
 from tests import processes
 from tests.releases import refused_flags
@@ -92,6 +93,9 @@ REFUSED = {
     ],
     "--use-transformer-engine-op-fuser": ["--use-transformer-engine-op-fuser"],
     "--moe-paged-stash": ["--moe-paged-stash"],
+    f"--recompute-modules other than {', '.join(sorted(PROVED_RECOMPUTE))}": [
+        "--recompute-granularity selective --recompute-modules moe mhc"
+    ],
     "--fine-grained-activation-offloading": [
         "--fine-grained-activation-offloading --offload-modules core_attn"
     ],
@@ -118,6 +122,8 @@ TAKEN = [
     "--moe-router-padding-for-fp8",
     "--recompute-modules core_attn moe_act",
     "--recompute-granularity full --recompute-modules moe_act",
+    "--recompute-granularity full --recompute-modules mhc",
+    "--recompute-granularity selective --recompute-modules mla_up_proj gdn_norm_out",
     "--recompute-granularity selective --recompute-modules core_attn moe_act",
 ]
 

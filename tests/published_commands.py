@@ -1,0 +1,106 @@
+"""The table of published commands in docs/recipes.md says what `check-recipe` says of each.
+
+    python -m tests.published_commands
+
+prints it, in a process of its own, since parsing flags as Megatron does may patch torch. A unit
+test looks for each of its lines on the page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shlex
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_laer import cli
+from megatron_laer.cli.check_recipe import STATUS
+from megatron_laer.recipes.bridge import COLUMNS
+from tests.parity.rows import ROWS
+
+COMMANDS = Path(__file__).with_name("published_commands.yaml")
+
+_SOURCES = {
+    "megatron": ("Megatron", "https://github.com/NVIDIA/Megatron-LM/blob/core_v0.19.0"),
+    "modelzoo": ("model zoo", "https://github.com/yanring/Megatron-MoE-ModelZoo/blob/main"),
+    "bridge": ("Bridge", "https://github.com/NVIDIA-NeMo/Megatron-Bridge/blob/main"),
+}
+# By a text of the first line; the last is in all of them.
+_PROOFS = {
+    "CPU rows with a replacement": "proved by parity rows on the CPU, where",
+    "CPU rows": "proved by parity rows on the CPU",
+    "nothing yet": "nothing proves it yet",
+    "–": "",
+}
+# What a Megatron-Bridge recipe has where an entry says nothing.
+_DEFAULTS = dict.fromkeys(COLUMNS, "") | {
+    "pool": "pretrain",
+    "precision": "bf16_mixed",
+    "optimizer": "opt:distributed_fused_adam_with_cosine_annealing",
+}
+
+
+def read() -> list[dict[str, Any]]:
+    """The entries of the file of commands."""
+    entries: list[dict[str, Any]] = yaml.safe_load(COMMANDS.read_text(encoding="utf-8"))
+    return entries
+
+
+def row_of(entry: Mapping[str, Any]) -> str:
+    """The name of the parity row with the features of a command."""
+    (name,) = (row.name for row in ROWS if row.name.startswith(f"{entry['row']}:"))
+    return name
+
+
+def table(folder: Path) -> list[str]:
+    """The lines of the table, judged by `check-recipe` from files in the folder."""
+    lines = ["| model | published by | verdict | proved by | in the way or unproved | row |"]
+    lines.append("|---|---|---|---|---|---|")
+    for number, entry in enumerate(read()):
+        repository, path = entry["from"].split()
+        name, address = _SOURCES[repository]
+        status, said, *because = _checked(entry, folder / str(number))
+        verdict = next(verdict for verdict in STATUS if str(STATUS[verdict]) == status)
+        proved = next(kind for kind, text in _PROOFS.items() if text in said)
+        kinds = [f"`{reason.split(':')[0].strip()}`" for reason in because]
+        if "lacking" in entry:
+            assert _said(["--", entry["lacking"]])[0] == 2, "Megatron has it now"
+            kinds.append(f"`{entry['lacking']}`, which Megatron 0.19 lacks")
+        cells = (
+            entry["model"],
+            f"[{name}]({address}/{path})",
+            f"*{verdict}*",
+            proved,
+            ", ".join(kinds) or "–",
+            entry.get("row", "–"),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _checked(entry: Mapping[str, Any], file: Path) -> list[str]:
+    """The exit status of `check-recipe`, and what it says up to a command line that works."""
+    if "recipe" in entry:
+        file = file.with_suffix(".yaml")
+        file.write_text(yaml.safe_dump(_DEFAULTS | entry["recipe"]), encoding="utf-8")
+    else:
+        file.write_text(shlex.join(entry["flags"].split()), encoding="utf-8")
+    status, (first, *rest) = _said([str(file)])
+    return [str(status), first, *(line for line in rest if line.startswith("  "))]
+
+
+def _said(words: list[str]) -> tuple[int, list[str]]:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = cli.main(["check-recipe", *words])
+    return status, said.getvalue().splitlines()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        print("\n".join(table(Path(temporary))))
