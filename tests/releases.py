@@ -97,7 +97,6 @@ PLACES = (
 
 # Of the fields of TransformerConfig that our tables know, those that come and go with NEXT.
 FIELDS_FROM_NEXT = {
-    "enable_mhc_connections",
     "moe_combine_bwd_dtype",
     "moe_dispatch_fwd_dtype",
     "moe_use_grouped_tensor",

@@ -103,5 +103,9 @@ class SlotDispatching:
 
     @property
     def _current(self) -> SlotDispatch:
-        assert self._pass is not None, "a step of the dispatcher before `begin`"
+        if self._pass is None:
+            raise ValueError(
+                "the dispatcher of an FSEP layer sends tokens where the layer's plan says: call "
+                "the MoE layer, not its dispatcher alone"
+            )
         return self._pass

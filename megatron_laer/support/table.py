@@ -95,7 +95,8 @@ REFUSALS: tuple[Refusal, ...] = (
         "NCCL EP needs --moe-expert-rank-capacity-factor, beyond which it ends the run",
         "give --moe-flex-dispatcher-backend deepep or hybridep, or --moe-token-dispatcher-type "
         "alltoall without it",
-        accepted=("deepep", "hybridep"),
+        # None where a script uses another dispatcher.
+        accepted=("deepep", "hybridep", None),
         field="moe_flex_dispatcher_backend",
         field_way_out="must be 'deepep' or 'hybridep'",
     ),
@@ -307,11 +308,6 @@ REFUSALS: tuple[Refusal, ...] = (
         field="recompute_modules",
         field_way_out=f"take some of {_RECOMPUTED}",
         refuses=_recomputes_unproved,
-    ),
-    Refusal(
-        "--enable-mhc-connections",
-        "several residual streams enter a layer, and no test proves the combination",
-        field="enable_mhc_connections",
     ),
     Refusal(
         "--fine-grained-activation-offloading",

@@ -40,7 +40,7 @@ class Config:
     """As much of Megatron's configuration as is looked at, with a field that nobody knows."""
 
     moe_token_dispatcher_type: str = "alltoall"
-    moe_flex_dispatcher_backend: str = "deepep"
+    moe_flex_dispatcher_backend: str | None = "deepep"
     moe_router_topk: int = 2
     moe_enable_routing_replay: bool = False
     moe_grouped_gemm: bool = False
@@ -92,6 +92,7 @@ def test_a_plain_model_is_taken_without_a_warning() -> None:
 
 def test_off_is_off_whether_none_or_false_says_it() -> None:
     model_support.check(Config(fp8=False, delay_wgrad_compute=None))
+    model_support.check(Config(moe_flex_dispatcher_backend=None))
 
 
 def test_fields_that_nobody_knows_are_named_in_a_warning(

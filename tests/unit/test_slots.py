@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.dispatch.permutation import slot_ranges
+from megatron_laer.dispatch.slot_dispatch import SlotDispatching
 from megatron_laer.dispatch.slots import to_choices, to_slots
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.quotas import even_split
@@ -128,3 +130,14 @@ def test_a_tokens_choices_are_its_columns_of_the_map_to_slots(
     weight_TK = torch.cat([weight_TS, torch.ones(tokens, 1)], dim=1).gather(1, places)
     (grad,) = torch.autograd.grad((probs_TK * weight_TK).sum(), probs)
     assert torch.equal(grad, expected)
+
+
+class Alone(SlotDispatching):
+    """A dispatcher over slots that no layer has given a plan."""
+
+    tp_size = 1
+
+
+def test_a_dispatcher_without_its_layer_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match="call the MoE layer, not its dispatcher alone"):
+        Alone().token_dispatch(torch.ones(1, 1), torch.ones(1))

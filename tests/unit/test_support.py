@@ -33,7 +33,6 @@ REFUSED = {
     "--expert-model-parallel-size 1": ["--expert-model-parallel-size 1"],
     "--moe-dispatch-fwd-dtype other than bf16": ["--moe-dispatch-fwd-dtype mxfp8"],
     "--moe-combine-bwd-dtype other than bf16": ["--moe-combine-bwd-dtype mxfp8"],
-    "--enable-mhc-connections": ["--enable-mhc-connections"],
     "--expert-tensor-parallel-size above 1": ["--expert-tensor-parallel-size 2"],
     "--expert-tensor-parallel-num-weight-shards": ["--expert-tensor-parallel-num-weight-shards 2"],
     "--moe-token-dispatcher-type other than alltoall, flex": [

@@ -1,0 +1,159 @@
+"""One rank runs Megatron's own unit tests, without the plugin, with it, or with FSEP.
+
+    RANK=… python tests/own_tests_rank.py MODE CHECKOUT PORT RESULTS.json FILE...
+
+`tests/own_tests.py` starts the ranks. This file is run and never imported, since Megatron's tests
+are a package of the name of ours. Ranks meet after every test, in a store of their own: where a
+test failed on one of them, all begin the next one with new process groups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MODE, CHECKOUT, PORT, RESULTS, *FILES = sys.argv[1:]
+RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+# In place of this script's folder.
+sys.path[0] = CHECKOUT
+os.chdir(CHECKOUT)
+
+if MODE == "without":
+    from megatron_laer.platform import cpu, wheel
+
+    cpu.install()
+    wheel.mend_dataset_helper()
+else:
+    from megatron_laer.launch import prepare
+
+    prepare()
+
+import torch.distributed as dist  # noqa: E402 -- after what replaces parts of torch
+
+# Longer than a busy machine makes a rank late; a rank that failed leaves its groups at once.
+_GROUP_TIMEOUT = datetime.timedelta(seconds=120)
+_MEETING_TIMEOUT = datetime.timedelta(seconds=900)
+
+
+class Ranks:
+    """Lets this rank's tests run in step with those of the others; a plugin of pytest."""
+
+    def __init__(self) -> None:
+        self.store = dist.TCPStore("127.0.0.1", int(PORT), is_master=False)
+        self.store.set_timeout(_MEETING_TIMEOUT)
+        self.verdicts: dict[str, list[str]] = {}
+        self._tests, self._groups = 0, 0
+        # Fixtures of Megatron's come before its tests' own `set_up`, and download data.
+        name = "tests.test_utils.python_scripts.download_unit_tests_dataset"
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].download_and_extract_asset = _nothing
+
+    def pytest_collection_finish(self) -> None:
+        """A hook of pytest: give modules of tests what they would have by a launcher on GPUs."""
+        from tests.unit_tests.test_utilities import Utils
+
+        Utils.initialize_distributed = staticmethod(self._initialize_distributed)
+        # Also those that other modules of tests take helpers from.
+        for module in [sys.modules[name] for name in sys.modules if name.startswith("tests.unit_")]:
+            for value in list(vars(module).values()):
+                # Where such an object is collected differs by rank, and it waits for all.
+                if isinstance(value, type) and "__del__" in vars(value):
+                    del value.__del__
+            if MODE == "fsep" and hasattr(module, "MoELayer"):
+                module.MoELayer = _numbered_layer()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Any:
+        """A hook of pytest: keep the worst outcome of a test, and why it was not passed."""
+        report = yield
+        known = self.verdicts.setdefault(item.nodeid, ["passed", ""])
+        order = ("passed", "skipped", "failed")
+        if order.index(report.outcome) > order.index(known[0]):
+            known[:] = [report.outcome, _reason(report)]
+        if report.failed:
+            self._leave()
+        return report
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """A hook of pytest: meet the other ranks, and leave all groups if the test failed."""
+        self._tests += 1
+        has_failed = self.verdicts[nodeid][0] == "failed"
+        if "failed" in self._all_say(f"{self._tests}", "failed" if has_failed else "fine"):
+            self._leave()
+            self._all_say(f"{self._tests} left", "left")
+
+    def pytest_sessionfinish(self) -> None:
+        """A hook of pytest: write down what was found."""
+        Path(RESULTS).write_text(json.dumps(self.verdicts, indent=1), encoding="utf-8")
+
+    def _all_say(self, about: str, word: str) -> list[str]:
+        self.store.set(f"{about}/{RANK}", word)
+        return [self.store.get(f"{about}/{rank}").decode() for rank in range(RANKS)]
+
+    def _initialize_distributed(self) -> None:
+        from tests.unit_tests.test_utilities import Utils
+
+        if not dist.is_initialized():
+            self._groups += 1
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore(f"groups {self._tests} {self._groups}", self.store),
+                rank=RANK,
+                world_size=RANKS,
+                timeout=_GROUP_TIMEOUT,
+            )
+        Utils.inited = True
+
+    def _leave(self) -> None:
+        """Leave all groups, so that those who wait for this rank in one of them wait no longer."""
+        from megatron.core import parallel_state
+
+        from tests.unit_tests.test_utilities import Utils
+
+        with contextlib.suppress(Exception):
+            parallel_state.destroy_model_parallel()
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+        Utils.inited, self._groups = False, 0
+
+
+def _reason(report: pytest.TestReport) -> str:
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2])
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return str(crash.message if crash is not None else report.longrepr)[:1000]
+
+
+def _nothing(**_: object) -> None:
+    return None
+
+
+def _numbered_layer() -> type:
+    """Make a layer class that takes a number, as a model's layer would, where a test gives none."""
+    from megatron_laer.moe_layer import FSEPMoELayer
+
+    class MoELayer(FSEPMoELayer):
+        def __init__(self, *args: Any, layer_number: int | None = None, **kwargs: Any) -> None:
+            super().__init__(*args, layer_number=layer_number or 1, **kwargs)
+
+    return MoELayer
+
+
+if __name__ == "__main__":
+    if MODE == "fsep":
+        import megatron_laer
+
+        megatron_laer.enable()
+    # In Megatron's folder, with its own configuration and its own conftest files.
+    flags = ["-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", CHECKOUT, "-q", "--tb=short"]
+    sys.exit(pytest.main([*flags, *FILES], plugins=[Ranks()]))
