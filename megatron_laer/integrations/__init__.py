@@ -1,0 +1,1 @@
+"""Frameworks around Megatron Core, with loops and configurations of their own, are served here."""
