@@ -18,6 +18,7 @@ from megatron_laer.files.checks import quoted
 from megatron_laer.recipes.families import LORA_ON_ATTENTION, LORA_ON_EXPERTS, implied_by
 from megatron_laer.recipes.verdict import Judgement, Verdict, judge
 from megatron_laer.support import arguments
+from megatron_laer.support.refusal import names_of
 from megatron_laer.support.table import REFUSALS
 
 _RECIPES = "megatron.bridge.recipes"
@@ -41,8 +42,8 @@ def settings_of(recipe: Any) -> Namespace:
     if recipe.comm_overlap is not None:
         # Megatron-Bridge takes these from here alone, and what nobody set for off.
         found |= {name: bool(getattr(recipe.comm_overlap, name)) for name in _OVERLAPS}
-    found["cuda_graph_modules"] = found.get("cuda_graph_modules") or _graphed(
-        found.get("cuda_graph_scope")
+    found["cuda_graph_modules"] = _graphed(
+        found.get("cuda_graph_modules") or found.get("cuda_graph_scope")
     )
     found["use_megatron_fsdp"] = any(
         getattr(part, "use_megatron_fsdp", False) for part in (recipe.dist, recipe.ddp)
@@ -74,6 +75,7 @@ def judge_container(name: str, recipe: Any) -> Judgement:
     if recipe.peft is not None and not _adapts_experts(recipe):
         doubts.append(LORA_ON_ATTENTION)
     settings = settings_of(recipe)
+    settings.world_size = settings.expert_model_parallel_size  # of the run, not of this process
     judgement = judge(settings, also_refused=problems_of(recipe), also_unproved=doubts)
     if judgement.verdict in (Verdict.SET_EP, Verdict.REFUSED):
         return judgement
@@ -131,9 +133,9 @@ def _precision(recipe: Any) -> Any:
     return given or Namespace()
 
 
-def _graphed(scope: Any) -> list[Any]:
-    """Return the modules that a graph captures, by the older name of the setting."""
-    words = scope.split(",") if isinstance(scope, str) else list(scope or ())
+def _graphed(given: Any) -> list[str]:
+    """Return the modules that a graph captures; none are listed for whole layers."""
+    words = given.split(",") if isinstance(given, str) else names_of(given or ())
     return [word for word in words if word != "full"]
 
 
