@@ -15,6 +15,7 @@ from megatron_laer.cli.argument_types import path
 from megatron_laer.files.checks import quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.writing import replaced_when_complete, write_all
 from megatron_laer.files.yaml_text import read_yaml
+from megatron_laer.integrations.bridge_config import judge_container, load_recipe
 from megatron_laer.recipes.bridge import judge_recipe, read_recipes, recipe_of
 from megatron_laer.recipes.flags import flags_in_mapping, flags_in_text, script_flags, without
 from megatron_laer.recipes.proof import Proof
@@ -51,10 +52,12 @@ the flags that are named, 5 uses no expert parallelism, 1 refused, 2 cannot be j
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `check-recipe` to `parser`; what follows `--` are Megatron's flags."""
-    parser.usage = "%(prog)s [FILE] [--bridge-csv CSV [--json OUT]] [-- FLAGS]"
+    parser.usage = (
+        "%(prog)s [FILE] [--bridge-recipe NAME] [--bridge-csv CSV [--json OUT]] [-- FLAGS]"
+    )
     parser.description = (
-        "Judges Megatron's flags, or fields of Megatron-Bridge's recipes, by the table that "
-        "training refuses settings by."
+        "Judges Megatron's flags, or recipes of Megatron-Bridge, by the table that training "
+        "refuses settings by."
     )
     parser.epilog = _EPILOG
     parser.add_argument(
@@ -65,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML (.yaml, .yml) with flags or with a recipe's fields, else a command line",
     )
     parser.add_argument(
+        "--bridge-recipe",
+        metavar="NAME",
+        help="a function of megatron.bridge.recipes, or MODULE:FUNCTION, where that is installed",
+    )
+    parser.add_argument(
         "--bridge-csv", type=path, metavar="CSV", help="a table of Megatron-Bridge's recipes"
     )
     parser.add_argument("--json", type=path, metavar="OUT", help="write the table's verdicts there")
@@ -72,13 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Run `check-recipe`."""
-    given = [args.file is not None, args.bridge_csv is not None, bool(args.flags)]
-    if sum(given) != 1:
-        raise ValueError("give one of FILE, --bridge-csv CSV and -- FLAGS")
+    given = [args.file, args.bridge_recipe, args.bridge_csv, args.flags or None]
+    if sum(source is not None for source in given) != 1:
+        raise ValueError("give one of FILE, --bridge-recipe NAME, --bridge-csv CSV and -- FLAGS")
     if args.json is not None and args.bridge_csv is None:
         raise ValueError(f"--json {quoted(args.json)}: only with --bridge-csv")
     if args.bridge_csv is not None:
         return _judge_table(args.bridge_csv, args.json)
+    if args.bridge_recipe is not None:
+        _replace_cuda_where_needed()
+        return _say(judge_container(*load_recipe(args.bridge_recipe)))
     if args.file is None:
         return _judge_flags(script_flags(args.flags))
     if args.file.suffix not in (".yaml", ".yml"):
@@ -146,11 +157,9 @@ def _parsed(words: list[str]) -> Namespace:
     """
     from megatron_laer import flags
     from megatron_laer.config import ExpertParallelMode
-    from megatron_laer.platform import cpu
     from megatron_laer.support import arguments
 
-    if cpu.needed(False):
-        cpu.install()
+    _replace_cuda_where_needed()
     from megatron.training.arguments import add_megatron_arguments
 
     parser = flags.add_arguments(add_megatron_arguments(_Parser(allow_abbrev=False)))
@@ -166,6 +175,14 @@ def _parsed(words: list[str]) -> Namespace:
     arguments.fill_in(settings, {})
     arguments.leave_out(settings)
     return settings
+
+
+def _replace_cuda_where_needed() -> None:
+    """Do so before Megatron is imported, which later is too late."""
+    from megatron_laer.platform import cpu
+
+    if cpu.needed():
+        cpu.install()
 
 
 class _Parser(argparse.ArgumentParser):

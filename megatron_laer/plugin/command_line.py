@@ -138,7 +138,7 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
             check_gemm(args.fsep_gemm, device, args.params_dtype)
             check_installed(args.optimizer)
             enable(config, seed=args.seed)
-        install_metrics(args)
+        install_metrics(args.log_interval, args.num_layers, args.mtp_num_layers or 0)
         return result
 
     return validate_args

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 
-
-def install_metrics(args: Namespace) -> None:
-    """Add the metrics of FSEP to those that Megatron logs."""
+def install_metrics(interval: int, decoder_layers: int, mtp_layers: int) -> None:
+    """Add the metrics of FSEP to those that Megatron logs: see `FSEPMetricsTracker`."""
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 
     from megatron_laer.plugin.metrics_tracker import FSEPMetricsTracker
 
-    tracker = FSEPMetricsTracker(args.log_interval, args.num_layers, args.mtp_num_layers or 0)
-    set_moe_metrics_tracker(tracker)
+    set_moe_metrics_tracker(FSEPMetricsTracker(interval, decoder_layers, mtp_layers))
 
 
 def remove_metrics() -> None:

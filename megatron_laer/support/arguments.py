@@ -56,21 +56,24 @@ def check(args: Namespace, config: FSEPConfig) -> None:
     Raises:
         RefusedError: what was given, why it cannot work, and what would.
     """
+    if found := problems(args, config):
+        numbered = " ".join(f"({number}) {text}." for number, text in enumerate(found, start=1))
+        listed = found[0] if len(found) == 1 else f"these settings: {numbered}"
+        raise RefusedError(f"--expert-parallel-mode fsep cannot run with {listed}")
+
+
+def problems(args: Namespace, config: FSEPConfig) -> list[str]:
+    """List what FSEP cannot run with, why not, and what would work."""
     allowed = config.allow_unproven
-    problems = [text for row in REFUSALS if (text := row.problem_with_flag(args, allowed))]
+    found = [text for row in REFUSALS if (text := row.problem_with_flag(args, allowed))]
     used = {row.unproven for row in REFUSALS if row.asks_for_unproven(args, row.argument)}
-    problems += [
+    found += [
         f"--fsep-allow-unproven {word}: no effect, since nothing that it allows is asked for "
         f"({UNPROVEN[word]}); leave it out"
         for word in allowed
         if word not in used
     ]
-    if not problems:
-        problems = _shape_problems(args, config)
-    if problems:
-        numbered = " ".join(f"({number}) {text}." for number, text in enumerate(problems, start=1))
-        listed = problems[0] if len(problems) == 1 else f"these settings: {numbered}"
-        raise RefusedError(f"--expert-parallel-mode fsep cannot run with {listed}")
+    return found or _shape_problems(args, config)
 
 
 def warnings(config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: bool) -> list[str]:

@@ -108,7 +108,7 @@ def train(
         return result
 
     def observed_gradients(*args: Any, **kwargs: Any) -> None:
-        record.first_grads = weights.assemble(_gather(weights.read(model, "main_grad")))
+        record.first_grads = weights.assemble(gather(weights.read(model, "main_grad")))
 
     def observed_report(*args: Any, **kwargs: Any) -> str:
         observer = _Writer(record.moe_losses)
@@ -142,7 +142,7 @@ def train(
             pretrain_gpt.main()
         else:
             assert cli.main(["train", script, "--", *flags]) == 0
-        record.weights = weights.assemble(_gather(weights.read(model, "weight")))
+        record.weights = weights.assemble(gather(weights.read(model, "weight")))
         # Only the last pipeline stage has the loss.
         (record.losses,) = dist_object(record.losses, dist.get_world_size() - 1)
         (record.eval_losses,) = dist_object(record.eval_losses, dist.get_world_size() - 1)
@@ -171,7 +171,7 @@ def initial_weights(flags: list[str]) -> Tensors:
 
     def read_after_setup(*args: Any, **kwargs: Any) -> Any:
         result = setup(*args, **kwargs)
-        found.update(weights.assemble(_gather(weights.read(result[0], "weight"))))
+        found.update(weights.assemble(gather(weights.read(result[0], "weight"))))
         return result
 
     with mock.patch.object(training, "setup_model_and_optimizer", read_after_setup):
@@ -193,7 +193,8 @@ def rank_of_environment() -> int:
     return int(os.environ["RANK"])
 
 
-def _gather(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
+    """Return every rank's value, rank 0 first, on every rank."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered

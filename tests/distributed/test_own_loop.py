@@ -1,4 +1,4 @@
-"""The page on training loops of one's own: its script runs as it stands, and what it says is so."""
+"""Pages on training loops of one's own: their code runs as it stands, and what they say is so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,17 +21,24 @@ from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import fresh_megatron
 from tests import processes
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "own_loop.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 STEPS = 4
+
+
+def code_of(page: str, word: str) -> str:
+    """The block of Python of a page that has this word in it."""
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE
+    )
+    (code,) = [block for block in blocks if word in block]
+    return code
 
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page's script."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    (code,) = [block for block in blocks if "__main__" in block]
     path = tmp_path_factory.mktemp("own") / "own_loop.py"
-    path.write_text(code)
+    path.write_text(code_of("own_loop.md", "__main__"))
     return path
 
 
@@ -111,6 +118,54 @@ def test_it_goes_on_from_its_checkpoint_and_so_does_stock(
     assert list(stock) == list(range(STEPS, 2 * STEPS))
     assert losses(fsep) == pytest.approx(stock, rel=1e-6)
     assert layout_versions(fsep) == list(stock), "planning goes on where it was"
+
+
+def train_by_slimes_hooks(path: Path, hooks: Path) -> tuple[list[float], list[int]]:
+    """Call the hooks of docs/slime.md as slime does: losses, and versions of layouts, by step."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from megatron_laer import session
+
+    with loaded(path) as own, loaded(hooks) as slime:
+        args = SimpleNamespace(seed=own.SEED)
+        dist.init_process_group("gloo")
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+        try:
+            torch.manual_seed(own.SEED)
+            model_parallel_cuda_manual_seed(own.SEED)
+            slime.init(args)
+            model = own.build_model()
+            settings = OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=True)
+            optimizer = get_megatron_optimizer(settings, model)
+            losses, versions = [], []
+            for step in range(STEPS):
+                slime.before_train_step(args, step, 0, model, optimizer, None)
+                losses.append(own.train_step(step, model, optimizer)[0])
+                coordinator = session.current_coordinator()
+                assert coordinator is not None
+                versions.append(coordinator.layouts.version)
+                # Log probabilities, within what FSEP takes for the step.
+                model[0].eval()
+                with torch.no_grad():
+                    own.forward_step(own.batches(step), model[0])
+                model[0].train()
+            return losses, versions
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+def test_hooks_of_slime_train_as_the_script_does(
+    ranks: Callable[[int], RankPool], script: Path, first_run: tuple[str, Path]
+) -> None:
+    hooks = script.with_name("fsep_hooks.py")
+    hooks.write_text(code_of("slime.md", "before_train_step"))
+    by_step, versions = ranks(2).run(train_by_slimes_hooks, script, hooks)[0]
+    assert dict(enumerate(by_step)) == pytest.approx(losses(first_run[0]), rel=1e-6)
+    assert versions == list(range(STEPS))
 
 
 class _Heard(logging.Handler):

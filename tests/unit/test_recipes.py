@@ -327,7 +327,7 @@ def test_every_verdict_has_a_status_of_its_own_and_none_is_that_of_an_error() ->
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "give one of FILE, --bridge-csv CSV and -- FLAGS"),
+        ([], "give one of FILE, --bridge-recipe NAME, --bridge-csv CSV and -- FLAGS"),
         (["x", "--", "--lr"], "give one of"),
         (["x", "--json", "y"], "--json 'y': only with --bridge-csv"),
         (["no/file"], "no/file"),

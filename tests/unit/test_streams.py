@@ -54,6 +54,9 @@ def test_warnings_are_logged_when_arguments_are_validated(caplog: pytest.LogCapt
         world_size=2,
         seed=1,
         rank=0,
+        log_interval=1,
+        num_layers=2,
+        mtp_num_layers=None,
     )
     with (
         mock.patch.object(arguments, "check"),

@@ -1,0 +1,95 @@
+"""FSEP in Megatron-Bridge: one callback for its `pretrain` and `finetune`.
+
+    from megatron_laer.integrations.bridge import FSEPCallback
+
+    pretrain(recipe, forward_step, callbacks=[FSEPCallback(recipe, FSEPConfig(capacity=4))])
+
+Its configuration is read in `bridge_config`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import Any
+
+from megatron_laer.config import FSEPConfig, deterministic
+from megatron_laer.integrations.bridge_config import problems_of, settings_of
+from megatron_laer.platform import cpu
+from megatron_laer.plugin.metrics import install_metrics
+from megatron_laer.plugin.steps import StepOutcome, training_step
+from megatron_laer.plugin.switch import enable
+from megatron_laer.support import RefusedError, arguments
+
+logger = logging.getLogger(__name__)
+
+
+class FSEPCallback:
+    """Turns FSEP on for the recipe's model, and marks the steps of Megatron-Bridge's loop.
+
+    Make it before `pretrain` is called, which makes the process groups and the model. Its methods
+    have the names of Megatron-Bridge's events, by which callbacks are found.
+
+    Args:
+        recipe: Megatron-Bridge's ConfigContainer, with all that the run changes in it.
+        config: settings of FSEP; the defaults if None.
+
+    Raises:
+        ValueError: what FSEP cannot run with, and what would work.
+    """
+
+    def __init__(self, recipe: Any, config: FSEPConfig | None = None) -> None:
+        config = config or FSEPConfig()
+        if getattr(recipe.model, "deterministic_mode", False):
+            config = deterministic(config)
+        check_recipe(recipe, config)
+        enable(config, seed=recipe.rng.seed)
+        self._step = contextlib.ExitStack()
+        self._outcome = StepOutcome()
+
+    def on_train_start(self, context: Any) -> None:
+        """Let Megatron-Bridge's writers have FSEP's metrics."""
+        container = context.state.cfg
+        settings = settings_of(container)
+        install_metrics(
+            container.logger.log_interval, settings.num_layers, settings.mtp_num_layers or 0
+        )
+
+    def on_train_step_start(self, context: Any) -> None:
+        """Enter the step, at whose start layouts change."""
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+        step = training_step(context.state.train_state.step, get_num_microbatches(), context.model)
+        self._outcome = self._step.enter_context(step)
+
+    def on_train_step_end(self, context: Any) -> None:
+        """Leave the step, and say whether the optimizer made it."""
+        self._outcome.weights_changed = not context.skipped_iter
+        self._step.close()
+
+
+def check_recipe(recipe: Any, config: FSEPConfig) -> None:
+    """Refuse what FSEP cannot run with, by the table that Megatron's arguments are refused by.
+
+    Args:
+        recipe: Megatron-Bridge's ConfigContainer.
+        config: settings of FSEP.
+
+    Raises:
+        RefusedError: what was given, why it cannot work, and what would.
+    """
+    settings = settings_of(recipe)
+    found = [*problems_of(recipe), *arguments.problems(settings, config)]
+    if found:
+        raise RefusedError(
+            "FSEP cannot run this recipe of Megatron-Bridge:\n  "
+            + "\n  ".join(found)
+            + "\nA flag is a field of that name, mostly of `model`; others are in `optimizer`, "
+            "`ddp`, `dist`, `mixed_precision` and `comm_overlap`."
+        )
+    if settings.rank == 0:
+        on_cuda = not cpu.installed()
+        environment = os.environ | {name: str(value) for name, value in recipe.env_vars.items()}
+        for warning in arguments.warnings(settings, config, environment, on_cuda=on_cuda):
+            logger.warning("FSEP: %s", warning)

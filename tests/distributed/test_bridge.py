@@ -1,0 +1,243 @@
+"""Megatron-Bridge's own loop trains a small recipe with FSEP, and equals stock.
+
+Needs a checkout of Megatron-Bridge 0.6, whose folder MEGATRON_BRIDGE_CHECKOUT names, and what that
+imports beside Megatron: transformers, datasets, omegaconf and hydra-core.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from megatron_laer.testing import weights
+from megatron_laer.testing.bridge_stubs import importable
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import Record, fresh_megatron, gather
+from tests.parity.compare import distance
+from tests.parity.rows import FP32_BOUND
+
+CHECKOUT = os.environ.get("MEGATRON_BRIDGE_CHECKOUT")
+FIRST, SECOND, LAST = 4, 12, 16
+
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.skipif(
+        CHECKOUT is None, reason="MEGATRON_BRIDGE_CHECKOUT names no checkout of Megatron-Bridge 0.6"
+    ),
+]
+
+
+@contextlib.contextmanager
+def bridge() -> Iterator[None]:
+    """Megatron-Bridge, which logs a lot while it is imported, and keeps files that it has read."""
+    assert CHECKOUT is not None
+    logging.disable(logging.INFO)
+    try:
+        with importable(Path(CHECKOUT)):
+            yield
+            from megatron.bridge.training.utils import checkpoint_utils
+
+            checkpoint_utils.read_run_config.cache_clear()
+            checkpoint_utils.read_train_state.cache_clear()
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def small_recipe(folder: Path, load: Path | None, iterations: int) -> Any:
+    """OLMoE's recipe, small, in fp32, and of layers that Megatron has without other packages."""
+    import torch
+    from megatron.bridge.recipes.olmoe import olmoe_7b_pretrain_config
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    def local_layers(config: Any) -> Any:
+        return get_gpt_layer_local_spec(
+            config.num_moe_experts, qk_layernorm=True, normalization=config.normalization
+        )
+
+    recipe = olmoe_7b_pretrain_config()
+    vars(recipe.model).update(
+        transformer_layer_spec=local_layers,
+        transformer_impl="local",
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=64,
+        moe_ffn_hidden_size=64,
+        kv_channels=16,
+        num_query_groups=4,
+        num_attention_heads=4,
+        num_moe_experts=8,
+        moe_router_topk=2,
+        seq_length=64,
+        vocab_size=256,
+        expert_model_parallel_size=2,
+        # These are kernels for GPUs.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        cross_entropy_loss_fusion=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        moe_grouped_gemm=False,
+        moe_permute_fusion=False,
+        persist_layer_norm=False,
+        pipeline_dtype=torch.float32,
+    )
+    recipe.mixed_precision = None
+    vars(recipe.optimizer).update(
+        bf16=False,
+        lr=1e-3,
+        min_lr=1e-4,
+        use_precision_aware_optimizer=False,
+        main_grads_dtype=torch.float32,
+        exp_avg_dtype=torch.float32,
+        exp_avg_sq_dtype=torch.float32,
+    )
+    vars(recipe.scheduler).update(lr_warmup_iters=0, lr_decay_iters=LAST)
+    vars(recipe.train).update(train_iters=iterations, global_batch_size=8, micro_batch_size=2)
+    vars(recipe.validation).update(eval_interval=SECOND, eval_iters=1)
+    vars(recipe.dataset).update(seq_length=64, num_workers=0)
+    recipe.tokenizer.vocab_size = recipe.model.vocab_size
+    recipe.dist.distributed_backend = "gloo"
+    vars(recipe.logger).update(log_interval=1, tensorboard_dir=str(folder / "tensorboard"))
+    vars(recipe.checkpoint).update(
+        save=str(folder), save_interval=iterations, load=str(load) if load else None
+    )
+    recipe.checkpoint.dist_ckpt_optim_fully_reshardable = True
+    return recipe
+
+
+@dataclass
+class Run(Record):
+    """What a run left, also of planning: a version of layouts for each step, and FSEP's reports."""
+
+    versions: list[int] = field(default_factory=list)
+    reports: list[str] = field(default_factory=list)
+
+
+def train(folder: Path, load: Path | None, iterations: int, is_fsep: bool) -> Run:
+    """Run Megatron-Bridge's `pretrain` on this rank."""
+    with bridge():
+        from megatron.bridge.training.callbacks import Callback
+        from megatron.bridge.training.gpt_step import forward_step
+        from megatron.bridge.training.pretrain import pretrain
+
+        from megatron_laer import FSEPConfig, session
+        from megatron_laer.integrations.bridge import FSEPCallback
+        from megatron_laer.plugin.metrics_tracker import FSEPMetricsTracker
+
+        seen = Run()
+        model: list[Any] = []
+        report = FSEPMetricsTracker.report
+
+        class Observer(Callback):
+            def on_train_step_end(self, context: Any) -> None:
+                model[:] = context.model
+                seen.losses.append(float(context.loss_dict["lm loss"]))
+                seen.grad_norms.append(float(context.grad_norm))
+                if (coordinator := session.current_coordinator()) is not None:
+                    seen.versions.append(coordinator.layouts.version)
+
+            def on_eval_end(self, context: Any) -> None:
+                seen.eval_losses.append(float(context.total_loss_dict["lm loss"]))
+
+            def on_train_end(self, context: Any) -> None:
+                seen.weights = weights.assemble(gather(weights.read(context.model, "weight")))
+
+        def observed(*args: Any, **kwargs: Any) -> str:
+            seen.reports.append(report(*args, **kwargs))
+            return seen.reports[-1]
+
+        with fresh_megatron(model), mock.patch.object(FSEPMetricsTracker, "report", observed):
+            recipe = small_recipe(folder, load, iterations)
+            callbacks: list[Any] = [Observer()]
+            if is_fsep:
+                callbacks.append(FSEPCallback(recipe, FSEPConfig(late_plan="wait")))
+            pretrain(recipe, forward_step, callbacks=callbacks)
+        return seen
+
+
+def test_bridge_trains_with_fsep_like_stock_from_equal_weights(
+    ranks: Callable[[int], RankPool], tmp_path: Path
+) -> None:
+    def run(folder: str, load: str | None, iterations: int, is_fsep: bool = False) -> Run:
+        path = None if load is None else tmp_path / load
+        found: Run = ranks(2).run(train, tmp_path / folder, path, iterations, is_fsep)[0]
+        return found
+
+    run("start", None, FIRST)
+    stock = run("stock", "start", LAST)
+    fsep = run("fsep", "start", SECOND, is_fsep=True)
+    after = run("after", "fsep", LAST)  # stock goes on from FSEP's checkpoint
+    assert len(fsep.losses) == SECOND - FIRST and len(after.losses) == LAST - SECOND
+    journey = Record(
+        losses=fsep.losses + after.losses,
+        grad_norms=fsep.grad_norms + after.grad_norms,
+        eval_losses=fsep.eval_losses[:1],
+        weights=after.weights,
+    )
+    stock.eval_losses = stock.eval_losses[:1]  # at SECOND, and once more at the end
+    apart = distance(journey, stock)
+    print(apart)
+    assert apart.within(FP32_BOUND)
+    # A plan from the routing of a step is in force in the next one.
+    assert fsep.versions == list(range(SECOND - FIRST))
+    assert all("fsep_load_imbalance: " in line for line in fsep.reports)
+    assert len(fsep.reports) == SECOND - FIRST
+    assert not stock.reports and not after.reports
+
+
+# By what Megatron-Bridge asks Hugging Face for, its class there; only its defaults are needed.
+MODELS = {
+    "deepseek-ai/DeepSeek-V3": "DeepseekV3",
+    "openai/gpt-oss-20b": "GptOss",
+    "Qwen/Qwen3-30B-A3B": "Qwen3Moe",
+}
+# Of recipes: the exit status, and a text of what is said.
+JUDGED = {
+    "olmoe_7b_pretrain_config": (0, "runs"),
+    "olmoe_7b_peft_config": (5, "LoRA on linear_fc1"),
+    "deepseek_v3_pretrain_config": (0, "runs"),
+    "gpt_oss_20b_pretrain_config": (0, "runs"),
+    "gpt_oss_20b_pretrain_fp8_current_scaling_config": (4, "--fp8-format"),
+    "qwen3_30b_a3b_pretrain_config": (3, "--cuda-graph-impl transformer_engine"),
+    "megatron.bridge.recipes.qwen.h100.qwen3_moe:qwen3_30b_a3b_sft_8gpu_h100_bf16_config": (
+        0,
+        "runs",
+    ),
+    "vanilla_gpt_pretrain_config": (1, "there are no experts to shard"),
+    "olmoe_7b_pretrain_confg": (2, "similar are olmoe_7b_pretrain_config"),
+}
+
+
+def judge_recipes(names: list[str]) -> list[tuple[int, str]]:
+    """Exit status and output of `check-recipe` for each."""
+    import transformers
+
+    from megatron_laer import cli
+
+    def config_of(name: str, *_: Any, **__: Any) -> Any:
+        (kind,) = [kind for model, kind in MODELS.items() if name.startswith(model)]
+        return getattr(transformers, f"{kind}Config")(architectures=[f"{kind}ForCausalLM"])
+
+    found = []
+    with bridge(), mock.patch.object(transformers.AutoConfig, "from_pretrained", config_of):
+        for name in names:
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                status = cli.main(["check-recipe", "--bridge-recipe", name])
+            found.append((status, said.getvalue()))
+    return found
+
+
+def test_recipes_of_bridge_are_judged_by_name(ranks: Callable[[int], RankPool]) -> None:
+    found = ranks(2).run(judge_recipes, list(JUDGED))[0]
+    for (name, (status, text)), (ended, said) in zip(JUDGED.items(), found, strict=True):
+        assert ended == status and text in said, f"{name}: {ended}\n{said}"

@@ -1,0 +1,246 @@
+"""FSEP's callback for Megatron-Bridge, and what it makes of a recipe, without Megatron-Bridge."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from megatron_laer import FSEPConfig, cli
+from megatron_laer.cli import check_recipe as command
+from megatron_laer.config import LatePlan
+from megatron_laer.integrations import bridge
+from megatron_laer.integrations.bridge import FSEPCallback, check_recipe
+from megatron_laer.integrations.bridge_config import settings_of
+from megatron_laer.plugin.steps import StepOutcome
+
+
+def recipe(**model: Any) -> SimpleNamespace:
+    """What FSEP reads of a ConfigContainer."""
+    fields = {
+        "num_moe_experts": 8,
+        "num_layers": 2,
+        "mtp_num_layers": None,
+        "moe_router_topk": 2,
+        "expert_model_parallel_size": 4,
+        "expert_tensor_parallel_size": None,
+        "moe_token_dispatcher_type": "alltoall",
+        "recompute_granularity": None,
+        "fp8": None,
+        "delay_wgrad_compute": False,
+        "overlap_moe_expert_parallel_comm": False,
+        "cuda_graph_impl": "none",
+    }
+    return SimpleNamespace(
+        model=SimpleNamespace(**fields | model),
+        optimizer=SimpleNamespace(optimizer="adam"),
+        ddp=SimpleNamespace(use_megatron_fsdp=False),
+        dist=SimpleNamespace(use_decentralized_pg=False, use_megatron_fsdp=False),
+        rng=SimpleNamespace(seed=7),
+        logger=SimpleNamespace(log_interval=5),
+        mixed_precision=None,
+        comm_overlap=None,
+        peft=None,
+        env_vars={},
+    )
+
+
+def changed(part: str, **fields: Any) -> SimpleNamespace:
+    """The recipe with another value in one of its parts."""
+    found = recipe()
+    if part in ("mixed_precision", "comm_overlap", "peft"):
+        setattr(found, part, SimpleNamespace(**fields))
+    else:
+        vars(getattr(found, part)).update(fields)
+    return found
+
+
+OVERLAP = {"overlap_moe_expert_parallel_comm": None, "delay_wgrad_compute": None}
+REFUSED = {
+    "groups": (changed("dist", use_decentralized_pg=True), "no FSEP group is created; set it to"),
+    "dispatcher": (
+        changed("model", moe_token_dispatcher_type="allgather"),
+        "give --moe-token-disp",
+    ),
+    "one rank": (changed("model", expert_model_parallel_size=1), "-parallel-size 2 or more"),
+    "dense": (changed("model", num_moe_experts=None), "there are no experts to shard"),
+    "precision": (changed("mixed_precision", fp8="e4m3"), "--fp8-format e4m3"),
+    "overlap": (
+        changed("comm_overlap", **OVERLAP | {"delay_wgrad_compute": True}),
+        "leave it out (it is speed-only)",
+    ),
+    "fsdp": (changed("ddp", use_megatron_fsdp=True), "--use-megatron-fsdp"),
+    "optimizer": (changed("optimizer", optimizer="sophia"), "--optimizer sophia"),
+    "graphs": (
+        changed("model", cuda_graph_impl="transformer_engine", cuda_graph_scope="full"),
+        "--cuda-graph-modules",
+    ),
+    "lora": (changed("peft", target_modules=["*.layers.0.*.linear_fc1"]), "LoRA on linear_fc1"),
+}
+
+
+@pytest.fixture(autouse=True)
+def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher's words, and torch as it is in the processes of other tests."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(command, "_replace_cuda_where_needed", lambda: None)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_with_the_way_out(name: str) -> None:
+    given, says = REFUSED[name]
+    with pytest.raises(ValueError, match="cannot run this recipe") as refused:
+        check_recipe(given, FSEPConfig())
+    assert says in str(refused.value)
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    given = changed("dist", use_decentralized_pg=True)
+    given.model.delay_wgrad_compute = True
+    with pytest.raises(ValueError, match=r"use_decentralized_pg[^\n]*\n *--delay-wgrad-compute"):
+        check_recipe(given, FSEPConfig())
+
+
+def test_sizes_are_checked_as_in_megatrons_training() -> None:
+    with pytest.raises(ValueError, match=r"--fsep-capacity 1 with --num-experts 8"):
+        check_recipe(recipe(), FSEPConfig(capacity=1))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        recipe(),
+        changed("comm_overlap", **OVERLAP),
+        changed("mixed_precision", fp8=None, bf16=True),
+        changed("peft", target_modules=["linear_qkv"]),
+    ],
+    ids=["plain", "overlap", "precision", "lora on attention"],
+)
+def test_what_works_is_accepted(given: SimpleNamespace) -> None:
+    check_recipe(given, FSEPConfig())
+
+
+def test_a_recipe_is_read_as_bridge_applies_it_and_is_not_changed() -> None:
+    given = recipe(delay_wgrad_compute=True)
+    given.comm_overlap = SimpleNamespace(**OVERLAP)
+    # Megatron-Bridge takes the overlap from there alone.
+    assert settings_of(given).delay_wgrad_compute is False
+    assert given.model.delay_wgrad_compute is True
+
+
+def test_fields_of_a_transformer_of_its_own_are_found() -> None:
+    given = recipe()
+    given.model = SimpleNamespace(transformer=given.model)
+    assert settings_of(given).num_experts == 8
+
+
+class Steps:
+    """Stands where `training_step` is, and remembers."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    @contextlib.contextmanager
+    def __call__(self, *step: Any) -> Iterator[StepOutcome]:
+        outcome = StepOutcome()
+        self.seen.append(("enters", *step))
+        yield outcome
+        self.seen.append(("leaves", outcome.weights_changed))
+
+
+def test_the_callback_turns_fsep_on_and_marks_steps() -> None:
+    steps = Steps()
+    microbatches = mock.Mock(**{"get_num_microbatches.return_value": 2})
+    given = recipe(deterministic_mode=True)
+    context = SimpleNamespace(
+        state=SimpleNamespace(train_state=SimpleNamespace(step=3), cfg=given),
+        model=["chunk"],
+        skipped_iter=False,
+    )
+    with (
+        mock.patch.object(bridge, "enable") as enable,
+        mock.patch.object(bridge, "training_step", steps),
+        mock.patch.object(bridge, "install_metrics") as install,
+        mock.patch.dict(sys.modules, {"megatron.core.num_microbatches_calculator": microbatches}),
+    ):
+        callback = FSEPCallback(given, FSEPConfig(capacity=4))
+        callback.on_train_start(context)
+        callback.on_train_step_start(context)
+        callback.on_train_step_end(context)
+        context.state.train_state.step, context.skipped_iter = 4, True
+        callback.on_train_step_start(context)
+        callback.on_train_step_end(context)
+    enable.assert_called_once_with(FSEPConfig(capacity=4, late_plan=LatePlan.WAIT), seed=7)
+    install.assert_called_once_with(5, 2, 0)
+    assert steps.seen == [
+        ("enters", 3, 2, ["chunk"]),
+        ("leaves", True),
+        ("enters", 4, 2, ["chunk"]),
+        ("leaves", False),
+    ]
+
+
+def test_a_refused_recipe_turns_nothing_on() -> None:
+    with mock.patch.object(bridge, "enable") as enable, pytest.raises(ValueError):
+        FSEPCallback(changed("dist", use_decentralized_pg=True))
+    enable.assert_not_called()
+
+
+def failing() -> None:
+    """A recipe that asks for what is not there."""
+    raise OSError("no such model")
+
+
+RECIPES = {
+    "fine": (recipe, 0, "runs; proved by parity rows on the CPU"),
+    "slow": (
+        lambda: recipe(delay_wgrad_compute=True),
+        3,
+        "speed-only flags: --delay-wgrad-compute",
+    ),
+    "precise": (lambda: REFUSED["precision"][0], 4, "in bf16, without these flags: --fp8-format"),
+    "alone": (lambda: REFUSED["one rank"][0], 5, "uses no expert parallelism"),
+    "grouped": (lambda: REFUSED["groups"][0], 1, "no FSEP group is created"),
+    "lora": (lambda: changed("peft", target_modules=["linear_qkv"]), 0, "LoRA on attention"),
+    "large": (
+        lambda: recipe(
+            num_moe_experts=4096,
+            moe_token_dispatcher_type="flex",
+            moe_flex_dispatcher_backend="deepep",
+        ),
+        1,
+        "DeepEP takes at most 128",
+    ),
+    "failing": (failing, 2, "'failing' cannot be evaluated: OSError: no such model"),
+    "finer": (None, 2, "has none of this name; similar are fine"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_judged_by_its_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = ModuleType("megatron.bridge.recipes")
+    vars(module).update({key: made for key, (made, *_) in RECIPES.items() if made is not None})
+    packages = {"megatron.bridge": ModuleType("megatron.bridge"), module.__name__: module}
+    _, status, says = RECIPES[name]
+    with mock.patch.dict(sys.modules, packages):
+        assert cli.main(["check-recipe", "--bridge-recipe", name]) == status
+    assert says in "".join(capsys.readouterr())
+
+
+def test_without_bridge_the_error_says_what_would_work(capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch.dict(sys.modules, {"megatron.bridge": None}):
+        assert cli.main(["check-recipe", "--bridge-recipe", "fine"]) == 2
+    said = capsys.readouterr().err
+    assert "megatron.bridge.recipes cannot be imported" in said and "YAML file" in said
+    assert said.count("\n") == 1
+
+
+def test_one_source_is_judged_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["check-recipe", "--bridge-recipe", "fine", "--", "--num-experts", "8"]
+    assert cli.main(words) == 2
+    assert "give one of FILE, --bridge-recipe NAME" in capsys.readouterr().err
