@@ -80,7 +80,6 @@ class RestoredExperts:
         self._placeholders: deque[tuple[torch.Tensor, ...]] = deque()
         self._waits_after_block = False
         self._defers_reduce = False
-        self._inputs_tell = False
         self._has_backward = True
 
     # What the scheduler and the coordinator tell.
@@ -224,7 +223,6 @@ class RestoredExperts:
 
     def before_compute(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Mark the experts' inputs, whose gradients' arrival ends the use of the weights."""
-        self._inputs_tell = any(part.requires_grad for part in inputs)
         return run_on_backward(self._weights_used, *inputs)
 
     def after_compute(self, output: torch.Tensor, *, backward_follows: bool) -> torch.Tensor:
@@ -316,9 +314,9 @@ class RestoredExperts:
             following.start_backward_restore()
 
     def _grads_computed(self, defers: bool, grads_CRK: tuple[torch.Tensor, ...]) -> None:
-        # Inputs that need a gradient tell it, perhaps later: they may need frozen matrices still.
-        if not self._inputs_tell:
-            self._weights_used()
+        # Inputs that need no gradient did not tell it. Those that need one have it by now, since
+        # their nodes were made later, so that frozen matrices are not needed any more either.
+        self._weights_used()
         if defers:
             self.state.enter(GradState.DEFERRED)
             self._deferred_CRK = grads_CRK
