@@ -53,13 +53,13 @@ def read() -> list[dict[str, Any]]:
 
 def row_of(entry: Mapping[str, Any]) -> str:
     """The name of the parity row with the features of a command."""
-    (name,) = (row.name for row in ROWS if row.name.startswith(f"{entry['row']}:"))
+    (name,) = (row.name for row in ROWS if row.name.startswith(entry["row"]))
     return name
 
 
 def table(folder: Path) -> list[str]:
     """The lines of the table, judged by `check-recipe` from files in the folder."""
-    lines = ["| model | published by | verdict | proved by | in the way or unproved | row |"]
+    lines = ["| model | published by | verdict | proved by | in the way | row |"]
     lines.append("|---|---|---|---|---|---|")
     for number, entry in enumerate(read()):
         repository, path = entry["from"].split()

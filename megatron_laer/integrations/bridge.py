@@ -91,5 +91,5 @@ def check_recipe(recipe: Any, config: FSEPConfig) -> None:
     if settings.rank == 0:
         on_cuda = not cpu.installed()
         environment = os.environ | {name: str(value) for name, value in recipe.env_vars.items()}
-        for warning in arguments.warnings(settings, config, environment, on_cuda=on_cuda):
+        for warning in arguments.warnings(config, environment, on_cuda=on_cuda):
             logger.warning("FSEP: %s", warning)

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files.checks import quoted
-from megatron_laer.recipes.families import LORA_ON_ATTENTION, LORA_ON_EXPERTS, implied_by
+from megatron_laer.recipes.families import LORA_ON_EXPERTS, implied_by
 from megatron_laer.recipes.verdict import Judgement, Verdict, judge
 from megatron_laer.support import arguments
 from megatron_laer.support.refusal import names_of
@@ -71,12 +71,10 @@ def judge_container(name: str, recipe: Any) -> Judgement:
         name: of its function, as `module:function`.
         recipe: what the function returned.
     """
-    doubts = [row.unproved for row in implied_by(name) if row.unproved]
-    if recipe.peft is not None and not _adapts_experts(recipe):
-        doubts.append(LORA_ON_ATTENTION)
+    refused = [row.refused for row in implied_by(name) if row.refused]
     settings = settings_of(recipe)
     settings.world_size = settings.expert_model_parallel_size  # of the run, not of this process
-    judgement = judge(settings, also_refused=problems_of(recipe), also_unproved=doubts)
+    judgement = judge(settings, also_refused=[*refused, *problems_of(recipe)])
     if judgement.verdict in (Verdict.SET_EP, Verdict.REFUSED):
         return judgement
     for row in REFUSALS:

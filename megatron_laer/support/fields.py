@@ -1,7 +1,7 @@
 """The MoE fields of Megatron's TransformerConfig that FSEP does not refuse are listed here.
 
-Each is proved by a parity row, without effect, or unproved; the last are warned of, as are fields
-that are neither here nor in `table`, which only a Megatron that is not known yet has.
+Each is proved by a parity row, or without effect. Fields that are neither here nor in `table`,
+which only a Megatron that is not known yet has, are warned of.
 """
 
 from __future__ import annotations

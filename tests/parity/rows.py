@@ -633,6 +633,22 @@ ROWS = [
         " --moe-aux-loss-coeff 1e-3 --moe-router-topk 4 --moe-router-dtype fp32",
     ),
     Row(
+        # No Mamba layers, for which Megatron has kernels on GPUs alone.
+        "as Nemotron-3: HybridModel, latent MoE without a gate, shared experts, sigmoid router with"
+        " expert bias, repeated multi-token prediction, flex dispatcher with HybridEP",
+        without="--swiglu",
+        flags=DIST_OPT
+        + HYBRID
+        + "*E-*E/*E/*E --mtp-use-repeated-layer --squared-relu --moe-latent-size 24"
+        + SIGMOID_ROUTER
+        + " --moe-aux-loss-coeff 1e-4 --moe-router-topk-scaling-factor 5.0"
+        " --moe-shared-expert-intermediate-size 32 --calculate-per-token-loss",
+        capacity=6,
+        fsep=RANDOM + HYBRIDEP,
+        moe_layers=3,
+        exchanges=(6, 4),
+    ),
+    Row(
         "clamped and offset quick-GEGLU",
         without="--swiglu",
         flags=CLAMPED_GEGLU,

@@ -35,7 +35,6 @@ LINES = {
     "runs": (BASE, 0, "runs; proved by parity rows on the CPU", None),
     "flex": (f"{BASE} --moe-token-dispatcher-type flex", 0, "where replacements stand for", None),
     "script": (f"pretrain_gpt.py {BASE}", 0, "runs", None),
-    "unproved": (f"{BASE} --moe-enable-routing-replay", 0, "runs; nothing proves it yet", None),
     "hybrid": (f"{BASE} --hybrid-layer-pattern ME*E", 0, "where replacements stand for", None),
     "speed-only": (f"{BASE} {SLOW}", 3, "runs without these speed-only flags: --", BASE),
     "precision": (

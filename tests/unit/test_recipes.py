@@ -310,9 +310,9 @@ def test_the_fields_of_a_recipe_may_be_yaml(
     assert cli.main(["check-recipe", str(path)]) == STATUS[Verdict.SPEED_ONLY] == 3
     said = capsys.readouterr().out
     assert said.startswith(
-        "runs without these speed-only flags: --cuda-graph-impl; nothing proves it yet, because\n"
+        "runs without these speed-only flags: --cuda-graph-impl; proved by parity rows on the CPU, "
     )
-    assert "  --optimizer lion: no parity row" in said
+    assert "  --cuda-graph-impl local: " in said
     path.write_text("recipe: x\n")
     assert cli.main(["check-recipe", str(path)]) == 2
     assert "no field pool" in capsys.readouterr().err
