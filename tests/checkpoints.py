@@ -1,14 +1,16 @@
-"""What a checkpoint on disk holds, read without ranks."""
+"""What a checkpoint on disk holds, read without ranks; runs that end with one."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_laer.testing.training import train
 from megatron_laer.testing.weights import Tensors
 
 
@@ -41,3 +43,16 @@ def saved_tensors(folder: Path) -> Tensors:
     for name, tensor in tensors.items():
         assert not tensor.isnan().any(), f"shards of {name} leave gaps"
     return tensors
+
+
+def assert_equal(found: Tensors, expected: Tensors) -> None:
+    """Every tensor, bit for bit."""
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+def train_until_exit(flags: list[str]) -> None:
+    """Train; Megatron ends a run that `--exit-interval` stops by leaving the interpreter."""
+    with pytest.raises(SystemExit):
+        train(flags)

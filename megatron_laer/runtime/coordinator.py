@@ -364,8 +364,7 @@ class Coordinator:
 
     def _index_of(self, layer: LayerState, training: bool) -> LayoutIndex:
         """Return the layout that the layer's next pass is planned with, as exchanges see it."""
-        ahead = self._announced_for(layer, training)
-        if ahead is not None:
+        if (ahead := self._announced_for(layer, training)) is not None:
             layout = ahead.layout
         else:
             draw = 0 if self.schedule.holds_step else layer.routed
@@ -378,24 +377,18 @@ class Coordinator:
         """Return what was decided ahead on the layer's next pass, waiting for it."""
         if self.announced is None or not training or not self._started:
             return None
-        number = layer.next_microbatch(self._num_microbatches)
-        return self.announced.of_pass(layer.index, number)
+        return self.announced.of_pass(layer.index, layer.next_microbatch(self._num_microbatches))
 
     def _decide(
         self, layer: LayerState, counts_NE: Int64, planned: ExpertLayout, *, training: bool
     ) -> Decision:
         ahead = self._announced_for(layer, training)
-        if ahead is not None:
-            assert self.announced is not None
+        if self.announced is not None and ahead is not None:
             return self.announced.decide(ahead, counts_NE)
         return self.guard.decide(counts_NE, planned, self.groups.rank)
 
     def _note(
-        self,
-        layer: LayerState,
-        counts_NE: Int64,
-        decision: Decision,
-        decide_s: float,
+        self, layer: LayerState, counts_NE: Int64, decision: Decision, decide_s: float
     ) -> None:
         """Count a pass; on the planner rank, also hand on what planner and metrics need."""
         microbatch = layer.count_pass(counts_NE, self._num_microbatches)

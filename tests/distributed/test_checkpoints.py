@@ -19,21 +19,19 @@ from megatron_laer.runtime.planning.planner_checkpoint import FOLDER
 from megatron_laer.session import current_coordinator
 from megatron_laer.testing.ranks import Raised, RankPool
 from megatron_laer.testing.training import initial_weights, train
-from megatron_laer.testing.weights import Tensors
-from tests.checkpoints import iteration_folder, saved_iteration, saved_tensors
+from tests.checkpoints import (
+    assert_equal,
+    iteration_folder,
+    saved_iteration,
+    saved_tensors,
+    train_until_exit,
+)
 from tests.parity.flags import command_line
 from tests.parity.rows import HYBRID_MTP as HYBRID
 
 FSEP = " --expert-parallel-mode fsep --fsep-planner static"
 WEIGHTS_ONLY = " --no-load-optim --no-load-rng --finetune"
 TORCH_DIST = " --ckpt-format torch_dist"
-
-
-def assert_equal(found: Tensors, expected: Tensors) -> None:
-    """Every tensor, bit for bit."""
-    assert found.keys() == expected.keys()
-    for key, tensor in expected.items():
-        assert torch.equal(found[key], tensor), key
 
 
 @dataclass(frozen=True)
@@ -241,12 +239,6 @@ def test_optimizer_buffers_are_read_by_their_own_kind_of_run_alone(
             assert isinstance(result, Raised) and said in result.traceback
     weights = reader + f" --load {tmp_path}" + WEIGHTS_ONLY
     assert len(pool.run(train, command(2, weights))[0].losses) == 2
-
-
-def train_until_exit(flags: list[str]) -> None:
-    """Train; Megatron ends a run that `--exit-interval` stops by leaving the interpreter."""
-    with pytest.raises(SystemExit):
-        train(flags)
 
 
 def layouts_in_force(_: list[torch.nn.Module]) -> Any:

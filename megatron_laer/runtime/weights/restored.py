@@ -20,8 +20,7 @@ The life of a layer's weights and gradients in one microbatch, told by states (`
  9. `finish_reduce`, called by autograd after the backward of the layer before, waits for that, and
     tells Megatron that gradients were added. No gradient is left: NONE.
 
-Of frozen matrices there are no gradients: nothing is computed, reduced or waited for, and autograd
-sees no parameter.
+Of frozen matrices no gradient is computed, reduced or waited for; autograd sees no parameter.
 
 When an exchange starts is the scheduler's business. The memory of weights and gradients is taken
 and given back here alone: others tell `RestoredExperts` what happened, and it draws conclusions.
