@@ -21,7 +21,6 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_laer import session
-from megatron_laer.config import PlanMode
 from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.dispatch.flex import SlotFlexDispatcher
 from megatron_laer.dispatch.slot_dispatch import SlotDispatch
@@ -94,12 +93,8 @@ class FSEPMoELayer(MoELayer):
             "the model's expert-parallel group is not the one that FSEP was set up for"
         )
         pg_collection.fsep = groups.tokens
-        if current.config.mode == PlanMode.ANNOUNCED and config.mtp_use_repeated_layer:
-            raise ValueError(
-                "--fsep-plan-mode announced with --mtp-use-repeated-layer: routing is announced "
-                "once per microbatch, and a repeated layer routes several times; leave out one of "
-                "them"
-            )
+        if problems := model_support.problems_with_mode(config, current.config.mode):
+            raise ValueError(*problems)
         coordinator = current.coordinator_for(config, _seed_of_arguments())
         geometry = coordinator.geometry
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Collection
 from typing import Any
 
-from megatron_laer.config import Unproven
+from megatron_laer.config import PlanMode, Unproven
 from megatron_laer.support.fields import (
     MOE_FIELD,
     PROVED,
@@ -48,6 +48,20 @@ def check(config: Any, allowed: Collection[Unproven] = ()) -> None:
         raise ValueError("FSEP cannot run this model:\n  " + "\n  ".join(problems))
     for warning in warnings_of(config):
         _warn_once(warning)
+
+
+def problems_with_mode(settings: Any, mode: PlanMode | None) -> list[str]:
+    """List what the plan mode cannot work with.
+
+    Args:
+        settings: Megatron's TransformerConfig, or its arguments.
+    """
+    if mode != PlanMode.ANNOUNCED or not getattr(settings, "mtp_use_repeated_layer", False):
+        return []
+    return [
+        "--fsep-plan-mode announced with --mtp-use-repeated-layer: routing is announced once per "
+        "microbatch, and a repeated layer routes several times; leave out one of them"
+    ]
 
 
 def warnings_of(config: Any) -> list[str]:
