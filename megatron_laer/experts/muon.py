@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
 
-from megatron_laer.experts.slices import WholeMatrix, whole_matrix_of
+from megatron_laer.experts.whole_matrix import WholeMatrix, whole_matrix_of
 from megatron_laer.runtime.comm.whole_matrices import WholeMatrices
 
 # With so many matrices for each rank, one more on some ranks is little.

@@ -17,25 +17,13 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from megatron_laer.experts.whole_matrix import WholeMatrix
 from megatron_laer.sharding import row_bounds
 
 Init = Callable[[torch.Tensor], object]
 
 # Megatron cuts the first linear layer of an MLP by rows over tensor ranks, the second by columns.
 _PARTITION_DIM = {"linear_fc1": 0, "linear_fc2": 1}
-
-
-@dataclass(frozen=True)
-class WholeMatrix:
-    """Tells an optimizer that needs whole matrices what the parameter is a slice of.
-
-    Attributes:
-        rows: R of each expert's whole matrix.
-        partition_dim: the mark of stock's parameter: the dimension that tensor ranks would cut.
-    """
-
-    rows: int
-    partition_dim: int
 
 
 @dataclass(frozen=True)
@@ -114,11 +102,6 @@ class SliceSpec:
                 self.rows, _PARTITION_DIM[self.name]
             )
         return slice_ErK
-
-
-def whole_matrix_of(parameter: torch.Tensor) -> WholeMatrix | None:
-    """Return what a parameter of a model is a slice of; None if it is no slice of matrices."""
-    return getattr(parameter, "whole_matrix", None)
 
 
 def expert_seed(seed: int, layer: str, matrix: str, expert: int) -> int:

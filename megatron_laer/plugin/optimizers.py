@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_laer import session
-from megatron_laer.experts.slices import whole_matrix_of
+from megatron_laer.experts.whole_matrix import whole_matrix_of
 from megatron_laer.plugin.patching import Patch
 from megatron_laer.runtime.comm.collectives import raise_everywhere
 

@@ -1,0 +1,25 @@
+"""A slice is marked with what it is a slice of, for optimizers that need whole matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class WholeMatrix:
+    """Tells an optimizer that needs whole matrices what the parameter is a slice of.
+
+    Attributes:
+        rows: R of each expert's whole matrix.
+        partition_dim: the mark of stock's parameter: the dimension that tensor ranks would cut.
+    """
+
+    rows: int
+    partition_dim: int
+
+
+def whole_matrix_of(parameter: torch.Tensor) -> WholeMatrix | None:
+    """Return what a parameter of a model is a slice of; None if it is no slice of matrices."""
+    return getattr(parameter, "whole_matrix", None)
