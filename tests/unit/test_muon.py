@@ -106,6 +106,9 @@ def test_a_missing_package_is_named_before_anything_is_built(
         world_size=2,
         seed=1,
         rank=0,
+        log_interval=1,
+        num_layers=2,
+        mtp_num_layers=None,
     )
     with (
         mock.patch("megatron.core.optimizer.HAVE_EMERGING_OPTIMIZERS", False),
