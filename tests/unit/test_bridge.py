@@ -206,7 +206,11 @@ RECIPES = {
     "precise": (lambda: REFUSED["precision"][0], 4, "in bf16, without these flags: --fp8-format"),
     "alone": (lambda: REFUSED["one rank"][0], 5, "uses no expert parallelism"),
     "grouped": (lambda: REFUSED["groups"][0], 1, "no FSEP group is created"),
-    "lora": (lambda: changed("peft", target_modules=["linear_qkv"]), 0, "runs; proved by parity rows"),
+    "lora": (
+        lambda: changed("peft", target_modules=["linear_qkv"]),
+        0,
+        "runs; proved by parity rows",
+    ),
     "large": (
         lambda: recipe(
             num_moe_experts=4096,
