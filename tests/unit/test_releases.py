@@ -142,9 +142,16 @@ def with_training(monkeypatch: pytest.MonkeyPatch, **functions: object) -> None:
 def test_a_model_is_built_from_its_configuration_where_megatron_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with_training(monkeypatch, gpt_config_from_args=lambda args: ("model of", args))
-    dense = Namespace(num_experts=None, spec="my.spec")
+    with_training(
+        monkeypatch,
+        gpt_config_from_args=lambda args: ("model of", args),
+        hybrid_config_from_args=lambda args: ("hybrid model of", args),
+    )
+    dense = Namespace(num_experts=None, spec="my.spec", hybrid_layer_pattern=None)
     assert pretraining.pretrain_arguments(dense) == {"cfg_container": (dense, ("model of", dense))}
+    hybrid = Namespace(hybrid_layer_pattern="*E")
+    expected = {"cfg_container": (hybrid, ("hybrid model of", hybrid))}
+    assert pretraining.pretrain_arguments(hybrid) == expected
 
 
 def test_a_model_is_built_by_a_function_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
