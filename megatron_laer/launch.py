@@ -4,6 +4,12 @@ This decides nothing about training; `plugin` knows what changes in Megatron, `p
 machine needs.
 """
 
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
 
 def prepare(force_cpu: bool = False) -> None:
     """Make this process ready for Megatron and turn the plugin on.
@@ -20,13 +26,30 @@ def prepare(force_cpu: bool = False) -> None:
     from megatron_laer.planner import native_core  # noqa: F401
     from megatron_laer.platform import cpu, wheel
 
-    if cpu.needed(force_cpu):
-        cpu.install()
-    wheel.mend_dataset_helper()
+    with _logging_as_it_is():
+        if cpu.needed(force_cpu):
+            cpu.install()
+        wheel.mend_dataset_helper()
 
     from megatron_laer.plugin import install
 
     install()
+
+
+@contextlib.contextmanager
+def _logging_as_it_is() -> Iterator[None]:
+    """Leave logging to `megatron.training`, which sets it up unless somebody did before.
+
+    Where emerging-optimizers is installed, importing `megatron.core` does: that package logs a line
+    by absl. What Megatron and FSEP say below a warning would be lost.
+    """
+    before = list(logging.root.handlers)
+    try:
+        yield
+    finally:
+        for handler in logging.root.handlers[:]:
+            if handler not in before:
+                logging.root.removeHandler(handler)
 
 
 def in_one_line(error: Exception) -> str:

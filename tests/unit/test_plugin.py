@@ -132,6 +132,18 @@ def test_a_megatron_that_is_not_released_has_to_be_asked_for(
         versions.check_version()
 
 
+def test_logging_is_left_to_megatron_whatever_its_optimizers_import() -> None:
+    out = run(
+        PREPARE
+        + """
+import logging, sys
+import megatron.training.training
+print(logging.root.level, *(type(handler).__name__ for handler in logging.root.handlers))
+"""
+    )
+    assert out.splitlines()[-1] == "20 CustomHandler"
+
+
 def test_installing_the_command_line_changes_nothing_but_the_argument_functions() -> None:
     out = run(
         "from megatron_laer.platform import cpu, wheel\n"
