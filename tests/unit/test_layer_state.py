@@ -14,7 +14,7 @@ from megatron_laer.runtime.weights.slices import Slices
 
 def layer(passes: int) -> LayerState:
     slices = Slices((), (), MegatronMainGrads())
-    return LayerState(0, "mtp 1", 1, True, slices, recomputes=False, passes=passes)
+    return LayerState(0, "mtp 1", 1, True, slices, False, passes, changed=lambda: None)
 
 
 def test_reruns_come_by_microbatch_and_within_it_backwards() -> None:
