@@ -169,9 +169,11 @@ def test_messages_name_the_program_as_it_was_started(tmp_path):
 
 
 # A command that says when it is at work, and when its `finally` clause has run. It sleeps again and
-# again, since a signal just before `signal.pause` would leave it there.
+# again, since a signal just before `signal.pause` would leave it there. What a shell starts in the
+# background ignores SIGINT, and so would this.
 _WAITING = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from megatron_laer import cli
 from megatron_laer.cli import plan
 def wait(args):
