@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,6 +15,7 @@ from megatron_laer.experts.slices import SliceSpec
 from megatron_laer.plugin import command_line, optimizers
 from megatron_laer.runtime.comm.whole_matrices import shares
 from megatron_laer.support import RefusedError
+from tests.unit.validated_arguments import fsep_arguments
 
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 12))
@@ -95,21 +95,7 @@ def test_replicas_need_bf16_and_slices_of_one_size() -> None:
 def test_a_missing_package_is_named_before_anything_is_built(
     optimizer: str, is_refused: bool
 ) -> None:
-    args = Namespace(
-        expert_parallel_mode="fsep",
-        optimizer=optimizer,
-        num_experts=8,
-        expert_model_parallel_size=2,
-        expert_tensor_parallel_size=1,
-        moe_token_dispatcher_type="alltoall",
-        params_dtype=torch.float32,
-        world_size=2,
-        seed=1,
-        rank=0,
-        log_interval=1,
-        num_layers=2,
-        mtp_num_layers=None,
-    )
+    args = fsep_arguments(optimizer)
     with (
         mock.patch("megatron.core.optimizer.HAVE_EMERGING_OPTIMIZERS", False),
         mock.patch.object(command_line.arguments, "check"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_laer.runtime.comm import launcher, process_groups, streams
 from megatron_laer.runtime.comm.download import Download
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.support import arguments
+from tests.unit.validated_arguments import fsep_arguments
 
 
 @pytest.mark.parametrize(
@@ -43,21 +43,7 @@ def test_one_connection_is_warned_of_where_it_hides_nothing(
 def test_warnings_are_logged_when_arguments_are_validated(caplog: pytest.LogCaptureFixture) -> None:
     from megatron_laer.plugin import command_line
 
-    args = Namespace(
-        expert_parallel_mode="fsep",
-        optimizer="adam",
-        num_experts=8,
-        expert_model_parallel_size=2,
-        expert_tensor_parallel_size=1,
-        moe_token_dispatcher_type="alltoall",
-        params_dtype=torch.float32,
-        world_size=2,
-        seed=1,
-        rank=0,
-        log_interval=1,
-        num_layers=2,
-        mtp_num_layers=None,
-    )
+    args = fsep_arguments("adam")
     with (
         mock.patch.object(arguments, "check"),
         mock.patch.object(arguments, "warnings", return_value=["it crawls"]),

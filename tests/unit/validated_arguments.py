@@ -1,0 +1,26 @@
+"""Arguments as Megatron has parsed them, for tests of what is done when it validates them."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import torch
+
+
+def fsep_arguments(optimizer: str) -> Namespace:
+    """What is read of a run with FSEP on rank 0 of 2."""
+    return Namespace(
+        expert_parallel_mode="fsep",
+        optimizer=optimizer,
+        num_experts=8,
+        expert_model_parallel_size=2,
+        expert_tensor_parallel_size=1,
+        moe_token_dispatcher_type="alltoall",
+        params_dtype=torch.float32,
+        world_size=2,
+        seed=1,
+        rank=0,
+        log_interval=1,
+        num_layers=2,
+        mtp_num_layers=None,
+    )
