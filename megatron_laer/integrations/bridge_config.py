@@ -26,6 +26,11 @@ _DECENTRALIZED = (
     "dist.use_decentralized_pg=True: Megatron-Bridge then makes its process groups without "
     "Megatron's parallel state, so that no FSEP group is created; set it to False"
 )
+_SAVES_HUGGING_FACE = (
+    "checkpoint.also_save_hf_checkpoint=True: Megatron-Bridge then reads experts by stock's names, "
+    "which an FSEP model has not while it trains; set it to False, and export from a checkpoint, "
+    "or within megatron_laer.integrations.bridge_weights.stock_weights()"
+)
 _OVERLAPS = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
 _EXPERTS_LINEAR = ("linear_fc1", "linear_fc2")
 
@@ -61,6 +66,9 @@ def settings_of(recipe: Any) -> Namespace:
 def problems_of(recipe: Any) -> list[str]:
     """List what FSEP cannot run with in settings that Megatron has no argument for."""
     found = [_DECENTRALIZED] if recipe.dist.use_decentralized_pg else []
+    # Only newer releases can.
+    if getattr(recipe.checkpoint, "also_save_hf_checkpoint", False):
+        found.append(_SAVES_HUGGING_FACE)
     return found + ([LORA_ON_EXPERTS] if _adapts_experts(recipe) else [])
 
 

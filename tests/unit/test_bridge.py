@@ -43,6 +43,7 @@ def recipe(**model: Any) -> SimpleNamespace:
         dist=SimpleNamespace(use_decentralized_pg=False, use_megatron_fsdp=False),
         rng=SimpleNamespace(seed=7),
         logger=SimpleNamespace(log_interval=5),
+        checkpoint=SimpleNamespace(also_save_hf_checkpoint=False),
         mixed_precision=None,
         comm_overlap=None,
         peft=None,
@@ -63,6 +64,10 @@ def changed(part: str, **fields: Any) -> SimpleNamespace:
 OVERLAP = {"overlap_moe_expert_parallel_comm": None, "delay_wgrad_compute": None}
 REFUSED = {
     "groups": (changed("dist", use_decentralized_pg=True), "no FSEP group is created; set it to"),
+    "files of Hugging Face": (
+        changed("checkpoint", also_save_hf_checkpoint=True),
+        "export from a checkpoint, or within",
+    ),
     "dispatcher": (
         changed("model", moe_token_dispatcher_type="allgather"),
         "give --moe-token-disp",
