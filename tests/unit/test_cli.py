@@ -169,11 +169,9 @@ def test_messages_name_the_program_as_it_was_started(tmp_path):
 
 
 # A command that says when it is at work, and when its `finally` clause has run. It sleeps again and
-# again, since a signal just before `signal.pause` would leave it there. What a shell starts in the
-# background ignores SIGINT, and so would this.
+# again, since a signal just before `signal.pause` would leave it there.
 _WAITING = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import sys, time
 from megatron_laer import cli
 from megatron_laer.cli import plan
 def wait(args):
@@ -247,10 +245,17 @@ def started_at_work(words):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_default_signals,
     )
     while process.stdout.readline() not in ("at work\n", ""):
         pass
     return process
+
+
+def _default_signals():
+    """Undo what tests inherit from a shell's background (no SIGINT) or from nohup (no SIGHUP)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def test_flags_for_a_machine_without_a_gpu_follow_the_models():
