@@ -149,6 +149,13 @@ JUDGED: dict[str, tuple[dict[str, str], Verdict, Proof | None, list[str], list[s
         [],
         [],
     ),
+    "of a family that nobody has read": (
+        {"recipe": "megatron.bridge.recipes.new.h100.new_7b:new_7b_pretrain_config"},
+        Verdict.RUNS,
+        None,
+        ["its fields alone were judged"],
+        [],
+    ),
     "LoRA on attention": ({"pool": "peft"}, Verdict.RUNS, Proof.CPU, [], []),
     "LoRA on experts": (
         {"pool": "peft", "recipe": OLMOE},
@@ -255,13 +262,14 @@ def csv_of(*rows: dict[str, str]) -> str:
     [
         ("", "no field recipe, pool"),
         ("recipe,pool,EP\nx,sft,4\n", "no field dispatcher"),
+        (csv_of(NONE).replace("\n", ",EP\n", 1), "recipes.csv: EP comes twice; leave one out"),
         (csv_of(), "no recipe follows"),
         (csv_of(NONE) + "\nx,y\n", "line 4: 2 cells, and the first line names 16"),
         (csv_of(NONE) + '"x"y\n', "line 3: no CSV"),
         ("{}", "no field recipe"),
         (csv_of(NONE | {"EP": "x"}), f"recipe '{NAME}': EP 'x'"),
     ],
-    ids=["empty", "columns", "rows", "cells", "quotes", "JSON", "field"],
+    ids=["empty", "columns", "column twice", "rows", "cells", "quotes", "JSON", "field"],
 )
 def test_a_table_that_is_none_is_refused(
     text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
