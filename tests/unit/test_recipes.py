@@ -14,7 +14,13 @@ from megatron_laer.cli.check_recipe import STATUS
 from megatron_laer.files.yaml_text import parse_yaml
 from megatron_laer.recipes.bridge import COLUMNS, judge_recipe, read_recipes
 from megatron_laer.recipes.families import IMPLIED, implied_by
-from megatron_laer.recipes.flags import flags_in_mapping, flags_in_text, script_flags, without
+from megatron_laer.recipes.flags import (
+    check_patterns,
+    flags_in_mapping,
+    flags_in_text,
+    script_flags,
+    without,
+)
 from megatron_laer.recipes.proof import REPLACED, Proof
 from megatron_laer.recipes.verdict import Verdict, judge
 from megatron_laer.support.refusal import LeftOut
@@ -365,6 +371,22 @@ def test_flags_are_taken_from_a_script_and_from_yaml(tmp_path: Path) -> None:
     path.write_text("--lr 'x")
     with pytest.raises(ValueError, match="no command line"):
         flags_in_text(path)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["([0]*3+[1]*58)", "[0]*04+[1]*4", "([0,1]*15+[1])*2", "2", "[]", "*.weight", "1e-5"],
+)
+def test_patterns_of_layers_may_be_evaluated(pattern: str) -> None:
+    check_patterns(["--moe-layer-freq", pattern])
+
+
+@pytest.mark.parametrize(
+    "pattern", ["2**9", "[0]*99999999", "[0]*" + "9" * 5000, "([1]*8)*9999999"]
+)
+def test_patterns_that_would_take_all_memory_are_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="at most some thousand layers"):
+        check_patterns([f"--moe-layer-freq={pattern}"])
 
 
 def test_a_line_loses_flags_with_their_values() -> None:
