@@ -11,6 +11,7 @@ import os
 from argparse import Namespace
 from collections.abc import Callable
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 from megatron_laer.config import FSEPConfig
@@ -156,4 +157,5 @@ def _graphed(given: Any) -> list[str]:
 
 def _adapts_experts(recipe: Any) -> bool:
     targets = getattr(recipe.peft, "target_modules", None) or ()
-    return any(target.split(".")[-1] in _EXPERTS_LINEAR for target in targets)
+    names = {target.split(".")[-1] for target in targets} - {"*"}  # of whatever comes before
+    return any(fnmatchcase(linear, name) for linear in _EXPERTS_LINEAR for name in names)

@@ -87,6 +87,7 @@ REFUSED = {
         "--cuda-graph-modules",
     ),
     "lora": (changed("peft", target_modules=["*.layers.0.*.linear_fc1"]), "LoRA on linear_fc1"),
+    "lora by a pattern": (changed("peft", target_modules=["*linear_fc*"]), "LoRA on linear_fc1"),
 }
 
 
@@ -123,7 +124,7 @@ def test_sizes_are_checked_as_in_megatrons_training() -> None:
         recipe(),
         changed("comm_overlap", **OVERLAP),
         changed("mixed_precision", fp8=None, bf16=True),
-        changed("peft", target_modules=["linear_qkv"]),
+        changed("peft", target_modules=["linear_qkv", "*.self_attention.*"]),
     ],
     ids=["plain", "overlap", "precision", "lora on attention"],
 )
