@@ -230,6 +230,17 @@ class FSEPMoELayer(MoELayer):
         summed: torch.Tensor = super().postprocess(output, shared_expert_output)
         return summed
 
+    def what_changed(self) -> str | None:
+        """Say what somebody changed in the experts since they were built; None if nothing."""
+        experts: torch.nn.Module = self.experts
+        if isinstance(experts, FSEPExperts):
+            return experts.what_changed()
+        return f"its experts were replaced by {type(experts).__name__}: {ADAPTED}"
+
+    def end_step(self) -> None:
+        """Let the dispatcher compare what its buffers counted in this step with the plans."""
+        self.token_dispatcher.end_step()
+
     def _register(self, layer_number: int) -> None:
         repeats = self._is_mtp and self.config.mtp_use_repeated_layer
         self._state = self._coordinator.register_layer(
@@ -238,15 +249,9 @@ class FSEPMoELayer(MoELayer):
             self.experts.local_slices(),
             recomputes=self.moe_layer_recompute,
             passes=self.config.mtp_num_layers if repeats else 1,
-            changed=self._what_changed,
+            owner=self,
         )
         self.experts.initialise(self._state.name, self._coordinator.seed)
-
-    def _what_changed(self) -> str | None:
-        experts: torch.nn.Module = self.experts
-        if isinstance(experts, FSEPExperts):
-            return experts.what_changed()
-        return f"its experts were replaced by {type(experts).__name__}: {ADAPTED}"
 
 
 def _activation_builder(submodules: MoESubmodules) -> Any:

@@ -59,6 +59,9 @@ class SlotDispatching:
     def start_shared_experts(self, hidden_states: torch.Tensor) -> None:
         """Start the shared experts that overlap with exchanges, where that is not later."""
 
+    def end_step(self) -> None:
+        """Do what is left to do when a training step is over."""
+
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
         """Megatron's, with its begin and end on the timeline."""
         megatrons: Any = super()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -20,6 +21,18 @@ from megatron_laer.runtime.weights.slices import Slices
 # Microbatches per layer whose balance is reported. A sample: measuring all of a long log interval
 # would hold up the step that logs.
 _SAMPLES = 32
+
+
+class LayerOwner(Protocol):
+    """Is the MoE layer that a `LayerState` belongs to, with its experts and its dispatcher."""
+
+    def what_changed(self) -> str | None:
+        """Say what somebody changed in the experts since they were built; None if nothing."""
+        ...
+
+    def end_step(self) -> None:
+        """Do what is left to do when a training step is over."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +54,7 @@ class LayerState:
         slices: what this rank holds of its experts.
         recomputes: whether the MoE layer is a checkpoint of its own.
         passes: that each microbatch makes through the layer: several where Megatron repeats it.
-        changed: tells what somebody changed in its experts since they were built.
+        owner: the layer.
         pending: plans whose forward ran without gradients, under a checkpoint; the re-runs take
             them. A list for each microbatch, oldest first: backward order of microbatches equals
             forward order per layer, in 1F1B and interleaved schedules alike. The passes of one
@@ -57,7 +70,7 @@ class LayerState:
     slices: Slices
     recomputes: bool
     passes: int
-    changed: Callable[[], str | None]
+    owner: LayerOwner
     pending: deque[list[MicrobatchPlan]] = field(default_factory=deque)
     routed: int = 0
     planned: LayoutIndex | None = None
@@ -160,8 +173,19 @@ def frozen_in(layers: Sequence[LayerState]) -> str:
 
 def what_changed(layers: Sequence[LayerState]) -> str | None:
     """Say of the first layer with other experts than FSEP's what they are; None without any."""
-    found = ((layer.name, layer.changed()) for layer in layers)
+    found = ((layer.name, layer.owner.what_changed()) for layer in layers)
     return next((f"{name}: {change}" for name, change in found if change), None)
+
+
+def end_step(layers: Sequence[LayerState]) -> None:
+    """End a step of the layers.
+
+    Raises:
+        RuntimeError: plans are left, or what a layer finds now.
+    """
+    check_no_plan_is_left(layers)
+    for layer in layers:
+        layer.owner.end_step()
 
 
 def check_no_plan_is_left(layers: Sequence[LayerState]) -> None:
