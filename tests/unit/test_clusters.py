@@ -18,7 +18,7 @@ from megatron_laer.planner.clusters import (
     parse_cluster,
 )
 
-SHIPPED = ["a100-4x8-ib800", "cpu-gloo", "h100-8"]
+SHIPPED = ["a100-4x8-ib800", "a100-8", "b200-8", "cpu-gloo", "h100-8", "h200-8"]
 
 GOOD = """name: x
 source: y
