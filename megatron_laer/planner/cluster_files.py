@@ -337,7 +337,7 @@ def _scalar(value: str | int | float) -> str:
         return value if is_word else f'"{"".join(map(_escaped, value))}"'
     if isinstance(value, int):
         return str(value)
-    if 1e-3 <= value < 1e5:
+    if value == 0.0 or 1e-3 <= value < 1e5:
         return repr(value)
     return np.format_float_scientific(value, trim="-", exp_digits=2)
 

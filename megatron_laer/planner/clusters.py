@@ -209,6 +209,10 @@ class Contention:
             _check_factor(name, getattr(self, name))
 
 
+# Of a slot, for GEMMs that count in a layer's time.
+ENOUGH_TOKENS = 64
+
+
 @dataclass(frozen=True)
 class BackEnd:
     """Holds the speed of one back end of the experts' GEMMs, as `--fsep-gemm` names it.
@@ -224,8 +228,13 @@ class BackEnd:
 
     @property
     def backward_gemm_factor(self) -> float:
-        """Return the time of a GEMM in backward over one in forward: the median of all points."""
+        """Return the time of a GEMM in backward over one in forward, the median of the points.
+
+        Of points with `ENOUGH_TOKENS`, if there are any: few tokens have other ratios and next to
+        no share of a layer's time.
+        """
         tokens_P = np.array([tokens for tokens, _ in self.forward.points])
+        tokens_P = tokens_P[tokens_P >= min(ENOUGH_TOKENS, tokens_P[-1])]
         backward_P = self.input_grad.unit_seconds(tokens_P) + self.weight_grad.unit_seconds(
             tokens_P
         )
