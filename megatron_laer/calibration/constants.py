@@ -42,12 +42,12 @@ from megatron_laer.planner.clusters import (
     Cluster,
     Contention,
     Figure,
-    GemmCurve,
     HostTime,
     Link,
     SolveTime,
     Spread,
 )
+from megatron_laer.planner.gemm_curve import GemmCurve
 
 # Whose GEMMs the cost model takes, unless a run names another back end.
 DEFAULT_BACK_END = "loop"

@@ -12,7 +12,8 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.planner.clusters import Figure, GemmCurve, Link, SolveTime
+from megatron_laer.planner.clusters import Figure, Link, SolveTime
+from megatron_laer.planner.gemm_curve import GemmCurve
 
 _Float64 = npt.NDArray[np.float64]
 

@@ -26,10 +26,11 @@ from megatron_laer.calibration.sampling import Job, Sample, timed
 from megatron_laer.calibration.settings import Settings
 from megatron_laer.config import PlanMode
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.clusters import Cluster, GemmCurve, Link, SolveTime
+from megatron_laer.planner.clusters import Cluster, Link, SolveTime
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.gemm_curve import GemmCurve
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.runtime.comm import collectives

@@ -22,12 +22,12 @@ from megatron_laer.planner.clusters import (
     Cluster,
     Contention,
     Figure,
-    GemmCurve,
     HostTime,
     Link,
     SolveTime,
     Spread,
 )
+from megatron_laer.planner.gemm_curve import GemmCurve
 
 # Of constants in files: far beyond any machine, and far from where sums of times overflow.
 _LEAST_RATE, _MOST_RATE = 1.0, 1e24
