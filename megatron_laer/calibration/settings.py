@@ -1,4 +1,4 @@
-"""What `calibrate` measures, and for how long, is decided here from the device and the options."""
+"""`Settings` hold the sizes and times of what `calibrate` measures; the device decides on them."""
 
 from __future__ import annotations
 
