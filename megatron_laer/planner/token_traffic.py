@@ -214,6 +214,42 @@ def metadata_bytes_backward(routing: TokenRouting) -> TokenTraffic:
     return pairs.transposed().times(_PROBABILITY_BYTES)
 
 
+def expected_crossings(
+    row_XS: Int64, rank_X: Int64, tokens: int, layout: ExpertLayout, node_size: int
+) -> dict[TokenExchange, tuple[float, float]]:
+    """Expect the rows that an average rank's tokens are, intra-node and inter-node, by exchange.
+
+    A row of `node` that is passed on counts as its source's, whichever rank passes it on.
+
+    Args:
+        row_XS: what some ranks send to each slot.
+        rank_X: these ranks.
+        tokens: T, of each.
+    """
+    rank_N = np.arange(layout.num_ranks)
+    rank_S = np.repeat(rank_N, layout.capacity)
+    pairs_XN = row_XS.reshape(len(rank_X), layout.num_ranks, -1).sum(axis=2)
+    tokens_X = np.full(len(rank_X), tokens)
+    expected = [
+        _expected(row_XS, tokens_X, layout.slot_expert_S, rank_S // size, layout.num_ranks // size)
+        for size in (1, node_size)
+    ]
+    is_near_XN = rank_X[:, None] // node_size == rank_N // node_size
+    is_own_XN = rank_X[:, None] == rank_N
+    is_passed_on_XN = rank_X[:, None] % node_size != rank_N % node_size
+    is_home_XM = rank_X[:, None] // node_size == np.arange(layout.num_ranks // node_size)
+    return {
+        TokenExchange.RANK: (
+            float(pairs_XN[is_near_XN & ~is_own_XN].sum()) / len(rank_X),
+            float(pairs_XN[~is_near_XN].sum()) / len(rank_X),
+        ),
+        TokenExchange.NODE: (
+            float(expected[0][is_passed_on_XN].sum()) / len(rank_X),
+            float(expected[1][~is_home_XM].sum()) / len(rank_X),
+        ),
+    }
+
+
 def _between_ranks(rows_NN: Rows, is_near_NN: Bool) -> TokenTraffic:
     """Sum what each rank sends to each other one, [N, N], by link class."""
     near_NN = np.where(is_near_NN & ~np.eye(len(rows_NN), dtype=np.bool_), rows_NN, 0)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import TokenExchange
 from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
@@ -36,6 +37,8 @@ def cost_models(draw: st.DrawFn) -> CostModel:
         hidden=8,
         ffn=draw(st.sampled_from([4, 40])),
         restore_algorithm=draw(st.sampled_from(list(ExchangeAlgorithm))),
+        token_exchange=draw(st.sampled_from(list(TokenExchange))),
+        rows_per_pair=draw(st.sampled_from([(1.0, 1.0), (0.9, 0.46), (0.7, 1 / 3)])),
     )
 
 
