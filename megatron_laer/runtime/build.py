@@ -13,6 +13,8 @@ from megatron_laer.config import (
     OverlapScheduler,
     PlanMode,
     Restore,
+    TokenExchange,
+    TokenExchangeChoice,
     WireDtype,
 )
 from megatron_laer.layout import default_capacity
@@ -20,6 +22,7 @@ from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.token_exchange import choose_token_exchange
 from megatron_laer.runtime.comm.hierarchical import (
     HierarchicalExchange,
     flat_exchange,
@@ -27,6 +30,7 @@ from megatron_laer.runtime.comm.hierarchical import (
 )
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import make_comm_stream
+from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.schedule import make_schedule
@@ -38,6 +42,9 @@ _WIRE_DTYPES = {
     WireDtype.FP16: torch.float16,
     WireDtype.FP32: torch.float32,
 }
+
+# Of a rank and microbatch, where a choice depends on it: the model does not say.
+_TOKENS = 8192
 
 # Part of a card's name → the shipped cluster whose devices are most like it.
 _CLUSTERS = {"A100": "a100-4x8-ib800", "H100": "h100-8"}
@@ -87,9 +94,29 @@ def build_coordinator(
             parameters=make_comm_stream("parameters", device, overlaps=overlaps),
             gradients=make_comm_stream("gradients", device, overlaps=overlaps),
         ),
+        token_sizes=_token_sizes(config, groups, chosen, geometry, transformer_config, device),
         seed=seed,
         device=device,
     )
+
+
+def _token_sizes(
+    config: FSEPConfig,
+    groups: FSEPGroups,
+    costs: CostModel,
+    geometry: Geometry,
+    transformer_config: Any,
+    device: torch.device,
+) -> TokenSizesExchange | None:
+    """Make the exchange of sizes, which only tokens that go through nodes need."""
+    if config.token_exchange == TokenExchangeChoice.AUTO:
+        top_k = transformer_config.moe_router_topk
+        exchange = choose_token_exchange(costs, geometry, top_k, _TOKENS)
+        if groups.rank == 0 and groups.index == 0:
+            logger.info("FSEP: --fsep-token-exchange auto is %s", exchange)
+    else:
+        exchange = TokenExchange(config.token_exchange)
+    return TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None
 
 
 def make_exchange(

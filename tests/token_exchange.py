@@ -1,0 +1,294 @@
+"""A whole token exchange on gloo ranks, by Megatron's rows or through nodes, and what it sends.
+
+Legend: N ranks, C slots per rank, G ranks per node, T tokens, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_laer.arrays import Bool, Int64
+from megatron_laer.config import Split
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.splits import RankQuotas, solve_quotas
+from megatron_laer.runtime.comm import process_groups
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+
+HIDDEN = 6
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape of the exchange; tokens of each rank, some of which may have none."""
+
+    tokens: tuple[int, ...]
+    node_size: int
+    capacity: int = 3
+    experts: int = 8
+    top_k: int = 4
+    seed: int = 0
+    # Each token goes to the first of the experts only; other slots and ranks stay empty.
+    crowded: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """N."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What this rank received in one collective: rows from each rank, and bytes of a row."""
+
+    received_N: tuple[int, ...]
+    row_bytes: int
+    is_hidden: bool
+
+
+@dataclass
+class Outcome:
+    """A whole exchange: the experts' inputs and weights, the result and its gradients."""
+
+    experts: list[torch.Tensor]
+    combined: torch.Tensor
+    grads: list[torch.Tensor]
+    sent: dict[str, list[Sent]]
+    kept_bytes: int
+
+
+@contextlib.contextmanager
+def gloo_groups(node_size: int) -> Iterator[FSEPGroups]:
+    """The groups of all ranks, for exchanges through nodes of this size."""
+    dist.init_process_group("gloo")
+    try:
+        groups = process_groups.create_groups(
+            dist.group.WORLD, node_size, dist.new_group, tokens_through_nodes=True
+        )
+        yield groups
+    finally:
+        dist.destroy_process_group()
+
+
+def routing_maps(case: Case) -> list[torch.Tensor]:
+    """The router's map of every rank."""
+    maps = []
+    for rank, tokens in enumerate(case.tokens):
+        generator = torch.Generator().manual_seed(1000 * case.seed + rank)
+        scores_TE = torch.rand(tokens, case.experts, generator=generator)
+        if case.crowded:
+            scores_TE -= torch.arange(case.experts)
+        map_TE = torch.zeros(scores_TE.shape, dtype=torch.bool)
+        map_TE.scatter_(1, scores_TE.topk(case.top_k, dim=1).indices, True)
+        if tokens > 2:
+            map_TE[1] = False  # as a token of padding
+        maps.append(map_TE)
+    return maps
+
+
+def plan_of(case: Case, rank: int) -> MicrobatchPlan:
+    """A rank's plan under a random layout, with exact quotas."""
+    layout = ExpertLayout.random(case.ranks, case.capacity, case.experts, (case.seed,))
+    counts_NE = np.stack([map_TE.sum(0).numpy() for map_TE in routing_maps(case)])
+    quotas = solve_quotas(Split.EXACT, counts_NE, layout, case.node_size)
+    index: Any = SimpleNamespace(layout=layout)
+    restored: Any = SimpleNamespace(index=index)
+    mine = RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank))
+    return MicrobatchPlan(restored, mine)
+
+
+def make_dispatcher(
+    plan: MicrobatchPlan, case: Case, groups: FSEPGroups, *, nodes: bool, shared: Any = None
+) -> Any:
+    """Megatron's rows, or those through nodes."""
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
+    from megatron_laer.dispatch.node_dispatcher import NodeTokenDispatcher
+    from megatron_laer.dispatch.slot_dispatch import SlotDispatch
+    from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=1,
+        num_moe_experts=plan.layout.num_slots,
+        moe_router_topk=case.top_k,
+        moe_router_pre_softmax=True,
+        moe_token_dispatcher_type="alltoall",
+    )
+    config.moe_shared_expert_overlap = shared is not None
+    world: Any = SimpleNamespace(ep=dist.group.WORLD, expt_tp=None, tp_ep=dist.group.WORLD)
+    first = groups.rank * case.capacity
+    given = (case.capacity, list(range(first, first + case.capacity)))
+    options: dict[str, Any] = {"config": config, "pg_collection": world}
+    dispatcher: Any
+    if nodes:
+        sizes = TokenSizesExchange(groups, CPU)
+        dispatcher = NodeTokenDispatcher(*given, groups=groups, sizes=sizes, **options)
+    else:
+        dispatcher = SlotTokenDispatcher(*given, **options)
+    if shared is not None:
+        dispatcher.set_shared_experts(shared)
+    dispatcher.begin(SlotDispatch(plan, "layer 1", None))
+    return dispatcher
+
+
+def run(
+    case: Case,
+    groups: FSEPGroups,
+    *,
+    nodes: bool,
+    dtype: torch.dtype = torch.float32,
+    shared: Any = None,
+) -> Outcome:
+    """On a rank: dispatch tokens, let experts square and weigh them, combine, go back."""
+    rank = groups.rank
+    map_TE, plan = routing_maps(case)[rank], plan_of(case, rank)
+    generator = torch.Generator().manual_seed(rank)
+    tokens = len(map_TE)
+    hidden = torch.randn(1, tokens, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    probs = (torch.rand(map_TE.shape, generator=generator) * map_TE).requires_grad_()
+    grad = torch.randn(hidden.shape, generator=generator).to(dtype)
+    dispatcher = make_dispatcher(plan, case, groups, nodes=nodes, shared=shared)
+    dispatcher.start_shared_experts(hidden)
+    sent: dict[str, list[Sent]] = {}
+    with _LiveBytes() as live:
+        combined, experts = _forward(dispatcher, hidden, map_TE, probs, plan, sent)
+    # But for what is returned, everything that is alive is kept for backward.
+    kept_bytes = live.total - sum(t.untyped_storage().nbytes() for t in (combined, *experts))
+    assert combined.shape == hidden.shape and combined.dtype == dtype
+    with recorded(sent, "backward"):
+        combined.backward(grad)
+    assert hidden.grad is not None and probs.grad is not None
+    return Outcome(
+        experts,
+        combined.detach(),
+        [hidden.grad, probs.grad],
+        sent,
+        kept_bytes,
+    )
+
+
+def _forward(
+    dispatcher: Any,
+    hidden: torch.Tensor,
+    map_TE: torch.Tensor,
+    probs: torch.Tensor,
+    plan: MicrobatchPlan,
+    sent: dict[str, list[Sent]],
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    with recorded(sent, "dispatch"):
+        to_send = dispatcher.dispatch_preprocess(hidden, map_TE, probs)
+        inputs, tokens_C, weights = dispatcher.dispatch_postprocess(
+            *dispatcher.token_dispatch(*to_send)
+        )
+    assert tokens_C.tolist() == plan.quotas.tokens_C
+    with dispatcher.keeping_rows():
+        outputs = _Experts.apply(inputs, weights)
+    experts = [inputs.detach().clone(), weights.detach().clone()]
+    del inputs
+    with recorded(sent, "combine"):
+        outputs = dispatcher.combine_preprocess(outputs)
+        combined: torch.Tensor = dispatcher.combine_postprocess(dispatcher.token_combine(outputs))
+    return combined, experts
+
+
+class _Experts(torch.autograd.Function):
+    """Squares tokens and weighs them, and keeps its input, as a linear layer does."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_RH: torch.Tensor, weights_R: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens_RH, weights_R)
+        return tokens_RH**2 * weights_R.unsqueeze(1).to(tokens_RH.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens_RH, weights_R = ctx.saved_tensors
+        weights_R1 = weights_R.unsqueeze(1).to(grad_RH.dtype)
+        grad_weights_R = (grad_RH * tokens_RH**2).sum(1).to(weights_R.dtype)
+        return 2 * tokens_RH * weights_R1 * grad_RH, grad_weights_R
+
+
+@contextlib.contextmanager
+def recorded(sent: dict[str, list[Sent]], phase: str) -> Iterator[None]:
+    """Note what every All-to-All of this phase brings to this rank."""
+    true_exchange, size = dist.all_to_all_single, dist.get_world_size()
+    of_phase = sent.setdefault(phase, [])
+
+    def exchange(
+        received: torch.Tensor,
+        given: torch.Tensor,
+        output_split_sizes: Sequence[int],
+        input_split_sizes: Sequence[int],
+        group: Any,
+        **options: Any,
+    ) -> Any:
+        rows_N = [0] * size
+        for rank, rows in zip(dist.get_process_group_ranks(group), output_split_sizes, strict=True):
+            rows_N[rank] = rows
+        row_bytes = received[:1].element_size() * int(np.prod(received.shape[1:]))
+        is_hidden = received.is_floating_point() and received.dim() == 2
+        of_phase.append(Sent(tuple(rows_N), row_bytes, is_hidden))
+        return true_exchange(
+            received, given, output_split_sizes, input_split_sizes, group, **options
+        )
+
+    with mock.patch.object(dist, "all_to_all_single", exchange):
+        yield
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the memory of tensors that operations inside made and that is not free yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    @property
+    def total(self) -> int:
+        """What is alive now."""
+        return sum(size for made, size in self._made.values() if not made.expired())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        made = StorageWeakRef(storage)
+        self._made.setdefault(made.cdata, (made, storage.nbytes()))
+
+
+# What is sent, by a plain definition.
+
+
+def reaches(case: Case, slots: list[torch.Tensor]) -> tuple[Bool, Int64]:
+    """Whether each token of each rank goes to each rank, and the pairs from each rank to each."""
+    maps = routing_maps(case)
+    reached = np.zeros((case.ranks, max(case.tokens), case.ranks), dtype=bool)
+    pairs_NN = np.zeros((case.ranks, case.ranks), dtype=np.int64)
+    for source, (map_TE, slot_P) in enumerate(zip(maps, slots, strict=True)):
+        by_expert = [(token, e) for e in range(case.experts) for token in range(len(map_TE))]
+        routed = [token for token, expert in by_expert if map_TE[token, expert]]
+        for token, slot in zip(routed, slot_P.tolist(), strict=True):
+            reached[source, token, slot // case.capacity] = True
+            pairs_NN[source, slot // case.capacity] += 1
+    return reached, pairs_NN
