@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,12 +19,14 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES, Decision, Guard
+from megatron_laer.planner.token_prices import TokenPrices
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
 HOSTS = (None, HostTime(3e-6, SolveTime(1e-5, 1e-7, 1e-8)))
 # From changes that cost next to nothing to changes that never pay.
 SOLVES = (SolveTime(0.0, 0.0, 0.0), SolveTime(1e-6, 1e-8, 1e-9), SolveTime(1e-3, 0.0, 0.0))
+NODE = TokenPrices(TokenExchange.NODE, intra_rows=0.9, inter_rows=0.46)
 
 
 @st.composite
@@ -37,8 +41,7 @@ def cost_models(draw: st.DrawFn) -> CostModel:
         hidden=8,
         ffn=draw(st.sampled_from([4, 40])),
         restore_algorithm=draw(st.sampled_from(list(ExchangeAlgorithm))),
-        token_exchange=draw(st.sampled_from(list(TokenExchange))),
-        rows_per_pair=draw(st.sampled_from([(1.0, 1.0), (0.9, 0.46), (0.7, 1 / 3)])),
+        tokens=draw(st.sampled_from([TokenPrices(), NODE, replace(NODE, inter_rows=1 / 3)])),
     )
 
 
