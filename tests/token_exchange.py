@@ -6,7 +6,7 @@ Legend: N ranks, C slots per rank, G ranks per node, T tokens, E experts, H hidd
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +15,9 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_laer.arrays import Bool, Int64
+from megatron_laer.arrays import Int64
 from megatron_laer.config import Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
@@ -27,7 +25,7 @@ from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 
-HIDDEN = 6
+HIDDEN = 48
 CPU = torch.device("cpu")
 
 
@@ -166,10 +164,8 @@ def run(
     dispatcher = make_dispatcher(plan, case, groups, nodes=nodes, shared=shared)
     dispatcher.start_shared_experts(hidden)
     sent: dict[str, list[Sent]] = {}
-    with _LiveBytes() as live:
-        combined, experts = _forward(dispatcher, hidden, map_TE, probs, plan, sent)
-    # But for what is returned, everything that is alive is kept for backward.
-    kept_bytes = live.total - sum(t.untyped_storage().nbytes() for t in (combined, *experts))
+    kept = _Kept()
+    combined, experts = _forward(dispatcher, hidden, map_TE, probs, plan, sent, kept)
     assert combined.shape == hidden.shape and combined.dtype == dtype
     with recorded(sent, "backward"):
         combined.backward(grad)
@@ -179,7 +175,7 @@ def run(
         combined.detach(),
         [hidden.grad, probs.grad],
         sent,
-        kept_bytes,
+        kept.total_bytes,
     )
 
 
@@ -190,18 +186,18 @@ def _forward(
     probs: torch.Tensor,
     plan: MicrobatchPlan,
     sent: dict[str, list[Sent]],
+    kept: _Kept,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    with recorded(sent, "dispatch"):
+    with kept.counting(), recorded(sent, "dispatch"):
         to_send = dispatcher.dispatch_preprocess(hidden, map_TE, probs)
         inputs, tokens_C, weights = dispatcher.dispatch_postprocess(
             *dispatcher.token_dispatch(*to_send)
         )
     assert tokens_C.tolist() == plan.quotas.tokens_C
-    with dispatcher.keeping_rows():
+    with kept.counting(dispatcher.keeping_rows()):
         outputs = _Experts.apply(inputs, weights)
-    experts = [inputs.detach().clone(), weights.detach().clone()]
-    del inputs
-    with recorded(sent, "combine"):
+    experts = [inputs.detach(), weights.detach()]
+    with kept.counting(), recorded(sent, "combine"):
         outputs = dispatcher.combine_preprocess(outputs)
         combined: torch.Tensor = dispatcher.combine_postprocess(dispatcher.token_combine(outputs))
     return combined, experts
@@ -251,44 +247,95 @@ def recorded(sent: dict[str, list[Sent]], phase: str) -> Iterator[None]:
         yield
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Counts the memory of tensors that operations inside made and that is not free yet."""
+class _Kept:
+    """Adds up the memory that autograd keeps of what is computed inside, shared storage once."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._storages: dict[int, torch.UntypedStorage] = {}
 
     @property
-    def total(self) -> int:
-        """What is alive now."""
-        return sum(size for made, size in self._made.values() if not made.expired())
+    def total_bytes(self) -> int:
+        """The sum so far."""
+        return sum(storage.nbytes() for storage in self._storages.values())
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._follow(tensor.untyped_storage())
-        return result
+    def counting(self, inner: Any = None) -> contextlib.AbstractContextManager[Any]:
+        """A context; `inner` is another one that decides what is kept."""
+        pack = getattr(inner, "pack_hook", lambda saved: saved)
+        unpack = getattr(inner, "unpack_hook", lambda kept: kept)
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: self._note(pack(t)), unpack)
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        made = StorageWeakRef(storage)
-        self._made.setdefault(made.cdata, (made, storage.nbytes()))
+    def _note(self, kept: Any) -> Any:
+        for tensor in tree_leaves(kept):
+            storage = tensor.untyped_storage()
+            self._storages[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return kept
 
 
 # What is sent, by a plain definition.
 
 
-def reaches(case: Case, slots: list[torch.Tensor]) -> tuple[Bool, Int64]:
-    """Whether each token of each rank goes to each rank, and the pairs from each rank to each."""
-    maps = routing_maps(case)
-    reached = np.zeros((case.ranks, max(case.tokens), case.ranks), dtype=bool)
-    pairs_NN = np.zeros((case.ranks, case.ranks), dtype=np.int64)
-    for source, (map_TE, slot_P) in enumerate(zip(maps, slots, strict=True)):
-        by_expert = [(token, e) for e in range(case.experts) for token in range(len(map_TE))]
+@dataclass(frozen=True)
+class Expected:
+    """Rows that ranks receive from others, by a plain definition: inside their node, and between.
+
+    Attributes:
+        dispatch_N2: with tokens; those of combine are what the other side sends.
+        combine_N2: with outputs.
+        pairs_N: that come from other ranks.
+        first_rows_N: of those that come, the rows of the first stage, from other ranks.
+        sent_N: rows that a rank sends, or passes on, in both stages; those to itself included.
+        arrived_N: rows at the end of the exchange, a rank's own included.
+    """
+
+    dispatch_N2: Int64
+    combine_N2: Int64
+    pairs_N: Int64
+    first_rows_N: Int64
+    sent_N: Int64
+    arrived_N: Int64
+
+
+def expected(case: Case, *, nodes: bool) -> Expected:
+    """Count sets of tokens."""
+    from megatron_laer.dispatch.replica_choice import token_order
+
+    size, node_size = case.ranks, case.node_size
+    pairs: list[tuple[int, int, int]] = []  # source, token, rank
+    for source, map_TE in enumerate(routing_maps(case)):
+        by_expert = [(t, e) for e in range(case.experts) for t in range(len(map_TE))]
         routed = [token for token, expert in by_expert if map_TE[token, expert]]
-        for token, slot in zip(routed, slot_P.tolist(), strict=True):
-            reached[source, token, slot // case.capacity] = True
-            pairs_NN[source, slot // case.capacity] += 1
-    return reached, pairs_NN
+        slot_P = token_order(map_TE, plan_of(case, source).quotas, node_size).tolist()
+        slots = zip(routed, slot_P, strict=True)
+        pairs += [(source, token, slot // case.capacity) for token, slot in slots]
+
+    hops: list[tuple[int, int]] = []  # of each row: from, to
+    rows: Any = pairs
+    if nodes:
+        rows = set(pairs)
+    first = [(source, rank) for source, _, rank in rows]
+    if nodes and 1 < node_size < size:
+        local_rank_on = lambda source, rank: rank // node_size * node_size + source % node_size  # noqa: E731
+        to_nodes = {(source, token, local_rank_on(source, rank)) for source, token, rank in rows}
+        first = [(source, via) for source, _, via in to_nodes]
+        hops = [(local_rank_on(source, rank), rank) for source, _, rank in rows]
+    hops += first
+
+    received = {"dispatch": np.zeros((size, 2), int), "combine": np.zeros((size, 2), int)}
+    for source, rank in hops:
+        if source != rank:
+            between = source // node_size != rank // node_size
+            received["dispatch"][rank, int(between)] += 1
+            received["combine"][source, int(between)] += 1
+
+    def from_others(sent: Iterable[tuple[int, int]]) -> Int64:
+        to = [rank for source, rank in sent if source != rank]
+        return np.bincount(np.array(to, int), minlength=size)
+
+    return Expected(
+        received["dispatch"],
+        received["combine"],
+        from_others((source, rank) for source, _, rank in pairs),
+        from_others(first),
+        np.bincount([source for source, _ in hops], minlength=size),
+        np.bincount([rank for _, _, rank in rows], minlength=size),
+    )

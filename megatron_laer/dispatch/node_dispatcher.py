@@ -25,7 +25,6 @@ from megatron_laer.dispatch.row_map import RowMap
 from megatron_laer.dispatch.slot_dispatch import SlotDispatching
 from megatron_laer.dispatch.token_routes import (
     Arrivals,
-    PairRoutes,
     arrivals,
     pair_routes,
     second_stage,
@@ -40,10 +39,10 @@ class _FirstStage(MoEAlltoAllTokenDispatcher):
 
     shared_experts: Any
     _groups: FSEPGroups
-    _routes: PairRoutes
-    _row_R: torch.Tensor
-    _bits: torch.Tensor | None
     _rows: TokenRows
+    # With each pair goes its row's number, and with each row the local ranks that it is for.
+    _row_of_pairs: torch.Tensor | None
+    _bits: torch.Tensor | None
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
         """Send rows, [X, H], and what belongs to pairs, [P].
@@ -56,9 +55,10 @@ class _FirstStage(MoEAlltoAllTokenDispatcher):
         tokens = self._exchange_first(tokens)
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act(tokens)
-        probs, self._row_R = (
+        assert self._row_of_pairs is not None
+        probs, self._row_of_pairs = (
             exchange(self._groups.tokens, of_pairs, self.output_splits, self.input_splits)
-            for of_pairs in (probs, self._routes.row_P)
+            for of_pairs in (probs, self._row_of_pairs)
         )
         if self._bits is not None:
             self._bits = self._exchange_first(self._bits)
@@ -130,7 +130,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         quotas, layout = plan.quotas, plan.layout
         routing_map = self._routed(routing_map)
         slot_P = token_order(routing_map, quotas, groups.node_size)
-        routes = self._routes = pair_routes(
+        routes = pair_routes(
             routing_map, slot_P, layout.num_ranks, layout.capacity, groups.node_size
         )
         if plan.first_pass.token_rows is None:
@@ -138,6 +138,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         rows = self._rows = plan.first_pass.token_rows
         self.input_splits, self.output_splits = quotas.input_splits_N, quotas.output_splits_N
         self.hidden_shape = hidden_states.shape
+        self._row_of_pairs = routes.row_P
         self._first, self._bits = routes.first_stage(sum(rows.first_sent(groups.rank)))
         tokens = self._first.spread(hidden_states.view(-1, self.hidden_shape[-1]))
         return tokens, probs.reshape(-1).index_select(0, routes.pair_P)
@@ -157,10 +158,13 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         if self._bits is not None:
             received, sent = rows.second_received(rank), rows.second_sent(rank)
             self._second = second_stage(self._bits, rows.node_size, sum(sent))
+            self._bits = None
             tokens = exchange(
                 self._groups.tokens_intra_node, self._second.spread(tokens), received, sent
             )
-        came = self._arrivals = arrivals(self._row_R, quotas, rows, rank)
+        assert self._row_of_pairs is not None
+        came = self._arrivals = arrivals(self._row_of_pairs, quotas, rows, rank)
+        self._row_of_pairs = None
         experts_RH = came.rows.spread(tokens)
         self._experts_input = tokens, experts_RH
         probs = reorder(probs, came.arrived_R, came.sorted_R)

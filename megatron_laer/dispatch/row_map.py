@@ -55,13 +55,14 @@ class RowMap:
         They are spread again when backward asks for them.
 
         Args:
-            copies_XH: from `spread(rows_YH)`.
+            copies_XH: from `spread(rows_YH)`; to be held by the caller while in the context.
         """
         kept = rows_YH.detach(), self.row_X
+        # Not the tensor, for what autograd keeps holds on to `pack`.
+        copies = _identity(copies_XH)
 
         def pack(saved: torch.Tensor) -> _Kept:
-            is_copies = saved.shape == copies_XH.shape and saved.dtype == copies_XH.dtype
-            return kept if is_copies and saved.data_ptr() == copies_XH.data_ptr() else saved
+            return kept if _identity(saved) == copies else saved
 
         return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
 
@@ -78,6 +79,10 @@ def row_map(row_X: torch.Tensor, num_rows: int) -> RowMap:
     counts_Y = torch.zeros(num_rows, dtype=torch.int32, device=row_X.device)
     counts_Y.scatter_add_(0, row_X.long(), torch.ones_like(row_X))
     return RowMap(row_X, num_rows, counts_Y.cumsum(0, dtype=torch.int32), by_row_X)
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.dtype
 
 
 def _unpack(kept: _Kept) -> torch.Tensor:

@@ -45,7 +45,8 @@ class PairRoutes:
         rows_N = self.reaches_NT.sum(1, dtype=torch.int32)
         if self.node_size == len(rows_N):
             return rows_N
-        return torch.cat([rows_N, self._reaches_MGT.any(1).sum(1, dtype=torch.int32)])
+        rows_M = self._reaches_MGT.any(1).sum(1, dtype=torch.int32)
+        return torch.cat([rows_N, rows_M])
 
     def first_stage(self, num_rows: int) -> tuple[RowMap, torch.Tensor | None]:
         """Find the rows that are sent first, of which there are so many.
@@ -64,7 +65,8 @@ class PairRoutes:
 
     @property
     def _reaches_MGT(self) -> torch.Tensor:
-        return self.reaches_NT.unflatten(0, (-1, self.node_size))
+        num_ranks, num_tokens = self.reaches_NT.shape
+        return self.reaches_NT.view(num_ranks // self.node_size, self.node_size, num_tokens)
 
 
 def pair_routes(
@@ -165,7 +167,8 @@ def _to_bits(flags_XG: torch.Tensor) -> torch.Tensor:
 
 def _from_bits(bits_YB: torch.Tensor, width: int) -> torch.Tensor:
     flags_YB8 = (bits_YB.unsqueeze(2) >> _bits(bits_YB.device)) & 1
-    return flags_YB8.flatten(1)[:, :width].bool()
+    flags_YG: torch.Tensor = flags_YB8.flatten(1)[:, :width]
+    return flags_YG.bool()
 
 
 def _bits(device: torch.device) -> torch.Tensor:

@@ -8,7 +8,16 @@ from dataclasses import replace
 import pytest
 
 from megatron_laer.testing.ranks import RankPool
-from tests.token_exchange import Case, Outcome, gloo_groups, run
+from tests.token_exchange import (
+    HIDDEN,
+    Case,
+    Outcome,
+    Sent,
+    expected,
+    gloo_groups,
+    routing_maps,
+    run,
+)
 
 EVEN = Case((24, 24, 24, 24), 2)
 CASES = {
@@ -55,3 +64,78 @@ def test_experts_get_the_same_bits_and_sums_differ_by_rounding(
             (nodes.combined, *nodes.grads), (again.combined, *again.grads), strict=True
         ):
             assert torch.equal(mine, repeated)
+
+
+# Top-4 of 12 experts, so that tokens share nodes and ranks; one rank has no token.
+BYTES = Case((20, 9, 31, 0, 14, 25, 7, 18), 1, capacity=3, experts=12, top_k=4)
+
+
+def sent_by(case: Case) -> dict[bool, Outcome]:
+    """On a rank: whole exchanges by Megatron's rows, and through nodes."""
+    with gloo_groups(case.node_size) as groups:
+        return {nodes: run(case, groups, nodes=nodes) for nodes in (False, True)}
+
+
+def received_by_link(sent: list[Sent], rank: int, node_size: int) -> tuple[list[int], list[int]]:
+    """Rows of hidden states that a rank received, and other bytes: inside its node, and between."""
+    hidden, other = [0, 0], [0, 0]
+    for collective in sent:
+        for source, rows in enumerate(collective.received_N):
+            between = source // node_size != rank // node_size
+            if source == rank:
+                continue
+            if collective.is_hidden:
+                assert collective.row_bytes == 4 * HIDDEN
+                hidden[between] += rows
+            else:
+                other[between] += rows * collective.row_bytes
+    return hidden, other
+
+
+@pytest.mark.parametrize("node_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rows_and_bytes_of_real_collectives_equal_the_formulas(
+    ranks: Callable[[int], RankPool], node_size: int, seed: int
+) -> None:
+    case = replace(BYTES, node_size=node_size, seed=seed)
+    found = ranks(8).run(sent_by, case)
+    has_two_stages = 1 < node_size < 8
+    for nodes in (False, True):
+        plain = expected(case, nodes=nodes)
+        for rank, outcomes in enumerate(found):
+            sent = outcomes[nodes].sent
+            dispatch, beside = received_by_link(sent["dispatch"], rank, node_size)
+            combine, none = received_by_link(sent["combine"], rank, node_size)
+            backward, grads = received_by_link(sent["backward"], rank, node_size)
+            assert dispatch == plain.dispatch_N2[rank].tolist()
+            assert combine == plain.combine_N2[rank].tolist() and none == [0, 0]
+            assert backward == (plain.dispatch_N2 + plain.combine_N2)[rank].tolist()
+            # A probability each and, through nodes, the number of a row; with two stages a row
+            # brings a bit for each local rank.
+            of_pairs = (4 + 4 * nodes) * plain.pairs_N[rank]
+            of_rows = plain.first_rows_N[rank] * (nodes and has_two_stages)
+            assert sum(beside) == of_pairs + of_rows
+            assert sum(grads) > 0 or not case.tokens[rank]
+    by_rank, through_nodes = (expected(case, nodes=nodes) for nodes in (False, True))
+    # What a rank sends in dispatch is what it receives in combine.
+    assert (through_nodes.combine_N2[:, 1] <= by_rank.combine_N2[:, 1]).all()
+    assert through_nodes.combine_N2[:, 1].sum() < by_rank.combine_N2[:, 1].sum() or node_size == 8
+
+
+@pytest.mark.parametrize("node_size", [1, 2, 8])
+def test_backward_keeps_rows_instead_of_pairs(
+    ranks: Callable[[int], RankPool], node_size: int
+) -> None:
+    case = replace(BYTES, node_size=node_size)
+    plain = expected(case, nodes=True)
+    for rank, outcomes in enumerate(ranks(8).run(sent_by, case)):
+        by_rank, nodes = (outcomes[nodes] for nodes in (False, True))
+        received, row_bytes = len(nodes.experts[0]), 4 * HIDDEN
+        routed = int(routing_maps(case)[rank].sum())
+        # The order of what was received, and the experts' own weights, are the same in both.
+        of_pairs = (8 + 4) * received
+        assert by_rank.kept_bytes == row_bytes * received + of_pairs + 16 * routed
+        rows, sent = int(plain.arrived_N[rank]), int(plain.sent_N[rank])
+        of_maps = 4 * received + 4 * sent + 8 * routed
+        assert nodes.kept_bytes == row_bytes * rows + of_pairs + of_maps
+        assert rows < received
