@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ import torch
 from benchmarks.report import machine, median_ms, print_table
 from megatron_laer.arrays import Bool
 from megatron_laer.choices import Split, TokenExchange
+from megatron_laer.dispatch import replica_choice
 from megatron_laer.dispatch.replica_choice import choose_replicas, token_order
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean
@@ -168,7 +170,8 @@ class Case:
         """Give each pair of a rank its slot."""
         map_TE, quotas = torch.from_numpy(self.maps[rank]), self.quotas[rank]
         if chooses:
-            return choose_replicas(map_TE, quotas, self.shape.node_size, rank)
+            with mock.patch.object(replica_choice, "_LEAST_SHARE", 0.0):  # also where it is little
+                return choose_replicas(map_TE, quotas, self.shape.node_size, rank)
         return token_order(map_TE, quotas, self.shape.node_size)
 
     def _share_with_choice(self, rows_NS: npt.NDArray[np.int64]) -> float:

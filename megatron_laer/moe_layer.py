@@ -215,6 +215,9 @@ class FSEPMoELayer(MoELayer):
         hidden_states = self._plan.restored.reduce_after_dispatch(hidden_states)
         dispatched = super().dispatch(hidden_states, probs)
         self._coordinator.scheduler.dispatched(self.state, self.training)
+        groups = self._coordinator.groups
+        rows = self._plan.rows_sent(groups.rank, groups.node_size)
+        self.state.sent.add(*rows, hidden_states.shape[-1] * hidden_states.element_size())
         return dispatched
 
     def routed_experts_compute(

@@ -20,6 +20,9 @@ from megatron_laer.dispatch.permutation import run_sizes
 from megatron_laer.planner.splits import RankQuotas
 from megatron_laer.runtime.comm.upload import upload, upload_arrays
 
+# Pairs that have a choice, of all: with fewer, the choice takes longer than the rows that it saves.
+# No more rows can be saved than pairs choose; exact quotas leave a choice to some 2 %.
+_LEAST_SHARE = 0.05
 # Experts of one wave choose at once, and do not see each other's choices. With this many waves the
 # work on the device does not grow with the number of experts.
 _WAVES = 8
@@ -55,8 +58,8 @@ def choose_replicas(
     few waves: an expert's tokens go first to a node that they go to anyway, then, inside it, to
     such a rank. Where that would send more rows than token order, token order is taken.
 
-    Deterministic: sorts are stable, and sums are of integers. The device is not waited for, and
-    where no expert has a choice it has nothing to do.
+    Deterministic: sorts are stable, and sums are of integers. The device is not waited for. Where
+    hardly any pair has a choice, which the quotas tell, token order is taken with no more work.
 
     Args:
         routing_map_TE: bool, the router's.
@@ -145,7 +148,7 @@ class _Level:
         slots_per_place: of each node, or of each rank.
         num_places: B.
         home: the place from which nothing has to travel.
-        choices: of the groups that have one.
+        choices: of the groups that have one; none where too few pairs are in them.
         group_sizes: the pairs of all groups.
     """
 
@@ -177,6 +180,8 @@ class _Level:
             choices.append(
                 _Choice(int(firsts[group]), tuple(places.tolist()), tuple(tokens.tolist()))
             )
+        if sum(sum(choice.tokens) for choice in choices) < _LEAST_SHARE * sizes.sum():
+            choices = []
         num_places = max(int(place_X.max()), home) + 1
         return cls(slots_per_place, num_places, home, tuple(choices), sizes)
 

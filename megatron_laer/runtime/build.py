@@ -22,7 +22,7 @@ from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
-from megatron_laer.planner.token_exchange import choose_token_exchange
+from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.runtime.comm.hierarchical import (
     HierarchicalExchange,
     flat_exchange,
@@ -75,7 +75,16 @@ def build_coordinator(
         node_size=groups.node_size,
     )
     costs = layer_costs(config, transformer_config, device)
-    chosen = costs.with_exchange(config.restore_algorithm, geometry)
+    top_k = transformer_config.moe_router_topk
+    token_exchange = _token_exchange(config, groups, costs, geometry, top_k)
+    by_node = token_exchange == TokenExchange.NODE  # only then sizes are exchanged
+    chosen = with_token_exchange(
+        costs.with_exchange(config.restore_algorithm, geometry),
+        token_exchange,
+        geometry,
+        top_k,
+        _TOKENS,
+    )
     overlaps = config.scheduler == OverlapScheduler.ON
     # Announced layouts are kept after the gate, as forecast ones are.
     at_gate = PlanMode.FORECAST if config.mode == PlanMode.ANNOUNCED else config.mode
@@ -94,29 +103,22 @@ def build_coordinator(
             parameters=make_comm_stream("parameters", device, overlaps=overlaps),
             gradients=make_comm_stream("gradients", device, overlaps=overlaps),
         ),
-        token_sizes=_token_sizes(config, groups, chosen, geometry, transformer_config, device),
+        token_sizes=TokenSizesExchange(groups, device) if by_node else None,
         seed=seed,
         device=device,
     )
 
 
-def _token_sizes(
-    config: FSEPConfig,
-    groups: FSEPGroups,
-    costs: CostModel,
-    geometry: Geometry,
-    transformer_config: Any,
-    device: torch.device,
-) -> TokenSizesExchange | None:
-    """Make the exchange of sizes, which only tokens that go through nodes need."""
-    if config.token_exchange == TokenExchangeChoice.AUTO:
-        top_k = transformer_config.moe_router_topk
-        exchange = choose_token_exchange(costs, geometry, top_k, _TOKENS)
-        if groups.rank == 0 and groups.index == 0:
-            logger.info("FSEP: --fsep-token-exchange auto is %s", exchange)
-    else:
-        exchange = TokenExchange(config.token_exchange)
-    return TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None
+def _token_exchange(
+    config: FSEPConfig, groups: FSEPGroups, costs: CostModel, geometry: Geometry, top_k: int
+) -> TokenExchange:
+    """Return how tokens travel, which `auto` decides by the cost model."""
+    if config.token_exchange != TokenExchangeChoice.AUTO:
+        return TokenExchange(config.token_exchange)
+    exchange = choose_token_exchange(costs, geometry, top_k, _TOKENS)
+    if groups.rank == 0 and groups.index == 0:
+        logger.info("FSEP: --fsep-token-exchange auto is %s", exchange)
+    return exchange
 
 
 def make_exchange(

@@ -5,6 +5,7 @@ Legend: T tokens, E experts, S slots, P (token, expert) pairs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from unittest import mock
@@ -20,6 +21,8 @@ from megatron_laer.dispatch import replica_choice
 from megatron_laer.dispatch.replica_choice import choose_replicas, token_order
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
+
+LEAST_SHARE = replica_choice._LEAST_SHARE
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,13 @@ def any_rank(draw: st.DrawFn) -> Rank:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def even_few_pairs_choose() -> Iterator[None]:
+    """Exact quotas leave few pairs a choice, of which tests want to see the result."""
+    with mock.patch.object(replica_choice, "_LEAST_SHARE", 0.0):
+        yield
+
+
 @given(any_rank())
 @settings(deadline=None, max_examples=200)
 def test_quotas_are_kept_and_rows_are_never_more_than_in_token_order(rank: Rank) -> None:
@@ -183,7 +193,15 @@ def test_many_experts_with_a_choice_save_rows(experts: int, top_k: int, least_sa
     assert after <= (1 - least_saved) * before
 
 
-def test_nothing_is_computed_where_no_expert_has_a_choice() -> None:
-    rank = make_rank(ranks=4, node_size=2, experts=8, capacity=2, top_k=2, tokens=16)
-    with mock.patch.object(replica_choice._Wave, "of", side_effect=AssertionError):
+@pytest.mark.parametrize(("capacity", "split"), [(2, Split.EVEN), (3, Split.EXACT)])
+def test_nothing_is_computed_where_hardly_any_pair_has_a_choice(
+    capacity: int, split: Split
+) -> None:
+    rank = make_rank(
+        ranks=16, node_size=4, experts=32, capacity=capacity, top_k=4, tokens=512, split=split
+    )
+    with (
+        mock.patch.object(replica_choice, "_LEAST_SHARE", LEAST_SHARE),
+        mock.patch.object(replica_choice._Wave, "of", side_effect=AssertionError),
+    ):
         assert torch.equal(rank.chosen(), rank.plain())
