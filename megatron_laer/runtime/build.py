@@ -76,6 +76,9 @@ def build_coordinator(
     )
     costs = layer_costs(config, transformer_config, device)
     chosen = costs.with_exchange(config.restore_algorithm, geometry)
+    exchange = token_exchange(config, chosen, geometry, transformer_config.moe_router_topk)
+    if config.token_exchange == TokenExchangeChoice.AUTO and groups.rank == groups.index == 0:
+        logger.info("FSEP: --fsep-token-exchange %s is %s", config.token_exchange, exchange)
     overlaps = config.scheduler == OverlapScheduler.ON
     # Announced layouts are kept after the gate, as forecast ones are.
     at_gate = PlanMode.FORECAST if config.mode == PlanMode.ANNOUNCED else config.mode
@@ -94,29 +97,19 @@ def build_coordinator(
             parameters=make_comm_stream("parameters", device, overlaps=overlaps),
             gradients=make_comm_stream("gradients", device, overlaps=overlaps),
         ),
-        token_sizes=_token_sizes(config, groups, chosen, geometry, transformer_config, device),
+        token_sizes=TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None,
         seed=seed,
         device=device,
     )
 
 
-def _token_sizes(
-    config: FSEPConfig,
-    groups: FSEPGroups,
-    costs: CostModel,
-    geometry: Geometry,
-    transformer_config: Any,
-    device: torch.device,
-) -> TokenSizesExchange | None:
-    """Make the exchange of sizes, which only tokens that go through nodes need."""
+def token_exchange(
+    config: FSEPConfig, costs: CostModel, geometry: Geometry, top_k: int
+) -> TokenExchange:
+    """Return the exchange of tokens that the settings ask for, or the faster one."""
     if config.token_exchange == TokenExchangeChoice.AUTO:
-        top_k = transformer_config.moe_router_topk
-        exchange = choose_token_exchange(costs, geometry, top_k, _TOKENS)
-        if groups.rank == 0 and groups.index == 0:
-            logger.info("FSEP: --fsep-token-exchange auto is %s", exchange)
-    else:
-        exchange = TokenExchange(config.token_exchange)
-    return TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None
+        return choose_token_exchange(costs, geometry, top_k, _TOKENS)
+    return TokenExchange(config.token_exchange)
 
 
 def make_exchange(
