@@ -1,4 +1,4 @@
-"""Which rows a rank sends in each stage of a token exchange follows from the slots of its pairs.
+"""The rows that a rank sends in each stage of a token exchange follow from its pairs' slots.
 
 A row is a token's hidden state on its way to a rank, or to a node. The order is the same in every
 stage: by destination, then in the order of the rows before, which at the source are tokens. All
@@ -161,14 +161,14 @@ def _true_places(flags_AB: torch.Tensor, count: int) -> tuple[torch.Tensor, torc
 
 def _to_bits(flags_XG: torch.Tensor) -> torch.Tensor:
     padding = -flags_XG.shape[1] % 8
-    flags_XB8 = torch.nn.functional.pad(flags_XG, (0, padding)).unflatten(1, (-1, 8))
-    return (flags_XB8 << _bits(flags_XG.device)).sum(2, dtype=torch.uint8)
+    padded_XB: torch.Tensor = torch.nn.functional.pad(flags_XG, (0, padding))
+    bits_XB8: torch.Tensor = padded_XB.unflatten(1, (-1, 8)) << _bits(flags_XG.device)
+    return bits_XB8.sum(2, dtype=torch.uint8)
 
 
 def _from_bits(bits_YB: torch.Tensor, width: int) -> torch.Tensor:
-    flags_YB8 = (bits_YB.unsqueeze(2) >> _bits(bits_YB.device)) & 1
-    flags_YG: torch.Tensor = flags_YB8.flatten(1)[:, :width]
-    return flags_YG.bool()
+    flags_YB8: torch.Tensor = (bits_YB.unsqueeze(2) >> _bits(bits_YB.device)) & 1
+    return flags_YB8.flatten(1)[:, :width].bool()
 
 
 def _bits(device: torch.device) -> torch.Tensor:

@@ -76,15 +76,11 @@ def build_coordinator(
     )
     costs = layer_costs(config, transformer_config, device)
     top_k = transformer_config.moe_router_topk
-    token_exchange = _token_exchange(config, groups, costs, geometry, top_k)
-    by_node = token_exchange == TokenExchange.NODE  # only then sizes are exchanged
-    chosen = with_token_exchange(
-        costs.with_exchange(config.restore_algorithm, geometry),
-        token_exchange,
-        geometry,
-        top_k,
-        _TOKENS,
-    )
+    exchange = token_exchange(config, costs, geometry, top_k)
+    if config.token_exchange == TokenExchangeChoice.AUTO and groups.rank == groups.index == 0:
+        logger.info("FSEP: --fsep-token-exchange %s is %s", config.token_exchange, exchange)
+    costs = with_token_exchange(costs, exchange, geometry, top_k, _TOKENS)
+    chosen = costs.with_exchange(config.restore_algorithm, geometry)
     overlaps = config.scheduler == OverlapScheduler.ON
     # Announced layouts are kept after the gate, as forecast ones are.
     at_gate = PlanMode.FORECAST if config.mode == PlanMode.ANNOUNCED else config.mode
@@ -103,22 +99,19 @@ def build_coordinator(
             parameters=make_comm_stream("parameters", device, overlaps=overlaps),
             gradients=make_comm_stream("gradients", device, overlaps=overlaps),
         ),
-        token_sizes=TokenSizesExchange(groups, device) if by_node else None,
+        token_sizes=TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None,
         seed=seed,
         device=device,
     )
 
 
-def _token_exchange(
-    config: FSEPConfig, groups: FSEPGroups, costs: CostModel, geometry: Geometry, top_k: int
+def token_exchange(
+    config: FSEPConfig, costs: CostModel, geometry: Geometry, top_k: int
 ) -> TokenExchange:
-    """Return how tokens travel, which `auto` decides by the cost model."""
-    if config.token_exchange != TokenExchangeChoice.AUTO:
-        return TokenExchange(config.token_exchange)
-    exchange = choose_token_exchange(costs, geometry, top_k, _TOKENS)
-    if groups.rank == 0 and groups.index == 0:
-        logger.info("FSEP: --fsep-token-exchange auto is %s", exchange)
-    return exchange
+    """Return the exchange of tokens that the settings ask for, or the faster one."""
+    if config.token_exchange == TokenExchangeChoice.AUTO:
+        return choose_token_exchange(costs, geometry, top_k, _TOKENS)
+    return TokenExchange(config.token_exchange)
 
 
 def make_exchange(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from megatron_laer.testing.ranks import RankPool
 from tests.token_exchange import (
@@ -15,6 +18,8 @@ from tests.token_exchange import (
     Sent,
     expected,
     gloo_groups,
+    make_dispatcher,
+    plan_of,
     routing_maps,
     run,
 )
@@ -34,8 +39,6 @@ CASES = {
 
 def both(case: Case, dtype_name: str) -> tuple[Outcome, Outcome, Outcome]:
     """On a rank: by Megatron's rows, and twice through nodes."""
-    import torch
-
     dtype = getattr(torch, dtype_name)
     with gloo_groups(case.node_size) as groups:
         by_rank = run(case, groups, nodes=False, dtype=dtype)
@@ -48,8 +51,6 @@ def both(case: Case, dtype_name: str) -> tuple[Outcome, Outcome, Outcome]:
 def test_experts_get_the_same_bits_and_sums_differ_by_rounding(
     ranks: Callable[[int], RankPool], case: str, dtype: str
 ) -> None:
-    import torch
-
     for by_rank, nodes, again in ranks(CASES[case].ranks).run(both, CASES[case], dtype):
         for mine, stocks in zip(nodes.experts, by_rank.experts, strict=True):
             assert torch.equal(mine, stocks)
@@ -64,6 +65,65 @@ def test_experts_get_the_same_bits_and_sums_differ_by_rounding(
             (nodes.combined, *nodes.grads), (again.combined, *again.grads), strict=True
         ):
             assert torch.equal(mine, repeated)
+
+
+def gathers_of_sizes(case: Case) -> list[int]:
+    """On a rank: exchanges of sizes in a first pass, and with them in its re-run."""
+    import torch.distributed as dist
+
+    counts = []
+    with gloo_groups(case.node_size) as groups:
+        plan, map_TE = plan_of(case, groups.rank), routing_maps(case)[groups.rank]
+        hidden, probs = torch.zeros(len(map_TE), HIDDEN), map_TE.float()
+        gather = mock.Mock(side_effect=dist.all_gather_into_tensor)
+        with mock.patch.object(dist, "all_gather_into_tensor", gather):
+            for of_pass, of_router in ((plan, map_TE), (plan.for_rerun(map_TE), ~map_TE)):
+                dispatcher = make_dispatcher(of_pass, case, groups, nodes=True)
+                dispatcher.dispatch_preprocess(hidden, of_router, probs)
+                counts.append(gather.call_count)
+    return counts
+
+
+def test_a_rerun_under_a_checkpoint_exchanges_no_sizes(ranks: Callable[[int], RankPool]) -> None:
+    assert ranks(4).run(gathers_of_sizes, EVEN) == [[1, 1]] * 4
+
+
+class SharedExperts:
+    """Notes in which order the dispatcher calls it, and gives a constant output."""
+
+    use_shared_expert_gate = False
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: self.calls.append(name)
+
+    def pre_forward_comm(self, hidden: Any) -> None:
+        self.calls.append("pre_forward_comm")
+        self.hidden = hidden
+
+    def get_output(self) -> Any:
+        self.calls.append("get_output")
+        return self.hidden * 2
+
+
+def calls_of_shared_experts(case: Case) -> list[list[str]]:
+    """On a rank: what either exchange lets shared experts do that overlap with it."""
+    calls = []
+    with gloo_groups(case.node_size) as groups:
+        for nodes in (False, True):
+            shared = SharedExperts()
+            run(case, groups, nodes=nodes, shared=shared)
+            calls.append(shared.calls)
+    return calls
+
+
+def test_shared_experts_are_called_as_by_megatrons_exchange(
+    ranks: Callable[[int], RankPool],
+) -> None:
+    for by_rank, by_node in ranks(4).run(calls_of_shared_experts, EVEN):
+        assert by_node == by_rank and len(by_rank) == 7
 
 
 # Top-4 of 12 experts, so that tokens share nodes and ranks; one rank has no token.
