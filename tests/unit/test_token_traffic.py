@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from megatron_laer.arrays import Bool
 from megatron_laer.choices import TokenExchange
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.token_rows import TokenRows
 from megatron_laer.planner.token_traffic import (
     TokenRouting,
     TokenTraffic,
@@ -26,6 +28,7 @@ from megatron_laer.planner.token_traffic import (
     metadata_bytes,
     metadata_bytes_backward,
 )
+from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 
 RANK, NODE = TokenExchange
 
@@ -124,6 +127,22 @@ def test_rows_are_those_that_are_sent_one_by_one(case: Case, exchange: TokenExch
     expected = row_by_row(case, exchange)
     for name, rows_N in counted.items():
         assert rows_N.tolist() == expected[name], name
+
+
+@given(cases(), st.sampled_from(list(TokenExchange)))
+@settings(deadline=None)
+def test_a_plan_counts_the_rows_that_its_rank_sends(case: Case, exchange: TokenExchange) -> None:
+    routing, size = case.routing, case.node_size
+    rows = dispatch_rows(routing, exchange)
+    for rank in range(case.layout.num_ranks):
+        quotas: Any = SimpleNamespace(input_splits_N=routing.pairs_NN[rank].tolist())
+        restored: Any = None
+        plan = MicrobatchPlan(restored, quotas)
+        if exchange == NODE:
+            known = np.asarray(routing.to_ranks_NN), np.asarray(routing.to_nodes_NM)
+            plan.first_pass.token_rows = TokenRows(*known, size)
+        sent = plan.rows_sent(rank, size)
+        assert sent == (rows.sent_intra_N[rank], rows.sent_inter_N[rank])
 
 
 @given(cases())
