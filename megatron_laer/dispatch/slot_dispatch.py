@@ -8,6 +8,7 @@ Legend: T tokens, E experts, S slots, H hidden.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,10 @@ class SlotDispatching:
 
     def end_step(self) -> None:
         """Do what is left to do when a training step is over."""
+
+    def keeping_rows(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context for the experts, in which autograd keeps less of their input."""
+        return contextlib.nullcontext()
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
         """Megatron's, with its begin and end on the timeline."""

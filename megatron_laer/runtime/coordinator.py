@@ -28,6 +28,7 @@ from megatron_laer.runtime.comm.collectives import CountsExchange, decision_dige
 from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
 from megatron_laer.runtime.layer_state import (
     LayerOwner,
     LayerState,
@@ -65,6 +66,7 @@ class Coordinator:
         layouts: those in force, which change at step boundaries.
         announced: those of announced microbatches; None in other plan modes.
         layers: this rank's MoE layers, in the order in which they were built.
+        token_sizes: where tokens go through nodes.
         timeline: open while training is recorded.
     """
 
@@ -77,6 +79,7 @@ class Coordinator:
         schedule: Schedule,
         streams: ExchangeStreams,
         *,
+        token_sizes: TokenSizesExchange | None = None,
         seed: int,
         device: torch.device,
     ) -> None:
@@ -86,6 +89,7 @@ class Coordinator:
         self.guard = guard
         self.schedule = schedule
         self.streams = streams
+        self.token_sizes = token_sizes
         self.experts = LayerExperts(streams)
         self.scheduler = Scheduler(schedule, streams, self._experts_of, self._before_forward)
         self.layouts = LayoutsInForce(
@@ -295,11 +299,9 @@ class Coordinator:
     def take_exposed_ms(self) -> tuple[float, float]:
         """Return how long compute waited for restores and gradients, per step, since last asked."""
         steps, self._unreported_steps = max(1, self._unreported_steps), 0
-        streams = self.streams
-        return (
-            streams.parameters.times.exposed.take_ms() / steps,
-            streams.gradients.times.exposed.take_ms() / steps,
-        )
+        both = self.streams.parameters, self.streams.gradients
+        restores_ms, reduces_ms = (stream.times.exposed.take_ms() / steps for stream in both)
+        return restores_ms, reduces_ms
 
     # What checkpoints call.
 

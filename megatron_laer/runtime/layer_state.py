@@ -44,6 +44,29 @@ class Sample:
 
 
 @dataclass
+class SentRows:
+    """Counts rows of hidden states that this rank sent in dispatches, inside its node and beyond.
+
+    Attributes:
+        intra_bytes, inter_bytes: of these rows.
+    """
+
+    intra_rows: int = 0
+    inter_rows: int = 0
+    intra_bytes: int = 0
+    inter_bytes: int = 0
+    dispatches: int = 0
+
+    def add(self, intra_rows: int, inter_rows: int, row_bytes: int) -> None:
+        """Count one dispatch."""
+        self.intra_rows += intra_rows
+        self.inter_rows += inter_rows
+        self.intra_bytes += intra_rows * row_bytes
+        self.inter_bytes += inter_rows * row_bytes
+        self.dispatches += 1
+
+
+@dataclass
 class LayerState:
     """Holds the state of one MoE layer on this rank.
 
@@ -61,6 +84,7 @@ class LayerState:
             microbatch feed each other, so that backward comes to the last one first.
         routed: passes of this step so far.
         planned: the layout that a pass was last planned with, as exchanges see it.
+        sent: since somebody last asked (`take_sent`).
     """
 
     index: int
@@ -74,6 +98,7 @@ class LayerState:
     pending: deque[list[MicrobatchPlan]] = field(default_factory=deque)
     routed: int = 0
     planned: LayoutIndex | None = None
+    sent: SentRows = field(default_factory=SentRows)
     _counts_NE: Int64 | None = None
     _samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     _tag: tuple[LayoutTag, torch.Tensor] | None = None
@@ -141,6 +166,11 @@ class LayerState:
     def add_sample(self, decision: Decision, decide_s: float) -> None:
         """Keep a decision for the metrics; the oldest one makes room."""
         self._samples.append(Sample(decision, decide_s))
+
+    def take_sent(self) -> SentRows:
+        """Return what dispatches sent since the last call."""
+        sent, self.sent = self.sent, SentRows()
+        return sent
 
     def take_samples(self) -> list[Sample]:
         """Take the newest decisions since the last call, oldest first.

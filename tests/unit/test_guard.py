@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import TokenExchange
 from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
@@ -16,12 +19,14 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES, Decision, Guard
+from megatron_laer.planner.token_prices import TokenPrices
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
 HOSTS = (None, HostTime(3e-6, SolveTime(1e-5, 1e-7, 1e-8)))
 # From changes that cost next to nothing to changes that never pay.
 SOLVES = (SolveTime(0.0, 0.0, 0.0), SolveTime(1e-6, 1e-8, 1e-9), SolveTime(1e-3, 0.0, 0.0))
+NODE = TokenPrices(TokenExchange.NODE, intra_rows=0.9, inter_rows=0.46)
 
 
 @st.composite
@@ -36,6 +41,7 @@ def cost_models(draw: st.DrawFn) -> CostModel:
         hidden=8,
         ffn=draw(st.sampled_from([4, 40])),
         restore_algorithm=draw(st.sampled_from(list(ExchangeAlgorithm))),
+        tokens=draw(st.sampled_from([TokenPrices(), NODE, replace(NODE, inter_rows=1 / 3)])),
     )
 
 
