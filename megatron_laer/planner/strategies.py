@@ -123,7 +123,7 @@ class _Registered:
 # three.
 _STRATEGIES: Mapping[str, _Registered] = {
     "greedy": _Registered(
-        lambda geometry, costs: GreedyStrategy(geometry), plan_time=TimeTerms(1e-4, 5e-6, 1e-7)
+        GreedyStrategy, uses_costs=True, plan_time=TimeTerms(1e-4, 5e-6, 1e-7)
     ),
     "laer": _Registered(
         LaerStrategy, uses_costs=True, plan_time=TimeTerms(5e-4, 3e-5, 8e-7), about="the paper's"

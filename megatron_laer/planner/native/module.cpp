@@ -278,6 +278,38 @@ std::vector<int16_t> proportional(const laer::Shape& shape, const int64_t* node_
   return laer::proportional(shape, node_counts_QE, laer::Purpose::kForecast);
 }
 
+py::array_t<int16_t> proportional_by_node(const Counts& counts_NE, int capacity, int node_size,
+                                          int most_experts) {
+  Slots filled(counts_NE.ndim() == 2 ? counts_NE.shape(0) * capacity : 0);
+  for (py::ssize_t s = 0; s < filled.size(); ++s) {
+    filled.mutable_data()[s] = static_cast<int16_t>(s % counts_NE.shape(1));
+  }
+  const laer::Shape shape = shape_of(counts_NE, filled, node_size);
+  if (most_experts < 1 || most_experts > node_size * capacity ||
+      static_cast<int64_t>(most_experts) * shape.nodes() < shape.experts) {
+    throw py::value_error("nodes have too few places, or fewer slots than places");
+  }
+  const std::vector<int16_t> slots_S = laer::proportional_by_node(
+      shape, node_counts(shape, counts_NE.data()).data(), most_experts);
+  return py::array_t<int16_t>(static_cast<py::ssize_t>(slots_S.size()), slots_S.data());
+}
+
+py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int node_size,
+                            const laer::CostModel* costs) {
+  const laer::Shape shape = shape_of(counts_NE, current_S, node_size);
+  std::vector<int16_t> slots_S;
+  {
+    const int64_t* counts = counts_NE.data();
+    const int16_t* current = current_S.data();
+    py::gil_scoped_release release;
+    const std::vector<int64_t> by_node = node_counts(shape, counts);
+    slots_S = costs == nullptr ? laer::for_drift(shape, by_node.data())
+                               : laer::greedy(shape, *costs, counts, by_node.data());
+    laer::match_previous(shape, current, slots_S);
+  }
+  return py::array_t<int16_t>(static_cast<py::ssize_t>(slots_S.size()), slots_S.data());
+}
+
 py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int node_size,
                             int scenarios, int candidates, int exchanges, uint64_t seed) {
   const laer::Shape shape = shape_of(counts_NE, current_S, node_size);
@@ -307,6 +339,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("rank_quotas", &rank_quotas);
   module.def("construct", &make_layout<laer::fresh>);
   module.def("proportional", &make_layout<proportional>);
-  module.def("greedy", &make_layout<laer::greedy>);
+  module.def("proportional_by_node", &proportional_by_node);
+  module.def("greedy", &greedy, py::arg("counts_NE"), py::arg("current_S"), py::arg("node_size"),
+             py::arg("costs") = nullptr);
   module.def("search", &search);
 }
