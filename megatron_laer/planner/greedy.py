@@ -1,4 +1,4 @@
-"""The default strategy makes the layout with which exact quotas are fastest when loads have drifted.
+"""The default strategy makes the layout that exact quotas make fastest when loads have drifted.
 
 Where every node has slots for all experts, it takes replicas in proportion to load (with a little
 for experts that grow out of nothing), heaviest first on a rank that is about the least loaded and
