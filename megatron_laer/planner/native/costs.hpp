@@ -46,4 +46,8 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const int
 double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
                       const int16_t* after_S);
 
+// What of a layout's restores and reduce the layers beside do not hide, which take `layer_s` each.
+double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
+                       double layer_s);
+
 }  // namespace laer

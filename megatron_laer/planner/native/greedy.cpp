@@ -73,9 +73,10 @@ class Judge {
     double sum = 0;
     for (const Scenario& of : scenarios_) {
       slot_loads(shape_, of.counts_NE.data(), of.node_counts_QE.data(), replicas, loads_S.data());
-      sum += layer_seconds(shape_, costs_,
-                           totals(shape_, of.counts_NE.data(), of.node_counts_QE.data(), replicas,
-                                  loads_S.data()));
+      const double layer_s = layer_seconds(
+          shape_, costs_,
+          totals(shape_, of.counts_NE.data(), of.node_counts_QE.data(), replicas, loads_S.data()));
+      sum += layer_s + exposed_seconds(shape_, costs_, slots_S.data(), layer_s);
     }
     return sum;
   }

@@ -78,6 +78,13 @@ void check_size(const py::array& array, int64_t size, const char* what) {
   if (array.size() != size) throw py::value_error(std::string("wrong size of ") + what);
 }
 
+void check_experts(const Slots& slots_S, int num_experts) {
+  for (py::ssize_t slot = 0; slot < slots_S.size(); ++slot) {
+    const int16_t expert = slots_S.data()[slot];
+    if (expert < 0 || expert >= num_experts) throw py::value_error("a slot holds no expert");
+  }
+}
+
 void check_rank(const laer::Shape& shape, int rank) {
   if (rank < 0 || rank >= shape.ranks) throw py::value_error("rank must be in 0..N-1");
 }
@@ -166,6 +173,17 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
           latency_s, by_node, fetch_latency_s, solve_s, least_change_s, to_vector(held_N)};
 }
 
+double exposed_seconds(const Slots& slots_S, const laer::CostModel& costs, int num_experts,
+                       int node_size, double layer_s) {
+  const auto ranks = static_cast<int>(costs.held_N.size());
+  if (node_size < 1 || ranks % node_size != 0 || slots_S.size() % ranks != 0) {
+    throw py::value_error("ranks must divide the slots, and a node's ranks all ranks");
+  }
+  check_experts(slots_S, num_experts);
+  const laer::Shape shape{ranks, num_experts, static_cast<int>(slots_S.size()) / ranks, node_size};
+  return laer::exposed_seconds(shape, costs, slots_S.data(), layer_s);
+}
+
 // A rank's sums and runs, with the GIL but next to no work: what is sent to and received from each
 // rank, the tokens of its slots, and the packed runs.
 struct RankSums {
@@ -199,10 +217,7 @@ py::tuple rank_quotas(const Slots& slots_S, const Counts& row_S, const Counts& c
   if (columns_NC.ndim() != 2) throw py::value_error("columns must be [N, C]");
   check_size(row_S, slots_S.size(), "the row");
   check_size(columns_NC, slots_S.size(), "the columns");
-  for (py::ssize_t slot = 0; slot < slots_S.size(); ++slot) {
-    const int16_t expert = slots_S.data()[slot];
-    if (expert < 0 || expert >= num_experts) throw py::value_error("a slot holds no expert");
-  }
+  check_experts(slots_S, num_experts);
   const laer::Shape shape{static_cast<int>(columns_NC.shape(0)), num_experts,
                           static_cast<int>(columns_NC.shape(1)), 1};
   const RankSums sums = rank_sums(shape, slots_S.data(), row_S.data(), columns_NC.data());
@@ -335,6 +350,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("rank_columns", &rank_columns);
   module.def("totals", &totals);
   py::class_<laer::CostModel>(module, "CostModel").def(py::init(&cost_model));
+  module.def("exposed_seconds", &exposed_seconds);
   module.def("decide", &decide);
   module.def("rank_quotas", &rank_quotas);
   module.def("construct", &make_layout<laer::fresh>);
