@@ -6,7 +6,7 @@ forecast whose weight follows its errors. Layouts are made from counts one recor
 microbatches of their record.
 
 Then microbatches of one step that differ in kind: every other microbatch of a step is taken from a
-layer of the trace's other half.
+layer of the trace's other half. Then named workloads.
 
 Legend: N ranks, E experts.
 """
@@ -37,6 +37,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import Guard
 from megatron_laer.simulator.outcome import Outcome, evaluate
+from megatron_laer.trace.workloads import WORKLOADS, Shape, workload_counts
 
 # Experts of the model, and (token, expert) pairs of a rank: 16,384 tokens, top-2 and top-8.
 MODELS: dict[str, tuple[CostModel, int]] = {
@@ -54,7 +55,7 @@ PARTS: dict[str, tuple[slice, slice]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print and write both tables."""
+    """Print and write the tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.by_time", description=(__doc__ or "").splitlines()[0]
     )
@@ -73,14 +74,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "part": options.part,
         "rows": list(rows(counts, options.every)),
         "mixed": list(rows(mixed, options.every)),
+        "workloads": list(workloads(17)),
     }
     print(json.dumps(result["machine"]), options.part)
     print_table(result["rows"])
     print("every other microbatch of another kind")
     print_table(result["mixed"])
+    print_table(result["workloads"])
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def workloads(steps: int) -> Iterator[dict[str, Any]]:
+    """Yield a line for each named workload and shape: layouts one microbatch old, Mixtral-8x7B."""
+    costs, _ = MODELS["Mixtral-8x7B"]
+    for num_ranks, num_experts, capacity in ((16, 32, 3), (16, 32, 4), (64, 64, 4)):
+        geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
+        shape = Shape(num_ranks, num_experts, topk=2, tokens=16384)
+        guard = Guard(PlanMode.FORECAST, costs, geometry)
+        for name in WORKLOADS:
+            line: dict[str, Any] = {"workload": name, "N, E, C": str(shape_key(geometry))}
+            for planner, strategy in (
+                ("before", GreedyStrategy(geometry)),
+                ("now", GreedyStrategy(geometry, costs)),
+            ):
+                layout = ExpertLayout.static(num_ranks, capacity, num_experts)
+                found = []
+                for step in range(1, steps):
+                    layout = strategy.plan(workload_counts(name, shape, step - 1), layout)
+                    found.append(evaluate(guard, workload_counts(name, shape, step), layout))
+                summary = _summary(found)
+                line |= {
+                    f"{key} {planner}": summary[key] for key in ("mean", "off_node", "layer_ms")
+                }
+            yield line
+
+
+def shape_key(geometry: Geometry) -> tuple[int, int, int]:
+    """Return (N, E, C)."""
+    return geometry.num_ranks, geometry.num_experts, geometry.capacity
 
 
 def rows(counts: Int64, every: int) -> Iterator[dict[str, Any]]:

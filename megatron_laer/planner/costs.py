@@ -220,22 +220,22 @@ class CostModel:
         traffic = reduce_traffic(layout, node_size, self.matrices, algorithm)
         return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
 
-    def exposed_seconds(self, layout: ExpertLayout, node_size: int, layer_s: float) -> float:
+    def exposed_seconds(self, layout: ExpertLayout, node_size: int, beside_s: float) -> float:
         """Predict what of a layout's restores and reduce is not hidden, in forward and backward.
 
-        Each is scheduled under the layer before, in the order of the pass. That is taken to be an
-        MoE layer as long as this one; attention between them hides more, which is not counted.
+        Each is scheduled under the layer before, in the order of the pass; attention between MoE
+        layers hides more, which is not counted.
 
         Args:
-            layer_s: predicted seconds of the layer, both passes: see `layer_seconds`.
+            beside_s: predicted seconds of a layer beside this one, both passes.
 
         Raises:
             ValueError: a node size that does not divide N.
         """
         restore_s = self.restore_seconds(layout, node_size, self.restore_algorithm)
-        forward_s = layer_s * _FORWARD_SHARE
+        forward_s = beside_s * _FORWARD_SHARE
         # A reduce is a restore run backwards, and takes as long.
-        return max(restore_s - forward_s, 0.0) + max(2 * restore_s - (layer_s - forward_s), 0.0)
+        return max(restore_s - forward_s, 0.0) + max(2 * restore_s - (beside_s - forward_s), 0.0)
 
     def with_exchange(self, algorithm: RestoreAlgorithm, geometry: Geometry) -> CostModel:
         """Return the same with another exchange; `auto` takes the faster for such layouts."""

@@ -233,12 +233,12 @@ def test_what_no_layer_hides_is_exposed(
     longer = [costs.exposed_seconds(layout, size, part * restore_s) for part in (0.5, 1, 2)]
     assert longer == sorted(longer, reverse=True)
     # The native planner decides by the same number, to the last bit.
-    for layer_s in (0.0, 0.7 * restore_s, 2.1 * restore_s):
+    for beside_s in (0.0, 0.7 * restore_s, 2.1 * restore_s):
         slots_S, experts = layout.slot_expert_S, geometry.num_experts
         exposed_s = native.exposed_seconds(
-            slots_S, costs.for_native(geometry), experts, size, layer_s
+            slots_S, costs.for_native(geometry), experts, size, beside_s
         )
-        assert exposed_s == costs.exposed_seconds(layout, size, layer_s)
+        assert exposed_s == costs.exposed_seconds(layout, size, beside_s)
 
 
 def test_auto_takes_the_exchange_that_the_links_favour() -> None:

@@ -210,7 +210,8 @@ def judged_s(
     total_s = 0.0
     for scenario_NE in [*scenarios, scaled_NE]:
         layer_s = costs.layer_seconds(scenario_NE, layout, geometry.node_size)
-        total_s += layer_s + costs.exposed_seconds(layout, geometry.node_size, layer_s)
+        beside_s = costs.least_layer_seconds(scenario_NE, geometry)
+        total_s += layer_s + costs.exposed_seconds(layout, geometry.node_size, beside_s)
     return total_s
 
 

@@ -176,11 +176,11 @@ double change_seconds(const Shape& shape, const CostModel& costs, const int16_t*
 }
 
 double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
-                       double layer_s) {
+                       double beside_s) {
   const double restore_s = restore_seconds(shape, costs, nullptr, slots_S);
-  const double forward_s = layer_s * kForwardShare;
+  const double forward_s = beside_s * kForwardShare;
   return std::max(restore_s - forward_s, 0.0) +
-         std::max(2 * restore_s - (layer_s - forward_s), 0.0);
+         std::max(2 * restore_s - (beside_s - forward_s), 0.0);
 }
 
 }  // namespace laer

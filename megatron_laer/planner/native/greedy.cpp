@@ -76,7 +76,7 @@ class Judge {
       const double layer_s = layer_seconds(
           shape_, costs_,
           totals(shape_, of.counts_NE.data(), of.node_counts_QE.data(), replicas, loads_S.data()));
-      sum += layer_s + exposed_seconds(shape_, costs_, slots_S.data(), layer_s);
+      sum += layer_s + exposed_seconds(shape_, costs_, slots_S.data(), of.beside_s);
     }
     return sum;
   }
@@ -84,12 +84,15 @@ class Judge {
  private:
   struct Scenario {
     std::vector<int64_t> counts_NE, node_counts_QE;
+    double beside_s;  // of the layers beside, whose layouts are not at choice here
   };
 
   void add(std::vector<int64_t> counts_NE) {
     std::vector<int64_t> node_counts_QE(static_cast<size_t>(shape_.nodes()) * shape_.experts);
     node_counts(shape_, counts_NE.data(), node_counts_QE.data());
-    scenarios_.push_back({std::move(counts_NE), std::move(node_counts_QE)});
+    const double beside_s =
+        least_layer_seconds(shape_, costs_, counts_NE.data(), node_counts_QE.data());
+    scenarios_.push_back({std::move(counts_NE), std::move(node_counts_QE), beside_s});
   }
 
   const Shape& shape_;

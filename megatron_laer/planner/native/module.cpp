@@ -174,14 +174,14 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
 }
 
 double exposed_seconds(const Slots& slots_S, const laer::CostModel& costs, int num_experts,
-                       int node_size, double layer_s) {
+                       int node_size, double beside_s) {
   const auto ranks = static_cast<int>(costs.held_N.size());
   if (node_size < 1 || ranks % node_size != 0 || slots_S.size() % ranks != 0) {
     throw py::value_error("ranks must divide the slots, and a node's ranks all ranks");
   }
   check_experts(slots_S, num_experts);
   const laer::Shape shape{ranks, num_experts, static_cast<int>(slots_S.size()) / ranks, node_size};
-  return laer::exposed_seconds(shape, costs, slots_S.data(), layer_s);
+  return laer::exposed_seconds(shape, costs, slots_S.data(), beside_s);
 }
 
 // A rank's sums and runs, with the GIL but next to no work: what is sent to and received from each
