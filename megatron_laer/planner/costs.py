@@ -3,7 +3,8 @@
 `layer_seconds` counts what a layout changes at dispatch time: expert compute and token All-to-All.
 What the design schedules under computation costs nothing there: restores of planned layouts, in
 forward and in backward, and the exchange of gradients; how long they take is told by
-`restore_seconds` and `reduce_seconds`, by algorithm. `change_seconds` tells what a layout costs
+`restore_seconds` and `reduce_seconds`, by algorithm, and what of it is not hidden by
+`exposed_seconds`. `change_seconds` tells what a layout costs
 that is made after the gate. Hardware constants are in `clusters`, element counts of exchanges in
 `traffic`.
 
@@ -47,6 +48,9 @@ _BACKWARD_GEMMS = 2
 _LAUNCHES = {ExchangeAlgorithm.FLAT: 52, ExchangeAlgorithm.NODE: 58}
 # Of the counts' exchange: what a rank sends beside its counts, and the bytes of each number.
 _BESIDE_COUNTS, _COUNT_BYTES = 3, 8
+# Of a layer's time: one of three passes of the experts, two of four All-to-Alls; no more than that
+# hides a restore in forward, and what is left a restore and a reduce in backward.
+_FORWARD_SHARE = 1.0 / 3.0
 # Lower bounds give way by more than the rounding of what they bound, which is some 1e-15.
 _BELOW_ROUNDING = 1.0 - 1e-9
 
@@ -230,6 +234,23 @@ class CostModel:
         """Predict the seconds of one reduce if nothing hides it; see `reduce_bytes`."""
         traffic = reduce_traffic(layout, node_size, self.matrices, algorithm)
         return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
+
+    def exposed_seconds(self, layout: ExpertLayout, node_size: int, beside_s: float) -> float:
+        """Predict what of a layout's restores and reduce is not hidden, in forward and backward.
+
+        Each is scheduled under the layer before, in the order of the pass; attention between MoE
+        layers hides more, which is not counted.
+
+        Args:
+            beside_s: predicted seconds of a layer beside this one, both passes.
+
+        Raises:
+            ValueError: a node size that does not divide N.
+        """
+        restore_s = self.restore_seconds(layout, node_size, self.restore_algorithm)
+        forward_s = beside_s * _FORWARD_SHARE
+        # A reduce is a restore run backwards, and takes as long.
+        return max(restore_s - forward_s, 0.0) + max(2 * restore_s - (beside_s - forward_s), 0.0)
 
     def with_exchange(self, algorithm: RestoreAlgorithm, geometry: Geometry) -> CostModel:
         """Return the same with another exchange; `auto` takes the faster for such layouts."""

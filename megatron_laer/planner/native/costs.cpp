@@ -13,7 +13,7 @@
 namespace laer {
 namespace {
 
-constexpr double kAllToAllPasses = 4, kBelowRounding = 1.0 - 1e-9;
+constexpr double kAllToAllPasses = 4, kForwardShare = 1.0 / 3.0, kBelowRounding = 1.0 - 1e-9;
 
 // The sum of the `kept` largest numbers of a row.
 int64_t largest_sum(const int64_t* row, int size, int kept, std::vector<int64_t>& scratch) {
@@ -122,8 +122,11 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const int
   return (expert_s + kAllToAllPasses * pass_s + costs.host_s) * kBelowRounding;
 }
 
-double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
-                      const int16_t* after_S) {
+namespace {
+
+// One restore that nothing hides, of the slots that differ from `before_S`, or of all without it.
+double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
+                       const int16_t* after_S) {
   const int size = shape.node_size;
   std::vector<int64_t> fetched_N(shape.ranks, 0), fetched_Q(shape.nodes(), 0);
   std::vector<int64_t> distinct_Q(shape.nodes(), 0), held_Q(shape.nodes(), 0), place_G(size, 0);
@@ -132,7 +135,7 @@ double change_seconds(const Shape& shape, const CostModel& costs, const int16_t*
   for (int rank = 0; rank < shape.ranks; ++rank) {
     const int node = rank / size;
     for (int slot = rank * shape.capacity; slot < (rank + 1) * shape.capacity; ++slot) {
-      if (before_S[slot] == after_S[slot]) continue;
+      if (before_S != nullptr && before_S[slot] == after_S[slot]) continue;
       ++fetched_N[rank];
       distinct_Q[node] += last_node_E[after_S[slot]] != node;
       last_node_E[after_S[slot]] = node;
@@ -167,7 +170,22 @@ double change_seconds(const Shape& shape, const CostModel& costs, const int16_t*
   const double inter_s =
       static_cast<double>(inter) * (costs.element_bytes / costs.inter_bytes_per_s);
   const double wire_s = costs.by_node ? intra_s + inter_s : std::max(intra_s, inter_s);
-  return wire_s + costs.fetch_latency_s + costs.solve_s;
+  return wire_s + costs.fetch_latency_s;
+}
+
+}  // namespace
+
+double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
+                      const int16_t* after_S) {
+  return restore_seconds(shape, costs, before_S, after_S) + costs.solve_s;
+}
+
+double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
+                       double beside_s) {
+  const double restore_s = restore_seconds(shape, costs, nullptr, slots_S);
+  const double forward_s = beside_s * kForwardShare;
+  return std::max(restore_s - forward_s, 0.0) +
+         std::max(2 * restore_s - (beside_s - forward_s), 0.0);
 }
 
 }  // namespace laer

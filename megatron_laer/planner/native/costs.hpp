@@ -49,4 +49,8 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const int
 double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
                       const int16_t* after_S);
 
+// What of a layout's restores and reduce a layer beside does not hide that takes `beside_s`.
+double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
+                       double beside_s);
+
 }  // namespace laer
