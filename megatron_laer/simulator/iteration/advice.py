@@ -1,0 +1,86 @@
+"""One sentence says whether FSEP is worth it, or that the constants do not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_laer.simulator.iteration.methods import FSDP_EP, FSEP, STOCK
+from megatron_laer.simulator.iteration.predict import Prediction
+
+# Less is not worth another library in the loop, nor told apart by constants of any kind.
+_WORTH = 1.02
+
+
+@dataclass(frozen=True)
+class Case:
+    """Names what a sweep goes over."""
+
+    ranks: int
+    node_size: int
+    capacity: int
+    mode: str
+
+    @property
+    def label(self) -> str:
+        """Return the case in a few characters."""
+        return f"N={self.ranks} G={self.node_size} C={self.capacity} {self.mode}"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Holds how many times as fast one method is as another, with its range over the rates."""
+
+    times: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.times:.2f} times ({self.low:.2f} to {self.high:.2f})"
+
+
+def gain(method: Prediction, over: Prediction) -> Gain:
+    """Compare two methods at each set of rates, since both run on the same machine."""
+    ratios = [
+        theirs / ours for ours, theirs in zip(method.by_rates_s, over.by_rates_s, strict=True)
+    ]
+    return Gain(ratios[0], min(ratios), max(ratios))
+
+
+def advice(cases: Mapping[Case, Mapping[str, Prediction]]) -> str:
+    """Return one sentence on the case in which FSEP gains most."""
+    gains: dict[Case, tuple[Gain, str]] = {}
+    for case, methods in cases.items():
+        rival = STOCK if STOCK in methods else FSDP_EP
+        if FSEP in methods and rival in methods:
+            gains[case] = gain(methods[FSEP], methods[rival]), rival
+    if not gains:
+        return "No advice: FSEP and stock EP were not both simulated."
+    case = max(gains, key=lambda each: gains[each][0].times)
+    found, rival = gains[case]
+    methods = cases[case]
+    ours, theirs = methods[FSEP], methods[rival]
+    rivals = {STOCK: "stock EP", FSDP_EP: "FSDP+EP"}
+    where = f"with {case.label}" if len(cases) > 1 else f"C = {case.capacity}, {case.mode}"
+    if found.low >= _WORTH:
+        sentence = f"Use FSEP ({where}): it is {found} as fast as {rivals[rival]}"
+        best = min(methods.values(), key=lambda each: each.iteration_s)
+        if best.iteration_s * _WORTH < ours.iteration_s:
+            return f"{sentence}, but {best.method} takes {best.iteration_s:.3g} s for its " + (
+                f"{ours.iteration_s:.3g}."
+            )
+        saved_s = theirs.waiting_s - ours.waiting_s
+        return f"{sentence}, since ranks wait {saved_s:.3g} s less for the slowest one."
+    if found.high < _WORTH:
+        more = {kind: seconds - theirs.exposed_s[kind] for kind, seconds in ours.exposed_s.items()}
+        worst = max(more, key=lambda kind: more[kind])
+        lost = theirs.waiting_s - ours.waiting_s
+        return (
+            f"Do not use FSEP here ({where}): it is {found} as fast as {rivals[rival]}; balance "
+            f"saves {max(lost, 0.0):.3g} s of {theirs.iteration_s:.3g}, and {worst} costs "
+            f"{max(more[worst], 0.0):.3g} s more."
+        )
+    return (
+        f"Undecided ({where}): FSEP is {found} as fast as {rivals[rival]}, so the constants of "
+        "this cluster must be known better; measure them on its own machines."
+    )
