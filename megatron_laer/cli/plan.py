@@ -23,7 +23,8 @@ from megatron_laer.files.checks import (
 )
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.layout import MAX_EXPERTS, default_capacity
-from megatron_laer.planner.clusters import Cluster, load_cluster
+from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.strategies import strategy_names

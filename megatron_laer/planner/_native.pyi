@@ -22,6 +22,7 @@ class CostModel:
         intra_bytes_per_s: float,
         inter_bytes_per_s: float,
         latency_s: float,
+        host_s: float,
         by_node: bool,
         fetch_latency_s: float,
         solve_s: float,

@@ -42,8 +42,12 @@ from megatron_laer.sharding import changed_slots
 # Dispatch and combine, forward and backward.
 _ALL_TO_ALL_PASSES = 4
 # Forward, and two GEMMs of the same size for each in backward; recompute runs forward once more.
-_EXPERT_PASSES = 3
-_EXPERT_PASSES_RECOMPUTE = 4
+_BACKWARD_GEMMS = 2
+# Kernels of a layer, forward and backward, beside GEMMs and collectives: `benchmarks/launches.py`
+# counts them. What each takes to start is about what such a small one takes to run.
+_LAUNCHES = {ExchangeAlgorithm.FLAT: 52, ExchangeAlgorithm.NODE: 58}
+# Of the counts' exchange: what a rank sends beside its counts, and the bytes of each number.
+_BESIDE_COUNTS, _COUNT_BYTES = 3, 8
 # Lower bounds give way by more than the rounding of what they bound, which is some 1e-15.
 _BELOW_ROUNDING = 1.0 - 1e-9
 
@@ -139,7 +143,10 @@ class CostModel:
             rank_s_N += slot_s_NC[:, slot]
         expert_s = self._expert_flops * rank_s_N.max()
         latency_s = self._latency_seconds(layout.num_ranks, node_size)
-        return float(expert_s + _ALL_TO_ALL_PASSES * (pass_s + latency_s))
+        shape = Geometry(layout.num_ranks, layout.num_experts, layout.capacity, node_size)
+        return float(
+            expert_s + _ALL_TO_ALL_PASSES * (pass_s + latency_s) + self.host_seconds(shape)
+        )
 
     def least_layer_seconds(self, counts_NE: Int64, geometry: Geometry) -> float:
         """Return seconds that no layout of this geometry and no split gets below.
@@ -168,7 +175,27 @@ class CostModel:
             leaving = _least_leaving(node_counts_QE, node_size * capacity)
             pass_s = max(pass_s, leaving / node_size / inter.bytes_per_s)
         pass_s = pass_s * self.token_bytes + self._latency_seconds(num_ranks, node_size)
-        return (expert_s + _ALL_TO_ALL_PASSES * pass_s) * _BELOW_ROUNDING
+        token_s = _ALL_TO_ALL_PASSES * pass_s
+        return (expert_s + token_s + self.host_seconds(geometry)) * _BELOW_ROUNDING
+
+    def host_seconds(self, geometry: Geometry) -> float:
+        """Return what a microbatch of a layer takes the host, which the device waits for.
+
+        The gate: counts are gathered, and each rank works out its quotas. And the start of the
+        layer's small kernels. The same for any layout, so it decides nothing; a constant, as
+        `solve_seconds` is. None of it is counted where nobody measured the host.
+        """
+        host = self.cluster.host
+        if host is None:
+            return 0.0
+        num_ranks, node_size = geometry.num_ranks, geometry.node_size
+        gate_s = host.gate.seconds(num_ranks, geometry.capacity, geometry.num_experts)
+        if num_ranks > 1:
+            link = self.cluster.intra if num_ranks == node_size else self.cluster.inter
+            counts = (num_ranks - 1) * (geometry.num_experts + _BESIDE_COUNTS)
+            gate_s += counts * _COUNT_BYTES / link.bytes_per_s
+            gate_s += self._latency_seconds(num_ranks, node_size)
+        return gate_s + _LAUNCHES[self.restore_algorithm] * host.launch_s
 
     def restore_bytes(
         self,
@@ -279,6 +306,7 @@ class CostModel:
             intra.bytes_per_s,
             inter.bytes_per_s,
             self._latency_seconds(num_ranks, node_size),
+            self.host_seconds(geometry),
             self.restore_algorithm == ExchangeAlgorithm.NODE,
             self._exchange_latency_seconds(num_ranks, node_size, self.restore_algorithm),
             self.solve_seconds(geometry),
@@ -287,9 +315,10 @@ class CostModel:
         )
 
     @property
-    def _expert_flops(self) -> int:
-        """Count the FLOPs per token over all passes of a microbatch."""
-        passes = _EXPERT_PASSES_RECOMPUTE if self.recompute else _EXPERT_PASSES
+    def _expert_flops(self) -> float:
+        """Count the FLOPs per token over all passes, those of backward by how long they take."""
+        forwards = 2 if self.recompute else 1
+        passes = forwards + _BACKWARD_GEMMS * self.cluster.backward_gemm_factor
         return passes * self.flops_per_token
 
     def _bytes(self, traffic: Traffic) -> Traffic:
@@ -314,17 +343,22 @@ class CostModel:
     def _exchange_latency_seconds(
         self, num_ranks: int, node_size: int, algorithm: ExchangeAlgorithm
     ) -> float:
-        latency_s = self._latency_seconds(num_ranks, node_size)
         if algorithm == ExchangeAlgorithm.NODE:  # two collectives, one after the other
-            in_node_s = self._latency_seconds(node_size, node_size)
-            latency_s = in_node_s + (latency_s if num_ranks > node_size else 0.0)
+            latency_s = self._collective_seconds(node_size - 1, 0)
+            latency_s += self._collective_seconds(0, num_ranks // node_size - 1)
+        else:
+            latency_s = self._latency_seconds(num_ranks, node_size)
         return len(self.matrices) * latency_s
 
     def _latency_seconds(self, num_ranks: int, node_size: int) -> float:
-        """Return the latency of one collective: that of the slowest links it spans."""
-        if num_ranks == 1:
-            return 0.0
-        return (self.cluster.intra if num_ranks == node_size else self.cluster.inter).latency_s
+        """Return the latency of one collective over all ranks."""
+        return self._collective_seconds(node_size - 1, num_ranks - node_size)
+
+    def _collective_seconds(self, intra_peers: int, inter_peers: int) -> float:
+        """Return the latency of one collective: of the slowest links it spans, and of its peers."""
+        intra, inter = self.cluster.intra, self.cluster.inter
+        slowest_s = inter.latency_s if inter_peers else intra.latency_s if intra_peers else 0.0
+        return slowest_s + (intra_peers * intra.peer_s + inter_peers * inter.peer_s)
 
 
 def _least_leaving(counts: Int64, kept_experts: int) -> int:

@@ -16,7 +16,7 @@ from megatron_laer.config import (
     WireDtype,
 )
 from megatron_laer.layout import default_capacity
-from megatron_laer.planner.clusters import load_cluster
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
@@ -110,7 +110,8 @@ def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.devic
     """
     recompute = transformer_config.recompute_granularity
     return CostModel(
-        cluster=load_cluster(config.cluster or default_cluster(device)),
+        # `auto` computes with the back end whose GEMMs a cluster has anyhow.
+        cluster=load_cluster(config.cluster or default_cluster(device)).for_back_end(config.gemm),
         hidden=transformer_config.hidden_size,
         ffn=transformer_config.moe_ffn_hidden_size,
         gated=transformer_config.gated_linear_unit,

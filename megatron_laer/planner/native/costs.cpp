@@ -81,7 +81,8 @@ double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& t
   const double pass_s =
       std::max(static_cast<double>(intra) * (costs.token_bytes / costs.intra_bytes_per_s),
                static_cast<double>(inter) * (costs.token_bytes / costs.inter_bytes_per_s));
-  return costs.expert_flops * expert_s + kAllToAllPasses * (pass_s + costs.latency_s);
+  return costs.expert_flops * expert_s + kAllToAllPasses * (pass_s + costs.latency_s) +
+         costs.host_s;
 }
 
 double least_layer_seconds(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
@@ -114,7 +115,7 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const int
         pass_s, static_cast<double>(leaving) / shape.node_size / costs.inter_bytes_per_s);
   }
   pass_s = pass_s * costs.token_bytes + costs.latency_s;
-  return (expert_s + kAllToAllPasses * pass_s) * kBelowRounding;
+  return (expert_s + kAllToAllPasses * pass_s + costs.host_s) * kBelowRounding;
 }
 
 double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,

@@ -29,6 +29,7 @@ struct CostModel {
   double token_bytes, element_bytes;
   double intra_bytes_per_s, inter_bytes_per_s;
   double latency_s;                    // of one collective over all ranks
+  double host_s;                       // of any microbatch, a constant of the shape
   bool by_node;                        // how changed slots are fetched
   double fetch_latency_s;              // of all matrices
   double solve_s, least_change_s;      // constants of the shape
