@@ -27,7 +27,8 @@ from megatron_laer.files.checks import (
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.writing import replaced_when_complete, write_all
 from megatron_laer.layout import MAX_EXPERTS, default_capacity
-from megatron_laer.planner.clusters import Cluster, load_cluster
+from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES
@@ -134,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     cluster = _named("--cluster", args.cluster, load_cluster)
     model = _named("--model", args.model, lambda name: read_model(name, args.experts))
-    rates = rate_sets(cluster, model.bytes_per_element)
+    rates = rate_sets(Rates(cluster, model.bytes_per_element))
     routing_of = simulate_input.routing_of(args, model, _reading)
     # A trace tells its ranks; a workload needs --ranks.
     ranks = args.ranks or [routing_of(1).num_ranks]

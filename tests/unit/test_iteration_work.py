@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.balance import stock_tokens_N
-from megatron_laer.planner.clusters import Link, load_cluster
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
@@ -30,7 +30,7 @@ from megatron_laer.simulator.iteration.methods import (
 )
 from megatron_laer.simulator.iteration.model_shape import read_model
 from megatron_laer.simulator.iteration.predict import predict
-from megatron_laer.simulator.iteration.rates import rate_sets, rates_of
+from megatron_laer.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.simulator.iteration.routing import Routing
 from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
 from megatron_laer.simulator.iteration.work import Exchange, LayerWork, grouped_totals
@@ -39,7 +39,7 @@ from tests.unit.plan_cases import drifting_trace
 
 CLUSTER = load_cluster("a100-4x8-ib800")
 TINY = replace(read_model("mixtral-8x7b-e8k2"), layer_has_experts=(True,) * 4)
-RATES = rates_of(CLUSTER, 2)
+RATES = Rates(CLUSTER, 2)
 
 
 def methods(geometry, mode=PlanMode.ADAPTIVE, names=METHODS, model=TINY, **more):
@@ -154,7 +154,7 @@ def test_an_exchange_takes_what_the_cost_model_says(in_stages):
     costs = CostModel(CLUSTER, 4096, 14336, True, 2)
     layout = ExpertLayout.random(16, 3, 8, (1,))
     traffic = costs.restore_bytes(layout, 8, algorithm)
-    exchange = Exchange.of(traffic, algorithm, len(costs.matrices), spans_nodes=True)
+    exchange = Exchange.of(traffic, algorithm, len(costs.matrices), 8)
     assert exchange.seconds(RATES) == pytest.approx(costs.restore_seconds(layout, 8, algorithm))
 
 
@@ -165,12 +165,12 @@ def test_a_layers_compute_and_tokens_are_the_cost_models():
     costs = CostModel(CLUSTER, 4096, 14336, True, 2)
     layout = ExpertLayout.static(4, 3, 8)
     work = LayerWork.of(even_split(layout, 2).totals(counts_NE), RATES)
-    flops = 3 * costs.flops_per_token
+    flops = (1 + 2 * CLUSTER.backward_gemm_factor) * costs.flops_per_token
     pass_s = max(
-        work.intra_N.max() * costs.token_bytes / RATES.intra.bytes_per_s,
-        work.inter_N.max() * costs.token_bytes / RATES.inter.bytes_per_s,
+        work.intra_N.max() * costs.token_bytes / CLUSTER.intra.bytes_per_s,
+        work.inter_N.max() * costs.token_bytes / CLUSTER.inter.bytes_per_s,
     )
-    seconds = flops * work.unit_s_N.max() + 4 * (pass_s + RATES.inter.latency_s)
+    seconds = flops * work.unit_s_N.max() + 4 * (pass_s + CLUSTER.inter.latency_s)
     assert seconds == pytest.approx(costs.layer_seconds(counts_NE, layout, 2, Split.EVEN))
 
 
@@ -200,7 +200,7 @@ def test_balanced_routing_gives_stock_the_time_of_perfect_balance():
 
 
 def test_parts_add_up_to_the_iteration_and_ranges_hold_it():
-    found = predicted(drifting_trace(), rates=rate_sets(CLUSTER, 2))
+    found = predicted(drifting_trace(), rates=rate_sets(RATES))
     assert set(found) == set(METHODS)
     for prediction in found.values():
         parts = [*prediction.compute_s.values(), *prediction.exposed_s.values()]
@@ -219,8 +219,9 @@ def test_parts_add_up_to_the_iteration_and_ranges_hold_it():
 @given(factor=st.floats(1.0, 50.0), link=st.sampled_from(["intra", "inter"]))
 def test_more_bandwidth_is_never_slower(method, factor, link):
     """Decisions are made by the cluster's constants, and stay."""
-    old = getattr(RATES, link)
-    faster = replace(RATES, **{link: Link(old.bytes_per_s * factor, old.latency_s)})
+    name = f"{link}.bytes_per_s"
+    value = CLUSTER.constant(name) * factor
+    faster = replace(RATES, cluster=CLUSTER.with_constants({name: value}))
     found = predicted(drifting_trace(steps=3), names=[method], rates=(RATES, faster))[method]
     assert found.by_rates_s[1] <= found.by_rates_s[0] * (1 + 1e-12)
 

@@ -57,7 +57,7 @@ def run_iteration(
         Clocks(
             run.ranks,
             run.node_size,
-            contention=rates.contention,
+            contention=rates.cluster.contention.gemm - 1.0,
             one_stream=method.one_stream,
             record=None if record is None else record(stage),
         )
@@ -102,10 +102,10 @@ def _finish(method: Method, timing: Timing, stages: Sequence[Clocks]) -> None:
         clocks.wait("data_parallel", clocks.scattered_s)
         clocks.meet()
     last_s = max(float(clocks.now_N.max()) for clocks in stages)
-    link = rates.inter if run.world > run.node_size else rates.intra
+    latency_s = rates.collective_seconds(run.world, run.node_size)
     for stage, clocks in enumerate(stages):
         clocks.wait("pipeline", last_s)
-        clocks.work("optimizer", _STEP_COLLECTIVES * link.latency_s if run.world > 1 else 0.0)
+        clocks.work("optimizer", _STEP_COLLECTIVES * latency_s)
         weights = stage_weights(timing.model, run, method, stage)
         dense_copies = run.data_parallel if run.shards_optimizer else 1
         copies = method.replicas * run.replicas if run.shards_optimizer else 1

@@ -93,7 +93,8 @@ class Timing:
         run = self.run
         if run.stages == 1:
             return 0.0
-        link = self.rates.inter if run.ranks * run.replicas >= run.node_size else self.rates.intra
+        cluster = self.rates.cluster
+        link = cluster.inter if run.ranks * run.replicas >= run.node_size else cluster.intra
         size = run.tokens * self.model.hidden * self.model.bytes_per_element
         return size / link.bytes_per_s + link.latency_s
 
@@ -138,7 +139,7 @@ class Timing:
     # Experts.
 
     def _moe(self, work: LayerWork, restores: bool, reduces: bool) -> MoETimes:
-        model, rates = self.model, self.rates
+        model, rates, cluster = self.model, self.rates, self.rates.cluster
         scale = self.nominal.best_flops_per_s / rates.best_flops_per_s
         gemm_s_N = 2.0 * model.expert_weights * work.unit_s_N * scale
         elements = (3 if model.gated else 2) * model.expert_ffn + _SORTED_PASSES * model.hidden
@@ -151,25 +152,32 @@ class Timing:
             backward_N += forward_N
 
         token_bytes = model.hidden * model.bytes_per_element
-        link = rates.inter if work.leaves_nodes else rates.intra
         tokens_N = np.maximum(
-            work.intra_N * (token_bytes / rates.intra.bytes_per_s),
-            work.inter_N * (token_bytes / rates.inter.bytes_per_s),
+            work.intra_N * (token_bytes / cluster.intra.bytes_per_s),
+            work.inter_N * (token_bytes / cluster.inter.bytes_per_s),
         )
-        spans_nodes = self.run.ranks > self.run.node_size
-        count_s = (rates.inter if spans_nodes else rates.intra).latency_s
+        run = self.run
+        meets = run.ranks if work.leaves_nodes else run.node_size
+        latency_s = rates.collective_seconds(meets, run.node_size)
         restore = work.restore if restores else None
         restore_s = None if restore is None else restore.seconds(rates)
         reduce = work.reduce if reduces else None
-        alone = self.run.ranks == 1
         return MoETimes(
             forward_N=forward_N,
             backward_N=backward_N,
-            tokens_N=tokens_N + (0.0 if alone else link.latency_s),
+            tokens_N=tokens_N + latency_s,
             within_node=not work.leaves_nodes,
-            gate_s=(0.0 if alone else count_s) + rates.gate_s + work.solve_s,
+            gate_s=self._gate(work),
             restore_s=restore_s,
             backward_restore_s=restore_s,
             reduce_s=None if reduce is None else reduce.seconds(rates),
             change_s=None if work.change is None else work.change.seconds(rates),
         )
+
+    def _gate(self, work: LayerWork) -> float:
+        """Return the time from counts to a decision, as the cost model has it."""
+        run, rates, host = self.run, self.rates, self.rates.cluster.host
+        seconds = rates.collective_seconds(run.ranks, run.node_size) + work.solve_s
+        if host is not None and work.restore is not None:
+            seconds += host.gate.seconds(run.ranks, work.slots, self.model.num_experts)
+        return seconds

@@ -149,7 +149,7 @@ def _fsdp(settings: Settings, rates: Rates) -> Method:
     expert_bytes = sum(rows * columns for rows, columns in costs.matrices)
     whole = each * expert_bytes * costs.bytes_per_element
     intra, inter = whole * (in_node - 1) / sharing, whole * (sharing - in_node) / sharing
-    exchange = Exchange(intra, inter, intra, inter, False, 1, sharing > in_node)
+    exchange = Exchange(intra, inter, intra, inter, False, 1, sharing, in_node)
     return Method(
         FSDP_EP,
         make_schedule(overlaps=settings.overlaps),
@@ -291,5 +291,5 @@ class _Relaid:
             traffic,
             costs.restore_algorithm,
             len(costs.matrices),
-            geometry.num_nodes > 1,
+            geometry.node_size,
         )

@@ -1,20 +1,32 @@
 """Rates say how long a rank takes for GEMMs, memory and links; all come from the cluster's file.
 
-A rate has a value and, at its side, how far it may be off: iterations are predicted for several
-sets of rates at once, so that a range can be told.
+The file says how far each constant may be off, so that iterations can be predicted for several sets
+of rates and a range be told.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from megatron_laer.planner.clusters import Cluster, GemmCurve, Link
+from megatron_laer.arrays import Int64
+from megatron_laer.planner.clusters import CONSTANTS, Cluster
 
 # Of the fastest GEMM, in the core of attention: flash attention on an A100 has 185 and 150 TFLOP/s
-# forward and backward beside GEMMs of 248, by its authors' tables.
+# forward and backward, where GEMMs have 248, by its authors' tables.
 _CORE_FORWARD, _CORE_BACKWARD = 0.75, 0.60
+
+# Where a cluster's file tells no spread. Two profiles of GEMMs by LAER-MoE's artifact differ by a
+# tenth; its All-to-Alls range from the data sheet's rate to a third of it.
+_GUESSED = {
+    "gemm": (0.9, 1.1),
+    "intra.bytes_per_s": (1 / 3, 1.0),
+    "inter.bytes_per_s": (1 / 3, 1.0),
+}
+_RATES = ("gemm", "memory_bytes_per_s", "intra.bytes_per_s", "inter.bytes_per_s")
 
 
 @dataclass(frozen=True)
@@ -22,44 +34,61 @@ class Rates:
     """Holds one set of constants of a rank.
 
     Attributes:
-        gemm: speed of a GEMM by its tokens.
-        backward_factor: time of a FLOP in backward GEMMs over that in forward ones.
-        memory_bytes_per_s: of operations that only read and write.
-        intra, inter: links of one rank inside a node and between nodes.
-        launch_s: host time of launching one kernel, where the device waits for it.
-        gate_s: host time between the counts and the dispatch, without a solve.
+        cluster: with this set of its constants.
+        bytes_per_element: of weights and tokens.
         gap_s: once per iteration: the data loader, logging.
-        contention: share by which a GEMM is slower while an exchange runs beside it.
         core_forward, core_backward: speed of attention's core over that of the fastest GEMM.
-        overhead: time of dense layers that no FLOP and no byte explains, per second that these do.
+        overhead: time of dense layers that no FLOP and no byte explains, over what bytes take.
     """
 
-    gemm: GemmCurve
-    backward_factor: float
-    memory_bytes_per_s: float
-    intra: Link
-    inter: Link
-    launch_s: float = 0.0
-    gate_s: float = 0.0
+    cluster: Cluster
+    bytes_per_element: int
     gap_s: float = 0.0
-    contention: float = 0.0
     core_forward: float = _CORE_FORWARD
     core_backward: float = _CORE_BACKWARD
     overhead: float = 0.0
 
     @property
+    def backward_factor(self) -> float:
+        """Return the time of a FLOP in backward GEMMs over that in forward ones."""
+        return self.cluster.backward_gemm_factor
+
+    @property
     def best_flops_per_s(self) -> float:
         """Return the speed of the fastest GEMM."""
-        return max(speed for _, speed in self.gemm.points)
+        return max(speed for _, speed in self.cluster.gemm.points)
+
+    @property
+    def memory_bytes_per_s(self) -> float:
+        """Return the rate of memory; if nobody measured it, that of the smallest GEMM's weights.
+
+        It reads each of them once, for two FLOPs of a token.
+        """
+        if self.cluster.memory_bytes_per_s is not None:
+            return self.cluster.memory_bytes_per_s
+        tokens, speed = self.cluster.gemm.points[0]
+        return speed / tokens * self.bytes_per_element / 2
 
     def gemm_seconds(self, tokens: float, flops_per_token: float) -> float:
         """Return the time of one GEMM of so many tokens."""
-        unit_s = self.gemm.unit_seconds(np.array([int(np.ceil(tokens))]))
+        unit_s = self.cluster.gemm.unit_seconds(np.array([math.ceil(tokens)]))
         return float(unit_s[0]) * flops_per_token
+
+    def slot_unit_seconds(self, tokens_S: Int64) -> npt.NDArray[np.float64]:
+        """Return the seconds of each slot's GEMMs per FLOP of a token."""
+        return self.cluster.gemm.unit_seconds(tokens_S)
 
     def memory_seconds(self, moved_bytes: float) -> float:
         """Return the time of reading and writing so many bytes."""
         return moved_bytes / self.memory_bytes_per_s
+
+    def collective_seconds(self, ranks: int, node_size: int) -> float:
+        """Return the latency of a collective over so many ranks, as the cost model has it."""
+        intra, inter = self.cluster.intra, self.cluster.inter
+        near = min(ranks, node_size) - 1
+        far = ranks - near - 1
+        slowest_s = inter.latency_s if far else intra.latency_s if near else 0.0
+        return slowest_s + near * intra.peer_s + far * inter.peer_s
 
     def ring_seconds(self, size_bytes: float, ranks: int, node_size: int) -> float:
         """Return the time of a reduce-scatter or an all-gather of a buffer of this size.
@@ -69,59 +98,49 @@ class Rates:
         """
         if ranks <= 1:
             return 0.0
+        intra, inter = self.cluster.intra, self.cluster.inter
         share = size_bytes * (ranks - 1) / ranks
-        latency_s = self.intra.latency_s
-        seconds = share / self.intra.bytes_per_s if node_size > 1 else 0.0
+        seconds = share / intra.bytes_per_s if node_size > 1 else 0.0
+        latency_s = intra.latency_s
         if ranks > node_size:
-            seconds = max(seconds, share / (node_size * self.inter.bytes_per_s))
-            latency_s = self.inter.latency_s
+            seconds = max(seconds, share / (node_size * inter.bytes_per_s))
+            latency_s = inter.latency_s
         return seconds + latency_s
 
-    def scaled(self, compute: float, links: float) -> Rates:
-        """Return rates whose compute and whose links take so many times as long."""
-        points = tuple((tokens, speed / compute) for tokens, speed in self.gemm.points)
-        return replace(
-            self,
-            gemm=GemmCurve(points),
-            memory_bytes_per_s=self.memory_bytes_per_s / compute,
-            launch_s=self.launch_s * compute,
-            gate_s=self.gate_s * compute,
-            gap_s=self.gap_s * compute,
-            intra=Link(self.intra.bytes_per_s / links, self.intra.latency_s * links),
-            inter=Link(self.inter.bytes_per_s / links, self.inter.latency_s * links),
-        )
 
-
-# Where a cluster's file tells no spread. GEMMs: the six methods and models in the breakdown of
-# LAER-MoE's artifact differ by 2 %, two profiles of it by 10 %. Links: its own profiles of
-# All-to-Alls range from the data sheet's rate to a third of it, and its iterations do not tell.
-_COMPUTE_SPREAD = (0.9, 1.1)
-_LINK_SPREAD = (1.0, 3.0)
-
-
-def rates_of(cluster: Cluster, bytes_per_element: int) -> Rates:
-    """Return the rates that a cluster's file gives.
-
-    A GEMM of one token reads all weights once, for two FLOPs each, so its speed tells the memory's.
-    """
-    tokens, speed = cluster.gemm.points[0]
-    return Rates(
-        gemm=cluster.gemm,
-        backward_factor=1.0,
-        memory_bytes_per_s=speed / tokens * bytes_per_element / 2,
-        intra=cluster.intra,
-        inter=cluster.inter,
-    )
-
-
-def rate_sets(cluster: Cluster, bytes_per_element: int) -> tuple[Rates, ...]:
-    """Return the rates of a cluster, then those with compute and links at either end of theirs.
+def rate_sets(rates: Rates) -> tuple[Rates, ...]:
+    """Return the rates, then those with compute and links at either end of what they may be.
 
     Four corners and not two, since what hides behind compute shows where compute is fast and links
     are slow.
     """
-    rates = rates_of(cluster, bytes_per_element)
-    corners = (
-        rates.scaled(compute, links) for compute in _COMPUTE_SPREAD for links in _LINK_SPREAD
-    )
-    return rates, *corners
+    ends = _ends(rates.cluster)
+    found = [rates]
+    for fast_compute in (True, False):
+        for fast_links in (True, False):
+            values = {}
+            for name, (low, high) in ends.items():
+                fast = fast_links if name.startswith(("intra.", "inter.")) else fast_compute
+                values[name] = high if fast == (name in _RATES) else low
+            found.append(
+                Rates(
+                    rates.cluster.with_constants(values),
+                    rates.bytes_per_element,
+                    rates.gap_s,
+                    rates.core_forward,
+                    rates.core_backward,
+                    rates.overhead,
+                )
+            )
+    return tuple(found)
+
+
+def _ends(cluster: Cluster) -> dict[str, tuple[float, float]]:
+    """Return the least and most of each constant: by its file, or else by what is guessed."""
+    told = {name: (spread.low, spread.high) for name, spread in cluster.spreads}
+    for name in CONSTANTS:
+        value = cluster.constant(name)
+        if name in _GUESSED and name not in told and value is not None:
+            low, high = _GUESSED[name]
+            told[name] = low * value, high * value
+    return told

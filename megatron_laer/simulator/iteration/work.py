@@ -28,7 +28,7 @@ class Exchange:
         mean_intra_bytes, mean_inter_bytes: received by a rank on average.
         in_stages: whether links inside nodes wait for those between them (`node`).
         collectives: launched one after the other.
-        spans_nodes: whether any of them waits for other nodes.
+        ranks, node_size: N and G.
     """
 
     intra_bytes: float
@@ -37,11 +37,12 @@ class Exchange:
     mean_inter_bytes: float
     in_stages: bool
     collectives: int
-    spans_nodes: bool
+    ranks: int
+    node_size: int
 
     @classmethod
     def of(
-        cls, traffic: Traffic, algorithm: ExchangeAlgorithm, matrices: int, spans_nodes: bool
+        cls, traffic: Traffic, algorithm: ExchangeAlgorithm, matrices: int, node_size: int
     ) -> Exchange:
         """Make it from bytes per rank: see `CostModel.restore_bytes` and `reduce_bytes`."""
         in_stages = algorithm == ExchangeAlgorithm.NODE
@@ -52,7 +53,8 @@ class Exchange:
             float(traffic.inter_N.mean()),
             in_stages,
             matrices,
-            spans_nodes,
+            len(traffic.intra_N),
+            node_size,
         )
 
     def seconds(self, rates: Rates) -> float:
@@ -60,14 +62,16 @@ class Exchange:
 
         As in `CostModel`: `flat` drives both link classes at once, `node` one after the other.
         """
-        intra_s = self.intra_bytes / rates.intra.bytes_per_s
-        inter_s = self.inter_bytes / rates.inter.bytes_per_s
-        link = rates.inter if self.spans_nodes else rates.intra
-        latency_s = link.latency_s
+        intra_s = self.intra_bytes / rates.cluster.intra.bytes_per_s
+        inter_s = self.inter_bytes / rates.cluster.inter.bytes_per_s
         if self.in_stages:
-            latency_s += rates.intra.latency_s if self.spans_nodes else 0.0
-            return intra_s + inter_s + self.collectives * latency_s
-        return max(intra_s, inter_s) + self.collectives * latency_s
+            latency_s = rates.collective_seconds(self.node_size, self.node_size)
+            latency_s += rates.collective_seconds(self.ranks // self.node_size, 1)
+            wire_s = intra_s + inter_s
+        else:
+            latency_s = rates.collective_seconds(self.ranks, self.node_size)
+            wire_s = max(intra_s, inter_s)
+        return wire_s + self.collectives * latency_s
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +131,7 @@ class LayerWork:
             return sums_N
 
         near_N, far_N = by_rank(totals.near_S), by_rank(totals.far_S)
-        unit_s_S = rates.gemm.unit_seconds(totals.near_S + totals.far_S)
+        unit_s_S = rates.slot_unit_seconds(totals.near_S + totals.far_S)
         return cls(
             unit_s_N=unit_s_S.reshape(num_ranks, -1).sum(axis=1),
             pairs_N=near_N + far_N,
