@@ -28,6 +28,9 @@ _PERMUTED_PASSES, _SORTED_PASSES = 4, 4
 _BACKWARD_PASSES = 2
 # Logits: written, read for the largest and for the sum, and their gradient written, in fp32.
 _LOGIT_BYTES = 16
+# Of attention's scores, unless they stay on the chip, forward and again backward: written, masked
+# (read and written), through the softmax (the same) and read.
+_SCORE_PASSES = 6
 # Backward has two GEMMs for each of forward's.
 _BACKWARD_GEMMS = 2
 
@@ -110,6 +113,13 @@ class Timing:
         gemm_s = self._gemm(2.0 * model.attention_weights)
         core = model.core_flops_per_token * self.run.tokens / rates.best_flops_per_s
         backward_s = gemm_s * _BACKWARD_GEMMS * rates.backward_factor
+        if not self.run.flash_attention:
+            # All pairs, as GEMMs of their own, and scores in memory.
+            core_s = 2 * core
+            scores = self.run.tokens * model.heads * model.sequence * model.bytes_per_element
+            scores_s = rates.memory_seconds(_SCORE_PASSES * scores) * (1 + rates.overhead)
+            backward_s += _BACKWARD_GEMMS * core_s * rates.backward_factor + scores_s
+            return gemm_s + core_s + scores_s, backward_s
         # Backward of the core: five GEMMs for two, as flash attention computes scores again.
         return gemm_s + core / rates.core_forward, backward_s + 2.5 * core / rates.core_backward
 

@@ -38,6 +38,7 @@ class RunShape:
         tensor: ranks that share a sequence in attention, with sequence parallelism.
         recompute: what backward computes again.
         shards_optimizer: Megatron's distributed optimizer.
+        flash_attention: whether attention's scores stay on the chip.
         overlaps_data_parallel: `--overlap-grad-reduce` and `--overlap-param-gather`.
 
     Raises:
@@ -55,6 +56,7 @@ class RunShape:
     recompute: Recompute = Recompute.NONE
     shards_optimizer: bool = True
     overlaps_data_parallel: bool = True
+    flash_attention: bool = True
 
     def __post_init__(self) -> None:
         for name in ("tokens", "microbatches", "stages", "chunks", "replicas", "tensor"):
