@@ -40,7 +40,7 @@ _WIRE_DTYPES = {
 }
 
 # Part of a card's name → the shipped cluster whose devices are most like it.
-_CLUSTERS = {"A100": "a100-4x8-ib800", "H100": "h100-8"}
+_CLUSTERS = {"A100": "a100-4x8-ib800", "H100": "h100-8", "H200": "h200-8", "B200": "b200-8"}
 
 
 def build_coordinator(

@@ -24,7 +24,7 @@ from megatron_laer.planner.clusters import (
     Spread,
 )
 
-SHIPPED = ["a100-4x8-ib800", "cpu-gloo", "h100-8"]
+SHIPPED = ["a100-4x8-ib800", "a100-8", "b200-8", "cpu-gloo", "h100-8", "h200-8"]
 
 GOOD = """name: x
 source: y
