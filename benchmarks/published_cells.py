@@ -110,15 +110,8 @@ def read_cells(folder: Path) -> list[Cell]:
 
 
 def model_of(name: str) -> ModelShape:
-    """Return a model of the artifact; Qwen's differ from Mixtral's by a bias only."""
-    size, family = name.rsplit("-", 1)
-    shape = read_model(f"mixtral-8x7b-{family}")
-    layers = {"8x7b": (32, 24), "8x22b": (18, 14)}[size.split("-")[1]][family == "e16k4"]
-    shape = replace(shape, layer_has_experts=(True,) * layers, sequence=SEQUENCE)
-    if size.endswith("8x22b"):
-        ffn = 8192 if family == "e16k4" else 16384
-        shape = replace(shape, hidden=6144, heads=48, query_width=48 * 128, expert_ffn=ffn)
-    return shape
+    """Return a model of the artifact."""
+    return replace(read_model(name), sequence=SEQUENCE)
 
 
 def read_tokens(folder: Path) -> dict[tuple[str, str], np.ndarray]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from megatron_laer.cli import simulate_input
 from megatron_laer.cli.argument_types import between, number, path
+from megatron_laer.cli.plan_input import MAX_TOKENS
 from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode
 from megatron_laer.files.checks import (
     is_same_file,
@@ -71,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--ranks", simulate_input.MAX_RANKS, "N", "of an FSEP group; default: as in the trace"),
         ("--node-size", simulate_input.MAX_RANKS, "G", "ranks of a node; default: the cluster's"),
         ("--capacity", MAX_EXPERTS, "C", "slots per rank; default: min(E, ceil(E/N) + 1)"),
+        (
+            "--tokens",
+            MAX_TOKENS,
+            "T",
+            "of a rank in a microbatch; default: as in the trace, a sequence for a workload",
+        ),
     ):
         swept.add_argument(flag, type=between(1, high), nargs="+", metavar=metavar, help=told)
     modes = [mode.value for mode in GUARD_MODES]
@@ -138,28 +145,34 @@ def run(args: argparse.Namespace) -> int:
     rates = rate_sets(Rates(cluster, model.bytes_per_element))
     routing_of = simulate_input.routing_of(args, model, _reading)
     # A trace tells its ranks; a workload needs --ranks.
-    ranks = args.ranks or [routing_of(1).num_ranks]
+    ranks = args.ranks or [routing_of(1, None).num_ranks]
     cases: dict[Case, dict[str, Prediction]] = {}
     refused: dict[Case, dict[str, str]] = {}
     timeline = None
-    made: dict[int, Trace] = {}
+    made: dict[tuple[int, int | None], Trace] = {}
     runs: list[RunShape] = []
     wanted = [
-        (Geometry(num_ranks, model.num_experts, capacity, node_size), mode)
+        (Geometry(num_ranks, model.num_experts, capacity, node_size), mode, tokens)
         for num_ranks in ranks
         for node_size in args.node_size or [min(cluster.ranks_per_node, num_ranks)]
-        for capacity, mode in product(
-            args.capacity or [default_capacity(num_ranks, model.num_experts)], args.mode
+        for capacity, mode, tokens in product(
+            args.capacity or [default_capacity(num_ranks, model.num_experts)],
+            args.mode,
+            args.tokens or [None],
         )
     ]
-    for geometry, mode in wanted:
+    for geometry, mode, tokens in wanted:
         num_ranks = geometry.num_ranks
-        trace = made.setdefault(num_ranks, routing_of(num_ranks))
-        pairs = None if args.tokens is None else float(args.tokens * model.topk)
+        key = num_ranks, None if args.workload is None else tokens
+        if key not in made:
+            made = {key: routing_of(*key)}  # one at a time, for memory
+        trace = made[key]
+        pairs = None if tokens is None else float(tokens * model.topk)
         routing = Routing(trace, num_ranks, None if args.workload else pairs)
         shape = _run_shape(args, geometry, max(round(routing.pairs / model.topk), 1), trace)
         shape.layers_by_chunk(len(model.layer_has_experts))
-        case = Case(num_ranks, geometry.node_size, geometry.capacity, mode)
+        sizes = num_ranks, geometry.node_size, geometry.capacity
+        case = Case(*sizes, mode, shape.tokens, shape.world)
         methods, refused[case] = _methods(args, geometry, cluster, model, PlanMode(mode), rates[0])
         record = None
         if args.timeline is not None and timeline is None:
@@ -259,7 +272,7 @@ def _run_shape(args: argparse.Namespace, geometry: Geometry, tokens: int, trace:
         microbatches=simulate_input.microbatches_of(args, trace),
         stages=args.pipeline or 1,
         chunks=args.virtual_pipeline or 1,
-        replicas=args.expert_data_parallel or 1,
+        replicas=simulate_input.replicas_of(args, geometry.num_ranks),
         tensor=args.tensor_parallel or 1,
         recompute=args.recompute,
         shards_optimizer=not args.no_distributed_optimizer,
@@ -332,7 +345,7 @@ def _check(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError, ImportError: with what was passed and what would work.
     """
-    for flag in ("ranks", "node_size", "capacity", "mode", "method"):
+    for flag in ("ranks", "node_size", "capacity", "tokens", "mode", "method"):
         values = getattr(args, flag) or []
         twice = [value for place, value in enumerate(values) if value in values[:place]]
         if twice:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_laer.cli.argument_types import between
-from megatron_laer.cli.plan_input import MAX_TOKENS, add_routing_arguments
+from megatron_laer.cli.plan_input import add_routing_arguments
 from megatron_laer.files import memory
 from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.simulator.iteration.model_shape import ModelShape
@@ -42,12 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = parser.add_argument_group("the run")
     for flag, high, metavar, told in (
         (
-            "--tokens",
-            MAX_TOKENS,
-            "T",
-            "tokens of a rank in a microbatch; default: as in the trace, a sequence for a workload",
-        ),
-        (
             "--microbatches",
             _MAX_COUNT,
             "M",
@@ -56,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--pipeline", _MAX_COUNT, "P", "pipeline stages, each with its own FSEP groups"),
         ("--virtual-pipeline", _MAX_COUNT, "V", "model chunks of a stage (interleaved schedule)"),
         ("--tensor-parallel", MAX_RANKS, "T", "ranks that share a sequence in attention"),
-        ("--expert-data-parallel", _MAX_COUNT, "D", "FSEP groups of a stage"),
+        ("--expert-data-parallel", _MAX_COUNT, "D", "FSEP groups of a stage; default: 1"),
+        ("--world", MAX_RANKS, "W", "ranks of a stage, which gives its number of FSEP groups"),
     ):
         sizes.add_argument(flag, type=between(1, high), metavar=metavar, help=told)
     sizes.add_argument(
@@ -88,6 +83,12 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: with what was passed and what would work.
     """
+    if args.world is not None:
+        if args.expert_data_parallel is not None:
+            raise ValueError("--world and --expert-data-parallel say the same; leave one out")
+        for ranks in args.ranks or []:
+            if args.world % ranks != 0:
+                raise ValueError(f"--world {args.world} is no multiple of --ranks {ranks}")
     given = f"--workload {args.workload}"
     if args.workload is None:
         if args.trace is None:
@@ -109,8 +110,8 @@ def routing_of(
     args: argparse.Namespace,
     model: ModelShape,
     progress: Callable[[Iterable[Any]], Iterable[Any]],
-) -> Callable[[int], Trace]:
-    """Return what gives the trace for a number of ranks.
+) -> Callable[[int, int | None], Trace]:
+    """Return what gives the trace for a number of ranks, and for tokens if it is a workload's.
 
     Raises:
         ValueError, OSError: the trace cannot be read.
@@ -123,15 +124,15 @@ def routing_of(
             num_experts=model.num_experts,
             progress=progress,
         )
-        return lambda ranks: trace
-    return lambda ranks: _workload(args, model, ranks)
+        return lambda ranks, tokens: trace
+    return lambda ranks, tokens: _workload(args, model, ranks, tokens)
 
 
-def _workload(args: argparse.Namespace, model: ModelShape, ranks: int) -> Trace:
+def _workload(args: argparse.Namespace, model: ModelShape, ranks: int, tokens: int | None) -> Trace:
     """Make a workload's trace: layers with a microbatch each, in several steps."""
     layers = min(_WORKLOAD_LAYERS, model.moe_layers)
     steps = max(_WORKLOAD_STEPS, args.lag + 1)
-    shape = Shape(ranks, model.num_experts, model.topk, args.tokens or model.sequence)
+    shape = Shape(ranks, model.num_experts, model.topk, tokens or model.sequence)
     memory.check_enough(
         _BYTES_PER_COUNT * steps * layers * ranks * model.num_experts,
         f"{steps} steps of {ranks} ranks and {model.num_experts} experts",
@@ -156,3 +157,16 @@ def microbatches_of(args: argparse.Namespace, trace: Trace) -> int:
     if args.workload is not None:
         return _WORKLOAD_MICROBATCHES
     return int(trace.microbatch_R.max()) + 1
+
+
+def replicas_of(args: argparse.Namespace, ranks: int) -> int:
+    """Return the FSEP groups of a stage.
+
+    Raises:
+        ValueError: a world that is no multiple of the ranks of a trace.
+    """
+    if args.world is None:
+        return int(args.expert_data_parallel or 1)
+    if args.world % ranks != 0:
+        raise ValueError(f"--world {args.world} is no multiple of the trace's {ranks} ranks")
+    return int(args.world) // ranks

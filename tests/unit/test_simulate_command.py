@@ -36,7 +36,7 @@ def test_the_command_prints_writes_and_draws(tmp_path, path, capsys):
     files = ["--json", json_file, "--png", png, "--timeline", timeline]
     status, out, err = run(path, *TINY, *files, capsys=capsys)
     assert status == 0, err
-    assert "N=4 G=2 C=3 adaptive: 2048 tokens per rank and microbatch, 3 microbatches" in out
+    assert "N=4 G=2 C=3 adaptive T=2048: 2048 tokens per rank and microbatch, 3 microbatches" in out
     assert png.read_bytes().startswith(b"\x89PNG")
 
     written = json.loads(json_file.read_text())
@@ -77,6 +77,7 @@ def test_several_values_are_a_sweep(tmp_path, path, capsys):
     status, out, err = run(path, *TINY, *words.split(), "--json", tmp_path / "x", capsys=capsys)
     assert status == 0, err
     cases = json.loads((tmp_path / "x").read_text())["cases"]
+    assert {(case["tokens"], case["world"] // case["ranks"]) for case in cases} == {(32768, 1)}
     found = [(case["ranks"], case["capacity"], case["mode"]) for case in cases]
     assert found == [
         (ranks, capacity, mode)
@@ -84,7 +85,7 @@ def test_several_values_are_a_sweep(tmp_path, path, capsys):
         for capacity in (2, 3)
         for mode in ("forecast", "exact")
     ]
-    assert "N=8 G=2 C=3 exact" in out and "Use FSEP (with N=" in out
+    assert "N=8 C=3 exact  " in out and "Use FSEP (with N=" in out
 
 
 def test_balanced_routing_is_advised_against(capsys):
@@ -119,6 +120,9 @@ def test_a_method_that_cannot_run_is_left_out_and_said(capsys):
         ("--virtual-pipeline 2", "interleaved schedule needs a pipeline"),
         ("--pipeline 33", "32 layers are too few for 33 stages"),
         ("--pipeline 2 --virtual-pipeline 2", "3 microbatches on 2 stages of 2 chunks"),
+        ("--world 6", "--world 6 is no multiple of the trace's 4 ranks"),
+        ("--ranks 4 --world 6", "--world 6 is no multiple of --ranks 4"),
+        ("--world 8 --expert-data-parallel 2", "say the same; leave one out"),
         ("--tensor-parallel 3", "3 tensor-parallel ranks do not divide the 4"),
         ("--stock-expert-parallel 3", "stock expert parallelism of size 3: it must divide 4"),
         ("--lag 6", "the trace holds 6 step(s), and a forecast is 6 step(s) old"),

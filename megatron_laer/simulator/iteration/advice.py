@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from megatron_laer.simulator.iteration.methods import FSDP_EP, FSEP, STOCK
@@ -20,11 +20,23 @@ class Case:
     node_size: int
     capacity: int
     mode: str
+    tokens: int
+    world: int
 
     @property
     def label(self) -> str:
         """Return the case in a few characters."""
-        return f"N={self.ranks} G={self.node_size} C={self.capacity} {self.mode}"
+        return " ".join(self._parts())
+
+    def among(self, cases: Iterable[Case]) -> str:
+        """Return only the parts of the label in which these cases differ."""
+        parts = zip(*(case._parts() for case in cases), strict=True)
+        differs = [len(set(of_cases)) > 1 for of_cases in parts]
+        return " ".join(part for part, shown in zip(self._parts(), differs, strict=True) if shown)
+
+    def _parts(self) -> tuple[str, ...]:
+        sizes = f"N={self.ranks}", f"G={self.node_size}", f"C={self.capacity}"
+        return *sizes, self.mode, f"T={self.tokens}"
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def sweep_text(cases: Cases) -> str:
             else "-"
             for name in names
         ]
-        lines.append((case.label, *cells))
+        lines.append((case.among(cases), *cells))
     return _aligned(lines)
 
 
@@ -100,6 +100,8 @@ def content(about: Mapping[str, Any], cases: Cases, refused: Refused, advice: st
             "node_size": case.node_size,
             "capacity": case.capacity,
             "mode": case.mode,
+            "tokens": case.tokens,
+            "world": case.world,
             "methods": {name: _of_method(found) for name, found in methods.items()},
             "refused": dict(refused[case]),
         }
@@ -172,7 +174,7 @@ def _draw_parts(axes: Axes, methods: Mapping[str, Prediction]) -> None:
 
 
 def _draw_sweep(axes: Axes, cases: Cases) -> None:
-    labels = [case.label for case in cases]
+    labels = [case.among(cases) for case in cases]
     for number, name in enumerate(METHODS):
         shown = [
             (place, case, methods[name])
@@ -183,7 +185,7 @@ def _draw_sweep(axes: Axes, cases: Cases) -> None:
             continue
         places = [place for place, _, _ in shown]
         # Of a rank, so that cases of different size can be compared.
-        each = [found.tokens_per_s / case.ranks for _, case, found in shown]
+        each = [found.tokens_per_s / case.world for _, case, found in shown]
         scale = [found.iteration_s for _, _, found in shown]
         best = [
             rate * at / found.low_s
@@ -197,7 +199,7 @@ def _draw_sweep(axes: Axes, cases: Cases) -> None:
         axes.fill_between(places, worst, best, color=f"C{number}", alpha=0.12)
     axes.set_xticks(range(len(labels)), labels, rotation=20, ha="right", fontsize="small")
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("tokens per second and rank of the group")
+    axes.set_ylabel("tokens per second and rank")
 
 
 def _s(seconds: float) -> str:
