@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_laer.planner.clusters import Cluster, GemmCurve, HostTime, Link, SolveTime
+from megatron_laer.planner.clusters import Cluster, HostTime, Link, SolveTime
 from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.gemm_curve import GemmCurve
 
 
 def make_costs(

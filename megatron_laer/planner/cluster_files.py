@@ -22,12 +22,12 @@ from megatron_laer.planner.clusters import (
     Cluster,
     Contention,
     Figure,
-    GemmCurve,
     HostTime,
     Link,
     SolveTime,
     Spread,
 )
+from megatron_laer.planner.gemm_curve import GemmCurve
 
 # Of constants in files: far beyond any machine, and far from where sums of times overflow.
 _LEAST_RATE, _MOST_RATE = 1.0, 1e24
@@ -337,7 +337,7 @@ def _scalar(value: str | int | float) -> str:
         return value if is_word else f'"{"".join(map(_escaped, value))}"'
     if isinstance(value, int):
         return str(value)
-    if 1e-3 <= value < 1e5:
+    if value == 0.0 or 1e-3 <= value < 1e5:
         return repr(value)
     return np.format_float_scientific(value, trim="-", exp_digits=2)
 

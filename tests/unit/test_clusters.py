@@ -17,12 +17,12 @@ from megatron_laer.planner.clusters import (
     BackEnd,
     Contention,
     Figure,
-    GemmCurve,
     HostTime,
     Link,
     SolveTime,
     Spread,
 )
+from megatron_laer.planner.gemm_curve import GemmCurve
 
 SHIPPED = ["a100-4x8-ib800", "a100-8", "b200-8", "cpu-gloo", "h100-8", "h200-8"]
 
