@@ -47,6 +47,7 @@ class LayerTimes:
         attention_s, dense_s: forward, backward; `dense_s` is all that is neither attention nor
             experts. Backward is with what it computes again but for `again`.
         tensor_s: collectives among tensor-parallel ranks, forward and backward.
+        host_s: of starting small kernels, in either direction.
         moe: None for a dense layer.
         again: forward once more, with its exchanges of tokens, before backward.
         gather_s: of the layer's dense parameters over data-parallel ranks, and of their gradients;
@@ -59,6 +60,7 @@ class LayerTimes:
     tensor_s: tuple[float, float]
     moe: MoETimes | None
     again: bool
+    host_s: float = 0.0
     gather_s: float = 0.0
     scatter_s: float = 0.0
 
@@ -168,6 +170,7 @@ def _dense(clocks: Clocks, layer: LayerTimes, direction: int, label: str = "") -
     clocks.work("attention", layer.attention_s[direction], "compute", f"dense layers{suffix}")
     clocks.work("dense", layer.dense_s[direction], "compute", f"dense layers{suffix}")
     clocks.work("tensor", layer.tensor_s[direction])
+    clocks.work("host", layer.host_s)
 
 
 def _gate(clocks: Clocks, moe: MoETimes) -> None:

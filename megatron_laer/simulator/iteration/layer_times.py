@@ -31,6 +31,8 @@ _LOGIT_BYTES = 16
 # Of attention's scores, unless they stay on the chip, forward and again backward: written, masked
 # (read and written), through the softmax (the same) and read.
 _SCORE_PASSES = 6
+# Small kernels of a MoE layer in one direction: half of what the cost model counts for both.
+_LAUNCHES = 26
 # Backward has two GEMMs for each of forward's.
 _BACKWARD_GEMMS = 2
 
@@ -71,6 +73,7 @@ class Timing:
             attention_backward_s += attention_s
             dense_backward_s += dense_s
         tensor_s = self._tensor()
+        host = self.rates.cluster.host
         return LayerTimes(
             name=name,
             attention_s=(attention_s, attention_backward_s),
@@ -78,6 +81,7 @@ class Timing:
             tensor_s=(tensor_s, tensor_s),
             moe=None if work is None else self._moe(work, restores, reduces),
             again=self.run.recompute == Recompute.FULL,
+            host_s=0.0 if host is None or work is None else _LAUNCHES * host.launch_s,
             gather_s=gather_s,
             scatter_s=scatter_s,
         )
