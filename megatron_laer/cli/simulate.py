@@ -122,6 +122,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="of a rank, for MFU; default: what the cluster's fastest GEMM reaches",
     )
+    parser.add_argument(
+        "--memory-gib",
+        type=number(1e-3, 1e6),
+        metavar="X",
+        help="of a rank; no advice to take what needs more",
+    )
     parser.add_argument("--json", type=path, metavar="FILE", help="write all figures there")
     parser.add_argument("--png", type=path, metavar="FILE", help="draw them (needs matplotlib)")
     parser.add_argument(
@@ -181,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
         found = _simulated(args, case, routing, model, shape, methods, rates, record)
         cases[case] = {prediction.method: prediction for prediction in found}
         runs.append(shape)
-    sentence = advice(cases)
+    sentence = advice(cases, None if args.memory_gib is None else args.memory_gib * 2**30)
     about = {
         "trace": str(args.trace) if args.workload is None else f"workload {args.workload}",
         "model": args.model,

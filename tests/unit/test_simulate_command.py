@@ -96,6 +96,15 @@ def test_balanced_routing_is_advised_against(capsys):
     assert "restore costs" in out.splitlines()[-1]
 
 
+def test_what_does_not_fit_into_memory_is_not_advised(path, capsys):
+    words = "--tokens 32768 --steps 1 --method stock fsep --memory-gib"
+    status, out, err = run(path, *TINY, *words.split(), 1, capsys=capsys)
+    assert status == 0, err
+    assert out.splitlines()[-1].startswith("Do not use FSEP here: it needs ")
+    status, out, err = run(path, *TINY, *words.split(), 10000, capsys=capsys)
+    assert "Use FSEP (C = 3" in out.splitlines()[-1]
+
+
 def test_a_method_that_cannot_run_is_left_out_and_said(capsys):
     words = "--workload W0 --ranks 8 --model mixtral-8x7b-e8k2 --experts 9 --steps 1 --tokens 64"
     status, out, err = run(*words.split(), capsys=capsys)

@@ -59,18 +59,29 @@ def gain(method: Prediction, over: Prediction) -> Gain:
     return Gain(ratios[0], min(ratios), max(ratios))
 
 
-def advice(cases: Mapping[Case, Mapping[str, Prediction]]) -> str:
-    """Return one sentence on the case in which FSEP gains most."""
-    gains: dict[Case, tuple[Gain, str]] = {}
-    for case, methods in cases.items():
-        rival = STOCK if STOCK in methods else FSDP_EP
-        if FSEP in methods and rival in methods:
-            gains[case] = gain(methods[FSEP], methods[rival]), rival
-    if not gains:
+def advice(cases: Mapping[Case, Mapping[str, Prediction]], most_bytes: float | None = None) -> str:
+    """Return one sentence on the case in which FSEP has the most tokens per second and rank.
+
+    Args:
+        most_bytes: of a rank's memory; cases in which FSEP needs more are left out.
+    """
+    rivals_of = {
+        case: STOCK if STOCK in methods else FSDP_EP
+        for case, methods in cases.items()
+        if FSEP in methods and (STOCK in methods or FSDP_EP in methods)
+    }
+    if not rivals_of:
         return "No advice: FSEP and stock EP were not both simulated."
-    case = max(gains, key=lambda each: gains[each][0].times)
-    found, rival = gains[case]
-    methods = cases[case]
+    needed = {case: cases[case][FSEP].peak_bytes for case in rivals_of}
+    fits = [case for case in rivals_of if most_bytes is None or needed[case] <= most_bytes]
+    if not fits:
+        return (
+            f"Do not use FSEP here: it needs {min(needed.values()) / 2**30:.3g} GiB of a rank's "
+            "memory; recompute more, or spread the model over more ranks or pipeline stages."
+        )
+    case = max(fits, key=lambda each: cases[each][FSEP].tokens_per_s / each.world)
+    methods, rival = cases[case], rivals_of[case]
+    found = gain(methods[FSEP], methods[rival])
     ours, theirs = methods[FSEP], methods[rival]
     rivals = {STOCK: "stock EP", FSDP_EP: "FSDP+EP"}
     where = f"with {case.label}" if len(cases) > 1 else f"C = {case.capacity}, {case.mode}"
