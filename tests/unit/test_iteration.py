@@ -165,6 +165,12 @@ def test_an_exchange_beside_experts_slows_them():
     assert spent(clocks)["experts"] == 10 + 0.5 * 4 + 10
 
 
+def test_an_exchange_beside_compute_takes_longer_itself():
+    clocks = Clocks(1, 1, stretch=2.0)
+    forward(clocks, [layer([10], restore_s=8)], OVERLAPPED)
+    assert spent(clocks)["restore"] == 16 - (2 + 1)
+
+
 def pipeline(stages, chunks, microbatches, forward_s=1.0, backward_s=2.0, send_s=0.0):
     clocks = [Clocks(1, 1) for _ in range(stages)]
     orders = [order(stage, stages, chunks, microbatches) for stage in range(stages)]

@@ -38,6 +38,7 @@ class Clocks:
         ranks: N.
         node_size: G.
         contention: share by which experts are slower while an exchange runs beside them.
+        stretch: how many times as long an exchange takes, as compute runs beside it.
         one_stream: parameters and gradients share a communicator, and wait for each other.
         record: takes what is done, for a timeline.
     """
@@ -48,6 +49,7 @@ class Clocks:
         node_size: int,
         *,
         contention: float = 0.0,
+        stretch: float = 1.0,
         one_stream: bool = False,
         record: Recorder | None = None,
     ) -> None:
@@ -55,7 +57,7 @@ class Clocks:
         self.spent: dict[str, Seconds] = {kind: np.zeros(ranks) for kind in KINDS}
         self.gathered_s = self.scattered_s = 0.0
         self._node_size = node_size
-        self._contention = contention
+        self._contention, self._stretch = contention, stretch
         self._busy = {PARAMETERS: (0.0, 0.0), GRADIENTS: (0.0, 0.0)}
         self._one_stream = one_stream
         self._record = record
@@ -92,7 +94,7 @@ class Clocks:
         if self._one_stream:
             free_s = max(end for _, end in self._busy.values())
         begin_s = max(float(self.now_N.max()), free_s)
-        end_s = begin_s + seconds
+        end_s = begin_s + seconds * self._stretch
         self._busy[stream] = (begin_s, end_s)
         if self._record is not None:
             at_N = np.zeros_like(self.now_N)

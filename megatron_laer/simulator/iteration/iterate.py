@@ -52,12 +52,13 @@ def run_iteration(
     Args:
         record: makes a recorder for a stage.
     """
-    run, rates = timing.run, timing.rates
+    run, rates, contention = timing.run, timing.rates, timing.rates.cluster.contention
     stages = [
         Clocks(
             run.ranks,
             run.node_size,
-            contention=rates.cluster.contention.gemm - 1.0,
+            contention=contention.gemm - 1.0,
+            stretch=contention.exchange if method.schedule.restores else 1.0,
             one_stream=method.one_stream,
             record=None if record is None else record(stage),
         )
