@@ -6,7 +6,7 @@ Pure: it measures nothing and writes no file.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_laer.calibration.fitting import (
     fit_curve,
@@ -105,7 +105,7 @@ def cluster_of(
             ("backward_gemm_factor", _backward_spread(default)),
             ("memory_bytes_per_s", _of(memory, f"{_PERCENTILES} copies")),
             ("solve", solve_spread),
-            *link_spreads,
+            *link_spreads.items(),
             ("host.launch_s", _of(launch, f"{_PERCENTILES} samples")),
             ("host.gate", gate_spread),
             *contention_spreads,
@@ -157,41 +157,45 @@ def _backward_spread(back_end: BackEnd) -> Spread:
     return _spread(value, factors, source)
 
 
-def _links(figures: Figures) -> tuple[dict[str, Link], list[tuple[str, Spread]]]:
-    links, spreads = {}, []
-    for name in (INTRA, INTER):
+def _links(figures: Figures) -> tuple[dict[str, Link], dict[str, Spread]]:
+    """Fit each class of links that was measured; return links and the spreads of all constants.
+
+    The other class gets the same numbers, and its spreads as well.
+    """
+    links, spreads = {}, {}
+    for name, other in ((INTRA, INTER), (INTER, INTRA)):
         found = [
             (key, figure)
             for key, figure in figures.items()
             if isinstance(key, AllToAll) and key.link == name
         ]
-        if not found:
-            continue
-        by_side = {
-            side: [(key.peers, key.sent_bytes, getattr(figure, side)) for key, figure in found]
-            for side in _SIDES
-        }
-        link = links[name] = fit_link(by_side["median"])
-        rates = [rate for exchanges in by_side.values() for rate in rates_of(link, exchanges)]
-        # What the smallest message takes is latency and nothing else.
-        smallest = min(found, key=lambda item: (item[0].sent_bytes, item[0].peers))[1]
-        spreads += [
-            (
-                f"{name}.bytes_per_s",
-                _spread(
-                    link.bytes_per_s, rates, f"{_PERCENTILES} samples, over all large messages"
-                ),
-            ),
-            (
-                f"{name}.latency_s",
-                _spread(
-                    link.latency_s,
-                    (smallest.low, smallest.high),
-                    f"{_PERCENTILES} samples of the smallest message; the constant is the fit's",
-                ),
-            ),
-        ]
+        if found:
+            links[name], of_link = _link(found)
+            for constant, spread in of_link.items():
+                spreads[f"{name}.{constant}"] = spread
+                spreads.setdefault(f"{other}.{constant}", spread)
     return links, spreads
+
+
+def _link(found: Sequence[tuple[AllToAll, Figure]]) -> tuple[Link, dict[str, Spread]]:
+    by_side = {
+        side: [(key.peers, key.sent_bytes, getattr(figure, side)) for key, figure in found]
+        for side in _SIDES
+    }
+    link = fit_link(by_side["median"])
+    rates = [statistics.median(rates_of(link, exchanges)) for exchanges in by_side.values()]
+    # What the smallest message takes is latency and nothing else.
+    smallest = min(found, key=lambda item: (item[0].sent_bytes, item[0].peers))[1]
+    return link, {
+        "bytes_per_s": _spread(
+            link.bytes_per_s, rates, f"{_PERCENTILES} samples, median of the large messages"
+        ),
+        "latency_s": _spread(
+            link.latency_s,
+            (smallest.low, smallest.high),
+            f"{_PERCENTILES} samples of the smallest message; the constant is the fit's",
+        ),
+    }
 
 
 def _planner_time(figures: Figures, name: str) -> tuple[SolveTime, Spread]:

@@ -1,4 +1,4 @@
-"""What a rank's host does for each layer is measured here: launches, counts, quotas, layouts.
+"""These jobs measure a rank's host: launches, copies, the exchange of counts, quotas and layouts.
 
 Legend: N ranks, E experts, C slots per rank.
 """

@@ -1,4 +1,4 @@
-"""What the ranks run on is named here, for the cluster file."""
+"""These functions name the hardware and software of the ranks, for the cluster file."""
 
 from __future__ import annotations
 

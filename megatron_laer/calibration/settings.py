@@ -1,4 +1,4 @@
-"""What `calibrate` measures, and for how long, is decided here from the device and the options."""
+"""`Settings` hold the sizes and times of what `calibrate` measures; the device decides on them."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def make_settings(expert: ExpertShape, node_size: int, *, on_cuda: bool, quick: 
         contended_bytes=2**26 if on_cuda else 2**22,
         counts_experts=64,
         rounds=1 if quick else 3,
-        round_s=0.05 if quick else 0.3,
+        round_s=0.05 if quick else 0.25,
         sample_s=0.002,
         least_samples=3,
         node_size=node_size,

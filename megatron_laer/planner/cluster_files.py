@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import reprlib
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ _LEAST_RATE, _MOST_RATE = 1.0, 1e24
 _MOST_SECONDS = 3600.0
 # Characters of a line of text in a file that is written.
 _WIDTH = 110
+# A text that needs no quotes.
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
 def load_cluster(path_or_name: str | Path) -> Cluster:
@@ -333,8 +336,7 @@ def _flow(value: Any) -> str:
 
 def _scalar(value: str | int | float) -> str:
     if isinstance(value, str):
-        is_word = value.isascii() and value.replace("_", "").replace(".", "").isalnum()
-        return value if is_word else f'"{"".join(map(_escaped, value))}"'
+        return value if _WORD.fullmatch(value) else f'"{"".join(map(_escaped, value))}"'
     if isinstance(value, int):
         return str(value)
     if value == 0.0 or 1e-3 <= value < 1e5:

@@ -15,6 +15,8 @@ COPY megatron_laer megatron_laer
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:${PYTHON_VERSION}-slim
+# A pipeline fails with any of its commands.
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # Triton compiles a launcher for each of its kernels, and NCCL loads the InfiniBand libraries.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev libibverbs1 ibverbs-providers \

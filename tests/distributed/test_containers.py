@@ -67,7 +67,7 @@ def test_the_plain_files_commands_build_and_try_a_wheel(tmp_path: Path) -> None:
                     to.mkdir(parents=True, exist_ok=True)
                     shutil.copy(ROOT / source, to)
         elif instruction.name == "RUN":
-            command = ["sh", "-euc", inside(instruction.text)]
+            command = ["bash", "-o", "pipefail", "-c", inside(instruction.text)]
             result = processes.run(command, 1800.0, cwd=folder, env=environment)
             assert result.returncode == 0, f"{instruction.text}\n{result.stdout}{result.stderr}"
             said = result.stdout

@@ -53,7 +53,7 @@ def test_the_last_digit_of_a_constant_is_a_difference() -> None:
     [
         ("backward_gemm_factor", 1.25, "cluster.backward_gemm_factor is 1.25 on rank 1"),
         ("host", HostTime(1e-6, SolveTime(0, 0, 0)), "cluster.host.launch_s is 1e-06 on rank 1"),
-        ("intra", Link(1e9, 1e-6, 2e-6), "cluster.intra.peer_s is 2e-06 on rank 1"),
+        ("intra", Link(6e10, 1.06e-5, 2e-6), "cluster.intra.peer_s is 2e-06 on rank 1"),
     ],
 )
 def test_a_constant_that_calibrate_adds_is_compared(name: str, value: object, told: str) -> None:

@@ -48,8 +48,9 @@ def made() -> Any:
 def test_parameters_are_those_that_were_published(name: str, kind: str, made: Any) -> None:
     published, last_digit = number(facts()[name]["published"][kind])
     _, as_they_count = made["counts"][name][kind]
-    # Some round, some cut.
-    assert abs(as_they_count - published) < last_digit, (as_they_count, published)
+    # Some round, some cut, and one has a single digit.
+    most = min(last_digit, 0.03 * published)
+    assert abs(as_they_count - published) < most, (as_they_count, published)
 
 
 @pytest.mark.parametrize("name", PAPER)

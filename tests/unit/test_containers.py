@@ -14,7 +14,7 @@ import pytest
 from tests.dockerfiles import DOCKERFILES, instructions
 from tests.documents import ROOT
 
-_KNOWN = {"ARG", "CMD", "COPY", "ENV", "FROM", "RUN", "WORKDIR"}
+_KNOWN = {"ARG", "CMD", "COPY", "ENV", "FROM", "RUN", "SHELL", "WORKDIR"}
 _IDS = [path.name for path in DOCKERFILES]
 each = pytest.mark.parametrize("path", DOCKERFILES, ids=_IDS)
 
@@ -71,7 +71,7 @@ def test_shellcheck_finds_nothing_in_what_is_run(path: Path) -> None:
             result = subprocess.run(
                 [
                     Path(sys.executable).with_name("shellcheck"),
-                    "--shell=sh",
+                    "--shell=bash",
                     "--exclude=SC2154",
                     "-",
                 ],
@@ -90,6 +90,13 @@ def test_nothing_that_was_only_needed_to_install_stays(path: Path) -> None:
             assert "--no-install-recommends" in words
             assert words[-3:] == ["rm", "-rf", "/var/lib/apt/lists/*"]
         assert words.count("pip") == words.count("--no-cache-dir")
+
+
+@each
+def test_no_failure_of_a_pipeline_is_lost(path: Path) -> None:
+    shells = [i.stage for i in instructions(path) if i.name == "SHELL" and "pipefail" in i.text]
+    piped = [i.stage for i in instructions(path) if re.search(r"[^|]\|[^|]", i.text)]
+    assert piped and {*piped} <= {*shells}
 
 
 @each
