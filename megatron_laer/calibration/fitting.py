@@ -21,8 +21,6 @@ _Float64 = npt.NDArray[np.float64]
 _DIGITS = 4
 # Between neighbouring points of a curve, so that rounding puts no two the other way round.
 _LEAST_GROWTH = 1.0 + 10.0 ** (1 - _DIGITS)
-# Messages from which links tell their rate rather than their latency.
-_RATE_BYTES = 2**20
 
 
 def figure_of(samples: Iterable[float]) -> Figure:
@@ -84,17 +82,18 @@ def fit_link(exchanges: Sequence[tuple[int, int, float]]) -> Link:
     return Link(rounded(1.0 / byte_s), rounded(latency_s), rounded(peer_s))
 
 
-def rates_of(
-    link: Link, exchanges: Sequence[tuple[int, int, float]], least_bytes: int = _RATE_BYTES
-) -> list[float]:
-    """Return the rate that each large exchange had beyond its latency, of the largest at least."""
+def rates_of(link: Link, exchanges: Sequence[tuple[int, int, float]]) -> list[float]:
+    """Return the rate of each exchange whose bytes take longer than its latency, by the fit.
+
+    Of the largest one, if there is none: from smaller ones no rate can be told.
+    """
     largest = max(sent for _, sent, _ in exchanges)
     rates = []
     for peers, sent, seconds in exchanges:
-        if sent >= min(least_bytes, largest):
-            # A message that was as quick as an empty one tells no rate; it had this one at least.
-            beyond_s = max(seconds - link.latency_s - peers * link.peer_s, seconds / 10)
-            rates.append(sent / beyond_s)
+        latency_s = link.latency_s + peers * link.peer_s
+        if sent == largest or sent / link.bytes_per_s >= latency_s:
+            # A message that was as quick as an empty one had a rate of at least this.
+            rates.append(sent / max(seconds - latency_s, seconds / 10))
     return rates
 
 

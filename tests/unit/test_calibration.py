@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,7 +168,7 @@ def test_links_that_are_not_there_have_the_numbers_of_those_that_are(there: str)
 NOISE = st.lists(st.floats(0.7, 1.4), min_size=27, max_size=27)
 
 
-@settings(max_examples=100)
+@settings(max_examples=500)
 @given(NOISE)
 def test_noise_moves_a_links_rate_no_further_than_itself(noise: list[float]) -> None:
     cases = list(itertools.product((1, 3, 7), SIZES[:9]))
@@ -178,7 +179,7 @@ def test_noise_moves_a_links_rate_no_further_than_itself(noise: list[float]) -> 
     link = fit_link(exchanges)
     # The largest messages are as good as all rate.
     assert 2e11 / 2 < link.bytes_per_s < 2e11 * 2
-    assert all(0.5e11 < rate < 2e12 for rate in rates_of(link, exchanges))
+    assert 2e11 / 4 < statistics.median(rates_of(link, exchanges)) < 2e11 * 4
 
 
 @settings(max_examples=100)
