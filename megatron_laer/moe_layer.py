@@ -215,9 +215,10 @@ class FSEPMoELayer(MoELayer):
         hidden_states = self._plan.restored.reduce_after_dispatch(hidden_states)
         dispatched = super().dispatch(hidden_states, probs)
         self._coordinator.scheduler.dispatched(self.state, self.training)
-        groups = self._coordinator.groups
-        rows = self._plan.rows_sent(groups.rank, groups.node_size)
-        self.state.sent.add(*rows, hidden_states.shape[-1] * hidden_states.element_size())
+        if self.config.moe_token_dispatcher_type != "flex":  # its buffers make rows of their own
+            groups = self._coordinator.groups
+            rows = self._plan.rows_sent(groups.rank, groups.node_size)
+            self.state.sent.add(*rows, hidden_states.shape[-1] * hidden_states.element_size())
         return dispatched
 
     def routed_experts_compute(

@@ -92,9 +92,8 @@ class Coordinator:
         self.token_sizes = token_sizes
         self.experts = LayerExperts(streams)
         self.scheduler = Scheduler(schedule, streams, self._experts_of, self._before_forward)
-        self.layouts = LayoutsInForce(
-            config, groups, geometry, guard.costs, seed=seed, device=device
-        )
+        costs = guard.costs
+        self.layouts = LayoutsInForce(config, groups, geometry, costs, seed=seed, device=device)
         self.announced: AnnouncedLayouts | None = None
         if config.mode == PlanMode.ANNOUNCED:
             self.announced = AnnouncedLayouts(guard, groups, device)
@@ -299,9 +298,8 @@ class Coordinator:
     def take_exposed_ms(self) -> tuple[float, float]:
         """Return how long compute waited for restores and gradients, per step, since last asked."""
         steps, self._unreported_steps = max(1, self._unreported_steps), 0
-        both = self.streams.parameters, self.streams.gradients
-        restores_ms, reduces_ms = (stream.times.exposed.take_ms() / steps for stream in both)
-        return restores_ms, reduces_ms
+        restores, reduces = self.streams.parameters.times, self.streams.gradients.times
+        return restores.exposed.take_ms() / steps, reduces.exposed.take_ms() / steps
 
     # What checkpoints call.
 
