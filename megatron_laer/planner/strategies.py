@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from megatron_laer.arrays import Int64
-from megatron_laer.config import FixedPlanner, FSEPConfig, PlanMode, RestoreAlgorithm
+from megatron_laer.config import (
+    FixedPlanner,
+    FSEPConfig,
+    PlanMode,
+    RestoreAlgorithm,
+    TokenExchangeChoice,
+)
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -95,6 +101,7 @@ def uses_costs(config: FSEPConfig) -> bool:
         (config.mode == PlanMode.ADAPTIVE and config.imbalance_tolerance is None)
         or (config.makes_plans and strategy is not None and strategy.uses_costs)
         or config.restore_algorithm == RestoreAlgorithm.AUTO
+        or config.token_exchange == TokenExchangeChoice.AUTO
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,9 +11,10 @@ from hypothesis import strategies as st
 
 from benchmarks.costs import paper_costs
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import TokenExchange
 from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.clusters import Link, SolveTime
+from megatron_laer.planner.clusters import HostTime, Link, SolveTime
 from megatron_laer.planner.construct import always_balances, construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
@@ -19,12 +22,15 @@ from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import GUARD_MODES, Decision, Guard
+from megatron_laer.planner.token_prices import TokenPrices
 from megatron_laer.simulator.outcome import evaluate
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
+HOSTS = (None, HostTime(3e-6, SolveTime(1e-5, 1e-7, 1e-8)))
 # From changes that cost next to nothing to changes that never pay.
 SOLVES = (SolveTime(0.0, 0.0, 0.0), SolveTime(1e-6, 1e-8, 1e-9), SolveTime(1e-3, 0.0, 0.0))
+NODE = TokenPrices(TokenExchange.NODE, intra_rows=0.9, inter_rows=0.46)
 
 
 @st.composite
@@ -32,11 +38,14 @@ def cost_models(draw: st.DrawFn) -> CostModel:
     return make_costs(
         points=draw(st.sampled_from([((1, 1e10),), ((1, 1e8), (16, 1e9), (256, 1e10))])),
         intra=draw(st.sampled_from([FREE, Link(3e11, 1e-7), Link(3e8, 1e-6)])),
-        inter=draw(st.sampled_from([FREE, Link(1e9, 1e-7), Link(2e7, 3e-6)])),
+        inter=draw(st.sampled_from([FREE, Link(1e9, 1e-7), Link(2e7, 3e-6, 1e-7)])),
         solve=draw(st.sampled_from(SOLVES)),
+        host=draw(st.sampled_from(HOSTS)),
+        backward_gemm_factor=draw(st.sampled_from([1.0, 1.45])),
         hidden=8,
         ffn=draw(st.sampled_from([4, 40])),
         restore_algorithm=draw(st.sampled_from(list(ExchangeAlgorithm))),
+        tokens=draw(st.sampled_from([TokenPrices(), NODE, replace(NODE, inter_rows=1 / 3)])),
     )
 
 

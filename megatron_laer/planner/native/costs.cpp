@@ -74,14 +74,19 @@ double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& t
       far += totals.far_S[slot];
       rank_s += costs.gemm.unit_seconds(totals.near_S[slot] + totals.far_S[slot]);
     }
-    intra = std::max(intra, std::max(totals.sent_near_N[rank], near) - totals.own_N[rank]);
+    const int64_t inside =
+        costs.tokens_in_stages ? near + far : std::max(totals.sent_near_N[rank], near);
+    intra = std::max(intra, inside - totals.own_N[rank]);
     inter = std::max(inter, std::max(totals.sent_far_N[rank], far));
     expert_s = std::max(expert_s, rank_s);
   }
-  const double pass_s =
-      std::max(static_cast<double>(intra) * (costs.token_bytes / costs.intra_bytes_per_s),
-               static_cast<double>(inter) * (costs.token_bytes / costs.inter_bytes_per_s));
-  return costs.expert_flops * expert_s + kAllToAllPasses * (pass_s + costs.latency_s);
+  const double intra_s =
+      static_cast<double>(intra) * (costs.intra_pair_bytes / costs.intra_bytes_per_s);
+  const double inter_s =
+      static_cast<double>(inter) * (costs.inter_pair_bytes / costs.inter_bytes_per_s);
+  const double pass_s = costs.tokens_in_stages ? intra_s + inter_s : std::max(intra_s, inter_s);
+  return costs.expert_flops * expert_s + kAllToAllPasses * (pass_s + costs.latency_s) +
+         costs.host_s;
 }
 
 double least_layer_seconds(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
@@ -101,7 +106,7 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const int
   const double expert_s = costs.expert_flops * std::max(experts_s / shape.ranks, largest_s);
 
   double pass_s = 0.0;
-  if (shape.ranks > 1) {
+  if (shape.ranks > 1 && !costs.tokens_in_stages) {
     const int64_t leaving = least_leaving(counts_NE, shape.ranks, shape.experts, shape.capacity);
     const double near_bytes_per_s = shape.node_size > 1 ? costs.intra_bytes_per_s : 0.0;
     const double far_bytes_per_s = shape.nodes() > 1 ? costs.inter_bytes_per_s : 0.0;
@@ -113,8 +118,8 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const int
     pass_s = std::max(
         pass_s, static_cast<double>(leaving) / shape.node_size / costs.inter_bytes_per_s);
   }
-  pass_s = pass_s * costs.token_bytes + costs.latency_s;
-  return (expert_s + kAllToAllPasses * pass_s) * kBelowRounding;
+  pass_s = pass_s * costs.inter_pair_bytes + costs.latency_s;
+  return (expert_s + kAllToAllPasses * pass_s + costs.host_s) * kBelowRounding;
 }
 
 namespace {
