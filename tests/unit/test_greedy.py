@@ -273,4 +273,4 @@ def test_by_time_fewer_tokens_leave_their_node() -> None:
             assert imbalance(counts_NE, layout, 8) <= 1.02
             far += int(exact_split(layout, 8).solve(counts_NE).totals().far_S.sum())
         shares.append(far / (8 * 16 * 4096))
-    assert shares[1] < 0.25 * shares[0]
+    assert shares[1] < 0.4 * shares[0]
