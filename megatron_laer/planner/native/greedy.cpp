@@ -14,6 +14,10 @@
 namespace laer {
 namespace {
 
+bool is_scarce(const Shape& shape) {
+  return shape.slots() - shape.experts < 2 * static_cast<int64_t>(shape.ranks);
+}
+
 // An expert that is small against a rank can grow fast; a hot one hardly can, and has replicas to
 // shed load by. So each is planned for with an eighth more, at most an eighth of a rank's share.
 std::vector<int64_t> with_headroom(const Shape& shape, const int64_t* node_counts_QE) {
@@ -103,9 +107,7 @@ class Judge {
 }  // namespace
 
 std::vector<int16_t> for_drift(const Shape& shape, const int64_t* node_counts_QE) {
-  const int64_t spare = static_cast<int64_t>(shape.slots()) - shape.experts;
-  const bool scarce = spare < 2 * static_cast<int64_t>(shape.ranks);
-  if (!scarce || !can_balance(shape)) {
+  if (!is_scarce(shape) || !can_balance(shape)) {
     return proportional(shape, node_counts_QE, Purpose::kForecast);
   }
   return construct(shape, with_headroom(shape, node_counts_QE).data(), Purpose::kForecast);
@@ -125,7 +127,8 @@ std::vector<int16_t> greedy(const Shape& shape, const CostModel& costs, const in
     best_s = seconds;
     best = std::move(slots_S);
   };
-  compete(construct(shape, node_counts_QE, Purpose::kNow));
+  // With slots to spare it leaves load fewer ways to flow off than the others have.
+  if (is_scarce(shape)) compete(construct(shape, node_counts_QE, Purpose::kNow));
   if (static_cast<int64_t>(shape.nodes()) * most_experts >= shape.experts) {
     compete(proportional_by_node(shape, node_counts_QE, most_experts));
   }
