@@ -215,6 +215,9 @@ class FSEPMoELayer(MoELayer):
         hidden_states = self._plan.restored.reduce_after_dispatch(hidden_states)
         dispatched = super().dispatch(hidden_states, probs)
         self._coordinator.scheduler.dispatched(self.state, self.training)
+        groups = self._coordinator.groups
+        rows = self._plan.rows_sent(groups.rank, groups.node_size)
+        self.state.sent.add(*rows, hidden_states.shape[-1] * hidden_states.element_size())
         return dispatched
 
     def routed_experts_compute(
@@ -240,6 +243,17 @@ class FSEPMoELayer(MoELayer):
         summed: torch.Tensor = super().postprocess(output, shared_expert_output)
         return summed
 
+    def what_changed(self) -> str | None:
+        """Say what somebody changed in the experts since they were built; None if nothing."""
+        experts: torch.nn.Module = self.experts
+        if isinstance(experts, FSEPExperts):
+            return experts.what_changed()
+        return f"its experts were replaced by {type(experts).__name__}: {ADAPTED}"
+
+    def end_step(self) -> None:
+        """Let the dispatcher compare what its buffers counted in this step with the plans."""
+        self.token_dispatcher.end_step()
+
     def _register(self, layer_number: int) -> None:
         repeats = self._is_mtp and self.config.mtp_use_repeated_layer
         self._state = self._coordinator.register_layer(
@@ -248,15 +262,9 @@ class FSEPMoELayer(MoELayer):
             self.experts.local_slices(),
             recomputes=self.moe_layer_recompute,
             passes=self.config.mtp_num_layers if repeats else 1,
-            changed=self._what_changed,
+            owner=self,
         )
         self.experts.initialise(self._state.name, self._coordinator.seed)
-
-    def _what_changed(self) -> str | None:
-        experts: torch.nn.Module = self.experts
-        if isinstance(experts, FSEPExperts):
-            return experts.what_changed()
-        return f"its experts were replaced by {type(experts).__name__}: {ADAPTED}"
 
 
 def _activation_builder(submodules: MoESubmodules) -> Any:

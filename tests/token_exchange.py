@@ -304,14 +304,14 @@ class Expected:
 
 def expected(case: Case, *, nodes: bool) -> Expected:
     """Count sets of tokens."""
-    from megatron_laer.dispatch.replica_choice import token_order
+    from megatron_laer.dispatch.replica_choice import choose_replicas
 
     size, node_size = case.ranks, case.node_size
     pairs: list[tuple[int, int, int]] = []  # source, token, rank
     for source, map_TE in enumerate(routing_maps(case)):
         by_expert = [(t, e) for e in range(case.experts) for t in range(len(map_TE))]
         routed = [token for token, expert in by_expert if map_TE[token, expert]]
-        slot_P = token_order(map_TE, plan_of(case, source).quotas, node_size).tolist()
+        slot_P = choose_replicas(map_TE, plan_of(case, source).quotas, node_size, source).tolist()
         slots = zip(routed, slot_P, strict=True)
         pairs += [(source, token, slot // case.capacity) for token, slot in slots]
 

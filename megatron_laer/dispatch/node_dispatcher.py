@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_laer.dispatch.permutation import reorder
-from megatron_laer.dispatch.replica_choice import token_order
+from megatron_laer.dispatch.replica_choice import choose_replicas
 from megatron_laer.dispatch.row_map import RowMap
 from megatron_laer.dispatch.slot_dispatch import SlotDispatching
 from megatron_laer.dispatch.token_routes import (
@@ -129,7 +129,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         plan, groups = self._current.plan, self._groups
         quotas, layout = plan.quotas, plan.layout
         routing_map = self._routed(routing_map)
-        slot_P = token_order(routing_map, quotas, groups.node_size)
+        slot_P = choose_replicas(routing_map, quotas, groups.node_size, groups.rank)
         routes = pair_routes(
             routing_map, slot_P, layout.num_ranks, layout.capacity, groups.node_size
         )

@@ -61,6 +61,9 @@ class SlotDispatching:
     def start_shared_experts(self, hidden_states: torch.Tensor) -> None:
         """Start the shared experts that overlap with exchanges, where that is not later."""
 
+    def end_step(self) -> None:
+        """Do what is left to do when a training step is over."""
+
     def keeping_rows(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context for the experts, in which autograd keeps less of their input."""
         return contextlib.nullcontext()

@@ -18,11 +18,11 @@ from megatron_laer.config import (
     WireDtype,
 )
 from megatron_laer.layout import default_capacity
-from megatron_laer.planner.clusters import load_cluster
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
-from megatron_laer.planner.token_exchange import choose_token_exchange
+from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.runtime.comm.hierarchical import (
     HierarchicalExchange,
     flat_exchange,
@@ -47,7 +47,7 @@ _WIRE_DTYPES = {
 _TOKENS = 8192
 
 # Part of a card's name → the shipped cluster whose devices are most like it.
-_CLUSTERS = {"A100": "a100-4x8-ib800", "H100": "h100-8"}
+_CLUSTERS = {"A100": "a100-4x8-ib800", "H100": "h100-8", "H200": "h200-8", "B200": "b200-8"}
 
 
 def build_coordinator(
@@ -75,10 +75,12 @@ def build_coordinator(
         node_size=groups.node_size,
     )
     costs = layer_costs(config, transformer_config, device)
-    chosen = costs.with_exchange(config.restore_algorithm, geometry)
-    exchange = token_exchange(config, chosen, geometry, transformer_config.moe_router_topk)
+    top_k = transformer_config.moe_router_topk
+    exchange = token_exchange(config, costs, geometry, top_k)
     if config.token_exchange == TokenExchangeChoice.AUTO and groups.rank == groups.index == 0:
         logger.info("FSEP: --fsep-token-exchange %s is %s", config.token_exchange, exchange)
+    costs = with_token_exchange(costs, exchange, geometry, top_k, _TOKENS)
+    chosen = costs.with_exchange(config.restore_algorithm, geometry)
     overlaps = config.scheduler == OverlapScheduler.ON
     # Announced layouts are kept after the gate, as forecast ones are.
     at_gate = PlanMode.FORECAST if config.mode == PlanMode.ANNOUNCED else config.mode
@@ -130,7 +132,8 @@ def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.devic
     """
     recompute = transformer_config.recompute_granularity
     return CostModel(
-        cluster=load_cluster(config.cluster or default_cluster(device)),
+        # `auto` computes with the back end whose GEMMs a cluster has anyhow.
+        cluster=load_cluster(config.cluster or default_cluster(device)).for_back_end(config.gemm),
         hidden=transformer_config.hidden_size,
         ffn=transformer_config.moe_ffn_hidden_size,
         gated=transformer_config.gated_linear_unit,

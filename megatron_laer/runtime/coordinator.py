@@ -30,8 +30,10 @@ from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
 from megatron_laer.runtime.layer_state import (
+    LayerOwner,
     LayerState,
     check_no_plan_is_left,
+    end_step,
     frozen_in,
     name_of_layer,
     what_changed,
@@ -123,7 +125,7 @@ class Coordinator:
         *,
         recomputes: bool,
         passes: int,
-        changed: Callable[[], str | None],
+        owner: LayerOwner,
     ) -> LayerState:
         """Add a MoE layer; every rank of the group adds the same ones in the same order.
 
@@ -132,12 +134,12 @@ class Coordinator:
             slices: what this rank holds of its experts.
             recomputes: whether it is a checkpoint of its own.
             passes: that each microbatch makes through it.
-            changed: tells what somebody changed in its experts, once the model is complete.
+            owner: the layer.
         """
         assert not self._started, "a layer was built after training began"
         name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
         state = LayerState(
-            len(self.layers), name, number, is_mtp, slices, recomputes, passes, changed
+            len(self.layers), name, number, is_mtp, slices, recomputes, passes, owner
         )
         self.layouts.add_layer(name)
         self.layers.append(state)
@@ -285,9 +287,9 @@ class Coordinator:
             weights_changed: whether the optimizer made its step.
 
         Raises:
-            RuntimeError: a layer's plans were not all used by a backward pass.
+            RuntimeError: plans that no backward pass used, or tokens in other slots than planned.
         """
-        check_no_plan_is_left(self.layers)
+        end_step(self.layers)
         self.layouts.end_step()
         self.experts.end_step(weights_changed=weights_changed)
         self._unreported_steps += 1

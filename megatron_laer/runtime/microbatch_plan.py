@@ -60,3 +60,18 @@ class MicrobatchPlan:
     def for_rerun(self, routing_map_TE: torch.Tensor) -> MicrobatchPlan:
         """Return the same plan, for the re-run under a checkpoint."""
         return replace(self, routing_map_TE=routing_map_TE)
+
+    def rows_sent(self, rank: int, node_size: int) -> tuple[int, int]:
+        """Return the rows that a rank sends inside its node and to other nodes in one dispatch.
+
+        Rows that it passes on are among them; what stays on the rank is not. Of a token exchange
+        through nodes, the sizes must be known.
+        """
+        node, local_rank = divmod(rank, node_size)
+        rows = self.first_pass.token_rows
+        if rows is not None and rows.has_two_stages:
+            first_M, second_G = rows.first_sent(rank), rows.second_sent(rank)
+            return sum(second_G) - second_G[local_rank], sum(first_M) - first_M[node]
+        sent_N = self.quotas.input_splits_N if rows is None else rows.first_sent(rank)
+        in_node = sum(sent_N[node * node_size : (node + 1) * node_size])
+        return in_node - sent_N[rank], sum(sent_N) - in_node

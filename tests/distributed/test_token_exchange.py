@@ -40,13 +40,19 @@ CASES = {
 }
 
 
-def both(case: Case, dtype_name: str) -> tuple[Outcome, Outcome, Outcome]:
-    """On a rank: by Megatron's rows, and twice through nodes."""
+def both(case: Case, dtype_name: str) -> tuple[Outcome, Outcome, Outcome, Outcome]:
+    """On a rank: by Megatron's rows, twice through nodes, and so with a choice of replicas."""
+    from megatron_laer.dispatch import replica_choice
+
     dtype = getattr(torch, dtype_name)
     with gloo_groups(case.node_size) as groups:
         by_rank = run(case, groups, nodes=False, dtype=dtype)
-        through_nodes = [run(case, groups, nodes=True, dtype=dtype) for _ in range(2)]
-    return by_rank, *through_nodes
+        # Of more than all pairs, so never; then always.
+        with mock.patch.object(replica_choice, "_LEAST_SHARE", 1.1):
+            through_nodes = [run(case, groups, nodes=True, dtype=dtype) for _ in range(2)]
+        with mock.patch.object(replica_choice, "_LEAST_SHARE", 0.0):
+            chosen = run(case, groups, nodes=True, dtype=dtype)
+    return by_rank, *through_nodes, chosen
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -54,15 +60,16 @@ def both(case: Case, dtype_name: str) -> tuple[Outcome, Outcome, Outcome]:
 def test_experts_get_the_same_bits_and_sums_differ_by_rounding(
     ranks: Callable[[int], RankPool], case: str, dtype: str
 ) -> None:
-    for by_rank, nodes, again in ranks(CASES[case].ranks).run(both, CASES[case], dtype):
+    for by_rank, nodes, again, chosen in ranks(CASES[case].ranks).run(both, CASES[case], dtype):
         for mine, stocks in zip(nodes.experts, by_rank.experts, strict=True):
             assert torch.equal(mine, stocks)
         # A bf16 rounding per sum: of a rank's pairs, of a node's ranks, and of nodes.
         bound = {} if dtype == "float32" else {"rtol": 5e-2, "atol": 5e-2}
-        for mine, stocks in zip(
-            (nodes.combined, *nodes.grads), (by_rank.combined, *by_rank.grads), strict=True
-        ):
-            torch.testing.assert_close(mine, stocks, **bound)
+        for ours in (nodes, chosen):
+            for mine, stocks in zip(
+                (ours.combined, *ours.grads), (by_rank.combined, *by_rank.grads), strict=True
+            ):
+                torch.testing.assert_close(mine, stocks, **bound)
         assert torch.equal(nodes.grads[1], by_rank.grads[1]) or dtype == "bfloat16"
         for mine, repeated in zip(
             (nodes.combined, *nodes.grads), (again.combined, *again.grads), strict=True

@@ -205,7 +205,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "Muon",
         "Muon with Nesterov momentum, other scales, coefficients, and tensor-parallel mode",
         "Muon, bf16, accumulation 2, shared experts",
-        "Muon, expert data parallel 2, E = 3 on 4 ranks",
+        "Muon, expert data parallel 2, rows that do not divide, E = 3 on 4 ranks",
         "Muon, tensor parallel 2, linear bias",
     ),
     "Muon with `--use-distributed-optimizer`, or `dist_muon`": (

@@ -964,13 +964,14 @@ ROWS = [
         bound=BF16_BOUND,
     ),
     Row(
-        "Muon, expert data parallel 2, E = 3 on 4 ranks",
+        "Muon, expert data parallel 2, rows that do not divide, E = 3 on 4 ranks",
         ranks=4,
         experts=3,
         expert_parallel=2,
         stock_parallel=(1, 1),
         reference_ranks=1,
-        flags=MUON,
+        without="--swiglu",
+        flags=MUON + " --squared-relu --moe-ffn-hidden-size 33",
     ),
     Row(
         "Muon, tensor parallel 2, linear bias",

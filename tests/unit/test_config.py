@@ -78,7 +78,7 @@ def test_a_flag_without_the_mode_is_an_error_that_quotes_it(words: list[str]) ->
         ("--fsep-cluster cpu-gloo", "--fsep-restore-algorithm flat --fsep-plan-mode exact"),
         (
             "--fsep-cluster cpu-gloo",
-            "--fsep-restore-algorithm flat --fsep-imbalance-tolerance 0.1",
+            "--fsep-restore-algorithm flat --fsep-imbalance-tolerance 0.1 --fsep-planner search",
         ),
     ],
 )

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 
 from megatron_laer.telemetry.clock import Stopwatch, Timestamp, make_clock
-from megatron_laer.telemetry.timeline import COMPUTE, Timeline
+from megatron_laer.telemetry.timeline import Timeline
+from megatron_laer.telemetry.trace_events import COMPUTE
 
 # The priority of CUDA streams for exchanges; lower numbers go first. Priority orders thread blocks:
 # with that of compute, 0, each small kernel of an exchange would wait until the running GEMM has no
