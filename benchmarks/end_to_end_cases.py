@@ -96,7 +96,7 @@ FULL = Size(2, 512, 2048, 8, 2, 256, 32, warm_up=2, steps=4, repeats=3)
 HALF = Size(2, 256, 1024, 8, 2, 256, 16, warm_up=2, steps=4, repeats=3)
 QUICK = Size(2, 128, 512, 8, 2, 64, 16, warm_up=2, steps=4, repeats=2)
 # Where exchanges of tokens dominate: top-4 of 8, wide rows, and few multiplications with each.
-TOKENS = Size(2, 1024, 32, 8, 4, 128, 32, 2, 6, 3, more="--kv-channels 8")
+TOKENS = Size(2, 1024, 32, 8, 4, 128, 16, 2, 6, 3, more="--kv-channels 8")
 QUICK_TOKENS = Size(2, 256, 32, 8, 4, 64, 16, 2, 4, 2, more="--kv-channels 8")
 
 

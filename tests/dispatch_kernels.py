@@ -6,11 +6,13 @@ is imported whether it interprets, so a test starts a process for it.
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import torch
 
 from megatron_laer.config import Split
-from megatron_laer.dispatch import kernels
+from megatron_laer.dispatch import kernels, row_map
 from megatron_laer.dispatch.permutation import run_sizes, send_rows, sum_rows
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
@@ -67,6 +69,19 @@ def check_sum_rows(
     assert torch.equal(found.cpu(), expected)
 
 
+def check_row_map(
+    rows: int, copies: int, width: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """A map that is made for the kernels collects as one for torch: in float32, rounded once."""
+    generator = torch.Generator().manual_seed(2)
+    copies_XH = torch.randn(copies, width, generator=generator).to(dtype)
+    row_X = torch.randint(0, rows, (copies,), generator=generator, dtype=torch.int32)
+    with mock.patch.object(row_map, "_kernels", lambda _: kernels):
+        found = row_map.row_map(row_X.to(device), rows).collect(copies_XH.to(device))
+    assert found.dtype == dtype
+    assert torch.equal(found.cpu(), row_map.RowMap(row_X, rows).collect(copies_XH))
+
+
 def check_all(device: torch.device) -> int:
     """Check every case; returns how many there were."""
     for sizes in SIZES:
@@ -76,7 +91,8 @@ def check_all(device: torch.device) -> int:
     for dtype in (torch.float32, narrow):
         for shape in SUMS:
             check_sum_rows(*shape, dtype, device)
-    return len(SIZES) + 2 * len(SUMS)
+            check_row_map(*shape, dtype, device)
+    return len(SIZES) + 4 * len(SUMS)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,13 @@ def plan_of(case: Case, rank: int) -> MicrobatchPlan:
 
 
 def make_dispatcher(
-    plan: MicrobatchPlan, case: Case, groups: FSEPGroups, *, nodes: bool, shared: Any = None
+    plan: MicrobatchPlan,
+    case: Case,
+    groups: FSEPGroups,
+    *,
+    nodes: bool,
+    shared: Any = None,
+    timeline: Any = None,
 ) -> Any:
     """Megatron's rows, or those through nodes."""
     from megatron.core.transformer import TransformerConfig
@@ -141,7 +147,7 @@ def make_dispatcher(
         dispatcher = SlotTokenDispatcher(*given, **options)
     if shared is not None:
         dispatcher.set_shared_experts(shared)
-    dispatcher.begin(SlotDispatch(plan, "layer 1", None))
+    dispatcher.begin(SlotDispatch(plan, "layer 1", timeline))
     return dispatcher
 
 
@@ -152,6 +158,7 @@ def run(
     nodes: bool,
     dtype: torch.dtype = torch.float32,
     shared: Any = None,
+    timeline: Any = None,
 ) -> Outcome:
     """On a rank: dispatch tokens, let experts square and weigh them, combine, go back."""
     rank = groups.rank
@@ -161,7 +168,7 @@ def run(
     hidden = torch.randn(1, tokens, HIDDEN, generator=generator).to(dtype).requires_grad_()
     probs = (torch.rand(map_TE.shape, generator=generator) * map_TE).requires_grad_()
     grad = torch.randn(hidden.shape, generator=generator).to(dtype)
-    dispatcher = make_dispatcher(plan, case, groups, nodes=nodes, shared=shared)
+    dispatcher = make_dispatcher(plan, case, groups, nodes=nodes, shared=shared, timeline=timeline)
     dispatcher.start_shared_experts(hidden)
     sent: dict[str, list[Sent]] = {}
     kept = _Kept()

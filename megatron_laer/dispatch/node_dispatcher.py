@@ -159,9 +159,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
             received, sent = rows.second_received(rank), rows.second_sent(rank)
             self._second = second_stage(self._bits, rows.node_size, sum(sent))
             self._bits = None
-            tokens = exchange(
-                self._groups.tokens_intra_node, self._second.spread(tokens), received, sent
-            )
+            tokens = self._inside_node("dispatch", self._second.spread(tokens), received, sent)
         assert self._row_of_pairs is not None
         came = self._arrivals = arrivals(self._row_of_pairs, quotas, rows, rank)
         self._row_of_pairs = None
@@ -184,7 +182,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         self._arrivals = None
         if self._second is not None:
             received, sent = rows.second_sent(rank), rows.second_received(rank)
-            summed = exchange(self._groups.tokens_intra_node, summed, received, sent)
+            summed = self._inside_node("combine", summed, received, sent)
             summed = self._second.collect(summed)
             self._second = None
         return summed
@@ -197,6 +195,17 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         if self.shared_experts is not None:
             output += self.shared_experts.get_output()
         return output
+
+    def _inside_node(
+        self, name: str, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
+    ) -> torch.Tensor:
+        layer, group = self._current.layer_name, self._groups.tokens_intra_node
+        (received,) = self._timed(
+            lambda sent: (exchange(group, sent, received_sizes, sent_sizes),),
+            (sent,),
+            (f"{name} {layer}, inside node", f"experts {layer}", f"experts {layer}, backward"),
+        )
+        return received
 
 
 def exchange(

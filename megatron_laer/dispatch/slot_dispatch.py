@@ -9,6 +9,7 @@ Legend: T tokens, E experts, S slots, H hidden.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,26 +71,39 @@ class SlotDispatching:
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
         """Megatron's, with its begin and end on the timeline."""
         megatrons: Any = super()
-        timeline, layer = self._current.timeline, self._current.layer_name
-        if timeline is None:
-            return megatrons.token_dispatch(tokens, probs)
-        before, after = exchange_edges(
-            timeline, f"dispatch {layer}", f"experts {layer}", f"{DENSE}, backward"
+        layer = self._current.layer_name
+        return self._timed(
+            megatrons.token_dispatch,
+            (tokens, probs),
+            (f"dispatch {layer}", f"experts {layer}", f"{DENSE}, backward"),
         )
-        return after(*megatrons.token_dispatch(*before(tokens, probs)))
 
     def token_combine(self, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Megatron's, with its begin and end on the timeline."""
         megatrons: Any = super()
-        timeline, layer = self._current.timeline, self._current.layer_name
-        if timeline is None:
-            return megatrons.token_combine(tokens, *args, **kwargs)
-        before, after = exchange_edges(
-            timeline, f"combine {layer}", DENSE, f"experts {layer}, backward"
+        layer = self._current.layer_name
+        (combined,) = self._timed(
+            lambda tokens: (megatrons.token_combine(tokens, *args, **kwargs),),
+            (tokens,),
+            (f"combine {layer}", DENSE, f"experts {layer}, backward"),
         )
-        (tokens,) = before(tokens)
-        (combined,) = after(megatrons.token_combine(tokens, *args, **kwargs))
         return combined
+
+    def _timed(
+        self,
+        exchange: Callable[..., tuple[torch.Tensor, ...]],
+        tensors: tuple[torch.Tensor, ...],
+        names: tuple[str, str, str],
+    ) -> tuple[torch.Tensor, ...]:
+        """Exchange tensors with begin and end on the timeline, if there is one.
+
+        Args:
+            names: of the exchange, and of the phases that follow it: see `exchange_edges`.
+        """
+        if self._current.timeline is None:
+            return exchange(*tensors)
+        before, after = exchange_edges(self._current.timeline, *names)
+        return after(*exchange(*before(*tensors)))
 
     def _routed(self, routing_map_TE: torch.Tensor) -> torch.Tensor:
         """Return the router's map; in a re-run under a checkpoint the first pass's."""

@@ -82,6 +82,16 @@ CASES = {
         "--fsep-plan-mode announced with --mtp-use-repeated-layer",
         "leave out one of them",
     ),
+    "tokens through nodes with the flex dispatcher": (
+        "--fsep-token-exchange node --moe-token-dispatcher-type flex",
+        "--fsep-token-exchange node with --moe-token-dispatcher-type flex",
+        "leave one out",
+    ),
+    "tokens through nodes with the fused permutation": (
+        "--fsep-token-exchange auto --moe-permute-fusion",
+        "--fsep-token-exchange auto with --moe-permute-fusion",
+        "leave one out",
+    ),
     "flex dispatcher with NCCL EP": (
         "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
         "--moe-flex-dispatcher-backend ncclep",

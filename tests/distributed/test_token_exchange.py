@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
+from tests.parity.flags import command_line
 from tests.token_exchange import (
     HIDDEN,
     Case,
@@ -93,6 +96,28 @@ def gathers_of_sizes(case: Case) -> list[int]:
 
 def test_a_rerun_under_a_checkpoint_exchanges_no_sizes(ranks: Callable[[int], RankPool]) -> None:
     assert ranks(4).run(gathers_of_sizes, EVEN) == [[1, 1]] * 4
+
+
+def exchanges_noted(case: Case) -> list[tuple[str, str]]:
+    """On a rank: what a timeline is told of a whole exchange through nodes."""
+    noted: list[tuple[str, str]] = []
+    timeline: Any = SimpleNamespace(
+        begin_exchange=lambda name: noted.append(("begin", name)),
+        end_exchange=lambda then: noted.append(("end", then)),
+    )
+    with gloo_groups(case.node_size) as groups:
+        run(case, groups, nodes=True, timeline=timeline)
+    return noted
+
+
+def test_a_timeline_has_both_stages(ranks: Callable[[int], RankPool]) -> None:
+    crossing, inside = "dispatch layer 1", "dispatch layer 1, inside node"
+    back_inside, back = "combine layer 1, inside node", "combine layer 1"
+    expected_names = [crossing, inside, back_inside, back]
+    for noted in ranks(4).run(exchanges_noted, EVEN):
+        assert [event for event, _ in noted] == ["begin", "end"] * 8
+        names = [name for event, name in noted if event == "begin"]
+        assert names == expected_names + [f"{name}, backward" for name in expected_names[::-1]]
 
 
 class SharedExperts:
@@ -206,3 +231,37 @@ def test_backward_keeps_rows_instead_of_pairs(
         of_maps = 4 * received + 4 * sent + 8 * routed
         assert nodes.kept_bytes == row_bytes * rows + of_pairs + of_maps
         assert rows < received
+
+
+def rows_unpacked(flags: list[str]) -> int:
+    """On a rank: how often a run's backward passes spread rows that were kept."""
+    from megatron_laer.dispatch import row_map
+
+    unpacked = 0
+    unpack = row_map._unpack
+
+    def counted(kept: Any) -> torch.Tensor:
+        nonlocal unpacked
+        unpacked += isinstance(kept, tuple)
+        return unpack(kept)
+
+    with mock.patch.object(row_map, "_unpack", counted):
+        train(flags)
+    return unpacked
+
+
+@pytest.mark.parametrize(
+    "flags", ["", " --moe-apply-probs-on-input --moe-router-topk 1 --moe-router-pre-softmax"]
+)
+def test_experts_in_megatrons_loop_keep_rows(
+    ranks: Callable[[int], RankPool], text_data: str, flags: str
+) -> None:
+    command = command_line(
+        text_data,
+        experts=8,
+        expert_parallel=2,
+        global_batch=4,
+        steps=3,
+        extra=" --expert-parallel-mode fsep --fsep-node-size 1 --fsep-token-exchange node" + flags,
+    )
+    assert ranks(2).run(rows_unpacked, command) == [3 * 2] * 2  # steps and layers
