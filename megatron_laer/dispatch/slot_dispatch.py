@@ -19,7 +19,8 @@ from megatron_laer.dispatch.permutation import slot_ranges
 from megatron_laer.dispatch.slots import to_slots
 from megatron_laer.runtime.comm.upload import upload_arrays
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.telemetry.timeline import DENSE, Timeline
+from megatron_laer.telemetry.step_times import IntervalListener
+from megatron_laer.telemetry.timeline import DENSE
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +29,13 @@ class SlotDispatch:
 
     Attributes:
         plan: which tokens go to which slots.
-        layer_name: for the timeline.
-        timeline: where the layer's token exchanges are recorded, if anywhere.
+        layer_name: for the listener.
+        listener: hears of the layer's token exchanges, if anybody does.
     """
 
     plan: MicrobatchPlan
     layer_name: str
-    timeline: Timeline | None
+    listener: IntervalListener | None
 
 
 class SlotDispatching:
@@ -60,24 +61,24 @@ class SlotDispatching:
         """Start the shared experts that overlap with exchanges, where that is not later."""
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Megatron's, with its begin and end on the timeline."""
+        """Megatron's, with its begin and end told to the listener."""
         megatrons: Any = super()
-        timeline, layer = self._current.timeline, self._current.layer_name
-        if timeline is None:
+        listener, layer = self._current.listener, self._current.layer_name
+        if listener is None:
             return megatrons.token_dispatch(tokens, probs)
         before, after = exchange_edges(
-            timeline, f"dispatch {layer}", f"experts {layer}", f"{DENSE}, backward"
+            listener, f"dispatch {layer}", f"experts {layer}", f"{DENSE}, backward"
         )
         return after(*megatrons.token_dispatch(*before(tokens, probs)))
 
     def token_combine(self, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Megatron's, with its begin and end on the timeline."""
+        """Megatron's, with its begin and end told to the listener."""
         megatrons: Any = super()
-        timeline, layer = self._current.timeline, self._current.layer_name
-        if timeline is None:
+        listener, layer = self._current.listener, self._current.layer_name
+        if listener is None:
             return megatrons.token_combine(tokens, *args, **kwargs)
         before, after = exchange_edges(
-            timeline, f"combine {layer}", DENSE, f"experts {layer}, backward"
+            listener, f"combine {layer}", DENSE, f"experts {layer}, backward"
         )
         (tokens,) = before(tokens)
         (combined,) = after(megatrons.token_combine(tokens, *args, **kwargs))
