@@ -1,0 +1,403 @@
+// Charts: each is a figure with a canvas that is read with a pointer or with arrow keys, a line
+// that says what is pointed at, and a table of the same numbers.
+
+const redraws = [];
+
+/**
+ * Adds a figure. `chart` has a title, a text, a height, `draw(context, width, height, at)`, and
+ * what can be pointed at: `rows`, `columns`, `find(x, y, width, height)` and `say(row, column)`;
+ * `table()` gives a line of heads and lines of cells.
+ */
+function addFigure(parent, chart) {
+  const canvas = element("canvas", { tabindex: "0", role: "img" });
+  const read = element("p", { class: "read", "aria-live": "polite" });
+  const details = element("details", {}, element("summary", {}, "Table"));
+  const png = element("button", { type: "button", "aria-label": `${chart.title} as PNG` }, "PNG");
+  const figure = element(
+    "figure", {}, element("h3", {}, chart.title), canvas, read,
+    element("figcaption", {}, chart.text || ""), element("div", { class: "below" }, png, details),
+  );
+  if (chart.legend) figure.insertBefore(chart.legend, canvas);
+  parent.append(figure);
+  let at = null;
+
+  function draw() {
+    canvas.setAttribute("aria-label", `${chart.title}. ${chart.text || ""} Arrow keys read values.`);
+    const { context, width, height } = prepared(canvas, chart.height());
+    chart.draw(context, width, height, at);
+  }
+  function point(next) {
+    at = next;
+    read.textContent = at === null ? "" : chart.say(at.row, at.column);
+    draw();
+  }
+  canvas.addEventListener("pointermove", (event) => {
+    const box = canvas.getBoundingClientRect();
+    point(chart.find(event.clientX - box.left, event.clientY - box.top, box.width, box.height));
+  });
+  canvas.addEventListener("keydown", (event) => {
+    const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+    const from = at || { row: 0, column: 0 };
+    const rows = chart.rows(), columns = chart.columns();
+    let next = null;
+    if (moves[event.key] && at) {
+      const [down, right] = moves[event.key];
+      next = {
+        row: Math.min(Math.max(from.row + down, 0), rows - 1),
+        column: Math.min(Math.max(from.column + right, 0), columns - 1),
+      };
+    } else if (moves[event.key] || event.key === "Home") next = { row: from.row, column: 0 };
+    else if (event.key === "End") next = { row: from.row, column: columns - 1 };
+    else if (event.key === "Escape") { point(null); return; }
+    if (next === null) return;
+    event.preventDefault();
+    point(next);
+  });
+  details.addEventListener("toggle", () => {
+    details.querySelector(".scroll")?.remove();
+    if (details.open) details.append(tableOf(chart.table(), chart.title));
+  });
+  png.addEventListener("click", () => canvas.toBlob((blob) => save("figure.png", "image/png", [blob])));
+  // Not at once: a figure that is added beside it makes its place narrower.
+  redraws.push(() => { details.open = false; point(null); });
+}
+
+/** Makes a table; the first line has the heads, and the first cells name their lines. */
+function tableOf(lines, title) {
+  const body = element("tbody");
+  for (const line of lines.slice(1)) {
+    const cells = line.map((cell, place) =>
+      element(place ? "td" : "th", place ? {} : { scope: "row" }, String(cell)));
+    body.append(element("tr", {}, ...cells));
+  }
+  const heads = lines[0].map((cell) => element("th", { scope: "col" }, String(cell)));
+  const table = element("table", {}, element("thead", {}, element("tr", {}, ...heads)), body);
+  return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": title }, table);
+}
+
+/** Makes a legend of names and colours. */
+function legendOf(names, colours) {
+  return element("ul", { class: "legend" }, ...names.map((name, at) =>
+    element("li", {}, element("span", { style: `background:${colours[at]}` }), name)));
+}
+
+/**
+ * A raster of rows × columns. `values()` gives rows of numbers, `scale()` their colours; every
+ * `border()` rows there is a line, as between nodes.
+ */
+function raster(options) {
+  const left = 78, right = 58, top = 4, bottom = 20;
+  const size = (width, height, rows, columns) => ({
+    cell: (width - left - right) / columns, row: (height - top - bottom) / rows,
+  });
+  return {
+    title: options.title,
+    text: options.text,
+    rows: () => options.values().length,
+    columns: () => options.columnNames().length,
+    height: () => top + bottom + Math.min(380, Math.max(88, options.values().length * 14)),
+    say: (row, column) => `${options.rowName(row)}, ${options.columnNames()[column]}: `
+      + options.format(options.values()[row][column]),
+    find(x, y, width, height) {
+      const rows = this.rows(), columns = this.columns();
+      const { cell, row } = size(width, height, rows, columns);
+      const found = { row: Math.floor((y - top) / row), column: Math.floor((x - left) / cell) };
+      const inside = found.row >= 0 && found.row < rows && found.column >= 0 && found.column < columns;
+      return inside ? found : null;
+    },
+    draw(context, width, height, at) {
+      const values = options.values(), names = options.columnNames();
+      const rows = values.length, columns = names.length, scale = options.scale();
+      const { cell, row } = size(width, height, rows, columns);
+      for (let r = 0; r < rows; r++) {
+        for (let c = 0; c < columns; c++) {
+          const value = values[r][c];
+          if (value === null) continue;
+          context.fillStyle = scale.of(value);
+          context.fillRect(left + c * cell, top + r * row, cell + 0.6, row + (row > 4 ? -0.5 : 0.6));
+        }
+      }
+      context.fillStyle = context.strokeStyle = colour("soft");
+      context.textAlign = "right";
+      context.textBaseline = "middle";
+      const stride = Math.ceil(14 / row);
+      for (let r = 0; r < rows; r += stride) {
+        context.fillText(options.rowName(r), left - 6, top + (r + 0.5) * row, left - 8);
+      }
+      const border = options.border ? options.border() : 0;
+      if (border && border < rows) {
+        context.strokeStyle = colour("ink");
+        context.beginPath();
+        for (let r = border; r < rows; r += border) {
+          context.moveTo(left - 8, top + r * row);
+          context.lineTo(width - right, top + r * row);
+        }
+        context.stroke();
+      }
+      context.textBaseline = "top";
+      context.textAlign = "left";
+      context.fillText(names[0], left, height - bottom + 5);
+      if (columns > 1) {
+        context.textAlign = "right";
+        context.fillText(names[columns - 1], width - right, height - bottom + 5);
+      }
+      scaleBar(context, scale, width - right + 12, top, Math.max(50, height - top - bottom));
+      if (at) {
+        context.strokeStyle = colour("focus");
+        context.lineWidth = 2;
+        context.strokeRect(left + at.column * cell - 1, top + at.row * row - 1, cell + 2, row + 2);
+        context.lineWidth = 1;
+      }
+    },
+    table: () => [
+      [options.rowHead, ...options.columnNames()],
+      ...options.values().map((line, r) => [options.rowName(r), ...line.map(options.format)]),
+    ],
+  };
+}
+
+function scaleBar(context, scale, x, y, height) {
+  for (let at = 0; at < height; at++) {
+    context.fillStyle = scale.of(scale.high - (at / height) * (scale.high - scale.low));
+    context.fillRect(x, y + at, 10, 1.5);
+  }
+  context.fillStyle = colour("soft");
+  context.textAlign = "left";
+  context.textBaseline = "top";
+  context.fillText(shown(scale.high), x + 13, y);
+  context.textBaseline = "bottom";
+  context.fillText(shown(scale.low), x + 13, y + height);
+}
+
+const PLOT = { left: 58, right: 12, top: 8, bottom: 34 };
+
+function plotFrame(context, width, height, axes) {
+  const { left, right, top, bottom } = PLOT;
+  const x = (v) => left + ((v - axes.x[0]) / (axes.x[1] - axes.x[0] || 1)) * (width - left - right);
+  const y = (v) => height - bottom - ((v - axes.y[0]) / (axes.y[1] - axes.y[0] || 1)) * (height - top - bottom);
+  context.strokeStyle = colour("line");
+  context.fillStyle = colour("soft");
+  context.textAlign = "right";
+  context.textBaseline = "middle";
+  for (const tick of ticks(axes.y[0], axes.y[1], 4)) {
+    context.beginPath();
+    context.moveTo(left, y(tick));
+    context.lineTo(width - right, y(tick));
+    context.stroke();
+    context.fillText(axes.format ? axes.format(tick) : shown(tick), left - 6, y(tick), left - 8);
+  }
+  context.textAlign = "center";
+  context.textBaseline = "top";
+  if (axes.names) {
+    context.textAlign = "left";
+    context.fillText(axes.names[0], left, height - bottom + 4);
+    context.textAlign = "right";
+    if (axes.names.length > 1) context.fillText(axes.names.at(-1), width - right, height - bottom + 4);
+  } else {
+    for (const tick of ticks(axes.x[0], axes.x[1], 6)) context.fillText(shown(tick), x(tick), height - bottom + 4);
+  }
+  context.textAlign = "center";
+  context.fillText(axes.label || "", (left + width - right) / 2, height - bottom + 18);
+  return { x, y };
+}
+
+/** Stacked bars: `parts` of numbers for each column, in colours. */
+function stack(options) {
+  const columns = options.columnNames.length;
+  const sums = options.columnNames.map((_, c) =>
+    options.parts.reduce((sum, part) => sum + (part[c] || 0), 0));
+  // A first step that warms up would press all others flat.
+  const high = Math.min(largest(sums, 0), 1.6 * quantile(sums, 0.95)) || 1;
+  const place = (x, width) => Math.floor(((x - PLOT.left) / (width - PLOT.left - PLOT.right)) * columns);
+  return {
+    ...options,
+    rows: () => 1,
+    columns: () => columns,
+    height: () => 240,
+    say: (row, column) => `${options.columnNames[column]}: ${shownMs(sums[column])}; `
+      + options.names.map((name, k) => `${name} ${shownMs(options.parts[k][column])}`).join(", "),
+    find: (x, y, width) => {
+      const column = place(x, width);
+      return column >= 0 && column < columns ? { row: 0, column } : null;
+    },
+    draw(context, width, height, at) {
+      const { x, y } = plotFrame(context, width, height, {
+        x: [0, columns], y: [0, high], names: options.columnNames, format: shownMs,
+      });
+      for (let c = 0; c < columns; c++) {
+        let below = 0;
+        options.parts.forEach((part, k) => {
+          const value = Math.min(part[c] || 0, high - below);
+          context.fillStyle = options.colours[k];
+          context.fillRect(x(c), y(below + value), x(c + 1) - x(c) + (columns > 120 ? 0.5 : -1), y(below) - y(below + value));
+          below += value;
+        });
+      }
+      if (at) {
+        context.strokeStyle = colour("focus");
+        context.lineWidth = 2;
+        context.strokeRect(x(at.column), y(high), x(at.column + 1) - x(at.column), y(0) - y(high));
+        context.lineWidth = 1;
+      }
+    },
+    table: () => [
+      ["steps", ...options.names, "sum"],
+      ...options.columnNames.map((name, c) =>
+        [name, ...options.parts.map((part) => shownMs(part[c])), shownMs(sums[c])]),
+    ],
+  };
+}
+
+/** Lines over the same columns, by name. */
+function lines(options) {
+  const columns = options.columnNames.length;
+  const high = largest(options.lines, 0) * 1.05 || 1;
+  const there = options.lines.flat().filter((v) => v !== null);
+  const low = options.fromZero || !there.length ? 0 : Math.min(...there);
+  const format = options.format || shown;
+  return {
+    ...options,
+    rows: () => options.lines.length,
+    columns: () => columns,
+    height: () => 200,
+    say: (row, column) => `${options.columnNames[column]}: `
+      + options.names.map((name, k) => `${name} ${format(options.lines[k][column])}`).join(", "),
+    find: (x, y, width) => {
+      const column = Math.round(((x - PLOT.left) / (width - PLOT.left - PLOT.right)) * (columns - 1));
+      return column >= 0 && column < columns ? { row: 0, column } : null;
+    },
+    draw(context, width, height, at) {
+      const { x, y } = plotFrame(context, width, height, {
+        x: [0, Math.max(1, columns - 1)], y: [low, high], names: options.columnNames, format,
+      });
+      options.lines.forEach((line, k) => {
+        context.strokeStyle = context.fillStyle = options.colours[k];
+        context.lineWidth = 1.8;
+        context.setLineDash(k % 2 ? [6, 3] : []);
+        context.beginPath();
+        let isDown = false;
+        line.forEach((value, c) => {
+          if (value === null) { isDown = false; return; }
+          if (isDown) context.lineTo(x(c), y(value));
+          else context.moveTo(x(c), y(value));
+          isDown = true;
+        });
+        context.stroke();
+        if (columns === 1 && line[0] !== null) context.fillRect(x(0) - 2, y(line[0]) - 2, 5, 5);
+      });
+      context.setLineDash([]);
+      context.lineWidth = 1;
+      if (at) {
+        context.strokeStyle = colour("focus");
+        context.beginPath();
+        context.moveTo(x(at.column), y(low));
+        context.lineTo(x(at.column), y(high));
+        context.stroke();
+      }
+    },
+    table: () => [
+      ["steps", ...options.names],
+      ...options.columnNames.map((name, c) => [name, ...options.lines.map((line) => format(line[c]))]),
+    ],
+  };
+}
+
+/** Points with a line where both numbers are equal; `loud` chooses a colour from 0 to 1. */
+function points(options) {
+  const number = options.x.length;
+  const high = [quantile(options.x, 0.99) * 1.15 || 1, quantile(options.y, 0.99) * 1.15 || 1];
+  const order = options.x.map((_, at) => at).sort((a, b) => options.x[a] - options.x[b]);
+  let frame = null;
+  return {
+    ...options,
+    rows: () => 1,
+    columns: () => number,
+    height: () => 260,
+    say: (row, column) => options.sayPoint(order[column]),
+    find: (px, py) => {
+      if (frame === null) return null;
+      let best = null, nearest = 144;
+      order.forEach((at, column) => {
+        const distance = (frame.x(options.x[at]) - px) ** 2 + (frame.y(options.y[at]) - py) ** 2;
+        if (distance < nearest) { nearest = distance; best = { row: 0, column }; }
+      });
+      return best;
+    },
+    draw(context, width, height, at) {
+      frame = plotFrame(context, width, height, {
+        x: [0, high[0]], y: [0, high[1]], label: `${options.xName} → (upwards: ${options.yName})`,
+      });
+      const { x, y } = frame;
+      context.strokeStyle = colour("soft");
+      context.setLineDash([4, 4]);
+      context.beginPath();
+      context.moveTo(x(0), y(0));
+      const end = Math.min(...high);
+      context.lineTo(x(end), y(end));
+      context.stroke();
+      context.setLineDash([]);
+      for (let n = 0; n < number; n++) {
+        if (options.x[n] > high[0] || options.y[n] > high[1]) continue;
+        context.fillStyle = KIND_COLOURS[options.loud && options.loud[n] > 0 ? 4 : 1];
+        context.globalAlpha = 0.55;
+        context.beginPath();
+        context.arc(x(options.x[n]), y(options.y[n]), 2.6, 0, 7);
+        context.fill();
+      }
+      context.globalAlpha = 1;
+      if (at) {
+        context.strokeStyle = colour("focus");
+        context.beginPath();
+        context.arc(x(options.x[order[at.column]]), y(options.y[order[at.column]]), 6, 0, 7);
+        context.stroke();
+      }
+    },
+    table: () => [
+      ["", options.xName, options.yName],
+      ...order.slice(0, 500).map((at, n) => [n + 1, shown(options.x[at]), shown(options.y[at])]),
+    ],
+  };
+}
+
+/** Horizontal bars, in pairs, by name. */
+function bars(options) {
+  const left = 78, row = 20, top = 4, bottom = 18;
+  const rows = options.names.length;
+  const high = largest(options.values, 0) || 1;
+  return {
+    ...options,
+    rows: () => rows,
+    columns: () => 1,
+    height: () => top + bottom + row * rows,
+    say: (at) => `${options.names[at]}: `
+      + options.kinds.map((kind, k) => `${kind} ${shownMs(options.values[k][at])}`).join(", "),
+    find: (x, y) => {
+      const at = Math.floor((y - top) / row);
+      return at >= 0 && at < rows ? { row: at, column: 0 } : null;
+    },
+    draw(context, width, height, at) {
+      const x = (v) => left + (v / high) * (width - left - 70);
+      context.textBaseline = "middle";
+      options.names.forEach((name, r) => {
+        const y = top + r * row;
+        context.fillStyle = colour("soft");
+        context.textAlign = "right";
+        context.fillText(name, left - 6, y + row / 2, left - 8);
+        options.values.forEach((values, k) => {
+          const thick = (row - 5) / options.values.length;
+          context.fillStyle = options.colours[k];
+          context.fillRect(left, y + 2 + k * thick, Math.max(1, x(values[r]) - left), thick - 0.5);
+        });
+        context.fillStyle = colour("ink");
+        context.textAlign = "left";
+        const longest = Math.max(...options.values.map((values) => values[r]));
+        context.fillText(shownMs(longest), x(longest) + 5, y + row / 2);
+        if (at && at.row === r) {
+          context.strokeStyle = colour("focus");
+          context.strokeRect(1, y, width - 2, row);
+        }
+      });
+    },
+    table: () => [["", ...options.kinds], ...options.names.map((name, r) => [name, ...options.values.map((v) => shownMs(v[r]))])],
+  };
+}
