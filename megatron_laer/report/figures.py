@@ -23,7 +23,7 @@ from megatron_laer.report.verdict import Verdict
 # Bins of the finest figures, as wide as a screen has columns to tell apart, and cells of a figure
 # that has a picture for each layer.
 MOST_BINS = 240
-_MOST_CELLS = 150_000
+_MOST_CELLS = 80_000
 _MOST_POINTS = 1500
 _WORST = 10
 

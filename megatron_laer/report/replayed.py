@@ -114,7 +114,7 @@ def replayed_run(
         geometry.num_experts,
         geometry.capacity,
         geometry.node_size,
-        tuple(trace.layers),
+        tuple(f"layer {name}" if name.isdigit() else name for name in trace.layers),
     )
     of_layers = {
         "passes": grid(lambda cell: len(cell.ratios)),

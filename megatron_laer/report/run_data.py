@@ -15,6 +15,9 @@ from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.telemetry.metrics_file import Shape
 
+# Records, whose counts are copied to be added up.
+_AT_ONCE = 1024
+
 Float64 = npt.NDArray[np.float64]
 
 
@@ -72,7 +75,8 @@ def expert_tokens_TLE(
     is_known_R = (at_R < len(steps_T)) & (steps_T[np.minimum(at_R, len(steps_T) - 1)] == steps_R)
     experts_TLE = np.zeros((len(steps_T), layers, counts_RNE.shape[2]), dtype=np.int64)
     chosen = np.flatnonzero(is_known_R)
-    np.add.at(
-        experts_TLE, (at_R[chosen], layer_R[chosen]), counts_RNE[chosen].sum(axis=1, dtype=np.int64)
-    )
+    for begin in range(0, len(chosen), _AT_ONCE):
+        part = chosen[begin : begin + _AT_ONCE]
+        sums_RE = counts_RNE[part].sum(axis=1, dtype=np.int64)
+        np.add.at(experts_TLE, (at_R[part], layer_R[part]), sums_RE)
     return experts_TLE

@@ -53,13 +53,15 @@ function addFigure(parent, chart) {
     event.preventDefault();
     point(next);
   });
-  details.addEventListener("toggle", () => {
+  // Made when it is opened: some have thousands of cells.
+  function fill() {
     details.querySelector(".scroll")?.remove();
     if (details.open) details.append(tableOf(chart.table(), chart.title));
-  });
+  }
+  details.addEventListener("toggle", fill);
   png.addEventListener("click", () => canvas.toBlob((blob) => save("figure.png", "image/png", [blob])));
   // Not at once: a figure that is added beside it makes its place narrower.
-  redraws.push(() => { details.open = false; point(null); });
+  redraws.push(() => { fill(); point(null); });
 }
 
 /** Makes a table; the first line has the heads, and the first cells name their lines. */

@@ -24,13 +24,15 @@ function shownMs(value) {
   return value >= 10000 ? `${shown(value / 1000)} s` : `${shown(value)} ms`;
 }
 
-/** Writes bytes. */
-function shownBytes(value) {
-  if (value === null || value === undefined) return "–";
-  for (const [unit, size] of [["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10]]) {
-    if (value >= size) return `${(value / size).toPrecision(3)} ${unit}`;
-  }
-  return `${shown(value)} bytes`;
+/** Returns lists of bytes in a unit that fits the largest, and what writes them. */
+function inBytes(lists) {
+  const high = largest(lists, 0);
+  const units = [["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10], ["bytes", 1]];
+  const [unit, size] = units.find(([, least]) => high >= least) || ["bytes", 1];
+  return {
+    lines: lists.map((values) => values.map((v) => (v === null ? null : v / size))),
+    format: (value) => `${shown(value)} ${unit}`,
+  };
 }
 
 function isDark() {
@@ -71,11 +73,11 @@ function risingScale(low, high) {
 
 /** Returns a scale for values around 1: one colour below, another above. */
 function aroundOne(reach) {
-  const span = reach > 0 ? reach : 0.01;
+  const low = Math.max(0, 1 - reach), high = 1 + reach;
   return {
-    low: 1 - span,
-    high: 1 + span,
-    of: (v) => mixed(AROUND[isDark() ? "dark" : "light"], 0.5 + (v - 1) / (2 * span)),
+    low, high,
+    of: (v) => mixed(AROUND[isDark() ? "dark" : "light"],
+      v < 1 ? 0.5 - (0.5 * (1 - v)) / (1 - low) : 0.5 + (0.5 * (v - 1)) / (high - 1)),
   };
 }
 

@@ -131,15 +131,17 @@ function showReplicas(data) {
     scale: () => risingScale(1, largest(data.replicas.number, 2)),
   }));
   const bytes = data.replicas.slot_bytes;
-  const scaled = (slots) => slots.map((n) => (n === null ? null : bytes ? n * bytes : n));
+  const slots = [data.replicas.planned_slots, data.replicas.fetched_slots];
+  const drawn = bytes
+    ? inBytes(slots.map((numbers) => numbers.map((n) => (n === null ? null : n * bytes))))
+    : { lines: slots, format: shown };
   addFigure(parent, lines({
     title: bytes ? "Weights of slots that changed, all layers" : "Slots that changed, all layers",
     text: "Planned ones change between steps, and restores bring them at no cost of their own; fetched ones changed after the gate.",
     legend: legendOf(["planned", "fetched after the gate"], [KIND_COLOURS[1], KIND_COLOURS[4]]),
     names: ["planned", "fetched after the gate"],
-    lines: [scaled(data.replicas.planned_slots), scaled(data.replicas.fetched_slots)],
+    ...drawn,
     colours: [KIND_COLOURS[1], KIND_COLOURS[4]], columnNames: names, fromZero: true,
-    format: bytes ? shownBytes : shown,
   }));
 }
 
@@ -193,8 +195,9 @@ function showMemory(data) {
     addFigure(both, lines({
       title: "Memory of the planner rank", text: "Peak of what was reserved, and what is beyond; on the CPU what is resident, and what is free.",
       legend: legendOf(["used", "headroom"], [KIND_COLOURS[1], KIND_COLOURS[2]]),
-      names: ["used", "headroom"], lines: [data.memory.used_bytes, data.memory.headroom_bytes],
-      colours: [KIND_COLOURS[1], KIND_COLOURS[2]], columnNames: names, fromZero: true, format: shownBytes,
+      names: ["used", "headroom"],
+      ...inBytes([data.memory.used_bytes, data.memory.headroom_bytes]),
+      colours: [KIND_COLOURS[1], KIND_COLOURS[2]], columnNames: names, fromZero: true,
     }));
   }
 }

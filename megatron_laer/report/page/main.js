@@ -23,6 +23,11 @@ function setTheme(isNowDark) {
   redrawAll();
 }
 
+function setTables(areOpen) {
+  for (const details of document.querySelectorAll("details")) details.open = areOpen;
+  document.getElementById("tables").setAttribute("aria-pressed", String(areOpen));
+}
+
 function start() {
   const text = document.getElementById("data").textContent;
   const data = JSON.parse(text);
@@ -30,6 +35,9 @@ function start() {
   data.layers.forEach((name, at) => choice.append(element("option", { value: at }, name)));
   if (!data.experts && !data.replicas) document.getElementById("layer-choice").hidden = true;
   for (const show of [showBalance, showTimes, showRanks, showExperts, showReplicas, showGuard, showMemory, showComparison]) show(data);
+  const tables = document.getElementById("tables");
+  tables.addEventListener("click", () => setTables(tables.getAttribute("aria-pressed") !== "true"));
+  if (location.hash === "#tables") setTables(true);
   setTheme(location.hash === "#dark" || window.matchMedia("(prefers-color-scheme: dark)").matches);
   choice.addEventListener("change", redrawAll);
   document.getElementById("theme").addEventListener("click", () => setTheme(!isDark()));
