@@ -17,7 +17,7 @@ from tests.parity.compare import identical
 from tests.parity.flags import command_line
 
 STEPS = 6
-# Of a step: 4 sequences of 1 on 2 data-parallel ranks, or on 2 in a pipeline.
+# Of a step.
 MICROBATCHES = 2
 RECORDING = "`--fsep-record-metrics`"
 
@@ -34,7 +34,7 @@ def test_balance_and_planning_are_in_tensorboard(
         text_data,
         experts=8,
         expert_parallel=2,
-        global_batch=4,
+        global_batch=4 * MICROBATCHES,
         steps=STEPS,
         extra=" --expert-parallel-mode fsep --fsep-late-plan wait --log-interval 2"
         f" --tensorboard-dir {tmp_path} --fsep-record-metrics {tmp_path / 'recorded'}" + flags,

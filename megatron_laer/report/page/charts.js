@@ -203,13 +203,18 @@ function plotFrame(context, width, height, axes) {
   return { x, y };
 }
 
+/** Returns the height that stacked bars need; a step that warms up may stick out of it. */
+function stackHeight(parts) {
+  const sums = parts[0].map((_, c) => parts.reduce((sum, part) => sum + (part[c] || 0), 0));
+  return Math.min(largest(sums, 0), 1.6 * quantile(sums, 0.95)) || 1;
+}
+
 /** Stacked bars: `parts` of numbers for each column, in colours. */
 function stack(options) {
   const columns = options.columnNames.length;
   const sums = options.columnNames.map((_, c) =>
     options.parts.reduce((sum, part) => sum + (part[c] || 0), 0));
-  // A first step that warms up would press all others flat.
-  const high = Math.min(largest(sums, 0), 1.6 * quantile(sums, 0.95)) || 1;
+  const high = options.high || stackHeight(options.parts);
   const place = (x, width) => Math.floor(((x - PLOT.left) / (width - PLOT.left - PLOT.right)) * columns);
   return {
     ...options,
@@ -253,7 +258,7 @@ function stack(options) {
 /** Lines over the same columns, by name. */
 function lines(options) {
   const columns = options.columnNames.length;
-  const high = largest(options.lines, 0) * 1.05 || 1;
+  const high = options.high || largest(options.lines, 0) * 1.05 || 1;
   const there = options.lines.flat().filter((v) => v !== null);
   const low = options.fromZero || !there.length ? 0 : Math.min(...there);
   const format = options.format || shown;
@@ -308,6 +313,7 @@ function lines(options) {
 function points(options) {
   const number = options.x.length;
   const high = [quantile(options.x, 0.99) * 1.15 || 1, quantile(options.y, 0.99) * 1.15 || 1];
+  const low = Math.min(0, quantile(options.y, 0.01));
   const order = options.x.map((_, at) => at).sort((a, b) => options.x[a] - options.x[b]);
   let frame = null;
   return {
@@ -327,7 +333,7 @@ function points(options) {
     },
     draw(context, width, height, at) {
       frame = plotFrame(context, width, height, {
-        x: [0, high[0]], y: [0, high[1]], label: `${options.xName} → (upwards: ${options.yName})`,
+        x: [0, high[0]], y: [low, high[1]], label: `${options.xName} → (upwards: ${options.yName})`,
       });
       const { x, y } = frame;
       context.strokeStyle = colour("soft");
@@ -339,7 +345,7 @@ function points(options) {
       context.stroke();
       context.setLineDash([]);
       for (let n = 0; n < number; n++) {
-        if (options.x[n] > high[0] || options.y[n] > high[1]) continue;
+        if (options.x[n] > high[0] || options.y[n] > high[1] || options.y[n] < low) continue;
         context.fillStyle = KIND_COLOURS[options.loud && options.loud[n] > 0 ? 4 : 1];
         context.globalAlpha = 0.55;
         context.beginPath();

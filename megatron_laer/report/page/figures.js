@@ -214,20 +214,23 @@ function showComparison(data) {
   const other = data.other;
   if (!other) return;
   const parent = section(`Beside ${other.name}`, "comparison");
-  const both = pair(parent);
-  for (const run of [data, other]) {
-    addFigure(both, lines({
-      title: `${run.name}: max/mean, mean of layers`, text: "",
-      legend: legendOf(["FSEP", "stock's placement"], [KIND_COLOURS[2], KIND_COLOURS[4]]),
-      names: ["FSEP", "stock's placement"], colours: [KIND_COLOURS[2], KIND_COLOURS[4]],
-      lines: [columnMeans(run.heat.fsep), columnMeans(run.heat.stock)], columnNames: binNames(run.bins),
+  const runs = [data, other];
+  const means = runs.map((run) => [columnMeans(run.heat.fsep), columnMeans(run.heat.stock)]);
+  const balance = pair(parent);
+  runs.forEach((run, at) => addFigure(balance, lines({
+    title: `${run.name}: max/mean, mean of layers`, text: "Both figures have one scale.",
+    legend: legendOf(["FSEP", "stock's placement"], [KIND_COLOURS[2], KIND_COLOURS[4]]),
+    names: ["FSEP", "stock's placement"], colours: [KIND_COLOURS[2], KIND_COLOURS[4]],
+    lines: means[at], columnNames: binNames(run.bins), high: largest(means, 1) * 1.02,
+  })));
+  if (!data.times || !other.times) return;
+  const high = Math.max(...runs.map((run) => stackHeight(run.times.ms)));
+  const times = pair(parent);
+  for (const run of runs) {
+    addFigure(times, stack({
+      title: `${run.name}: a step's time by kind`, text: "Both figures have one scale.",
+      legend: legendOf(run.times.kinds, KIND_COLOURS), names: run.times.kinds,
+      parts: run.times.ms, colours: KIND_COLOURS, columnNames: binNames(run.bins), high,
     }));
-    if (run.times) {
-      addFigure(both, stack({
-        title: `${run.name}: a step's time by kind`, text: "",
-        legend: legendOf(run.times.kinds, KIND_COLOURS), names: run.times.kinds,
-        parts: run.times.ms, colours: KIND_COLOURS, columnNames: binNames(run.bins),
-      }));
-    }
   }
 }
