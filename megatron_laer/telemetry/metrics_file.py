@@ -115,11 +115,12 @@ class MetricsWriter:
         self._file = RecordingFile(path, _line(_header(shape)))
         try:
             self._file.go_on(first_step, self._recorded())
-            self._file.append(_line({"step": first_step, "run": dict(run)}))
         except BaseException:
             self._file.close()
             raise
         self._step = first_step - 1
+        # Written with the first step: a run that ends before it leaves nothing.
+        self._run = _line({"step": first_step, "run": dict(run)})
 
     def append(
         self,
@@ -145,7 +146,8 @@ class MetricsWriter:
             "layers": {name: [*map(_short, of_layers[name])] for name in _OF_LAYERS},
             "rank_tokens": rank_tokens_LN.tolist(),
         }
-        self._file.append(_line(line))
+        self._file.append(self._run + _line(line))
+        self._run = b""
 
     def close(self) -> None:
         """Close the file."""

@@ -93,11 +93,21 @@ def test_a_last_line_without_its_end_is_left_out(
 
 def test_a_resumed_run_goes_on_and_steps_that_come_again_are_moved(recorded: Path) -> None:
     shape = Shape(4, 8, 3, 2, LAYERS)
+    first = read_metrics(recorded)
+    # Ended before its first step: it leaves no word of itself.
+    MetricsWriter(recorded, shape, RUN | {"torch": "8"}, first_step=3).close()
     writer = MetricsWriter(recorded, shape, RUN | {"torch": "9"}, first_step=3)
+    writer.append(
+        {name: values[3] for name, values in first.of_steps.items()},
+        {},
+        {name: values[3].tolist() for name, values in first.of_layers.items()},
+        first.rank_tokens_TLN[3],
+    )
     writer.close()
     recording = read_metrics(recorded)
-    assert recording.steps_T.tolist() == [0, 1, 2]
+    assert recording.steps_T.tolist() == [0, 1, 2, 3]
     assert recording.runs == ((0, RUN), (3, RUN | {"torch": "9"}))
+    assert (recording.rank_tokens_TLN == first.rank_tokens_TLN[:4]).all()
     beside = recorded.with_stem(f"{recorded.stem}.cut-from-3")
     assert read_metrics(beside).steps_T.tolist() == [3, 4]
 
