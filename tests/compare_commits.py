@@ -130,7 +130,7 @@ def without_times(state: bytes) -> bytes:
 
 
 def _scalars(folder: Path) -> dict[str, dict[str, str]]:
-    """TensorBoard's scalars, which have the precision of loss and norm; what is measured is left out."""
+    """TensorBoard's scalars, of the precision of loss and norm; what is measured is left out."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})

@@ -37,8 +37,12 @@ EXPECTED: HostWork = ([WAIT, UPLOAD], [])
 
 
 @contextlib.contextmanager
-def one_layer(backend: str, model: str) -> Iterator[Any]:
-    """Build a layer in Megatron's data-parallel wrapper, on the current device."""
+def one_layer(backend: str, model: str, **settings: Any) -> Iterator[Any]:
+    """Build a layer in Megatron's data-parallel wrapper, on the current device.
+
+    Args:
+        settings: more fields of `FSEPConfig`.
+    """
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -49,7 +53,8 @@ def one_layer(backend: str, model: str) -> Iterator[Any]:
     import megatron_laer
 
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    megatron_laer.enable(megatron_laer.FSEPConfig(capacity=CAPACITY, node_size=1), seed=1)
+    fsep = megatron_laer.FSEPConfig(capacity=CAPACITY, node_size=1, **settings)
+    megatron_laer.enable(fsep, seed=1)
     try:
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)

@@ -20,7 +20,6 @@ from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
-from megatron_laer.telemetry.step_times import StepTimes
 from megatron_laer.trace import TraceWriter
 
 GEOMETRY = Geometry(num_ranks=4, num_experts=8, capacity=3, node_size=2)
@@ -80,8 +79,7 @@ def record_run(
     run = RUN if run is None else run
     shape = Shape(4, 8, 3, 2, layers)
     writer = MetricsWriter(recording_path(folder, 0), shape, run, 0)
-    recorder = MetricsRecorder(writer, GUARD, layers, torch.device("cpu"))
-    recorder.times = StepTimes(TickingClock())
+    recorder = MetricsRecorder(writer, GUARD, layers, torch.device("cpu"), TickingClock())
     signature = {"split": "exact", "plan_mode": "adaptive", "imbalance_tolerance": None}
     layouts = LayoutRecorder(folder / "group-0.jsonl", GEOMETRY, signature, layers, 0)
     trace = TraceWriter(folder / "group-0.trace", 4, 8, layers) if has_trace else None

@@ -56,8 +56,9 @@ class Measurements:
                 self._timeline = open_timeline(config.timeline, rank, device, first_step)
         if config.record_metrics is not None and groups.rank == 0 and layers:
             with naming_flag("record_metrics", config.record_metrics):
+                clock = self._streams.parameters.times.clock
                 self.recorder = open_recorder(
-                    config, self._guard, layers, groups.index, first_step, device
+                    config, self._guard, layers, groups.index, first_step, device, clock
                 )
         times = None if self.recorder is None else self.recorder.times
         self.listener = join(self._timeline, times)

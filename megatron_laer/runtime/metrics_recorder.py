@@ -27,7 +27,7 @@ from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.prediction import Prediction, predict
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.metrics import LayerMetrics, RankMetrics, named
-from megatron_laer.telemetry.clock import make_clock
+from megatron_laer.telemetry.clock import Clock
 from megatron_laer.telemetry.memory import MemoryUse, memory_use
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
@@ -98,15 +98,21 @@ class MetricsRecorder:
 
     Args:
         names: of the group's layers, by index.
+        clock: that waits and exchanges are measured with.
 
     Attributes:
         times: hears of the rank's intervals.
     """
 
     def __init__(
-        self, writer: MetricsWriter, guard: Guard, names: Sequence[str], device: torch.device
+        self,
+        writer: MetricsWriter,
+        guard: Guard,
+        names: Sequence[str],
+        device: torch.device,
+        clock: Clock,
     ) -> None:
-        self.times = StepTimes(make_clock(device))
+        self.times = StepTimes(clock)
         self._writer: MetricsWriter | None = writer
         self._guard = guard
         self._names = tuple(names)
@@ -242,6 +248,7 @@ def open_recorder(
     group_index: int,
     first_step: int,
     device: torch.device,
+    clock: Clock,
 ) -> MetricsRecorder:
     """Open the recording of one FSEP group in the folder of `--fsep-record-metrics`.
 
@@ -253,7 +260,7 @@ def open_recorder(
     path = recording_path(config.record_metrics, group_index)
     run = _run_of(config, guard, device)
     writer = MetricsWriter(path, _shape_of(guard, names), run, first_step)
-    return MetricsRecorder(writer, guard, names, device)
+    return MetricsRecorder(writer, guard, names, device, clock)
 
 
 def _shape_of(guard: Guard, names: Sequence[str]) -> Shape:

@@ -79,6 +79,7 @@ class StepTimes:
         self._clock = clock
         self._current: _Step | None = None
         self._ended: deque[_Step] = deque()
+        self._is_caught_up = False
         self._open: tuple[str, Timestamp] | None = None
 
     def begin_step(self) -> None:
@@ -90,6 +91,7 @@ class StepTimes:
         if self._current is not None:
             self._current.end = self._clock.now()
             self._ended.append(self._current)
+            self._is_caught_up = False
         self._current = None
 
     def add(self, track: str, label: str, start: Timestamp, end: Timestamp) -> None:
@@ -111,7 +113,9 @@ class StepTimes:
         Returns:
             None where there is no such step, or the device has not passed it.
         """
-        if not self._ended or not self._clock.passed(self._ended[0].end):
+        if not self._ended:
+            return None
+        if not self._is_caught_up and not self._clock.passed(self._ended[0].end):
             return None
         step = self._ended.popleft()
         seconds = {"": self._clock.seconds(step.start, step.end)}
@@ -122,6 +126,7 @@ class StepTimes:
     def catch_up(self) -> None:
         """Wait until every step can be taken, at the end of a run."""
         self._clock.catch_up()
+        self._is_caught_up = True
 
     def _next(self, label: str) -> None:
         if self._current is None:
