@@ -1,4 +1,4 @@
-"""What other capacities and plan modes would have made of a run's routing, by `plan`'s own code.
+"""The what-if rows try other capacities and plan modes on a run's routing, by `plan`'s own code.
 
 Each row has the command that prints it again.
 """

@@ -1,6 +1,6 @@
-"""What a rank measures while it trains is opened, told of steps and closed here.
+"""A rank's measurements are opened, told of steps and closed here.
 
-That is its timeline, and on a planner rank the recording of metrics.
+They are its timeline, and on a planner rank the recording of metrics.
 """
 
 from __future__ import annotations

@@ -255,7 +255,8 @@ def _whole_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes, int]]
                 f"{path}, line {number}: has more than {longest:,} bytes; the file is damaged there"
             )
         if not line.endswith(b"\n"):
-            logger.warning("%s: its last %d bytes are no whole line", path, len(line))
+            if number > 1:  # without a header it is refused, which says it
+                logger.warning("%s: its last %d bytes are no whole line", path, len(line))
             return
         end += len(line)
         yield number, line, end

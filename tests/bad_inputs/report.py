@@ -53,34 +53,40 @@ CASES = (
     ("flipped.trace", "flipped.trace, record 1"),
     ("header-only.trace", "holds no complete record"),
     ("zeros.trace", "holds no tokens"),
-    ("run --group 7", "--group 7: 'run' has recordings of the groups [0]"),
-    ("run --group x", "--group: 'x' is no integer"),
-    ("run --cases -1", "--cases: '-1' is no integer"),
-    ("run --cluster moon", "--cluster 'moon': unknown cluster"),
-    ("run --config tiny-moe", "--config 'tiny-moe': no effect on 'run'"),
-    ("run --capacity 3", "--capacity '3': no effect on 'run'"),
-    ("run --node-size 2", "--node-size '2': no effect on 'run'"),
-    ("run --compare absent", "run 'absent' does not exist"),
-    ("run --out nowhere/x.html", "--out 'nowhere/x.html': the folder"),
-    ("run --out nothing", "--out 'nothing': it is there and no regular file"),
-    ("run --out run/metrics-0.jsonl", "--out 'run/metrics-0.jsonl' would write over the input"),
-    ("run --out run/group-0.trace", "would write over the input 'run/group-0.trace'"),
-    ("good.trace --compare run --out run/group-0.jsonl", "would write over the input"),
+    ("measured --group 7", "--group 7: 'measured' has recordings of the groups [0]"),
+    ("measured --group x", "--group: 'x' is no integer"),
+    ("measured --cases -1", "--cases: '-1' is no integer"),
+    ("measured --cluster moon", "--cluster 'moon': unknown cluster"),
+    ("measured --config tiny-moe", "--config 'tiny-moe': no effect on 'measured'"),
+    ("measured --capacity 3", "--capacity '3': no effect on 'measured'"),
+    ("measured --node-size 2", "--node-size '2': no effect on 'measured'"),
+    ("measured --compare absent", "run 'absent' does not exist"),
+    ("measured --out nowhere/x.html", "--out 'nowhere/x.html': the folder"),
+    ("measured --out nothing", "--out 'nothing': it is there and no regular file"),
+    (
+        "measured --out measured/metrics-0.jsonl",
+        "--out 'measured/metrics-0.jsonl' would write over the input",
+    ),
+    (
+        "measured --out measured/group-0.trace",
+        "would write over the input 'measured/group-0.trace'",
+    ),
+    ("good.trace --compare measured --out measured/group-0.jsonl", "would write over the input"),
     ("good.trace --out link.trace", "would write over the input 'good.trace'"),
     ("good.trace --capacity 1", "--capacity 1: 4 ranks need 2..8 slots"),
     ("good.trace --node-size 3", "--node-size 3 does not divide the 4 ranks"),
     ("good.trace --config gpt5", "--config 'gpt5'"),
-    ("run -- x", "nothing follows -- here, got x"),
-    ("run-empty", "run-empty/metrics-0.jsonl holds no whole line"),
-    ("run-half", "run-half/metrics-0.jsonl holds no whole line"),
-    ("run-header", "run-header/metrics-0.jsonl holds no step yet"),
-    ("run-huge", "run-huge/metrics-0.jsonl, line 1: has more than"),
-    ("run-pipe", "folder 'run-pipe' holds no recording of a run"),
-    ("run-layouts", "run-layouts/group-0.jsonl, line 1"),
-    ("run-other-layouts", "they are of different runs, so move one away"),
-    ("run-trace", "run-trace/group-0.trace, line 1"),
+    ("measured -- x", "nothing follows -- here, got x"),
+    ("measured-empty", "measured-empty/metrics-0.jsonl holds no whole line"),
+    ("measured-half", "measured-half/metrics-0.jsonl holds no whole line"),
+    ("measured-header", "measured-header/metrics-0.jsonl holds no step yet"),
+    ("measured-huge", "measured-huge/metrics-0.jsonl, line 1: has more than"),
+    ("measured-pipe", "folder 'measured-pipe' holds no recording of a run"),
+    ("measured-layouts", "measured-layouts/group-0.jsonl, line 1"),
+    ("measured-other-layouts", "they are of different runs, so move one away"),
+    ("measured-trace", "measured-trace/group-0.trace, line 1"),
     *(
-        (f"run-{name}", says)
+        (f"measured-{name}", says)
         for name, says in {
             "version": "version '9' of the format",
             "no-ranks": "num_ranks must be an integer in 1..",
@@ -107,14 +113,14 @@ CASES = (
 
 def make(folder: Path) -> None:
     """Write a good run, and copies with one thing wrong."""
-    good = folder / "run"
+    good = folder / "measured"
     record_run(good, steps=2)
     metrics = recording_path(good, 0).read_bytes()
     lines = metrics.splitlines(keepends=True)
     header = json.loads(lines[0])
 
     def copy(name: str, content: bytes) -> Path:
-        run = folder / f"run-{name}"
+        run = folder / f"measured-{name}"
         run.mkdir()
         recording_path(run, 0).write_bytes(content)
         return run
@@ -123,7 +129,7 @@ def make(folder: Path) -> None:
     copy("half", lines[0][:20])
     copy("header", b"".join(lines[:2]))
     os.truncate(recording_path(copy("huge", b"x"), 0), HUGE)
-    pipe = folder / "run-pipe"
+    pipe = folder / "measured-pipe"
     pipe.mkdir()
     os.mkfifo(recording_path(pipe, 0))
     (copy("layouts", metrics) / "group-0.jsonl").write_text("[1]\n")
