@@ -66,7 +66,8 @@ def stock_seconds(costs: CostModel, geometry: Geometry, counts_NE: Int64) -> flo
     """
     each = -(-geometry.num_experts // geometry.num_ranks)
     stock = ExpertLayout.static(geometry.num_ranks, each, geometry.num_experts)
-    return costs.layer_seconds(counts_NE, stock, geometry.node_size, Split.EVEN)
+    # Where each expert has one slot there is nothing to split, and the exact one is native code.
+    return costs.layer_seconds(counts_NE, stock, geometry.node_size, Split.EXACT)
 
 
 def forced_balance_counts_NE(tokens_N: Int64, num_experts: int) -> Int64:
