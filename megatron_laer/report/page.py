@@ -23,7 +23,7 @@ from megatron_laer.report.what_if import WhatIf
 from megatron_laer.telemetry.metrics import LOGGED
 
 # In the order in which they are run.
-SCRIPTS = ("drawing.js", "charts.js", "figures.js", "main.js")
+SCRIPTS = ("drawing.js", "charts.js", "plots.js", "figures.js", "main.js")
 _STYLE, _TEMPLATE = "style.css", "page.html"
 
 

@@ -135,7 +135,16 @@ class MetricsRecorder:
             self._layers[layer].add(decision, decide_s)
 
     def end_step(self, status: PlannerStatus, version: int) -> None:
-        """End a step, and write those whose times are known by now."""
+        """End a step, and write those whose times are known by now.
+
+        Whatever goes wrong ends the recording: other ranks are waiting for this one.
+        """
+        try:
+            self._end_step(status, version)
+        except Exception as error:
+            self._end_recording(error)
+
+    def _end_step(self, status: PlannerStatus, version: int) -> None:
         self.times.end_step()
         predictions = [
             None if layer.last is None else predict(self._guard, layer.last)
@@ -154,8 +163,11 @@ class MetricsRecorder:
     def close(self) -> None:
         """Write what is left, and close the file."""
         if self._waiting:
-            self.times.catch_up()
-            self._write()
+            try:
+                self.times.catch_up()
+                self._write()
+            except (OSError, ValueError) as error:
+                self._end_recording(error)
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -167,17 +179,15 @@ class MetricsRecorder:
             of_step = _of_step(step, seconds)
             measured = [ms for ms in of_layers["layer_ms"] if math.isfinite(ms)]
             self._layer_ms = float(np.mean(measured)) if measured else None
-            if self._writer is None:
-                continue
             tokens_LN = np.array([layer.rank_tokens_N for layer in step.layers])
-            try:
+            if self._writer is not None:
                 self._writer.append(of_step, self._metrics(step, of_step), of_layers, tokens_LN)
-            except (OSError, ValueError) as error:
-                logger.warning(
-                    "FSEP: the recording of metrics ends at step %d: %s", step.step, error
-                )
-                self._writer.close()
-                self._writer = None
+
+    def _end_recording(self, error: Exception) -> None:
+        if self._writer is not None:
+            logger.warning("FSEP: the recording of metrics ends at step %d: %s", self._step, error)
+            self._writer.close()
+            self._writer = None
 
     def _of_layers(self, step: _Step, seconds: Mapping[str, float]) -> dict[str, Sequence[float]]:
         rows = []

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -110,6 +111,18 @@ def test_a_resumed_run_goes_on_and_steps_that_come_again_are_moved(recorded: Pat
     assert (recording.rank_tokens_TLN == first.rank_tokens_TLN[:4]).all()
     beside = recorded.with_stem(f"{recorded.stem}.cut-from-3")
     assert read_metrics(beside).steps_T.tolist() == [3, 4]
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(self: MetricsWriter, *args: object) -> None:
+        raise OSError("no space left")
+
+    with mock.patch.object(MetricsWriter, "append", full):
+        record_run(tmp_path)
+    assert caplog.text.count("the recording of metrics ends at step 0: no space left") == 1
+    assert len(read_metrics(recording_path(tmp_path, 0)).steps_T) == 0
 
 
 def test_a_new_run_over_an_old_recording_is_refused(recorded: Path) -> None:
