@@ -1,5 +1,7 @@
 """What belongs to the package; everything else about it is in pyproject.toml."""
 
+import os
+import re
 import runpy
 from glob import glob
 from pathlib import Path
@@ -17,6 +19,17 @@ CONFIGS = {
 # Not imported: the package is not installed yet, and its own imports may be missing.
 digest = runpy.run_path("megatron_laer/planner/native_sources.py")["digest"]
 
+
+def readme() -> str:
+    """Return README.md; with LAER_REPOSITORY_URL, its links lead to this version in that place."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    version = runpy.run_path("megatron_laer/version.py")["__version__"]
+    if url := os.environ.get("LAER_REPOSITORY_URL"):
+        # Of links to files in the repository, not to headings or to other places.
+        text = re.sub(r"\]\((?!#|\w+:)", f"]({url}/blob/v{version}/", text)
+    return text
+
+
 NATIVE = Pybind11Extension(
     "megatron_laer.planner._native",
     sorted(glob("megatron_laer/planner/native/*.cpp")),
@@ -28,6 +41,8 @@ NATIVE = Pybind11Extension(
 )
 
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     packages=[*find_packages(include=["megatron_laer", "megatron_laer.*"]), *CONFIGS],
     package_dir=CONFIGS,
     package_data={

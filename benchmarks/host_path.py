@@ -140,7 +140,6 @@ def _work() -> None:
 def _host_path(shape: tuple[int, int, int], mode: str) -> Path_:
     """Prepare microbatches; what is returned takes each once, and gives means in µs by part."""
     from megatron_laer.layout import ExpertLayout
-    from megatron_laer.planner.clusters import load_cluster
     from megatron_laer.planner.construct import construct_layout
     from megatron_laer.planner.costs import CostModel
     from megatron_laer.planner.geometry import Geometry
@@ -148,7 +147,11 @@ def _host_path(shape: tuple[int, int, int], mode: str) -> Path_:
 
     num_ranks, num_experts, capacity = shape
     geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
-    cluster = load_cluster("a100-4x8-ib800")
+    try:
+        clusters = importlib.import_module("megatron_laer.planner.cluster_files")
+    except ModuleNotFoundError:  # in earlier commits
+        clusters = importlib.import_module("megatron_laer.planner.clusters")
+    cluster = clusters.load_cluster("a100-4x8-ib800")
     costs = CostModel(cluster, 4096, 14336, True, 2)
     guard: Any = Guard(mode.split(",")[0], costs, geometry)  # type: ignore[arg-type]
     static = ExpertLayout.static(num_ranks, capacity, num_experts)

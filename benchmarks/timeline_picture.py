@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run 
 from benchmarks.end_to_end_cases import FSEP, Size
 from benchmarks.training_run import Routing, measure
 from megatron_laer.data import default_text_sources, prepare_data
-from megatron_laer.telemetry.timeline import COMPUTE, FIRST_STEP, NUM_STEPS, TRACKS
+from megatron_laer.telemetry.timeline import FIRST_STEP, NUM_STEPS
+from megatron_laer.telemetry.trace_events import COMPUTE, TRACKS
 from megatron_laer.testing.ranks import RankPool
 
 RANKS = 2

@@ -2,7 +2,8 @@
 #
 # Makes .venv at the top of the repository if it is missing, and installs again when pyproject.toml,
 # setup.py, constraints.txt or the C++ sources have changed since. PYTHON=/path/to/python chooses the
-# interpreter.
+# interpreter; if that has torch, .venv uses it. TORCH_INDEX_URL is an index to take torch from, such
+# as one with builds for CPUs alone, which are a tenth of those with CUDA.
 # shellcheck shell=bash
 
 laer_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -56,11 +57,47 @@ laer_progress() {
         -e 's#^Installing collected packages.*#  unpacking#p'
 }
 
+# Lets .venv see the packages of the interpreter that it is made with, if torch is among them: a
+# folder in a .pth file comes after what .venv has itself. Unlike --system-site-packages, this also
+# works for an interpreter of another virtual environment.
+laer_use_torch_of() {
+    [[ -z ${TORCH_INDEX_URL:-} ]] || return 0
+    "$1" - "$laer_venv" <<'EOF'
+import importlib.metadata, pathlib, re, sys
+try:
+    torch = importlib.metadata.distribution("torch")
+except importlib.metadata.PackageNotFoundError:
+    sys.exit()
+version = [int(number) for number in re.findall(r"\d+", torch.version)[:2]]
+if version >= [2, 6]:  # as in pyproject.toml
+    folder = "lib/python{}.{}/site-packages".format(*sys.version_info)
+    venv = pathlib.Path(sys.argv[1])
+    (venv / folder / "torch-elsewhere.pth").write_text(f"{torch.locate_file('')}\n")
+    (venv / "torch-elsewhere").write_text(f"torch=={torch.version}\n")
+EOF
+}
+
 laer_install() {
-    echo "Installing into .venv (the first time Megatron, torch and tools: 5 GB, some minutes) ..."
-    if ! "$laer_venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
-        --constraint "$laer_root/constraints.txt" --editable "${laer_root}[test]" 2>&1 |
-        tee "$laer_log" | laer_progress; then
+    local pip=("$laer_venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off)
+    local constraints=$laer_root/constraints.txt elsewhere=$laer_venv/torch-elsewhere
+    local index_url=${TORCH_INDEX_URL:-} size
+    if [[ -f $elsewhere ]]; then
+        index_url='' size="$(<"$elsewhere") is there already; Megatron and tools: 0.6 GB"
+        # Another version than the tested one may be there.
+        { grep -v '^torch==' "$constraints"; cat "$elsewhere"; } >"$laer_venv/constraints.txt"
+        constraints=$laer_venv/constraints.txt
+    elif [[ -n $index_url ]]; then
+        size="torch from TORCH_INDEX_URL, Megatron and tools: 1.2 GB if torch is built for CPUs alone"
+    else
+        size="torch with CUDA, Megatron and tools: 5.8 GB; 1.2 GB with TORCH_INDEX_URL, see docs/install.md"
+    fi
+    echo "Installing into .venv (the first time $size; some minutes) ..."
+    if ! {
+        # Alone, since such an index has few other packages; what torch needs comes with the rest.
+        { [[ -z $index_url ]] ||
+            "${pip[@]}" --no-deps --index-url "$index_url" "$(grep '^torch==' "$constraints")"; } &&
+            "${pip[@]}" --constraint "$constraints" --editable "${laer_root}[test]"
+    } 2>&1 | tee "$laer_log" | laer_progress; then
         grep -i error "$laer_log" | sed 's#[a-z+]*://[^ ,)]*#<address>#g' | head -20 >&2
         laer_check_compiler
         laer_stop "Installation failed; all of pip's output is in $laer_log"
@@ -111,6 +148,7 @@ laer_environment() {
         python=$(laer_find_python) || exit 1
         echo "Making .venv with $("$python" --version) ($python)"
         "$python" -m venv --clear "$laer_venv" || laer_stop "$python could not make $laer_venv"
+        laer_use_torch_of "$python"
     fi
     if [[ "$(cat "$laer_venv/stamp" 2>/dev/null)" != "$stamp" ]]; then
         laer_check_compiler

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_laer.planner.clusters import Cluster, GemmCurve, Link, SolveTime
+from megatron_laer.planner.clusters import Cluster, HostTime, Link, SolveTime
 from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.gemm_curve import GemmCurve
 
 
 def make_costs(
@@ -15,6 +16,8 @@ def make_costs(
     intra: Link | None = None,
     inter: Link | None = None,
     solve: SolveTime | None = None,
+    host: HostTime | None = None,
+    backward_gemm_factor: float = 1.0,
     **shape: Any,
 ) -> CostModel:
     """A small expert on a made-up cluster; by default at one speed for any number of tokens."""
@@ -28,6 +31,8 @@ def make_costs(
         intra=intra or Link(3e11, 1e-6),
         inter=inter or Link(1.25e10, 2e-6),
         solve=solve or SolveTime(1e-6, 0.0, 0.0),
+        host=host,
+        backward_gemm_factor=backward_gemm_factor,
     )
     return CostModel(
         cluster, **{"hidden": 64, "ffn": 24, "gated": True, "bytes_per_element": 2, **shape}

@@ -66,7 +66,6 @@ def table(folder: Path) -> list[str]:
         name, address = _SOURCES[repository]
         status, said, *because = _checked(entry, folder / str(number))
         verdict = next(verdict for verdict in STATUS if str(STATUS[verdict]) == status)
-        proved = next(kind for kind, text in _PROOFS.items() if text in said)
         kinds = [f"`{reason.split(':')[0].strip()}`" for reason in because]
         if "lacking" in entry:
             assert _said(["--", entry["lacking"]])[0] == 2, "Megatron has it now"
@@ -75,12 +74,17 @@ def table(folder: Path) -> list[str]:
             entry["model"],
             f"[{name}]({address}/{path})",
             f"*{verdict}*",
-            proved,
+            proof_in(said),
             ", ".join(kinds) or "–",
             entry.get("row", "–"),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def proof_in(said: str) -> str:
+    """What proves a verdict, from the first line of what `check-recipe` says."""
+    return next(kind for kind, text in _PROOFS.items() if text in said)
 
 
 def _checked(entry: Mapping[str, Any], file: Path) -> list[str]:

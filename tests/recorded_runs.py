@@ -12,7 +12,7 @@ import torch
 from megatron_laer.arrays import Int64
 from megatron_laer.config import PlanMode
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.clusters import load_cluster
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard

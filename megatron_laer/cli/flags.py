@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 
 from megatron_laer.model_flags import model_flags
 from megatron_laer.platform.cpu import CPU_FLAGS
+
+# Words that `$(...)` leaves as they are, where quotes would become a part of them. Brackets and
+# stars are for Megatron's lists, such as [0]*3+[1]*58; no file has such a name.
+_PLAIN = re.compile(r"[\w@%+=:,./\[\]*-]+", re.ASCII)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,5 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `flags`."""
-    print(shlex.join([*model_flags(args.file), *(CPU_FLAGS if args.cpu else ())]))
+    words = [*model_flags(args.file), *(CPU_FLAGS if args.cpu else ())]
+    print(" ".join(word if _PLAIN.fullmatch(word) else shlex.quote(word) for word in words))
     return 0

@@ -12,7 +12,7 @@ from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.trace import FORMATS, Trace, read_trace
 from megatron_laer.trace.workloads import WORKLOADS, Shape, workload_trace
 
-_MAX_TOKENS = 2**24
+MAX_TOKENS = 2**24
 _MAX_STEPS = 10**5
 # Made in 8 bytes and kept in 4.
 _BYTES_PER_COUNT = 12
@@ -22,6 +22,22 @@ _WORKLOAD_ONLY = {"--topk": 2, "--tokens": 4096, "--steps": 32}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of what is planned for to `parser`."""
+    add_routing_arguments(parser)
+    for flag, high, metavar, told in (
+        ("--topk", MAX_EXPERTS, "K", "experts of a token"),
+        ("--tokens", MAX_TOKENS, "T", "tokens of a rank"),
+        ("--steps", _MAX_STEPS, "M", "steps, of a microbatch each"),
+    ):
+        parser.add_argument(
+            flag,
+            type=between(1, high),
+            metavar=metavar,
+            help=f"of a workload: {told}; default: {_WORKLOAD_ONLY[flag]}",
+        )
+
+
+def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the trace, or the workload in its place, to `parser`."""
     parser.add_argument(
         "trace",
         metavar="TRACE",
@@ -52,17 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help=f"in place of a trace, one of Megatron's imbalance benchmark: {titles}",
     )
-    for flag, high, metavar, told in (
-        ("--topk", MAX_EXPERTS, "K", "experts of a token"),
-        ("--tokens", _MAX_TOKENS, "T", "tokens of a rank"),
-        ("--steps", _MAX_STEPS, "M", "steps, of a microbatch each"),
-    ):
-        parser.add_argument(
-            flag,
-            type=between(1, high),
-            metavar=metavar,
-            help=f"of a workload: {told}; default: {_WORKLOAD_ONLY[flag]}",
-        )
 
 
 def check(args: argparse.Namespace) -> None:

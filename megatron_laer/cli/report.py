@@ -14,7 +14,8 @@ from megatron_laer.cli.argument_types import between, path
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.writing import replaced_when_complete, write_all
 from megatron_laer.layout import MAX_EXPERTS, default_capacity
-from megatron_laer.planner.clusters import Cluster, load_cluster
+from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.report.page import page

@@ -1,109 +1,35 @@
-"""The cost model's hardware constants are read from a cluster's YAML file here.
+"""These values hold a cluster's hardware constants for the cost model, and how far they are known.
 
-What they make of a layout is in `costs`. Nothing here measures.
+`cluster_files` reads and writes them, `costs` says what they make of a layout, and the command
+`calibrate` measures them.
 """
 
 from __future__ import annotations
 
 import math
-import reprlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_laer.arrays import Int64
-from megatron_laer.files.shipped import yaml_file
-from megatron_laer.files.yaml_text import parse_yaml, read_yaml
-
-_Float64 = npt.NDArray[np.float64]
-
-# Of constants in files: far beyond any machine, and far from where sums of times overflow.
-_LEAST_RATE, _MOST_RATE = 1.0, 1e24
-_MOST_SECONDS = 3600.0
+from megatron_laer.planner.gemm_curve import GemmCurve
 
 
-@dataclass(frozen=True)
-class GemmCurve:
-    """Tells how fast one rank multiplies, by the tokens in one GEMM.
+# First, since a default below is checked as this module is imported.
+def _check_rate(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value!r}")
 
-    Attributes:
-        points: (tokens, achieved FLOP/s), with more tokens and no less time from each to the next.
 
-    Raises:
-        ValueError: no points, tokens that do not increase, a speed that is not positive, or more
-            tokens in less time.
-    """
+def _check_seconds(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value!r}")
 
-    points: tuple[tuple[int, float], ...]
 
-    def __post_init__(self) -> None:
-        if not self.points:
-            raise ValueError("a GEMM curve needs at least one point [tokens, FLOP/s], got none")
-        for tokens, flops_per_s in self.points:
-            if tokens < 1 or not 0 < flops_per_s < math.inf:
-                raise ValueError(
-                    f"GEMM point [{tokens}, {flops_per_s}]: tokens must be at least 1 and FLOP/s "
-                    "positive and finite"
-                )
-        for (fewer, slow), (more, fast) in pairwise(self.points):
-            if more <= fewer:
-                raise ValueError(
-                    f"GEMM points must have increasing tokens, got {more} after {fewer}"
-                )
-            if more / fast < fewer / slow:
-                raise ValueError(
-                    f"GEMM points [{fewer}, {slow}] and [{more}, {fast}] take less time for more "
-                    f"tokens; at {more} tokens at most {more * slow / fewer:.3e} FLOP/s fit"
-                )
-
-    def unit_seconds(self, tokens: Int64) -> npt.NDArray[np.float64]:
-        """Return the seconds of GEMMs that need one FLOP per token; multiply by what yours need.
-
-        Linear in time between points, and beyond the last one at its speed; below the first one as
-        long as there; none without tokens. Never less for more tokens. Element by element, so equal
-        on every machine.
-        """
-        tokens_P, seconds_P, slope_P, limit_P = self._table
-        point = np.maximum(np.searchsorted(tokens_P, tokens, side="right") - 1, 0)
-        above = np.maximum(tokens - tokens_P[point], 0)
-        seconds = np.minimum(seconds_P[point] + above * slope_P[point], limit_P[point])
-        return np.where(tokens > 0, seconds, 0.0)
-
-    def least_unit_seconds(self, tokens: Int64) -> npt.NDArray[np.float64]:
-        """Return what these tokens need at least, however they are divided into GEMMs.
-
-        At the highest speed that as many or fewer tokens reach. Between points speed is monotone,
-        since time is linear there, so that is the speed of a point below, or theirs in one GEMM.
-        """
-        tokens_P, _, _, _ = self._table
-        point = np.searchsorted(tokens_P, tokens, side="right")
-        at_best = np.where(point > 0, tokens / self._best_P[np.maximum(point - 1, 0)], math.inf)
-        return np.minimum(self.unit_seconds(tokens), at_best)
-
-    def columns(self) -> tuple[Int64, _Float64, _Float64, _Float64, _Float64]:
-        """Return what both methods look up, by point, for the native cost model."""
-        return (*self._table, self._best_P)
-
-    @cached_property
-    def _best_P(self) -> _Float64:
-        """Return the highest speed up to each point."""
-        return np.maximum.accumulate([flops_per_s for _, flops_per_s in self.points])
-
-    @cached_property
-    def _table(self) -> tuple[Int64, _Float64, _Float64, _Float64]:
-        """Return by point: tokens, seconds, seconds per token beyond, seconds at the next one."""
-        tokens_P = np.array([tokens for tokens, _ in self.points], dtype=np.int64)
-        seconds_P = np.array([tokens / speed for tokens, speed in self.points])
-        slope_P = np.empty_like(seconds_P)
-        slope_P[:-1] = (seconds_P[1:] - seconds_P[:-1]) / (tokens_P[1:] - tokens_P[:-1])
-        slope_P[-1] = 1.0 / self.points[-1][1]
-        return tokens_P, seconds_P, slope_P, np.append(seconds_P[1:], math.inf)
+def _check_factor(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -113,27 +39,28 @@ class Link:
     Attributes:
         bytes_per_s: per rank and direction; infinite makes transfers free.
         latency_s: of one collective, whatever its size.
+        peer_s: more for each rank that a rank exchanges with over these links.
 
     Raises:
-        ValueError: a rate that is not positive, or a latency that is negative or not finite.
+        ValueError: a rate that is not positive, or a time that is negative or not finite.
     """
 
     bytes_per_s: float
     latency_s: float
+    peer_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.bytes_per_s > 0:
-            raise ValueError(f"bytes_per_s must be positive, got {self.bytes_per_s!r}")
-        if not 0 <= self.latency_s < math.inf:
-            raise ValueError(f"latency_s must be finite and not negative, got {self.latency_s!r}")
+        _check_rate("bytes_per_s", self.bytes_per_s)
+        _check_seconds("latency_s", self.latency_s)
+        _check_seconds("peer_s", self.peer_s)
 
 
 @dataclass(frozen=True)
 class SolveTime:
-    """Gives the time of a fresh layout and its quotas on one core: linear in slots and counts.
+    """Gives the time of a call into the planner on one core: linear in slots and counts.
 
     Attributes:
-        base_s: of any solve.
+        base_s: of any call.
         slot_s: more per slot, N*C.
         count_s: more per count, N*E.
 
@@ -147,14 +74,125 @@ class SolveTime:
 
     def __post_init__(self) -> None:
         for name in ("base_s", "slot_s", "count_s"):
-            if not 0 <= getattr(self, name) < math.inf:
-                value = getattr(self, name)
-                raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+            _check_seconds(name, getattr(self, name))
 
     def seconds(self, num_ranks: int, capacity: int, num_experts: int) -> float:
         """Return the seconds for N ranks, C slots each, E experts."""
         slots, counts = num_ranks * capacity, num_ranks * num_experts
         return self.base_s + slots * self.slot_s + counts * self.count_s
+
+    def times(self, factor: float) -> SolveTime:
+        """Return the times of a host that takes this many times as long."""
+        return SolveTime(self.base_s * factor, self.slot_s * factor, self.count_s * factor)
+
+
+@dataclass(frozen=True)
+class HostTime:
+    """Gives what a rank's host adds to each microbatch of a layer.
+
+    Attributes:
+        launch_s: of starting one kernel.
+        gate: from counts that have arrived to one rank's quotas under the planned layout, with the
+            copies of counts to the host; a fresh layout comes on top (`Cluster.solve`).
+
+    Raises:
+        ValueError: a time that is negative or not finite.
+    """
+
+    launch_s: float
+    gate: SolveTime
+
+    def __post_init__(self) -> None:
+        _check_seconds("launch_s", self.launch_s)
+
+
+@dataclass(frozen=True)
+class Contention:
+    """Tells how many times as long a GEMM and an exchange take while they run beside each other.
+
+    Raises:
+        ValueError: a factor that is not positive and finite.
+    """
+
+    gemm: float = 1.0
+    exchange: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("gemm", "exchange"):
+            _check_factor(name, getattr(self, name))
+
+
+# Of a slot, for GEMMs that count in a layer's time.
+ENOUGH_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class BackEnd:
+    """Holds the speed of one back end of the experts' GEMMs, as `--fsep-gemm` names it.
+
+    Attributes:
+        forward, input_grad, weight_grad: its three products, by the tokens of a slot.
+    """
+
+    name: str
+    forward: GemmCurve
+    input_grad: GemmCurve
+    weight_grad: GemmCurve
+
+    @property
+    def backward_gemm_factor(self) -> float:
+        """Return the time of a GEMM in backward over one in forward, the median of the points.
+
+        Of points with `ENOUGH_TOKENS`, if there are any: few tokens have other ratios and next to
+        no share of a layer's time.
+        """
+        tokens_P = np.array([tokens for tokens, _ in self.forward.points])
+        tokens_P = tokens_P[tokens_P >= min(ENOUGH_TOKENS, tokens_P[-1])]
+        backward_P = self.input_grad.unit_seconds(tokens_P) + self.weight_grad.unit_seconds(
+            tokens_P
+        )
+        return float(np.median(backward_P / (2.0 * self.forward.unit_seconds(tokens_P))))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Tells between which values a constant lies, and who says so.
+
+    Attributes:
+        low, high: of the constant; for a constant that is a curve or a sum of terms (`gemm`,
+            `solve`, `host.gate`), of a factor on it.
+        source: of the constant and its range.
+
+    Raises:
+        ValueError: a range that is none, or no source.
+    """
+
+    low: float
+    high: float
+    source: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high < math.inf:
+            raise ValueError(f"low {self.low:g} and high {self.high:g} are no range")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Holds one thing that was measured, by the median, the 10th and the 90th percentile."""
+
+    median: float
+    low: float
+    high: float
+
+
+# What a spread may name. A rate is faster when it is higher, all others when they are lower.
+_FACTORS = ("gemm", "solve", "host.gate")
+_RATES = ("gemm", "memory_bytes_per_s", "intra.bytes_per_s", "inter.bytes_per_s")
+CONSTANTS = (
+    *("gemm", "backward_gemm_factor", "memory_bytes_per_s", "solve"),
+    *(f"{link}.{name}" for link in ("intra", "inter") for name in Link.__match_args__),
+    *("host.launch_s", "host.gate", "contention.gemm", "contention.exchange"),
+)
 
 
 @dataclass(frozen=True)
@@ -167,10 +205,22 @@ class Cluster:
         assumed: which of them nobody did, and what they rest on; "nothing" if there are none.
         nodes: number of nodes.
         ranks_per_node: G.
-        gemm: speed of one rank in the experts' GEMMs.
+        gemm: speed of one rank in the experts' GEMMs of forward.
         intra: links inside a node.
         inter: links between nodes; the share of one rank, not the node's total.
         solve: of the guard's fresh layout.
+        backward_gemm_factor: the time of a GEMM of backward over that of one in forward with as
+            many FLOPs.
+        host: None where nobody measured it; it is counted as nothing then.
+        contention: of an exchange beside a GEMM.
+        memory_bytes_per_s: what one rank reads and writes of its memory; None as for `host`.
+        back_ends: those that were measured; `gemm` and `backward_gemm_factor` are the default's.
+        spreads: by the names in `CONSTANTS`, of as many as are known.
+        figures: all that was measured; each name ends in its unit.
+        measured: where and with what, as pairs of texts.
+
+    Raises:
+        ValueError: a constant that is out of range, or outside of its own spread.
     """
 
     name: str
@@ -182,156 +232,89 @@ class Cluster:
     intra: Link
     inter: Link
     solve: SolveTime
+    backward_gemm_factor: float = 1.0
+    host: HostTime | None = None
+    contention: Contention = Contention()
+    memory_bytes_per_s: float | None = None
+    back_ends: tuple[BackEnd, ...] = ()
+    spreads: tuple[tuple[str, Spread], ...] = ()
+    figures: tuple[tuple[str, Figure], ...] = ()
+    measured: tuple[tuple[str, str], ...] = ()
 
+    def __post_init__(self) -> None:
+        _check_factor("backward_gemm_factor", self.backward_gemm_factor)
+        if self.memory_bytes_per_s is not None:
+            _check_rate("memory_bytes_per_s", self.memory_bytes_per_s)
+        for name, spread in self.spreads:
+            value = self.constant(name)
+            if value is None:
+                raise ValueError(
+                    f"spreads has {name}, which is not given; give it, or leave it out"
+                )
+            if not spread.low <= value <= spread.high:
+                raise ValueError(
+                    f"{name} is {value:g}, outside of its spread {spread.low:g}..{spread.high:g}"
+                )
 
-def load_cluster(path_or_name: str | Path) -> Cluster:
-    """Read a cluster's constants, by path to a YAML file or by the name of one we ship.
-
-    Raises:
-        ValueError: an unknown name, or a file whose content does not fit; the message says what
-            would.
-        OSError: a path that cannot be read.
-    """
-    path = yaml_file("cluster", path_or_name)
-    content = read_yaml(path)
-    try:
-        return _cluster(content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def parse_cluster(text: str) -> Cluster:
-    """Make a cluster from the text of its YAML file.
-
-    Raises:
-        ValueError: whatever is wrong with it.
-    """
-    return _cluster(parse_yaml(text))
-
-
-def _cluster(content: object) -> Cluster:
-    return _Fields(content, "").build(
-        Cluster,
-        name=_text,
-        source=_text,
-        assumed=_text,
-        nodes=_count,
-        ranks_per_node=_count,
-        gemm=_gemm,
-        intra=_link,
-        inter=_link,
-        solve=_solve,
-    )
-
-
-class _Fields:
-    """Reads a mapping of a YAML file key by key, with errors that say where.
-
-    Raises:
-        ValueError: not a mapping.
-    """
-
-    def __init__(self, content: object, where: str) -> None:
-        if not isinstance(content, Mapping):
-            raise ValueError(
-                f"{where or 'the file'} holds {_quote(content)}, expected a mapping of keys"
-            )
-        self._content = content
-        self._where = where
-
-    def build[T](self, make: Callable[..., T], **readers: Callable[[object, str], Any]) -> T:
-        """Call `make` with one argument per key, each read by its reader.
+    def constant(self, name: str) -> float | None:
+        """Return one of `CONSTANTS`; 1 for those whose spread is a factor; None if not given.
 
         Raises:
-            ValueError: missing or unknown keys, or a value that does not fit.
+            ValueError: there is no such constant.
         """
-        missing = [key for key in readers if key not in self._content]
-        unknown = [key for key in self._content if key not in readers]
-        if missing or unknown:
-            raise ValueError(
-                f"{self._where or 'the file'} lacks the keys {missing} and has the unknown keys "
-                f"{_quote(unknown)}; expected exactly {list(readers)}"
-            )
-        prefix = f"{self._where}." if self._where else ""
-        values = {
-            key: reader(self._content[key], f"{prefix}{key}") for key, reader in readers.items()
-        }
-        try:
-            return make(**values)
-        except ValueError as error:
-            raise ValueError(f"{self._where}: {error}" if self._where else str(error)) from error
+        if name not in CONSTANTS:
+            raise ValueError(f"{name!r} is no constant with a spread; known are {list(CONSTANTS)}")
+        value: Any = self
+        for part in name.split("."):
+            value = None if value is None else getattr(value, part)
+        if value is None:
+            return None
+        return 1.0 if name in _FACTORS else float(value)
 
+    def with_constants(self, values: Mapping[str, float]) -> Cluster:
+        """Return the cluster with other values of `CONSTANTS`, and without spreads.
 
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where} must be a text that is not empty, got {_quote(value)}")
-    return value
+        Raises:
+            ValueError: there is no such constant, it is not given here, or takes no such value.
+        """
+        found = replace(self, spreads=())
+        for name, value in values.items():
+            if found.constant(name) is None:
+                raise ValueError(f"{name} is not given for {self.name}, so it cannot be varied")
+            found = _changed(found, name.split("."), value, name in _FACTORS)
+        return found
 
-
-def _count(value: object, where: str) -> int:
-    # Not int(): that takes blanks, underscores and digits of other scripts too.
-    if not isinstance(value, str) or not (value.isascii() and value.isdigit() and len(value) < 19):
-        raise ValueError(f"{where} must be an integer of at least 1, got {_quote(value)}")
-    if int(value) < 1:
-        raise ValueError(f"{where} must be an integer of at least 1, got {_quote(value)}")
-    return int(value)
-
-
-def _number(value: object, where: str) -> float:
-    try:
-        number = float(value) if isinstance(value, str) and "_" not in value else math.nan
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{where} must be a number like 2.37e+14, got {_quote(value)}")
-    return number
-
-
-def _rate(value: object, where: str) -> float:
-    number = _number(value, where)
-    # What is not positive is told by the classes, which take infinite rates as well.
-    if 0 < number < _LEAST_RATE or number > _MOST_RATE:
-        raise ValueError(
-            f"{where} must be in {_LEAST_RATE:g}..{_MOST_RATE:g} per second, got {_quote(value)}"
+    def at_best(self) -> Cluster:
+        """Return the cluster with every constant at the faster end of its spread."""
+        return self.with_constants(
+            {name: spread.high if name in _RATES else spread.low for name, spread in self.spreads}
         )
-    return number
 
-
-def _seconds(value: object, where: str) -> float:
-    number = _number(value, where)
-    if number > _MOST_SECONDS:
-        raise ValueError(f"{where} must be at most {_MOST_SECONDS:g} s, got {_quote(value)}")
-    return number
-
-
-def _gemm(value: object, where: str) -> GemmCurve:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"{where} must be a list of points [tokens, FLOP/s], got {_quote(value)}")
-    points = []
-    for number, point in enumerate(value):
-        if not isinstance(point, Sequence) or isinstance(point, str) or len(point) != 2:
-            raise ValueError(
-                f"{where}[{number}] must be a point [tokens, FLOP/s], got {_quote(point)}"
-            )
-        points.append(
-            (_count(point[0], f"{where}[{number}] tokens"), _rate(point[1], f"{where}[{number}]"))
+    def at_worst(self) -> Cluster:
+        """Return the cluster with every constant at the slower end of its spread."""
+        return self.with_constants(
+            {name: spread.low if name in _RATES else spread.high for name, spread in self.spreads}
         )
-    try:
-        return GemmCurve(tuple(points))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+
+    def for_back_end(self, name: str) -> Cluster:
+        """Return the cluster with this back end's GEMMs if they were measured; else itself."""
+        for back_end in self.back_ends:
+            if back_end.name == name:
+                factor = back_end.backward_gemm_factor
+                spreads = tuple(
+                    (constant, spread)
+                    for constant, spread in self.spreads
+                    if constant not in ("gemm", "backward_gemm_factor")
+                )
+                return replace(
+                    self, gemm=back_end.forward, backward_gemm_factor=factor, spreads=spreads
+                )
+        return self
 
 
-def _link(value: object, where: str) -> Link:
-    return _Fields(value, where).build(Link, bytes_per_s=_rate, latency_s=_seconds)
-
-
-def _solve(value: object, where: str) -> SolveTime:
-    return _Fields(value, where).build(
-        SolveTime, base_s=_seconds, slot_s=_seconds, count_s=_seconds
-    )
-
-
-def _quote(value: object) -> str:
-    """Quote a value for a message, cut short."""
-    return reprlib.repr(value)
+def _changed(owner: Any, path: Sequence[str], value: float, is_factor: bool) -> Any:
+    """Return a dataclass with another value, or another multiple of it, at a path of fields."""
+    old = getattr(owner, path[0])
+    if len(path) > 1:
+        return replace(owner, **{path[0]: _changed(old, path[1:], value, is_factor)})
+    return replace(owner, **{path[0]: old.times(value) if is_factor else value})

@@ -7,9 +7,10 @@ log line; the tracker is replaceable by design (`set_moe_metrics_tracker`), so n
 from __future__ import annotations
 
 import logging
-from dataclasses import astuple, fields
+from dataclasses import astuple, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
@@ -69,8 +70,10 @@ def collect(
     rank = RankMetrics()
     if coordinator is not None:
         layer_ms = coordinator.measurements.take_layer_ms()
-        measured = (0.0, 0.0) if layer_ms is None else (layer_ms, 1.0)
-        rank = RankMetrics(*coordinator.take_exposed_ms(), 1.0, *measured)
+        sent = np.sum([astuple(layer.take_sent()) for layer in coordinator.layers], axis=0)
+        rank = RankMetrics(*coordinator.take_exposed_ms(), 1.0, *sent.tolist())
+        if layer_ms is not None:
+            rank = replace(rank, layer_ms=layer_ms, layer_ranks=1.0)
         for layer in coordinator.layers:
             samples = layer.take_samples()
             if samples:

@@ -79,12 +79,18 @@ class RankMetrics:
     Attributes:
         restore_exposed_ms, reduce_exposed_ms: what the compute waited for in a step.
         ranks: those that have MoE layers.
+        intra_rows, inter_rows, intra_bytes, inter_bytes, dispatches: as in `SentRows`.
         layer_ms, layer_ranks: measured time of a layer and microbatch, and how many ranks did.
     """
 
     restore_exposed_ms: float = 0.0
     reduce_exposed_ms: float = 0.0
     ranks: float = 0.0
+    intra_rows: float = 0.0
+    inter_rows: float = 0.0
+    intra_bytes: float = 0.0
+    inter_bytes: float = 0.0
+    dispatches: float = 0.0
     layer_ms: float = 0.0
     layer_ranks: float = 0.0
 
@@ -121,6 +127,11 @@ def named(
     if rank.ranks:
         scalars["fsep_restore_exposed_ms"] = rank.restore_exposed_ms / rank.ranks
         scalars["fsep_reduce_exposed_ms"] = rank.reduce_exposed_ms / rank.ranks
+    if rank.dispatches:
+        scalars["fsep_token_rows_intra_node"] = rank.intra_rows / rank.dispatches
+        scalars["fsep_token_rows_inter_node"] = rank.inter_rows / rank.dispatches
+        scalars["fsep_token_mb_intra_node"] = rank.intra_bytes / rank.dispatches / 1e6
+        scalars["fsep_token_mb_inter_node"] = rank.inter_bytes / rank.dispatches / 1e6
     if rank.layer_ranks:
         scalars["fsep_layer_ms"] = rank.layer_ms / rank.layer_ranks
     return scalars, per_layer

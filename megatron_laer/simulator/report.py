@@ -76,7 +76,7 @@ def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> Non
     _write(path, content.encode(), "--json")
 
 
-def check_can_plot(path: Path) -> None:
+def check_can_plot(path: Path, flag: str = "--plot") -> None:
     """Say that a plot cannot be made before the work is done.
 
     Raises:
@@ -85,14 +85,14 @@ def check_can_plot(path: Path) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(
-            "--plot needs the package matplotlib: `pip install matplotlib`, or leave --plot out "
+            f"{flag} needs the package matplotlib: `pip install matplotlib`, or leave {flag} out "
             "(--json has the figures)"
         )
     from matplotlib.backend_bases import FigureCanvasBase
 
     endings = sorted(FigureCanvasBase.get_supported_filetypes())
     if _ending(path) not in endings:
-        raise ValueError(f"--plot {quoted(path)}: give a file that ends in .{', .'.join(endings)}")
+        raise ValueError(f"{flag} {quoted(path)}: give a file that ends in .{', .'.join(endings)}")
 
 
 def write_plot(path: Path, title: str, rows: Sequence[Row]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_laer.config import FSEPConfig, flag_name
 from megatron_laer.files.checks import is_same_file, quoted, refuse_unusable_folder
-from megatron_laer.planner.clusters import load_cluster
+from megatron_laer.planner.cluster_files import load_cluster
 
 # What a folder of recorded layouts holds, one file for each FSEP group.
 RECORDED_LAYOUTS = "group-*.jsonl"

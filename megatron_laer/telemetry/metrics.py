@@ -93,6 +93,15 @@ LOGGED = (
         "layers",
     ),
     Metric(
+        "fsep_token_rows_intra_node",
+        "1",
+        "hidden states that a rank sends in one dispatch to ranks of its node; combine and both "
+        "backward passes move as many; mean over ranks and dispatches",
+    ),
+    Metric("fsep_token_rows_inter_node", "1", "the same to ranks of other nodes"),
+    Metric("fsep_token_mb_intra_node", "MB", "the same in MB, inside the node"),
+    Metric("fsep_token_mb_inter_node", "MB", "the same in MB, to other nodes"),
+    Metric(
         "fsep_memory_headroom_gib",
         "GiB",
         "memory that was never taken: of the device what is beyond the peak of torch's reserved "

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron_laer.telemetry.clock import Clock, Timestamp
-from megatron_laer.telemetry.timeline import COMPUTE
+from megatron_laer.telemetry.trace_events import COMPUTE
 
 
 class IntervalListener(Protocol):

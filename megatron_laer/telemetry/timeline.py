@@ -29,11 +29,9 @@ from megatron_laer.files.writing import (
 )
 from megatron_laer.telemetry.clock import Clock, Timestamp, make_clock
 from megatron_laer.telemetry.ranges import OpenRange, make_ranges
+from megatron_laer.telemetry.trace_events import COMPUTE, TOKENS, trace_events
 
 logger = logging.getLogger(__name__)
-
-COMPUTE, TOKENS = "compute", "tokens"
-TRACKS = (COMPUTE, TOKENS, "parameters", "gradients")
 
 # Of the run, counted from 0: the first steps allocate memory and have no plan yet.
 FIRST_STEP, NUM_STEPS = 2, 3
@@ -173,29 +171,17 @@ class Timeline:
             self.add(track, opened.label, opened.start, now)
 
     def _events(self) -> Iterator[dict[str, Any]]:
-        def named(kind: str, name: str, **where: int) -> dict[str, Any]:
-            return {"ph": "M", "name": kind, "pid": self._rank, "args": {"name": name}, **where}
-
-        yield named("process_name", f"rank {self._rank}")
-        for place, track in enumerate(TRACKS):
-            yield named("thread_name", track, tid=place)
         assert self._origin is not None
         origin, origin_ns = self._origin
 
         def microseconds(timestamp: Timestamp) -> float:
             return round(origin_ns / 1e3 + self._clock.seconds(origin, timestamp) * 1e6, 1)
 
-        for track, label, start, end in self._intervals:
-            first, last = microseconds(start), microseconds(end)
-            yield {
-                "ph": "X",
-                "name": label,
-                "cat": track,
-                "pid": self._rank,
-                "tid": TRACKS.index(track),
-                "ts": first,
-                "dur": round(last - first, 1),
-            }
+        intervals = (
+            (track, label, microseconds(start), microseconds(end))
+            for track, label, start, end in self._intervals
+        )
+        return trace_events(self._rank, f"rank {self._rank}", intervals)
 
 
 def open_timeline(directory: str, rank: int, device: torch.device, first_step: int) -> Timeline:

@@ -33,7 +33,7 @@ class Case:
         """For the count."""
         known = (
             *("plan", "flags", "inspect", "prepare-data", "check-recipe", "report", "train"),
-            "doctor",
+            *("doctor", "calibrate"),
         )
         return next((word for word in self.words[:1] if word in known), "command line")
 
@@ -54,6 +54,12 @@ COMMAND_LINE = (
     ("plan good.trace extra", "unrecognized arguments: extra"),
     ("plan good.trace --rank-count 4", "unrecognized arguments: --rank-count 4"),
     ("plan good.trace -- x", "nothing follows -- here, got x"),
+    ("calibrate", "required: FILE"),
+    ("calibrate out/x.yaml", "exchanges need several ranks; start at least two with `torchrun"),
+    ("calibrate out/x.yaml --node-size 0", "--node-size: '0' is no integer"),
+    ("calibrate out/x.yaml --hidden 1e3", "--hidden: '1e3' is no integer"),
+    ("calibrate out/x.yaml --slow", "unrecognized arguments: --slow"),
+    ("calibrate out/x.yaml -- x", "nothing follows -- here, got x"),
     ("doctor now", "unrecognized arguments: now"),
     ("doctor --fix", "unrecognized arguments: --fix"),
     ("doctor -- x", "nothing follows -- here, got x"),

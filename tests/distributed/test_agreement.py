@@ -15,8 +15,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from megatron_laer.files.shipped import yaml_file
 from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.cluster_files import cluster_text, load_cluster
 from megatron_laer.testing.ranks import Raised, RankPool
 from megatron_laer.testing.training import rank_of_environment, train
 from tests.faults.injected import current_step
@@ -52,17 +52,18 @@ def refusals(
 def test_a_rank_with_another_solve_time_is_named_on_every_rank_of_the_world(
     ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
 ) -> None:
-    shipped = yaml_file("cluster", "cpu-gloo").read_text()
+    shipped = load_cluster("cpu-gloo")
+    base_s = shipped.solve.base_s
+    solve = replace(shipped.solve, base_s=base_s * 10)
     other = tmp_path / "cluster.yaml"
-    other.write_text(shipped.replace("base_s: 3.65e-5", "base_s: 3.65e-4"))
-    assert other.read_text() != shipped
+    other.write_text(cluster_text(replace(shipped, solve=solve)))
     # Two groups of two ranks: the first has no rank that differs, and must not wait for the other.
     flags = command_line(
         text_data, experts=8, expert_parallel=2, global_batch=8, steps=2, extra=FSEP
     )
     message = refusals(ranks(4), flags, 3, f"--fsep-cluster {other}")
     assert message.startswith("rank 2: the ranks of its FSEP group differ: cluster.solve.base_s ")
-    assert "0.000365 on rank 3" in message and "3.65e-05 on rank 2" in message
+    assert f"{base_s * 10!r} on rank 3" in message and f"{base_s!r} on rank 2" in message
 
 
 @pytest.mark.counts(fault_runs=2)

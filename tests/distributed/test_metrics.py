@@ -20,6 +20,7 @@ STEPS = 6
 # Of a step.
 MICROBATCHES = 2
 RECORDING = "`--fsep-record-metrics`"
+ROW_BYTES = 48 * 4  # of a hidden state in fp32
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,13 @@ def test_balance_and_planning_are_in_tensorboard(
     assert all(0 < value < 1e4 for value in series("fsep_memory_headroom_gib"))
     assert all(0 <= value <= 1 for value in series("fsep_fresh_layouts"))
     assert all(0 < value < 1e3 for value in series("fsep_quota_ms"))
+    assert all(value > 0 for value in series("fsep_token_rows_intra_node"))
+    assert series("fsep_token_rows_inter_node") == [0, 0, 0]  # a node has both ranks
+    for rows, mb in zip(
+        series("fsep_token_rows_intra_node"), series("fsep_token_mb_intra_node"), strict=True
+    ):
+        assert mb == pytest.approx(rows * ROW_BYTES / 1e6, rel=1e-5)
+    assert series("fsep_token_mb_inter_node") == [0, 0, 0]
     assert series("fsep_layout_version") == [1, 3, 5]
     assert all(value > 0 for value in series("fsep_plan_ms"))
     assert series("fsep_late_plans") == series("fsep_plan_failures") == [0, 0, 0]

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_laer.config import FSEPConfig
 from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.clusters import Figure, HostTime, Link, SolveTime
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.runtime.comm.agreement import describe_difference, summarise
 from megatron_laer.runtime.comm.collectives import decision_digest
@@ -19,7 +20,15 @@ SUMMARY = summarise(FSEPConfig(), Geometry(4, 8, 3, 2), COSTS, seed=1)
 
 
 def test_what_decides_is_compared_and_where_files_lie_is_not() -> None:
-    cluster = replace(COSTS.cluster, name="a copy", source="a copy", assumed="nothing")
+    cluster = replace(
+        COSTS.cluster,
+        name="a copy",
+        source="a copy",
+        assumed="nothing",
+        spreads=(),
+        figures=(("launch, s", Figure(1.0, 1.0, 1.0)),),
+        measured=(("date", "today"),),
+    )
     config = FSEPConfig(
         cluster="/there/copy.yaml", record_layouts="a", record_trace="b", timeline="c"
     )
@@ -37,6 +46,21 @@ def test_the_last_digit_of_a_constant_is_a_difference() -> None:
     assert text is not None
     assert f"cluster.solve.base_s is {solve.base_s!r} on rank 6" in text
     assert f"{COSTS.cluster.solve.base_s!r} on ranks 4, 5, 7" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("backward_gemm_factor", 1.25, "cluster.backward_gemm_factor is 1.25 on rank 1"),
+        ("host", HostTime(1e-6, SolveTime(0, 0, 0)), "cluster.host.launch_s is 1e-06 on rank 1"),
+        ("intra", Link(6e10, 1.06e-5, 2e-6), "cluster.intra.peer_s is 2e-06 on rank 1"),
+    ],
+)
+def test_a_constant_that_calibrate_adds_is_compared(name: str, value: object, told: str) -> None:
+    cluster = replace(COSTS.cluster, **{name: value})
+    other = summarise(FSEPConfig(), Geometry(4, 8, 3, 2), replace(COSTS, cluster=cluster), seed=1)
+    text = describe_difference([SUMMARY, other], [0, 1])
+    assert text is not None and told in text
 
 
 @pytest.mark.parametrize(

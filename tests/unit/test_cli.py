@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -136,9 +137,16 @@ def test_a_wrong_command_line_is_refused_in_one_line(words, message, capsys):
     assert error.count("\n") == 1 and error[:-1].isprintable() and len(error) < 2200
 
 
-def test_flags_are_printed_ready_for_a_shell(capsys):
-    assert cli.main(["flags", "tiny-moe"]) == 0
-    assert capsys.readouterr().out.split() == model_flags("tiny-moe")
+@pytest.mark.parametrize("name", ["tiny-moe", "deepseek-v3", "gpt-oss-20b"])
+def test_flags_are_printed_ready_for_a_shell(name, capsys):
+    assert cli.main(["flags", name]) == 0
+    printed = capsys.readouterr().out
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' $(echo {shlex.quote(printed)})"],
+        capture_output=True,
+        text=True,
+    )
+    assert words.stdout.splitlines() == shlex.split(printed) == model_flags(name)
 
 
 def test_text_becomes_a_dataset(tmp_path, capsys):

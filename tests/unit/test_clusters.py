@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.files.shipped import yaml_file
+from megatron_laer.planner.cluster_files import cluster_text, load_cluster, parse_cluster
 from megatron_laer.planner.clusters import (
-    GemmCurve,
+    CONSTANTS,
+    BackEnd,
+    Contention,
+    Figure,
+    HostTime,
     Link,
     SolveTime,
-    load_cluster,
-    parse_cluster,
+    Spread,
 )
+from megatron_laer.planner.gemm_curve import GemmCurve
 
-SHIPPED = ["a100-4x8-ib800", "cpu-gloo", "h100-8"]
+SHIPPED = ["a100-4x8-ib800", "a100-8", "b200-8", "cpu-gloo", "h100-8", "h200-8"]
 
 GOOD = """name: x
 source: y
@@ -31,6 +37,20 @@ gemm:
 intra: {bytes_per_s: 3e11, latency_s: 0}
 inter: {bytes_per_s: 1.25e+10, latency_s: 2e-5}
 solve: {base_s: 1e-5, slot_s: 1e-7, count_s: 1e-9}
+"""
+
+# What a file may have beyond.
+MEASURED = """backward_gemm_factor: 1.5
+host: {launch_s: 5e-6, gate: {base_s: 1e-5, slot_s: 1e-7, count_s: 1e-9}}
+contention: {gemm: 1.1, exchange: 1.2}
+memory_bytes_per_s: 1e12
+back_ends:
+  loop: {forward: [[1, 1e9]], input_grad: [[1, 1e9]], weight_grad: [[1, 5e8]]}
+spreads:
+  gemm: {low: 0.9, high: 1.1, source: s}
+  intra.bytes_per_s: {low: 3e10, high: 3e11, source: s}
+figures: {"one thing, s": [2, 1, 3]}
+measured: {date: 2026-11-26, torch: 2.15.0}
 """
 
 
@@ -57,7 +77,10 @@ def test_the_papers_cluster_has_the_papers_numbers() -> None:
     seconds = expert_flops * cluster.gemm.unit_seconds(np.array([4096]))[0]
     assert seconds == pytest.approx(6.7096e-3, rel=2e-3)
     assert cluster.gemm.points[-1][1] == 2.37e14
-    assert (cluster.intra.bytes_per_s, cluster.inter.bytes_per_s) == (3e11, 100e9 / 8)
+    assert cluster.inter.bytes_per_s == 100e9 / 8
+    # Tokens never reach NVLink's 300 GB/s.
+    assert cluster.at_best().intra.bytes_per_s <= 300e9 / 2
+    assert cluster.at_worst().intra.bytes_per_s >= 300e9 / 10
     assert (cluster.nodes, cluster.ranks_per_node) == (4, 8)
 
 
@@ -104,6 +127,21 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
         ("slot_s: 1e-7", "slot_s: 3601", "solve.slot_s must be at most 3600 s, got '3601'"),
         ("{base_s: 1e-5, ", "{", r"solve lacks the keys \['base_s'\]"),
         ("base_s: 1e-5", "base_s: -1", r"solve: base_s must be .* not negative, got -1"),
+        ("factor: 1.5", "factor: 0", r"backward_gemm_factor must be positive and finite, got 0\.0"),
+        ("{gemm: 1.1, ", "{gemm: fast, ", r"contention\.gemm must be a number .*got 'fast'"),
+        ("launch_s: 5e-6, ", "", r"host lacks the keys \['launch_s'\]"),
+        ("launch_s: 5e-6", "launch_s: -1", r"host: launch_s must be .* not negative, got -1"),
+        ("weight_grad: ", "weights: ", r"back_ends\.loop lacks the keys \['weight_grad'\]"),
+        ("[[1, 5e8]]", "[[1]]", r"back_ends\.loop\.weight_grad\[0\] must be a point"),
+        ("low: 3e10", "low: 4e11", r"intra\.bytes_per_s: low 4e\+11 and high 3e\+11 are no range"),
+        ("high: 3e11", "high: 2e11", r"is 3e\+11, outside of its spread 3e\+10\.\.2e\+11"),
+        ("gemm: {low", "gemms: {low", r"'gemms' is no constant with a spread; known are \['gemm'"),
+        ("[2, 1, 3]", "[2, 1]", r"must be a figure \[median, low, high\], got \['2', '1'\]"),
+        (
+            "torch: 2.15.0",
+            "torch: []",
+            r"measured\.torch must be a text that is not empty, got \[\]",
+        ),
         (GOOD, "- 1", r"the file holds \['1'\], expected a mapping"),
         (GOOD, "", "the file holds None, expected a mapping"),
         (GOOD, "{", "not valid YAML"),
@@ -113,9 +151,104 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
 )
 def test_cluster_files_are_checked(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = tmp_path / "x.yaml"
-    path.write_text(GOOD.replace(old, new), encoding="utf-8")
+    whole = GOOD if old in GOOD else GOOD + MEASURED
+    assert old in whole
+    path.write_text(whole.replace(old, new), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"(?s)x\.yaml: .*{message}"):
         load_cluster(path)
+
+
+def test_what_a_file_leaves_out_changes_nothing() -> None:
+    cluster = parse_cluster(GOOD)
+    assert (cluster.backward_gemm_factor, cluster.host, cluster.contention) == (
+        1.0,
+        None,
+        Contention(),
+    )
+    assert not (cluster.back_ends or cluster.spreads or cluster.figures or cluster.measured)
+    assert cluster.intra.peer_s == 0.0 and cluster.memory_bytes_per_s is None
+
+
+def test_what_calibrate_adds_is_read() -> None:
+    cluster = parse_cluster(GOOD + MEASURED)
+    curve = GemmCurve(((1, 1e9),))
+    assert cluster.back_ends == (BackEnd("loop", curve, curve, GemmCurve(((1, 5e8),))),)
+    assert cluster.back_ends[0].backward_gemm_factor == cluster.backward_gemm_factor == 1.5
+    assert cluster.host == HostTime(5e-6, SolveTime(1e-5, 1e-7, 1e-9))
+    assert cluster.contention == Contention(1.1, 1.2)
+    assert dict(cluster.spreads)["gemm"] == Spread(0.9, 1.1, "s")
+    assert cluster.figures == (("one thing, s", Figure(2.0, 1.0, 3.0)),)
+    assert dict(cluster.measured) == {"date": "2026-11-26", "torch": "2.15.0"}
+
+
+@pytest.mark.parametrize("text", [GOOD, GOOD + MEASURED])
+def test_what_is_written_is_read_again(text: str) -> None:
+    cluster = parse_cluster(text)
+    assert parse_cluster(cluster_text(cluster)) == cluster
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_clusters_are_written_and_read_again(name: str) -> None:
+    cluster = load_cluster(name)
+    assert parse_cluster(cluster_text(cluster)) == cluster
+    assert max(map(len, cluster_text(cluster).splitlines())) < 200
+
+
+@settings(max_examples=100)
+@given(st.text(min_size=1).filter(str.strip), st.floats(1e-12, 1e3), st.floats(1.0, 1e20))
+def test_any_text_and_number_is_written_and_read_again(
+    text: str, seconds: float, rate: float
+) -> None:
+    cluster = replace(
+        parse_cluster(GOOD),
+        source=text,
+        intra=Link(rate, seconds, seconds),
+        figures=((text, Figure(seconds, seconds, rate)),),
+    )
+    assert parse_cluster(cluster_text(cluster)) == cluster
+
+
+def test_a_constant_is_replaced_by_name_and_others_stay() -> None:
+    cluster = parse_cluster(GOOD + MEASURED)
+    for name in CONSTANTS:
+        value = cluster.constant(name)
+        assert value is not None
+        changed = cluster.with_constants({name: value * 2})
+        again = changed.with_constants({name: 0.5 if value == 1.0 else value})
+        assert replace(again, spreads=cluster.spreads) == cluster or value == 0.0, name
+        if name not in ("gemm", "solve", "host.gate"):
+            assert changed.constant(name) == value * 2
+    twice = cluster.with_constants({"gemm": 2.0, "solve": 2.0})
+    assert twice.gemm.points[0] == (1, 4e12) and twice.solve.base_s == 2e-5
+    with pytest.raises(ValueError, match="'speed' is no constant with a spread"):
+        cluster.with_constants({"speed": 1.0})
+    with pytest.raises(ValueError, match="memory_bytes_per_s is not given for x"):
+        parse_cluster(GOOD).with_constants({"memory_bytes_per_s": 1.0})
+    with pytest.raises(ValueError, match="spreads has memory_bytes_per_s, which is not given"):
+        replace(
+            cluster, memory_bytes_per_s=None, spreads=(("memory_bytes_per_s", Spread(1, 2, "s")),)
+        )
+
+
+def test_both_ends_of_all_spreads_are_faster_and_slower() -> None:
+    spreads = {"gemm": (0.5, 2.0), "backward_gemm_factor": (1.0, 2.0), "intra.latency_s": (0, 1)}
+    cluster = replace(
+        parse_cluster(GOOD + MEASURED),
+        spreads=tuple((name, Spread(*ends, "s")) for name, ends in spreads.items()),
+    )
+    best, worst = cluster.at_best(), cluster.at_worst()
+    assert (best.gemm.points[0][1], worst.gemm.points[0][1]) == (4e12, 1e12)
+    assert (best.backward_gemm_factor, worst.backward_gemm_factor) == (1.0, 2.0)
+    assert (best.intra.latency_s, worst.intra.latency_s) == (0, 1)
+    assert best.inter == worst.inter == cluster.inter
+
+
+def test_a_back_end_that_was_measured_brings_its_gemms() -> None:
+    cluster = parse_cluster(GOOD + MEASURED)
+    chosen = cluster.for_back_end("loop")
+    assert chosen.gemm == GemmCurve(((1, 1e9),)) and chosen.backward_gemm_factor == 1.5
+    assert [name for name, _ in chosen.spreads] == ["intra.bytes_per_s"]
+    assert cluster.for_back_end("auto") is cluster
 
 
 def test_a_long_value_is_quoted_in_short() -> None:

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from megatron_laer.arrays import Int64
 from megatron_laer.config import ExchangeAlgorithm, RestoreAlgorithm, Split
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.clusters import Link, SolveTime, load_cluster
+from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.clusters import HostTime, Link, SolveTime
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import SplitTotals
 from megatron_laer.planner.reference import quota_NS
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
@@ -24,7 +26,11 @@ from tests.unit.test_strategies import counts_for, geometries, shape_of
 
 # Curved, with transfers and latencies that matter beside compute.
 COSTS = make_costs(
-    points=((1, 1e8), (16, 1e9), (256, 1e10)), intra=Link(3e8, 1e-6), inter=Link(2e7, 3e-6)
+    points=((1, 1e8), (16, 1e9), (256, 1e10)),
+    intra=Link(3e8, 1e-6, 2e-7),
+    inter=Link(2e7, 3e-6, 4e-7),
+    host=HostTime(2e-6, SolveTime(1e-5, 1e-7, 1e-8)),
+    backward_gemm_factor=1.4,
 )
 SMALL = geometries().filter(lambda geometry: geometry.num_ranks <= 16)
 
@@ -49,10 +55,24 @@ def matrix_seconds(costs: CostModel, quota: Int64, layout: ExpertLayout, node_si
             ]
             tokens = max(sent_NN[rank, peers].sum(), sent_NN[peers, rank].sum())
             pass_s = max(pass_s, costs.token_bytes * tokens / link.bytes_per_s)
+    latency_s = gate_s = 0.0
     if num_ranks > 1:
-        pass_s += intra.latency_s if num_ranks == node_size else inter.latency_s
-    passes = 4 if costs.recompute else 3
-    return passes * costs.flops_per_token * expert_s + 4 * pass_s
+        far, link = num_ranks - node_size, intra if num_ranks == node_size else inter
+        latency_s = link.latency_s + (node_size - 1) * intra.peer_s + far * inter.peer_s
+        received = (num_ranks - 1) * (layout.num_experts + 3)
+        gate_s = latency_s + 8 * received / link.bytes_per_s
+    host = costs.cluster.host
+    assert host is not None
+    slots, counts = layout.num_slots, num_ranks * layout.num_experts
+    gate_s += host.gate.base_s + slots * host.gate.slot_s + counts * host.gate.count_s
+    launches = 58 if costs.restore_algorithm == "node" else 52
+    gemms = (2 if costs.recompute else 1) + 2 * costs.cluster.backward_gemm_factor
+    return (
+        gemms * costs.flops_per_token * expert_s
+        + 4 * (pass_s + latency_s)
+        + gate_s
+        + launches * host.launch_s
+    )
 
 
 @settings(max_examples=50)
@@ -63,7 +83,8 @@ def test_the_even_cost_equals_its_definition_on_the_whole_matrix(
     counts_NE = counts_for(seed, geometry)
     layout = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
     quota = quota_NS(counts_NE, layout, geometry.node_size)
-    for costs in (COSTS, replace(COSTS, recompute=True)):
+    by_node = replace(COSTS, restore_algorithm=ExchangeAlgorithm.NODE)
+    for costs in (COSTS, replace(COSTS, recompute=True), by_node):
         expected = matrix_seconds(costs, quota, layout, geometry.node_size)
         seconds = costs.layer_seconds(counts_NE, layout, geometry.node_size, Split.EVEN)
         assert seconds == pytest.approx(expected, rel=1e-12)
@@ -181,7 +202,10 @@ def test_restores_of_the_papers_setting_have_the_papers_bytes() -> None:
     # By node, the two phases one after the other, each with the latency of its links.
     phased = costs.restore_bytes(layout, 8, "node")
     latencies_s = costs.cluster.intra.latency_s + costs.cluster.inter.latency_s
-    expected_node_s = phased.intra_N.max() / 3e11 + phased.inter_N.max() / 12.5e9 + 2 * latencies_s
+    expected_node_s = (
+        phased.intra_N.max() / costs.cluster.intra.bytes_per_s + phased.inter_N.max() / 12.5e9
+    )
+    expected_node_s += 2 * latencies_s
     assert costs.restore_seconds(layout, 8, "node") == pytest.approx(expected_node_s, rel=1e-9)
     assert expected_node_s < expected_s
     given_back = costs.reduce_bytes(layout, 8, "flat")
@@ -215,6 +239,29 @@ def test_one_changed_slot_of_equal_slices_costs_exactly_the_bound(algorithm: str
     after = ExpertLayout.from_slots(8, 2, 8, slots)
     least_s = costs.least_change_seconds(geometry)
     assert costs.change_seconds(before, after, 4) == pytest.approx(least_s, rel=1e-8)
+
+
+@settings(max_examples=100)
+@given(geometries(), st.sampled_from(list(ExchangeAlgorithm)), st.integers(0, 2**16))
+def test_what_no_layer_hides_is_exposed(
+    geometry: Geometry, algorithm: ExchangeAlgorithm, seed: int
+) -> None:
+    costs = make_costs(ffn=40, restore_algorithm=algorithm)
+    layout, size = ExpertLayout.random(*shape_of(geometry), seed=(seed,)), geometry.node_size
+    restore_s = costs.restore_seconds(layout, size, algorithm)
+    assert costs.reduce_seconds(layout, size, algorithm) == restore_s
+    # Beside a layer without time nothing is hidden: two restores and a reduce.
+    assert costs.exposed_seconds(layout, size, 0.0) == pytest.approx(3 * restore_s, rel=1e-12)
+    assert costs.exposed_seconds(layout, size, 3 * restore_s * (1 + 1e-9)) == 0.0
+    longer = [costs.exposed_seconds(layout, size, part * restore_s) for part in (0.5, 1, 2)]
+    assert longer == sorted(longer, reverse=True)
+    # The native planner decides by the same number, to the last bit.
+    for beside_s in (0.0, 0.7 * restore_s, 2.1 * restore_s):
+        slots_S, experts = layout.slot_expert_S, geometry.num_experts
+        exposed_s = native.exposed_seconds(
+            slots_S, costs.for_native(geometry), experts, size, beside_s
+        )
+        assert exposed_s == costs.exposed_seconds(layout, size, beside_s)
 
 
 def test_auto_takes_the_exchange_that_the_links_favour() -> None:

@@ -16,7 +16,7 @@ from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 from megatron_laer.telemetry.metrics import LOGGED, PERCENTILES
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, read_metrics, recording_path
 from megatron_laer.telemetry.step_times import StepTimes, join
-from megatron_laer.telemetry.timeline import COMPUTE
+from megatron_laer.telemetry.trace_events import COMPUTE
 from tests import fuzz
 from tests.recorded_runs import (
     GUARD,

@@ -65,13 +65,18 @@ def test_a_workflow_may_only_read_and_pins_what_it_uses(path: Path) -> None:
     uses = [step["uses"] for step in steps if "uses" in step]
     assert [action for action in uses if not re.fullmatch(r"actions/[\w-]+@v\d+", action)] == []
     # The workflows hold no logic: what they run can be run by hand.
-    programs = [re.search(r"(scripts/test\.sh|\.ci/run)\b", s["run"]) for s in steps if "run" in s]
+    ours = r"(scripts/(test|release)\.sh|\.ci/run)\b"
+    programs = [re.search(ours, step["run"]) for step in steps if "run" in step]
     assert programs and all(programs)
+    # What is ours to write is written by a job of its own, which asks for a person's word first.
+    writing = {name: job for name, job in workflow["jobs"].items() if "permissions" in job}
+    assert {*writing} <= {"publish"}
+    assert all(job["environment"] and job["if"] for job in writing.values())
 
 
 def test_every_set_of_tests_has_a_workflow() -> None:
     commands = {path.stem: path.read_text(encoding="utf-8") for path in WORKFLOWS}
-    assert {*commands} == {"lint", "cpu", "gpu"}
+    assert {*commands} == {"lint", "cpu", "gpu", "release"}
     assert "scripts/test.sh --lint\n" in commands["lint"]
     assert "scripts/test.sh --gpu\n" in commands["gpu"]
     # PyYAML reads the key `on` as a truth value.

@@ -89,6 +89,95 @@ def test_a_python_without_venv_is_named(tools):
     assert f"{python} cannot make virtual environments" in result.stderr
 
 
+# Where torch is from. Packages are not installed: a Python is made to write down what pip is told.
+
+_DEFAULT = "torch with CUDA, Megatron and tools: 5.8 GB; 1.2 GB with TORCH_INDEX_URL, see docs/"
+_FAKE_PYTHON = """\
+case "$*" in
+    *"-m pip"*) echo "$*" >>"$ASKED" ;;
+    "-m venv --clear "*) mkdir -p "$4/bin" "$4/{packages}" && cp "$0" "$4/bin/python" ;;
+    "- "*) exec env PYTHONPATH={path} {python} -S - "$2" ;;
+    --version) echo "Python 3.13.0" ;;
+esac
+"""
+
+
+@pytest.fixture
+def install(tmp_path):
+    """Sources environment.sh in a copy of the repository; returns what it printed and asked pip."""
+
+    def run(version=None, **environment):
+        top, asked = tmp_path / "top", tmp_path / "asked"
+        shutil.rmtree(top, ignore_errors=True)
+        (top / "scripts").mkdir(parents=True)
+        shutil.copy(_ROOT / "scripts" / "environment.sh", top / "scripts")
+        for name in ("pyproject.toml", "setup.py", "constraints.txt"):
+            shutil.copy(_ROOT / name, top)
+        (top / "megatron_laer" / "planner" / "native").mkdir(parents=True)
+        (top / "megatron_laer" / "planner" / "native" / "x.cpp").touch()
+        # An interpreter without packages, or with one that is called torch.
+        elsewhere = tmp_path / "elsewhere"
+        shutil.rmtree(elsewhere, ignore_errors=True)
+        (elsewhere / "lib").mkdir(parents=True)
+        if version is not None:
+            info = elsewhere / "lib" / f"torch-{version}.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Name: torch\nVersion: {version}\n")
+        body = _FAKE_PYTHON.format(
+            python=shlex.quote(sys.executable),
+            path=shlex.quote(str(elsewhere / "lib")),
+            packages="lib/python{}.{}/site-packages".format(*sys.version_info),
+        )
+        python = fake_python(tmp_path, "python3", body)
+        asked.write_text("")
+        result = processes.run(
+            ["bash", "-c", "source scripts/environment.sh && echo PYTHON=$PYTHON"],
+            60,
+            cwd=top,
+            env={"PATH": os.environ["PATH"], "PYTHON": str(python), "ASKED": str(asked)}
+            | environment,
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.endswith(f"PYTHON={top}/.venv/bin/python\n")
+        return result.stdout, asked.read_text().splitlines(), top / ".venv"
+
+    return run
+
+
+def test_torch_with_cuda_is_installed_where_nothing_else_is_asked_for(install):
+    said, (asked,), venv = install()
+    assert f"Installing into .venv (the first time {_DEFAULT}" in said
+    assert "--index-url" not in asked and asked.endswith(f"--editable {venv.parent}[test]")
+    assert f"--constraint {venv.parent}/constraints.txt " in asked
+
+
+def test_torch_comes_from_its_index_alone_and_everything_else_does_not(install):
+    # Also where the interpreter has one: who names an index wants what is there.
+    said, (torch, others), venv = install("2.9.0", TORCH_INDEX_URL="https://x/cpu")
+    assert "torch from TORCH_INDEX_URL, Megatron and tools: 1.2 GB if torch is built for" in said
+    (tested,) = re.findall("^torch==.*", (_ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert torch.endswith(f" --no-deps --index-url https://x/cpu {tested}")
+    assert "--index-url" not in others and "--editable" in others
+    assert not list(venv.rglob("*.pth"))
+
+
+@pytest.mark.parametrize("version", ["2.6.0+cpu", "2.15.1", "3.0.0a0+git1234"])
+def test_the_torch_of_the_interpreter_is_used(version, install):
+    said, (asked,), venv = install(version)
+    assert f"(the first time torch=={version} is there already; Megatron and tools: 0.6 GB" in said
+    assert f"--constraint {venv}/constraints.txt " in asked and "--index-url" not in asked
+    pinned = (venv / "constraints.txt").read_text().splitlines()
+    assert [line for line in pinned if line.startswith("torch==")] == [f"torch=={version}"]
+    assert "megatron-core==" in (venv / "constraints.txt").read_text()
+    (path,) = venv.rglob("*.pth")
+    assert (Path(path.read_text().strip()) / f"torch-{version}.dist-info").is_dir()
+
+
+def test_a_torch_that_is_too_old_is_not_used(install):
+    said, _, venv = install("2.5.1")
+    assert _DEFAULT in said and not list(venv.rglob("*.pth"))
+
+
 def test_an_unknown_option_of_the_test_script_installs_nothing(tmp_path):
     (tmp_path / "scripts").mkdir()
     for name in ("test.sh", "environment.sh"):

@@ -34,8 +34,8 @@ _PATHS = (
     "replay_layouts",
     "timeline",
 )
-# Texts of a cluster; no decision depends on them.
-_TEXTS = ("name", "source", "assumed")
+# Of a cluster, what no decision depends on: texts, spreads, and what the constants were made from.
+_TEXTS = ("name", "source", "assumed", "back_ends", "spreads", "figures", "measured")
 # In one message: differing values, and ranks with the same value.
 _SHOWN = 8
 

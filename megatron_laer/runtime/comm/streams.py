@@ -17,7 +17,7 @@ import torch
 
 from megatron_laer.telemetry.clock import Stopwatch, Timestamp, make_clock
 from megatron_laer.telemetry.step_times import IntervalListener
-from megatron_laer.telemetry.timeline import COMPUTE
+from megatron_laer.telemetry.trace_events import COMPUTE
 
 # The priority of CUDA streams for exchanges; lower numbers go first. Priority orders thread blocks:
 # with that of compute, 0, each small kernel of an exchange would wait until the running GEMM has no

@@ -1,0 +1,108 @@
+"""`Settings` hold the sizes and times of what `calibrate` measures; the device decides on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Tokens of a slot, from the fewest to more than any slot is likely to get.
+_TOKENS = {False: (1, 4, 16, 64, 256, 1024, 4096), True: (1, 16, 64, 256, 1024, 4096, 8192)}
+_QUICK_TOKENS = {False: (1, 16, 256), True: (1, 256, 4096)}
+# What a rank sends in one All-to-All.
+_SENT = {
+    False: (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**25),
+    True: (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26, 2**28),
+}
+_QUICK_SENT = {False: (2**10, 2**17, 2**21), True: (2**10, 2**20, 2**26)}
+# N, C, E: small and large layers, scarce slots and plenty of them.
+_SHAPES = (
+    *((2, 3, 4), (8, 2, 8), (8, 4, 8), (16, 3, 32), (16, 6, 32), (32, 2, 8), (64, 2, 64)),
+    *((64, 8, 256), (128, 2, 128), (256, 4, 64), (512, 2, 64)),
+)
+_QUICK_SHAPES = ((2, 3, 4), (16, 3, 32), (64, 8, 256))
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Holds the widths of an expert whose GEMMs are measured.
+
+    Attributes:
+        hidden: H.
+        ffn: F.
+        gated: whether the first matrix is [2F, H] or [F, H].
+    """
+
+    hidden: int
+    ffn: int
+    gated: bool
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """Return (rows, columns) of the two matrices."""
+        return ((2 if self.gated else 1) * self.ffn, self.hidden), (self.hidden, self.ffn)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Count the FLOPs of one token in one pass: a multiplication and an addition per weight."""
+        return 2 * sum(rows * columns for rows, columns in self.matrices)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Says what is measured, and for how long; the same on every rank.
+
+    Attributes:
+        device: its type, "cpu" or "cuda".
+        expert: whose GEMMs.
+        slots: of a rank in one call of a back end.
+        tokens: of each slot, increasing.
+        sent_bytes: of a rank in one All-to-All, increasing.
+        shapes: (N, C, E) for which the planner is timed.
+        copy_bytes: of a copy in memory.
+        contended_tokens, contended_bytes: of a slot and of a rank's All-to-All, where the two run
+            beside each other.
+        counts_experts: E of the exchange of counts.
+        rounds: how often all figures are measured, one after the other.
+        round_s: how long each figure is measured then, unless its samples take longer.
+        sample_s: a sample repeats what it measures for as long as this at least.
+        least_samples: of each figure, round and rank.
+        node_size: ranks per node.
+    """
+
+    device: str
+    expert: ExpertShape
+    slots: int
+    tokens: tuple[int, ...]
+    sent_bytes: tuple[int, ...]
+    shapes: tuple[tuple[int, int, int], ...]
+    copy_bytes: int
+    contended_tokens: int
+    contended_bytes: int
+    counts_experts: int
+    rounds: int
+    round_s: float
+    sample_s: float
+    least_samples: int
+    node_size: int
+    quick: bool
+
+
+def make_settings(expert: ExpertShape, node_size: int, *, on_cuda: bool, quick: bool) -> Settings:
+    """Choose sizes for a device; `quick` measures less, and for seconds in place of minutes."""
+    return Settings(
+        device="cuda" if on_cuda else "cpu",
+        expert=expert,
+        slots=2,
+        tokens=(_QUICK_TOKENS if quick else _TOKENS)[on_cuda],
+        sent_bytes=(_QUICK_SENT if quick else _SENT)[on_cuda],
+        shapes=_QUICK_SHAPES if quick else _SHAPES,
+        copy_bytes=2**30 if on_cuda else 2**26,
+        contended_tokens=4096 if on_cuda else 256,
+        contended_bytes=2**26 if on_cuda else 2**22,
+        counts_experts=64,
+        rounds=1 if quick else 3,
+        round_s=0.05 if quick else 0.25,
+        sample_s=0.002,
+        least_samples=3,
+        node_size=node_size,
+        quick=quick,
+    )

@@ -1,0 +1,112 @@
+"""A stage's clocks tell when each of its ranks is where, and what its time went into.
+
+Max-plus: whoever waits takes the maximum of its own clock and of what it waits for, then adds what
+it does. Operations of a stage come in one order, so that no queue of events is needed.
+
+Legend: N ranks of a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+Seconds = npt.NDArray[np.float64]
+
+COMPUTE = ("attention", "dense", "experts", "optimizer")
+EXPOSED = ("tokens", "restore", "reduce", "gate", "tensor", "data_parallel", "pipeline", "host")
+# For ranks that compute longer.
+WAITING = "waiting"
+KINDS = (*COMPUTE, *EXPOSED, WAITING)
+
+PARAMETERS, GRADIENTS = "parameters", "gradients"
+
+# Takes a track, a label, and the begin and end of each rank.
+Recorder = Callable[[str, str, Seconds, Seconds], None]
+
+
+class Clocks:
+    """Holds the clocks of one stage's ranks and of its communication streams.
+
+    An exchange of parameters or gradients takes all ranks of the group, so that the streams have
+    one clock for all: it begins when the last rank has begun it. So do data-parallel exchanges, of
+    which `gathered_s` and `scattered_s` say when those of parameters and of gradients are done.
+
+    Args:
+        ranks: N.
+        node_size: G.
+        contention: share by which experts are slower while an exchange runs beside them.
+        stretch: how many times as long an exchange takes, as compute runs beside it.
+        one_stream: parameters and gradients share a communicator, and wait for each other.
+        record: takes what is done, for a timeline.
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        node_size: int,
+        *,
+        contention: float = 0.0,
+        stretch: float = 1.0,
+        one_stream: bool = False,
+        record: Recorder | None = None,
+    ) -> None:
+        self.now_N: Seconds = np.zeros(ranks)
+        self.spent: dict[str, Seconds] = {kind: np.zeros(ranks) for kind in KINDS}
+        self.gathered_s = self.scattered_s = 0.0
+        self._node_size = node_size
+        self._contention, self._stretch = contention, stretch
+        self._busy = {PARAMETERS: (0.0, 0.0), GRADIENTS: (0.0, 0.0)}
+        self._one_stream = one_stream
+        self._record = record
+
+    def work(self, kind: str, seconds: Seconds | float, track: str = "", label: str = "") -> None:
+        """Let every rank do something for so many seconds."""
+        if kind == "experts" and self._contention > 0:
+            seconds = seconds + self._contention * self._beside(seconds)
+        begin_N = self.now_N
+        self.now_N = begin_N + seconds
+        self.spent[kind] += seconds
+        if self._record is not None and track:
+            self._record(track, label or kind, begin_N, self.now_N)
+
+    def wait(self, kind: str, until: Seconds | float, label: str = "") -> None:
+        """Let every rank wait until a time that may have passed."""
+        begin_N = self.now_N
+        self.now_N = np.maximum(begin_N, until)
+        self.spent[kind] += self.now_N - begin_N
+        if self._record is not None and label:
+            self._record("compute", label, begin_N, self.now_N)
+
+    def meet(self, within_node: bool = False) -> None:
+        """Let ranks wait for the last one of their group, or only of their node."""
+        if within_node:
+            last_J = self.now_N.reshape(-1, self._node_size).max(axis=1)
+            self.wait(WAITING, np.repeat(last_J, self._node_size))
+        else:
+            self.wait(WAITING, float(self.now_N.max()))
+
+    def exchange(self, stream: str, seconds: float, label: str) -> float:
+        """Begin an exchange on a communication stream, and return when it will be done."""
+        free_s = self._busy[stream][1]
+        if self._one_stream:
+            free_s = max(end for _, end in self._busy.values())
+        begin_s = max(float(self.now_N.max()), free_s)
+        end_s = begin_s + seconds * self._stretch
+        self._busy[stream] = (begin_s, end_s)
+        if self._record is not None:
+            at_N = np.zeros_like(self.now_N)
+            self._record(stream, label, at_N + begin_s, at_N + end_s)
+        return end_s
+
+    def _beside(self, seconds: Seconds | float) -> Seconds:
+        """Return for how much of the coming seconds an exchange runs, the longer of the two."""
+        end_N = self.now_N + seconds
+        shared = [
+            np.clip(np.minimum(end_N, end_s) - np.maximum(self.now_N, begin_s), 0.0, None)
+            for begin_s, end_s in self._busy.values()
+        ]
+        longer_N: Seconds = np.maximum(*shared)
+        return longer_N

@@ -1,0 +1,146 @@
+"""Rates say how long a rank takes for GEMMs, memory and links; all come from the cluster's file.
+
+The file says how far each constant may be off, so that iterations can be predicted for several sets
+of rates and a range be told.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.arrays import Int64
+from megatron_laer.planner.clusters import CONSTANTS, Cluster
+
+# Of the fastest GEMM, in the core of attention: flash attention on an A100 has 185 and 150 TFLOP/s
+# forward and backward, where GEMMs have 248, by its authors' tables.
+_CORE_FORWARD, _CORE_BACKWARD = 0.75, 0.60
+
+# Where a cluster's file tells no spread. Two profiles of GEMMs by LAER-MoE's artifact differ by a
+# tenth; its All-to-Alls range from the data sheet's rate to a third of it.
+_GUESSED = {
+    "gemm": (0.9, 1.1),
+    "intra.bytes_per_s": (1 / 3, 1.0),
+    "inter.bytes_per_s": (1 / 3, 1.0),
+}
+_RATES = ("gemm", "memory_bytes_per_s", "intra.bytes_per_s", "inter.bytes_per_s")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Holds one set of constants of a rank.
+
+    Attributes:
+        cluster: with this set of its constants.
+        bytes_per_element: of weights and tokens.
+        gap_s: once per iteration: the data loader, logging.
+        core_forward, core_backward: speed of attention's core over that of the fastest GEMM.
+        overhead: time of dense layers that no FLOP and no byte explains, over what bytes take.
+    """
+
+    cluster: Cluster
+    bytes_per_element: int
+    gap_s: float = 0.0
+    core_forward: float = _CORE_FORWARD
+    core_backward: float = _CORE_BACKWARD
+    overhead: float = 0.0
+
+    @property
+    def backward_factor(self) -> float:
+        """Return the time of a FLOP in backward GEMMs over that in forward ones."""
+        return self.cluster.backward_gemm_factor
+
+    @property
+    def best_flops_per_s(self) -> float:
+        """Return the speed of the fastest GEMM."""
+        return max(speed for _, speed in self.cluster.gemm.points)
+
+    @property
+    def memory_bytes_per_s(self) -> float:
+        """Return the rate of memory; if nobody measured it, that of the smallest GEMM's weights.
+
+        It reads each of them once, for two FLOPs of a token.
+        """
+        if self.cluster.memory_bytes_per_s is not None:
+            return self.cluster.memory_bytes_per_s
+        tokens, speed = self.cluster.gemm.points[0]
+        return speed / tokens * self.bytes_per_element / 2
+
+    def gemm_seconds(self, tokens: float, flops_per_token: float) -> float:
+        """Return the time of one GEMM of so many tokens."""
+        unit_s = self.cluster.gemm.unit_seconds(np.array([math.ceil(tokens)]))
+        return float(unit_s[0]) * flops_per_token
+
+    def slot_unit_seconds(self, tokens_S: Int64) -> npt.NDArray[np.float64]:
+        """Return the seconds of each slot's GEMMs per FLOP of a token."""
+        return self.cluster.gemm.unit_seconds(tokens_S)
+
+    def memory_seconds(self, moved_bytes: float) -> float:
+        """Return the time of reading and writing so many bytes."""
+        return moved_bytes / self.memory_bytes_per_s
+
+    def collective_seconds(self, ranks: int, node_size: int) -> float:
+        """Return the latency of a collective over so many ranks, as the cost model has it."""
+        intra, inter = self.cluster.intra, self.cluster.inter
+        near = min(ranks, node_size) - 1
+        far = ranks - near - 1
+        slowest_s = inter.latency_s if far else intra.latency_s if near else 0.0
+        return slowest_s + near * intra.peer_s + far * inter.peer_s
+
+    def ring_seconds(self, size_bytes: float, ranks: int, node_size: int) -> float:
+        """Return the time of a reduce-scatter or an all-gather of a buffer of this size.
+
+        A ring passes each link with all but one rank's share; where it spans nodes, all of a node's
+        ranks drive their adapters for it.
+        """
+        if ranks <= 1:
+            return 0.0
+        intra, inter = self.cluster.intra, self.cluster.inter
+        share = size_bytes * (ranks - 1) / ranks
+        seconds = share / intra.bytes_per_s if node_size > 1 else 0.0
+        latency_s = intra.latency_s
+        if ranks > node_size:
+            seconds = max(seconds, share / (node_size * inter.bytes_per_s))
+            latency_s = inter.latency_s
+        return seconds + latency_s
+
+
+def rate_sets(rates: Rates) -> tuple[Rates, ...]:
+    """Return the rates, then those with compute and links at either end of what they may be.
+
+    Four corners and not two, since what hides behind compute shows where compute is fast and links
+    are slow.
+    """
+    ends = _ends(rates.cluster)
+    found = [rates]
+    for fast_compute in (True, False):
+        for fast_links in (True, False):
+            values = {}
+            for name, (low, high) in ends.items():
+                fast = fast_links if name.startswith(("intra.", "inter.")) else fast_compute
+                values[name] = high if fast == (name in _RATES) else low
+            found.append(
+                Rates(
+                    rates.cluster.with_constants(values),
+                    rates.bytes_per_element,
+                    rates.gap_s,
+                    rates.core_forward,
+                    rates.core_backward,
+                    rates.overhead,
+                )
+            )
+    return tuple(found)
+
+
+def _ends(cluster: Cluster) -> dict[str, tuple[float, float]]:
+    """Return the least and most of each constant: by its file, or else by what is guessed."""
+    told = {name: (spread.low, spread.high) for name, spread in cluster.spreads}
+    for name in CONSTANTS:
+        value = cluster.constant(name)
+        if name in _GUESSED and name not in told and value is not None:
+            low, high = _GUESSED[name]
+            told[name] = low * value, high * value
+    return told

@@ -1,0 +1,76 @@
+"""The commands of the plain Dockerfile run here in their order, with pip kept off the network."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import processes
+from tests.dockerfiles import DOCKERFILES, instructions
+from tests.documents import ROOT
+
+_PYTHON = shlex.quote(sys.executable)
+_PIP = f"{_PYTHON} -m pip --disable-pip-version-check"
+# In place of programs of the image: what is installed goes into a folder, and what a wheel needs is
+# there already.
+_PROGRAMS = {
+    "apt-get": 'echo "apt-get $*"',
+    "pip": f"""\
+command=$1 && shift
+[ "$command" = wheel ] || set -- --no-deps --target "$SITE" "$@"
+exec {_PIP} "$command" --no-index --no-build-isolation "$@"
+""",
+    "megatron-laer": f'PYTHONPATH=$SITE exec {_PYTHON} -P -m megatron_laer "$@"',
+}
+
+
+@pytest.mark.nightly
+def test_the_plain_files_commands_build_and_try_a_wheel(tmp_path: Path) -> None:
+    (plain,) = (path for path in DOCKERFILES if path.name == "plain.Dockerfile")
+    programs, root = tmp_path / "bin", tmp_path / "root"
+    programs.mkdir()
+    for name, body in _PROGRAMS.items():
+        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (programs / name).chmod(0o755)
+
+    def inside(text: str) -> str:
+        for folder in ("/source", "/wheels", "/opt/", "/var/", "/workspace"):
+            text = text.replace(folder, f"{root}{folder}")
+        return text
+
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "SITE": str(root / "site"),
+        "TORCH_INDEX_URL": "",
+        "MEGATRON_LAER_DEVICE": "cpu",
+        "PYTHONWARNINGS": "ignore",
+    }
+    folder, said = root, ""
+    folder.mkdir()
+    for instruction in instructions(plain):
+        if instruction.name == "WORKDIR":
+            folder = Path(inside(instruction.text))
+            folder.mkdir(parents=True)
+        elif instruction.name == "COPY":
+            *sources, target = inside(instruction.text).split()
+            to = folder / target
+            for source in sources:
+                if (ROOT / source).is_dir():
+                    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+                    shutil.copytree(ROOT / source, to, ignore=ignored)
+                else:
+                    to.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(ROOT / source, to)
+        elif instruction.name == "RUN":
+            command = ["bash", "-o", "pipefail", "-c", inside(instruction.text)]
+            result = processes.run(command, 1800.0, cwd=folder, env=environment)
+            assert result.returncode == 0, f"{instruction.text}\n{result.stdout}{result.stderr}"
+            said = result.stdout
+    assert said.startswith("runs; proved by parity rows on the CPU\n")
+    assert len(list((root / "wheels").glob("megatron_laer-*.whl"))) == 1
+    assert (root / "site" / "megatron_laer" / "configs" / "models" / "tiny-moe.yaml").exists()

@@ -1,0 +1,24 @@
+"""The comparison of the simulator with this machine runs at its smallest; it asserts no time."""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks import validate_simulator
+
+
+def test_steps_are_calibrated_measured_and_predicted(tmp_path):
+    output = tmp_path / "x.json"
+    assert validate_simulator.main(["--quick", "--json", str(output)]) == 0
+    rows = json.loads(output.read_text())["here"]
+    assert [row["calibrated"] for row in rows] == [True, True, False, False]
+    for row in rows:
+        assert set(row) == {"name", "measured_s", "predicted_s", "calibrated"}
+        assert row["measured_s"] > 0 and row["predicted_s"] > 0
+    calibrated, unseen = rows[:2], rows[2:]
+    assert unseen[0]["name"].startswith("stock, W2") and unseen[1]["name"].startswith("fsep, W2")
+    # Two constants meet two times, unless noise makes what a step takes once negative.
+    ratios = [row["predicted_s"] / row["measured_s"] for row in calibrated]
+    assert 0.5 < sum(ratios) / 2 < 2
+    # By balance alone, whatever the machine does.
+    assert unseen[1]["predicted_s"] < unseen[0]["predicted_s"] * 1.5

@@ -1,0 +1,52 @@
+"""Dockerfiles are read into instructions, for tests that need no daemon."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.documents import ROOT
+
+DOCKERFILES = sorted((ROOT / "scripts" / "docker").glob("*Dockerfile"))
+_OPTION = re.compile(r"--([a-z]+)=(\S+)\s+")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction, without its options.
+
+    Attributes:
+        name: in capitals, such as RUN.
+        text: what follows, with its line ends as a shell sees them.
+        options: such as from, mount.
+        stage: the number of FROM instructions before it, itself included.
+    """
+
+    name: str
+    text: str
+    options: dict[str, str]
+    stage: int
+
+
+def instructions(path: Path) -> list[Instruction]:
+    """The instructions of a file, in order.
+
+    Raises:
+        ValueError: a line that begins with no word in capitals.
+    """
+    found: list[Instruction] = []
+    lines = [line for line in path.read_text("utf-8").splitlines() if not re.match(r"\s*#", line)]
+    for text in "\n".join(lines).replace("\\\n", "\\\v").split("\n"):
+        if not text.strip():
+            continue
+        match = re.fullmatch(r"([A-Z]+)\s+(.*)", text, re.DOTALL)
+        if match is None:
+            raise ValueError(f"{path}: {text!r} begins with no instruction")
+        rest, options = match[2].replace("\v", "\n"), {}
+        while option := _OPTION.match(rest):
+            options[option[1]] = option[2]
+            rest = rest[option.end() :].removeprefix("\\\n").lstrip()
+        stage = sum(instruction.name == "FROM" for instruction in found) + (match[1] == "FROM")
+        found.append(Instruction(match[1], rest, options, stage))
+    return found

@@ -1,0 +1,172 @@
+"""What is released is described once, and the script and the workflow that release it fit."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+import yaml
+
+import megatron_laer
+from tests.documents import ROOT
+from tests.unit.shell_scripts import fake_python, shell
+
+VERSION = megatron_laer.__version__
+SCRIPT = ROOT / "scripts" / "release.sh"
+WORKFLOW = ROOT / ".github" / "workflows" / "release.yml"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+_TRIED = ("3.12", "3.13", "3.14")
+
+
+def jobs() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"]
+    return found
+
+
+def runs(job: Any) -> list[str]:
+    return [step["run"] for step in job["steps"] if "run" in step]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The files that `check` reads, and the script."""
+    for name in ("scripts/release.sh", "megatron_laer/version.py", "CHANGELOG.md", "CITATION.cff"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def release(top: Path, *words: str, **environment: str) -> Any:
+    return shell(top / "scripts" / "release.sh", *words, cwd=top, **environment)
+
+
+def date(checkout: Path, text: str) -> None:
+    path = checkout / "CHANGELOG.md"
+    path.write_text(re.sub(r"^## .*$", text, path.read_text(), count=1, flags=re.MULTILINE))
+
+
+def test_version_and_changelog_agree_today() -> None:
+    result = shell(SCRIPT, "check")
+    assert (result.returncode, result.stdout) == (0, f"version {VERSION}\n"), result.stderr
+
+
+def test_a_tag_of_this_version_with_a_dated_entry_passes(checkout: Path) -> None:
+    date(checkout, f"## {VERSION} (2026-12-31)")
+    result = release(checkout, "check", f"v{VERSION}")
+    assert result.stdout == f"version {VERSION}, tag v{VERSION}\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("heading", "tag", "says"),
+    [
+        (f"## {VERSION} (2026-12-31)", "v9.9.9", f"the tag 'v9.9.9' is not v{VERSION}"),
+        (f"## {VERSION} (2026-12-31)", VERSION, f"the tag '{VERSION}' is not v{VERSION}"),
+        (f"## {VERSION} (not released)", f"v{VERSION}", "give the day, as in"),
+        ("## 9.9.9 (2026-12-31)", f"v{VERSION}", "CHANGELOG.md begins with '## 9.9.9 (2026"),
+    ],
+)
+def test_what_does_not_agree_is_quoted(heading: str, tag: str, says: str, checkout: Path) -> None:
+    date(checkout, heading)
+    result = release(checkout, "check", tag)
+    assert result.returncode == 2 and says in result.stderr
+
+
+def test_another_version_in_the_citation_is_found(checkout: Path) -> None:
+    (checkout / "CITATION.cff").write_text("version: 9.9.9\n")
+    result = release(checkout, "check")
+    assert result.returncode == 2 and "CITATION.cff has another version" in result.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["upload"]], ids=["none", "unknown"])
+def test_an_unknown_command_lists_the_known(words: list[str]) -> None:
+    result = shell(SCRIPT, *words)
+    assert result.returncode == 2
+    assert "there are check, sdist, wheel, wheels, try and publish" in result.stderr
+
+
+@pytest.mark.parametrize(("command", "what"), [("wheel", "*.tar.gz"), ("try", "*-cp39-cp39-*_")])
+def test_what_is_not_in_dist_is_asked_for(command: str, what: str, checkout: Path) -> None:
+    python = fake_python(checkout, "python", "echo cp39")
+    result = release(checkout, command, PYTHON=str(python))
+    assert result.returncode == 2
+    assert f"dist has 0 files {what}" in result.stderr
+
+
+def test_publishing_uploads_to_the_index_before_the_release_page(checkout: Path) -> None:
+    date(checkout, f"## {VERSION} (2026-12-31)")
+    tools = checkout / "build" / "release-tools" / "bin"
+    tools.mkdir(parents=True)
+    (checkout / "dist").mkdir()
+    (checkout / "dist" / "a.whl").touch()
+    for name in ("twine", "gh"):
+        fake_python(tools, name, f'echo "{name} $*"')
+    result = release(checkout, "publish", f"v{VERSION}")
+    said, twine, gh = result.stdout.splitlines()
+    assert said.startswith("version") and twine == "twine upload dist/a.whl"
+    assert gh.startswith(f"gh release create v{VERSION} --verify-tag") and gh.endswith("dist/a.whl")
+    assert release(checkout, "publish").returncode != 0
+    assert "upload" not in release(checkout, "publish", "v9.9.9").stdout
+
+
+def test_the_workflow_runs_the_scripts_commands_in_their_order() -> None:
+    found = {name: runs(job) for name, job in jobs().items()}
+    commands = [line.split()[1] for lines in found.values() for line in lines]
+    assert commands == ["check", "sdist", "wheels", "try", "publish"]
+    documented = re.findall(r"^#   scripts/release\.sh (\w+)", SCRIPT.read_text(), re.MULTILINE)
+    assert {*commands, "wheel"} == {*documented}
+    needs = {name: job.get("needs") for name, job in jobs().items()}
+    assert needs == {"sdist": None, "wheels": "sdist", "try": "wheels", "publish": "try"}
+    assert jobs()["publish"]["if"] == "github.ref_type == 'tag'"
+
+
+def test_every_python_with_a_wheel_is_tried_on_every_machine() -> None:
+    built = PROJECT["tool"]["cibuildwheel"]["build"]
+    assert built == [f"cp{version.replace('.', '')}-*" for version in _TRIED]
+    matrix = jobs()["try"]["strategy"]["matrix"]
+    assert matrix["python"] == list(_TRIED)
+    assert matrix["runner"] == jobs()["wheels"]["strategy"]["matrix"]["runner"]
+    assert f">={_TRIED[0]}" == PROJECT["project"]["requires-python"]
+
+
+def test_artifacts_that_are_fetched_were_stored() -> None:
+    steps = [step for job in jobs().values() for step in job["steps"] if "uses" in step]
+    stored, fetched = (
+        [s["with"].get("name") for s in steps if s["uses"].startswith(f"actions/{verb}-artifact@")]
+        for verb in ("upload", "download")
+    )
+    assert {*fetched} - {None} <= {*stored}
+    # All of them are published.
+    assert fetched[-1] is None
+
+
+def test_what_is_tried_without_torch_has_the_bounds_of_the_package() -> None:
+    (names,) = re.findall(r"\\\(((?:\w+\\\|)+\w+)\\\)", SCRIPT.read_text())
+    needed = {re.split("[><=]", name)[0] for name in PROJECT["project"]["dependencies"]}
+    assert {*names.split("\\|")} == needed - {"torch", "megatron-core"}
+
+
+def test_links_of_the_readme_lead_to_the_repository_on_the_index(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def described() -> str:
+        runpy.run_path(str(ROOT / "setup.py"))
+        return str(given["long_description"])
+
+    monkeypatch.delenv("LAER_REPOSITORY_URL", raising=False)
+    assert described() == text
+    monkeypatch.setenv("LAER_REPOSITORY_URL", "https://h/o/r")
+    links = re.findall(r"\]\(([^)]+)\)", described())
+    assert f"https://h/o/r/blob/v{VERSION}/docs/plan.md" in links
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    assert len(links) == len(re.findall(r"\]\(([^)]+)\)", text))
