@@ -255,6 +255,13 @@ class FSEPConfig:
             "group, for `megatron_laer plan`",
         ),
     )
+    record_metrics: str | None = field(
+        default=None,
+        metadata=_option(
+            "directory to which the metrics of every step and layer are recorded, with measured "
+            "times, one file per FSEP group, for `megatron_laer report`",
+        ),
+    )
     timeline: str | None = field(
         default=None,
         metadata=_option(
@@ -298,7 +305,7 @@ class FSEPConfig:
     @property
     def follows_steps(self) -> bool:
         """Tell whether anything that the settings ask for happens at step boundaries only."""
-        written = (self.record_layouts, self.record_trace, self.timeline)
+        written = (self.record_layouts, self.record_trace, self.record_metrics, self.timeline)
         return (
             self.makes_plans
             or self.mode == PlanMode.ANNOUNCED

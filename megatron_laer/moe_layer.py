@@ -203,7 +203,8 @@ class FSEPMoELayer(MoELayer):
             self._shared_output = super().shared_experts_compute(shared_input)
         self.token_dispatcher.start_shared_experts(hidden_states)
         plan = self._plan = finish_plan()
-        self.token_dispatcher.begin(SlotDispatch(plan, self.state.name, self._coordinator.timeline))
+        listener = self._coordinator.measurements.listener
+        self.token_dispatcher.begin(SlotDispatch(plan, self.state.name, listener))
         return super().preprocess(hidden_states, probs, routing_map)
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:

@@ -29,7 +29,10 @@ from megatron_laer.files.checks import refuse_unusable_folder
 from megatron_laer.model_flags import model_flags
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.runtime.planning.layout_recording import recording_path as layouts_path
 from megatron_laer.telemetry import log as training_log
+from megatron_laer.telemetry.metrics_file import recording_path as metrics_path
+from megatron_laer.trace.recording import recording_path as trace_path
 
 _SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_gpt.py"
 
@@ -74,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         text = _prepare_text(args.work_dir)
         shared = [*model_flags(MODEL), "--data-path", str(text), *_run_flags(args)]
-        fsep = _train("FSEP", [*shared, *_FSEP_FLAGS], args)
+        fsep = _train("FSEP", [*shared, *_fsep_flags(args.work_dir)], args)
         stock = _train("stock", shared, args)
+        page = _write_page(args.work_dir)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
@@ -85,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print(f"\n{_table(fsep, stock, args.ranks)}")
     result = {"ranks": args.ranks, "steps": args.steps, "runs": [asdict(fsep), asdict(stock)]}
+    print(f"\n{page}")
     path = args.work_dir / "result.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(
@@ -93,7 +98,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-_FSEP_FLAGS = "--expert-parallel-mode fsep".split()
+def _fsep_flags(work_dir: Path) -> list[str]:
+    """Return the flags of FSEP, which records what the page shows; an earlier run's goes."""
+    written = (metrics_path(work_dir, 0), trace_path(work_dir, 0), layouts_path(str(work_dir), 0))
+    for path in written:
+        path.unlink(missing_ok=True)
+    kinds = ("--fsep-record-metrics", "--fsep-record-trace", "--fsep-record-layouts")
+    recorded = [word for kind in kinds for word in (kind, str(work_dir))]
+    return ["--expert-parallel-mode", "fsep", *recorded]
+
+
+def _write_page(work_dir: Path) -> str:
+    """Write the page on the run with FSEP; return its verdict."""
+    page = work_dir / "report.html"
+    result = subprocess.run(
+        [sys.executable, "-m", "megatron_laer", "report", str(work_dir), "--out", str(page)],
+        capture_output=True,
+        text=True,
+        env=os.environ | _ENVIRONMENT,
+    )
+    if result.returncode:
+        raise RuntimeError(f"Writing {page} failed:\n{result.stderr}")
+    verdict = result.stdout.splitlines()[0]
+    return f"{verdict}\n  The whole page, for a browser: {page}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,6 +29,9 @@ from tests.checkpoints import iteration_folder, saved_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# How names of metrics end that differ from run to run: times, and memory that is free.
+_MEASURED = ("_ms", "_gib")
+
 _TRAINING_FLAGS = """
     --micro-batch-size 4 --global-batch-size 16 --lr 1e-3 --min-lr 1e-4 --weight-decay 0.1
     --clip-grad 1.0 --seed 1234 --split 95,5,0 --eval-iters 1 --eval-interval 1000
@@ -127,7 +130,7 @@ def without_times(state: bytes) -> bytes:
 
 
 def _scalars(folder: Path) -> dict[str, dict[str, str]]:
-    """TensorBoard's scalars, which have the precision of loss and norm; times are left out."""
+    """TensorBoard's scalars, of the precision of loss and norm; what is measured is left out."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -135,7 +138,7 @@ def _scalars(folder: Path) -> dict[str, dict[str, str]]:
     kinds = {"lm loss": "losses", "grad-norm": "gradient norms"}
     found: dict[str, dict[str, str]] = {"losses": {}, "gradient norms": {}, "other metrics": {}}
     for tag in events.Tags()["scalars"]:
-        for event in [] if tag.endswith("_ms") else events.Scalars(tag):
+        for event in [] if tag.endswith(_MEASURED) else events.Scalars(tag):
             found[kinds.get(tag, "other metrics")][f"{tag}, step {event.step}"] = repr(event.value)
     return found
 

@@ -46,8 +46,12 @@ nodes need another wait, for sizes, and another upload behind it. In backward th
 
 
 @contextlib.contextmanager
-def one_layer(backend: str, model: str, token_exchange: str = "rank") -> Iterator[Any]:
-    """Build a layer in Megatron's data-parallel wrapper, on the current device."""
+def one_layer(backend: str, model: str, token_exchange: str = "rank", **more: Any) -> Iterator[Any]:
+    """Build a layer in Megatron's data-parallel wrapper, on the current device.
+
+    Args:
+        more: fields of `FSEPConfig`.
+    """
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -58,7 +62,7 @@ def one_layer(backend: str, model: str, token_exchange: str = "rank") -> Iterato
     import megatron_laer
 
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    settings: dict[str, Any] = {"capacity": CAPACITY, "token_exchange": token_exchange}
+    settings: dict[str, Any] = {"capacity": CAPACITY, "token_exchange": token_exchange, **more}
     megatron_laer.enable(megatron_laer.FSEPConfig(node_size=1, **settings), seed=1)
     try:
         parallel_state.initialize_model_parallel()

@@ -4,6 +4,7 @@ torchrun ... -m megatron_laer train PATH/TO/pretrain_gpt.py -- <Megatron's flags
 python -m megatron_laer prepare-data --input FILES --output PREFIX
 python -m megatron_laer flags mixtral-8x7b-e8k2
 python -m megatron_laer plan TRACE --ranks N --capacity C --cluster a100-4x8-ib800
+python -m megatron_laer report RUN --out report.html
 python -m megatron_laer simulate TRACE --model mixtral-8x7b-e8k2 --cluster a100-4x8-ib800
 torchrun ... -m megatron_laer calibrate FILE
 python -m megatron_laer check-recipe -- <Megatron's flags>
@@ -41,6 +42,7 @@ _COMMANDS = {
     "inspect": "print what is in a checkpoint",
     "flags": "print Megatron's flags for a model configuration",
     "plan": "compare strategies on a routing trace",
+    "report": "write a page on a run, or on a routing trace",
     "simulate": "predict whole iterations of stock, FSEP and others",
     "calibrate": "measure a cluster's constants, for plan and training",
     "check-recipe": "say whether settings run with FSEP, before a run",
@@ -160,6 +162,7 @@ examples:
   %(prog)s flags mixtral-8x7b-e8k2
   %(prog)s prepare-data --python-sources --output data/text
   %(prog)s plan traces/group-0.trace --ranks 64 --node-size 8 --capacity 2 3 4
+  %(prog)s report runs/one --out report.html
   %(prog)s simulate traces/group-0.trace --model my-model.yaml --ranks 64
   torchrun --nproc-per-node 8 -m megatron_laer calibrate my-node.yaml
   %(prog)s check-recipe -- --num-experts 64 --expert-model-parallel-size 8 FLAGS

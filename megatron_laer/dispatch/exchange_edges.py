@@ -1,6 +1,7 @@
-"""Autograd nodes tell the timeline when a token exchange begins and ends, in both directions.
+"""Autograd nodes tell a listener when a token exchange begins and ends, in both directions.
 
-Identity nodes before and after the exchange; only a run that writes a timeline has them.
+Identity nodes before and after the exchange; only a rank that writes a timeline, or records
+metrics, has them.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from typing import Any
 
 import torch
 
-from megatron_laer.telemetry.timeline import Timeline
+from megatron_laer.telemetry.step_times import IntervalListener
 
 Edge = Callable[..., tuple[torch.Tensor, ...]]
 
 
 def exchange_edges(
-    timeline: Timeline, name: str, then: str, then_backward: str
+    listener: IntervalListener, name: str, then: str, then_backward: str
 ) -> tuple[Edge, Edge]:
     """Make two functions: one to pass an exchange's inputs through, one for its outputs.
 
@@ -25,7 +26,7 @@ def exchange_edges(
         name: of the exchange.
         then, then_backward: the phase of the compute that follows it, in either direction.
     """
-    begin, end = timeline.begin_exchange, timeline.end_exchange
+    begin, end = listener.begin_exchange, listener.end_exchange
     before = partial(_Edge.apply, partial(begin, name), partial(end, then_backward))
     after = partial(_Edge.apply, partial(end, then), partial(begin, f"{name}, backward"))
     return before, after

@@ -21,7 +21,8 @@ from megatron_laer.dispatch.permutation import slot_ranges
 from megatron_laer.dispatch.slots import to_slots
 from megatron_laer.runtime.comm.upload import upload_arrays
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.telemetry.timeline import DENSE, Timeline
+from megatron_laer.telemetry.step_times import IntervalListener
+from megatron_laer.telemetry.timeline import DENSE
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +31,13 @@ class SlotDispatch:
 
     Attributes:
         plan: which tokens go to which slots.
-        layer_name: for the timeline.
-        timeline: where the layer's token exchanges are recorded, if anywhere.
+        layer_name: for the listener.
+        listener: hears of the layer's token exchanges, if anybody does.
     """
 
     plan: MicrobatchPlan
     layer_name: str
-    timeline: Timeline | None
+    listener: IntervalListener | None
 
 
 class SlotDispatching:
@@ -69,7 +70,7 @@ class SlotDispatching:
         return contextlib.nullcontext()
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Megatron's, with its begin and end on the timeline."""
+        """Megatron's, with its begin and end told to the listener."""
         megatrons: Any = super()
         layer = self._current.layer_name
         return self._timed(
@@ -79,7 +80,7 @@ class SlotDispatching:
         )
 
     def token_combine(self, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Megatron's, with its begin and end on the timeline."""
+        """Megatron's, with its begin and end told to the listener."""
         megatrons: Any = super()
         layer = self._current.layer_name
         (combined,) = self._timed(
@@ -95,14 +96,14 @@ class SlotDispatching:
         tensors: tuple[torch.Tensor, ...],
         names: tuple[str, str, str],
     ) -> tuple[torch.Tensor, ...]:
-        """Exchange tensors with begin and end on the timeline, if there is one.
+        """Exchange tensors with begin and end told to the listener, if there is one.
 
         Args:
             names: of the exchange, and of the phases that follow it: see `exchange_edges`.
         """
-        if self._current.timeline is None:
+        if self._current.listener is None:
             return exchange(*tensors)
-        before, after = exchange_edges(self._current.timeline, *names)
+        before, after = exchange_edges(self._current.listener, *names)
         return after(*exchange(*before(*tensors)))
 
     def _routed(self, routing_map_TE: torch.Tensor) -> torch.Tensor:

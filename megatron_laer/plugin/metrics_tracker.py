@@ -7,8 +7,7 @@ log line; the tracker is replaceable by design (`set_moe_metrics_tracker`), so n
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
-from megatron_laer.planner.balance import balance
 from megatron_laer.runtime.build import current_device
 from megatron_laer.runtime.coordinator import Coordinator
-from megatron_laer.runtime.layer_state import Sample
+from megatron_laer.runtime.metrics import LayerMetrics, RankMetrics, named
 from megatron_laer.session import current_coordinator
+from megatron_laer.telemetry.memory import memory_use
 
 logger = logging.getLogger(__name__)
 
-PERCENTILES = (50, 95)
+_GIB = 2**30
 
 
 class FSEPMetricsTracker(MoEMetricsTracker):
@@ -47,78 +46,14 @@ class FSEPMetricsTracker(MoEMetricsTracker):
         if iteration % self._interval:
             return line
         scalars, per_layer = collect(current_coordinator(), *self._layers)
-        named = {f"moe/{name}": value for name, value in per_layer.items()} | scalars
+        by_name = {f"moe/{name}": value for name, value in per_layer.items()} | scalars
         writer, wandb_writer = kwargs.get("writer"), kwargs.get("wandb_writer")
-        for name, value in named.items():
+        for name, value in by_name.items():
             if writer is not None:
                 writer.add_scalar(name, value, iteration)
             if wandb_writer is not None:
                 wandb_writer.log({name: value}, iteration)
         return line + "".join(f" {name}: {value:.3f} |" for name, value in scalars.items())
-
-
-@dataclass(frozen=True)
-class LayerMetrics:
-    """Holds sums over FSEP groups of what each measured of one layer since the last report.
-
-    A layer's mean is the sum divided by `groups`. To add a metric of layers, add a field here, fill
-    it in `of`, and name it in `_named`.
-
-    Attributes:
-        imbalance: max/mean tokens per rank, mean over microbatches.
-        stock_imbalance: what it would be under stock Megatron's placement.
-        fresh_layouts: share of microbatches with a layout of their own.
-        decide_ms: the host's milliseconds to decide on a microbatch.
-        groups: FSEP groups that measured the layer.
-    """
-
-    imbalance: float = 0.0
-    stock_imbalance: float = 0.0
-    fresh_layouts: float = 0.0
-    decide_ms: float = 0.0
-    groups: float = 0.0
-
-    @classmethod
-    def of(cls, samples: Sequence[Sample]) -> LayerMetrics:
-        """Measure one group; all is zero without samples."""
-        measured = balance(sample.decision.quotas for sample in samples)
-        if measured is None:
-            return cls()
-        return cls(
-            imbalance=measured.fsep,
-            stock_imbalance=measured.stock,
-            fresh_layouts=float(np.mean([sample.decision.replanned for sample in samples])),
-            decide_ms=float(np.mean([sample.decide_s for sample in samples])) * 1e3,
-            groups=1.0,
-        )
-
-    def __add__(self, other: LayerMetrics) -> LayerMetrics:
-        """Return the sum over the groups of both."""
-        return LayerMetrics(*map(sum, zip(astuple(self), astuple(other), strict=True)))
-
-    def mean(self) -> LayerMetrics:
-        """Return the mean over groups."""
-        return LayerMetrics(*(value / self.groups for value in astuple(self)))
-
-
-@dataclass(frozen=True)
-class RankMetrics:
-    """Holds sums over ranks of what each rank measured.
-
-    Attributes:
-        restore_exposed_ms, reduce_exposed_ms: what the compute waited for in a step.
-        ranks: those that have MoE layers.
-        intra_rows, inter_rows, intra_bytes, inter_bytes, dispatches: as in `SentRows`.
-    """
-
-    restore_exposed_ms: float = 0.0
-    reduce_exposed_ms: float = 0.0
-    ranks: float = 0.0
-    intra_rows: float = 0.0
-    inter_rows: float = 0.0
-    intra_bytes: float = 0.0
-    inter_bytes: float = 0.0
-    dispatches: float = 0.0
 
 
 def collect(
@@ -134,8 +69,11 @@ def collect(
     layers = [LayerMetrics()] * (decoder_layers + mtp_layers)
     rank = RankMetrics()
     if coordinator is not None:
+        layer_ms = coordinator.measurements.take_layer_ms()
         sent = np.sum([astuple(layer.take_sent()) for layer in coordinator.layers], axis=0)
         rank = RankMetrics(*coordinator.take_exposed_ms(), 1.0, *sent.tolist())
+        if layer_ms is not None:
+            rank = replace(rank, layer_ms=layer_ms, layer_ranks=1.0)
         for layer in coordinator.layers:
             samples = layer.take_samples()
             if samples:
@@ -143,9 +81,10 @@ def collect(
             # Hybrid models number MTP layers past `mtp_layers`: these add to the last row.
             row = layer.number - 1 + (decoder_layers if layer.is_mtp else 0)
             row = min(row, len(layers) - 1)
-            layers[row] += LayerMetrics.of(samples)
+            layers[row] += LayerMetrics.of(samples, coordinator.guard)
     layers, rank = _sum_over_ranks(layers, rank)
-    scalars, per_layer = _named(layers, rank)
+    scalars, per_layer = named(layers, rank)
+    scalars["fsep_memory_headroom_gib"] = _least_headroom_bytes() / _GIB
     if coordinator is not None:
         status = coordinator.layouts.status
         scalars["fsep_plan_ms"] = status.plan_us / 1e3
@@ -168,32 +107,9 @@ def _sum_over_ranks(
     return [LayerMetrics(*row.tolist()) for row in by_layer], RankMetrics(*of_ranks.tolist())
 
 
-def _named(
-    layers: Sequence[LayerMetrics], rank: RankMetrics
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Name scalars and per-layer values as Megatron logs them."""
-    means = {index: layer.mean() for index, layer in enumerate(layers) if layer.groups}
-    scalars: dict[str, float] = {}
-    per_layer: dict[str, float] = {}
-    for name, by_layer in (
-        ("fsep_load_imbalance", {at: mean.imbalance for at, mean in means.items()}),
-        ("fsep_stock_load_imbalance", {at: mean.stock_imbalance for at, mean in means.items()}),
-    ):
-        per_layer |= {f"{name}_layer_{at}": value for at, value in by_layer.items()}
-        if by_layer:
-            values = np.array([*by_layer.values()])
-            scalars[name] = float(values.mean())
-            for percentile in PERCENTILES:
-                scalars[f"{name}_p{percentile}"] = float(np.percentile(values, percentile))
-    if means:
-        scalars["fsep_fresh_layouts"] = float(np.mean([m.fresh_layouts for m in means.values()]))
-        scalars["fsep_quota_ms"] = float(np.mean([m.decide_ms for m in means.values()]))
-    if rank.ranks:
-        scalars["fsep_restore_exposed_ms"] = rank.restore_exposed_ms / rank.ranks
-        scalars["fsep_reduce_exposed_ms"] = rank.reduce_exposed_ms / rank.ranks
-    if rank.dispatches:
-        scalars["fsep_token_rows_intra_node"] = rank.intra_rows / rank.dispatches
-        scalars["fsep_token_rows_inter_node"] = rank.inter_rows / rank.dispatches
-        scalars["fsep_token_mb_intra_node"] = rank.intra_bytes / rank.dispatches / 1e6
-        scalars["fsep_token_mb_inter_node"] = rank.inter_bytes / rank.dispatches / 1e6
-    return scalars, per_layer
+def _least_headroom_bytes() -> float:
+    """Return the least memory that a rank of the world has left. Collective."""
+    device = current_device()
+    least = torch.tensor(memory_use(device).headroom_bytes, dtype=torch.float64).to(device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return float(least.item())

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import FSEPConfig, PlanMode
@@ -38,10 +37,10 @@ from megatron_laer.runtime.layer_state import (
     name_of_layer,
     what_changed,
 )
+from megatron_laer.runtime.measurements import Measurements
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
-from megatron_laer.runtime.planning.planner_rank import naming_flag
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.runtime.weights.restored import RestoredExperts
@@ -49,7 +48,6 @@ from megatron_laer.runtime.weights.scheduler import Chunk, Scheduler
 from megatron_laer.runtime.weights.slices import Slices
 from megatron_laer.runtime.weights.step_experts import memory_held
 from megatron_laer.schedule import Schedule
-from megatron_laer.telemetry.timeline import Timeline, open_timeline
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +65,7 @@ class Coordinator:
         announced: those of announced microbatches; None in other plan modes.
         layers: this rank's MoE layers, in the order in which they were built.
         token_sizes: where tokens go through nodes.
-        timeline: open while training is recorded.
+        measurements: timeline and recording of metrics, open once training has begun.
     """
 
     def __init__(
@@ -101,7 +99,7 @@ class Coordinator:
         self.device = device
         self.layers: list[LayerState] = []
         self.step = 0
-        self.timeline: Timeline | None = None
+        self.measurements = Measurements(config, groups, guard, streams)
         self._num_microbatches: int | None = None
         self._started = False
         self._counts = CountsExchange(groups, device)
@@ -220,7 +218,7 @@ class Coordinator:
     # What the training loop calls.
 
     def start(self, first_step: int) -> str | None:
-        """Open the timeline; on the planner rank also the planner, or the recordings.
+        """Open the timeline; on the planner rank also the planner and the recordings.
 
         Before that, the ranks compare what they decide by. Collective over the group.
 
@@ -237,7 +235,8 @@ class Coordinator:
             held = memory_held([layer.slices for layer in self.layers], self.geometry.capacity)
             logger.info("FSEP: %s", held)
         try:
-            self._open_timeline(first_step)
+            names = [layer.name for layer in self.layers]
+            self.measurements.start(names, first_step, self.device)
             self.layouts.start(first_step)
         except Exception as error:  # whatever it is, the other ranks must hear of it
             return f"{type(error).__name__}: {error}"
@@ -257,8 +256,7 @@ class Coordinator:
         """
         assert self._started, "begin_step before start"
         check_no_plan_is_left(self.layers)
-        if self.timeline is not None:
-            self.timeline.begin_step(step)
+        self.measurements.begin_step(step)
         self.step = step
         self._num_microbatches = num_microbatches
         for layer in self.layers:
@@ -292,8 +290,7 @@ class Coordinator:
         self.layouts.end_step()
         self.experts.end_step(weights_changed=weights_changed)
         self._unreported_steps += 1
-        if self.timeline is not None:
-            self.timeline.end_step(self.step)
+        self.measurements.end_step(self.step, self.layouts.status, self.layouts.version)
 
     def take_exposed_ms(self) -> tuple[float, float]:
         """Return how long compute waited for restores and gradients, per step, since last asked."""
@@ -316,10 +313,9 @@ class Coordinator:
             self.layouts.resume(directory, storage)
 
     def close(self) -> None:
-        """Stop the planner and the streams, and close the recording and the timeline."""
+        """Stop the planner and the streams, and close the recordings and the timeline."""
         self.scheduler.close()
-        if self.timeline is not None:
-            self.timeline.close()
+        self.measurements.close()
         if self.announced is not None:
             self.announced.close()
         self.layouts.close()
@@ -341,16 +337,6 @@ class Coordinator:
                     "`with megatron_laer.training_step(step, num_microbatches, model):` around the "
                     "forward and backward passes and the optimizer's step, on every rank"
                 )
-
-    def _open_timeline(self, first_step: int) -> None:
-        if self.config.timeline is None:
-            return
-        with naming_flag("timeline", self.config.timeline):
-            self.timeline = open_timeline(
-                self.config.timeline, dist.get_rank(), self.device, first_step
-            )
-        for stream in (self.streams.parameters, self.streams.gradients):
-            stream.times.timeline = self.timeline
 
     def _before_forward(self, chunk: Chunk) -> None:
         """Take what routers are told to choose in a chunk's forward, unless it was announced."""
@@ -396,5 +382,6 @@ class Coordinator:
         microbatch = layer.count_pass(counts_NE, self._num_microbatches)
         if self.layouts.mailbox is not None:
             layer.add_sample(decision, decide_s)
+            self.measurements.add(layer.index, decision, decide_s)
             if microbatch is not None:
                 self.layouts.mailbox.put(layer.index, *microbatch)

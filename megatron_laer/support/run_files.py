@@ -16,7 +16,7 @@ from megatron_laer.planner.cluster_files import load_cluster
 RECORDED_LAYOUTS = "group-*.jsonl"
 
 # Folders that a run writes to. They may be one folder, since no two write files of one name.
-WRITTEN = ("record_layouts", "record_trace", "timeline")
+WRITTEN = ("record_layouts", "record_trace", "record_metrics", "timeline")
 
 
 def check(config: FSEPConfig) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tests.bad_inputs import inputs
+from tests.bad_inputs import inputs, report
 
 _LONG = "x" * 300
 
@@ -32,8 +32,8 @@ class Case:
     def command(self) -> str:
         """For the count."""
         known = (
-            *("plan", "flags", "inspect", "prepare-data", "check-recipe", "train", "doctor"),
-            "calibrate",
+            *("plan", "flags", "inspect", "prepare-data", "check-recipe", "report", "train"),
+            *("doctor", "calibrate"),
         )
         return next((word for word in self.words[:1] if word in known), "command line")
 
@@ -455,6 +455,8 @@ def all_cases(script: str, flags: tuple[str, ...]) -> Iterator[Case]:
     for words, says in INSPECT:
         yield Case(("inspect", *words.split(" ")), says)
     yield Case(("inspect", ""), "")
+    for words, says in report.CASES:
+        yield Case(("report", *words.split(" ")) if words else ("report",), says)
     for words, says in CHECK_RECIPE:
         yield Case(("check-recipe", *words.split()), says)
     for name, (_, says) in inputs.pickles().items():

@@ -38,6 +38,7 @@ _IMPORTED = (
     "megatron_laer.cli.inspect",
     "megatron_laer.cli.plan",
     "megatron_laer.cli.prepare_data",
+    "megatron_laer.cli.report",
     "megatron_laer.inspection",
     "megatron_laer.runtime.planning.planner_checkpoint",
 )

@@ -230,7 +230,7 @@ def exchanges_noted(backend: str) -> list[list[tuple[str, str]]]:
                 end_exchange=lambda then, noted=noted: noted.append(("end", then)),
             )
             dispatcher = make_dispatcher(plan, 2, path, None)
-            dispatcher.begin(dataclasses.replace(dispatcher._current, timeline=timeline))
+            dispatcher.begin(dataclasses.replace(dispatcher._current, listener=timeline))
             hidden, probs = torch.rand(len(map_TE), HIDDEN, requires_grad=True), map_TE.float()
             sent = dispatcher.dispatch_preprocess(hidden, map_TE, probs.requires_grad_())
             inputs, *_ = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(*sent))

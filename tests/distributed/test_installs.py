@@ -382,6 +382,9 @@ def test_the_wheel_has_what_type_checkers_and_users_need_and_no_sources(wheel: P
         (metadata,) = (archive.read(name) for name in names if name.endswith("/METADATA"))
     assert {"megatron_laer/py.typed", "megatron_laer/planner/_native.pyi"} <= {*names}
     assert not [name for name in names if name.endswith((".cpp", ".hpp"))]
+    page = {str(file.relative_to(_ROOT)) for file in _ROOT.glob("megatron_laer/report/page/*")}
+    assert page
+    assert page <= {*names}
     yaml = {f"megatron_laer/{file.relative_to(_ROOT)}" for file in _ROOT.glob("configs/*/*.yaml")}
     assert yaml
     assert yaml <= {*names}

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from megatron_laer.telemetry.metrics import LOGGED, PERCENTILES
+from megatron_laer.telemetry.metrics_file import read_metrics
 from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
-from tests.documents import ROOT
+from megatron_laer.testing.training import Record, train
+from tests.parity.compare import identical
 from tests.parity.flags import command_line
 
 STEPS = 6
+# Of a step.
+MICROBATCHES = 2
+RECORDING = "`--fsep-record-metrics`"
 ROW_BYTES = 48 * 4  # of a hidden state in fp32
 
 
@@ -29,19 +35,18 @@ def test_balance_and_planning_are_in_tensorboard(
         text_data,
         experts=8,
         expert_parallel=2,
-        global_batch=4,
+        global_batch=4 * MICROBATCHES,
         steps=STEPS,
         extra=" --expert-parallel-mode fsep --fsep-late-plan wait --log-interval 2"
-        f" --tensorboard-dir {tmp_path}" + flags,
+        f" --tensorboard-dir {tmp_path} --fsep-record-metrics {tmp_path / 'recorded'}" + flags,
     )
     ranks(size).run(train, command)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for tag in events.Tags()["scalars"]:
-        if "fsep" in tag:
-            name = re.sub(r"_p\d+$|_layer_\d+$", "", tag.removeprefix("moe/"))
-            assert f"`{name}`" in readme
+    tags = [tag for tag in events.Tags()["scalars"] if "fsep" in tag]
+    names = {re.sub(r"_p\d+$|_layer_\d+$", "", tag.removeprefix("moe/")) for tag in tags}
+    always = {metric.name for metric in LOGGED if metric.when in ("", RECORDING)}
+    assert names == always
 
     def series(name: str) -> list[float]:
         found = events.Scalars(name)
@@ -54,7 +59,15 @@ def test_balance_and_planning_are_in_tensorboard(
     # Both layers, also where each pipeline stage has one of them.
     for layer in (0, 1):
         assert all(value >= 1.0 for value in series(f"moe/fsep_load_imbalance_layer_{layer}"))
-    assert series("fsep_load_imbalance_p50") <= series("fsep_load_imbalance_p95")
+    for name in ("fsep_load_imbalance", "fsep_stock_load_imbalance"):
+        percentiles = [series(f"{name}_p{p}") for p in PERCENTILES]
+        for low, high in pairwise(percentiles):
+            assert all(one <= other for one, other in zip(low, high, strict=True))
+    assert all(0 <= value < 9 for value in series("fsep_optimality_gap"))
+    assert all(0.05 < value < 3 for value in series("fsep_share_of_forced_balance"))
+    assert all(0 < value < 1e4 for value in series("fsep_predicted_layer_ms"))
+    assert all(0 < value < 1e5 for value in series("fsep_layer_ms"))
+    assert all(0 < value < 1e4 for value in series("fsep_memory_headroom_gib"))
     assert all(0 <= value <= 1 for value in series("fsep_fresh_layouts"))
     assert all(0 < value < 1e3 for value in series("fsep_quota_ms"))
     assert all(value > 0 for value in series("fsep_token_rows_intra_node"))
@@ -67,3 +80,37 @@ def test_balance_and_planning_are_in_tensorboard(
     assert series("fsep_layout_version") == [1, 3, 5]
     assert all(value > 0 for value in series("fsep_plan_ms"))
     assert series("fsep_late_plans") == series("fsep_plan_failures") == [0, 0, 0]
+
+    # Of each group; with a pipeline each stage's group has one of the layers.
+    recordings = [read_metrics(path) for path in sorted((tmp_path / "recorded").iterdir())]
+    assert len(recordings) == size // 2
+    assert sorted(name for one in recordings for name in one.shape.layers) == ["layer 1", "layer 2"]
+    for recording in recordings:
+        assert recording.steps_T.tolist() == list(range(STEPS))
+        of, steps = recording.of_layers, recording.of_steps
+        assert (of["passes"] == MICROBATCHES).all()
+        assert (of["layer_ms"] > 0).all() and (of["bound_ms"] <= of["predicted_ms"]).all()
+        assert (recording.rank_tokens_TLN.sum(axis=2) > 0).all()
+        parts_ms = steps["dispatch_ms"] + steps["experts_ms"] + steps["combine_ms"]
+        of_layers_ms = (of["layer_ms"] * of["passes"]).sum(axis=1)
+        assert parts_ms == pytest.approx(of_layers_ms, rel=1e-2)
+        assert (parts_ms < steps["step_ms"] * 1.01).all()
+        assert (steps["version"] == range(STEPS)).all()
+
+
+def test_recording_metrics_changes_no_bit(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+) -> None:
+    def trained(extra: str) -> Record:
+        command = command_line(
+            text_data,
+            experts=8,
+            expert_parallel=2,
+            global_batch=4,
+            steps=3,
+            extra=" --expert-parallel-mode fsep --fsep-late-plan wait" + extra,
+        )
+        return ranks(2).run(train, command)[0]
+
+    plain, recorded = trained(""), trained(f" --fsep-record-metrics {tmp_path}")
+    assert identical(recorded, plain)

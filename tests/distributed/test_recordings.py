@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.files.writing import open_exclusively
+from megatron_laer.telemetry.metrics_file import read_metrics
 from megatron_laer.telemetry.timeline import FIRST_STEP
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import Record, train
@@ -23,6 +24,7 @@ SAVED, STEPS = 4, 6
 FILES = {
     "--fsep-record-layouts": "group-0.jsonl",
     "--fsep-record-trace": "group-0.trace",
+    "--fsep-record-metrics": "metrics-0.jsonl",
     "--fsep-timeline": "rank-1.json",
 }
 
@@ -138,6 +140,15 @@ def test_a_resumed_run_moves_the_steps_that_it_makes_again_aside_and_goes_on(
         else:
             assert sorted(set(read_trace(path).step_R)) == list(range(STEPS))
             assert sorted(set(read_trace(aside).step_R)) == list(range(SAVED, STEPS))
+
+    path = file_of(used, "--fsep-record-metrics")
+    recording, first = read_metrics(path), file_of(first_run[0], "--fsep-record-metrics")
+    assert [step for step, _ in recording.runs] == [0, SAVED]
+    assert recording.steps_T.tolist() == list(range(STEPS))
+    for name in ("max_over_mean", "predicted_ms"):
+        assert (recording.of_layers[name] == read_metrics(first).of_layers[name]).all()
+    aside = path.with_stem(f"{path.stem}.cut-from-{SAVED}")
+    assert read_metrics(aside).steps_T.tolist() == list(range(SAVED, STEPS))
 
     # Too short for a timeline of its own: the first run's is as it was.
     timeline = file_of(used, "--fsep-timeline")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,10 +19,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_laer.telemetry.metrics_file import read_metrics, recording_path
 from megatron_laer.testing.ranks import RankPool
 from tests.one_layer import (
     EXPECTED,
+    HIDDEN,
     MODELS,
+    TOKENS,
     UPLOAD,
     WAIT,
     HostWork,
@@ -104,6 +108,38 @@ def test_the_host_waits_for_counts_and_uploads_what_it_planned(
     ranks: Callable[[int], RankPool], model: str, token_exchange: str
 ) -> None:
     assert ranks(1).run(work_of, model, token_exchange, False) == [[EXPECTED[token_exchange]] * 3]
+
+
+def waits_of_recorded(folder: str) -> list[list[str]]:
+    """What the host does in whole steps that are recorded, their begin and end included."""
+    import megatron_laer
+
+    found = []
+    with (
+        observed() as checker,
+        one_layer("gloo", "no shared experts", record_metrics=folder) as layer,
+    ):
+        for step in range(3):
+            hidden = torch.randn(TOKENS, 1, HIDDEN, device=torch.cuda.current_device())
+            hidden.requires_grad_()
+            layer.zero_grad_buffer()
+            with watched() as done:
+                with megatron_laer.training_step(step, 1):
+                    output, _ = layer(hidden)
+                    output.sum().backward()
+                found.append([*done])
+    assert checker.races == []
+    return found
+
+
+def test_a_rank_that_records_metrics_waits_for_nothing_more(
+    ranks: Callable[[int], RankPool], tmp_path: Path
+) -> None:
+    (steps,) = ranks(1).run(waits_of_recorded, str(tmp_path))
+    assert [done.count(WAIT) for done in steps[1:]] == [1, 1]
+    # Here no event is ever found to have passed: all steps are written at the end.
+    recording = read_metrics(recording_path(tmp_path, 0))
+    assert recording.steps_T.tolist() == [0, 1, 2]
 
 
 def test_a_number_that_is_read_back_is_a_wait(ranks: Callable[[int], RankPool]) -> None:

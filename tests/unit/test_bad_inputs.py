@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_inputs import inputs
+from tests.bad_inputs import inputs, report
 from tests.bad_inputs.cases import Case, all_cases
 from tests.bad_inputs.forks import Ended, Job, run_all
 from tests.parity.flags import command_line
@@ -31,6 +31,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Ended], set[st
     """How each case ended, and which entries of the folder of the inputs have changed."""
     folder = tmp_path_factory.mktemp("inputs")
     inputs.make(folder)
+    report.make(folder)
     before = set(_content(folder))
     jobs = [Job(case.words, str(folder), case.environment) for case in CASES]
     ended = list(run_all(jobs))

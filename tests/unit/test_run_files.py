@@ -12,6 +12,7 @@ from megatron_laer.config import FSEPConfig, flag_name
 from megatron_laer.runtime.planning.layout_recording import recording_path
 from megatron_laer.support import run_files
 from megatron_laer.support.run_files import RECORDED_LAYOUTS, WRITTEN
+from megatron_laer.telemetry.metrics_file import recording_path as metrics_path
 from megatron_laer.telemetry.timeline import timeline_path
 from megatron_laer.trace.recording import recording_path as trace_path
 
@@ -138,6 +139,11 @@ def test_a_cluster_file_whose_content_does_not_fit_is_refused(tmp_path: Path) ->
 
 def test_what_a_run_writes_into_one_folder_has_different_names(tmp_path: Path) -> None:
     folder = str(tmp_path)
-    files = {recording_path(folder, 0), trace_path(folder, 0), timeline_path(folder, 0)}
+    files = {
+        recording_path(folder, 0),
+        trace_path(folder, 0),
+        metrics_path(folder, 0),
+        timeline_path(folder, 0),
+    }
     assert len(files) == len(WRITTEN)
     assert recording_path(folder, 3).match(RECORDED_LAYOUTS)

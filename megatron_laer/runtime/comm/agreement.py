@@ -26,7 +26,14 @@ from megatron_laer.version import __version__
 
 # Paths may differ from rank to rank: of a cluster its constants are compared, and the other files
 # are read and written by single ranks, so only whether layouts are replayed concerns the others.
-_PATHS = ("cluster", "record_layouts", "record_trace", "replay_layouts", "timeline")
+_PATHS = (
+    "cluster",
+    "record_layouts",
+    "record_metrics",
+    "record_trace",
+    "replay_layouts",
+    "timeline",
+)
 # Of a cluster, what no decision depends on: texts, spreads, and what the constants were made from.
 _TEXTS = ("name", "source", "assumed", "back_ends", "spreads", "figures", "measured")
 # In one message: differing values, and ranks with the same value.

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_laer.telemetry.clock import Stopwatch, Timestamp, make_clock
-from megatron_laer.telemetry.timeline import Timeline
+from megatron_laer.telemetry.step_times import IntervalListener
 from megatron_laer.telemetry.trace_events import COMPUTE
 
 # The priority of CUDA streams for exchanges; lower numbers go first. Priority orders thread blocks:
@@ -88,13 +88,13 @@ class StreamTimes:
     Attributes:
         name: of the communication stream.
         exposed: what the compute waited, on its own stream.
-        timeline: where intervals are recorded, if anywhere.
+        listener: hears of the intervals, if anybody does.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.clock = make_clock(device)
         self.exposed = Stopwatch(self.clock)
-        self.timeline: Timeline | None = None
+        self.listener: IntervalListener | None = None
         self.name = name
         self._is_cuda = has_streams(device)
 
@@ -102,18 +102,18 @@ class StreamTimes:
         """Record that the compute waited since `start`."""
         end = self.clock.now()
         self.exposed.add(start, end)
-        if self.timeline is not None:
-            self.timeline.add(COMPUTE, f"wait: {label}", start, end)
+        if self.listener is not None:
+            self.listener.add(COMPUTE, f"wait: {label}", start, end)
 
     @contextlib.contextmanager
     def working(self, label: str) -> Iterator[None]:
         """Record the work inside the `with` block, under this name in profilers."""
         named = torch.cuda.nvtx.range if self._is_cuda else torch.autograd.profiler.record_function
-        start = None if self.timeline is None else self.clock.now()
+        start = None if self.listener is None else self.clock.now()
         with named(label):
             yield
-        if self.timeline is not None and start is not None:
-            self.timeline.add(self.name, label, start, self.clock.now())
+        if self.listener is not None and start is not None:
+            self.listener.add(self.name, label, start, self.clock.now())
 
 
 class CommStream(Protocol):

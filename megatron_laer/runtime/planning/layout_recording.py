@@ -139,6 +139,26 @@ class LayoutRecording:
         self._file.close()
 
 
+def read_layouts(path: Path) -> Iterator[tuple[int, list[ExpertLayout]]]:
+    """Yield each step at which layouts changed with the layout of every layer.
+
+    Of whatever run: its shape is taken from the first line. A last line without its end, as a run
+    leaves it that is killed or goes on, is left out.
+
+    Raises:
+        ValueError: a malformed line, by number.
+        OSError: the file cannot be read.
+    """
+    with open_input(path) as file:
+        shape = _recorded_shape(path, file.readline(MAX_TEXT_BYTES))
+        file.seek(0)
+        for entry in _entries(file, path, shape, whole_lines_only=True):
+            after = file.tell()
+            file.seek(entry.begin)
+            yield shape.layouts_of(file.readline(shape.longest_line_bytes))
+            file.seek(after)
+
+
 def recording_path(directory: str, group_index: int) -> Path:
     """Name the file of one FSEP group; each pipeline stage and data-parallel replica has one."""
     return Path(directory) / f"group-{group_index}.jsonl"
@@ -187,6 +207,30 @@ class _Shape:
         geometry = self.geometry
         shape = (geometry.num_ranks, geometry.capacity, geometry.num_experts)
         return step, [ExpertLayout.from_slots(*shape, of_layer) for of_layer in slots]
+
+
+def _recorded_shape(path: Path, line: bytes) -> _Shape:
+    """Return what a recording says of itself.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        header = json.loads(line)
+        sizes = [header.pop(name) for name in ("num_ranks", "num_experts", "capacity")]
+        num_ranks, num_experts, capacity = sizes
+        layers = header.pop("layers")
+        if any(type(size) is not int for size in sizes):
+            raise ValueError(f"sizes must be integers, got {quoted(sizes)}")
+        if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+            raise ValueError(f"layers must be a list of names, got {quoted(layers)}")
+        # The node size is no part of a layout.
+        geometry = Geometry(num_ranks, num_experts, capacity, node_size=num_ranks)
+        return _Shape(geometry, header, layers)
+    except KeyError as error:
+        raise ValueError(f"layout recording: {path}, line 1: lacks {error}") from error
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"layout recording: {path}, line 1: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""A prediction compares a microbatch's layer time with stock's, with forced balance and a bound.
+
+All are of the cost model (`costs`); nothing here measures or decides.
+
+Legend: N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from megatron_laer.arrays import Int64
+from megatron_laer.config import Split
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.exact import ExactQuotas
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.guard import Decision, Guard
+from megatron_laer.planner.quotas import even_split
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Holds predicted seconds of one layer and microbatch, forward and backward.
+
+    Attributes:
+        layer_s: as it was decided, with what a fresh layout costs.
+        stock_s: under stock Megatron's placement.
+        balanced_s: stock with forced balance: as many tokens, the same number for each expert.
+        bound_s: what no layout of this capacity and no split gets below.
+    """
+
+    layer_s: float
+    stock_s: float
+    balanced_s: float
+    bound_s: float
+
+
+def predict(guard: Guard, decision: Decision) -> Prediction:
+    """Predict the time of a decided microbatch."""
+    costs, geometry = guard.costs, guard.geometry
+    quotas, layout, node_size = decision.quotas, decision.layout, geometry.node_size
+    counts_NE = quotas.counts_NE
+    if isinstance(quotas, ExactQuotas):
+        totals = quotas.totals()
+    else:
+        totals = even_split(layout, node_size).totals(counts_NE)
+    layer_s = costs.split_seconds(totals, layout, node_size)
+    if decision.replanned:
+        layer_s += costs.change_seconds(decision.planned_layout, layout, node_size)
+    return Prediction(
+        layer_s=layer_s,
+        stock_s=stock_seconds(costs, geometry, counts_NE),
+        balanced_s=_balanced_seconds(costs, geometry, tuple(counts_NE.sum(axis=1).tolist())),
+        bound_s=costs.least_layer_seconds(counts_NE, geometry),
+    )
+
+
+def stock_seconds(costs: CostModel, geometry: Geometry, counts_NE: Int64) -> float:
+    """Predict a layer's seconds under stock's placement.
+
+    Where N does not divide E, which stock refuses, some experts have two slots.
+    """
+    each = -(-geometry.num_experts // geometry.num_ranks)
+    stock = ExpertLayout.static(geometry.num_ranks, each, geometry.num_experts)
+    # Where each expert has one slot there is nothing to split, and the exact one is native code.
+    return costs.layer_seconds(counts_NE, stock, geometry.node_size, Split.EXACT)
+
+
+def forced_balance_counts_NE(tokens_N: Int64, num_experts: int) -> Int64:
+    """Deal each rank's tokens out to all experts, as Megatron's forced balance does on average.
+
+    What does not divide goes to one expert after the other, rank after rank.
+    """
+    share_N, left_N = np.divmod(tokens_N, num_experts)
+    begin_N = np.cumsum(left_N) - left_N
+    place_NE = (np.arange(num_experts)[None, :] - begin_N[:, None]) % num_experts
+    counts_NE: Int64 = share_N[:, None] + (place_NE < left_N[:, None])
+    return counts_NE
+
+
+@lru_cache(maxsize=256)
+def _balanced_seconds(costs: CostModel, geometry: Geometry, tokens_N: tuple[int, ...]) -> float:
+    counts_NE = forced_balance_counts_NE(np.array(tokens_N, dtype=np.int64), geometry.num_experts)
+    return stock_seconds(costs, geometry, counts_NE)

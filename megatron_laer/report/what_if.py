@@ -1,0 +1,150 @@
+"""The what-if rows try other capacities and plan modes on a run's routing, by `plan`'s own code.
+
+Each row has the command that prints it again.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_laer.config import FSEPConfig
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.guard import GUARD_MODES
+from megatron_laer.planner.prediction import forced_balance_counts_NE, stock_seconds
+from megatron_laer.simulator.sizes import DEFAULT_SIZES
+from megatron_laer.simulator.table import chosen_cases, simulate
+from megatron_laer.trace import Trace
+
+# `plan` reckons with bf16 and gated experts, whatever a run computed with.
+BYTES_PER_ELEMENT = 2
+_STRATEGY = FSEPConfig().planner
+# Below this many cases no row says anything.
+_LAG = 1
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """Holds one row: what a capacity and a mode would have made of the trace.
+
+    Attributes:
+        layer_ms: predicted time of a layer, with what fresh layouts cost.
+        share: the time of stock with forced balance over it.
+        memory_slots: slots that a rank holds restored, per layer.
+        command: prints the row again.
+    """
+
+    strategy: str
+    mode: str
+    capacity: int
+    cases: int
+    mean: float
+    p95: float
+    p99: float
+    off_node_share: float
+    replan_share: float
+    layer_ms: float
+    share: float
+    command: str
+
+
+def what_if(
+    path: str,
+    trace: Trace,
+    geometry: Geometry,
+    costs: CostModel,
+    most_cases: int,
+    cluster: str,
+    progress: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> list[WhatIf]:
+    """Work out the rows, of at most so many microbatches; none where the trace is too short.
+
+    Args:
+        path: of the trace, for the commands.
+        geometry: of the run.
+        cluster: its name or file, for the commands.
+    """
+    if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) <= _LAG:
+        return []
+    costs = replace(
+        costs, bytes_per_element=BYTES_PER_ELEMENT, gated=DEFAULT_SIZES.gated, recompute=False
+    )
+    cases = chosen_cases(trace, _LAG, 1)
+    every = _prime_from(-(-len(cases) // most_cases))
+    every = every if every <= len(cases) else 1
+    least = -(-geometry.num_experts // geometry.num_ranks)
+    around = (geometry.capacity - 1, geometry.capacity, geometry.capacity + 1)
+    capacities = [c for c in around if least <= c <= geometry.num_experts]
+    geometries = [replace(geometry, capacity=capacity) for capacity in capacities]
+    modes = [mode.value for mode in GUARD_MODES]
+    rows = simulate(
+        trace,
+        geometries,
+        costs,
+        [_STRATEGY],
+        modes,
+        lag=_LAG,
+        every=every,
+        progress=progress,
+    )
+    balanced_ms = _balanced_ms(trace, geometry, costs, chosen_cases(trace, _LAG, every))
+    return [
+        WhatIf(
+            strategy=row.strategy,
+            mode=row.mode,
+            capacity=row.capacity,
+            cases=row.cases,
+            mean=row.mean,
+            p95=row.p95,
+            p99=row.p99,
+            off_node_share=row.off_node_share,
+            replan_share=row.replan_share,
+            layer_ms=row.layer_ms,
+            share=balanced_ms / row.layer_ms,
+            command=_command(path, geometry, costs, cluster, every, row),
+        )
+        for row in rows
+    ]
+
+
+def _balanced_ms(trace: Trace, geometry: Geometry, costs: CostModel, cases: Sequence[int]) -> float:
+    """Return the mean predicted time of stock's layer with forced balance."""
+    found = [
+        stock_seconds(
+            costs,
+            geometry,
+            forced_balance_counts_NE(trace.counts_NE(case).sum(axis=1), geometry.num_experts),
+        )
+        for case in cases
+    ]
+    return sum(found) / len(found) * 1e3
+
+
+def _command(
+    path: str, geometry: Geometry, costs: CostModel, cluster: str, every: int, row: Any
+) -> str:
+    """Return the command that prints this row; stock's is the first of any."""
+    is_stock = row.strategy != _STRATEGY
+    capacity = geometry.capacity if is_stock else row.capacity
+    mode = GUARD_MODES[0].value if is_stock else row.mode
+    words = [
+        *("python", "-m", "megatron_laer", "plan", path),
+        *("--capacity", str(capacity), "--strategy", _STRATEGY, "--mode", mode),
+        *("--ranks", str(geometry.num_ranks), "--node-size", str(geometry.node_size)),
+        *("--cluster", cluster, "--hidden", str(costs.hidden), "--ffn", str(costs.ffn)),
+        *("--restore-algorithm", costs.restore_algorithm.value),
+        *(("--every", str(every)) if every > 1 else ()),
+    ]
+    return shlex.join(words)
+
+
+def _prime_from(number: int) -> int:
+    """Return the least prime number from this one on, which meets all layers; 1 for 1."""
+    if number <= 1:
+        return 1
+    while any(number % divisor == 0 for divisor in range(2, int(number**0.5) + 1)):
+        number += 1
+    return number

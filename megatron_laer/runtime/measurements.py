@@ -1,0 +1,96 @@
+"""A rank's measurements are opened, told of steps and closed here.
+
+They are its timeline, and on a planner rank the recording of metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_laer.config import FSEPConfig
+from megatron_laer.planner.guard import Decision, Guard
+from megatron_laer.planner.status import PlannerStatus
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.metrics_recorder import MetricsRecorder, open_recorder
+from megatron_laer.runtime.planning.planner_rank import naming_flag
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.telemetry.step_times import IntervalListener, join
+from megatron_laer.telemetry.timeline import Timeline, open_timeline
+
+
+class Measurements:
+    """Holds what one rank measures; nothing before `start`.
+
+    Attributes:
+        listener: hears what compute and exchanges do when, if anybody does.
+        recorder: writes each step's metrics; on the planner rank, if it is asked to.
+    """
+
+    def __init__(
+        self, config: FSEPConfig, groups: FSEPGroups, guard: Guard, streams: ExchangeStreams
+    ) -> None:
+        self.listener: IntervalListener | None = None
+        self.recorder: MetricsRecorder | None = None
+        self._config = config
+        self._groups = groups
+        self._guard = guard
+        self._streams = streams
+        self._timeline: Timeline | None = None
+
+    def start(self, layers: Sequence[str], first_step: int, device: torch.device) -> None:
+        """Open the timeline, and on the planner rank the recording.
+
+        Args:
+            layers: names of the rank's MoE layers.
+
+        Raises:
+            ValueError, OSError: a file that cannot be written or continued.
+        """
+        config, groups = self._config, self._groups
+        if config.timeline is not None:
+            with naming_flag("timeline", config.timeline):
+                rank = dist.get_rank()
+                self._timeline = open_timeline(config.timeline, rank, device, first_step)
+        if config.record_metrics is not None and groups.rank == 0 and layers:
+            with naming_flag("record_metrics", config.record_metrics):
+                clock = self._streams.parameters.times.clock
+                self.recorder = open_recorder(
+                    config, self._guard, layers, groups.index, first_step, device, clock
+                )
+        times = None if self.recorder is None else self.recorder.times
+        self.listener = join(self._timeline, times)
+        for stream in (self._streams.parameters, self._streams.gradients):
+            stream.times.listener = self.listener
+
+    def begin_step(self, step: int) -> None:
+        """Begin a step."""
+        if self._timeline is not None:
+            self._timeline.begin_step(step)
+        if self.recorder is not None:
+            self.recorder.begin_step(step)
+
+    def add(self, layer: int, decision: Decision, decide_s: float) -> None:
+        """Take a routed pass of a layer, by index."""
+        if self.recorder is not None:
+            self.recorder.add(layer, decision, decide_s)
+
+    def end_step(self, step: int, status: PlannerStatus, version: int) -> None:
+        """End a step, with the state of the planner and the version of the layouts in force."""
+        if self._timeline is not None:
+            self._timeline.end_step(step)
+        if self.recorder is not None:
+            self.recorder.end_step(status, version)
+
+    def take_layer_ms(self) -> float | None:
+        """Return the measured time of a layer: see `MetricsRecorder.take_layer_ms`."""
+        return None if self.recorder is None else self.recorder.take_layer_ms()
+
+    def close(self) -> None:
+        """Write what is left, and close the files."""
+        if self._timeline is not None:
+            self._timeline.close()
+        if self.recorder is not None:
+            self.recorder.close()

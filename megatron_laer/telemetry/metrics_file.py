@@ -1,0 +1,357 @@
+"""`--fsep-record-metrics` writes this format of JSON lines, one file per FSEP group.
+
+    {"format":"megatron_laer-metrics","version":1,"num_ranks":N,...,"layers":["layer 1",...]}\\n
+    {"step":7,"run":{"plan_mode":"adaptive",...}}\\n
+    {"step":7,"step_ms":...,"metrics":{...},"layers":{"max_over_mean":[...L],...},
+     "rank_tokens":[[...N],...L]}\\n
+
+A line `run` says how a run began that goes on from this step. What the names mean is told in
+`metrics`; numbers have four digits, and `null` stands for what was not there. `files/recording.py`
+says how a file is kept when a run is resumed. Imports neither torch nor Megatron, so that a report
+is made anywhere.
+
+Legend: N ranks, L MoE layers, T recorded steps.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.arrays import Int64
+from megatron_laer.files import memory
+from megatron_laer.files.checks import MAX_LINE, MAX_TEXT_BYTES, open_input, quoted
+from megatron_laer.files.recording import RecordingFile
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "megatron_laer-metrics"
+VERSION = 1
+
+_OF_STEPS = tuple(metric.name for metric in RECORDED_OF_STEPS)
+_OF_LAYERS = tuple(metric.name for metric in RECORDED_OF_LAYERS)
+_MAX_LAYERS, _MAX_STEP, _LARGEST = 2**16, 2**53, 1e18
+_LONGEST_TEXT = 1000
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Says what a recording is of; it stays the same when a run is resumed.
+
+    Raises:
+        ValueError: sizes that admit no layout, or layers without a name of their own.
+    """
+
+    num_ranks: int
+    num_experts: int
+    capacity: int
+    node_size: int
+    layers: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("num_ranks", "num_experts", "capacity", "node_size"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= 2**20:
+                raise ValueError(f"{name} must be an integer in 1..{2**20}, got {quoted(value)}")
+        Geometry(self.num_ranks, self.num_experts, self.capacity, self.node_size)
+        names = self.layers
+        if not 1 <= len(names) <= _MAX_LAYERS or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"layers must be names of at least one layer, got {quoted(names)}")
+        if len(set(names)) != len(names):
+            raise ValueError(f"layers must all be different, got {quoted(names)}")
+
+
+@dataclass(frozen=True)
+class MetricsRecording:
+    """Holds a recording that was read.
+
+    Attributes:
+        runs: the first step of each run that wrote it, and how that began.
+        of_steps: float [T] by name, NaN for what was not there.
+        of_layers: float [T, L] by name.
+        rank_tokens_TLN: tokens that each rank computed.
+        metrics: float [T] by name: those that are logged, of this group.
+    """
+
+    shape: Shape
+    runs: tuple[tuple[int, Mapping[str, str]], ...]
+    of_steps: Mapping[str, Float64]
+    of_layers: Mapping[str, Float64]
+    rank_tokens_TLN: Int64
+    metrics: Mapping[str, Float64]
+
+    @property
+    def steps_T(self) -> Int64:
+        """Return the numbers of the recorded steps."""
+        steps_T: Int64 = self.of_steps["step"].astype(np.int64)
+        return steps_T
+
+
+class MetricsWriter:
+    """Writes a line for each step; on the planner rank.
+
+    Args:
+        run: how this run began, as texts by name.
+        first_step: of this run; 0 for one that begins.
+
+    Raises:
+        InUseError, ValueError, OSError: as for `RecordingFile` and its `go_on`.
+    """
+
+    def __init__(self, path: Path, shape: Shape, run: Mapping[str, str], first_step: int) -> None:
+        self._shape = shape
+        self._file = RecordingFile(path, _line(_header(shape)))
+        try:
+            self._file.go_on(first_step, self._recorded())
+        except BaseException:
+            self._file.close()
+            raise
+        self._step = first_step - 1
+        # Written with the first step: a run that ends before it leaves nothing.
+        self._run = _line({"step": first_step, "run": dict(run)})
+
+    def append(
+        self,
+        of_step: Mapping[str, float],
+        metrics: Mapping[str, float],
+        of_layers: Mapping[str, Sequence[float]],
+        rank_tokens_LN: Int64,
+    ) -> None:
+        """Write a step; what an earlier attempt at it wrote is moved to a file beside.
+
+        Raises:
+            ValueError: the file was damaged since.
+            OSError: it cannot be written.
+        """
+        step = int(of_step["step"])
+        if step <= self._step:
+            self._file.cut_from(step, self._recorded())
+        self._step = step
+        line = {
+            **{name: _short(of_step[name]) for name in _OF_STEPS},
+            "step": step,
+            "metrics": {name: _short(value) for name, value in metrics.items()},
+            "layers": {name: [*map(_short, of_layers[name])] for name in _OF_LAYERS},
+            "rank_tokens": rank_tokens_LN.tolist(),
+        }
+        self._file.append(self._run + _line(line))
+        self._run = b""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _recorded(self) -> Iterator[tuple[int, int]]:
+        """Yield the step of every whole line but the first, and where it ends."""
+        with open_input(self._file.path) as file:
+            for number, line, end in _whole_lines(file, self._file.path):
+                if number > 1:
+                    yield _parsed(line, self._file.path, number)["step"], end
+
+
+def recording_path(directory: str | Path, group_index: int) -> Path:
+    """Name the file of one FSEP group; each pipeline stage and data-parallel replica has one."""
+    return Path(directory) / f"metrics-{group_index}.jsonl"
+
+
+def read_metrics(path: Path) -> MetricsRecording:
+    """Read what a `MetricsWriter` wrote; a last line without its end is left out, and that is said.
+
+    Raises:
+        ValueError: another format or version, or a line that no writer writes, by number.
+        OSError: the file cannot be read.
+    """
+    runs: list[tuple[int, Mapping[str, str]]] = []
+    steps: list[_Step] = []
+    with open_input(path) as file:
+        lines = _whole_lines(file, path)
+        first = next(lines, None)
+        if first is None:
+            raise ValueError(f"{path} holds no whole line; it is no recording of metrics")
+        shape = _shape_of(first[1], path)
+        for number, line, _ in lines:
+            content = _parsed(line, path, number)
+            try:
+                if "run" in content:
+                    runs.append((content["step"], _run_of(content)))
+                else:
+                    steps.append(_step_of(content, shape))
+                    if len(steps) > 1 and steps[-2].step >= steps[-1].step:
+                        raise ValueError(f"step {steps[-1].step} is not above {steps[-2].step}")
+                    if len(steps) == 1:
+                        _check_memory(path, len(line), shape)
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    names = dict.fromkeys(name for step in steps for name in step.metrics)
+    return MetricsRecording(
+        shape,
+        tuple(runs),
+        {name: _column([step.of_step[name] for step in steps]) for name in _OF_STEPS},
+        {
+            name: _column([step.of_layers[at] for step in steps]).reshape(-1, len(shape.layers))
+            for at, name in enumerate(_OF_LAYERS)
+        },
+        np.array([step.rank_tokens_LN for step in steps], dtype=np.int64).reshape(
+            len(steps), len(shape.layers), shape.num_ranks
+        ),
+        {name: _column([step.metrics.get(name, math.nan) for step in steps]) for name in names},
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Holds one line's step."""
+
+    step: int
+    of_step: dict[str, float]
+    metrics: dict[str, float]
+    of_layers: Float64
+    rank_tokens_LN: Int64
+
+
+def _header(shape: Shape) -> dict[str, Any]:
+    return {"format": FORMAT, "version": VERSION, **asdict(shape)}
+
+
+def _shape_of(line: bytes, path: Path) -> Shape:
+    header = _json(line, path, 1)
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path}, line 1: no recording of metrics: {quoted(line[:100])}")
+    if header.get("version") != VERSION:
+        raise ValueError(
+            f"{path}, line 1: version {quoted(header.get('version'))} of the format; this release "
+            f"reads version {VERSION}"
+        )
+    try:
+        expected = {"format", "version", *Shape.__dataclass_fields__}
+        if set(header) != expected:
+            raise ValueError(f"has the keys {quoted(sorted(header))}, expected {sorted(expected)}")
+        if not isinstance(header["layers"], list):
+            raise ValueError(f"layers must be a list of names, got {quoted(header['layers'])}")
+        sizes = {name: header[name] for name in Shape.__dataclass_fields__ if name != "layers"}
+        return Shape(**sizes, layers=tuple(header["layers"]))
+    except ValueError as error:
+        raise ValueError(f"{path}, line 1: {error}") from error
+
+
+def _whole_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes, int]]:
+    """Yield number, content and end of every line that has one."""
+    number, end, longest = 1, 0, MAX_TEXT_BYTES
+    while line := file.readline(longest + 1):
+        if len(line) > longest:
+            raise ValueError(
+                f"{path}, line {number}: has more than {longest:,} bytes; the file is damaged there"
+            )
+        if not line.endswith(b"\n"):
+            if number > 1:  # without a header it is refused, which says it
+                logger.warning("%s: its last %d bytes are no whole line", path, len(line))
+            return
+        end += len(line)
+        yield number, line, end
+        number, longest = number + 1, MAX_LINE
+
+
+def _json(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}, line {number}: expected an object, got {quoted(content)}")
+    return content
+
+
+def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    content = _json(line, path, number)
+    step = content.get("step")
+    if type(step) is not int or not 0 <= step <= _MAX_STEP:
+        raise ValueError(f"{path}, line {number}: step {quoted(step)} is no step")
+    return content
+
+
+def _run_of(content: Mapping[str, Any]) -> dict[str, str]:
+    run = content["run"]
+    if not isinstance(run, dict) or not all(
+        isinstance(value, str) and len(name) + len(value) <= _LONGEST_TEXT
+        for name, value in run.items()
+    ):
+        raise ValueError(f"run must hold short texts by name, got {quoted(run)}")
+    return run
+
+
+def _step_of(content: Mapping[str, Any], shape: Shape) -> _Step:
+    expected = {*_OF_STEPS, "metrics", "layers", "rank_tokens"}
+    if set(content) != expected:
+        wrong = sorted(expected ^ set(content))
+        raise ValueError(f"lacks, or has beyond what is expected, {quoted(wrong)}")
+    layers, num_layers = content["layers"], len(shape.layers)
+    if not isinstance(layers, dict) or set(layers) != set(_OF_LAYERS):
+        raise ValueError(f"layers holds {quoted(layers)}, expected lists of {list(_OF_LAYERS)}")
+    if not isinstance(content["metrics"], dict):
+        raise ValueError(f"metrics must hold numbers by name, got {quoted(content['metrics'])}")
+    rows = []
+    for name in _OF_LAYERS:
+        if not isinstance(layers[name], list) or len(layers[name]) != num_layers:
+            raise ValueError(f"{name} must have a number for each of {num_layers} layers")
+        rows.append([_number(value, name) for value in layers[name]])
+    tokens = content["rank_tokens"]
+    is_shaped = isinstance(tokens, list) and len(tokens) == num_layers
+    if not is_shaped or not all(
+        isinstance(row, list)
+        and len(row) == shape.num_ranks
+        and all(type(value) is int and 0 <= value <= _MAX_STEP for value in row)
+        for row in tokens
+    ):
+        raise ValueError(f"rank_tokens must be {num_layers} lists of {shape.num_ranks} tokens")
+    return _Step(
+        content["step"],
+        {name: _number(content[name], name) for name in _OF_STEPS},
+        {name: _number(value, name) for name, value in content["metrics"].items()},
+        np.array(rows, dtype=np.float64),
+        np.array(tokens, dtype=np.int64),
+    )
+
+
+def _number(value: object, name: str) -> float:
+    if value is None:
+        return math.nan
+    # Written so that it refuses NaN and infinity as well, which Python's JSON reads.
+    if type(value) not in (int, float) or not -_LARGEST <= value <= _LARGEST:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number or null, got {quoted(value)}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _check_memory(path: Path, line_bytes: int, shape: Shape) -> None:
+    """Refuse a file whose steps would not fit into memory, by the length of its first one."""
+    steps = path.stat().st_size // max(1, line_bytes) + 1
+    cells = len(shape.layers) * (shape.num_ranks + 2 * len(_OF_LAYERS))
+    memory.check_enough(32 * steps * cells, f"{path} with some {steps} steps", "give a shorter one")
+
+
+def _column(values: Sequence[Any]) -> Float64:
+    return np.array(values, dtype=np.float64)
+
+
+def _short(value: float) -> float | int | None:
+    """Return a number with four digits; None for what JSON has no number for."""
+    if not math.isfinite(value):
+        return None
+    if value == int(value):
+        return int(value)
+    return float(f"{value:.4g}")
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode() + b"\n"

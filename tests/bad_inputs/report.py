@@ -1,0 +1,145 @@
+"""Bad inputs of `report`: the folders of runs, and what the message must say of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_laer.telemetry.metrics_file import recording_path
+from tests.recorded_runs import record_run
+
+_LONG = "x" * 300
+HUGE = 2**36
+
+# Changes of the header of a recording of metrics.
+_HEADERS: Mapping[str, Mapping[str, Any]] = {
+    "version": {"version": 9},
+    "no-ranks": {"num_ranks": 0},
+    "true-ranks": {"num_ranks": True},
+    "huge-ranks": {"num_ranks": 10**40},
+    "few-slots": {"capacity": 1},
+    "nodes": {"node_size": 3},
+    "no-layers": {"layers": []},
+    "null-layers": {"layers": None},
+    "more-layers": {"layers": ["a", "b", "c"]},
+    "other-key": {"more": 1},
+}
+# Texts in place of its third line, which is the first step.
+_STEPS = {
+    "text": "hello",
+    "list": "[]",
+    "nested": "[" * 5000,
+    "digits": "9" * 5000,
+    "no-step": "{}",
+    "negative": '{"step":-1}',
+    "long-run": json.dumps({"step": 0, "run": {"planner": "x" * 2000}}),
+    "escape": '{"step":"\\u001b[31m"}',
+}
+
+CASES = (
+    ("", "required: RUN"),
+    ("absent", "run 'absent' does not exist"),
+    ("\x1b[31m", "run '\\x1b[31m' does not exist"),
+    ("nothing", "folder 'nothing' holds no recording of a run; --fsep-record-metrics"),
+    ("pipe", "'pipe' is a pipe"),
+    ("/dev/zero", "'/dev/zero' is a device"),
+    ("loop", "loop"),
+    (_LONG, "name too long"),
+    ("good.txt", "good.txt begins with"),
+    ("flipped.trace", "flipped.trace, record 1"),
+    ("header-only.trace", "holds no complete record"),
+    ("zeros.trace", "holds no tokens"),
+    ("measured --group 7", "--group 7: 'measured' has recordings of the groups [0]"),
+    ("measured --group x", "--group: 'x' is no integer"),
+    ("measured --cases -1", "--cases: '-1' is no integer"),
+    ("measured --cluster moon", "--cluster 'moon': unknown cluster"),
+    ("measured --config tiny-moe", "--config 'tiny-moe': no effect on 'measured'"),
+    ("measured --capacity 3", "--capacity '3': no effect on 'measured'"),
+    ("measured --node-size 2", "--node-size '2': no effect on 'measured'"),
+    ("measured --compare absent", "run 'absent' does not exist"),
+    ("measured --out nowhere/x.html", "--out 'nowhere/x.html': the folder"),
+    ("measured --out nothing", "--out 'nothing': it is there and no regular file"),
+    (
+        "measured --out measured/metrics-0.jsonl",
+        "--out 'measured/metrics-0.jsonl' would write over the input",
+    ),
+    (
+        "measured --out measured/group-0.trace",
+        "would write over the input 'measured/group-0.trace'",
+    ),
+    ("good.trace --compare measured --out measured/group-0.jsonl", "would write over the input"),
+    ("good.trace --out link.trace", "would write over the input 'good.trace'"),
+    ("good.trace --capacity 1", "--capacity 1: 4 ranks need 2..8 slots"),
+    ("good.trace --node-size 3", "--node-size 3 does not divide the 4 ranks"),
+    ("good.trace --config gpt5", "--config 'gpt5'"),
+    ("measured -- x", "nothing follows -- here, got x"),
+    ("measured-empty", "measured-empty/metrics-0.jsonl holds no whole line"),
+    ("measured-half", "measured-half/metrics-0.jsonl holds no whole line"),
+    ("measured-header", "measured-header/metrics-0.jsonl holds no step yet"),
+    ("measured-huge", "measured-huge/metrics-0.jsonl, line 1: has more than"),
+    ("measured-pipe", "folder 'measured-pipe' holds no recording of a run"),
+    ("measured-layouts", "measured-layouts/group-0.jsonl, line 1"),
+    ("measured-other-layouts", "they are of different runs, so move one away"),
+    ("measured-trace", "measured-trace/group-0.trace, line 1"),
+    *(
+        (f"measured-{name}", says)
+        for name, says in {
+            "version": "version '9' of the format",
+            "no-ranks": "num_ranks must be an integer in 1..",
+            "true-ranks": "num_ranks must be an integer in 1..",
+            "huge-ranks": "num_ranks must be an integer in 1..",
+            "few-slots": "too few for 8 experts",
+            "nodes": "node size 3 does not divide the 4 ranks",
+            "no-layers": "layers must be names of at least one layer",
+            "null-layers": "layers must be a list of names, got 'None'",
+            "more-layers": "must have a number for each of 3 layers",
+            "other-key": "has the keys",
+            "text": "line 3: not JSON",
+            "list": "line 3: expected an object, got '[]'",
+            "nested": "line 3: not JSON",
+            "digits": "line 3",
+            "no-step": "line 3: step 'None' is no step",
+            "negative": "line 3: step '-1' is no step",
+            "long-run": "line 3: run must hold short texts by name",
+            "escape": "line 3: step '\\x1b[31m' is no step",
+        }.items()
+    ),
+)
+
+
+def make(folder: Path) -> None:
+    """Write a good run, and copies with one thing wrong."""
+    good = folder / "measured"
+    record_run(good, steps=2)
+    metrics = recording_path(good, 0).read_bytes()
+    lines = metrics.splitlines(keepends=True)
+    header = json.loads(lines[0])
+
+    def copy(name: str, content: bytes) -> Path:
+        run = folder / f"measured-{name}"
+        run.mkdir()
+        recording_path(run, 0).write_bytes(content)
+        return run
+
+    copy("empty", b"")
+    copy("half", lines[0][:20])
+    copy("header", b"".join(lines[:2]))
+    os.truncate(recording_path(copy("huge", b"x"), 0), HUGE)
+    pipe = folder / "measured-pipe"
+    pipe.mkdir()
+    os.mkfifo(recording_path(pipe, 0))
+    (copy("layouts", metrics) / "group-0.jsonl").write_text("[1]\n")
+    other = folder / "other"
+    record_run(other, steps=2, layers=("layer 1",))
+    shutil.copy(other / "group-0.jsonl", copy("other-layouts", metrics) / "group-0.jsonl")
+    (copy("trace", metrics) / "group-0.trace").write_bytes(
+        (good / "group-0.trace").read_bytes()[:30] + b"\n"
+    )
+    for name, change in _HEADERS.items():
+        copy(name, json.dumps(header | dict(change)).encode() + b"\n" + b"".join(lines[1:]))
+    for name, text in _STEPS.items():
+        copy(name, b"".join(lines[:2]) + text.encode() + b"\n" + b"".join(lines[3:]))

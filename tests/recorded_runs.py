@@ -1,0 +1,107 @@
+"""Recordings of small runs, written by a planner rank's recorder with a clock of ours."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_laer.arrays import Int64
+from megatron_laer.config import PlanMode
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.status import PlannerStatus
+from megatron_laer.runtime.metrics_recorder import MetricsRecorder
+from megatron_laer.runtime.planning.layout_recording import LayoutRecorder
+from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
+from megatron_laer.trace import TraceWriter
+
+GEOMETRY = Geometry(num_ranks=4, num_experts=8, capacity=3, node_size=2)
+LAYERS = ("layer 1", "layer 2")
+STEPS, MICROBATCHES = 5, 2
+COSTS = CostModel(load_cluster("a100-4x8-ib800"), 4096, 14336, gated=True, bytes_per_element=2)
+GUARD = Guard(PlanMode.ADAPTIVE, COSTS, GEOMETRY)
+RUN = {
+    "plan_mode": "adaptive",
+    "cluster": COSTS.cluster.name,
+    "hidden": "4096",
+    "ffn": "14336",
+    "gated": "True",
+    "bytes_per_element": "2",
+}
+# So many that a fresh layout may be worth what it costs.
+TOKENS = 60_000
+# Milliseconds between two readings of the clock.
+TICK_MS = 2.0
+
+
+class TickingClock:
+    """Moves on by a tick whenever it is read."""
+
+    def __init__(self) -> None:
+        self._ticks = itertools.count()
+
+    def now(self) -> float:
+        return next(self._ticks) * TICK_MS * 1e-3
+
+    def passed(self, timestamp: Any) -> bool:
+        return True
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+    def catch_up(self) -> None:
+        return None
+
+
+def counts_NE(step: int, layer: int, microbatch: int) -> Int64:
+    """Skewed counts, the same at every call."""
+    luck = np.random.default_rng((step, layer, microbatch))
+    shares_E = np.random.default_rng(layer).gamma(0.4, size=GEOMETRY.num_experts) + 0.02
+    return luck.multinomial(TOKENS, shares_E / shares_E.sum(), size=GEOMETRY.num_ranks)
+
+
+def record_run(
+    folder: Path,
+    steps: int = STEPS,
+    *,
+    layers: tuple[str, ...] = LAYERS,
+    run: dict[str, str] | None = None,
+    has_trace: bool = True,
+) -> None:
+    """Write metrics, layouts and, unless told not to, the trace of a run into a folder."""
+    run = RUN if run is None else run
+    shape = Shape(4, 8, 3, 2, layers)
+    writer = MetricsWriter(recording_path(folder, 0), shape, run, 0)
+    recorder = MetricsRecorder(writer, GUARD, layers, torch.device("cpu"), TickingClock())
+    signature = {"split": "exact", "plan_mode": "adaptive", "imbalance_tolerance": None}
+    layouts = LayoutRecorder(folder / "group-0.jsonl", GEOMETRY, signature, layers, 0)
+    trace = TraceWriter(folder / "group-0.trace", 4, 8, layers) if has_trace else None
+    static = ExpertLayout.static(4, 3, 8)
+    for step in range(steps):
+        recorder.begin_step(step)
+        planned = [static if step == 0 else ExpertLayout.random(4, 3, 8, (step,))] * len(layers)
+        if step:
+            layouts.record(step, planned)
+        for microbatch in range(MICROBATCHES):
+            for layer, name in enumerate(layers):
+                counts = counts_NE(step, layer, microbatch)
+                decision = GUARD.decide(counts, planned[layer])
+                recorder.add(layer, decision, 1e-3)
+                recorder.times.begin_exchange(f"dispatch {name}")
+                recorder.times.end_exchange(f"experts {name}")
+                recorder.times.begin_exchange(f"combine {name}")
+                recorder.times.end_exchange("dense layers")
+                if trace is not None:
+                    trace.append(step, layer, microbatch, counts)
+        recorder.end_step(PlannerStatus(plan_us=500), version=step)
+    recorder.close()
+    layouts.close()
+    if trace is not None:
+        trace.close()

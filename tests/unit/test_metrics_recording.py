@@ -1,0 +1,229 @@
+"""The metrics of a run are recorded as they were, read back, and refused where they are damaged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
+from megatron_laer.telemetry.metrics import LOGGED, PERCENTILES
+from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, read_metrics, recording_path
+from megatron_laer.telemetry.step_times import StepTimes, join
+from megatron_laer.telemetry.trace_events import COMPUTE
+from tests import fuzz
+from tests.recorded_runs import (
+    GUARD,
+    LAYERS,
+    MICROBATCHES,
+    RUN,
+    STEPS,
+    TICK_MS,
+    TickingClock,
+    counts_NE,
+    record_run,
+)
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    record_run(tmp_path)
+    return recording_path(tmp_path, 0)
+
+
+def test_what_was_decided_is_read_back(recorded: Path) -> None:
+    recording = read_metrics(recorded)
+    assert recording.shape.layers == LAYERS
+    assert recording.runs == ((0, RUN),)
+    assert recording.steps_T.tolist() == list(range(STEPS))
+    for step, layer in np.ndindex(STEPS, len(LAYERS)):
+        counts = [counts_NE(step, layer, microbatch) for microbatch in range(MICROBATCHES)]
+        ratios = [max_over_mean(stock_tokens_N(of_one)) for of_one in counts]
+        found = recording.of_layers["stock_max_over_mean"][step, layer]
+        assert found == pytest.approx(np.mean(ratios), rel=1e-3)
+        tokens_N = recording.rank_tokens_TLN[step, layer]
+        assert tokens_N.sum() == sum(int(of_one.sum()) for of_one in counts)
+        least = -(-int(counts[0].sum()) // 4)
+        assert recording.of_layers["least_tokens"][step, layer] == least
+        assert recording.of_layers["largest_tokens"][step, layer] >= least
+    of = recording.of_layers
+    assert (of["passes"] == MICROBATCHES).all()
+    assert (of["bound_ms"] <= of["predicted_ms"]).all()
+    assert (of["max_over_mean"] <= of["stock_max_over_mean"] + 1e-3).all()
+
+
+def test_times_are_those_between_exchanges(recorded: Path) -> None:
+    """Of each pass, the clock is read at the two edges of two exchanges."""
+    recording = read_metrics(recorded)
+    passes = len(LAYERS) * MICROBATCHES
+    for kind in ("dispatch_ms", "experts_ms", "combine_ms"):
+        assert recording.of_steps[kind] == pytest.approx(passes * TICK_MS)
+    assert recording.of_layers["layer_ms"] == pytest.approx(3 * TICK_MS)
+    # From the step's begin to its end it is read once more.
+    assert recording.of_steps["step_ms"] == pytest.approx((4 * passes + 1) * TICK_MS)
+    assert recording.of_steps["decide_ms"] == pytest.approx(passes * 1.0)
+    assert recording.of_steps["plan_ms"] == pytest.approx(0.5)
+
+
+def test_recorded_metrics_have_the_names_of_logged_ones(recorded: Path) -> None:
+    metrics = read_metrics(recorded).metrics
+    known = {metric.name for metric in LOGGED}
+    known |= {f"{m.name}_p{p}" for m in LOGGED if m.over_layers for p in PERCENTILES}
+    assert set(metrics) <= known
+    imbalance = [metrics[f"fsep_stock_load_imbalance_p{p}"] for p in PERCENTILES]
+    assert (imbalance[0] <= imbalance[1]).all() and (imbalance[1] <= imbalance[2]).all()
+    assert (metrics["fsep_optimality_gap"] >= 0).all()
+    assert (metrics["fsep_share_of_forced_balance"] > 0.3).all()
+
+
+def test_a_last_line_without_its_end_is_left_out(
+    recorded: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = recorded.read_bytes()
+    recorded.write_bytes(content[:-7])
+    with caplog.at_level(logging.WARNING):
+        assert read_metrics(recorded).steps_T.tolist() == list(range(STEPS - 1))
+    assert "no whole line" in caplog.text
+
+
+def test_a_resumed_run_goes_on_and_steps_that_come_again_are_moved(recorded: Path) -> None:
+    shape = Shape(4, 8, 3, 2, LAYERS)
+    first = read_metrics(recorded)
+    # Ended before its first step: it leaves no word of itself.
+    MetricsWriter(recorded, shape, RUN | {"torch": "8"}, first_step=3).close()
+    writer = MetricsWriter(recorded, shape, RUN | {"torch": "9"}, first_step=3)
+    writer.append(
+        {name: values[3] for name, values in first.of_steps.items()},
+        {},
+        {name: values[3].tolist() for name, values in first.of_layers.items()},
+        first.rank_tokens_TLN[3],
+    )
+    writer.close()
+    recording = read_metrics(recorded)
+    assert recording.steps_T.tolist() == [0, 1, 2, 3]
+    assert recording.runs == ((0, RUN), (3, RUN | {"torch": "9"}))
+    assert (recording.rank_tokens_TLN == first.rank_tokens_TLN[:4]).all()
+    beside = recorded.with_stem(f"{recorded.stem}.cut-from-3")
+    assert read_metrics(beside).steps_T.tolist() == [3, 4]
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(self: MetricsWriter, *args: object) -> None:
+        raise OSError("no space left")
+
+    with mock.patch.object(MetricsWriter, "append", full):
+        record_run(tmp_path)
+    assert caplog.text.count("the recording of metrics ends at step 0: no space left") == 1
+    assert len(read_metrics(recording_path(tmp_path, 0)).steps_T) == 0
+
+
+def test_a_new_run_over_an_old_recording_is_refused(recorded: Path) -> None:
+    with pytest.raises(ValueError, match="an earlier run, and this run begins at step 0"):
+        MetricsWriter(recorded, Shape(4, 8, 3, 2, LAYERS), RUN, first_step=0)
+    with pytest.raises(ValueError, match="record to another folder"):
+        MetricsWriter(recorded, Shape(4, 8, 4, 2, LAYERS), RUN, first_step=3)
+
+
+WRONG = {
+    '"format":"other"': "no recording of metrics",
+    '"version":9': "version '9' of the format",
+    '"num_ranks":0': "num_ranks must be an integer",
+    '"layers":["a","a"]': "layers must all be different",
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_a_header_that_does_not_fit_is_quoted(recorded: Path, change: str) -> None:
+    lines = recorded.read_text().splitlines(keepends=True)
+    header = json.loads(lines[0]) | json.loads(f"{{{change}}}")
+    recorded.write_text(json.dumps(header) + "\n" + "".join(lines[1:]))
+    with pytest.raises(ValueError, match=f"line 1: {WRONG[change]}"):
+        read_metrics(recorded)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('"step_ms":', '"step_mm":', "lacks, or has beyond"),
+        ('"passes":[2,2]', '"passes":[2]', "passes must have a number for each of 2 layers"),
+        ('"passes":[2,2]', '"passes":[2,NaN]', "passes must be a number or null, got 'nan'"),
+        ('"passes":[2,2]', '"passes":[2,true]', "passes must be a number or null, got 'True'"),
+        ('"passes":[2,2]', '"passes":[2,1e999]', "passes must be a number or null, got 'inf'"),
+        ('"rank_tokens":[[', '"rank_tokens":[[1,', "rank_tokens must be 2 lists of 4"),
+        ('"step":2,', '"step":0,', "step 0 is not above 1"),
+        ('"step":2,', '"step":-1,', "step '-1' is no step"),
+    ],
+)
+def test_a_damaged_line_is_named_by_its_number(
+    recorded: Path, old: str, new: str, says: str
+) -> None:
+    lines = recorded.read_text().splitlines(keepends=True)
+    assert old in lines[4]
+    lines[4] = lines[4].replace(old, new, 1)
+    recorded.write_text("".join(lines))
+    with pytest.raises(ValueError, match=says) as error:
+        read_metrics(recorded)
+    assert "line 5" in str(error.value)
+
+
+@pytest.mark.counts(fuzz_cases=300)
+def test_damaged_recordings_are_read_or_refused(recorded: Path, tmp_path: Path) -> None:
+    luck = random.Random(1)
+    content = recorded.read_bytes()
+    path = tmp_path / "damaged.jsonl"
+    refused = 0
+    for _ in range(300):
+        path.write_bytes(fuzz.damaged(content, luck))
+        try:
+            read_metrics(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 50
+
+
+def test_several_listeners_hear_the_same_and_none_is_none() -> None:
+    one, other = StepTimes(TickingClock()), StepTimes(TickingClock())
+    both = join(one, None, other)
+    assert both is not None and join(None, None) is None and join(one, None) is one
+    for times in (one, other):
+        times.begin_step()
+    both.begin_exchange("dispatch layer 1")
+    both.end_exchange("experts layer 1")
+    both.add(COMPUTE, "wait: restore layer 1", 1.0, 1.5)
+    both.add("parameters", "restore layer 1", 0.0, 9.0)
+    for times in (one, other):
+        assert times.take() is None
+        times.end_step()
+        found = times.take()
+        assert found is not None
+        assert found["wait: restore layer 1"] == 0.5
+        assert set(found) == {"", "dispatch layer 1", "wait: restore layer 1"}
+
+
+def test_nothing_is_heard_between_steps() -> None:
+    times = StepTimes(TickingClock())
+    times.begin_exchange("dispatch layer 1")
+    times.add(COMPUTE, "wait: restore layer 1", 0.0, 1.0)
+    times.begin_step()
+    times.end_step()
+    assert times.take() == {"": TICK_MS * 1e-3}
+
+
+def test_the_guard_of_the_recordings_takes_fresh_layouts_and_keeps_others() -> None:
+    """Else neither the page nor these tests would show both."""
+    from_static = ExpertLayout.static(4, 3, 8)
+    fresh = {
+        GUARD.decide(counts_NE(0, layer, 0), planned).replanned
+        for layer in range(2)
+        for planned in (from_static, GUARD.decide(counts_NE(0, layer, 0), from_static).layout)
+    }
+    assert fresh == {True, False}

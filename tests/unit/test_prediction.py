@@ -1,0 +1,52 @@
+"""A layer's predicted time is compared with stock's, with forced balance and with a bound."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_laer.config import PlanMode, Split
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.prediction import forced_balance_counts_NE, predict, stock_seconds
+from tests.recorded_runs import COSTS, GEOMETRY, GUARD, counts_NE
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=9), st.integers(1, 70))
+def test_forced_balance_keeps_each_ranks_tokens_and_evens_out_experts(
+    tokens: list[int], experts: int
+) -> None:
+    counts = forced_balance_counts_NE(np.array(tokens, dtype=np.int64), experts)
+    assert counts.sum(axis=1).tolist() == tokens
+    loads_E = counts.sum(axis=0)
+    assert loads_E.max() - loads_E.min() <= 1
+    assert (counts.max(axis=1) - counts.min(axis=1) <= 1).all()
+
+
+@pytest.mark.parametrize("mode", [PlanMode.FORECAST, PlanMode.EXACT, PlanMode.ADAPTIVE])
+def test_a_prediction_is_the_cost_models(mode: PlanMode) -> None:
+    guard = Guard(mode, COSTS, GEOMETRY)
+    counts = counts_NE(1, 0, 0)
+    planned = ExpertLayout.static(4, 3, 8)
+    decision = guard.decide(counts, planned)
+    predicted = predict(guard, decision)
+    layer_s = COSTS.layer_seconds(counts, decision.layout, 2)
+    change_s = COSTS.change_seconds(planned, decision.layout, 2)
+    assert predicted.layer_s == layer_s + (change_s if decision.replanned else 0.0)
+    assert predicted.bound_s <= predicted.layer_s
+    assert predicted.balanced_s < predicted.stock_s
+
+
+def test_even_splits_are_predicted_as_such() -> None:
+    guard = Guard(PlanMode.FORECAST, COSTS, GEOMETRY, split=Split.EVEN)
+    counts, planned = counts_NE(1, 1, 0), ExpertLayout.static(4, 3, 8)
+    predicted = predict(guard, guard.decide(counts, planned))
+    assert predicted.layer_s == COSTS.layer_seconds(counts, planned, 2, Split.EVEN)
+
+
+def test_stock_with_balanced_routing_is_forced_balance() -> None:
+    counts = np.full((4, 8), 128, dtype=np.int64)
+    predicted = predict(GUARD, GUARD.decide(counts, ExpertLayout.static(4, 3, 8)))
+    assert predicted.stock_s == predicted.balanced_s == stock_seconds(COSTS, GEOMETRY, counts)

@@ -1,0 +1,256 @@
+"""The page has the numbers of its run, escapes what it quotes, and is the same again."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_laer import cli
+from megatron_laer.report import figures
+from megatron_laer.report.figures import MOST_BINS, bin_edges, binned, rounded
+from megatron_laer.report.recorded import recorded_run
+from megatron_laer.report.sources import find
+from megatron_laer.report.verdict import judge, seconds
+from megatron_laer.telemetry.metrics_file import read_metrics, recording_path
+from megatron_laer.trace import read_trace
+from tests.recorded_runs import RUN, STEPS, record_run
+from tests.unit.plan_cases import drifting_trace, recording
+
+# Of the file without its data.
+MOST_BYTES = 2**20
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028\"'{{DATA}}"
+
+
+def report(*words: object) -> int:
+    return cli.main(["report", *map(str, words)])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run with all recordings."""
+    run = tmp_path / "run"
+    record_run(run)
+    return run
+
+
+def data_of(page: str) -> dict[str, Any]:
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def written(tmp_path: Path, *words: object) -> str:
+    assert report(*words, "--out", tmp_path / "page.html") == 0
+    return (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_page_has_the_numbers_of_the_recording(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = written(tmp_path, folder)
+    data, recording = data_of(page), read_metrics(recording_path(folder, 0))
+    of = recording.of_layers
+    assert data["heat"]["fsep"] == rounded(of["max_over_mean"].T)
+    assert data["heat"]["stock"] == rounded(of["stock_max_over_mean"].T)
+    assert data["bins"] == [[step, step] for step in range(STEPS)]
+    # A column of times adds up to the step.
+    for step, column in enumerate(zip(*data["times"]["ms"], strict=True)):
+        assert sum(column) == pytest.approx(recording.of_steps["step_ms"][step], rel=1e-3)
+    share = np.array(data["experts"]["share"])
+    assert share.mean(axis=1) == pytest.approx(np.ones(share[:, 0].shape), rel=2e-2)
+    replicas = np.array(data["replicas"]["number"])
+    assert (replicas.sum(axis=1) == 4 * 3).all()
+    assert data["guard"]["fresh_share"] == rounded(of["fresh"].sum() / of["passes"].sum())
+    worst = data["worst"][0]
+    assert worst["fsep"] == rounded(of["max_over_mean"].max())
+    out, err = capsys.readouterr()
+    assert "of forced balance; imbalance cost " in out
+    assert err == ""
+
+
+def test_the_verdict_is_worked_out_as_it_says(folder: Path) -> None:
+    sources = find(folder, None)
+    assert sources.trace is not None
+    run = recorded_run(sources, read_trace(sources.trace))
+    verdict = judge(run)
+    lost = stock = 0.0
+    for step, layer in np.ndindex(run.imbalance_TL.shape):
+        ratio, by_stock = run.imbalance_TL[step, layer], run.stock_TL[step, layer]
+        time_s = run.layer_ms_TL[step, layer] * 1e-3
+        lost += time_s - time_s / ratio
+        stock += time_s / ratio * by_stock - time_s / ratio
+    assert verdict.imbalance_s == pytest.approx(lost)
+    assert verdict.stock_s == pytest.approx(stock)
+    waits = sum(
+        run.of_steps[name].sum() for name in ("restore_wait_ms", "reduce_wait_ms", "decide_ms")
+    )
+    total_s = run.of_steps["step_ms"].sum() * 1e-3
+    assert verdict.kept == pytest.approx((total_s - lost - waits * 1e-3) / total_s)
+    assert verdict.sentence().startswith(f"kept {100 * verdict.kept:.1f} % of forced balance")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1000, "1,000 s"),
+        (41, "41 s"),
+        (4.12, "4.1 s"),
+        (0.41, "410 ms"),
+        (0, "0 s"),
+        (2e-5, "0.02 ms"),
+    ],
+)
+def test_seconds_are_written_for_people(value: float, text: str) -> None:
+    assert seconds(value) == text
+
+
+def test_the_same_run_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    assert written(tmp_path, folder) == written(tmp_path, folder)
+
+
+def test_the_page_is_small_and_asks_for_nothing(folder: Path, tmp_path: Path) -> None:
+    page = written(tmp_path, folder)
+    empty = re.sub(r'(id="data">).*?(</script>)', r"\1\2", page, flags=re.S)
+    assert len(empty.encode()) < MOST_BYTES
+    assert "default-src 'none'" in page
+    assert re.findall(r"""(?:src|href)=["'](?!#)[^"']*""", page) == []
+    assert "http" not in empty.replace('http-equiv="Content-Security-Policy"', "")
+    assert "{{" not in empty
+
+
+def test_a_run_that_goes_on_is_shown_up_to_its_last_whole_step(
+    folder: Path, tmp_path: Path
+) -> None:
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[:-5])
+    data = data_of(written(tmp_path, folder))
+    assert data["bins"][-1] == [STEPS - 2, STEPS - 2]
+
+
+def test_what_a_run_says_of_itself_cannot_end_a_script_or_become_an_element(tmp_path: Path) -> None:
+    folder = tmp_path / "<img src=x>&run"
+    record_run(folder, layers=(HOSTILE, "layer 2"), run=RUN | {"planner": HOSTILE})
+    page = written(tmp_path, folder)
+    assert data_of(page)["layers"][0] == HOSTILE
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "<img" not in page
+    assert html.escape(HOSTILE) in page
+
+
+def test_commands_of_the_what_if_print_their_rows_again(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = data_of(written(tmp_path, folder))["what_if"]
+    assert {row["capacity"] for row in rows} == {2, 3, 4}
+    assert {row["mode"] for row in rows} == {"-", "forecast", "exact", "adaptive"}
+    for number, row in enumerate(rows):
+        words = shlex.split(row["command"])
+        assert words[:4] == ["python", "-m", "megatron_laer", "plan"]
+        out = tmp_path / f"{number}.json"
+        assert cli.main([*words[3:], "--json", str(out)]) == 0
+        found = [
+            one
+            for one in json.loads(out.read_text())["rows"]
+            if (one["strategy"], one["mode"], one["capacity"])
+            == (row["strategy"], row["mode"], row["capacity"])
+        ]
+        assert len(found) == 1
+        for name in ("cases", "mean", "p95", "p99", "off_node_share", "replan_share", "layer_ms"):
+            assert found[0][name] == row[name], (row["command"], name)
+
+
+def test_a_trace_alone_is_replayed_as_training_would_have_planned_it(tmp_path: Path) -> None:
+    trace = drifting_trace(steps=8)
+    path = recording(tmp_path / "x.trace", trace)
+    words = (path, "--capacity", 3, "--node-size", 2)
+    data = data_of(written(tmp_path, *words))
+    assert data["is_measured"] is False
+    assert "times" not in data
+    fsep, stock = np.array(data["heat"]["fsep"]), np.array(data["heat"]["stock"])
+    assert (fsep >= 1).all() and fsep.mean() < stock.mean()
+    # By `plan`, in the same mode and of all cases after the first step, which has no forecast.
+    plan = tmp_path / "plan.json"
+    options = "--strategy greedy --mode adaptive --capacity 3 --node-size 2".split()
+    assert cli.main(["plan", str(path), *options, "--json", str(plan)]) == 0
+    (row,) = (row for row in json.loads(plan.read_text())["rows"] if row["strategy"] == "greedy")
+    assert fsep[:, 1:].mean() == pytest.approx(row["mean"], rel=1e-3)
+
+
+def test_two_runs_are_compared_side_by_side(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    record_run(other, steps=3, has_trace=False)
+    page = written(tmp_path, folder, "--compare", other)
+    data = data_of(page)
+    assert data["other"]["name"] == str(other)
+    assert len(data["other"]["bins"]) == 3
+    assert f'<th scope="col">{other}</th>' in page
+
+
+def test_a_run_without_a_trace_has_a_page_that_says_so(tmp_path: Path) -> None:
+    record_run(tmp_path / "run", has_trace=False)
+    page = written(tmp_path, tmp_path / "run")
+    assert "experts" not in data_of(page) and data_of(page)["what_if"] == []
+    assert "Without --fsep-record-trace" in page
+
+
+def test_losses_of_a_log_beside_the_recordings_are_shown(folder: Path, tmp_path: Path) -> None:
+    lines = [
+        f" iteration {step:8d}/{STEPS:8d} | consumed samples: 8 | lm loss: {9 - step:.3E} |"
+        for step in range(1, STEPS + 1)
+    ]
+    (folder / "train.log").write_text("\n".join(lines))
+    loss = data_of(written(tmp_path, folder))["loss"]
+    assert loss == {"steps": [1, 2, 3, 4, 5], "loss": [8, 7, 6, 5, 4]}
+
+
+def test_steps_are_thinned_out_by_their_means() -> None:
+    values_TL = np.arange(1000.0)[:, None] * [1.0, 2.0]
+    values_TL[3, 1] = np.nan
+    edges = bin_edges(1000, MOST_BINS)
+    assert len(edges) - 1 <= MOST_BINS
+    means_BL = binned(values_TL, edges)
+    for place, (begin, end) in enumerate(itertools.pairwise(edges)):
+        assert means_BL[place] == pytest.approx(np.nanmean(values_TL[begin:end], axis=0))
+    assert np.isnan(binned(np.full((4, 1), np.nan), bin_edges(4, 2))).all()
+    assert bin_edges(3, 240) == [0, 1, 2, 3]
+
+
+def test_how_uneven_experts_are_is_the_gini_coefficient() -> None:
+    assert figures._gini(np.full(8, 5)) == pytest.approx(0)
+    assert figures._gini(np.array([0, 0, 0, 9])) == pytest.approx(0.75)
+    assert figures._gini(np.array([1, 3])) == pytest.approx(0.25)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / name for name in ("metrics-0.jsonl", "group-0.trace", "group-0.jsonl")]
+
+
+@pytest.mark.parametrize("place", range(3), ids=["metrics", "trace", "layouts"])
+def test_a_damaged_recording_is_refused_by_name(
+    folder: Path, tmp_path: Path, place: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = _files(folder)[place]
+    content = file.read_bytes()
+    second = content.index(b"\n") + 40
+    file.write_bytes(content[:second] + b"\xff\xff" + content[second + 2 :])
+    assert report(folder, "--out", tmp_path / "page.html") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and file.name in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_recordings_of_different_runs_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "group-0.trace").unlink()
+    recording(folder / "group-0.trace", drifting_trace(layers=3))
+    assert report(folder, "--out", tmp_path / "page.html") == 2
+    assert "they are of different runs, so move one away" in capsys.readouterr().err

@@ -1,0 +1,182 @@
+"""A headless Chromium opens the page: nothing is said in its console, and it shows the numbers.
+
+Where there is no program `chromium` the tests are skipped, and say so.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_laer import cli
+from megatron_laer.telemetry.metrics_file import read_metrics, recording_path
+from tests.recorded_runs import LAYERS, record_run
+from tests.unit.plan_cases import drifting_trace
+from tests.unit.plan_cases import recording as write_trace
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no program chromium: apt-get install chromium, to see the page drawn"
+)
+
+# Of console messages, which Chromium logs at this place; its own warnings are of other places.
+_CONSOLE = re.compile(r"CONSOLE[:(].*")
+# A page that talks: what is looked for must be found here.
+_TALKING = '<script>console.error("heard"); undefinedName();</script></body>'
+
+
+def opened(
+    page: Path, tmp_path: Path, *, fragment: str = "", width: int = 1200, shot: Path | None = None
+) -> tuple[str, list[str]]:
+    """What a page is after its scripts have run, and what was said in its console."""
+    assert CHROMIUM is not None
+    asked = ["--dump-dom"] if shot is None else [f"--screenshot={shot}"]
+    result = subprocess.run(
+        [
+            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *("--enable-logging=stderr", "--log-level=0", "--virtual-time-budget=5000"),
+            *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1400", *asked),
+            f"{page.as_uri()}{fragment}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout, _CONSOLE.findall(result.stderr)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run, with its page beside it."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    record_run(folder)
+    assert cli.main(["report", str(folder), "--out", str(folder.parent / "page.html")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drawn(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
+    """The page with all its tables open."""
+    return opened(run.parent / "page.html", tmp_path_factory.mktemp("chromium"), fragment="#tables")
+
+
+def table(page: str, title: str) -> list[list[str]]:
+    """The cells of a figure's table."""
+    figure = next(part for part in page.split("<figure") if f"<h3>{title}</h3>" in part)
+    lines = re.findall(r"<tr>(.*?)</tr>", figure.partition("</figure>")[0], re.S)
+    return [[html.unescape(c) for c in re.findall(r"<t[hd][^>]*>(.*?)</t", line)] for line in lines]
+
+
+def test_the_console_stays_silent_and_every_figure_is_drawn(drawn: tuple[str, list[str]]) -> None:
+    page, console = drawn
+    assert console == []
+    (number,) = re.findall(r'data-drawn="(\d+)"', page)
+    assert int(number) == page.count("<canvas") >= 12
+
+
+def test_what_a_page_says_in_its_console_is_noticed(run: Path, tmp_path: Path) -> None:
+    talking = tmp_path / "talking.html"
+    content = (run.parent / "page.html").read_text(encoding="utf-8")
+    talking.write_text(content.replace("</body>", _TALKING), encoding="utf-8")
+    said = " ".join(opened(talking, tmp_path)[1])
+    assert "heard" in said and "undefinedName" in said
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("FSEP: max/mean tokens per rank, as it was", "max_over_mean"),
+        ("Stock's placement, same routing", "stock_max_over_mean"),
+    ],
+)
+def test_the_heat_maps_tables_have_the_recorded_numbers(
+    run: Path, drawn: tuple[str, list[str]], title: str, name: str
+) -> None:
+    cells = table(drawn[0], title)
+    assert tuple(line[0] for line in cells[1:]) == LAYERS
+    shown_LT = np.array([[float(cell) for cell in line[1:]] for line in cells[1:]])
+    assert shown_LT == pytest.approx(
+        read_metrics(recording_path(run, 0)).of_layers[name].T, rel=1e-3
+    )
+
+
+def test_the_times_table_has_the_recorded_numbers(run: Path, drawn: tuple[str, list[str]]) -> None:
+    cells = table(drawn[0], "A step's time by kind")
+    of = read_metrics(recording_path(run, 0)).of_steps
+    place = cells[0].index("dispatch")
+    dispatch = [float(line[place].removesuffix(" ms")) for line in cells[1:]]
+    assert dispatch == pytest.approx(of["dispatch_ms"], rel=1e-3)
+    sums = [float(line[-1].removesuffix(" ms")) for line in cells[1:]]
+    assert sums == pytest.approx(of["step_ms"], rel=1e-3)
+
+
+def test_what_is_drawn_is_named_for_those_who_do_not_see_it(drawn: tuple[str, list[str]]) -> None:
+    page = drawn[0]
+    for canvas in re.findall(r"<canvas[^>]*>", page):
+        assert 'tabindex="0"' in canvas and 'role="img"' in canvas
+        assert re.search(r'aria-label="[^"]{20,}"', canvas), canvas
+    assert page.count("<h1") == 1 and '<html lang="en"' in page
+
+
+_KEYS = """<script>
+const canvas = document.querySelector("canvas");
+canvas.focus();
+for (const key of ["Home", "ArrowRight", "ArrowDown"])
+  canvas.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+</script></body>"""
+
+
+def test_arrow_keys_read_a_figure(run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "keys.html"
+    content = (run.parent / "page.html").read_text(encoding="utf-8")
+    page.write_text(content.replace("</body>", _KEYS), encoding="utf-8")
+    dom, console = opened(page, tmp_path)
+    assert console == []
+    value = read_metrics(recording_path(run, 0)).of_layers["max_over_mean"][1, 1]
+    assert f'aria-live="polite">layer 2, step 1: {value:.4g}</p>' in dom
+
+
+def test_a_replayed_trace_and_a_comparison_are_drawn(run: Path, tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "x.trace", drifting_trace())
+    page = tmp_path / "trace.html"
+    assert cli.main(["report", str(trace), "--compare", str(run), "--out", str(page)]) == 0
+    dom, console = opened(page, tmp_path, fragment="#tables")
+    assert console == []
+    assert 'id="comparison"' in dom
+    assert "FSEP: max/mean tokens per rank, as FSEP would have it" in dom
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    hostile = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
+    record_run(tmp_path / "run", layers=(hostile, "layer 2"))
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(tmp_path / "run"), "--out", str(page)]) == 0
+    dom, console = opened(page, tmp_path, fragment="#tables")
+    assert console == []
+    assert "<title>taken" not in dom and "<img" not in dom
+    assert html.escape(hostile, quote=False) in dom
+
+
+@pytest.mark.parametrize("fragment", ["", "#dark"])
+@pytest.mark.parametrize("width", [1200, 420])
+def test_pictures_have_both_themes_and_no_sideways_scrolling(
+    run: Path, tmp_path: Path, width: int, fragment: str
+) -> None:
+    from matplotlib import image
+
+    shot = tmp_path / "shot.png"
+    opened(run.parent / "page.html", tmp_path, fragment=fragment, width=width, shot=shot)
+    pixels = image.imread(shot)[:, :, :3]
+    corner = pixels[-1, 0].mean()
+    assert corner < 0.2 if fragment else corner > 0.9
+    # The page fits: its margin on the right is empty, from top to bottom.
+    assert np.ptp(pixels[:, -6:-2].reshape(-1, 3), axis=0).max() < 0.02
+    # Something is drawn in colour.
+    assert (np.ptp(pixels, axis=2) > 0.3).sum() > 500
