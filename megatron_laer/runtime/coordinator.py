@@ -95,9 +95,8 @@ class Coordinator:
         self.layouts = LayoutsInForce(
             config, groups, geometry, guard.costs, seed=seed, device=device
         )
-        self.announced: AnnouncedLayouts | None = None
-        if config.mode == PlanMode.ANNOUNCED:
-            self.announced = AnnouncedLayouts(guard, groups, device)
+        announces = config.mode == PlanMode.ANNOUNCED
+        self.announced = AnnouncedLayouts(guard, groups, device) if announces else None
         self.seed = seed
         self.device = device
         self.layers: list[LayerState] = []
@@ -345,12 +344,11 @@ class Coordinator:
                 )
 
     def _open_timeline(self, first_step: int) -> None:
-        if self.config.timeline is None:
+        folder = self.config.timeline
+        if folder is None:
             return
-        with naming_flag("timeline", self.config.timeline):
-            self.timeline = open_timeline(
-                self.config.timeline, dist.get_rank(), self.device, first_step
-            )
+        with naming_flag("timeline", folder):
+            self.timeline = open_timeline(folder, dist.get_rank(), self.device, first_step)
         for stream in (self.streams.parameters, self.streams.gradients):
             stream.times.timeline = self.timeline
 
