@@ -48,7 +48,15 @@ def methods(geometry, mode=PlanMode.ADAPTIVE, names=METHODS, model=TINY, **more)
     return [make_method(name, chosen, RATES) for name in names]
 
 
-def predicted(trace, model=TINY, names=METHODS, rates=(RATES,), mode=PlanMode.ADAPTIVE, **run):
+def predicted(
+    trace,
+    model=TINY,
+    names=METHODS,
+    rates=(RATES,),
+    mode=PlanMode.ADAPTIVE,
+    holds_step=False,
+    **run,
+):
     geometry = Geometry(trace.num_ranks, trace.num_experts, 3, trace.num_ranks // 2)
     routing = Routing(trace, trace.num_ranks)
     shape = {"tokens": round(routing.pairs / model.topk), "microbatches": 4} | run
@@ -56,7 +64,7 @@ def predicted(trace, model=TINY, names=METHODS, rates=(RATES,), mode=PlanMode.AD
         routing,
         model,
         RunShape(trace.num_ranks, geometry.node_size, **shape),
-        methods(geometry, mode, names, model),
+        methods(geometry, mode, names, model, holds_step=holds_step),
         rates,
         steps=2,
     )
@@ -233,6 +241,25 @@ def test_all_modes_of_the_guard_run(mode):
     if mode == "exact":
         assert found.max_over_mean < 1.001
         assert found.exposed_s["restore"] > 0
+
+
+def test_experts_that_are_held_are_restored_and_reduced_once_per_step():
+    trace = drifting_trace()
+    by_layer, by_step = (
+        predicted(trace, names=[FSEP], mode=PlanMode.FORECAST, holds_step=holds)[FSEP]
+        for holds in (False, True)
+    )
+    for link in ("intra", "inter"):
+        # Two restores in each of four microbatches, or one in all; and a reduce likewise.
+        assert by_layer.bytes_by_kind[link]["restore"] == pytest.approx(
+            8 * by_step.bytes_by_kind[link]["restore"]
+        )
+        assert by_layer.bytes_by_kind[link]["reduce"] == pytest.approx(
+            4 * by_step.bytes_by_kind[link]["reduce"]
+        )
+    # So few tokens hide no restore: time follows bytes.
+    assert by_step.exposed_s["restore"] < by_layer.exposed_s["restore"] / 6
+    assert 0 < by_step.exposed_s["reduce"] < by_layer.exposed_s["reduce"]
 
 
 def test_recompute_costs_a_forward_and_its_tokens_and_saves_memory():

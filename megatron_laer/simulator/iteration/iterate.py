@@ -181,6 +181,7 @@ class _Passes:
             timing.model.layer_has_experts[layer],
             work,
             restores=first or not holds,
+            restores_backward=not holds,
             reduces=last or not holds,
             gather_s=gather_s if first else 0.0,
             scatter_s=scatter_s if last else 0.0,

@@ -57,6 +57,7 @@ class Timing:
         work: LayerWork | None,
         *,
         restores: bool = True,
+        restores_backward: bool = True,
         reduces: bool = True,
         gather_s: float = 0.0,
         scatter_s: float = 0.0,
@@ -65,7 +66,8 @@ class Timing:
 
         Args:
             work: of its experts; None for a dense layer.
-            restores, reduces: whether this microbatch does, if the method does at all.
+            restores, restores_backward, reduces: whether this microbatch does, if the method does
+                at all.
         """
         attention_s, attention_backward_s = self._attention()
         dense_s, dense_backward_s = self._dense(has_experts)
@@ -79,7 +81,7 @@ class Timing:
             attention_s=(attention_s, attention_backward_s),
             dense_s=(dense_s, dense_backward_s),
             tensor_s=(tensor_s, tensor_s),
-            moe=None if work is None else self._moe(work, restores, reduces),
+            moe=None if work is None else self._moe(work, restores, restores_backward, reduces),
             again=self.run.recompute == Recompute.FULL,
             host_s=0.0 if host is None or work is None else _LAUNCHES * host.launch_s,
             gather_s=gather_s,
@@ -152,7 +154,9 @@ class Timing:
 
     # Experts.
 
-    def _moe(self, work: LayerWork, restores: bool, reduces: bool) -> MoETimes:
+    def _moe(
+        self, work: LayerWork, restores: bool, restores_backward: bool, reduces: bool
+    ) -> MoETimes:
         model, rates, cluster = self.model, self.rates, self.rates.cluster
         scale = self.nominal.best_flops_per_s / rates.best_flops_per_s
         gemm_s_N = 2.0 * model.expert_weights * work.unit_s_N * scale
@@ -173,8 +177,7 @@ class Timing:
         run = self.run
         meets = run.ranks if work.leaves_nodes else run.node_size
         latency_s = rates.collective_seconds(meets, run.node_size)
-        restore = work.restore if restores else None
-        restore_s = None if restore is None else restore.seconds(rates)
+        restore_s = None if work.restore is None else work.restore.seconds(rates)
         reduce = work.reduce if reduces else None
         return MoETimes(
             forward_N=forward_N,
@@ -182,8 +185,8 @@ class Timing:
             tokens_N=tokens_N + latency_s,
             within_node=not work.leaves_nodes,
             gate_s=self._gate(work),
-            restore_s=restore_s,
-            backward_restore_s=restore_s,
+            restore_s=restore_s if restores else None,
+            backward_restore_s=restore_s if restores_backward else None,
             reduce_s=None if reduce is None else reduce.seconds(rates),
             change_s=None if work.change is None else work.change.seconds(rates),
         )
