@@ -64,8 +64,7 @@ def stock_seconds(costs: CostModel, geometry: Geometry, counts_NE: Int64) -> flo
 
     Where N does not divide E, which stock refuses, some experts have two slots.
     """
-    each = -(-geometry.num_experts // geometry.num_ranks)
-    stock = ExpertLayout.static(geometry.num_ranks, each, geometry.num_experts)
+    stock = _stock_layout(geometry.num_ranks, geometry.num_experts)
     # Where each expert has one slot there is nothing to split, and the exact one is native code.
     return costs.layer_seconds(counts_NE, stock, geometry.node_size, Split.EXACT)
 
@@ -80,6 +79,11 @@ def forced_balance_counts_NE(tokens_N: Int64, num_experts: int) -> Int64:
     place_NE = (np.arange(num_experts)[None, :] - begin_N[:, None]) % num_experts
     counts_NE: Int64 = share_N[:, None] + (place_NE < left_N[:, None])
     return counts_NE
+
+
+@lru_cache(maxsize=16)
+def _stock_layout(num_ranks: int, num_experts: int) -> ExpertLayout:
+    return ExpertLayout.static(num_ranks, -(-num_experts // num_ranks), num_experts)
 
 
 @lru_cache(maxsize=256)
