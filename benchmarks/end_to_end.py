@@ -4,7 +4,8 @@ Gloo ranks on this machine, one thread each, run Megatron's own training loop. A
 run in turn, again and again, in one start: the ideal (stock, routing forced to balance), stock and
 FSEP under three skews and under Megatron's workloads W0 to W7, FSEP with layouts that never change,
 and FSEP on balanced routing in every mode. What is said first is the share of forced balance that
-each of them keeps. What to expect and what is left is in `docs/end_to_end.md`.
+each of them keeps. `--tokens` compares the two exchanges of tokens instead. What to expect and what
+is left is in `docs/end_to_end.md`.
 """
 
 from __future__ import annotations
@@ -32,12 +33,16 @@ from benchmarks.end_to_end_cases import (
     HALF,
     MODES,
     QUICK,
+    QUICK_TOKENS,
     SKEWS,
     STOCK_RECOMPUTE,
+    TOKENS,
+    TOKENS_OF,
     Configuration,
     Size,
     chosen,
     configurations,
+    token_configurations,
 )
 from benchmarks.report import machine, print_table
 from benchmarks.training_run import Measured, measure
@@ -65,17 +70,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = parser.add_mutually_exclusive_group()
     models.add_argument("--half", action="store_true", help="a model of an eighth of the work")
     models.add_argument("--quick", action="store_true", help="a small model: says nothing of speed")
+    parser.add_argument("--tokens", action="store_true", help="compare exchanges of tokens alone")
     parser.add_argument("--repeats", type=int, help="of every configuration")
     parser.add_argument("--steps", type=int, help="that are counted, but for bursts")
     parser.add_argument("--only", help="configurations whose names contain this, and stock's")
     options = parser.parse_args(arguments)
     size = QUICK if options.quick else HALF if options.half else FULL
+    if options.tokens:
+        size = QUICK_TOKENS if options.quick else TOKENS
     if options.repeats is not None:
         size = replace(size, repeats=options.repeats)
     if options.steps is not None:
         size = replace(size, steps=options.steps)
     with tempfile.TemporaryDirectory() as scratch:
-        cases = configurations(size, options.ranks, Path(scratch))
+        if options.tokens:
+            cases = token_configurations(size)
+        else:
+            cases = configurations(size, options.ranks, Path(scratch))
         if options.only is not None:
             cases = chosen(cases, options.only)
         runs = run_all(size, options.ranks, cases, Path(scratch))
@@ -214,6 +225,7 @@ def summary(cases: Sequence[Configuration], runs: Runs, size: Size) -> dict[str,
             for case in cases
         },
         "share_of_forced_balance": kept(runs, size),
+        "node_over_rank": node_over_rank(runs, size),
         "throughput_of_ideal": {case.name: throughput(runs, case.name, size) for case in cases},
         "burst_steps_ms": {
             kind: spread(burst_times(runs[f"{kind}, burst"]))
@@ -294,6 +306,22 @@ def kept(runs: Runs, size: Size) -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
+def node_over_rank(runs: Runs, size: Size) -> dict[str, dict[str, dict[str, float]]]:
+    """Step and processor times with tokens through nodes over those by rank, of each repeat."""
+    found = {}
+    for top in TOKENS_OF:
+        by_rank, by_node = (runs.get(f"fsep {top}, tokens by {by}", []) for by in ("rank", "node"))
+        if by_node:
+            found[top] = {
+                name: spread(
+                    statistics.median(times(size, node)) / statistics.median(times(size, rank))
+                    for node, rank in zip(by_node, by_rank, strict=True)
+                )
+                for name, times in (("step", step_times), ("processor", cpu_times))
+            }
+    return found
+
+
 def report(cases: Sequence[Configuration], runs: Runs, size: Size) -> None:
     """The share of forced balance that is kept, the table of all, and which goals were met."""
     print_table(
@@ -334,6 +362,12 @@ def report(cases: Sequence[Configuration], runs: Runs, size: Size) -> None:
             }
         )
     print_table(rows)
+    for top, ratios in node_over_rank(runs, size).items():
+        for name, ratio in ratios.items():
+            print(
+                f"{top}: {name} time through nodes over that by rank {ratio['median']:.3f} "
+                f"({ratio['min']:.3f} to {ratio['max']:.3f} in repeats)"
+            )
     goals = {f"fsep, {skew}": LEAST_THROUGHPUT for skew in ("fixed", "drifting")}
     goals |= {f"fsep balanced, {mode}": 1 / (1 + MOST_SLOWDOWN) for mode in MODES}
     for name, least in goals.items():

@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks import routing
 from benchmarks.routing import RoutingShape
 from benchmarks.training_run import Routing
+from megatron_laer.choices import TokenExchange
 from megatron_laer.data import BYTES_TOKENIZER_FLAGS
 from megatron_laer.platform.cpu import CPU_FLAGS
 
@@ -59,6 +60,8 @@ class Size:
     warm_up: int
     steps: int
     repeats: int
+    # Megatron's flags for what else the model has.
+    more: str = ""
 
     def flags(self, data: str, ranks: int) -> list[str]:
         """Return Megatron's flags."""
@@ -75,7 +78,7 @@ class Size:
             --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none
             --lr 1e-4 --min-lr 1e-4 --lr-decay-style constant --clip-grad 1.0 --seed 1234
             --split 90,10,0 --num-workers 0 --log-interval 1000 --eval-interval 1000 --eval-iters 0
-            --data-path {data}
+            --data-path {data} {self.more}
             """.split(),
             *CPU_FLAGS,
             *BYTES_TOKENIZER_FLAGS,
@@ -92,6 +95,9 @@ FULL = Size(2, 512, 2048, 8, 2, 256, 32, warm_up=2, steps=4, repeats=3)
 # Half as wide, with half of the tokens: an eighth of the time.
 HALF = Size(2, 256, 1024, 8, 2, 256, 16, warm_up=2, steps=4, repeats=3)
 QUICK = Size(2, 128, 512, 8, 2, 64, 16, warm_up=2, steps=4, repeats=2)
+# Where exchanges of tokens dominate: top-4 of 8, wide rows, and few multiplications with each.
+TOKENS = Size(2, 1024, 32, 8, 4, 128, 32, 2, 6, 3, more="--kv-channels 8")
+QUICK_TOKENS = Size(2, 256, 32, 8, 4, 64, 16, 2, 4, 2, more="--kv-channels 8")
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,28 @@ class Configuration:
     flags: str
     routing: Routing
     steps: int
+
+
+# With top-1 a token has one row either way, so that nodes cannot gain.
+TOKENS_OF = {"top-4": "", "top-1": "--moe-router-topk 1 --moe-router-pre-softmax"}
+
+
+def token_configurations(size: Size) -> list[Configuration]:
+    """List what compares token exchanges, each rank being a node; neighbours are compared."""
+    balanced, steps = Routing("--moe-router-force-load-balancing"), size.warm_up + size.steps
+    return [
+        Configuration("ideal", "", balanced, steps),
+        *(
+            Configuration(
+                f"fsep {top}, tokens by {exchange}",
+                f"{STATIC} --fsep-node-size 1 --fsep-token-exchange {exchange} {flags}",
+                balanced,
+                steps,
+            )
+            for top, flags in TOKENS_OF.items()
+            for exchange in TokenExchange
+        ),
+    ]
 
 
 def chosen(cases: Sequence[Configuration], part: str) -> list[Configuration]:

@@ -11,116 +11,50 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+from megatron_laer.choices import (
+    Choice,
+    ExchangeAlgorithm,
+    ExpertParallelMode,
+    FixedPlanner,
+    GemmBackEnd,
+    LatePlan,
+    OverlapScheduler,
+    PlanMode,
+    Restore,
+    RestoreAlgorithm,
+    Split,
+    TokenExchange,
+    TokenExchangeChoice,
+    Unproven,
+    WireDtype,
+)
 
-class Choice(StrEnum):
-    """Is a closed set of words; a word outside it raises a ValueError that lists them."""
-
-    @classmethod
-    def _missing_(cls, value: object) -> None:
-        raise ValueError(f"{value!r}: must be one of {', '.join(cls)}")
-
-
-class ExpertParallelMode(Choice):
-    """Says whose expert parallelism runs: Megatron's own, or ours."""
-
-    STANDARD = "standard"
-    FSEP = "fsep"
-
-
-class Split(Choice):
-    """Says how a microbatch's tokens are split over an expert's replicas."""
-
-    EXACT = "exact"
-    EVEN = "even"
-
-
-class PlanMode(Choice):
-    """Says what a microbatch is computed with.
-
-    That is the planned layout (`forecast`), one made for its very counts after the gate (`exact`),
-    the cheaper of the two (`adaptive`), or one made ahead for announced counts (`announced`).
-    """
-
-    FORECAST = "forecast"
-    EXACT = "exact"
-    ADAPTIVE = "adaptive"
-    ANNOUNCED = "announced"
-
-
-class LatePlan(Choice):
-    """Says what happens when a plan is not ready in time."""
-
-    KEEP = "keep"
-    WAIT = "wait"
-
-
-class Restore(Choice):
-    """Says how long experts stay restored: for one pass of one layer, or for a whole step."""
-
-    LAYER = "layer"
-    STEP = "step"
-
-
-class OverlapScheduler(Choice):
-    """Says whether exchanges overlap with compute."""
-
-    ON = "on"
-    OFF = "off"
-
-
-class ExchangeAlgorithm(Choice):
-    """Says how an exchange of experts or gradients crosses nodes."""
-
-    FLAT = "flat"
-    NODE = "node"
-
-
-class RestoreAlgorithm(Choice):
-    """Names an exchange algorithm, or `auto` for the faster one by the cost model."""
-
-    FLAT = "flat"
-    NODE = "node"
-    AUTO = "auto"
-
-
-class GemmBackEnd(Choice):
-    """Names what multiplies the tokens of slots (`experts/gemm`), or `auto` for what is proved."""
-
-    AUTO = "auto"
-    LOOP = "loop"
-    STREAMS = "streams"
-    TE = "te"
-    TORCH = "torch"
-
-
-class Unproven(Choice):
-    """Names what FSEP should run with, but that nobody has run."""
-
-    TE_GRAPHS = "te-graphs"
-    DENSE_FP8 = "dense-fp8"
-
-
-class WireDtype(Choice):
-    """Says in which dtype gradients cross nodes."""
-
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FP32 = "fp32"
-
-
-class FixedPlanner(Choice):
-    """Names the planners that need no thread and no broadcast.
-
-    The layout never changes, or it changes at every microbatch in a way that each rank works out
-    alone: `random` is no strategy, since strategies are asked once per step.
-    """
-
-    STATIC = "static"
-    RANDOM = "random"
+# The words of the fields come from here too, for whoever reads or sets one.
+__all__ = [
+    "MAX_PLAN_LAG",
+    "Bound",
+    "Choice",
+    "ExchangeAlgorithm",
+    "ExpertParallelMode",
+    "FSEPConfig",
+    "FixedPlanner",
+    "GemmBackEnd",
+    "LatePlan",
+    "OverlapScheduler",
+    "PlanMode",
+    "Restore",
+    "RestoreAlgorithm",
+    "Split",
+    "TokenExchange",
+    "TokenExchangeChoice",
+    "Unproven",
+    "WireDtype",
+    "deterministic",
+    "flag_name",
+]
 
 
 class Bound(NamedTuple):
@@ -266,6 +200,15 @@ class FSEPConfig:
             "of gradients between nodes under --fsep-restore-algorithm node; default that of the "
             "weights",
             type=WireDtype,
+        ),
+    )
+    token_exchange: TokenExchangeChoice = field(
+        default=TokenExchangeChoice.RANK,
+        metadata=_option(
+            "how tokens travel to experts: rank (Megatron's All-to-All, a row per token and "
+            "expert), node (a row per token and node, then one per rank inside the node; outputs "
+            "are summed on the way back), or auto (the faster by the cost model)",
+            type=TokenExchangeChoice,
         ),
     )
     gemm: GemmBackEnd = field(

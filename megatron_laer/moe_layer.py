@@ -12,6 +12,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron_laer import session
 from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.dispatch.flex import SlotFlexDispatcher
+from megatron_laer.dispatch.node_dispatcher import NodeTokenDispatcher
 from megatron_laer.dispatch.slot_dispatch import SlotDispatch
 from megatron_laer.experts.module import ADAPTED, FSEPExperts
 from megatron_laer.runtime.layer_state import LayerState
@@ -93,7 +95,10 @@ class FSEPMoELayer(MoELayer):
             "the model's expert-parallel group is not the one that FSEP was set up for"
         )
         pg_collection.fsep = groups.tokens
-        if problems := model_support.problems_with_mode(config, current.config.mode):
+        if problems := [
+            *model_support.problems_with_mode(config, current.config.mode),
+            *model_support.problems_with_token_exchange(config, current.config.token_exchange),
+        ]:
             raise ValueError(*problems)
         coordinator = current.coordinator_for(config, _seed_of_arguments())
         geometry = coordinator.geometry
@@ -133,8 +138,12 @@ class FSEPMoELayer(MoELayer):
         )
         self.config = config
         self.submodules = submodules
-        is_flex = config.moe_token_dispatcher_type == "flex"
-        self.token_dispatcher = (SlotFlexDispatcher if is_flex else SlotTokenDispatcher)(
+        make_dispatcher: Any = SlotTokenDispatcher
+        if config.moe_token_dispatcher_type == "flex":
+            make_dispatcher = SlotFlexDispatcher
+        elif (sizes := coordinator.token_sizes) is not None:
+            make_dispatcher = partial(NodeTokenDispatcher, groups=groups, sizes=sizes)
+        self.token_dispatcher = make_dispatcher(
             self.num_local_experts,
             self.local_expert_indices,
             config=slot_config,
@@ -198,7 +207,7 @@ class FSEPMoELayer(MoELayer):
         return super().preprocess(hidden_states, probs, routing_map)
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Exchange tokens; once they are there, the next layer's experts may be fetched.
+        """Exchange tokens; once they crossed nodes, the next layer's experts may be fetched.
 
         In backward likewise: with the tokens' gradients here, those of the experts may leave.
         """
@@ -206,6 +215,9 @@ class FSEPMoELayer(MoELayer):
         hidden_states = self._plan.restored.reduce_after_dispatch(hidden_states)
         dispatched = super().dispatch(hidden_states, probs)
         self._coordinator.scheduler.dispatched(self.state, self.training)
+        groups = self._coordinator.groups
+        rows = self._plan.rows_sent(groups.rank, groups.node_size)
+        self.state.sent.add(*rows, hidden_states.shape[-1] * hidden_states.element_size())
         return dispatched
 
     def routed_experts_compute(
@@ -216,7 +228,8 @@ class FSEPMoELayer(MoELayer):
         plan, self._plan = self._plan, None
         assert plan is not None, "routed_experts_compute before preprocess"
         # A call, not a method: Megatron waits for updated parameters in the call's pre-hook.
-        output_TH = self.experts(input_TH, probs_T, plan)
+        with self.token_dispatcher.keeping_rows():
+            output_TH = self.experts(input_TH, probs_T, plan)
         if self.training:
             plan.restored.prepare_backward()
         return self.token_dispatcher.combine_preprocess(output_TH), None
@@ -230,6 +243,17 @@ class FSEPMoELayer(MoELayer):
         summed: torch.Tensor = super().postprocess(output, shared_expert_output)
         return summed
 
+    def what_changed(self) -> str | None:
+        """Say what somebody changed in the experts since they were built; None if nothing."""
+        experts: torch.nn.Module = self.experts
+        if isinstance(experts, FSEPExperts):
+            return experts.what_changed()
+        return f"its experts were replaced by {type(experts).__name__}: {ADAPTED}"
+
+    def end_step(self) -> None:
+        """Let the dispatcher compare what its buffers counted in this step with the plans."""
+        self.token_dispatcher.end_step()
+
     def _register(self, layer_number: int) -> None:
         repeats = self._is_mtp and self.config.mtp_use_repeated_layer
         self._state = self._coordinator.register_layer(
@@ -238,15 +262,9 @@ class FSEPMoELayer(MoELayer):
             self.experts.local_slices(),
             recomputes=self.moe_layer_recompute,
             passes=self.config.mtp_num_layers if repeats else 1,
-            changed=self._what_changed,
+            owner=self,
         )
         self.experts.initialise(self._state.name, self._coordinator.seed)
-
-    def _what_changed(self) -> str | None:
-        experts: torch.nn.Module = self.experts
-        if isinstance(experts, FSEPExperts):
-            return experts.what_changed()
-        return f"its experts were replaced by {type(experts).__name__}: {ADAPTED}"
 
 
 def _activation_builder(submodules: MoESubmodules) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_laer.config import FSEPConfig, PlanMode
+from megatron_laer.config import FSEPConfig, PlanMode, TokenExchangeChoice
 from megatron_laer.runtime.build import build_coordinator, current_device
 from megatron_laer.runtime.comm.collectives import raise_everywhere
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group, create_groups
@@ -56,7 +56,12 @@ class Session:
 
     def create_groups(self, expert_group: Group, create_group: Callable[..., Group]) -> None:
         """Make the FSEP groups: see `process_groups.create_groups`. Collective over the world."""
-        self._groups = create_groups(expert_group, self.config.node_size, create_group)
+        self._groups = create_groups(
+            expert_group,
+            self.config.node_size,
+            create_group,
+            tokens_through_nodes=self.config.token_exchange != TokenExchangeChoice.RANK,
+        )
 
     def destroy_groups(self) -> None:
         """Destroy the groups, if there are any."""

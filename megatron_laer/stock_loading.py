@@ -41,8 +41,9 @@ def load_stock_named_parameters(
 
     Raises:
         ValueError: on every rank of the world, once all have read what they were given: names that
-            are missing, unknown or come twice, other shapes, or an error that `named_tensors`
-            raised. Weights may have been overwritten by then. Also as `stock_named_parameters`.
+            are missing, unknown or come twice, other shapes, what is no tensor, or an error that
+            `named_tensors` raised. Weights may have been overwritten by then. Also as
+            `stock_named_parameters`.
         RuntimeError: FSEP was turned off after the model was built.
     """
     chunk, layers = stock_layers(model, expert_parallel_size, grouped)
@@ -55,6 +56,7 @@ def load_stock_named_parameters(
         blocks = reader.take(layer)
         if is_sound:
             layer.write(blocks)
+        del blocks  # before the next layer's are made
     reader.read_until(None)
     try:
         raise_everywhere(reader.problem())
@@ -120,7 +122,9 @@ class _Reader:
             return
         del self._missing[name]
         target = self._target(name)
-        if tensor.shape == target.shape:
+        if not isinstance(tensor, torch.Tensor):
+            self._problems.append(f"{name!r} is a {type(tensor).__name__}, and no tensor")
+        elif tensor.shape == target.shape:
             target.copy_(tensor)
         else:
             self._problems.append(

@@ -123,7 +123,9 @@ class StockLayer:
         is_cut = is_first or not spec.is_bias
         # Rows of a gate and of what it gates alternate between tensor-parallel ranks.
         alternates = is_first and self.experts.config.gated_linear_unit and not self.is_grouped
-        tensor.allreduce = self.num_blocks == 1
+        # Tensor ranks hold experts whole and other layers not, and so have groups of their own.
+        has_own_groups = self.num_blocks > 1 or self.experts.config.tensor_model_parallel_size > 1
+        tensor.allreduce = not has_own_groups
         tensor.tensor_model_parallel = is_cut
         tensor.partition_dim = -1 if not is_cut else 0 if is_first else 1
         tensor.partition_stride = 2 if alternates else 1

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from megatron_laer.model_flags import model_flags
-from megatron_laer.planner.clusters import load_cluster
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.platform.cpu import CPU_FLAGS
 from megatron_laer.recipes.flags import without
 from tests.documents import ROOT

@@ -21,9 +21,10 @@ FOLDERS = (
 
 # What is run, and what is only shown.
 COMMANDS, SCRIPT = "bash", "python"
-SHOWN = frozenset({"text", "csv", "yaml", "json"})
+# Those in braces make the site: its contents, and the Python interface.
+SHOWN = frozenset({"text", "csv", "yaml", "json", "{toctree}", "{eval-rst}"})
 
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^```([\w{}-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`]+)`")
 _PROGRAMS = "torchrun python pip sbatch srun scontrol bash megatron-laer scripts/ ./scripts/"
 

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -31,13 +32,21 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 WAIT, UPLOAD = "the host waits", "upload"
+FOR_TOKEN_SIZES = "for the sizes of token exchanges"
 
-EXPECTED: HostWork = ([WAIT, UPLOAD], [])
-"""In a forward pass the host waits for counts and uploads what it planned; in backward, nothing."""
+EXPECTED: dict[str, HostWork] = {
+    "rank": ([WAIT, UPLOAD], []),
+    "node": ([WAIT, UPLOAD, FOR_TOKEN_SIZES, WAIT, UPLOAD], []),
+}
+"""By the exchange of tokens.
+
+In a forward pass the host waits for counts and uploads what it planned. Tokens that go through
+nodes need another wait, for sizes, and another upload behind it. In backward there is nothing.
+"""
 
 
 @contextlib.contextmanager
-def one_layer(backend: str, model: str) -> Iterator[Any]:
+def one_layer(backend: str, model: str, token_exchange: str = "rank") -> Iterator[Any]:
     """Build a layer in Megatron's data-parallel wrapper, on the current device."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -49,7 +58,8 @@ def one_layer(backend: str, model: str) -> Iterator[Any]:
     import megatron_laer
 
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    megatron_laer.enable(megatron_laer.FSEPConfig(capacity=CAPACITY, node_size=1), seed=1)
+    settings: dict[str, Any] = {"capacity": CAPACITY, "token_exchange": token_exchange}
+    megatron_laer.enable(megatron_laer.FSEPConfig(node_size=1, **settings), seed=1)
     try:
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
@@ -74,6 +84,21 @@ def one_layer(backend: str, model: str) -> Iterator[Any]:
         megatron_laer.disable()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def naming_token_sizes(done: list[str]) -> Iterator[None]:
+    """Append a name in front of the wait for the sizes of token exchanges."""
+    from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
+
+    wait = TokenSizesExchange._wait_for_token_sizes
+
+    def named(exchange: Any, read: Any) -> Any:
+        done.append(FOR_TOKEN_SIZES)
+        return wait(exchange, read)
+
+    with mock.patch.object(TokenSizesExchange, "_wait_for_token_sizes", named):
+        yield
 
 
 def host_work(

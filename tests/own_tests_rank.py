@@ -39,6 +39,11 @@ else:
 
 import torch.distributed as dist  # noqa: E402 -- after what replaces parts of torch
 
+from megatron_laer.testing.ranks import share_gloo_device  # noqa: E402
+
+# Megatron's tests leave 600 groups behind, whose devices' threads would keep two cores busy.
+share_gloo_device()
+
 # Longer than a busy machine makes a rank late; a rank that failed leaves its groups at once.
 _GROUP_TIMEOUT = datetime.timedelta(seconds=120)
 _MEETING_TIMEOUT = datetime.timedelta(seconds=900)

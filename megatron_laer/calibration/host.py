@@ -65,7 +65,18 @@ def host_jobs(
     def counts() -> Sample:
         ranks = tuple(range(dist.get_world_size()))
         groups = FSEPGroups(
-            everybody, everybody, everybody, None, None, None, None, ranks, settings.node_size, 0
+            tokens=everybody,
+            tokens_intra_node=None,
+            tokens_inter_node=None,
+            parameters=everybody,
+            gradients=everybody,
+            parameters_intra_node=None,
+            parameters_inter_node=None,
+            gradients_intra_node=None,
+            gradients_inter_node=None,
+            ranks=ranks,
+            node_size=settings.node_size,
+            index=0,
         )
         exchange = collectives.CountsExchange(groups, device)
         counts_E = torch.zeros(settings.counts_experts, dtype=torch.int64, device=device)

@@ -17,7 +17,13 @@ from megatron_laer.files.writing import replaced_when_complete, write_all
 from megatron_laer.files.yaml_text import read_yaml
 from megatron_laer.integrations.bridge_config import judge_container, load_recipe
 from megatron_laer.recipes.bridge import judge_recipe, read_recipes, recipe_of
-from megatron_laer.recipes.flags import flags_in_mapping, flags_in_text, script_flags, without
+from megatron_laer.recipes.flags import (
+    check_patterns,
+    flags_in_mapping,
+    flags_in_text,
+    script_flags,
+    without,
+)
 from megatron_laer.recipes.proof import Proof
 from megatron_laer.recipes.verdict import Judgement, Verdict, judge
 
@@ -159,16 +165,23 @@ def _parsed(words: list[str]) -> Namespace:
     from megatron_laer.config import ExpertParallelMode
     from megatron_laer.support import arguments
 
+    check_patterns(words)
     _replace_cuda_where_needed()
     from megatron.training.arguments import add_megatron_arguments
 
-    parser = flags.add_arguments(add_megatron_arguments(_Parser(allow_abbrev=False)))
+    parser: argparse.ArgumentParser = _Parser(allow_abbrev=False, add_help=False)
+    parser = flags.add_arguments(add_megatron_arguments(parser))
     parser.set_defaults(**dict.fromkeys(arguments.FILLED_IN))
     settings, unknown = parser.parse_known_args(words)
     if unknown:
         raise ValueError(
             f"{quoted(shlex.join(unknown))}: neither Megatron nor FSEP has such flags; leave out "
             "what is a script's own, and write the others as they are in full"
+        )
+    if settings.yaml_cfg is not None:
+        raise ValueError(
+            f"--yaml-cfg {quoted(settings.yaml_cfg)}: Megatron's settings would all come from that "
+            "file, and FSEP's flags have no effect beside it; give Megatron's flags"
         )
     settings.expert_parallel_mode = ExpertParallelMode.FSEP
     settings.world_size = settings.expert_model_parallel_size

@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
+from megatron_laer.choices import TokenExchange, TokenExchangeChoice
 from megatron_laer.cli import plan_input
 from megatron_laer.cli.argument_types import between, number, path
 from megatron_laer.config import ExchangeAlgorithm
@@ -28,6 +30,7 @@ from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.strategies import strategy_names
+from megatron_laer.planner.token_exchange import token_seconds, with_token_exchange
 from megatron_laer.simulator import estimate
 from megatron_laer.simulator.report import (
     LEGEND,
@@ -129,6 +132,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how experts are fetched; default: %(default)s",
     )
     parser.add_argument(
+        "--token-exchange",
+        default=TokenExchangeChoice.RANK.value,
+        choices=[choice.value for choice in TokenExchangeChoice],
+        help="how tokens travel, for the predicted time; default: %(default)s",
+    )
+    parser.add_argument(
         "--config",
         metavar="NAME|YAML",
         help="a model, for its experts' sizes; default: those of mixtral-8x7b-e8k2",
@@ -194,6 +203,16 @@ def run(args: argparse.Namespace) -> int:
     )
     estimate.check_fits(work, args.hours)
     trace = recorded.with_ranks(num_ranks)
+    top_k = min(sizes.top_k, trace.num_experts)
+    tokens = max(1, int(trace.counts_RNE.sum(dtype=np.int64)) // (len(trace) * num_ranks * top_k))
+    exchange_s = token_seconds(costs, geometries[0], top_k, tokens)
+    exchange = TokenExchangeChoice(args.token_exchange)
+    priced = (
+        min(TokenExchange, key=lambda one: exchange_s[one])
+        if exchange == TokenExchangeChoice.AUTO
+        else TokenExchange(exchange)
+    )
+    costs = with_token_exchange(costs, priced, geometries[0], top_k, tokens)
     about = {
         "trace": source,
         "steps": len(set(trace.step_R.tolist())),
@@ -206,6 +225,8 @@ def run(args: argparse.Namespace) -> int:
         "cluster": cluster.name,
         "expert_sizes": asdict(sizes),
         "restore_algorithm": args.restore_algorithm,
+        "token_exchange": priced,
+        "token_exchange_ms": {name: seconds * 1e3 for name, seconds in exchange_s.items()},
         "tolerance": tolerance,
         "lag": args.lag,
         "every": args.every,
@@ -220,7 +241,12 @@ def run(args: argparse.Namespace) -> int:
         one_line(
             f"planned for {num_ranks} ranks in nodes of {node_size} on {cluster.name}; experts of "
             f"{sizes.hidden} x {sizes.ffn}{'' if sizes.gated else ', not gated'}"
-        ),
+        )
+    )
+    in_words = ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in exchange_s.items())
+    print(
+        f"tokens are priced as they travel by {priced}; expected for even counts, {tokens} tokens "
+        f"of top-{top_k} and C = {geometries[0].capacity}: {in_words}",
         end="\n\n",
     )
 
@@ -358,6 +384,7 @@ def _expert_sizes(args: argparse.Namespace) -> ExpertSizes:
         sizes.ffn if args.ffn is None else args.ffn,
         sizes.gated,
         sizes.num_experts,
+        sizes.top_k if args.topk is None else args.topk,
     )
 
 

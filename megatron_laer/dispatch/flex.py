@@ -3,8 +3,8 @@
 Metadata come from the plan instead of the router's probabilities: DeepEP gets the slots of each
 token, HybridEP the map of tokens to slots and the number of rows that this rank will receive. What
 a buffer counted is compared with the plan, for DeepEP at once. HybridEP counts on the device, for
-which nobody waits: its counts are compared in the first step of the dispatcher that finds them
-there.
+which nobody waits: its counts are compared in the first dispatch that finds them there, and at the
+latest at the end of the training step.
 
 Legend: T tokens, E experts, S slots, C slots per rank, H hidden.
 """
@@ -107,6 +107,18 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
         while self._received and self._received[0].is_there:
             self._compare(self._received.popleft())
         return dispatched
+
+    def end_step(self) -> None:
+        """Compare what is left of a training step, whose last counts have mostly arrived by now.
+
+        Raises:
+            RuntimeError: they differ from the plan.
+        """
+        while self._received:
+            received = self._received.popleft()
+            if received.arrived is not None:
+                received.arrived.synchronize()
+            self._compare(received)
 
     def _compare(self, received: _Received) -> None:
         counted_C = received.counted_C.tolist()

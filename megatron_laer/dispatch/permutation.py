@@ -71,13 +71,11 @@ class SlotPermutation:
 
     def by_slot(self, arrived: torch.Tensor) -> torch.Tensor:
         """Sort rows that arrived, [R, ...], from (source rank, slot) by (slot, source rank)."""
-        rows: torch.Tensor = _Reorder.apply(arrived, self.arrived_R, self.sorted_R)
-        return rows
+        return reorder(arrived, self.arrived_R, self.sorted_R)
 
     def by_rank(self, rows: torch.Tensor) -> torch.Tensor:
         """Sort rows, [R, ...], from (slot, source rank) by (source rank, slot)."""
-        back: torch.Tensor = _Reorder.apply(rows, self.sorted_R, self.arrived_R)
-        return back
+        return reorder(rows, self.sorted_R, self.arrived_R)
 
     def combine(self, hidden_PH: torch.Tensor) -> torch.Tensor:
         """Add up each token's rows of what came back, to [T, H]."""
@@ -107,7 +105,7 @@ def slot_permutation(routing_map_TE: torch.Tensor, quotas: RankQuotas) -> SlotPe
         find, wanted = kernels.send_rows, runs[: sum(sizes[:7])]
         *send, shifts, counts = upload(wanted, device).split(sizes[:7])
     num_received = quotas.num_received
-    rows_2R = _rows_of_runs(shifts, counts, 2 * num_received)
+    rows_2R = rows_of_runs(shifts, counts, 2 * num_received)
     sent = SendRows(*find(routing_map_TE, quotas.num_sent, *send))
     return SlotPermutation(sent, len(routing_map_TE), *rows_2R.split([num_received] * 2))
 
@@ -138,7 +136,7 @@ def send_rows(
     routing_map_TE: torch.Tensor, num_sent: int, shifts_S: torch.Tensor, counts_S: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the pair and the token of every row of the send buffer."""
-    by_expert_P = _rows_of_runs(shifts_S, counts_S, num_sent)
+    by_expert_P = rows_of_runs(shifts_S, counts_S, num_sent)
     pairs_P = routing_map_TE.t().reshape(-1).nonzero_static(size=num_sent).view(-1)
     num_tokens, num_experts = routing_map_TE.shape
     pair_P = pairs_P.index_select(0, by_expert_P)
@@ -160,7 +158,14 @@ def sum_rows(
     return summed
 
 
-def _rows_of_runs(shifts_X: torch.Tensor, counts_X: torch.Tensor, total: int) -> torch.Tensor:
+def reorder(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Take row `order[i]` for row i, in autograd; `inverse` undoes it."""
+    ordered: torch.Tensor = _Reorder.apply(rows, order, inverse)
+    return ordered
+
+
+def rows_of_runs(shifts_X: torch.Tensor, counts_X: torch.Tensor, total: int) -> torch.Tensor:
+    """Return for each row its number plus its run's shift, int32 of the runs' sum of counts."""
     rows = torch.repeat_interleave(shifts_X, counts_X, output_size=total)
     return rows.add_(torch.arange(total, dtype=rows.dtype, device=rows.device))
 

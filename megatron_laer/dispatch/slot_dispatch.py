@@ -8,6 +8,7 @@ Legend: T tokens, E experts, S slots, H hidden.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,13 @@ class SlotDispatching:
 
     def start_shared_experts(self, hidden_states: torch.Tensor) -> None:
         """Start the shared experts that overlap with exchanges, where that is not later."""
+
+    def end_step(self) -> None:
+        """Do what is left to do when a training step is over."""
+
+    def keeping_rows(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context for the experts, in which autograd keeps less of their input."""
+        return contextlib.nullcontext()
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
         """Megatron's, with its begin and end on the timeline."""

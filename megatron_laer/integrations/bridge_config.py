@@ -11,6 +11,7 @@ import os
 from argparse import Namespace
 from collections.abc import Callable
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 from megatron_laer.config import FSEPConfig
@@ -33,6 +34,8 @@ _SAVES_HUGGING_FACE = (
 )
 _OVERLAPS = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
 _EXPERTS_LINEAR = ("linear_fc1", "linear_fc2")
+# What is read of a ConfigContainer.
+_PARTS = ("model", "dist", "ddp", "optimizer", "mixed_precision", "comm_overlap", "checkpoint")
 
 
 def settings_of(recipe: Any) -> Namespace:
@@ -100,22 +103,29 @@ def load_recipe(name: str) -> tuple[str, Any]:
         name: of a function of `megatron.bridge.recipes`, or `module:function`.
 
     Raises:
-        ValueError: Megatron-Bridge cannot be imported, or has no such recipe, or the recipe fails.
+        ValueError: Megatron-Bridge cannot be imported, or has no such recipe, or the recipe fails
+            or returns something else.
     """
     module, _, function = name.rpartition(":")
     recipe = _function(module or _RECIPES, function)
     try:
-        return f"{recipe.__module__}:{recipe.__name__}", recipe()
+        full_name, container = f"{recipe.__module__}:{recipe.__name__}", recipe()
     except Exception as error:  # whatever it is, from code that is not ours
         raise ValueError(
             f"recipe {quoted(name)} cannot be evaluated: {type(error).__name__}: {error}"
         ) from error
+    if missing := [part for part in _PARTS if not hasattr(container, part)]:
+        raise ValueError(
+            f"recipe {quoted(name)}: it returns {type(container).__name__}, which has no "
+            f"{', '.join(missing)}; name a function that returns Megatron-Bridge's ConfigContainer"
+        )
+    return full_name, container
 
 
 def _function(module: str, name: str) -> Callable[[], Any]:
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # also what an imported file raises, or a name with a dot in front
         raise ValueError(
             f"recipe {quoted(f'{module}:{name}')}: {module} cannot be imported ({error}); install "
             "Megatron-Bridge with what it needs, or give the recipe's fields in a YAML file"
@@ -147,4 +157,5 @@ def _graphed(given: Any) -> list[str]:
 
 def _adapts_experts(recipe: Any) -> bool:
     targets = getattr(recipe.peft, "target_modules", None) or ()
-    return any(target.split(".")[-1] in _EXPERTS_LINEAR for target in targets)
+    names = {target.split(".")[-1] for target in targets} - {"*"}  # of whatever comes before
+    return any(fnmatchcase(linear, name) for linear in _EXPERTS_LINEAR for name in names)

@@ -17,7 +17,9 @@ class CostModel:
         limit_P: _Float64,
         best_P: _Float64,
         expert_flops: float,
-        token_bytes: float,
+        intra_pair_bytes: float,
+        inter_pair_bytes: float,
+        tokens_in_stages: bool,
         element_bytes: float,
         intra_bytes_per_s: float,
         inter_bytes_per_s: float,
@@ -59,7 +61,15 @@ def totals(
 ) -> tuple[_Int64, _Int64, _Int64, _Int64, _Int64]: ...
 def construct(counts_NE: _Int64, current_S: _Int16, node_size: int, /) -> _Int16: ...
 def proportional(counts_NE: _Int64, current_S: _Int16, node_size: int, /) -> _Int16: ...
-def greedy(counts_NE: _Int64, current_S: _Int16, node_size: int, /) -> _Int16: ...
+def exposed_seconds(
+    slots_S: _Int16, costs: CostModel, num_experts: int, node_size: int, beside_s: float, /
+) -> float: ...
+def proportional_by_node(
+    counts_NE: _Int64, capacity: int, node_size: int, most_experts: int, /
+) -> _Int16: ...
+def greedy(
+    counts_NE: _Int64, current_S: _Int16, node_size: int, costs: CostModel | None = None, /
+) -> _Int16: ...
 def search(
     counts_NE: _Int64,
     current_S: _Int16,

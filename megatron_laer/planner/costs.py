@@ -3,7 +3,8 @@
 `layer_seconds` counts what a layout changes at dispatch time: expert compute and token All-to-All.
 What the design schedules under computation costs nothing there: restores of planned layouts, in
 forward and in backward, and the exchange of gradients; how long they take is told by
-`restore_seconds` and `reduce_seconds`, by algorithm. `change_seconds` tells what a layout costs
+`restore_seconds` and `reduce_seconds`, by algorithm, and what of it is not hidden by
+`exposed_seconds`. `change_seconds` tells what a layout costs
 that is made after the gate. Hardware constants are in `clusters`, element counts of exchanges in
 `traffic`.
 
@@ -31,6 +32,7 @@ from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import SplitTotals, even_split
+from megatron_laer.planner.token_prices import ALL_TO_ALL_PASSES, BY_RANK, TokenPrices
 from megatron_laer.planner.traffic import (
     Traffic,
     expert_elements_N,
@@ -39,8 +41,6 @@ from megatron_laer.planner.traffic import (
 )
 from megatron_laer.sharding import changed_slots
 
-# Dispatch and combine, forward and backward.
-_ALL_TO_ALL_PASSES = 4
 # Forward, and two GEMMs of the same size for each in backward; recompute runs forward once more.
 _BACKWARD_GEMMS = 2
 # Kernels of a layer, forward and backward, beside GEMMs and collectives: `benchmarks/launches.py`
@@ -48,6 +48,9 @@ _BACKWARD_GEMMS = 2
 _LAUNCHES = {ExchangeAlgorithm.FLAT: 52, ExchangeAlgorithm.NODE: 58}
 # Of the counts' exchange: what a rank sends beside its counts, and the bytes of each number.
 _BESIDE_COUNTS, _COUNT_BYTES = 3, 8
+# Of a layer's time: one of three passes of the experts, two of four All-to-Alls; no more than that
+# hides a restore in forward, and what is left a restore and a reduce in backward.
+_FORWARD_SHARE = 1.0 / 3.0
 # Lower bounds give way by more than the rounding of what they bound, which is some 1e-15.
 _BELOW_ROUNDING = 1.0 - 1e-9
 
@@ -64,6 +67,7 @@ class CostModel:
         bytes_per_element: of tokens, weights and gradients on the wire; 2 for bf16.
         recompute: whether backward runs the experts' forward again.
         restore_algorithm: how changed slots are fetched.
+        tokens: how tokens travel, and how many rows they are.
 
     Raises:
         ValueError: a size below 1.
@@ -76,6 +80,7 @@ class CostModel:
     bytes_per_element: int
     recompute: bool = False
     restore_algorithm: ExchangeAlgorithm = ExchangeAlgorithm.FLAT
+    tokens: TokenPrices = BY_RANK
 
     def __post_init__(self) -> None:
         for name in ("hidden", "ffn", "bytes_per_element"):
@@ -119,63 +124,41 @@ class CostModel:
     def split_seconds(self, totals: SplitTotals, layout: ExpertLayout, node_size: int) -> float:
         """Predict the seconds of one layer and microbatch, both passes, whose split is known.
 
-        The busiest rank's expert compute, one GEMM per slot and matrix, plus the All-to-All of the
-        rank that takes longest: per link class the slower of send and receive (links are full
-        duplex), and of the classes the slower, as one collective drives both, like a flat restore
-        (`Traffic.seconds`). Tokens for a rank's own slots travel nowhere.
+        The busiest rank's expert compute, one GEMM per slot and matrix, plus the token exchange of
+        the rank that takes longest (`TokenPrices.pass_seconds`).
 
         The paper adds up communication over all devices but takes the maximum of compute; here both
         are the time of one device, so their sum means something.
         """
-        near_N = totals.near_S.reshape(layout.num_ranks, layout.capacity).sum(axis=1)
-        far_N = totals.far_S.reshape(layout.num_ranks, layout.capacity).sum(axis=1)
-        intra_N = np.maximum(totals.sent_near_N, near_N) - totals.own_N
-        inter_N = np.maximum(totals.sent_far_N, far_N)
-        pass_s = max(
-            intra_N.max() * (self.token_bytes / self.cluster.intra.bytes_per_s),
-            inter_N.max() * (self.token_bytes / self.cluster.inter.bytes_per_s),
-        )
-
         slot_s_S = self.cluster.gemm.unit_seconds(totals.near_S + totals.far_S)
         slot_s_NC = slot_s_S.reshape(layout.num_ranks, layout.capacity)
         rank_s_N = slot_s_NC[:, 0].copy()
         for slot in range(1, layout.capacity):
             rank_s_N += slot_s_NC[:, slot]
         expert_s = self._expert_flops * rank_s_N.max()
-        latency_s = self._latency_seconds(layout.num_ranks, node_size)
         shape = Geometry(layout.num_ranks, layout.num_experts, layout.capacity, node_size)
-        return float(
-            expert_s + _ALL_TO_ALL_PASSES * (pass_s + latency_s) + self.host_seconds(shape)
-        )
+        pass_s = self.tokens.pass_seconds(totals, self.cluster, self.token_bytes)
+        pass_s += self.token_latency_seconds(shape)
+        return float(expert_s + ALL_TO_ALL_PASSES * pass_s + self.host_seconds(shape))
 
     def least_layer_seconds(self, counts_NE: Int64, geometry: Geometry) -> float:
         """Return seconds that no layout of this geometry and no split gets below.
 
         Compute: the busiest rank has at least the mean load, and no less than the mean of all
-        ranks' times, with each expert in as few GEMMs as are fastest. Tokens: a rank keeps at most
-        those of its own C most wanted experts, and the others leave it over all its links at once;
-        a node keeps at most those of its G*C most wanted, and the others leave over its ranks'
-        links to other nodes.
+        ranks' times, with each expert in as few GEMMs as are fastest. Tokens: what must leave ranks
+        and nodes (`TokenPrices.least_pass_seconds`).
         """
-        gemm, intra, inter = self.cluster.gemm, self.cluster.intra, self.cluster.inter
-        num_ranks, node_size, capacity = geometry.num_ranks, geometry.node_size, geometry.capacity
+        gemm, num_ranks = self.cluster.gemm, geometry.num_ranks
         loads_E = counts_NE.sum(axis=0)
         largest = np.array([-(-int(loads_E.sum()) // num_ranks)])
         # Expert after expert; NumPy's sum would choose an order.
         experts_s = float(np.cumsum(gemm.least_unit_seconds(loads_E))[-1]) / num_ranks
         expert_s = self._expert_flops * max(experts_s, float(gemm.least_unit_seconds(largest)[0]))
 
-        pass_s = 0.0
-        if num_ranks > 1:
-            near_bytes_per_s = intra.bytes_per_s if node_size > 1 else 0.0
-            far_bytes_per_s = inter.bytes_per_s if geometry.num_nodes > 1 else 0.0
-            pass_s = _least_leaving(counts_NE, capacity) / (near_bytes_per_s + far_bytes_per_s)
-        if geometry.num_nodes > 1:
-            node_counts_QE = counts_NE.reshape(geometry.num_nodes, node_size, -1).sum(axis=1)
-            leaving = _least_leaving(node_counts_QE, node_size * capacity)
-            pass_s = max(pass_s, leaving / node_size / inter.bytes_per_s)
-        pass_s = pass_s * self.token_bytes + self._latency_seconds(num_ranks, node_size)
-        token_s = _ALL_TO_ALL_PASSES * pass_s
+        pass_s = self.tokens.least_pass_seconds(
+            counts_NE, geometry, self.cluster, self.token_bytes
+        ) + self.token_latency_seconds(geometry)
+        token_s = ALL_TO_ALL_PASSES * pass_s
         return (expert_s + token_s + self.host_seconds(geometry)) * _BELOW_ROUNDING
 
     def host_seconds(self, geometry: Geometry) -> float:
@@ -196,6 +179,15 @@ class CostModel:
             gate_s += counts * _COUNT_BYTES / link.bytes_per_s
             gate_s += self._latency_seconds(num_ranks, node_size)
         return gate_s + _LAUNCHES[self.restore_algorithm] * host.launch_s
+
+    def token_latency_seconds(self, geometry: Geometry) -> float:
+        """Return the latency of one pass of the token exchange."""
+        num_ranks, node_size = geometry.num_ranks, geometry.node_size
+        return self.tokens.latency_seconds(
+            geometry,
+            self._latency_seconds(num_ranks, node_size),
+            self._latency_seconds(node_size, node_size),
+        )
 
     def restore_bytes(
         self,
@@ -242,6 +234,23 @@ class CostModel:
         """Predict the seconds of one reduce if nothing hides it; see `reduce_bytes`."""
         traffic = reduce_traffic(layout, node_size, self.matrices, algorithm)
         return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
+
+    def exposed_seconds(self, layout: ExpertLayout, node_size: int, beside_s: float) -> float:
+        """Predict what of a layout's restores and reduce is not hidden, in forward and backward.
+
+        Each is scheduled under the layer before, in the order of the pass; attention between MoE
+        layers hides more, which is not counted.
+
+        Args:
+            beside_s: predicted seconds of a layer beside this one, both passes.
+
+        Raises:
+            ValueError: a node size that does not divide N.
+        """
+        restore_s = self.restore_seconds(layout, node_size, self.restore_algorithm)
+        forward_s = beside_s * _FORWARD_SHARE
+        # A reduce is a restore run backwards, and takes as long.
+        return max(restore_s - forward_s, 0.0) + max(2 * restore_s - (beside_s - forward_s), 0.0)
 
     def with_exchange(self, algorithm: RestoreAlgorithm, geometry: Geometry) -> CostModel:
         """Return the same with another exchange; `auto` takes the faster for such layouts."""
@@ -301,11 +310,12 @@ class CostModel:
         return native.CostModel(
             *self.cluster.gemm.columns(),
             self._expert_flops,
-            self.token_bytes,
+            *self.tokens.pair_bytes(self.token_bytes),
+            self.tokens.in_stages,
             self.bytes_per_element,
             intra.bytes_per_s,
             inter.bytes_per_s,
-            self._latency_seconds(num_ranks, node_size),
+            self.token_latency_seconds(geometry),
             self.host_seconds(geometry),
             self.restore_algorithm == ExchangeAlgorithm.NODE,
             self._exchange_latency_seconds(num_ranks, node_size, self.restore_algorithm),
@@ -359,14 +369,6 @@ class CostModel:
         intra, inter = self.cluster.intra, self.cluster.inter
         slowest_s = inter.latency_s if inter_peers else intra.latency_s if intra_peers else 0.0
         return slowest_s + (intra_peers * intra.peer_s + inter_peers * inter.peer_s)
-
-
-def _least_leaving(counts: Int64, kept_experts: int) -> int:
-    """Return the tokens that leave the row that keeps fewest, if rows keep their top experts'."""
-    others = counts.shape[1] - kept_experts
-    if others <= 0:
-        return 0
-    return int(np.partition(counts, others - 1, axis=1)[:, :others].sum(axis=1).max())
 
 
 @lru_cache(maxsize=64)

@@ -1,8 +1,7 @@
 """A forecast says what the next counts will be: a value that takes observed counts.
 
-`SmoothedForecast` is the one to use; `LastValue` is its check. Its weight was chosen among five on
-the one public trace that the benchmark reads, so figures there are not held-out ones. It does not
-plan.
+`SmoothedForecast` is the one to use; `LastValue` is its check. `docs/planner.md` tells what its
+weights were chosen on. It does not plan.
 
 Legend: N ranks, E experts.
 """
@@ -18,6 +17,15 @@ from megatron_laer.arrays import Int64
 
 # Parts of one token, so that experts with less than one expected token keep their order.
 _SCALE = 16
+
+# Of the newest counts. Loads of a training run drift, so that its newest steps tell most; where a
+# router does not change and text is of one kind, steps differ by chance alone, which a longer
+# memory averages out.
+QUICK_WEIGHT, STEADY_WEIGHT = 0.75, 0.25
+# Of an older error, a quarter is forgotten with each step.
+_FORGOTTEN = 4
+# Errors stay small in int64, whatever a checkpoint holds.
+MAX_ERROR = 2**58
 
 
 class Forecast(Protocol):
@@ -38,31 +46,42 @@ class Forecast(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class SmoothedForecast:
-    """Takes an exponential mean: the newest counts weigh `weight`, all before them the rest.
+    """Takes an exponential mean: the newest counts weigh most or little, as forecast best lately.
 
-    Averaging two steps takes out the noise of single microbatches; longer memories and trends lose
-    more by their lag than they gain on training traces.
+    Two means are kept, of weights 0.75 and 0.25, and with each observation it is added up how many
+    tokens either of them expected at wrong experts; a quarter of what was added up before is
+    forgotten. The mean with the smaller sum is the forecast. A change of text, which a long memory
+    takes for a long time to be an exception, thus shortens the memory within a step or two.
 
     Attributes:
-        weight: of the newest counts, in (0, 1]; 1 is the last value.
-        level_NE: the mean so far in 1/16 tokens, int64 [N, E], or None at the start. All of the
-            state: `SmoothedForecast(weight, level_NE)` restores it.
+        weight: None for that, or one weight for good, in (0, 1]; 1 is the last value.
+        level_NE: the mean of weight 0.75, or of the one given, in 1/16 tokens, int64 [N, E], or
+            None at the start.
+        steady_NE: the mean of weight 0.25; None at the start, and with a weight given.
+        errors: wrong experts' tokens, in 1/16 tokens, of the first and the second mean. With both
+            means all of the state.
 
     Raises:
-        ValueError: a weight outside (0, 1], or a level that is not integers [N, E].
+        ValueError: a weight outside (0, 1], a mean that is not integers [N, E], or an error out of
+            range.
     """
 
-    weight: float = 0.75
+    weight: float | None = None
     level_NE: Int64 | None = None
+    steady_NE: Int64 | None = None
+    errors: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight <= 1:
+        if self.weight is not None and not 0 < self.weight <= 1:
             raise ValueError(f"weight must be above 0 and at most 1, got {self.weight!r}")
-        level_NE = self.level_NE
-        if level_NE is not None and (level_NE.ndim != 2 or level_NE.dtype != np.int64):
-            raise ValueError(
-                f"level_NE must be int64 [N, E], got {level_NE.dtype} of shape {level_NE.shape}"
-            )
+        for name in ("level_NE", "steady_NE"):
+            mean_NE = getattr(self, name)
+            if mean_NE is not None and (mean_NE.ndim != 2 or mean_NE.dtype != np.int64):
+                raise ValueError(
+                    f"{name} must be int64 [N, E], got {mean_NE.dtype} of shape {mean_NE.shape}"
+                )
+        if not all(0 <= error <= MAX_ERROR for error in self.errors):
+            raise ValueError(f"errors must be in 0..{MAX_ERROR}, got {self.errors}")
 
     def observe(self, counts_NE: Int64) -> SmoothedForecast:
         """Return the state after one more observation.
@@ -75,18 +94,28 @@ class SmoothedForecast:
             ValueError: counts of another shape than before.
         """
         new_NE = counts_NE.astype(np.int64) * _SCALE
-        if self.level_NE is not None:
-            if self.level_NE.shape != new_NE.shape:
-                raise ValueError(
-                    f"counts_NE has shape {new_NE.shape}, observed before were "
-                    f"{self.level_NE.shape}"
-                )
-            # One product and one rounding per element: the same on every machine.
-            new_NE = self.level_NE + np.rint((new_NE - self.level_NE) * self.weight).astype(
-                np.int64
+        level_NE = self.level_NE
+        if level_NE is not None and level_NE.shape != new_NE.shape:
+            raise ValueError(
+                f"counts_NE has shape {new_NE.shape}, observed before were {level_NE.shape}"
             )
-        new_NE.setflags(write=False)
-        return SmoothedForecast(self.weight, new_NE)
+        if self.weight is not None:
+            return SmoothedForecast(self.weight, _mean(level_NE, new_NE, self.weight))
+        # A checkpoint from before there were two means has the first one only.
+        steady_NE = level_NE if self.steady_NE is None else self.steady_NE
+        errors = self.errors
+        if level_NE is not None and steady_NE is not None:
+            quick, steady = (
+                min(error - error // _FORGOTTEN + _error(mean_NE, new_NE), MAX_ERROR)
+                for error, mean_NE in zip(errors, (level_NE, steady_NE), strict=True)
+            )
+            errors = quick, steady
+        return SmoothedForecast(
+            None,
+            _mean(level_NE, new_NE, QUICK_WEIGHT),
+            _mean(steady_NE, new_NE, STEADY_WEIGHT),
+            errors,
+        )
 
     def counts_NE(self) -> Int64:
         """Return expected loads, int64 [N, E], in 1/16 tokens.
@@ -96,7 +125,23 @@ class SmoothedForecast:
         """
         if self.level_NE is None:
             raise ValueError("nothing was observed yet; call observe first")
+        if self.steady_NE is not None and self.errors[1] < self.errors[0]:
+            return self.steady_NE
         return self.level_NE
+
+
+def _mean(before_NE: Int64 | None, new_NE: Int64, weight: float) -> Int64:
+    mean_NE = new_NE.copy()
+    if before_NE is not None:
+        # One product and one rounding per element: the same on every machine.
+        mean_NE = before_NE + np.rint((new_NE - before_NE) * weight).astype(np.int64)
+    mean_NE.setflags(write=False)
+    return mean_NE
+
+
+def _error(expected_NE: Int64, new_NE: Int64) -> int:
+    """Return the tokens expected at wrong experts, of all ranks together: what unbalances ranks."""
+    return int(np.abs(expected_NE.sum(axis=0) - new_NE.sum(axis=0)).sum())
 
 
 @dataclass(frozen=True, eq=False)

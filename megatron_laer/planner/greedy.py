@@ -1,31 +1,45 @@
-"""The default strategy makes the layout that exact quotas balance best when loads have drifted.
+"""The default strategy makes the layout that exact quotas make fastest when loads have drifted.
 
-What it does depends on how scarce slots are. With fewer than two spare slots per rank, S - E < 2*N,
-it is the construction for these counts, with headroom for every expert: its pair graph is
-connected, so load can flow from any rank to any other when counts drift. With more, it is replicas
-in proportion to load (with a little for experts that grow out of nothing), heaviest first on a
-rank that is about the least loaded and links the pair graph, inside each node on the node's own
-tokens where that fits. What was chosen on which data is in `docs/planner.md`.
+Where every node has slots for all experts, it takes replicas in proportion to load (with a little
+for experts that grow out of nothing), heaviest first on a rank that is about the least loaded and
+links the pair graph, inside each node on the node's own tokens. Elsewhere it makes two or three
+layouts, and the cost model chooses, over the forecast and disturbed copies of it:
 
-Legend: N ranks, E experts.
+- one that holds up under drift: with fewer than two spare slots per rank, S - E < 2*N, the
+  construction for these counts, with headroom for every expert, whose pair graph is connected, so
+  that load can flow from any rank to any other; with more, replicas in proportion over all nodes;
+- the construction for known counts, which keeps most tokens in their node;
+- replicas in proportion inside each node, which hosts its largest experts and a replica per rank.
+
+What was chosen on which data is in `docs/planner.md`.
+
+Legend: N ranks, E experts, S slots.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import checked_counts, from_native
+from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
 
 
 @dataclass(frozen=True)
 class GreedyStrategy:
-    """Constructs a layout or takes proportional replicas, in near-linear time; deterministic."""
+    """Makes layouts and takes the one that is predicted to be fastest; deterministic.
+
+    Attributes:
+        costs: predicts a layer's seconds; without it, the layout that holds up under drift is taken
+            unseen.
+    """
 
     geometry: Geometry
+    costs: CostModel | None = None
     name: str = "greedy"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
@@ -40,5 +54,11 @@ class GreedyStrategy:
         """
         counts_NE = checked_counts(counts_NE, self.geometry)
         self.geometry.check_layout(current)
-        slots_S = native.greedy(counts_NE, current.slot_expert_S, self.geometry.node_size)
+        slots_S = native.greedy(
+            counts_NE, current.slot_expert_S, self.geometry.node_size, self._native_costs
+        )
         return from_native(slots_S, current)
+
+    @cached_property
+    def _native_costs(self) -> native.CostModel | None:
+        return None if self.costs is None else self.costs.for_native(self.geometry)

@@ -2,8 +2,8 @@
 
 The least largest load comes from sets of experts (Hall's condition), which shares nothing with the
 native flows; the whole matrix of quotas from the loads of slots, token by token in order; replicas
-in proportion to load from fractions. The construction for known counts has no double here: its
-definition is its result, perfect balance.
+in proportion to load from fractions; the experts that nodes host from sorted lists. The
+construction for known counts has no double here: its definition is its result, perfect balance.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
@@ -104,6 +104,30 @@ def proportional_experts(counts_NE: Int64, geometry: Geometry) -> list[list[int]
     for first in range(0, geometry.num_ranks, size):
         experts += _proportional_part(counts_NE[first : first + size], geometry)
     return experts
+
+
+def hosted_by_node(counts_NE: Int64, geometry: Geometry, most_experts: int) -> list[set[int]]:
+    """Return the experts that each node hosts where it has places for `most_experts` only.
+
+    Every expert goes first to the node with most of its tokens that has a place, the fuller one
+    later, with the largest experts before the others. Places left go to a node's largest experts.
+    """
+    shape = geometry.num_nodes, geometry.node_size, geometry.num_experts
+    node_counts_QE = counts_NE.reshape(shape).sum(axis=1)
+    places = min(most_experts, geometry.num_experts)
+    hosted: list[set[int]] = [set() for _ in range(geometry.num_nodes)]
+    for expert in sorted(
+        range(geometry.num_experts), key=lambda e: (-node_counts_QE[:, e].sum(), e)
+    ):
+        free = [node for node in range(geometry.num_nodes) if len(hosted[node]) < places]
+        best = min(free, key=lambda q: (-node_counts_QE[q, expert], len(hosted[q]), q))
+        hosted[best].add(expert)
+    for node, experts in enumerate(hosted):
+        others = [e for e in range(geometry.num_experts) if e not in experts]
+        others = [e for e in others if node_counts_QE[node, e] or places == geometry.num_experts]
+        others.sort(key=lambda e: (-node_counts_QE[node, e], e))
+        experts |= set(others[: places - len(experts)])
+    return hosted
 
 
 def _proportional_part(counts_NE: Int64, geometry: Geometry) -> list[list[int]]:

@@ -4,7 +4,11 @@ The bytes are read without trust: a digest, then every size and range; a file's 
 with what its header says before the file is read. Nothing is unpickled. Files are not opened here.
 
     magic, format, length of the header | header, JSON | slots in force, slots of the plans, int16
-    | levels of the forecasts, int64 | BLAKE2b digest of all before
+    | levels of the forecasts, int64 | steady means of the forecasts, int64
+    | BLAKE2b digest of all before
+
+A header without `errors` is of a version whose forecasts had one mean each: such a state has no
+steady means, and its forecasts go on with their level for both.
 
 Numbers are little-endian. Legend: L layers, N ranks, E experts, S = N*C slots.
 """
@@ -22,6 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from megatron_laer.arrays import Int64
 from megatron_laer.layout import ExpertLayout, check_shape
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
@@ -43,6 +48,8 @@ _KEYS = {
     "observed": list,
     "plans": list,
 }
+# Of each layer, null without a steady mean.
+_ERRORS_KEY = {"errors": list}
 _PLAN_KEYS = {"source_step": int, "plan_ms": float}
 
 _MAX_LAYERS = 2**16
@@ -127,6 +134,7 @@ class PlannerState:
         """Return the bytes that `from_bytes` reads."""
         num_ranks, capacity, num_experts = self.shape
         levels = [forecast.level_NE for forecast in self.forecasts]
+        steady = [forecast.steady_NE for forecast in self.forecasts]
         header = {
             "num_ranks": num_ranks,
             "capacity": capacity,
@@ -135,6 +143,10 @@ class PlannerState:
             "version": self.version,
             "layers": list(self.layers),
             "observed": [level_NE is not None for level_NE in levels],
+            "errors": [
+                None if forecast.steady_NE is None else list(forecast.errors)
+                for forecast in self.forecasts
+            ],
             "plans": [
                 {"source_step": plan.source_step, "plan_ms": float(plan.plan_ms)}
                 for plan in self.plans
@@ -144,7 +156,9 @@ class PlannerState:
         made = [layout for plan in self.plans for layout in plan.layouts.values()]
         parts = [_PREFIX.pack(_MAGIC, _FORMAT, len(text)), text]
         parts += [layout.slot_bytes for layout in (*self.layouts, *made)]
-        parts += [level_NE.astype(_LEVEL).tobytes() for level_NE in levels if level_NE is not None]
+        parts += [
+            mean_NE.astype(_LEVEL).tobytes() for mean_NE in levels + steady if mean_NE is not None
+        ]
         body = b"".join(parts)
         return body + _digest(body)
 
@@ -169,16 +183,20 @@ class PlannerState:
             ExpertLayout(num_ranks, capacity, num_experts, bytes(payload[at : at + slots_bytes]))
             for at in range(0, num_layouts * slots_bytes, slots_bytes)
         )
-        at = num_layouts * slots_bytes
-        forecasts = []
-        for is_observed in observed:
-            if not is_observed:
-                forecasts.append(SmoothedForecast())
-                continue
-            level = np.frombuffer(payload[at : at + level_bytes], dtype=_LEVEL).astype(np.int64)
-            level.setflags(write=False)
-            forecasts.append(SmoothedForecast(level_NE=level.reshape(num_ranks, num_experts)))
-            at += level_bytes
+        shape = num_ranks, num_experts
+        means = [
+            _read_only(np.frombuffer(payload[at : at + level_bytes], dtype=_LEVEL), shape)
+            for at in range(num_layouts * slots_bytes, expected, level_bytes)
+        ]
+        levels, steady = iter(means[: sum(observed)]), iter(means[sum(observed) :])
+        forecasts = [
+            SmoothedForecast(
+                level_NE=next(levels) if is_observed else None,
+                steady_NE=next(steady) if errors is not None else None,
+                errors=(0, 0) if errors is None else (errors[0], errors[1]),
+            )
+            for is_observed, errors in zip(observed, _errors(header), strict=True)
+        ]
         return cls(
             next_step=header["next_step"],
             version=header["version"],
@@ -216,16 +234,18 @@ class PlannerState:
         return cls.from_bytes(file.read(expected))
 
     def _check_forecast(self, forecast: SmoothedForecast) -> None:
-        level_NE = forecast.level_NE
-        if level_NE is None:
-            return
+        if forecast.level_NE is None and forecast.steady_NE is not None:
+            raise ValueError("a forecast has a steady mean, but no level")
         num_ranks, _, num_experts = self.shape
-        if level_NE.shape != (num_ranks, num_experts):
-            raise ValueError(
-                f"a forecast has shape {level_NE.shape}, expected {(num_ranks, num_experts)}"
-            )
-        if int(level_NE.min()) < 0 or float(level_NE.sum(dtype=np.float64)) > _MAX_LEVEL_SUM:
-            raise ValueError("a forecast holds negative loads, or more than a step can have")
+        for mean_NE in (forecast.level_NE, forecast.steady_NE):
+            if mean_NE is None:
+                continue
+            if mean_NE.shape != (num_ranks, num_experts):
+                raise ValueError(
+                    f"a forecast has shape {mean_NE.shape}, expected {(num_ranks, num_experts)}"
+                )
+            if int(mean_NE.min()) < 0 or float(mean_NE.sum(dtype=np.float64)) > _MAX_LEVEL_SUM:
+                raise ValueError("a forecast holds negative loads, or more than a step can have")
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
@@ -262,16 +282,35 @@ def _header(text: bytes) -> dict[str, Any]:
         header = json.loads(text)
     except RecursionError as error:
         raise ValueError("has a header that is nested too deeply") from error
-    _check_types("header", header, _KEYS)
+    has_errors = isinstance(header, dict) and "errors" in header
+    _check_types("header", header, _KEYS | (_ERRORS_KEY if has_errors else {}))
     _check_names(header["layers"])
     if len(header["observed"]) != len(header["layers"]) or any(
         type(flag) is not bool for flag in header["observed"]
     ):
         raise ValueError("observed must be a list of truth values, one per layer")
+    if len(_errors(header)) != len(header["layers"]) or not all(
+        errors is None
+        or (isinstance(errors, list) and [type(error) for error in errors] == [int, int])
+        for errors in _errors(header)
+    ):
+        raise ValueError("errors must be a list of two integers or null, one per layer")
     for plan in header["plans"]:
         _check_types("plan", plan, _PLAN_KEYS)
     checked: dict[str, Any] = header
     return checked
+
+
+def _errors(header: dict[str, Any]) -> list[list[int] | None]:
+    """Return the errors of each layer's forecast; None for those that have one mean."""
+    errors: list[list[int] | None] = header.get("errors", [None] * len(header["layers"]))
+    return errors
+
+
+def _read_only(mean: np.ndarray[Any, Any], shape: tuple[int, int]) -> Int64:
+    mean_NE = mean.astype(np.int64).reshape(shape)
+    mean_NE.setflags(write=False)
+    return mean_NE
 
 
 def _header_shape(header: dict[str, Any]) -> tuple[int, int, int]:
@@ -285,6 +324,7 @@ def _payload_bytes(header: dict[str, Any]) -> int:
     num_ranks, capacity, num_experts = _header_shape(header)
     num_layouts = len(header["layers"]) * (1 + len(header["plans"]))
     num_levels = sum(map(bool, header["observed"]))
+    num_levels += sum(errors is not None for errors in _errors(header))
     slots_bytes = num_ranks * capacity * _SLOT.itemsize
     return num_layouts * slots_bytes + num_levels * num_ranks * num_experts * _LEVEL.itemsize
 

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from megatron_laer.arrays import Int64
-from megatron_laer.config import FixedPlanner, FSEPConfig, PlanMode, RestoreAlgorithm
+from megatron_laer.config import (
+    FixedPlanner,
+    FSEPConfig,
+    PlanMode,
+    RestoreAlgorithm,
+    TokenExchangeChoice,
+)
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -95,6 +101,7 @@ def uses_costs(config: FSEPConfig) -> bool:
         (config.mode == PlanMode.ADAPTIVE and config.imbalance_tolerance is None)
         or (config.makes_plans and strategy is not None and strategy.uses_costs)
         or config.restore_algorithm == RestoreAlgorithm.AUTO
+        or config.token_exchange == TokenExchangeChoice.AUTO
     )
 
 
@@ -122,9 +129,7 @@ class _Registered:
 # experts to 8192 with 256 and 1024 with 2048, 2 to 8 slots; most are right within a factor of
 # three.
 _STRATEGIES: Mapping[str, _Registered] = {
-    "greedy": _Registered(
-        lambda geometry, costs: GreedyStrategy(geometry), plan_time=TimeTerms(1e-4, 5e-6, 1e-7)
-    ),
+    "greedy": _Registered(GreedyStrategy, uses_costs=True, plan_time=TimeTerms(2e-4, 8e-6, 3e-7)),
     "laer": _Registered(
         LaerStrategy, uses_costs=True, plan_time=TimeTerms(5e-4, 3e-5, 8e-7), about="the paper's"
     ),

@@ -71,13 +71,18 @@ def create_groups(
     Args:
         timeout: of their collectives; torch's default without it.
         nccl_settings: the file of Megatron's `--nccl-communicator-config-path`. Ours are under
-            `fsep_parameters` and `fsep_gradients`.
+            `fsep_parameters`, `fsep_gradients` and `fsep_tokens`.
     """
     from megatron.core import parallel_state
 
     by_group: dict[str, Any] = {}
     if nccl_settings is not None and _uses_nccl():
         by_group = yaml.safe_load(Path(nccl_settings).read_text())
+    if _uses_nccl():
+        by_group["fsep_tokens"] = {
+            **by_group.get("fsep_tokens", {}),
+            "is_high_priority_stream": True,  # as that of the whole group
+        }
 
     def create_group(ranks: Sequence[int], group_desc: str) -> Any:
         exchange = "_".join(group_desc.lower().split("_")[:2])

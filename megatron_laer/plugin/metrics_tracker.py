@@ -108,11 +108,17 @@ class RankMetrics:
     Attributes:
         restore_exposed_ms, reduce_exposed_ms: what the compute waited for in a step.
         ranks: those that have MoE layers.
+        intra_rows, inter_rows, intra_bytes, inter_bytes, dispatches: as in `SentRows`.
     """
 
     restore_exposed_ms: float = 0.0
     reduce_exposed_ms: float = 0.0
     ranks: float = 0.0
+    intra_rows: float = 0.0
+    inter_rows: float = 0.0
+    intra_bytes: float = 0.0
+    inter_bytes: float = 0.0
+    dispatches: float = 0.0
 
 
 def collect(
@@ -128,7 +134,8 @@ def collect(
     layers = [LayerMetrics()] * (decoder_layers + mtp_layers)
     rank = RankMetrics()
     if coordinator is not None:
-        rank = RankMetrics(*coordinator.take_exposed_ms(), 1.0)
+        sent = np.sum([astuple(layer.take_sent()) for layer in coordinator.layers], axis=0)
+        rank = RankMetrics(*coordinator.take_exposed_ms(), 1.0, *sent.tolist())
         for layer in coordinator.layers:
             samples = layer.take_samples()
             if samples:
@@ -184,4 +191,9 @@ def _named(
     if rank.ranks:
         scalars["fsep_restore_exposed_ms"] = rank.restore_exposed_ms / rank.ranks
         scalars["fsep_reduce_exposed_ms"] = rank.reduce_exposed_ms / rank.ranks
+    if rank.dispatches:
+        scalars["fsep_token_rows_intra_node"] = rank.intra_rows / rank.dispatches
+        scalars["fsep_token_rows_inter_node"] = rank.inter_rows / rank.dispatches
+        scalars["fsep_token_mb_intra_node"] = rank.intra_bytes / rank.dispatches / 1e6
+        scalars["fsep_token_mb_inter_node"] = rank.inter_bytes / rank.dispatches / 1e6
     return scalars, per_layer

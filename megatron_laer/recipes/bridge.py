@@ -16,8 +16,10 @@ from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.files.yaml_text import Content
 from megatron_laer.recipes.families import (
     LORA_ON_EXPERTS,
+    UNKNOWN_FAMILY,
     adapts_experts,
     implied_by,
+    is_known,
 )
 from megatron_laer.recipes.verdict import Judgement, judge
 
@@ -128,7 +130,9 @@ def judge_recipe(row: Mapping[str, str]) -> Judgement:
         refused += [implied.refused] if implied.refused else []
     if row["pool"] == "peft" and adapts_experts(row["recipe"]):
         refused.append(LORA_ON_EXPERTS)
-    return judge(settings, also_refused=refused)  # rows have LoRA on attention
+    # Rows have LoRA on attention.
+    doubts = [] if is_known(row["recipe"]) else [UNKNOWN_FAMILY]
+    return judge(settings, also_refused=refused, doubts=doubts)
 
 
 def _check_columns(names: list[str], where: str) -> None:
@@ -138,6 +142,8 @@ def _check_columns(names: list[str], where: str) -> None:
             f"{where}: no field {', '.join(missing)}; got {quoted(', '.join(names))}, and a recipe "
             f"has {', '.join(COLUMNS)}"
         )
+    if repeated := [name for name in COLUMNS if names.count(name) > 1]:
+        raise ValueError(f"{where}: {', '.join(repeated)} comes twice; leave one out")
 
 
 def _settings(row: Mapping[str, str]) -> Namespace:

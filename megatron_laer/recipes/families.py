@@ -95,6 +95,23 @@ LORA_ON_EXPERTS = (
 )
 
 
+# Folders of megatron.bridge.recipes whose models were read for the table above.
+_KNOWN = re.compile(
+    r"^megatron\.bridge\.recipes\.(deepseek|exaone|gemma4_vl|glm|glm_vl|gpt_oss|kimi|kimi_vl|minimax|"
+    r"moonlight|nemotronh|nemotron_omni|olmoe|qwen|qwen_omni|qwen_vl|stepfun)\."
+)
+UNKNOWN_FAMILY = (
+    "its fields alone were judged: what a model has beside them is known of the families in "
+    "megatron.bridge.recipes at 067f987d, and this is none of these; to have all of it judged give "
+    "--bridge-recipe NAME, or Megatron's flags"
+)
+
+
+def is_known(recipe: str) -> bool:
+    """Tell whether what a recipe's model implies was looked for, by its `module:function`."""
+    return _KNOWN.search(recipe) is not None
+
+
 def implied_by(recipe: str) -> list[Implied]:
     """Return the rows that are about a recipe, by its `module:function`."""
     return [row for row in IMPLIED if re.search(row.recipes, recipe)]

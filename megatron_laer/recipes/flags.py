@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping
@@ -11,6 +12,10 @@ from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.files.yaml_text import Content
 from megatron_laer.model_flags import flag_words
 
+# What Megatron evaluates, such as ([0]*3+[1]*58) in --moe-layer-freq, and how many layers that are.
+_PATTERN = re.compile(r"[,\d\[\]()+*]*\*[,\d\[\]()+*]*", re.ASCII)
+_DIGITS = re.compile(r"[0-9]+")
+_MOST_LAYERS = 10**7
 _KEY = re.compile(r"(?:--)?([a-z0-9]+(?:[-_][a-z0-9]+)*)")
 
 
@@ -46,6 +51,26 @@ def flags_in_mapping(content: Mapping[str, Content], where: str) -> list[str]:
         return [word for key, value in _settings(content) for word in _flag(key, value)]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def check_patterns(words: list[str]) -> None:
+    """Refuse a pattern of layers whose value would take all memory, or forever.
+
+    Raises:
+        ValueError: with the pattern.
+    """
+    for word in words:
+        pattern = word.rpartition("=")[2]
+        if not _PATTERN.fullmatch(pattern):
+            continue
+        numbers = [
+            number.lstrip("0")[: len(str(_MOST_LAYERS))] for number in _DIGITS.findall(pattern)
+        ]
+        if "**" in pattern or math.prod(int(number or 1) for number in numbers) > _MOST_LAYERS:
+            raise ValueError(
+                f"{quoted(pattern)}: no pattern of layers, or one of too many; write it as "
+                "([0]*3+[1]*58), at most some thousand layers"
+            )
 
 
 def without(words: list[str], flags: Collection[str]) -> list[str]:

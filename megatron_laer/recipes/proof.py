@@ -48,7 +48,6 @@ REPLACED: dict[str, Callable[[Namespace], bool]] = {
     ),
     "layernorm": lambda settings: "layernorm" in _recomputed(settings),
     **{f"--{name.replace('_', '-')}": partial(_is_on, name) for name in _SWITCHES},
-    **{f"--{name.replace('_', '-')}": partial(_is_on, name) for name in _SWITCHES},
     # Megatron demands it of MoE layers under tensor parallelism, and turns it off without.
     "--sequence-parallel": lambda settings: _above_one(settings, "tensor_model_parallel_size"),
     "--moe-flex-dispatcher-backend": lambda settings: settings.moe_token_dispatcher_type == "flex",

@@ -48,6 +48,7 @@ def judge(
     allowed: Collection[Unproven] = (),
     *,
     also_refused: Sequence[str] = (),
+    doubts: Sequence[str] = (),
 ) -> Judgement:
     """Judge parsed arguments, or the same attributes from elsewhere.
 
@@ -55,6 +56,7 @@ def judge(
         settings: every attribute that the table looks for is checked if it is there.
         allowed: the words of `--fsep-allow-unproven`.
         also_refused: what else keeps the run from working, which no argument tells.
+        doubts: why nothing proves the run, if it is not refused.
     """
     found = [(row, text) for row in REFUSALS if (text := row.problem_with_flag(settings, allowed))]
     refused = {row.argument for row, _ in found}
@@ -69,7 +71,7 @@ def judge(
     verdict = Verdict.RUNS
     if lost:
         verdict = Verdict.PRECISION if LeftOut.PRECISION in lost else Verdict.SPEED_ONLY
-    doubts = [
+    doubts = [*doubts] + [
         f"{row.flag} {getattr(settings, row.argument)}: allowed by name, and nobody has run it"
         for row in REFUSALS
         if row.unproven in allowed and row.asks_for_unproven(settings, row.argument)

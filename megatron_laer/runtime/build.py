@@ -13,6 +13,8 @@ from megatron_laer.config import (
     OverlapScheduler,
     PlanMode,
     Restore,
+    TokenExchange,
+    TokenExchangeChoice,
     WireDtype,
 )
 from megatron_laer.layout import default_capacity
@@ -20,6 +22,7 @@ from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.runtime.comm.hierarchical import (
     HierarchicalExchange,
     flat_exchange,
@@ -27,6 +30,7 @@ from megatron_laer.runtime.comm.hierarchical import (
 )
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import make_comm_stream
+from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.schedule import make_schedule
@@ -38,6 +42,9 @@ _WIRE_DTYPES = {
     WireDtype.FP16: torch.float16,
     WireDtype.FP32: torch.float32,
 }
+
+# Of a rank and microbatch, where a choice depends on it: the model does not say.
+_TOKENS = 8192
 
 # Part of a card's name → the shipped cluster whose devices are most like it.
 _CLUSTERS = {"A100": "a100-4x8-ib800", "H100": "h100-8", "H200": "h200-8", "B200": "b200-8"}
@@ -68,6 +75,11 @@ def build_coordinator(
         node_size=groups.node_size,
     )
     costs = layer_costs(config, transformer_config, device)
+    top_k = transformer_config.moe_router_topk
+    exchange = token_exchange(config, costs, geometry, top_k)
+    if config.token_exchange == TokenExchangeChoice.AUTO and groups.rank == groups.index == 0:
+        logger.info("FSEP: --fsep-token-exchange %s is %s", config.token_exchange, exchange)
+    costs = with_token_exchange(costs, exchange, geometry, top_k, _TOKENS)
     chosen = costs.with_exchange(config.restore_algorithm, geometry)
     overlaps = config.scheduler == OverlapScheduler.ON
     # Announced layouts are kept after the gate, as forecast ones are.
@@ -87,9 +99,19 @@ def build_coordinator(
             parameters=make_comm_stream("parameters", device, overlaps=overlaps),
             gradients=make_comm_stream("gradients", device, overlaps=overlaps),
         ),
+        token_sizes=TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None,
         seed=seed,
         device=device,
     )
+
+
+def token_exchange(
+    config: FSEPConfig, costs: CostModel, geometry: Geometry, top_k: int
+) -> TokenExchange:
+    """Return the exchange of tokens that the settings ask for, or the faster one."""
+    if config.token_exchange == TokenExchangeChoice.AUTO:
+        return choose_token_exchange(costs, geometry, top_k, _TOKENS)
+    return TokenExchange(config.token_exchange)
 
 
 def make_exchange(

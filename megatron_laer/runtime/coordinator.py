@@ -28,9 +28,12 @@ from megatron_laer.runtime.comm.collectives import CountsExchange, decision_dige
 from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
 from megatron_laer.runtime.layer_state import (
+    LayerOwner,
     LayerState,
     check_no_plan_is_left,
+    end_step,
     frozen_in,
     name_of_layer,
     what_changed,
@@ -63,6 +66,7 @@ class Coordinator:
         layouts: those in force, which change at step boundaries.
         announced: those of announced microbatches; None in other plan modes.
         layers: this rank's MoE layers, in the order in which they were built.
+        token_sizes: where tokens go through nodes.
         timeline: open while training is recorded.
     """
 
@@ -75,6 +79,7 @@ class Coordinator:
         schedule: Schedule,
         streams: ExchangeStreams,
         *,
+        token_sizes: TokenSizesExchange | None = None,
         seed: int,
         device: torch.device,
     ) -> None:
@@ -84,6 +89,7 @@ class Coordinator:
         self.guard = guard
         self.schedule = schedule
         self.streams = streams
+        self.token_sizes = token_sizes
         self.experts = LayerExperts(streams)
         self.scheduler = Scheduler(schedule, streams, self._experts_of, self._before_forward)
         self.layouts = LayoutsInForce(
@@ -119,7 +125,7 @@ class Coordinator:
         *,
         recomputes: bool,
         passes: int,
-        changed: Callable[[], str | None],
+        owner: LayerOwner,
     ) -> LayerState:
         """Add a MoE layer; every rank of the group adds the same ones in the same order.
 
@@ -128,12 +134,12 @@ class Coordinator:
             slices: what this rank holds of its experts.
             recomputes: whether it is a checkpoint of its own.
             passes: that each microbatch makes through it.
-            changed: tells what somebody changed in its experts, once the model is complete.
+            owner: the layer.
         """
         assert not self._started, "a layer was built after training began"
         name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
         state = LayerState(
-            len(self.layers), name, number, is_mtp, slices, recomputes, passes, changed
+            len(self.layers), name, number, is_mtp, slices, recomputes, passes, owner
         )
         self.layouts.add_layer(name)
         self.layers.append(state)
@@ -281,9 +287,9 @@ class Coordinator:
             weights_changed: whether the optimizer made its step.
 
         Raises:
-            RuntimeError: a layer's plans were not all used by a backward pass.
+            RuntimeError: plans that no backward pass used, or tokens in other slots than planned.
         """
-        check_no_plan_is_left(self.layers)
+        end_step(self.layers)
         self.layouts.end_step()
         self.experts.end_step(weights_changed=weights_changed)
         self._unreported_steps += 1
@@ -293,11 +299,9 @@ class Coordinator:
     def take_exposed_ms(self) -> tuple[float, float]:
         """Return how long compute waited for restores and gradients, per step, since last asked."""
         steps, self._unreported_steps = max(1, self._unreported_steps), 0
-        streams = self.streams
-        return (
-            streams.parameters.times.exposed.take_ms() / steps,
-            streams.gradients.times.exposed.take_ms() / steps,
-        )
+        both = self.streams.parameters, self.streams.gradients
+        restores_ms, reduces_ms = (stream.times.exposed.take_ms() / steps for stream in both)
+        return restores_ms, reduces_ms
 
     # What checkpoints call.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -22,12 +23,47 @@ from megatron_laer.runtime.weights.slices import Slices
 _SAMPLES = 32
 
 
+class LayerOwner(Protocol):
+    """Is the MoE layer that a `LayerState` belongs to, with its experts and its dispatcher."""
+
+    def what_changed(self) -> str | None:
+        """Say what somebody changed in the experts since they were built; None if nothing."""
+        ...
+
+    def end_step(self) -> None:
+        """Do what is left to do when a training step is over."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """Holds a decision on one microbatch, and the seconds that the host took for it."""
 
     decision: Decision
     decide_s: float
+
+
+@dataclass
+class SentRows:
+    """Counts rows of hidden states that this rank sent in dispatches, inside its node and beyond.
+
+    Attributes:
+        intra_bytes, inter_bytes: of these rows.
+    """
+
+    intra_rows: int = 0
+    inter_rows: int = 0
+    intra_bytes: int = 0
+    inter_bytes: int = 0
+    dispatches: int = 0
+
+    def add(self, intra_rows: int, inter_rows: int, row_bytes: int) -> None:
+        """Count one dispatch."""
+        self.intra_rows += intra_rows
+        self.inter_rows += inter_rows
+        self.intra_bytes += intra_rows * row_bytes
+        self.inter_bytes += inter_rows * row_bytes
+        self.dispatches += 1
 
 
 @dataclass
@@ -41,13 +77,14 @@ class LayerState:
         slices: what this rank holds of its experts.
         recomputes: whether the MoE layer is a checkpoint of its own.
         passes: that each microbatch makes through the layer: several where Megatron repeats it.
-        changed: tells what somebody changed in its experts since they were built.
+        owner: the layer.
         pending: plans whose forward ran without gradients, under a checkpoint; the re-runs take
             them. A list for each microbatch, oldest first: backward order of microbatches equals
             forward order per layer, in 1F1B and interleaved schedules alike. The passes of one
             microbatch feed each other, so that backward comes to the last one first.
         routed: passes of this step so far.
         planned: the layout that a pass was last planned with, as exchanges see it.
+        sent: since somebody last asked (`take_sent`).
     """
 
     index: int
@@ -57,10 +94,11 @@ class LayerState:
     slices: Slices
     recomputes: bool
     passes: int
-    changed: Callable[[], str | None]
+    owner: LayerOwner
     pending: deque[list[MicrobatchPlan]] = field(default_factory=deque)
     routed: int = 0
     planned: LayoutIndex | None = None
+    sent: SentRows = field(default_factory=SentRows)
     _counts_NE: Int64 | None = None
     _samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     _tag: tuple[LayoutTag, torch.Tensor] | None = None
@@ -129,6 +167,11 @@ class LayerState:
         """Keep a decision for the metrics; the oldest one makes room."""
         self._samples.append(Sample(decision, decide_s))
 
+    def take_sent(self) -> SentRows:
+        """Return what dispatches sent since the last call."""
+        sent, self.sent = self.sent, SentRows()
+        return sent
+
     def take_samples(self) -> list[Sample]:
         """Take the newest decisions since the last call, oldest first.
 
@@ -160,8 +203,19 @@ def frozen_in(layers: Sequence[LayerState]) -> str:
 
 def what_changed(layers: Sequence[LayerState]) -> str | None:
     """Say of the first layer with other experts than FSEP's what they are; None without any."""
-    found = ((layer.name, layer.changed()) for layer in layers)
+    found = ((layer.name, layer.owner.what_changed()) for layer in layers)
     return next((f"{name}: {change}" for name, change in found if change), None)
+
+
+def end_step(layers: Sequence[LayerState]) -> None:
+    """End a step of the layers.
+
+    Raises:
+        RuntimeError: plans are left, or what a layer finds now.
+    """
+    check_no_plan_is_left(layers)
+    for layer in layers:
+        layer.owner.end_step()
 
 
 def check_no_plan_is_left(layers: Sequence[LayerState]) -> None:

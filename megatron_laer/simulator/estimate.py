@@ -22,9 +22,9 @@ _FORECAST_GATE = TimeTerms(3e-4, 2e-6, 3e-8)
 _FRESH_GATE = TimeTerms(5e-4, 3e-6, 1e-7)
 
 # Bytes per count while one case is evaluated, measured likewise; and what is kept: the trace's
-# counts, the forecasts.
+# counts, the forecasts with two means each.
 _WORKING_BYTES = 170
-_TRACE_BYTES, _FORECAST_BYTES = 4, 8
+_TRACE_BYTES, _FORECAST_BYTES = 4, 16
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,17 @@ MAX_WIDTH = 2**20
 
 @dataclass(frozen=True)
 class ExpertSizes:
-    """Holds the widths of an expert, which compute, tokens and restores follow from."""
+    """Holds the widths of an expert, which compute, tokens and restores follow from.
+
+    Attributes:
+        top_k: experts of a token, which rows of tokens follow from.
+    """
 
     hidden: int
     ffn: int
     gated: bool
     num_experts: int | None = None
+    top_k: int = 2
 
 
 # Mixtral-8x7B's experts, as the paper has them.
@@ -53,10 +58,11 @@ def model_sizes(config: str) -> ExpertSizes:
             )
         return int(text)
 
-    own_ffn = "--moe-ffn-hidden-size"
+    own_ffn, top_k = "--moe-ffn-hidden-size", "--moe-router-topk"
     return ExpertSizes(
         size("--hidden-size", MAX_WIDTH),
         size(own_ffn if own_ffn in values else "--ffn-hidden-size", MAX_WIDTH),
         any(flag in values for flag in _GATED),
         size("--num-experts", MAX_EXPERTS),
+        size(top_k, MAX_EXPERTS) if top_k in values else ExpertSizes.top_k,
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from megatron_laer.config import FSEPConfig, OverlapScheduler
 from megatron_laer.layout import MAX_EXPERTS, default_capacity
 from megatron_laer.support import RefusedError
-from megatron_laer.support.model import problems_with_mode
+from megatron_laer.support.model import problems_with_mode, problems_with_token_exchange
 from megatron_laer.support.table import REFUSALS, UNPROVEN
 
 _DEEPEP_TOP_K = 32
@@ -75,6 +75,7 @@ def problems(args: Namespace, config: FSEPConfig) -> list[str]:
         if word not in used
     ]
     found += problems_with_mode(args, config.mode)
+    found += problems_with_token_exchange(args, config.token_exchange)
     return found or _shape_problems(args, config)
 
 

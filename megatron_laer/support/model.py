@@ -13,7 +13,7 @@ import os
 from collections.abc import Collection
 from typing import Any
 
-from megatron_laer.config import PlanMode, Unproven
+from megatron_laer.config import PlanMode, TokenExchangeChoice, Unproven
 from megatron_laer.support.fields import (
     MOE_FIELD,
     PROVED,
@@ -62,6 +62,29 @@ def problems_with_mode(settings: Any, mode: PlanMode | None) -> list[str]:
         "--fsep-plan-mode announced with --mtp-use-repeated-layer: routing is announced once per "
         "microbatch, and a repeated layer routes several times; leave out one of them"
     ]
+
+
+def problems_with_token_exchange(settings: Any, exchange: TokenExchangeChoice) -> list[str]:
+    """List with what tokens cannot go through nodes.
+
+    Args:
+        settings: Megatron's TransformerConfig, or its arguments.
+    """
+    if exchange == TokenExchangeChoice.RANK:
+        return []
+    flag = f"--fsep-token-exchange {exchange}"
+    problems = []
+    if settings.moe_token_dispatcher_type == "flex":
+        problems.append(
+            f"{flag} with --moe-token-dispatcher-type flex: its buffers exchange tokens their own "
+            "way; leave one out"
+        )
+    if settings.moe_permute_fusion:
+        problems.append(
+            f"{flag} with --moe-permute-fusion: the fused permutation makes a row for each token "
+            "and expert, and here one goes to several; leave one out"
+        )
+    return problems
 
 
 def warnings_of(config: Any) -> list[str]:

@@ -223,6 +223,29 @@ class RankPools:
             pool.close()
 
 
+def share_gloo_device() -> None:
+    """Let all process groups use one of gloo's devices, instead of a thread and its end for each.
+
+    A device's thread wakes 100 times a second, and the end of a group waits for it. The name
+    replaced is torch's own, not public; where it is another, groups keep a device each.
+    """
+    from torch.distributed import ProcessGroupGloo, distributed_c10d
+
+    gloo: Any = ProcessGroupGloo  # torch's types lack some of its arguments
+    internals: Any = distributed_c10d
+    device = gloo.create_default_device()
+
+    def create(given: Any, _: object) -> Any:
+        options = gloo._Options()
+        options._devices, options._timeout = [device], given.timeout
+        options.enable_reconfigure = given.enable_reconfigure
+        options.global_ranks_in_group = given.global_ranks_in_group
+        options.group_name = given.group_id
+        return gloo(given.store, given.group_rank, given.group_size, options)
+
+    internals._create_gloo_process_group = create
+
+
 def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
     os.setsid()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -243,7 +266,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
     from megatron_laer.launch import prepare
 
     prepare()
-    _share_gloo_device()
+    share_gloo_device()
     while True:
         try:
             module, name, args, port = pipe.recv()
@@ -266,29 +289,6 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
             # What was imported stays; each later collection walked all of it, a fifth of a run.
             gc.collect()
             gc.freeze()
-
-
-def _share_gloo_device() -> None:
-    """Let all process groups use one of gloo's devices, instead of a thread and its end for each.
-
-    A device's thread ends within 10 ms, for which the end of a group waits. The name replaced is
-    torch's own, not public; where it is another, groups keep a device each.
-    """
-    from torch.distributed import ProcessGroupGloo, distributed_c10d
-
-    gloo: Any = ProcessGroupGloo  # torch's types lack some of its arguments
-    internals: Any = distributed_c10d
-    device = gloo.create_default_device()
-
-    def create(given: Any, _: object) -> Any:
-        options = gloo._Options()
-        options._devices, options._timeout = [device], given.timeout
-        options.enable_reconfigure = given.enable_reconfigure
-        options.global_ranks_in_group = given.global_ranks_in_group
-        options.group_name = given.group_id
-        return gloo(given.store, given.group_rank, given.group_size, options)
-
-    internals._create_gloo_process_group = create
 
 
 def _end_with(parent: int) -> None:

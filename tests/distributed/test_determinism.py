@@ -42,7 +42,15 @@ def run(ranks: Callable[[int], RankPool], text_data: str) -> Callable[[str], Rec
     return run_with
 
 
-@pytest.mark.parametrize("planner", ["greedy", "search", "laer --fsep-split even"])
+@pytest.mark.parametrize(
+    "planner",
+    [
+        "greedy",
+        "search",
+        "laer --fsep-split even",
+        "greedy --fsep-node-size 1 --fsep-token-exchange node",
+    ],
+)
 def test_two_runs_that_wait_for_plans_are_bitwise_equal(
     run: Callable[[str], Record], planner: str
 ) -> None:

@@ -242,7 +242,10 @@ def exchanges_noted(backend: str) -> list[list[tuple[str, str]]]:
 
 
 def flex_against_another_plan(backend: str) -> list[str]:
-    """On a rank: what is said where the buffer brings other numbers than planned, and when."""
+    """On a rank: what is said where the buffer brings other numbers than planned, and when.
+
+    That is when they arrive, at once, and at the end of the step.
+    """
     import torch
     import torch.distributed as dist
 
@@ -277,7 +280,13 @@ def flex_against_another_plan(backend: str) -> list[str]:
         assert f"layer 1: {backend} {numbers} plan says {wrong.quotas.tokens_C}" in str(
             second.value
         )
-    return [str(first.value), str(second.value)]
+        awaited = mock.Mock(**{"query.return_value": False})
+        dispatcher._received.append(_Received("layer 9", [1], torch.tensor([2]), awaited))
+        with pytest.raises(RuntimeError) as third:
+            dispatcher.end_step()
+        awaited.synchronize.assert_called_once()
+        dispatcher.end_step()  # nothing is left
+    return [str(error.value) for error in (first, second, third)]
 
 
 SHARED = pytest.mark.parametrize("shared", [False, True], ids=["routed", "with shared experts"])
@@ -320,10 +329,35 @@ def test_the_flex_dispatcher_brings_experts_the_bits_of_the_all_to_all_one(
 def test_what_a_buffer_counted_is_compared_with_the_plan_once_it_is_there(
     ranks: Callable[[int], RankPool], backend: str
 ) -> None:
-    for earlier, at_once in ranks(2).run(flex_against_another_plan, backend):
+    for earlier, at_once, at_the_end in ranks(2).run(flex_against_another_plan, backend):
         assert f"layer 7: {backend} brought [3, 2, 1] tokens" in earlier
         assert "the plan says [1, 2, 3]" in earlier
         assert "give --moe-token-dispatcher-type alltoall" in at_once
+        assert f"layer 9: {backend} brought [2] tokens" in at_the_end
+
+
+def count_ends(flags: list[str]) -> int:
+    """On a rank: train; returns how often a layer's flex dispatcher was told of a step's end."""
+    from megatron_laer.dispatch.flex import SlotFlexDispatcher
+
+    with mock.patch.object(SlotFlexDispatcher, "end_step", autospec=True) as told:
+        train(flags)
+    return told.call_count
+
+
+def test_every_layers_dispatcher_is_told_of_every_steps_end(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    steps, layers = 3, 2
+    command = command_line(
+        text_data,
+        experts=4,
+        expert_parallel=2,
+        global_batch=4,
+        steps=steps,
+        extra=" --expert-parallel-mode fsep" + DEEPEP,
+    )
+    assert ranks(2).run(count_ends, command) == [steps * layers] * 2
 
 
 @BACKENDS

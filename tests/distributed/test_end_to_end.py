@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import end_to_end, routing
-from benchmarks.end_to_end_cases import SKEWS, Size, configurations
+from benchmarks.end_to_end_cases import SKEWS, TOKENS_OF, Size, configurations, token_configurations
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 from megatron_laer.trace.workloads import Shape, workload_counts
 
@@ -71,3 +71,14 @@ def test_every_configuration_runs_under_the_routing_it_is_named_for(tmp_path: Pa
     assert result["exposed_restore_share"]["unscheduled"] > 0
     assert all(0 < share < 1 for share in result["exposed_share_by_mode"]["scheduler off"].values())
     assert not ideals[0].ranks[0].restore_exposed_ms
+
+
+def test_exchanges_of_tokens_are_compared_repeat_by_repeat(tmp_path: Path) -> None:
+    size = Size(1, 64, 32, 8, 4, 64, 4, warm_up=1, steps=1, repeats=2, more="--kv-channels 8")
+    cases = token_configurations(size)
+    runs = end_to_end.run_all(size, 2, cases, tmp_path)
+    found = end_to_end.summary(cases, runs, size)["node_over_rank"]
+    assert set(found) == set(TOKENS_OF)
+    for ratios in found.values():
+        assert set(ratios) == {"step", "processor"}
+        assert all(set(ratio) == TIMES and ratio["min"] > 0 for ratio in ratios.values())

@@ -28,6 +28,7 @@ OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-ga
 EXACT = " --fsep-plan-mode exact"
 ADAPTIVE = " --fsep-imbalance-tolerance 0.02 --fsep-late-plan wait"
 NODES = " --fsep-node-size 2 --fsep-restore-algorithm node"
+TOKENS = " --fsep-token-exchange node"
 
 # Size of an FSEP group, and flags. Of 8 ranks, 4 are in each pipeline stage.
 CASES = {
@@ -35,7 +36,10 @@ CASES = {
         2,
         VIRTUAL + FULL + OVERLAP + EXACT,
     ),
-    "pipeline, recompute of the experts, by nodes": (4, PIPELINE + SELECTIVE + NODES + ADAPTIVE),
+    "pipeline, recompute of the experts, by nodes, tokens too": (
+        4,
+        PIPELINE + SELECTIVE + NODES + ADAPTIVE + TOKENS,
+    ),
 }
 
 
@@ -81,7 +85,9 @@ def test_ranks_launch_in_orders_that_agree(
     found = {launch.description for of_rank in launches for launch in of_rank}
     expected = {"FSEP_PARAMETERS", "FSEP_GRADIENTS"}
     if NODES in extra:
-        expected = {f"{name}_{of}_NODE" for name in expected for of in ("INTRA", "INTER")}
+        expected = {
+            f"{name}_{of}_NODE" for name in (*expected, "FSEP_TOKENS") for of in ("INTRA", "INTER")
+        }
     assert expected <= found
     layouts = [{digest for _, digest in of_rank} for of_rank in fresh]
     assert all(layouts)

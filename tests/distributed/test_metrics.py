@@ -14,6 +14,7 @@ from tests.documents import ROOT
 from tests.parity.flags import command_line
 
 STEPS = 6
+ROW_BYTES = 48 * 4  # of a hidden state in fp32
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,13 @@ def test_balance_and_planning_are_in_tensorboard(
     assert series("fsep_load_imbalance_p50") <= series("fsep_load_imbalance_p95")
     assert all(0 <= value <= 1 for value in series("fsep_fresh_layouts"))
     assert all(0 < value < 1e3 for value in series("fsep_quota_ms"))
+    assert all(value > 0 for value in series("fsep_token_rows_intra_node"))
+    assert series("fsep_token_rows_inter_node") == [0, 0, 0]  # a node has both ranks
+    for rows, mb in zip(
+        series("fsep_token_rows_intra_node"), series("fsep_token_mb_intra_node"), strict=True
+    ):
+        assert mb == pytest.approx(rows * ROW_BYTES / 1e6, rel=1e-5)
+    assert series("fsep_token_mb_inter_node") == [0, 0, 0]
     assert series("fsep_layout_version") == [1, 3, 5]
     assert all(value > 0 for value in series("fsep_plan_ms"))
     assert series("fsep_late_plans") == series("fsep_plan_failures") == [0, 0, 0]

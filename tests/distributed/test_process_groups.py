@@ -17,7 +17,9 @@ from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
 
 
-def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
+def groups_of(
+    expert_parallel: int, node_size: int | None, token_exchange: str = "rank"
+) -> dict[str, Any]:
     """Initialise Megatron's state with FSEP on, look at the groups, and tear everything down."""
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -28,7 +30,8 @@ def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
 
     dist.init_process_group("gloo")
     try:
-        megatron_laer.enable(megatron_laer.FSEPConfig(node_size=node_size))
+        settings: Any = {"node_size": node_size, "token_exchange": token_exchange}
+        megatron_laer.enable(megatron_laer.FSEPConfig(**settings))
         parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel)
         current = session.current()
         assert current is not None
@@ -49,6 +52,7 @@ def groups_of(expert_parallel: int, node_size: int | None) -> dict[str, Any]:
                 members(groups.parameters_inter_node),
                 members(groups.gradients_inter_node),
             ],
+            "tokens": [members(groups.tokens_intra_node), members(groups.tokens_inter_node)],
             "parameters": members(groups.parameters),
             "gradients": members(groups.gradients),
             "distinct": len({groups.tokens, *groups.extra()}),
@@ -73,8 +77,22 @@ def test_groups_of_four_ranks_on_two_nodes(ranks: Callable[[int], RankPool]) -> 
         assert found["inter_node"] == [[0, 2] if rank % 2 == 0 else [1, 3]] * 2
         assert found["parameters"] == found["gradients"] == [0, 1, 2, 3]
         assert found["distinct"] == 7, "no two exchanges share a communicator"
+        assert found["tokens"] == [None, None], "nobody asked for them"
         assert found["field"]
         assert found["destroyed"]
+
+
+@pytest.mark.parametrize("exchange", ["node", "auto"])
+def test_tokens_get_groups_for_both_stages_when_asked_for(
+    ranks: Callable[[int], RankPool], exchange: str
+) -> None:
+    for rank, found in enumerate(ranks(4).run(groups_of, 4, 2, exchange)):
+        inside = [0, 1] if rank < 2 else [2, 3]
+        assert found["tokens"] == [inside, [0, 2] if rank % 2 == 0 else [1, 3]]
+        assert found["distinct"] == 9, "no two exchanges share a communicator"
+        assert found["destroyed"]
+    for found in ranks(4).run(groups_of, 4, 1, exchange):
+        assert found["tokens"] == [None, None], "one stage goes over Megatron's group"
 
 
 def test_replicas_have_groups_of_their_own(ranks: Callable[[int], RankPool]) -> None:

@@ -28,6 +28,7 @@ EXACT = " --fsep-plan-mode exact"
 # Some microbatches keep the planned layout and some do not; a plan that is late would differ.
 ADAPTIVE = " --fsep-imbalance-tolerance 0.02 --fsep-late-plan wait"
 NODES = " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-restore-algorithm node"
+TOKENS = " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-token-exchange node"
 
 # Ranks and flags; 3 layers where not said otherwise, 4 microbatches of 2 sequences per rank.
 CASES = {
@@ -46,6 +47,7 @@ CASES = {
     "exact": (2, " --num-layers 3" + EXACT),
     "adaptive": (2, " --num-layers 3" + ADAPTIVE),
     "nodes of 2": (4, " --num-layers 3" + NODES),
+    "tokens through nodes of 2, selective recompute": (4, " --num-layers 3" + SELECTIVE + TOKENS),
     "restored once per step, pipeline 2": (4, " --num-layers 4" + PIPELINE + STEP),
     "restored once per step, full recompute": (2, " --num-layers 3" + FULL + STEP),
     "restored once per step, overlaps": (4, " --num-layers 3" + OVERLAP + STEP),
@@ -121,8 +123,10 @@ def order_of_events(command: list[str]) -> list[str]:
 
     Between them, of layer N: `attends N` is the end of its attention's forward, `tokens N` says
     that its tokens were dispatched, `experts N` that the experts are called, `back N` that its
-    tokens' gradients came back, and `attention N` that its attention's backward is done. The first
-    forward begins with `embedding`; `head` is the end of the output layer's backward.
+    tokens' gradients came back, and `attention N` that its attention's backward is done. Where
+    tokens go through nodes, they crossed them at `tokens N`, and `inside N` says that they are
+    passed on now. The first forward begins with `embedding`; `head` is the end of the output
+    layer's backward.
     """
     from megatron.core.models.common.embeddings.language_model_embedding import (
         LanguageModelEmbedding,
@@ -131,6 +135,7 @@ def order_of_events(command: list[str]) -> list[str]:
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
+    from megatron_laer.dispatch.node_dispatcher import NodeTokenDispatcher
     from megatron_laer.moe_layer import FSEPMoELayer
     from megatron_laer.runtime.weights.restored import RestoredExperts
     from megatron_laer.runtime.weights.states import WeightState
@@ -148,6 +153,7 @@ def order_of_events(command: list[str]) -> list[str]:
     layer_init, model_init = TransformerLayer.__init__, GPTModel.__init__
     embed, dispatch = LanguageModelEmbedding.forward, MoELayer.dispatch
     compute = FSEPMoELayer.routed_experts_compute
+    pass_on = NodeTokenDispatcher.dispatch_postprocess
 
     def layer_hooked(self: Any, *args: Any, **kwargs: Any) -> None:
         layer_init(self, *args, **kwargs)
@@ -180,7 +186,12 @@ def order_of_events(command: list[str]) -> list[str]:
         events.append(f"experts {self.layer_number}")
         return compute(self, *args)
 
+    def passed_on(self: Any, *args: Any) -> Any:
+        events.append(f"inside {self._current.layer_name.split()[1]}")
+        return pass_on(self, *args)
+
     with (
+        mock.patch.object(NodeTokenDispatcher, "dispatch_postprocess", passed_on),
         mock.patch.object(TransformerLayer, "__init__", layer_hooked),
         mock.patch.object(GPTModel, "__init__", model_hooked),
         mock.patch.object(LanguageModelEmbedding, "forward", embedding),
@@ -269,3 +280,21 @@ def test_exchanges_start_early_and_arrive_late(
     )
     for events in ranks(2).run(order_of_events, command):
         assert ", ".join(events) == expected
+
+
+def test_restores_start_when_tokens_crossed_nodes_and_before_they_are_passed_on(
+    ranks: Callable[[int], RankPool], text_data: str
+) -> None:
+    command = command_line(
+        text_data,
+        experts=8,
+        expert_parallel=4,
+        global_batch=8,
+        steps=1,
+        extra=f" --expert-parallel-mode fsep --fsep-planner random --num-layers 3{TOKENS}",
+    )
+    passed_on = FORWARD
+    for layer in "123":
+        passed_on = passed_on.replace(f"experts {layer},", f"experts {layer}, inside {layer},")
+    for events in ranks(4).run(order_of_events, command):
+        assert ", ".join(events).startswith(passed_on)

@@ -66,7 +66,7 @@ WRONG: dict[str, tuple[Callable[[list[Given]], Iterator[Given]], str]] = {
     ),
     "no tensor": (
         lambda given: ((name, None if name == EXPERT else t) for name, t in given),  # type: ignore[misc]
-        "rank 1: named_tensors: AttributeError: ",
+        f"rank 1: '{EXPERT}' is a NoneType, and no tensor",
     ),
     "an error": (failing, "rank 1: named_tensors: KeyError: 'lm_head.weight'"),
 }

@@ -21,6 +21,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 import megatron_laer
 from megatron_laer import moe_layer, stock_names
 from megatron_laer.runtime.comm.expert_blocks import gather_block
+from megatron_laer.stock_names import StockLayer
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
 from tests import documents
@@ -36,6 +37,7 @@ STILL = " --lr 0 --min-lr 0"
 MIXTRAL = " --group-query-attention --num-query-groups 2"
 QWEN3 = " --bf16 --group-query-attention --num-query-groups 2 --kv-channels 16 --qk-layernorm"
 SHARED = " --moe-shared-expert-intermediate-size 32"
+TENSOR = " --tensor-model-parallel-size 2 --sequence-parallel"
 STAGES = " --pipeline-model-parallel-size 2"
 UNTIED, NO_BIAS = "--untie-embeddings-and-output-weights", "--disable-bias-linear"
 # What converters ask a parameter for, to learn how it is cut.
@@ -86,6 +88,9 @@ CASES = {
     "biases of experts": Case(sizes=(2,), without=NO_BIAS),
     "shared experts, 4 ranks": Case(
         ranks=4, experts=8, expert_parallel=4, sizes=(2,), flags=MIXTRAL + SHARED
+    ),
+    "Mixtral, tensor parallel 2, expert data parallel 2": Case(
+        ranks=4, sizes=(2, 1), flags=MIXTRAL + TENSOR
     ),
     "Qwen3-MoE in 2 pipeline stages of 2 chunks": Case(
         ranks=4,
@@ -250,6 +255,37 @@ def one_layer_is_held(flags: list[str]) -> int:
 def test_one_layer_at_a_time_is_restored(ranks: Callable[[int], RankPool], text_data: str) -> None:
     flags = CASES["Mixtral"].command(text_data, FSEP)
     assert ranks(2).run(one_layer_is_held, flags) == [4, 4]
+
+
+def one_layer_is_loaded(flags: list[str]) -> int:
+    """Return how many layers' blocks were made to be filled, each after the last one had gone."""
+
+    def read(model: list[Chunk]) -> int:
+        given = [
+            (name, tensor.clone())
+            for name, tensor in megatron_laer.stock_named_parameters(model[0])
+        ]
+        alive: list[weakref.ref[torch.Tensor]] = []
+        make, layers = StockLayer.empty_blocks, []
+
+        def making(layer: StockLayer, *args: Any) -> list[torch.Tensor]:
+            assert [block for block in alive if block() is not None] == []
+            blocks = make(layer, *args)
+            alive.extend(map(weakref.ref, blocks))
+            layers.append(layer)
+            return blocks
+
+        with mock.patch.object(StockLayer, "empty_blocks", making):
+            megatron_laer.load_stock_named_parameters(model[0], given)
+        return len(layers)
+
+    found: int = train(flags, read).probes[0]
+    return found
+
+
+def test_one_layer_at_a_time_is_loaded(ranks: Callable[[int], RankPool], text_data: str) -> None:
+    flags = CASES["Mixtral"].command(text_data, FSEP)
+    assert ranks(2).run(one_layer_is_loaded, flags) == [2, 2]
 
 
 def page_runs(flags: list[str]) -> list[str]:

@@ -29,6 +29,7 @@ FULL = " --recompute-granularity full --recompute-method uniform --recompute-num
 VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
 FORECAST = " --fsep-plan-mode forecast"
 NODES = " --fsep-node-size 2 --fsep-restore-algorithm node"
+TOKENS = " --fsep-node-size 2 --fsep-token-exchange node"
 # Below what a forecast achieves here, so that layouts also change between gate and experts.
 ADAPTIVE = " --fsep-plan-mode adaptive --fsep-imbalance-tolerance 0.02"
 
@@ -58,6 +59,7 @@ class Case:
 CASES = {
     "restored per layer": Case(2, 2, 2, 3, FORECAST),
     "by nodes, 2 of 2": Case(4, 4, 2, 2, FORECAST + NODES),
+    "tokens by nodes, 2 of 2": Case(4, 4, 2, 2, FORECAST + TOKENS),
     "restored per step, accumulation 4": Case(2, 2, 4, 3, " --fsep-restore step"),
     "pipeline 2 x virtual 2": Case(4, 2, 4, 4, FORECAST + VIRTUAL),
     "full recompute": Case(2, 2, 2, 3, FORECAST + FULL),

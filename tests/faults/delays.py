@@ -168,6 +168,7 @@ def _injected(
     from megatron_laer.runtime.comm.collectives import CountsExchange
     from megatron_laer.runtime.comm.stages import Stage
     from megatron_laer.runtime.comm.streams import InlineStream, ThreadStream
+    from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
     from megatron_laer.runtime.planning import layouts_in_force
 
     all_to_all, tokens = Stage.all_to_all, _AllToAll.forward
@@ -182,7 +183,8 @@ def _injected(
 
     def slow_tokens(ctx: Any, *args: Any) -> Any:
         # Dispatch and combine, forward and backward: Megatron's backward applies it again.
-        delay("tokens")
+        # Each stage of an exchange through nodes has a group, and with it delays of its own.
+        delay(f"tokens {args[0].group_name}")
         result = tokens(ctx, *args)
         completed("tokens")
         return result
@@ -229,6 +231,7 @@ def _injected(
             (Guard, "decide", slow_decision),
             (coordinator.Coordinator, "begin_step", started),
             (CountsExchange, "start", slow(CountsExchange.start, "counts")),
+            (TokenSizesExchange, "start", slow(TokenSizesExchange.start, "token sizes")),
             (
                 layouts_in_force,
                 "broadcast_layouts",

@@ -1,5 +1,7 @@
 """One FSEP layer on one GPU: its host waits for counts and nothing else, and never in backward.
 
+Tokens that go through nodes are the one exception: a second wait, which has a name.
+
 torch's debug mode raises at operations that wait for a stream. It does not know of waits for an
 event, which are noted here: the one for the copy of counts is a layer's only one. Nor does it know
 of copies from memory that is not pinned and that were asked not to wait; these are noted as well.
@@ -16,7 +18,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.one_layer import EXPECTED, MODELS, UPLOAD, WAIT, host_work, one_layer
+from tests.one_layer import EXPECTED, MODELS, UPLOAD, WAIT, host_work, naming_token_sizes, one_layer
 
 
 class _Uploads(TorchDispatchMode):
@@ -47,7 +49,8 @@ def watched() -> Iterator[list[str]]:
         done.append(WAIT)
         synchronize(event)
 
-    with mock.patch.object(torch.cuda.Event, "synchronize", noted), _Uploads(done):
+    noting = mock.patch.object(torch.cuda.Event, "synchronize", noted)
+    with noting, naming_token_sizes(done), _Uploads(done):
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield done
@@ -66,8 +69,11 @@ def test_the_debug_mode_raises_at_a_number_that_is_read_back() -> None:
     assert done == [UPLOAD, f"{UPLOAD} of pageable memory", WAIT]
 
 
+@pytest.mark.parametrize("token_exchange", EXPECTED)
 @pytest.mark.parametrize("model", MODELS)
-def test_the_host_waits_for_counts_and_uploads_what_it_planned(model: str) -> None:
+def test_the_host_waits_for_counts_and_uploads_what_it_planned(
+    model: str, token_exchange: str
+) -> None:
     torch.cuda.set_device(0)
-    with one_layer("nccl", model) as layer:
-        assert host_work(layer, watched) == [EXPECTED] * 3
+    with one_layer("nccl", model, token_exchange) as layer:
+        assert host_work(layer, watched) == [EXPECTED[token_exchange]] * 3

@@ -205,7 +205,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "Muon",
         "Muon with Nesterov momentum, other scales, coefficients, and tensor-parallel mode",
         "Muon, bf16, accumulation 2, shared experts",
-        "Muon, expert data parallel 2, E = 3 on 4 ranks",
+        "Muon, expert data parallel 2, rows that do not divide, E = 3 on 4 ranks",
         "Muon, tensor parallel 2, linear bias",
     ),
     "Muon with `--use-distributed-optimizer`, or `dist_muon`": (
@@ -230,6 +230,26 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "announced by router replay, full recompute, pipeline 2, accumulation 4",
     ),
     "FSEP's exchange through nodes": ("exchange through nodes of 2, E = 8 on 4 ranks",),
+    "tokens through nodes (`--fsep-token-exchange node`)": (
+        "tokens through nodes of 1",
+        "tokens through nodes of 2, top-4, E = 8 on 4 ranks",
+        "tokens through one node of 4, top-4, E = 6 on 4 ranks",
+        "tokens and experts through nodes of 2, exact, bf16, top-4, E = 8 on 4 ranks",
+    ),
+    "tokens through nodes, with all that tokens by rank have": (
+        "tokens through nodes of 2, shared experts, full recompute, distributed optimizer,"
+        " accumulation 2, E = 8 on 4 ranks",
+        "tokens through nodes of 2, shared experts with a gate and overlap, E = 8 on 4 ranks",
+        "tokens through nodes of 2, recompute of the MoE layer and its overlapped shared experts,"
+        " multi-token prediction, aux losses, E = 8 on 4 ranks",
+        "tokens through nodes of 2, tensor parallel 2 with sequence parallel, fp32 router, bf16",
+        "tokens through nodes of 1, latent MoE without a gate, shared experts",
+        "tokens through nodes of 2, linear bias without a gate, probabilities applied on input,"
+        " top-1, scheduler off",
+        "tokens through nodes of 1, virtual pipeline 2 x 2, accumulation 4, restored once per step",
+        "tokens through nodes of 1, router in fp64 with groups and expert bias, recompute of the"
+        " experts' activation",
+    ),
     "`--fsep-restore step`": ("restored once per step, accumulation 4",),
     "`--fsep-scheduler off`": ("scheduler off",),
     "`--fsep-gemm loop`": ("plain DDP",),

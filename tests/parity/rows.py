@@ -24,6 +24,7 @@ FSEP = " --expert-parallel-mode fsep"
 RANDOM = " --fsep-planner random"
 STEP = " --fsep-restore step"
 NODES = " --fsep-node-size {} --fsep-restore-algorithm node"
+TOKENS = " --fsep-node-size {} --fsep-token-exchange node"
 
 FP32_BOUND = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4, logged=1e-5)
 # bf16 keeps 8 bits: a rounding is 4e-3 relative. Two layouts sum the same gradients in another
@@ -294,6 +295,113 @@ ROWS = [
         + " --moe-shared-expert-intermediate-size 32 --moe-shared-expert-overlap"
         " --moe-hybridep-pad-uneven-dispatch-inputs --moe-permute-fusion-into-hybridep",
         fsep=RANDOM + HYBRIDEP,
+    ),
+    # Tokens by nodes: two stages with nodes of 2 on 4 ranks, otherwise one.
+    Row("tokens through nodes of 1", fsep=RANDOM + TOKENS.format(1), steps=LONG, releases=True),
+    Row(
+        "tokens through nodes of 2, top-4, E = 8 on 4 ranks",
+        ranks=4,
+        stock_parallel=(4, 1),
+        flags=" --moe-router-topk 4",
+        fsep=RANDOM + TOKENS.format(2),
+        steps=LONG,
+        releases=True,
+    ),
+    Row(
+        "tokens through one node of 4, top-4, E = 6 on 4 ranks",
+        ranks=4,
+        experts=6,
+        stock_parallel=(1, 2),
+        reference_ranks=1,
+        flags=" --moe-router-topk 4",
+        fsep=RANDOM + TOKENS.format(4),
+    ),
+    Row(
+        "tokens and experts through nodes of 2, exact, bf16, top-4, E = 8 on 4 ranks",
+        ranks=4,
+        stock_parallel=(4, 1),
+        flags=" --moe-router-topk 4 --bf16",
+        fsep=" --fsep-plan-mode exact --fsep-token-exchange node" + NODES.format(2),
+        bound=BF16_BOUND,
+    ),
+    Row(
+        "tokens through nodes of 2, few tokens: experts, ranks and microbatches without any",
+        ranks=4,
+        stock_parallel=(4, 1),
+        flags=" --seq-length 2 --max-position-embeddings 2 --micro-batch-size 2",
+        fsep=RANDOM + TOKENS.format(2),
+    ),
+    Row(
+        "tokens through nodes of 2, shared experts, full recompute, distributed optimizer,"
+        " accumulation 2, E = 8 on 4 ranks",
+        ranks=4,
+        stock_parallel=(4, 1),
+        accumulation=2,
+        flags=DIST_OPT + FULL_RECOMPUTE + " --moe-shared-expert-intermediate-size 32",
+        fsep=RANDOM + TOKENS.format(2),
+    ),
+    Row(
+        "tokens through nodes of 2, shared experts with a gate and overlap, E = 8 on 4 ranks",
+        ranks=4,
+        stock_parallel=(4, 1),
+        flags=" --moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate"
+        " --moe-shared-expert-overlap",
+        fsep=RANDOM + TOKENS.format(2),
+    ),
+    Row(
+        "tokens through nodes of 2, recompute of the MoE layer and its overlapped shared experts,"
+        " multi-token prediction, aux losses, E = 8 on 4 ranks",
+        ranks=4,
+        stock_parallel=(4, 1),
+        flags=AUX_LOSSES
+        + MOE_RECOMPUTE
+        + " --mtp-num-layers 1 --moe-shared-expert-intermediate-size 32"
+        " --moe-shared-expert-overlap",
+        fsep=RANDOM + TOKENS.format(2),
+        moe_layers=3,
+    ),
+    Row(
+        "tokens through nodes of 2, tensor parallel 2 with sequence parallel, fp32 router, bf16",
+        ranks=4,
+        stock_parallel=(4, 2),
+        flags=TENSOR + " --bf16 --moe-router-dtype fp32",
+        fsep=RANDOM + TOKENS.format(2),
+        bound=BF16_BOUND,
+    ),
+    Row(
+        "tokens through nodes of 1, latent MoE without a gate, shared experts",
+        without="--swiglu",
+        flags=" --squared-relu --moe-latent-size 24 --moe-shared-expert-intermediate-size 32",
+        fsep=RANDOM + TOKENS.format(1),
+    ),
+    Row(
+        "tokens through nodes of 2, linear bias without a gate, probabilities applied on input,"
+        " top-1, scheduler off",
+        ranks=4,
+        stock_parallel=(4, 2),
+        without=NO_BIAS_NOR_SWIGLU,
+        flags=" --squared-relu --moe-apply-probs-on-input --moe-router-topk 1"
+        " --moe-router-pre-softmax",
+        fsep=RANDOM + TOKENS.format(2) + " --fsep-scheduler off",
+    ),
+    Row(
+        "tokens through nodes of 1, virtual pipeline 2 x 2, accumulation 4, restored once per step",
+        ranks=4,
+        expert_parallel=2,
+        stock_parallel=(2, 1),
+        accumulation=4,
+        flags=VIRTUAL,
+        fsep=RANDOM + TOKENS.format(1) + STEP,
+    ),
+    Row(
+        "tokens through nodes of 1, router in fp64 with groups and expert bias, recompute of the"
+        " experts' activation",
+        flags=" --moe-router-score-function sigmoid --moe-router-enable-expert-bias"
+        " --moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-topk-scaling-factor 2.5"
+        " --moe-router-dtype fp64",
+        fsep=RANDOM
+        + TOKENS.format(1)
+        + " --moe-grouped-gemm --recompute-granularity selective --recompute-modules moe_act",
     ),
     Row(
         "restored once per step, accumulation 4",
@@ -856,13 +964,14 @@ ROWS = [
         bound=BF16_BOUND,
     ),
     Row(
-        "Muon, expert data parallel 2, E = 3 on 4 ranks",
+        "Muon, expert data parallel 2, rows that do not divide, E = 3 on 4 ranks",
         ranks=4,
         experts=3,
         expert_parallel=2,
         stock_parallel=(1, 1),
         reference_ranks=1,
-        flags=MUON,
+        without="--swiglu",
+        flags=MUON + " --squared-relu --moe-ffn-hidden-size 33",
     ),
     Row(
         "Muon, tensor parallel 2, linear bias",

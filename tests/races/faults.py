@@ -20,6 +20,7 @@ from megatron_laer.runtime.comm import hierarchical
 from megatron_laer.runtime.comm.buffer_pool import BufferPool
 from megatron_laer.runtime.comm.download import Download
 from megatron_laer.runtime.comm.streams import CudaStream, _StreamResult
+from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.step_experts import StepExperts
@@ -53,6 +54,7 @@ _finish_reduce = RestoredExperts.finish_reduce
 _reduce = hierarchical.HierarchicalExchange.reduce
 _change = RestoredExperts.change
 _start_download = Download.start
+_start_sizes = TokenSizesExchange.start
 
 
 def _replaced(owner: Any, name: str, replacement: Any) -> Callable[[], AbstractContextManager[Any]]:
@@ -171,6 +173,12 @@ def _read_without_waiting(_: Any, __: Any, pinned: torch.Tensor) -> torch.Tensor
     return pinned.clone()
 
 
+def _sizes_without_waiting(exchange: Any, sizes_Z: torch.Tensor) -> Any:
+    """Read the sizes of token exchanges, and only these, before they are there."""
+    with mock.patch.object(Download, "_read", _read_without_waiting):
+        return _start_sizes(exchange, sizes_Z)
+
+
 def _copy_beside_the_exchange(download: Any, tensor: torch.Tensor) -> Any:
     """Copy to the host without waiting for what is copied."""
     with mock.patch.object(cuda.Stream, "wait_stream", _nothing):
@@ -279,5 +287,15 @@ TRAINING_FAULTS = {
         _replaced(Download, "_read", _read_without_waiting),
         "plain",
         "reads what copy_ on the stream of counts writes",
+    ),
+    "nobody waits for the copy of token sizes": Fault(
+        _replaced(TokenSizesExchange, "start", _sizes_without_waiting),
+        "tokens through nodes of 2",
+        "reads what copy_ on the stream of counts writes",
+    ),
+    "nobody waits for either stage of a token exchange": Fault(
+        _replaced(AsyncWork, "order", _nothing),
+        "tokens through nodes of 2",
+        "alltoall_base_ on NCCL's",
     ),
 }

@@ -1,5 +1,7 @@
 """A layer's forward pass waits for the device once and uploads once; its backward does neither.
 
+Tokens that go through nodes are the one exception: a second wait, which has a name, and an upload.
+
 The code for CUDA runs on replaced streams, whose waits are noted, and so are operations that would
 read a number back from the device to learn a size or a value. What only a GPU shows, a copy to
 pageable memory for one, is left to `tests/gpu/test_host_waits.py`, which runs the same layer.
@@ -17,7 +19,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_laer.testing.ranks import RankPool
-from tests.one_layer import EXPECTED, MODELS, UPLOAD, WAIT, HostWork, host_work, one_layer
+from tests.one_layer import (
+    EXPECTED,
+    MODELS,
+    UPLOAD,
+    WAIT,
+    HostWork,
+    host_work,
+    naming_token_sizes,
+    one_layer,
+)
 from tests.races import cuda
 from tests.races.observing import observed
 
@@ -62,12 +73,13 @@ def watched() -> Iterator[list[str]]:
         noting(cuda.Event, "synchronize", WAIT),
         noting(torch.cuda, "synchronize", WAIT),
         noting(cuda, "copy_to_card", UPLOAD),
+        naming_token_sizes(done),
         _ReadsBack(done),
     ):
         yield done
 
 
-def work_of(model: str, fault: bool) -> list[HostWork]:
+def work_of(model: str, token_exchange: str, fault: bool) -> list[HostWork]:
     """What the host does on this rank, with a number that is read back or without."""
     from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
 
@@ -80,19 +92,20 @@ def work_of(model: str, fault: bool) -> list[HostWork]:
             return true_preprocess(dispatcher, routing_map)
 
         broken = mock.patch.object(SlotTokenDispatcher, "preprocess", preprocess)
-    with observed() as checker, broken, one_layer("gloo", model) as layer:
+    with observed() as checker, broken, one_layer("gloo", model, token_exchange) as layer:
         found = host_work(layer, watched)
     assert checker.races == []
     return found
 
 
+@pytest.mark.parametrize("token_exchange", EXPECTED)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_host_waits_for_counts_and_uploads_what_it_planned(
-    ranks: Callable[[int], RankPool], model: str
+    ranks: Callable[[int], RankPool], model: str, token_exchange: str
 ) -> None:
-    assert ranks(1).run(work_of, model, False) == [[EXPECTED] * 3]
+    assert ranks(1).run(work_of, model, token_exchange, False) == [[EXPECTED[token_exchange]] * 3]
 
 
 def test_a_number_that_is_read_back_is_a_wait(ranks: Callable[[int], RankPool]) -> None:
-    (steps,) = ranks(1).run(work_of, "no shared experts", True)
+    (steps,) = ranks(1).run(work_of, "no shared experts", "rank", True)
     assert steps == [([WAIT, f"{WAIT} for _local_scalar_dense", UPLOAD], [])] * 3

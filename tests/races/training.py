@@ -39,6 +39,12 @@ SCENARIOS = {
     "recompute of the MoE layer": Training(_RANDOM + _MOE),
     "experts held over a step": Training(_RANDOM + " --fsep-restore step"),
     "both overlaps": Training(_RANDOM + _OVERLAPS),
+    "tokens through nodes of 1, recompute of the MoE layer": Training(
+        _RANDOM + _MOE + " --fsep-node-size 1 --fsep-token-exchange node"
+    ),
+    "tokens through nodes of 2": Training(
+        _RANDOM + " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-token-exchange node", 4
+    ),
     "pipeline 2": Training(_RANDOM + " --pipeline-model-parallel-size 2", 4),
     "both overlaps, slices replicated": Training(_RANDOM + _OVERLAPS, 4),
 }

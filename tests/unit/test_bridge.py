@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -86,6 +87,7 @@ REFUSED = {
         "--cuda-graph-modules",
     ),
     "lora": (changed("peft", target_modules=["*.layers.0.*.linear_fc1"]), "LoRA on linear_fc1"),
+    "lora by a pattern": (changed("peft", target_modules=["*linear_fc*"]), "LoRA on linear_fc1"),
 }
 
 
@@ -122,7 +124,7 @@ def test_sizes_are_checked_as_in_megatrons_training() -> None:
         recipe(),
         changed("comm_overlap", **OVERLAP),
         changed("mixed_precision", fp8=None, bf16=True),
-        changed("peft", target_modules=["linear_qkv"]),
+        changed("peft", target_modules=["linear_qkv", "*.self_attention.*"]),
     ],
     ids=["plain", "overlap", "precision", "lora on attention"],
 )
@@ -226,12 +228,22 @@ RECIPES = {
         "DeepEP takes at most 128",
     ),
     "failing": (failing, 2, "'failing' cannot be evaluated: OSError: no such model"),
+    "mistaken": (dict, 2, "'mistaken': it returns dict, which has no model, dist, ddp"),
+    ".relative:fine": (None, 2, "'.relative:fine': .relative cannot be imported"),
+    "raising:fine": (None, 2, "raising cannot be imported (no such file); install"),
     "finer": (None, 2, "has none of this name; similar are fine"),
 }
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_judged_by_its_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_is_judged_by_its_name(
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "raising.py").write_text('raise OSError("no such file")')
+    monkeypatch.syspath_prepend(tmp_path)
     module = ModuleType("megatron.bridge.recipes")
     vars(module).update({key: made for key, (made, *_) in RECIPES.items() if made is not None})
     packages = {"megatron.bridge": ModuleType("megatron.bridge"), module.__name__: module}

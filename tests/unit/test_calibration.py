@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,8 +39,10 @@ from megatron_laer.calibration.quantities import (
     Quantity,
 )
 from megatron_laer.calibration.settings import ExpertShape, Settings, make_settings
+from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
 from megatron_laer.planner.clusters import Figure, Link, SolveTime
+from megatron_laer.runtime.build import layer_costs
 
 LINKS = {INTRA: Link(2e11, 1e-5, 2e-6), INTER: Link(2.5e10, 3e-5, 4e-6)}
 SOLVE, GATE = SolveTime(4e-5, 4e-7, 2e-8), SolveTime(1e-5, 1e-7, 3e-9)
@@ -245,3 +250,24 @@ def test_settings_have_points_in_order_and_tokens_that_count(on_cuda: bool, quic
     assert list(chosen.sent_bytes) == sorted(set(chosen.sent_bytes))
     # A fit of three terms needs as many shapes.
     assert len(chosen.shapes) >= 3
+
+
+def test_training_predicts_by_the_gemms_of_the_back_end_that_computes(tmp_path: Path) -> None:
+    cluster = cluster_of(all_figures(CHOSEN), CHOSEN, 4, "found", MEASURED)
+    path = tmp_path / "found.yaml"
+    path.write_text(cluster_text(cluster))
+    model = SimpleNamespace(
+        hidden_size=8,
+        moe_ffn_hidden_size=8,
+        gated_linear_unit=True,
+        params_dtype=torch.bfloat16,
+        recompute_granularity=None,
+    )
+    for name, back_end in (("auto", "loop"), ("loop", "loop"), ("torch", "torch")):
+        config = FSEPConfig(cluster=str(path), gemm=name)  # type: ignore[arg-type]
+        costs = layer_costs(config, model, torch.device("cpu"))
+        (expected,) = (found for found in cluster.back_ends if found.name == back_end)
+        assert costs.cluster.gemm == expected.forward
+        assert costs.cluster.backward_gemm_factor == pytest.approx(
+            expected.backward_gemm_factor, rel=1e-3
+        )

@@ -63,6 +63,10 @@ ERRORS = {
     "unknown": (f"{BASE} --warp-speed 9", "'--warp-speed 9': neither Megatron nor FSEP"),
     "value": ("--num-experts many", "invalid int value: 'many'"),
     "abbreviated": ("--num-expert 8", "'--num-expert 8'"),
+    "no line": ("--help", "'--help': neither Megatron nor FSEP"),
+    "a file instead": (f"{BASE} --yaml-cfg x.yaml", "--yaml-cfg 'x.yaml': Megatron's settings"),
+    "a power": (f"{BASE} --moe-layer-freq 9**9**9", "'9**9**9': no pattern of layers"),
+    "a bomb": (f"{BASE} --moe-layer-freq=([0]*9999)*9999", "'([0]*9999)*9999': no pattern"),
     "ours": (f"{BASE} --fsep-capacity 0", "fsep-capacity"),
 }
 

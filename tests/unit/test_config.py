@@ -78,7 +78,7 @@ def test_a_flag_without_the_mode_is_an_error_that_quotes_it(words: list[str]) ->
         ("--fsep-cluster cpu-gloo", "--fsep-restore-algorithm flat --fsep-plan-mode exact"),
         (
             "--fsep-cluster cpu-gloo",
-            "--fsep-restore-algorithm flat --fsep-imbalance-tolerance 0.1",
+            "--fsep-restore-algorithm flat --fsep-imbalance-tolerance 0.1 --fsep-planner search",
         ),
     ],
 )
@@ -87,6 +87,14 @@ def test_a_flag_that_others_leave_without_effect_is_an_error(idle: str, reason: 
     assert config_from_args(parse(*words)) is not None
     with pytest.raises(ValueError, match=f"{idle}.*no effect"):
         config_from_args(parse(*words, *idle.split()))
+
+
+def test_constants_of_hardware_decide_how_tokens_go_if_nothing_else() -> None:
+    flags = "--fsep-restore-algorithm flat --fsep-plan-mode exact --fsep-cluster cpu-gloo"
+    words = ["--expert-parallel-mode", "fsep", *flags.split()]
+    with pytest.raises(ValueError, match="no effect"):
+        config_from_args(parse(*words, "--fsep-token-exchange", "node"))
+    assert config_from_args(parse(*words, "--fsep-token-exchange", "auto")) is not None
 
 
 @pytest.mark.parametrize(
@@ -128,6 +136,7 @@ def test_fresh_layouts_need_exact_splits(mode: str) -> None:
         {"scheduler": "maybe"},
         {"restore_algorithm": "pigeon"},
         {"grad_wire_dtype": "fp8"},
+        {"token_exchange": "pigeon"},
     ],
 )
 def test_values_out_of_range_are_quoted(values: dict[str, object]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_laer.planner.clusters import load_cluster
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.runtime import build
 from tests import processes
 from tests.configurations import CLUSTERS, HEAD, KINDS, MODELS, cluster_table, facts, number

@@ -18,6 +18,7 @@ from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import SplitTotals
 from megatron_laer.planner.reference import quota_NS
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
@@ -238,6 +239,29 @@ def test_one_changed_slot_of_equal_slices_costs_exactly_the_bound(algorithm: str
     after = ExpertLayout.from_slots(8, 2, 8, slots)
     least_s = costs.least_change_seconds(geometry)
     assert costs.change_seconds(before, after, 4) == pytest.approx(least_s, rel=1e-8)
+
+
+@settings(max_examples=100)
+@given(geometries(), st.sampled_from(list(ExchangeAlgorithm)), st.integers(0, 2**16))
+def test_what_no_layer_hides_is_exposed(
+    geometry: Geometry, algorithm: ExchangeAlgorithm, seed: int
+) -> None:
+    costs = make_costs(ffn=40, restore_algorithm=algorithm)
+    layout, size = ExpertLayout.random(*shape_of(geometry), seed=(seed,)), geometry.node_size
+    restore_s = costs.restore_seconds(layout, size, algorithm)
+    assert costs.reduce_seconds(layout, size, algorithm) == restore_s
+    # Beside a layer without time nothing is hidden: two restores and a reduce.
+    assert costs.exposed_seconds(layout, size, 0.0) == pytest.approx(3 * restore_s, rel=1e-12)
+    assert costs.exposed_seconds(layout, size, 3 * restore_s * (1 + 1e-9)) == 0.0
+    longer = [costs.exposed_seconds(layout, size, part * restore_s) for part in (0.5, 1, 2)]
+    assert longer == sorted(longer, reverse=True)
+    # The native planner decides by the same number, to the last bit.
+    for beside_s in (0.0, 0.7 * restore_s, 2.1 * restore_s):
+        slots_S, experts = layout.slot_expert_S, geometry.num_experts
+        exposed_s = native.exposed_seconds(
+            slots_S, costs.for_native(geometry), experts, size, beside_s
+        )
+        assert exposed_s == costs.exposed_seconds(layout, size, beside_s)
 
 
 def test_auto_takes_the_exchange_that_the_links_favour() -> None:

@@ -65,3 +65,39 @@ def test_wrong_arguments_are_quoted() -> None:
     for empty in (SmoothedForecast(), LastValue()):
         with pytest.raises(ValueError, match="nothing was observed yet"):
             empty.counts_NE()
+
+
+def test_without_a_weight_the_mean_that_did_best_lately_is_the_forecast() -> None:
+    rng = np.random.default_rng(3)
+    first_E, second_E = rng.dirichlet(np.ones(16), size=2)
+    forecast, steady = SmoothedForecast(), SmoothedForecast(weight=0.25)
+    # Steps of one kind differ by chance alone: the longer memory is nearer.
+    for _ in range(20):
+        counts_NE = rng.multinomial(200, first_E, size=8)
+        forecast, steady = forecast.observe(counts_NE), steady.observe(counts_NE)
+    assert (forecast.counts_NE() == steady.counts_NE()).all()
+    # After a change of text the shorter one is, from the second step on.
+    quick = SmoothedForecast(weight=0.75, level_NE=forecast.level_NE)
+    for _ in range(2):
+        counts_NE = rng.multinomial(200, second_E, size=8)
+        forecast, quick = forecast.observe(counts_NE), quick.observe(counts_NE)
+    assert (forecast.counts_NE() == quick.counts_NE()).all()
+    # And the longer one again, once all that differs is chance.
+    for _ in range(20):
+        forecast = forecast.observe(rng.multinomial(200, second_E, size=8))
+    assert forecast.steady_NE is not None
+    assert (forecast.counts_NE() == forecast.steady_NE).all()
+
+
+def test_a_level_of_an_earlier_version_is_the_begin_of_both_means() -> None:
+    level_NE = SmoothedForecast().observe(FIRST_NE).counts_NE()
+    forecast = SmoothedForecast(level_NE=level_NE).observe(SECOND_NE)
+    assert (forecast.counts_NE() == 16 * (0.25 * FIRST_NE + 0.75 * SECOND_NE)).all()
+    assert forecast.steady_NE is not None
+    assert (forecast.steady_NE == 16 * (0.75 * FIRST_NE + 0.25 * SECOND_NE)).all()
+    assert forecast.errors[0] == forecast.errors[1] > 0
+
+
+def test_errors_out_of_range_are_quoted() -> None:
+    with pytest.raises(ValueError, match=r"errors must be in 0\.\.\d+, got \(0, -1\)"):
+        SmoothedForecast(errors=(0, -1))

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.costs import paper_costs
 from megatron_laer.arrays import Int64
+from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.clusters import Link
+from megatron_laer.planner.construct import always_balances, construct_layout
+from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
+from megatron_laer.planner.native_core import native
 from megatron_laer.planner.search import SearchStrategy
+from tests.costs import make_costs
 from tests.unit.planner_cases import KINDS, counts_of
 
 
@@ -42,6 +52,10 @@ def drifted_NE(counts_NE: Int64, seed: int, most: float) -> Int64:
 def imbalance(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> float:
     loads_N = exact_split(layout, node_size).solve(counts_NE).rank_loads_N()
     return float(loads_N.max() / loads_N.mean())
+
+
+def shape_of(geometry: Geometry) -> tuple[int, int, int]:
+    return geometry.num_ranks, geometry.capacity, geometry.num_experts
 
 
 def random_layout(geometry: Geometry, seed: int) -> ExpertLayout:
@@ -158,3 +172,103 @@ def test_negative_counts_are_quoted() -> None:
     for strategy in (GreedyStrategy(geometry), SearchStrategy(geometry)):
         with pytest.raises(ValueError, match="counts_NE holds -4 at rank 1, expert 1"):
             strategy.plan(counts_NE, ExpertLayout.static(2, 2, 2))
+
+
+def by_time_costs(algorithm: ExchangeAlgorithm = ExchangeAlgorithm.FLAT) -> CostModel:
+    # Between nodes, tokens are slow enough to count, and not so slow that nothing else does.
+    points = ((1, 1e9), (256, 1e10))
+    return make_costs(
+        points=points,
+        inter=Link(1e8, 2e-6),
+        hidden=64,
+        ffn=16,
+        restore_algorithm=algorithm,
+    )
+
+
+def judged_s(
+    costs: CostModel, geometry: Geometry, counts_NE: Int64, slots_S: np.ndarray[tuple[int], Any]
+) -> float:
+    """Sum what the cost model predicts for a forecast and its disturbed copies, in plain Python."""
+    layout = ExpertLayout(*shape_of(geometry), slots_S.astype("<i2").tobytes())
+    wanted = geometry.num_slots * costs.cluster.gemm.points[-1][0]
+    scaled_NE = counts_NE * wanted // max(int(counts_NE.sum()), 1)
+    mask, state = 2**64 - 1, 2602
+
+    def draw() -> int:
+        nonlocal state
+        state = z = (state + 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        return (z ^ (z >> 31)) % 16
+
+    factors = [146, 172, 189, 203, 215, 227, 238, 250, 262, 275, 289, 305, 323, 347, 380, 448]
+    scenarios = []
+    for _ in range(4):
+        factor_E = np.array([factors[draw()] for _ in range(geometry.num_experts)])
+        scenarios.append((scaled_NE + (scaled_NE * factor_E + 128) // 256) // 2)
+    total_s = 0.0
+    for scenario_NE in [*scenarios, scaled_NE]:
+        layer_s = costs.layer_seconds(scenario_NE, layout, geometry.node_size)
+        beside_s = costs.least_layer_seconds(scenario_NE, geometry)
+        total_s += layer_s + costs.exposed_seconds(layout, geometry.node_size, beside_s)
+    return total_s
+
+
+@settings(max_examples=150)
+@given(
+    geometries(),
+    st.sampled_from(KINDS),
+    st.sampled_from(list(ExchangeAlgorithm)),
+    st.integers(0, 2**16),
+)
+def test_by_time_the_fastest_of_the_constructions_is_taken(
+    geometry: Geometry, kind: str, algorithm: ExchangeAlgorithm, seed: int
+) -> None:
+    counts_NE = counts_of(kind, geometry, seed)
+    costs, static = by_time_costs(algorithm), ExpertLayout.static(*shape_of(geometry))
+    greedy = GreedyStrategy(geometry, costs)
+    planned = greedy.plan(counts_NE, static)
+    geometry.check_layout(planned)
+    assert greedy.plan(counts_NE, static) == planned
+    assert greedy.plan(counts_NE, planned) == planned
+    for rank in range(geometry.num_ranks):
+        assert len(set(planned.experts_of(rank))) == geometry.capacity
+    # What is compared trades no places between ranks only where a node has a single one.
+    geometry = dataclasses.replace(geometry, node_size=1)
+    planned = GreedyStrategy(geometry, costs).plan(counts_NE, static)
+    drift = GreedyStrategy(geometry).plan(counts_NE, static)
+    most_experts = geometry.node_size * (geometry.capacity - 1)
+    if geometry.num_nodes == 1 or geometry.num_experts <= most_experts:
+        assert planned == drift
+        return
+    if not always_balances(geometry):
+        assert planned == drift
+        return
+    candidates = [drift, construct_layout(counts_NE, static, geometry.node_size)]
+    made = [layout.slot_expert_S for layout in candidates]
+    if geometry.num_nodes * most_experts >= geometry.num_experts:
+        made.append(
+            native.proportional_by_node(
+                counts_NE, geometry.capacity, geometry.node_size, most_experts
+            )
+        )
+    least_s = min(judged_s(costs, geometry, counts_NE, slots_S) for slots_S in made)
+    taken_s = judged_s(costs, geometry, counts_NE, planned.slot_expert_S)
+    assert taken_s == pytest.approx(least_s, rel=1e-9)
+
+
+def test_by_time_fewer_tokens_leave_their_node() -> None:
+    geometry = Geometry(16, 32, 4, 8)
+    static = ExpertLayout.static(*shape_of(geometry))
+    shares = []
+    for strategy in (GreedyStrategy(geometry), GreedyStrategy(geometry, paper_costs())):
+        far = 0
+        for seed in range(8):
+            rng = np.random.default_rng(seed)
+            counts_NE = rng.multinomial(4096, rng.dirichlet(np.full(32, 0.15)), size=16)
+            layout = strategy.plan(counts_NE, static)
+            assert imbalance(counts_NE, layout, 8) <= 1.02
+            far += int(exact_split(layout, 8).solve(counts_NE).totals().far_S.sum())
+        shares.append(far / (8 * 16 * 4096))
+    assert shares[1] < 0.25 * shares[0]

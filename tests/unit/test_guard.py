@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.costs import paper_costs
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import TokenExchange
 from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
 from megatron_laer.planner.construct import always_balances, construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import GUARD_MODES, Decision, Guard
+from megatron_laer.planner.token_prices import TokenPrices
+from megatron_laer.simulator.outcome import evaluate
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
 HOSTS = (None, HostTime(3e-6, SolveTime(1e-5, 1e-7, 1e-8)))
 # From changes that cost next to nothing to changes that never pay.
 SOLVES = (SolveTime(0.0, 0.0, 0.0), SolveTime(1e-6, 1e-8, 1e-9), SolveTime(1e-3, 0.0, 0.0))
+NODE = TokenPrices(TokenExchange.NODE, intra_rows=0.9, inter_rows=0.46)
 
 
 @st.composite
@@ -36,6 +45,7 @@ def cost_models(draw: st.DrawFn) -> CostModel:
         hidden=8,
         ffn=draw(st.sampled_from([4, 40])),
         restore_algorithm=draw(st.sampled_from(list(ExchangeAlgorithm))),
+        tokens=draw(st.sampled_from([TokenPrices(), NODE, replace(NODE, inter_rows=1 / 3)])),
     )
 
 
@@ -253,3 +263,27 @@ def test_combinations_without_meaning_are_refused() -> None:
         guard.decide(np.ones((2, 4), dtype=np.int64), ExpertLayout.static(4, 2, 4))
     with pytest.raises(ValueError, match=r"the planner for \(4, 2, 4\)"):
         guard.decide(HOT_NE, ExpertLayout.static(4, 3, 4))
+
+
+@pytest.mark.parametrize("capacity", [3, 4])
+def test_adaptive_finds_by_itself_that_microbatches_differ_in_kind(capacity: int) -> None:
+    costs, geometry = paper_costs(), Geometry(16, 32, capacity, 8)
+    greedy, forecast = GreedyStrategy(geometry, costs), SmoothedForecast()
+    guards = {mode: Guard(mode, costs, geometry) for mode in GUARD_MODES}
+    rng = np.random.default_rng(capacity)
+    kinds = rng.dirichlet(np.full(32, 0.15), size=2)
+    layout, seconds = ExpertLayout.static(*shape_of(geometry)), dict.fromkeys(GUARD_MODES, 0.0)
+    for step in range(8):
+        microbatches = [rng.multinomial(32768, kinds[number % 2], size=16) for number in range(4)]
+        if step:
+            layout = greedy.plan(forecast.counts_NE(), layout)
+            for mode, guard in guards.items():
+                for counts_NE in microbatches:
+                    outcome = evaluate(guard, counts_NE, layout)
+                    seconds[mode] += outcome.layer_s
+                    if mode == PlanMode.ADAPTIVE and not outcome.replanned:
+                        seconds[mode] += costs.solve_seconds(geometry)  # may have been in vain
+        forecast = forecast.observe(sum(microbatches, np.zeros((16, 32), dtype=np.int64)))
+    # No layout fits both kinds: a forecast alone is slower, though it fetches nothing late.
+    assert seconds[PlanMode.FORECAST] > 1.02 * seconds[PlanMode.EXACT]
+    assert seconds[PlanMode.ADAPTIVE] <= 1.02 * seconds[PlanMode.EXACT]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from megatron_laer.runtime.weights.slices import Slices
 
 def layer(passes: int) -> LayerState:
     slices = Slices((), (), MegatronMainGrads())
-    return LayerState(0, "mtp 1", 1, True, slices, False, passes, changed=lambda: None)
+    return LayerState(0, "mtp 1", 1, True, slices, False, passes, owner=mock.Mock())
 
 
 def test_reruns_come_by_microbatch_and_within_it_backwards() -> None:

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.costs import paper_costs
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.native_core import native
-from megatron_laer.planner.reference_exact import proportional_experts
+from megatron_laer.planner.reference_exact import hosted_by_node, proportional_experts
 from megatron_laer.planner.search import SearchStrategy
 
 
@@ -67,6 +68,33 @@ def test_replicas_in_proportion_equal_the_plain_reference(
     assert by_node(made) == by_node(proportional_experts(counts_NE, geometry))
 
 
+@settings(max_examples=150)
+@given(
+    st.sampled_from([(2, 1), (4, 2), (6, 3), (8, 8), (12, 4)]),
+    st.integers(2, 24),
+    st.integers(0, 4),
+    st.integers(0, 2**16),
+)
+def test_nodes_host_their_largest_experts_like_the_plain_reference(
+    ranks: tuple[int, int], num_experts: int, spare: int, seed: int
+) -> None:
+    num_ranks, node_size = ranks
+    capacity = min(num_experts, -(-num_experts // num_ranks) + spare)
+    geometry = Geometry(num_ranks, num_experts, capacity, node_size)
+    most = min(num_experts, max(node_size * (capacity - 1), -(-num_experts // geometry.num_nodes)))
+    counts_NE = np.random.default_rng(seed).integers(0, 1 + seed % 50, (num_ranks, num_experts))
+    slots_S = native.proportional_by_node(counts_NE, capacity, node_size, most)
+    ExpertLayout(num_ranks, capacity, num_experts, slots_S.astype("<i2").tobytes())  # is legal
+    hosted = hosted_by_node(counts_NE, geometry, most)
+    for made, wanted in zip(slots_S.reshape(geometry.num_nodes, -1).tolist(), hosted, strict=True):
+        assert wanted <= set(made)
+        # A rank takes another expert only where it holds all of the node's already.
+        if len(wanted) >= capacity and counts_NE.sum() >= 4 * counts_NE.size:
+            assert wanted == set(made)
+    for experts_C in slots_S.reshape(num_ranks, capacity).tolist():
+        assert len(set(experts_C)) == capacity
+
+
 def test_strides_and_integer_types_make_no_difference() -> None:
     counts_NE = np.random.default_rng(0).integers(0, 1000, (8, 12))
     static = ExpertLayout.static(8, 3, 12)
@@ -98,12 +126,13 @@ def test_known_layouts_stay_as_they_are_on_every_machine() -> None:
         digests[capacity] = (
             construct_layout(counts_NE, static, 8).digest,
             GreedyStrategy(geometry).plan(counts_NE, static).digest,
+            GreedyStrategy(geometry, paper_costs()).plan(counts_NE, static).digest,
             search.plan(counts_NE, static).digest,
         )
     assert digests == {
-        3: (2812499659646349188, -1228292041803928090, 3272979700145726910),
-        4: (4297546431667611404, 6601285617979389404, 6601285617979389404),
-        6: (-3384109150207657573, 3716978080227568637, 3716978080227568637),
+        3: (2812499659646349188, -1228292041803928090, 2812499659646349188, 3272979700145726910),
+        4: (4297546431667611404, 6601285617979389404, 6601285617979389404, 6601285617979389404),
+        6: (-3384109150207657573, 3716978080227568637, 3716978080227568637, 3716978080227568637),
     }
 
 

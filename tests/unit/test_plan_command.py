@@ -56,6 +56,23 @@ def test_the_command_prints_the_table_and_writes_the_figures(tmp_path, trace, ca
     assert exact["load_over_bound"] == 1.0 and "ratios_R" not in exact
 
 
+def test_the_command_prices_the_token_exchange_that_is_asked_for(tmp_path, capsys):
+    words = "--workload W0 --ranks 32 --experts 128 --topk 8 --steps 2 --strategy greedy"
+    layer_ms = {}
+    for exchange in ("rank", "node", "auto"):
+        given = ("--mode", "forecast", "--json", tmp_path / "x.json", "--token-exchange", exchange)
+        status, out, err = run(*words.split(), *given, capsys=capsys)
+        assert status == 0 and err == ""
+        written = json.loads((tmp_path / "x.json").read_text())
+        priced, both_ms = written["token_exchange"], written["token_exchange_ms"]
+        assert priced == ("node" if exchange == "auto" else exchange)
+        assert f"tokens are priced as they travel by {priced}; expected" in out
+        assert f"top-8 and C = 5: rank {both_ms['rank']:.3f} ms, node {both_ms['node']:.3f}" in out
+        assert both_ms["node"] < both_ms["rank"]
+        layer_ms[exchange] = written["rows"][1]["layer_ms"]
+    assert layer_ms["auto"] == layer_ms["node"] < layer_ms["rank"]
+
+
 def test_the_command_reads_sizes_from_a_model(tmp_path, trace, capsys):
     path = recording(tmp_path / "x.trace", trace)
     words = "--strategy static --mode forecast --json"

@@ -68,6 +68,27 @@ def test_a_state_comes_back_as_it_was() -> None:
         assert (forecast.level_NE is None) == (saved.level_NE is None)
         assert forecast.level_NE is None or (forecast.level_NE == saved.level_NE).all()
         assert forecast.weight == saved.weight
+        assert forecast.errors == saved.errors
+        assert (forecast.steady_NE is None) == (saved.steady_NE is None)
+        assert forecast.steady_NE is None or (forecast.steady_NE == saved.steady_NE).all()
+    assert found.forecasts[0].errors != (0, 0)
+
+
+def test_a_state_of_forecasts_with_one_mean_is_read() -> None:
+    state = make_state()
+    header, payload = taken_apart(state.to_bytes())
+    del header["errors"]
+    levels = payload[: len(payload) - 2 * N * E * 8]  # of two layers, the third was not observed
+    found = PlannerState.from_bytes(signed(header, levels))
+    counts_NE = np.random.default_rng(1).integers(0, 1000, (N, E))
+    for forecast, saved in zip(found.forecasts, state.forecasts, strict=True):
+        assert forecast.steady_NE is None
+        if saved.level_NE is not None:
+            assert (forecast.counts_NE() == saved.level_NE).all()
+            level_NE = forecast.observe(counts_NE).level_NE
+            expected_NE = saved.observe(counts_NE).level_NE
+            assert level_NE is not None and expected_NE is not None
+            assert (level_NE == expected_NE).all()
 
 
 def test_a_state_of_another_group_is_refused_with_what_differs() -> None:
@@ -106,6 +127,12 @@ def test_a_state_of_another_group_is_refused_with_what_differs() -> None:
         ({"plans": [6, 7]}, "plan must have"),
         ({"more": 1}, "header must have"),
         ({"observed": NESTED}, "observed"),
+        ({"errors": [[1, 2], None]}, "errors"),
+        ({"errors": [[1, 2], None, [1, True]]}, "errors"),
+        ({"errors": [[1, 2], [1, 2], None]}, "no level"),
+        ({"errors": [[1, 2], None, [1, -2]]}, "errors"),
+        ({"errors": [[1, 2], None, None]}, "arrays"),
+        ({"errors": NESTED}, "errors"),
         ({"layers": NESTED}, "names"),
         ({"plans": NESTED}, "plan must have"),
     ],

@@ -11,10 +11,8 @@ import pytest
 
 from megatron_laer import cli
 from megatron_laer.cli.check_recipe import STATUS
-from megatron_laer.files.yaml_text import parse_yaml
 from megatron_laer.recipes.bridge import COLUMNS, judge_recipe, read_recipes
 from megatron_laer.recipes.families import IMPLIED, implied_by
-from megatron_laer.recipes.flags import flags_in_mapping, flags_in_text, script_flags, without
 from megatron_laer.recipes.proof import REPLACED, Proof
 from megatron_laer.recipes.verdict import Verdict, judge
 from megatron_laer.support.refusal import LeftOut
@@ -149,6 +147,13 @@ JUDGED: dict[str, tuple[dict[str, str], Verdict, Proof | None, list[str], list[s
         [],
         [],
     ),
+    "of a family that nobody has read": (
+        {"recipe": "megatron.bridge.recipes.new.h100.new_7b:new_7b_pretrain_config"},
+        Verdict.RUNS,
+        None,
+        ["its fields alone were judged"],
+        [],
+    ),
     "LoRA on attention": ({"pool": "peft"}, Verdict.RUNS, Proof.CPU, [], []),
     "LoRA on experts": (
         {"pool": "peft", "recipe": OLMOE},
@@ -255,13 +260,14 @@ def csv_of(*rows: dict[str, str]) -> str:
     [
         ("", "no field recipe, pool"),
         ("recipe,pool,EP\nx,sft,4\n", "no field dispatcher"),
+        (csv_of(NONE).replace("\n", ",EP\n", 1), "recipes.csv: EP comes twice; leave one out"),
         (csv_of(), "no recipe follows"),
         (csv_of(NONE) + "\nx,y\n", "line 4: 2 cells, and the first line names 16"),
         (csv_of(NONE) + '"x"y\n', "line 3: no CSV"),
         ("{}", "no field recipe"),
         (csv_of(NONE | {"EP": "x"}), f"recipe '{NAME}': EP 'x'"),
     ],
-    ids=["empty", "columns", "rows", "cells", "quotes", "JSON", "field"],
+    ids=["empty", "columns", "column twice", "rows", "cells", "quotes", "JSON", "field"],
 )
 def test_a_table_that_is_none_is_refused(
     text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -338,30 +344,6 @@ def test_a_command_that_asks_for_nothing_is_told_what_to_give(
 ) -> None:
     assert cli.main(["check-recipe", *words]) == 2
     assert says in capsys.readouterr().err
-
-
-def test_flags_are_taken_from_a_script_and_from_yaml(tmp_path: Path) -> None:
-    line = "torchrun --nproc-per-node 8 pretrain_gpt.py --lr 1 --bf16"
-    assert script_flags(line.split()) == ["--lr", "1", "--bf16"]
-    assert script_flags("train x.py -- --lr 1".split()) == ["--lr", "1"]
-    path = tmp_path / "run.sh"
-    path.write_text("#!/bin/bash\ntorchrun pretrain_gpt.py \\\n  --lr 1 \\\n  --split '99,1,0'\n")
-    assert flags_in_text(path) == ["--lr", "1", "--split", "99,1,0"]
-    text = "description: x\nmoe:\n  num_experts: 8\n  --moe-layer-freq: '[0,1]'\nswiglu: true\n"
-    content = parse_yaml(text)
-    assert isinstance(content, dict)
-    flags = ["--num-experts", "8", "--moe-layer-freq", "[0,1]", "--swiglu"]
-    assert flags_in_mapping(content, "x.yaml") == flags
-    with pytest.raises(ValueError, match=r"^x.yaml: 'Num Layers' is no flag"):
-        flags_in_mapping({"Num Layers": "2"}, "x.yaml")
-    path.write_text("--lr 'x")
-    with pytest.raises(ValueError, match="no command line"):
-        flags_in_text(path)
-
-
-def test_a_line_loses_flags_with_their_values() -> None:
-    words = "--a 1 2 --b --c=3 --d -1 --ab 4".split()
-    assert without(words, ("--a", "--c")) == ["--b", "--d", "-1", "--ab", "4"]
 
 
 @pytest.mark.skipif(not LIST.exists(), reason=f"no table of recipes at {LIST}")

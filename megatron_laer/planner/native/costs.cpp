@@ -13,7 +13,7 @@
 namespace laer {
 namespace {
 
-constexpr double kAllToAllPasses = 4, kBelowRounding = 1.0 - 1e-9;
+constexpr double kAllToAllPasses = 4, kForwardShare = 1.0 / 3.0, kBelowRounding = 1.0 - 1e-9;
 
 // The sum of the `kept` largest numbers of a row.
 int64_t largest_sum(const int64_t* row, int size, int kept, std::vector<int64_t>& scratch) {
@@ -74,13 +74,17 @@ double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& t
       far += totals.far_S[slot];
       rank_s += costs.gemm.unit_seconds(totals.near_S[slot] + totals.far_S[slot]);
     }
-    intra = std::max(intra, std::max(totals.sent_near_N[rank], near) - totals.own_N[rank]);
+    const int64_t inside =
+        costs.tokens_in_stages ? near + far : std::max(totals.sent_near_N[rank], near);
+    intra = std::max(intra, inside - totals.own_N[rank]);
     inter = std::max(inter, std::max(totals.sent_far_N[rank], far));
     expert_s = std::max(expert_s, rank_s);
   }
-  const double pass_s =
-      std::max(static_cast<double>(intra) * (costs.token_bytes / costs.intra_bytes_per_s),
-               static_cast<double>(inter) * (costs.token_bytes / costs.inter_bytes_per_s));
+  const double intra_s =
+      static_cast<double>(intra) * (costs.intra_pair_bytes / costs.intra_bytes_per_s);
+  const double inter_s =
+      static_cast<double>(inter) * (costs.inter_pair_bytes / costs.inter_bytes_per_s);
+  const double pass_s = costs.tokens_in_stages ? intra_s + inter_s : std::max(intra_s, inter_s);
   return costs.expert_flops * expert_s + kAllToAllPasses * (pass_s + costs.latency_s) +
          costs.host_s;
 }
@@ -102,7 +106,7 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const int
   const double expert_s = costs.expert_flops * std::max(experts_s / shape.ranks, largest_s);
 
   double pass_s = 0.0;
-  if (shape.ranks > 1) {
+  if (shape.ranks > 1 && !costs.tokens_in_stages) {
     const int64_t leaving = least_leaving(counts_NE, shape.ranks, shape.experts, shape.capacity);
     const double near_bytes_per_s = shape.node_size > 1 ? costs.intra_bytes_per_s : 0.0;
     const double far_bytes_per_s = shape.nodes() > 1 ? costs.inter_bytes_per_s : 0.0;
@@ -114,12 +118,15 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const int
     pass_s = std::max(
         pass_s, static_cast<double>(leaving) / shape.node_size / costs.inter_bytes_per_s);
   }
-  pass_s = pass_s * costs.token_bytes + costs.latency_s;
+  pass_s = pass_s * costs.inter_pair_bytes + costs.latency_s;
   return (expert_s + kAllToAllPasses * pass_s + costs.host_s) * kBelowRounding;
 }
 
-double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
-                      const int16_t* after_S) {
+namespace {
+
+// One restore that nothing hides, of the slots that differ from `before_S`, or of all without it.
+double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
+                       const int16_t* after_S) {
   const int size = shape.node_size;
   std::vector<int64_t> fetched_N(shape.ranks, 0), fetched_Q(shape.nodes(), 0);
   std::vector<int64_t> distinct_Q(shape.nodes(), 0), held_Q(shape.nodes(), 0), place_G(size, 0);
@@ -128,7 +135,7 @@ double change_seconds(const Shape& shape, const CostModel& costs, const int16_t*
   for (int rank = 0; rank < shape.ranks; ++rank) {
     const int node = rank / size;
     for (int slot = rank * shape.capacity; slot < (rank + 1) * shape.capacity; ++slot) {
-      if (before_S[slot] == after_S[slot]) continue;
+      if (before_S != nullptr && before_S[slot] == after_S[slot]) continue;
       ++fetched_N[rank];
       distinct_Q[node] += last_node_E[after_S[slot]] != node;
       last_node_E[after_S[slot]] = node;
@@ -163,7 +170,22 @@ double change_seconds(const Shape& shape, const CostModel& costs, const int16_t*
   const double inter_s =
       static_cast<double>(inter) * (costs.element_bytes / costs.inter_bytes_per_s);
   const double wire_s = costs.by_node ? intra_s + inter_s : std::max(intra_s, inter_s);
-  return wire_s + costs.fetch_latency_s + costs.solve_s;
+  return wire_s + costs.fetch_latency_s;
+}
+
+}  // namespace
+
+double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
+                      const int16_t* after_S) {
+  return restore_seconds(shape, costs, before_S, after_S) + costs.solve_s;
+}
+
+double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
+                       double beside_s) {
+  const double restore_s = restore_seconds(shape, costs, nullptr, slots_S);
+  const double forward_s = beside_s * kForwardShare;
+  return std::max(restore_s - forward_s, 0.0) +
+         std::max(2 * restore_s - (beside_s - forward_s), 0.0);
 }
 
 }  // namespace laer

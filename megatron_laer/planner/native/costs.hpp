@@ -26,9 +26,11 @@ struct GemmCurve {
 struct CostModel {
   GemmCurve gemm;
   double expert_flops;  // per token, over all passes
-  double token_bytes, element_bytes;
+  double intra_pair_bytes, inter_pair_bytes;  // of hidden states, per (token, expert) pair
+  bool tokens_in_stages;                      // inside nodes after between nodes
+  double element_bytes;
   double intra_bytes_per_s, inter_bytes_per_s;
-  double latency_s;                    // of one collective over all ranks
+  double latency_s;                    // of one pass of the token exchange
   double host_s;                       // of any microbatch, a constant of the shape
   bool by_node;                        // how changed slots are fetched
   double fetch_latency_s;              // of all matrices
@@ -46,5 +48,9 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const int
 // What it costs to change to a layout made after the gate.
 double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
                       const int16_t* after_S);
+
+// What of a layout's restores and reduce a layer beside does not hide that takes `beside_s`.
+double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
+                       double beside_s);
 
 }  // namespace laer

@@ -1,5 +1,5 @@
-// Layouts for forecasts, by how scarce slots are: connected pair graphs with fewer than two spare
-// slots per rank, replicas in proportion to load with more.
+// Layouts for forecasts: one that holds up under drift, and the choice by predicted time between
+// that one and two that keep more tokens in their node.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once
@@ -7,11 +7,19 @@
 #include <cstdint>
 #include <vector>
 
+#include "costs.hpp"
 #include "shape.hpp"
 
 namespace laer {
 
-// Slots for counts by node.
-std::vector<int16_t> greedy(const Shape& shape, const int64_t* node_counts_QE);
+// By how scarce slots are: connected pair graphs with fewer than two spare slots per rank, replicas
+// in proportion to load with more.
+std::vector<int16_t> for_drift(const Shape& shape, const int64_t* node_counts_QE);
+
+// The fastest by the cost model, over the forecast and disturbed copies of it, of for_drift, the
+// construction for known counts, and replicas in proportion inside each node. Nothing is compared
+// where each node can host all experts, as then no token leaves its node for want of one.
+std::vector<int16_t> greedy(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
+                            const int64_t* node_counts_QE);
 
 }  // namespace laer

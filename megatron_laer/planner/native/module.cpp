@@ -78,6 +78,13 @@ void check_size(const py::array& array, int64_t size, const char* what) {
   if (array.size() != size) throw py::value_error(std::string("wrong size of ") + what);
 }
 
+void check_experts(const Slots& slots_S, int num_experts) {
+  for (py::ssize_t slot = 0; slot < slots_S.size(); ++slot) {
+    const int16_t expert = slots_S.data()[slot];
+    if (expert < 0 || expert >= num_experts) throw py::value_error("a slot holds no expert");
+  }
+}
+
 void check_rank(const laer::Shape& shape, int rank) {
   if (rank < 0 || rank >= shape.ranks) throw py::value_error("rank must be in 0..N-1");
 }
@@ -152,7 +159,8 @@ py::tuple totals(const Counts& counts_NE, const Slots& slots_S, const Counts& lo
 
 laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
                            const Doubles& slope_P, const Doubles& limit_P, const Doubles& best_P,
-                           double expert_flops, double token_bytes, double element_bytes,
+                           double expert_flops, double intra_pair_bytes, double inter_pair_bytes,
+                           bool tokens_in_stages, double element_bytes,
                            double intra_bytes_per_s, double inter_bytes_per_s, double latency_s,
                            double host_s, bool by_node, double fetch_latency_s, double solve_s,
                            double least_change_s, const Counts& held_N) {
@@ -162,8 +170,20 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
   if (tokens_P.size() == 0) throw py::value_error("the GEMM curve is empty");
   return {{to_vector(tokens_P), to_vector(seconds_P), to_vector(slope_P), to_vector(limit_P),
            to_vector(best_P)},
-          expert_flops, token_bytes, element_bytes, intra_bytes_per_s, inter_bytes_per_s,
-          latency_s, host_s, by_node, fetch_latency_s, solve_s, least_change_s, to_vector(held_N)};
+          expert_flops, intra_pair_bytes, inter_pair_bytes, tokens_in_stages, element_bytes,
+          intra_bytes_per_s, inter_bytes_per_s, latency_s, host_s, by_node, fetch_latency_s,
+          solve_s, least_change_s, to_vector(held_N)};
+}
+
+double exposed_seconds(const Slots& slots_S, const laer::CostModel& costs, int num_experts,
+                       int node_size, double beside_s) {
+  const auto ranks = static_cast<int>(costs.held_N.size());
+  if (node_size < 1 || ranks % node_size != 0 || slots_S.size() % ranks != 0) {
+    throw py::value_error("ranks must divide the slots, and a node's ranks all ranks");
+  }
+  check_experts(slots_S, num_experts);
+  const laer::Shape shape{ranks, num_experts, static_cast<int>(slots_S.size()) / ranks, node_size};
+  return laer::exposed_seconds(shape, costs, slots_S.data(), beside_s);
 }
 
 // A rank's sums and runs, with the GIL but next to no work: what is sent to and received from each
@@ -199,10 +219,7 @@ py::tuple rank_quotas(const Slots& slots_S, const Counts& row_S, const Counts& c
   if (columns_NC.ndim() != 2) throw py::value_error("columns must be [N, C]");
   check_size(row_S, slots_S.size(), "the row");
   check_size(columns_NC, slots_S.size(), "the columns");
-  for (py::ssize_t slot = 0; slot < slots_S.size(); ++slot) {
-    const int16_t expert = slots_S.data()[slot];
-    if (expert < 0 || expert >= num_experts) throw py::value_error("a slot holds no expert");
-  }
+  check_experts(slots_S, num_experts);
   const laer::Shape shape{static_cast<int>(columns_NC.shape(0)), num_experts,
                           static_cast<int>(columns_NC.shape(1)), 1};
   const RankSums sums = rank_sums(shape, slots_S.data(), row_S.data(), columns_NC.data());
@@ -278,6 +295,38 @@ std::vector<int16_t> proportional(const laer::Shape& shape, const int64_t* node_
   return laer::proportional(shape, node_counts_QE, laer::Purpose::kForecast);
 }
 
+py::array_t<int16_t> proportional_by_node(const Counts& counts_NE, int capacity, int node_size,
+                                          int most_experts) {
+  Slots filled(counts_NE.ndim() == 2 ? counts_NE.shape(0) * capacity : 0);
+  for (py::ssize_t s = 0; s < filled.size(); ++s) {
+    filled.mutable_data()[s] = static_cast<int16_t>(s % counts_NE.shape(1));
+  }
+  const laer::Shape shape = shape_of(counts_NE, filled, node_size);
+  if (most_experts < 1 || most_experts > node_size * capacity ||
+      static_cast<int64_t>(most_experts) * shape.nodes() < shape.experts) {
+    throw py::value_error("nodes have too few places, or fewer slots than places");
+  }
+  const std::vector<int16_t> slots_S = laer::proportional_by_node(
+      shape, node_counts(shape, counts_NE.data()).data(), most_experts);
+  return py::array_t<int16_t>(static_cast<py::ssize_t>(slots_S.size()), slots_S.data());
+}
+
+py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int node_size,
+                            const laer::CostModel* costs) {
+  const laer::Shape shape = shape_of(counts_NE, current_S, node_size);
+  std::vector<int16_t> slots_S;
+  {
+    const int64_t* counts = counts_NE.data();
+    const int16_t* current = current_S.data();
+    py::gil_scoped_release release;
+    const std::vector<int64_t> by_node = node_counts(shape, counts);
+    slots_S = costs == nullptr ? laer::for_drift(shape, by_node.data())
+                               : laer::greedy(shape, *costs, counts, by_node.data());
+    laer::match_previous(shape, current, slots_S);
+  }
+  return py::array_t<int16_t>(static_cast<py::ssize_t>(slots_S.size()), slots_S.data());
+}
+
 py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int node_size,
                             int scenarios, int candidates, int exchanges, uint64_t seed) {
   const laer::Shape shape = shape_of(counts_NE, current_S, node_size);
@@ -303,10 +352,13 @@ PYBIND11_MODULE(_native, module) {
   module.def("rank_columns", &rank_columns);
   module.def("totals", &totals);
   py::class_<laer::CostModel>(module, "CostModel").def(py::init(&cost_model));
+  module.def("exposed_seconds", &exposed_seconds);
   module.def("decide", &decide);
   module.def("rank_quotas", &rank_quotas);
   module.def("construct", &make_layout<laer::fresh>);
   module.def("proportional", &make_layout<proportional>);
-  module.def("greedy", &make_layout<laer::greedy>);
+  module.def("proportional_by_node", &proportional_by_node);
+  module.def("greedy", &greedy, py::arg("counts_NE"), py::arg("current_S"), py::arg("node_size"),
+             py::arg("costs") = nullptr);
   module.def("search", &search);
 }

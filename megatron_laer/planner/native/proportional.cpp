@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "node_shares.hpp"
+
 namespace laer {
 namespace {
 
@@ -123,7 +125,8 @@ class Placement {
              const int64_t* node_counts_QE) {
     const int experts = shape_.experts;
     std::vector<Ratio> ratios;
-    for (int e = 0; e < experts; ++e) ratios.emplace_back(loads[e], replicas[e]);
+    // Experts without a replica here have no load here either.
+    for (int e = 0; e < experts; ++e) ratios.emplace_back(loads[e], std::max(replicas[e], 1));
     std::vector<int> order(experts);
     std::iota(order.begin(), order.end(), 0);
     std::sort(order.begin(), order.end(), [&](int a, int b) {
@@ -278,6 +281,40 @@ std::vector<int16_t> proportional(const Shape& shape, const int64_t* node_counts
     if (purpose == Purpose::kForecast) add_prior(loads);
     Placement placement(shape, part * ranks, ranks);
     placement.place(loads, count_replicas(loads, ranks * shape.capacity, ranks), node_counts_QE);
+    placement.copy_to(slots_S);
+  }
+  return slots_S;
+}
+
+std::vector<int16_t> proportional_by_node(const Shape& shape, const int64_t* node_counts_QE,
+                                          int most_experts) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < static_cast<int64_t>(shape.nodes()) * shape.experts; ++i) {
+    total += node_counts_QE[i];
+  }
+  const int64_t cap = (total + shape.ranks - 1) / shape.ranks;
+  const NodeShares shares = share_among_nodes(shape, node_counts_QE, cap, most_experts);
+  std::vector<int16_t> slots_S(shape.slots());
+  for (int node = 0; node < shape.nodes(); ++node) {
+    const size_t first = static_cast<size_t>(node) * shape.experts;
+    std::vector<int> hosted;
+    std::vector<int64_t> hosted_loads;
+    for (int e = 0; e < shape.experts; ++e) {
+      if (!shares.hosted_QE[first + e]) continue;
+      hosted.push_back(e);
+      hosted_loads.push_back(shares.tokens_QE[first + e]);
+    }
+    add_prior(hosted_loads);
+    const std::vector<int> hosted_replicas =
+        count_replicas(hosted_loads, shape.node_size * shape.capacity, shape.node_size);
+    std::vector<int64_t> loads(shape.experts, 0);
+    std::vector<int> replicas(shape.experts, 0);
+    for (size_t i = 0; i < hosted.size(); ++i) {
+      loads[hosted[i]] = hosted_loads[i];
+      replicas[hosted[i]] = hosted_replicas[i];
+    }
+    Placement placement(shape, node * shape.node_size, shape.node_size);
+    placement.place(loads, replicas, node_counts_QE);
     placement.copy_to(slots_S);
   }
   return slots_S;

@@ -17,4 +17,11 @@ namespace laer {
 std::vector<int16_t> proportional(const Shape& shape, const int64_t* node_counts_QE,
                                   Purpose purpose);
 
+// For a forecast: every node hosts its largest experts, at most `most_experts` (see node_shares.hpp)
+// and no more than its slots, and replicates them for the tokens that it takes. Fewer tokens leave
+// their node than with replicas placed over all nodes, and what of the node's slots is left beside
+// its experts links its ranks.
+std::vector<int16_t> proportional_by_node(const Shape& shape, const int64_t* node_counts_QE,
+                                          int most_experts);
+
 }  // namespace laer

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "construct.hpp"
+#include "disturb.hpp"
 #include "flow.hpp"
 #include "greedy.hpp"
 #include "proportional.hpp"
@@ -15,43 +16,8 @@
 namespace laer {
 namespace {
 
-// exp(0.3 z) at the 16 quantiles of the normal distribution, in 1/256: what an expert's load may
-// become until the layout is in use.
-constexpr int64_t kFactors[16] = {146, 172, 189, 203, 215, 227, 238, 250,
-                                  262, 275, 289, 305, 323, 347, 380, 448};
-
 // What all tokens off their node would cost, in percent of the mean load.
 constexpr int64_t kOffNodePercent = 8;
-
-// SplitMix64, the same on every machine.
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed) {}
-
-  uint64_t next() {
-    uint64_t z = (state_ += 0x9E3779B97F4A7C15ULL);
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
-    return z ^ (z >> 31);
-  }
-  int below(int limit) { return static_cast<int>(next() % static_cast<uint64_t>(limit)); }
-
- private:
-  uint64_t state_;
-};
-
-std::vector<int64_t> disturb(const Shape& shape, const int64_t* node_counts_QE, Random& random) {
-  const int64_t size = static_cast<int64_t>(shape.nodes()) * shape.experts;
-  std::vector<int64_t> disturbed(node_counts_QE, node_counts_QE + size);
-  for (int e = 0; e < shape.experts; ++e) {
-    const int64_t factor = kFactors[random.below(16)];
-    for (int node = 0; node < shape.nodes(); ++node) {
-      int64_t& tokens = disturbed[static_cast<size_t>(node) * shape.experts + e];
-      tokens = (tokens * factor + 128) / 256;
-    }
-  }
-  return disturbed;
-}
 
 // What a scenario scores in which all ranks carry the mean load.
 constexpr int64_t kPerfect = int64_t{1} << 20;
@@ -192,7 +158,7 @@ std::vector<int16_t> search(const Shape& shape, const int64_t* node_counts_QE,
   for (int i = 0; i < effort.scenarios; ++i) {
     // The first one is the forecast itself.
     const std::vector<int64_t> counts_QE =
-        i == 0 ? forecast_QE : disturb(shape, node_counts_QE, random);
+        i == 0 ? forecast_QE : disturb(node_counts_QE, shape.nodes(), shape.experts, random);
     std::vector<int64_t> loads_E(shape.experts, 0);
     for (size_t at = 0; at < counts_QE.size(); ++at) loads_E[at % shape.experts] += counts_QE[at];
     scenarios.push_back(std::move(loads_E));
@@ -209,12 +175,12 @@ std::vector<int16_t> search(const Shape& shape, const int64_t* node_counts_QE,
     best = slots_S;
     return true;
   };
-  compete(greedy(shape, node_counts_QE));
+  compete(for_drift(shape, node_counts_QE));
   compete(proportional(shape, node_counts_QE, Purpose::kForecast));
   if (can_balance(shape)) {
     compete(construct(shape, node_counts_QE, Purpose::kForecast));
     for (int i = 0; i < effort.candidates; ++i) {
-      compete(construct(shape, disturb(shape, node_counts_QE, random).data(), Purpose::kForecast));
+      compete(construct(shape, disturb(node_counts_QE, shape.nodes(), shape.experts, random).data(), Purpose::kForecast));
     }
   }
 

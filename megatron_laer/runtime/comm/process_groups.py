@@ -29,17 +29,21 @@ class FSEPGroups:
 
     Attributes:
         tokens: Megatron's expert-parallel group; token All-to-All and the exchange of counts.
+        tokens_intra_node, tokens_inter_node: like those of parameters, for the two stages of a
+            token exchange through nodes; None also where there is no such exchange.
         parameters: same ranks, for restores.
         gradients: same ranks, for gradient exchanges.
         parameters_intra_node, gradients_intra_node: the ranks of this rank's node within the group.
-            None, like the next two, where nodes hold one rank or the whole group: then these groups
-            would hold one rank, or the same ranks as `parameters`.
+            None, like those between nodes, where nodes hold one rank or the whole group: then these
+            groups would hold one rank, or the same ranks as `parameters`.
         parameters_inter_node, gradients_inter_node: the ranks with this rank's local rank, one on
             every node.
         index: which of the world's FSEP groups this is (one per pipeline stage and replica).
     """
 
     tokens: Group
+    tokens_intra_node: Group | None
+    tokens_inter_node: Group | None
     parameters: Group
     gradients: Group
     parameters_intra_node: Group | None
@@ -68,6 +72,8 @@ class FSEPGroups:
     def extra(self) -> tuple[Group, ...]:
         """Return all groups that were made here (Megatron owns `tokens`)."""
         groups = (
+            self.tokens_intra_node,
+            self.tokens_inter_node,
             self.parameters,
             self.gradients,
             self.parameters_intra_node,
@@ -116,6 +122,8 @@ def create_groups(
     expert_group: Group,
     node_size: int | None,
     create_group: Callable[..., Group],
+    *,
+    tokens_through_nodes: bool = False,
 ) -> FSEPGroups:
     """Make the FSEP communicators. Collective: every rank of the world must call it.
 
@@ -125,6 +133,7 @@ def create_groups(
         create_group: called with ranks and `group_desc`; goes through Megatron's
             `parallel_state.create_group`, which keeps the list of groups whose time-outs Megatron
             changes after start-up.
+        tokens_through_nodes: whether tokens may be exchanged in two stages.
 
     Raises:
         ValueError: a node size that does not divide N, or that is not known. On every rank.
@@ -147,7 +156,7 @@ def create_groups(
         make("gradients", ranks)
         if size in (1, len(ranks)):
             continue
-        for exchange in ("parameters", "gradients"):
+        for exchange in ("parameters", "gradients", *(["tokens"] * tokens_through_nodes)):
             for start in range(0, len(ranks), size):
                 make(f"{exchange}_intra_node", ranks[start : start + size])
             for local_rank in range(size):
@@ -155,6 +164,8 @@ def create_groups(
 
     return FSEPGroups(
         tokens=expert_group,
+        tokens_intra_node=made.get("tokens_intra_node"),
+        tokens_inter_node=made.get("tokens_inter_node"),
         parameters=made["parameters"],
         gradients=made["gradients"],
         parameters_intra_node=made.get("parameters_intra_node"),

@@ -1,0 +1,111 @@
+"""Token exchanges are priced here, and `--fsep-token-exchange auto` is decided.
+
+The cost model knows pairs of tokens and experts, from counts. How many rows they are depends on
+which experts tokens choose together, and is expected once, for even counts, as rows per pair.
+
+Legend: N ranks, E experts, S slots, T tokens of a rank, K top-k; X ranks that are looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from megatron_laer.choices import TokenExchange
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.construct import construct_layout
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.token_prices import ALL_TO_ALL_PASSES, BY_RANK, TokenPrices
+from megatron_laer.planner.token_traffic import expected_crossings
+
+# Even counts make ranks much alike; these suffice, and time does not grow with N by N.
+_RANKS = 16
+
+
+def choose_token_exchange(
+    costs: CostModel, geometry: Geometry, top_k: int, tokens: int
+) -> TokenExchange:
+    """Choose the exchange whose tokens take less predicted time; of equals Megatron's.
+
+    Args:
+        costs: of the layer.
+        top_k: K.
+        tokens: T, of a rank and microbatch.
+
+    Raises:
+        ValueError: fewer than one token or expert per token, or more experts than there are.
+    """
+    seconds = token_seconds(costs, geometry, top_k, tokens)
+    return min(TokenExchange, key=lambda exchange: seconds[exchange])
+
+
+def token_seconds(
+    costs: CostModel, geometry: Geometry, top_k: int, tokens: int
+) -> dict[TokenExchange, float]:
+    """Predict the seconds of a layer's token exchanges, forward and backward, with even counts.
+
+    With `rank` both link classes are driven at once, and the slower one counts; with `node` one
+    stage follows the other. Beside that `node` has the latencies of its second stage and of what
+    it sends beside rows, and the wait for sizes (`TokenPrices.latency_seconds`). Kernels are
+    not priced: both gather and sum as many pairs.
+
+    Raises:
+        ValueError: as `choose_token_exchange`.
+    """
+    cluster, seconds = costs.cluster, {}
+    for exchange, (intra_rows, inter_rows) in _crossings(geometry, top_k, tokens).items():
+        prices = TokenPrices(exchange)
+        intra_s = intra_rows * (costs.token_bytes / cluster.intra.bytes_per_s)
+        inter_s = inter_rows * (costs.token_bytes / cluster.inter.bytes_per_s)
+        pass_s = intra_s + inter_s if prices.in_stages else max(intra_s, inter_s)
+        pass_s += replace(costs, tokens=prices).token_latency_seconds(geometry)
+        seconds[exchange] = ALL_TO_ALL_PASSES * pass_s
+    return seconds
+
+
+def with_token_exchange(
+    costs: CostModel, exchange: TokenExchange, geometry: Geometry, top_k: int, tokens: int
+) -> CostModel:
+    """Return the cost model that prices tokens as this exchange sends them.
+
+    Raises:
+        ValueError: as `choose_token_exchange`.
+    """
+    prices = BY_RANK
+    if exchange == TokenExchange.NODE:
+        crossings = _crossings(geometry, top_k, tokens)
+        intra_pairs, inter_pairs = crossings[TokenExchange.RANK]
+        intra_rows, inter_rows = crossings[TokenExchange.NODE]
+        leaving_pairs = intra_pairs + inter_pairs
+        prices = TokenPrices(
+            exchange,
+            intra_rows / leaving_pairs if leaving_pairs else 1.0,
+            inter_rows / inter_pairs if inter_pairs else 1.0,
+        )
+    return replace(costs, tokens=prices)
+
+
+def _crossings(
+    geometry: Geometry, top_k: int, tokens: int
+) -> dict[TokenExchange, tuple[float, float]]:
+    """Expect an average rank's rows by exchange and link class, if experts are all as likely."""
+    num_ranks, num_experts = geometry.num_ranks, geometry.num_experts
+    if tokens < 1 or not 1 <= top_k <= num_experts:
+        raise ValueError(
+            f"{tokens} tokens with {top_k} of {num_experts} experts each: give at least one token, "
+            f"and 1..{num_experts} experts of a token"
+        )
+    # Dealt out in turn, so that no expert has more tokens than there are.
+    share, left = divmod(tokens * top_k, num_experts)
+    counts_NE = np.full((num_ranks, num_experts), share, dtype=np.int64)
+    extra_N1 = np.arange(num_ranks)[:, None] * left
+    counts_NE += (np.arange(num_experts) - extra_N1) % num_experts < left
+    static = ExpertLayout.static(num_ranks, geometry.capacity, num_experts)
+    layout = construct_layout(counts_NE, static, geometry.node_size)
+    quotas = exact_split(layout, geometry.node_size).solve(counts_NE)
+    rank_X = np.unique(np.linspace(0, num_ranks - 1, _RANKS).astype(np.int64))
+    row_XS = np.stack([quotas.rank_row(rank) for rank in rank_X.tolist()])
+    return expected_crossings(row_XS, rank_X, tokens, layout, geometry.node_size)

@@ -1,0 +1,281 @@
+"""These formulas tell what a layer's token exchange puts on the links, in rows and in bytes.
+
+A row is one hidden state. With the exchange `rank`, which is Megatron's, one travels for every
+(token, expert) pair. With `node`, one travels for every token and node that has experts of it,
+between ranks with the same local rank, and then inside the node one for every token and rank.
+Combine goes the same ways back, and the backward pass of either goes the way of the other.
+
+Probabilities and places of rows, a few bytes per pair, are counted apart (`metadata_bytes`).
+
+Legend: N ranks, E experts, C slots per rank, S = N·C slots, G ranks per node, M = N/G nodes; rank
+n = J·G + g is local rank g of node J; T tokens, P (token, expert) pairs of a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.arrays import Bool, Int64
+from megatron_laer.choices import TokenExchange
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.geometry import check_node_size
+
+# Counted, or expected.
+Rows = npt.NDArray[np.int64] | npt.NDArray[np.float64]
+
+_PROBABILITY_BYTES, _PLACE_BYTES, _SIZE_BYTES = 4, 4, 4
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTraffic:
+    """Holds what one exchange moves per rank and link class, but for what stays on a rank.
+
+    Attributes:
+        intra_N, inter_N: received from ranks of the same node and of other nodes.
+        sent_intra_N, sent_inter_N: sent to them.
+    """
+
+    intra_N: Rows
+    inter_N: Rows
+    sent_intra_N: Rows
+    sent_inter_N: Rows
+
+    def transposed(self) -> TokenTraffic:
+        """Return what the exchange moves in the other direction."""
+        return TokenTraffic(self.sent_intra_N, self.sent_inter_N, self.intra_N, self.inter_N)
+
+    def times(self, row_bytes: int) -> TokenTraffic:
+        """Return bytes, for rows of so many."""
+        return TokenTraffic(
+            self.intra_N * row_bytes,
+            self.inter_N * row_bytes,
+            self.sent_intra_N * row_bytes,
+            self.sent_inter_N * row_bytes,
+        )
+
+    def __add__(self, other: TokenTraffic) -> TokenTraffic:
+        """Return what both exchanges move."""
+        return TokenTraffic(
+            self.intra_N + other.intra_N,
+            self.inter_N + other.inter_N,
+            self.sent_intra_N + other.sent_intra_N,
+            self.sent_inter_N + other.sent_inter_N,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRouting:
+    """Holds how many pairs and how many distinct tokens of each rank go where.
+
+    Attributes:
+        pairs_NN: pairs of each source rank that go to slots of each rank.
+        to_ranks_NN: distinct tokens of each source that have such pairs.
+        to_nodes_NM: distinct tokens of each source that go to any rank of each node.
+        node_size: G.
+    """
+
+    pairs_NN: Rows
+    to_ranks_NN: Rows
+    to_nodes_NM: Rows
+    node_size: int
+
+    @classmethod
+    def count(
+        cls, maps: Sequence[Bool], slots: Sequence[npt.NDArray[Any]], capacity: int, node_size: int
+    ) -> TokenRouting:
+        """Count a routing that is known.
+
+        Args:
+            maps: of each rank the router's, bool [T, E]; T may differ.
+            slots: of each rank the slots of its pairs, by expert, then token: see
+                `dispatch.replica_choice`.
+            capacity: C.
+            node_size: G.
+
+        Raises:
+            ValueError: a node size that does not divide N, or another number of slots than pairs.
+        """
+        num_ranks = len(maps)
+        check_node_size(num_ranks, node_size)
+        num_nodes = num_ranks // node_size
+        pairs_NN, to_ranks_NN = np.zeros((2, num_ranks, num_ranks), dtype=np.int64)
+        to_nodes_NM = np.zeros((num_ranks, num_nodes), dtype=np.int64)
+        for source, (map_TE, slot_P) in enumerate(zip(maps, slots, strict=True)):
+            token_P = np.nonzero(map_TE.T)[1]
+            if len(token_P) != len(slot_P):
+                raise ValueError(
+                    f"rank {source} has {len(token_P)} pairs and was given {len(slot_P)} slots"
+                )
+            rank_P = slot_P.astype(np.int64) // capacity
+            pairs_NN[source] = np.bincount(rank_P, minlength=num_ranks)
+            reaches_TN = np.zeros((len(map_TE), num_ranks), dtype=np.bool_)
+            reaches_TN[token_P, rank_P] = True
+            to_ranks_NN[source] = reaches_TN.sum(axis=0)
+            reaches_TM = reaches_TN.reshape(-1, num_nodes, node_size).any(axis=2)
+            to_nodes_NM[source] = reaches_TM.sum(axis=0)
+        return cls(pairs_NN, to_ranks_NN, to_nodes_NM, node_size)
+
+    @classmethod
+    def expect(
+        cls, quota_NS: Int64, tokens_N: Int64, layout: ExpertLayout, node_size: int
+    ) -> TokenRouting:
+        """Expect it from quotas alone, as if a token chose each expert without regard to others.
+
+        A token of rank n goes to node J with one expert with probability q/T, where q is the
+        rank's quota of that expert in the node; it misses the node if it does so with no expert:
+        T·(1 - ∏(1 - q/T)) distinct tokens. Tokens have exactly K experts, so that those that miss
+        one expert of a node are a little likelier to have another one: the true number is larger,
+        by 3 % for 8 of 64 experts that are all as likely, less for more experts. Where experts are
+        chosen together more often than that, it is smaller.
+
+        Args:
+            quota_NS: tokens that each source sends to each slot.
+            tokens_N: T of each source.
+
+        Raises:
+            ValueError: a node size that does not divide N.
+        """
+        check_node_size(layout.num_ranks, node_size)
+        num_ranks, num_nodes = layout.num_ranks, layout.num_ranks // node_size
+        rank_S = np.arange(layout.num_slots) // layout.capacity
+        return cls(
+            quota_NS.reshape(num_ranks, num_ranks, layout.capacity).sum(axis=2),
+            _expected(quota_NS, tokens_N, layout.slot_expert_S, rank_S, num_ranks),
+            _expected(quota_NS, tokens_N, layout.slot_expert_S, rank_S // node_size, num_nodes),
+            node_size,
+        )
+
+
+def dispatch_rows(routing: TokenRouting, exchange: TokenExchange) -> TokenTraffic:
+    """Count the rows of hidden states that one dispatch moves; combine moves them back.
+
+    With p(n, m) pairs and d(n, m) distinct tokens of rank n for rank m, and D(n, J) for node J,
+    rank n = (J, g) sends, and receives with both arguments exchanged,
+
+        rank  Σ p(n, m) over m ≠ n in J intra              Σ p(n, m) over m not in J inter
+        node  Σ d((J', g), m) over all J', m ≠ n in J      Σ D(n, J') over J' ≠ J inter
+
+    since what the nodes have for node J is passed on there by the rank with the source's local
+    rank. As D(n, J) ≤ Σ d(n, m) ≤ Σ p(n, m) over the ranks m of node J, no rank sends more to other
+    nodes with `node` than with `rank`, and no node receives more; a single rank may.
+    """
+    num_ranks, size = len(routing.pairs_NN), routing.node_size
+    node_N = np.arange(num_ranks) // size
+    is_near_NN = node_N[:, None] == node_N
+    if exchange == TokenExchange.RANK:
+        return _between_ranks(routing.pairs_NN, is_near_NN)
+    inter_NM = np.where(node_N[:, None] == np.arange(num_ranks // size), 0, routing.to_nodes_NM)
+    # Rows for rank m come in over each local rank g of its node, from all nodes.
+    passed_GN = routing.to_ranks_NN.reshape(-1, size, num_ranks).sum(axis=0)
+    passed_NN = np.where(is_near_NN, passed_GN[np.arange(num_ranks) % size], 0)
+    inside = _between_ranks(passed_NN, is_near_NN)
+    return TokenTraffic(
+        intra_N=inside.intra_N,
+        # Local rank g of node J receives what those of other nodes send there.
+        inter_N=inter_NM.reshape(-1, size, num_ranks // size).sum(axis=0).T.ravel(),
+        sent_intra_N=inside.sent_intra_N,
+        sent_inter_N=inter_NM.sum(axis=1),
+    )
+
+
+def metadata_bytes(routing: TokenRouting, exchange: TokenExchange) -> TokenTraffic:
+    """Count the bytes that one dispatch moves beside hidden states.
+
+    `rank` sends the probability of each pair. `node` also sends the place of each pair's row, with
+    the row one bit for each local rank, where it has two stages, and before that the sizes, which
+    every rank sends to every other one.
+    """
+    num_ranks, size = len(routing.pairs_NN), routing.node_size
+    pairs = dispatch_rows(routing, TokenExchange.RANK)
+    if exchange == TokenExchange.RANK:
+        return pairs.times(_PROBABILITY_BYTES)
+    moved = pairs.times(_PROBABILITY_BYTES + _PLACE_BYTES)
+    num_sizes = num_ranks
+    if 1 < size < num_ranks:
+        num_sizes += num_ranks // size
+        none_N = np.zeros(num_ranks, dtype=np.int64)
+        rows = dispatch_rows(routing, exchange)
+        crossing = TokenTraffic(none_N, rows.inter_N, none_N, rows.sent_inter_N)
+        moved += crossing.times(-(-size // 8))
+    near_N, far_N = np.full((2, num_ranks), num_sizes * _SIZE_BYTES, dtype=np.int64)
+    near_N *= size - 1
+    far_N *= num_ranks - size
+    return moved + TokenTraffic(near_N, far_N, near_N, far_N)
+
+
+def metadata_bytes_backward(routing: TokenRouting) -> TokenTraffic:
+    """Count the bytes of the probabilities' gradients, which go back pair by pair with either."""
+    pairs = dispatch_rows(routing, TokenExchange.RANK)
+    return pairs.transposed().times(_PROBABILITY_BYTES)
+
+
+def expected_crossings(
+    row_XS: Int64, rank_X: Int64, tokens: int, layout: ExpertLayout, node_size: int
+) -> dict[TokenExchange, tuple[float, float]]:
+    """Expect the rows that an average rank's tokens are, intra-node and inter-node, by exchange.
+
+    A row of `node` that is passed on counts as its source's, whichever rank passes it on.
+
+    Args:
+        row_XS: what some ranks send to each slot.
+        rank_X: these ranks.
+        tokens: T, of each.
+    """
+    rank_N = np.arange(layout.num_ranks)
+    rank_S = np.repeat(rank_N, layout.capacity)
+    pairs_XN = row_XS.reshape(len(rank_X), layout.num_ranks, -1).sum(axis=2)
+    tokens_X = np.full(len(rank_X), tokens)
+    expected = [
+        _expected(row_XS, tokens_X, layout.slot_expert_S, rank_S // size, layout.num_ranks // size)
+        for size in (1, node_size)
+    ]
+    is_near_XN = rank_X[:, None] // node_size == rank_N // node_size
+    is_own_XN = rank_X[:, None] == rank_N
+    is_passed_on_XN = rank_X[:, None] % node_size != rank_N % node_size
+    is_home_XM = rank_X[:, None] // node_size == np.arange(layout.num_ranks // node_size)
+    return {
+        TokenExchange.RANK: (
+            float(pairs_XN[is_near_XN & ~is_own_XN].sum()) / len(rank_X),
+            float(pairs_XN[~is_near_XN].sum()) / len(rank_X),
+        ),
+        TokenExchange.NODE: (
+            float(expected[0][is_passed_on_XN].sum()) / len(rank_X),
+            float(expected[1][~is_home_XM].sum()) / len(rank_X),
+        ),
+    }
+
+
+def _between_ranks(rows_NN: Rows, is_near_NN: Bool) -> TokenTraffic:
+    """Sum what each rank sends to each other one, [N, N], by link class."""
+    near_NN = np.where(is_near_NN & ~np.eye(len(rows_NN), dtype=np.bool_), rows_NN, 0)
+    far_NN = np.where(is_near_NN, 0, rows_NN)
+    return TokenTraffic(
+        intra_N=near_NN.sum(axis=0),
+        inter_N=far_NN.sum(axis=0),
+        sent_intra_N=near_NN.sum(axis=1),
+        sent_inter_N=far_NN.sum(axis=1),
+    )
+
+
+def _expected(
+    quota_NS: Int64,
+    tokens_N: Int64,
+    expert_S: npt.NDArray[np.int16],
+    place_S: Int64,
+    num_places: int,
+) -> npt.NDArray[np.float64]:
+    """Expect the distinct tokens of each source that go to each place, a node or a rank."""
+    # A token goes to one slot of an expert, so slots of one expert and place add up.
+    keys_X, at_S = np.unique(place_S * (int(expert_S.max()) + 1) + expert_S, return_inverse=True)
+    share_NX = np.zeros((len(quota_NS), len(keys_X)))
+    np.add.at(share_NX.T, at_S, (quota_NS / np.maximum(tokens_N, 1)[:, None]).T)
+    place_X = keys_X // (int(expert_S.max()) + 1)
+    missed_NB = np.ones((len(quota_NS), num_places))
+    np.multiply.at(missed_NB.T, place_X, 1 - np.minimum(share_NX, 1.0).T)
+    expected: npt.NDArray[np.float64] = tokens_N[:, None] * (1 - missed_NB)
+    return expected

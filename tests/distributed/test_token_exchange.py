@@ -1,0 +1,208 @@
+"""Tokens that go through nodes bring experts the same bits, and send what the formulas say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_laer.testing.ranks import RankPool
+from tests.token_exchange import (
+    HIDDEN,
+    Case,
+    Outcome,
+    Sent,
+    expected,
+    gloo_groups,
+    make_dispatcher,
+    plan_of,
+    routing_maps,
+    run,
+)
+
+EVEN = Case((24, 24, 24, 24), 2)
+CASES = {
+    "nodes of 1": replace(EVEN, node_size=1),
+    "nodes of 2": EVEN,
+    "one node": replace(EVEN, node_size=4),
+    "tokens on some ranks, top-1": Case((7, 0, 0, 19), 2, top_k=1),
+    "empty nodes": Case((9, 5, 11, 1), 2, capacity=8, top_k=1, crowded=True),
+    "no tokens": Case((0, 0, 0, 0), 2),
+    "a slot per rank": Case((13, 8, 5, 30), 2, capacity=1, experts=4, top_k=3),
+    "all experts": Case((16, 3, 4, 8), 2, capacity=6, top_k=8),
+}
+
+
+def both(case: Case, dtype_name: str) -> tuple[Outcome, Outcome, Outcome, Outcome]:
+    """On a rank: by Megatron's rows, twice through nodes, and so with a choice of replicas."""
+    from megatron_laer.dispatch import replica_choice
+
+    dtype = getattr(torch, dtype_name)
+    with gloo_groups(case.node_size) as groups:
+        by_rank = run(case, groups, nodes=False, dtype=dtype)
+        # Of more than all pairs, so never; then always.
+        with mock.patch.object(replica_choice, "_LEAST_SHARE", 1.1):
+            through_nodes = [run(case, groups, nodes=True, dtype=dtype) for _ in range(2)]
+        with mock.patch.object(replica_choice, "_LEAST_SHARE", 0.0):
+            chosen = run(case, groups, nodes=True, dtype=dtype)
+    return by_rank, *through_nodes, chosen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_experts_get_the_same_bits_and_sums_differ_by_rounding(
+    ranks: Callable[[int], RankPool], case: str, dtype: str
+) -> None:
+    for by_rank, nodes, again, chosen in ranks(CASES[case].ranks).run(both, CASES[case], dtype):
+        for mine, stocks in zip(nodes.experts, by_rank.experts, strict=True):
+            assert torch.equal(mine, stocks)
+        # A bf16 rounding per sum: of a rank's pairs, of a node's ranks, and of nodes.
+        bound = {} if dtype == "float32" else {"rtol": 5e-2, "atol": 5e-2}
+        for ours in (nodes, chosen):
+            for mine, stocks in zip(
+                (ours.combined, *ours.grads), (by_rank.combined, *by_rank.grads), strict=True
+            ):
+                torch.testing.assert_close(mine, stocks, **bound)
+        assert torch.equal(nodes.grads[1], by_rank.grads[1]) or dtype == "bfloat16"
+        for mine, repeated in zip(
+            (nodes.combined, *nodes.grads), (again.combined, *again.grads), strict=True
+        ):
+            assert torch.equal(mine, repeated)
+
+
+def gathers_of_sizes(case: Case) -> list[int]:
+    """On a rank: exchanges of sizes in a first pass, and with them in its re-run."""
+    import torch.distributed as dist
+
+    counts = []
+    with gloo_groups(case.node_size) as groups:
+        plan, map_TE = plan_of(case, groups.rank), routing_maps(case)[groups.rank]
+        hidden, probs = torch.zeros(len(map_TE), HIDDEN), map_TE.float()
+        gather = mock.Mock(side_effect=dist.all_gather_into_tensor)
+        with mock.patch.object(dist, "all_gather_into_tensor", gather):
+            for of_pass, of_router in ((plan, map_TE), (plan.for_rerun(map_TE), ~map_TE)):
+                dispatcher = make_dispatcher(of_pass, case, groups, nodes=True)
+                dispatcher.dispatch_preprocess(hidden, of_router, probs)
+                counts.append(gather.call_count)
+    return counts
+
+
+def test_a_rerun_under_a_checkpoint_exchanges_no_sizes(ranks: Callable[[int], RankPool]) -> None:
+    assert ranks(4).run(gathers_of_sizes, EVEN) == [[1, 1]] * 4
+
+
+class SharedExperts:
+    """Notes in which order the dispatcher calls it, and gives a constant output."""
+
+    use_shared_expert_gate = False
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: self.calls.append(name)
+
+    def pre_forward_comm(self, hidden: Any) -> None:
+        self.calls.append("pre_forward_comm")
+        self.hidden = hidden
+
+    def get_output(self) -> Any:
+        self.calls.append("get_output")
+        return self.hidden * 2
+
+
+def calls_of_shared_experts(case: Case) -> list[list[str]]:
+    """On a rank: what either exchange lets shared experts do that overlap with it."""
+    calls = []
+    with gloo_groups(case.node_size) as groups:
+        for nodes in (False, True):
+            shared = SharedExperts()
+            run(case, groups, nodes=nodes, shared=shared)
+            calls.append(shared.calls)
+    return calls
+
+
+def test_shared_experts_are_called_as_by_megatrons_exchange(
+    ranks: Callable[[int], RankPool],
+) -> None:
+    for by_rank, by_node in ranks(4).run(calls_of_shared_experts, EVEN):
+        assert by_node == by_rank and len(by_rank) == 7
+
+
+# Top-4 of 12 experts, so that tokens share nodes and ranks; one rank has no token.
+BYTES = Case((20, 9, 31, 0, 14, 25, 7, 18), 1, capacity=3, experts=12, top_k=4)
+
+
+def sent_by(case: Case) -> dict[bool, Outcome]:
+    """On a rank: whole exchanges by Megatron's rows, and through nodes."""
+    with gloo_groups(case.node_size) as groups:
+        return {nodes: run(case, groups, nodes=nodes) for nodes in (False, True)}
+
+
+def received_by_link(sent: list[Sent], rank: int, node_size: int) -> tuple[list[int], list[int]]:
+    """Rows of hidden states that a rank received, and other bytes: inside its node, and between."""
+    hidden, other = [0, 0], [0, 0]
+    for collective in sent:
+        for source, rows in enumerate(collective.received_N):
+            between = source // node_size != rank // node_size
+            if source == rank:
+                continue
+            if collective.is_hidden:
+                assert collective.row_bytes == 4 * HIDDEN
+                hidden[between] += rows
+            else:
+                other[between] += rows * collective.row_bytes
+    return hidden, other
+
+
+@pytest.mark.parametrize("node_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rows_and_bytes_of_real_collectives_equal_the_formulas(
+    ranks: Callable[[int], RankPool], node_size: int, seed: int
+) -> None:
+    case = replace(BYTES, node_size=node_size, seed=seed)
+    found = ranks(8).run(sent_by, case)
+    has_two_stages = 1 < node_size < 8
+    for nodes in (False, True):
+        plain = expected(case, nodes=nodes)
+        for rank, outcomes in enumerate(found):
+            sent = outcomes[nodes].sent
+            dispatch, beside = received_by_link(sent["dispatch"], rank, node_size)
+            combine, none = received_by_link(sent["combine"], rank, node_size)
+            backward, grads = received_by_link(sent["backward"], rank, node_size)
+            assert dispatch == plain.dispatch_N2[rank].tolist()
+            assert combine == plain.combine_N2[rank].tolist() and none == [0, 0]
+            assert backward == (plain.dispatch_N2 + plain.combine_N2)[rank].tolist()
+            # A probability each and, through nodes, the number of a row; with two stages a row
+            # brings a bit for each local rank.
+            of_pairs = (4 + 4 * nodes) * plain.pairs_N[rank]
+            of_rows = plain.first_rows_N[rank] * (nodes and has_two_stages)
+            assert sum(beside) == of_pairs + of_rows
+            assert sum(grads) > 0 or not case.tokens[rank]
+    by_rank, through_nodes = (expected(case, nodes=nodes) for nodes in (False, True))
+    # What a rank sends in dispatch is what it receives in combine.
+    assert (through_nodes.combine_N2[:, 1] <= by_rank.combine_N2[:, 1]).all()
+    assert through_nodes.combine_N2[:, 1].sum() < by_rank.combine_N2[:, 1].sum() or node_size == 8
+
+
+@pytest.mark.parametrize("node_size", [1, 2, 8])
+def test_backward_keeps_rows_instead_of_pairs(
+    ranks: Callable[[int], RankPool], node_size: int
+) -> None:
+    case = replace(BYTES, node_size=node_size)
+    plain = expected(case, nodes=True)
+    for rank, outcomes in enumerate(ranks(8).run(sent_by, case)):
+        by_rank, nodes = (outcomes[nodes] for nodes in (False, True))
+        received, row_bytes = len(nodes.experts[0]), 4 * HIDDEN
+        routed = int(routing_maps(case)[rank].sum())
+        # The order of what was received, and the experts' own weights, are the same in both.
+        of_pairs = (8 + 4) * received
+        assert by_rank.kept_bytes == row_bytes * received + of_pairs + 16 * routed
+        rows, sent = int(plain.arrived_N[rank]), int(plain.sent_N[rank])
+        of_maps = 4 * received + 4 * sent + 8 * routed
+        assert nodes.kept_bytes == row_bytes * rows + of_pairs + of_maps
+        assert rows < received

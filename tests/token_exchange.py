@@ -1,0 +1,341 @@
+"""A whole token exchange on gloo ranks, by Megatron's rows or through nodes, and what it sends.
+
+Legend: N ranks, C slots per rank, G ranks per node, T tokens, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
+
+from megatron_laer.arrays import Int64
+from megatron_laer.config import Split
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.splits import RankQuotas, solve_quotas
+from megatron_laer.runtime.comm import process_groups
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+
+HIDDEN = 48
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape of the exchange; tokens of each rank, some of which may have none."""
+
+    tokens: tuple[int, ...]
+    node_size: int
+    capacity: int = 3
+    experts: int = 8
+    top_k: int = 4
+    seed: int = 0
+    # Each token goes to the first of the experts only; other slots and ranks stay empty.
+    crowded: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """N."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What this rank received in one collective: rows from each rank, and bytes of a row."""
+
+    received_N: tuple[int, ...]
+    row_bytes: int
+    is_hidden: bool
+
+
+@dataclass
+class Outcome:
+    """A whole exchange: the experts' inputs and weights, the result and its gradients."""
+
+    experts: list[torch.Tensor]
+    combined: torch.Tensor
+    grads: list[torch.Tensor]
+    sent: dict[str, list[Sent]]
+    kept_bytes: int
+
+
+@contextlib.contextmanager
+def gloo_groups(node_size: int) -> Iterator[FSEPGroups]:
+    """The groups of all ranks, for exchanges through nodes of this size."""
+    dist.init_process_group("gloo")
+    try:
+        groups = process_groups.create_groups(
+            dist.group.WORLD, node_size, dist.new_group, tokens_through_nodes=True
+        )
+        yield groups
+    finally:
+        dist.destroy_process_group()
+
+
+def routing_maps(case: Case) -> list[torch.Tensor]:
+    """The router's map of every rank."""
+    maps = []
+    for rank, tokens in enumerate(case.tokens):
+        generator = torch.Generator().manual_seed(1000 * case.seed + rank)
+        scores_TE = torch.rand(tokens, case.experts, generator=generator)
+        if case.crowded:
+            scores_TE -= torch.arange(case.experts)
+        map_TE = torch.zeros(scores_TE.shape, dtype=torch.bool)
+        map_TE.scatter_(1, scores_TE.topk(case.top_k, dim=1).indices, True)
+        if tokens > 2:
+            map_TE[1] = False  # as a token of padding
+        maps.append(map_TE)
+    return maps
+
+
+def plan_of(case: Case, rank: int) -> MicrobatchPlan:
+    """A rank's plan under a random layout, with exact quotas."""
+    layout = ExpertLayout.random(case.ranks, case.capacity, case.experts, (case.seed,))
+    counts_NE = np.stack([map_TE.sum(0).numpy() for map_TE in routing_maps(case)])
+    quotas = solve_quotas(Split.EXACT, counts_NE, layout, case.node_size)
+    index: Any = SimpleNamespace(layout=layout)
+    restored: Any = SimpleNamespace(index=index)
+    mine = RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank))
+    return MicrobatchPlan(restored, mine)
+
+
+def make_dispatcher(
+    plan: MicrobatchPlan, case: Case, groups: FSEPGroups, *, nodes: bool, shared: Any = None
+) -> Any:
+    """Megatron's rows, or those through nodes."""
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
+    from megatron_laer.dispatch.node_dispatcher import NodeTokenDispatcher
+    from megatron_laer.dispatch.slot_dispatch import SlotDispatch
+    from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=1,
+        num_moe_experts=plan.layout.num_slots,
+        moe_router_topk=case.top_k,
+        moe_router_pre_softmax=True,
+        moe_token_dispatcher_type="alltoall",
+    )
+    config.moe_shared_expert_overlap = shared is not None
+    world: Any = SimpleNamespace(ep=dist.group.WORLD, expt_tp=None, tp_ep=dist.group.WORLD)
+    first = groups.rank * case.capacity
+    given = (case.capacity, list(range(first, first + case.capacity)))
+    options: dict[str, Any] = {"config": config, "pg_collection": world}
+    dispatcher: Any
+    if nodes:
+        sizes = TokenSizesExchange(groups, CPU)
+        dispatcher = NodeTokenDispatcher(*given, groups=groups, sizes=sizes, **options)
+    else:
+        dispatcher = SlotTokenDispatcher(*given, **options)
+    if shared is not None:
+        dispatcher.set_shared_experts(shared)
+    dispatcher.begin(SlotDispatch(plan, "layer 1", None))
+    return dispatcher
+
+
+def run(
+    case: Case,
+    groups: FSEPGroups,
+    *,
+    nodes: bool,
+    dtype: torch.dtype = torch.float32,
+    shared: Any = None,
+) -> Outcome:
+    """On a rank: dispatch tokens, let experts square and weigh them, combine, go back."""
+    rank = groups.rank
+    map_TE, plan = routing_maps(case)[rank], plan_of(case, rank)
+    generator = torch.Generator().manual_seed(rank)
+    tokens = len(map_TE)
+    hidden = torch.randn(1, tokens, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    probs = (torch.rand(map_TE.shape, generator=generator) * map_TE).requires_grad_()
+    grad = torch.randn(hidden.shape, generator=generator).to(dtype)
+    dispatcher = make_dispatcher(plan, case, groups, nodes=nodes, shared=shared)
+    dispatcher.start_shared_experts(hidden)
+    sent: dict[str, list[Sent]] = {}
+    kept = _Kept()
+    combined, experts = _forward(dispatcher, hidden, map_TE, probs, plan, sent, kept)
+    assert combined.shape == hidden.shape and combined.dtype == dtype
+    with recorded(sent, "backward"):
+        combined.backward(grad)
+    assert hidden.grad is not None and probs.grad is not None
+    return Outcome(
+        experts,
+        combined.detach(),
+        [hidden.grad, probs.grad],
+        sent,
+        kept.total_bytes,
+    )
+
+
+def _forward(
+    dispatcher: Any,
+    hidden: torch.Tensor,
+    map_TE: torch.Tensor,
+    probs: torch.Tensor,
+    plan: MicrobatchPlan,
+    sent: dict[str, list[Sent]],
+    kept: _Kept,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    with kept.counting(), recorded(sent, "dispatch"):
+        to_send = dispatcher.dispatch_preprocess(hidden, map_TE, probs)
+        inputs, tokens_C, weights = dispatcher.dispatch_postprocess(
+            *dispatcher.token_dispatch(*to_send)
+        )
+    assert tokens_C.tolist() == plan.quotas.tokens_C
+    with kept.counting(dispatcher.keeping_rows()):
+        outputs = _Experts.apply(inputs, weights)
+    experts = [inputs.detach(), weights.detach()]
+    with kept.counting(), recorded(sent, "combine"):
+        outputs = dispatcher.combine_preprocess(outputs)
+        combined: torch.Tensor = dispatcher.combine_postprocess(dispatcher.token_combine(outputs))
+    return combined, experts
+
+
+class _Experts(torch.autograd.Function):
+    """Squares tokens and weighs them, and keeps its input, as a linear layer does."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_RH: torch.Tensor, weights_R: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens_RH, weights_R)
+        return tokens_RH**2 * weights_R.unsqueeze(1).to(tokens_RH.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens_RH, weights_R = ctx.saved_tensors
+        weights_R1 = weights_R.unsqueeze(1).to(grad_RH.dtype)
+        grad_weights_R = (grad_RH * tokens_RH**2).sum(1).to(weights_R.dtype)
+        return 2 * tokens_RH * weights_R1 * grad_RH, grad_weights_R
+
+
+@contextlib.contextmanager
+def recorded(sent: dict[str, list[Sent]], phase: str) -> Iterator[None]:
+    """Note what every All-to-All of this phase brings to this rank."""
+    true_exchange, size = dist.all_to_all_single, dist.get_world_size()
+    of_phase = sent.setdefault(phase, [])
+
+    def exchange(
+        received: torch.Tensor,
+        given: torch.Tensor,
+        output_split_sizes: Sequence[int],
+        input_split_sizes: Sequence[int],
+        group: Any,
+        **options: Any,
+    ) -> Any:
+        rows_N = [0] * size
+        for rank, rows in zip(dist.get_process_group_ranks(group), output_split_sizes, strict=True):
+            rows_N[rank] = rows
+        row_bytes = received[:1].element_size() * int(np.prod(received.shape[1:]))
+        is_hidden = received.is_floating_point() and received.dim() == 2
+        of_phase.append(Sent(tuple(rows_N), row_bytes, is_hidden))
+        return true_exchange(
+            received, given, output_split_sizes, input_split_sizes, group, **options
+        )
+
+    with mock.patch.object(dist, "all_to_all_single", exchange):
+        yield
+
+
+class _Kept:
+    """Adds up the memory that autograd keeps of what is computed inside, shared storage once."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum so far."""
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+    def counting(self, inner: Any = None) -> contextlib.AbstractContextManager[Any]:
+        """A context; `inner` is another one that decides what is kept."""
+        pack = getattr(inner, "pack_hook", lambda saved: saved)
+        unpack = getattr(inner, "unpack_hook", lambda kept: kept)
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: self._note(pack(t)), unpack)
+
+    def _note(self, kept: Any) -> Any:
+        for tensor in tree_leaves(kept):
+            storage = tensor.untyped_storage()
+            self._storages[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return kept
+
+
+# What is sent, by a plain definition.
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Rows that ranks receive from others, by a plain definition: inside their node, and between.
+
+    Attributes:
+        dispatch_N2: with tokens; those of combine are what the other side sends.
+        combine_N2: with outputs.
+        pairs_N: that come from other ranks.
+        first_rows_N: of those that come, the rows of the first stage, from other ranks.
+        sent_N: rows that a rank sends, or passes on, in both stages; those to itself included.
+        arrived_N: rows at the end of the exchange, a rank's own included.
+    """
+
+    dispatch_N2: Int64
+    combine_N2: Int64
+    pairs_N: Int64
+    first_rows_N: Int64
+    sent_N: Int64
+    arrived_N: Int64
+
+
+def expected(case: Case, *, nodes: bool) -> Expected:
+    """Count sets of tokens."""
+    from megatron_laer.dispatch.replica_choice import choose_replicas
+
+    size, node_size = case.ranks, case.node_size
+    pairs: list[tuple[int, int, int]] = []  # source, token, rank
+    for source, map_TE in enumerate(routing_maps(case)):
+        by_expert = [(t, e) for e in range(case.experts) for t in range(len(map_TE))]
+        routed = [token for token, expert in by_expert if map_TE[token, expert]]
+        slot_P = choose_replicas(map_TE, plan_of(case, source).quotas, node_size, source).tolist()
+        slots = zip(routed, slot_P, strict=True)
+        pairs += [(source, token, slot // case.capacity) for token, slot in slots]
+
+    hops: list[tuple[int, int]] = []  # of each row: from, to
+    rows: Any = pairs
+    if nodes:
+        rows = set(pairs)
+    first = [(source, rank) for source, _, rank in rows]
+    if nodes and 1 < node_size < size:
+        local_rank_on = lambda source, rank: rank // node_size * node_size + source % node_size  # noqa: E731
+        to_nodes = {(source, token, local_rank_on(source, rank)) for source, token, rank in rows}
+        first = [(source, via) for source, _, via in to_nodes]
+        hops = [(local_rank_on(source, rank), rank) for source, _, rank in rows]
+    hops += first
+
+    received = {"dispatch": np.zeros((size, 2), int), "combine": np.zeros((size, 2), int)}
+    for source, rank in hops:
+        if source != rank:
+            between = source // node_size != rank // node_size
+            received["dispatch"][rank, int(between)] += 1
+            received["combine"][source, int(between)] += 1
+
+    def from_others(sent: Iterable[tuple[int, int]]) -> Int64:
+        to = [rank for source, rank in sent if source != rank]
+        return np.bincount(np.array(to, int), minlength=size)
+
+    return Expected(
+        received["dispatch"],
+        received["combine"],
+        from_others((source, rank) for source, _, rank in pairs),
+        from_others(first),
+        np.bincount([source for source, _ in hops], minlength=size),
+        np.bincount([rank for _, _, rank in rows], minlength=size),
+    )

@@ -1,0 +1,110 @@
+"""The docs make a site without a warning, and what follows from the code is up to date."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.documents import ROOT
+from tests.site_pages import DOCS, TABLES, with_table
+
+
+@pytest.mark.parametrize("page, name", TABLES, ids=[page for page, _ in TABLES])
+def test_tables_from_the_code_are_up_to_date(page: str, name: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert text == with_table(text, name, TABLES[page, name]()), "run python -m tests.site_pages"
+
+
+def test_a_page_without_marks_is_told() -> None:
+    with pytest.raises(ValueError, match="once on the page, and it is there 0 times"):
+        with_table("# A page\n", "flags", ["| a |"])
+
+
+def test_every_variable_that_the_code_reads_is_on_the_page_of_flags() -> None:
+    sources = [*(ROOT / "megatron_laer").rglob("*.py"), ROOT / ".ci" / "run"]
+    named = {
+        name
+        for path in sources
+        for name in re.findall(r"\bMEGATRON_LAER_[A-Z_]+\b", path.read_text(encoding="utf-8"))
+    }
+    page = (DOCS / "flags.md").read_text(encoding="utf-8")
+    assert named
+    assert {name for name in named if f"`{name}`" not in page} == set()
+
+
+def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = page[page.index("## While a run starts") :].splitlines()
+    quoted = {
+        text
+        for row in rows
+        if row.startswith("| ")
+        for text in re.findall(r"`([^`]+)`", row.split(" | ")[0])
+    }
+    # A message may be written over several lines.
+    sources = [path.read_text("utf-8") for path in (ROOT / "megatron_laer").rglob("*.py")]
+    code = "\n".join(re.sub(r'"\s*\n\s*f?"', "", source) for source in sources)
+    assert len(quoted) > 10
+    assert {text for text in quoted if text not in code} == set()
+
+
+class _Links(HTMLParser):
+    """Collects what a page links to and the names of its parts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.names: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if name := given.get("id"):
+            self.names.add(name)
+        for link in (given.get("href"), given.get("src")):
+            if link is not None and not re.match(r"[a-z]+:|//", link):
+                self.links.append(link)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the site, made with warnings as errors."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    command += ["-d", str(folder / "cache"), str(DOCS), str(folder / "html")]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    assert made.returncode == 0, made.stderr[-3000:]
+    return folder / "html"
+
+
+def test_the_site_has_every_page_and_no_dead_link(site: Path) -> None:
+    pages = {path: _Links(path.read_text("utf-8")) for path in sorted(site.rglob("*.html"))}
+    assert {path.stem for path in DOCS.glob("*.md")} <= {path.stem for path in pages}
+    dead = []
+    for path, page in pages.items():
+        for link in page.links:
+            name, _, part = link.partition("#")
+            target = path if not name else path.parent / name.partition("?")[0]
+            named = pages[target.resolve()].names if target.resolve() in pages else {part}
+            if not target.exists() or (part and part not in named):
+                dead.append((path.name, link))
+    assert dead == []
+
+
+def test_the_site_asks_nothing_of_the_network(site: Path) -> None:
+    index = (site / "index.html").read_text(encoding="utf-8")
+    fetched = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="((?:https?:)?//[^"]+)"', index)
+    assert fetched == []
+
+
+def test_the_python_interface_has_every_public_name(site: Path) -> None:
+    import megatron_laer
+
+    page = (site / "api.html").read_text(encoding="utf-8")
+    names = set(megatron_laer.__all__) - {"__version__"}
+    assert {name for name in names if f'<span class="pre">{name}</span>' not in page} == set()

@@ -1,0 +1,84 @@
+"""`auto` takes the exchange that the cost model predicts to be faster, and the guard prices it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_laer.choices import TokenExchange
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.clusters import Link
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.token_exchange import (
+    choose_token_exchange,
+    token_seconds,
+    with_token_exchange,
+)
+from tests.costs import make_costs
+
+RANK, NODE = TokenExchange
+QWEN = CostModel(
+    cluster=load_cluster("a100-4x8-ib800"), hidden=4096, ffn=1536, gated=True, bytes_per_element=2
+)
+
+
+def test_auto_takes_node_where_links_between_nodes_are_slow_and_tokens_have_many_experts() -> None:
+    assert choose_token_exchange(QWEN, Geometry(32, 128, 4, 8), 8, 8192) == NODE
+
+
+@pytest.mark.parametrize(
+    ("geometry", "top_k", "tokens"),
+    [
+        (Geometry(32, 128, 4, 8), 1, 8192),  # a row per token anyhow
+        (Geometry(32, 128, 4, 8), 8, 16),  # latencies outweigh rows
+        (Geometry(1, 8, 8, 1), 2, 8192),  # nothing is sent
+        (Geometry(8, 8, 8, 4), 2, 8192),  # every rank has every expert
+    ],
+)
+def test_auto_takes_rank_where_nothing_is_to_be_gained(
+    geometry: Geometry, top_k: int, tokens: int
+) -> None:
+    assert choose_token_exchange(QWEN, geometry, top_k, tokens) == RANK
+
+
+def test_auto_takes_rank_where_links_inside_nodes_are_no_faster() -> None:
+    costs = make_costs(intra=Link(1e10, 1e-6), inter=Link(1e10, 1e-6), hidden=4096)
+    geometry = Geometry(32, 128, 4, 8)
+    seconds = token_seconds(costs, geometry, 8, 8192)
+    assert seconds[RANK] < seconds[NODE]
+    assert choose_token_exchange(costs, geometry, 8, 8192) == RANK
+
+
+def test_seconds_are_those_of_the_rows_by_arithmetic() -> None:
+    """Nodes of one rank, an expert each: 6 pairs of 8 leave, on 3·(1 - 1/2^…) distinct ranks."""
+    geometry, tokens = Geometry(4, 128, 32, 1), 4096
+    costs = make_costs(inter=Link(1e9, 0.0), hidden=512)
+    seconds = token_seconds(costs, geometry, 8, tokens)
+    row_s = tokens * 1024 / 1e9
+    assert seconds[RANK] == pytest.approx(4 * 6 * row_s, rel=1e-3)
+    # A quarter of the experts is on each rank: 1 - (3/4)^8 if they were chosen with replacement.
+    assert seconds[NODE] == pytest.approx(4 * 3 * (1 - 0.75**8) * row_s, rel=0.03)
+
+
+@pytest.mark.parametrize("node_size", [1, 2, 4, 8])
+def test_a_layer_is_priced_as_its_exchange_is(node_size: int) -> None:
+    """With compute free and even counts, a layer costs what `token_seconds` says, for either."""
+    geometry = Geometry(8, 64, 8, node_size)
+    costs = make_costs(
+        points=((1, 1e30),), intra=Link(3e10, 1e-5), inter=Link(1e9, 2e-5), hidden=512
+    )
+    layout = ExpertLayout.static(8, 8, 64)
+    counts_NE = np.full((8, 64), 1024 * 8 // 64, dtype=np.int64)
+    seconds = token_seconds(costs, geometry, 8, 1024)
+    for exchange in TokenExchange:
+        priced = with_token_exchange(costs, exchange, geometry, 8, 1024)
+        layer_s = priced.layer_seconds(counts_NE, layout, node_size)
+        assert layer_s == pytest.approx(seconds[exchange], rel=1e-6)
+        assert priced.least_layer_seconds(counts_NE, geometry) <= layer_s
+
+
+def test_a_number_of_experts_that_no_token_can_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"8 tokens with 9 of 8 experts each: give at least one"):
+        choose_token_exchange(QWEN, Geometry(4, 8, 2, 2), 9, 8)

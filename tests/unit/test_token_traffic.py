@@ -1,0 +1,215 @@
+"""Traffic of token exchanges: equal to a row-by-row count, and `node` never sends more.
+
+Legend: N ranks, C slots per rank, S slots, G ranks per node, T tokens, E experts, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_laer.arrays import Bool
+from megatron_laer.choices import TokenExchange
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.token_rows import TokenRows
+from megatron_laer.planner.token_traffic import (
+    TokenRouting,
+    TokenTraffic,
+    dispatch_rows,
+    metadata_bytes,
+    metadata_bytes_backward,
+)
+from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+
+RANK, NODE = TokenExchange
+
+
+@dataclass(frozen=True)
+class Case:
+    maps: list[Bool]
+    slots: list[npt.NDArray[np.int32]]
+    layout: ExpertLayout
+    node_size: int
+
+    @property
+    def routing(self) -> TokenRouting:
+        return TokenRouting.count(self.maps, self.slots, self.layout.capacity, self.node_size)
+
+
+def make_case(
+    ranks: int,
+    capacity: int,
+    experts: int,
+    node_size: int,
+    tokens: list[int],
+    top_k: int,
+    seed: int = 0,
+) -> Case:
+    """Random routing on a random layout, each pair at any replica of its expert."""
+    rng = np.random.default_rng(seed)
+    layout = ExpertLayout.random(ranks, capacity, experts, seed=(seed,))
+    maps, slots = [], []
+    for count in tokens:
+        map_TE = np.zeros((count, experts), dtype=np.bool_)
+        chosen_TK = np.argsort(rng.random(map_TE.shape), axis=1)[:, :top_k]
+        np.put_along_axis(map_TE, chosen_TK, True, axis=1)
+        maps.append(map_TE)
+        expert_P = np.nonzero(map_TE.T)[0]
+        replicas = [np.flatnonzero(layout.slot_expert_S == e) for e in range(experts)]
+        slots.append(np.array([rng.choice(replicas[e]) for e in expert_P], dtype=np.int32))
+    return Case(maps, slots, layout, node_size)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Shapes of all kinds, also nodes of one rank and of all, and ranks without tokens."""
+    ranks, experts = draw(st.integers(1, 8)), draw(st.integers(1, 12))
+    least = -(-experts // ranks)
+    return make_case(
+        ranks=ranks,
+        capacity=draw(st.integers(least, min(experts, least + 2))),
+        experts=experts,
+        node_size=draw(st.sampled_from([g for g in range(1, ranks + 1) if ranks % g == 0])),
+        tokens=draw(st.lists(st.integers(0, 20), min_size=ranks, max_size=ranks)),
+        top_k=draw(st.integers(1, min(experts, 4))),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def row_by_row(case: Case, exchange: TokenExchange) -> dict[str, list[int]]:
+    """Every row of a dispatch, sent one by one over every link that it takes."""
+    size, ranks = case.node_size, case.layout.num_ranks
+    found: dict[str, list[int]] = defaultdict(lambda: [0] * ranks)
+
+    def send(source: int, target: int) -> None:
+        if source != target:
+            link = "intra_N" if source // size == target // size else "inter_N"
+            found[f"sent_{link}"][source] += 1
+            found[link][target] += 1
+
+    for source, (map_TE, slot_P) in enumerate(zip(case.maps, case.slots, strict=True)):
+        tokens = np.nonzero(map_TE.T)[1].tolist()
+        targets = (slot_P // case.layout.capacity).tolist()
+        if exchange == RANK:
+            for target in targets:
+                send(source, target)
+            continue
+        reached: dict[int, set[int]] = defaultdict(set)
+        for token, target in zip(tokens, targets, strict=True):
+            reached[token].add(target)
+        for ranks_of_token in reached.values():
+            for node in {target // size for target in ranks_of_token}:
+                first = node * size + source % size  # the same rank, if it is the source's node
+                send(source, first)
+                for target in ranks_of_token:
+                    if target // size == node:
+                        send(first, target)
+    return found
+
+
+def sums(traffic: TokenTraffic) -> dict[str, Any]:
+    return {name: getattr(traffic, name) for name in traffic.__dataclass_fields__}
+
+
+@given(cases(), st.sampled_from(list(TokenExchange)))
+@settings(deadline=None)
+def test_rows_are_those_that_are_sent_one_by_one(case: Case, exchange: TokenExchange) -> None:
+    counted = sums(dispatch_rows(case.routing, exchange))
+    expected = row_by_row(case, exchange)
+    for name, rows_N in counted.items():
+        assert rows_N.tolist() == expected[name], name
+
+
+@given(cases(), st.sampled_from(list(TokenExchange)))
+@settings(deadline=None)
+def test_a_plan_counts_the_rows_that_its_rank_sends(case: Case, exchange: TokenExchange) -> None:
+    routing, size = case.routing, case.node_size
+    rows = dispatch_rows(routing, exchange)
+    for rank in range(case.layout.num_ranks):
+        quotas: Any = SimpleNamespace(input_splits_N=routing.pairs_NN[rank].tolist())
+        restored: Any = None
+        plan = MicrobatchPlan(restored, quotas)
+        if exchange == NODE:
+            known = np.asarray(routing.to_ranks_NN), np.asarray(routing.to_nodes_NM)
+            plan.first_pass.token_rows = TokenRows(*known, size)
+        sent = plan.rows_sent(rank, size)
+        assert sent == (rows.sent_intra_N[rank], rows.sent_inter_N[rank])
+
+
+@given(cases())
+@settings(deadline=None)
+def test_node_never_sends_more_rows_between_nodes_than_rank(case: Case) -> None:
+    by_rank, by_node = (dispatch_rows(case.routing, exchange) for exchange in (RANK, NODE))
+    assert (by_node.sent_inter_N <= by_rank.sent_inter_N).all()
+    received = [rows.inter_N.reshape(-1, case.node_size).sum(axis=1) for rows in (by_node, by_rank)]
+    assert (received[0] <= received[1]).all()
+    if case.node_size == 1:
+        assert (by_node.inter_N <= by_rank.inter_N).all()
+    if case.node_size == case.layout.num_ranks:
+        assert (by_node.intra_N <= by_rank.intra_N).all()
+        assert (by_node.sent_intra_N <= by_rank.sent_intra_N).all()
+
+
+@given(cases(), st.sampled_from(list(TokenExchange)))
+@settings(deadline=None)
+def test_all_that_is_sent_is_received(case: Case, exchange: TokenExchange) -> None:
+    for traffic in (
+        dispatch_rows(case.routing, exchange),
+        metadata_bytes(case.routing, exchange),
+        metadata_bytes_backward(case.routing),
+    ):
+        assert traffic.intra_N.sum() == traffic.sent_intra_N.sum()
+        assert traffic.inter_N.sum() == traffic.sent_inter_N.sum()
+
+
+def test_metadata_of_a_routing_by_hand() -> None:
+    """Two nodes of two; rank 0 sends one token to both slots of rank 3 and to its own."""
+    layout = ExpertLayout.from_slots(4, 2, 8, [0, 1, 2, 3, 4, 5, 6, 7])
+    nothing = np.zeros((0, 8), dtype=np.bool_)
+    token = np.zeros((1, 8), dtype=np.bool_)
+    token[0, [0, 6, 7]] = True
+    slots = [np.array([0, 6, 7], dtype=np.int32), *[np.zeros(0, dtype=np.int32)] * 3]
+    routing = TokenRouting.count([token, nothing, nothing, nothing], slots, 2, 2)
+    assert layout.capacity == 2
+    assert metadata_bytes(routing, RANK).sent_inter_N.tolist() == [2 * 4, 0, 0, 0]
+    # Probability and place of two pairs, one row's bits, and six sizes to each of two ranks.
+    sizes = 2 * 6 * 4
+    sent_N = metadata_bytes(routing, NODE).sent_inter_N
+    assert sent_N.tolist() == [2 * 8 + 1 + sizes, *[sizes] * 3]
+    assert metadata_bytes_backward(routing).inter_N.tolist() == [2 * 4, 0, 0, 0]
+
+
+@pytest.mark.parametrize("capacity", [4, 5, 8])
+def test_expected_rows_are_near_to_those_of_random_routing(capacity: int) -> None:
+    case = make_case(8, 2 * capacity, 64, 2, [1024] * 8, top_k=8)
+    counts_NE = np.stack([map_TE.sum(axis=0) for map_TE in case.maps])
+    quotas = exact_split(case.layout, 2).solve(counts_NE)
+    quota_NS = np.stack([quotas.rank_row(rank) for rank in range(8)])
+    slots = [_token_order(quota_NS[rank], case.layout) for rank in range(8)]
+    counted = TokenRouting.count(case.maps, slots, case.layout.capacity, 2)
+    expected = TokenRouting.expect(quota_NS, np.full(8, 1024), case.layout, 2)
+    np.testing.assert_array_equal(expected.pairs_NN, counted.pairs_NN)
+    for exact, guess in (
+        (counted.to_ranks_NN, expected.to_ranks_NN),
+        (counted.to_nodes_NM, expected.to_nodes_NM),
+    ):
+        assert guess.sum() == pytest.approx(exact.sum(), rel=0.04)
+
+
+def _token_order(row_S: npt.NDArray[np.int64], layout: ExpertLayout) -> npt.NDArray[np.int64]:
+    by_expert = np.argsort(layout.slot_expert_S, kind="stable")
+    return np.repeat(by_expert, row_S[by_expert])
+
+
+def test_slots_of_another_number_of_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match="rank 0 has 1 pairs and was given 2 slots"):
+        TokenRouting.count([np.ones((1, 1), dtype=np.bool_)], [np.zeros(2, dtype=np.int32)], 1, 1)
