@@ -62,10 +62,13 @@ def test_recorded_routing_is_planned_for_a_clusters_constants(tmp_path: Path) ->
     run("megatron_laer", "plan", "routing", "--cluster", "cluster.yaml", *sizes, "--json", made)
     found, expected = content(made), content(FOLDER / "plan.json")
     rows, expected_rows = found.pop("rows"), expected.pop("rows")
-    assert found == expected
+    # What 0.1 wrote is there as it was; more has come since.
+    sizes_found, sizes_expected = found.pop("expert_sizes"), expected.pop("expert_sizes")
+    assert sizes_found | sizes_expected == sizes_found
+    assert found | expected == found
     assert len(rows) == len(expected_rows)
     for row, expected_row in zip(rows, expected_rows, strict=True):
-        assert row == pytest.approx(expected_row)
+        assert {name: row[name] for name in expected_row} == pytest.approx(expected_row)
 
 
 def test_a_dataset_has_the_bytes_that_it_had(tmp_path: Path) -> None:
