@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -114,10 +115,12 @@ def model_of(name: str) -> ModelShape:
     return replace(read_model(name), sequence=SEQUENCE)
 
 
-def read_tokens(folder: Path) -> dict[tuple[str, str], np.ndarray]:
-    """Read received tokens by family and method, [L, M, N]."""
+def read_tokens(
+    folder: Path, windows: Mapping[str, slice] = _WINDOWS
+) -> dict[tuple[str, str], np.ndarray]:
+    """Read received tokens by family and method, [L, M, N], of a window of microbatches."""
     found = {}
-    for family in _WINDOWS:
+    for family in windows:
         rows: dict[str, dict[tuple[int, int, int], int]] = {}
         with (folder / f"laer_ae_tokens_{family}.csv").open(newline="") as file:
             for row in csv.DictReader(file):
@@ -128,7 +131,7 @@ def read_tokens(folder: Path) -> dict[tuple[str, str], np.ndarray]:
             tokens_LMN = np.zeros(shape)
             for key, number in tokens.items():
                 tokens_LMN[key] = number
-            found[family, method] = tokens_LMN[:, _WINDOWS[family]]
+            found[family, method] = tokens_LMN[:, windows[family]]
     return found
 
 
@@ -138,18 +141,23 @@ def read_ablation(folder: Path) -> dict[str, float]:
         return {row["method"]: float(row["avg_time_ms"]) for row in csv.DictReader(file)}
 
 
-def read_breakdown(folder: Path) -> dict[tuple[str, str], tuple[float, float]]:
-    """Read experts' and total seconds of profiled iterations, mean over ranks."""
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+class Profiled(NamedTuple):
+    """Seconds of a profiled iteration, mean over ranks."""
+
+    tokens_s: float
+    expert_s: float
+    total_s: float
+
+
+def read_breakdown(folder: Path) -> dict[tuple[str, str], Profiled]:
+    """Read token exchanges', experts' and total seconds by model and method."""
+    found: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     with (folder / "laer_ae_breakdown_seconds.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             key = row["model_name"], row["method"]
-            times = float(row["expert_time"]), float(row["total_time"])
-            found.setdefault(key, []).append(times)
-    return {
-        key: (float(np.mean([t[0] for t in times])), float(np.mean([t[1] for t in times])))
-        for key, times in found.items()
-    }
+            times = (row[f"{name}_time"] for name in ("alltoall", "expert", "total"))
+            found.setdefault(key, []).append(tuple(map(float, times)))
+    return {key: Profiled(*np.mean(times, axis=0).tolist()) for key, times in found.items()}
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,25 @@ import numpy as np
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Columns as wide as their longest cell."""
-    if not rows:
-        return
+    """Print rows, if there are any."""
+    if rows:
+        print(table_text(rows), end="\n\n", flush=True)
+
+
+def table_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay out rows in columns as wide as their longest cell; None is a dash."""
     header = list(rows[0])
     cells = [[_cell(row[key]) for key in header] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    for line in [header, *cells]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    print(flush=True)
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in [header, *cells]
+    )
 
 
 def _cell(value: object) -> str:
+    if value is None:
+        return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
@@ -48,10 +55,15 @@ def machine() -> dict[str, Any]:
 
 def median_ms(run: Callable[[], object], repeats: int) -> float:
     """Median wall time of one call."""
+    return statistics.median(times_ms(run, repeats))
+
+
+def times_ms(run: Callable[[], object], repeats: int) -> list[float]:
+    """Wall times of calls, after one that is not counted."""
     run()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         run()
         times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+    return times

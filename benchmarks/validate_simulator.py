@@ -275,7 +275,7 @@ def breakdown(folder: Path, of: Published, constants: Constants) -> list[dict[st
     """
     measured = read_breakdown(folder)
     rows = []
-    for (model, method), (expert_s, total_s) in measured.items():
+    for (model, method), (_, expert_s, total_s) in measured.items():
         cell = next(
             cell
             for cell in of.cells

@@ -1,0 +1,238 @@
+"""The paper's experiments are listed here: models, methods, settings, and what has no counterpart.
+
+Source: "LAER-MoE: Load-Adaptive Expert Re-layout for Efficient MoE Training", arXiv 2602.11686, and
+the settings of its published artifact. Each run goes through `scripts/slurm/pretrain.sbatch`, on a
+cluster and at toy scale alike: this module says with which settings. It starts nothing.
+
+Legend: N ranks, E experts, C slots per rank, K experts of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_laer.platform.cpu import CPU_FLAGS
+
+MODELS = (
+    "mixtral-8x7b-e8k2",
+    "qwen-8x7b-e8k2",
+    "mixtral-8x22b-e8k2",
+    "mixtral-8x7b-e16k4",
+    "qwen-8x7b-e16k4",
+    "mixtral-8x22b-e16k4",
+)
+# The paper's cluster.
+NODES, GPUS_PER_NODE = 4, 8
+TOY_RANKS = 2
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        name: on the command line, in logs' names and in tables.
+        paper: its name in the artifact's files; None where the paper has no such method.
+        flags: FSEP's; without `uses_fsep` there are none.
+        about: what it is, for the page and the help.
+    """
+
+    name: str
+    paper: str | None
+    about: str
+    flags: str = ""
+    uses_fsep: bool = True
+
+
+STOCK = Method("stock", "megatron", "stock Megatron", uses_fsep=False)
+STATIC = Method(
+    "static",
+    "FSDP",
+    "FSEP whose layout never changes, even splits: the paper's FSDP+EP",
+    "--fsep-planner static --fsep-split even",
+)
+LAER = Method(
+    "laer",
+    "LAER",
+    "FSEP with the paper's planner and its even splits",
+    "--fsep-planner laer --fsep-split even",
+)
+FSEP = Method("fsep", None, "FSEP as it is by default")
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long runs are.
+
+    Attributes:
+        skipped: first steps that are not counted.
+        time_limit: of a job, as `sbatch --time` takes it.
+    """
+
+    steps: int
+    skipped: int
+    time_limit: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method under an auxiliary loss, as the flag takes its coefficient; 0 is without."""
+
+    method: Method
+    aux: str = "0"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The runs of one figure.
+
+    Attributes:
+        models: of the paper; `toy_models` are those that stand for them at toy scale, shrunk.
+        cases: each model is trained in each of these; `toy_cases` at toy scale, None for the same.
+        sequence: tokens of a sequence, of which a rank has `sequences` in a microbatch.
+        stock_tensor: stock Megatron's tensor-parallel size, by experts and top-k.
+        records_metrics: whether FSEP writes its metrics to a file.
+        toy_flags: Megatron's, at toy scale.
+        notes: sentences on what has no counterpart, or another one than its name says.
+    """
+
+    figure: int
+    title: str
+    models: Sequence[str]
+    toy_models: Sequence[str]
+    cases: Sequence[Case]
+    length: Length
+    toy_length: Length
+    toy_cases: Sequence[Case] | None = None
+    sequence: int = 8192
+    sequences: int = 2
+    stock_tensor: Mapping[str, int] = field(default_factory=lambda: {"e8k2": 8, "e16k4": 4})
+    records_metrics: bool = False
+    toy_flags: str = ""
+    notes: Sequence[str] = ()
+
+    def cases_at(self, *, toy: bool) -> Sequence[Case]:
+        """Return the cases of a scale."""
+        return self.cases if not toy or self.toy_cases is None else self.toy_cases
+
+    def methods(self) -> list[Method]:
+        """Return every method once."""
+        return list({case.method.name: case.method for case in self.cases}.values())
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a model in a case."""
+
+    model: str
+    case: Case
+
+    @property
+    def name(self) -> str:
+        """Return its name, which its files have too."""
+        return f"{self.model}_aux{self.case.aux}_{self.case.method.name}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for on the command line.
+
+    Attributes:
+        folder: absolute; holds logs and what is written beside them.
+        data_prefix, tokenizer: as pretrain.sbatch takes them.
+        flags: given to Megatron, after all others.
+        sbatch: options of sbatch.
+    """
+
+    toy: bool
+    folder: Path
+    data_prefix: str
+    tokenizer: str
+    length: Length
+    nodes: int = NODES
+    sbatch: Sequence[str] = ()
+    flags: Sequence[str] = ()
+
+
+# The paper's, but for what pretrain.sbatch has already: Adam's betas, cosine decay, 10 % warm-up.
+# Its weight decay differs between the systems that it compares; here all have pretrain.sbatch's.
+_PAPER_FLAGS = (
+    "--global-batch-size 128 --lr 1.25e-6 --min-lr 1.25e-7 --adam-eps 1e-5 --clip-grad 0 "
+    "--eval-iters 0 --log-interval 1 --seed 1234"
+)
+# The paper recomputes layers in everything but Megatron, whose tensor parallelism saves the memory.
+_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+# A model of the paper with its sizes taken down; kind of attention, router and precision stay.
+_TOY_FLAGS = (
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --kv-channels 16 --num-query-groups 2 "
+    "--global-batch-size 8 --num-workers 0"
+)
+_TOY_SEQUENCE = 64
+_TOY_FFN = {"e8k2": 128, "e16k4": 64}
+
+
+def family(model: str) -> str:
+    """Return experts and top-k, as the last part of a model's name has them."""
+    return model.rsplit("-", 1)[1]
+
+
+def settings(experiment: Experiment, run: Run, request: Request) -> dict[str, str]:
+    """Return what pretrain.sbatch reads from the environment."""
+    method = run.case.method
+    found = {
+        "MODEL": run.model,
+        "DATA_PREFIX": request.data_prefix,
+        "DATA_CACHE": str(request.folder / "cache"),
+        "TOKENIZER": request.tokenizer,
+        "MODE": "fsep" if method.uses_fsep else "standard",
+    }
+    if request.toy:
+        # FSEP's own C: with the paper's, two ranks would not have a slot for each expert.
+        return found | {
+            "GPUS_PER_NODE": str(TOY_RANKS),
+            "MEGATRON_LAER_DEVICE": "cpu",
+            "OMP_NUM_THREADS": "1",
+        }
+    if method.uses_fsep:
+        # In all six models C is K.
+        return found | {"CAPACITY": family(run.model).partition("k")[2]}
+    return found | {"EP_SIZE": str(GPUS_PER_NODE)}
+
+
+def flags(experiment: Experiment, run: Run, request: Request) -> list[str]:
+    """Return Megatron's flags, for behind the `--` of pretrain.sbatch."""
+    method, aux = run.case.method, run.case.aux
+    sequence = _TOY_SEQUENCE if request.toy else experiment.sequence
+    # A tensor-parallel group has one sequence at a time, as in the paper.
+    is_tensor_parallel = not method.uses_fsep and not request.toy
+    words = [*_PAPER_FLAGS.split(), *f"--train-iters {request.length.steps}".split()]
+    words += ["--seq-length", str(sequence)]
+    words += ["--micro-batch-size", str(1 if is_tensor_parallel else experiment.sequences)]
+    if float(aux):
+        words += f"--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {aux}".split()
+    if method.uses_fsep:
+        words += [*_RECOMPUTE.split(), *method.flags.split()]
+        if experiment.records_metrics:
+            words += ["--fsep-record-metrics", str(metrics_folder(run, request))]
+    if request.toy:
+        ffn = _TOY_FFN[family(run.model)]
+        words += [*CPU_FLAGS, *_TOY_FLAGS.split(), *experiment.toy_flags.split()]
+        words += f"--ffn-hidden-size {ffn} --moe-ffn-hidden-size {ffn}".split()
+        words += f"--max-position-embeddings {sequence}".split()
+    elif is_tensor_parallel:
+        tensor = experiment.stock_tensor[family(run.model)]
+        words += f"--tensor-model-parallel-size {tensor} --sequence-parallel".split()
+    return [*words, *request.flags]
+
+
+def log_path(run: Run, request: Request) -> Path:
+    """Return the path of a run's log."""
+    return request.folder / f"{run.name}.log"
+
+
+def metrics_folder(run: Run, request: Request) -> Path:
+    """Return the folder of the metrics that a run records."""
+    return request.folder / f"{run.name}-metrics"

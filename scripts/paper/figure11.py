@@ -1,0 +1,129 @@
+"""Figure 11 times the planner by ranks and capacity; it trains nothing and needs no GPU.
+
+Source of the shapes: 32 experts, 64 to 1024 ranks, 1 to 16 slots per rank, and counts between 0 and
+999, all equally likely; means of ten solves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run as a file
+
+import numpy as np
+
+from benchmarks.costs import paper_costs
+from benchmarks.published_cells import LAER, read_cells
+from benchmarks.report import times_ms
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.strategies import make_strategy
+from scripts.paper.published import END_TO_END, PLANNER, missing, read_planner
+from scripts.paper.runner import add_result_options, check_result_options, finish, split_words
+from scripts.paper.tables import Result, Table
+
+EXPERTS, NODE_SIZE, LARGEST_COUNT, SOLVES = 32, 8, 999, 10
+RANKS, CAPACITIES = (64, 128, 256, 512, 1024), (1, 2, 4, 8, 16)
+TOY_RANKS, TOY_CAPACITIES = (64, 128), (1, 4)
+STRATEGIES = ("laer", "greedy")
+_TITLE = "Solve time of the planner"
+# The layers and microbatches over which the paper spreads an iteration, for what a solve may take.
+_LAYERS, _MICROBATCHES = 32, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Time the planner at all shapes; 2 for words that cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/paper/figure11.py",
+        description=f"The paper's figure 11: {_TITLE}. It needs a processor alone.",
+    )
+    scale = parser.add_mutually_exclusive_group(required=True)
+    scale.add_argument("--toy", action="store_true", help="few shapes, on this machine")
+    scale.add_argument("--here", action="store_true", help="all shapes, on this machine")
+    scale.add_argument("--slurm", action="store_true", help="all shapes, on a node that srun gets")
+    parser.add_argument("--dry-run", action="store_true", help="with --slurm: print the command")
+    parser.add_argument("--srun", help="with --slurm: more options of srun, in one word")
+    add_result_options(parser)
+    options = parser.parse_args(arguments)
+    try:
+        check_result_options(options)
+        if not options.slurm and (options.dry_run or options.srun is not None):
+            raise ValueError("--dry-run and --srun are for --slurm; nothing else is submitted")
+        options.srun = split_words(options.srun, "--srun")
+    except ValueError as error:
+        parser.error(str(error))
+    if options.slurm:
+        return _on_a_node(options)
+    shapes = product(TOY_RANKS, TOY_CAPACITIES) if options.toy else product(RANKS, CAPACITIES)
+    result = Result(11, _TITLE, "toy" if options.toy else "here")
+    result.tables += [Table("Milliseconds of a solve, mean of ten", rows([*shapes], options))]
+    result.notes += missing(options.published, [PLANNER])
+    result.notes += _allowed(options.published)
+    result.notes += [
+        f"E = {EXPERTS}. laer is the paper's planner as it is here, which also keeps or leaves the "
+        "layout in force and gives no rank an expert twice; greedy is the default."
+    ]
+    return finish(result, Path(options.work_dir) / f"figure11-{result.scale}")
+
+
+def rows(shapes: Sequence[tuple[int, int]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time every shape."""
+    paper_s: Mapping[tuple[int, int], float] = {}
+    if not missing(options.published, [PLANNER]):
+        paper_s = read_planner(options.published)
+    found = []
+    for num_ranks, capacity in shapes:
+        geometry = Geometry(num_ranks, EXPERTS, capacity, NODE_SIZE)
+        static = ExpertLayout.static(num_ranks, capacity, EXPERTS)
+        row: dict[str, Any] = {"ranks": num_ranks, "capacity": capacity}
+        seconds = paper_s.get((num_ranks, capacity))
+        row["paper"] = None if seconds is None else 1e3 * seconds
+        for name in STRATEGIES:
+            strategy = make_strategy(name, geometry=geometry, costs=paper_costs())
+            rng = np.random.default_rng(0)
+            counts_NE = rng.integers(0, LARGEST_COUNT + 1, (num_ranks, EXPERTS))
+            solve = partial(strategy.plan, counts_NE, static)
+            row[name] = statistics.fmean(times_ms(solve, SOLVES))
+        found.append(row)
+    return found
+
+
+def _allowed(folder: Path | None) -> list[str]:
+    """Say what an iteration of the paper leaves a solve, for the line in its figure."""
+    if missing(folder, [END_TO_END]) or folder is None:
+        return []
+    seconds = next(
+        cell.measured_s
+        for cell in read_cells(folder)
+        if (cell.model, cell.method, float(cell.aux_loss)) == ("mixtral-8x7b-e8k2", LAER, 1e-4)
+    )
+    return [
+        "The paper's line, LAER's time for a layer and microbatch of mixtral-8x7b-e8k2: "
+        f"{1e3 * seconds / _LAYERS / _MICROBATCHES:.1f} ms."
+    ]
+
+
+def _on_a_node(options: argparse.Namespace) -> int:
+    """Run this file under srun, or print that."""
+    words = ["srun", "--nodes", "1", "--ntasks", "1", *options.srun]
+    words += [sys.executable, str(Path(__file__).resolve()), "--here"]
+    words += ["--work-dir", str(Path(options.work_dir).resolve())]
+    if options.published is not None:
+        words += ["--published", str(options.published.resolve())]
+    if options.dry_run:
+        print(shlex.join(words))
+        return 0
+    return subprocess.run(words, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

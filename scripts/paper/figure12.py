@@ -1,0 +1,86 @@
+"""Figure 12 takes parts of FSEP away, one at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run as a file
+
+from benchmarks.published_cells import read_ablation
+from scripts.paper.experiments import FSEP, LAER, STATIC, Case, Experiment, Length, Method, Run
+from scripts.paper.published import ABLATION
+from scripts.paper.runner import Found, main
+from scripts.paper.tables import Table, times
+
+_VARIANTS = (
+    STATIC,
+    LAER,
+    replace(
+        LAER,
+        name="laer-unscheduled",
+        paper="no_comm_opt",
+        about="the same without overlapped exchanges",
+        flags=f"{LAER.flags} --fsep-scheduler off",
+    ),
+    Method("laer-exact-split", None, "the paper's planner, exact splits", "--fsep-planner laer"),
+    Method("greedy-even-split", None, "our planner, even splits", "--fsep-split even"),
+    Method("forecast", None, "our planner, never a fresh layout", "--fsep-plan-mode forecast"),
+    Method("exact", None, "a fresh layout each time", "--fsep-plan-mode exact"),
+    FSEP,
+    Method("unscheduled", None, "FSEP without overlapped exchanges", "--fsep-scheduler off"),
+)
+# Either half of the paper's planner by itself; ours has no flag for that.
+_NO_COUNTERPART = ("no_even", "no_pq")
+
+EXPERIMENT = Experiment(
+    figure=12,
+    title="Ablation",
+    models=("mixtral-8x7b-e8k2",),
+    toy_models=("mixtral-8x7b-e8k2",),
+    cases=[Case(method) for method in _VARIANTS],
+    length=Length(70, 20, "2:00:00"),
+    toy_length=Length(7, 2),
+    notes=(
+        "no_even and no_pq (replicas by load alone, evenly alone) have no counterpart: no flag of "
+        "ours takes a candidate from the paper's planner.",
+        "no_comm_opt restores behind attention and exchanges gradients at once; --fsep-scheduler "
+        "off waits for each exchange where it starts, so it takes away more.",
+        "Rows without a name in the paper are ablations of what FSEP is here.",
+    ),
+)
+
+
+def tables(found: Found) -> Sequence[Table]:
+    """Make a row for each variant; speed is over the layout that never changes."""
+    paper_s = {}
+    if found.published is not None:
+        paper_s = {name: ms / 1e3 for name, ms in read_ablation(found.published).items()}
+    rows: list[dict[str, Any]] = []
+    for model in found.models():
+        base = Run(model, Case(STATIC))
+        mine = [run for run in found.all_runs if run.model == model]
+        pairs: list[tuple[str | None, Run | None]] = [(run.case.method.paper, run) for run in mine]
+        for name, run in [*pairs, *((name, None) for name in _NO_COUNTERPART)]:
+            rows.append(
+                {
+                    "paper": name,
+                    "ours": run and run.case.method.name,
+                    **times(
+                        paper_s.get(name or ""),
+                        paper_s.get(STATIC.paper or ""),
+                        found.seconds(run),
+                        found.seconds(base),
+                    ),
+                    "max/mean": found.balance(run),
+                    "what it is": run and run.case.method.about,
+                }
+            )
+    return [Table("Seconds per step, and speed over a layout that never changes", rows)]
+
+
+if __name__ == "__main__":
+    sys.exit(main(EXPERIMENT, tables, [ABLATION]))

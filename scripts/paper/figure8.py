@@ -1,0 +1,81 @@
+"""Figure 8 compares iteration times end to end: six models, four methods, two auxiliary losses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run as a file
+
+from benchmarks.published_cells import read_cells
+from scripts.paper.experiments import (
+    FSEP,
+    LAER,
+    MODELS,
+    STATIC,
+    STOCK,
+    Case,
+    Experiment,
+    Length,
+    Run,
+)
+from scripts.paper.published import END_TO_END
+from scripts.paper.runner import Found, main
+from scripts.paper.tables import Table, times
+
+_METHODS = (STOCK, STATIC, LAER, FSEP)
+# The artifact's name; nothing here trains with it.
+_FLEXMOE = "FLEX"
+
+EXPERIMENT = Experiment(
+    figure=8,
+    title="End to end",
+    models=MODELS,
+    toy_models=("mixtral-8x7b-e8k2", "mixtral-8x7b-e16k4"),
+    cases=[Case(method, aux) for aux, method in product(("0", "1e-4"), _METHODS)],
+    toy_cases=[Case(method) for method in _METHODS],
+    length=Length(70, 20, "2:00:00"),
+    toy_length=Length(7, 2),
+    notes=(
+        "FLEX (FlexMoE) has no counterpart in training; `simulate` has it.",
+        "fsep has none in the paper; its speed stands beside LAER's.",
+    ),
+)
+
+
+def tables(found: Found) -> Sequence[Table]:
+    """Make a row for each model, auxiliary loss and method; speed is over stock Megatron's."""
+    cells = [] if found.published is None else read_cells(found.published)
+    paper_s = {(cell.model, float(cell.aux_loss), cell.method): cell.measured_s for cell in cells}
+    rows: list[dict[str, Any]] = []
+    for model in found.models():
+        for aux in dict.fromkeys(run.case.aux for run in found.all_runs):
+            mine = [run for run in found.all_runs if (run.model, run.case.aux) == (model, aux)]
+            base = Run(model, Case(STOCK, aux))
+            pairs: list[tuple[str | None, Run | None]] = [
+                (run.case.method.paper, run) for run in mine
+            ]
+            for name, run in [*pairs, (_FLEXMOE, None)]:
+                rows.append(
+                    {
+                        "model": model,
+                        "aux": aux,
+                        "paper": name,
+                        "ours": run and run.case.method.name,
+                        **times(
+                            paper_s.get((model, float(aux), name or "")),
+                            paper_s.get((model, float(aux), STOCK.paper or "")),
+                            found.seconds(run),
+                            found.seconds(base),
+                        ),
+                        "max/mean": found.balance(run),
+                    }
+                )
+    return [Table("Seconds per step, and speed over stock Megatron", rows)]
+
+
+if __name__ == "__main__":
+    sys.exit(main(EXPERIMENT, tables, [END_TO_END]))

@@ -1,0 +1,353 @@
+"""A figure's command is run here: its words, its runs, its result. The figures' files are thin.
+
+`--toy` trains on this machine's CPU, one run after the other; `--slurm` submits a job for each run
+and waits. Both go through `scripts/slurm/pretrain.sbatch`, with one log for each run; `--collect`
+reads the logs alone. What a figure trains is in `experiments`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_laer.cli.argument_types import between, path
+from megatron_laer.data import default_text_sources, prepare_data
+from megatron_laer.files.checks import quoted, refuse_unusable_folder
+from scripts.paper import published
+from scripts.paper.experiments import (
+    GPUS_PER_NODE,
+    MODELS,
+    NODES,
+    Experiment,
+    Request,
+    Run,
+    flags,
+    log_path,
+    metrics_folder,
+    settings,
+)
+from scripts.paper.measured import Measured, Profile, read_log, read_profile
+from scripts.paper.tables import Result, Table
+
+SBATCH = Path(__file__).resolve().parents[1] / "slurm" / "pretrain.sbatch"
+_MOST_STEPS = 100_000
+# Enough text for toy runs, of sources of Python's standard library.
+_TOY_SOURCES = 150
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a figure's tables are made from.
+
+    Attributes:
+        runs: those that ended; `all_runs` were asked for.
+        profiles: of those whose metrics were recorded.
+        skipped: first steps that are not counted.
+        published: the folder with the artifact's files, if all that the figure needs are there.
+    """
+
+    runs: Mapping[Run, Measured]
+    profiles: Mapping[Run, Profile]
+    all_runs: Sequence[Run]
+    skipped: int
+    published: Path | None
+
+    def seconds(self, run: Run | None) -> float | None:
+        """Return the mean step of a run, if there is one and it ended."""
+        found = None if run is None else self.runs.get(run)
+        return None if found is None else found.seconds(self.skipped)
+
+    def balance(self, run: Run | None) -> float | None:
+        """Return max/mean tokens per rank of a run, if there is one, and it measured that."""
+        found = None if run is None else self.runs.get(run)
+        return None if found is None else found.balance(self.skipped)
+
+    def models(self) -> list[str]:
+        """Return the models of the runs, each once."""
+        return list(dict.fromkeys(run.model for run in self.all_runs))
+
+
+Tables = Callable[[Found], Sequence[Table]]
+
+
+def main(
+    experiment: Experiment,
+    tables: Tables,
+    files: Sequence[str],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Run a figure's command.
+
+    Args:
+        tables: makes the figure's tables.
+        files: of the artifact, that they need.
+
+    Returns:
+        1 if a run failed or is not there, 2 for words that cannot be.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    ours, extra = _split(words)
+    parser = _parser(experiment)
+    options = parser.parse_args(ours)
+    try:
+        _check(options, extra)
+        request = _request(experiment, options, extra)
+    except ValueError as error:
+        parser.error(str(error))
+    runs = _chosen(experiment, options)
+    if options.dry_run:
+        for run in runs:
+            print(command_line(experiment, run, request))
+        return 0
+    if not options.collect:
+        request.folder.mkdir(parents=True, exist_ok=True)
+        _train(experiment, runs, request)
+    return _report(experiment, tables, files, runs, request, options.published)
+
+
+def _split(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Divide words into ours and those behind `--`, which are Megatron's."""
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
+# The command line.
+
+
+def _parser(experiment: Experiment) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"scripts/paper/figure{experiment.figure}.py",
+        description=f"The paper's figure {experiment.figure}: {experiment.title}.",
+        epilog="What follows -- is given to Megatron, and wins over what is set here.",
+    )
+    scale = parser.add_mutually_exclusive_group(required=True)
+    scale.add_argument(
+        "--toy", action="store_true", help="two CPU ranks, small models, few steps: that it runs"
+    )
+    scale.add_argument("--slurm", action="store_true", help="the paper's sizes, a job for each run")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--dry-run", action="store_true", help="print the commands of all runs")
+    action.add_argument("--collect", action="store_true", help="read the logs that are there")
+    add_result_options(parser)
+    parser.add_argument(
+        "--models", nargs="+", choices=experiment.models, metavar="MODEL", help="of the paper"
+    )
+    names = [method.name for method in experiment.methods()]
+    parser.add_argument(
+        "--methods", nargs="+", choices=names, metavar="METHOD", help=f"of {', '.join(names)}"
+    )
+    parser.add_argument(
+        "--steps",
+        type=between(2, _MOST_STEPS),
+        help=f"default {experiment.length.steps}, with --toy {experiment.toy_length.steps}",
+    )
+    cluster = parser.add_argument_group("with --slurm")
+    cluster.add_argument("--data-prefix", help="a dataset made by prepare-data")
+    cluster.add_argument("--tokenizer", help="as pretrain.sbatch takes it")
+    cluster.add_argument(
+        "--nodes", type=int, choices=(1, 2, 4), help=f"of {GPUS_PER_NODE} GPUs; default {NODES}"
+    )
+    cluster.add_argument("--time", help=f"of a job; default {experiment.length.time_limit}")
+    cluster.add_argument("--sbatch", help="more options of sbatch, in one word")
+    return parser
+
+
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every figure's command takes."""
+    parser.add_argument("--published", type=path, help="the folder with laer_ae_*.csv")
+    parser.add_argument("--work-dir", default=".paper", help="for logs; default %(default)s")
+
+
+def check_result_options(options: argparse.Namespace) -> None:
+    """Refuse folders that cannot be.
+
+    Raises:
+        ValueError: saying which.
+    """
+    refuse_unusable_folder(options.work_dir, "--work-dir")
+    if options.published is not None and not options.published.is_dir():
+        raise ValueError(f"--published {str(options.published)!r} is no folder; give one that is")
+
+
+def split_words(text: str | None, flag: str) -> list[str]:
+    """Divide a flag's value into words, as a shell does.
+
+    Raises:
+        ValueError: a quotation has no end.
+    """
+    try:
+        return shlex.split(text or "")
+    except ValueError as error:
+        raise ValueError(f"{flag} {quoted(text)}: {error}; give words as to a shell") from error
+
+
+_OF_CLUSTER = ("data_prefix", "tokenizer", "nodes", "time", "sbatch")
+
+
+def _check(options: argparse.Namespace, extra: Sequence[str]) -> None:
+    check_result_options(options)
+    if any(word.partition("=")[0] == "--train-iters" for word in extra):
+        raise ValueError("--train-iters would hide how long runs are; give --steps")
+    if options.toy:
+        given = [name for name in _OF_CLUSTER if getattr(options, name) is not None]
+        if given:
+            flag = f"--{given[0].replace('_', '-')}"
+            raise ValueError(f"{flag} is for --slurm; --toy makes its own data and needs no Slurm")
+    elif not options.collect and not (options.data_prefix and options.tokenizer):
+        raise ValueError("--slurm needs --data-prefix and --tokenizer of the data to train on")
+    elif not options.collect and not options.dry_run and shutil.which("sbatch") is None:
+        raise ValueError(
+            "--slurm needs sbatch, which is not here; --dry-run prints what it is told"
+        )
+
+
+def _request(experiment: Experiment, options: argparse.Namespace, extra: Sequence[str]) -> Request:
+    scale = "toy" if options.toy else "slurm"
+    length = experiment.toy_length if options.toy else experiment.length
+    if options.steps is not None:
+        # The same share is skipped.
+        skipped = max(1, length.skipped * options.steps // length.steps)
+        length = replace(length, steps=options.steps, skipped=skipped)
+    folder = Path(options.work_dir).resolve() / f"figure{experiment.figure}-{scale}"
+    return Request(
+        toy=options.toy,
+        folder=folder,
+        data_prefix=str(folder / "text") if options.toy else options.data_prefix or "",
+        tokenizer="bytes" if options.toy else options.tokenizer or "",
+        length=replace(length, time_limit=options.time or length.time_limit),
+        nodes=options.nodes or NODES,
+        sbatch=split_words(options.sbatch, "--sbatch"),
+        flags=extra,
+    )
+
+
+def _chosen(experiment: Experiment, options: argparse.Namespace) -> list[Run]:
+    """Return the runs that are asked for, all by default."""
+    default = experiment.toy_models if options.toy else experiment.models
+    models = [model for model in MODELS if model in (options.models or default)]
+    return [
+        Run(model, case)
+        for model in models
+        for case in experiment.cases_at(toy=options.toy)
+        if options.methods is None or case.method.name in options.methods
+    ]
+
+
+# Training.
+
+
+def command_line(experiment: Experiment, run: Run, request: Request) -> str:
+    """Return what a shell would be told, from anywhere."""
+    variables = [
+        f"{name}={shlex.quote(value)}" for name, value in settings(experiment, run, request).items()
+    ]
+    return " ".join([*variables, shlex.join(_words(experiment, run, request))])
+
+
+def _words(experiment: Experiment, run: Run, request: Request) -> list[str]:
+    start = ["bash"] if request.toy else _sbatch(experiment, run, request)
+    return [*start, str(SBATCH), "--", *flags(experiment, run, request)]
+
+
+def _sbatch(experiment: Experiment, run: Run, request: Request) -> list[str]:
+    return [
+        *("sbatch", "--wait", "--nodes", str(request.nodes)),
+        *("--gpus-per-node", str(GPUS_PER_NODE), "--time", request.length.time_limit),
+        *("--job-name", f"figure{experiment.figure}-{run.name}"),
+        *("--output", str(log_path(run, request)), *request.sbatch),
+    ]
+
+
+def _train(experiment: Experiment, runs: Sequence[Run], request: Request) -> None:
+    """Train all; what fails shows in its log, which then lacks steps."""
+    for run in runs:
+        log_path(run, request).unlink(missing_ok=True)
+        for recorded in metrics_folder(run, request).glob("metrics-*"):
+            recorded.unlink()
+    if request.toy:
+        print("Making a dataset from the sources of Python's standard library ...", flush=True)
+        prepare_data(default_text_sources()[:_TOY_SOURCES], request.data_prefix, progress=False)
+        for run in runs:
+            print(f"{run.name}: {request.length.steps} steps", flush=True)
+            with log_path(run, request).open("w", encoding="utf-8") as log:
+                environment = _environment(experiment, run, request)
+                environment["MASTER_PORT"] = str(_free_port())
+                subprocess.run(
+                    _words(experiment, run, request),
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    check=False,
+                )
+        return
+    print(f"{len(runs)} jobs are submitted; if this command is ended, --collect goes on.")
+    jobs = [
+        subprocess.Popen(
+            _words(experiment, run, request), env=_environment(experiment, run, request)
+        )
+        for run in runs
+    ]
+    for job in jobs:
+        job.wait()
+
+
+def _environment(experiment: Experiment, run: Run, request: Request) -> dict[str, str]:
+    """Return the environment of a run: what users set for pretrain.sbatch stays, but for these."""
+    # One checkpoint cannot be that of many runs.
+    kept = {name: value for name, value in os.environ.items() if name != "CHECKPOINT"}
+    if request.toy:
+        # Also within a job, this is no job's run.
+        kept = {name: value for name, value in kept.items() if not name.startswith("SLURM_")}
+        kept |= {"PYTHON": sys.executable}
+    return kept | settings(experiment, run, request)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
+
+
+# The result.
+
+
+def _report(
+    experiment: Experiment,
+    tables: Tables,
+    files: Sequence[str],
+    runs: Sequence[Run],
+    request: Request,
+    folder: Path | None,
+) -> int:
+    skipped = request.length.skipped
+    found: dict[Run, Measured] = {}
+    profiles: dict[Run, Profile] = {}
+    failures = []
+    for run in runs:
+        try:
+            found[run] = read_log(log_path(run, request), request.length.steps)
+            if experiment.records_metrics and run.case.method.uses_fsep:
+                profiles[run] = read_profile(metrics_folder(run, request), skipped)
+        except (ValueError, OSError) as error:
+            failures.append(str(error))
+    result = Result(experiment.figure, experiment.title, "toy" if request.toy else "slurm")
+    absent = published.missing(folder, files)
+    known = None if absent else folder
+    result.tables += tables(Found(found, profiles, runs, skipped, known))
+    result.notes += [*failures, *absent, *experiment.notes]
+    return finish(result, request.folder, failed=bool(failures))
+
+
+def finish(result: Result, folder: Path, *, failed: bool = False) -> int:
+    """Print and write a result; return the command's status."""
+    written = result.write(folder)
+    print(f"\n{result.text()}\n\nAlso in {written} and, as text, beside it.")
+    return int(failed)

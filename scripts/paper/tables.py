@@ -1,0 +1,71 @@
+"""A figure's result is tables of the paper's numbers beside ours, kept as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import machine, table_text
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with the same columns; None is what was not measured, published, or has no counterpart.
+
+    Columns of the paper's numbers begin with `paper`, the other numbers are ours.
+    """
+
+    title: str
+    rows: Sequence[dict[str, Any]]
+
+
+@dataclass
+class Result:
+    """What a figure's command ends with.
+
+    Attributes:
+        scale: `toy` or `slurm`.
+        notes: sentences on what is missing, and why.
+    """
+
+    figure: int
+    title: str
+    scale: str
+    tables: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Return it for people."""
+        parts = [f"Figure {self.figure}. {self.title} ({self.scale})"]
+        parts += [f"{table.title}\n{table_text(table.rows)}" for table in self.tables]
+        parts += ["\n".join(f"* {note}" for note in self.notes)] if self.notes else []
+        return "\n\n".join(parts)
+
+    def write(self, folder: Path) -> Path:
+        """Write `result.txt` and `result.json`, with this machine's name; return the latter."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.txt").write_text(self.text() + "\n", encoding="utf-8")
+        path = folder / "result.json"
+        content = asdict(self) | {"machine": machine()}
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        return path
+
+
+def times(
+    paper_s: float | None, paper_base_s: float | None, ours_s: float | None, base_s: float | None
+) -> dict[str, float | None]:
+    """Make columns of seconds per step, and of speed over a base's."""
+    return {
+        "paper s": paper_s,
+        "s": ours_s,
+        "paper speed": ratio(paper_base_s, paper_s),
+        "speed": ratio(base_s, ours_s),
+    }
+
+
+def ratio(one: float | None, other: float | None) -> float | None:
+    """Divide two numbers, if both are there."""
+    return None if one is None or other is None else one / other
