@@ -95,6 +95,7 @@ class Experiment:
         stock_tensor: stock Megatron's tensor-parallel size, by experts and top-k.
         records_metrics: whether FSEP writes its metrics to a file.
         toy_flags: Megatron's, at toy scale.
+        published: the artifact's files that the figure's tables need.
         notes: sentences on what has no counterpart, or another one than its name says.
     """
 
@@ -111,6 +112,7 @@ class Experiment:
     stock_tensor: Mapping[str, int] = field(default_factory=lambda: {"e8k2": 8, "e16k4": 4})
     records_metrics: bool = False
     toy_flags: str = ""
+    published: Sequence[str] = ()
     notes: Sequence[str] = ()
 
     def cases_at(self, *, toy: bool) -> Sequence[Case]:

@@ -39,6 +39,7 @@ EXPERIMENT = Experiment(
     toy_cases=[Case(method) for method in _METHODS],
     length=Length(70, 20, "2:00:00"),
     toy_length=Length(7, 2),
+    published=(END_TO_END,),
     notes=(
         "FLEX (FlexMoE) has no counterpart in training; `simulate` has it.",
         "fsep has none in the paper; its speed stands beside LAER's.",
@@ -78,4 +79,4 @@ def tables(found: Found) -> Sequence[Table]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(EXPERIMENT, tables, [END_TO_END]))
+    sys.exit(main(EXPERIMENT, tables))

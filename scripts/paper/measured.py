@@ -19,13 +19,11 @@ class Measured:
 
     Attributes:
         imbalance: max/mean tokens per rank as they were computed; empty for stock.
-        stock_imbalance: the same routing under stock's placement; empty for stock.
     """
 
     losses: list[float]
     step_s: list[float]
     imbalance: list[float]
-    stock_imbalance: list[float]
 
     def seconds(self, skipped: int) -> float:
         """Return the mean step, without the first ones."""
@@ -76,7 +74,6 @@ def read_log(path: Path, steps: int) -> Measured:
         losses=column(log.LOSS),
         step_s=[time_ms / 1e3 for time_ms in column(log.STEP_MS)],
         imbalance=column(log.IMBALANCE),
-        stock_imbalance=column(log.STOCK_IMBALANCE),
     )
 
 

@@ -39,6 +39,7 @@ from scripts.paper.tables import Result, Table
 
 SBATCH = Path(__file__).resolve().parents[1] / "slurm" / "pretrain.sbatch"
 _MOST_STEPS = 100_000
+_TOY_NOTE = "Times at toy scale say that it runs, and nothing of what is faster."
 # Enough text for toy runs, of sources of Python's standard library.
 _TOY_SOURCES = 150
 
@@ -81,14 +82,12 @@ Tables = Callable[[Found], Sequence[Table]]
 def main(
     experiment: Experiment,
     tables: Tables,
-    files: Sequence[str],
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Run a figure's command.
 
     Args:
         tables: makes the figure's tables.
-        files: of the artifact, that they need.
 
     Returns:
         1 if a run failed or is not there, 2 for words that cannot be.
@@ -110,7 +109,7 @@ def main(
     if not options.collect:
         request.folder.mkdir(parents=True, exist_ok=True)
         _train(experiment, runs, request)
-    return _report(experiment, tables, files, runs, request, options.published)
+    return _report(experiment, tables, runs, request, options.published)
 
 
 def _split(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
@@ -140,9 +139,13 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     parser.add_argument(
         "--models", nargs="+", choices=experiment.models, metavar="MODEL", help="of the paper"
     )
-    names = [method.name for method in experiment.methods()]
+    methods = experiment.methods()
     parser.add_argument(
-        "--methods", nargs="+", choices=names, metavar="METHOD", help=f"of {', '.join(names)}"
+        "--methods",
+        nargs="+",
+        choices=[method.name for method in methods],
+        metavar="METHOD",
+        help="; ".join(f"{method.name}: {method.about}" for method in methods),
     )
     parser.add_argument(
         "--steps",
@@ -322,7 +325,6 @@ def _free_port() -> int:
 def _report(
     experiment: Experiment,
     tables: Tables,
-    files: Sequence[str],
     runs: Sequence[Run],
     request: Request,
     folder: Path | None,
@@ -339,10 +341,12 @@ def _report(
         except (ValueError, OSError) as error:
             failures.append(str(error))
     result = Result(experiment.figure, experiment.title, "toy" if request.toy else "slurm")
-    absent = published.missing(folder, files)
+    absent = published.missing(folder, experiment.published)
     known = None if absent else folder
     result.tables += tables(Found(found, profiles, runs, skipped, known))
     result.notes += [*failures, *absent, *experiment.notes]
+    if request.toy:
+        result.notes.append(_TOY_NOTE)
     return finish(result, request.folder, failed=bool(failures))
 
 

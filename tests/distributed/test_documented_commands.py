@@ -145,8 +145,8 @@ def _pages_with_commands() -> list[Path]:
     return found
 
 
-# Minutes at their smallest size, and test_end_to_end.py runs that.
-NIGHTLY = ("end_to_end.md",)
+# Minutes at their smallest size; test_end_to_end.py and test_paper.py run part of that.
+NIGHTLY = ("end_to_end.md", "paper.md")
 
 
 @pytest.mark.parametrize(

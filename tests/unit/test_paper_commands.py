@@ -1,0 +1,239 @@
+"""The commands of the paper's experiments: jobs, what Megatron makes of them, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_laer.config import FSEPConfig
+from megatron_laer.platform.cpu import CPU_FLAGS
+from scripts.paper import figure8, figure9, figure10, figure11, figure12, published, runner
+from scripts.paper.experiments import MODELS, Case
+from tests import processes
+from tests.unit.shell_scripts import fake_python, shell
+from tests.unit.test_paper import E8K2, log_line
+
+DATA = ["--data-prefix", "/data/text", "--tokenizer", "/data/tokenizer"]
+
+
+def run_figure(figure: Any, *words: object) -> int:
+    """The status of a figure's command, also where argparse ends it."""
+    try:
+        if figure is figure11:
+            return figure11.main([*map(str, words)])
+        return runner.main(figure.EXPERIMENT, figure.tables, [*map(str, words)])
+    except SystemExit as stopped:
+        return int(str(stopped.code))
+
+
+def dry_run(figure: Any, capsys: pytest.CaptureFixture[str], *words: str) -> list[list[str]]:
+    assert run_figure(figure, "--slurm", "--dry-run", *DATA, *words) == 0
+    return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_job_is_submitted_for_each_run_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = dry_run(figure8, capsys, "--sbatch", "--partition gpu")
+    assert len(lines) == len(MODELS) * 2 * 4
+    outputs = {line[line.index("--output") + 1] for line in lines}
+    assert len(outputs) == len(lines)
+    assert all(line[line.index("--partition") + 1] == "gpu" for line in lines)
+    laer = next(line for line in lines if "laer" in line)
+    assert {"MODEL=mixtral-8x7b-e8k2", "MODE=fsep", "CAPACITY=2"} <= set(laer)
+    # 32 ranks, each with two microbatches of two sequences.
+    for flag, value in (("--nodes", "4"), ("--micro-batch-size", "2"), ("--train-iters", "70")):
+        assert laer[laer.index(flag) + 1] == value
+    stock = lines[0]
+    assert {"MODE=standard", "EP_SIZE=8"} <= set(stock)
+    assert stock[stock.index("--tensor-model-parallel-size") + 1] == "8"
+
+
+_VALIDATE = """
+import json, sys
+from megatron_laer.launch import prepare
+prepare()
+from megatron.training import arguments
+
+stdout, sys.stdout = sys.stdout, sys.stderr
+seen = []
+for words in json.load(sys.stdin):
+    sys.argv[1:] = words
+    args = arguments.parse_args()
+    arguments.validate_args(args)
+    seen.append([
+        args.expert_parallel_mode,
+        args.expert_model_parallel_size,
+        args.tensor_model_parallel_size,
+        args.micro_batch_size * args.seq_length,
+        args.global_batch_size // args.micro_batch_size // args.data_parallel_size,
+    ])
+print(json.dumps(seen), file=stdout)
+"""
+
+
+def started(command: list[str]) -> list[str]:
+    """Megatron's command line, as pretrain.sbatch makes it, on one node of 32 ranks."""
+    variables = dict(word.split("=", 1) for word in command[: command.index("sbatch")])
+    result = shell(
+        runner.SBATCH,
+        *command[command.index("--") :],
+        DRY_RUN="1",
+        GPUS_PER_NODE="32",
+        PYTHON=sys.executable,
+        **variables,
+    )
+    assert result.returncode == 0, result.stderr
+    words = shlex.split(result.stdout)
+    return words[words.index(str(runner.SBATCH.parents[2] / "pretrain_gpt.py")) + 1 :]
+
+
+@pytest.mark.distributed
+def test_megatron_takes_what_jobs_start_on_32_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    """As far as its validation. All else of a job is as in tests of pretrain.sbatch."""
+    e16k4 = ["--models", "mixtral-8x22b-e16k4"]
+    stock, _, laer, *_ = dry_run(figure8, capsys, *e16k4)
+    high, _, fsep = dry_run(figure9, capsys)
+    recorded = dry_run(figure10, capsys, *e16k4[:1], "mixtral-8x7b-e16k4", "--methods", "static")
+    commands = [stock, laer, high, fsep, *recorded]
+    tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "32000"]
+    lines = [[*started(command), *CPU_FLAGS, *tokenizer] for command in commands]
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _VALIDATE],
+        input=json.dumps(lines),
+        env=os.environ
+        | {"PYTHONPATH": processes.python_path(), "MEGATRON_LAER_DEVICE": "cpu"}
+        | {"RANK": "0", "WORLD_SIZE": "32", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    # Expert and tensor parallelism, tokens of a rank's microbatch, microbatches: the paper's.
+    assert json.loads(result.stdout.splitlines()[-1]) == [
+        ["standard", 8, 4, 8192, 16],
+        ["fsep", 32, 1, 16384, 2],
+        ["standard", 8, 4, 4096, 16],
+        ["fsep", 32, 1, 16384, 1],
+        ["fsep", 32, 1, 16384, 2],
+    ]
+
+
+@pytest.mark.parametrize("case", figure12.EXPERIMENT.cases, ids=lambda case: case.method.name)
+def test_every_ablation_is_a_setting_of_its_own(case: Case) -> None:
+    words = case.method.flags.split()
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    names = {flag.removeprefix("--fsep-").replace("-", "_"): to for flag, to in given.items()}
+    FSEPConfig(**names)
+    others = [other.method.flags for other in figure12.EXPERIMENT.cases if other != case]
+    assert case.method.flags not in others
+
+
+_FAKE_SBATCH = """
+while [ $# -gt 0 ]; do
+    case $1 in
+        --output) log=$2 ;;
+        --train-iters) steps=$2 ;;
+    esac
+    shift
+done
+[ "$MODE" = fsep ] && time=100 || time=150
+[ "$MODEL" != qwen-8x7b-e8k2 ] || exit 1
+for step in $(seq "$steps"); do
+    echo " iteration $step/ $steps | elapsed time per iteration (ms): $time.0 | lm loss: 5.0E+00 |"
+done >"$log"
+"""
+
+
+def test_jobs_are_waited_for_and_their_logs_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_python(tmp_path, "sbatch", _FAKE_SBATCH)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    words = ["--slurm", "--work-dir", tmp_path, "--steps", "5", "--methods", "stock", "fsep"]
+    words += ["--models", E8K2]
+    assert run_figure(figure8, *words, *DATA) == 0
+    folder = tmp_path / "figure8-slurm"
+    first = json.loads((folder / "result.json").read_text())
+    speed = {row["ours"]: row["speed"] for row in first["tables"][0]["rows"]}
+    assert speed == {"stock": 1.0, "fsep": pytest.approx(1.5), None: None}
+    # Logs alone, without Slurm.
+    monkeypatch.setenv("PATH", os.environ["PATH"].removeprefix(f"{tmp_path}:"))
+    assert run_figure(figure8, *words, "--collect") == 0
+    assert json.loads((folder / "result.json").read_text()) == first
+    assert run_figure(figure8, *words, "qwen-8x7b-e8k2", "--collect") == 1
+    assert "qwen-8x7b-e8k2_aux0_stock: no log at" in (folder / "result.txt").read_text()
+
+
+def test_a_failed_job_fails_the_command_and_not_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_python(tmp_path, "sbatch", _FAKE_SBATCH)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    models = ["--models", E8K2, "qwen-8x7b-e8k2"]
+    words = ["--slurm", "--work-dir", tmp_path, "--steps", "5", "--methods", "fsep", *models]
+    # An earlier result is none of this run.
+    log = tmp_path / "figure8-slurm" / "qwen-8x7b-e8k2_aux0_fsep.log"
+    log.parent.mkdir()
+    log.write_text("\n".join(log_line(step, 5, 1.0, 1.0) for step in range(1, 6)))
+    assert run_figure(figure8, *words, *DATA) == 1
+    rows = json.loads((log.parent / "result.json").read_text())["tables"][0]["rows"]
+    assert [row["s"] for row in rows if row["ours"]] == [0.1, 0.1, None, None]
+
+
+def test_figure_11_times_both_planners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figure11, "SOLVES", 1)
+    rows = "n_device,C_e,time\n64,1,0.0005\n128,4,0.002\n"
+    (tmp_path / published.PLANNER).write_text(rows)
+    assert run_figure(figure11, "--toy", "--work-dir", tmp_path, "--published", tmp_path) == 0
+    written = json.loads((tmp_path / "figure11-toy" / "result.json").read_text())
+    (table,) = written["tables"]
+    assert [row["paper"] for row in table["rows"]] == [0.5, None, None, 2.0]
+    assert all(row[name] > 0 for row in table["rows"] for name in figure11.STRATEGIES)
+
+
+def test_figure_11_runs_itself_on_a_node(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_figure(figure11, "--slurm", "--dry-run", "--srun", "--partition cpu") == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:7] == ["srun", "--nodes", "1", "--ntasks", "1", "--partition", "cpu"]
+    assert Path(words[8]).samefile(figure11.__file__) and words[9] == "--here"
+
+
+REFUSED = [
+    (figure8, [], "one of the arguments --toy --slurm is required"),
+    (figure8, ["--toy", "--slurm"], "not allowed with"),
+    (figure8, ["--toy", "--dry-run", "--collect"], "not allowed with"),
+    (figure8, ["--toy", "--nodes", "2"], "--nodes is for --slurm"),
+    (figure8, ["--toy", "--data-prefix", "a"], "--data-prefix is for --slurm"),
+    (figure8, ["--slurm", "--data-prefix", "a"], "--slurm needs --data-prefix and --tokenizer"),
+    (figure8, ["--slurm", *DATA, "--nodes", "3"], "(choose from 1, 2, 4)"),
+    (figure8, ["--slurm", *DATA], "sbatch, which is not here"),
+    (figure8, ["--slurm", *DATA, "--dry-run", "--sbatch", "'a"], '--sbatch "\'a"'),
+    (figure8, ["--toy", "--models", "tiny-moe"], "invalid choice: 'tiny-moe'"),
+    (figure9, ["--toy", "--methods", "laer"], "invalid choice: 'laer'"),
+    (figure9, ["--toy", "--steps", "1"], "'1' is no integer in 2..100000"),
+    (figure9, ["--toy", "--", "--train-iters=3"], "give --steps"),
+    (figure12, ["--toy", "--published", "/nowhere"], "--published '/nowhere' is no folder"),
+    (figure12, ["--toy", "--work-dir", ""], "--work-dir '': the path is empty"),
+    (figure11, ["--toy", "--dry-run"], "are for --slurm"),
+    (figure11, ["--here", "--srun", "x"], "are for --slurm"),
+    (figure11, ["--toy", "--work-dir", "/dev/null/x"], "is no folder"),
+]
+
+
+@pytest.mark.parametrize(("figure", "words", "said"), REFUSED)
+def test_what_cannot_be_is_refused(
+    figure: Any,
+    words: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert run_figure(figure, *words) == 2
+    assert said in capsys.readouterr().err
