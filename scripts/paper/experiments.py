@@ -187,7 +187,8 @@ def settings(experiment: Experiment, run: Run, request: Request) -> dict[str, st
     found = {
         "MODEL": run.model,
         "DATA_PREFIX": request.data_prefix,
-        "DATA_CACHE": str(request.folder / "cache"),
+        # Of its own, since jobs that run at the same time would make one together.
+        "DATA_CACHE": str(request.folder / "cache" / run.name),
         "TOKENIZER": request.tokenizer,
         "MODE": "fsep" if method.uses_fsep else "standard",
     }

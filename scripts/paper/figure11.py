@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scale.add_argument("--here", action="store_true", help="all shapes, on this machine")
     scale.add_argument("--slurm", action="store_true", help="all shapes, on a node that srun gets")
     parser.add_argument("--dry-run", action="store_true", help="with --slurm: print the command")
-    parser.add_argument("--srun", help="with --slurm: more options of srun, in one word")
+    parser.add_argument(
+        "--srun", help='with --slurm: more of srun, such as --srun="--partition cpu"'
+    )
     add_result_options(parser)
     options = parser.parse_args(arguments)
     try:

@@ -42,7 +42,7 @@ EXPERIMENT = Experiment(
     published=(END_TO_END,),
     notes=(
         "FLEX (FlexMoE) has no counterpart in training; `simulate` has it.",
-        "fsep has none in the paper; its speed stands beside LAER's.",
+        "fsep has none in the paper; compare it with LAER's row.",
     ),
 )
 

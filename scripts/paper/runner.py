@@ -90,7 +90,7 @@ def main(
         tables: makes the figure's tables.
 
     Returns:
-        1 if a run failed or is not there, 2 for words that cannot be.
+        1 if a run failed or is not there, 2 for words that cannot be, 130 if it is interrupted.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     ours, extra = _split(words)
@@ -108,7 +108,10 @@ def main(
         return 0
     if not options.collect:
         request.folder.mkdir(parents=True, exist_ok=True)
-        _train(experiment, runs, request)
+        try:
+            _train(experiment, runs, request)
+        except KeyboardInterrupt:
+            return 130
     return _report(experiment, tables, runs, request, options.published)
 
 
@@ -159,7 +162,7 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         "--nodes", type=int, choices=(1, 2, 4), help=f"of {GPUS_PER_NODE} GPUs; default {NODES}"
     )
     cluster.add_argument("--time", help=f"of a job; default {experiment.length.time_limit}")
-    cluster.add_argument("--sbatch", help="more options of sbatch, in one word")
+    cluster.add_argument("--sbatch", help='more of sbatch, such as --sbatch="--partition gpu"')
     return parser
 
 

@@ -39,7 +39,7 @@ def dry_run(figure: Any, capsys: pytest.CaptureFixture[str], *words: str) -> lis
 
 
 def test_a_job_is_submitted_for_each_run_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = dry_run(figure8, capsys, "--sbatch", "--partition gpu")
+    lines = dry_run(figure8, capsys, "--sbatch=--partition gpu")
     assert len(lines) == len(MODELS) * 2 * 4
     outputs = {line[line.index("--output") + 1] for line in lines}
     assert len(outputs) == len(lines)
@@ -198,7 +198,7 @@ def test_figure_11_times_both_planners(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_figure_11_runs_itself_on_a_node(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_figure(figure11, "--slurm", "--dry-run", "--srun", "--partition cpu") == 0
+    assert run_figure(figure11, "--slurm", "--dry-run", "--srun=--partition cpu") == 0
     words = shlex.split(capsys.readouterr().out)
     assert words[:7] == ["srun", "--nodes", "1", "--ntasks", "1", "--partition", "cpu"]
     assert Path(words[8]).samefile(figure11.__file__) and words[9] == "--here"
