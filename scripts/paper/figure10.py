@@ -31,8 +31,8 @@ EXPERIMENT = Experiment(
     notes=(
         "Ours are of the planner rank, rank 0, and mean steps; the paper's are means over ranks of "
         "one profiled step.",
-        "Token exchanges wait for the busiest rank, in both. rest is all else, waits for restores "
-        "and gradients included.",
+        "Token exchanges wait for the busiest rank, in both. rest is all else; exposed waits are "
+        "within experts and rest.",
         "FLEX (FlexMoE) has no counterpart in training.",
     ),
 )

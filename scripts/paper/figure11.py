@@ -71,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result.notes += missing(options.published, [PLANNER])
     result.notes += _allowed(options.published)
     result.notes += [
-        f"E = {EXPERTS}. laer is the paper's planner as it is here, which also keeps or leaves the "
-        "layout in force and gives no rank an expert twice; greedy is the default."
+        f"E = {EXPERTS}. laer is the paper's planner as it is here, in Python, with the layout in "
+        "force and the static one as candidates too; greedy, the default, has a C++ core."
     ]
     return finish(result, Path(options.work_dir) / f"figure11-{result.scale}")
 
