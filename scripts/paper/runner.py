@@ -249,6 +249,10 @@ def _chosen(experiment: Experiment, options: argparse.Namespace) -> list[Run]:
 
 # Training.
 
+# What is of one run, and not of all; and what is of jobs, within which a toy run may be started.
+_OF_RUNS = ("CAPACITY", "CHECKPOINT", "DRY_RUN", "EP_SIZE", "GPUS_PER_NODE", "MODE")
+_OF_JOBS = ("CONTAINER_", "LOG_DIR", "MASTER_ADDR", "SCRIPT", "SLURM_")
+
 
 def command_line(experiment: Experiment, run: Run, request: Request) -> str:
     """Return what a shell would be told, from anywhere."""
@@ -307,11 +311,9 @@ def _train(experiment: Experiment, runs: Sequence[Run], request: Request) -> Non
 
 def _environment(experiment: Experiment, run: Run, request: Request) -> dict[str, str]:
     """Return the environment of a run: what users set for pretrain.sbatch stays, but for these."""
-    # One checkpoint cannot be that of many runs.
-    kept = {name: value for name, value in os.environ.items() if name != "CHECKPOINT"}
+    dropped = _OF_RUNS + (_OF_JOBS if request.toy else ())
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     if request.toy:
-        # Also within a job, this is no job's run.
-        kept = {name: value for name, value in kept.items() if not name.startswith("SLURM_")}
         kept |= {"PYTHON": sys.executable}
     return kept | settings(experiment, run, request)
 

@@ -143,6 +143,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 [ "$MODE" = fsep ] && time=100 || time=150
+[ -z "$CHECKPOINT" ] && { [ "$MODE" = fsep ] || [ -z "$CAPACITY" ]; } || exit 1
 [ "$MODEL" != qwen-8x7b-e8k2 ] || exit 1
 for step in $(seq "$steps"); do
     echo " iteration $step/ $steps | elapsed time per iteration (ms): $time.0 | lm loss: 5.0E+00 |"
@@ -155,6 +156,9 @@ def test_jobs_are_waited_for_and_their_logs_read_again(
 ) -> None:
     fake_python(tmp_path, "sbatch", _FAKE_SBATCH)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    # Neither is for all runs.
+    monkeypatch.setenv("CHECKPOINT", "one")
+    monkeypatch.setenv("CAPACITY", "3")
     words = ["--slurm", "--work-dir", tmp_path, "--steps", "5", "--methods", "stock", "fsep"]
     words += ["--models", E8K2]
     assert run_figure(figure8, *words, *DATA) == 0
