@@ -100,7 +100,9 @@ class FSEPMoELayer(MoELayer):
             *model_support.problems_with_token_exchange(config, current.config.token_exchange),
         ]:
             raise ValueError(*problems)
-        coordinator = current.coordinator_for(config, _seed_of_arguments())
+        coordinator = current.coordinator_for(
+            config, _seed_of_arguments(), _tokens_of_arguments(config)
+        )
         geometry = coordinator.geometry
 
         def build_experts(num_local: int, config_: Any, /, **_: Any) -> FSEPExperts:
@@ -286,3 +288,18 @@ def _seed_of_arguments() -> int | None:
     from megatron.training import global_vars
 
     return None if global_vars._GLOBAL_ARGS is None else int(global_vars.get_args().seed)
+
+
+def _tokens_of_arguments(config: Any) -> int | None:
+    """Return the tokens of a rank and microbatch by Megatron's command line; None in a script.
+
+    Tensor parallelism cuts a sequence too, as it does not train MoE layers without sequence
+    parallelism.
+    """
+    from megatron.training import global_vars
+
+    if global_vars._GLOBAL_ARGS is None:
+        return None
+    args = global_vars.get_args()
+    ranks = config.context_parallel_size * config.tensor_model_parallel_size
+    return max(args.micro_batch_size * args.seq_length // ranks, 1)
