@@ -95,11 +95,7 @@ class FSEPMoELayer(MoELayer):
             "the model's expert-parallel group is not the one that FSEP was set up for"
         )
         pg_collection.fsep = groups.tokens
-        if problems := [
-            *model_support.problems_with_mode(config, current.config.mode),
-            *model_support.problems_with_token_exchange(config, current.config.token_exchange),
-        ]:
-            raise ValueError(*problems)
+        model_support.check_choices(config, current.config.mode, current.config.token_exchange)
         coordinator = current.coordinator_for(
             config, _seed_of_arguments(), _tokens_of_arguments(config)
         )
@@ -302,4 +298,5 @@ def _tokens_of_arguments(config: Any) -> int | None:
         return None
     args = global_vars.get_args()
     ranks = config.context_parallel_size * config.tensor_model_parallel_size
-    return max(args.micro_batch_size * args.seq_length // ranks, 1)
+    tokens: int = args.micro_batch_size * args.seq_length // ranks
+    return max(tokens, 1)

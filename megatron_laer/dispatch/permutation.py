@@ -173,7 +173,8 @@ def rows_of_runs(shifts_X: torch.Tensor, counts_X: torch.Tensor, total: int) -> 
 def true_places(flags: torch.Tensor, count: int) -> torch.Tensor:
     """Return where flags are true, int64 [count], as places in the flags read row by row.
 
-    `nonzero_static` is the same, but on CUDA torch 2.6 lacks it, and 2.7 to 2.9 crash at no flags.
+    `nonzero_static` is the same, but on CUDA torch 2.6 lacks it, and some later versions crash
+    where there are no flags.
 
     Args:
         flags: bool.
