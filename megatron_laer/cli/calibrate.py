@@ -14,7 +14,8 @@ from megatron_laer.calibration import run as calibration
 from megatron_laer.calibration.sampling import Job
 from megatron_laer.calibration.settings import ExpertShape
 from megatron_laer.cli.argument_types import between, path
-from megatron_laer.files.checks import quoted, refuse_unwritable
+from megatron_laer.files.checks import quoted, refuse_overwriting, refuse_unwritable
+from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.writing import replaced_when_complete, write_all
 from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
 from megatron_laer.planner.clusters import Cluster
@@ -98,6 +99,8 @@ def _checked(args: argparse.Namespace) -> ExpertShape | None:
     expert = _expert(args)
     if dist.get_rank() == 0:
         refuse_unwritable(args.output, "FILE")
+        if args.config is not None:
+            refuse_overwriting(args.output, [yaml_file("model", args.config)], "FILE")
         if args.output.exists() and not args.force:
             raise ValueError(
                 f"{quoted(args.output)} is there already; give another file, or --force to "

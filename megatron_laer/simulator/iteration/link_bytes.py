@@ -11,6 +11,7 @@ from megatron_laer.simulator.iteration.iterate import WorkOf
 from megatron_laer.simulator.iteration.memory_parts import stage_weights
 from megatron_laer.simulator.iteration.methods import Method
 from megatron_laer.simulator.iteration.model_shape import ModelShape
+from megatron_laer.simulator.iteration.rates import ring_neighbours
 from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
 
 INTRA, INTER = "intra", "inter"
@@ -53,14 +54,15 @@ def link_bytes(
                 )
     for stage in range(run.stages):
         weights = stage_weights(model, run, method, stage)
-        for held, copies in (
-            (weights.dense, run.data_parallel),
-            (weights.expert, method.replicas * run.replicas),
+        for held, copies, stride in (
+            (weights.dense, run.data_parallel, run.tensor),
+            (weights.expert, method.replicas * run.replicas, run.ranks // method.replicas),
         ):
             each = model.bytes_per_element if run.shards_optimizer else _GRADIENT_BYTES
             size = held * (_GRADIENT_BYTES + each) * (copies - 1) / copies / run.stages
             # A ring leaves a node once per node.
-            far = 1 / run.node_size if copies > run.node_size else 0.0
+            near = ring_neighbours(run.node_size, stride)
+            far = 1 / near if copies > near else 0.0
             add("data_parallel", size * (1 - far), size * far)
     sends = 2 * run.microbatches * (run.stages * run.chunks - 1) / run.stages
     sent = sends * run.tokens * token_bytes
