@@ -298,6 +298,11 @@ def test_experts_that_are_held_are_restored_and_reduced_once_per_step():
         assert by_layer.bytes_by_kind[link]["reduce"] == pytest.approx(
             4 * by_step.bytes_by_kind[link]["reduce"]
         )
+    # All four layers' experts, and sums of their gradients in four bytes.
+    layer = 3 * TINY.expert_weights
+    held, passing = by_step.memory_bytes, by_layer.memory_bytes
+    assert held["restored_experts"] == 2 * passing["restored_experts"] == 4 * layer * 2
+    assert held["restored_gradients"] == layer * 2 + 4 * layer * 4
     # So few tokens hide no restore: time follows bytes.
     assert by_step.exposed_s["restore"] < by_layer.exposed_s["restore"] / 6
     assert 0 < by_step.exposed_s["reduce"] < by_layer.exposed_s["reduce"]
