@@ -209,6 +209,14 @@ def test_replicas_of_experts_exchange_between_nodes():
     assert more == pytest.approx(expert * (4 + 2) / 2)
 
 
+def test_tensor_parallel_ranks_gather_what_their_group_has():
+    """Two collectives in each direction, of four layers and microbatches."""
+    found = predicted(drifting_trace(), names=[STOCK], tensor=2)[STOCK].bytes_by_kind
+    tokens = round(Routing(drifting_trace(), 4).pairs / TINY.topk)
+    assert found["intra"]["tensor"] == 2 * 2 * 4 * 4 * tokens * TINY.hidden * 2
+    assert found["inter"]["tensor"] == 0
+
+
 def test_stocks_groups_wait_for_their_own_counts():
     """Of two groups of four one is busy in both layers, or each in one of them."""
     step_R, layer_R = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])

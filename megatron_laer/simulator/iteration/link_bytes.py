@@ -60,15 +60,23 @@ def link_bytes(
         ):
             each = model.bytes_per_element if run.shards_optimizer else _GRADIENT_BYTES
             size = held * (_GRADIENT_BYTES + each) * (copies - 1) / copies / run.stages
-            # A ring leaves a node once per node.
-            near = ring_neighbours(run.node_size, stride)
-            far = 1 / near if copies > near else 0.0
+            far = _leaving(copies, run.node_size, stride)
             add("data_parallel", size * (1 - far), size * far)
+    gathered = passes * run.microbatches * len(model.layer_has_experts) / run.stages
+    size = gathered * run.tokens * (run.tensor - 1) * token_bytes
+    far = _leaving(run.tensor, run.node_size, 1)
+    add("tensor", size * (1 - far), size * far)
     sends = 2 * run.microbatches * (run.stages * run.chunks - 1) / run.stages
     sent = sends * run.tokens * token_bytes
     crosses = run.ranks * run.replicas >= run.node_size
     add("pipeline", 0.0 if crosses else sent, sent if crosses else 0.0)
     return found
+
+
+def _leaving(ranks: int, node_size: int, stride: int) -> float:
+    """Return the share of a ring's bytes that goes between nodes: one link of each node's ranks."""
+    near = ring_neighbours(node_size, stride)
+    return 1 / near if ranks > near else 0.0
 
 
 def totals(by_kind: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
