@@ -21,7 +21,7 @@ from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.simulator.sizes import MAX_WIDTH, model_sizes
 
-_MAX_RANKS = 2**16
+_MAX_RANKS, _LONGEST_NAME = 2**16, 200
 _ENDINGS = (".yaml", ".yml")
 
 _EXAMPLES = """\
@@ -94,8 +94,11 @@ def _checked(args: argparse.Namespace) -> ExpertShape | None:
             f"{quoted(args.output)} does not end in {' or '.join(_ENDINGS)}, by which --cluster "
             "tells files from names"
         )
-    if args.name is not None and not args.name.strip():
-        raise ValueError("--name is empty; give one, or leave it out")
+    name = args.output.stem if args.name is None else args.name
+    if not name.strip() or len(name) > _LONGEST_NAME:
+        raise ValueError(
+            f"the name {quoted(name)} is empty or has over {_LONGEST_NAME} characters; give --name"
+        )
     expert = _expert(args)
     if dist.get_rank() == 0:
         refuse_unwritable(args.output, "FILE")

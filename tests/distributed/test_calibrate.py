@@ -136,6 +136,7 @@ def test_bad_input_is_the_same_sentence_on_every_rank(
         (f"{good} --node-size 3", "nodes of 3 ranks do not divide the 2 ranks; give --node-size"),
         (f"{tmp_path / 'x.yaml'} --hidden 4", "--hidden and --ffn go together"),
         (f"{good} --config tiny-moe", "both say an expert's sizes; leave one out"),
+        (f"{good} --name {'x' * 201}", "is empty or has over 200 characters; give --name"),
         (f"{model} --config {model} --force", "would write over the input"),
         (f"{tmp_path / 'x.yaml'} --config moon", "--config 'moon': unknown model 'moon'"),
     ):
