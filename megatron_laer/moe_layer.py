@@ -95,12 +95,10 @@ class FSEPMoELayer(MoELayer):
             "the model's expert-parallel group is not the one that FSEP was set up for"
         )
         pg_collection.fsep = groups.tokens
-        if problems := [
-            *model_support.problems_with_mode(config, current.config.mode),
-            *model_support.problems_with_token_exchange(config, current.config.token_exchange),
-        ]:
-            raise ValueError(*problems)
-        coordinator = current.coordinator_for(config, _seed_of_arguments())
+        model_support.check_choices(config, current.config.mode, current.config.token_exchange)
+        coordinator = current.coordinator_for(
+            config, _seed_of_arguments(), _tokens_of_arguments(config)
+        )
         geometry = coordinator.geometry
 
         def build_experts(num_local: int, config_: Any, /, **_: Any) -> FSEPExperts:
@@ -286,3 +284,19 @@ def _seed_of_arguments() -> int | None:
     from megatron.training import global_vars
 
     return None if global_vars._GLOBAL_ARGS is None else int(global_vars.get_args().seed)
+
+
+def _tokens_of_arguments(config: Any) -> int | None:
+    """Return the tokens of a rank and microbatch by Megatron's command line; None in a script.
+
+    Tensor parallelism cuts a sequence too, as it does not train MoE layers without sequence
+    parallelism.
+    """
+    from megatron.training import global_vars
+
+    if global_vars._GLOBAL_ARGS is None:
+        return None
+    args = global_vars.get_args()
+    ranks = config.context_parallel_size * config.tensor_model_parallel_size
+    tokens: int = args.micro_batch_size * args.seq_length // ranks
+    return max(tokens, 1)

@@ -76,13 +76,16 @@ class Session:
         if coordinator is not None:
             coordinator.close()
 
-    def coordinator_for(self, transformer_config: Any, seed: int | None) -> Coordinator:
+    def coordinator_for(
+        self, transformer_config: Any, seed: int | None, tokens: int | None
+    ) -> Coordinator:
         """Return the coordinator, which is made when the first MoE layer is built.
 
         Args:
             transformer_config: Megatron's, with the true number of experts.
             seed: of the run, where the session has none; None takes torch's initial seed of the
                 group's rank 0.
+            tokens: of a rank and microbatch; None where nobody knows.
 
         Raises:
             ValueError: a model whose MoE layers have different numbers of experts, N·C < E, C > E.
@@ -94,6 +97,7 @@ class Session:
                 self.config,
                 self.groups,
                 transformer_config,
+                tokens=tokens,
                 seed=seed if seed is not None else _common_seed(self.groups),
                 device=current_device(),
             )

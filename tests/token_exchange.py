@@ -6,7 +6,7 @@ Legend: N ranks, C slots per rank, G ranks per node, T tokens, E experts, H hidd
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from megatron_laer.arrays import Int64
 from megatron_laer.config import Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
+from megatron_laer.planner.token_traffic import TokenRouting
 from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
@@ -228,8 +229,9 @@ class _Experts(torch.autograd.Function):
 
 @contextlib.contextmanager
 def recorded(sent: dict[str, list[Sent]], phase: str) -> Iterator[None]:
-    """Note what every All-to-All of this phase brings to this rank."""
+    """Note what every All-to-All, and every All-gather of sizes, brings to this rank."""
     true_exchange, size = dist.all_to_all_single, dist.get_world_size()
+    true_gather = dist.all_gather_into_tensor
     of_phase = sent.setdefault(phase, [])
 
     def exchange(
@@ -250,7 +252,15 @@ def recorded(sent: dict[str, list[Sent]], phase: str) -> Iterator[None]:
             received, given, output_split_sizes, input_split_sizes, group, **options
         )
 
-    with mock.patch.object(dist, "all_to_all_single", exchange):
+    def gather(gathered: torch.Tensor, given: torch.Tensor, group: Any) -> Any:
+        assert len(gathered) == size * len(given)
+        of_phase.append(Sent((1,) * size, given.element_size() * len(given), is_hidden=False))
+        return true_gather(gathered, given, group)
+
+    with (
+        mock.patch.object(dist, "all_to_all_single", exchange),
+        mock.patch.object(dist, "all_gather_into_tensor", gather),
+    ):
         yield
 
 
@@ -288,31 +298,42 @@ class Expected:
     Attributes:
         dispatch_N2: with tokens; those of combine are what the other side sends.
         combine_N2: with outputs.
-        pairs_N: that come from other ranks.
-        first_rows_N: of those that come, the rows of the first stage, from other ranks.
         sent_N: rows that a rank sends, or passes on, in both stages; those to itself included.
         arrived_N: rows at the end of the exchange, a rank's own included.
     """
 
     dispatch_N2: Int64
     combine_N2: Int64
-    pairs_N: Int64
-    first_rows_N: Int64
     sent_N: Int64
     arrived_N: Int64
 
 
-def expected(case: Case, *, nodes: bool) -> Expected:
-    """Count sets of tokens."""
+def slots_of(case: Case) -> list[torch.Tensor]:
+    """Of every rank the slots of its pairs."""
     from megatron_laer.dispatch.replica_choice import choose_replicas
 
+    return [
+        choose_replicas(map_TE, plan_of(case, rank).quotas, case.node_size, rank)
+        for rank, map_TE in enumerate(routing_maps(case))
+    ]
+
+
+def routing_of(case: Case) -> TokenRouting:
+    """What the formulas are told."""
+    maps = [map_TE.numpy() for map_TE in routing_maps(case)]
+    slots = [slot_P.numpy() for slot_P in slots_of(case)]
+    return TokenRouting.count(maps, slots, case.capacity, case.node_size)
+
+
+def expected(case: Case, *, nodes: bool) -> Expected:
+    """Count sets of tokens."""
     size, node_size = case.ranks, case.node_size
     pairs: list[tuple[int, int, int]] = []  # source, token, rank
+    slots_N = slots_of(case)
     for source, map_TE in enumerate(routing_maps(case)):
         by_expert = [(t, e) for e in range(case.experts) for t in range(len(map_TE))]
         routed = [token for token, expert in by_expert if map_TE[token, expert]]
-        slot_P = choose_replicas(map_TE, plan_of(case, source).quotas, node_size, source).tolist()
-        slots = zip(routed, slot_P, strict=True)
+        slots = zip(routed, slots_N[source].tolist(), strict=True)
         pairs += [(source, token, slot // case.capacity) for token, slot in slots]
 
     hops: list[tuple[int, int]] = []  # of each row: from, to
@@ -334,15 +355,9 @@ def expected(case: Case, *, nodes: bool) -> Expected:
             received["dispatch"][rank, int(between)] += 1
             received["combine"][source, int(between)] += 1
 
-    def from_others(sent: Iterable[tuple[int, int]]) -> Int64:
-        to = [rank for source, rank in sent if source != rank]
-        return np.bincount(np.array(to, int), minlength=size)
-
     return Expected(
         received["dispatch"],
         received["combine"],
-        from_others((source, rank) for source, _, rank in pairs),
-        from_others(first),
         np.bincount([source for source, _ in hops], minlength=size),
         np.bincount([rank for _, _, rank in rows], minlength=size),
     )

@@ -21,19 +21,11 @@ from megatron_laer.dispatch.slot_dispatch import SlotDispatching
 class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
     """Dispatches to S slots, of which C are local; its config gives S as the number of experts."""
 
-    shared_experts: Any
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # On the group's own stream, whose priority the plugin raises, tokens overtake other work.
         self.use_nccl_stream = True
         self._permutation: SlotPermutation | None = None
-
-    def start_shared_experts(self, hidden_states: torch.Tensor) -> None:
-        """Start the shared experts that overlap with exchanges; stock does so after the sizes."""
-        if self.shared_experts is not None:
-            # A node of its own, as stock's view: gradients are then added in stock's order.
-            self.shared_experts.pre_forward_comm(hidden_states.view_as(hidden_states))
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor

@@ -51,6 +51,9 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
         self._backend: str = self.config.moe_flex_dispatcher_backend
         self._received: deque[_Received] = deque()
 
+    def start_shared_experts(self, hidden_states: torch.Tensor) -> None:
+        """Do nothing: Megatron's dispatcher starts them itself."""
+
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> Any:

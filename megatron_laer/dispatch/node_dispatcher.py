@@ -37,7 +37,6 @@ from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
 class _FirstStage(MoEAlltoAllTokenDispatcher):
     """Exchanges rows where Megatron's dispatcher exchanges a row for each pair."""
 
-    shared_experts: Any
     _groups: FSEPGroups
     _rows: TokenRows
     # With each pair goes its row's number, and with each row the local ranks that it is for.
@@ -105,12 +104,6 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         self._arrivals: Arrivals | None = None
         # What arrived, and the experts' input that was made of it, until the experts have kept it.
         self._experts_input: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def start_shared_experts(self, hidden_states: torch.Tensor) -> None:
-        """Start the shared experts that overlap with exchanges; stock does so after the sizes."""
-        if self.shared_experts is not None:
-            # A node of its own, as stock's view: gradients are then added in stock's order.
-            self.shared_experts.pre_forward_comm(hidden_states.view_as(hidden_states))
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor

@@ -137,7 +137,7 @@ def send_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the pair and the token of every row of the send buffer."""
     by_expert_P = rows_of_runs(shifts_S, counts_S, num_sent)
-    pairs_P = routing_map_TE.t().reshape(-1).nonzero_static(size=num_sent).view(-1)
+    pairs_P = true_places(routing_map_TE.t(), num_sent)
     num_tokens, num_experts = routing_map_TE.shape
     pair_P = pairs_P.index_select(0, by_expert_P)
     token_P = pair_P % max(num_tokens, 1)
@@ -168,6 +168,20 @@ def rows_of_runs(shifts_X: torch.Tensor, counts_X: torch.Tensor, total: int) -> 
     """Return for each row its number plus its run's shift, int32 of the runs' sum of counts."""
     rows = torch.repeat_interleave(shifts_X, counts_X, output_size=total)
     return rows.add_(torch.arange(total, dtype=rows.dtype, device=rows.device))
+
+
+def true_places(flags: torch.Tensor, count: int) -> torch.Tensor:
+    """Return where flags are true, int64 [count], as places in the flags read row by row.
+
+    `nonzero_static` is the same, but on CUDA torch 2.6 lacks it, and some later versions crash
+    where there are no flags.
+
+    Args:
+        flags: bool.
+        count: how many are true; the device is not asked.
+    """
+    dtype = torch.int32 if flags.numel() < 2**31 else torch.int64
+    return torch.repeat_interleave(flags.reshape(-1).to(dtype), output_size=count).long()
 
 
 def _kernels(tensor: torch.Tensor) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
-from megatron_laer.dispatch.permutation import run_sizes
+from megatron_laer.dispatch.permutation import run_sizes, true_places
 from megatron_laer.planner.splits import RankQuotas
 from megatron_laer.runtime.comm.upload import upload, upload_arrays
 
@@ -88,9 +88,7 @@ def choose_replicas(
         return plain_P
 
     num_tokens = len(routing_map_TE)
-    token_P = (
-        routing_map_TE.t().reshape(-1).nonzero_static(size=quotas.num_sent).view(-1) % num_tokens
-    )
+    token_P = true_places(routing_map_TE.t(), quotas.num_sent) % num_tokens
     # In every order below, the pairs of a group are a run, whose slots are those of token order.
     order_P = torch.arange(quotas.num_sent, device=token_P.device)
     for level in levels:

@@ -82,7 +82,8 @@ def row_map(row_X: torch.Tensor, num_rows: int) -> RowMap:
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.dtype
+    # Strides too, for the transpose of as many rows as columns has the same shape.
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _unpack(kept: _Kept) -> torch.Tensor:

@@ -47,6 +47,7 @@ class SlotDispatching:
     """
 
     tp_size: int
+    shared_experts: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,7 +61,10 @@ class SlotDispatching:
         self._pass = dispatch
 
     def start_shared_experts(self, hidden_states: torch.Tensor) -> None:
-        """Start the shared experts that overlap with exchanges, where that is not later."""
+        """Start the shared experts that overlap with exchanges; stock does so after the sizes."""
+        if self.shared_experts is not None:
+            # A node of its own, as stock's view: gradients are then added in stock's order.
+            self.shared_experts.pre_forward_comm(hidden_states.view_as(hidden_states))
 
     def end_step(self) -> None:
         """Do what is left to do when a training step is over."""

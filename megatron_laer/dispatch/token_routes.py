@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_laer.dispatch.permutation import rows_of_runs, run_sizes
+from megatron_laer.dispatch.permutation import rows_of_runs, run_sizes, true_places
 from megatron_laer.dispatch.row_map import RowMap, row_map
 from megatron_laer.planner.splits import RankQuotas
 from megatron_laer.planner.token_rows import TokenRows
@@ -155,7 +155,7 @@ def arrivals(row_R: torch.Tensor, quotas: RankQuotas, rows: TokenRows, rank: int
 def _true_places(flags_AB: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the columns, int32, and the rows of all that is true, of which there is so much."""
     width = max(flags_AB.shape[1], 1)
-    places = flags_AB.reshape(-1).nonzero_static(size=count).view(-1)
+    places = true_places(flags_AB, count)
     return (places % width).int(), places // width
 
 

@@ -17,6 +17,7 @@ class CostModel:
         limit_P: _Float64,
         best_P: _Float64,
         expert_flops: float,
+        forward_share: float,
         intra_pair_bytes: float,
         inter_pair_bytes: float,
         tokens_in_stages: bool,

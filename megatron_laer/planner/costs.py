@@ -48,9 +48,6 @@ _BACKWARD_GEMMS = 2
 _LAUNCHES = {ExchangeAlgorithm.FLAT: 52, ExchangeAlgorithm.NODE: 58}
 # Of the counts' exchange: what a rank sends beside its counts, and the bytes of each number.
 _BESIDE_COUNTS, _COUNT_BYTES = 3, 8
-# Of a layer's time: one of three passes of the experts, two of four All-to-Alls; no more than that
-# hides a restore in forward, and what is left a restore and a reduce in backward.
-_FORWARD_SHARE = 1.0 / 3.0
 # Lower bounds give way by more than the rounding of what they bound, which is some 1e-15.
 _BELOW_ROUNDING = 1.0 - 1e-9
 
@@ -248,7 +245,7 @@ class CostModel:
             ValueError: a node size that does not divide N.
         """
         restore_s = self.restore_seconds(layout, node_size, self.restore_algorithm)
-        forward_s = beside_s * _FORWARD_SHARE
+        forward_s = beside_s * self.forward_share
         # A reduce is a restore run backwards, and takes as long.
         return max(restore_s - forward_s, 0.0) + max(2 * restore_s - (beside_s - forward_s), 0.0)
 
@@ -310,6 +307,7 @@ class CostModel:
         return native.CostModel(
             *self.cluster.gemm.columns(),
             self._expert_flops,
+            self.forward_share,
             *self.tokens.pair_bytes(self.token_bytes),
             self.tokens.in_stages,
             self.bytes_per_element,
@@ -325,11 +323,24 @@ class CostModel:
         )
 
     @property
-    def _expert_flops(self) -> float:
-        """Count the FLOPs per token over all passes, those of backward by how long they take."""
+    def forward_share(self) -> float:
+        """Return the part of a layer's time that hides a restore in forward; backward is the rest.
+
+        The smaller one of forward's shares: of the experts' passes, and of the All-to-Alls, two of
+        four.
+        """
+        return min(1.0 / self._passes, 0.5)
+
+    @property
+    def _passes(self) -> float:
+        """Count the experts' passes, a backward one by how long it takes; recompute is backward."""
         forwards = 2 if self.recompute else 1
-        passes = forwards + _BACKWARD_GEMMS * self.cluster.backward_gemm_factor
-        return passes * self.flops_per_token
+        return forwards + _BACKWARD_GEMMS * self.cluster.backward_gemm_factor
+
+    @property
+    def _expert_flops(self) -> float:
+        """Count the FLOPs per token over all passes."""
+        return self._passes * self.flops_per_token
 
     def _bytes(self, traffic: Traffic) -> Traffic:
         return Traffic(

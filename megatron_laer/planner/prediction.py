@@ -7,7 +7,7 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -20,6 +20,7 @@ from megatron_laer.planner.exact import ExactQuotas
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.quotas import even_split
+from megatron_laer.planner.token_prices import BY_RANK
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,14 @@ def predict(guard: Guard, decision: Decision) -> Prediction:
 
 
 def stock_seconds(costs: CostModel, geometry: Geometry, counts_NE: Int64) -> float:
-    """Predict a layer's seconds under stock's placement.
+    """Predict a layer's seconds under stock's placement, with stock's exchange of tokens.
 
     Where N does not divide E, which stock refuses, some experts have two slots.
     """
     stock = _stock_layout(geometry.num_ranks, geometry.num_experts)
     # Where each expert has one slot there is nothing to split, and the exact one is native code.
-    return costs.layer_seconds(counts_NE, stock, geometry.node_size, Split.EXACT)
+    stocks = replace(costs, tokens=BY_RANK)
+    return stocks.layer_seconds(counts_NE, stock, geometry.node_size, Split.EXACT)
 
 
 def forced_balance_counts_NE(tokens_N: Int64, num_experts: int) -> Int64:

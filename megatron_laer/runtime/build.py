@@ -43,7 +43,7 @@ _WIRE_DTYPES = {
     WireDtype.FP32: torch.float32,
 }
 
-# Of a rank and microbatch, where a choice depends on it: the model does not say.
+# Of a rank and microbatch in a script, which decides that after the model is built.
 _TOKENS = 8192
 
 # Part of a card's name → the shipped cluster whose devices are most like it.
@@ -55,6 +55,7 @@ def build_coordinator(
     groups: FSEPGroups,
     transformer_config: Any,
     *,
+    tokens: int | None,
     seed: int,
     device: torch.device,
 ) -> Coordinator:
@@ -62,6 +63,7 @@ def build_coordinator(
 
     Args:
         transformer_config: Megatron's, with the true number of experts.
+        tokens: of a rank and microbatch, by which tokens are priced; None for a typical number.
         seed: the run's seed; the same on every rank.
 
     Raises:
@@ -76,10 +78,11 @@ def build_coordinator(
     )
     costs = layer_costs(config, transformer_config, device)
     top_k = transformer_config.moe_router_topk
-    exchange = token_exchange(config, costs, geometry, top_k)
+    tokens = tokens or _TOKENS
+    exchange = token_exchange(config, costs, geometry, top_k, tokens)
     if config.token_exchange == TokenExchangeChoice.AUTO and groups.rank == groups.index == 0:
         logger.info("FSEP: --fsep-token-exchange %s is %s", config.token_exchange, exchange)
-    costs = with_token_exchange(costs, exchange, geometry, top_k, _TOKENS)
+    costs = with_token_exchange(costs, exchange, geometry, top_k, tokens)
     chosen = costs.with_exchange(config.restore_algorithm, geometry)
     overlaps = config.scheduler == OverlapScheduler.ON
     # Announced layouts are kept after the gate, as forecast ones are.
@@ -106,11 +109,11 @@ def build_coordinator(
 
 
 def token_exchange(
-    config: FSEPConfig, costs: CostModel, geometry: Geometry, top_k: int
+    config: FSEPConfig, costs: CostModel, geometry: Geometry, top_k: int, tokens: int
 ) -> TokenExchange:
     """Return the exchange of tokens that the settings ask for, or the faster one."""
     if config.token_exchange == TokenExchangeChoice.AUTO:
-        return choose_token_exchange(costs, geometry, top_k, _TOKENS)
+        return choose_token_exchange(costs, geometry, top_k, tokens)
     return TokenExchange(config.token_exchange)
 
 

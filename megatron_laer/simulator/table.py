@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.strategies import Strategy, make_strategy
+from megatron_laer.planner.token_prices import BY_RANK
 from megatron_laer.simulator.outcome import Outcome, evaluate, restored_bytes
 from megatron_laer.trace.records import Trace
 
@@ -210,7 +211,8 @@ def _planners(
     if first.num_experts % first.num_ranks == 0:
         each = first.num_experts // first.num_ranks
         stock = Geometry(first.num_ranks, first.num_experts, each, first.node_size)
-        guard = Guard(PlanMode.FORECAST, costs, stock, split=Split.EVEN)
+        by_rank = replace(costs, tokens=BY_RANK)
+        guard = Guard(PlanMode.FORECAST, by_rank, stock, split=Split.EVEN)
         yield _Planner(None, stock, [_Entry(STOCK, "-", guard)])
     for geometry in geometries:
         for name in strategies:

@@ -44,10 +44,21 @@ def check(config: Any, allowed: Collection[Unproven] = ()) -> None:
         for word in allowed
         if word not in used
     ]
-    if problems:
-        raise ValueError("FSEP cannot run this model:\n  " + "\n  ".join(problems))
+    _refuse(problems)
     for warning in warnings_of(config):
         _warn_once(warning)
+
+
+def check_choices(config: Any, mode: PlanMode | None, exchange: TokenExchangeChoice) -> None:
+    """Refuse a model that the plan mode or the token exchange cannot work with.
+
+    Args:
+        config: Megatron's TransformerConfig.
+
+    Raises:
+        ValueError: all that does not fit, why not, and what would.
+    """
+    _refuse([*problems_with_mode(config, mode), *problems_with_token_exchange(config, exchange)])
 
 
 def problems_with_mode(settings: Any, mode: PlanMode | None) -> list[str]:
@@ -101,6 +112,11 @@ def warnings_of(config: Any) -> list[str]:
             "honour it"
         )
     return found
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("FSEP cannot run this model:\n  " + "\n  ".join(problems))
 
 
 def _default(field: dataclasses.Field[Any]) -> object:

@@ -129,6 +129,28 @@ def test_launchers_that_disagree_are_refused_on_every_rank(
         assert "[1, 4] ranks: not the same number" in raised.message
 
 
+def groups_where_a_rank_has_other_flags(token_exchange: str, node_size: int) -> dict[str, Any]:
+    """Rank 1 is given these flags, and the others none."""
+    if os.environ["RANK"] == "1":
+        return groups_of(2, node_size, token_exchange)
+    return groups_of(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("token_exchange", "node_size", "message"),
+    [
+        ("node", 2, "tokens through nodes is False on some ranks and True on others"),
+        ("rank", 1, "--fsep-node-size is 1 on some ranks and 2 on others"),
+    ],
+)
+def test_ranks_that_would_make_other_groups_are_refused_on_every_rank(
+    ranks: Callable[[int], RankPool], token_exchange: str, node_size: int, message: str
+) -> None:
+    for raised in ranks(2).run_raw(groups_where_a_rank_has_other_flags, token_exchange, node_size):
+        assert raised.type_name == "ValueError"
+        assert message in raised.message
+
+
 def groups_across_a_node_and_inside_one() -> tuple[int, float]:
     """Groups of 4 on nodes of 6: one lies inside a node, the other half on each of two."""
     import torch

@@ -11,6 +11,12 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_laer.choices import TokenExchange
+from megatron_laer.planner.token_traffic import (
+    dispatch_rows,
+    metadata_bytes,
+    metadata_bytes_backward,
+)
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
@@ -24,6 +30,7 @@ from tests.token_exchange import (
     make_dispatcher,
     plan_of,
     routing_maps,
+    routing_of,
     run,
 )
 
@@ -191,23 +198,25 @@ def test_rows_and_bytes_of_real_collectives_equal_the_formulas(
 ) -> None:
     case = replace(BYTES, node_size=node_size, seed=seed)
     found = ranks(8).run(sent_by, case)
-    has_two_stages = 1 < node_size < 8
-    for nodes in (False, True):
+    routing = routing_of(case)
+    for nodes, exchange in ((False, TokenExchange.RANK), (True, TokenExchange.NODE)):
         plain = expected(case, nodes=nodes)
+        rows = dispatch_rows(routing, exchange)
+        # Probabilities and, through nodes, the numbers of rows, their bits, and the sizes.
+        more = metadata_bytes(routing, exchange)
+        of_grads = metadata_bytes_backward(routing)
         for rank, outcomes in enumerate(found):
             sent = outcomes[nodes].sent
             dispatch, beside = received_by_link(sent["dispatch"], rank, node_size)
             combine, none = received_by_link(sent["combine"], rank, node_size)
             backward, grads = received_by_link(sent["backward"], rank, node_size)
             assert dispatch == plain.dispatch_N2[rank].tolist()
+            assert dispatch == [rows.intra_N[rank], rows.inter_N[rank]]
             assert combine == plain.combine_N2[rank].tolist() and none == [0, 0]
+            assert combine == [rows.sent_intra_N[rank], rows.sent_inter_N[rank]]
             assert backward == (plain.dispatch_N2 + plain.combine_N2)[rank].tolist()
-            # A probability each and, through nodes, the number of a row; with two stages a row
-            # brings a bit for each local rank.
-            of_pairs = (4 + 4 * nodes) * plain.pairs_N[rank]
-            of_rows = plain.first_rows_N[rank] * (nodes and has_two_stages)
-            assert sum(beside) == of_pairs + of_rows
-            assert sum(grads) > 0 or not case.tokens[rank]
+            assert beside == [more.intra_N[rank], more.inter_N[rank]]
+            assert grads == [of_grads.intra_N[rank], of_grads.inter_N[rank]]
     by_rank, through_nodes = (expected(case, nodes=nodes) for nodes in (False, True))
     # What a rank sends in dispatch is what it receives in combine.
     assert (through_nodes.combine_N2[:, 1] <= by_rank.combine_N2[:, 1]).all()

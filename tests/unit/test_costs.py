@@ -264,6 +264,33 @@ def test_what_no_layer_hides_is_exposed(
         assert exposed_s == costs.exposed_seconds(layout, size, beside_s)
 
 
+@pytest.mark.parametrize(
+    ("factor", "recompute", "share"),
+    [
+        (1.0, False, 1 / 3),
+        (1.0, True, 1 / 4),
+        (1.5, False, 1 / 4),
+        (2.0, True, 1 / 6),
+        (0.25, False, 1 / 2),  # of the experts two thirds, of the All-to-Alls half
+    ],
+)
+def test_a_shorter_part_of_forward_hides_less_of_a_restore_in_forward(
+    factor: float, recompute: bool, share: float
+) -> None:
+    costs = make_costs(backward_gemm_factor=factor, recompute=recompute)
+    geometry, layout = Geometry(4, 8, 3, 2), ExpertLayout.static(4, 3, 8)
+    restore_s = costs.restore_seconds(layout, 2, costs.restore_algorithm)
+    for part in (0.5, 1.0, 2.0, 4.0):
+        forward_s, backward_s = part * share * restore_s, part * (1 - share) * restore_s
+        expected_s = max(restore_s - forward_s, 0) + max(2 * restore_s - backward_s, 0)
+        exposed_s = costs.exposed_seconds(layout, 2, part * restore_s)
+        assert exposed_s == pytest.approx(expected_s, rel=1e-12)
+        native_costs = costs.for_native(geometry)
+        assert exposed_s == native.exposed_seconds(
+            layout.slot_expert_S, native_costs, 8, 2, part * restore_s
+        )
+
+
 def test_auto_takes_the_exchange_that_the_links_favour() -> None:
     def chosen(intra: float, node_size: int) -> str:
         costs = make_costs(

@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_laer.choices import PlanMode, TokenExchangeChoice
 from megatron_laer.releases import NEXT, NUMBERS
 from megatron_laer.support import model as model_support
 from megatron_laer.support.fields import (
@@ -152,3 +154,13 @@ def test_what_cannot_work_is_refused(config: Config, quoted: str) -> None:
     with pytest.raises(ValueError, match="cannot run this model") as error:
         model_support.check(config)
     assert quoted in str(error.value)
+
+
+def test_all_that_a_token_exchange_cannot_work_with_is_listed_in_one_text() -> None:
+    config = SimpleNamespace(moe_token_dispatcher_type="flex", moe_permute_fusion=True)
+    model_support.check_choices(config, PlanMode.EXACT, TokenExchangeChoice.RANK)
+    with pytest.raises(ValueError, match="cannot run") as raised:
+        model_support.check_choices(config, PlanMode.EXACT, TokenExchangeChoice.AUTO)
+    first, *others = str(raised.value).splitlines()
+    assert first == "FSEP cannot run this model:" and len(others) == 2
+    assert all(line.startswith("  --fsep-token-exchange auto with --moe-") for line in others)

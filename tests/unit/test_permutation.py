@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from megatron.core.transformer.moe.moe_utils import permute, sort_chunks_by_idxs, unpermute
 
 from megatron_laer.config import Split
-from megatron_laer.dispatch.permutation import SlotPermutation, slot_permutation, slot_ranges
+from megatron_laer.dispatch.permutation import (
+    SlotPermutation,
+    slot_permutation,
+    slot_ranges,
+    true_places,
+)
 from megatron_laer.dispatch.slots import to_slots
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
@@ -212,3 +217,13 @@ def test_what_is_kept_for_backward_does_not_grow_with_slots() -> None:
     pairs = tokens * topk
     assert kept(ours, 16) == kept(ours, 256) == 24 * pairs
     assert kept(megatrons, 256) > 9 * tokens * 256
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (1, 1), (6, 50)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_places_of_true_flags_are_those_of_nonzero(shape: tuple[int, int], share: float) -> None:
+    flags = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < share
+    for one in (flags, flags.t()):
+        expected = one.reshape(-1).nonzero().view(-1)
+        found = true_places(one, len(expected))
+        assert found.dtype == torch.int64 and torch.equal(found, expected)

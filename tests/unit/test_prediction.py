@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_laer.choices import TokenExchange
 from megatron_laer.config import PlanMode, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.prediction import forced_balance_counts_NE, predict, stock_seconds
+from megatron_laer.planner.token_prices import TokenPrices
 from tests.recorded_runs import COSTS, GEOMETRY, GUARD, counts_NE
 
 
@@ -44,6 +48,17 @@ def test_even_splits_are_predicted_as_such() -> None:
     counts, planned = counts_NE(1, 1, 0), ExpertLayout.static(4, 3, 8)
     predicted = predict(guard, guard.decide(counts, planned))
     assert predicted.layer_s == COSTS.layer_seconds(counts, planned, 2, Split.EVEN)
+
+
+def test_stock_sends_its_tokens_by_rank_also_beside_tokens_through_nodes() -> None:
+    counts, layout = counts_NE(1, 0, 0), ExpertLayout.static(4, 3, 8)
+    through_nodes = replace(COSTS, tokens=TokenPrices(TokenExchange.NODE, 0.5, 0.25))
+    by_rank, by_node = (
+        predict(guard, guard.decide(counts, layout))
+        for guard in (Guard(PlanMode.FORECAST, costs, GEOMETRY) for costs in (COSTS, through_nodes))
+    )
+    assert by_node.layer_s != by_rank.layer_s
+    assert by_node.stock_s == by_rank.stock_s and by_node.balanced_s == by_rank.balanced_s
 
 
 def test_stock_with_balanced_routing_is_forced_balance() -> None:

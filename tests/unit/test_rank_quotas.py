@@ -116,6 +116,13 @@ def test_the_core_refuses_what_it_cannot_read(other: dict[str, Any], message: st
         decide(**other)
 
 
+def test_the_core_plans_by_no_costs_of_another_number_of_ranks() -> None:
+    for num_ranks in (2, 8):
+        costs = make_costs().for_native(Geometry(num_ranks, 6, 3, 2))
+        with pytest.raises(ValueError, match="another number of ranks"):
+            native.greedy(COUNTS_NE, SLOTS_S, 2, costs)
+
+
 def test_the_core_refuses_sizes_that_do_not_fit() -> None:
     loads_S, short_S = np.full(12, 2), np.full(11, 2)
     columns_NC = np.ones((4, 3), dtype=np.int64)
@@ -133,8 +140,13 @@ def test_the_core_refuses_sizes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="a slot holds no expert"):
         native.rank_quotas(SLOTS_S, loads_S, columns_NC, 5)
     points = np.array([1]), np.ones(1), np.ones(2), np.ones(1), np.ones(1)
-    numbers = 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, False, 0.0, 0.0, 0.0
+    numbers = 1.0, 0.3, 1.0, 1.0, False, 1.0, 1.0, 1.0, 0.0, 0.0, False, 0.0, 0.0, 0.0
     with pytest.raises(ValueError, match="wrong size of the GEMM curve"):
         native.CostModel(*points, *numbers, np.ones(4, dtype=np.int64))
     with pytest.raises(ValueError, match="the GEMM curve is empty"):
         native.CostModel(*[np.ones(0)] * 5, *numbers, np.ones(4, dtype=np.int64))  # type: ignore[arg-type]
+    of_no_rank = native.CostModel(
+        points[0], *[np.ones(1)] * 4, *numbers, np.ones(0, dtype=np.int64)
+    )
+    with pytest.raises(ValueError, match="ranks must divide the slots"):
+        native.exposed_seconds(SLOTS_S, of_no_rank, 6, 2, 0.0)

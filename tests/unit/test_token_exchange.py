@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest import mock
+
 import numpy as np
 import pytest
 
-from megatron_laer.choices import TokenExchange
+from megatron_laer.choices import TokenExchange, TokenExchangeChoice
+from megatron_laer.config import FSEPConfig
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Link
@@ -16,6 +20,7 @@ from megatron_laer.planner.token_exchange import (
     token_seconds,
     with_token_exchange,
 )
+from megatron_laer.runtime.build import token_exchange
 from tests.costs import make_costs
 
 RANK, NODE = TokenExchange
@@ -77,6 +82,24 @@ def test_a_layer_is_priced_as_its_exchange_is(node_size: int) -> None:
         layer_s = priced.layer_seconds(counts_NE, layout, node_size)
         assert layer_s == pytest.approx(seconds[exchange], rel=1e-6)
         assert priced.least_layer_seconds(counts_NE, geometry) <= layer_s
+
+
+def test_auto_is_decided_for_the_tokens_of_the_command_line() -> None:
+    from megatron.training import global_vars
+
+    from megatron_laer.moe_layer import _tokens_of_arguments
+
+    config, geometry = FSEPConfig(token_exchange=TokenExchangeChoice.AUTO), Geometry(32, 128, 4, 8)
+    model = SimpleNamespace(context_parallel_size=2, tensor_model_parallel_size=4)
+    found = []
+    for sequence in (64, 32768):
+        args = SimpleNamespace(micro_batch_size=2, seq_length=sequence)
+        with mock.patch.object(global_vars, "_GLOBAL_ARGS", args):
+            tokens = _tokens_of_arguments(model)
+        assert tokens == sequence // 4
+        found.append(token_exchange(config, QWEN, geometry, 8, tokens))
+    assert found == [RANK, NODE]
+    assert _tokens_of_arguments(model) is None, "a script has no command line"
 
 
 def test_a_number_of_experts_that_no_token_can_have_is_refused() -> None:

@@ -13,7 +13,7 @@
 namespace laer {
 namespace {
 
-constexpr double kAllToAllPasses = 4, kForwardShare = 1.0 / 3.0, kBelowRounding = 1.0 - 1e-9;
+constexpr double kAllToAllPasses = 4, kBelowRounding = 1.0 - 1e-9;
 
 // The sum of the `kept` largest numbers of a row.
 int64_t largest_sum(const int64_t* row, int size, int kept, std::vector<int64_t>& scratch) {
@@ -183,7 +183,7 @@ double change_seconds(const Shape& shape, const CostModel& costs, const int16_t*
 double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                        double beside_s) {
   const double restore_s = restore_seconds(shape, costs, nullptr, slots_S);
-  const double forward_s = beside_s * kForwardShare;
+  const double forward_s = beside_s * costs.forward_share;
   return std::max(restore_s - forward_s, 0.0) +
          std::max(2 * restore_s - (beside_s - forward_s), 0.0);
 }

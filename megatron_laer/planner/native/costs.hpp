@@ -1,6 +1,6 @@
 // The cost model as the guard needs it, equal bit for bit to planner/costs.py, which defines it and
-// says why every rank gets the same: token counts are added as integers, floats slot after slot, and
-// across ranks only the largest counts. Built without contraction of products and sums.
+// says why every rank gets the same: token counts are added as integers, floats slot after slot,
+// and across ranks only the largest counts. Built without contraction of products and sums.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node, P points
 // of the GEMM curve.
@@ -25,7 +25,8 @@ struct GemmCurve {
 
 struct CostModel {
   GemmCurve gemm;
-  double expert_flops;  // per token, over all passes
+  double expert_flops;   // per token, over all passes
+  double forward_share;  // of a layer's time, that hides a restore
   double intra_pair_bytes, inter_pair_bytes;  // of hidden states, per (token, expert) pair
   bool tokens_in_stages;                      // inside nodes after between nodes
   double element_bytes;

@@ -1,4 +1,5 @@
-// The layouts that are compared, the headroom that one of them is given, and what they are judged on.
+// The layouts that are compared, the headroom that one of them is given, and what they are judged
+// on.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include "greedy.hpp"
@@ -59,7 +60,8 @@ class Judge {
     const int64_t wanted = shape.slots() * costs.gemm.tokens_P.back();
     std::vector<int64_t> scaled_NE(size);
     for (int64_t i = 0; i < size; ++i) {
-      const auto tokens = static_cast<__int128>(counts_NE[i]) * wanted / std::max<int64_t>(total, 1);
+      const auto tokens =
+          static_cast<__int128>(counts_NE[i]) * wanted / std::max<int64_t>(total, 1);
       scaled_NE[i] = static_cast<int64_t>(tokens);
     }
     Random random(kSeed);

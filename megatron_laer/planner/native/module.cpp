@@ -89,6 +89,12 @@ void check_rank(const laer::Shape& shape, int rank) {
   if (rank < 0 || rank >= shape.ranks) throw py::value_error("rank must be in 0..N-1");
 }
 
+void check_costs(const laer::Shape& shape, const laer::CostModel& costs) {
+  if (costs.held_N.size() != static_cast<size_t>(shape.ranks)) {
+    throw py::value_error("the cost model is for another number of ranks");
+  }
+}
+
 // Counts by node, [Q, E].
 std::vector<int64_t> node_counts(const laer::Shape& shape, const int64_t* counts_NE) {
   std::vector<int64_t> node_counts_QE(static_cast<size_t>(shape.nodes()) * shape.experts);
@@ -159,8 +165,8 @@ py::tuple totals(const Counts& counts_NE, const Slots& slots_S, const Counts& lo
 
 laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
                            const Doubles& slope_P, const Doubles& limit_P, const Doubles& best_P,
-                           double expert_flops, double intra_pair_bytes, double inter_pair_bytes,
-                           bool tokens_in_stages, double element_bytes,
+                           double expert_flops, double forward_share, double intra_pair_bytes,
+                           double inter_pair_bytes, bool tokens_in_stages, double element_bytes,
                            double intra_bytes_per_s, double inter_bytes_per_s, double latency_s,
                            double host_s, bool by_node, double fetch_latency_s, double solve_s,
                            double least_change_s, const Counts& held_N) {
@@ -170,15 +176,15 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
   if (tokens_P.size() == 0) throw py::value_error("the GEMM curve is empty");
   return {{to_vector(tokens_P), to_vector(seconds_P), to_vector(slope_P), to_vector(limit_P),
            to_vector(best_P)},
-          expert_flops, intra_pair_bytes, inter_pair_bytes, tokens_in_stages, element_bytes,
-          intra_bytes_per_s, inter_bytes_per_s, latency_s, host_s, by_node, fetch_latency_s,
-          solve_s, least_change_s, to_vector(held_N)};
+          expert_flops, forward_share, intra_pair_bytes, inter_pair_bytes, tokens_in_stages,
+          element_bytes, intra_bytes_per_s, inter_bytes_per_s, latency_s, host_s, by_node,
+          fetch_latency_s, solve_s, least_change_s, to_vector(held_N)};
 }
 
 double exposed_seconds(const Slots& slots_S, const laer::CostModel& costs, int num_experts,
                        int node_size, double beside_s) {
   const auto ranks = static_cast<int>(costs.held_N.size());
-  if (node_size < 1 || ranks % node_size != 0 || slots_S.size() % ranks != 0) {
+  if (ranks < 1 || node_size < 1 || ranks % node_size != 0 || slots_S.size() % ranks != 0) {
     throw py::value_error("ranks must divide the slots, and a node's ranks all ranks");
   }
   check_experts(slots_S, num_experts);
@@ -236,9 +242,7 @@ py::tuple decide(const std::string& mode, const laer::CostModel& costs,
   if (mode != "forecast" && mode != "exact" && mode != "adaptive") {
     throw py::value_error("no such mode: " + mode);
   }
-  if (costs.held_N.size() != static_cast<size_t>(shape.ranks)) {
-    throw py::value_error("the cost model is for another number of ranks");
-  }
+  check_costs(shape, costs);
   const laer::Mode way = mode == "forecast" ? laer::Mode::kForecast
                          : mode == "exact"  ? laer::Mode::kExact
                          : tolerance        ? laer::Mode::kByTolerance
@@ -306,14 +310,20 @@ py::array_t<int16_t> proportional_by_node(const Counts& counts_NE, int capacity,
       static_cast<int64_t>(most_experts) * shape.nodes() < shape.experts) {
     throw py::value_error("nodes have too few places, or fewer slots than places");
   }
-  const std::vector<int16_t> slots_S = laer::proportional_by_node(
-      shape, node_counts(shape, counts_NE.data()).data(), most_experts);
+  std::vector<int16_t> slots_S;
+  {
+    const int64_t* counts = counts_NE.data();
+    py::gil_scoped_release release;
+    slots_S =
+        laer::proportional_by_node(shape, node_counts(shape, counts).data(), most_experts);
+  }
   return py::array_t<int16_t>(static_cast<py::ssize_t>(slots_S.size()), slots_S.data());
 }
 
 py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int node_size,
                             const laer::CostModel* costs) {
   const laer::Shape shape = shape_of(counts_NE, current_S, node_size);
+  if (costs != nullptr) check_costs(shape, *costs);
   std::vector<int16_t> slots_S;
   {
     const int64_t* counts = counts_NE.data();

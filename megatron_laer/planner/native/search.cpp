@@ -180,7 +180,9 @@ std::vector<int16_t> search(const Shape& shape, const int64_t* node_counts_QE,
   if (can_balance(shape)) {
     compete(construct(shape, node_counts_QE, Purpose::kForecast));
     for (int i = 0; i < effort.candidates; ++i) {
-      compete(construct(shape, disturb(node_counts_QE, shape.nodes(), shape.experts, random).data(), Purpose::kForecast));
+      const std::vector<int64_t> counts_QE =
+          disturb(node_counts_QE, shape.nodes(), shape.experts, random);
+      compete(construct(shape, counts_QE.data(), Purpose::kForecast));
     }
   }
 

@@ -136,10 +136,11 @@ def create_groups(
         tokens_through_nodes: whether tokens may be exchanged in two stages.
 
     Raises:
-        ValueError: a node size that does not divide N, or that is not known. On every rank.
+        ValueError: a node size that does not divide N, or that is not known, or ranks that were
+            told differently. On every rank.
     """
     mine = tuple(dist.get_process_group_ranks(expert_group))
-    sizes = _node_sizes(mine, node_size)
+    sizes = _node_sizes(mine, node_size, tokens_through_nodes)
 
     # new_group is collective: every rank creates every group, in the same order. It waits for
     # nobody, and with local synchronisation ranks would count groups, and so name the next one of
@@ -178,7 +179,9 @@ def create_groups(
     )
 
 
-def _node_sizes(mine: tuple[int, ...], node_size: int | None) -> dict[tuple[int, ...], int]:
+def _node_sizes(
+    mine: tuple[int, ...], node_size: int | None, tokens_through_nodes: bool
+) -> dict[tuple[int, ...], int]:
     """Agree on the ranks of every FSEP group of the world and its ranks per node, in order.
 
     Every rank checks every group, so that all of them raise and none waits for the others.
@@ -189,10 +192,20 @@ def _node_sizes(mine: tuple[int, ...], node_size: int | None) -> dict[tuple[int,
             per_node = ranks_per_node()
         except ValueError as error:
             per_node = str(error)
-    gathered: list[tuple[tuple[int, ...], int | str]] = [((), 0)] * dist.get_world_size()
-    dist.all_gather_object(gathered, (mine, per_node))
+    settings = {"--fsep-node-size": node_size, "tokens through nodes": tokens_through_nodes}
+    gathered: list[tuple[tuple[int, ...], int | str, dict[str, int | None]]]
+    gathered = [((), 0, {})] * dist.get_world_size()
+    dist.all_gather_object(gathered, (mine, per_node, settings))
 
-    said = {of_rank for _, of_rank in gathered}
+    # Ranks that make other groups than the others wait for these for ever.
+    for name in settings:
+        values = sorted({str(of_rank[name]) for _, _, of_rank in gathered})
+        if len(values) > 1:
+            raise ValueError(
+                f"{name} is {' on some ranks and '.join(values)} on others; give all ranks the "
+                "same --fsep-node-size and --fsep-token-exchange"
+            )
+    said = {of_rank for _, of_rank, _ in gathered}
     problems = sorted(of_rank for of_rank in said if isinstance(of_rank, str))
     if problems:
         raise ValueError(problems[0])
@@ -204,7 +217,7 @@ def _node_sizes(mine: tuple[int, ...], node_size: int | None) -> dict[tuple[int,
     local_world_size = int(per_node)
     sizes = {
         ranks: node_size or detect_node_size(ranks, local_world_size)
-        for ranks in sorted({ranks for ranks, _ in gathered})
+        for ranks in sorted({ranks for ranks, _, _ in gathered})
     }
     for ranks, size in sizes.items():
         if len(ranks) % size:

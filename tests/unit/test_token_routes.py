@@ -1,0 +1,130 @@
+"""Rows find their ways through both stages, and back; all ranks are in one process here.
+
+Legend: N ranks, C slots per rank, G ranks per node, T tokens, E experts, P pairs, R pairs received.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_laer.config import Split
+from megatron_laer.dispatch.replica_choice import token_order
+from megatron_laer.dispatch.row_map import RowMap
+from megatron_laer.dispatch.token_routes import arrivals, pair_routes, second_stage
+from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.splits import RankQuotas, solve_quotas
+from megatron_laer.planner.token_rows import TokenRows
+
+EXPERTS, CAPACITY, TOP_K = 24, 6, 4
+
+
+def exchange(
+    sent: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]], groups: Sequence[list[int]]
+) -> list[torch.Tensor]:
+    """An All-to-All in each of these groups; `sizes` are what each rank sends to its group."""
+    received = {}
+    for ranks in groups:
+        parts = {rank: sent[rank].split(list(sizes[rank])) for rank in ranks}
+        for place, rank in enumerate(ranks):
+            received[rank] = torch.cat([parts[source][place] for source in ranks])
+    return [received[rank] for rank in range(len(sent))]
+
+
+class Exchange:
+    """What all ranks of a token exchange know, from random routing on a random layout."""
+
+    def __init__(self, num_ranks: int, node_size: int) -> None:
+        self.layout = ExpertLayout.random(num_ranks, CAPACITY, EXPERTS, seed=(node_size,))
+        generator = torch.Generator().manual_seed(num_ranks)
+        self.maps = []
+        for rank in range(num_ranks):
+            scores_TE = torch.rand(0 if rank == 1 else 5 + rank, EXPERTS, generator=generator)
+            map_TE = torch.zeros(scores_TE.shape, dtype=torch.bool)
+            self.maps.append(map_TE.scatter_(1, scores_TE.topk(TOP_K, dim=1).indices, True))
+        counts_NE = np.stack([map_TE.sum(0).numpy() for map_TE in self.maps])
+        solved = solve_quotas(Split.EXACT, counts_NE, self.layout, node_size)
+        self.quotas = [
+            RankQuotas.of(self.layout, solved.rank_row(rank), solved.rank_columns(rank))
+            for rank in range(num_ranks)
+        ]
+        self.slots = [
+            token_order(map_TE, quotas, node_size)
+            for map_TE, quotas in zip(self.maps, self.quotas, strict=True)
+        ]
+        self.routes = [
+            pair_routes(map_TE, slot_P, num_ranks, CAPACITY, node_size)
+            for map_TE, slot_P in zip(self.maps, self.slots, strict=True)
+        ]
+        sizes_NZ = torch.stack([routes.sizes_Z for routes in self.routes]).long().numpy()
+        self.rows = TokenRows(sizes_NZ[:, :num_ranks], sizes_NZ[:, num_ranks:], node_size)
+        ranks = list(range(num_ranks))
+        self.all = [ranks]
+        self.nodes = [ranks[first : first + node_size] for first in range(0, num_ranks, node_size)]
+        self.across = [ranks[local::node_size] for local in range(node_size)]
+        if not self.rows.has_two_stages:
+            self.across = self.all
+
+    def expected_R(self, rank: int) -> list[int]:
+        """The tokens of a rank's pairs, by slot, then source rank, then token."""
+        pairs = []
+        for source, (map_TE, slot_P) in enumerate(zip(self.maps, self.slots, strict=True)):
+            tokens = [token for column in map_TE.t() for token in column.nonzero().view(-1)]
+            pairs += [
+                (slot, source, int(token))
+                for token, slot in zip(tokens, slot_P.tolist(), strict=True)
+                if slot // CAPACITY == rank
+            ]
+        return [1000 * source + token for _, source, token in sorted(pairs)]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "node_size"), [(4, 1), (4, 4), (6, 2), (16, 8), (18, 9), (34, 17)]
+)
+def test_each_pair_gets_its_tokens_row_and_each_token_the_sum_of_its_pairs(
+    num_ranks: int, node_size: int
+) -> None:
+    """A byte has bits for eight local ranks, so nodes of 9 and of 17 need two and three."""
+    known = Exchange(num_ranks, node_size)
+    rows, ranks = known.rows, range(num_ranks)
+
+    tokens = [
+        (1000 * rank + torch.arange(len(known.maps[rank]))).float().unsqueeze(1) for rank in ranks
+    ]
+    first_sent = [rows.first_sent(rank) for rank in ranks]
+    stages = [known.routes[rank].first_stage(sum(first_sent[rank])) for rank in ranks]
+    first = [map_ for map_, _ in stages]
+    came = exchange([first[rank].spread(tokens[rank]) for rank in ranks], first_sent, known.across)
+    assert [len(one) for one in came] == [sum(rows.first_received(rank)) for rank in ranks]
+
+    second: list[RowMap] = []
+    second_sent = [rows.second_sent(rank) for rank in ranks]
+    if rows.has_two_stages:
+        bits = exchange([bits for _, bits in stages if bits is not None], first_sent, known.across)
+        assert all(one.shape[1] == -(-node_size // 8) for one in bits)
+        second = [second_stage(bits[rank], node_size, sum(second_sent[rank])) for rank in ranks]
+        passed_on = [second[rank].spread(came[rank]) for rank in ranks]
+        came = exchange(passed_on, second_sent, known.nodes)
+
+    row_R = exchange(
+        [routes.row_P for routes in known.routes],
+        [quotas.input_splits_N for quotas in known.quotas],
+        known.all,
+    )
+    arrived = [arrivals(row_R[rank], known.quotas[rank], rows, rank).rows for rank in ranks]
+    for rank in ranks:
+        assert arrived[rank].num_rows == len(came[rank])
+        assert arrived[rank].spread(came[rank]).view(-1).tolist() == known.expected_R(rank)
+
+    back = [arrived[rank].collect(torch.ones(len(row_R[rank]), 1)) for rank in ranks]
+    if second:
+        received = [rows.second_received(rank) for rank in ranks]
+        back = exchange(back, received, known.nodes)
+        back = [second[rank].collect(back[rank]) for rank in ranks]
+    back = exchange(back, [rows.first_received(rank) for rank in ranks], known.across)
+    for rank in ranks:
+        pairs_T = known.maps[rank].sum(1).tolist()
+        assert first[rank].collect(back[rank]).view(-1).tolist() == pairs_T
