@@ -315,6 +315,7 @@ def _work(
         change=None,
         solve_s=0.0,
         slots=slots,
+        group=None if exchange is not None else NODE_SIZE,
     )
 
 

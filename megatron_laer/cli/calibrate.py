@@ -14,13 +14,14 @@ from megatron_laer.calibration import run as calibration
 from megatron_laer.calibration.sampling import Job
 from megatron_laer.calibration.settings import ExpertShape
 from megatron_laer.cli.argument_types import between, path
-from megatron_laer.files.checks import quoted, refuse_unwritable
+from megatron_laer.files.checks import quoted, refuse_overwriting, refuse_unwritable
+from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.writing import replaced_when_complete, write_all
 from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.simulator.sizes import MAX_WIDTH, model_sizes
 
-_MAX_RANKS = 2**16
+_MAX_RANKS, _LONGEST_NAME = 2**16, 200
 _ENDINGS = (".yaml", ".yml")
 
 _EXAMPLES = """\
@@ -93,11 +94,16 @@ def _checked(args: argparse.Namespace) -> ExpertShape | None:
             f"{quoted(args.output)} does not end in {' or '.join(_ENDINGS)}, by which --cluster "
             "tells files from names"
         )
-    if args.name is not None and not args.name.strip():
-        raise ValueError("--name is empty; give one, or leave it out")
+    name = args.output.stem if args.name is None else args.name
+    if not name.strip() or len(name) > _LONGEST_NAME:
+        raise ValueError(
+            f"the name {quoted(name)} is empty or has over {_LONGEST_NAME} characters; give --name"
+        )
     expert = _expert(args)
     if dist.get_rank() == 0:
         refuse_unwritable(args.output, "FILE")
+        if args.config is not None:
+            refuse_overwriting(args.output, [yaml_file("model", args.config)], "FILE")
         if args.output.exists() and not args.force:
             raise ValueError(
                 f"{quoted(args.output)} is there already; give another file, or --force to "

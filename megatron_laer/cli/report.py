@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from megatron_laer.cli.argument_types import between, path
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
+from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.writing import replaced_when_complete, write_all
 from megatron_laer.layout import MAX_EXPERTS, default_capacity
 from megatron_laer.planner.cluster_files import load_cluster
@@ -106,6 +108,13 @@ def run(args: argparse.Namespace) -> int:
         ValueError, OSError: what was passed does not work, or a recording is damaged.
     """
     refuse_unwritable(args.out, "--out")
+    for flag, kind, given in (
+        ("cluster", "cluster", args.cluster),
+        ("config", "model", args.config),
+    ):
+        if given is not None:
+            used_file = _named(f"--{flag}", given, partial(yaml_file, kind))
+            refuse_overwriting(args.out, [used_file], "--out")
     sources = find(args.run, args.group)
     others = None if args.compare is None else find(args.compare, args.group)
     for used in (sources, others):
@@ -208,7 +217,7 @@ def _cluster(given: str | None, recorded: str | None) -> tuple[str, Cluster]:
     if given is not None:
         return given, _named("--cluster", given, load_cluster)
     # A name only: what a recording says is no reason to open a path.
-    if recorded is not None and "/" not in recorded:
+    if recorded is not None and "/" not in recorded and not recorded.endswith((".yaml", ".yml")):
         try:
             return recorded, load_cluster(recorded)
         except (OSError, ValueError):  # constants of its own, in a file that is elsewhere

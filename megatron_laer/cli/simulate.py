@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     cluster = _named("--cluster", args.cluster, load_cluster)
     model = _named("--model", args.model, lambda name: read_model(name, args.experts))
-    rates = rate_sets(Rates(cluster, model.bytes_per_element))
+    rates = rate_sets(Rates(cluster, model.bytes_per_element, args.host_gap_ms / 1e3))
     routing_of = simulate_input.routing_of(args, model, _reading)
     # A trace tells its ranks; a workload needs --ranks.
     ranks = args.ranks or [routing_of(1, None).num_ranks]
@@ -177,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
         routing = Routing(trace, num_ranks, None if args.workload else pairs)
         shape = _run_shape(args, geometry, max(round(routing.pairs / model.topk), 1), trace)
         shape.layers_by_chunk(len(model.layer_has_experts))
+        simulate_input.check_memory(shape)
         sizes = num_ranks, geometry.node_size, geometry.capacity
         case = Case(*sizes, mode, shape.tokens, shape.world)
         methods, refused[case] = _methods(args, geometry, cluster, model, PlanMode(mode), rates[0])

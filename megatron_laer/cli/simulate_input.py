@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_laer.cli.argument_types import between
+from megatron_laer.cli.argument_types import between, number
 from megatron_laer.cli.plan_input import add_routing_arguments
 from megatron_laer.files import memory
 from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.simulator.iteration.model_shape import ModelShape
-from megatron_laer.simulator.iteration.run_shape import Recompute
+from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
 from megatron_laer.trace import Trace, read_trace
 from megatron_laer.trace.workloads import WORKLOADS, Shape, workload_counts
 
@@ -25,6 +25,8 @@ _DEFAULT_CLUSTER = "a100-4x8-ib800"
 _WORKLOAD_LAYERS, _WORKLOAD_STEPS = 4, 8
 _WORKLOAD_MICROBATCHES = 8
 _BYTES_PER_COUNT = 12
+# An operation of a stage's order, and what a rank's clocks of one stage hold.
+_BYTES_PER_OPERATION, _BYTES_PER_CLOCK = 128, 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Recompute.NONE.value,
         help="what backward computes again: nothing; all of a layer, token exchanges included; or "
         "its compute alone; default: %(default)s",
+    )
+    sizes.add_argument(
+        "--host-gap-ms",
+        type=number(0.0, 1e9),
+        default=0.0,
+        metavar="X",
+        help="once per iteration, as of the data loader; default: none",
     )
     sizes.add_argument(
         "--no-distributed-optimizer", action="store_true", help="optimizer states are not sharded"
@@ -136,7 +145,7 @@ def _workload(args: argparse.Namespace, model: ModelShape, ranks: int, tokens: i
     memory.check_enough(
         _BYTES_PER_COUNT * steps * layers * ranks * model.num_experts,
         f"{steps} steps of {ranks} ranks and {model.num_experts} experts",
-        "give fewer --ranks",
+        "give fewer --ranks, or a smaller --lag",
     )
     counts_RNE = np.stack(
         [
@@ -157,6 +166,20 @@ def microbatches_of(args: argparse.Namespace, trace: Trace) -> int:
     if args.workload is not None:
         return _WORKLOAD_MICROBATCHES
     return int(trace.microbatch_R.max()) + 1
+
+
+def check_memory(run: RunShape) -> None:
+    """Refuse a pipeline whose operations would not fit into memory.
+
+    Raises:
+        ValueError: with what it would take.
+    """
+    operations = 2 * run.stages * run.chunks * run.microbatches
+    memory.check_enough(
+        operations * _BYTES_PER_OPERATION + run.stages * run.ranks * _BYTES_PER_CLOCK,
+        f"{run.microbatches} microbatches on {run.stages} stages of {run.ranks} ranks",
+        "give fewer --microbatches or --pipeline stages",
+    )
 
 
 def replicas_of(args: argparse.Namespace, ranks: int) -> int:

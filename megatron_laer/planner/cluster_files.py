@@ -32,7 +32,7 @@ from megatron_laer.planner.gemm_curve import GemmCurve
 
 # Of constants in files: far beyond any machine, and far from where sums of times overflow.
 _LEAST_RATE, _MOST_RATE = 1.0, 1e24
-_MOST_SECONDS = 3600.0
+_MOST_SECONDS, _MOST_FACTOR = 3600.0, 1e6
 # Characters of a line of text in a file that is written.
 _WIDTH = 110
 # A text that needs no quotes.
@@ -76,7 +76,7 @@ def _cluster(content: object) -> Cluster:
     return _Fields(content, "").build(
         Cluster,
         {
-            "backward_gemm_factor": _number,
+            "backward_gemm_factor": _factor,
             "host": _host,
             "contention": _contention,
             "memory_bytes_per_s": _rate,
@@ -195,6 +195,21 @@ def _seconds(value: object, where: str) -> float:
     return number
 
 
+def _factor(value: object, where: str) -> float:
+    number = _number(value, where)
+    if number > _MOST_FACTOR:
+        raise ValueError(f"{where} must be at most {_MOST_FACTOR:g}, got {_quote(value)}")
+    return number
+
+
+def _bound(value: object, where: str) -> float:
+    """Read an end of a spread, of whatever constant: sums and products of such stay finite."""
+    number = _number(value, where)
+    if number > _MOST_RATE:
+        raise ValueError(f"{where} must be at most {_MOST_RATE:g}, got {_quote(value)}")
+    return number
+
+
 def _gemm(value: object, where: str) -> GemmCurve:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"{where} must be a list of points [tokens, FLOP/s], got {_quote(value)}")
@@ -230,7 +245,7 @@ def _host(value: object, where: str) -> HostTime:
 
 
 def _contention(value: object, where: str) -> Contention:
-    return _Fields(value, where).build(Contention, gemm=_number, exchange=_number)
+    return _Fields(value, where).build(Contention, gemm=_factor, exchange=_factor)
 
 
 def _back_ends(value: object, where: str) -> tuple[BackEnd, ...]:
@@ -247,7 +262,7 @@ def _back_ends(value: object, where: str) -> tuple[BackEnd, ...]:
 
 def _spreads(value: object, where: str) -> tuple[tuple[str, Spread], ...]:
     def read(spread: object, place: str) -> Spread:
-        return _Fields(spread, place).build(Spread, low=_number, high=_number, source=_text)
+        return _Fields(spread, place).build(Spread, low=_bound, high=_bound, source=_text)
 
     return _Fields(value, where).items(read)
 

@@ -188,6 +188,7 @@ class Figure:
 # What a spread may name. A rate is faster when it is higher, all others when they are lower.
 _FACTORS = ("gemm", "solve", "host.gate")
 _RATES = ("gemm", "memory_bytes_per_s", "intra.bytes_per_s", "inter.bytes_per_s")
+_POSITIVE = (*_RATES, "backward_gemm_factor", "contention.gemm", "contention.exchange")
 CONSTANTS = (
     *("gemm", "backward_gemm_factor", "memory_bytes_per_s", "solve"),
     *(f"{link}.{name}" for link in ("intra", "inter") for name in Link.__match_args__),
@@ -255,6 +256,8 @@ class Cluster:
                 raise ValueError(
                     f"{name} is {value:g}, outside of its spread {spread.low:g}..{spread.high:g}"
                 )
+            if spread.low == 0 and name in _POSITIVE:
+                raise ValueError(f"{name} has a spread from 0, but must be positive")
 
     def constant(self, name: str) -> float | None:
         """Return one of `CONSTANTS`; 1 for those whose spread is a factor; None if not given.

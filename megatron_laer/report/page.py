@@ -116,7 +116,7 @@ def _figures_of(run: RunData) -> Iterable[tuple[str, str]]:
     yield "share of forced balance", percent(verdict.kept)
     what = "time of these steps" if run.is_measured else "predicted time of MoE layers"
     yield what, seconds(verdict.total_s)
-    if run.is_measured:
+    if run.is_measured and np.isfinite(run.of_steps["step_ms"]).any():
         median_ms = float(np.nanmedian(run.of_steps["step_ms"]))
         yield "step time, median", seconds(median_ms * 1e-3)
     yield "lost to imbalance", seconds(verdict.imbalance_s)

@@ -124,6 +124,8 @@ class MetricsRecorder:
 
     def begin_step(self, step: int) -> None:
         """Begin a step."""
+        if self._writer is None:
+            return
         self._step = step
         num_ranks = self._guard.geometry.num_ranks
         self._layers = [_Layer(np.zeros(num_ranks, dtype=np.int64)) for _ in self._names]
@@ -139,6 +141,8 @@ class MetricsRecorder:
 
         Whatever goes wrong ends the recording: other ranks are waiting for this one.
         """
+        if self._writer is None:
+            return
         try:
             self._end_step(status, version)
         except Exception as error:
@@ -166,7 +170,7 @@ class MetricsRecorder:
             try:
                 self.times.catch_up()
                 self._write()
-            except (OSError, ValueError) as error:
+            except Exception as error:
                 self._end_recording(error)
         if self._writer is not None:
             self._writer.close()
@@ -180,14 +184,18 @@ class MetricsRecorder:
             measured = [ms for ms in of_layers["layer_ms"] if math.isfinite(ms)]
             self._layer_ms = float(np.mean(measured)) if measured else None
             tokens_LN = np.array([layer.rank_tokens_N for layer in step.layers])
-            if self._writer is not None:
-                self._writer.append(of_step, self._metrics(step, of_step), of_layers, tokens_LN)
+            assert self._writer is not None
+            self._writer.append(of_step, self._metrics(step, of_step), of_layers, tokens_LN)
 
     def _end_recording(self, error: Exception) -> None:
-        if self._writer is not None:
-            logger.warning("FSEP: the recording of metrics ends at step %d: %s", self._step, error)
-            self._writer.close()
-            self._writer = None
+        assert self._writer is not None
+        logger.warning("FSEP: the recording of metrics ends at step %d: %s", self._step, error)
+        self._writer.close()
+        self._writer, self._layer_ms = None, None
+        # Nobody takes these any more, and a long run would add to them in every step.
+        self._layers = []
+        self._waiting.clear()
+        self.times.forget()
 
     def _of_layers(self, step: _Step, seconds: Mapping[str, float]) -> dict[str, Sequence[float]]:
         rows = []

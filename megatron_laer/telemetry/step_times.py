@@ -128,6 +128,11 @@ class StepTimes:
         self._clock.catch_up()
         self._is_caught_up = True
 
+    def forget(self) -> None:
+        """Drop every step that was not taken, and hear nothing until the next begins."""
+        self._current = self._open = None
+        self._ended.clear()
+
     def _next(self, label: str) -> None:
         if self._current is None:
             return

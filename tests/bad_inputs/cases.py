@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tests.bad_inputs import inputs, report
+from tests.bad_inputs import inputs, report, simulate
 
 _LONG = "x" * 300
 
@@ -33,7 +33,7 @@ class Case:
         """For the count."""
         known = (
             *("plan", "flags", "inspect", "prepare-data", "check-recipe", "report", "train"),
-            *("doctor", "calibrate"),
+            *("doctor", "calibrate", "simulate"),
         )
         return next((word for word in self.words[:1] if word in known), "command line")
 
@@ -457,6 +457,9 @@ def all_cases(script: str, flags: tuple[str, ...]) -> Iterator[Case]:
     yield Case(("inspect", ""), "")
     for words, says in report.CASES:
         yield Case(("report", *words.split(" ")) if words else ("report",), says)
+    for words, says in simulate.cases():
+        yield Case(("simulate", *words.split(" ")) if words else ("simulate",), says)
+    yield Case(("simulate", "good.trace", "--model", "tiny-moe", "--json", ""), "the path is empty")
     for words, says in CHECK_RECIPE:
         yield Case(("check-recipe", *words.split()), says)
     for name, (_, says) in inputs.pickles().items():

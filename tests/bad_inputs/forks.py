@@ -39,6 +39,7 @@ _IMPORTED = (
     "megatron_laer.cli.plan",
     "megatron_laer.cli.prepare_data",
     "megatron_laer.cli.report",
+    "megatron_laer.cli.simulate",
     "megatron_laer.inspection",
     "megatron_laer.runtime.planning.planner_checkpoint",
 )

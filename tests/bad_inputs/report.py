@@ -73,6 +73,11 @@ CASES = (
     ),
     ("good.trace --compare measured --out measured/group-0.jsonl", "would write over the input"),
     ("good.trace --out link.trace", "would write over the input 'good.trace'"),
+    (
+        "good.trace --out sizes-no-size.yaml --config sizes-no-size.yaml",
+        "would write over the input",
+    ),
+    ("measured --out yaml-list.yaml --cluster yaml-list.yaml", "would write over the input"),
     ("good.trace --capacity 1", "--capacity 1: 4 ranks need 2..8 slots"),
     ("good.trace --node-size 3", "--node-size 3 does not divide the 4 ranks"),
     ("good.trace --config gpt5", "--config 'gpt5'"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_laer.files.shipped import yaml_file
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import CONSTANTS, Cluster
 from megatron_laer.testing.ranks import Raised, RankPool
@@ -126,6 +127,8 @@ def test_bad_input_is_the_same_sentence_on_every_rank(
 ) -> None:
     pool, good = ranks(2), f"{tmp_path / 'x.yaml'} {TINY}"
     (tmp_path / "there.yaml").write_text("mine")
+    model = tmp_path / "model.yaml"
+    model.write_bytes(yaml_file("model", "tiny-moe").read_bytes())
     for words, message in (
         (f"{tmp_path / 'x.json'} {TINY}", "does not end in .yaml or .yml, by which"),
         (f"{tmp_path / 'there.yaml'} {TINY}", "is there already; give another file, or --force"),
@@ -133,6 +136,8 @@ def test_bad_input_is_the_same_sentence_on_every_rank(
         (f"{good} --node-size 3", "nodes of 3 ranks do not divide the 2 ranks; give --node-size"),
         (f"{tmp_path / 'x.yaml'} --hidden 4", "--hidden and --ffn go together"),
         (f"{good} --config tiny-moe", "both say an expert's sizes; leave one out"),
+        (f"{good} --name {'x' * 201}", "is empty or has over 200 characters; give --name"),
+        (f"{model} --config {model} --force", "would write over the input"),
         (f"{tmp_path / 'x.yaml'} --config moon", "--config 'moon': unknown model 'moon'"),
     ):
         assert message in refusal(pool, words)
@@ -140,7 +145,7 @@ def test_bad_input_is_the_same_sentence_on_every_rank(
     assert refusal(pool, good, "--config moon", 1).startswith("rank 1: --config and --hidden")
     differing = refusal(pool, good, "--node-size 1", 1)
     assert "ranks 0 and 1 would measure differently (node_size is 2 and 1); start all" in differing
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["there.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.yaml", "there.yaml"]
     assert (tmp_path / "there.yaml").read_text() == "mine"
 
 

@@ -135,6 +135,10 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
         ("[[1, 5e8]]", "[[1]]", r"back_ends\.loop\.weight_grad\[0\] must be a point"),
         ("low: 3e10", "low: 4e11", r"intra\.bytes_per_s: low 4e\+11 and high 3e\+11 are no range"),
         ("high: 3e11", "high: 2e11", r"is 3e\+11, outside of its spread 3e\+10\.\.2e\+11"),
+        ("high: 3e11", "high: 1e300", r"spreads\.intra\.bytes_per_s\.high must be at most 1e\+24"),
+        ("low: 3e10", "low: 0", r"intra\.bytes_per_s has a spread from 0, but must be positive"),
+        ("factor: 1.5", "factor: 1e308", r"backward_gemm_factor must be at most 1e\+06, got"),
+        ("{gemm: 1.1, ", "{gemm: 1e308, ", r"contention\.gemm must be at most 1e\+06, got"),
         ("gemm: {low", "gemms: {low", r"'gemms' is no constant with a spread; known are \['gemm'"),
         ("[2, 1, 3]", "[2, 1]", r"must be a figure \[median, low, high\], got \['2', '1'\]"),
         (

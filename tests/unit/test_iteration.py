@@ -21,7 +21,7 @@ AFTER_GATE = make_schedule(overlaps=True, after_gate=True)
 def layer(forward_N, backward_N=None, restore_s=None, reduce_s=None, **more):
     """A MoE layer: attention 2 and 4 seconds, an exchange of tokens 1 second."""
     of_moe = {"tokens_N": np.ones(len(forward_N)), "within_node": False, "gate_s": 0.0}
-    of_moe["change_s"] = None
+    of_moe |= {"change_s": None, "group": None}
     of_moe |= {key: more.pop(key) for key in list(more) if key in of_moe}
     of = MoETimes(
         forward_N=np.array(forward_N, float),
@@ -66,6 +66,13 @@ def test_tokens_within_nodes_let_only_the_node_wait_until_the_counts_meet():
     forward(clocks, layers[1:], ALONE)  # counts are gathered over all ranks
     assert clocks.now_N.tolist() == [14, 14, 14, 14]
     assert clocks.spent["waiting"].tolist() == [4, 0, 3, 3]
+
+
+def test_counts_make_no_rank_of_another_group_wait():
+    clocks = Clocks(4, 4)
+    forward(clocks, [layer([1, 5, 2, 2], group=2), layer([1, 1, 1, 1], group=2)], ALONE)
+    assert clocks.now_N.tolist() == [14, 14, 11, 11]
+    assert clocks.spent["waiting"].tolist() == [4, 0, 0, 0]
 
 
 def test_a_restore_hides_behind_the_experts_before_it():

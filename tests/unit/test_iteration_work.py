@@ -34,6 +34,7 @@ from megatron_laer.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.simulator.iteration.routing import Routing
 from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
 from megatron_laer.simulator.iteration.work import Exchange, LayerWork, grouped_totals
+from megatron_laer.trace import Trace
 from megatron_laer.trace.workloads import Shape, workload_trace
 from tests.unit.plan_cases import drifting_trace
 
@@ -91,9 +92,12 @@ def test_models_have_the_published_numbers_of_weights():
     ("line", "problem"),
     [
         ("moe-layer-freq: ([0]*3+[1]*2)", "add up to the 4 layers"),
+        ("moe-router-topk: 0", "has no moe-router-topk in 1..32767, but '0'"),
+        ("seq-length: 0", "has no seq-length in 1.."),
+        ("vocab-size: 0", "has no vocab-size in 1.."),
         ("moe-layer-freq: __import__('os')", "moe-layer-freq"),
         ("moe-layer-freq: ([0]*4)", "hold a 1"),
-        ("mtp-num-layers: many", "has no mtp-num-layers of at most 4096, but 'many'"),
+        ("mtp-num-layers: many", "has no mtp-num-layers in 0..4096, but 'many'"),
         ("moe-shared-expert-intermediate-size: -3", "has no moe-shared-expert-intermediate-size"),
     ],
 )
@@ -109,6 +113,10 @@ def test_models_that_do_not_say_what_is_needed_are_refused(tmp_path, line, probl
     with pytest.raises(ValueError, match="has ") as error:
         read_model(str(path))
     assert problem in str(error.value)
+    for flag in ("num-layers", "num-attention-heads"):
+        path.write_text(text.replace(f"{flag}: 4", f"{flag}: 0"))
+        with pytest.raises(ValueError, match=f"has no {flag} in 1.."):
+            read_model(str(path))
 
 
 def test_dense_layers_and_prediction_layers_are_told_apart(tmp_path):
@@ -180,6 +188,47 @@ def test_a_layers_compute_and_tokens_are_the_cost_models():
     )
     seconds = flops * work.unit_s_N.max() + 4 * (pass_s + CLUSTER.inter.latency_s)
     assert seconds == pytest.approx(costs.layer_seconds(counts_NE, layout, 2, Split.EVEN))
+
+
+def test_rings_drive_the_adapters_of_their_own_ranks():
+    intra, inter = CLUSTER.intra, CLUSTER.inter
+    near_s = RATES.ring_seconds(8e9, 8, 8)
+    assert near_s == pytest.approx(7e9 / intra.bytes_per_s + intra.latency_s)
+    # Two adapters of a node, as its other ranks have rings of their own; or one.
+    for stride, adapters in ((4, 2), (8, 1), (32, 1)):
+        seconds = RATES.ring_seconds(8e9, 8, 8, stride)
+        assert seconds == pytest.approx(7e9 / (adapters * inter.bytes_per_s) + inter.latency_s)
+
+
+def test_replicas_of_experts_exchange_between_nodes():
+    """Groups of four ranks on nodes of two: each expert's other copy is four ranks away."""
+    found = predicted(drifting_trace(), names=[FSEP], replicas=2)[FSEP].bytes_by_kind
+    expert = 4 * 8 / 4 * TINY.expert_weights  # slices in four layers
+    # Dense ones leave a node every second time; gradients have four bytes, and weights two.
+    more = found["inter"]["data_parallel"] - found["intra"]["data_parallel"]
+    assert more == pytest.approx(expert * (4 + 2) / 2)
+
+
+def test_tensor_parallel_ranks_gather_what_their_group_has():
+    """Two collectives in each direction, of four layers and microbatches."""
+    found = predicted(drifting_trace(), names=[STOCK], tensor=2)[STOCK].bytes_by_kind
+    tokens = round(Routing(drifting_trace(), 4).pairs / TINY.topk)
+    assert found["intra"]["tensor"] == 2 * 2 * 4 * 4 * tokens * TINY.hidden * 2
+    assert found["inter"]["tensor"] == 0
+
+
+def test_stocks_groups_wait_for_their_own_counts():
+    """Of two groups of four one is busy in both layers, or each in one of them."""
+    step_R, layer_R = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    model = replace(TINY, layer_has_experts=(True,) * 2, num_experts=4)
+    found = []
+    for busy in (slice(0, 4), slice(4, 8)):
+        counts_RNE = np.full((4, 8, 4), 400, dtype=np.int32)
+        counts_RNE[layer_R == 0, :4, 0] += 40000
+        counts_RNE[layer_R == 1, busy, 0] += 40000
+        trace = Trace(("1", "2"), step_R, layer_R, np.zeros_like(step_R), counts_RNE)
+        found.append(predicted(trace, model, names=[STOCK], microbatches=1)[STOCK].iteration_s)
+    assert found[1] < 0.6 * found[0], found
 
 
 def test_flexmoe_makes_the_busiest_rank_less_busy_and_keeps_nodes_whole():
@@ -257,6 +306,11 @@ def test_experts_that_are_held_are_restored_and_reduced_once_per_step():
         assert by_layer.bytes_by_kind[link]["reduce"] == pytest.approx(
             4 * by_step.bytes_by_kind[link]["reduce"]
         )
+    # All four layers' experts, and sums of their gradients in four bytes.
+    layer = 3 * TINY.expert_weights
+    held, passing = by_step.memory_bytes, by_layer.memory_bytes
+    assert held["restored_experts"] == 2 * passing["restored_experts"] == 4 * layer * 2
+    assert held["restored_gradients"] == layer * 2 + 4 * layer * 4
     # So few tokens hide no restore: time follows bytes.
     assert by_step.exposed_s["restore"] < by_layer.exposed_s["restore"] / 6
     assert 0 < by_step.exposed_s["reduce"] < by_layer.exposed_s["reduce"]
@@ -311,6 +365,19 @@ def test_routing_deals_out_ranks_and_tokens():
     assert steps == [1, 5]
     with pytest.raises(ValueError, match="the trace holds 6 step"):
         list(wide.walk(6, 1))
+
+
+def test_steps_that_lack_a_layer_are_not_simulated():
+    """The first step and the second lack one, as where a run was killed and went on."""
+    keys = [(0, 0), (1, 0), (1, 1), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1)]
+    step_R, layer_R = np.array(keys).T
+    counts_RNE = np.ones((len(keys), 2, 4), dtype=np.int32)
+    routing = Routing(Trace(("1", "2"), step_R, layer_R, np.zeros_like(step_R), counts_RNE), 2)
+    assert [step.number for step, _ in routing.walk(1, 9)] == [3, 4]
+    assert [step.number for step, _ in routing.walk(2, 9)] == [3, 4]
+    assert [step.number for step, _ in routing.walk(3, 9)] == [4]
+    with pytest.raises(ValueError, match="record at least 6 that have all of its 2 layers"):
+        list(routing.walk(5, 1))
 
 
 def test_forecasts_are_those_of_training():

@@ -10,9 +10,12 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
+from megatron_laer.planner.status import PlannerStatus
+from megatron_laer.runtime.metrics_recorder import MetricsRecorder
 from megatron_laer.telemetry.metrics import LOGGED, PERCENTILES
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, read_metrics, recording_path
 from megatron_laer.telemetry.step_times import StepTimes, join
@@ -123,6 +126,23 @@ def test_a_full_disk_ends_the_recording_and_not_the_run(
         record_run(tmp_path)
     assert caplog.text.count("the recording of metrics ends at step 0: no space left") == 1
     assert len(read_metrics(recording_path(tmp_path, 0)).steps_T) == 0
+
+
+def test_a_recording_that_ended_keeps_nothing_of_later_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = MetricsWriter(recording_path(tmp_path, 0), Shape(4, 8, 3, 2, LAYERS), RUN, 0)
+    recorder = MetricsRecorder(writer, GUARD, LAYERS, torch.device("cpu"), TickingClock())
+    decision = GUARD.decide(counts_NE(0, 0, 0), ExpertLayout.static(4, 3, 8))
+    broken = mock.patch(f"{MetricsRecorder.__module__}.predict", side_effect=RuntimeError("broken"))
+    with broken:
+        for step in range(3):
+            recorder.begin_step(step)
+            recorder.add(0, decision, 1e-3)
+            recorder.end_step(PlannerStatus(), version=step)
+    assert caplog.text.count("the recording of metrics ends at step 0: broken") == 1
+    assert recorder.times.take() is None
+    recorder.close()
 
 
 def test_a_new_run_over_an_old_recording_is_refused(recorded: Path) -> None:

@@ -201,6 +201,17 @@ def test_a_run_without_a_trace_has_a_page_that_says_so(tmp_path: Path) -> None:
     assert "Without --fsep-record-trace" in page
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_run_whose_numbers_are_not_there_has_a_page_without_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = recording_path(folder, 0)
+    path.write_text(re.sub(r'("[a-z_]+_(?:ms|mean)":)[\d.e+-]+', r"\1null", path.read_text()))
+    page = written(tmp_path, folder)
+    assert "step time, median" not in page and not re.search(r"\bnan\b", page)
+    assert data_of(page)["times"]["ms"][1] == [0] * STEPS
+
+
 def test_losses_of_a_log_beside_the_recordings_are_shown(folder: Path, tmp_path: Path) -> None:
     lines = [
         f" iteration {step:8d}/{STEPS:8d} | consumed samples: 8 | lm loss: {9 - step:.3E} |"

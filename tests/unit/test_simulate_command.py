@@ -51,8 +51,7 @@ def test_the_command_prints_writes_and_draws(tmp_path, path, capsys):
         parts = [*method["exposed_s"].values(), *method["compute_s"].values(), method["waiting_s"]]
         assert sum(parts) == pytest.approx(seconds["value"])
         assert set(method["bytes"]) == {"intra", "inter"}
-        memory = method["memory_bytes"]
-        assert memory["peak"] == pytest.approx(sum(memory.values()) - memory["peak"])
+        assert method["peak_bytes"] == pytest.approx(sum(method["memory_bytes"].values()))
         assert method["tokens_per_s"] == pytest.approx(4 * 2048 * 3 / seconds["value"])
         assert method["naive_s"] > 0 and 0 < method["mfu"] < 1
     assert written["cases"][0]["methods"] == written["methods"]
@@ -157,6 +156,28 @@ def test_outputs_are_not_one_file_and_no_input(tmp_path, path, capsys):
     with mock.patch("importlib.util.find_spec", return_value=None):
         err = run(path, *TINY, "--png", tmp_path / "x.png", capsys=capsys)[2]
     assert "--png needs the package matplotlib" in err
+
+
+def test_a_pipeline_that_does_not_fit_into_memory_is_refused(path, capsys):
+    words = "--pipeline 32 --microbatches 4096 --method stock".split()
+    with mock.patch("megatron_laer.files.memory.available_bytes", return_value=2**24):
+        status, out, err = run(path, *TINY, *words, capsys=capsys)
+    assert (status, out) == (2, "")
+    assert "4096 microbatches on 32 stages of 4 ranks would take about" in err
+
+
+def test_the_hosts_gap_is_added_once(tmp_path, path, capsys):
+    found = []
+    for gap_ms in (0, 250):
+        words = "--method stock --steps 1 --microbatches 2 --json".split()
+        status, _, err = run(
+            path, *TINY, "--host-gap-ms", gap_ms, *words, tmp_path / "x", capsys=capsys
+        )
+        assert status == 0, err
+        found.append(json.loads((tmp_path / "x").read_text())["methods"]["stock"])
+    before, after = found
+    assert after["exposed_s"]["host"] - before["exposed_s"]["host"] == pytest.approx(0.25)
+    assert after["iteration_s"]["value"] - before["iteration_s"]["value"] == pytest.approx(0.25)
 
 
 def test_a_workload_needs_ranks_and_no_file(capsys):

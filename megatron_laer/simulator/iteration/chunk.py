@@ -22,6 +22,7 @@ class MoETimes:
         forward_N, backward_N: the experts' compute, `backward_N` with what it computes again.
         tokens_N: one exchange of tokens.
         within_node: whether that exchange has nodes wait for nobody else.
+        group: neighbours that exchange tokens and counts; None for all ranks.
         gate_s: from counts to a decision and quotas, with the exchange of counts.
         restore_s, reduce_s: of the experts; None where there is none in this pass.
         change_s: of slots that are fetched after the gate.
@@ -36,6 +37,7 @@ class MoETimes:
     backward_restore_s: float | None
     reduce_s: float | None
     change_s: float | None
+    group: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,11 +176,11 @@ def _dense(clocks: Clocks, layer: LayerTimes, direction: int, label: str = "") -
 
 
 def _gate(clocks: Clocks, moe: MoETimes) -> None:
-    """Let every rank wait for the counts of all others, and decide."""
-    clocks.meet()
+    """Let every rank wait for the counts of the others in its group, and decide."""
+    clocks.meet(moe.group)
     clocks.work("gate", moe.gate_s, "compute", "gate")
 
 
 def _tokens(clocks: Clocks, moe: MoETimes, label: str) -> None:
-    clocks.meet(moe.within_node)
+    clocks.meet(moe.group, moe.within_node)
     clocks.work("tokens", moe.tokens_N, "tokens", label)

@@ -80,13 +80,17 @@ class Clocks:
         if self._record is not None and label:
             self._record("compute", label, begin_N, self.now_N)
 
-    def meet(self, within_node: bool = False) -> None:
-        """Let ranks wait for the last one of their group, or only of their node."""
+    def meet(self, group: int | None = None, within_node: bool = False) -> None:
+        """Let ranks wait for the last one of all, of their group, or only of their node.
+
+        Args:
+            group: so many neighbours each; None for all ranks.
+        """
+        size = group or len(self.now_N)
         if within_node:
-            last_J = self.now_N.reshape(-1, self._node_size).max(axis=1)
-            self.wait(WAITING, np.repeat(last_J, self._node_size))
-        else:
-            self.wait(WAITING, float(self.now_N.max()))
+            size = min(size, self._node_size)
+        last_J = self.now_N.reshape(-1, size).max(axis=1)
+        self.wait(WAITING, np.repeat(last_J, size))
 
     def exchange(self, stream: str, seconds: float, label: str) -> float:
         """Begin an exchange on a communication stream, and return when it will be done."""

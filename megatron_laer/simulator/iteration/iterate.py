@@ -135,18 +135,20 @@ def data_parallel_seconds(method: Method, timing: Timing, layer: int) -> tuple[f
     model, run, rates = timing.model, timing.run, timing.rates
     has_experts = model.layer_has_experts[layer]
     dense = (model.attention_weights + model.dense_weights(has_experts)) / run.tensor
-    parts = [(dense, run.data_parallel)]
+    parts = [(dense, run.data_parallel, run.tensor)]
     if has_experts:
         expert = method.experts_held * model.expert_weights
-        parts.append((expert, method.replicas * run.replicas))
+        copies = method.replicas * run.replicas
+        parts.append((expert, copies, run.ranks // method.replicas))
     gather_s = scatter_s = 0.0
-    for weights, copies in parts:
-        scatter_s += rates.ring_seconds(weights * _GRADIENT_BYTES, copies, run.node_size)
+    for weights, copies, stride in parts:
+        ring = copies, run.node_size, stride
+        reduced_s = rates.ring_seconds(weights * _GRADIENT_BYTES, *ring)
         if run.shards_optimizer:
-            size = weights * model.bytes_per_element
-            gather_s += rates.ring_seconds(size, copies, run.node_size)
+            scatter_s += reduced_s
+            gather_s += rates.ring_seconds(weights * model.bytes_per_element, *ring)
         else:
-            scatter_s += rates.ring_seconds(weights * _GRADIENT_BYTES, copies, run.node_size)
+            scatter_s += 2 * reduced_s
     return gather_s, scatter_s
 
 

@@ -175,7 +175,9 @@ class Timing:
             work.inter_N * (token_bytes / cluster.inter.bytes_per_s),
         )
         run = self.run
-        meets = run.ranks if work.leaves_nodes else run.node_size
+        meets = work.group or run.ranks
+        if not work.leaves_nodes:
+            meets = min(meets, run.node_size)
         latency_s = rates.collective_seconds(meets, run.node_size)
         restore_s = None if work.restore is None else work.restore.seconds(rates)
         reduce = work.reduce if reduces else None
@@ -189,12 +191,15 @@ class Timing:
             backward_restore_s=restore_s if restores_backward else None,
             reduce_s=None if reduce is None else reduce.seconds(rates),
             change_s=None if work.change is None else work.change.seconds(rates),
+            group=work.group,
         )
 
     def _gate(self, work: LayerWork) -> float:
         """Return the time from counts to a decision, as the cost model has it."""
         run, rates, host = self.run, self.rates, self.rates.cluster.host
-        seconds = rates.collective_seconds(run.ranks, run.node_size) + work.solve_s
-        if host is not None and work.restore is not None:
+        counting = work.group or run.ranks
+        seconds = rates.collective_seconds(counting, run.node_size) + work.solve_s
+        # Groups with a placement of their own have nothing to decide.
+        if host is not None and work.group is None:
             seconds += host.gate.seconds(run.ranks, work.slots, self.model.num_experts)
         return seconds

@@ -11,6 +11,7 @@ from megatron_laer.simulator.iteration.iterate import WorkOf
 from megatron_laer.simulator.iteration.memory_parts import stage_weights
 from megatron_laer.simulator.iteration.methods import Method
 from megatron_laer.simulator.iteration.model_shape import ModelShape
+from megatron_laer.simulator.iteration.rates import ring_neighbours
 from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
 
 INTRA, INTER = "intra", "inter"
@@ -53,20 +54,29 @@ def link_bytes(
                 )
     for stage in range(run.stages):
         weights = stage_weights(model, run, method, stage)
-        for held, copies in (
-            (weights.dense, run.data_parallel),
-            (weights.expert, method.replicas * run.replicas),
+        for held, copies, stride in (
+            (weights.dense, run.data_parallel, run.tensor),
+            (weights.expert, method.replicas * run.replicas, run.ranks // method.replicas),
         ):
             each = model.bytes_per_element if run.shards_optimizer else _GRADIENT_BYTES
             size = held * (_GRADIENT_BYTES + each) * (copies - 1) / copies / run.stages
-            # A ring leaves a node once per node.
-            far = 1 / run.node_size if copies > run.node_size else 0.0
+            far = _leaving(copies, run.node_size, stride)
             add("data_parallel", size * (1 - far), size * far)
+    gathered = passes * run.microbatches * len(model.layer_has_experts) / run.stages
+    size = gathered * run.tokens * (run.tensor - 1) * token_bytes
+    far = _leaving(run.tensor, run.node_size, 1)
+    add("tensor", size * (1 - far), size * far)
     sends = 2 * run.microbatches * (run.stages * run.chunks - 1) / run.stages
     sent = sends * run.tokens * token_bytes
     crosses = run.ranks * run.replicas >= run.node_size
     add("pipeline", 0.0 if crosses else sent, sent if crosses else 0.0)
     return found
+
+
+def _leaving(ranks: int, node_size: int, stride: int) -> float:
+    """Return the share of a ring's bytes that goes between nodes: one link of each node's ranks."""
+    near = ring_neighbours(node_size, stride)
+    return 1 / near if ranks > near else 0.0
 
 
 def totals(by_kind: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

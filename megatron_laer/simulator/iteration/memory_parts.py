@@ -71,6 +71,9 @@ def _stage_bytes(
     optimizer = weights.dense / dense_copies + weights.expert / expert_copies
     whole = method.restored * model.expert_weights * model.bytes_per_element
     with_experts = sum(layers)
+    gradients = method.schedule.gradient_layers(with_experts) * whole
+    if method.schedule.holds_step:  # sums of all microbatches, of every layer
+        gradients += with_experts * method.restored * model.expert_weights * _GRADIENT_BYTES
     held = in_flight(order(stage, run.stages, run.chunks, run.microbatches)) / run.chunks
     working = _layer_activations(model, run, True, most_pairs)
     if run.recompute == Recompute.NONE:
@@ -87,9 +90,7 @@ def _stage_bytes(
         "gradients": both * _GRADIENT_BYTES,
         "optimizer": optimizer * _OPTIMIZER_BYTES,
         "restored_experts": method.schedule.restored_layers(with_experts) * whole,
-        "restored_gradients": method.schedule.gradient_layers(with_experts) * whole
-        if method.restored
-        else 0.0,
+        "restored_gradients": gradients,
         "activations": kept * held + working,
         "logits": logits,
     }

@@ -233,7 +233,7 @@ class _Grouped:
     def work(self, counts_NE: Int64) -> LayerWork:
         """Return the work of a microbatch."""
         totals = grouped_totals(counts_NE, self.group, self.node_size)
-        return LayerWork.of(totals, self.rates, self.restore, self.reduce)
+        return LayerWork.of(totals, self.rates, self.restore, self.reduce, group=self.group)
 
 
 @dataclass

@@ -133,15 +133,15 @@ def read_model(config: str, num_experts: int | None = None) -> ModelShape:
     experts = num_experts or sizes.num_experts
     assert experts is not None
     values = _values(config)
-    layers = _number(values, "--num-layers", most=_MAX_LAYERS)
+    layers = _number(values, "--num-layers", most=_MAX_LAYERS, least=1)
     extra = _number(values, "--mtp-num-layers", 0, _MAX_LAYERS)
-    heads = _number(values, "--num-attention-heads")
+    heads = _number(values, "--num-attention-heads", least=1)
     head = _number(values, "--kv-channels", max(sizes.hidden // heads, 1))
     groups = _number(values, "--num-query-groups", heads)
-    topk = _number(values, "--moe-router-topk", 2, MAX_EXPERTS)
+    topk = _number(values, "--moe-router-topk", 2, MAX_EXPERTS, least=1)
     if topk > experts:
         raise ValueError(f"--moe-router-topk {topk}: there are {experts} experts")
-    sequence = _number(values, "--seq-length", 4096)
+    sequence = _number(values, "--seq-length", 4096, least=1)
     return ModelShape(
         hidden=sizes.hidden,
         layer_has_experts=(*_experts_by_layer(values, layers), *[True] * extra),
@@ -155,7 +155,7 @@ def read_model(config: str, num_experts: int | None = None) -> ModelShape:
         num_experts=experts,
         topk=topk,
         sequence=sequence,
-        vocabulary=_number(values, "--vocab-size", 32000, 2**24),
+        vocabulary=_number(values, "--vocab-size", 32000, 2**24, least=1),
         prediction_heads=1 + extra,
         bytes_per_element=2 if "--bf16" in values or "--fp16" in values else 4,
         latent=_latent(values) if "--multi-latent-attention" in values else None,
@@ -170,12 +170,17 @@ def _values(config: str) -> dict[str, str]:
 
 
 def _number(
-    values: Mapping[str, str], flag: str, default: int | None = None, most: int = MAX_WIDTH
+    values: Mapping[str, str],
+    flag: str,
+    default: int | None = None,
+    most: int = MAX_WIDTH,
+    least: int = 0,
 ) -> int:
     text = values.get(flag, "" if default is None else str(default))
-    if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) <= most):
+    is_number = text.isascii() and text.isdigit() and len(text) < 19
+    if not is_number or not least <= int(text) <= most:
         raise ValueError(
-            f"has no {flag.removeprefix('--')} of at most {most}, but {quoted(text)}; mend it"
+            f"has no {flag.removeprefix('--')} in {least}..{most}, but {quoted(text)}; mend it"
         )
     return int(text)
 

@@ -90,22 +90,32 @@ class Rates:
         slowest_s = inter.latency_s if far else intra.latency_s if near else 0.0
         return slowest_s + near * intra.peer_s + far * inter.peer_s
 
-    def ring_seconds(self, size_bytes: float, ranks: int, node_size: int) -> float:
+    def ring_seconds(self, size_bytes: float, ranks: int, node_size: int, stride: int = 1) -> float:
         """Return the time of a reduce-scatter or an all-gather of a buffer of this size.
 
-        A ring passes each link with all but one rank's share; where it spans nodes, all of a node's
-        ranks drive their adapters for it.
+        A ring passes each link with all but one rank's share; where it spans nodes, those of its
+        ranks that are on a node drive their adapters for it. The ranks between them have rings of
+        their own, at the same time.
+
+        Args:
+            stride: from one of its ranks to the next.
         """
         if ranks <= 1:
             return 0.0
         intra, inter = self.cluster.intra, self.cluster.inter
         share = size_bytes * (ranks - 1) / ranks
-        seconds = share / intra.bytes_per_s if node_size > 1 else 0.0
+        near = ring_neighbours(node_size, stride)
+        seconds = share / intra.bytes_per_s if near > 1 else 0.0
         latency_s = intra.latency_s
-        if ranks > node_size:
-            seconds = max(seconds, share / (node_size * inter.bytes_per_s))
+        if ranks > near:
+            seconds = max(seconds, share / (near * inter.bytes_per_s))
             latency_s = inter.latency_s
         return seconds + latency_s
+
+
+def ring_neighbours(node_size: int, stride: int) -> int:
+    """Return how many ranks of a ring are on a node, with so many from one to the next."""
+    return max(node_size // stride, 1)
 
 
 def rate_sets(rates: Rates) -> tuple[Rates, ...]:

@@ -122,7 +122,8 @@ def _of_method(found: Prediction) -> dict[str, Any]:
         "waiting_s": found.waiting_s,
         "bytes": found.bytes,
         "bytes_by_kind": {link: dict(kinds) for link, kinds in found.bytes_by_kind.items()},
-        "memory_bytes": {**found.memory_bytes, "peak": found.peak_bytes},
+        "memory_bytes": dict(found.memory_bytes),
+        "peak_bytes": found.peak_bytes,
         "max_over_mean": found.max_over_mean,
         "replan_share": found.replan_share,
     }

@@ -9,7 +9,7 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -90,11 +90,11 @@ class Routing:
             ValueError: a trace that is not longer than the lag.
         """
         steps = self.steps()
-        after = [step for step in steps[lag:] if set(step.records) == set(steps[0].records)]
+        after = self._forecast_steps(steps, lag)
         if not after:
             raise ValueError(
                 f"the trace holds {len(steps)} step(s), and a forecast is {lag} step(s) old; "
-                f"record at least {lag + 1}"
+                f"record at least {lag + 1} that have all of its {self.layers} layers"
             )
         picked = np.unique(np.linspace(0, len(after) - 1, min(chosen, len(after))).round())
         wanted = {after[int(place)].number for place in picked}
@@ -111,3 +111,16 @@ class Routing:
                 total_NE = sum(self.counts_NE(record) for record in records)
                 assert not isinstance(total_NE, int)
                 states[layer] = [*known[-lag:], before.observe(total_NE)]
+
+    def _forecast_steps(self, steps: Sequence[Step], lag: int) -> list[Step]:
+        """Return the steps that have all layers, each with a forecast of that age.
+
+        A step lacks layers where the recording began or was stopped in it.
+        """
+        found, before = [], [0] * self.layers
+        for step in steps:
+            if len(step.records) == self.layers and min(before) >= lag:
+                found.append(step)
+            for layer in step.records:
+                before[layer] += 1
+        return found

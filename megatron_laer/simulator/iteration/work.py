@@ -88,6 +88,7 @@ class LayerWork:
         change: of slots that differ from what was restored ahead; None without.
         solve_s: of a layout that is made after the gate.
         slots: GEMMs per matrix and pass on a rank.
+        group: neighbours that exchange tokens and counts; None for all ranks.
     """
 
     unit_s_N: Seconds
@@ -101,6 +102,7 @@ class LayerWork:
     change: Exchange | None
     solve_s: float
     slots: int
+    group: int | None = None
 
     @property
     def leaves_nodes(self) -> bool:
@@ -122,6 +124,7 @@ class LayerWork:
         reduce: Exchange | None = None,
         change: Exchange | None = None,
         solve_s: float = 0.0,
+        group: int | None = None,
     ) -> LayerWork:
         """Make it from a split's totals over N ranks of equally many slots."""
         num_ranks = len(totals.own_N)
@@ -144,6 +147,7 @@ class LayerWork:
             change=change,
             solve_s=solve_s,
             slots=len(totals.near_S) // num_ranks,
+            group=group,
         )
 
 

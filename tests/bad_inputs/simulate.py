@@ -1,0 +1,98 @@
+"""Bad inputs of `simulate`: its words, and what the message must say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tests.bad_inputs import inputs
+
+_MODEL = "--model mixtral-8x7b-e8k2 --node-size 2"
+_LONG = "x" * 300
+
+# Beside a good trace and a good model.
+_OPTIONS = (
+    ("--cluster moon", "--cluster 'moon': unknown cluster"),
+    ("--cluster /dev/zero", "--cluster '/dev/zero'"),
+    ("--cluster yaml-pipe.yaml", "is a pipe"),
+    ("--experts 9", "has 8 experts, not 9"),
+    ("--ranks 0", "--ranks: '0' is no integer in 1..65536"),
+    ("--ranks 3", "node size 2 does not divide the 3 ranks"),
+    ("--ranks 6", "cannot be planned for 6 ranks"),
+    (f"--ranks {'9' * 5000}", "--ranks: '999"),
+    ("--ranks 4 4", "--ranks names 4 twice"),
+    ("--capacity 1", "too few for 8 experts"),
+    ("--capacity 9", "use a capacity of at most 8"),
+    ("--tokens 0", "--tokens: '0' is no integer"),
+    ("--tokens 99999999999999999999", "--tokens: '9999"),
+    ("--mode announced", "--mode: invalid choice: 'announced'"),
+    ("--method", "--method: expected at least one argument"),
+    ("--method eplb", "--method: invalid choice: 'eplb'"),
+    ("--strategy moon", "--strategy: invalid choice: 'moon'"),
+    ("--restore step", "--restore step keeps layouts over a step"),
+    ("--lag 4", "the trace holds 4 step(s), and a forecast is 4 step(s) old"),
+    ("--lag 0", "--lag: '0' is no integer"),
+    ("--steps 0", "--steps: '0' is no integer"),
+    ("--peak-tflops nan", "--peak-tflops: 'nan' is no number"),
+    ("--peak-tflops 0", "--peak-tflops: '0' is no number"),
+    ("--memory-gib -1", "--memory-gib: '-1' is no number"),
+    ("--host-gap-ms inf", "--host-gap-ms: 'inf' is no number"),
+    ("--pipeline 33", "32 layers are too few for 33 stages"),
+    ("--virtual-pipeline 2", "the interleaved schedule needs a pipeline"),
+    ("--pipeline 2 --virtual-pipeline 2", "takes a multiple of the stages"),
+    ("--tensor-parallel 3", "3 tensor-parallel ranks do not divide the 4"),
+    ("--stock-expert-parallel 3", "it must divide 4 ranks"),
+    ("--world 6", "--world 6 is no multiple of the trace's 4 ranks"),
+    ("--world 8 --expert-data-parallel 2", "say the same; leave one out"),
+    ("--workload W1", "leave one out"),
+    ("--json nowhere/x.json", "--json 'nowhere/x.json': the folder"),
+    ("--json nothing", "--json 'nothing': it is there and no regular file"),
+    ("--json pipe", "--json 'pipe': it is there and no regular file"),
+    ("--json good.trace", "--json 'good.trace' would write over the input 'good.trace'"),
+    ("--timeline link.trace", "would write over the input 'good.trace'"),
+    ("--timeline hard.trace", "would write over the input 'good.trace'"),
+    ("--json out/x --timeline out/../out/x", "--json and --timeline are one file"),
+    ("--png out/x.svg", "--png 'out/x.svg': give a file that ends in .png"),
+    ("-- x", "nothing follows -- here, got x"),
+)
+# Without the options of the others.
+_OTHERS = (
+    ("", "required: --model"),
+    ("good.trace", "required: --model"),
+    ("good.trace --model", "--model: expected one argument"),
+    ("good.trace --model moon", "--model 'moon': unknown model 'moon'"),
+    ("good.trace --model /dev/zero", "--model '/dev/zero': '/dev/zero' is a device"),
+    ("good.trace --model \x1b[31m", "unknown model '\\x1b[31m'"),
+    (f"good.trace --model ./{_LONG}", "name too long"),
+    (f"absent {_MODEL}", "trace 'absent' does not exist"),
+    (f"\x1b[31m {_MODEL}", "'\\x1b[31m' does not exist"),
+    (f"{_LONG} {_MODEL}", "name too long"),
+    (f"pipe {_MODEL}", "'pipe' is a pipe"),
+    (f"/dev/zero {_MODEL}", "'/dev/zero' is a device"),
+    (f"loop {_MODEL}", "loop"),
+    (f"nothing {_MODEL}", "nothing"),
+    (f"good.txt {_MODEL}", "good.txt begins with"),
+    (f"flipped.trace {_MODEL}", "flipped.trace, record 1"),
+    (f"header-only.trace {_MODEL}", "holds no complete record"),
+    (f"zeros.trace {_MODEL} --experts 2", "the trace holds no tokens"),
+    (f"measured {_MODEL} --json measured/x.json", "would write over the input 'measured'"),
+    (_MODEL, "nothing to simulate: give a TRACE, or --workload"),
+    (f"--workload W9 {_MODEL}", "--workload: invalid choice: 'W9'"),
+    (f"--workload W1 {_MODEL}", "--workload W1 has no ranks of its own; give --ranks"),
+    (f"--workload W1 {_MODEL} --ranks 8 --format csv", "--format csv: no effect here"),
+    (f"--workload W1 {_MODEL} --ranks 65536 --lag 100000", "would take about"),
+)
+
+
+def cases() -> Iterator[tuple[str, str]]:
+    """Yield the words after `simulate`, and what the message must say."""
+    yield from _OTHERS
+    for words, says in _OPTIONS:
+        yield f"good.trace {_MODEL} {words}", says
+    for name, (_, says) in inputs.YAML.items():
+        yield f"good.trace --model yaml-{name}.yaml", says
+    for name, (_, _, says) in inputs.CLUSTERS.items():
+        yield f"good.trace {_MODEL} --cluster cluster-{name}.yaml", says
+    for name, (_, says) in inputs.SIZES.items():
+        # A whole iteration needs more than the sizes of an expert.
+        says = "has no num-layers in 1..4096" if name == "other-experts" else says
+        yield f"good.trace --model sizes-{name}.yaml", says
