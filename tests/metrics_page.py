@@ -27,7 +27,9 @@ python -m tests.metrics_page
 ## Logged
 
 In Megatron's log line, TensorBoard and W&B, through Megatron's own writers, every
-`--log-interval` steps. Percentiles are over layers. Layers count from 0 in names, as in
+`--log-interval` steps. The log line leaves some out, and 99th percentiles: Slurm passes output on
+in pieces of 1,024 bytes, and a longer line may get another rank's into its middle. Percentiles
+are over layers. Layers count from 0 in names, as in
 Megatron's own metrics; a layer's value is in TensorBoard and W&B only. Predictions are the cost
 model's, with the constants of the cluster in force. The times of layers need marks in the stream
 of compute, which only planner ranks that record metrics set.

@@ -20,6 +20,7 @@ from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.metrics import LayerMetrics, RankMetrics, named
 from megatron_laer.session import current_coordinator
 from megatron_laer.telemetry.memory import memory_use
+from megatron_laer.telemetry.metrics import is_in_line
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ class FSEPMetricsTracker(MoEMetricsTracker):
                 writer.add_scalar(name, value, iteration)
             if wandb_writer is not None:
                 wandb_writer.log({name: value}, iteration)
-        return line + "".join(f" {name}: {value:.3f} |" for name, value in scalars.items())
+        shown = ((name, value) for name, value in scalars.items() if is_in_line(name))
+        return line + "".join(f" {name}: {value:.3f} |" for name, value in shown)
 
 
 def collect(

@@ -22,6 +22,7 @@ class Metric:
         meaning: what it says, and what it is a mean of.
         over_layers: whether its percentiles and its value for each layer are logged as well.
         when: where it is not always there, when it is.
+        in_line: whether it stands in the log line, not only in TensorBoard, W&B and recordings.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Metric:
     meaning: str
     over_layers: bool = False
     when: str = ""
+    in_line: bool = True
 
 
 LOGGED = (
@@ -50,6 +52,7 @@ LOGGED = (
         "1",
         "predicted time of the MoE layers over the time that no layout of C slots and no split "
         "gets below, less 1; of each layer's newest microbatch",
+        in_line=False,
     ),
     Metric(
         "fsep_share_of_forced_balance",
@@ -62,6 +65,7 @@ LOGGED = (
         "ms",
         "predicted time of an MoE layer and microbatch, forward and backward, from dispatch to "
         "combine; mean over layers, of each the newest microbatch",
+        in_line=False,
     ),
     Metric(
         "fsep_layer_ms",
@@ -97,15 +101,17 @@ LOGGED = (
         "1",
         "hidden states that a rank sends in one dispatch to ranks of its node; combine and both "
         "backward passes move as many; mean over ranks and dispatches",
+        in_line=False,
     ),
-    Metric("fsep_token_rows_inter_node", "1", "the same to ranks of other nodes"),
-    Metric("fsep_token_mb_intra_node", "MB", "the same in MB, inside the node"),
-    Metric("fsep_token_mb_inter_node", "MB", "the same in MB, to other nodes"),
+    Metric("fsep_token_rows_inter_node", "1", "the same to ranks of other nodes", in_line=False),
+    Metric("fsep_token_mb_intra_node", "MB", "the same in MB, inside the node", in_line=False),
+    Metric("fsep_token_mb_inter_node", "MB", "the same in MB, to other nodes", in_line=False),
     Metric(
         "fsep_memory_headroom_gib",
         "GiB",
         "memory that was never taken: of the device what is beyond the peak of torch's reserved "
         "memory, on the CPU what is free now; the least of all ranks",
+        in_line=False,
     ),
     Metric("fsep_plan_ms", "ms", "making the newest applied plan, in the planner's thread"),
     Metric("fsep_layout_version", "1", "how often the layouts have changed"),
@@ -120,6 +126,20 @@ LOGGED = (
         when="`--fsep-plan-mode announced`",
     ),
 )
+
+
+def is_in_line(name: str) -> bool:
+    """Tell whether a logged value stands in the log line too.
+
+    A line is kept shorter than 1,024 bytes: Slurm passes output on in pieces of that size, and
+    another rank's may come between two pieces.
+    """
+    return name not in _NOT_IN_LINE
+
+
+_NOT_IN_LINE = {metric.name for metric in LOGGED if not metric.in_line} | {
+    f"{metric.name}_p99" for metric in LOGGED if metric.over_layers
+}
 
 # Of a step, on the planner rank; `metrics` are those above, of this group and step alone.
 RECORDED_OF_STEPS = (
@@ -171,5 +191,6 @@ def table(metrics: tuple[Metric, ...]) -> list[str]:
             names += f", {percentiles}, `moe/{metric.name}_layer_{{i}}`"
         when = f" (with {metric.when})" if metric.when else ""
         unit = "" if metric.unit == "1" else metric.unit
-        lines.append(f"| {names} | {unit} | {metric.meaning}{when} |")
+        where = "" if metric.in_line else "; not in the log line"
+        lines.append(f"| {names} | {unit} | {metric.meaning}{when}{where} |")
     return lines

@@ -6,7 +6,13 @@ import inspect
 import re
 
 from megatron_laer.runtime import metrics as worked_out
-from megatron_laer.telemetry.metrics import LOGGED, RECORDED_OF_LAYERS, RECORDED_OF_STEPS
+from megatron_laer.telemetry.metrics import (
+    LOGGED,
+    PERCENTILES,
+    RECORDED_OF_LAYERS,
+    RECORDED_OF_STEPS,
+    is_in_line,
+)
 from tests.documents import ROOT
 from tests.metrics_page import PAGE, page
 
@@ -28,3 +34,19 @@ def test_no_name_is_there_twice() -> None:
         names = [metric.name for metric in metrics]
         assert len(set(names)) == len(names)
         assert all(metric.meaning and metric.unit for metric in metrics)
+
+
+def test_the_log_line_leaves_megatrons_values_room_within_what_slurm_passes_on_at_once() -> None:
+    names = [
+        name
+        for metric in LOGGED
+        for name in (
+            metric.name,
+            *(f"{metric.name}_p{p}" for p in PERCENTILES if metric.over_layers),
+        )
+        if is_in_line(name)
+    ]
+    assert {"fsep_load_imbalance", "fsep_load_imbalance_p95"} <= set(names)
+    assert "fsep_load_imbalance_p99" not in names
+    # Megatron's own, with throughput, losses of routers and of multi-token prediction: some 400.
+    assert len("".join(f" {name}: 1234.567 |" for name in names)) < 1024 - 400
