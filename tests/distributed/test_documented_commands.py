@@ -60,8 +60,9 @@ INSTALLS = ("./scripts/quickstart.sh", "./scripts/test.sh", "scripts/environment
 NOT_OURS = ("scripts/conversion/convert.sh", "from megatron.bridge", "git apply")
 # By another test, with ranks.
 RUN_ELSEWHERE = {
-    "own_loop.md": "test_own_loop.py",
-    "stock_names.md": "test_stock_names.py",
+    "convergence.md": "convergence/test_long_convergence.py",
+    "own_loop.md": "distributed/test_own_loop.py",
+    "stock_names.md": "distributed/test_stock_names.py",
 }
 
 _IDS = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -81,7 +82,7 @@ def test_a_block_is_run_or_shown_and_no_command_leaves_anything_out(page: Path) 
 @pytest.mark.unit
 def test_what_is_run_elsewhere_is() -> None:
     for page, test in RUN_ELSEWHERE.items():
-        source = (ROOT / "tests" / "distributed" / test).read_text()
+        source = (ROOT / "tests" / test).read_text()
         assert page in source, (page, test)
 
 

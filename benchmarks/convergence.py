@@ -1,0 +1,130 @@
+"""Compares how models learn real text with FSEP and with stock expert parallelism.
+
+Usage: `python -m benchmarks.convergence --help`; docs/convergence.md is the page.
+
+Two gloo ranks train a small model from the same weights on the same batches, with and without an
+auxiliary loss: by stock, by FSEP, and by stock once more with other roundings, which is what FSEP
+is compared with. Times are those of two CPU processes, and say nothing of speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.convergence_figure import write_figure
+from benchmarks.convergence_results import checks, gap_rows, rows
+from benchmarks.convergence_runs import (
+    AUX_LOSSES,
+    MODEL,
+    POINTS,
+    RANKS,
+    WAYS,
+    Run,
+    Text,
+    command_line,
+    measure,
+)
+from benchmarks.report import machine, print_table
+from megatron_laer.simulator.report import check_can_plot
+from megatron_laer.testing.ranks import RankPool
+
+# More than any run takes: ten seconds for a step on a busy machine.
+_MOST_STEP_S = 10.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what is missing, print the tables, draw the figure."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.convergence", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--steps", type=_steps, default=2000, help="of each run")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="where to write the runs after each of them; those that it has are not run again",
+    )
+    parser.add_argument("--figure", type=Path, help="where to draw them (needs matplotlib)")
+    options = parser.parse_args(arguments)
+    try:
+        if options.figure is not None:
+            check_can_plot(options.figure, "--figure")
+        runs = read(options.json, options.steps)
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
+    _train(runs, options.steps, options.json)
+    report(runs)
+    if options.figure is not None:
+        write_figure(runs, options.figure)
+    return 0
+
+
+def report(runs: dict[tuple[str, str], Run]) -> None:
+    """Print the tables, and whether what must hold does."""
+    print(json.dumps(machine()))
+    print_table(rows(runs))
+    print_table(gap_rows(runs))
+    for check in checks(runs):
+        print(f"{'holds' if check.holds else 'MISSED':7} {check.sentence}")
+
+
+def _steps(text: str) -> int:
+    steps = int(text) if text.isdecimal() else 0
+    if steps == 0 or steps % POINTS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of steps; give a multiple of {POINTS}, as the model is "
+            f"validated {POINTS} times"
+        )
+    return steps
+
+
+def _settings(steps: int) -> dict[str, Any]:
+    """Return what all runs of a file have in common."""
+    return {"steps": steps, "ranks": RANKS, "model": MODEL.split()}
+
+
+def read(path: Path | None, steps: int) -> dict[tuple[str, str], Run]:
+    """Return the runs that a file has, by way and auxiliary loss."""
+    if path is None or not path.exists():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["settings"] != _settings(steps):
+        raise ValueError(f"--json {path} has runs with other settings; name another file")
+    return {(run.pop("way"), run.pop("aux")): Run(**run) for run in content["runs"]}
+
+
+def _write(path: Path, runs: dict[tuple[str, str], Run], steps: int) -> None:
+    content = {
+        "machine": machine(),
+        "settings": _settings(steps),
+        "runs": [{"way": way, "aux": aux} | asdict(run) for (way, aux), run in runs.items()],
+    }
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _train(runs: dict[tuple[str, str], Run], steps: int, path: Path | None) -> None:
+    """Train what the runs lack, and write them after each."""
+    missing = [(way, aux) for way in WAYS for aux in AUX_LOSSES if (way, aux) not in runs]
+    with tempfile.TemporaryDirectory() as folder, RankPool(RANKS) as pool:
+        text = Text.prepare(Path(folder)) if missing else None
+        for way, aux in missing:
+            assert text is not None
+            flags = command_line(way, aux, steps, text)
+            runs[way, aux] = pool.run(
+                measure, flags, steps, timeout_s=600.0 + _MOST_STEP_S * steps
+            )[0]
+            print(f"{way}, aux loss {aux}: {runs[way, aux].wall_s / 60:.1f} minutes", flush=True)
+            if path is not None:
+                _write(path, runs, steps)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
