@@ -25,6 +25,7 @@ import numpy as np
 from benchmarks.end_to_end import KEEP_MEMORY
 from benchmarks.end_to_end_cases import HALF, QUICK, Configuration, Size, configurations
 from benchmarks.training_run import measure
+from megatron_laer.choices import Recompute
 from megatron_laer.config import PlanMode
 from megatron_laer.data import default_text_sources, prepare_data
 from megatron_laer.layout import default_capacity
@@ -36,7 +37,7 @@ from megatron_laer.simulator.iteration.model_shape import ModelShape
 from megatron_laer.simulator.iteration.predict import predict
 from megatron_laer.simulator.iteration.rates import Rates
 from megatron_laer.simulator.iteration.routing import Routing
-from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
+from megatron_laer.simulator.iteration.run_shape import RunShape
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.trace import Trace
 from megatron_laer.trace.workloads import Shape, workload_trace
@@ -187,7 +188,7 @@ def predicted_seconds(job: Job, rates: Rates) -> float:
     )
     capacity = default_capacity(RANKS, size.experts)
     geometry = Geometry(RANKS, size.experts, capacity, RANKS)
-    costs = CostModel(rates.cluster, size.hidden, size.ffn, False, 4)
+    costs = CostModel(rates.cluster, size.hidden, size.ffn, False, 4, run.recompute)
     mode = PlanMode.ADAPTIVE
     if "--fsep-plan-mode" in flags:
         mode = PlanMode(flags[flags.index("--fsep-plan-mode") + 1])

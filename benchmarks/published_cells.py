@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_laer.choices import Recompute
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.schedule import Schedule, make_schedule
 from megatron_laer.simulator.iteration.iterate import run_iteration
@@ -26,7 +27,7 @@ from megatron_laer.simulator.iteration.layer_times import Timing
 from megatron_laer.simulator.iteration.methods import Method
 from megatron_laer.simulator.iteration.model_shape import ModelShape, read_model
 from megatron_laer.simulator.iteration.rates import Rates, rate_sets
-from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
+from megatron_laer.simulator.iteration.run_shape import RunShape
 from megatron_laer.simulator.iteration.work import Exchange, LayerWork
 
 RANKS, NODE_SIZE = 32, 8

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_laer.choices import Recompute
 from megatron_laer.cli import simulate_input
 from megatron_laer.cli.argument_types import between, number, path
 from megatron_laer.cli.plan_input import MAX_TOKENS
@@ -246,7 +247,7 @@ def _methods(
         ffn=model.expert_ffn,
         gated=model.gated,
         bytes_per_element=model.bytes_per_element,
-        recompute=args.recompute != "none",
+        recompute=Recompute(args.recompute),
         restore_algorithm=ExchangeAlgorithm(args.restore_algorithm),
     )
     settings = Settings(
@@ -281,7 +282,7 @@ def _run_shape(args: argparse.Namespace, geometry: Geometry, tokens: int, trace:
         chunks=args.virtual_pipeline or 1,
         replicas=simulate_input.replicas_of(args, geometry.num_ranks),
         tensor=args.tensor_parallel or 1,
-        recompute=args.recompute,
+        recompute=Recompute(args.recompute),
         shards_optimizer=not args.no_distributed_optimizer,
         overlaps_data_parallel=not args.no_data_parallel_overlap,
     )

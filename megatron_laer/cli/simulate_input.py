@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from megatron_laer.choices import Recompute
 from megatron_laer.cli.argument_types import between, number
 from megatron_laer.cli.plan_input import add_routing_arguments
 from megatron_laer.files import memory
 from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.simulator.iteration.model_shape import ModelShape
-from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
+from megatron_laer.simulator.iteration.run_shape import RunShape
 from megatron_laer.trace import Trace, read_trace
 from megatron_laer.trace.workloads import WORKLOADS, Shape, workload_counts
 

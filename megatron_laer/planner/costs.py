@@ -25,6 +25,7 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
+from megatron_laer.choices import Recompute
 from megatron_laer.config import ExchangeAlgorithm, RestoreAlgorithm, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Cluster
@@ -32,7 +33,7 @@ from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import SplitTotals, even_split
-from megatron_laer.planner.token_prices import ALL_TO_ALL_PASSES, BY_RANK, TokenPrices
+from megatron_laer.planner.token_prices import BY_RANK, TokenPrices, all_to_alls
 from megatron_laer.planner.traffic import (
     Traffic,
     expert_elements_N,
@@ -41,7 +42,7 @@ from megatron_laer.planner.traffic import (
 )
 from megatron_laer.sharding import changed_slots
 
-# Forward, and two GEMMs of the same size for each in backward; recompute runs forward once more.
+# Forward, and two GEMMs of the same size for each in backward; a re-run is one more forward.
 _BACKWARD_GEMMS = 2
 # Kernels of a layer, forward and backward, beside GEMMs and collectives: `benchmarks/launches.py`
 # counts them. What each takes to start is about what such a small one takes to run.
@@ -62,7 +63,7 @@ class CostModel:
         ffn: F, width of one expert.
         gated: whether the first matrix is [2F, H] (SwiGLU and its kin) or [F, H].
         bytes_per_element: of tokens, weights and gradients on the wire; 2 for bf16.
-        recompute: whether backward runs the experts' forward again.
+        recompute: what backward runs again.
         restore_algorithm: how changed slots are fetched.
         tokens: how tokens travel, and how many rows they are.
 
@@ -75,7 +76,7 @@ class CostModel:
     ffn: int
     gated: bool
     bytes_per_element: int
-    recompute: bool = False
+    recompute: Recompute = Recompute.NONE
     restore_algorithm: ExchangeAlgorithm = ExchangeAlgorithm.FLAT
     tokens: TokenPrices = BY_RANK
 
@@ -136,7 +137,7 @@ class CostModel:
         shape = Geometry(layout.num_ranks, layout.num_experts, layout.capacity, node_size)
         pass_s = self.tokens.pass_seconds(totals, self.cluster, self.token_bytes)
         pass_s += self.token_latency_seconds(shape)
-        return float(expert_s + ALL_TO_ALL_PASSES * pass_s + self.host_seconds(shape))
+        return float(expert_s + self.token_passes * pass_s + self.host_seconds(shape))
 
     def least_layer_seconds(self, counts_NE: Int64, geometry: Geometry) -> float:
         """Return seconds that no layout of this geometry and no split gets below.
@@ -155,7 +156,7 @@ class CostModel:
         pass_s = self.tokens.least_pass_seconds(
             counts_NE, geometry, self.cluster, self.token_bytes
         ) + self.token_latency_seconds(geometry)
-        token_s = ALL_TO_ALL_PASSES * pass_s
+        token_s = self.token_passes * pass_s
         return (expert_s + token_s + self.host_seconds(geometry)) * _BELOW_ROUNDING
 
     def host_seconds(self, geometry: Geometry) -> float:
@@ -184,6 +185,7 @@ class CostModel:
             geometry,
             self._latency_seconds(num_ranks, node_size),
             self._latency_seconds(node_size, node_size),
+            self._token_forwards,
         )
 
     def restore_bytes(
@@ -308,6 +310,7 @@ class CostModel:
             *self.cluster.gemm.columns(),
             self._expert_flops,
             self.forward_share,
+            self.token_passes,
             *self.tokens.pair_bytes(self.token_bytes),
             self.tokens.in_stages,
             self.bytes_per_element,
@@ -327,14 +330,23 @@ class CostModel:
         """Return the part of a layer's time that hides a restore in forward; backward is the rest.
 
         The smaller one of forward's shares: of the experts' passes, and of the All-to-Alls, two of
-        four.
+        which are forward's.
         """
-        return min(1.0 / self._passes, 0.5)
+        return min(1.0 / self._passes, 2.0 / self.token_passes)
+
+    @property
+    def token_passes(self) -> int:
+        """Count the All-to-Alls of tokens, in forward, in a re-run that has them, in backward."""
+        return all_to_alls(self._token_forwards)
+
+    @property
+    def _token_forwards(self) -> int:
+        return 2 if self.recompute == Recompute.FULL else 1
 
     @property
     def _passes(self) -> float:
         """Count the experts' passes, a backward one by how long it takes; recompute is backward."""
-        forwards = 2 if self.recompute else 1
+        forwards = 1 if self.recompute == Recompute.NONE else 2
         return forwards + _BACKWARD_GEMMS * self.cluster.backward_gemm_factor
 
     @property

@@ -65,13 +65,12 @@ def what_if(
     Args:
         path: of the trace, for the commands.
         geometry: of the run.
+        costs: of the run; `plan` has an element size and experts' form of its own.
         cluster: its name or file, for the commands.
     """
     if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) <= _LAG:
         return []
-    costs = replace(
-        costs, bytes_per_element=BYTES_PER_ELEMENT, gated=DEFAULT_SIZES.gated, recompute=False
-    )
+    costs = replace(costs, bytes_per_element=BYTES_PER_ELEMENT, gated=DEFAULT_SIZES.gated)
     cases = chosen_cases(trace, _LAG, 1)
     every = _prime_from(-(-len(cases) // most_cases))
     every = every if every <= len(cases) else 1
@@ -135,7 +134,7 @@ def _command(
         *("--capacity", str(capacity), "--strategy", _STRATEGY, "--mode", mode),
         *("--ranks", str(geometry.num_ranks), "--node-size", str(geometry.node_size)),
         *("--cluster", cluster, "--hidden", str(costs.hidden), "--ffn", str(costs.ffn)),
-        *("--restore-algorithm", costs.restore_algorithm.value),
+        *("--restore-algorithm", costs.restore_algorithm, "--recompute", costs.recompute),
         *(("--every", str(every)) if every > 1 else ()),
     ]
     return shlex.join(words)

@@ -40,6 +40,7 @@ from megatron_laer.calibration.quantities import (
     Quantity,
 )
 from megatron_laer.calibration.settings import ExpertShape, Settings, make_settings
+from megatron_laer.choices import Recompute
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
 from megatron_laer.planner.clusters import Figure, Link, SolveTime
@@ -272,3 +273,26 @@ def test_training_predicts_by_the_gemms_of_the_back_end_that_computes(tmp_path: 
         assert costs.cluster.backward_gemm_factor == pytest.approx(
             expected.backward_gemm_factor, rel=1e-3
         )
+
+
+@pytest.mark.parametrize(
+    ("granularity", "modules", "recompute"),
+    [
+        (None, ["core_attn"], Recompute.NONE),
+        ("selective", ["core_attn", "moe_act"], Recompute.NONE),
+        ("selective", ["layernorm", "moe"], Recompute.FULL),
+        ("full", ["core_attn"], Recompute.FULL),
+    ],
+)
+def test_training_prices_what_megatron_recomputes(
+    granularity: str | None, modules: list[str], recompute: Recompute
+) -> None:
+    model = SimpleNamespace(
+        hidden_size=8,
+        moe_ffn_hidden_size=8,
+        gated_linear_unit=True,
+        params_dtype=torch.bfloat16,
+        recompute_granularity=granularity,
+        recompute_modules=modules,
+    )
+    assert layer_costs(FSEPConfig(), model, torch.device("cpu")).recompute == recompute

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.costs import paper_costs
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import TokenExchange
+from megatron_laer.choices import Recompute, TokenExchange
 from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
@@ -45,6 +45,7 @@ def cost_models(draw: st.DrawFn) -> CostModel:
         hidden=8,
         ffn=draw(st.sampled_from([4, 40])),
         restore_algorithm=draw(st.sampled_from(list(ExchangeAlgorithm))),
+        recompute=draw(st.sampled_from(list(Recompute))),
         tokens=draw(st.sampled_from([TokenPrices(), NODE, replace(NODE, inter_rows=1 / 3)])),
     )
 

@@ -27,6 +27,7 @@ struct CostModel {
   GemmCurve gemm;
   double expert_flops;   // per token, over all passes
   double forward_share;  // of a layer's time, that hides a restore
+  double token_passes;   // All-to-Alls of tokens, of all of a microbatch's passes
   double intra_pair_bytes, inter_pair_bytes;  // of hidden states, per (token, expert) pair
   bool tokens_in_stages;                      // inside nodes after between nodes
   double element_bytes;
