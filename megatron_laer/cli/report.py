@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from megatron_laer.choices import Choice, ExchangeAlgorithm, Recompute
 from megatron_laer.cli.argument_types import between, path
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.shipped import yaml_file
@@ -154,7 +156,11 @@ def _read(args: argparse.Namespace, sources: Sources, cases: int) -> tuple[RunDa
         name, cluster = _cluster(args.cluster, dict(shown.settings).get("cluster"))
         shape = shown.shape
         geometry = Geometry(shape.num_ranks, shape.num_experts, shape.capacity, shape.node_size)
-        costs = _costs(cluster, _recorded_sizes(shown))
+        costs = replace(
+            _costs(cluster, _recorded_sizes(shown)),
+            restore_algorithm=_recorded(shown, "restore_algorithm", ExchangeAlgorithm.FLAT),
+            recompute=_recorded(shown, "recompute", Recompute.NONE),
+        )
     else:
         assert trace is not None
         name, cluster = _cluster(args.cluster, None)
@@ -206,6 +212,14 @@ def _recorded_sizes(shown: RunData) -> ExpertSizes:
         )
     except (KeyError, argparse.ArgumentTypeError):
         return DEFAULT_SIZES
+
+
+def _recorded[T: Choice](shown: RunData, setting: str, otherwise: T) -> T:
+    """Return a setting as the run noted it; `otherwise` where it noted no word that we know."""
+    try:
+        return type(otherwise)(dict(shown.settings)[setting])
+    except (KeyError, ValueError):
+        return otherwise
 
 
 def _cluster(given: str | None, recorded: str | None) -> tuple[str, Cluster]:
