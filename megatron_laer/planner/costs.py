@@ -247,9 +247,19 @@ class CostModel:
             ValueError: a node size that does not divide N.
         """
         restore_s = self.restore_seconds(layout, node_size, self.restore_algorithm)
-        forward_s = beside_s * self.forward_share
+        forward_s = max(restore_s - beside_s * self.forward_share, 0.0)
+        return forward_s + self.exposed_backward_seconds(layout, node_size, beside_s)
+
+    def exposed_backward_seconds(
+        self, layout: ExpertLayout, node_size: int, beside_s: float
+    ) -> float:
+        """Predict what of a layout's restore and reduce is not hidden in backward.
+
+        With the flat exchange it is the same for any layout. See `exposed_seconds`.
+        """
         # A reduce is a restore run backwards, and takes as long.
-        return max(restore_s - forward_s, 0.0) + max(2 * restore_s - (beside_s - forward_s), 0.0)
+        exchange_s = 2 * self.restore_seconds(layout, node_size, self.restore_algorithm)
+        return max(exchange_s - (beside_s - beside_s * self.forward_share), 0.0)
 
     def with_exchange(self, algorithm: RestoreAlgorithm, geometry: Geometry) -> CostModel:
         """Return the same with another exchange; `auto` takes the faster for such layouts."""
@@ -282,11 +292,10 @@ class CostModel:
 
         The solve, and in forward the fetch of the changed slots, which starts when the gate is
         known and which the experts wait for. The other slots were restored ahead for the planned
-        layout. Backward adds nothing: the layout is known since forward, so its whole restore and
-        the whole reduce are prefetched and delayed like those of the planned layout, and this model
-        takes hidden exchanges for free. In a flat exchange they have the same bytes for any layout;
-        by node, a layout with more distinct experts on a node moves more, which `restore_seconds`
-        and `reduce_seconds` tell.
+        layout. Backward is not in it: the layout is known since forward, so its whole restore and
+        the whole reduce are prefetched and delayed like those of the planned layout. In a flat
+        exchange they have the same bytes for any layout; by node, a layout with more distinct
+        experts on a node moves more, which `exposed_backward_seconds` tells, and the guard weighs.
 
         Raises:
             ValueError: layouts of different shapes, or a node size that does not divide N.

@@ -188,4 +188,10 @@ double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t
          std::max(2 * restore_s - (beside_s - forward_s), 0.0);
 }
 
+double exposed_backward_seconds(const Shape& shape, const CostModel& costs,
+                                const int16_t* slots_S, double beside_s) {
+  const double exchange_s = 2 * restore_seconds(shape, costs, nullptr, slots_S);
+  return std::max(exchange_s - (beside_s - beside_s * costs.forward_share), 0.0);
+}
+
 }  // namespace laer

@@ -55,4 +55,8 @@ double change_seconds(const Shape& shape, const CostModel& costs, const int16_t*
 double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                        double beside_s);
 
+// The same of backward alone.
+double exposed_backward_seconds(const Shape& shape, const CostModel& costs,
+                                const int16_t* slots_S, double beside_s);
+
 }  // namespace laer
