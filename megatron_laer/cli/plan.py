@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
             it can be known by then.
     """
     _check(args)
-    cluster = _cluster(args)
+    cluster = _named("--cluster", args.cluster, load_cluster)
     sizes = _expert_sizes(args)
     costs = CostModel(
         cluster=cluster,
@@ -368,15 +368,6 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--json {quoted(args.json)} and --plot {quoted(args.plot)} are one file; give two"
             )
-
-
-def _cluster(args: argparse.Namespace) -> Cluster:
-    """Return the hardware of --cluster.
-
-    Raises:
-        ValueError: it cannot be read, or does not fit.
-    """
-    return _named("--cluster", args.cluster, load_cluster)
 
 
 def _expert_sizes(args: argparse.Namespace) -> ExpertSizes:

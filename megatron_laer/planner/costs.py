@@ -152,12 +152,11 @@ class CostModel:
         # Expert after expert; NumPy's sum would choose an order.
         experts_s = float(np.cumsum(gemm.least_unit_seconds(loads_E))[-1]) / num_ranks
         expert_s = self._expert_flops * max(experts_s, float(gemm.least_unit_seconds(largest)[0]))
-
         pass_s = self.tokens.least_pass_seconds(
             counts_NE, geometry, self.cluster, self.token_bytes
         ) + self.token_latency_seconds(geometry)
-        token_s = self.token_passes * pass_s
-        return (expert_s + token_s + self.host_seconds(geometry)) * _BELOW_ROUNDING
+        seconds = expert_s + self.token_passes * pass_s + self.host_seconds(geometry)
+        return seconds * _BELOW_ROUNDING
 
     def host_seconds(self, geometry: Geometry) -> float:
         """Return what a microbatch of a layer takes the host, which the device waits for.
@@ -204,7 +203,7 @@ class CostModel:
             ValueError: a node size that does not divide N.
         """
         traffic = restore_traffic(layout, node_size, self.matrices, algorithm, changed_S)
-        return self._bytes(traffic)
+        return traffic.times(self.bytes_per_element)
 
     def reduce_bytes(
         self, layout: ExpertLayout, node_size: int, algorithm: ExchangeAlgorithm
@@ -214,7 +213,8 @@ class CostModel:
         Raises:
             ValueError: a node size that does not divide N.
         """
-        return self._bytes(reduce_traffic(layout, node_size, self.matrices, algorithm))
+        traffic = reduce_traffic(layout, node_size, self.matrices, algorithm)
+        return traffic.times(self.bytes_per_element)
 
     def restore_seconds(
         self,
@@ -242,9 +242,6 @@ class CostModel:
 
         Args:
             beside_s: predicted seconds of a layer beside this one, both passes.
-
-        Raises:
-            ValueError: a node size that does not divide N.
         """
         restore_s = self.restore_seconds(layout, node_size, self.restore_algorithm)
         forward_s = max(restore_s - beside_s * self.forward_share, 0.0)
@@ -292,10 +289,8 @@ class CostModel:
 
         The solve, and in forward the fetch of the changed slots, which starts when the gate is
         known and which the experts wait for. The other slots were restored ahead for the planned
-        layout. Backward is not in it: the layout is known since forward, so its whole restore and
-        the whole reduce are prefetched and delayed like those of the planned layout. In a flat
-        exchange they have the same bytes for any layout; by node, a layout with more distinct
-        experts on a node moves more, which `exposed_backward_seconds` tells, and the guard weighs.
+        layout. Backward prefetches and delays exchanges as it does the planned layout's; what of
+        them is exposed, which the guard weighs too, is told by `exposed_backward_seconds`.
 
         Raises:
             ValueError: layouts of different shapes, or a node size that does not divide N.
@@ -338,8 +333,7 @@ class CostModel:
     def forward_share(self) -> float:
         """Return the part of a layer's time that hides a restore in forward; backward is the rest.
 
-        The smaller one of forward's shares: of the experts' passes, and of the All-to-Alls, two of
-        which are forward's.
+        The smaller one of its shares: of the experts' passes, and of All-to-Alls, where it has two.
         """
         return min(1.0 / self._passes, 2.0 / self.token_passes)
 
@@ -363,14 +357,6 @@ class CostModel:
         """Count the FLOPs per token over all passes."""
         return self._passes * self.flops_per_token
 
-    def _bytes(self, traffic: Traffic) -> Traffic:
-        return Traffic(
-            intra_N=traffic.intra_N * self.bytes_per_element,
-            inter_N=traffic.inter_N * self.bytes_per_element,
-            sent_intra_N=traffic.sent_intra_N * self.bytes_per_element,
-            sent_inter_N=traffic.sent_inter_N * self.bytes_per_element,
-        )
-
     def _exchange_seconds(
         self, traffic: Traffic, num_ranks: int, node_size: int, algorithm: ExchangeAlgorithm
     ) -> float:
@@ -386,21 +372,15 @@ class CostModel:
         self, num_ranks: int, node_size: int, algorithm: ExchangeAlgorithm
     ) -> float:
         if algorithm == ExchangeAlgorithm.NODE:  # two collectives, one after the other
-            latency_s = self._collective_seconds(node_size - 1, 0)
-            latency_s += self._collective_seconds(0, num_ranks // node_size - 1)
+            latency_s = self.cluster.collective_seconds(node_size - 1, 0)
+            latency_s += self.cluster.collective_seconds(0, num_ranks // node_size - 1)
         else:
             latency_s = self._latency_seconds(num_ranks, node_size)
         return len(self.matrices) * latency_s
 
     def _latency_seconds(self, num_ranks: int, node_size: int) -> float:
         """Return the latency of one collective over all ranks."""
-        return self._collective_seconds(node_size - 1, num_ranks - node_size)
-
-    def _collective_seconds(self, intra_peers: int, inter_peers: int) -> float:
-        """Return the latency of one collective: of the slowest links it spans, and of its peers."""
-        intra, inter = self.cluster.intra, self.cluster.inter
-        slowest_s = inter.latency_s if inter_peers else intra.latency_s if intra_peers else 0.0
-        return slowest_s + (intra_peers * intra.peer_s + inter_peers * inter.peer_s)
+        return self.cluster.collective_seconds(node_size - 1, num_ranks - node_size)
 
 
 @lru_cache(maxsize=64)
