@@ -183,9 +183,8 @@ double change_seconds(const Shape& shape, const CostModel& costs, const int16_t*
 double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                        double beside_s) {
   const double restore_s = restore_seconds(shape, costs, nullptr, slots_S);
-  const double forward_s = beside_s * costs.forward_share;
-  return std::max(restore_s - forward_s, 0.0) +
-         std::max(2 * restore_s - (beside_s - forward_s), 0.0);
+  return std::max(restore_s - beside_s * costs.forward_share, 0.0) +
+         exposed_backward_seconds(shape, costs, slots_S, beside_s);
 }
 
 double exposed_backward_seconds(const Shape& shape, const CostModel& costs,
