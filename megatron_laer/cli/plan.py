@@ -141,8 +141,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recompute",
         default=Recompute.NONE.value,
         choices=[choice.value for choice in Recompute],
-        help="what backward computes again of a MoE layer, for the predicted time: nothing; all of "
-        "it, token exchanges included; or its compute alone; default: %(default)s",
+        help="what backward computes again, for the predicted time: nothing; all of an MoE layer, "
+        "token exchanges included; or its compute alone; default: %(default)s",
     )
     parser.add_argument(
         "--config",
