@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tests.bad_inputs import inputs, report, simulate
+from tests.bad_inputs import inputs, programs, report, simulate
 
 _LONG = "x" * 300
 
@@ -35,7 +35,10 @@ class Case:
             *("plan", "flags", "inspect", "prepare-data", "check-recipe", "report", "train"),
             *("doctor", "calibrate", "simulate"),
         )
-        return next((word for word in self.words[:1] if word in known), "command line")
+        first = self.words[0] if self.words else ""
+        if first.endswith(".py"):
+            return first.split("/")[0]
+        return first if first in known else "command line"
 
 
 COMMAND_LINE = (
@@ -460,6 +463,8 @@ def all_cases(script: str, flags: tuple[str, ...]) -> Iterator[Case]:
     for words, says in simulate.cases():
         yield Case(("simulate", *words.split(" ")) if words else ("simulate",), says)
     yield Case(("simulate", "good.trace", "--model", "tiny-moe", "--json", ""), "the path is empty")
+    for words, says in programs.cases():
+        yield _case(words, says)
     for words, says in CHECK_RECIPE:
         yield Case(("check-recipe", *words.split()), says)
     for name, (_, says) in inputs.pickles().items():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_inputs import inputs, report
+from tests.bad_inputs import inputs, programs, report
 from tests.bad_inputs.cases import Case, all_cases
 from tests.bad_inputs.forks import Ended, Job, run_all
 from tests.parity.flags import command_line
@@ -32,6 +32,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Ended], set[st
     folder = tmp_path_factory.mktemp("inputs")
     inputs.make(folder)
     report.make(folder)
+    programs.make(folder)
     before = set(_content(folder))
     jobs = [Job(case.words, str(folder), case.environment) for case in CASES]
     ended = list(run_all(jobs))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import published_cells, validate_simulator
-from benchmarks.published_cells import Cell, Constants, fit
+from benchmarks.published_cells import Constants, fit
+from benchmarks.published_files import Cell
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_files = pytest.mark.skipif(
