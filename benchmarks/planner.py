@@ -9,7 +9,9 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -29,10 +31,12 @@ from benchmarks.trace_cases import Trace
 from megatron_laer.arrays import Int64
 from megatron_laer.cli.argument_types import between, path
 from megatron_laer.files.checks import refuse_overwriting
+from megatron_laer.files.writing import replaced_when_complete, write_all
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.simulator.report import check_can_plot
 from megatron_laer.trace.workloads import WORKLOADS, Shape, workload_counts
 
 # Every how many cases `--quick` takes one; prime, so that it meets all layers and microbatches.
@@ -52,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--offset", type=between(0, QUICK_STRIDE - 1), default=0, help="first case of --quick"
     )
     options = parser.parse_args(arguments)
+    if options.plot is not None:
+        check_can_plot(options.plot)
     trace = None
     if options.trace is not None:
         for flag, given in (("--json", options.json), ("--plot", options.plot)):
@@ -122,11 +128,8 @@ def named_workloads(count: int) -> Iterator[dict[str, Any]]:
 
 def plot_growth(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Layout time against N."""
-    try:
-        from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
-        return
+    from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
+
     figure, axes = pyplot.subplots()
     for capacity, experts in sorted({(row["capacity"], row["experts"]) for row in rows}):
         chosen = [row for row in rows if (row["capacity"], row["experts"]) == (capacity, experts)]
@@ -141,7 +144,10 @@ def plot_growth(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("ms, one thread, median")
     axes.set_title("Layout time")
     axes.legend()
-    figure.savefig(path)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."))
+    with replaced_when_complete(Path(os.path.realpath(path))) as file:
+        write_all(file, content.getvalue())
 
 
 if __name__ == "__main__":

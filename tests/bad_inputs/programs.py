@@ -141,6 +141,10 @@ _OTHERS = (
     (f"{_FIGURE.format(8)} good.txt", "--published 'good.txt' is no folder"),
     (f"{_FIGURE.format(12)} published-pipe", "is a pipe"),
     (f"{_FIGURE.format(12)} published-endless", "has 68,719,476,736 bytes; at most 33,554,432"),
+    ("scripts/quickstart.py --work-dir measured", "'measured/metrics-0.jsonl' is of another run"),
+    ("scripts/quickstart.py --work-dir good.txt", "good.txt' is no folder"),
+    ("scripts/quickstart.py --steps 100001", "--steps: '100001' is no integer in 1..100000"),
+    ("scripts/quickstart.py --ranks 3", "invalid choice: '3' (choose from 2, 4)"),
     ("scripts/paper/figure8.py", "one of the arguments --toy --slurm is required"),
     ("scripts/paper/figure8.py --toy --steps 99999999999999999999", "is no integer in 2..100000"),
     ("scripts/paper/figure9.py --toy --work-dir good.txt/x", "good.txt' is no folder"),
@@ -153,9 +157,10 @@ _OTHERS = (
     ("benchmarks/planner.py --trace object.npz", "is not a trace in npz"),
     ("benchmarks/planner.py --trace few.npz --quick --offset 36", "--offset 36: few.npz has no"),
     ("benchmarks/planner.py --trace few.npz --json few.npz", "would write over the input"),
-    ("benchmarks/planner.py --trace few.npz --plot few-hard.npz", "would write over the input"),
+    ("benchmarks/planner.py --trace few.npz --plot few-hard.png", "would write over the input"),
     ("benchmarks/planner.py --offset 999999999999", "is no integer in 0..36"),
     ("benchmarks/planner.py --plot nowhere/x.png", "the folder"),
+    ("benchmarks/planner.py --plot out/x.gid", "--plot 'out/x.gid': give a file that ends in"),
     ("benchmarks/by_time.py", "required: --trace"),
     ("benchmarks/by_time.py --trace idle.npz", "idle.npz has a microbatch without tokens"),
     ("benchmarks/by_time.py --trace few.npz", "3 records of 1 layers in --part 'all', too few"),
@@ -261,7 +266,7 @@ def _arrays(folder: Path) -> None:
 
     few = np.ones((3, 1, 2, 1, 4), dtype=np.int32)
     np.savez(folder / "few.npz", tokens=few)
-    os.link(folder / "few.npz", folder / "few-hard.npz")
+    os.link(folder / "few.npz", folder / "few-hard.png")
     few[1] = 0
     np.savez(folder / "idle.npz", tokens=few)
 
