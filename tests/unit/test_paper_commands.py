@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.command_line import program
 from megatron_laer.config import FSEPConfig
+from megatron_laer.files.writing import locked
 from megatron_laer.platform.cpu import CPU_FLAGS
 from scripts.paper import figure8, figure9, figure10, figure11, figure12, published, runner
 from scripts.paper.experiments import MODELS, Case
@@ -195,6 +196,21 @@ def test_a_failed_job_fails_the_command_and_not_the_others(
     rows = json.loads((log.parent / "result.json").read_text())["tables"][0]["rows"]
     assert [row["s"] for row in rows if row["ours"]] == [0.1, 0.1, None, None]
     assert log.with_stem(f"{log.stem}.2").read_text() == earlier
+
+
+def test_a_second_command_in_a_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_python(tmp_path, "sbatch", _FAKE_SBATCH)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    folder = tmp_path / "figure8-slurm"
+    folder.mkdir()
+    log = folder / f"{E8K2}_aux0_fsep.log"
+    log.write_text("of the first")
+    with locked(folder / ".running"):
+        assert run_figure(figure8, "--slurm", "--work-dir", tmp_path, *DATA) == 2
+    assert "is being written by another run" in capsys.readouterr().err
+    assert log.read_text() == "of the first"
 
 
 def test_figure_11_times_both_planners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
