@@ -24,6 +24,8 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev libibverbs1 ibverbs-providers \
     && rm -rf /var/lib/apt/lists/*
+# As images with CUDA have it; without, enroot gives a container no GPUs.
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # What the package needs, in a layer that changes of the source leave as it is. TORCH_INDEX_URL is an
 # index to take torch from, such as one with builds for CPUs alone.
 ARG TORCH_INDEX_URL=
