@@ -139,6 +139,14 @@ def test_an_image_is_tried_before_it_is_done(path: Path) -> None:
     assert json.loads(command) == ["megatron-laer", "doctor"]
 
 
+def test_a_base_without_cuda_asks_for_gpus_as_one_with_cuda_does() -> None:
+    (plain,) = (path for path in DOCKERFILES if path.name == "plain.Dockerfile")
+    set_there = " ".join(i.text for i in instructions(plain) if i.name == "ENV").split()
+    assert {"NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"} == {
+        *set_there
+    }
+
+
 def wheel(folder: Path, name: str, version: str, needs: Sequence[str] = ()) -> None:
     """A wheel without modules."""
     info = f"{name}-{version}.dist-info"
