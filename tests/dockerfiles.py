@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,12 @@ class Instruction:
         """What is mounted while it runs, each by key, such as type, source, target."""
         given = self.options.get("mount", [])
         return [dict(pair.split("=", 1) for pair in mount.split(",")) for mount in given]
+
+
+def moved(text: str, folders: Mapping[str, Path]) -> str:
+    """A command of an image, with folders such as /tmp where they may be written here."""
+    known = re.compile(rf"(?<![\w.-])({'|'.join(folders)})(?![\w-])")
+    return known.sub(lambda found: str(folders[found[1]]), text)
 
 
 def instructions(path: Path) -> list[Instruction]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from tests.dockerfiles import DOCKERFILES, instructions
+from tests.dockerfiles import DOCKERFILES, instructions, moved
 from tests.documents import ROOT
 
 _PYTHON = shlex.quote(sys.executable)
@@ -45,10 +45,9 @@ def test_the_plain_files_commands_build_and_try_a_wheel(tmp_path: Path) -> None:
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
 
-    def inside(text: str) -> str:
-        for folder in ("/source", "/wheels", "/opt/", "/var/", "/workspace"):
-            text = text.replace(folder, f"{root}{folder}")
-        return text.replace("/needs", str(ROOT)).replace("/tmp/needs.txt", f"{root}/needs.txt")
+    inside = ("/opt", "/source", "/tmp", "/var", "/wheels", "/workspace")
+    here = {"/needs": ROOT} | {name: root / name.removeprefix("/") for name in inside}
+    (root / "tmp").mkdir(parents=True)
 
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
         "PATH": f"{programs}:{os.environ['PATH']}",
@@ -59,13 +58,12 @@ def test_the_plain_files_commands_build_and_try_a_wheel(tmp_path: Path) -> None:
         "PYTHONWARNINGS": "ignore",
     }
     folder, said = root, ""
-    folder.mkdir()
     for instruction in instructions(plain):
         if instruction.name == "WORKDIR":
-            folder = Path(inside(instruction.text))
+            folder = Path(moved(instruction.text, here))
             folder.mkdir(parents=True, exist_ok=True)
         elif instruction.name == "COPY":
-            *sources, target = inside(instruction.text).split()
+            *sources, target = moved(instruction.text, here).split()
             to = folder / target
             for source in sources:
                 if (ROOT / source).is_dir():
@@ -75,7 +73,7 @@ def test_the_plain_files_commands_build_and_try_a_wheel(tmp_path: Path) -> None:
                     to.mkdir(parents=True, exist_ok=True)
                     shutil.copy(ROOT / source, to)
         elif instruction.name == "RUN":
-            command = ["bash", "-o", "pipefail", "-c", inside(instruction.text)]
+            command = ["bash", "-o", "pipefail", "-c", moved(instruction.text, here)]
             result = processes.run(command, 1800.0, cwd=folder, env=environment)
             assert result.returncode == 0, f"{instruction.text}\n{result.stdout}{result.stderr}"
             said = result.stdout

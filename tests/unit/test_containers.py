@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dockerfiles import DOCKERFILES, instructions
+from tests.dockerfiles import DOCKERFILES, instructions, moved
 from tests.documents import ROOT
 from tests.unit.shell_scripts import fake_python
 
@@ -181,7 +181,8 @@ def test_on_an_image_with_constraints_only_what_is_too_old_is_replaced(tmp_path:
         wheel(index, name, version)
         wheel(index, name, "99.0")
     wheel(index, "megatron_core", "0.19.2", ["torch>=2.6.0", "numpy", "packaging>=24.2"])
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")} | {
+    told = ("PIP_", "PYTHONPATH")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(told)} | {
         "PATH": f"{tmp_path / 'bin'}:{python.parent}:{os.environ['PATH']}",
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": str(index),
@@ -196,11 +197,12 @@ def test_on_an_image_with_constraints_only_what_is_too_old_is_replaced(tmp_path:
     (ngc,) = (path for path in DOCKERFILES if path.name == "ngc.Dockerfile")
     last = [i.text for i in instructions(ngc) if (i.name, i.stage) == ("RUN", 2)]
     here = {"/etc/pip": etc, "/needs": ROOT, "/tmp": tmp_path}
-    folders = re.compile(rf"(?<!\w)({'|'.join(here)})(?=/)")
     for text in last[: 1 + next(i for i, text in enumerate(last) if "--requirement" in text)]:
-        text = folders.sub(lambda found: str(here[found[1]]), text)
         result = subprocess.run(
-            ["bash", "-o", "pipefail", "-c", text], env=environment, capture_output=True, text=True
+            ["bash", "-o", "pipefail", "-c", moved(text, here)],
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert result.returncode == 0, result.stdout + result.stderr
     listed = subprocess.run(
