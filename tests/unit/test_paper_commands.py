@@ -104,9 +104,10 @@ def test_megatron_takes_what_jobs_start_on_32_ranks(capsys: pytest.CaptureFixtur
     """As far as its validation. All else of a job is as in tests of pretrain.sbatch."""
     e16k4 = ["--models", "mixtral-8x22b-e16k4"]
     stock, _, laer, *_ = dry_run(figure8, capsys, *e16k4)
+    wide, *_ = dry_run(figure8, capsys, "--models", "qwen-8x7b-e8k2", "--methods", "stock")
     high, _, fsep = dry_run(figure9, capsys)
     recorded = dry_run(figure10, capsys, *e16k4[:1], "mixtral-8x7b-e16k4", "--methods", "static")
-    commands = [stock, laer, high, fsep, *recorded]
+    commands = [stock, wide, laer, high, fsep, *recorded]
     tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "32000"]
     lines = [[*started(command), *CPU_FLAGS, *tokenizer] for command in commands]
     result = subprocess.run(
@@ -123,6 +124,7 @@ def test_megatron_takes_what_jobs_start_on_32_ranks(capsys: pytest.CaptureFixtur
     # Expert and tensor parallelism, tokens of a rank's microbatch, microbatches: the paper's.
     assert json.loads(result.stdout.splitlines()[-1]) == [
         ["standard", 8, 4, 8192, 16],
+        ["standard", 8, 8, 8192, 32],
         ["fsep", 32, 1, 16384, 2],
         ["standard", 8, 4, 4096, 16],
         ["fsep", 32, 1, 16384, 1],
