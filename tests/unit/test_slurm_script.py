@@ -257,6 +257,24 @@ def test_a_checkpoint_of_another_model_is_not_loaded(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "folder", "message"),
+    [
+        ("CHECKPOINT", "/dev/null/run", "cannot be made"),
+        ("CHECKPOINT", "/proc/self", "cannot be written to"),
+        ("LOG_DIR", "/dev/null/logs", "cannot be made"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_named_before_anything_starts(
+    tmp_path, name, folder, message
+):
+    (tmp_path / "text.idx").touch()
+    settings = {"MODEL": "tiny-moe", "DATA_PREFIX": str(tmp_path / "text"), name: folder}
+    result = shell(_SBATCH, PYTHON=sys.executable, **settings)
+    assert result.returncode == 2
+    assert result.stderr.endswith(f"pretrain.sbatch: {name}={folder} {message}\n")
+
+
+@pytest.mark.parametrize(
     ("words", "environment", "connections"),
     [
         ((), {}, "32"),
