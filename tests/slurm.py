@@ -239,8 +239,9 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 MpiDefault=none
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
-SlurmdTimeout=10
-SlurmctldTimeout=10
+# A node whose daemon gets no processor for that long is taken for lost.
+SlurmdTimeout=60
+SlurmctldTimeout=60
 InactiveLimit=0
 KillWait=30
 MinJobAge=86400
