@@ -15,6 +15,7 @@ from megatron_laer.flags import add_arguments
 from megatron_laer.releases import NEXT, RELEASES
 from megatron_laer.support.refusal import Refusal
 from megatron_laer.support.table import REFUSALS
+from tests.errors_page import errors
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -56,6 +57,7 @@ TABLES: dict[tuple[str, str], Callable[[], Iterable[str]]] = {
     ("flags.md", "flags"): flags,
     ("troubleshooting.md", "refusals"): refusals,
     ("compatibility.md", "releases"): releases,
+    ("errors.md", "errors"): errors,
 }
 
 
