@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_laer import choices
+from megatron_laer import choices, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_laer"
@@ -139,6 +139,10 @@ class _Source:
             for target in node.targets
             if isinstance(target, ast.Name)
         }
+        for node in self._tree.body:
+            if isinstance(node, ast.ImportFrom) and node.module == environment.__name__:
+                names = (name.name for name in node.names)
+                self._constants |= {n: ast.Constant(getattr(environment, n)) for n in names}
         self._scope_of = {
             child: function
             for function in ast.walk(self._tree)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_laer import environment
 from tests.documents import ROOT
 from tests.site_pages import DOCS, TABLES, with_table
+from tests.supervise import STATUS_VARIABLE
 
 
 @pytest.mark.parametrize("page, name", TABLES, ids=[page for page, _ in TABLES])
@@ -25,16 +27,34 @@ def test_a_page_without_marks_is_told() -> None:
         with_table("# A page\n", "flags", ["| a |"])
 
 
-def test_every_variable_that_the_code_reads_is_on_the_page_of_flags() -> None:
-    sources = [*(ROOT / "megatron_laer").rglob("*.py"), ROOT / ".ci" / "run"]
-    named = {
+# Of the package, of scripts, and of tests.
+READ = (
+    r'"((?:MEGATRON_LAER|OMPI|SLURM|CUDA|LOCAL|TORCHDYNAMO)_[A-Z_]+|RANK|WORLD_SIZE|CXX)"',
+    r"\$\{(PYTHON|CXX|TORCH_INDEX_URL|MEGATRON_[A-Z_]+)[:}]|\b(MEGATRON_LAER_[A-Z_]+)=",
+    r'"(MEGATRON_[A-Z_]+)"\)?\n',
+)
+
+
+def test_every_variable_that_is_read_is_in_the_table_and_no_other() -> None:
+    package = (ROOT / "megatron_laer").rglob("*.py")
+    sources = (
+        (path for path in package if "testing" not in path.parts),
+        (ROOT / "scripts" / "environment.sh", ROOT / "scripts" / "test.sh", ROOT / ".ci" / "run"),
+        (ROOT / "tests").rglob("*.py"),
+    )
+    read = {
         name
-        for path in sources
-        for name in re.findall(r"\bMEGATRON_LAER_[A-Z_]+\b", path.read_text(encoding="utf-8"))
+        for pattern, paths in zip(READ, sources, strict=True)
+        for path in paths
+        if path.name != "environment.py"
+        for names in re.findall(pattern, path.read_text(encoding="utf-8"))
+        for name in ([names] if isinstance(names, str) else names)
+        if name
     }
-    page = (DOCS / "flags.md").read_text(encoding="utf-8")
-    assert named
-    assert {name for name in named if f"`{name}`" not in page} == set()
+    # Named by the table itself, and what the supervisor of tests gives to its own child.
+    read |= {environment.DEVICE, environment.UNRELEASED_MEGATRON, environment.CONNECTIONS}
+    read -= {STATUS_VARIABLE}
+    assert read == {variable.name for variable in environment.VARIABLES}
 
 
 def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
