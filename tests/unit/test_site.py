@@ -128,3 +128,20 @@ def test_the_python_interface_has_every_public_name(site: Path) -> None:
     page = (site / "api.html").read_text(encoding="utf-8")
     names = set(megatron_laer.__all__) - {"__version__"}
     assert {name for name in names if f'<span class="pre">{name}</span>' not in page} == set()
+
+
+def test_every_claim_about_others_has_a_link() -> None:
+    page = (DOCS / "comparison.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    bullets = re.split(r"^\* ", page, flags=re.MULTILINE)[1:]
+    assert len(rows) > 5 and len(bullets) > 2
+    # What says that there is nothing needs no link.
+    nothing = re.compile(r"nothing|the same|the baseline of every row|no code found|–")
+    unproved = [
+        cell
+        for row in rows[1:]
+        for cell in row[1:]
+        if "](" not in cell and not nothing.fullmatch(cell.strip(" |")) and row[0] != "| FSEP, here"
+    ]
+    assert unproved == []
+    assert [text for text in bullets if "](" not in text] == []
