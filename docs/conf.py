@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+from typing import Any
+
+from megatron_laer.flags import add_arguments
 
 project = "megatron_laer"
 author = "The megatron_laer authors"
@@ -20,3 +24,22 @@ html_theme = "furo"
 html_title = "megatron_laer"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+
+_HELP = {
+    action.dest: action.help or ""
+    for action in add_arguments(argparse.ArgumentParser(add_help=False))._actions
+}
+
+
+def setup(app: Any) -> None:
+    """Tell Sphinx that a field of FSEPConfig is described as its flag is."""
+    app.connect("autodoc-process-docstring", _describe_field)
+
+
+def _describe_field(
+    app: Any, what: str, name: str, obj: object, options: Any, lines: list[str]
+) -> None:
+    owner, _, field = name.rpartition(".")
+    if what == "attribute" and owner.endswith("FSEPConfig") and not any(lines):
+        help_text = _HELP[f"fsep_{field}"].replace("%%", "%").replace("`", "``")
+        lines[:] = [f"``--fsep-{field.replace('_', '-')}``: {help_text}", ""]

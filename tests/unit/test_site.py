@@ -145,3 +145,17 @@ def test_every_claim_about_others_has_a_link() -> None:
     ]
     assert unproved == []
     assert [text for text in bullets if "](" not in text] == []
+
+
+def test_figures_on_the_page_of_performance_are_those_of_the_benchmark() -> None:
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    measured = (DOCS / "end_to_end.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    times = [re.fullmatch(r"(\d+) ms", cell) for row in rows for cell in row[3:6]]
+    assert len([*filter(None, times)]) >= 30
+    known = {*re.findall(r"\b\d+\b", measured)}
+    assert [time[1] for time in times if time and time[1] not in known] == []
+    # A row without figures says so, and every row names what gives them.
+    for row in rows:
+        assert row[5] == "not yet run" or re.fullmatch(r"\d+ ms", row[5]), row
+        assert re.search(r"`[^`]+`|the same|as on", row[7]), row
