@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from packaging.version import Version
+
 from megatron_laer.experts.gemm.te import KNOWN as KNOWN_TRANSFORMER_ENGINES
 from megatron_laer.releases import NEXT, SUPPORTED
 from megatron_laer.support.torch_version import OLDEST_ON_CUDA
@@ -57,7 +59,8 @@ def here(tests: str) -> Stack:
     on_cuda = bool(cards) and "--gpu" in tests
     return Stack(
         tests=tests,
-        megatron=megatron_version(),
+        # Without the commit of the repository that its files lie in, which may be ours.
+        megatron=Version(megatron_version()).public,
         torch=torch.__version__,
         transformer_engine=_version("transformer-engine"),
         cuda=(torch.version.cuda or "") if on_cuda else "",
