@@ -18,6 +18,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 4
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
+default_role = "literal"  # docstrings have names between single backticks
 smartquotes = False  # `--` in running text is a flag
 # Nothing of a page's text is told by color alone, and both themes follow the reader's system.
 html_theme = "furo"
@@ -32,13 +33,15 @@ _HELP = {
 
 
 def setup(app: Any) -> None:
-    """Tell Sphinx that a field of FSEPConfig is described as its flag is."""
-    app.connect("autodoc-process-docstring", _describe_field)
+    """Tell Sphinx what docstrings do not say in its own markup."""
+    app.connect("autodoc-process-docstring", _complete)
 
 
-def _describe_field(
-    app: Any, what: str, name: str, obj: object, options: Any, lines: list[str]
-) -> None:
+def _complete(app: Any, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
+    """Describe a field of FSEPConfig as its flag is, and take indented lines for code."""
+    for number, line in enumerate(lines[:-2]):
+        if line.endswith(":") and not lines[number + 1] and lines[number + 2].startswith("    "):
+            lines[number] += ":"
     owner, _, field = name.rpartition(".")
     if what == "attribute" and owner.endswith("FSEPConfig") and not any(lines):
         help_text = _HELP[f"fsep_{field}"].replace("%%", "%").replace("`", "``")
