@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 from typing import Any
 
+from megatron_laer.config import FSEPConfig
 from megatron_laer.flags import add_arguments
 
 project = "megatron_laer"
@@ -38,11 +40,11 @@ def setup(app: Any) -> None:
 
 
 def _complete(app: Any, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
-    """Describe a field of FSEPConfig as its flag is, and take indented lines for code."""
+    """Describe fields of FSEPConfig as their flags are, and take indented lines for code."""
     for number, line in enumerate(lines[:-2]):
         if line.endswith(":") and not lines[number + 1] and lines[number + 2].startswith("    "):
             lines[number] += ":"
-    owner, _, field = name.rpartition(".")
-    if what == "attribute" and owner.endswith("FSEPConfig") and not any(lines):
-        help_text = _HELP[f"fsep_{field}"].replace("%%", "%").replace("`", "``")
-        lines[:] = [f"``--fsep-{field.replace('_', '-')}``: {help_text}", ""]
+    if what == "class" and name.endswith(".FSEPConfig"):
+        for field in dataclasses.fields(FSEPConfig):
+            text = _HELP[f"fsep_{field.name}"].replace("%%", "%")
+            lines.append(f":param {field.name}: {text}")

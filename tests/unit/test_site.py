@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import html
 import re
 import subprocess
 import sys
@@ -11,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_laer import environment
+from megatron_laer.config import FSEPConfig
+from megatron_laer.flags import add_arguments
 from tests.documents import ROOT
 from tests.site_pages import DOCS, TABLES, with_table
 from tests.supervise import STATUS_VARIABLE
@@ -159,3 +164,13 @@ def test_figures_on_the_page_of_performance_are_those_of_the_benchmark() -> None
     for row in rows:
         assert row[5] == "not yet run" or re.fullmatch(r"\d+ ms", row[5]), row
         assert re.search(r"`[^`]+`|the same|as on", row[7]), row
+
+
+def test_the_python_interface_says_what_each_setting_does(site: Path) -> None:
+    page = re.sub(r"<[^>]+>", "", (site / "api.html").read_text(encoding="utf-8"))
+    help_of = {a.dest: a.help for a in add_arguments(argparse.ArgumentParser())._actions}
+    first_words = {
+        field.name: " ".join((help_of[f"fsep_{field.name}"] or "").split()[:4])
+        for field in dataclasses.fields(FSEPConfig)
+    }
+    assert {name for name, words in first_words.items() if html.escape(words) not in page} == set()
