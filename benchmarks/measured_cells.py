@@ -89,15 +89,15 @@ def compare(*, quick: bool = False, cluster: Path | None = None) -> list[dict[st
         if cluster is None:
             cluster = scratch / "here.yaml"
             _calibrate(cluster, quick=quick)
-        jobs = list(_jobs(scratch, quick=quick))
+        jobs = list(jobs_of(scratch, quick=quick))
         times = _measured(jobs, scratch)
         rates = Rates(load_cluster(cluster), bytes_per_element=4)
-        fitted = _fitted(rates, [(job, times[job.name]) for job in jobs if job.is_calibrated])
+        found = fitted(rates, [(job, times[job.name]) for job in jobs if job.is_calibrated])
         return [
             {
                 "name": job.name,
                 "measured_s": times[job.name],
-                "predicted_s": predicted_seconds(job, fitted),
+                "predicted_s": predicted_seconds(job, found),
                 "calibrated": job.is_calibrated,
             }
             for job in jobs
@@ -111,7 +111,8 @@ def _calibrate(output: Path, *, quick: bool) -> None:
     subprocess.run([sys.executable, "-m", "torch.distributed.run", *words.split()], check=True)
 
 
-def _jobs(scratch: Path, *, quick: bool) -> Iterator[Job]:
+def jobs_of(scratch: Path, *, quick: bool) -> Iterator[Job]:
+    """Yield what is trained, and write the routing for it."""
     sizes: list[tuple[Size, Sequence[str], bool]]
     if quick:
         small = replace(QUICK, sequences=8)
@@ -149,8 +150,8 @@ def _measured(jobs: Sequence[Job], scratch: Path) -> dict[str, float]:
     return found
 
 
-def _fitted(rates: Rates, known: Sequence[tuple[Job, float]]) -> Rates:
-    """Solve for the two constants that balanced steps at two sizes determine.
+def fitted(rates: Rates, known: Sequence[tuple[Job, float]]) -> Rates:
+    """Solve for the two constants that balanced steps at two sizes determine, from their seconds.
 
     Predictions are linear in both.
     """

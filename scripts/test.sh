@@ -65,12 +65,12 @@ case $selection in
     *) set= ;;
 esac
 
-# Ends when pytest has printed its summary, whatever a test left running. Files are spread over two
+# Ends when pytest has printed its summary, whatever a test left running. Files are spread over three
 # workers, since ranks wait for each other a third of the time; given arguments, pytest runs alone,
 # so that -s, --pdb and -x mean what they say.
 run_tests() {
     local with=${megatron:+ with megatron-core $megatron} status=0 arguments=("${@:2}")
-    ((${#arguments[@]})) || arguments=(--numprocesses 2 --dist loadfile)
+    ((${#arguments[@]})) || arguments=(--numprocesses 3 --dist loadfile --no-loadscope-reorder)
     echo "== pytest -m '$1'$with"
     "$PYTHON" -m tests.supervise -m "$1" --durations 20 "${arguments[@]}" || status=$?
     ((status < 2)) || exit "$status" # interrupted, or there was nothing to run

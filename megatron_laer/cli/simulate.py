@@ -167,6 +167,8 @@ def run(args: argparse.Namespace) -> int:
             args.tokens or [None],
         )
     ]
+    recorded = None if args.workload else routing_of(1, None)
+    simulate_input.check_fits(args, model, recorded, [case[:2] for case in wanted], len(rates))
     for geometry, mode, tokens in wanted:
         num_ranks = geometry.num_ranks
         key = num_ranks, None if args.workload is None else tokens
@@ -177,7 +179,6 @@ def run(args: argparse.Namespace) -> int:
         routing = Routing(trace, num_ranks, None if args.workload else pairs)
         shape = _run_shape(args, geometry, max(round(routing.pairs / model.topk), 1), trace)
         shape.layers_by_chunk(len(model.layer_has_experts))
-        simulate_input.check_memory(shape)
         sizes = num_ranks, geometry.node_size, geometry.capacity
         case = Case(*sizes, mode, shape.tokens, shape.world)
         methods, refused[case] = _methods(args, geometry, cluster, model, PlanMode(mode), rates[0])

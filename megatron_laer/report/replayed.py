@@ -26,6 +26,7 @@ from megatron_laer.planner.prediction import Prediction, predict
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.report.recorded import stock_tokens_TLN
 from megatron_laer.report.run_data import Float64, RunData, expert_tokens_TLE
+from megatron_laer.simulator.estimate import Work
 from megatron_laer.telemetry.metrics_file import Shape
 from megatron_laer.trace import Trace
 
@@ -72,8 +73,7 @@ def replayed_run(
     num_layers = len(trace.layers)
     groups = list(_by_step_and_layer(trace))
     all_steps = sorted({step for step, _, _ in groups})
-    per_step = -(-len(trace) // len(all_steps))
-    stride = max(1, -(-per_step * len(all_steps) // MOST_CASES))
+    stride = _stride(trace, len(all_steps))
     steps = all_steps[::stride]
     at = {step: index for index, step in enumerate(steps)}
     shape = (len(steps), num_layers)
@@ -145,6 +145,28 @@ def replayed_run(
         settings=_settings(of, costs),
         notes=_notes(stride, len(all_steps)),
     )
+
+
+def replay_work(trace: Trace, geometry: Geometry) -> Work:
+    """Return what a replay has to go through."""
+    num_steps = len(set(trace.step_R.tolist()))
+    stride = _stride(trace, num_steps)
+    return Work(
+        geometries=[geometry],
+        strategies=[STRATEGY],
+        modes=[MODE],
+        records=len(trace),
+        layers=len(trace.layers),
+        plans=-(-num_steps // stride) * len(trace.layers),
+        cases=-(-len(trace) // stride),
+        lag=1,
+    )
+
+
+def _stride(trace: Trace, num_steps: int) -> int:
+    """Return every how many steps one is shown."""
+    per_step = -(-len(trace) // num_steps)
+    return max(1, -(-per_step * num_steps // MOST_CASES))
 
 
 _PREDICTED = (
