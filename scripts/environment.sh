@@ -75,6 +75,11 @@ if version >= [2, 6]:  # as in pyproject.toml
     (venv / folder / "torch-elsewhere.pth").write_text(f"{torch.locate_file('')}\n")
     (venv / "torch-elsewhere").write_text(f"torch=={torch.version}\n")
 EOF
+    [[ -f $laer_venv/torch-elsewhere ]] || return 0
+    # The one beside that torch starts ranks with a Python that has no Megatron.
+    printf '#!/bin/sh\nexec "%s/bin/python" -m torch.distributed.run "$@"\n' "$laer_venv" \
+        >"$laer_venv/bin/torchrun"
+    chmod +x "$laer_venv/bin/torchrun"
 }
 
 laer_install() {

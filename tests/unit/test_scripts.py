@@ -151,6 +151,7 @@ def test_torch_with_cuda_is_installed_where_nothing_else_is_asked_for(install):
     assert f"Installing into .venv. The first time: {_DEFAULT}" in said
     assert "--index-url" not in asked and asked.endswith(f"--editable {venv.parent}[test]")
     assert f"--constraint {venv.parent}/constraints.txt " in asked
+    assert not (venv / "bin" / "torchrun").exists()  # torch brings its own
 
 
 def test_torch_comes_from_its_index_alone_and_everything_else_does_not(install):
@@ -177,6 +178,10 @@ def test_the_torch_of_the_interpreter_is_used(version, install):
     assert "megatron-core==" in (venv / "constraints.txt").read_text()
     (path,) = venv.rglob("*.pth")
     assert (Path(path.read_text().strip()) / f"torch-{version}.dist-info").is_dir()
+    # It starts ranks with the environment's Python, which is not the one that has torch.
+    torchrun = venv / "bin" / "torchrun"
+    assert f'exec "{venv}/bin/python" -m torch.distributed.run "$@"' in torchrun.read_text()
+    assert os.access(torchrun, os.X_OK)
 
 
 def test_a_torch_that_is_too_old_is_not_used(install):
