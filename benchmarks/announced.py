@@ -8,11 +8,10 @@ balance, what the compute waited for (mean), and the time of a step (median).
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,20 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import routing
+from benchmarks.command_line import (
+    MOST_REPEATS,
+    MOST_STEPS,
+    RANKS,
+    add_json,
+    parser_of,
+    program,
+    write_json,
+)
 from benchmarks.end_to_end import KEEP_MEMORY
 from benchmarks.end_to_end_cases import FSEP, FULL, QUICK, SEED, Size
 from benchmarks.report import machine, print_table
 from benchmarks.training_run import Measured, Routing, measure
+from megatron_laer.cli.argument_types import between
 from megatron_laer.data import default_text_sources, prepare_data
 from megatron_laer.testing.ranks import RankPool
 
@@ -34,15 +43,19 @@ MODES = ("forecast", "exact", "announced")
 SIZE = replace(FULL, hidden=256, ffn=1024, sequence=128, sequences=8)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=2, help="gloo ranks; they share the cores")
-    parser.add_argument("--repeats", type=int, default=3, help="of every mode")
-    parser.add_argument("--steps", type=int, default=6, help="that are counted, of a run")
+    parser = parser_of("benchmarks.announced", __doc__)
+    parser.add_argument(
+        "--ranks", type=int, choices=RANKS, default=2, help="gloo ranks; they share the cores"
+    )
+    parser.add_argument("--repeats", type=between(1, MOST_REPEATS), default=3, help="of every mode")
+    parser.add_argument(
+        "--steps", type=between(1, MOST_STEPS), default=6, help="that are counted, of a run"
+    )
     parser.add_argument("--quick", action="store_true", help="a small model: says nothing of speed")
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    options = parser.parse_args()
+    add_json(parser)
+    options = parser.parse_args(arguments)
     size = replace(QUICK if options.quick else SIZE, steps=options.steps)
     found = run(size, options.ranks, options.repeats)
     rows = [summary(mode, found[mode], size) for mode in MODES]
@@ -50,9 +63,7 @@ def main() -> int:
         row["exposed / step"] = row["exposed_ms"] / row["step_ms"]
         row["step / forecast's"] = row["step_ms"] / rows[0]["step_ms"]
     print_table(rows)
-    if options.json is not None:
-        result = {"machine": machine(), "ranks": options.ranks, "modes": rows}
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, {"machine": machine(), "ranks": options.ranks, "modes": rows})
     return 0
 
 
@@ -104,4 +115,4 @@ def summary(mode: str, runs: list[list[Measured]], size: Size) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program("python -m benchmarks.announced", main)

@@ -13,23 +13,23 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.adaptive import PAPER_PAIRS
 from benchmarks.balance import CAPACITIES, NODE_SIZE
+from benchmarks.command_line import add_json, parser_of, program, write_json
 from benchmarks.costs import paper_costs
 from benchmarks.report import machine, print_table
 from benchmarks.trace_cases import Trace
 from megatron_laer.arrays import Int64
+from megatron_laer.cli.argument_types import between, path
 from megatron_laer.config import PlanMode
+from megatron_laer.files.checks import refuse_overwriting
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
@@ -56,16 +56,23 @@ PARTS: dict[str, tuple[slice, slice]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print and write the tables."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.by_time", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--trace", type=Path, required=True, help="npz with tokens [I, L, N, M, E]")
+    parser = parser_of("benchmarks.by_time", __doc__)
+    parser.add_argument("--trace", type=path, required=True, help="npz with tokens [I, L, N, M, E]")
     parser.add_argument("--part", choices=PARTS, default="all", help="default: %(default)s")
-    parser.add_argument("--every", type=int, default=1, help="every so many-th record is evaluated")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument(
+        "--every", type=between(1, 10**9), default=1, help="every so many-th record is evaluated"
+    )
+    add_json(parser)
     options = parser.parse_args(arguments)
     layers, records = PARTS[options.part]
+    if options.json is not None:
+        refuse_overwriting(options.json, [options.trace], "--json")
     counts = Trace(options.trace).counts[records, layers]
+    if counts.shape[0] < 2 or counts.shape[1] < 2 or options.every >= counts.shape[0]:
+        raise ValueError(
+            f"{options.trace} has {counts.shape[0]} records of {counts.shape[1]} layers in --part "
+            f"{options.part!r}, too few for --every {options.every}"
+        )
     half = counts.shape[1] // 2
     mixed = counts[:, :half].copy()
     mixed[:, :, 1::2] = counts[:, half : 2 * half, 1::2]
@@ -81,8 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("every other microbatch of another kind")
     print_table(result["mixed"])
     print_table(result["workloads"])
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
     return 0
 
 
@@ -185,4 +191,4 @@ def _summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program("python -m benchmarks.by_time", main)

@@ -12,21 +12,18 @@ Legend: N ranks, E experts, C slots per rank, S = N·C slots, R rows, r rows of 
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.command_line import add_json, parser_of, program, write_json
 from megatron_laer.arrays import Int64
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.layout import ExpertLayout
@@ -81,8 +78,8 @@ def workloads(quick: bool) -> list[Workload]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all exchanges; 1 if any count differs from its formula."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser = parser_of("benchmarks.communication", __doc__)
+    add_json(parser)
     parser.add_argument("--quick", action="store_true", help="small matrices, fewer layouts")
     options = parser.parse_args(arguments)
 
@@ -106,8 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if row["what"] in ("restore", "gradients")
             ]
     print(f"{wrong} rows differ from their formula" if wrong else "every count equals its formula")
-    if options.json is not None:
-        options.json.write_text(json.dumps(first, indent=1) + "\n")
+    write_json(options.json, first)
     return int(wrong > 0)
 
 
@@ -253,4 +249,4 @@ def received(count: ExchangeCount, what: str) -> Int64:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program("python -m benchmarks.communication", main)

@@ -11,13 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command_line import (
+    MOST_STEPS,
+    add_json,
+    output,
+    parser_of,
+    program,
+    write_text,
+)
 from benchmarks.convergence_figure import write_figure
 from benchmarks.convergence_results import checks, gap_rows, rows
 from benchmarks.convergence_runs import (
@@ -32,6 +39,7 @@ from benchmarks.convergence_runs import (
     measure,
 )
 from benchmarks.report import machine, print_table
+from megatron_laer.files.checks import quoted
 from megatron_laer.simulator.report import check_can_plot
 from megatron_laer.testing.ranks import RankPool
 
@@ -41,16 +49,15 @@ _MOST_STEP_S = 10.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what is missing, print the tables, draw the figure."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.convergence", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = parser_of("benchmarks.convergence", __doc__)
     parser.add_argument("--steps", type=_steps, default=2000, help="of each run")
-    parser.add_argument(
-        "--json",
-        type=Path,
-        help="where to write the runs after each of them; those that it has are not run again",
+    add_json(
+        parser,
+        "where to write the runs after each of them; those that it has are not run again",
     )
-    parser.add_argument("--figure", type=Path, help="where to draw them (needs matplotlib)")
+    parser.add_argument(
+        "--figure", type=output, metavar="FILE", help="where to draw them (needs matplotlib)"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.figure is not None:
@@ -76,10 +83,10 @@ def report(runs: dict[tuple[str, str], Run]) -> None:
 
 def _steps(text: str) -> int:
     steps = int(text) if text.isdecimal() else 0
-    if steps == 0 or steps % POINTS:
+    if steps % POINTS or not 0 < steps <= MOST_STEPS:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no number of steps; give a multiple of {POINTS}, as the model is "
-            f"validated {POINTS} times"
+            f"{quoted(text)} is no number of steps; give a multiple of {POINTS} up to "
+            f"{MOST_STEPS}, as a model is validated {POINTS} times"
         )
     return steps
 
@@ -93,10 +100,15 @@ def read(path: Path | None, steps: int) -> dict[tuple[str, str], Run]:
     """Return the runs that a file has, by way and auxiliary loss."""
     if path is None or not path.exists():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["settings"] != _settings(steps):
-        raise ValueError(f"--json {path} has runs with other settings; name another file")
-    return {(run.pop("way"), run.pop("aux")): Run(**run) for run in content["runs"]}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["settings"] != _settings(steps):
+            raise ValueError(f"--json {quoted(path)} has runs with other settings; name another")
+        return {(run.pop("way"), run.pop("aux")): Run(**run) for run in content["runs"]}
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"--json {quoted(path)} is no file of this command; name another"
+        ) from error
 
 
 def _write(path: Path, runs: dict[tuple[str, str], Run], steps: int) -> None:
@@ -105,9 +117,7 @@ def _write(path: Path, runs: dict[tuple[str, str], Run], steps: int) -> None:
         "settings": _settings(steps),
         "runs": [{"way": way, "aux": aux} | asdict(run) for (way, aux), run in runs.items()],
     }
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content) + "\n")
 
 
 def _train(runs: dict[tuple[str, str], Run], steps: int, path: Path | None) -> None:
@@ -127,4 +137,4 @@ def _train(runs: dict[tuple[str, str], Run], steps: int, path: Path | None) -> N
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program("python -m benchmarks.convergence", main)

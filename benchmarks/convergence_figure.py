@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.convergence_results import Runs, auxes, shares_WLE, smoothed
 from benchmarks.convergence_runs import AUX, FSEP, NO_AUX, POINTS, ROUNDING, STOCK, Run
+from megatron_laer.files.writing import replaced_when_complete
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +44,8 @@ def write_figure(runs: Runs, path: Path) -> None:
     for axes, place in zip((losses, gaps, experts, ranks), places, strict=True):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc=place)
-    figure.savefig(path)
+    with replaced_when_complete(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix("."))
 
 
 def _draw_losses(axes: Axes, runs: Runs) -> None:
@@ -72,7 +74,7 @@ def _draw_gaps(axes: Axes, runs: Runs) -> None:
         stock = runs[STOCK, aux].losses
         differences = [mine - stocks for mine, stocks in zip(run.losses, stock, strict=True)]
         _draw_steps(axes, run, differences, _LINES[way], f"{way}, {_NAMES[aux]}", aux)
-    axes.margins(y=0.3)  # room for the legend
+    axes.margins(y=0.5)  # room for the legend
     axes.set_title("(b) training loss less stock's")
     axes.set_xlabel("step")
 

@@ -10,8 +10,6 @@ is left is in `docs/end_to_end.md`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import sys
@@ -27,6 +25,15 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run as a file
 
 from benchmarks import routing
+from benchmarks.command_line import (
+    MOST_REPEATS,
+    MOST_STEPS,
+    RANKS,
+    add_json,
+    parser_of,
+    program,
+    write_json,
+)
 from benchmarks.end_to_end_cases import (
     FSEP,
     FULL,
@@ -46,6 +53,7 @@ from benchmarks.end_to_end_cases import (
 )
 from benchmarks.report import machine, print_table
 from benchmarks.training_run import Measured, measure
+from megatron_laer.cli.argument_types import between
 from megatron_laer.data import default_text_sources, prepare_data
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.trace.workloads import WORKLOADS
@@ -64,15 +72,19 @@ KEEP_MEMORY = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure everything; 1 if a skew is not what it should be."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=2, help="gloo ranks; they share the cores")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser = parser_of("benchmarks.end_to_end", __doc__)
+    parser.add_argument(
+        "--ranks", type=int, choices=RANKS, default=2, help="gloo ranks; they share the cores"
+    )
+    add_json(parser)
     models = parser.add_mutually_exclusive_group()
     models.add_argument("--half", action="store_true", help="a model of an eighth of the work")
     models.add_argument("--quick", action="store_true", help="a small model: says nothing of speed")
     parser.add_argument("--tokens", action="store_true", help="compare exchanges of tokens alone")
-    parser.add_argument("--repeats", type=int, help="of every configuration")
-    parser.add_argument("--steps", type=int, help="that are counted, but for bursts")
+    parser.add_argument("--repeats", type=between(1, MOST_REPEATS), help="of every configuration")
+    parser.add_argument(
+        "--steps", type=between(1, MOST_STEPS), help="that are counted, but for bursts"
+    )
     parser.add_argument("--only", help="configurations whose names contain this, and stock's")
     options = parser.parse_args(arguments)
     size = QUICK if options.quick else HALF if options.half else FULL
@@ -92,8 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = run_all(size, options.ranks, cases, Path(scratch))
     result = summary(cases, runs, size) | {"machine": machine(), "ranks": options.ranks}
     report(cases, runs, size)
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
     wrong = [
         f"{skew}: stock's max/mean is {value:.2f}, which should be {routing.LEAST_SKEW} to "
         f"{routing.MOST_SKEW}"
@@ -379,4 +390,4 @@ def report(cases: Sequence[Configuration], runs: Runs, size: Size) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program("python -m benchmarks.end_to_end", main)

@@ -133,8 +133,16 @@ def token_configurations(size: Size) -> list[Configuration]:
 
 
 def chosen(cases: Sequence[Configuration], part: str) -> list[Configuration]:
-    """Choose those whose names contain `part`, and what they are compared with."""
-    names = {"ideal"} | {case.name for case in cases if part in case.name}
+    """Choose those whose names contain `part`, and what they are compared with.
+
+    Raises:
+        ValueError: none does.
+    """
+    names = {case.name for case in cases if part in case.name}
+    if not names:
+        known = "; ".join(case.name for case in cases)
+        raise ValueError(f"--only {part!r}: no configuration is called so; there are {known}")
+    names.add("ideal")
     if any("recompute" in name for name in names):
         names.add(STOCK_RECOMPUTE)
     return [case for case in cases if case.name in names]

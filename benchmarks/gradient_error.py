@@ -14,18 +14,18 @@ Legend: E experts, C slots per rank, T tokens, R rows, r rows of a rank, K colum
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.command_line import add_json, parser_of, program, write_json
 from benchmarks.report import machine, print_table
+from megatron_laer.cli.argument_types import between
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.experts.gemm import slot_gemm
 from megatron_laer.layout import ExpertLayout
@@ -44,11 +44,11 @@ CPU = torch.device("cpu")
 Squares = list[dict[str, float]]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure all cases, print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser = parser_of("benchmarks.gradient_error", __doc__)
+    parser.add_argument("--seeds", type=between(1, 1000), default=10)
+    add_json(parser)
     options = parser.parse_args(arguments)
     rows = []
     with RankPool(RANKS) as pool:
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps(machine()))
     print("1e4 times the relative L2 distance from fp64: median of seeds (smallest, largest)")
     print_table(rows)
-    if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(options.json, rows)
+    return 0
 
 
 def summary(by_rank: Sequence[Squares]) -> dict[str, str]:
@@ -139,4 +139,4 @@ def tokens(
 
 
 if __name__ == "__main__":
-    main()
+    program("python -m benchmarks.gradient_error", main)

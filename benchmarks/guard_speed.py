@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from benchmarks.adaptive import PAPER_PAIRS
+from benchmarks.command_line import parser_of, program
 from benchmarks.costs import paper_costs
 from benchmarks.report import machine, print_table
 from benchmarks.speed import NODE_SIZE, zipf_counts_NE
@@ -32,6 +33,14 @@ REPEATS = 100
 CASES = 5
 # Forward is one of three passes of the experts and two of four All-to-Alls; a third is no more.
 FORWARD_SHARE = 1 / 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table."""
+    parser_of("benchmarks.guard_speed", __doc__).parse_args(arguments)
+    print(json.dumps(machine()))
+    print_table(list(guard_times()))
+    return 0
 
 
 def guard_times() -> Iterator[dict[str, Any]]:
@@ -83,5 +92,4 @@ def _shortest_s(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(machine()))
-    print_table(list(guard_times()))
+    program("python -m benchmarks.guard_speed", main)

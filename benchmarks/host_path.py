@@ -18,7 +18,6 @@ Legend: N ranks, E experts, C slots per rank.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
@@ -45,15 +44,19 @@ Path_ = Callable[[], dict[str, float]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark, or one of its workers."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_path")
-    parser.add_argument("--before", type=Path, metavar="DIR", help="a built checkout to compare to")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="default %(default)s")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    """Run the benchmark."""
+    # Not at the top: workers run this file with the modules of earlier commits.
+    from benchmarks.command_line import checkout, parser_of
+    from megatron_laer.cli.argument_types import between
+
+    parser = parser_of("benchmarks.host_path", __doc__)
+    parser.add_argument(
+        "--before", type=checkout, metavar="DIR", help="a built checkout to compare to"
+    )
+    parser.add_argument(
+        "--rounds", type=between(2, 10**6), default=ROUNDS, help="default %(default)s"
+    )
     args = parser.parse_args(argv)
-    if args.worker:
-        _work()
-        return 0
     trees = {"now": _ROOT} | ({"before": args.before.resolve()} if args.before else {})
     workers = {name: _start(tree) for name, tree in trees.items()}
     try:
@@ -249,4 +252,9 @@ def _steps_before(guard: Any) -> tuple[Callable[[Any], Any], ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:] == ["--worker"]:
+        _work()
+    else:
+        importlib.import_module("benchmarks.command_line").program(
+            "python -m benchmarks.host_path", main
+        )

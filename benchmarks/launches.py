@@ -15,7 +15,6 @@ Legend: N ranks, C slots per rank, E experts, K experts of a token, T tokens of 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -76,22 +75,20 @@ def kind_of(operation: str) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Count in a process of its own per case and checkout, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--before", type=Path, help="a checkout of another commit")
-    parser.add_argument("--json", type=Path, help="where to write all counts")
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    # Not at the top: workers run this file with the modules of earlier commits.
+    from benchmarks.command_line import add_json, checkout, parser_of, write_json
+
+    parser = parser_of("benchmarks.launches", __doc__)
+    parser.add_argument("--before", type=checkout, help="a checkout of another commit")
+    add_json(parser, "where to write all counts")
     args = parser.parse_args(argv)
-    if args.worker is not None:
-        print(json.dumps(_count(CASES[args.worker])))
-        return 0
     checkouts = {"now": ROOT} if args.before is None else {"before": args.before, "now": ROOT}
     results = {
         str(case): {label: _run(folder, place) for label, folder in checkouts.items()}
         for place, case in enumerate(CASES)
     }
     print("\n".join(table(results)))
-    if args.json is not None:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, results)
     return 0
 
 
@@ -351,4 +348,9 @@ def _counter() -> Iterator[Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--worker"]:
+        print(json.dumps(_count(CASES[int(sys.argv[2])])))
+    else:
+        from benchmarks.command_line import program
+
+        program("python -m benchmarks.launches", main)

@@ -25,6 +25,7 @@ import numpy as np
 from benchmarks.end_to_end import KEEP_MEMORY
 from benchmarks.end_to_end_cases import HALF, QUICK, Configuration, Size, configurations
 from benchmarks.training_run import measure
+from megatron_laer.choices import Recompute
 from megatron_laer.config import PlanMode
 from megatron_laer.data import default_text_sources, prepare_data
 from megatron_laer.layout import default_capacity
@@ -36,7 +37,7 @@ from megatron_laer.simulator.iteration.model_shape import ModelShape
 from megatron_laer.simulator.iteration.predict import predict
 from megatron_laer.simulator.iteration.rates import Rates
 from megatron_laer.simulator.iteration.routing import Routing
-from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
+from megatron_laer.simulator.iteration.run_shape import RunShape
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.trace import Trace
 from megatron_laer.trace.workloads import Shape, workload_trace
@@ -89,15 +90,15 @@ def compare(*, quick: bool = False, cluster: Path | None = None) -> list[dict[st
         if cluster is None:
             cluster = scratch / "here.yaml"
             _calibrate(cluster, quick=quick)
-        jobs = list(_jobs(scratch, quick=quick))
+        jobs = list(jobs_of(scratch, quick=quick))
         times = _measured(jobs, scratch)
         rates = Rates(load_cluster(cluster), bytes_per_element=4)
-        fitted = _fitted(rates, [(job, times[job.name]) for job in jobs if job.is_calibrated])
+        found = fitted(rates, [(job, times[job.name]) for job in jobs if job.is_calibrated])
         return [
             {
                 "name": job.name,
                 "measured_s": times[job.name],
-                "predicted_s": predicted_seconds(job, fitted),
+                "predicted_s": predicted_seconds(job, found),
                 "calibrated": job.is_calibrated,
             }
             for job in jobs
@@ -111,7 +112,8 @@ def _calibrate(output: Path, *, quick: bool) -> None:
     subprocess.run([sys.executable, "-m", "torch.distributed.run", *words.split()], check=True)
 
 
-def _jobs(scratch: Path, *, quick: bool) -> Iterator[Job]:
+def jobs_of(scratch: Path, *, quick: bool) -> Iterator[Job]:
+    """Yield what is trained, and write the routing for it."""
     sizes: list[tuple[Size, Sequence[str], bool]]
     if quick:
         small = replace(QUICK, sequences=8)
@@ -149,8 +151,8 @@ def _measured(jobs: Sequence[Job], scratch: Path) -> dict[str, float]:
     return found
 
 
-def _fitted(rates: Rates, known: Sequence[tuple[Job, float]]) -> Rates:
-    """Solve for the two constants that balanced steps at two sizes determine.
+def fitted(rates: Rates, known: Sequence[tuple[Job, float]]) -> Rates:
+    """Solve for the two constants that balanced steps at two sizes determine, from their seconds.
 
     Predictions are linear in both.
     """
@@ -187,7 +189,7 @@ def predicted_seconds(job: Job, rates: Rates) -> float:
     )
     capacity = default_capacity(RANKS, size.experts)
     geometry = Geometry(RANKS, size.experts, capacity, RANKS)
-    costs = CostModel(rates.cluster, size.hidden, size.ffn, False, 4)
+    costs = CostModel(rates.cluster, size.hidden, size.ffn, False, 4, run.recompute)
     mode = PlanMode.ADAPTIVE
     if "--fsep-plan-mode" in flags:
         mode = PlanMode(flags[flags.index("--fsep-plan-mode") + 1])

@@ -9,8 +9,9 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
-import argparse
+import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -21,16 +22,21 @@ import numpy as np
 
 from benchmarks.balance import balance
 from benchmarks.bounds import must_show
+from benchmarks.command_line import add_json, output, parser_of, program, write_json
 from benchmarks.costs import paper_costs
 from benchmarks.report import machine, print_table
 from benchmarks.speed import GROWTH_SHAPES, SOLVE_SHAPES, quota_times, solve_times
 from benchmarks.splits import split_exactly
 from benchmarks.trace_cases import Trace
 from megatron_laer.arrays import Int64
+from megatron_laer.cli.argument_types import between, path
+from megatron_laer.files.checks import refuse_overwriting
+from megatron_laer.files.writing import replaced_when_complete, write_all
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.simulator.report import check_can_plot
 from megatron_laer.trace.workloads import WORKLOADS, Shape, workload_counts
 
 # Every how many cases `--quick` takes one; prime, so that it meets all layers and microbatches.
@@ -41,14 +47,28 @@ SOLVE_KEYS = ("ranks", "capacity", "experts", "median_ms")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all parts."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--trace", type=Path, help="npz with tokens [I, L, N, M, E]")
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--plot", type=Path, help="where to write the growth of the layout time")
+    parser = parser_of("benchmarks.planner", __doc__)
+    parser.add_argument("--trace", type=path, help="npz with tokens [I, L, N, M, E]")
+    add_json(parser)
+    parser.add_argument("--plot", type=output, help="where to write the growth of the layout time")
     parser.add_argument("--quick", action="store_true", help=f"every {QUICK_STRIDE}th case")
-    parser.add_argument("--offset", type=int, default=0, help="first case of --quick")
+    parser.add_argument(
+        "--offset", type=between(0, QUICK_STRIDE - 1), default=0, help="first case of --quick"
+    )
     options = parser.parse_args(arguments)
-
+    if options.plot is not None:
+        check_can_plot(options.plot)
+    trace = None
+    if options.trace is not None:
+        for flag, given in (("--json", options.json), ("--plot", options.plot)):
+            if given is not None:
+                refuse_overwriting(given, [options.trace], flag)
+        trace = Trace(options.trace)
+        cases = trace.cases(*((QUICK_STRIDE, options.offset) if options.quick else (1, 0)))
+        if not cases:
+            raise ValueError(
+                f"--offset {options.offset}: {options.trace} has no case from there on"
+            )
     result: dict[str, Any] = {"machine": machine(), "balance": []}
     print(json.dumps(result["machine"]))
     repeats = 21 if options.quick else 101
@@ -61,13 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_table(result["quotas"])
     result["workloads"] = list(named_workloads(4 if options.quick else 16))
     print_table(result["workloads"])
-    if options.trace is None or not options.trace.exists():
-        print(f"no balance table: no trace at {options.trace}; pass --trace PATH", file=sys.stderr)
+    if trace is None:
+        print("no balance table: no trace; pass --trace PATH", file=sys.stderr)
     else:
-        trace = Trace(options.trace)
-        stride, offset = (QUICK_STRIDE, options.offset) if options.quick else (1, 0)
         result["predicted"] = []
-        for row in balance(trace, trace.cases(stride, offset), result["predicted"]):
+        for row in balance(trace, cases, result["predicted"]):
             result["balance"].append(asdict(row))
             print(json.dumps(result["balance"][-1]), file=sys.stderr, flush=True)
         print_table(result["balance"])
@@ -75,8 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_table([asdict(figure) for figure in must_show(result)])
     if options.plot is not None:
         plot_growth(result["growth"], options.plot)
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
     return 0
 
 
@@ -111,11 +128,8 @@ def named_workloads(count: int) -> Iterator[dict[str, Any]]:
 
 def plot_growth(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Layout time against N."""
-    try:
-        from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
-        return
+    from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
+
     figure, axes = pyplot.subplots()
     for capacity, experts in sorted({(row["capacity"], row["experts"]) for row in rows}):
         chosen = [row for row in rows if (row["capacity"], row["experts"]) == (capacity, experts)]
@@ -130,8 +144,11 @@ def plot_growth(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("ms, one thread, median")
     axes.set_title("Layout time")
     axes.legend()
-    figure.savefig(path)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."))
+    with replaced_when_complete(Path(os.path.realpath(path))) as file:
+        write_all(file, content.getvalue())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program("python -m benchmarks.planner", main)

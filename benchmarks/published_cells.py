@@ -10,15 +10,30 @@ Legend: N ranks, L layers, M microbatches.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.published_files import (
+    END_TO_END,
+    FLEX,
+    FSDP,
+    LAER,
+    MEGATRON,
+    METHODS,
+    MODELS,
+    NO_LOSS,
+    RANKS,
+    Cell,
+    read_cells,
+    read_tokens,
+    tokens_path,
+)
+from megatron_laer.choices import Recompute
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.schedule import Schedule, make_schedule
 from megatron_laer.simulator.iteration.iterate import run_iteration
@@ -26,19 +41,13 @@ from megatron_laer.simulator.iteration.layer_times import Timing
 from megatron_laer.simulator.iteration.methods import Method
 from megatron_laer.simulator.iteration.model_shape import ModelShape, read_model
 from megatron_laer.simulator.iteration.rates import Rates, rate_sets
-from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
+from megatron_laer.simulator.iteration.run_shape import RunShape
 from megatron_laer.simulator.iteration.work import Exchange, LayerWork
 
-RANKS, NODE_SIZE = 32, 8
+NODE_SIZE = 8
 # Two microbatches of two sequences on each rank; Megatron has one sequence on a tensor-parallel
 # group at a time.
 SEQUENCE, BATCH = 8192, 128
-MEGATRON, FSDP, FLEX, LAER = "megatron", "FSDP", "FLEX", "LAER"
-METHODS = (MEGATRON, FSDP, FLEX, LAER)
-FIT_MODELS = ("mixtral-8x7b-e8k2", "mixtral-8x7b-e16k4")
-# Of the microbatches whose tokens are published: without the first, which have no plan yet, and for
-# e16k4 the last, which are nearest to the timed iterations.
-_WINDOWS = {"e8k2": slice(2, 10), "e16k4": slice(20, 30)}
 _CLUSTER = "a100-4x8-ib800"
 
 
@@ -69,95 +78,9 @@ NAMES = tuple(Constants.__dataclass_fields__)
 PRIORS = Constants()
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One published time."""
-
-    dataset: str
-    model: str
-    aux_loss: str
-    method: str
-    measured_s: float
-
-    @property
-    def name(self) -> str:
-        """Return what the cell is called, without its method."""
-        return f"{self.dataset}, {self.model}, aux {self.aux_loss}"
-
-    @property
-    def family(self) -> str:
-        """Return experts and top-k."""
-        return self.model.rsplit("-", 1)[1]
-
-    @property
-    def is_fitted(self) -> bool:
-        """Tell whether constants are fitted on it."""
-        return self.model in FIT_MODELS
-
-
-def read_cells(folder: Path) -> list[Cell]:
-    """Read the published times."""
-    with (folder / "laer_ae_e2e_wikitext.csv").open(newline="") as file:
-        return [
-            Cell(
-                row["dataset"],
-                row["model_name"],
-                row["aux_loss"],
-                row["method"],
-                float(row["avg_time_ms"]) / 1e3,
-            )
-            for row in csv.DictReader(file)
-        ]
-
-
 def model_of(name: str) -> ModelShape:
     """Return a model of the artifact."""
     return replace(read_model(name), sequence=SEQUENCE)
-
-
-def read_tokens(
-    folder: Path, windows: Mapping[str, slice] = _WINDOWS
-) -> dict[tuple[str, str], np.ndarray]:
-    """Read received tokens by family and method, [L, M, N], of a window of microbatches."""
-    found = {}
-    for family in windows:
-        rows: dict[str, dict[tuple[int, int, int], int]] = {}
-        with (folder / f"laer_ae_tokens_{family}.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                key = int(row["layer"]), int(row["iter"]), int(row["rank"])
-                rows.setdefault(row["method"], {})[key] = int(row["token_num"])
-        for method, tokens in rows.items():
-            shape = [1 + max(key[axis] for key in tokens) for axis in range(3)]
-            tokens_LMN = np.zeros(shape)
-            for key, number in tokens.items():
-                tokens_LMN[key] = number
-            found[family, method] = tokens_LMN[:, windows[family]]
-    return found
-
-
-def read_ablation(folder: Path) -> dict[str, float]:
-    """Read the published times of ablations, in milliseconds."""
-    with (folder / "laer_ae_ablation_ms.csv").open(newline="") as file:
-        return {row["method"]: float(row["avg_time_ms"]) for row in csv.DictReader(file)}
-
-
-class Profiled(NamedTuple):
-    """Seconds of a profiled iteration, mean over ranks."""
-
-    tokens_s: float
-    expert_s: float
-    total_s: float
-
-
-def read_breakdown(folder: Path) -> dict[tuple[str, str], Profiled]:
-    """Read token exchanges', experts' and total seconds by model and method."""
-    found: dict[tuple[str, str], list[tuple[float, ...]]] = {}
-    with (folder / "laer_ae_breakdown_seconds.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            key = row["model_name"], row["method"]
-            times = (row[f"{name}_time"] for name in ("alltoall", "expert", "total"))
-            found.setdefault(key, []).append(tuple(map(float, times)))
-    return {key: Profiled(*np.mean(times, axis=0).tolist()) for key, times in found.items()}
 
 
 @dataclass(frozen=True)
@@ -181,10 +104,33 @@ class Published:
         self._quick = quick
         self.cells = read_cells(folder)
         self._tokens = read_tokens(folder)
+        self._check(folder)
         cluster = load_cluster(_CLUSTER)
         self._spreads = rate_sets(Rates(cluster, bytes_per_element=2))
         self._rates = Rates(cluster.with_constants(constants or {}), bytes_per_element=2)
         self._predict = cache(self._uncached)
+
+    def _check(self, folder: Path) -> None:
+        """Refuse times that lack a cell to compare with, or tokens to predict them from.
+
+        Raises:
+            ValueError: by file.
+        """
+        losses = {cell.aux_loss for cell in self.cells} | {NO_LOSS}
+        found = {(cell.model, cell.aux_loss, cell.method) for cell in self.cells}
+        wanted = set(product(MODELS, losses, METHODS))
+        if found != wanted:
+            raise ValueError(
+                f"{folder / END_TO_END}: {', '.join(min(found ^ wanted))}: each of "
+                f"{', '.join(MODELS)} needs each of {', '.join(METHODS)} under each auxiliary loss"
+            )
+        for model, method in product(MODELS, (FSDP, FLEX, LAER)):
+            family, layers = model.rsplit("-", 1)[1], len(model_of(model).layer_has_experts)
+            if len(self._tokens.get((family, method), ())) < layers:
+                raise ValueError(
+                    f"{tokens_path(folder, family)}: {method} has fewer layers than the {layers} "
+                    f"of {model}"
+                )
 
     def predict(self, cell: Cell, constants: Constants, corner: int | None = None) -> Predicted:
         """Predict a cell; auxiliary losses of 0 and 1e-4 are the same to the simulator.

@@ -21,25 +21,38 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run as a file
 
+from benchmarks.command_line import add_json, parser_of, program, write_json
 from benchmarks.report import machine
+from megatron_laer.cli.argument_types import between
+from megatron_laer.files import memory
+from megatron_laer.layout import MAX_EXPERTS
+from megatron_laer.planner.guard import GUARD_MODES
+from megatron_laer.simulator.iteration.methods import METHODS
 
 _STEPS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the trace, run the command, and print what it took."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=60)
-    parser.add_argument("--microbatches", type=int, default=20)
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=4096, help="of a rank in a microbatch")
-    parser.add_argument("--topk", type=int, default=8)
-    parser.add_argument("--recorded-ranks", type=int, default=64, help="the others are dealt out")
-    parser.add_argument("--method", nargs="+", default=["stock", "fsep"])
-    parser.add_argument("--mode", default="forecast", help="one plan per layer and step")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser = parser_of("benchmarks.simulation_speed", __doc__)
+    parser.add_argument("--ranks", type=between(1, 2**16), default=1024)
+    parser.add_argument("--layers", type=between(1, 4096), default=60)
+    parser.add_argument("--microbatches", type=between(1, 2**16), default=20)
+    parser.add_argument("--experts", type=between(1, MAX_EXPERTS), default=128)
+    parser.add_argument(
+        "--tokens", type=between(1, 2**24), default=4096, help="of a rank in a microbatch"
+    )
+    parser.add_argument("--topk", type=between(1, MAX_EXPERTS), default=8)
+    parser.add_argument(
+        "--recorded-ranks", type=between(1, 2**16), default=64, help="the others are dealt out"
+    )
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=["stock", "fsep"])
+    parser.add_argument(
+        "--mode", choices=[*GUARD_MODES], default="forecast", help="default: one plan a step"
+    )
+    add_json(parser)
     options = parser.parse_args(arguments)
+    _check(options)
     with tempfile.TemporaryDirectory() as scratch:
         trace, model = Path(scratch) / "trace.npz", Path(scratch) / "model.yaml"
         np.savez(trace, tokens=_tokens(options))
@@ -65,9 +78,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": machine(),
     }
     print(json.dumps(result, indent=1))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
     return done.returncode
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse sizes that do not fit each other, or the memory.
+
+    Raises:
+        ValueError: with what was passed.
+    """
+    if options.ranks % options.recorded_ranks != 0:
+        raise ValueError(
+            f"--ranks {options.ranks} is no multiple of --recorded-ranks {options.recorded_ranks}"
+        )
+    if options.topk > options.experts:
+        raise ValueError(f"--topk {options.topk} is more than --experts {options.experts}")
+    counts = _STEPS * options.layers * options.recorded_ranks * options.microbatches
+    memory.check_enough(
+        2 * 4 * counts * options.experts,  # drawn, and on their way to the file
+        f"{counts} microbatches of {options.experts} experts",
+        "give fewer --recorded-ranks, --layers or --microbatches",
+    )
 
 
 def _tokens(options: argparse.Namespace) -> np.ndarray:
@@ -96,4 +128,4 @@ def _model(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program("python -m benchmarks.simulation_speed", main)

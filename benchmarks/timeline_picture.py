@@ -7,7 +7,6 @@ recorded.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -19,15 +18,21 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run as a file
 
+from benchmarks.command_line import output, parser_of, program, write_text
 from benchmarks.end_to_end_cases import FSEP, Size
 from benchmarks.training_run import Routing, measure
+from megatron_laer.cli.argument_types import path
 from megatron_laer.data import default_text_sources, prepare_data
+from megatron_laer.files.checks import quoted, read_text, refuse_overwriting
 from megatron_laer.telemetry.timeline import FIRST_STEP, NUM_STEPS
 from megatron_laer.telemetry.trace_events import COMPUTE, TRACKS
 from megatron_laer.testing.ranks import RankPool
 
 RANKS = 2
 SIZE = Size(3, 256, 1024, 8, 2, 128, 8, warm_up=0, steps=FIRST_STEP + NUM_STEPS, repeats=1)
+
+# Of a file, some steps of a rank; and of a run, a year.
+_MAX_BYTES, _MAX_US = 2**28, 3.2e13
 
 WIDTH, LEFT, TRACK, BAR, HEAD = 1280, 110, 30, 22, 34
 COLOURS = {
@@ -62,21 +67,49 @@ class Bar:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Record timelines, unless traces are given, and draw them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--svg", type=Path, required=True, help="where to draw")
+    parser = parser_of("benchmarks.timeline_picture", __doc__)
+    parser.add_argument("--svg", type=output, required=True, help="where to draw")
     parser.add_argument(
         "--traces",
         nargs=2,
+        type=path,
         metavar=("ON", "OFF"),
         help="files of one rank, recorded with and without the scheduler, instead of new ones",
     )
     options = parser.parse_args(arguments)
     if options.traces is not None:
-        traces = [json.loads(Path(path).read_text()) for path in options.traces]
+        refuse_overwriting(options.svg, options.traces, "--svg")
+        traces = [read_trace_events(given) for given in options.traces]
     else:
         traces = record()
-    options.svg.write_text(draw(traces[0], traces[1]), encoding="utf-8")
+    write_text(options.svg, draw(traces[0], traces[1]))
     return 0
+
+
+def read_trace_events(given: Path) -> dict[str, Any]:
+    """Read a timeline of one rank.
+
+    Raises:
+        ValueError: it is none, or has no whole step on our tracks.
+        OSError: it cannot be read.
+    """
+    try:
+        trace = json.loads(read_text(given, _MAX_BYTES))
+        events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+        for event in events:
+            if not 0 <= event["ts"] < _MAX_US or not 0 <= event["dur"] < _MAX_US:
+                raise ValueError(f"a bar begins at {event['ts']!r} and lasts {event['dur']!r}")
+            if event["cat"] not in TRACKS:
+                raise ValueError(f"there is no track {quoted(event['cat'])}")
+            is_step = event["name"].startswith("step ")
+            if not is_step and not event["name"].startswith(tuple(COLOURS)):
+                raise ValueError(f"nothing of ours is called {quoted(event['name'])}")
+        if all(bar.length_ms == 0 for bar in shortest_step(trace)):
+            raise ValueError("its shortest step is empty")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{given} is no timeline of --fsep-timeline: {error}") from error
+    found: dict[str, Any] = trace
+    return found
 
 
 def record() -> list[dict[str, Any]]:
@@ -185,4 +218,4 @@ def _legend(y: float) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program("python -m benchmarks.timeline_picture", main)

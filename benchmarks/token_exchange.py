@@ -9,12 +9,9 @@ Legend: N ranks, E experts, C slots per rank, S slots, T tokens of a rank, K top
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.command_line import add_json, parser_of, program, write_json
 from benchmarks.report import machine, median_ms, print_table
 from megatron_laer.arrays import Bool
 from megatron_laer.choices import Split, TokenExchange
+from megatron_laer.cli.argument_types import between
 from megatron_laer.dispatch import replica_choice
 from megatron_laer.dispatch.replica_choice import choose_replicas, token_order
 from megatron_laer.layout import ExpertLayout
@@ -60,9 +59,9 @@ CAPACITIES = {TOP_8_OF_128: (4, 5, 8), TOP_2_OF_8: (1, 2, 3)}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all cases."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = parser_of("benchmarks.token_exchange", __doc__)
+    add_json(parser)
+    parser.add_argument("--seed", type=between(0, 2**32 - 1), default=0)
     parser.add_argument("--quick", action="store_true", help="few tokens, and no times")
     options = parser.parse_args(arguments)
     result: dict[str, Any] = {"machine": {**machine(), "torch": torch.__version__}}
@@ -78,8 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         result["times"] = list(times(options.seed))
         print_table(result["times"])
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
     return 0
 
 
@@ -220,4 +218,4 @@ def _with_tokens(shape: Shape, tokens: int) -> Shape:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program("python -m benchmarks.token_exchange", main)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.trace import read_trace
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,20 @@ class Case:
 
 
 class Trace:
-    """Reads counts_NE of every case from a trace, and forecasts them from earlier ones."""
+    """Reads counts_NE of every case from a trace, and forecasts them from earlier ones.
+
+    Raises:
+        ValueError: no such file, or a microbatch of it has no tokens.
+        OSError: it cannot be read.
+    """
 
     def __init__(self, path: Path) -> None:
-        with np.load(path) as content:
-            tokens = content["tokens"]
-        self.counts: npt.NDArray[np.int64] = np.ascontiguousarray(
-            tokens.transpose(0, 1, 3, 2, 4), dtype=np.int64
-        )
+        trace = read_trace(path, "npz")
+        if not trace.counts_RNE.any(axis=(1, 2)).all():
+            raise ValueError(f"{path} has a microbatch without tokens")
+        shape = len(trace.layers), int(trace.microbatch_R.max()) + 1, *trace.counts_RNE.shape[1:]
+        # In the order of the file's axes, but for ranks, which come after microbatches.
+        self.counts: npt.NDArray[np.int64] = trace.counts_RNE.astype(np.int64).reshape(-1, *shape)
         self._forecasts: dict[int, list[SmoothedForecast]] = {}
 
     def cases(self, stride: int, offset: int) -> list[Case]:

@@ -7,8 +7,6 @@ comparisons cannot show, is in `docs/simulator.md`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,22 +19,21 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run as a file
 
 from benchmarks import measured_cells
-from benchmarks.published_cells import (
+from benchmarks.command_line import add_json, parser_of, program, write_json
+from benchmarks.published_cells import NAMES, PRIORS, Constants, Fit, Published, fit, model_of
+from benchmarks.published_files import (
+    END_TO_END,
     FIT_MODELS,
     FSDP,
     LAER,
-    NAMES,
-    PRIORS,
+    NO_SCHEDULE,
     Cell,
-    Constants,
-    Fit,
-    Published,
-    fit,
-    model_of,
-    read_ablation,
-    read_breakdown,
+    read_measured,
 )
 from benchmarks.report import machine, print_table
+from megatron_laer.cli.argument_types import path
+from megatron_laer.files.checks import quoted, refuse_overwriting
+from megatron_laer.planner.cluster_files import load_cluster
 
 # A pair of times that differs by less is not expected in order.
 _TOLD_APART = 0.05
@@ -44,24 +41,36 @@ _TOLD_APART = 0.05
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare what is asked for; 1 if nothing could be compared."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--published", type=Path, help="the folder with laer_ae_*.csv")
+    parser = parser_of("benchmarks.validate_simulator", __doc__)
+    add_json(parser)
+    parser.add_argument("--published", type=path, help="the folder with laer_ae_*.csv")
     parser.add_argument("--quick", action="store_true", help="few cells, small sizes: that it runs")
     parser.add_argument("--no-here", action="store_true", help="measure nothing on this machine")
-    parser.add_argument("--cluster", type=Path, help="of `calibrate` here, which else runs first")
+    parser.add_argument("--cluster", type=path, help="of `calibrate` here, which else runs first")
     options = parser.parse_args(arguments)
+    inputs = [given for given in (options.published, options.cluster) if given is not None]
+    if options.json is not None:
+        refuse_overwriting(options.json, inputs, "--json")
+    if options.cluster is not None:
+        load_cluster(options.cluster)
+    of = None
+    if options.published is not None:
+        if not options.published.is_dir():
+            raise ValueError(
+                f"--published {quoted(options.published)} is no folder; give one that is"
+            )
+        if (options.published / END_TO_END).exists():
+            of = Published(options.published, quick=options.quick)
+            read_measured(options.published)
+        else:
+            print(f"no published cells: {options.published} has no {END_TO_END}")
     result: dict[str, Any] = {"here": [], "published": [], "machine": machine()}
     if not options.no_here:
         result["here"] = measured_cells.compare(quick=options.quick, cluster=options.cluster)
         _report_here(result["here"])
-    if options.published is not None:
-        if (options.published / "laer_ae_e2e_wikitext.csv").exists():
-            result |= published(options.published, quick=options.quick)
-        else:
-            print(f"no published cells: {options.published} has no laer_ae_e2e_wikitext.csv")
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if of is not None:
+        result |= published(options.published, of, quick=options.quick)
+    write_json(options.json, result)
     return 0 if result["here"] or result["published"] else 1
 
 
@@ -86,9 +95,8 @@ def _pairs(times: Sequence[tuple[float, float]], apart: float = _TOLD_APART) -> 
     return right, len(told)
 
 
-def published(folder: Path, *, quick: bool = False) -> dict[str, Any]:
+def published(folder: Path, of: Published, *, quick: bool = False) -> dict[str, Any]:
     """Fit on Mixtral-8x7B's cells, predict all, and print scores beside priors and FLOPs."""
-    of = Published(folder, quick=quick)
     found = _fitted(of)
     rows = []
     for cell in of.cells:
@@ -241,7 +249,7 @@ def ablations(folder: Path, of: Published, constants: Constants) -> list[dict[st
     Without its communication schedule the artifact restores behind attention and exchanges
     gradients at once; with everything exposed is the most that can cost.
     """
-    measured = read_ablation(folder)
+    measured, _ = read_measured(folder)
     cells = {
         cell.method: cell
         for cell in of.cells
@@ -253,13 +261,13 @@ def ablations(folder: Path, of: Published, constants: Constants) -> list[dict[st
     rows = [
         {
             "ablation": "static layout (FSDP)",
-            "measured": measured["FSDP"] / measured["LAER"],
+            "measured": measured[FSDP] / measured[LAER],
             "predicted": static_s / laer_s,
             "at_most": static_s / laer_s,
         },
         {
-            "ablation": "no_comm_opt",
-            "measured": measured["no_comm_opt"] / measured["LAER"],
+            "ablation": NO_SCHEDULE,
+            "measured": measured[NO_SCHEDULE] / measured[LAER],
             "predicted": None,
             "at_most": exposed_s / laer_s,
         },
@@ -273,7 +281,7 @@ def breakdown(folder: Path, of: Published, constants: Constants) -> list[dict[st
 
     The artifact counts experts' forward and recompute, and doubles it.
     """
-    measured = read_breakdown(folder)
+    _, measured = read_measured(folder)
     rows = []
     for (model, method), (_, expert_s, total_s) in measured.items():
         cell = next(
@@ -298,4 +306,4 @@ def breakdown(folder: Path, of: Published, constants: Constants) -> list[dict[st
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program("python -m benchmarks.validate_simulator", main)

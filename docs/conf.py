@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import importlib.metadata
+from typing import Any
+
+from megatron_laer.config import FSEPConfig
+from megatron_laer.flags import add_arguments
 
 project = "megatron_laer"
 author = "The megatron_laer authors"
@@ -14,9 +20,31 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 4
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
+default_role = "literal"  # docstrings have names between single backticks
 smartquotes = False  # `--` in running text is a flag
 # Nothing of a page's text is told by color alone, and both themes follow the reader's system.
 html_theme = "furo"
 html_title = "megatron_laer"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+
+_HELP = {
+    action.dest: action.help or ""
+    for action in add_arguments(argparse.ArgumentParser(add_help=False))._actions
+}
+
+
+def setup(app: Any) -> None:
+    """Tell Sphinx what docstrings do not say in its own markup."""
+    app.connect("autodoc-process-docstring", _complete)
+
+
+def _complete(app: Any, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
+    """Describe fields of FSEPConfig as their flags are, and take indented lines for code."""
+    for number, line in enumerate(lines[:-2]):
+        if line.endswith(":") and not lines[number + 1] and lines[number + 2].startswith("    "):
+            lines[number] += ":"
+    if what == "class" and name.endswith(".FSEPConfig"):
+        for field in dataclasses.fields(FSEPConfig):
+            text = _HELP[f"fsep_{field.name}"].replace("%%", "%")
+            lines.append(f":param {field.name}: {text}")

@@ -108,6 +108,18 @@ class GemmBackEnd(Choice):
     TORCH = "torch"
 
 
+class Recompute(Choice):
+    """Says what backward computes again of an MoE layer: nothing, all of it, or its compute alone.
+
+    `full` is Megatron's, where tokens are exchanged again; `compute` leaves exchanges out, as
+    LAER-MoE's code does.
+    """
+
+    NONE = "none"
+    FULL = "full"
+    COMPUTE = "compute"
+
+
 class Unproven(Choice):
     """Names what FSEP should run with, but that nobody has run."""
 

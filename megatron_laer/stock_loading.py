@@ -39,6 +39,12 @@ def load_stock_named_parameters(
     Collective over the world: every rank calls it for its chunks in turn, also those without an
     FSEP layer. Optimizers keep weights of their own: call Megatron's `reload_model_params()` after.
 
+    Args:
+        model: one chunk, in Megatron's wrappers or without.
+        named_tensors: pairs of a name and a tensor in the shape that stock has.
+        expert_parallel_size: X, as for `stock_named_parameters`.
+        grouped: as for `stock_named_parameters`.
+
     Raises:
         ValueError: on every rank of the world, once all have read what they were given: names that
             are missing, unknown or come twice, other shapes, what is no tensor, or an error that

@@ -168,6 +168,9 @@ def stock_named_parameters(
             of experts, `local_experts.0.linear_fc1.weight`. Without it those of the experts that
             the model's own module spec asks for.
 
+    Returns:
+        Pairs of a name and a tensor of the model's dtype, on its device.
+
     Raises:
         ValueError: a list of chunks; a size that does not divide N and E, or that differs between
             ranks. On every rank of the group.

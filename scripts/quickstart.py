@@ -25,7 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.cli.argument_types import between
-from megatron_laer.files.checks import refuse_unusable_folder
+from megatron_laer.cli.program import Parser, ended
+from megatron_laer.files.checks import quoted, refuse_unusable_folder
+from megatron_laer.files.writing import replaced_when_complete, write_all
 from megatron_laer.model_flags import model_flags
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 from megatron_laer.platform.cpu import CPU_FLAGS
@@ -41,7 +43,7 @@ STEPS = 200
 # Some hours; whoever wants more trains on more than this.
 MAX_STEPS = 100_000
 _SECONDS_BETWEEN_LINES = 5.0
-_CACHE = "cache"
+_CACHE, _LOG = "cache", "{}.log"
 
 TRAINING_FLAGS = """
     --micro-batch-size 4 --global-batch-size 16 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine
@@ -64,15 +66,16 @@ class Run:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train twice and print the comparison."""
+    """Train twice and print the comparison; 1 if a part fails.
+
+    Raises:
+        ValueError, OSError: what was passed does not work.
+    """
     args = _parser().parse_args(argv)
     started_s = time.monotonic()
-    try:
-        refuse_unusable_folder(args.work_dir, "--work-dir")
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    refuse_unusable_folder(args.work_dir, "--work-dir")
     args.work_dir = Path(args.work_dir)
+    _refuse_others(args.work_dir)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     try:
         text = _prepare_text(args.work_dir)
@@ -83,25 +86,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     stock.load_imbalance = _traced_imbalance(args.work_dir / "stock-routing", args.ranks)
 
     print(f"\n{_table(fsep, stock, args.ranks)}")
     result = {"ranks": args.ranks, "steps": args.steps, "runs": [asdict(fsep), asdict(stock)]}
     print(f"\n{page}")
     path = args.work_dir / "result.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with replaced_when_complete(path) as file:
+        write_all(file, (json.dumps(result, indent=1) + "\n").encode())
     print(
         f"\n{time.monotonic() - started_s:.0f} s. Every step is in {path}, full logs are beside it."
     )
     return 0
 
 
+def _recordings(work_dir: Path) -> tuple[Path, ...]:
+    return metrics_path(work_dir, 0), trace_path(work_dir, 0), layouts_path(str(work_dir), 0)
+
+
+def _refuse_others(work_dir: Path) -> None:
+    """Refuse a folder with recordings of another run, which a quick start would remove.
+
+    Raises:
+        ValueError: with one of them.
+    """
+    there = [path for path in _recordings(work_dir) if path.exists()]
+    if there and not (work_dir / _LOG.format("fsep")).exists():
+        raise ValueError(
+            f"{quoted(there[0])} is of another run than a quick start; give another --work-dir"
+        )
+
+
 def _fsep_flags(work_dir: Path) -> list[str]:
     """Return the flags of FSEP, which records what the page shows; an earlier run's goes."""
-    written = (metrics_path(work_dir, 0), trace_path(work_dir, 0), layouts_path(str(work_dir), 0))
-    for path in written:
+    for path in _recordings(work_dir):
         path.unlink(missing_ok=True)
     kinds = ("--fsep-record-metrics", "--fsep-record-trace", "--fsep-record-layouts")
     recorded = [word for kind in kinds for word in (kind, str(work_dir))]
@@ -125,7 +143,7 @@ def _write_page(work_dir: Path) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0))
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="scripts/quickstart.sh",
         description="Trains a small MoE GPT on this machine's CPU with FSEP, then with stock "
         "expert parallelism, and compares them.",
@@ -185,7 +203,7 @@ def _train(name: str, flags: list[str], args: argparse.Namespace) -> Run:
         *(str(_SCRIPT), *flags),
     ]
     run = Run(name)
-    log_path = args.work_dir / f"{name.lower()}.log"
+    log_path = args.work_dir / _LOG.format(name.lower())
     started_s = time.monotonic()
     with (
         log_path.open("w", encoding="utf-8") as log,
@@ -314,4 +332,4 @@ def _table(fsep: Run, stock: Run, ranks: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended("scripts/quickstart.sh", main))

@@ -5,7 +5,8 @@
 #   scripts/release.sh sdist         dist/*.tar.gz; its README is rendered as the index does
 #   scripts/release.sh wheel         from it, one wheel for this machine and Python, audited
 #   scripts/release.sh wheels        from it, wheels for all Pythons, in containers (cibuildwheel)
-#   scripts/release.sh try           install dist's wheel without torch, and run what needs none
+#   scripts/release.sh try [sdist]   install dist's wheel, or its sdist, without torch, and run what
+#                                    needs none
 #   scripts/release.sh publish TAG   dist to the repository's release page and to the index
 #
 # PYTHON=/path/to/python3 chooses the Python. With LAER_REPOSITORY_URL, the README's links lead to
@@ -26,13 +27,13 @@ one() {
     printf '%s\n' "${found[0]}"
 }
 
-# The tools of pyproject.toml's group `release`, in an environment of their own.
+# tools GROUP: those of this group of pyproject.toml, in an environment of their own.
 tools() {
-    local folder=build/release-tools
+    local folder=build/$1-tools
     [[ -x $folder/bin/twine ]] || {
         "$python" -m venv --clear "$folder"
         "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-        "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --group release
+        "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --group "$1"
     } >&2
     PATH=$PWD/$folder/bin:$PATH
 }
@@ -53,7 +54,7 @@ check() {
 }
 
 sdist() {
-    tools
+    tools release
     rm -rf dist
     python -m build --sdist
     twine check --strict dist/*
@@ -62,7 +63,7 @@ sdist() {
 wheel() {
     local built
     built=$(one '*.tar.gz')
-    tools
+    tools release
     rm -rf build/wheel
     python -m build --wheel --outdir build/wheel "$built"
     twine check --strict build/wheel/*.whl
@@ -74,15 +75,21 @@ wheel() {
 wheels() {
     local built
     built=$(one '*.tar.gz')
-    tools
+    tools release
     cibuildwheel --output-dir dist "$built"
     twine check --strict dist/*.whl
 }
 
 try() {
-    local tag packages=() line
-    tag=$("$python" -c 'import sys; print("cp{}{}".format(*sys.version_info))')
-    wheel=$(one "*-$tag-$tag-*_$(uname -m).whl")
+    local built tag packages=() line
+    case ${1:-wheel} in
+        sdist) built=$(one '*.tar.gz') ;;
+        wheel)
+            tag=$("$python" -c 'import sys; print("cp{}{}".format(*sys.version_info))')
+            built=$(one "*-$tag-$tag-*_$(uname -m).whl")
+            ;;
+        *) stop "try what? '$1' is neither wheel nor sdist" ;;
+    esac
     rm -rf build/try
     "$python" -m venv build/try
     # What needs neither torch nor Megatron, with the bounds of pyproject.toml.
@@ -90,20 +97,26 @@ try() {
         sed -n 's/^ *"\(numpy\|packaging\|psutil\|pyyaml\|tqdm\)\(>=[0-9.]*\)",.*/\1\2/p' pyproject.toml
     )
     build/try/bin/python -m pip install --quiet --disable-pip-version-check "${packages[@]}"
-    build/try/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$wheel"
+    build/try/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$built"
     cd build/try
     bin/megatron-laer flags tiny-moe
     bin/megatron-laer plan --workload W6 --ranks 8 --experts 16 --steps 4
-    echo "$wheel works"
+    echo "$built works"
+}
+
+# What CHANGELOG.md says of the version, which `check` has found at its top.
+notes() {
+    sed -n '/^## /,$ p' CHANGELOG.md | sed -e 1d -e '/^## /,$ d'
 }
 
 publish() {
     check "${1:?give the tag}"
-    tools
+    # Nothing but the program that uploads is installed where there are rights to.
+    tools publish
     # The index first: its files cannot be replaced, the release page can. Credentials are twine's
     # own: TWINE_PASSWORD, or in a workflow the index's trust in it.
     twine upload dist/*
-    gh release create "$1" --verify-tag --title "$1" --notes "See CHANGELOG.md." dist/*
+    notes | gh release create "$1" --verify-tag --title "$1" --notes-file - dist/*
 }
 
 python=${PYTHON:-python3}

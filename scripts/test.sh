@@ -58,16 +58,28 @@ finish() {
 [[ -n $selection ]] || finish
 ((${#failed[@]} == 0)) || echo "FAILED: ${failed[*]} (the tests follow)"
 
-# Ends when pytest has printed its summary, whatever a test left running. Files are spread over two
+case $selection in
+    "$everything") set=--all ;;
+    nightly*) set=--nightly ;;
+    gpu) set=--gpu ;;
+    *) set= ;;
+esac
+
+# Ends when pytest has printed its summary, whatever a test left running. Files are spread over three
 # workers, since ranks wait for each other a third of the time; given arguments, pytest runs alone,
 # so that -s, --pdb and -x mean what they say.
 run_tests() {
     local with=${megatron:+ with megatron-core $megatron} status=0 arguments=("${@:2}")
-    ((${#arguments[@]})) || arguments=(--numprocesses 2 --dist loadfile)
+    ((${#arguments[@]})) || arguments=(--numprocesses 3 --dist loadfile --no-loadscope-reorder)
     echo "== pytest -m '$1'$with"
     "$PYTHON" -m tests.supervise -m "$1" --durations 20 "${arguments[@]}" || status=$?
     ((status < 2)) || exit "$status" # interrupted, or there was nothing to run
     ((status == 0)) || failed+=("tests$with")
+    # What a whole set passed with is on a page of docs/.
+    if ((status == 0 && $# == 1 && ${#failed[@]} == 0)) && [[ -n $set ]]; then
+        [[ $1 != *" and releases" ]] || set+=", marked releases"
+        "$PYTHON" -m tests.site_pages --passed "scripts/test.sh $set"
+    fi
 }
 [[ -z $megatron ]] || laer_use_megatron "$megatron"
 run_tests "$selection" "$@"

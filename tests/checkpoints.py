@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_laer.testing.training import train
 from megatron_laer.testing.weights import Tensors
+from tests.releases import installed_release
+
+# The writer that Megatron takes for async saves from release 0.19 on, unless told otherwise.
+NEEDS_NVRX = pytest.mark.skipif(
+    importlib.util.find_spec("nvidia_resiliency_ext") is None or installed_release() == "0.18",
+    reason="needs nvidia-resiliency-ext 0.6 or newer, which has wheels for Python 3.10 to 3.12",
+)
 
 
 def iteration_folder(directory: Path, iteration: int) -> Path:

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 
+from megatron_laer.cli.argument_types import between
 from tests import processes
 from tests.checkpoints import iteration_folder, saved_tensors
 
@@ -240,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("before", metavar="BEFORE", help="a commit, such as main")
     parser.add_argument("after", metavar="AFTER", help="a commit, such as HEAD")
-    parser.add_argument("--steps", type=int, default=30, help="default %(default)s")
+    parser.add_argument("--steps", type=between(1, 10**5), default=30, help="default %(default)s")
     return parser
 
 

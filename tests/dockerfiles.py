@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +20,26 @@ class Instruction:
     Attributes:
         name: in capitals, such as RUN.
         text: what follows, with its line ends as a shell sees them.
-        options: such as from, mount.
+        options: such as from, mount; the latter may be given more than once.
         stage: the number of FROM instructions before it, itself included.
     """
 
     name: str
     text: str
-    options: dict[str, str]
+    options: dict[str, list[str]]
     stage: int
+
+    @property
+    def mounts(self) -> list[dict[str, str]]:
+        """What is mounted while it runs, each by key, such as type, source, target."""
+        given = self.options.get("mount", [])
+        return [dict(pair.split("=", 1) for pair in mount.split(",")) for mount in given]
+
+
+def moved(text: str, folders: Mapping[str, Path]) -> str:
+    """A command of an image, with folders such as /tmp where they may be written here."""
+    known = re.compile(rf"(?<![\w.-])({'|'.join(folders)})(?![\w-])")
+    return known.sub(lambda found: str(folders[found[1]]), text)
 
 
 def instructions(path: Path) -> list[Instruction]:
@@ -43,9 +56,9 @@ def instructions(path: Path) -> list[Instruction]:
         match = re.fullmatch(r"([A-Z]+)\s+(.*)", text, re.DOTALL)
         if match is None:
             raise ValueError(f"{path}: {text!r} begins with no instruction")
-        rest, options = match[2].replace("\v", "\n"), {}
+        rest, options = match[2].replace("\v", "\n"), dict[str, list[str]]()
         while option := _OPTION.match(rest):
-            options[option[1]] = option[2]
+            options.setdefault(option[1], []).append(option[2])
             rest = rest[option.end() :].removeprefix("\\\n").lstrip()
         stage = sum(instruction.name == "FROM" for instruction in found) + (match[1] == "FROM")
         found.append(Instruction(match[1], rest, options, stage))

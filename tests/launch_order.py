@@ -28,7 +28,7 @@ Sizes = tuple[Any, ...]
 
 # Every way in which Python asks a process group to communicate, under the names of all versions of
 # torch; an exchange of what has splits has the arguments of `all_to_all_single`.
-_WITH_SPLITS = ("all_to_all_single", "alltoall_base")
+WITH_SPLITS = ("all_to_all_single", "alltoall_base")
 _WITH_ROOT = ("gather", "gather_single", "scatter")  # lists of tensors on the root only
 _POINT_TO_POINT = ("send", "recv")
 _OTHERS = """
@@ -102,7 +102,7 @@ def recorded(launches: list[Launch]) -> Iterator[None]:
         return make_comm_stream(name, device, overlaps=False)
 
     with contextlib.ExitStack() as stack:
-        for name in (*_WITH_SPLITS, *_WITH_ROOT, *_POINT_TO_POINT, *_OTHERS):
+        for name in (*WITH_SPLITS, *_WITH_ROOT, *_POINT_TO_POINT, *_OTHERS):
             operation = getattr(dist.ProcessGroup, name, None)
             if operation is not None:
                 patch = mock.patch.object(dist.ProcessGroup, name, recording(name, operation))
@@ -113,7 +113,7 @@ def recorded(launches: list[Launch]) -> Iterator[None]:
 
 
 def _sizes(name: str, num_members: int, args: tuple[Any, ...]) -> Sizes:
-    if name in _WITH_SPLITS:
+    if name in WITH_SPLITS:
         received, sent, *splits = args[:4]
         return tuple(
             tuple(_elements(tensor, sizes, num_members))
@@ -202,7 +202,7 @@ def _misfit(launches: Sequence[Launch]) -> str | None:
     if len(set(operations)) > 1:
         return f"operations {operations}"
     sizes = [launch.sizes for launch in launches]
-    if operations[0] in _WITH_SPLITS:
+    if operations[0] in WITH_SPLITS:
         sent = [[of_rank[1][target] for of_rank in sizes] for target in range(len(sizes))]
         received = [list(of_rank[0]) for of_rank in sizes]
         return None if sent == received else f"{operations[0]}: {sent} sent, {received} received"

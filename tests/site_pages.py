@@ -11,10 +11,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from megatron_laer.environment import VARIABLES
 from megatron_laer.flags import add_arguments
+from megatron_laer.plugin.command_line import ARGUMENT_PATCHES
+from megatron_laer.plugin.switch import FSEP_PATCHES
 from megatron_laer.releases import NEXT, RELEASES
 from megatron_laer.support.refusal import Refusal
 from megatron_laer.support.table import REFUSALS
+from tests import compatibility
+from tests.error_messages import SLURM
+from tests.errors_page import errors
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -52,10 +58,46 @@ def releases() -> Iterator[str]:
     yield _row(f"{NEXT.number} (main)", ", ".join(NEXT.tested), asked)
 
 
+def patches() -> Iterator[str]:
+    """Every attribute of Megatron that is replaced, and what for."""
+    yield "| replaced in `megatron` | what it does |"
+    yield "|---|---|"
+    for patch in (*ARGUMENT_PATCHES, *FSEP_PATCHES):
+        name = f"{patch.module}.{patch.path}".removeprefix("megatron.")
+        yield _row(f"`{name}`", patch.reason)
+
+
+def environment() -> Iterator[str]:
+    """Every variable of the environment that is read, and who sets it."""
+    yield "| variable | set by | |"
+    yield "|---|---|---|"
+    for variable in VARIABLES:
+        yield _row(f"`{variable.name}`", variable.owner, variable.meaning)
+
+
+def slurm_settings() -> Iterator[str]:
+    """The settings of the batch script for Slurm, as its head lists them."""
+    text = SLURM.read_text(encoding="utf-8")
+    listed = re.findall(
+        r"^#   ([A-Z_]+(?:, [A-Z_]+)*) +(\S.*(?:\n# {19}\S.*)*)", text, re.MULTILINE
+    )
+    yield "| variable | |"
+    yield "|---|---|"
+    for names, meaning in listed:
+        code = ", ".join(f"`{name}`" for name in names.split(", "))
+        yield _row(code, re.sub(r"\s*\n#\s+", " ", meaning))
+
+
 TABLES: dict[tuple[str, str], Callable[[], Iterable[str]]] = {
     ("flags.md", "flags"): flags,
+    ("flags.md", "environment"): environment,
+    ("fork.md", "patches"): patches,
+    ("slurm.md", "settings"): slurm_settings,
     ("troubleshooting.md", "refusals"): refusals,
     ("compatibility.md", "releases"): releases,
+    ("compatibility.md", "combinations"): compatibility.combinations,
+    ("compatibility.md", "versions"): compatibility.versions,
+    ("errors.md", "errors"): errors,
 }
 
 
@@ -78,6 +120,11 @@ def with_table(page: str, name: str, lines: Iterable[str]) -> str:
 
 def main() -> None:
     """Write every table into its page."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--passed", metavar="TESTS", help="how a set was started that has passed")
+    passed = parser.parse_args().passed
+    if passed and compatibility.record(compatibility.here(passed)):
+        print("tests/tested.csv has a new row: commit it with docs/compatibility.md")
     for (page, name), table in TABLES.items():
         path = DOCS / page
         path.write_text(with_table(path.read_text("utf-8"), name, table()), encoding="utf-8")

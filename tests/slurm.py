@@ -17,7 +17,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,10 +83,24 @@ class Cluster:
         self, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> Job:
         """`sbatch` these words, with these variables beside the own environment."""
-        log = self.folder / "jobs" / "%j.log"
-        sbatch = ("sbatch", "--parsable", f"--output={log}", *words)
-        number = int(self.run(*sbatch, cwd=cwd, environment=environment))
-        return Job(self, number)
+        return Job(self, self._sbatch("%j", words, cwd, environment))
+
+    def submit_array(
+        self, tasks: str, *words: str, environment: Mapping[str, str] | None = None
+    ) -> list[Job]:
+        """The jobs of two tasks: `tasks` is what `sbatch --array` takes, such as `1-2`."""
+        number = self._sbatch("%A_%a", (f"--array={tasks}", *words), None, environment)
+        return [Job(self, number, task) for task in (1, 2)]
+
+    def _sbatch(
+        self,
+        log: str,
+        words: Sequence[str],
+        cwd: Path | None,
+        environment: Mapping[str, str] | None,
+    ) -> int:
+        sbatch = ("sbatch", "--parsable", f"--output={self.folder}/jobs/{log}.log", *words)
+        return int(self.run(*sbatch, cwd=cwd, environment=environment))
 
     def cancel_jobs(self) -> None:
         """End all jobs and wait until their nodes are free."""
@@ -99,25 +113,36 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Job:
-    """One submitted job."""
+    """One submitted job.
+
+    Attributes:
+        number: its own, or that of the array that it is a task of.
+        task: its number in the array, if it is in one.
+    """
 
     cluster: Cluster
     number: int
+    task: int | None = None
+
+    @property
+    def name(self) -> str:
+        """How Slurm's commands name it."""
+        return f"{self.number}" if self.task is None else f"{self.number}_{self.task}"
 
     @property
     def log(self) -> str:
         """What it has printed so far."""
-        path = self.cluster.folder / "jobs" / f"{self.number}.log"
+        path = self.cluster.folder / "jobs" / f"{self.name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def field(self, name: str) -> str:
         """A field of `scontrol show job`, such as JobState."""
-        shown = self.cluster.run("scontrol", "--oneliner", "show", "job", str(self.number))
+        shown = self.cluster.run("scontrol", "--oneliner", "show", "job", self.name)
         return dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)[name]
 
     def signal(self, name: str, *options: str) -> None:
         """`scancel --signal`."""
-        self.cluster.run("scancel", f"--signal={name}", *options, str(self.number))
+        self.cluster.run("scancel", f"--signal={name}", *options, self.name)
 
     def wait_until(
         self, condition: Callable[[], bool], what: str, timeout_s: float = 900.0
@@ -145,7 +170,7 @@ class Job:
         """Requeued jobs wait for two minutes by default; this one hardly does."""
         self.wait_until(lambda: self.field("JobState") == "PENDING", "requeued")
         # In the second of its end its credentials are still refused.
-        self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now+2")
+        self.cluster.run("scontrol", "update", f"JobId={self.name}", "StartTime=now+2")
 
 
 @contextlib.contextmanager
@@ -214,8 +239,9 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 MpiDefault=none
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
-SlurmdTimeout=10
-SlurmctldTimeout=10
+# A node whose daemon gets no processor for that long is taken for lost.
+SlurmdTimeout=60
+SlurmctldTimeout=60
 InactiveLimit=0
 KillWait=30
 MinJobAge=86400

@@ -21,6 +21,7 @@ from megatron_laer.arrays import Int64
 from megatron_laer.config import Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
+from megatron_laer.planner.token_rows import SizeMessages, TokenRows
 from megatron_laer.planner.token_traffic import TokenRouting
 from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
@@ -80,6 +81,20 @@ def gloo_groups(node_size: int) -> Iterator[FSEPGroups]:
         yield groups
     finally:
         dist.destroy_process_group()
+
+
+def known_rows(to_ranks_NN: Int64, to_nodes_NM: Int64, node_size: int) -> list[TokenRows]:
+    """What each rank hears of its rows, if all ranks' sizes are these."""
+    num_ranks = len(to_ranks_NN)
+    sizes_NZ = np.hstack([to_ranks_NN, to_nodes_NM])
+    found = []
+    for rank in range(num_ranks):
+        messages = SizeMessages(rank, num_ranks, node_size)
+        told = [
+            sizes_Z[places] for sizes_Z, places in zip(sizes_NZ, messages.received, strict=True)
+        ]
+        found.append(messages.rows(np.concatenate(told)))
+    return found
 
 
 def routing_maps(case: Case) -> list[torch.Tensor]:
@@ -229,9 +244,8 @@ class _Experts(torch.autograd.Function):
 
 @contextlib.contextmanager
 def recorded(sent: dict[str, list[Sent]], phase: str) -> Iterator[None]:
-    """Note what every All-to-All, and every All-gather of sizes, brings to this rank."""
+    """Note what every All-to-All brings to this rank."""
     true_exchange, size = dist.all_to_all_single, dist.get_world_size()
-    true_gather = dist.all_gather_into_tensor
     of_phase = sent.setdefault(phase, [])
 
     def exchange(
@@ -252,15 +266,7 @@ def recorded(sent: dict[str, list[Sent]], phase: str) -> Iterator[None]:
             received, given, output_split_sizes, input_split_sizes, group, **options
         )
 
-    def gather(gathered: torch.Tensor, given: torch.Tensor, group: Any) -> Any:
-        assert len(gathered) == size * len(given)
-        of_phase.append(Sent((1,) * size, given.element_size() * len(given), is_hidden=False))
-        return true_gather(gathered, given, group)
-
-    with (
-        mock.patch.object(dist, "all_to_all_single", exchange),
-        mock.patch.object(dist, "all_gather_into_tensor", gather),
-    ):
+    with mock.patch.object(dist, "all_to_all_single", exchange):
         yield
 
 

@@ -21,7 +21,11 @@ from typing import IO, Any
 
 import torch
 
+from benchmarks.command_line import program, write_json, write_text
 from benchmarks.gpu.report import Part, about, page_rows, show
+from megatron_laer.cli.argument_types import between, number, path
+from megatron_laer.cli.program import Parser
+from megatron_laer.files.checks import refuse_unusable_folder
 from megatron_laer.support.torch_version import problem_on_cuda
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -204,7 +208,11 @@ def run_tests(dry: bool, seconds: float) -> Part | None:
 
 
 def refusal(options: argparse.Namespace, parts: Sequence[str]) -> str | None:
-    """Why this machine cannot run the check as asked; None if it can."""
+    """Why this machine cannot run the check as asked; None if it can.
+
+    Raises:
+        ValueError: there can be no folder for the result.
+    """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         return f"--parts {unknown[0]} is no part; take some of {','.join(PARTS)}"
@@ -215,6 +223,7 @@ def refusal(options: argparse.Namespace, parts: Sequence[str]) -> str | None:
         return f"--ranks {options.ranks} are not equally many on each of {options.nodes} nodes"
     if options.nodes > 1 and options.address is None:
         return f"--nodes {options.nodes} needs --address; submit scripts/slurm/gpu_check.sbatch"
+    refuse_unusable_folder(options.output, "--output")
     if options.dry_run:
         return None
     if not torch.cuda.is_available():
@@ -228,22 +237,20 @@ def refusal(options: argparse.Namespace, parts: Sequence[str]) -> str | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gpu_check", description="What a card shows.")
+    parser = Parser(prog="gpu_check", description="What a card shows.")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--parts", help=f"some of {','.join(PARTS)}; default: all")
-    parser.add_argument("--ranks", type=_count, default=1, help="cards, of all nodes together")
-    parser.add_argument("--nodes", type=_count, default=1, help="set by the Slurm script")
+    parser.add_argument(
+        "--ranks", type=between(1, 2**16), default=1, help="cards, of all nodes together"
+    )
+    parser.add_argument(
+        "--nodes", type=between(1, 2**16), default=1, help="set by the Slurm script"
+    )
     parser.add_argument("--address", help="of the first node, likewise")
-    parser.add_argument("--port", type=_count, default=29500, help="there, likewise")
-    parser.add_argument("--minutes", type=float, help="default: 9, with --ranks 18")
-    parser.add_argument("--output", type=Path, default=_ROOT / "gpu-check", help="a folder")
+    parser.add_argument("--port", type=between(1, 2**16 - 1), default=29500, help="there, likewise")
+    parser.add_argument("--minutes", type=number(0.1, 10**5), help="default: 9, with --ranks 18")
+    parser.add_argument("--output", type=path, default=_ROOT / "gpu-check", help="a folder")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
 
 
 @contextlib.contextmanager
@@ -259,8 +266,8 @@ def _data(options: argparse.Namespace, is_needed: bool) -> Iterator[str]:
 
 
 def _write(folder: Path, result: dict[str, Any]) -> None:
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "rows.md").write_text(page_rows(result))
+    write_json(folder / "result.json", result)
+    write_text(folder / "rows.md", page_rows(result))
 
 
 def _python_path() -> str:
@@ -268,4 +275,4 @@ def _python_path() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program("gpu_check", main)

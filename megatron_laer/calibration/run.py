@@ -15,7 +15,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from megatron_laer.calibration import machine
+from megatron_laer.calibration import estimate, machine
 from megatron_laer.calibration.constants import cluster_of
 from megatron_laer.calibration.contention import contention_jobs
 from megatron_laer.calibration.gemms import gemm_jobs, usable_back_ends
@@ -23,6 +23,7 @@ from megatron_laer.calibration.host import host_jobs
 from megatron_laer.calibration.links import collective_jobs, exchange_jobs, make_partners
 from megatron_laer.calibration.sampling import Job, measure
 from megatron_laer.calibration.settings import ExpertShape, Settings, make_settings
+from megatron_laer.files import memory
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.platform import cpu
 from megatron_laer.runtime.comm import launcher
@@ -86,7 +87,12 @@ def together[T](control: dist.ProcessGroup, do: Callable[[], T]) -> T:
 
 
 def agree_on_settings(
-    expert: ExpertShape | None, node_size: int | None, *, quick: bool, control: dist.ProcessGroup
+    expert: ExpertShape | None,
+    node_size: int | None,
+    *,
+    quick: bool,
+    longest_hours: float,
+    control: dist.ProcessGroup,
 ) -> tuple[Settings, torch.device]:
     """Choose each rank's device and what is measured. Collective over all ranks.
 
@@ -95,10 +101,10 @@ def agree_on_settings(
         node_size: None to ask the launcher.
 
     Raises:
-        ValueError: ranks differ in what they were told or compute on, or the node size is none; the
-            same on every rank.
+        ValueError: ranks differ in what they were told or compute on, the node size is none, or
+            the expert takes too much memory or time; the same on every rank.
     """
-    settings, device = together(control, lambda: _settings(expert, node_size, quick))
+    settings, device = together(control, lambda: _settings(expert, node_size, quick, longest_hours))
     everybody: list[Settings | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, settings, group=control)
     for rank, other in enumerate(everybody):
@@ -157,7 +163,7 @@ _EXPERTS = {False: ExpertShape(512, 1024, True), True: ExpertShape(4096, 14336, 
 
 
 def _settings(
-    expert: ExpertShape | None, node_size: int | None, quick: bool
+    expert: ExpertShape | None, node_size: int | None, quick: bool, longest_hours: float
 ) -> tuple[Settings, torch.device]:
     on_cuda = not cpu.needed()
     world_size = dist.get_world_size()
@@ -181,6 +187,9 @@ def _settings(
         )
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     made = make_settings(expert or _EXPERTS[on_cuda], node_size, on_cuda=on_cuda, quick=quick)
+    # On a processor, the ranks of a node share its memory.
+    free = torch.cuda.mem_get_info()[0] if on_cuda else memory.available_bytes() // node_size
+    estimate.check_fits(made, free, longest_hours)
     return made, device
 
 

@@ -20,20 +20,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_laer import __version__
-from megatron_laer.files.checks import one_line
-from megatron_laer.launch import in_one_line
+from megatron_laer.cli.program import Parser, ended, failed, stopped_by_exceptions
 
 # Every command, with what `--help` says of it.
 _COMMANDS = {
@@ -52,102 +46,43 @@ _COMMANDS = {
 # Commands to which what follows `--` belongs.
 _TAKE_FLAGS = ("train", "check-recipe")
 
-# As shells report a process that a signal ended.
-_INTERRUPTED = 128 + signal.SIGINT
-_NO_READER = 128 + signal.SIGPIPE
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status.
+    """Run one command and return its exit status, as `program.ended` does.
 
-    That is 2 for what the user can mend, with one line on stderr that says it; 130 after Ctrl-C;
-    141 without a word if the reader of the output has gone, such as `head`. The script of `train`
-    runs as if Python had started it: signals and exceptions are its own, but for settings that the
-    plugin refuses.
+    The script of `train` runs as if Python had started it: signals and exceptions are its own, but
+    for settings that the plugin refuses.
 
     Raises:
         SystemExit: argparse has had its say, or SIGTERM or SIGHUP came, after files were tidied up.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        try:
-            status, script = _run(words)
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except BrokenPipeError:
-        _discard_output()
-        return _NO_READER
-    except OSError as error:
-        _discard_output()
-        return _fail(f"the output cannot be written: {error}")
-    if script is not None:
-        from megatron_laer.cli import train
+    name = " ".join([_program(), *words[:1]])
+    script = ""
 
-        refusal = train.run_script(script)
-        return status if refusal is None else _fail(f"train: {refusal}")
-    return status
-
-
-def _run(words: list[str]) -> tuple[int, str | None]:
-    """Run a command; return its status, and the script that `train` has everything ready for."""
-    command = words[0] if words else ""
-    try:
+    def run() -> int:
+        nonlocal script
         args, script_args = _parse(words)
         if args.command == "train":
             from megatron_laer.cli import train
 
             train.prepare(args.script, script_args)
-            return 0, str(args.script)
-        with _stopped_by_exceptions():
-            return int(_module(args.command).run(args)), None
-    except KeyboardInterrupt:
-        return _fail(f"{command}: interrupted", _INTERRUPTED), None
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError, ImportError) as error:
-        return _fail(f"{command}: {in_one_line(error)}"), None
-    except MemoryError:
-        return _fail(f"{command}: the memory of this process does not suffice"), None
+            script = args.script
+            return 0
+        with stopped_by_exceptions():
+            return int(_module(args.command).run(args))
+
+    status = ended(name, run)
+    if script and status == 0:
+        from megatron_laer.cli import train
+
+        refusal = train.run_script(script)
+        return status if refusal is None else failed(name, refusal)
+    return status
 
 
 def _module(command: str) -> Any:
     return importlib.import_module(f"{__name__}.{command.replace('-', '_')}")
-
-
-@contextmanager
-def _stopped_by_exceptions() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise SystemExit in the block, so that its `finally` clauses run."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    # A signal that is ignored, as under nohup, stays so.
-    mine = [
-        number
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if threading.current_thread() is threading.main_thread()
-        and signal.getsignal(number) is signal.SIG_DFL
-    ]
-    for number in mine:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in mine:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _fail(message: str, status: int = 2) -> int:
-    print(f"{_program()} {one_line(message)}", file=sys.stderr)
-    return status
-
-
-def _discard_output() -> None:
-    """Let what is still buffered go nowhere, or Python would fail once more at its end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
 
 
 def _program() -> str:
@@ -171,13 +106,6 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, instead of after the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
-
-
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the arguments, and what follows `--`, which is among them as `flags` too.
 
@@ -198,13 +126,13 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, script_args
 
 
-def _parser(command: str) -> _Parser:
+def _parser(command: str) -> Parser:
     """Make the parser of all commands; `command` alone gets its arguments.
 
     Raises:
         ImportError: the module of `command` cannot be imported.
     """
-    parser = _Parser(
+    parser = Parser(
         prog=_program(),
         description="Fully Sharded Expert Parallel for Megatron-LM",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import warnings
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping
@@ -166,8 +167,11 @@ def _parsed(words: list[str]) -> Namespace:
     from megatron_laer.support import arguments
 
     check_patterns(words)
-    _replace_cuda_where_needed()
-    from megatron.training.arguments import add_megatron_arguments
+    with warnings.catch_warnings():
+        # Megatron says at import what a run would miss here, and nothing is run.
+        warnings.simplefilter("ignore")
+        _replace_cuda_where_needed()
+        from megatron.training.arguments import add_megatron_arguments
 
     parser: argparse.ArgumentParser = _Parser(allow_abbrev=False, add_help=False)
     parser = flags.add_arguments(add_megatron_arguments(parser))

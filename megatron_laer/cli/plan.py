@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_laer.choices import TokenExchange, TokenExchangeChoice
+from megatron_laer.choices import Recompute, TokenExchange, TokenExchangeChoice
 from megatron_laer.cli import plan_input
 from megatron_laer.cli.argument_types import between, number, path
 from megatron_laer.config import ExchangeAlgorithm
@@ -138,6 +138,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how tokens travel, for the predicted time; default: %(default)s",
     )
     parser.add_argument(
+        "--recompute",
+        default=Recompute.NONE.value,
+        choices=[choice.value for choice in Recompute],
+        help="what backward computes again, for the predicted time: nothing; all of an MoE layer, "
+        "token exchanges included; or its compute alone; default: %(default)s",
+    )
+    parser.add_argument(
         "--config",
         metavar="NAME|YAML",
         help="a model, for its experts' sizes; default: those of mixtral-8x7b-e8k2",
@@ -181,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
             it can be known by then.
     """
     _check(args)
-    cluster = _cluster(args)
+    cluster = _named("--cluster", args.cluster, load_cluster)
     sizes = _expert_sizes(args)
     costs = CostModel(
         cluster=cluster,
@@ -189,6 +196,7 @@ def run(args: argparse.Namespace) -> int:
         ffn=sizes.ffn,
         gated=sizes.gated,
         bytes_per_element=_BYTES_PER_ELEMENT,
+        recompute=Recompute(args.recompute),
         restore_algorithm=ExchangeAlgorithm(args.restore_algorithm),
     )
     num_experts = args.experts if args.experts is not None else sizes.num_experts
@@ -225,6 +233,7 @@ def run(args: argparse.Namespace) -> int:
         "cluster": cluster.name,
         "expert_sizes": asdict(sizes),
         "restore_algorithm": args.restore_algorithm,
+        "recompute": args.recompute,
         "token_exchange": priced,
         "token_exchange_ms": {name: seconds * 1e3 for name, seconds in exchange_s.items()},
         "tolerance": tolerance,
@@ -359,15 +368,6 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--json {quoted(args.json)} and --plot {quoted(args.plot)} are one file; give two"
             )
-
-
-def _cluster(args: argparse.Namespace) -> Cluster:
-    """Return the hardware of --cluster.
-
-    Raises:
-        ValueError: it cannot be read, or does not fit.
-    """
-    return _named("--cluster", args.cluster, load_cluster)
 
 
 def _expert_sizes(args: argparse.Namespace) -> ExpertSizes:

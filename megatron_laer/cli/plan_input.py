@@ -9,6 +9,8 @@ from typing import Any
 from megatron_laer.cli.argument_types import between, path, rank_range
 from megatron_laer.files import memory
 from megatron_laer.layout import MAX_EXPERTS
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.simulator.estimate import check_drawing
 from megatron_laer.trace import FORMATS, Trace, read_trace
 from megatron_laer.trace.workloads import WORKLOADS, Shape, workload_trace
 
@@ -129,6 +131,7 @@ def read(
         f"{steps} steps of {args.ranks} ranks and {num_experts} experts",
         "give fewer --steps",
     )
+    check_drawing(steps, Geometry(args.ranks, num_experts, num_experts, 1), args.hours)
     title = WORKLOADS[args.workload].title
     called = f"{args.workload} {title}, top-{topk}, {tokens} tokens per rank"
     return called, workload_trace(args.workload, shape, steps)

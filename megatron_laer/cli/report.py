@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from megatron_laer.cli.argument_types import between, path
+from megatron_laer.choices import Choice, ExchangeAlgorithm, Recompute
+from megatron_laer.cli.argument_types import between, number, path
+from megatron_laer.files import memory
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.writing import replaced_when_complete, write_all
@@ -22,11 +25,12 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.report.page import page
 from megatron_laer.report.recorded import recorded_run
-from megatron_laer.report.replayed import replayed_run
+from megatron_laer.report.replayed import replay_work, replayed_run
 from megatron_laer.report.run_data import RunData
 from megatron_laer.report.sources import Sources, find
 from megatron_laer.report.verdict import judge
-from megatron_laer.report.what_if import BYTES_PER_ELEMENT, WhatIf, what_if
+from megatron_laer.report.what_if import BYTES_PER_ELEMENT, WhatIf, what_if, what_if_work
+from megatron_laer.simulator.estimate import Work
 from megatron_laer.simulator.sizes import DEFAULT_SIZES, ExpertSizes, model_sizes
 from megatron_laer.trace import Trace, read_trace
 
@@ -75,6 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="microbatches that other capacities and modes are tried on, at most; default: "
         "%(default)s",
+    )
+    parser.add_argument(
+        "--hours",
+        type=number(1e-6, 24.0 * 365),
+        default=1.0,
+        metavar="X",
+        help="refuse what would take longer by a rough estimate; default: %(default)s",
     )
     parser.add_argument(
         "--cluster",
@@ -154,17 +165,42 @@ def _read(args: argparse.Namespace, sources: Sources, cases: int) -> tuple[RunDa
         name, cluster = _cluster(args.cluster, dict(shown.settings).get("cluster"))
         shape = shown.shape
         geometry = Geometry(shape.num_ranks, shape.num_experts, shape.capacity, shape.node_size)
-        costs = _costs(cluster, _recorded_sizes(shown))
+        costs = replace(
+            _costs(cluster, _recorded_sizes(shown)),
+            restore_algorithm=_recorded(shown, "restore_algorithm", ExchangeAlgorithm.FLAT),
+            recompute=_recorded(shown, "recompute", Recompute.NONE),
+        )
     else:
         assert trace is not None
         name, cluster = _cluster(args.cluster, None)
         geometry = _geometry(args, trace, cluster)
         costs = _costs(cluster, sizes or DEFAULT_SIZES)
+        _check_fits(
+            [replay_work(trace, geometry)], args.hours, "another trace, such as of fewer ranks"
+        )
         shown = replayed_run(sources.name, trace, geometry, costs, _bar("deciding"))
     rows: list[WhatIf] = []
     if trace is not None:
+        _check_fits(what_if_work(trace, geometry, cases), args.hours, "fewer --cases")
         rows = what_if(str(sources.trace), trace, geometry, costs, cases, name, _bar("what if"))
     return shown, rows
+
+
+def _check_fits(works: Sequence[Work], longest_hours: float, remedy: str) -> None:
+    """Refuse what would take longer, or more memory than is free.
+
+    Raises:
+        ValueError: with the estimate, and what to give.
+    """
+    for work in works:
+        what = f"{work.cases:,} microbatches of {work.geometries[0].num_ranks:,} ranks"
+        memory.check_enough(work.bytes, what, f"give {remedy}")
+        hours = work.seconds / 3600
+        if hours > longest_hours:
+            raise ValueError(
+                f"{what} would take about {hours:.2g} hours, more than the {longest_hours:.2g} of "
+                f"--hours; give {remedy}, or --hours {hours * 1.1:.2g}"
+            )
 
 
 def _geometry(args: argparse.Namespace, trace: Trace, cluster: Cluster) -> Geometry:
@@ -206,6 +242,14 @@ def _recorded_sizes(shown: RunData) -> ExpertSizes:
         )
     except (KeyError, argparse.ArgumentTypeError):
         return DEFAULT_SIZES
+
+
+def _recorded[T: Choice](shown: RunData, setting: str, otherwise: T) -> T:
+    """Return a setting as the run noted it; `otherwise` where it noted no word that we know."""
+    try:
+        return type(otherwise)(dict(shown.settings)[setting])
+    except (KeyError, ValueError):
+        return otherwise
 
 
 def _cluster(given: str | None, recorded: str | None) -> tuple[str, Cluster]:

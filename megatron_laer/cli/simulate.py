@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_laer.choices import Recompute
 from megatron_laer.cli import simulate_input
 from megatron_laer.cli.argument_types import between, number, path
 from megatron_laer.cli.plan_input import MAX_TOKENS
@@ -167,6 +168,8 @@ def run(args: argparse.Namespace) -> int:
             args.tokens or [None],
         )
     ]
+    recorded = None if args.workload else routing_of(1, None)
+    simulate_input.check_fits(args, model, recorded, [case[:2] for case in wanted], len(rates))
     for geometry, mode, tokens in wanted:
         num_ranks = geometry.num_ranks
         key = num_ranks, None if args.workload is None else tokens
@@ -177,7 +180,6 @@ def run(args: argparse.Namespace) -> int:
         routing = Routing(trace, num_ranks, None if args.workload else pairs)
         shape = _run_shape(args, geometry, max(round(routing.pairs / model.topk), 1), trace)
         shape.layers_by_chunk(len(model.layer_has_experts))
-        simulate_input.check_memory(shape)
         sizes = num_ranks, geometry.node_size, geometry.capacity
         case = Case(*sizes, mode, shape.tokens, shape.world)
         methods, refused[case] = _methods(args, geometry, cluster, model, PlanMode(mode), rates[0])
@@ -246,7 +248,7 @@ def _methods(
         ffn=model.expert_ffn,
         gated=model.gated,
         bytes_per_element=model.bytes_per_element,
-        recompute=args.recompute != "none",
+        recompute=Recompute(args.recompute),
         restore_algorithm=ExchangeAlgorithm(args.restore_algorithm),
     )
     settings = Settings(
@@ -281,7 +283,7 @@ def _run_shape(args: argparse.Namespace, geometry: Geometry, tokens: int, trace:
         chunks=args.virtual_pipeline or 1,
         replicas=simulate_input.replicas_of(args, geometry.num_ranks),
         tensor=args.tensor_parallel or 1,
-        recompute=args.recompute,
+        recompute=Recompute(args.recompute),
         shards_optimizer=not args.no_distributed_optimizer,
         overlaps_data_parallel=not args.no_data_parallel_overlap,
     )

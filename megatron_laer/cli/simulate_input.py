@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from megatron_laer.choices import Recompute
 from megatron_laer.cli.argument_types import between, number
 from megatron_laer.cli.plan_input import add_routing_arguments
+from megatron_laer.config import PlanMode
 from megatron_laer.files import memory
 from megatron_laer.layout import MAX_EXPERTS
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.simulator.iteration import estimate
+from megatron_laer.simulator.iteration.estimate import Work
 from megatron_laer.simulator.iteration.model_shape import ModelShape
-from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
 from megatron_laer.trace import Trace, read_trace
 from megatron_laer.trace.workloads import WORKLOADS, Shape, workload_counts
 
@@ -25,8 +29,7 @@ _DEFAULT_CLUSTER = "a100-4x8-ib800"
 _WORKLOAD_LAYERS, _WORKLOAD_STEPS = 4, 8
 _WORKLOAD_MICROBATCHES = 8
 _BYTES_PER_COUNT = 12
-# An operation of a stage's order, and what a rank's clocks of one stage hold.
-_BYTES_PER_OPERATION, _BYTES_PER_CLOCK = 128, 256
+_LEAST_HOURS, _MAX_HOURS = 1e-6, 24.0 * 365
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="X",
         help="once per iteration, as of the data loader; default: none",
+    )
+    parser.add_argument(
+        "--hours",
+        type=number(_LEAST_HOURS, _MAX_HOURS),
+        default=1.0,
+        metavar="X",
+        help="refuse what would take longer by a rough estimate; default: %(default)s",
     )
     sizes.add_argument(
         "--no-distributed-optimizer", action="store_true", help="optimizer states are not sharded"
@@ -139,8 +149,7 @@ def routing_of(
 
 def _workload(args: argparse.Namespace, model: ModelShape, ranks: int, tokens: int | None) -> Trace:
     """Make a workload's trace: layers with a microbatch each, in several steps."""
-    layers = min(_WORKLOAD_LAYERS, model.moe_layers)
-    steps = max(_WORKLOAD_STEPS, args.lag + 1)
+    steps, layers = _workload_sizes(args, model)
     shape = Shape(ranks, model.num_experts, model.topk, tokens or model.sequence)
     memory.check_enough(
         _BYTES_PER_COUNT * steps * layers * ranks * model.num_experts,
@@ -159,27 +168,66 @@ def _workload(args: argparse.Namespace, model: ModelShape, ranks: int, tokens: i
     return Trace(names, step_R, layer_R, np.zeros_like(step_R), counts_RNE.astype(np.int32))
 
 
-def microbatches_of(args: argparse.Namespace, trace: Trace) -> int:
-    """Return the microbatches of an iteration."""
+def _workload_sizes(args: argparse.Namespace, model: ModelShape) -> tuple[int, int]:
+    """Return the steps and the layers of a workload."""
+    return max(_WORKLOAD_STEPS, args.lag + 1), min(_WORKLOAD_LAYERS, model.moe_layers)
+
+
+def microbatches_of(args: argparse.Namespace, trace: Trace | None) -> int:
+    """Return the microbatches of an iteration; a workload says none."""
     if args.microbatches is not None:
         return int(args.microbatches)
-    if args.workload is not None:
+    if trace is None or args.workload is not None:
         return _WORKLOAD_MICROBATCHES
     return int(trace.microbatch_R.max()) + 1
 
 
-def check_memory(run: RunShape) -> None:
-    """Refuse a pipeline whose operations would not fit into memory.
+def check_fits(
+    args: argparse.Namespace,
+    model: ModelShape,
+    trace: Trace | None,
+    cases: Sequence[tuple[Geometry, str]],
+    rates: int,
+) -> None:
+    """Refuse cases that would take longer than --hours, or more memory than is free.
+
+    Args:
+        trace: None for a workload, which is drawn later.
+        cases: shapes and plan modes.
+        rates: sets of constants.
 
     Raises:
-        ValueError: with what it would take.
+        ValueError: with the estimate.
     """
-    operations = 2 * run.stages * run.chunks * run.microbatches
-    memory.check_enough(
-        operations * _BYTES_PER_OPERATION + run.stages * run.ranks * _BYTES_PER_CLOCK,
-        f"{run.microbatches} microbatches on {run.stages} stages of {run.ranks} ranks",
-        "give fewer --microbatches or --pipeline stages",
-    )
+    if trace is None:
+        steps, layers = _workload_sizes(args, model)
+        records, found_steps = steps * layers, steps
+    else:
+        layers, records = len(trace.layers), len(trace)
+        found_steps = len(set(trace.step_R.tolist()))
+    microbatches = microbatches_of(args, trace)
+    works = [
+        Work(
+            geometry=geometry,
+            methods=args.method,
+            strategy=args.strategy,
+            mode=PlanMode(mode),
+            rates=rates,
+            layers=len(model.layer_has_experts),
+            traced_layers=layers,
+            microbatches=microbatches,
+            stages=args.pipeline or 1,
+            chunks=args.virtual_pipeline or 1,
+            steps=min(args.steps, found_steps),
+            records=records,
+            cases=min(layers * microbatches, -(-records // found_steps)),
+            lag=args.lag,
+            draws=trace is None,
+            timeline=args.timeline is not None,
+        )
+        for geometry, mode in cases
+    ]
+    estimate.check_fits(works, args.hours)
 
 
 def replicas_of(args: argparse.Namespace, ranks: int) -> int:

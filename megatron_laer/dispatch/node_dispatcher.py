@@ -67,18 +67,16 @@ class _FirstStage(MoEAlltoAllTokenDispatcher):
         """Send rows back, [Y, H] to [X, H]."""
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
-        rank, rows = self._groups.rank, self._rows
-        tokens = exchange(
-            self._first_group, tokens, rows.first_sent(rank), rows.first_received(rank)
-        )
+        rows = self._rows
+        tokens = exchange(self._first_group, tokens, rows.first_sent, rows.first_received)
         if self.shared_experts is not None:
             self.shared_experts.linear_fc2_forward(tokens)
             self.shared_experts.post_forward_comm()
         return tokens
 
     def _exchange_first(self, sent: torch.Tensor) -> torch.Tensor:
-        rank, rows = self._groups.rank, self._rows
-        return exchange(self._first_group, sent, rows.first_received(rank), rows.first_sent(rank))
+        rows = self._rows
+        return exchange(self._first_group, sent, rows.first_received, rows.first_sent)
 
     @property
     def _first_group(self) -> Group:
@@ -132,7 +130,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         self.input_splits, self.output_splits = quotas.input_splits_N, quotas.output_splits_N
         self.hidden_shape = hidden_states.shape
         self._row_of_pairs = routes.row_P
-        self._first, self._bits = routes.first_stage(sum(rows.first_sent(groups.rank)))
+        self._first, self._bits = routes.first_stage(sum(rows.first_sent))
         tokens = self._first.spread(hidden_states.view(-1, self.hidden_shape[-1]))
         return tokens, probs.reshape(-1).index_select(0, routes.pair_P)
 
@@ -147,14 +145,15 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
             Both by pairs, sorted by slot, and between them the tokens of each local slot, int64
             [C].
         """
-        rank, rows, quotas = self._groups.rank, self._rows, self._current.plan.quotas
+        rows, quotas = self._rows, self._current.plan.quotas
         if self._bits is not None:
-            received, sent = rows.second_received(rank), rows.second_sent(rank)
-            self._second = second_stage(self._bits, rows.node_size, sum(sent))
+            sent = rows.second_sent
+            self._second = second_stage(self._bits, len(sent), sum(sent))
             self._bits = None
-            tokens = self._inside_node("dispatch", self._second.spread(tokens), received, sent)
+            tokens = self._second.spread(tokens)
+            tokens = self._inside_node("dispatch", tokens, rows.second_received, sent)
         assert self._row_of_pairs is not None
-        came = self._arrivals = arrivals(self._row_of_pairs, quotas, rows, rank)
+        came = self._arrivals = arrivals(self._row_of_pairs, quotas, rows)
         self._row_of_pairs = None
         experts_RH = came.rows.spread(tokens)
         self._experts_input = tokens, experts_RH
@@ -170,12 +169,11 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Sum the experts' outputs, [R, H], by row, and these inside the node, to [Y, H]."""
         assert self._arrivals is not None
-        rank, rows = self._groups.rank, self._rows
+        rows = self._rows
         summed = self._arrivals.rows.collect(hidden_states)
         self._arrivals = None
         if self._second is not None:
-            received, sent = rows.second_sent(rank), rows.second_received(rank)
-            summed = self._inside_node("combine", summed, received, sent)
+            summed = self._inside_node("combine", summed, rows.second_sent, rows.second_received)
             summed = self._second.collect(summed)
             self._second = None
         return summed

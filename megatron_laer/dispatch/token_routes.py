@@ -128,19 +128,18 @@ class Arrivals:
     sorted_R: torch.Tensor
 
 
-def arrivals(row_R: torch.Tensor, quotas: RankQuotas, rows: TokenRows, rank: int) -> Arrivals:
+def arrivals(row_R: torch.Tensor, quotas: RankQuotas, rows: TokenRows) -> Arrivals:
     """Find the rows of the pairs that a rank received, by source rank, then slot.
 
     Args:
         row_R: came with each pair: the number of its row among those from the pair's source.
-        quotas: of the rank.
-        rows: the sizes of all ranks.
+        quotas, rows: of the rank.
     """
     num_ranks, num_slots = len(quotas.columns_NC), quotas.row_S.size
     *_, shifts_size, counts_size, _, _ = sizes = run_sizes(num_slots, 0)
     of_arrivals = slice(-sum(sizes[5:]), -sum(sizes[7:]))
     runs = quotas.runs[of_arrivals]
-    sources_2N = np.stack([rows.starts_N(rank), quotas.output_splits_N]).astype(runs.dtype)
+    sources_2N = np.stack([rows.starts_N, quotas.output_splits_N]).astype(runs.dtype)
     packed = upload(torch.from_numpy(np.concatenate([runs, sources_2N.ravel()])), row_R.device)
     shifts, counts, starts_N, pairs_N = packed.split(
         [shifts_size, counts_size, num_ranks, num_ranks]
@@ -148,7 +147,7 @@ def arrivals(row_R: torch.Tensor, quotas: RankQuotas, rows: TokenRows, rank: int
     received = quotas.num_received
     arrived_R, sorted_R = rows_of_runs(shifts, counts, 2 * received).split([received] * 2)
     row_R = row_R + torch.repeat_interleave(starts_N, pairs_N, output_size=received)
-    map_ = row_map(row_R.index_select(0, arrived_R), rows.arrived(rank))
+    map_ = row_map(row_R.index_select(0, arrived_R), rows.arrived)
     return Arrivals(map_, arrived_R, sorted_R)
 
 

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from megatron_laer.doctor.row import Answer, Row, Verdict
+from megatron_laer.environment import CONNECTIONS, DEVICE
 from megatron_laer.files.checks import quoted
 from megatron_laer.runtime.comm import launcher
 
-CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _WORLD = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", launcher.SLURM_TASKS)
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 _NUMBER = re.compile("[0-9]{1,9}")
@@ -43,7 +43,7 @@ def cuda(torch: Answer, environment: Mapping[str, str]) -> Row:
         if torch["cards"]:
             return Row("CUDA", found)
         return Row("CUDA", found, Verdict.MISSING, f"asked for: {torch.get('cuda_error')}")
-    hides = ("MEGATRON_LAER_DEVICE", "cpu"), ("CUDA_VISIBLE_DEVICES", "")
+    hides = (DEVICE, "cpu"), ("CUDA_VISIBLE_DEVICES", "")
     hiding = [f"{name}={value!r}" for name, value in hides if environment.get(name) == value]
     if driver and hiding:
         return Row("CUDA", found, note=f"cards are turned down by {hiding[0]}")

@@ -18,6 +18,7 @@ class CostModel:
         best_P: _Float64,
         expert_flops: float,
         forward_share: float,
+        token_passes: float,
         intra_pair_bytes: float,
         inter_pair_bytes: float,
         tokens_in_stages: bool,

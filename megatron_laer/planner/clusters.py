@@ -259,6 +259,12 @@ class Cluster:
             if spread.low == 0 and name in _POSITIVE:
                 raise ValueError(f"{name} has a spread from 0, but must be positive")
 
+    def collective_seconds(self, intra_peers: int, inter_peers: int) -> float:
+        """Return the latency of one collective: of the slowest links it spans, and of its peers."""
+        intra, inter = self.intra, self.inter
+        slowest_s = inter.latency_s if inter_peers else intra.latency_s if intra_peers else 0.0
+        return slowest_s + (intra_peers * intra.peer_s + inter_peers * inter.peer_s)
+
     def constant(self, name: str) -> float | None:
         """Return one of `CONSTANTS`; 1 for those whose spread is a factor; None if not given.
 

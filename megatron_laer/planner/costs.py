@@ -25,6 +25,7 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
+from megatron_laer.choices import Recompute
 from megatron_laer.config import ExchangeAlgorithm, RestoreAlgorithm, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Cluster
@@ -32,7 +33,7 @@ from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import SplitTotals, even_split
-from megatron_laer.planner.token_prices import ALL_TO_ALL_PASSES, BY_RANK, TokenPrices
+from megatron_laer.planner.token_prices import BY_RANK, TokenPrices, all_to_alls
 from megatron_laer.planner.traffic import (
     Traffic,
     expert_elements_N,
@@ -41,7 +42,7 @@ from megatron_laer.planner.traffic import (
 )
 from megatron_laer.sharding import changed_slots
 
-# Forward, and two GEMMs of the same size for each in backward; recompute runs forward once more.
+# Forward, and two GEMMs of the same size for each in backward; a re-run is one more forward.
 _BACKWARD_GEMMS = 2
 # Kernels of a layer, forward and backward, beside GEMMs and collectives: `benchmarks/launches.py`
 # counts them. What each takes to start is about what such a small one takes to run.
@@ -62,7 +63,7 @@ class CostModel:
         ffn: F, width of one expert.
         gated: whether the first matrix is [2F, H] (SwiGLU and its kin) or [F, H].
         bytes_per_element: of tokens, weights and gradients on the wire; 2 for bf16.
-        recompute: whether backward runs the experts' forward again.
+        recompute: what backward runs again.
         restore_algorithm: how changed slots are fetched.
         tokens: how tokens travel, and how many rows they are.
 
@@ -75,7 +76,7 @@ class CostModel:
     ffn: int
     gated: bool
     bytes_per_element: int
-    recompute: bool = False
+    recompute: Recompute = Recompute.NONE
     restore_algorithm: ExchangeAlgorithm = ExchangeAlgorithm.FLAT
     tokens: TokenPrices = BY_RANK
 
@@ -136,7 +137,7 @@ class CostModel:
         shape = Geometry(layout.num_ranks, layout.num_experts, layout.capacity, node_size)
         pass_s = self.tokens.pass_seconds(totals, self.cluster, self.token_bytes)
         pass_s += self.token_latency_seconds(shape)
-        return float(expert_s + ALL_TO_ALL_PASSES * pass_s + self.host_seconds(shape))
+        return float(expert_s + self.token_passes * pass_s + self.host_seconds(shape))
 
     def least_layer_seconds(self, counts_NE: Int64, geometry: Geometry) -> float:
         """Return seconds that no layout of this geometry and no split gets below.
@@ -151,12 +152,11 @@ class CostModel:
         # Expert after expert; NumPy's sum would choose an order.
         experts_s = float(np.cumsum(gemm.least_unit_seconds(loads_E))[-1]) / num_ranks
         expert_s = self._expert_flops * max(experts_s, float(gemm.least_unit_seconds(largest)[0]))
-
         pass_s = self.tokens.least_pass_seconds(
             counts_NE, geometry, self.cluster, self.token_bytes
         ) + self.token_latency_seconds(geometry)
-        token_s = ALL_TO_ALL_PASSES * pass_s
-        return (expert_s + token_s + self.host_seconds(geometry)) * _BELOW_ROUNDING
+        seconds = expert_s + self.token_passes * pass_s + self.host_seconds(geometry)
+        return seconds * _BELOW_ROUNDING
 
     def host_seconds(self, geometry: Geometry) -> float:
         """Return what a microbatch of a layer takes the host, which the device waits for.
@@ -184,6 +184,7 @@ class CostModel:
             geometry,
             self._latency_seconds(num_ranks, node_size),
             self._latency_seconds(node_size, node_size),
+            self._token_forwards,
         )
 
     def restore_bytes(
@@ -202,7 +203,7 @@ class CostModel:
             ValueError: a node size that does not divide N.
         """
         traffic = restore_traffic(layout, node_size, self.matrices, algorithm, changed_S)
-        return self._bytes(traffic)
+        return traffic.times(self.bytes_per_element)
 
     def reduce_bytes(
         self, layout: ExpertLayout, node_size: int, algorithm: ExchangeAlgorithm
@@ -212,7 +213,8 @@ class CostModel:
         Raises:
             ValueError: a node size that does not divide N.
         """
-        return self._bytes(reduce_traffic(layout, node_size, self.matrices, algorithm))
+        traffic = reduce_traffic(layout, node_size, self.matrices, algorithm)
+        return traffic.times(self.bytes_per_element)
 
     def restore_seconds(
         self,
@@ -240,14 +242,21 @@ class CostModel:
 
         Args:
             beside_s: predicted seconds of a layer beside this one, both passes.
-
-        Raises:
-            ValueError: a node size that does not divide N.
         """
         restore_s = self.restore_seconds(layout, node_size, self.restore_algorithm)
-        forward_s = beside_s * self.forward_share
+        forward_s = max(restore_s - beside_s * self.forward_share, 0.0)
+        return forward_s + self.exposed_backward_seconds(layout, node_size, beside_s)
+
+    def exposed_backward_seconds(
+        self, layout: ExpertLayout, node_size: int, beside_s: float
+    ) -> float:
+        """Predict what of a layout's restore and reduce is not hidden in backward.
+
+        With the flat exchange it is the same for any layout. See `exposed_seconds`.
+        """
         # A reduce is a restore run backwards, and takes as long.
-        return max(restore_s - forward_s, 0.0) + max(2 * restore_s - (beside_s - forward_s), 0.0)
+        exchange_s = 2 * self.restore_seconds(layout, node_size, self.restore_algorithm)
+        return max(exchange_s - (beside_s - beside_s * self.forward_share), 0.0)
 
     def with_exchange(self, algorithm: RestoreAlgorithm, geometry: Geometry) -> CostModel:
         """Return the same with another exchange; `auto` takes the faster for such layouts."""
@@ -280,11 +289,8 @@ class CostModel:
 
         The solve, and in forward the fetch of the changed slots, which starts when the gate is
         known and which the experts wait for. The other slots were restored ahead for the planned
-        layout. Backward adds nothing: the layout is known since forward, so its whole restore and
-        the whole reduce are prefetched and delayed like those of the planned layout, and this model
-        takes hidden exchanges for free. In a flat exchange they have the same bytes for any layout;
-        by node, a layout with more distinct experts on a node moves more, which `restore_seconds`
-        and `reduce_seconds` tell.
+        layout. Backward prefetches and delays exchanges as it does the planned layout's; what of
+        them is exposed, which the guard weighs too, is told by `exposed_backward_seconds`.
 
         Raises:
             ValueError: layouts of different shapes, or a node size that does not divide N.
@@ -308,6 +314,7 @@ class CostModel:
             *self.cluster.gemm.columns(),
             self._expert_flops,
             self.forward_share,
+            self.token_passes,
             *self.tokens.pair_bytes(self.token_bytes),
             self.tokens.in_stages,
             self.bytes_per_element,
@@ -326,29 +333,29 @@ class CostModel:
     def forward_share(self) -> float:
         """Return the part of a layer's time that hides a restore in forward; backward is the rest.
 
-        The smaller one of forward's shares: of the experts' passes, and of the All-to-Alls, two of
-        four.
+        The smaller one of its shares: of the experts' passes, and of All-to-Alls, where it has two.
         """
-        return min(1.0 / self._passes, 0.5)
+        return min(1.0 / self._passes, 2.0 / self.token_passes)
+
+    @property
+    def token_passes(self) -> int:
+        """Count the All-to-Alls of tokens, in forward, in a re-run that has them, in backward."""
+        return all_to_alls(self._token_forwards)
+
+    @property
+    def _token_forwards(self) -> int:
+        return 2 if self.recompute == Recompute.FULL else 1
 
     @property
     def _passes(self) -> float:
         """Count the experts' passes, a backward one by how long it takes; recompute is backward."""
-        forwards = 2 if self.recompute else 1
+        forwards = 1 if self.recompute == Recompute.NONE else 2
         return forwards + _BACKWARD_GEMMS * self.cluster.backward_gemm_factor
 
     @property
     def _expert_flops(self) -> float:
         """Count the FLOPs per token over all passes."""
         return self._passes * self.flops_per_token
-
-    def _bytes(self, traffic: Traffic) -> Traffic:
-        return Traffic(
-            intra_N=traffic.intra_N * self.bytes_per_element,
-            inter_N=traffic.inter_N * self.bytes_per_element,
-            sent_intra_N=traffic.sent_intra_N * self.bytes_per_element,
-            sent_inter_N=traffic.sent_inter_N * self.bytes_per_element,
-        )
 
     def _exchange_seconds(
         self, traffic: Traffic, num_ranks: int, node_size: int, algorithm: ExchangeAlgorithm
@@ -365,21 +372,15 @@ class CostModel:
         self, num_ranks: int, node_size: int, algorithm: ExchangeAlgorithm
     ) -> float:
         if algorithm == ExchangeAlgorithm.NODE:  # two collectives, one after the other
-            latency_s = self._collective_seconds(node_size - 1, 0)
-            latency_s += self._collective_seconds(0, num_ranks // node_size - 1)
+            latency_s = self.cluster.collective_seconds(node_size - 1, 0)
+            latency_s += self.cluster.collective_seconds(0, num_ranks // node_size - 1)
         else:
             latency_s = self._latency_seconds(num_ranks, node_size)
         return len(self.matrices) * latency_s
 
     def _latency_seconds(self, num_ranks: int, node_size: int) -> float:
         """Return the latency of one collective over all ranks."""
-        return self._collective_seconds(node_size - 1, num_ranks - node_size)
-
-    def _collective_seconds(self, intra_peers: int, inter_peers: int) -> float:
-        """Return the latency of one collective: of the slowest links it spans, and of its peers."""
-        intra, inter = self.cluster.intra, self.cluster.inter
-        slowest_s = inter.latency_s if inter_peers else intra.latency_s if intra_peers else 0.0
-        return slowest_s + (intra_peers * intra.peer_s + inter_peers * inter.peer_s)
+        return self.cluster.collective_seconds(node_size - 1, num_ranks - node_size)
 
 
 @lru_cache(maxsize=64)

@@ -39,8 +39,9 @@ class Decision:
         planned_quotas: of the planned layout; None under `exact`, which does not ask for them.
         rank_quotas: what the rank that asked must know of `quotas`.
         solved: whether a fresh layout was made, also if it was not taken.
-        gain_s: what the fresh layout saves in the layer's predicted time; None where the choice was
-            not made by cost. Without `solved`, the most that any layout could save.
+        gain_s: what the fresh layout saves in the layer's predicted time, and in what nothing hides
+            of backward's exchanges; None where the choice was not made by cost. Without `solved`,
+            the most that any layout could save.
         cost_s: what changing to it costs; None with `gain_s`. Without `solved`, the least that any
             change costs.
         tolerance: None, or what the choice was made by.

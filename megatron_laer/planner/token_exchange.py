@@ -18,7 +18,7 @@ from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.token_prices import ALL_TO_ALL_PASSES, BY_RANK, TokenPrices
+from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.planner.token_traffic import expected_crossings
 
 # Even counts make ranks much alike; these suffice, and time does not grow with N by N.
@@ -62,7 +62,7 @@ def token_seconds(
         inter_s = inter_rows * (costs.token_bytes / cluster.inter.bytes_per_s)
         pass_s = intra_s + inter_s if prices.in_stages else max(intra_s, inter_s)
         pass_s += replace(costs, tokens=prices).token_latency_seconds(geometry)
-        seconds[exchange] = ALL_TO_ALL_PASSES * pass_s
+        seconds[exchange] = costs.token_passes * pass_s
     return seconds
 
 

@@ -19,8 +19,13 @@ from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.quotas import SplitTotals
 
-# Dispatch and combine, forward and backward.
-ALL_TO_ALL_PASSES = 4
+# Dispatch and combine.
+_PASSES_OF_A_DIRECTION = 2
+
+
+def all_to_alls(forwards: int) -> int:
+    """Count the All-to-Alls of tokens in a layer's forwards and its backward."""
+    return _PASSES_OF_A_DIRECTION * (forwards + 1)
 
 
 @dataclass(frozen=True)
@@ -89,22 +94,25 @@ class TokenPrices:
             pass_s = max(pass_s, leaving / node_size / inter.bytes_per_s)
         return pass_s * inter_bytes
 
-    def latency_seconds(self, geometry: Geometry, collective_s: float, in_node_s: float) -> float:
-        """Return the latency of one pass, a quarter of all four.
+    def latency_seconds(
+        self, geometry: Geometry, collective_s: float, in_node_s: float, forwards: int
+    ) -> float:
+        """Return the latency of one pass, the mean of all.
 
-        `node` has two stages, if nodes have several ranks and there are several nodes. Once in four
-        passes it also sends the sizes, the rows' places and, with two stages, the bits of rows, and
-        waits for the sizes on the host, which is taken to be as long as another collective.
+        `node` has two stages, if nodes have several ranks and there are several nodes. It also
+        sends, in each forward, the rows' places and, with two stages, the bits of rows; and in the
+        first the sizes, for which it waits on the host: taken to be as long as another collective.
 
         Args:
             collective_s: of a collective of all ranks.
             in_node_s: of one inside a node.
+            forwards: of a microbatch; a re-run is the second.
         """
         if not self.in_stages or geometry.num_ranks == 1:
             return collective_s
         has_two_stages = 1 < geometry.node_size < geometry.num_ranks
-        beside = 4 if has_two_stages else 3
-        latency_s = collective_s + beside * collective_s / ALL_TO_ALL_PASSES
+        beside = 2 + (2 if has_two_stages else 1) * forwards
+        latency_s = collective_s + beside * collective_s / all_to_alls(forwards)
         return latency_s + in_node_s if has_two_stages else latency_s
 
 

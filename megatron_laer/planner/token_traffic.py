@@ -187,24 +187,25 @@ def metadata_bytes(routing: TokenRouting, exchange: TokenExchange) -> TokenTraff
     """Count the bytes that one dispatch moves beside hidden states.
 
     `rank` sends the probability of each pair. `node` also sends the place of each pair's row, with
-    the row one bit for each local rank, where it has two stages, and before that the sizes, which
-    every rank sends to every other one.
+    the row one bit for each local rank, where it has two stages, and before that the sizes: one
+    from each rank, and with two stages from those that send rows to this one's node as many more as
+    a node has ranks (`token_rows.SizeMessages`).
     """
     num_ranks, size = len(routing.pairs_NN), routing.node_size
     pairs = dispatch_rows(routing, TokenExchange.RANK)
     if exchange == TokenExchange.RANK:
         return pairs.times(_PROBABILITY_BYTES)
     moved = pairs.times(_PROBABILITY_BYTES + _PLACE_BYTES)
-    num_sizes = num_ranks
+    near_sizes, far_sizes = size - 1, num_ranks - size
     if 1 < size < num_ranks:
-        num_sizes += num_ranks // size
+        far_sizes += (num_ranks // size - 1) * size
         none_N = np.zeros(num_ranks, dtype=np.int64)
         rows = dispatch_rows(routing, exchange)
         crossing = TokenTraffic(none_N, rows.inter_N, none_N, rows.sent_inter_N)
         moved += crossing.times(-(-size // 8))
-    near_N, far_N = np.full((2, num_ranks), num_sizes * _SIZE_BYTES, dtype=np.int64)
-    near_N *= size - 1
-    far_N *= num_ranks - size
+    near_N, far_N = (
+        np.full(num_ranks, sizes * _SIZE_BYTES, dtype=np.int64) for sizes in (near_sizes, far_sizes)
+    )
     return moved + TokenTraffic(near_N, far_N, near_N, far_N)
 
 

@@ -66,6 +66,15 @@ class Traffic:
             return float(np.maximum(intra_s_N, inter_s_N).max())
         return float(intra_s_N.max() + inter_s_N.max())
 
+    def times(self, factor: int) -> Traffic:
+        """Return as many times the numbers, as of bytes of an element."""
+        return Traffic(
+            intra_N=self.intra_N * factor,
+            inter_N=self.inter_N * factor,
+            sent_intra_N=self.sent_intra_N * factor,
+            sent_inter_N=self.sent_inter_N * factor,
+        )
+
 
 def restore_traffic(
     layout: ExpertLayout,

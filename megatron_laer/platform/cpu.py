@@ -16,6 +16,8 @@ import os
 import sys
 import warnings
 
+from megatron_laer.environment import CONNECTIONS, DEVICE
+
 CPU_FLAGS: tuple[str, ...] = (
     "--distributed-backend",
     "gloo",
@@ -34,7 +36,6 @@ CPU_FLAGS: tuple[str, ...] = (
 )
 """Megatron's flags that a run without a GPU needs, ready to be put on a command line."""
 
-_DEVICE_VARIABLE = "MEGATRON_LAER_DEVICE"
 _DEVICES = ("auto", "cpu", "cuda")
 
 _installed = False
@@ -46,11 +47,10 @@ def needed(force: bool = False) -> bool:
     `force` or `MEGATRON_LAER_DEVICE=cpu` ask for it; `MEGATRON_LAER_DEVICE=cuda` rules it out, so
     that a broken driver shows as Megatron's own error. Imports torch only where neither decides.
     """
-    asked = os.environ.get(_DEVICE_VARIABLE, "auto")
+    asked = os.environ.get(DEVICE, "auto")
     if asked not in _DEVICES:
         raise ValueError(
-            f"{_DEVICE_VARIABLE}={asked!r} names no device; use one of {', '.join(_DEVICES)}, "
-            "or unset it"
+            f"{DEVICE}={asked!r} names no device; use one of {', '.join(_DEVICES)}, or unset it"
         )
     if _installed or force or asked == "cpu":
         return True
@@ -108,11 +108,11 @@ def installed() -> bool:
 
 def _set_environment() -> None:
     # Processes that this one spawns (checkpoint writers) must choose the same device.
-    os.environ[_DEVICE_VARIABLE] = "cpu"
+    os.environ[DEVICE] = "cpu"
     # Megatron's jit warm-up would compile for CUDA.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     # Megatron refuses sequence parallelism and overlap without it; it means nothing on the CPU.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault(CONNECTIONS, "1")
     # A GPU that the user turned down must stay invisible to torch's C++ side as well.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Megatron asks for pinned batches; without a device that is a warning at every DataLoader.

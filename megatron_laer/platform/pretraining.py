@@ -35,7 +35,7 @@ def pretrain_arguments(args: Namespace) -> dict[str, Any]:
         raise ValueError(
             f"{flags}: with megatron-core {' or '.join(GPT_FROM_CONFIG.lacked_by())} this script "
             f"builds plain MoE models only; use {GPT_FROM_CONFIG.since}, or Megatron's own script: "
-            "`python -m megatron_laer train PATH/pretrain_gpt.py -- ...`"
+            "`python -m megatron_laer train PATH/pretrain_gpt.py -- ARGS`"
         )
     return {"cfg_container": container(args), "model_provider": build_gpt}
 

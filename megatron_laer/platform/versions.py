@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 
+from megatron_laer.environment import UNRELEASED_MEGATRON
 from megatron_laer.releases import NEXT, SUPPORTED, TESTED_RANGE
-
-# Of the environment, since a version is looked at before there is a command line.
-UNRELEASED_VARIABLE = "MEGATRON_LAER_UNRELEASED_MEGATRON"
 
 
 def check_version() -> None:
@@ -24,15 +22,16 @@ def check_version() -> None:
     found = megatron_version()
     is_supported = SpecifierSet(SUPPORTED).contains(found, prereleases=True)
     is_next = ".".join(map(str, Version(found).release[:2])) == NEXT.number
-    asked = os.environ.get(UNRELEASED_VARIABLE)
+    # Of the environment, since a version is looked at before there is a command line.
+    asked = os.environ.get(UNRELEASED_MEGATRON)
     if asked is not None and asked != NEXT.number:
         raise ValueError(
-            f"{UNRELEASED_VARIABLE}={asked}: must be {NEXT.number}, the release after the newest "
+            f"{UNRELEASED_MEGATRON}={asked}: must be {NEXT.number}, the release after the newest "
             "supported one; or unset it"
         )
     if asked is not None and is_supported:
         raise ValueError(
-            f"{UNRELEASED_VARIABLE}={asked} has no effect with megatron-core {found}, which needs "
+            f"{UNRELEASED_MEGATRON}={asked} has no effect with megatron-core {found}, which needs "
             "no asking; unset it"
         )
     if is_supported or (is_next and asked is not None):
@@ -41,7 +40,7 @@ def check_version() -> None:
     if is_next:
         tried = ", ".join(NEXT.tested)
         way_out += (
-            f"; {NEXT.number} was not released when this was written: {UNRELEASED_VARIABLE}="
+            f"; {NEXT.number} was not released when this was written: {UNRELEASED_MEGATRON}="
             f"{NEXT.number} in the environment tries it (tested with {tried})"
         )
     raise ImportError(

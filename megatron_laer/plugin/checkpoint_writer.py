@@ -1,16 +1,21 @@
-"""Helper processes of Megatron's checkpoint writer live exactly as long as their rank.
+"""Helper processes of checkpoint writers live exactly as long as their rank.
 
 The writer passes its results through a `multiprocessing` manager, which stays from the first save
 on, and async saves write in a worker process. A launcher signals every process of a job: both die,
 and a rank with `--exit-signal-handler`, which saves then, fails to. After a SIGKILL of the rank
-both stay. Here they hear no signal, and watch their rank. Not here: data loaders' workers, in which
-Megatron sets its handler itself, and the writer of nvidia-resiliency-ext.
+both stay. Here they hear no signal, and watch their rank: those of Megatron's own writer and, where
+Megatron has found it, of nvidia-resiliency-ext's, its default for async saves. Not here: data
+loaders' workers, in which Megatron sets its handler itself.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import multiprocessing
+import os
+import sys
+import weakref
 from collections.abc import Callable
 from multiprocessing import util
 from multiprocessing.managers import SyncManager
@@ -20,14 +25,18 @@ from megatron_laer.platform import cpu
 from megatron_laer.platform.helpers import end_with_parent, signals_blocked
 from megatron_laer.plugin.patching import Patch, original_of
 
+logger = logging.getLogger(__name__)
+
 _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
+_NVRX = "nvidia_resiliency_ext.checkpointing.async_ckpt"
 
 
 def _with_lasting_manager(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_write_results_queue(mp_mode: str = "spawn") -> Any:
-        from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+        from megatron.core.dist_checkpointing.strategies import async_utils
 
+        filesystem_async: Any = sys.modules[original.__module__]
         if filesystem_async._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
             with async_utils._disable_gc(), signals_blocked():
@@ -55,31 +64,111 @@ def _with_lasting_worker(original: Any) -> Any:
     return classmethod(_get_process)
 
 
+def _with_lasting_nvrx_worker(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _start_worker(self: Any, rank: int) -> None:
+        # Its own way to abort it sends SIGTERM, and SIGKILL where that does nothing for 30 s.
+        with signals_blocked():
+            original(self, rank)
+        util.Finalize(None, _abandon, args=(weakref.ref(self),), exitpriority=0)
+
+    return _start_worker
+
+
+def _abandon(caller_of: Callable[[], Any]) -> None:
+    """Kill the worker of a caller that a rank leaves open, as it does when it fails.
+
+    Multiprocessing would terminate the worker, deaf to that, and wait for it, and so would the
+    caller when it is deleted.
+    """
+    caller = caller_of()
+    if caller is not None and caller.process is not None:
+        caller.process.kill()
+        caller.process = None
+
+
 def _run_worker(*args: Any) -> None:
     """Run Megatron's loop of the worker, in the worker, which finds this function by its name."""
-    end_with_parent()
-    cpu.install_in_helper()
+    _prepare_worker()
     original_of(_WORKER_LOOP)(*args)
 
 
+def _run_nvrx_worker(*args: Any) -> None:
+    """Run nvidia-resiliency-ext's loop of the worker, in the worker."""
+    _prepare_worker()
+    original_of(_NVRX_WORKER_LOOP)(*args)
+
+
+def _prepare_worker() -> None:
+    end_with_parent()
+    cpu.install_in_helper()
+
+
+_ENDS_WITH_RANK = "the worker of async saves ends with its rank"
+_WORKER_STAYS = "a signal to the whole job leaves the worker of async saves"
+_MANAGER_STAYS = "a signal to the whole job leaves the writer's manager, which ends with its rank"
 _WORKER_LOOP = Patch(
     f"{_STRATEGIES}.async_utils",
     "PersistentAsyncCaller.async_loop",
     lambda _original: staticmethod(_run_worker),
-    "the worker of async saves ends with its rank",
+    _ENDS_WITH_RANK,
 )
 WRITER_PATCHES = (
     Patch(
         f"{_STRATEGIES}.filesystem_async",
         "get_write_results_queue",
         _with_lasting_manager,
-        "a signal to the whole job leaves the writer's manager, which ends with its rank",
+        _MANAGER_STAYS,
     ),
     Patch(
         f"{_STRATEGIES}.async_utils",
         "PersistentAsyncCaller._get_process",
         _with_lasting_worker,
-        "a signal to the whole job leaves the worker of async saves",
+        _WORKER_STAYS,
     ),
     _WORKER_LOOP,
 )
+_NVRX_WORKER_LOOP = Patch(
+    f"{_NVRX}.core",
+    # Megatron starts its workers as daemons.
+    "PersistentAsyncCaller.async_loop_for_daemon_worker",
+    lambda _original: staticmethod(_run_nvrx_worker),
+    _ENDS_WITH_RANK,
+)
+NVRX_PATCHES = (
+    Patch(
+        f"{_NVRX}.filesystem_async",
+        "get_write_results_queue",
+        _with_lasting_manager,
+        _MANAGER_STAYS,
+    ),
+    Patch(
+        f"{_NVRX}.core",
+        "PersistentAsyncCaller._start_worker",
+        _with_lasting_nvrx_worker,
+        _WORKER_STAYS,
+    ),
+    _NVRX_WORKER_LOOP,
+)
+
+
+def nvrx_patches() -> tuple[Patch, ...]:
+    """Return the patches of nvidia-resiliency-ext, if Megatron has found one to use.
+
+    One without what they replace is left as it is, with a warning: all but stops work.
+    """
+    from megatron.core.dist_checkpointing.strategies import torch
+
+    if not getattr(torch, "HAVE_NVRX", False):
+        return ()
+    try:
+        for patch in NVRX_PATCHES:
+            patch.owner_and_name()
+    except ImportError:
+        if int(os.environ.get("RANK", "0")) == 0:
+            logger.warning(
+                "FSEP: the installed nvidia-resiliency-ext is not known: a signal to the whole job "
+                "ends its helpers, and a save by --async-strategy nvrx then fails; take mcore"
+            )
+        return ()
+    return NVRX_PATCHES

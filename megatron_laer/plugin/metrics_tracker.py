@@ -41,7 +41,12 @@ class FSEPMetricsTracker(MoEMetricsTracker):
         self._layers = (decoder_layers, mtp_layers)
 
     def report(self, *args: Any, **kwargs: Any) -> str:
-        """Return Megatron's report, followed by FSEP's."""
+        """Return Megatron's report, followed by FSEP's, and write both. Collective over the world.
+
+        Args:
+            args, kwargs: Megatron's own; `iteration` by name, and `writer` and `wandb_writer` where
+                metrics go to TensorBoard and W&B.
+        """
         line: str = super().report(*args, **kwargs)
         iteration = kwargs["iteration"]
         if iteration % self._interval:

@@ -14,7 +14,7 @@ from megatron_laer.experts.gemm import gemm_in_force
 from megatron_laer.planner.strategies import check_planner
 from megatron_laer.platform import cpu
 from megatron_laer.platform.versions import check_version
-from megatron_laer.plugin.checkpoint_writer import WRITER_PATCHES
+from megatron_laer.plugin.checkpoint_writer import NVRX_PATCHES, WRITER_PATCHES, nvrx_patches
 from megatron_laer.plugin.checkpoints import CHECKPOINT_PATCHES
 from megatron_laer.plugin.layers import LAYER_PATCHES, create_groups, repoint_hybrid_specs
 from megatron_laer.plugin.metrics import remove_metrics
@@ -67,8 +67,9 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     # All seams are found before one is used, so that a missing one leaves nothing patched.
     for patch in FSEP_PATCHES:
         patch.owner_and_name()
+    patches = (*FSEP_PATCHES, *nvrx_patches())
     session.replace(wanted)
-    fresh = [patch for patch in FSEP_PATCHES if apply(patch)]
+    fresh = [patch for patch in patches if apply(patch)]
     repoint_hybrid_specs()
     if int(os.environ.get("RANK", "0")) == 0:
         if fresh:
@@ -95,6 +96,6 @@ def disable() -> None:
     """
     session.replace(None)
     remove_metrics()
-    for patch in FSEP_PATCHES:
+    for patch in (*FSEP_PATCHES, *NVRX_PATCHES):
         undo(patch)
     repoint_hybrid_specs()

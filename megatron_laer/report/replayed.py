@@ -9,7 +9,6 @@ Legend: T steps, L MoE layers, N ranks, E experts, R records.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,37 +16,22 @@ import numpy as np
 from megatron_laer.arrays import Int64
 from megatron_laer.config import FSEPConfig, PlanMode
 from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
-from megatron_laer.planner.prediction import Prediction, predict
+from megatron_laer.planner.prediction import predict
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.report.recorded import stock_tokens_TLN
 from megatron_laer.report.run_data import Float64, RunData, expert_tokens_TLE
+from megatron_laer.simulator.estimate import Work
+from megatron_laer.telemetry.layer_passes import LayerPasses, predicted_values
 from megatron_laer.telemetry.metrics_file import Shape
 from megatron_laer.trace import Trace
 
 # Decisions take about a millisecond each.
 MOST_CASES = 20_000
 STRATEGY, MODE = FSEPConfig().planner, PlanMode.ADAPTIVE
-
-
-@dataclass
-class _Cell:
-    """Collects one layer's microbatches of one step."""
-
-    tokens_N: Int64
-    ratios: list[float] = field(default_factory=list)
-    stock_ratios: list[float] = field(default_factory=list)
-    predictions: list[Prediction] = field(default_factory=list)
-    gains_s: list[float] = field(default_factory=list)
-    costs_s: list[float] = field(default_factory=list)
-    fresh: int = 0
-    changed_slots: int = 0
-    largest_tokens: int = 0
-    least_tokens: int = 0
 
 
 def replayed_run(
@@ -72,12 +56,12 @@ def replayed_run(
     num_layers = len(trace.layers)
     groups = list(_by_step_and_layer(trace))
     all_steps = sorted({step for step, _, _ in groups})
-    per_step = -(-len(trace) // len(all_steps))
-    stride = max(1, -(-per_step * len(all_steps) // MOST_CASES))
+    stride = _stride(trace, len(all_steps))
     steps = all_steps[::stride]
     at = {step: index for index, step in enumerate(steps)}
     shape = (len(steps), num_layers)
-    cells: dict[tuple[int, int], _Cell] = {}
+    tokens_TLN = np.zeros((*shape, geometry.num_ranks), dtype=np.int64)
+    of_layers: dict[str, Float64] = {}
     layouts: dict[int, ExpertLayout] = {}
     planned: dict[int, list[ExpertLayout]] = {}
     forecasts: dict[int, SmoothedForecast] = {}
@@ -92,19 +76,14 @@ def replayed_run(
                 layout = strategy.plan(forecast.counts_NE(), layout)
             layouts[layer] = layout
             planned.setdefault(step, [static] * num_layers)[layer] = layout
-            cells[at[step], layer] = _decided(guard, layout, [trace.counts_NE(r) for r in records])
+            place = at[step], layer
+            counts = [trace.counts_NE(record) for record in records]
+            tokens_TLN[place], values = _decided(guard, layout, counts)
+            for metric, value in values.items():
+                of_layers.setdefault(metric, np.full(shape, np.nan))[place] = value
         total_NE = trace.counts_RNE[records].sum(axis=0, dtype=np.int64)
         forecasts[layer] = forecast.observe(total_NE)
 
-    def grid(value: Callable[[_Cell], float]) -> Float64:
-        values_TL = np.full(shape, np.nan)
-        for place, cell in cells.items():
-            values_TL[place] = value(cell)
-        return values_TL
-
-    tokens_TLN = np.zeros((*shape, geometry.num_ranks), dtype=np.int64)
-    for place, cell in cells.items():
-        tokens_TLN[place] = cell.tokens_N
     steps_T = np.array(steps, dtype=np.int64)
     experts_TLE = expert_tokens_TLE(
         trace.step_R, trace.layer_R, trace.counts_RNE, steps_T, num_layers
@@ -116,24 +95,13 @@ def replayed_run(
         geometry.node_size,
         tuple(f"layer {name}" if name.isdigit() else name for name in trace.layers),
     )
-    of_layers = {
-        "passes": grid(lambda cell: len(cell.ratios)),
-        "fresh": grid(lambda cell: cell.fresh),
-        "changed_slots": grid(lambda cell: cell.changed_slots),
-        "largest_tokens": grid(lambda cell: cell.largest_tokens),
-        "least_tokens": grid(lambda cell: cell.least_tokens),
-        "gain_ms": grid(lambda cell: _mean(cell.gains_s) * 1e3),
-        "cost_ms": grid(lambda cell: _mean(cell.costs_s) * 1e3),
-    }
-    for metric, attribute in _PREDICTED:
-        of_layers[metric] = grid(_predicted_ms(attribute))
     return RunData(
         name=name,
         shape=of,
         is_measured=False,
         steps_T=steps_T,
-        imbalance_TL=grid(lambda cell: _mean(cell.ratios)),
-        stock_TL=grid(lambda cell: _mean(cell.stock_ratios)),
+        imbalance_TL=of_layers["max_over_mean"],
+        stock_TL=of_layers["stock_max_over_mean"],
         layer_ms_TL=of_layers["predicted_ms"] * of_layers["passes"],
         of_steps={},
         of_layers=of_layers,
@@ -147,16 +115,26 @@ def replayed_run(
     )
 
 
-_PREDICTED = (
-    ("predicted_ms", "layer_s"),
-    ("stock_ms", "stock_s"),
-    ("balanced_ms", "balanced_s"),
-    ("bound_ms", "bound_s"),
-)
+def replay_work(trace: Trace, geometry: Geometry) -> Work:
+    """Return what a replay has to go through."""
+    num_steps = len(set(trace.step_R.tolist()))
+    stride = _stride(trace, num_steps)
+    return Work(
+        geometries=[geometry],
+        strategies=[STRATEGY],
+        modes=[MODE],
+        records=len(trace),
+        layers=len(trace.layers),
+        plans=-(-num_steps // stride) * len(trace.layers),
+        cases=-(-len(trace) // stride),
+        lag=1,
+    )
 
 
-def _predicted_ms(attribute: str) -> Callable[[_Cell], float]:
-    return lambda cell: _mean([getattr(p, attribute) for p in cell.predictions]) * 1e3
+def _stride(trace: Trace, num_steps: int) -> int:
+    """Return every how many steps one is shown."""
+    per_step = -(-len(trace) // num_steps)
+    return max(1, -(-per_step * num_steps // MOST_CASES))
 
 
 def _by_step_and_layer(trace: Trace) -> Iterator[tuple[int, int, list[int]]]:
@@ -169,30 +147,20 @@ def _by_step_and_layer(trace: Trace) -> Iterator[tuple[int, int, list[int]]]:
             begin = end
 
 
-def _decided(guard: Guard, layout: ExpertLayout, microbatches: Sequence[Int64]) -> _Cell:
-    cell = _Cell(np.zeros(guard.geometry.num_ranks, dtype=np.int64))
+def _decided(
+    guard: Guard, layout: ExpertLayout, microbatches: Sequence[Int64]
+) -> tuple[Int64, dict[str, float]]:
+    """Decide on one layer's microbatches of one step.
+
+    Returns:
+        The tokens that each rank computes, and what is recorded of such passes, by name.
+    """
+    passes, predictions = LayerPasses.none_of(guard.geometry.num_ranks), []
     for counts_NE in microbatches:
         decision = guard.decide(counts_NE, layout)
-        tokens_N = fsep_tokens_N(decision.quotas)
-        cell.tokens_N = cell.tokens_N + tokens_N
-        cell.ratios.append(max_over_mean(tokens_N))
-        cell.stock_ratios.append(max_over_mean(stock_tokens_N(counts_NE)))
-        cell.predictions.append(predict(guard, decision))
-        if decision.gain_s is not None and decision.cost_s is not None:
-            cell.gains_s.append(decision.gain_s)
-            cell.costs_s.append(decision.cost_s)
-        if decision.replanned:
-            cell.fresh += 1
-            cell.changed_slots += decision.changed_slots
-        largest = int(tokens_N.max())
-        if largest >= cell.largest_tokens:
-            cell.largest_tokens = largest
-            cell.least_tokens = -(-int(tokens_N.sum()) // tokens_N.size)
-    return cell
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
+        passes.add(decision)
+        predictions.append(predict(guard, decision))
+    return passes.rank_tokens_N, passes.values() | predicted_values(predictions)
 
 
 def _settings(shape: Shape, costs: CostModel) -> list[tuple[str, str]]:

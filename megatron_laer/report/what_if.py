@@ -15,6 +15,7 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.prediction import forced_balance_counts_NE, stock_seconds
+from megatron_laer.simulator.estimate import Work, work_of
 from megatron_laer.simulator.sizes import DEFAULT_SIZES
 from megatron_laer.simulator.table import chosen_cases, simulate
 from megatron_laer.trace import Trace
@@ -65,20 +66,14 @@ def what_if(
     Args:
         path: of the trace, for the commands.
         geometry: of the run.
+        costs: of the run; `plan` has an element size and experts' form of its own.
         cluster: its name or file, for the commands.
     """
-    if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) <= _LAG:
+    if not what_if_work(trace, geometry, most_cases):
         return []
-    costs = replace(
-        costs, bytes_per_element=BYTES_PER_ELEMENT, gated=DEFAULT_SIZES.gated, recompute=False
-    )
-    cases = chosen_cases(trace, _LAG, 1)
-    every = _prime_from(-(-len(cases) // most_cases))
-    every = every if every <= len(cases) else 1
-    least = -(-geometry.num_experts // geometry.num_ranks)
-    around = (geometry.capacity - 1, geometry.capacity, geometry.capacity + 1)
-    capacities = [c for c in around if least <= c <= geometry.num_experts]
-    geometries = [replace(geometry, capacity=capacity) for capacity in capacities]
+    costs = replace(costs, bytes_per_element=BYTES_PER_ELEMENT, gated=DEFAULT_SIZES.gated)
+    every = _every(trace, most_cases)
+    geometries = _geometries(geometry)
     modes = [mode.value for mode in GUARD_MODES]
     rows = simulate(
         trace,
@@ -110,6 +105,29 @@ def what_if(
     ]
 
 
+def what_if_work(trace: Trace, geometry: Geometry, most_cases: int) -> list[Work]:
+    """Return what the rows have to go through; nothing where there are none."""
+    if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) <= _LAG:
+        return []
+    modes = [mode.value for mode in GUARD_MODES]
+    every = _every(trace, most_cases)
+    return [work_of(trace, _geometries(geometry), [_STRATEGY], modes, lag=_LAG, every=every)]
+
+
+def _every(trace: Trace, most_cases: int) -> int:
+    """Return every how many cases one is taken."""
+    cases = len(chosen_cases(trace, _LAG, 1))
+    every = _prime_from(-(-cases // most_cases))
+    return every if every <= cases else 1
+
+
+def _geometries(geometry: Geometry) -> list[Geometry]:
+    """Return the run's shape, and those with a slot less and a slot more, where they can be."""
+    least = -(-geometry.num_experts // geometry.num_ranks)
+    around = (geometry.capacity - 1, geometry.capacity, geometry.capacity + 1)
+    return [replace(geometry, capacity=c) for c in around if least <= c <= geometry.num_experts]
+
+
 def _balanced_ms(trace: Trace, geometry: Geometry, costs: CostModel, cases: Sequence[int]) -> float:
     """Return the mean predicted time of stock's layer with forced balance."""
     found = [
@@ -135,7 +153,7 @@ def _command(
         *("--capacity", str(capacity), "--strategy", _STRATEGY, "--mode", mode),
         *("--ranks", str(geometry.num_ranks), "--node-size", str(geometry.node_size)),
         *("--cluster", cluster, "--hidden", str(costs.hidden), "--ffn", str(costs.ffn)),
-        *("--restore-algorithm", costs.restore_algorithm.value),
+        *("--restore-algorithm", costs.restore_algorithm, "--recompute", costs.recompute),
         *(("--every", str(every)) if every > 1 else ()),
     ]
     return shlex.join(words)

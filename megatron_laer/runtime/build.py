@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_laer.choices import Recompute
 from megatron_laer.config import (
     ExchangeAlgorithm,
     FSEPConfig,
@@ -133,7 +134,6 @@ def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.devic
     Args:
         transformer_config: Megatron's; only its fields are read.
     """
-    recompute = transformer_config.recompute_granularity
     return CostModel(
         # `auto` computes with the back end whose GEMMs a cluster has anyhow.
         cluster=load_cluster(config.cluster or default_cluster(device)).for_back_end(config.gemm),
@@ -141,9 +141,20 @@ def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.devic
         ffn=transformer_config.moe_ffn_hidden_size,
         gated=transformer_config.gated_linear_unit,
         bytes_per_element=transformer_config.params_dtype.itemsize,
-        recompute=recompute == "full"
-        or (recompute == "selective" and "moe" in transformer_config.recompute_modules),
+        recompute=_recompute(transformer_config),
     )
+
+
+def _recompute(transformer_config: Any) -> Recompute:
+    """Say what backward runs again: Megatron's checkpoints of a layer have all of the MoE layer.
+
+    With `--recompute-method block` some layers are not in one; all are priced as those that are.
+    """
+    granularity = transformer_config.recompute_granularity
+    runs_again = granularity == "full" or (
+        granularity == "selective" and "moe" in transformer_config.recompute_modules
+    )
+    return Recompute.FULL if runs_again else Recompute.NONE
 
 
 def current_device() -> torch.device:

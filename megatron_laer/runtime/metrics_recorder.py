@@ -20,14 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_laer.arrays import Int64
 from megatron_laer.config import FSEPConfig
-from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.prediction import Prediction, predict
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.metrics import LayerMetrics, RankMetrics, named
 from megatron_laer.telemetry.clock import Clock
+from megatron_laer.telemetry.layer_passes import LayerPasses, mean, predicted_values
 from megatron_laer.telemetry.memory import MemoryUse, memory_use
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
@@ -41,41 +40,19 @@ _EXCHANGES = ("dispatch", "experts", "combine")
 
 @dataclass
 class _Layer:
-    """Collects what a step's passes of one layer were."""
+    """Collects what a step's passes of one layer were, and how long they were decided on."""
 
-    rank_tokens_N: Int64
-    passes: int = 0
-    fresh: int = 0
-    changed_slots: int = 0
-    largest_tokens: int = 0
-    least_tokens: int = 0
-    ratios: list[float] = field(default_factory=list)
-    stock_ratios: list[float] = field(default_factory=list)
+    passes: LayerPasses
     decide_s: list[float] = field(default_factory=list)
-    gains_s: list[float] = field(default_factory=list)
-    costs_s: list[float] = field(default_factory=list)
     taken_cost_s: float = 0.0
     taken_decide_s: float = 0.0
     last: Decision | None = None
 
     def add(self, decision: Decision, decide_s: float) -> None:
         """Add a pass."""
-        tokens_N = fsep_tokens_N(decision.quotas)
-        self.rank_tokens_N += tokens_N
-        self.passes += 1
-        largest = int(tokens_N.max())
-        if largest >= self.largest_tokens:
-            self.largest_tokens = largest
-            self.least_tokens = -(-int(tokens_N.sum()) // tokens_N.size)
-        self.ratios.append(max_over_mean(tokens_N))
-        self.stock_ratios.append(max_over_mean(stock_tokens_N(decision.quotas.counts_NE)))
+        self.passes.add(decision)
         self.decide_s.append(decide_s)
-        if decision.gain_s is not None and decision.cost_s is not None:
-            self.gains_s.append(decision.gain_s)
-            self.costs_s.append(decision.cost_s)
         if decision.replanned:
-            self.fresh += 1
-            self.changed_slots += decision.changed_slots
             self.taken_decide_s += decide_s
             self.taken_cost_s += math.nan if decision.cost_s is None else decision.cost_s
         self.last = decision
@@ -128,7 +105,7 @@ class MetricsRecorder:
             return
         self._step = step
         num_ranks = self._guard.geometry.num_ranks
-        self._layers = [_Layer(np.zeros(num_ranks, dtype=np.int64)) for _ in self._names]
+        self._layers = [_Layer(LayerPasses.none_of(num_ranks)) for _ in self._names]
         self.times.begin_step()
 
     def add(self, layer: int, decision: Decision, decide_s: float) -> None:
@@ -183,7 +160,7 @@ class MetricsRecorder:
             of_step = _of_step(step, seconds)
             measured = [ms for ms in of_layers["layer_ms"] if math.isfinite(ms)]
             self._layer_ms = float(np.mean(measured)) if measured else None
-            tokens_LN = np.array([layer.rank_tokens_N for layer in step.layers])
+            tokens_LN = np.array([layer.passes.rank_tokens_N for layer in step.layers])
             assert self._writer is not None
             self._writer.append(of_step, self._metrics(step, of_step), of_layers, tokens_LN)
 
@@ -206,29 +183,15 @@ class MetricsRecorder:
                 for direction in ("", ", backward")
             )
             waits_s = seconds.get(f"wait: change {name}", 0.0)
-            rows.append(
-                {
-                    "passes": layer.passes,
-                    "fresh": layer.fresh,
-                    "changed_slots": layer.changed_slots,
-                    "largest_tokens": layer.largest_tokens,
-                    "least_tokens": layer.least_tokens,
-                    "max_over_mean": _mean(layer.ratios),
-                    "stock_max_over_mean": _mean(layer.stock_ratios),
-                    "decide_ms": _mean(layer.decide_s) * 1e3,
-                    "gain_ms": _mean(layer.gains_s) * 1e3,
-                    "cost_ms": _mean(layer.costs_s) * 1e3,
-                    "taken_cost_ms": layer.taken_cost_s * 1e3 if layer.fresh else math.nan,
-                    "change_ms": (waits_s + layer.taken_decide_s) * 1e3
-                    if layer.fresh
-                    else math.nan,
-                    "predicted_ms": _ms(predicted, "layer_s"),
-                    "stock_ms": _ms(predicted, "stock_s"),
-                    "balanced_ms": _ms(predicted, "balanced_s"),
-                    "bound_ms": _ms(predicted, "bound_s"),
-                    "layer_ms": of_layer * 1e3 / layer.passes if layer.passes else math.nan,
-                }
-            )
+            passes = layer.passes
+            measured = {
+                "decide_ms": mean(layer.decide_s) * 1e3,
+                "taken_cost_ms": layer.taken_cost_s * 1e3 if passes.fresh else math.nan,
+                "change_ms": (waits_s + layer.taken_decide_s) * 1e3 if passes.fresh else math.nan,
+                "layer_ms": of_layer * 1e3 / passes.number if passes.number else math.nan,
+            }
+            predictions = [] if predicted is None else [predicted]
+            rows.append(passes.values() | measured | predicted_values(predictions))
         return {metric.name: [row[metric.name] for row in rows] for metric in RECORDED_OF_LAYERS}
 
     def _metrics(self, step: _Step, of_step: Mapping[str, float]) -> dict[str, float]:
@@ -237,10 +200,10 @@ class MetricsRecorder:
             LayerMetrics()
             if predicted is None
             else LayerMetrics(
-                imbalance=_mean(layer.ratios),
-                stock_imbalance=_mean(layer.stock_ratios),
-                fresh_layouts=layer.fresh / layer.passes,
-                decide_ms=_mean(layer.decide_s) * 1e3,
+                imbalance=mean(layer.passes.ratios),
+                stock_imbalance=mean(layer.passes.stock_ratios),
+                fresh_layouts=layer.passes.fresh / layer.passes.number,
+                decide_ms=mean(layer.decide_s) * 1e3,
                 predicted_ms=predicted.layer_s * 1e3,
                 balanced_ms=predicted.balanced_s * 1e3,
                 bound_ms=predicted.bound_s * 1e3,
@@ -345,11 +308,3 @@ def _of_step(step: _Step, seconds: Mapping[str, float]) -> dict[str, float]:
 
 def _starts(*prefixes: str) -> Callable[[str], bool]:
     return lambda label: label.startswith(prefixes)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-def _ms(predicted: Prediction | None, name: str) -> float:
-    return math.nan if predicted is None else getattr(predicted, name) * 1e3

@@ -70,8 +70,8 @@ class MicrobatchPlan:
         node, local_rank = divmod(rank, node_size)
         rows = self.first_pass.token_rows
         if rows is not None and rows.has_two_stages:
-            first_M, second_G = rows.first_sent(rank), rows.second_sent(rank)
+            first_M, second_G = rows.first_sent, rows.second_sent
             return sum(second_G) - second_G[local_rank], sum(first_M) - first_M[node]
-        sent_N = self.quotas.input_splits_N if rows is None else rows.first_sent(rank)
+        sent_N = self.quotas.input_splits_N if rows is None else rows.first_sent
         in_node = sum(sent_N[node * node_size : (node + 1) * node_size])
         return in_node - sent_N[rank], sum(sent_N) - in_node

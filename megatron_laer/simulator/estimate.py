@@ -17,9 +17,11 @@ from megatron_laer.simulator.table import BASELINES, chosen_cases, split_of
 from megatron_laer.trace import Trace
 
 # What follows the gate, measured as the times of strategies were (`planner/strategies.py`).
-_EVEN_GATE = TimeTerms(3e-4, 1e-6, 5e-7)
-_FORECAST_GATE = TimeTerms(3e-4, 2e-6, 3e-8)
-_FRESH_GATE = TimeTerms(5e-4, 3e-6, 1e-7)
+EVEN_GATE = TimeTerms(3e-4, 1e-6, 5e-7)
+FORECAST_GATE = TimeTerms(3e-4, 2e-6, 3e-8)
+FRESH_GATE = TimeTerms(5e-4, 3e-6, 1e-7)
+# One microbatch of a workload.
+DRAWN = TimeTerms(6e-3, 0.0, 1.5e-7)
 
 # Bytes per count while one case is evaluated, measured likewise; and what is kept: the trace's
 # counts, the forecasts with two means each.
@@ -56,8 +58,8 @@ class Work:
             for strategy in self.strategies:
                 total += self.plans * plan_time(strategy).seconds(geometry)
                 for mode in [PlanMode.FORECAST] if strategy in BASELINES else self.modes:
-                    fresh = _FORECAST_GATE if mode == PlanMode.FORECAST else _FRESH_GATE
-                    gate = _EVEN_GATE if split_of(strategy) == Split.EVEN else fresh
+                    fresh = FORECAST_GATE if mode == PlanMode.FORECAST else FRESH_GATE
+                    gate = EVEN_GATE if split_of(strategy) == Split.EVEN else fresh
                     total += self.cases * gate.seconds(geometry)
         return total
 
@@ -92,6 +94,21 @@ def work_of(
         cases=len(cases),
         lag=lag,
     )
+
+
+def check_drawing(records: int, geometry: Geometry, longest_hours: float) -> None:
+    """Refuse a workload of so many microbatches that would take longer to draw.
+
+    Raises:
+        ValueError: with the estimate.
+    """
+    hours = records * DRAWN.seconds(geometry) / 3600
+    if hours > longest_hours:
+        raise ValueError(
+            f"drawing {records:,} microbatches for {geometry.num_ranks:,} ranks would take about "
+            f"{hours:.2g} hours, more than the {longest_hours:.2g} of --hours; give fewer --steps "
+            f"or --ranks, or --hours {hours * 1.1:.2g}"
+        )
 
 
 def check_fits(work: Work, longest_hours: float) -> None:

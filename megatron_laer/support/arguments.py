@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 
 from megatron_laer.config import FSEPConfig, OverlapScheduler
+from megatron_laer.environment import CONNECTIONS
 from megatron_laer.layout import MAX_EXPERTS, default_capacity
 from megatron_laer.support import RefusedError
 from megatron_laer.support.model import problems_with_mode, problems_with_token_exchange
@@ -16,7 +17,6 @@ from megatron_laer.support.table import REFUSALS, UNPROVEN
 
 _DEEPEP_TOP_K = 32
 _HYBRIDEP_SLOTS = 4
-_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 # The arguments that FSEP sets where they are left out, with their values.
 FILLED_IN = {row.argument: row.accepted[0] for row in REFUSALS if row.is_filled_in}
@@ -82,9 +82,9 @@ def problems(args: Namespace, config: FSEPConfig) -> list[str]:
 def warnings(config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: bool) -> list[str]:
     """List what FSEP runs with, but not well."""
     found = []
-    if on_cuda and config.scheduler == OverlapScheduler.ON and environment.get(_CONNECTIONS) == "1":
+    if on_cuda and config.scheduler == OverlapScheduler.ON and environment.get(CONNECTIONS) == "1":
         found.append(
-            f"{_CONNECTIONS}=1: kernels of all streams wait for each other in the order of their "
+            f"{CONNECTIONS}=1: kernels of all streams wait for each other in the order of their "
             "launch, so exchanges of weights and gradients hardly overlap with compute; unset it, "
             "or set it to 32, unless --tensor-model-parallel-size or --context-parallel-size above "
             "1 needs it (before Blackwell)"

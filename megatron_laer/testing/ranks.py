@@ -36,6 +36,12 @@ from typing import Any
 # Of each rank's log when one fails: the stacks of all its threads, and what came before them.
 _SHOWN_LINES = 250
 _STACK_SIGNAL = signal.SIGUSR1
+# Of every rank; the first two are read when torch is imported.
+ENVIRONMENT = {
+    "TORCHDYNAMO_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+    "MEGATRON_LAER_DEVICE": "cpu",
+}
 
 
 class RankError(AssertionError):
@@ -52,7 +58,10 @@ class Raised:
 
 
 class RankPool:
-    """Runs functions in `world_size` processes on this machine, each on the CPU platform."""
+    """Runs functions in `world_size` processes on this machine, each on the CPU platform.
+
+    They are forked from one that `rank_imports` made ready, with the environment of the start.
+    """
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -128,16 +137,16 @@ class RankPool:
         return port
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        # Read when torch is imported, which in a child may be before `_serve` runs.
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        os.environ["OMP_NUM_THREADS"] = "1"
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["megatron_laer.testing.rank_imports"])
         for rank in range(self.world_size):
             here, there = context.Pipe()
             handle, name = tempfile.mkstemp(prefix=f"rank-{rank}-", suffix=".log")
             os.close(handle)
             process = context.Process(
-                target=_serve, args=(there, rank, self.world_size, name), daemon=False
+                target=_serve,
+                args=(there, rank, self.world_size, name, dict(os.environ)),
+                daemon=False,
             )
             process.start()
             there.close()
@@ -246,13 +255,18 @@ def share_gloo_device() -> None:
     internals._create_gloo_process_group = create
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
+def _serve(
+    pipe: Connection, rank: int, world_size: int, log: str, environment: dict[str, str]
+) -> None:
     os.setsid()
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_the_starter, daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     faulthandler.register(_STACK_SIGNAL, all_threads=True)
+    # What it was forked from has the environment of the first pool's start.
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -260,13 +274,11 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         TORCHELASTIC_USE_AGENT_STORE="True",
-        MEGATRON_LAER_DEVICE="cpu",
         PYTHONWARNINGS="ignore",
+        **ENVIRONMENT,
     )
-    from megatron_laer.launch import prepare
-
-    prepare()
     share_gloo_device()
+    frozen = False
     while True:
         try:
             module, name, args, port = pipe.recv()
@@ -285,14 +297,19 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
         # Bytes, since `send` would pass every tensor as an open file that lives as long as it does.
         pipe.send_bytes(result)
         sys.stdout.flush()
-        if not gc.get_freeze_count():
+        if not frozen:
             # What was imported stays; each later collection walked all of it, a fifth of a run.
             gc.collect()
             gc.freeze()
+            frozen = True
 
 
-def _end_with(parent: int) -> None:
-    """End this rank and whatever it started when the process that started it is gone."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
+def _end_with_the_starter() -> None:
+    """End this rank and whatever it started when the process that started it is gone.
+
+    The one that it was forked from is not: that stays as long as any rank.
+    """
+    starter = multiprocessing.parent_process()
+    assert starter is not None, "a rank is a child of its pool's process"
+    starter.join()
     os.killpg(0, signal.SIGKILL)

@@ -13,16 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.published_files import MODELS as MODELS
 from megatron_laer.platform.cpu import CPU_FLAGS
 
-MODELS = (
-    "mixtral-8x7b-e8k2",
-    "qwen-8x7b-e8k2",
-    "mixtral-8x22b-e8k2",
-    "mixtral-8x7b-e16k4",
-    "qwen-8x7b-e16k4",
-    "mixtral-8x22b-e16k4",
-)
 # The paper's cluster.
 NODES, GPUS_PER_NODE = 4, 8
 TOY_RANKS = 2

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run as a file
 
-from benchmarks.published_cells import read_breakdown
+from benchmarks.command_line import program
+from benchmarks.published_files import read_breakdown
 from scripts.paper.experiments import FSEP, LAER, STATIC, Case, Experiment, Length, family
 from scripts.paper.published import BREAKDOWN, TOKENS, read_balance
 from scripts.paper.runner import Found, main
@@ -83,4 +85,4 @@ def _kinds(of: str, seconds: tuple[float, float, float] | None) -> dict[str, flo
 
 
 if __name__ == "__main__":
-    sys.exit(main(EXPERIMENT, tables))
+    program("scripts/paper/figure10.py", partial(main, EXPERIMENT, tables))

@@ -21,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run 
 
 import numpy as np
 
+from benchmarks.command_line import program
 from benchmarks.costs import paper_costs
-from benchmarks.published_cells import LAER, read_cells
+from benchmarks.published_files import LAER, read_cells
 from benchmarks.report import times_ms
+from megatron_laer.cli.program import Parser
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.strategies import make_strategy
@@ -41,8 +43,12 @@ _LAYERS, _MICROBATCHES = 32, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Time the planner at all shapes; 2 for words that cannot be."""
-    parser = argparse.ArgumentParser(
+    """Time the planner at all shapes.
+
+    Raises:
+        ValueError, OSError: what was passed does not work; said before anything is timed.
+    """
+    parser = Parser(
         prog="scripts/paper/figure11.py",
         description=f"The paper's figure 11: {_TITLE}. It needs a processor alone.",
     )
@@ -56,20 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_result_options(parser)
     options = parser.parse_args(arguments)
-    try:
-        check_result_options(options)
-        if not options.slurm and (options.dry_run or options.srun is not None):
-            raise ValueError("--dry-run and --srun are for --slurm; nothing else is submitted")
-        options.srun = split_words(options.srun, "--srun")
-    except ValueError as error:
-        parser.error(str(error))
+    check_result_options(options)
+    if not options.slurm and (options.dry_run or options.srun is not None):
+        raise ValueError("--dry-run and --srun are for --slurm; nothing else is submitted")
+    options.srun = split_words(options.srun, "--srun")
+    # Before the work: it may be that it cannot be read.
+    paper_s = {} if missing(options.published, [PLANNER]) else read_planner(options.published)
+    allowed = _allowed(options.published)
     if options.slurm:
         return _on_a_node(options)
     shapes = product(TOY_RANKS, TOY_CAPACITIES) if options.toy else product(RANKS, CAPACITIES)
     result = Result(11, _TITLE, "toy" if options.toy else "here")
-    result.tables += [Table("Milliseconds of a solve, mean of ten", rows([*shapes], options))]
+    result.tables += [Table("Milliseconds of a solve, mean of ten", rows([*shapes], paper_s))]
     result.notes += missing(options.published, [PLANNER])
-    result.notes += _allowed(options.published)
+    result.notes += allowed
     result.notes += [
         f"E = {EXPERTS}. laer is the paper's planner as it is here, in Python, with the layout in "
         "force and the static one as candidates too; greedy, the default, has a C++ core."
@@ -77,11 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return finish(result, Path(options.work_dir) / f"figure11-{result.scale}")
 
 
-def rows(shapes: Sequence[tuple[int, int]], options: argparse.Namespace) -> list[dict[str, Any]]:
+def rows(
+    shapes: Sequence[tuple[int, int]], paper_s: Mapping[tuple[int, int], float]
+) -> list[dict[str, Any]]:
     """Time every shape."""
-    paper_s: Mapping[tuple[int, int], float] = {}
-    if not missing(options.published, [PLANNER]):
-        paper_s = read_planner(options.published)
     found = []
     for num_ranks, capacity in shapes:
         geometry = Geometry(num_ranks, EXPERTS, capacity, NODE_SIZE)
@@ -103,14 +108,16 @@ def _allowed(folder: Path | None) -> list[str]:
     """Say what an iteration of the paper leaves a solve, for the line in its figure."""
     if missing(folder, [END_TO_END]) or folder is None:
         return []
-    seconds = next(
+    found = [
         cell.measured_s
         for cell in read_cells(folder)
         if (cell.model, cell.method, float(cell.aux_loss)) == ("mixtral-8x7b-e8k2", LAER, 1e-4)
-    )
+    ]
+    if not found:
+        return []
     return [
         "The paper's line, LAER's time for a layer and microbatch of mixtral-8x7b-e8k2: "
-        f"{1e3 * seconds / _LAYERS / _MICROBATCHES:.1f} ms."
+        f"{1e3 * found[0] / _LAYERS / _MICROBATCHES:.1f} ms."
     ]
 
 
@@ -128,4 +135,4 @@ def _on_a_node(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program("scripts/paper/figure11.py", main)

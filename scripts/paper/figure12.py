@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run as a file
 
-from benchmarks.published_cells import read_ablation
+from benchmarks.command_line import program
+from benchmarks.published_files import read_ablation
 from scripts.paper.experiments import FSEP, LAER, STATIC, Case, Experiment, Length, Method, Run
 from scripts.paper.published import ABLATION
 from scripts.paper.runner import Found, main
@@ -83,4 +85,4 @@ def tables(found: Found) -> Sequence[Table]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(EXPERIMENT, tables))
+    program("scripts/paper/figure12.py", partial(main, EXPERIMENT, tables))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run as a file
 
-from benchmarks.published_cells import read_cells
+from benchmarks.command_line import program
+from benchmarks.published_files import read_cells
 from scripts.paper.experiments import (
     FSEP,
     LAER,
@@ -79,4 +81,4 @@ def tables(found: Found) -> Sequence[Table]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(EXPERIMENT, tables))
+    program("scripts/paper/figure8.py", partial(main, EXPERIMENT, tables))

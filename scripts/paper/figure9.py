@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run as a file
 
+from benchmarks.command_line import program
 from scripts.paper.experiments import FSEP, LAER, STOCK, Case, Experiment, Length
 from scripts.paper.published import CONVERGENCE, Curve, read_curves
 from scripts.paper.runner import Found, main
@@ -124,4 +126,4 @@ def _seconds_to(curve: Curve, loss: float) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(EXPERIMENT, tables))
+    program("scripts/paper/figure9.py", partial(main, EXPERIMENT, tables))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.published_cells import read_tokens
+from benchmarks.published_files import END_TO_END as END_TO_END
+from benchmarks.published_files import read_tokens
+from benchmarks.published_table import below, not_negative, positive, read_rows, text
 
-END_TO_END = "laer_ae_e2e_wikitext.csv"
 # `convergence_analysis_backup.csv` of the artifact.
 CONVERGENCE = "laer_ae_convergence.csv"
 BREAKDOWN = "laer_ae_breakdown_seconds.csv"
@@ -17,6 +17,8 @@ TOKENS = ("laer_ae_tokens_e8k2.csv", "laer_ae_tokens_e16k4.csv")
 PLANNER = "laer_ae_planner_seconds.csv"
 ABLATION = "laer_ae_ablation_ms.csv"
 
+# Of a convergence run: some of its first steps are not counted, and of the others there is a mean.
+_FEWEST_STEPS, _MOST_STEPS = 2, 10**8
 # The microbatches that the paper's figure shows.
 _SHOWN = {"e8k2": slice(5, 10), "e16k4": slice(25, 30)}
 
@@ -36,21 +38,38 @@ def missing(folder: Path | None, names: Sequence[str]) -> list[str]:
     return [
         f"{folder} has no {name}, so the paper's columns are empty."
         for name in names
-        if not (folder / name).is_file()
+        if not (folder / name).exists()
     ]
 
 
 def read_curves(folder: Path) -> dict[tuple[str, float], Curve]:
-    """Read the convergence runs by method and auxiliary loss."""
-    rows: dict[tuple[str, float], list[tuple[int, float, float]]] = {}
-    with (folder / CONVERGENCE).open(newline="") as file:
-        for row in csv.DictReader(file):
-            key = row["method"], float(row["aux_loss"])
-            step = int(row["iter"]), float(row["loss"]), float(row["time"]) / 1e3
-            rows.setdefault(key, []).append(step)
+    """Read the convergence runs by method and auxiliary loss.
+
+    Raises:
+        ValueError: the table is not as it should be.
+        OSError: it cannot be read.
+    """
+    columns = {
+        "method": text,
+        "aux_loss": not_negative,
+        "iter": below(_MOST_STEPS),
+        "loss": positive,
+        "time": positive,
+    }
+    key = ("method", "aux_loss", "iter")
+    runs: dict[tuple[str, float], list[tuple[int, float, float]]] = {}
+    for row in read_rows(folder / CONVERGENCE, columns, key=key):
+        step = row["iter"], row["loss"], row["time"] / 1e3
+        runs.setdefault((row["method"], row["aux_loss"]), []).append(step)
+    for (method, aux), steps in runs.items():
+        if len(steps) < _FEWEST_STEPS:
+            raise ValueError(
+                f"{folder / CONVERGENCE}: {method} with auxiliary loss {aux:g} has {len(steps)} "
+                f"steps, expected at least {_FEWEST_STEPS}"
+            )
     return {
         key: Curve([loss for _, loss, _ in sorted(steps)], [time for _, _, time in sorted(steps)])
-        for key, steps in rows.items()
+        for key, steps in runs.items()
     }
 
 
@@ -63,9 +82,12 @@ def read_balance(folder: Path) -> dict[tuple[str, str], float]:
 
 
 def read_planner(folder: Path) -> Mapping[tuple[int, int], float]:
-    """Read the solve time of the artifact's planner in seconds, by ranks and capacity."""
-    with (folder / PLANNER).open(newline="") as file:
-        return {
-            (int(row["n_device"]), int(row["C_e"])): float(row["time"])
-            for row in csv.DictReader(file)
-        }
+    """Read the solve time of the artifact's planner in seconds, by ranks and capacity.
+
+    Raises:
+        ValueError: the table is not as it should be.
+        OSError: it cannot be read.
+    """
+    columns = {"n_device": below(2**20), "C_e": below(2**20), "time": positive}
+    rows = read_rows(folder / PLANNER, columns, key=("n_device", "C_e"))
+    return {(row["n_device"], row["C_e"]): row["time"] for row in rows}

@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_laer.cli.argument_types import between, path
+from megatron_laer.cli.program import Parser
 from megatron_laer.data import default_text_sources, prepare_data
 from megatron_laer.files.checks import quoted, refuse_unusable_folder
+from megatron_laer.files.writing import free_name, locked
 from scripts.paper import published
 from scripts.paper.experiments import (
     GPUS_PER_NODE,
@@ -90,29 +92,33 @@ def main(
         tables: makes the figure's tables.
 
     Returns:
-        1 if a run failed or is not there, 2 for words that cannot be, 130 if it is interrupted.
+        1 if a run failed or is not there, else 0.
+
+    Raises:
+        ValueError, OSError: what was passed does not work; said before anything is trained.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     ours, extra = _split(words)
     parser = _parser(experiment)
     options = parser.parse_args(ours)
-    try:
-        _check(options, extra)
-        request = _request(experiment, options, extra)
-    except ValueError as error:
-        parser.error(str(error))
+    _check(options, extra)
+    request = _request(experiment, options, extra)
     runs = _chosen(experiment, options)
+    absent = published.missing(options.published, experiment.published)
+    known = None if absent else options.published
+    if known is not None:
+        # What is damaged is to be told before hours of training, and tables read all of it.
+        tables(Found({}, {}, runs, request.length.skipped, known))
     if options.dry_run:
         for run in runs:
             print(command_line(experiment, run, request))
         return 0
     if not options.collect:
         request.folder.mkdir(parents=True, exist_ok=True)
-        try:
+        with locked(request.folder / ".running"):
+            _move_aside(runs, request)
             _train(experiment, runs, request)
-        except KeyboardInterrupt:
-            return 130
-    return _report(experiment, tables, runs, request, options.published)
+    return _report(experiment, tables, runs, request, absent, known)
 
 
 def _split(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
@@ -125,7 +131,7 @@ def _split(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
 
 
 def _parser(experiment: Experiment) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"scripts/paper/figure{experiment.figure}.py",
         description=f"The paper's figure {experiment.figure}: {experiment.title}.",
         epilog="What follows -- is given to Megatron, and wins over what is set here.",
@@ -180,7 +186,7 @@ def check_result_options(options: argparse.Namespace) -> None:
     """
     refuse_unusable_folder(options.work_dir, "--work-dir")
     if options.published is not None and not options.published.is_dir():
-        raise ValueError(f"--published {str(options.published)!r} is no folder; give one that is")
+        raise ValueError(f"--published {quoted(options.published)} is no folder; give one that is")
 
 
 def split_words(text: str | None, flag: str) -> list[str]:
@@ -276,18 +282,23 @@ def _sbatch(experiment: Experiment, run: Run, request: Request) -> list[str]:
     ]
 
 
+def _move_aside(runs: Sequence[Run], request: Request) -> None:
+    """Keep what earlier commands left of these runs, which may be of days, under other names."""
+    for run in runs:
+        for there in (log_path(run, request), metrics_folder(run, request)):
+            if os.path.lexists(there):
+                kept = there.rename(free_name(there))
+                print(f"{there.name} of an earlier command is now {kept.name}")
+
+
 def _train(experiment: Experiment, runs: Sequence[Run], request: Request) -> None:
     """Train all; what fails shows in its log, which then lacks steps."""
-    for run in runs:
-        log_path(run, request).unlink(missing_ok=True)
-        for recorded in metrics_folder(run, request).glob("metrics-*"):
-            recorded.unlink()
     if request.toy:
         print("Making a dataset from the sources of Python's standard library ...", flush=True)
         prepare_data(default_text_sources()[:_TOY_SOURCES], request.data_prefix, progress=False)
         for run in runs:
             print(f"{run.name}: {request.length.steps} steps", flush=True)
-            with log_path(run, request).open("w", encoding="utf-8") as log:
+            with log_path(run, request).open("x", encoding="utf-8") as log:
                 environment = _environment(experiment, run, request)
                 environment["MASTER_PORT"] = str(_free_port())
                 subprocess.run(
@@ -332,8 +343,14 @@ def _report(
     tables: Tables,
     runs: Sequence[Run],
     request: Request,
-    folder: Path | None,
+    absent: Sequence[str],
+    known: Path | None,
 ) -> int:
+    """Read what the runs left, and make the result.
+
+    Args:
+        absent: sentences on what is missing of the artifact's files; `known` has all of them.
+    """
     skipped = request.length.skipped
     found: dict[Run, Measured] = {}
     profiles: dict[Run, Profile] = {}
@@ -346,8 +363,6 @@ def _report(
         except (ValueError, OSError) as error:
             failures.append(str(error))
     result = Result(experiment.figure, experiment.title, "toy" if request.toy else "slurm")
-    absent = published.missing(folder, experiment.published)
-    known = None if absent else folder
     result.tables += tables(Found(found, profiles, runs, skipped, known))
     result.notes += [*failures, *absent, *experiment.notes]
     if request.toy:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import machine, table_text
+from megatron_laer.files.writing import replaced_when_complete, write_all
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,14 @@ class Result:
     def write(self, folder: Path) -> Path:
         """Write `result.txt` and `result.json`, with this machine's name; return the latter."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.txt").write_text(self.text() + "\n", encoding="utf-8")
         path = folder / "result.json"
-        content = asdict(self) | {"machine": machine()}
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        for there, content in (
+            (folder / "result.txt", self.text()),
+            (path, json.dumps(asdict(self) | {"machine": machine()}, indent=1)),
+        ):
+            # In place of a file that may have other names too, and not into it.
+            with replaced_when_complete(there) as file:
+                write_all(file, f"{content}\n".encode())
         return path
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tests.bad_inputs import inputs, report, simulate
+from tests.bad_inputs import inputs, programs, report, simulate
 
 _LONG = "x" * 300
 
@@ -35,7 +35,10 @@ class Case:
             *("plan", "flags", "inspect", "prepare-data", "check-recipe", "report", "train"),
             *("doctor", "calibrate", "simulate"),
         )
-        return next((word for word in self.words[:1] if word in known), "command line")
+        first = self.words[0] if self.words else ""
+        if first.endswith(".py"):
+            return first.split("/")[0]
+        return first if first in known else "command line"
 
 
 COMMAND_LINE = (
@@ -58,6 +61,7 @@ COMMAND_LINE = (
     ("calibrate out/x.yaml", "exchanges need several ranks; start at least two with `torchrun"),
     ("calibrate out/x.yaml --node-size 0", "--node-size: '0' is no integer"),
     ("calibrate out/x.yaml --hidden 1e3", "--hidden: '1e3' is no integer"),
+    ("calibrate out/x.yaml --hours nan", "--hours: 'nan' is no number in 1e-06..8760"),
     ("calibrate out/x.yaml --slow", "unrecognized arguments: --slow"),
     ("calibrate out/x.yaml -- x", "nothing follows -- here, got x"),
     ("doctor now", "unrecognized arguments: now"),
@@ -147,6 +151,7 @@ PLAN_OPTIONS = (
     ("--every 0", "--every: '0' is no integer"),
     ("--every 7", "--every 7: the trace has 6 case(s)"),
     ("--every 1000000000000000000000", "--every: '1000000000000000000000' is no integer"),
+    ("--workload W1 --ranks 65536 --experts 64 --hours 0.01", "leave one out"),
     ("--hours 0", "--hours: '0' is no number in 1e-06..8760"),
     ("--hours nan", "--hours: 'nan' is no number"),
     ("--hours 1e9", "--hours: '1e9' is no number"),
@@ -173,6 +178,17 @@ PLAN_OPTIONS = (
     ("--cluster cluster-zero.yaml --json cluster-zero.yaml", "write over the input"),
 )
 
+WORKLOADS = (
+    (
+        "--workload W1 --ranks 65536 --experts 64 --hours 0.001",
+        "drawing 32 microbatches for 65,536",
+    ),
+    ("--workload W1 --ranks 65536 --experts 512 --steps 100000", "GiB of memory"),
+    ("--workload W1 --ranks 8 --experts 8 --topk 9", "a token cannot have 9 of 8 experts"),
+    ("--workload W1 --ranks 8 --experts 8 --tokens 16777217", "is no integer in 1..16777216"),
+    ("--workload W1 --ranks 8 --experts 32767 --tokens 16777216", "are too many to draw"),
+    ("--workload W1 --experts 8", "has no ranks of its own; give --ranks"),
+)
 TRACES = (
     ("absent", "trace 'absent' does not exist"),
     ("absent.csv", "trace 'absent.csv' does not exist"),
@@ -437,6 +453,8 @@ def all_cases(script: str, flags: tuple[str, ...]) -> Iterator[Case]:
         yield Case(tuple(words.split(" ")) if words else (), says)
     for options, says in PLAN_OPTIONS:
         yield _case(f"plan good.trace {options}", says)
+    for options, says in WORKLOADS:
+        yield _case(f"plan {options}", says)
     yield Case(("plan", ""), "the path is empty; give a file")
     yield Case(("plan", "good.trace", "--json", ""), "--json: the path is empty")
     yield Case(("plan", "good.trace", "--cluster", ""), "unknown cluster ''")
@@ -460,6 +478,8 @@ def all_cases(script: str, flags: tuple[str, ...]) -> Iterator[Case]:
     for words, says in simulate.cases():
         yield Case(("simulate", *words.split(" ")) if words else ("simulate",), says)
     yield Case(("simulate", "good.trace", "--model", "tiny-moe", "--json", ""), "the path is empty")
+    for words, says in programs.cases():
+        yield _case(words, says)
     for words, says in CHECK_RECIPE:
         yield Case(("check-recipe", *words.split()), says)
     for name, (_, says) in inputs.pickles().items():

@@ -2,7 +2,8 @@
 
 A program: `python -m tests.bad_inputs.forks`. It imports all that the commands need, then reads
 lines of JSON (`words`, `environment`, `folder`) and forks a child for each, two at a time; a child
-runs `cli.main(words)` and is killed at a limit. It answers with a line of JSON for each, in order.
+runs `cli.main(words)`, or a program of the repository, and is killed at a limit. It answers with a
+line of JSON for each, in order.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib
 import json
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -31,7 +33,11 @@ RESIDENT_BYTES = 2 * 2**30
 WALL_S = 120
 AT_ONCE = 2
 
+ROOT = Path(__file__).resolve().parents[2]
+
 _IMPORTED = (
+    *(f"benchmarks.{path.stem}" for path in ROOT.glob("benchmarks/*.py")),
+    "benchmarks.gpu.__main__",
     "matplotlib.backend_bases",
     "matplotlib.figure",
     "megatron_laer.cli.flags",
@@ -47,7 +53,11 @@ _IMPORTED = (
 
 @dataclass(frozen=True)
 class Job:
-    """One command line of `megatron_laer`, in a folder, with these variables changed."""
+    """One command line of `megatron_laer`, in a folder, with these variables changed.
+
+    Attributes:
+        words: the first one may be a program of this repository, by its path from the top.
+    """
 
     words: Sequence[str]
     folder: str
@@ -105,7 +115,7 @@ def _serve() -> None:
     prepare()
     for name in _IMPORTED:
         importlib.import_module(name)
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.insert(0, str(ROOT))
     importlib.import_module("pretrain_gpt")
     jobs = [Job(**json.loads(line)) for line in sys.stdin]
     with tempfile.TemporaryDirectory() as folder:
@@ -204,6 +214,10 @@ def _status_of(words: Sequence[str]) -> int:
     # What a script of `train` calls when its arguments are valid.
     sys.modules["megatron.training"].pretrain = training.pretrain = accepted
     try:
+        if words[:1] and words[0].endswith(".py"):
+            sys.argv[:] = [str(ROOT / words[0]), *words[1:]]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            return 0
         return cli.main(words)
     except SystemExit as stopped:  # as Python itself does with it
         if isinstance(stopped.code, int):

@@ -35,6 +35,9 @@ _OPTIONS = (
     ("--peak-tflops nan", "--peak-tflops: 'nan' is no number"),
     ("--peak-tflops 0", "--peak-tflops: '0' is no number"),
     ("--memory-gib -1", "--memory-gib: '-1' is no number"),
+    ("--hours nan", "--hours: 'nan' is no number in 1e-06..8760"),
+    ("--hours 1e9", "--hours: '1e9' is no number"),
+    ("--microbatches 65537", "--microbatches: '65537' is no integer in 1..65536"),
     ("--host-gap-ms inf", "--host-gap-ms: 'inf' is no number"),
     ("--pipeline 33", "32 layers are too few for 33 stages"),
     ("--virtual-pipeline 2", "the interleaved schedule needs a pipeline"),
@@ -80,6 +83,11 @@ _OTHERS = (
     (f"--workload W1 {_MODEL}", "--workload W1 has no ranks of its own; give --ranks"),
     (f"--workload W1 {_MODEL} --ranks 8 --format csv", "--format csv: no effect here"),
     (f"--workload W1 {_MODEL} --ranks 65536 --lag 100000", "would take about"),
+    (f"--workload W1 {_MODEL} --ranks 8 --microbatches 65536", "more than the 1 of --hours"),
+    (f"--workload W1 {_MODEL} --ranks 8 16384 --capacity 1 2 --hours 1e-3", "simulating 4 case"),
+    (f"--workload W1 {_MODEL} --ranks 65536 --experts 512 --lag 60", "GiB of memory"),
+    (f"--workload W1 {_MODEL} --ranks 65536 --hours 0.001", "more than the 0.001 of --hours"),
+    (f"good.trace {_MODEL} --ranks 65536 --hours 0.0001", "more than the 0.0001 of --hours"),
 )
 
 

@@ -11,18 +11,25 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from tests.dockerfiles import DOCKERFILES, instructions
+from tests.dockerfiles import DOCKERFILES, instructions, moved
 from tests.documents import ROOT
 
 _PYTHON = shlex.quote(sys.executable)
 _PIP = f"{_PYTHON} -m pip --disable-pip-version-check"
-# In place of programs of the image: what is installed goes into a folder, and what a wheel needs is
-# there already.
+# In place of programs of the image: what is installed goes into a folder, and what the package
+# needs is there already.
 _PROGRAMS = {
     "apt-get": 'echo "apt-get $*"',
+    "chown": 'echo "chown $*"',
+    "useradd": 'echo "useradd $*"',
+    "python3": f'exec {_PYTHON} "$@"',
     "pip": f"""\
 command=$1 && shift
-[ "$command" = wheel ] || set -- --no-deps --target "$SITE" "$@"
+case "$command $*" in
+    wheel*) ;;
+    *--requirement*) set -- --dry-run "$@" ;;
+    *) set -- --no-deps --target "$SITE" "$@" ;;
+esac
 exec {_PIP} "$command" --no-index --no-build-isolation "$@"
 """,
     "megatron-laer": f'PYTHONPATH=$SITE exec {_PYTHON} -P -m megatron_laer "$@"',
@@ -38,26 +45,25 @@ def test_the_plain_files_commands_build_and_try_a_wheel(tmp_path: Path) -> None:
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
 
-    def inside(text: str) -> str:
-        for folder in ("/source", "/wheels", "/opt/", "/var/", "/workspace"):
-            text = text.replace(folder, f"{root}{folder}")
-        return text
+    inside = ("/opt", "/source", "/tmp", "/var", "/wheels", "/workspace")
+    here = {"/needs": ROOT} | {name: root / name.removeprefix("/") for name in inside}
+    (root / "tmp").mkdir(parents=True)
 
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
         "PATH": f"{programs}:{os.environ['PATH']}",
         "SITE": str(root / "site"),
         "TORCH_INDEX_URL": "",
+        "USER_ID": "1000",
         "MEGATRON_LAER_DEVICE": "cpu",
         "PYTHONWARNINGS": "ignore",
     }
     folder, said = root, ""
-    folder.mkdir()
     for instruction in instructions(plain):
         if instruction.name == "WORKDIR":
-            folder = Path(inside(instruction.text))
-            folder.mkdir(parents=True)
+            folder = Path(moved(instruction.text, here))
+            folder.mkdir(parents=True, exist_ok=True)
         elif instruction.name == "COPY":
-            *sources, target = inside(instruction.text).split()
+            *sources, target = moved(instruction.text, here).split()
             to = folder / target
             for source in sources:
                 if (ROOT / source).is_dir():
@@ -67,10 +73,12 @@ def test_the_plain_files_commands_build_and_try_a_wheel(tmp_path: Path) -> None:
                     to.mkdir(parents=True, exist_ok=True)
                     shutil.copy(ROOT / source, to)
         elif instruction.name == "RUN":
-            command = ["bash", "-o", "pipefail", "-c", inside(instruction.text)]
+            command = ["bash", "-o", "pipefail", "-c", moved(instruction.text, here)]
             result = processes.run(command, 1800.0, cwd=folder, env=environment)
             assert result.returncode == 0, f"{instruction.text}\n{result.stdout}{result.stderr}"
             said = result.stdout
-    assert said.startswith("runs; proved by parity rows on the CPU\n")
+    healthy, _, verdict = said.partition("everything that training needs is there\n")
+    assert healthy.startswith("megatron_laer ")
+    assert verdict.startswith("runs; proved by parity rows on the CPU\n")
     assert len(list((root / "wheels").glob("megatron_laer-*.whl"))) == 1
     assert (root / "site" / "megatron_laer" / "configs" / "models" / "tiny-moe.yaml").exists()

@@ -32,6 +32,7 @@ SHORT = {
 SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
     "README.md": ON_TWO_CPU_RANKS | SHORT,
     "start.md": ON_TWO_CPU_RANKS | SHORT,
+    "fork.md": ON_TWO_CPU_RANKS | SHORT,
     "plan.md": ON_TWO_CPU_RANKS | SHORT,
     "report.md": ON_TWO_CPU_RANKS | SHORT,
     # The batch script's own tests run it in a Slurm; here it prints what it would start.
@@ -41,6 +42,11 @@ SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
         "CONTAINER_IMAGE=/images/pytorch.sqsh CONTAINER_MOUNTS=/data:/data ": "",
     },
     "end_to_end.md": {"--ranks 2 --json": "--ranks 2 --quick --json", "--half": "--quick"},
+    # All methods and steps are in test_paper.py.
+    "paper.md": {
+        f"figure{figure}.py --toy": f"figure{figure}.py --toy --methods fsep --steps 3"
+        for figure in (8, 9, 10, 12)
+    },
 }
 # What a page takes for granted.
 BEFORE = {

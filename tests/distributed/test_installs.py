@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,7 @@ from tests.parity.flags import command_line
 _ROOT = Path(__file__).resolve().parents[2]
 _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 _OFFLINE = ["--no-index", "--no-build-isolation"]
+_PKG_INFO = re.compile("[^/]+/PKG-INFO")
 
 # Read by Python at start-up in every environment that is made here.
 TELLING = """
@@ -260,22 +264,31 @@ def test_commands_run(
 
 
 @INSIDE_AND_OUTSIDE
-def test_the_slurm_script_makes_its_command_line(
-    install: Install, place: str, tmp_path: Path
-) -> None:
+def test_the_slurm_script_starts(install: Install, place: str, tmp_path: Path) -> None:
     cwd = install.checkout if place == "inside" else tmp_path
-    printed = succeed(
-        ["bash", install.checkout / "scripts" / "slurm" / "pretrain.sbatch"],
+    (tmp_path / "text.idx").touch()
+    log = tmp_path / "imported"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = install.checkout / "scripts" / "slurm" / "pretrain.sbatch"
+    result = run(
+        ["bash", script, "--", "--expert-parallel-mode", "none"],
         cwd,
-        DRY_RUN="1",
         PYTHON=str(install.environment.python),
         MODEL="tiny-moe",
-        DATA_PREFIX="/data/text",
+        DATA_PREFIX=str(tmp_path / "text"),
+        GPUS_PER_NODE="1",
+        MASTER_PORT=str(port),
+        IMPORTED=str(log),
     )
-    words = shlex.split(printed)
-    assert str(install.environment.python) in words
-    assert str(install.checkout / "pretrain_gpt.py") in words
-    assert " ".join(model_flags("tiny-moe")) in " ".join(words)
+    # Its rank comes as far as `starts` does, and fails.
+    assert result.returncode == 1, result.stderr
+    assert "argument --expert-parallel-mode: invalid choice: 'none'" in result.stderr
+    # What is installed, in all of its processes, though they run a script of the checkout.
+    packages, cores = zip(*imported(log), strict=True)
+    assert {*packages} == {install.package}
+    assert {core.parent for core in cores if core} == {install.package / "planner"}
 
 
 def test_the_readmes_way_trains(make: Maker, wheel: Path, text_data: str, tmp_path: Path) -> None:
@@ -302,15 +315,37 @@ def test_the_readmes_way_trains(make: Maker, wheel: Path, text_data: str, tmp_pa
     }
 
 
-def test_the_script_alone_runs_with_an_installed_package(
-    make: Maker, wheel: Path, tmp_path: Path
-) -> None:
-    environment = make.environment("script-alone")
+@pytest.fixture(scope="module")
+def alone(make: Maker, wheel: Path) -> Environment:
+    """One with the wheel, used without any checkout."""
+    environment = make.environment("alone")
     environment.install(wheel)
+    return environment
+
+
+def test_the_script_alone_runs_with_an_installed_package(
+    alone: Environment, tmp_path: Path
+) -> None:
     shutil.copy(_ROOT / "pretrain_gpt.py", tmp_path)
     log = tmp_path / "imported"
-    starts(environment.python, "pretrain_gpt.py", tmp_path, log)
-    assert {package for package, _ in imported(log)} == {environment.packages / "megatron_laer"}
+    starts(alone.python, "pretrain_gpt.py", tmp_path, log)
+    assert {package for package, _ in imported(log)} == {alone.packages / "megatron_laer"}
+
+
+def test_doctor_knows_what_an_installed_package_needs(alone: Environment, tmp_path: Path) -> None:
+    command = [alone.folder / "bin" / "megatron-laer", "doctor"]
+    rows = succeed(command, tmp_path).splitlines()
+    assert rows[-1] == "everything that training needs is there"
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
+    needed = [re.split("[^a-z-]", line)[0] for line in project["dependencies"]]
+    assert {*needed} <= {row.split()[0] for row in rows if row}
+    assert str(alone.packages / "megatron_laer") in rows[0]
+
+    # Ranges are those of its metadata.
+    (tmp_path / "psutil.py").write_text("__version__ = '1.0'")
+    old = run(command, tmp_path, PYTHONPATH=str(tmp_path))
+    assert old.returncode == 1
+    assert "pip install 'psutil>=" in old.stdout
 
 
 # What cannot run says in one line what to do.
@@ -401,6 +436,11 @@ def test_the_sdist_has_the_whole_checkout_and_nothing_built(sdist: Path, make: M
             for member in archive.getmembers()
             if member.isfile()
         }
+        (metadata,) = (
+            archive.extractfile(name) for name in archive.getnames() if _PKG_INFO.fullmatch(name)
+        )
+        assert metadata is not None
+        assert metadata.read().count(b"\nProject-URL: ") >= 2
     expected = {str(file.relative_to(checkout)): file.stat().st_mode & 0o100 for file in files}
     assert {"pretrain_gpt.py", "constraints.txt", "scripts/test.sh", ".ci/run"} <= {*expected}
     assert {name: mode for name, mode in members.items() if name in expected} == expected

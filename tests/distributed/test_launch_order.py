@@ -17,7 +17,7 @@ import pytest
 from megatron_laer.testing import weights
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
-from tests.launch_order import Launch, problems, recorded
+from tests.launch_order import WITH_SPLITS, Launch, problems, recorded
 from tests.parity.flags import command_line
 
 PIPELINE = " --pipeline-model-parallel-size 2 --num-layers 4"
@@ -118,6 +118,41 @@ def some_launches_swapped_are_found(launches: list[list[Launch]], of_fsep: set[s
         (problem,) = problems([swapped, *launches[1:]])[:1]
         assert problem.startswith("collective" if kind == "one communicator" else "a circle")
     assert swaps["two communicators"] > 0
+
+
+def exchanges_of(flags: list[str]) -> tuple[int, int]:
+    """The All-to-Alls of tokens that this rank launched, and those that were priced."""
+    from megatron_laer.runtime.coordinator import Coordinator
+
+    launches: list[Launch] = []
+    priced: list[int] = []
+    note = Coordinator._note
+
+    def noted(self: Any, layer: Any, counts_NE: Any, decision: Any, decide_s: float) -> None:
+        priced.append(self.guard.costs.token_passes)
+        note(self, layer, counts_NE, decision, decide_s)
+
+    with recorded(launches), mock.patch.object(Coordinator, "_note", noted):
+        train(flags)
+    of_tokens = [of for of in launches if of.description == "EXPERT_MODEL_PARALLEL_GROUP"]
+    return sum(of.operation in WITH_SPLITS for of in of_tokens), sum(priced)
+
+
+@pytest.mark.parametrize("extra", ["", FULL, SELECTIVE], ids=["none", "full", "selective"])
+def test_a_layer_exchanges_tokens_as_often_as_it_is_priced(
+    ranks: Callable[[int], RankPool], text_data: str, extra: str
+) -> None:
+    flags = command_line(
+        text_data,
+        experts=4,
+        expert_parallel=2,
+        global_batch=8,
+        steps=2,
+        extra=" --expert-parallel-mode fsep" + extra,
+    )
+    for launched, priced in ranks(2).run(exchanges_of, flags):
+        # Hidden states are dispatched with their probabilities, and combined without.
+        assert launched == priced * 3 // 2 > 0
 
 
 # The check itself, on orders made by hand.

@@ -88,6 +88,17 @@ def test_a_job_of_the_breakdown_is_waited_for(
 
 
 @pytest.mark.nightly
+@pytest.mark.slurm
+@pytest.mark.counts(slurm_jobs=1)
+def test_the_planner_is_timed_on_a_node_of_slurm(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    words = ["scripts/paper/figure11.py", "--slurm", "--work-dir", str(tmp_path)]
+    environment = slurm_cluster.environment(PYTHONPATH=processes.python_path())
+    (rows,) = tables(words, tmp_path, environment)
+    assert len(rows) == 25 and {row["capacity"] for row in rows} == {1, 2, 4, 8, 16}
+    assert all(row["laer"] > 0 and row["greedy"] > 0 for row in rows)
+
+
+@pytest.mark.nightly
 def test_end_to_end_runs(tmp_path: Path) -> None:
     (rows,) = toy(8, tmp_path)
     assert len(ours(rows)) == 8

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_laer.cli.program import ended
 from tests import processes
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +60,7 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
     from scripts import quickstart
 
     try:
-        status = quickstart.main(words)
+        status = ended("scripts/quickstart.sh", lambda: quickstart.main(words))
     except SystemExit as stopped:  # argparse
         status = int(str(stopped.code))
     assert status == 2

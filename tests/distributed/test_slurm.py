@@ -319,6 +319,48 @@ def test_a_checkpoint_in_use_or_of_another_model_is_refused_and_another_jobs_is_
     assert "nothing is left to do" in third.log and "started:" not in third.log
 
 
+# Arrays. The last task has the number of the whole array.
+
+
+@pytest.mark.counts(slurm_jobs=2)
+def test_tasks_of_an_array_that_run_one_by_one_go_on_from_each_other(
+    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    body = 'echo $((5 * SLURM_ARRAY_TASK_ID)) >"$CHECKPOINT/latest_checkpointed_iteration.txt"'
+    first, second = slurm_cluster.submit_array(
+        *("1-2%1", "--no-requeue", *ONE_NODE, str(SBATCH), "--", "--train-iters", "10"),
+        environment=settings(body, CHECKPOINT=str(tmp_path / "run")),
+    )
+    for job in (first, second):
+        assert job.end() == "COMPLETED", job.log
+        assert "started:" in job.log
+    assert "requeue is off for this job" in first.log
+    assert f"{tmp_path}/run holds step 5 of job {first.name} (megatron-laer, " in second.log
+
+
+@pytest.mark.counts(slurm_jobs=2)
+def test_a_task_of_an_array_requeues_itself_alone(
+    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    # The second task stops at a half and then waits for the first to end.
+    body = """
+        step=10; [[ $CHECKPOINT == */1 || $SLURM_RESTART_COUNT == 1 ]] || step=5
+        echo "$step" >"$CHECKPOINT/latest_checkpointed_iteration.txt"
+        ((step == 10)) || until [[ -f $CHECKPOINT/../ended ]]; do sleep 0.1; done"""
+    own = shlex.quote(f"{tmp_path}/")
+    wrapped = f"CHECKPOINT={own}$SLURM_ARRAY_TASK_ID bash {SBATCH} -- --train-iters 10"
+    others, requeued = slurm_cluster.submit_array(
+        *("1-2", "--requeue", *ONE_NODE, "--exclusive", f"--wrap={wrapped}"),
+        environment=settings(body),
+    )
+    assert others.end() == "COMPLETED", others.log
+    (tmp_path / "ended").touch()
+    requeued.wait_for_text("requeued (1 of 100)")
+    requeued.restart_now()
+    assert requeued.end() == "COMPLETED", requeued.log
+    assert [job.field("Restarts") for job in (others, requeued)] == ["0", "1"]
+
+
 # Both modes.
 
 

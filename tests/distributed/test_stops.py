@@ -11,7 +11,7 @@ import pytest
 
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
-from tests.checkpoints import saved_iteration
+from tests.checkpoints import NEEDS_NVRX, saved_iteration
 from tests.faults.delays import digest
 from tests.faults.jobs import output_of, run_job, steps_of
 from tests.parity.flags import command_line
@@ -19,8 +19,10 @@ from tests.processes import outlive
 
 PLANNED = " --expert-parallel-mode fsep --fsep-planner greedy --fsep-late-plan wait"
 ASYNC = " --async-save --use-persistent-ckpt-worker --async-strategy mcore"
+NVRX = ASYNC.replace("mcore", "nvrx")
 # Signal, loader workers and kind of save: every two of these values meet.
 STOPS = [("SIGTERM", 0, ""), ("SIGUSR1", 2, ""), ("SIGTERM", 2, ASYNC), ("SIGUSR1", 0, ASYNC)]
+NVRX_STOPS = [("SIGTERM", 2, NVRX), ("SIGUSR1", 0, NVRX)]
 RESTORED = "FSEP: the planner's state is restored"
 
 
@@ -38,30 +40,42 @@ def stops_at(signal_name: str, folder: Path, workers: int = 0, save: str = "") -
     )
 
 
-@pytest.mark.counts(fault_runs=4, resumed_runs=4)
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param(STOPS, marks=pytest.mark.counts(fault_runs=4, resumed_runs=4)),
+        pytest.param(
+            NVRX_STOPS, marks=[NEEDS_NVRX, pytest.mark.counts(fault_runs=2, resumed_runs=2)]
+        ),
+    ],
+    ids=["Megatron's writer", "nvidia-resiliency-ext"],
+)
 def test_a_job_stopped_over_and_over_ends_bitwise_as_one_that_was_not(
-    ranks: Callable[[int], RankPool], command: Callable[..., list[str]], tmp_path: Path
+    ranks: Callable[[int], RankPool],
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    stops: list[tuple[str, int, str]],
 ) -> None:
     # Every start makes three steps: a save after one or two starts what a save leaves behind, and
     # the signal comes in the third.
-    steps = 3 * len(STOPS) + 2
+    steps = 3 * len(stops) + 2
     flags = partial(command, steps=steps)
     whole_flags = flags(extra=f"{PLANNED} --load {tmp_path / 'none'}")
     whole = [record.probes for record in ranks(2).run(train, whole_flags, digest)]
     found: list[list[str]] = [[], []]
-    for start, (signal_name, workers, save) in enumerate([*STOPS, ("SIGTERM", 0, "")]):
+    for start, (signal_name, workers, save) in enumerate([*stops, ("SIGTERM", 0, "")]):
         folder = tmp_path / f"start-{start}"
         extra = stops_at(signal_name, tmp_path / "checkpoints", workers, save)
         status = run_job(
             folder,
             flags(extra=extra),
-            fault="signal ranks" if start < len(STOPS) else "none",
+            fault="signal ranks" if start < len(stops) else "none",
             step=3 * start + 2,
             signal_name=signal_name,
         )
         output = output_of(folder)
         assert status == 0, f"{signal_name}, {workers} workers, {save}: {output[-4000:]}"
-        if start < len(STOPS):
+        if start < len(stops):
             assert saved_iteration(tmp_path / "checkpoints") == 3 * start + 3
             assert [(folder / f"rank-{rank}.status").read_text() for rank in range(2)] == ["0"] * 2
         assert output.count(RESTORED) == (start > 0)
@@ -96,7 +110,11 @@ def test_a_signal_that_also_reaches_torchrun_finds_the_job_saved(
 
 
 @pytest.mark.counts(fault_runs=1)
-@pytest.mark.parametrize("save", ["", ASYNC], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "save",
+    ["", ASYNC, pytest.param(NVRX, marks=NEEDS_NVRX)],
+    ids=["sync", "async", "nvidia-resiliency-ext"],
+)
 def test_whatever_a_killed_rank_had_started_ends(
     command: Callable[..., list[str]], tmp_path: Path, save: str
 ) -> None:

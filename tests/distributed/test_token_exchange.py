@@ -84,7 +84,7 @@ def test_experts_get_the_same_bits_and_sums_differ_by_rounding(
             assert torch.equal(mine, repeated)
 
 
-def gathers_of_sizes(case: Case) -> list[int]:
+def exchanges_of_sizes(case: Case) -> list[int]:
     """On a rank: exchanges of sizes in a first pass, and with them in its re-run."""
     import torch.distributed as dist
 
@@ -92,17 +92,17 @@ def gathers_of_sizes(case: Case) -> list[int]:
     with gloo_groups(case.node_size) as groups:
         plan, map_TE = plan_of(case, groups.rank), routing_maps(case)[groups.rank]
         hidden, probs = torch.zeros(len(map_TE), HIDDEN), map_TE.float()
-        gather = mock.Mock(side_effect=dist.all_gather_into_tensor)
-        with mock.patch.object(dist, "all_gather_into_tensor", gather):
+        exchange = mock.Mock(side_effect=dist.all_to_all_single)
+        with mock.patch.object(dist, "all_to_all_single", exchange):
             for of_pass, of_router in ((plan, map_TE), (plan.for_rerun(map_TE), ~map_TE)):
                 dispatcher = make_dispatcher(of_pass, case, groups, nodes=True)
                 dispatcher.dispatch_preprocess(hidden, of_router, probs)
-                counts.append(gather.call_count)
+                counts.append(exchange.call_count)
     return counts
 
 
 def test_a_rerun_under_a_checkpoint_exchanges_no_sizes(ranks: Callable[[int], RankPool]) -> None:
-    assert ranks(4).run(gathers_of_sizes, EVEN) == [[1, 1]] * 4
+    assert ranks(4).run(exchanges_of_sizes, EVEN) == [[1, 1]] * 4
 
 
 def exchanges_noted(case: Case) -> list[tuple[str, str]]:

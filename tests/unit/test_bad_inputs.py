@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_inputs import inputs, report
+from tests.bad_inputs import inputs, programs, report
 from tests.bad_inputs.cases import Case, all_cases
-from tests.bad_inputs.forks import Ended, Job, run_all
+from tests.bad_inputs.forks import WALL_S, Ended, Job, run_all
 from tests.parity.flags import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +32,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Ended], set[st
     folder = tmp_path_factory.mktemp("inputs")
     inputs.make(folder)
     report.make(folder)
+    programs.make(folder)
     before = set(_content(folder))
     jobs = [Job(case.words, str(folder), case.environment) for case in CASES]
     ended = list(run_all(jobs))
@@ -107,6 +108,7 @@ def test_there_are_hundreds_of_different_bad_inputs() -> None:
     assert len(different) == len(CASES) >= LEAST
 
 
+GUARDED = f"stopped by the guard of {WALL_S} s"
 # Scripts that `train` runs, and the problem that is found with each.
 WRONG = {
     "print(end='')": "status 0",
@@ -125,7 +127,9 @@ def test_the_harness_finds_what_goes_wrong(tmp_path: Path) -> None:
     cases = [Case(("train", str(script)), "quoted") for script in scripts]
     ended = run_all(Job(case.words, str(tmp_path), {}) for case in cases)
     for case, end, problem in zip(cases, ended, WRONG.values(), strict=True):
-        assert problem in _problems(case, end)
+        found = list(_problems(case, end))
+        # Where others keep the machine busy, a child may not come to its limit within the guard.
+        assert problem in found or (problem.startswith("stopped") and GUARDED in found)
 
 
 def test_the_harness_finds_what_was_changed(tmp_path: Path) -> None:

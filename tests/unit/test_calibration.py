@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_laer.calibration import quantities
 from megatron_laer.calibration.constants import cluster_of
+from megatron_laer.calibration.estimate import check_fits, gemm_bytes, gemm_seconds
 from megatron_laer.calibration.fitting import (
     figure_of,
     fit_curve,
@@ -25,6 +26,7 @@ from megatron_laer.calibration.fitting import (
     rates_of,
     rounded,
 )
+from megatron_laer.calibration.gemms import product_of
 from megatron_laer.calibration.links import partner_ranks
 from megatron_laer.calibration.quantities import (
     INTER,
@@ -40,7 +42,9 @@ from megatron_laer.calibration.quantities import (
     Quantity,
 )
 from megatron_laer.calibration.settings import ExpertShape, Settings, make_settings
+from megatron_laer.choices import Recompute
 from megatron_laer.config import FSEPConfig
+from megatron_laer.experts.gemm import slot_gemm
 from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
 from megatron_laer.planner.clusters import Figure, Link, SolveTime
 from megatron_laer.runtime.build import layer_costs
@@ -272,3 +276,60 @@ def test_training_predicts_by_the_gemms_of_the_back_end_that_computes(tmp_path: 
         assert costs.cluster.backward_gemm_factor == pytest.approx(
             expected.backward_gemm_factor, rel=1e-3
         )
+
+
+@pytest.mark.parametrize(
+    ("granularity", "modules", "recompute"),
+    [
+        (None, ["core_attn"], Recompute.NONE),
+        ("selective", ["core_attn", "moe_act"], Recompute.NONE),
+        ("selective", ["layernorm", "moe"], Recompute.FULL),
+        ("full", ["core_attn"], Recompute.FULL),
+    ],
+)
+def test_training_prices_what_megatron_recomputes(
+    granularity: str | None, modules: list[str], recompute: Recompute
+) -> None:
+    model = SimpleNamespace(
+        hidden_size=8,
+        moe_ffn_hidden_size=8,
+        gated_linear_unit=True,
+        params_dtype=torch.bfloat16,
+        recompute_granularity=granularity,
+        recompute_modules=modules,
+    )
+    assert layer_costs(FSEPConfig(), model, torch.device("cpu")).recompute == recompute
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize(("on_cuda", "hidden", "ffn"), [(True, 4096, 14336), (False, 512, 1024)])
+def test_the_default_experts_fit_into_an_hour(on_cuda, hidden, ffn, quick):
+    expert = ExpertShape(hidden, ffn, gated=True)
+    chosen = make_settings(expert, 8, on_cuda=on_cuda, quick=quick)
+    needed = gemm_bytes(chosen)
+    check_fits(chosen, needed, 1.0)
+    with pytest.raises(ValueError, match="GiB of a rank's memory"):
+        check_fits(chosen, needed - 1, 1.0)
+    with pytest.raises(ValueError, match=f"an expert of hidden size {hidden} and width {ffn} woul"):
+        check_fits(chosen, needed, gemm_seconds(chosen) / 3600 * 0.99)
+
+
+def test_products_take_about_the_memory_that_is_estimated(monkeypatch):
+    chosen = make_settings(ExpertShape(64, 96, gated=True), 1, on_cuda=False, quick=True)
+    taken = []
+
+    def recording(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            taken.append(tensor.nbytes)
+            return tensor
+
+        return made
+
+    for name in ("randn", "empty_like"):
+        monkeypatch.setattr(torch, name, recording(getattr(torch, name)))
+    product_of(
+        slot_gemm("loop"), quantities.FORWARD, chosen.tokens[-1], chosen, torch.device("cpu")
+    )
+    # What comes out is in the estimate as well.
+    assert sum(taken) <= gemm_bytes(chosen) <= 2 * sum(taken)

@@ -1,4 +1,7 @@
-"""The worker of async saves as ranks with a GPU have it: a new process, not a fork of its rank."""
+"""The worker of async saves as ranks with a GPU have it: a new process, not a fork of its rank.
+
+Of Megatron's own writer, and of nvidia-resiliency-ext's where that is installed.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import NEEDS_NVRX
 from tests.processes import outlive, python_path
 
 pytestmark = pytest.mark.releases
@@ -29,15 +33,25 @@ if __name__ == "__main__":
     from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
     megatron_laer.enable()
-    worker = async_utils.PersistentAsyncCaller._get_process(0, "forkserver")
+    if sys.argv[2] == "mcore":
+        worker = async_utils.PersistentAsyncCaller._get_process(0, "forkserver")
+        caller = async_utils.PersistentAsyncCaller
+        requests, completed = caller._persistent_queue, caller._persistent_comp_q
+        request_class = async_utils.AsyncRequest
+    else:
+        from nvidia_resiliency_ext.checkpointing.async_ckpt import core, filesystem_async
+
+        # In this mode it does without a GPU.
+        caller = core.PersistentAsyncCaller(cpu_shm_mode=True)
+        caller._start_worker(0)
+        worker, requests, completed = caller.process, caller.queue, caller.comp_q
+        request_class = core.AsyncRequest
     queue = filesystem_async.get_write_results_queue("fork")
-    caller = async_utils.PersistentAsyncCaller
     for helper in (worker.pid, queue._manager._process.pid):
         os.kill(helper, signal.SIGTERM)
         os.kill(helper, signal.SIGUSR1)
-    request = async_utils.AsyncRequest(save, (sys.argv[1],), [], call_idx=3)
-    caller._persistent_queue.put(request)
-    assert caller._persistent_comp_q.get() == 3
+    requests.put(request_class(save, (sys.argv[1],), [], call_idx=3))
+    assert completed.get() == 3
     queue.put("result")
     assert queue.get() == "result"
     print("helpers", worker.pid, queue._manager._process.pid, flush=True)
@@ -47,13 +61,14 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("end", ["fails", "is killed"])
+@pytest.mark.parametrize("writer", ["mcore", pytest.param("nvrx", marks=NEEDS_NVRX)])
 def test_helpers_work_on_after_a_signal_and_end_however_their_rank_ends(
-    tmp_path: Path, end: str
+    tmp_path: Path, writer: str, end: str
 ) -> None:
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     with subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(script), str(tmp_path / "file")],
+        [sys.executable, "-W", "ignore", str(script), str(tmp_path / "file"), writer],
         env=os.environ | {"PYTHONPATH": python_path()},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -73,3 +88,21 @@ def test_helpers_work_on_after_a_signal_and_end_however_their_rank_ends(
     assert rank.returncode == (1 if end == "fails" else -signal.SIGKILL)
     assert ("a rank fails while" in errors) == (end == "fails")
     assert outlive(helpers) == []
+
+
+def test_an_unknown_nvidia_resiliency_ext_is_left_alone_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from megatron.core.dist_checkpointing.strategies import torch
+
+    from megatron_laer.plugin import checkpoint_writer
+    from megatron_laer.plugin.patching import Patch
+
+    unknown = (Patch("nowhere", "function", lambda original: original, "is not there"),)
+    monkeypatch.setattr(checkpoint_writer, "NVRX_PATCHES", unknown)
+    monkeypatch.setattr(torch, "HAVE_NVRX", False, raising=False)
+    assert checkpoint_writer.nvrx_patches() == ()
+    assert "take mcore" not in caplog.text
+    monkeypatch.setattr(torch, "HAVE_NVRX", True)
+    assert checkpoint_writer.nvrx_patches() == ()
+    assert "take mcore" in caplog.text

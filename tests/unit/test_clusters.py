@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +61,30 @@ def test_shipped_clusters_load_by_name_and_by_path(name: str) -> None:
     file = yaml_file("cluster", name)
     assert cluster.name == name
     assert load_cluster(file) == load_cluster(str(file)) == cluster
+
+
+# How a file speaks of its constants; every file has these.
+_SPOKEN_OF = {
+    "gemm": "GEMM",
+    "gemm of one token": "One token",
+    "intra": "NVLink|inside a node",
+    "inter": "InfiniBand",
+    "latencies": "[Ll]atenc",
+    "solve": "Solve time",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name != "cpu-gloo"])
+def test_every_constant_that_is_not_ours_is_published_or_said_to_be_assumed(name: str) -> None:
+    cluster = load_cluster(name)
+    told = f"{cluster.source} {cluster.assumed}"
+    untold = [constant for constant, word in _SPOKEN_OF.items() if not re.search(word, told)]
+    assert untold == []
+    # What is not among them has a sentence of its own beside its ends.
+    beyond = {"backward_gemm_factor", "memory_bytes_per_s", "host.launch_s", "contention.gemm"}
+    given = {constant for constant in beyond if cluster.constant(constant) not in (None, 1.0)}
+    assert given <= dict(cluster.spreads).keys()
+    assert all(spread.source for _, spread in cluster.spreads)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

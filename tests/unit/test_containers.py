@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+import venv
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.dockerfiles import DOCKERFILES, instructions
+from tests.dockerfiles import DOCKERFILES, instructions, moved
 from tests.documents import ROOT
+from tests.unit.shell_scripts import fake_python
 
-_KNOWN = {"ARG", "CMD", "COPY", "ENV", "FROM", "RUN", "SHELL", "WORKDIR"}
+_KNOWN = {"ARG", "CMD", "COPY", "ENV", "FROM", "RUN", "SHELL", "USER", "WORKDIR"}
+# What is mounted from the repository, and neither from a stage nor a cache.
+_OF_SOURCES = {"type", "source", "target"}
 _IDS = [path.name for path in DOCKERFILES]
 each = pytest.mark.parametrize("path", DOCKERFILES, ids=_IDS)
 
@@ -27,7 +34,8 @@ def test_instructions_are_known_and_stages_begin_with_a_base(path: Path) -> None
     assert {i.name for i in found if i.stage == max(i.stage for i in found)} >= {"RUN", "CMD"}
     stages = [i.text.partition(" AS ")[2] for i in found if i.name == "FROM"]
     for instruction in found:
-        if source := instruction.options.get("from"):
+        mounted = [mount["from"] for mount in instruction.mounts if "from" in mount]
+        for source in [*instruction.options.get("from", []), *mounted]:
             assert source in stages[: instruction.stage - 1]
 
 
@@ -44,11 +52,12 @@ def test_arguments_are_declared_before_they_are_used(path: Path) -> None:
 
 
 @each
-def test_a_base_has_a_version_that_is_chosen(path: Path) -> None:
-    for instruction in instructions(path):
-        if instruction.name == "FROM":
-            base = instruction.text.partition(" AS ")[0]
-            assert re.fullmatch(r"\$\{IMAGE\}|python:\$\{PYTHON_VERSION\}-slim", base), base
+def test_a_base_is_chosen_when_it_is_built_and_never_the_latest(path: Path) -> None:
+    found = instructions(path)
+    bases = {i.text.partition(" AS ")[0] for i in found if i.name == "FROM"}
+    assert bases == {"${IMAGE}"}
+    (image,) = (i.text for i in found if i.stage == 0)
+    assert re.fullmatch(r"IMAGE(=python:3\.\d+-slim)?", image)
 
 
 @each
@@ -58,6 +67,7 @@ def test_what_is_copied_is_in_the_repository_and_enough_to_build(path: Path) -> 
         if instruction.name == "COPY" and "from" not in instruction.options:
             *sources, _ = instruction.text.split()
             copied |= {*sources}
+        copied |= {mount["source"] for mount in instruction.mounts if mount.keys() == _OF_SOURCES}
     assert [name for name in sorted(copied) if not (ROOT / name).exists()] == []
     setup = (ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text()
     needed = set(re.findall(r'"(README\.md|LICENSE|configs|megatron_laer)\b', setup))
@@ -89,7 +99,29 @@ def test_nothing_that_was_only_needed_to_install_stays(path: Path) -> None:
         if "apt-get" in words:
             assert "--no-install-recommends" in words
             assert words[-3:] == ["rm", "-rf", "/var/lib/apt/lists/*"]
-        assert words.count("pip") == words.count("--no-cache-dir")
+        if all(mount["type"] != "cache" for mount in instruction.mounts):
+            assert words.count("pip") == words.count("--no-cache-dir")
+
+
+@each
+def test_a_change_of_the_source_installs_no_package_again(path: Path) -> None:
+    last = [i for i in instructions(path) if i.stage == max(j.stage for j in instructions(path))]
+    needs = next(i for i in last if "--requirement" in i.text)
+    wheel = next(i for i in last if "/wheels/*.whl" in i.text)
+    before = last[: last.index(needs) + 1]
+    used = [mount for i in before for mount in i.mounts if mount["type"] != "cache"]
+    assert {mount["source"] for mount in used} <= {"pyproject.toml", "constraints.txt"}
+    assert "COPY" not in {i.name for i in before} and needs in last[: last.index(wheel)]
+    assert "--no-deps" in wheel.text
+
+
+@each
+def test_what_is_run_is_run_by_no_root(path: Path) -> None:
+    names = [i.name for i in instructions(path)]
+    users = [i for i in instructions(path) if i.name == "USER"]
+    assert [user.text for user in users] == ["laer"]
+    # The check at the end is that user's.
+    assert names[names.index("USER") :] == ["USER", "WORKDIR", "RUN", "CMD"]
 
 
 @each
@@ -102,27 +134,93 @@ def test_no_failure_of_a_pipeline_is_lost(path: Path) -> None:
 @each
 def test_an_image_is_tried_before_it_is_done(path: Path) -> None:
     runs = [i for i in instructions(path) if i.name == "RUN"]
-    assert "check-recipe" in runs[-1].text
+    assert "megatron-laer doctor" in runs[-1].text and "check-recipe" in runs[-1].text
     (command,) = (i.text for i in instructions(path) if i.name == "CMD")
     assert json.loads(command) == ["megatron-laer", "doctor"]
 
 
-def test_the_torch_of_a_base_that_has_one_stays() -> None:
+def test_a_base_without_cuda_asks_for_gpus_as_one_with_cuda_does() -> None:
+    (plain,) = (path for path in DOCKERFILES if path.name == "plain.Dockerfile")
+    set_there = " ".join(i.text for i in instructions(plain) if i.name == "ENV").split()
+    assert {"NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"} == {
+        *set_there
+    }
+
+
+def wheel(folder: Path, name: str, version: str, needs: Sequence[str] = ()) -> None:
+    """A wheel without modules."""
+    info = f"{name}-{version}.dist-info"
+    about = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {need}" for need in needs)]
+    tags = ["Wheel-Version: 1.0", "Root-Is-Purelib: true", "Tag: py3-none-any"]
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
+        file.writestr(f"{info}/METADATA", "\n".join(["Metadata-Version: 2.1", *about, ""]))
+        file.writestr(f"{info}/WHEEL", "\n".join([*tags, ""]))
+        file.writestr(f"{info}/RECORD", "")
+
+
+# As in an image: torch is of no release, and a constraint holds what is too old for Megatron.
+_IN_IMAGE = {
+    "torch": "2.10.0a0+b4e4ee81d3.nv25.12",
+    "numpy": "2.1.0",
+    "packaging": "23.2",
+    "psutil": "7.0.0",
+    "pyyaml": "6.0.2",
+    "tqdm": "4.67.1",
+}
+
+
+def test_on_an_image_with_constraints_only_what_is_too_old_is_replaced(tmp_path: Path) -> None:
+    """The commands and pip's resolution are real; packages are empty."""
+    index, etc = tmp_path / "index", tmp_path / "etc" / "pip"
+    for folder in (index, etc, tmp_path / "bin"):
+        folder.mkdir(parents=True)
+    venv.create(tmp_path / "image", with_pip=False)
+    python = tmp_path / "image" / "bin" / "python3"
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    for name, version in _IN_IMAGE.items():
+        wheel(index, name, version)
+        wheel(index, name, "99.0")
+    wheel(index, "megatron_core", "0.19.2", ["torch>=2.6.0", "numpy", "packaging>=24.2"])
+    told = ("PIP_", "PYTHONPATH")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(told)} | {
+        "PATH": f"{tmp_path / 'bin'}:{python.parent}:{os.environ['PATH']}",
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(index),
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }
+    pinned = [f"{name}=={version}" for name, version in _IN_IMAGE.items()]
+    subprocess.run([*pip, "install", "--quiet", *pinned], env=environment, check=True)
+    (etc / "constraint.txt").write_text("\n".join(pinned))
+    environment["PIP_CONSTRAINT"] = str(etc / "constraint.txt")
+    fake_python(tmp_path / "bin", "pip", f'exec {shlex.join(pip)} "$@"')
+
     (ngc,) = (path for path in DOCKERFILES if path.name == "ngc.Dockerfile")
-    (install,) = (i.text for i in instructions(ngc) if "pip install" in i.text)
-    # Constraints that the image has set hold as well: nothing unsets PIP_CONSTRAINT.
-    assert "torch==" in install and "--constraint" in install and "PIP_CONSTRAINT" not in install
+    last = [i.text for i in instructions(ngc) if (i.name, i.stage) == ("RUN", 2)]
+    here = {"/etc/pip": etc, "/needs": ROOT, "/tmp": tmp_path}
+    for text in last[: 1 + next(i for i, text in enumerate(last) if "--requirement" in text)]:
+        result = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", moved(text, here)],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+    listed = subprocess.run(
+        [*pip, "list", "--format", "freeze"], env=environment, capture_output=True, text=True
+    )
+    found = dict(line.lower().split("==") for line in listed.stdout.splitlines())
+    assert found == _IN_IMAGE | {"packaging": "99.0", "megatron_core": "0.19.2"}
 
 
 def test_lines_are_read_as_docker_reads_them(tmp_path: Path) -> None:
     path = tmp_path / "Dockerfile"
     path.write_text(
         "# a\nARG X=1\nFROM a:${X} AS b\n"
-        "RUN --mount=type=bind,from=b \\\n    c \\\n    # d\n    && e\n"
+        "RUN --mount=type=bind,from=b --mount=type=cache \\\n    c \\\n    # d\n    && e\n"
     )
     arg, base, run = instructions(path)
     assert (arg.name, arg.stage, base.stage, run.stage) == ("ARG", 0, 1, 1)
-    assert run.options == {"mount": "type=bind,from=b"}
+    assert run.mounts == [{"type": "bind", "from": "b"}, {"type": "cache"}]
     assert run.text.split() == ["c", "\\", "&&", "e"]
     path.write_text("FROM a\nrun b\n")
     with pytest.raises(ValueError, match="'run b' begins with no instruction"):

@@ -143,7 +143,7 @@ def test_runs_that_a_file_has_are_not_run_again(
 
     with pytest.raises(SystemExit):
         convergence.main(["--steps", str(2 * STEPS), "--json", str(path)])
-    assert "has runs with other settings; name another file" in capsys.readouterr().err
+    assert "has runs with other settings; name another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("steps", ["0", "15", "-10", "many"])

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import Recompute
 from megatron_laer.config import ExchangeAlgorithm, RestoreAlgorithm, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.cluster_files import load_cluster
@@ -66,10 +67,12 @@ def matrix_seconds(costs: CostModel, quota: Int64, layout: ExpertLayout, node_si
     slots, counts = layout.num_slots, num_ranks * layout.num_experts
     gate_s += host.gate.base_s + slots * host.gate.slot_s + counts * host.gate.count_s
     launches = 58 if costs.restore_algorithm == "node" else 52
-    gemms = (2 if costs.recompute else 1) + 2 * costs.cluster.backward_gemm_factor
+    forwards = 1 if costs.recompute == Recompute.NONE else 2
+    gemms = forwards + 2 * costs.cluster.backward_gemm_factor
+    exchanged = 3 if costs.recompute == Recompute.FULL else 2  # forward, perhaps again, backward
     return (
         gemms * costs.flops_per_token * expert_s
-        + 4 * (pass_s + latency_s)
+        + 2 * exchanged * (pass_s + latency_s)
         + gate_s
         + launches * host.launch_s
     )
@@ -84,7 +87,7 @@ def test_the_even_cost_equals_its_definition_on_the_whole_matrix(
     layout = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
     quota = quota_NS(counts_NE, layout, geometry.node_size)
     by_node = replace(COSTS, restore_algorithm=ExchangeAlgorithm.NODE)
-    for costs in (COSTS, replace(COSTS, recompute=True), by_node):
+    for costs in (*(replace(COSTS, recompute=recompute) for recompute in Recompute), by_node):
         expected = matrix_seconds(costs, quota, layout, geometry.node_size)
         seconds = costs.layer_seconds(counts_NE, layout, geometry.node_size, Split.EVEN)
         assert seconds == pytest.approx(expected, rel=1e-12)
@@ -109,7 +112,13 @@ def test_the_exact_cost_equals_its_definition_on_the_whole_matrix(
 def test_nothing_is_faster_than_the_lower_bound(geometry: Geometry, seed: int) -> None:
     counts_NE = counts_for(seed, geometry)
     random = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
-    for costs in (COSTS, COMPUTE_ONLY, make_costs(points=((1, 1e9), (40, 2e9), (80, 1.9e9)))):
+    again = replace(COSTS, recompute=Recompute.FULL)
+    for costs in (
+        COSTS,
+        again,
+        COMPUTE_ONLY,
+        make_costs(points=((1, 1e9), (40, 2e9), (80, 1.9e9))),
+    ):
         least_s = costs.least_layer_seconds(counts_NE, geometry)
         for layout in (random, construct_layout(counts_NE, random, geometry.node_size)):
             for split in (Split.EXACT, Split.EVEN):
@@ -158,8 +167,9 @@ def test_free_links_leave_the_largest_load() -> None:
     # 20 tokens on each rank at 1e10 FLOP/s; 3 passes, 4 with recompute.
     token_s = COMPUTE_ONLY.flops_per_token / 1e10
     assert COMPUTE_ONLY.layer_seconds(counts_NE, layout, 2) == pytest.approx(20 * 3 * token_s)
-    again = replace(COMPUTE_ONLY, recompute=True)
-    assert again.layer_seconds(counts_NE, layout, 2) == pytest.approx(20 * 4 * token_s)
+    for recompute in (Recompute.COMPUTE, Recompute.FULL):
+        again = replace(COMPUTE_ONLY, recompute=recompute)
+        assert again.layer_seconds(counts_NE, layout, 2) == pytest.approx(20 * 4 * token_s)
 
 
 def test_two_small_gemms_take_longer_than_one_large_one() -> None:
@@ -267,15 +277,18 @@ def test_what_no_layer_hides_is_exposed(
 @pytest.mark.parametrize(
     ("factor", "recompute", "share"),
     [
-        (1.0, False, 1 / 3),
-        (1.0, True, 1 / 4),
-        (1.5, False, 1 / 4),
-        (2.0, True, 1 / 6),
-        (0.25, False, 1 / 2),  # of the experts two thirds, of the All-to-Alls half
+        (1.0, Recompute.NONE, 1 / 3),
+        (1.0, Recompute.FULL, 1 / 4),
+        (1.5, Recompute.NONE, 1 / 4),
+        (2.0, Recompute.FULL, 1 / 6),
+        # Of the experts two thirds or two fifths, of the All-to-Alls half, or a third.
+        (0.25, Recompute.NONE, 1 / 2),
+        (0.25, Recompute.COMPUTE, 1 / 2.5),
+        (0.25, Recompute.FULL, 1 / 3),
     ],
 )
 def test_a_shorter_part_of_forward_hides_less_of_a_restore_in_forward(
-    factor: float, recompute: bool, share: float
+    factor: float, recompute: Recompute, share: float
 ) -> None:
     costs = make_costs(backward_gemm_factor=factor, recompute=recompute)
     geometry, layout = Geometry(4, 8, 3, 2), ExpertLayout.static(4, 3, 8)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.doctor import machine
+from megatron_laer.environment import CONNECTIONS
 from megatron_laer.releases import NUMBERS, SUPPORTED, TESTED, TESTED_RANGE, release_after
 from tests.processes import python_path
 
@@ -122,7 +122,7 @@ def doctor(tmp_path: Path) -> Doctor:
 
 
 def _is_the_launchers(name: str) -> bool:
-    ours = {"WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "MEGATRON_LAER_DEVICE", machine.CONNECTIONS}
+    ours = {"WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "MEGATRON_LAER_DEVICE", CONNECTIONS}
     return name in ours or name.startswith(("SLURM_", "OMPI_"))
 
 

@@ -190,7 +190,7 @@ def test_several_nodes_get_a_launcher_each() -> None:
         ("--parts parity", "--parts parity needs several ranks; give --ranks N as well"),
         ("--dry-run --ranks 3 --nodes 2", "--ranks 3 are not equally many on each of 2 nodes"),
         ("--dry-run --ranks 4 --nodes 2", "needs --address; submit scripts/slurm/gpu_check"),
-        ("--ranks many", "'many' is no whole number of at least 1"),
+        ("--ranks many", "'many' is no integer in 1..65536"),
     ],
 )
 def test_what_cannot_run_is_refused(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.costs import paper_costs
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import TokenExchange
+from megatron_laer.choices import Recompute, TokenExchange
 from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
@@ -45,6 +45,7 @@ def cost_models(draw: st.DrawFn) -> CostModel:
         hidden=8,
         ffn=draw(st.sampled_from([4, 40])),
         restore_algorithm=draw(st.sampled_from(list(ExchangeAlgorithm))),
+        recompute=draw(st.sampled_from(list(Recompute))),
         tokens=draw(st.sampled_from([TokenPrices(), NODE, replace(NODE, inter_rows=1 / 3)])),
     )
 
@@ -122,17 +123,53 @@ def test_adaptive_takes_the_cheaper_and_its_early_way_out_changes_nothing(
     kept_s = costs.layer_seconds(counts_NE, planned, geometry.node_size)
     fresh_s = costs.layer_seconds(counts_NE, fresh, geometry.node_size)
     cost_s = costs.change_seconds(planned, fresh, geometry.node_size)
-    wanted = fresh if kept_s - fresh_s > cost_s else planned
+    least_s = costs.least_layer_seconds(counts_NE, geometry)
+    kept_exposed_s, fresh_exposed_s = (
+        costs.exposed_backward_seconds(layout, geometry.node_size, least_s)
+        for layout in (planned, fresh)
+    )
+    if costs.restore_algorithm == ExchangeAlgorithm.FLAT:
+        assert kept_exposed_s == fresh_exposed_s
+        kept_exposed_s = fresh_exposed_s = 0.0
+    gain_s = kept_s - fresh_s + (kept_exposed_s - fresh_exposed_s)
+    wanted = fresh if gain_s > cost_s else planned
     assert decision.layout == wanted
     if decision.solved and decision.gain_s is not None:
-        assert (decision.gain_s, decision.cost_s) == (kept_s - fresh_s, cost_s)
+        assert (decision.gain_s, decision.cost_s) == (gain_s, cost_s)
     elif not decision.solved:
-        assert decision.gain_s == kept_s - costs.least_layer_seconds(counts_NE, geometry)
+        assert decision.gain_s == kept_s - least_s + kept_exposed_s
         assert decision.cost_s == costs.least_change_seconds(geometry)
-        assert decision.gain_s >= kept_s - fresh_s
+        assert decision.gain_s >= gain_s
         assert fresh == planned or decision.cost_s <= cost_s
-    chosen_s = fresh_s + cost_s if decision.replanned else kept_s
-    assert chosen_s <= kept_s
+    chosen_s = fresh_s + fresh_exposed_s + cost_s if decision.replanned else kept_s + kept_exposed_s
+    assert chosen_s <= (kept_s + kept_exposed_s) * (1 + 1e-12)
+
+
+def test_exchanges_that_backward_cannot_hide_count_against_more_experts_on_a_node() -> None:
+    """Each node has half of the experts, twice. A fresh layout brings more of them to both."""
+    geometry, tokens = Geometry(8, 16, 4, 4), (200, 800)
+    slots = [expert for expert in range(16) for _ in range(2)]
+    planned = ExpertLayout.from_slots(8, 4, 16, slots)
+    costs = make_costs(
+        points=((1, 1e12),),
+        inter=Link(1e9, 1e-7),
+        solve=SolveTime(0.0, 0.0, 0.0),
+        ffn=96,
+        restore_algorithm=ExchangeAlgorithm.NODE,
+    )
+    share_E = np.random.default_rng(0).gamma(0.6, size=16) + 0.05
+    replanned = []
+    for number in tokens:
+        counts_NE = np.tile(np.round(number * share_E / share_E.sum()).astype(np.int64), (8, 1))
+        fresh = construct_layout(counts_NE, planned, 4)
+        decision = Guard(PlanMode.ADAPTIVE, costs, geometry).decide(counts_NE, planned)
+        # As long as nothing else is asked, the fresh layout is worth its fetch with either number.
+        saved_s = costs.layer_seconds(counts_NE, planned, 4)
+        saved_s -= costs.layer_seconds(counts_NE, fresh, 4)
+        assert saved_s > costs.change_seconds(planned, fresh, 4)
+        assert decision.solved and decision.gain_s is not None and decision.gain_s < saved_s
+        replanned.append(decision.replanned)
+    assert replanned == [False, True]
 
 
 @settings(max_examples=150)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_laer.choices import Recompute
 from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.balance import stock_tokens_N
@@ -32,7 +33,7 @@ from megatron_laer.simulator.iteration.model_shape import read_model
 from megatron_laer.simulator.iteration.predict import predict
 from megatron_laer.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.simulator.iteration.routing import Routing
-from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
+from megatron_laer.simulator.iteration.run_shape import RunShape
 from megatron_laer.simulator.iteration.work import Exchange, LayerWork, grouped_totals
 from megatron_laer.trace import Trace
 from megatron_laer.trace.workloads import Shape, workload_trace

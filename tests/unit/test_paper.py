@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.published_cells import read_ablation
+from benchmarks.published_files import read_ablation
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
 from scripts.paper import figure8, figure9, figure12, published

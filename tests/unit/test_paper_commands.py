@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.command_line import program
 from megatron_laer.config import FSEPConfig
+from megatron_laer.files.writing import locked
 from megatron_laer.platform.cpu import CPU_FLAGS
 from scripts.paper import figure8, figure9, figure10, figure11, figure12, published, runner
 from scripts.paper.experiments import MODELS, Case
@@ -25,12 +27,16 @@ DATA = ["--data-prefix", "/data/text", "--tokenizer", "/data/tokenizer"]
 
 def run_figure(figure: Any, *words: object) -> int:
     """The status of a figure's command, also where argparse ends it."""
-    try:
+    given = [*map(str, words)]
+
+    def run() -> int:
         if figure is figure11:
-            return figure11.main([*map(str, words)])
-        return runner.main(figure.EXPERIMENT, figure.tables, [*map(str, words)])
-    except SystemExit as stopped:
-        return int(str(stopped.code))
+            return figure11.main(given)
+        return runner.main(figure.EXPERIMENT, figure.tables, given)
+
+    with pytest.raises(SystemExit) as stopped:
+        program(figure.__name__, run)
+    return int(str(stopped.value.code))
 
 
 def dry_run(figure: Any, capsys: pytest.CaptureFixture[str], *words: str) -> list[list[str]]:
@@ -98,9 +104,10 @@ def test_megatron_takes_what_jobs_start_on_32_ranks(capsys: pytest.CaptureFixtur
     """As far as its validation. All else of a job is as in tests of pretrain.sbatch."""
     e16k4 = ["--models", "mixtral-8x22b-e16k4"]
     stock, _, laer, *_ = dry_run(figure8, capsys, *e16k4)
+    wide, *_ = dry_run(figure8, capsys, "--models", "qwen-8x7b-e8k2", "--methods", "stock")
     high, _, fsep = dry_run(figure9, capsys)
     recorded = dry_run(figure10, capsys, *e16k4[:1], "mixtral-8x7b-e16k4", "--methods", "static")
-    commands = [stock, laer, high, fsep, *recorded]
+    commands = [stock, wide, laer, high, fsep, *recorded]
     tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "32000"]
     lines = [[*started(command), *CPU_FLAGS, *tokenizer] for command in commands]
     result = subprocess.run(
@@ -117,6 +124,7 @@ def test_megatron_takes_what_jobs_start_on_32_ranks(capsys: pytest.CaptureFixtur
     # Expert and tensor parallelism, tokens of a rank's microbatch, microbatches: the paper's.
     assert json.loads(result.stdout.splitlines()[-1]) == [
         ["standard", 8, 4, 8192, 16],
+        ["standard", 8, 8, 8192, 32],
         ["fsep", 32, 1, 16384, 2],
         ["standard", 8, 4, 4096, 16],
         ["fsep", 32, 1, 16384, 1],
@@ -181,13 +189,30 @@ def test_a_failed_job_fails_the_command_and_not_the_others(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     models = ["--models", E8K2, "qwen-8x7b-e8k2"]
     words = ["--slurm", "--work-dir", tmp_path, "--steps", "5", "--methods", "fsep", *models]
-    # An earlier result is none of this run.
+    # An earlier result is none of this run, and is kept.
     log = tmp_path / "figure8-slurm" / "qwen-8x7b-e8k2_aux0_fsep.log"
     log.parent.mkdir()
-    log.write_text("\n".join(log_line(step, 5, 1.0, 1.0) for step in range(1, 6)))
+    earlier = "\n".join(log_line(step, 5, 1.0, 1.0) for step in range(1, 6))
+    log.write_text(earlier)
     assert run_figure(figure8, *words, *DATA) == 1
     rows = json.loads((log.parent / "result.json").read_text())["tables"][0]["rows"]
     assert [row["s"] for row in rows if row["ours"]] == [0.1, 0.1, None, None]
+    assert log.with_stem(f"{log.stem}.2").read_text() == earlier
+
+
+def test_a_second_command_in_a_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_python(tmp_path, "sbatch", _FAKE_SBATCH)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    folder = tmp_path / "figure8-slurm"
+    folder.mkdir()
+    log = folder / f"{E8K2}_aux0_fsep.log"
+    log.write_text("of the first")
+    with locked(folder / ".running"):
+        assert run_figure(figure8, "--slurm", "--work-dir", tmp_path, *DATA) == 2
+    assert "is being written by another run" in capsys.readouterr().err
+    assert log.read_text() == "of the first"
 
 
 def test_figure_11_times_both_planners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,24 @@ def test_the_command_prices_the_token_exchange_that_is_asked_for(tmp_path, capsy
     assert layer_ms["node"][1] < layer_ms["rank"][1]
 
 
+def test_the_command_prices_what_is_recomputed(tmp_path, capsys):
+    words = "--workload W0 --ranks 32 --experts 128 --steps 2 --strategy static --mode forecast"
+    exchanged_ms, layer_ms = {}, {}
+    for recompute in ("none", "compute", "full"):
+        given = ("--recompute", recompute, "--json", tmp_path / "x.json")
+        status, _, err = run(*words.split(), *given, capsys=capsys)
+        assert status == 0, err
+        written = json.loads((tmp_path / "x.json").read_text())
+        assert written["recompute"] == recompute
+        exchanged_ms[recompute] = written["token_exchange_ms"]["rank"]
+        layer_ms[recompute] = [row["layer_ms"] for row in written["rows"]]
+    # Six All-to-Alls in place of four, with one more forward of the experts as `compute` has it.
+    assert exchanged_ms["compute"] == exchanged_ms["none"]
+    assert exchanged_ms["full"] == pytest.approx(1.5 * exchanged_ms["none"])
+    for none_ms, compute_ms, full_ms in zip(*layer_ms.values(), strict=True):
+        assert none_ms < compute_ms < full_ms
+
+
 def test_the_command_reads_sizes_from_a_model(tmp_path, trace, capsys):
     path = recording(tmp_path / "x.trace", trace)
     words = "--strategy static --mode forecast --json"

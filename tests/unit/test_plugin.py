@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from megatron_laer.environment import UNRELEASED_MEGATRON
 from megatron_laer.platform import versions
-from megatron_laer.platform.versions import UNRELEASED_VARIABLE
 from megatron_laer.releases import NEXT, NUMBERS, TESTED_RANGE, release_after
 
 pytestmark = pytest.mark.releases
@@ -106,11 +106,11 @@ assert plugin.patch_table() == ""
 
 # What is found, what is asked for, and words of the refusal; without a refusal, None.
 UNRELEASED = [
-    (f"{NEXT.number}.0", None, f"{UNRELEASED_VARIABLE}={NEXT.number} in the environment tries it"),
+    (f"{NEXT.number}.0", None, f"{UNRELEASED_MEGATRON}={NEXT.number} in the environment tries it"),
     (f"{NEXT.number}.0", NEXT.number, None),
     (f"{NEXT.number}.0rc0", NEXT.number, None),
     (NEXT.tested[-1], NEXT.number, None),
-    (f"{NEXT.number}.0", "1", f"{UNRELEASED_VARIABLE}=1: must be {NEXT.number}"),
+    (f"{NEXT.number}.0", "1", f"{UNRELEASED_MEGATRON}=1: must be {NEXT.number}"),
     (f"{NUMBERS[-1]}.0", NEXT.number, f"no effect with megatron-core {NUMBERS[-1]}.0"),
     (f"{NUMBERS[-1]}.0", None, None),
     (f"{release_after(NEXT.number)}.0", NEXT.number, f"supports megatron-core {TESTED_RANGE}"),
@@ -122,9 +122,9 @@ def test_a_megatron_that_is_not_released_has_to_be_asked_for(
     found: str, asked: str | None, quoted: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(versions, "megatron_version", lambda: found)
-    monkeypatch.delenv(UNRELEASED_VARIABLE, raising=False)
+    monkeypatch.delenv(UNRELEASED_MEGATRON, raising=False)
     if asked is not None:
-        monkeypatch.setenv(UNRELEASED_VARIABLE, asked)
+        monkeypatch.setenv(UNRELEASED_MEGATRON, asked)
     if quoted is None:
         versions.check_version()
         return

@@ -90,26 +90,34 @@ def test_an_unknown_command_lists_the_known(words: list[str]) -> None:
     assert "there are check, sdist, wheel, wheels, try and publish" in result.stderr
 
 
-@pytest.mark.parametrize(("command", "what"), [("wheel", "*.tar.gz"), ("try", "*-cp39-cp39-*_")])
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [("wheel", "*.tar.gz"), ("try", "*-cp39-cp39-*_"), ("try sdist", "*.tar.gz")],
+)
 def test_what_is_not_in_dist_is_asked_for(command: str, what: str, checkout: Path) -> None:
     python = fake_python(checkout, "python", "echo cp39")
-    result = release(checkout, command, PYTHON=str(python))
+    result = release(checkout, *command.split(), PYTHON=str(python))
     assert result.returncode == 2
     assert f"dist has 0 files {what}" in result.stderr
 
 
 def test_publishing_uploads_to_the_index_before_the_release_page(checkout: Path) -> None:
     date(checkout, f"## {VERSION} (2026-12-31)")
-    tools = checkout / "build" / "release-tools" / "bin"
+    changes = checkout / "CHANGELOG.md"
+    changes.write_text(f"{changes.read_text()}\n## 0.0.1 (2025-12-31)\n\n- Older.\n")
+    tools = checkout / "build" / "publish-tools" / "bin"
     tools.mkdir(parents=True)
     (checkout / "dist").mkdir()
     (checkout / "dist" / "a.whl").touch()
-    for name in ("twine", "gh"):
-        fake_python(tools, name, f'echo "{name} $*"')
+    fake_python(tools, "twine", 'echo "twine $*"')
+    fake_python(tools, "gh", 'echo "gh $*"; cat')
     result = release(checkout, "publish", f"v{VERSION}")
-    said, twine, gh = result.stdout.splitlines()
+    said, twine, gh, *notes = result.stdout.splitlines()
     assert said.startswith("version") and twine == "twine upload dist/a.whl"
     assert gh.startswith(f"gh release create v{VERSION} --verify-tag") and gh.endswith("dist/a.whl")
+    # What is new in this version, and not its heading nor an older one.
+    first = changes.read_text().split("\n## ")[1].splitlines()[1:]
+    assert "\n".join(notes).strip() == "\n".join(first).strip() and "Older" not in result.stdout
     assert release(checkout, "publish").returncode != 0
     assert "upload" not in release(checkout, "publish", "v9.9.9").stdout
 
@@ -117,12 +125,13 @@ def test_publishing_uploads_to_the_index_before_the_release_page(checkout: Path)
 def test_the_workflow_runs_the_scripts_commands_in_their_order() -> None:
     found = {name: runs(job) for name, job in jobs().items()}
     commands = [line.split()[1] for lines in found.values() for line in lines]
-    assert commands == ["check", "sdist", "wheels", "try", "publish"]
+    assert commands == ["check", "sdist", "try", "wheels", "try", "publish"]
     documented = re.findall(r"^#   scripts/release\.sh (\w+)", SCRIPT.read_text(), re.MULTILINE)
     assert {*commands, "wheel"} == {*documented}
     needs = {name: job.get("needs") for name, job in jobs().items()}
     assert needs == {"sdist": None, "wheels": "sdist", "try": "wheels", "publish": "try"}
-    assert jobs()["publish"]["if"] == "github.ref_type == 'tag'"
+    # A run by hand can be given a tag as well, and is to publish nothing.
+    assert jobs()["publish"]["if"] == "github.event_name == 'push' && github.ref_type == 'tag'"
 
 
 def test_every_python_with_a_wheel_is_tried_on_every_machine() -> None:
@@ -132,6 +141,8 @@ def test_every_python_with_a_wheel_is_tried_on_every_machine() -> None:
     assert matrix["python"] == list(_TRIED)
     assert matrix["runner"] == jobs()["wheels"]["strategy"]["matrix"]["runner"]
     assert f">={_TRIED[0]}" == PROJECT["project"]["requires-python"]
+    named = [text.rpartition(" :: ") for text in PROJECT["project"]["classifiers"]]
+    assert [last for of, _, last in named if of == "Programming Language :: Python"] == [*_TRIED]
 
 
 def test_artifacts_that_are_fetched_were_stored() -> None:

@@ -167,6 +167,33 @@ def test_commands_of_the_what_if_print_their_rows_again(
             assert found[0][name] == row[name], (row["command"], name)
 
 
+def test_the_what_if_reckons_with_the_runs_exchange_of_experts_and_recompute(
+    tmp_path: Path,
+) -> None:
+    found = {}
+    for number, noted in enumerate(
+        [
+            {},
+            {"restore_algorithm": "node", "recompute": "full"},
+            {"restore_algorithm": "pigeon", "recompute": "True"},
+        ]
+    ):
+        folder = tmp_path / str(number)
+        record_run(folder, run=RUN | noted)
+        found[number] = data_of(written(tmp_path, folder))["what_if"]
+    assert all("--restore-algorithm flat --recompute none" in of["command"] for of in found[0])
+    assert all("--restore-algorithm node --recompute full" in of["command"] for of in found[1])
+    for noted_nothing, noted, noted_unknown in zip(*found.values(), strict=True):
+        assert noted["layer_ms"] > noted_nothing["layer_ms"]
+        assert noted_unknown["layer_ms"] == noted_nothing["layer_ms"]
+    # The command reckons so too.
+    (row,) = [of for of in found[1] if (of["mode"], of["capacity"]) == ("adaptive", 3)]
+    out = tmp_path / "row.json"
+    assert cli.main([*shlex.split(row["command"])[3:], "--json", str(out)]) == 0
+    (again,) = [of for of in json.loads(out.read_text())["rows"] if of["mode"] == "adaptive"]
+    assert again["layer_ms"] == row["layer_ms"]
+
+
 def test_a_trace_alone_is_replayed_as_training_would_have_planned_it(tmp_path: Path) -> None:
     trace = drifting_trace(steps=8)
     path = recording(tmp_path / "x.trace", trace)

@@ -76,10 +76,16 @@ def test_a_workflow_may_only_read_and_pins_what_it_uses(path: Path) -> None:
 
 def test_every_set_of_tests_has_a_workflow() -> None:
     commands = {path.stem: path.read_text(encoding="utf-8") for path in WORKFLOWS}
-    assert {*commands} == {"lint", "cpu", "gpu", "release"}
+    assert {*commands} == {"lint", "cpu", "gpu", "nightly", "release"}
     assert "scripts/test.sh --lint\n" in commands["lint"]
     assert "scripts/test.sh --gpu\n" in commands["gpu"]
+    assert commands["cpu"].endswith(" .ci/run\n")
+    assert commands["nightly"].endswith(" .ci/run --nightly\n")
     # PyYAML reads the key `on` as a truth value.
+    assert [*read(ROOT / ".github" / "workflows" / "nightly.yml")[True]] == [
+        "schedule",
+        "workflow_dispatch",
+    ]
     assert [*read(ROOT / ".github" / "workflows" / "gpu.yml")[True]] == ["workflow_dispatch"]
 
 

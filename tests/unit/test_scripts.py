@@ -91,7 +91,9 @@ def test_a_python_without_venv_is_named(tools):
 
 # Where torch is from. Packages are not installed: a Python is made to write down what pip is told.
 
-_DEFAULT = "torch with CUDA, Megatron and tools: 5.8 GB; 1.2 GB with TORCH_INDEX_URL, see docs/"
+_DEFAULT = (
+    "torch with CUDA, Megatron and tools; that is 3.2 GB to download and 5.8 GB on disk: some 10 m"
+)
 _FAKE_PYTHON = """\
 case "$*" in
     *"-m pip"*) echo "$*" >>"$ASKED" ;;
@@ -146,15 +148,18 @@ def install(tmp_path):
 
 def test_torch_with_cuda_is_installed_where_nothing_else_is_asked_for(install):
     said, (asked,), venv = install()
-    assert f"Installing into .venv (the first time {_DEFAULT}" in said
+    assert f"Installing into .venv. The first time: {_DEFAULT}" in said
     assert "--index-url" not in asked and asked.endswith(f"--editable {venv.parent}[test]")
     assert f"--constraint {venv.parent}/constraints.txt " in asked
+    assert not (venv / "bin" / "torchrun").exists()  # torch brings its own
 
 
 def test_torch_comes_from_its_index_alone_and_everything_else_does_not(install):
     # Also where the interpreter has one: who names an index wants what is there.
     said, (torch, others), venv = install("2.9.0", TORCH_INDEX_URL="https://x/cpu")
-    assert "torch from TORCH_INDEX_URL, Megatron and tools: 1.2 GB if torch is built for" in said
+    assert (
+        "from TORCH_INDEX_URL" in said and "0.3 GB to download and 1.2 GB on disk: some 4 m" in said
+    )
     (tested,) = re.findall("^torch==.*", (_ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert torch.endswith(f" --no-deps --index-url https://x/cpu {tested}")
     assert "--index-url" not in others and "--editable" in others
@@ -164,13 +169,19 @@ def test_torch_comes_from_its_index_alone_and_everything_else_does_not(install):
 @pytest.mark.parametrize("version", ["2.6.0+cpu", "2.15.1", "3.0.0a0+git1234"])
 def test_the_torch_of_the_interpreter_is_used(version, install):
     said, (asked,), venv = install(version)
-    assert f"(the first time torch=={version} is there already; Megatron and tools: 0.6 GB" in said
+    assert (
+        f"The first time: torch=={version} is there already; Megatron and tools are 0.14 GB" in said
+    )
     assert f"--constraint {venv}/constraints.txt " in asked and "--index-url" not in asked
     pinned = (venv / "constraints.txt").read_text().splitlines()
     assert [line for line in pinned if line.startswith("torch==")] == [f"torch=={version}"]
     assert "megatron-core==" in (venv / "constraints.txt").read_text()
     (path,) = venv.rglob("*.pth")
     assert (Path(path.read_text().strip()) / f"torch-{version}.dist-info").is_dir()
+    # It starts ranks with the environment's Python, which is not the one that has torch.
+    torchrun = venv / "bin" / "torchrun"
+    assert f'exec "{venv}/bin/python" -m torch.distributed.run "$@"' in torchrun.read_text()
+    assert os.access(torchrun, os.X_OK)
 
 
 def test_a_torch_that_is_too_old_is_not_used(install):

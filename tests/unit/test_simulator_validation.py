@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import published_cells, validate_simulator
-from benchmarks.published_cells import Cell, Constants, fit
+from benchmarks import measured_cells, published_cells, validate_simulator
+from benchmarks.published_cells import Constants, fit
+from benchmarks.published_files import Cell
+from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.simulator.iteration.rates import Rates
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_files = pytest.mark.skipif(
@@ -35,6 +39,22 @@ def test_what_no_time_depends_on_is_told_as_undetermined():
 
     found = fit(predict, predict(Constants(1.4, 0.6)), Constants(1.2, 0.3, 1.0))
     assert found.sigma["kappa"] > 1e3 > 1 > found.sigma["backward"]
+
+
+def test_two_balanced_times_give_the_two_constants(tmp_path):
+    jobs = list(measured_cells.jobs_of(tmp_path, quick=True))
+    rates = Rates(load_cluster("cpu-gloo"), bytes_per_element=4)
+    made = replace(rates, overhead=2.5, gap_s=0.04)
+    known = [(job, measured_cells.predicted_seconds(job, made)) for job in jobs[:2]]
+    found = measured_cells.fitted(rates, known)
+    assert (found.overhead, found.gap_s) == pytest.approx((2.5, 0.04))
+    # The smaller size alone is slow: the gap would be negative.
+    noisy = [known[0], (known[1][0], known[1][1] / 10)]
+    found = measured_cells.fitted(rates, noisy)
+    assert found.overhead > 0 and found.gap_s == 0.0
+    # W2 loads one rank of stock's two with three tokens of four.
+    stock_s, fsep_s = (measured_cells.predicted_seconds(job, made) for job in jobs[2:])
+    assert fsep_s < stock_s
 
 
 def test_scores_count_pairs_and_errors():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import html
 import re
 import subprocess
 import sys
@@ -10,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_laer import environment
+from megatron_laer.config import FSEPConfig
+from megatron_laer.flags import add_arguments
 from tests.documents import ROOT
 from tests.site_pages import DOCS, TABLES, with_table
+from tests.supervise import STATUS_VARIABLE
 
 
 @pytest.mark.parametrize("page, name", TABLES, ids=[page for page, _ in TABLES])
@@ -25,16 +32,34 @@ def test_a_page_without_marks_is_told() -> None:
         with_table("# A page\n", "flags", ["| a |"])
 
 
-def test_every_variable_that_the_code_reads_is_on_the_page_of_flags() -> None:
-    sources = [*(ROOT / "megatron_laer").rglob("*.py"), ROOT / ".ci" / "run"]
-    named = {
+# Of the package, of scripts, and of tests.
+READ = (
+    r'"((?:MEGATRON_LAER|OMPI|SLURM|CUDA|LOCAL|TORCHDYNAMO)_[A-Z_]+|RANK|WORLD_SIZE|CXX)"',
+    r"\$\{(PYTHON|CXX|TORCH_INDEX_URL|MEGATRON_[A-Z_]+)[:}]|\b(MEGATRON_LAER_[A-Z_]+)=",
+    r'"(MEGATRON_[A-Z_]+)"\)?\n',
+)
+
+
+def test_every_variable_that_is_read_is_in_the_table_and_no_other() -> None:
+    package = (ROOT / "megatron_laer").rglob("*.py")
+    sources = (
+        (path for path in package if "testing" not in path.parts),
+        (ROOT / "scripts" / "environment.sh", ROOT / "scripts" / "test.sh", ROOT / ".ci" / "run"),
+        (ROOT / "tests").rglob("*.py"),
+    )
+    read = {
         name
-        for path in sources
-        for name in re.findall(r"\bMEGATRON_LAER_[A-Z_]+\b", path.read_text(encoding="utf-8"))
+        for pattern, paths in zip(READ, sources, strict=True)
+        for path in paths
+        if path.name != "environment.py"
+        for names in re.findall(pattern, path.read_text(encoding="utf-8"))
+        for name in ([names] if isinstance(names, str) else names)
+        if name
     }
-    page = (DOCS / "flags.md").read_text(encoding="utf-8")
-    assert named
-    assert {name for name in named if f"`{name}`" not in page} == set()
+    # Named by the table itself, and what the supervisor of tests gives to its own child.
+    read |= {environment.DEVICE, environment.UNRELEASED_MEGATRON, environment.CONNECTIONS}
+    read -= {STATUS_VARIABLE}
+    assert read == {variable.name for variable in environment.VARIABLES}
 
 
 def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
@@ -108,3 +133,45 @@ def test_the_python_interface_has_every_public_name(site: Path) -> None:
     page = (site / "api.html").read_text(encoding="utf-8")
     names = set(megatron_laer.__all__) - {"__version__"}
     assert {name for name in names if f'<span class="pre">{name}</span>' not in page} == set()
+
+
+def test_every_claim_about_others_has_a_link() -> None:
+    page = (DOCS / "comparison.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    bullets = re.split(r"^\* ", page, flags=re.MULTILINE)[1:]
+    assert len(rows) > 5 and len(bullets) > 2
+    # What says that there is nothing needs no link.
+    nothing = re.compile(r"nothing|the same|the baseline of every row|no code found|–")
+    unproved = [
+        cell
+        for row in rows[1:]
+        for cell in row[1:]
+        if "](" not in cell and not nothing.fullmatch(cell.strip(" |")) and row[0] != "| FSEP, here"
+    ]
+    assert unproved == []
+    assert [text for text in bullets if "](" not in text] == []
+
+
+def test_figures_on_the_page_of_performance_are_those_of_the_benchmark() -> None:
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    measured = (DOCS / "end_to_end.md").read_text(encoding="utf-8")
+    lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line] for line in lines[1:]]
+    times = [re.fullmatch(r"(\d+) ms", cell) for row in rows for cell in row[3:6]]
+    assert len([*filter(None, times)]) >= 30
+    known = {*re.findall(r"\b\d+\b", measured)}
+    assert [time[1] for time in times if time and time[1] not in known] == []
+    # A row without figures says so, and every row names what gives them.
+    for row in rows:
+        assert row[5] == "not yet run" or re.fullmatch(r"\d+ ms", row[5]), row
+        assert re.search(r"`[^`]+`|the same|as on", row[7]), row
+
+
+def test_the_python_interface_says_what_each_setting_does(site: Path) -> None:
+    page = html.unescape(re.sub(r"<[^>]+>", "", (site / "api.html").read_text("utf-8")))
+    help_of = {a.dest: a.help for a in add_arguments(argparse.ArgumentParser())._actions}
+    first_words = {
+        field.name: " ".join((help_of[f"fsep_{field.name}"] or "").split()[:4])
+        for field in dataclasses.fields(FSEPConfig)
+    }
+    assert {name for name, words in first_words.items() if words not in page} == set()

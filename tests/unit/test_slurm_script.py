@@ -158,10 +158,11 @@ def test_both_modes_are_two_runs_with_ports_and_folders_of_their_own():
     assert not [word for word in standard if word.startswith("--fsep")]
 
 
-def test_what_follows_the_dashes_wins_and_keeps_its_words(tmp_path):
-    command = slurm_command(
-        *("--", "--lr", "3e-4", "--data-cache-path", "a b"), MODEL="tiny-moe", DATA_PREFIX="/data"
-    )
+@pytest.mark.parametrize("dry", ["1", "yes"])
+def test_what_follows_the_dashes_wins_and_keeps_its_words(dry):
+    words = ("--", "--lr", "3e-4", "--data-cache-path", "a b")
+    result = shell(_SBATCH, *words, DRY_RUN=dry, PYTHON=sys.executable, **MODEL_AND_DATA)
+    command = shlex.split(result.stdout)
     assert "srun" not in command
     assert value_of("--lr", command) == "3e-4"
     assert value_of("--data-cache-path", command) == "a b"
@@ -193,6 +194,7 @@ MODEL_AND_DATA = {"MODEL": "tiny-moe", "DATA_PREFIX": "/data"}
         ("--save x", {**MODEL_AND_DATA, "CHECKPOINT": "/run"}, "leave --save out"),
         ("--load=x", {**MODEL_AND_DATA, "CHECKPOINT": "/run"}, "--pretrained-checkpoint"),
         ("--train-iters many", MODEL_AND_DATA, "--train-iters many is no number of steps"),
+        ("--train-samples=8", MODEL_AND_DATA, "counted in steps; give --train-iters"),
         ("", {**MODEL_AND_DATA, "SCRIPT": "/no/such.py"}, "SCRIPT=/no/such.py is no file"),
         ("", {**MODEL_AND_DATA, "PYTHON": "/no/python"}, "no Python at /no/python: run "),
         ("", {**MODEL_AND_DATA, "CONTAINER_IMAGE": "x"}, "CONTAINER_IMAGE=x needs Slurm"),
@@ -219,6 +221,25 @@ def test_a_copy_of_the_slurm_script_says_what_it_misses(tmp_path):
     assert script in shlex.split(result.stdout), result.stderr
 
 
+# As Slurm shows the last task of an array, and some releases show what the script was given.
+_TASKS = (
+    "JobId=123457 ArrayJobId=123456 ArrayTaskId=1 Command=/else/where.sbatch WorkDir=/\n"
+    f"JobId=123456 ArrayJobId=123456 ArrayTaskId=2 Requeue=0 Command={_SBATCH}{{}} WorkDir=/\n"
+)
+
+
+@pytest.mark.parametrize("words", ["", " -- --lr 3e-4", " --data-cache-path /a/b"])
+def test_the_repository_is_found_from_a_job_and_also_from_a_task_of_an_array(
+    fake_slurm, tmp_path, words
+):
+    copied = tmp_path / "slurm_script"
+    shutil.copy(_SBATCH, copied)
+    shown = shlex.quote(_TASKS.format(words))
+    fake_python(tmp_path, "scontrol", f'[ "$2" = hostnames ] && echo n7 || printf "%s" {shown}')
+    result = shell(copied, DRY_RUN="1", PYTHON=sys.executable, **fake_slurm, **MODEL_AND_DATA)
+    assert str(_ROOT / "pretrain_gpt.py") in shlex.split(result.stdout), result.stderr
+
+
 def test_a_checkpoint_of_another_model_is_not_loaded(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -233,6 +254,24 @@ def test_a_checkpoint_of_another_model_is_not_loaded(tmp_path):
         "MODEL=tiny-moe; give another CHECKPOINT" in result.stderr
     )
     assert "job=7" in (run / "slurm-run.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "message"),
+    [
+        ("CHECKPOINT", "/dev/null/run", "cannot be made"),
+        ("CHECKPOINT", "/proc/self", "cannot be written to"),
+        ("LOG_DIR", "/dev/null/logs", "cannot be made"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_named_before_anything_starts(
+    tmp_path, name, folder, message
+):
+    (tmp_path / "text.idx").touch()
+    settings = {"MODEL": "tiny-moe", "DATA_PREFIX": str(tmp_path / "text"), name: folder}
+    result = shell(_SBATCH, PYTHON=sys.executable, **settings)
+    assert result.returncode == 2
+    assert result.stderr.endswith(f"pretrain.sbatch: {name}={folder} {message}\n")
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 
-from megatron_laer.choices import TokenExchange, TokenExchangeChoice
+from megatron_laer.choices import Recompute, TokenExchange, TokenExchangeChoice
 from megatron_laer.config import FSEPConfig
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.cluster_files import load_cluster
@@ -67,12 +69,17 @@ def test_seconds_are_those_of_the_rows_by_arithmetic() -> None:
     assert seconds[NODE] == pytest.approx(4 * 3 * (1 - 0.75**8) * row_s, rel=0.03)
 
 
+@pytest.mark.parametrize("recompute", [Recompute.NONE, Recompute.FULL])
 @pytest.mark.parametrize("node_size", [1, 2, 4, 8])
-def test_a_layer_is_priced_as_its_exchange_is(node_size: int) -> None:
+def test_a_layer_is_priced_as_its_exchange_is(node_size: int, recompute: Recompute) -> None:
     """With compute free and even counts, a layer costs what `token_seconds` says, for either."""
     geometry = Geometry(8, 64, 8, node_size)
     costs = make_costs(
-        points=((1, 1e30),), intra=Link(3e10, 1e-5), inter=Link(1e9, 2e-5), hidden=512
+        points=((1, 1e30),),
+        intra=Link(3e10, 1e-5),
+        inter=Link(1e9, 2e-5),
+        hidden=512,
+        recompute=recompute,
     )
     layout = ExpertLayout.static(8, 8, 64)
     counts_NE = np.full((8, 64), 1024 * 8 // 64, dtype=np.int64)
@@ -82,6 +89,21 @@ def test_a_layer_is_priced_as_its_exchange_is(node_size: int) -> None:
         layer_s = priced.layer_seconds(counts_NE, layout, node_size)
         assert layer_s == pytest.approx(seconds[exchange], rel=1e-6)
         assert priced.least_layer_seconds(counts_NE, geometry) <= layer_s
+
+
+@pytest.mark.parametrize(("node_size", "stages_s", "beside"), [(1, 20e-6, 1), (2, 30e-6, 2)])
+def test_a_rerun_has_rows_and_their_places_again_and_sizes_only_once(
+    node_size: int, stages_s: float, beside: int
+) -> None:
+    """Links have latencies only, 20 µs between nodes and 10 inside; a wait is as long as either."""
+    geometry = Geometry(8, 64, 8, node_size)
+    free = make_costs(intra=Link(math.inf, 1e-5), inter=Link(math.inf, 2e-5))
+    for recompute, forwards in ((Recompute.NONE, 1), (Recompute.COMPUTE, 1), (Recompute.FULL, 2)):
+        seconds = token_seconds(replace(free, recompute=recompute), geometry, 8, 1024)
+        passes = 2 * forwards + 2
+        assert seconds[RANK] == pytest.approx(passes * 20e-6)
+        sizes_s, places_s = 2 * 20e-6, beside * 20e-6
+        assert seconds[NODE] == pytest.approx(passes * stages_s + sizes_s + forwards * places_s)
 
 
 def test_auto_is_decided_for_the_tokens_of_the_command_line() -> None:

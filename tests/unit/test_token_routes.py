@@ -17,7 +17,8 @@ from megatron_laer.dispatch.row_map import RowMap
 from megatron_laer.dispatch.token_routes import arrivals, pair_routes, second_stage
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
-from megatron_laer.planner.token_rows import TokenRows
+from megatron_laer.planner.token_rows import SizeMessages
+from tests.token_exchange import known_rows
 
 EXPERTS, CAPACITY, TOP_K = 24, 6, 4
 
@@ -60,12 +61,12 @@ class Exchange:
             for map_TE, slot_P in zip(self.maps, self.slots, strict=True)
         ]
         sizes_NZ = torch.stack([routes.sizes_Z for routes in self.routes]).long().numpy()
-        self.rows = TokenRows(sizes_NZ[:, :num_ranks], sizes_NZ[:, num_ranks:], node_size)
+        self.rows = known_rows(sizes_NZ[:, :num_ranks], sizes_NZ[:, num_ranks:], node_size)
         ranks = list(range(num_ranks))
         self.all = [ranks]
         self.nodes = [ranks[first : first + node_size] for first in range(0, num_ranks, node_size)]
         self.across = [ranks[local::node_size] for local in range(node_size)]
-        if not self.rows.has_two_stages:
+        if not 1 < node_size < num_ranks:
             self.across = self.all
 
     def expected_R(self, rank: int) -> list[int]:
@@ -94,15 +95,15 @@ def test_each_pair_gets_its_tokens_row_and_each_token_the_sum_of_its_pairs(
     tokens = [
         (1000 * rank + torch.arange(len(known.maps[rank]))).float().unsqueeze(1) for rank in ranks
     ]
-    first_sent = [rows.first_sent(rank) for rank in ranks]
+    first_sent = [of.first_sent for of in rows]
     stages = [known.routes[rank].first_stage(sum(first_sent[rank])) for rank in ranks]
     first = [map_ for map_, _ in stages]
     came = exchange([first[rank].spread(tokens[rank]) for rank in ranks], first_sent, known.across)
-    assert [len(one) for one in came] == [sum(rows.first_received(rank)) for rank in ranks]
+    assert [len(one) for one in came] == [sum(of.first_received) for of in rows]
 
     second: list[RowMap] = []
-    second_sent = [rows.second_sent(rank) for rank in ranks]
-    if rows.has_two_stages:
+    second_sent = [of.second_sent for of in rows]
+    if 1 < node_size < num_ranks:
         bits = exchange([bits for _, bits in stages if bits is not None], first_sent, known.across)
         assert all(one.shape[1] == -(-node_size // 8) for one in bits)
         second = [second_stage(bits[rank], node_size, sum(second_sent[rank])) for rank in ranks]
@@ -114,17 +115,50 @@ def test_each_pair_gets_its_tokens_row_and_each_token_the_sum_of_its_pairs(
         [quotas.input_splits_N for quotas in known.quotas],
         known.all,
     )
-    arrived = [arrivals(row_R[rank], known.quotas[rank], rows, rank).rows for rank in ranks]
+    arrived = [arrivals(row_R[rank], known.quotas[rank], rows[rank]).rows for rank in ranks]
     for rank in ranks:
         assert arrived[rank].num_rows == len(came[rank])
         assert arrived[rank].spread(came[rank]).view(-1).tolist() == known.expected_R(rank)
 
     back = [arrived[rank].collect(torch.ones(len(row_R[rank]), 1)) for rank in ranks]
     if second:
-        received = [rows.second_received(rank) for rank in ranks]
+        received = [of.second_received for of in rows]
         back = exchange(back, received, known.nodes)
         back = [second[rank].collect(back[rank]) for rank in ranks]
-    back = exchange(back, [rows.first_received(rank) for rank in ranks], known.across)
+    back = exchange(back, [of.first_received for of in rows], known.across)
     for rank in ranks:
         pairs_T = known.maps[rank].sum(1).tolist()
         assert first[rank].collect(back[rank]).view(-1).tolist() == pairs_T
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "node_size"), [(1, 1), (4, 1), (4, 4), (4, 2), (6, 3), (12, 4), (16, 8)]
+)
+def test_a_rank_is_told_the_sizes_that_it_needs_and_no_more(num_ranks: int, node_size: int) -> None:
+    nodes = num_ranks // node_size
+    has_two_stages = 1 < node_size < num_ranks
+    draw = np.random.default_rng(num_ranks * node_size)
+    to_ranks_NN = draw.integers(0, 1000, (num_ranks, num_ranks))
+    to_nodes_NM = draw.integers(0, 1000, (num_ranks, nodes if has_two_stages else 0))
+    of_all = [SizeMessages(rank, num_ranks, node_size) for rank in range(num_ranks)]
+    for rank, rows in enumerate(known_rows(to_ranks_NN, to_nodes_NM, node_size)):
+        assert rows.from_ranks_N.tolist() == to_ranks_NN[:, rank].tolist()
+        messages, node = of_all[rank], rank // node_size
+        told = sum(map(len, messages.received)) - len(messages.received[rank])
+        assert messages.received == [of.sent[rank] for of in of_all]
+        assert rows.has_two_stages == has_two_stages
+        if not has_two_stages:
+            assert rows.first_sent == to_ranks_NN[rank].tolist()
+            assert rows.first_received == to_ranks_NN[:, rank].tolist()
+            assert rows.second_sent == rows.second_received == []
+            assert told == num_ranks - 1
+            continue
+        peers = [peer for peer in range(num_ranks) if peer % node_size == rank % node_size]
+        near = range(node * node_size, (node + 1) * node_size)
+        assert rows.first_sent == to_nodes_NM[rank].tolist()
+        assert rows.first_received == [to_nodes_NM[peer, node] for peer in peers]
+        assert rows.second_sent == [sum(to_ranks_NN[peer, to] for peer in peers) for to in near]
+        assert rows.second_received == [
+            sum(to_ranks_NN[local::node_size, rank]) for local in range(node_size)
+        ]
+        assert told == 2 * num_ranks - node_size - 1

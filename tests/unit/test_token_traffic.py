@@ -20,7 +20,6 @@ from megatron_laer.arrays import Bool
 from megatron_laer.choices import TokenExchange
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.exact import exact_split
-from megatron_laer.planner.token_rows import TokenRows
 from megatron_laer.planner.token_traffic import (
     TokenRouting,
     TokenTraffic,
@@ -29,6 +28,7 @@ from megatron_laer.planner.token_traffic import (
     metadata_bytes_backward,
 )
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+from tests.token_exchange import known_rows
 
 RANK, NODE = TokenExchange
 
@@ -139,8 +139,9 @@ def test_a_plan_counts_the_rows_that_its_rank_sends(case: Case, exchange: TokenE
         restored: Any = None
         plan = MicrobatchPlan(restored, quotas)
         if exchange == NODE:
-            known = np.asarray(routing.to_ranks_NN), np.asarray(routing.to_nodes_NM)
-            plan.first_pass.token_rows = TokenRows(*known, size)
+            plan.first_pass.token_rows = known_rows(
+                np.asarray(routing.to_ranks_NN), np.asarray(routing.to_nodes_NM), size
+            )[rank]
         sent = plan.rows_sent(rank, size)
         assert sent == (rows.sent_intra_N[rank], rows.sent_inter_N[rank])
 
@@ -181,8 +182,9 @@ def test_metadata_of_a_routing_by_hand() -> None:
     routing = TokenRouting.count([token, nothing, nothing, nothing], slots, 2, 2)
     assert layout.capacity == 2
     assert metadata_bytes(routing, RANK).sent_inter_N.tolist() == [2 * 4, 0, 0, 0]
-    # Probability and place of two pairs, one row's bits, and six sizes to each of two ranks.
-    sizes = 2 * 6 * 4
+    # Probability and place of two pairs, one row's bits, and sizes: one to the rank of the other
+    # node that has another local rank, and three to the other, of which it has the first anyhow.
+    sizes = (1 + 3) * 4
     sent_N = metadata_bytes(routing, NODE).sent_inter_N
     assert sent_N.tolist() == [2 * 8 + 1 + sizes, *[sizes] * 3]
     assert metadata_bytes_backward(routing).inter_N.tolist() == [2 * 4, 0, 0, 0]

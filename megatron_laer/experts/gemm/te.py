@@ -27,7 +27,7 @@ _PARAMETERS = (
     *("A", "B", "out", "quantization_params", "out_dtype", "layout", "m_splits", "gelu", "grad"),
     *("accumulate", "bias", "use_bias", "use_split_accumulator", "D_dtype", "single_output"),
 )
-_KNOWN = "2.11 to 2.20"
+KNOWN = "2.11 to 2.20"
 
 
 class _TransformerEngine:
@@ -40,7 +40,7 @@ class _TransformerEngine:
         if importlib.util.find_spec(_PACKAGE) is None:
             return (
                 f"Transformer Engine is not installed (there is no package {_PACKAGE}); "
-                f"install transformer-engine {_KNOWN}, or {way_out}"
+                f"install transformer-engine {KNOWN}, or {way_out}"
             )
         if device.type != "cuda":
             return f"Transformer Engine needs a GPU, and this rank computes on {device}; {way_out}"
@@ -55,7 +55,7 @@ class _TransformerEngine:
             version = getattr(importlib.import_module(_PACKAGE), "__version__", "of no version")
             return (
                 f"{_FUNCTION} of Transformer Engine {version} takes ({', '.join(found)}), which is "
-                f"not known here; install transformer-engine {_KNOWN}, or {way_out}"
+                f"not known here; install transformer-engine {KNOWN}, or {way_out}"
             )
         return None
 

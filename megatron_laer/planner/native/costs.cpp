@@ -13,7 +13,7 @@
 namespace laer {
 namespace {
 
-constexpr double kAllToAllPasses = 4, kBelowRounding = 1.0 - 1e-9;
+constexpr double kBelowRounding = 1.0 - 1e-9;
 
 // The sum of the `kept` largest numbers of a row.
 int64_t largest_sum(const int64_t* row, int size, int kept, std::vector<int64_t>& scratch) {
@@ -85,7 +85,7 @@ double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& t
   const double inter_s =
       static_cast<double>(inter) * (costs.inter_pair_bytes / costs.inter_bytes_per_s);
   const double pass_s = costs.tokens_in_stages ? intra_s + inter_s : std::max(intra_s, inter_s);
-  return costs.expert_flops * expert_s + kAllToAllPasses * (pass_s + costs.latency_s) +
+  return costs.expert_flops * expert_s + costs.token_passes * (pass_s + costs.latency_s) +
          costs.host_s;
 }
 
@@ -119,7 +119,7 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const int
         pass_s, static_cast<double>(leaving) / shape.node_size / costs.inter_bytes_per_s);
   }
   pass_s = pass_s * costs.inter_pair_bytes + costs.latency_s;
-  return (expert_s + kAllToAllPasses * pass_s + costs.host_s) * kBelowRounding;
+  return (expert_s + costs.token_passes * pass_s + costs.host_s) * kBelowRounding;
 }
 
 namespace {
@@ -183,9 +183,14 @@ double change_seconds(const Shape& shape, const CostModel& costs, const int16_t*
 double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                        double beside_s) {
   const double restore_s = restore_seconds(shape, costs, nullptr, slots_S);
-  const double forward_s = beside_s * costs.forward_share;
-  return std::max(restore_s - forward_s, 0.0) +
-         std::max(2 * restore_s - (beside_s - forward_s), 0.0);
+  return std::max(restore_s - beside_s * costs.forward_share, 0.0) +
+         exposed_backward_seconds(shape, costs, slots_S, beside_s);
+}
+
+double exposed_backward_seconds(const Shape& shape, const CostModel& costs,
+                                const int16_t* slots_S, double beside_s) {
+  const double exchange_s = 2 * restore_seconds(shape, costs, nullptr, slots_S);
+  return std::max(exchange_s - (beside_s - beside_s * costs.forward_share), 0.0);
 }
 
 }  // namespace laer

@@ -27,6 +27,7 @@ struct CostModel {
   GemmCurve gemm;
   double expert_flops;   // per token, over all passes
   double forward_share;  // of a layer's time, that hides a restore
+  double token_passes;   // All-to-Alls of tokens, of all of a microbatch's passes
   double intra_pair_bytes, inter_pair_bytes;  // of hidden states, per (token, expert) pair
   bool tokens_in_stages;                      // inside nodes after between nodes
   double element_bytes;
@@ -53,5 +54,9 @@ double change_seconds(const Shape& shape, const CostModel& costs, const int16_t*
 // What of a layout's restores and reduce a layer beside does not hide that takes `beside_s`.
 double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                        double beside_s);
+
+// The same of backward alone.
+double exposed_backward_seconds(const Shape& shape, const CostModel& costs,
+                                const int16_t* slots_S, double beside_s);
 
 }  // namespace laer

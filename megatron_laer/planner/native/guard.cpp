@@ -63,9 +63,15 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
   const Replicas planned(shape, planned_S);
   decision.loads_S = microbatch.loads(planned);
   const double kept_s = microbatch.seconds(costs, planned, decision.loads_S);
-  // Both bounds are below what they bound, so leaving here never changes the choice.
-  decision.gain_s = kept_s - least_layer_seconds(shape, costs, microbatch.counts_NE,
-                                                 microbatch.node_counts_QE);
+  const double least_s =
+      least_layer_seconds(shape, costs, microbatch.counts_NE, microbatch.node_counts_QE);
+  // Beside a layer that takes as little as this one could. Flat exchanges are equal for all layouts.
+  const auto exposed_s = [&](const int16_t* slots_S) {
+    return costs.by_node ? exposed_backward_seconds(shape, costs, slots_S, least_s) : 0.0;
+  };
+  const double kept_exposed_s = exposed_s(planned_S);
+  // Gain at most, cost at least: leaving here never changes the choice.
+  decision.gain_s = kept_s - least_s + kept_exposed_s;
   decision.cost_s = costs.least_change_s;
   decision.is_priced = true;
   if (decision.gain_s <= decision.cost_s) return;
@@ -77,7 +83,8 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
   }
   const Replicas fresh(shape, fresh_S.data());
   std::vector<int64_t> loads_S = microbatch.loads(fresh);
-  decision.gain_s = kept_s - microbatch.seconds(costs, fresh, loads_S);
+  decision.gain_s = kept_s - microbatch.seconds(costs, fresh, loads_S) +
+                    (kept_exposed_s - exposed_s(fresh_S.data()));
   decision.cost_s = change_seconds(shape, costs, planned_S, fresh_S.data());
   if (decision.gain_s > decision.cost_s) {
     take(decision, std::move(fresh_S), std::move(loads_S));

@@ -165,8 +165,8 @@ py::tuple totals(const Counts& counts_NE, const Slots& slots_S, const Counts& lo
 
 laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
                            const Doubles& slope_P, const Doubles& limit_P, const Doubles& best_P,
-                           double expert_flops, double forward_share, double intra_pair_bytes,
-                           double inter_pair_bytes, bool tokens_in_stages, double element_bytes,
+                           double expert_flops, double forward_share, double token_passes,
+                           double intra_pair_bytes, double inter_pair_bytes, bool tokens_in_stages, double element_bytes,
                            double intra_bytes_per_s, double inter_bytes_per_s, double latency_s,
                            double host_s, bool by_node, double fetch_latency_s, double solve_s,
                            double least_change_s, const Counts& held_N) {
@@ -176,9 +176,9 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
   if (tokens_P.size() == 0) throw py::value_error("the GEMM curve is empty");
   return {{to_vector(tokens_P), to_vector(seconds_P), to_vector(slope_P), to_vector(limit_P),
            to_vector(best_P)},
-          expert_flops, forward_share, intra_pair_bytes, inter_pair_bytes, tokens_in_stages,
-          element_bytes, intra_bytes_per_s, inter_bytes_per_s, latency_s, host_s, by_node,
-          fetch_latency_s, solve_s, least_change_s, to_vector(held_N)};
+          expert_flops, forward_share, token_passes, intra_pair_bytes, inter_pair_bytes,
+          tokens_in_stages, element_bytes, intra_bytes_per_s, inter_bytes_per_s, latency_s, host_s,
+          by_node, fetch_latency_s, solve_s, least_change_s, to_vector(held_N)};
 }
 
 double exposed_seconds(const Slots& slots_S, const laer::CostModel& costs, int num_experts,

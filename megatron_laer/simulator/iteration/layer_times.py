@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_laer.choices import Recompute
 from megatron_laer.simulator.iteration.chunk import LayerTimes, MoETimes
 from megatron_laer.simulator.iteration.model_shape import ModelShape
 from megatron_laer.simulator.iteration.rates import Rates
-from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
+from megatron_laer.simulator.iteration.run_shape import RunShape
 from megatron_laer.simulator.iteration.work import LayerWork
 
 # Of H elements per token and layer: two norms (each read and written) and two residual sums (two

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_laer.choices import Recompute
 from megatron_laer.simulator.iteration.iterate import WorkOf
 from megatron_laer.simulator.iteration.memory_parts import stage_weights
 from megatron_laer.simulator.iteration.methods import Method
 from megatron_laer.simulator.iteration.model_shape import ModelShape
 from megatron_laer.simulator.iteration.rates import ring_neighbours
-from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
+from megatron_laer.simulator.iteration.run_shape import RunShape
 
 INTRA, INTER = "intra", "inter"
 _GRADIENT_BYTES = 4

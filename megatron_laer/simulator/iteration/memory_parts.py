@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_laer.choices import Recompute
 from megatron_laer.simulator.iteration.methods import Method
 from megatron_laer.simulator.iteration.model_shape import ModelShape
 from megatron_laer.simulator.iteration.pipeline import in_flight, order
-from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
+from megatron_laer.simulator.iteration.run_shape import RunShape
 
 # Main gradients, and main weights with two moments, in fp32.
 _GRADIENT_BYTES, _OPTIMIZER_BYTES = 4, 12

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import Recompute
 from megatron_laer.simulator.iteration.clocks import COMPUTE, EXPOSED, WAITING, Recorder
 from megatron_laer.simulator.iteration.iterate import Iteration, WorkOf, run_iteration
 from megatron_laer.simulator.iteration.layer_times import Timing
@@ -20,7 +21,7 @@ from megatron_laer.simulator.iteration.methods import LayerPlanner, Method
 from megatron_laer.simulator.iteration.model_shape import ModelShape
 from megatron_laer.simulator.iteration.rates import Rates
 from megatron_laer.simulator.iteration.routing import Routing, Step
-from megatron_laer.simulator.iteration.run_shape import Recompute, RunShape
+from megatron_laer.simulator.iteration.run_shape import RunShape
 from megatron_laer.simulator.iteration.work import LayerWork
 
 # A token's FLOPs in backward, and in a second forward, over those of forward.

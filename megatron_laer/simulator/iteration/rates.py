@@ -84,11 +84,8 @@ class Rates:
 
     def collective_seconds(self, ranks: int, node_size: int) -> float:
         """Return the latency of a collective over so many ranks, as the cost model has it."""
-        intra, inter = self.cluster.intra, self.cluster.inter
         near = min(ranks, node_size) - 1
-        far = ranks - near - 1
-        slowest_s = inter.latency_s if far else intra.latency_s if near else 0.0
-        return slowest_s + near * intra.peer_s + far * inter.peer_s
+        return self.cluster.collective_seconds(near, ranks - near - 1)
 
     def ring_seconds(self, size_bytes: float, ranks: int, node_size: int, stride: int = 1) -> float:
         """Return the time of a reduce-scatter or an all-gather of a buffer of this size.

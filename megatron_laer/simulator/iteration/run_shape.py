@@ -8,19 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megatron_laer.config import Choice
-
-
-class Recompute(Choice):
-    """Says what backward computes again: nothing, all of a layer, or only GEMMs and attention.
-
-    `full` is Megatron's, where tokens are exchanged again; `compute` leaves exchanges out, as
-    LAER-MoE's code does.
-    """
-
-    NONE = "none"
-    FULL = "full"
-    COMPUTE = "compute"
+from megatron_laer.choices import Recompute
 
 
 @dataclass(frozen=True)

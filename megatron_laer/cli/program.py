@@ -1,0 +1,106 @@
+"""A program of ours ends as shells expect: in one line where something is wrong, and a status.
+
+Commands and benchmarks end alike. What they do is not known here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from megatron_laer.files.checks import one_line
+from megatron_laer.launch import in_one_line
+
+# As shells report a process that a signal ended.
+_INTERRUPTED = 128 + signal.SIGINT
+_NO_READER = 128 + signal.SIGPIPE
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, instead of after the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with status 2."""
+        self.exit(2, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
+
+
+def ended(name: str, run: Callable[[], int]) -> int:
+    """Run a program and return its exit status.
+
+    That is 2 for what the user can mend, with one line on stderr that says it; 130 after Ctrl-C;
+    141 without a word if the reader of the output has gone, such as `head`.
+
+    Args:
+        name: begins the line.
+
+    Raises:
+        SystemExit: argparse has had its say.
+    """
+    try:
+        try:
+            return _status(name, run)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        return _NO_READER
+    except OSError as error:
+        _discard_output()
+        return failed(name, f"the output cannot be written: {error}")
+
+
+def failed(name: str, problem: str, status: int = 2) -> int:
+    """Say in one line what is wrong, and return the status."""
+    print(one_line(f"{name}: {problem}"), file=sys.stderr)
+    return status
+
+
+def _status(name: str, run: Callable[[], int]) -> int:
+    try:
+        return run()
+    except KeyboardInterrupt:
+        return failed(name, "interrupted", _INTERRUPTED)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        return failed(name, in_one_line(error))
+    except MemoryError:
+        return failed(name, "the memory of this process does not suffice")
+
+
+@contextmanager
+def stopped_by_exceptions() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise SystemExit in the block, so that its `finally` clauses run."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    # A signal that is ignored, as under nohup, stays so.
+    mine = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in mine:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _discard_output() -> None:
+    """Let what is still buffered go nowhere, or Python would fail once more at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -1,0 +1,283 @@
+"""Bad inputs of benchmarks and of the paper's experiments, and what the message must say of each.
+
+Most are tables that others published, with one thing wrong; `make` writes whole ones of our own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks.published_files import METHODS, MODELS, RANKS
+
+_HUGE = 2**36
+_FAMILIES = {"e8k2": (32, 10), "e16k4": (24, 30)}
+_VALIDATE = "benchmarks/validate_simulator.py --no-here --quick"
+_FIGURE = "scripts/paper/figure{}.py --toy --work-dir out/paper --published"
+
+Change = Callable[[list[str]], list[str]]
+
+
+def _line(number: int, text: str) -> Change:
+    """Replace a line; 0 is the header."""
+    return lambda lines: [*lines[:number], text, *lines[number + 1 :]]
+
+
+def _end_to_end() -> list[str]:
+    cells = itertools.product(MODELS, ("0.0", "0.0001"), METHODS)
+    return [
+        "dataset,method,model_name,aux_loss,avg_time_ms",
+        *(f"wikitext,{method},{model},{aux},2e4" for model, aux, method in cells),
+    ]
+
+
+def _tokens(family: str) -> list[str]:
+    layers, microbatches = _FAMILIES[family]
+    places = itertools.product(METHODS[1:], range(layers), range(microbatches), range(RANKS))
+    return [
+        "rank,method,model_name,layer,iter,token_num",
+        *(f"{r},{method},{family},{layer},{m},{900 + r}" for method, layer, m, r in places),
+    ]
+
+
+def _convergence() -> list[str]:
+    runs = itertools.product((("megatron", "0.01"), ("LAER", "0.0001")), range(12))
+    return [
+        "method,aux_loss,iter,loss,time",
+        *(f"{method},{aux},{step},{5 - step / 10},900" for (method, aux), step in runs),
+    ]
+
+
+_ABLATIONS = ["method,avg_time_ms", "FSDP,3e4", "LAER,2e4", "no_comm_opt,2.2e4"]
+_BREAKDOWN = [
+    "rank,model_name,method,alltoall_time,expert_time,total_time",
+    *(f"{rank},mixtral-8x7b-e8k2,LAER,5,9,20" for rank in range(2)),
+]
+_SOLVES = ["n_device,C_e,time", "64,1,0.0005", "64,4,0.001"]
+
+_E2E, _CURVES, _PLANNER = (
+    "laer_ae_e2e_wikitext.csv",
+    "laer_ae_convergence.csv",
+    "laer_ae_planner_seconds.csv",
+)
+_PARTS, _TIMES = "laer_ae_ablation_ms.csv", "laer_ae_breakdown_seconds.csv"
+_RECEIVED = "laer_ae_tokens_e8k2.csv"
+_COMMANDS = {
+    _E2E: _FIGURE.format(8),
+    _CURVES: _FIGURE.format(9),
+    _TIMES: _FIGURE.format(10),
+    _RECEIVED: _FIGURE.format(10),
+    _PLANNER: _FIGURE.format(11),
+    _PARTS: _FIGURE.format(12),
+}
+# By file, name of the folder: the change, and what is said by whoever reads the file.
+_DAMAGE: dict[str, dict[str, tuple[Change, str]]] = {
+    _E2E: {
+        "empty": (lambda lines: [], "line 1: the columns are ''"),
+        "header": (lambda lines: lines[:1], "the table holds no rows"),
+        "columns": (_line(0, "a,b,c"), "line 1: the columns are 'a,b,c', expected one 'dataset'"),
+        "short": (_line(3, "wikitext,LAER"), "line 4: 2 values, expected 5"),
+        "text": (
+            _line(2, "wikitext,LAER,mixtral-8x7b-e8k2,0.0,soon"),
+            "line 3: avg_time_ms must be a number above 0, at most 1e+12, got 'soon'",
+        ),
+        "nan": (_line(2, "wikitext,LAER,mixtral-8x7b-e8k2,0.0,nan"), "got 'nan'"),
+        "zero": (_line(2, "wikitext,LAER,mixtral-8x7b-e8k2,0.0,0"), "got '0'"),
+        "below": (_line(2, "wikitext,LAER,mixtral-8x7b-e8k2,-1,5"), "aux_loss must be a number of"),
+        "escape": (_line(2, "wikitext,\x1b[31m,m,0.0,5"), "method must be a name, got '\\x1b[31m'"),
+        "twice": (lambda lines: [*lines, lines[1]], "is there twice; leave one out"),
+        "quote": (_line(2, '"wikitext'), "not CSV"),
+        "field": (_line(2, "x" * 200_000 + ",a,b,0,1"), "not CSV: field larger than field limit"),
+        "nul": (_line(2, "wikitext,\0,m,0.0,5"), "method must be a name"),
+    },
+    _RECEIVED: {
+        "hole": (lambda lines: lines[:-1], "LAER has 10239 counts, expected one for each layer"),
+        "negative": (_line(1, "0,FSDP,e8k2,0,0,-1"), "token_num must be a whole number in 0..2147"),
+        "rank": (_line(1, "999999999,FSDP,e8k2,0,0,5"), "rank must be a whole number in 0..99999"),
+        "place": (_line(1, "99999,FSDP,e8k2,99999,99999,5"), "counts, expected one for each"),
+        "half": (_line(1, "0,FSDP,e8k2,0,0,1.5"), "got '1.5'"),
+    },
+    _CURVES: {
+        "loss": (_line(4, "megatron,0.01,3,inf,900"), "line 5: loss must be a number above 0"),
+        "step": (_line(4, "megatron,0.01,2,4,900"), "line 5: method megatron, aux_loss 0.01, iter"),
+        "one": (_line(4, "FLEX,0.01,3,4,900"), "FLEX with auxiliary loss 0.01 has 1 steps"),
+    },
+    _TIMES: {
+        "time": (_line(1, "0,mixtral-8x7b-e8k2,LAER,5,9,"), "total_time must be a number above 0"),
+        "again": (lambda lines: [*lines, lines[1]], "rank 0, model_name mixtral-8x7b-e8k2, method"),
+    },
+    _PLANNER: {
+        "solve": (_line(1, "64,1,-5"), "line 2: time must be a number above 0"),
+        "devices": (_line(1, "6e1,1,5"), "n_device must be a whole number in 0..1048575"),
+    },
+    _PARTS: {
+        "ablation": (_line(1, "FSDP,1e400"), "line 2: avg_time_ms must be a number above 0"),
+    },
+}
+# Read whole by `validate_simulator` alone.
+_LACKING: dict[str, tuple[str, Change, str]] = {
+    "cell": (_E2E, lambda lines: lines[:-1], "needs each of megatron, FSDP, FLEX, LAER"),
+    "model": (_E2E, _line(1, "wikitext,LAER,moon,0.0,5"), "needs each of megatron, FSDP"),
+    "layer": (
+        _RECEIVED,
+        lambda lines: [line for line in lines if ",31," not in line or not line.startswith("31")],
+        "counts, expected one for each",
+    ),
+    "variant": (_PARTS, lambda lines: lines[:-1], "the ablations' times lack no_comm_opt"),
+    "unknown": (_TIMES, _line(1, "0,moon,LAER,5,9,20"), "the breakdown has LAER on moon"),
+}
+
+_OTHERS = (
+    (f"{_VALIDATE} --published absent", "--published 'absent' is no folder"),
+    (f"{_VALIDATE} --published good.txt", "--published 'good.txt' is no folder"),
+    (f"{_VALIDATE} --cluster absent.yaml", "absent.yaml"),
+    (f"{_VALIDATE} --cluster yaml-bomb.yaml", "anchors and aliases"),
+    (f"{_VALIDATE} --cluster yaml-pipe.yaml", "is a pipe"),
+    (f"{_VALIDATE} --json nothing", "argument --json: the file 'nothing': it is there and no"),
+    (f"{_VALIDATE} --published published --json published/x.json", "would write over the input"),
+    (f"{_VALIDATE} --published published --json published-link.csv", "would write over the input"),
+    (f"{_FIGURE.format(8)} good.txt", "--published 'good.txt' is no folder"),
+    (f"{_FIGURE.format(12)} published-pipe", "is a pipe"),
+    (f"{_FIGURE.format(12)} published-endless", "has 68,719,476,736 bytes; at most 33,554,432"),
+    ("scripts/quickstart.py --work-dir measured", "'measured/metrics-0.jsonl' is of another run"),
+    ("scripts/quickstart.py --work-dir good.txt", "good.txt' is no folder"),
+    ("scripts/quickstart.py --steps 100001", "--steps: '100001' is no integer in 1..100000"),
+    ("scripts/quickstart.py --ranks 3", "invalid choice: '3' (choose from 2, 4)"),
+    ("scripts/paper/figure8.py", "one of the arguments --toy --slurm is required"),
+    ("scripts/paper/figure8.py --toy --steps 99999999999999999999", "is no integer in 2..100000"),
+    ("scripts/paper/figure9.py --toy --work-dir good.txt/x", "good.txt' is no folder"),
+    ("scripts/paper/figure11.py --here --work-dir pipe", "pipe' is no folder"),
+    ("scripts/paper/figure12.py --toy --models \x1b[31m", "invalid choice: '\\x1b[31m'"),
+    ("benchmarks/planner.py --trace absent.npz", "trace 'absent.npz' does not exist"),
+    ("benchmarks/planner.py --trace pipe", "'pipe' is a pipe"),
+    ("benchmarks/planner.py --trace /dev/zero", "'/dev/zero' is a device"),
+    ("benchmarks/planner.py --trace bomb.npz", "implausible for"),
+    ("benchmarks/planner.py --trace object.npz", "is not a trace in npz"),
+    ("benchmarks/planner.py --trace few.npz --quick --offset 36", "--offset 36: few.npz has no"),
+    ("benchmarks/planner.py --trace few.npz --json few.npz", "would write over the input"),
+    ("benchmarks/planner.py --trace few.npz --plot few-hard.png", "would write over the input"),
+    ("benchmarks/planner.py --offset 999999999999", "is no integer in 0..36"),
+    ("benchmarks/planner.py --plot nowhere/x.png", "the folder"),
+    ("benchmarks/planner.py --plot out/x.gid", "--plot 'out/x.gid': give a file that ends in"),
+    ("benchmarks/by_time.py", "required: --trace"),
+    ("benchmarks/by_time.py --trace idle.npz", "idle.npz has a microbatch without tokens"),
+    ("benchmarks/by_time.py --trace few.npz", "3 records of 1 layers in --part 'all', too few"),
+    ("benchmarks/by_time.py --trace few.npz --every 0", "--every: '0' is no integer"),
+    ("benchmarks/by_time.py --trace few.npz --json ./few.npz", "would write over the input"),
+    ("benchmarks/timeline_picture.py", "required: --svg"),
+    ("benchmarks/timeline_picture.py --svg out/x.svg --traces absent absent", "'absent'"),
+    ("benchmarks/timeline_picture.py --svg out/x.svg --traces pipe pipe", "'pipe' is a pipe"),
+    *(
+        (f"benchmarks/timeline_picture.py --svg out/x.svg --traces {name} {name}", says)
+        for name, says in (
+            ("good.txt", "good.txt is no timeline of --fsep-timeline"),
+            ("kept.json", "kept.json is no timeline"),
+            ("timeline-nan.json", "a bar begins at nan"),
+            ("timeline-track.json", "there is no track 'moon'"),
+            ("timeline-name.json", "nothing of ours is called"),
+            ("timeline-empty.json", "its shortest step is empty"),
+        )
+    ),
+    (
+        "benchmarks/timeline_picture.py --svg kept.json --traces kept.json good.txt",
+        "over the input",
+    ),
+    ("benchmarks/end_to_end.py --ranks 3", "invalid choice: '3' (choose from 2, 4, 8)"),
+    ("benchmarks/end_to_end.py --ranks 1000000", "invalid choice: '1000000'"),
+    ("benchmarks/end_to_end.py --repeats 0", "--repeats: '0' is no integer in 1..1000"),
+    ("benchmarks/end_to_end.py --steps 1e3", "--steps: '1e3' is no integer"),
+    ("benchmarks/end_to_end.py --json nowhere/x", "argument --json: the file 'nowhere/x': the f"),
+    ("benchmarks/announced.py --ranks x", "invalid int value: 'x'"),
+    ("benchmarks/announced.py --json /dev/full", "it is there and no regular file"),
+    ("benchmarks/communication.py --json pipe", "it is there and no regular file"),
+    ("benchmarks/gradient_error.py --seeds 9999999", "--seeds: '9999999' is no integer in 1..1000"),
+    ("benchmarks/token_exchange.py --seed -1", "--seed: '-1' is no integer"),
+    ("benchmarks/guard_speed.py --fast", "unrecognized arguments: --fast"),
+    ("benchmarks/host_path.py --before nothing", "'nothing' is no checkout of this repository"),
+    ("benchmarks/host_path.py --rounds 1", "--rounds: '1' is no integer in 2..1000000"),
+    ("benchmarks/launches.py --before absent", "'absent' is no checkout of this repository"),
+    (
+        "benchmarks/simulation_speed.py --ranks 65536 --recorded-ranks 3",
+        "no multiple of --recorded",
+    ),
+    ("benchmarks/simulation_speed.py --topk 129", "--topk 129 is more than --experts 128"),
+    ("benchmarks/simulation_speed.py --microbatches 65536 --experts 32767", "GiB of memory"),
+    ("benchmarks/simulation_speed.py --method moon", "--method: invalid choice: 'moon'"),
+    ("benchmarks/gpu/__main__.py --ranks 0", "--ranks: '0' is no integer in 1..65536"),
+    ("benchmarks/gpu/__main__.py --minutes nan --dry-run", "--minutes: 'nan' is no number"),
+    ("benchmarks/gpu/__main__.py --dry-run --parts moon", "--parts moon is no part"),
+    ("benchmarks/gpu/__main__.py --dry-run --output good.txt/x", "good.txt' is no folder"),
+)
+
+
+def cases() -> Iterator[tuple[str, str]]:
+    """Yield a program with its words, and what the message must say."""
+    yield from _OTHERS
+    for file, damages in _DAMAGE.items():
+        for name, (_, says) in damages.items():
+            yield f"{_COMMANDS[file]} published-{name}", says
+            if file not in (_CURVES, _PLANNER):
+                yield f"{_VALIDATE} --published published-{name}", says
+    for name, (_, _, says) in _LACKING.items():
+        yield f"{_VALIDATE} --published published-{name}", says
+
+
+def make(folder: Path) -> None:
+    """Write tables as the artifact has them, and copies with one thing wrong."""
+    good = {
+        _E2E: _end_to_end(),
+        _CURVES: _convergence(),
+        _PLANNER: _SOLVES,
+        _PARTS: _ABLATIONS,
+        _TIMES: _BREAKDOWN,
+        **{f"laer_ae_tokens_{family}.csv": _tokens(family) for family in _FAMILIES},
+    }
+    whole = folder / "published"
+    whole.mkdir()
+    for file, lines in good.items():
+        (whole / file).write_text("\n".join(lines) + "\n")
+
+    def copy(name: str, file: str) -> Path:
+        """Make a folder with all files but one."""
+        place = folder / f"published-{name}"
+        place.mkdir()
+        for other in good:
+            if other != file:
+                os.link(whole / other, place / other)
+        return place / file
+
+    for file, damages in _DAMAGE.items():
+        for name, (change, _) in damages.items():
+            copy(name, file).write_text("".join(f"{line}\n" for line in change(good[file])))
+    for name, (file, change, _) in _LACKING.items():
+        copy(name, file).write_text("".join(f"{line}\n" for line in change(good[file])))
+    os.mkfifo(copy("pipe", _PARTS))
+    copy("endless", _PARTS).touch()
+    os.truncate(folder / "published-endless" / _PARTS, _HUGE)
+    os.symlink(whole / _E2E, folder / "published-link.csv")
+    _arrays(folder)
+    _timelines(folder)
+
+
+def _arrays(folder: Path) -> None:
+    import numpy as np
+
+    few = np.ones((3, 1, 2, 1, 4), dtype=np.int32)
+    np.savez(folder / "few.npz", tokens=few)
+    os.link(folder / "few.npz", folder / "few-hard.png")
+    few[1] = 0
+    np.savez(folder / "idle.npz", tokens=few)
+
+
+def _timelines(folder: Path) -> None:
+    step = '{"ph": "X", "name": "step 1", "cat": "compute", "ts": 0, "dur": 5}'
+    for name, bar in {
+        "nan": '"name": "experts", "cat": "compute", "ts": NaN, "dur": 1',
+        "track": '"name": "experts", "cat": "moon", "ts": 0, "dur": 1',
+        "name": '"name": "moon", "cat": "compute", "ts": 0, "dur": 1',
+        "empty": '"name": "experts", "cat": "compute", "ts": 9, "dur": 0',
+    }.items():
+        text = f'{{"traceEvents": [{step}, {{"ph": "X", {bar}}}]}}'
+        (folder / f"timeline-{name}.json").write_text(text)

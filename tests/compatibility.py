@@ -1,0 +1,153 @@
+"""What the tests passed with: a record that scripts/test.sh writes, and its tables on a page.
+
+`python -m tests.site_pages --passed TESTS` adds what is installed here to tests/tested.csv, for a
+set of tests that has just passed. `scripts/test.sh` calls it after each whole set.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import platform
+import re
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.version import Version
+
+from megatron_laer.experts.gemm.te import KNOWN as KNOWN_TRANSFORMER_ENGINES
+from megatron_laer.releases import NEXT, SUPPORTED
+from megatron_laer.support.torch_version import OLDEST_ON_CUDA
+from tests.documents import ROOT
+
+RECORD = ROOT / "tests" / "tested.csv"
+_NOTHING = "nothing yet"
+_NONE = "–"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a set of tests ran with, in the order of the columns; empty where it was not there.
+
+    Attributes:
+        tests: how the set was started.
+        cards: the GPUs' names.
+        system: the operating system and the processor.
+    """
+
+    tests: str
+    megatron: str
+    torch: str
+    transformer_engine: str
+    cuda: str
+    cards: str
+    communication: str
+    python: str
+    system: str
+
+
+def here(tests: str) -> Stack:
+    """What is installed here, and the cards that torch sees."""
+    import torch
+
+    from megatron_laer.platform.versions import megatron_version
+
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    on_cuda = bool(cards) and "--gpu" in tests
+    return Stack(
+        tests=tests,
+        # Without the commit of the repository that its files lie in, which may be ours.
+        megatron=Version(megatron_version()).public,
+        torch=torch.__version__,
+        transformer_engine=_version("transformer-engine"),
+        cuda=(torch.version.cuda or "") if on_cuda else "",
+        cards=", ".join(sorted({*cards})) if on_cuda else "",
+        communication="nccl" if len(cards) > 1 and on_cuda else "gloo",
+        python=".".join(platform.python_version_tuple()[:2]),
+        system=f"{platform.system()} {platform.machine()}",
+    )
+
+
+def recorded(path: Path = RECORD) -> list[Stack]:
+    """Every stack of the record, in its order."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [Stack(**row) for row in csv.DictReader(file)]
+
+
+def record(stack: Stack, path: Path = RECORD) -> bool:
+    """Add a stack to the record; False if it is there."""
+    if stack in (known := recorded(path)):
+        return False
+    with path.open("w", encoding="utf-8", newline="") as file:
+        names = [field.name for field in dataclasses.fields(Stack)]
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) for row in [*known, stack])
+    return True
+
+
+def combinations() -> Iterator[str]:
+    """Every stack that tests passed with, as a table."""
+    names = ("tests", "Megatron", "torch", "Transformer Engine", "CUDA", "cards")
+    yield "| " + " | ".join((*names, "communication", "Python", "system")) + " |"
+    yield "|---" * len(dataclasses.fields(Stack)) + "|"
+    for stack in recorded():
+        tests, *cells = dataclasses.astuple(stack)
+        yield "| " + " | ".join((f"`{tests}`", *(cell or _NONE for cell in cells))) + " |"
+
+
+def versions() -> Iterator[str]:
+    """For each part of a stack: tested, by the record; expected and refused, by the code."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    needs = [*project["project"]["dependencies"], *_extra(project, "te")]
+    ranges = dict(re.fullmatch(r"([\w-]+)(?:\[.*\])?(.*)", text).groups() for text in needs)
+    built = project["tool"]["cibuildwheel"]["build"]
+    pythons = ", ".join(f"{tag[2]}.{tag[3:5]}" for tag in built)
+    stacks = recorded()
+    on_cpu = [stack for stack in stacks if not stack.cards]
+    on_cards = [stack for stack in stacks if stack.cards]
+    cards = sorted({p.stem.split("-")[0] for p in (ROOT / "configs" / "clusters").glob("?[0-9]*")})
+    asked = f"{NEXT.number} unless asked for"
+    yield "| | tested | expected | refused |"
+    yield "|---|---|---|---|"
+    for cells in (
+        ("Megatron", _tested(s.megatron for s in stacks), SUPPORTED, f"all others; {asked}"),
+        ("Python", _tested(s.python for s in stacks), pythons, "older, as by Megatron"),
+        ("torch, CPU ranks", _tested(s.torch for s in on_cpu), ranges["torch"], ""),
+        (
+            *("torch, CUDA", _tested(s.torch for s in on_cards), f">={OLDEST_ON_CUDA}"),
+            f"older than {OLDEST_ON_CUDA}",
+        ),
+        (
+            *(
+                "Transformer Engine",
+                _tested(s.transformer_engine for s in stacks),
+                ranges["transformer-engine"],
+            ),
+            f"`--fsep-gemm te` with others than {KNOWN_TRANSFORMER_ENGINES}",
+        ),
+        ("CUDA", _tested(s.cuda for s in stacks), "what that torch is built with", ""),
+        ("cards", _tested(s.cards for s in stacks), ", ".join(cards).upper(), ""),
+        ("communication", _tested(s.communication for s in stacks), "nccl", ""),
+        ("system", _tested(s.system for s in stacks), "Linux on Arm too", ""),
+    ):
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _extra(project: dict[str, dict[str, dict[str, list[str]]]], name: str) -> list[str]:
+    return project["project"]["optional-dependencies"][name]
+
+
+def _tested(values: Iterable[str]) -> str:
+    """Values in the record's order, each once."""
+    return ", ".join(dict.fromkeys(filter(None, values))) or _NOTHING
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
