@@ -109,7 +109,7 @@ def command_line(way: str, aux: str, steps: int, text: Text) -> list[str]:
         *CPU_FLAGS,
         *BYTES_TOKENIZER_FLAGS,
         *f"--train-data-path {text.train} --valid-data-path {text.held_out}".split(),
-        # With a single set, Megatron 0.19 stops at the first full validation.
+        # Megatron 0.19 fails at a full validation of a set that is not one of several.
         *"--full-validation --multiple-validation-sets --num-workers 0".split(),
         *f"--train-iters {steps} --eval-interval {steps // POINTS} --log-interval 100".split(),
         *f"--lr-warmup-iters {steps // 20}".split(),
