@@ -12,14 +12,21 @@ import os
 
 from megatron_laer.testing.ranks import ENVIRONMENT
 
+
+def _import() -> dict[str, str]:
+    """Import what ranks need, and return what changed in the environment."""
+    before = dict(os.environ)
+    from megatron_laer.launch import prepare
+
+    prepare()
+    from megatron.training import training  # noqa: F401
+
+    return dict(os.environ.items() - before.items())
+
+
 os.environ.update(ENVIRONMENT)
-
-from megatron_laer.launch import prepare
-
-prepare()
-
-from megatron.training import training  # noqa: E402, F401
-
+# A rank that started by itself would have set these.
+SET_BY_PREPARE = _import()
 # No rank walks or copies what was imported.
 gc.collect()
 gc.freeze()

@@ -264,9 +264,11 @@ def _serve(
     os.dup2(output, 1)
     os.dup2(output, 2)
     faulthandler.register(_STACK_SIGNAL, all_threads=True)
+    from megatron_laer.testing.rank_imports import SET_BY_PREPARE
+
     # What it was forked from has the environment of the first pool's start.
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(environment | SET_BY_PREPARE)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
