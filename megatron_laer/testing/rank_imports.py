@@ -10,7 +10,12 @@ from __future__ import annotations
 import gc
 import os
 
-from megatron_laer.testing.ranks import ENVIRONMENT
+# Of every rank; the first two are read when torch is imported.
+ENVIRONMENT = {
+    "TORCHDYNAMO_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+    "MEGATRON_LAER_DEVICE": "cpu",
+}
 
 
 def _import() -> dict[str, str]:

@@ -36,12 +36,6 @@ from typing import Any
 # Of each rank's log when one fails: the stacks of all its threads, and what came before them.
 _SHOWN_LINES = 250
 _STACK_SIGNAL = signal.SIGUSR1
-# Of every rank; the first two are read when torch is imported.
-ENVIRONMENT = {
-    "TORCHDYNAMO_DISABLE": "1",
-    "OMP_NUM_THREADS": "1",
-    "MEGATRON_LAER_DEVICE": "cpu",
-}
 
 
 class RankError(AssertionError):
@@ -264,7 +258,7 @@ def _serve(
     os.dup2(output, 1)
     os.dup2(output, 2)
     faulthandler.register(_STACK_SIGNAL, all_threads=True)
-    from megatron_laer.testing.rank_imports import SET_BY_PREPARE
+    from megatron_laer.testing.rank_imports import ENVIRONMENT, SET_BY_PREPARE
 
     # What it was forked from has the environment of the first pool's start.
     os.environ.clear()

@@ -7,7 +7,8 @@ stock runs with different expert placement is the noise floor: what rounding alo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,7 @@ from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import Adapt, Record
 from tests.parity.compare import distance
 from tests.parity.replay import train_row
-from tests.parity.rows import FLOOR_FACTOR, LONG, ROWS, SMALLEST_FLOOR, STEP, Row
+from tests.parity.rows import FLOOR_FACTOR, LONG, ROWS, SMALLEST_FLOOR, STEP, STEPS, Row
 from tests.releases import refused_flags
 
 
@@ -54,12 +55,15 @@ def refused() -> dict[str, str]:
     return refused_flags([row.flags for row in ROWS])
 
 
-def parameter(row: Row) -> object:
-    """The row as pytest's parameter, with its marks."""
-    return pytest.param(row, id=row.name, marks=[pytest.mark.releases] if row.releases else [])
+def parameters(row: Row) -> Iterator[object]:
+    """The row as pytest's parameters, with its marks; what trains longer does so at night."""
+    marks = [pytest.mark.releases] if row.releases else []
+    yield pytest.param(replace(row, steps=min(row.steps, STEPS)), id=row.name, marks=marks)
+    if row.steps > STEPS:
+        yield pytest.param(row, id=f"{row.name}, {row.steps} steps", marks=[pytest.mark.nightly])
 
 
-@pytest.mark.parametrize("row", [parameter(row) for row in ROWS])
+@pytest.mark.parametrize("row", [parameter for row in ROWS for parameter in parameters(row)])
 def test_fsep_equals_stock(
     row: Row,
     refused: dict[str, str],
@@ -85,7 +89,8 @@ def test_fsep_equals_stock(
         assert fsep.losses[-1] < falls * fsep.losses[0], "must learn, or little is compared"
     floor = distance(other, reference).at_least(SMALLEST_FLOOR)
     found = distance(fsep, reference)
-    record_property("row", row.name)
+    if row in ROWS:  # the page of what is supported has the figures of whole rows
+        record_property("row", row.name)
     record_property("floor", str(floor))
     record_property("fsep", str(found))
     print(f"\n{row.name}\n  floor {floor}\n  fsep  {found}")

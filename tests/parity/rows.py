@@ -15,8 +15,8 @@ from tests.parity.adapted import frozen_in_part, lora_on_attention, lora_under_r
 from tests.parity.compare import Distance
 from tests.parity.flags import command_line
 
-# Enough for a wrong gradient to show. Rows of what most runs use train longer, so that rounding
-# adds up as it does in training.
+# Enough for a wrong gradient to show. Rows of what most runs use train longer at night, so that
+# rounding adds up as it does in training.
 STEPS = 12
 LONG = 50
 
