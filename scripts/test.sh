@@ -38,6 +38,9 @@ while (($#)); do
     shift
 done
 source scripts/environment.sh
+# Hundreds of processes import the package, and some machines let Python compile it anew in each.
+unset PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX=$PWD/.venv/pycache
 
 # All of them run, so that one look shows everything; pytest comes last, with its summary.
 failed=()
