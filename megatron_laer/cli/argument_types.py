@@ -1,6 +1,7 @@
 """Types for argparse refuse a number out of range, an empty path, or a range that is none.
 
-Their messages quote what was given and say what would work.
+Their messages quote what was given and say what would work. What several commands ask alike is
+added here too.
 """
 
 from __future__ import annotations
@@ -60,3 +61,14 @@ def rank_range(text: str) -> range:
             f"{quoted(text)} is empty or exceeds {MAX_RANKS - 1}; write FIRST-LAST"
         )
     return range(int(first), int(last) + 1)
+
+
+def add_hours(parser: argparse.ArgumentParser) -> None:
+    """Add `--hours`, beyond which a command refuses by an estimate to begin."""
+    parser.add_argument(
+        "--hours",
+        type=number(1e-6, 24.0 * 365),
+        default=1.0,
+        metavar="X",
+        help="refuse what would take longer by a rough estimate; default: %(default)s",
+    )

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from megatron_laer.calibration import run as calibration
 from megatron_laer.calibration.sampling import Job
 from megatron_laer.calibration.settings import ExpertShape
-from megatron_laer.cli.argument_types import between, number, path
+from megatron_laer.cli.argument_types import add_hours, between, path
 from megatron_laer.files.checks import quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.writing import replaced_when_complete, write_all
@@ -62,13 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ffn", type=between(1, MAX_WIDTH), metavar="F", help="width of an expert, a gated one"
     )
-    parser.add_argument(
-        "--hours",
-        type=number(1e-6, 24.0 * 365),
-        default=1.0,
-        metavar="X",
-        help="refuse what would take longer by a rough estimate; default: %(default)s",
-    )
+    add_hours(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from megatron_laer.choices import Recompute, TokenExchange, TokenExchangeChoice
 from megatron_laer.cli import plan_input
-from megatron_laer.cli.argument_types import between, number, path
+from megatron_laer.cli.argument_types import add_hours, between, number, path
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.files.checks import (
     is_same_file,
@@ -52,7 +52,6 @@ _DEFAULT_TOLERANCE = 0.05
 _MAX_RANKS = 2**16
 # Steps back, and cases: more than any trace has records.
 _MAX_STRIDE = 10**9
-_LEAST_HOURS, _MAX_HOURS = 1e-6, 24.0 * 365
 
 _EXAMPLES = """\
 examples:
@@ -169,13 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only every K-th microbatch, to be quick; a prime number meets all layers; "
         "default: %(default)s",
     )
-    parser.add_argument(
-        "--hours",
-        type=number(_LEAST_HOURS, _MAX_HOURS),
-        default=1.0,
-        metavar="X",
-        help="refuse what would take longer by a rough estimate; default: %(default)s",
-    )
+    add_hours(parser)
     parser.add_argument("--json", type=path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=path, metavar="FILE", help="plot max/mean - 1 there")
 

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_laer.choices import Choice, ExchangeAlgorithm, Recompute
-from megatron_laer.cli.argument_types import between, number, path
+from megatron_laer.cli.argument_types import add_hours, between, path
 from megatron_laer.files import memory
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.shipped import yaml_file
@@ -80,13 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="microbatches that other capacities and modes are tried on, at most; default: "
         "%(default)s",
     )
-    parser.add_argument(
-        "--hours",
-        type=number(1e-6, 24.0 * 365),
-        default=1.0,
-        metavar="X",
-        help="refuse what would take longer by a rough estimate; default: %(default)s",
-    )
+    add_hours(parser)
     parser.add_argument(
         "--cluster",
         metavar="NAME|YAML",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_laer.choices import Recompute
-from megatron_laer.cli.argument_types import between, number
+from megatron_laer.cli.argument_types import add_hours, between, number
 from megatron_laer.cli.plan_input import add_routing_arguments
 from megatron_laer.config import PlanMode
 from megatron_laer.files import memory
@@ -29,7 +29,6 @@ _DEFAULT_CLUSTER = "a100-4x8-ib800"
 _WORKLOAD_LAYERS, _WORKLOAD_STEPS = 4, 8
 _WORKLOAD_MICROBATCHES = 8
 _BYTES_PER_COUNT = 12
-_LEAST_HOURS, _MAX_HOURS = 1e-6, 24.0 * 365
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,13 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="once per iteration, as of the data loader; default: none",
     )
-    parser.add_argument(
-        "--hours",
-        type=number(_LEAST_HOURS, _MAX_HOURS),
-        default=1.0,
-        metavar="X",
-        help="refuse what would take longer by a rough estimate; default: %(default)s",
-    )
+    add_hours(parser)
     sizes.add_argument(
         "--no-distributed-optimizer", action="store_true", help="optimizer states are not sharded"
     )
