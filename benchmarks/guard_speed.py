@@ -48,7 +48,7 @@ def guard_times() -> Iterator[dict[str, Any]]:
     gain never spare it the fresh layout."""
     costs = paper_costs()
     free = Link(1e18, 0.0)
-    free_costs = replace(costs, cluster=replace(costs.cluster, intra=free, inter=free))
+    free_costs = replace(costs, cluster=replace(costs.cluster, intra=free, inter=free, spreads=()))
     for num_ranks, capacity, num_experts in SHAPES:
         geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
         static = ExpertLayout.static(num_ranks, capacity, num_experts)

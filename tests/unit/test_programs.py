@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # They print at once, and then work for long.
 PROGRAMS = (
     ("-m", "benchmarks.planner"),
-    ("-m", "benchmarks.guard_speed"),
     ("scripts/paper/figure8.py", "--toy"),
 )
 
