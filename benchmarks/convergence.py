@@ -39,6 +39,7 @@ from benchmarks.convergence_runs import (
     measure,
 )
 from benchmarks.report import machine, print_table
+from megatron_laer.cli.argument_types import between
 from megatron_laer.files.checks import quoted
 from megatron_laer.simulator.report import check_can_plot
 from megatron_laer.testing.ranks import RankPool
@@ -48,7 +49,7 @@ _MOST_STEP_S = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what is missing, print the tables, draw the figure."""
+    """Train what is missing, print the tables, draw the figure; 1 if what must hold does not."""
     parser = parser_of("benchmarks.convergence", __doc__)
     parser.add_argument("--steps", type=_steps, default=2000, help="of each run")
     add_json(
@@ -59,31 +60,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--figure", type=output, metavar="FILE", help="where to draw them (needs matplotlib)"
     )
     options = parser.parse_args(arguments)
-    try:
-        if options.figure is not None:
-            check_can_plot(options.figure, "--figure")
-        runs = read(options.json, options.steps)
-    except (ImportError, ValueError) as error:
-        parser.error(str(error))
-    _train(runs, options.steps, options.json)
-    report(runs)
     if options.figure is not None:
-        write_figure(runs, options.figure)
-    return 0
-
-
-def report(runs: dict[tuple[str, str], Run]) -> None:
-    """Print the tables, and whether what must hold does."""
+        check_can_plot(options.figure, "--figure")
+    runs = read(options.json, options.steps)
+    _train(runs, options.steps, options.json)
+    found = list(checks(runs))
     print(json.dumps(machine()))
     print_table(rows(runs))
     print_table(gap_rows(runs))
-    for check in checks(runs):
+    for check in found:
         print(f"{'holds' if check.holds else 'MISSED':7} {check.sentence}")
+    if options.figure is not None:
+        write_figure(runs, options.figure)
+    return 0 if all(check.holds for check in found) else 1
 
 
 def _steps(text: str) -> int:
-    steps = int(text) if text.isdecimal() else 0
-    if steps % POINTS or not 0 < steps <= MOST_STEPS:
+    steps = between(1, MOST_STEPS)(text)
+    if steps % POINTS:
         raise argparse.ArgumentTypeError(
             f"{quoted(text)} is no number of steps; give a multiple of {POINTS} up to "
             f"{MOST_STEPS}, as a model is validated {POINTS} times"
@@ -97,7 +91,12 @@ def _settings(steps: int) -> dict[str, Any]:
 
 
 def read(path: Path | None, steps: int) -> dict[tuple[str, str], Run]:
-    """Return the runs that a file has, by way and auxiliary loss."""
+    """Return the runs that a file has, by way and auxiliary loss.
+
+    Raises:
+        ValueError: it is none of this command, or has runs with other settings.
+        OSError: it cannot be read.
+    """
     if path is None or not path.exists():
         return {}
     try:

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--rounds", type=between(2, 10**6), default=ROUNDS, help="default %(default)s"
     )
     args = parser.parse_args(argv)
-    trees = {"now": _ROOT} | ({"before": args.before.resolve()} if args.before else {})
+    trees = {"now": _ROOT} | ({"before": args.before} if args.before else {})
     workers = {name: _start(tree) for name, tree in trees.items()}
     try:
         rows = [
@@ -255,6 +255,6 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--worker"]:
         _work()
     else:
-        importlib.import_module("benchmarks.command_line").program(
-            "python -m benchmarks.host_path", main
-        )
+        from benchmarks.command_line import program
+
+        program("python -m benchmarks.host_path", main)

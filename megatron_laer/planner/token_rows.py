@@ -139,7 +139,7 @@ class SizeMessages:
         to = own[self.num_ranks :] if self._has_two_stages else own
         return np.array([self._at[self.rank, place] for place in to])
 
-    @cached_property
+    @property
     def _peers(self) -> range:
         """Return the ranks of the first of two stages: those with this local rank."""
         return range(self.rank % self.node_size, self.num_ranks, self.node_size)

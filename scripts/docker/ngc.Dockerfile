@@ -27,14 +27,14 @@ RUN if [ -f /etc/pip/constraint.txt ]; then \
 # What the package needs, in a layer that changes of the source leave as it is. The image's own torch
 # stays: its version is a constraint, also where the image sets none.
 RUN --mount=type=bind,source=pyproject.toml,target=/needs/pyproject.toml \
-    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=cache,target=/var/cache/pip \
     python3 -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' \
         >/tmp/torch.txt \
     && python3 -c 'import tomllib; \
         project = tomllib.load(open("/needs/pyproject.toml", "rb"))["project"]; \
         print(*project["dependencies"], sep="\n")' \
         >/tmp/needs.txt \
-    && pip install --constraint /tmp/torch.txt --requirement /tmp/needs.txt \
+    && pip install --cache-dir /var/cache/pip --constraint /tmp/torch.txt --requirement /tmp/needs.txt \
     && rm /tmp/torch.txt /tmp/needs.txt
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir --no-deps /wheels/*.whl

@@ -31,16 +31,16 @@ ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 ARG TORCH_INDEX_URL=
 RUN --mount=type=bind,source=pyproject.toml,target=/needs/pyproject.toml \
     --mount=type=bind,source=constraints.txt,target=/needs/constraints.txt \
-    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=cache,target=/var/cache/pip \
     if [ -n "$TORCH_INDEX_URL" ]; then \
-        pip install --no-deps --index-url "$TORCH_INDEX_URL" \
+        pip install --cache-dir /var/cache/pip --no-deps --index-url "$TORCH_INDEX_URL" \
             "$(grep '^torch==' /needs/constraints.txt)"; \
     fi \
     && python3 -c 'import tomllib; \
         project = tomllib.load(open("/needs/pyproject.toml", "rb"))["project"]; \
         print(*project["dependencies"], sep="\n")' \
         >/tmp/needs.txt \
-    && pip install --constraint /needs/constraints.txt --requirement /tmp/needs.txt \
+    && pip install --cache-dir /var/cache/pip --constraint /needs/constraints.txt --requirement /tmp/needs.txt \
     && rm /tmp/needs.txt
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir --no-deps /wheels/*.whl

@@ -141,15 +141,20 @@ def test_runs_that_a_file_has_are_not_run_again(
     assert convergence.read(path, STEPS) == expected
     assert "MISSED" not in capsys.readouterr().out
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="has runs with other settings; name another"):
         convergence.main(["--steps", str(2 * STEPS), "--json", str(path)])
-    assert "has runs with other settings; name another" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("steps", ["0", "15", "-10", "many"])
+@pytest.mark.parametrize(
+    ("steps", "problem"),
+    [
+        ("15", "is no number of steps; give a multiple of 10"),
+        *((bad, "is no integer in 1..") for bad in ("0", "-10", "many")),
+    ],
+)
 def test_steps_that_make_no_windows_are_refused(
-    steps: str, capsys: pytest.CaptureFixture[str]
+    steps: str, problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         convergence.main([f"--steps={steps}"])
-    assert f"'{steps}' is no number of steps; give a multiple of 10" in capsys.readouterr().err
+    assert f"'{steps}' {problem}" in capsys.readouterr().err

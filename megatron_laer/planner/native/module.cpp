@@ -166,10 +166,11 @@ py::tuple totals(const Counts& counts_NE, const Slots& slots_S, const Counts& lo
 laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
                            const Doubles& slope_P, const Doubles& limit_P, const Doubles& best_P,
                            double expert_flops, double forward_share, double token_passes,
-                           double intra_pair_bytes, double inter_pair_bytes, bool tokens_in_stages, double element_bytes,
-                           double intra_bytes_per_s, double inter_bytes_per_s, double latency_s,
-                           double host_s, bool by_node, double fetch_latency_s, double solve_s,
-                           double least_change_s, const Counts& held_N) {
+                           double intra_pair_bytes, double inter_pair_bytes, bool tokens_in_stages,
+                           double element_bytes, double intra_bytes_per_s,
+                           double inter_bytes_per_s, double latency_s, double host_s, bool by_node,
+                           double fetch_latency_s, double solve_s, double least_change_s,
+                           const Counts& held_N) {
   for (const auto& column_P : {seconds_P, slope_P, limit_P, best_P}) {
     check_size(column_P, tokens_P.size(), "the GEMM curve");
   }
