@@ -53,7 +53,8 @@ check "ruff format" ruff format --check .
 check mypy mypy
 check codespell codespell_lib ./*.md benchmarks configs docs megatron_laer patches scripts tests
 echo "== import-linter"
-.venv/bin/lint-imports --no-cache || failed+=(import-linter)
+# By its function, since `.venv` has no program for it where another Python lends its packages.
+"$PYTHON" -c 'from importlinter.cli import lint_imports_command as run; run()' --no-cache || failed+=(import-linter)
 finish() {
     ((${#failed[@]} == 0)) && exit
     echo "FAILED: ${failed[*]}" && exit 1

@@ -203,15 +203,14 @@ def test_an_unknown_option_of_the_test_script_installs_nothing(tmp_path):
 def test_the_linters_run_without_tests_and_their_status_counts(tmp_path, wrong):
     """Their replacements print what they are given, and `wrong` fails."""
     (tmp_path / "scripts").mkdir()
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(_ROOT / "scripts" / "test.sh", tmp_path / "scripts")
     python = fake_python(tmp_path, "python", f'echo "$*"; [ "$2" != "{wrong}" ]')
-    fake_python(tmp_path / ".venv" / "bin", "lint-imports", "")
     (tmp_path / "scripts" / "environment.sh").write_text(f"PYTHON={shlex.quote(str(python))}\n")
     result = shell(tmp_path / "scripts" / "test.sh", "--lint", cwd=tmp_path)
     assert result.returncode == bool(wrong), result.stderr
     assert {"-m ruff check .", "-m mypy", "== import-linter"} <= {*result.stdout.splitlines()}
     assert "-m codespell_lib " in result.stdout
+    assert "lint_imports_command" in result.stdout
     assert "tests.supervise" not in result.stdout
     assert result.stdout.endswith("FAILED: mypy\n") == bool(wrong)
 
