@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,15 +98,18 @@ def doctor(tmp_path: Path) -> Doctor:
         words: tuple[str, ...] = (),
         **environment: str,
     ) -> Examined:
+        # A folder of its own for every run: in one, a file written anew within a second with the
+        # same length would have the byte code of the file before it.
+        folder = Path(tempfile.mkdtemp(prefix="fakes-", dir=tmp_path))
         for file, code in ({"sitecustomize.py": HIDING} | (fakes or {})).items():
-            target = tmp_path / "fakes" / file
+            target = folder / file
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(textwrap.dedent(code))
         kept = {k: v for k, v in os.environ.items() if not _is_the_launchers(k)}
         result = subprocess.run(
             [sys.executable, "-m", "megatron_laer", "doctor", *words],
             env=kept
-            | {"PYTHONPATH": f"{tmp_path / 'fakes'}:{path or python_path()}", "HIDDEN": hidden}
+            | {"PYTHONPATH": f"{folder}:{path or python_path()}", "HIDDEN": hidden}
             | environment,
             cwd=tmp_path,
             capture_output=True,
