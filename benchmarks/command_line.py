@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 
 from megatron_laer.cli.program import Parser, ended, stopped_by_exceptions
 from megatron_laer.files.checks import quoted, refuse_unwritable
-from megatron_laer.files.writing import replaced_when_complete, write_all
+from megatron_laer.files.writing import write_file
 
 # Those among which eight experts can be dealt out; and more than any benchmark is meant for.
 RANKS, MOST_REPEATS, MOST_STEPS = (2, 4, 8), 1000, 10**5
@@ -76,15 +75,4 @@ def write_json(path: Path | None, content: Any) -> None:
         OSError: it cannot be written.
     """
     if path is not None:
-        write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a whole file.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    # What a link means, not the link.
-    with replaced_when_complete(Path(os.path.realpath(path))) as file:
-        write_all(file, content.encode())
+        write_file(path, json.dumps(content, indent=1) + "\n")

@@ -23,7 +23,6 @@ from benchmarks.command_line import (
     output,
     parser_of,
     program,
-    write_text,
 )
 from benchmarks.convergence_figure import write_figure
 from benchmarks.convergence_results import checks, gap_rows, rows
@@ -41,6 +40,7 @@ from benchmarks.convergence_runs import (
 from benchmarks.report import machine, print_table
 from megatron_laer.cli.argument_types import between
 from megatron_laer.files.checks import quoted
+from megatron_laer.files.writing import write_file
 from megatron_laer.simulator.report import check_can_plot
 from megatron_laer.testing.ranks import RankPool
 
@@ -116,7 +116,7 @@ def _write(path: Path, runs: dict[tuple[str, str], Run], steps: int) -> None:
         "settings": _settings(steps),
         "runs": [{"way": way, "aux": aux} | asdict(run) for (way, aux), run in runs.items()],
     }
-    write_text(path, json.dumps(content) + "\n")
+    write_file(path, json.dumps(content) + "\n")
 
 
 def _train(runs: dict[tuple[str, str], Run], steps: int, path: Path | None) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -31,7 +30,7 @@ from benchmarks.trace_cases import Trace
 from megatron_laer.arrays import Int64
 from megatron_laer.cli.argument_types import between, path
 from megatron_laer.files.checks import refuse_overwriting
-from megatron_laer.files.writing import replaced_when_complete, write_all
+from megatron_laer.files.writing import write_file
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
@@ -146,8 +145,7 @@ def plot_growth(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.legend()
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.removeprefix("."))
-    with replaced_when_complete(Path(os.path.realpath(path))) as file:
-        write_all(file, content.getvalue())
+    write_file(path, content.getvalue())
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run as a file
 
-from benchmarks.command_line import output, parser_of, program, write_text
+from benchmarks.command_line import output, parser_of, program
 from benchmarks.end_to_end_cases import FSEP, Size
 from benchmarks.training_run import Routing, measure
 from megatron_laer.cli.argument_types import path
 from megatron_laer.data import default_text_sources, prepare_data
 from megatron_laer.files.checks import quoted, read_text, refuse_overwriting
+from megatron_laer.files.writing import write_file
 from megatron_laer.telemetry.timeline import FIRST_STEP, NUM_STEPS
 from megatron_laer.telemetry.trace_events import COMPUTE, TRACKS
 from megatron_laer.testing.ranks import RankPool
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traces = [read_trace_events(given) for given in options.traces]
     else:
         traces = record()
-    write_text(options.svg, draw(traces[0], traces[1]))
+    write_file(options.svg, draw(traces[0], traces[1]))
     return 0
 
 

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from megatron_laer.cli.argument_types import between
 from megatron_laer.cli.program import Parser, ended
 from megatron_laer.files.checks import quoted, refuse_unusable_folder
-from megatron_laer.files.writing import replaced_when_complete, write_all
+from megatron_laer.files.writing import write_file
 from megatron_laer.model_flags import model_flags
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 from megatron_laer.platform.cpu import CPU_FLAGS
@@ -92,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {"ranks": args.ranks, "steps": args.steps, "runs": [asdict(fsep), asdict(stock)]}
     print(f"\n{page}")
     path = args.work_dir / "result.json"
-    with replaced_when_complete(path) as file:
-        write_all(file, (json.dumps(result, indent=1) + "\n").encode())
+    write_file(path, json.dumps(result, indent=1) + "\n")
     print(
         f"\n{time.monotonic() - started_s:.0f} s. Every step is in {path}, full logs are beside it."
     )

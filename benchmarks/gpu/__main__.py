@@ -21,11 +21,12 @@ from typing import IO, Any
 
 import torch
 
-from benchmarks.command_line import program, write_json, write_text
+from benchmarks.command_line import program, write_json
 from benchmarks.gpu.report import Part, about, page_rows, show
 from megatron_laer.cli.argument_types import between, number, path
 from megatron_laer.cli.program import Parser
 from megatron_laer.files.checks import refuse_unusable_folder
+from megatron_laer.files.writing import write_file
 from megatron_laer.support.torch_version import problem_on_cuda
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -267,7 +268,7 @@ def _data(options: argparse.Namespace, is_needed: bool) -> Iterator[str]:
 
 def _write(folder: Path, result: dict[str, Any]) -> None:
     write_json(folder / "result.json", result)
-    write_text(folder / "rows.md", page_rows(result))
+    write_file(folder / "rows.md", page_rows(result))
 
 
 def _python_path() -> str:

@@ -16,7 +16,7 @@ from megatron_laer.calibration.settings import ExpertShape
 from megatron_laer.cli.argument_types import add_hours, between, path
 from megatron_laer.files.checks import quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.shipped import yaml_file
-from megatron_laer.files.writing import replaced_when_complete, write_all
+from megatron_laer.files.writing import write_file
 from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.simulator.sizes import MAX_WIDTH, model_sizes
@@ -148,8 +148,7 @@ def _write(cluster: Cluster | None, output: Path) -> None:
     )
     text += cluster_text(cluster)
     assert parse_cluster(text) == cluster
-    with replaced_when_complete(output) as file:
-        write_all(file, text.encode())
+    write_file(output, text)
     print(
         f"{quoted(output)}: {len(cluster.figures)} figures of {dict(cluster.measured)['hardware']}"
     )

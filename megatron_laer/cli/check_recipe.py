@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from megatron_laer.cli.argument_types import path
 from megatron_laer.files.checks import quoted, refuse_overwriting, refuse_unwritable
-from megatron_laer.files.writing import replaced_when_complete, write_all
+from megatron_laer.files.writing import write_output
 from megatron_laer.files.yaml_text import read_yaml
 from megatron_laer.integrations.bridge_config import judge_container, load_recipe
 from megatron_laer.recipes.bridge import judge_recipe, read_recipes, recipe_of
@@ -129,8 +129,7 @@ def _judge_table(table: Path, output: Path | None) -> int:
             }
             for recipe, judgement in judged
         ]
-        with replaced_when_complete(output) as file:
-            write_all(file, (json.dumps(listed, indent=1) + "\n").encode())
+        write_output(output, json.dumps(listed, indent=1) + "\n", "--json")
     return 0
 
 

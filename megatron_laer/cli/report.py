@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,7 @@ from megatron_laer.cli.argument_types import add_hours, between, path
 from megatron_laer.files import memory
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.shipped import yaml_file
-from megatron_laer.files.writing import replaced_when_complete, write_all
+from megatron_laer.files.writing import write_output
 from megatron_laer.layout import MAX_EXPERTS, default_capacity
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
@@ -129,9 +128,7 @@ def run(args: argparse.Namespace) -> int:
     shown, rows = _read(args, sources, args.cases)
     other = None if others is None else _read(args, others, 0)[0]
     content = page(shown, rows, other).encode()
-    # What a link means, not the link.
-    with replaced_when_complete(Path(os.path.realpath(args.out))) as file:
-        write_all(file, content)
+    write_output(args.out, content, "--out")
     print(one_line(f"{shown.name}: {judge(shown).sentence()}"))
     print(one_line(f"{args.out}: {len(content):,} bytes"))
     return 0

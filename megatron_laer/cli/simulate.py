@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from io import BytesIO
@@ -27,7 +26,7 @@ from megatron_laer.files.checks import (
     refuse_unwritable,
 )
 from megatron_laer.files.shipped import yaml_file
-from megatron_laer.files.writing import replaced_when_complete, write_all
+from megatron_laer.files.writing import write_output
 from megatron_laer.layout import MAX_EXPERTS, default_capacity
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
@@ -326,23 +325,14 @@ def _write(
     """
     if args.json is not None:
         content = report.content(about, cases, refused, told)
-        _write_file(args.json, (json.dumps(content, indent=1) + "\n").encode(), "--json")
+        write_output(args.json, json.dumps(content, indent=1) + "\n", "--json")
     if args.png is not None:
         drawn = BytesIO()
         title = f"{Path(args.model).stem} on {about['cluster']}, {Path(about['trace']).name}"
         report.draw(title, cases).savefig(drawn, format="png")
-        _write_file(args.png, drawn.getvalue(), "--png")
+        write_output(args.png, drawn.getvalue(), "--png")
     if timeline is not None:
-        _write_file(args.timeline, timeline.content(), "--timeline")
-
-
-def _write_file(path: Path, content: bytes, flag: str) -> None:
-    try:
-        # What a link means, not the link.
-        with replaced_when_complete(Path(os.path.realpath(path))) as file:
-            write_all(file, content)
-    except OSError as error:
-        raise ValueError(f"{flag} {quoted(path)} cannot be written: {error}") from error
+        write_output(args.timeline, timeline.content(), "--timeline")
 
 
 # Checks.

@@ -1,7 +1,7 @@
 """Files that somebody needs are written whole, by one writer, and never over one another.
 
 Knows no format. A file that is kept open goes through `open_exclusively`, one that is written anew
-through `Replacement`.
+through `write_file`, or `Replacement` where its content comes bit by bit.
 """
 
 from __future__ import annotations
@@ -164,8 +164,11 @@ class Replacement:
 
 @contextmanager
 def replaced_when_complete(target: Path) -> Iterator[BinaryIO]:
-    """Yield a file that takes the target's place if the block ends well, and is removed if not."""
-    replacement = Replacement(target)
+    """Yield a file that takes the target's place if the block ends well, and is removed if not.
+
+    A symbolic link stays, and what it leads to is replaced.
+    """
+    replacement = Replacement(Path(os.path.realpath(target)))
     try:
         yield replacement.file
         replacement.commit()
@@ -173,6 +176,28 @@ def replaced_when_complete(target: Path) -> Iterator[BinaryIO]:
         replacement.discard()
         raise
     replacement.file.close()
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a whole file, text in UTF-8, in place of what is there: `replaced_when_complete`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replaced_when_complete(path) as file:
+        write_all(file, content.encode() if isinstance(content, str) else content)
+
+
+def write_output(path: Path, content: str | bytes, flag: str) -> None:
+    """Write a whole file that a flag of a command names.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        write_file(path, content)
+    except OSError as error:
+        raise ValueError(f"{flag} {quoted(path)} cannot be written: {error}") from error
 
 
 def remove_leftovers(target: Path) -> None:

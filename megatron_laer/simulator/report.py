@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_laer.files.checks import one_line, quoted
-from megatron_laer.files.writing import replaced_when_complete, write_all
+from megatron_laer.files.writing import write_output
 from megatron_laer.simulator.table import Row
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> Non
         {name: value for name, value in asdict(row).items() if name != "ratios_R"} for row in rows
     ]
     content = json.dumps({**about, "rows": lines}, indent=1) + "\n"
-    _write(path, content.encode(), "--json")
+    write_output(path, content, "--json")
 
 
 def check_can_plot(path: Path, flag: str = "--plot") -> None:
@@ -104,7 +103,7 @@ def write_plot(path: Path, title: str, rows: Sequence[Row]) -> None:
     """
     content = io.BytesIO()
     draw(title, rows).savefig(content, format=_ending(path))
-    _write(path, content.getvalue(), "--plot")
+    write_output(path, content.getvalue(), "--plot")
 
 
 def draw(title: str, rows: Sequence[Row]) -> Figure:
@@ -142,12 +141,3 @@ def draw(title: str, rows: Sequence[Row]) -> Figure:
 
 def _ending(path: Path) -> str:
     return path.suffix.removeprefix(".").lower()
-
-
-def _write(path: Path, content: bytes, flag: str) -> None:
-    try:
-        # What a link means, not the link.
-        with replaced_when_complete(Path(os.path.realpath(path))) as file:
-            write_all(file, content)
-    except OSError as error:
-        raise ValueError(f"{flag} {quoted(path)} cannot be written: {error}") from error

@@ -21,12 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron_laer.files.writing import (
-    free_name,
-    open_exclusively,
-    replaced_when_complete,
-    write_all,
-)
+from megatron_laer.files.writing import free_name, open_exclusively, write_file
 from megatron_laer.telemetry.clock import Clock, Timestamp, make_clock
 from megatron_laer.telemetry.ranges import OpenRange, make_ranges
 from megatron_laer.telemetry.trace_events import COMPUTE, TOKENS, trace_events
@@ -150,13 +145,10 @@ class Timeline:
                         self._steps[0] + 1,
                     )
                 else:
-                    self._write({"displayTimeUnit": "ms", "traceEvents": list(self._events())})
+                    trace = {"displayTimeUnit": "ms", "traceEvents": list(self._events())}
+                    write_file(self._path, json.dumps(trace))
         except OSError as error:  # a run does not end for a picture
             logger.warning("FSEP: the timeline %s could not be written: %s", self._path, error)
-
-    def _write(self, trace: dict[str, Any]) -> None:
-        with replaced_when_complete(self._path) as file:
-            write_all(file, json.dumps(trace).encode())
 
     def _end_phase(self, now: Timestamp) -> None:
         self._close(COMPUTE, self._phase, now)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import machine, table_text
-from megatron_laer.files.writing import replaced_when_complete, write_all
+from megatron_laer.files.writing import write_file
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class Result:
             (path, json.dumps(asdict(self) | {"machine": machine()}, indent=1)),
         ):
             # In place of a file that may have other names too, and not into it.
-            with replaced_when_complete(there) as file:
-                write_all(file, f"{content}\n".encode())
+            write_file(there, f"{content}\n")
         return path
 
 

@@ -126,6 +126,17 @@ def test_a_failed_replacement_leaves_the_target_and_nothing_else(tmp_path: Path)
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["log"]
 
 
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "log").write_text("old")
+    (tmp_path / "link").symlink_to("there/log")
+    with writing.replaced_when_complete(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "log").read_text() == "new"
+    assert os.listdir(tmp_path / "there") == ["log"]
+
+
 def test_leftovers_of_a_killed_run_go_and_those_of_a_living_one_stay(tmp_path: Path) -> None:
     target = tmp_path / "log"
     others = [tmp_path / name for name in (".log.tmp", ".log.0123456789abcdeg.tmp", "log.tmp")]
