@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -41,6 +42,12 @@ def run(
                     descendant.kill()
             raise
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def default_signals() -> None:
+    """For `preexec_fn`: undo what a shell's background (no SIGINT) or nohup (no SIGHUP) leaves."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def outlive(pids: Iterable[int], within_s: float = 300.0) -> list[int]:

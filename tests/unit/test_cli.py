@@ -16,7 +16,7 @@ from megatron_laer import __version__, cli
 from megatron_laer.cli import plan
 from megatron_laer.model_flags import model_flags
 from megatron_laer.releases import TESTED_RANGE
-from tests.processes import python_path
+from tests.processes import default_signals, python_path
 
 
 def run(*words, cwd=None, device="cpu"):
@@ -253,17 +253,11 @@ def started_at_work(words):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=_default_signals,
+        preexec_fn=default_signals,
     )
     while process.stdout.readline() not in ("at work\n", ""):
         pass
     return process
-
-
-def _default_signals():
-    """Undo what tests inherit from a shell's background (no SIGINT) or from nohup (no SIGHUP)."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def test_flags_for_a_machine_without_a_gpu_follow_the_models():

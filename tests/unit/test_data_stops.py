@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laer import data
-from tests.processes import python_path, run
+from tests.processes import default_signals, python_path, run
 
 # A tokenizer that stops at its second document, for as long as this test lives.
 _TRANSFORMERS = """
@@ -66,8 +66,7 @@ def at_work(folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Where these tests run in the background of a shell, interrupts are ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=default_signals,
     ) as process:
         try:
             assert process.stdout.readline() == "at work\n", process.stderr.read()

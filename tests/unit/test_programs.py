@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import python_path
+from tests.processes import default_signals, python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 # They print at once, and then work for long.
@@ -29,6 +29,7 @@ def started(words: tuple[str, ...], folder: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=default_signals,
     )
 
 
