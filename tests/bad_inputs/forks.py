@@ -32,6 +32,7 @@ RESIDENT_BYTES = 2 * 2**30
 # A guard against waiting for ever; nothing is concluded from how long a case takes.
 WALL_S = 120
 AT_ONCE = 2
+_TOO_LARGE = f"{RESIDENT_BYTES:,} bytes resident"
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -160,7 +161,7 @@ class _Child:
         if code == -signal.SIGXCPU:
             self._limit = f"{CPU_S} s of processor time"
         elif resident > RESIDENT_BYTES:
-            self._limit = f"{RESIDENT_BYTES:,} bytes resident"
+            self._limit = _TOO_LARGE
         return Ended(
             status=code,
             output=self._output.read_text(errors="replace"),
@@ -174,6 +175,8 @@ class _Child:
         with contextlib.suppress(OSError):
             pages = int(Path(f"/proc/{self._pid}/statm").read_text().split()[1])
             if pages * resource.getpagesize() > RESIDENT_BYTES:
+                # Said here, since the kernel may count a little less once a child has ended.
+                self._limit = _TOO_LARGE
                 os.kill(self._pid, signal.SIGKILL)
         if time.monotonic() > self._deadline_s:
             self._limit = f"the guard of {WALL_S} s"
