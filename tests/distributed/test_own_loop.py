@@ -281,7 +281,11 @@ def build_layer(**numbered: int) -> tuple[float, bool]:
 
 
 def build_unnumbered_layer() -> tuple[float, bool]:
-    """One that nobody numbers."""
+    """One that nobody numbers, after layers of Megatron's that were numbered later."""
+    from megatron_laer.moe_layer import numbered_later
+
+    with numbered_later():
+        pass
     return build_layer()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from megatron_laer.layout import ExpertLayout
 from megatron_laer.runtime.comm.hierarchical import ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.stages import ExchangeCount
-from megatron_laer.runtime.comm.streams import make_comm_stream
+from megatron_laer.runtime.comm.streams import StreamTimes, Work, make_comm_stream
 from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored import RestoredExperts
@@ -58,6 +59,43 @@ class OneRank:
         add_to: torch.Tensor | None,
     ) -> torch.Tensor:
         return grad_CRK.clone() if add_to is None else add_to.add_(grad_CRK)
+
+
+class LateStream:
+    """A communication stream that works only once it is waited for, in order."""
+
+    def __init__(self) -> None:
+        self.times = StreamTimes("parameters", CPU)
+        self._queue: list[tuple[LateResult, Work]] = []
+
+    def submit(self, work: Work, label: str) -> LateResult:
+        result = LateResult(self)
+        self._queue.append((result, work))
+        return result
+
+    def work_until(self, wanted: LateResult) -> None:
+        while wanted.value is None:
+            result, work = self._queue.pop(0)
+            result.value = work()
+
+    def close(self) -> None:
+        pass
+
+
+class LateResult:
+    """Is not there before somebody waits for it, or for what was submitted later."""
+
+    def __init__(self, stream: LateStream) -> None:
+        self._stream = stream
+        self.value: torch.Tensor | None = None
+
+    def wait(self) -> torch.Tensor:
+        self._stream.work_until(self)
+        return self.result()
+
+    def result(self) -> torch.Tensor:
+        assert self.value is not None, "used before it was there"
+        return self.value
 
 
 @pytest.fixture
@@ -218,6 +256,16 @@ def test_passes_through_one_layer_hand_on_its_weights(
     one, other = first._slices.parameters
     expected = 4 * 2 * one.sum() * other.sum() ** 2
     assert torch.allclose(one.main_grad, expected.expand_as(one))  # type: ignore[attr-defined]
+
+
+def test_memory_is_lent_again_only_when_the_restore_into_it_is_over(
+    streams: ExchangeStreams,
+) -> None:
+    restored = restored_experts(replace(streams, parameters=LateStream()))
+    restored.matrix(0)  # the second is still on its way
+    restored.after_compute(ones(needs_grad=False), backward_follows=False)
+    assert streams.weights.in_use == 0
+    assert restored.state.weights is WeightState.SHARDED
 
 
 def test_evaluation_leaves_nothing(streams: ExchangeStreams) -> None:

@@ -154,6 +154,36 @@ def test_placement_spreads_replicas_over_nodes_and_ranks() -> None:
     assert holders == [0, 1]
 
 
+def placed_plainly(loads_E: Int64, replicas_E: Int64, geometry: Geometry) -> ExpertLayout:
+    """Follow the words of `place`, one slot at a time."""
+    ranks = range(geometry.num_ranks)
+    held: list[list[int]] = [[] for _ in ranks]
+    weight_E = loads_E / replicas_E
+
+    def on_node(expert: int, rank: int) -> int:
+        first = rank - rank % geometry.node_size
+        return sum(held[other].count(expert) for other in range(first, first + geometry.node_size))
+
+    for expert in sorted(range(geometry.num_experts), key=lambda e: (-weight_E[e], e)):
+        for _ in range(int(replicas_E[expert])):
+            free = [rank for rank in ranks if len(held[rank]) < geometry.capacity]
+            free = [rank for rank in free if expert not in held[rank]] or free
+            held[
+                min(free, key=lambda r: (on_node(expert, r), sum(weight_E[e] for e in held[r]), r))
+            ].append(expert)
+    slots = [expert for experts in held for expert in sorted(experts)]
+    return ExpertLayout.from_slots(*shape_of(geometry), slots)
+
+
+@settings(max_examples=60)
+@given(geometries(), st.integers(0, 2**16))
+def test_placement_is_as_its_words_say(geometry: Geometry, seed: int) -> None:
+    loads_E = counts_for(seed, geometry).sum(axis=0)
+    for replicas_E in (replicas_by_load(loads_E, geometry), replicas_even(loads_E, geometry)):
+        expected = placed_plainly(loads_E, replicas_E, geometry)
+        assert place(loads_E, replicas_E, geometry) == expected
+
+
 def test_laer_keeps_the_current_layout_when_nothing_is_better() -> None:
     geometry = Geometry(4, 4, 2, 4)
     current = ExpertLayout.random(4, 2, 4, seed=(5,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -179,3 +180,18 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
     few = {"max_ctas": 8} if on_nccl else None
     first = {"is_high_priority_stream": True} if on_nccl else None
     assert [call["pg_options"] for call in made] == [None, few, few, first]
+
+
+def test_the_result_of_a_thread_is_waited_for() -> None:
+    stream = streams.make_comm_stream("parameters", torch.device("cpu"), overlaps=True)
+    may_work = threading.Event()
+
+    def work() -> torch.Tensor:
+        may_work.wait()
+        return torch.ones(3)
+
+    pending = stream.submit(work, "late")
+    # Fires while `wait` below is under way; without waiting that gives None at once.
+    threading.Timer(0.2, may_work.set).start()
+    assert torch.equal(pending.wait(), torch.ones(3))
+    stream.close()
