@@ -1,0 +1,1 @@
+"""Deliberate faults in the package's core, each of which a test must notice."""

@@ -1,0 +1,104 @@
+"""Plant each deliberate fault in a copy of the tree and run the tests that must notice it.
+
+    python -m tests.planted [--only TEXT] [--json FILE]
+
+Ends with 1 if a fault is not found, or if its tests fail without any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.documents import ROOT
+from tests.planted.faults import FAULTS, Fault
+
+_FOUND = 1  # status of pytest where a test failed
+
+
+def copy_of_tree(folder: Path) -> Path:
+    """Copy what git tracks or would track, and the native core."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    ).stdout.decode()
+    native = (ROOT / "megatron_laer" / "planner").glob("_native*.so")
+    names = [*filter(None, listed.split("\0")), *(str(path.relative_to(ROOT)) for path in native)]
+    for name in names:
+        if (ROOT / name).is_file():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target)
+    return folder
+
+
+def planted(fault: Fault, content: str) -> str:
+    """Return a file's content with the fault.
+
+    Raises:
+        ValueError: the text to replace is not there exactly once.
+    """
+    if (times := content.count(fault.right)) != 1:
+        raise ValueError(f"{fault.file} has {fault.right!r} {times} times, expected once")
+    return content.replace(fault.right, fault.wrong)
+
+
+def status_of(tests: tuple[str, ...], tree: Path) -> int:
+    """Run tests in a tree until the first failure; return pytest's status."""
+    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.pop("PYTHONPYCACHEPREFIX", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    marks = ["-m", "not gpu and not nightly"]
+    return subprocess.run(
+        [*command, *marks, *tests], cwd=tree, env=environment, capture_output=True
+    ).returncode
+
+
+def outcome_of(fault: Fault, tree: Path, sound: int) -> str:
+    """Plant a fault, run its tests, and take it out again.
+
+    Args:
+        sound: the tests' status without the fault.
+    """
+    if sound != 0:
+        return f"tests fail without it ({sound})"
+    path = tree / "megatron_laer" / fault.file
+    content = path.read_text()
+    path.write_text(planted(fault, content))
+    status = status_of(fault.tests, tree)
+    path.write_text(content)
+    return "found" if status == _FOUND else f"missed (status {status})"
+
+
+def main() -> int:
+    """Run the faults; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.planted", description=__doc__)
+    parser.add_argument("--only", default="", help="faults whose name or file has this text")
+    parser.add_argument("--json", type=Path, help="write the outcomes to this file")
+    args = parser.parse_args()
+    chosen = [fault for fault in FAULTS if args.only in fault.name or args.only in fault.file]
+    outcomes, sound = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copy_of_tree(Path(folder))
+        for fault in chosen:
+            if fault.tests not in sound:
+                sound[fault.tests] = status_of(fault.tests, tree)
+            outcomes[fault.name] = outcome = outcome_of(fault, tree, sound[fault.tests])
+            print(f"{outcome:26} {fault.file:42} {fault.name}", flush=True)
+    found = sum(outcome == "found" for outcome in outcomes.values())
+    print(f"{found} of {len(outcomes)} faults were found")
+    if args.json is not None:
+        args.json.write_text(json.dumps(outcomes, indent=1) + "\n")
+    return 0 if found == len(outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

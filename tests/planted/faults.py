@@ -1,0 +1,404 @@
+"""A table of deliberate faults: one line of the core, as it is and as it must not be.
+
+Each was chosen because it trains on without a crash, or hides behind the usual path. The tests that
+are named must fail with it; `__main__` plants and runs them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One deliberate fault.
+
+    Attributes:
+        name: unique, in words.
+        file: where it is planted, below `megatron_laer`.
+        right, wrong: the text, which the file has once, and its replacement.
+        tests: arguments of pytest, one of which fails with the fault.
+    """
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+def _in(file: str, *tests: str) -> _Room:
+    return _Room(file, tests)
+
+
+@dataclass(frozen=True)
+class _Room:
+    file: str
+    tests: tuple[str, ...]
+
+    def fault(self, name: str, right: str, wrong: str, *tests: str) -> Fault:
+        return Fault(name, self.file, right, wrong, tests or self.tests)
+
+
+_UNIT, _RANKS = "tests/unit/test_{}.py", "tests/distributed/test_{}.py"
+
+
+def _unit(*names: str) -> tuple[str, ...]:
+    return tuple(_UNIT.format(name) for name in names)
+
+
+def _ranks(*names: str) -> tuple[str, ...]:
+    return tuple(_RANKS.format(name) for name in names)
+
+
+_LAYOUT = _in("layout.py", *_unit("layout"))
+_SHARDING = _in("sharding.py", *_unit("slices", "restore_index", "traffic"))
+_LAER = _in("planner/laer.py", *_unit("strategies"))
+_FORECAST = _in("planner/forecast.py", *_unit("forecast"))
+_QUOTAS = _in("planner/quotas.py", *_unit("quotas"))
+_BALANCE = _in("planner/balance.py", *_unit("balance_metrics"))
+_GUARD = _in("planner/guard.py", *_unit("guard"))
+_SERVICE = _in("planner/service.py", *_unit("planner_service"))
+_STATE = _in("planner/state.py", *_unit("planner_state"))
+_IN_FORCE = _in(
+    "runtime/planning/layouts_in_force.py", *_unit("planner_resume"), *_ranks("checkpoints")
+)
+_COLLECTIVES = _in("runtime/comm/collectives.py", *_unit("agreement"), *_ranks("agreement"))
+_BLOCKS = _in("runtime/comm/row_blocks.py", *_unit("exchange_kernels"), *_ranks("exchange"))
+_REDUCE = _in("runtime/comm/reduce_index.py", *_unit("restore_index"), *_ranks("exchange"))
+_RESTORE = _in("runtime/comm/matrix_restore.py", *_ranks("exchange"))
+_HIERARCHICAL = _in("runtime/comm/hierarchical.py", *_ranks("exchange"))
+_STREAMS = _in("runtime/comm/streams.py", *_unit("streams"))
+_RESTORED = _in("runtime/weights/restored.py", *_unit("restored_experts"))
+_SCHEDULER = _in("runtime/weights/scheduler.py", *_ranks("scheduler"))
+_PERMUTATION = _in("dispatch/permutation.py", *_unit("permutation"))
+_ROW_MAP = _in("dispatch/row_map.py", *_unit("row_map"))
+_DISPATCH = _in("dispatch/slot_dispatch.py", *_ranks("dispatcher"))
+_DISPATCHER = _in("dispatch/dispatcher.py", *_ranks("dispatcher"))
+_SLICES = _in("experts/slices.py", *_unit("slices"), *_ranks("initialisation"))
+_MAIN_GRADS = _in("experts/main_grads.py", *_unit("restored_experts"))
+_MUON = _in("experts/muon.py", *_ranks("muon"))
+_LOADING = _in("stock_loading.py", *_ranks("stock_loading"))
+_LAYER = _in("moe_layer.py", *_ranks("own_loop"))
+
+FAULTS: tuple[Fault, ...] = (
+    # Planner: what it packs, forecasts and forgets.
+    _LAER.fault("laer packs a full rank further", "open_N = free_N > 0", "open_N = free_N >= 0"),
+    _LAER.fault(
+        "laer counts no replicas per node",
+        "node_replicas_Q[rank // geometry.node_size] += 1",
+        "node_replicas_Q[rank // geometry.node_size] += 0",
+    ),
+    _LAER.fault(
+        "laer packs the lightest first",
+        "np.argsort(-load_per_replica_E",
+        "np.argsort(load_per_replica_E",
+    ),
+    _LAER.fault(
+        "laer adds no load to a rank",
+        "rank_load_N[rank] += load_per_replica_E[expert]",
+        "rank_load_N[rank] += 0",
+    ),
+    _LAER.fault(
+        "more replicas than ranks",
+        "if count < geometry.num_ranks:",
+        "if count <= geometry.num_ranks:",
+    ),
+    _LAER.fault(
+        "spare replicas go to the coldest",
+        'np.argsort(-loads_E, kind="stable")[:spare]',
+        'np.argsort(loads_E, kind="stable")[:spare]',
+    ),
+    _FORECAST.fault(
+        "the worse of two means is the forecast",
+        "self.errors[1] < self.errors[0]",
+        "self.errors[1] > self.errors[0]",
+    ),
+    _FORECAST.fault("errors are never forgotten", "error - error // _FORGOTTEN +", "error +"),
+    _FORECAST.fault("a mean keeps what was before", "before_NE + np.rint(", "before_NE - np.rint("),
+    _FORECAST.fault(
+        "the quick mean is slow",
+        "QUICK_WEIGHT, STEADY_WEIGHT = 0.75, 0.25",
+        "QUICK_WEIGHT, STEADY_WEIGHT = 0.25, 0.75",
+    ),
+    _SERVICE.fault("plans go on without limit", "_OPEN_STEPS = 4", "_OPEN_STEPS = 40"),
+    _BALANCE.fault(
+        "imbalance of the least loaded rank",
+        "int(tokens_N.max()) * tokens_N.size",
+        "int(tokens_N.min()) * tokens_N.size",
+    ),
+    # Layouts and who holds which rows.
+    _LAYOUT.fault(
+        "static layouts begin one expert on",
+        "start_N[:, None] + np.arange(capacity)",
+        "start_N[:, None] + 1 + np.arange(capacity)",
+    ),
+    _LAYOUT.fault(
+        "a digest without the shape",
+        "hashlib.blake2b(shape + self.slot_bytes",
+        "hashlib.blake2b(self.slot_bytes",
+    ),
+    _LAYOUT.fault(
+        "an expert without a slot is legal",
+        "missing = np.flatnonzero(replicas_E == 0)",
+        "missing = np.flatnonzero(replicas_E < 0)",
+    ),
+    _LAYOUT.fault(
+        "one slot fewer by default",
+        "-(-num_experts // num_ranks) + 1)\n\n\ndef stock",
+        "-(-num_experts // num_ranks))\n\n\ndef stock",
+    ),
+    _SHARDING.fault(
+        "rows are cut by rounding up",
+        "rank * rows // num_ranks for rank",
+        "-(-rank * rows // num_ranks) for rank",
+    ),
+    _SHARDING.fault(
+        "the first slot of a node shares all",
+        "first[held] + wanted[held] % num_experts % count[held]",
+        "first[held]",
+    ),
+    # Quotas.
+    _QUOTAS.fault(
+        "left-over tokens go to the first replica",
+        "(place - source) % shared < left",
+        "place % shared < left",
+    ),
+    _QUOTAS.fault(
+        "tokens leave a node that has a replica",
+        "row_S[foreign_S] = 0",
+        "row_S[foreign_S] = row_S[foreign_S]",
+    ),
+    _QUOTAS.fault(
+        "columns count the source's node as far",
+        "sends_QC[node] = True",
+        "sends_QC[node] = in_node_QC[node] == 0",
+    ),
+    # After the gate.
+    _GUARD.fault(
+        "an unchanged layout is fetched again",
+        "return self.layout is not self.planned_layout",
+        "return True",
+    ),
+    _GUARD.fault(
+        "imbalance before is that after",
+        "None if self.planned_quotas is None else _imbalance(self.planned_quotas)",
+        "None if self.planned_quotas is None else _imbalance(self.quotas)",
+    ),
+    # Agreement of ranks.
+    _COLLECTIVES.fault(
+        "other layouts go unnoticed",
+        "if (tags_N3 != tags_N3[0]).any():",
+        "if (tags_N3[:, :1] != tags_N3[0, :1]).any():",
+    ),
+    _COLLECTIVES.fault(
+        "the digest forgets a solve", "layout.digest & ~1 | solved", "layout.digest & ~1"
+    ),
+    _COLLECTIVES.fault(
+        "the majority is named", "(tags_N3 != right).any(axis=1)", "(tags_N3 == right).any(axis=1)"
+    ),
+    # Exchanges of weights and gradients.
+    _BLOCKS.fault(
+        "rows of local ranks are shifted",
+        "rows_N[local_rank :: self.node_size]",
+        "rows_N[:: self.node_size]",
+    ),
+    _BLOCKS.fault("uneven blocks begin at zero", "offset += end - start", "offset += 0"),
+    _REDUCE.fault("sums end one part early", "first = len(ends) + 1", "first = len(ends)"),
+    _REDUCE.fault(
+        "parts of a sum in any order",
+        'parts = np.argsort(target_of_part, kind="stable")',
+        'parts = np.argsort(target_of_part, kind="stable")[::-1]',
+    ),
+    _REDUCE.fault("the first node's slots for all", "node = rank // node_size", "node = 0"),
+    _RESTORE.fault(
+        "sizes of one local rank for all",
+        "sizes = [num_restored * rows * columns for rows in rows_G]",
+        "sizes = [num_restored * own_rows * columns for rows in rows_G]",
+    ),
+    _RESTORE.fault(
+        "shared experts at the first place",
+        "pack_rows(whole_1RK, send, self.blocks, position, len(slots))",
+        "pack_rows(whole_1RK, send, self.blocks, 0, len(slots))",
+    ),
+    _RESTORE.fault(
+        "all slots are gathered from the first",
+        "index.position_n[first : first + len(target_nPK)]",
+        "index.position_n[: len(target_nPK)]",
+    ),
+    _HIERARCHICAL.fault(
+        "gradients overwrite what was there",
+        "adds=add_to is not None",
+        "adds=False",
+        *_ranks("exchange", "parity"),
+    ),
+    _HIERARCHICAL.fault(
+        "gradients cross nodes as they are",
+        "wire = self._grad_wire_dtype or wire_dtype or grad_CRK.dtype",
+        "wire = grad_CRK.dtype",
+        *_ranks("exchange", "communication"),
+    ),
+    # Streams and the life of a weight.
+    _STREAMS.fault(
+        "a thread's result is not waited for",
+        "            self._is_there.wait()\n",
+        "            pass\n",
+    ),
+    _STREAMS.fault(
+        "errors of a thread are lost",
+        "        except BaseException as error:\n            self._error = error",
+        "        except BaseException:\n            self._error = None",
+    ),
+    _RESTORED.fault(
+        "memory is lent before its restore is over",
+        "self._streams.weights.put_back(pending.wait())",
+        "self._streams.weights.put_back(pending.result())",
+    ),
+    _RESTORED.fault(
+        "gradients of slots stay lent",
+        "        self._free_grads()\n        if not",
+        "        if not",
+    ),
+    _RESTORED.fault(
+        "a reduce before tokens' gradients",
+        "        self._defers_reduce = True\n",
+        "        self._defers_reduce = False\n",
+    ),
+    _RESTORED.fault(
+        "a pass keeps its layout",
+        "        before, self.index = self.index, index\n",
+        "        before = self.index\n",
+    ),
+    _RESTORED.fault(
+        "weights stay after forward",
+        "        if not backward_follows:\n            self._weights_used()",
+        "        if backward_follows:\n            self._weights_used()",
+    ),
+    _SCHEDULER.fault(
+        "nothing starts early",
+        "        elif starts:\n            chunk.await",
+        "        elif starts and position < 0:\n            chunk.await",
+    ),
+    _SCHEDULER.fault(
+        "backward fetches nothing ahead",
+        "restored.prefetch_in_backward(forward.entered[-1])",
+        "pass",
+    ),
+    _SCHEDULER.fault(
+        "the layer after the next",
+        "self._announce(forward.position + 1, training, starts)",
+        "self._announce(forward.position + 2, training, starts)",
+    ),
+    # Dispatch.
+    _PERMUTATION.fault(
+        "probabilities of other pairs",
+        "return token_P * num_experts + pair_P // max(num_tokens, 1), token_P",
+        "return token_P * num_experts, token_P",
+    ),
+    _PERMUTATION.fault(
+        "rows go back as they came",
+        "return reorder(rows, self.sorted_R, self.arrived_R)",
+        "return reorder(rows, self.arrived_R, self.sorted_R)",
+    ),
+    _PERMUTATION.fault(
+        "the gradient is not sorted back",
+        "ctx.save_for_backward(inverse)",
+        "ctx.save_for_backward(order)",
+    ),
+    _PERMUTATION.fault(
+        "places in int32 beyond its range",
+        "flags.numel() < 2**31 else torch.int64",
+        "flags.numel() < 2**63 else torch.int64",
+        *_unit("permutation", "dispatch_kernels"),
+    ),
+    _ROW_MAP.fault(
+        "copies are summed as they are",
+        "dtype = torch.promote_types(copies_XH.dtype, torch.float32)",
+        "dtype = copies_XH.dtype",
+    ),
+    _ROW_MAP.fault(
+        "a transpose is taken for kept rows",
+        "tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype",
+        "tensor.data_ptr(), tensor.shape, tensor.dtype",
+    ),
+    _DISPATCH.fault(
+        "a re-run takes new routing",
+        "return routing_map_TE if planned_TE is None else planned_TE",
+        "return routing_map_TE",
+        *_ranks("dispatcher", "parity"),
+    ),
+    _DISPATCHER.fault(
+        "one slot is never sorted",
+        "if self.num_local_experts > 1:",
+        "if self.num_local_experts > 2:",
+    ),
+    _DISPATCHER.fault(
+        "shared experts are left out",
+        "            output += self.shared_experts.get_output()",
+        "            self.shared_experts.get_output()",
+        *_ranks("parity"),
+        "-k",
+        "shared",
+    ),
+    # Parameters, checkpoints and resuming.
+    _SLICES.fault(
+        "every rank keeps the first rows",
+        "slice_ErK[expert].copy_(whole_RK[spec.start : spec.end])",
+        "slice_ErK[expert].copy_(whole_RK[: spec.end - spec.start])",
+    ),
+    _SLICES.fault(
+        "experts begin alike",
+        "expert_seed(seed, layer, spec.name, expert))",
+        "expert_seed(seed, layer, spec.name, 0))",
+    ),
+    _SLICES.fault(
+        "a slice is saved at the first row",
+        "(*first_of_layers, 0, spec.start, *(0 for _ in columns))",
+        "(*first_of_layers, 0, 0, *(0 for _ in columns))",
+        *_unit("slices"),
+        *_ranks("checkpoints"),
+    ),
+    _SLICES.fault(
+        "slices count once in the norm",
+        "slice_ErK.tensor_model_parallel = True",
+        "slice_ErK.tensor_model_parallel = False",
+        *_unit("slices"),
+        *_ranks("parity"),
+        "-k",
+        "fp32",
+    ),
+    _MAIN_GRADS.fault(
+        "a main gradient is not marked",
+        "parameter.grad_added_to_main_grad = True",
+        "parameter.grad_added_to_main_grad = False",
+    ),
+    _STATE.fault(
+        "the oldest layouts are resumed",
+        "layouts=layouts[:num_layers],",
+        "layouts=layouts[-num_layers:],",
+    ),
+    _IN_FORCE.fault(
+        "a state of another step is taken",
+        "if state.next_step != first_step:",
+        "if state.next_step > first_step:",
+    ),
+    _IN_FORCE.fault(
+        "a state is saved one step late", "next_step=self._step + 1,", "next_step=self._step + 2,"
+    ),
+    _IN_FORCE.fault(
+        "a version begins anew",
+        "        self.version = state.version\n",
+        "        self.version = 0\n",
+    ),
+    _MUON.fault(
+        "updates of a batch's first slices are added", 'alpha=-group["lr"]', 'alpha=group["lr"]'
+    ),
+    _LOADING.fault(
+        "what is missing is not said",
+        "        if self._missing:\n",
+        "        if not self._missing:\n",
+    ),
+    _LAYER.fault(
+        "layers need no number for good", "        _is_numbered_later.reset(token)", "        pass"
+    ),
+)
