@@ -7,7 +7,8 @@
 #   scripts/release.sh wheels        from it, wheels for all Pythons, in containers (cibuildwheel)
 #   scripts/release.sh try [sdist]   install dist's wheel, or its sdist, without torch, and run what
 #                                    needs none
-#   scripts/release.sh publish TAG   dist to the repository's release page and to the index
+#   scripts/release.sh publish TAG   dist to the index
+#   scripts/release.sh page TAG      dist and the changelog to the repository's release page, after it
 #
 # PYTHON=/path/to/python3 chooses the Python. With LAER_REPOSITORY_URL, the README's links lead to
 # that repository, since on the index there is nothing beside it.
@@ -113,14 +114,18 @@ publish() {
     check "${1:?give the tag}"
     # Nothing but the program that uploads is installed where there are rights to.
     tools publish
-    # The index first: its files cannot be replaced, the release page can. Credentials are twine's
-    # own: TWINE_PASSWORD, or in a workflow the index's trust in it.
+    # Credentials are twine's own: TWINE_PASSWORD, or in a workflow the index's trust in it.
     twine upload dist/*
+}
+
+# After the index, whose files cannot be replaced; the release page can.
+page() {
+    check "${1:?give the tag}"
     notes | gh release create "$1" --verify-tag --title "$1" --notes-file - dist/*
 }
 
 python=${PYTHON:-python3}
 case ${1:-} in
-    check | sdist | wheel | wheels | try | publish) "$@" ;;
-    *) stop "unknown command '${1:-}'; there are check, sdist, wheel, wheels, try and publish" ;;
+    check | sdist | wheel | wheels | try | publish | page) "$@" ;;
+    *) stop "unknown command '${1:-}'; there are check, sdist, wheel, wheels, try, publish and page" ;;
 esac

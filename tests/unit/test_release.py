@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shutil
@@ -87,7 +88,7 @@ def test_another_version_in_the_citation_is_found(checkout: Path) -> None:
 def test_an_unknown_command_lists_the_known(words: list[str]) -> None:
     result = shell(SCRIPT, *words)
     assert result.returncode == 2
-    assert "there are check, sdist, wheel, wheels, try and publish" in result.stderr
+    assert "there are check, sdist, wheel, wheels, try, publish and page" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_what_is_not_in_dist_is_asked_for(command: str, what: str, checkout: Pat
     assert f"dist has 0 files {what}" in result.stderr
 
 
-def test_publishing_uploads_to_the_index_before_the_release_page(checkout: Path) -> None:
+def test_publishing_uploads_to_the_index_and_the_release_page_has_the_changes(checkout: Path) -> None:
     date(checkout, f"## {VERSION} (2026-12-31)")
     changes = checkout / "CHANGELOG.md"
     changes.write_text(f"{changes.read_text()}\n## 0.0.1 (2025-12-31)\n\n- Older.\n")
@@ -111,27 +112,32 @@ def test_publishing_uploads_to_the_index_before_the_release_page(checkout: Path)
     (checkout / "dist" / "a.whl").touch()
     fake_python(tools, "twine", 'echo "twine $*"')
     fake_python(tools, "gh", 'echo "gh $*"; cat')
-    result = release(checkout, "publish", f"v{VERSION}")
-    said, twine, gh, *notes = result.stdout.splitlines()
+    published = release(checkout, "publish", f"v{VERSION}")
+    said, twine = published.stdout.splitlines()
     assert said.startswith("version") and twine == "twine upload dist/a.whl"
+    result = release(checkout, "page", f"v{VERSION}", PATH=f"{tools}:{os.environ['PATH']}")
+    _, gh, *notes = result.stdout.splitlines()
     assert gh.startswith(f"gh release create v{VERSION} --verify-tag") and gh.endswith("dist/a.whl")
     # What is new in this version, and not its heading nor an older one.
     first = changes.read_text().split("\n## ")[1].splitlines()[1:]
     assert "\n".join(notes).strip() == "\n".join(first).strip() and "Older" not in result.stdout
     assert release(checkout, "publish").returncode != 0
     assert "upload" not in release(checkout, "publish", "v9.9.9").stdout
+    assert "create" not in release(checkout, "page", "v9.9.9").stdout
 
 
 def test_the_workflow_runs_the_scripts_commands_in_their_order() -> None:
     found = {name: runs(job) for name, job in jobs().items()}
     commands = [line.split()[1] for lines in found.values() for line in lines]
-    assert commands == ["check", "sdist", "try", "wheels", "try", "publish"]
+    assert commands == ["check", "sdist", "try", "wheels", "try", "publish", "page"]
     documented = re.findall(r"^#   scripts/release\.sh (\w+)", SCRIPT.read_text(), re.MULTILINE)
     assert {*commands, "wheel"} == {*documented}
     needs = {name: job.get("needs") for name, job in jobs().items()}
-    assert needs == {"sdist": None, "wheels": "sdist", "try": "wheels", "publish": "try"}
-    # A run by hand can be given a tag as well, and is to publish nothing.
-    assert jobs()["publish"]["if"] == "github.event_name == 'push' && github.ref_type == 'tag'"
+    order = {"sdist": None, "wheels": "sdist", "try": "wheels", "publish": "try", "page": "publish"}
+    assert needs == order
+    for name in ("publish", "page"):
+        # A run by hand can be given a tag as well, and is to publish nothing.
+        assert jobs()[name]["if"] == "github.event_name == 'push' && github.ref_type == 'tag'"
 
 
 def test_every_python_with_a_wheel_is_tried_on_every_machine() -> None:

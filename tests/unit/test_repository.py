@@ -70,8 +70,11 @@ def test_a_workflow_may_only_read_and_pins_what_it_uses(path: Path) -> None:
     assert programs and all(programs)
     # What is ours to write is written by a job of its own, which asks for a person's word first.
     writing = {name: job for name, job in workflow["jobs"].items() if "permissions" in job}
-    assert {*writing} <= {"publish"}
+    assert {*writing} <= {"publish", "page"}
     assert all(job["environment"] and job["if"] for job in writing.values())
+    # A program that is installed where there is one right must not find another.
+    rights = [[*job["permissions"].values()].count("write") for job in writing.values()]
+    assert rights == [1] * len(writing)
 
 
 def test_every_set_of_tests_has_a_workflow() -> None:
