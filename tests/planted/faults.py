@@ -54,7 +54,7 @@ def _ranks(*names: str) -> tuple[str, ...]:
 
 
 _LAYOUT = _in("layout.py", *_unit("layout"))
-_SHARDING = _in("sharding.py", *_unit("slices", "restore_index", "traffic"))
+_SHARDING = _in("sharding.py", *_unit("slices", "traffic"))
 _LAER = _in("planner/laer.py", *_unit("strategies"))
 _FORECAST = _in("planner/forecast.py", *_unit("forecast"))
 _QUOTAS = _in("planner/quotas.py", *_unit("quotas"))

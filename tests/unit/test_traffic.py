@@ -224,3 +224,12 @@ def test_wrong_arguments_are_refused_with_what_works() -> None:
         restore_traffic(layout, 2, [(8, 8)], "node", np.ones(3, dtype=np.bool_))
     with pytest.raises(ValueError, match="different"):
         changed_slots(layout, ExpertLayout.static(4, 3, 4))
+
+
+def test_ranks_that_hold_the_same_experts_hand_out_equally_many() -> None:
+    before = ExpertLayout.static(8, 8, 8)
+    after_S = (before.slot_expert_S.reshape(8, 8) + 1) % 8
+    after = ExpertLayout.from_slots(8, 8, 8, after_S.reshape(-1))
+    found = node_sources(after, 4, changed_slots(before, after), before)
+    assert len(found.fetched_pairs) == 0
+    assert np.bincount(found.shared_slots // 8, minlength=8).tolist() == [2] * 8
