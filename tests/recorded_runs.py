@@ -78,7 +78,7 @@ def record_run(
     """Write metrics, layouts and, unless told not to, the trace of a run into a folder."""
     run = RUN if run is None else run
     shape = Shape(4, 8, 3, 2, layers)
-    writer = MetricsWriter(recording_path(folder, 0), shape, run, 0)
+    writer = MetricsWriter(recording_path(folder, 0), shape, run, 0, COSTS.cluster)
     recorder = MetricsRecorder(writer, GUARD, layers, torch.device("cpu"), TickingClock())
     signature = {"split": "exact", "plan_mode": "adaptive", "imbalance_tolerance": None}
     layouts = LayoutRecorder(folder / "group-0.jsonl", GEOMETRY, signature, layers, 0)

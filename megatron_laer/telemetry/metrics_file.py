@@ -1,12 +1,13 @@
 """`--fsep-record-metrics` writes this format of JSON lines, one file per FSEP group.
 
     {"format":"megatron_laer-metrics","version":1,"num_ranks":N,...,"layers":["layer 1",...]}\\n
-    {"step":7,"run":{"plan_mode":"adaptive",...}}\\n
+    {"step":7,"run":{"plan_mode":"adaptive",...},"cluster":{"name":...,"gemm":...}}\\n
     {"step":7,"step_ms":...,"metrics":{...},"layers":{"max_over_mean":[...L],...},
      "rank_tokens":[[...N],...L]}\\n
 
-A line `run` says how a run began that goes on from this step. What the names mean is told in
-`metrics`; numbers have four digits, and `null` stands for what was not there. `files/recording.py`
+A line `run` says how a run began that goes on from this step, and `cluster` the constants that it
+reckoned with, under the keys of a cluster's YAML file. What the names mean is told in `metrics`;
+numbers of a step have four digits, and `null` stands for what was not there. `files/recording.py`
 says how a file is kept when a run is resumed. Imports neither torch nor Megatron, so that a report
 is made anywhere.
 
@@ -30,6 +31,8 @@ from megatron_laer.arrays import Int64
 from megatron_laer.files import memory
 from megatron_laer.files.checks import MAX_LINE, MAX_TEXT_BYTES, open_input, quoted
 from megatron_laer.files.recording import RecordingFile
+from megatron_laer.planner.cluster_files import cluster_content, cluster_of
+from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
 
@@ -79,6 +82,8 @@ class MetricsRecording:
 
     Attributes:
         runs: the first step of each run that wrote it, and how that began.
+        clusters: of each of these runs, the cluster that it reckoned with, its GEMMs those of the
+            run's back end; None where that was not recorded yet.
         of_steps: float [T] by name, NaN for what was not there.
         of_layers: float [T, L] by name.
         rank_tokens_TLN: tokens that each rank computed.
@@ -87,6 +92,7 @@ class MetricsRecording:
 
     shape: Shape
     runs: tuple[tuple[int, Mapping[str, str]], ...]
+    clusters: tuple[Cluster | None, ...]
     of_steps: Mapping[str, Float64]
     of_layers: Mapping[str, Float64]
     rank_tokens_TLN: Int64
@@ -105,12 +111,20 @@ class MetricsWriter:
     Args:
         run: how this run began, as texts by name.
         first_step: of this run; 0 for one that begins.
+        cluster: that it reckons with.
 
     Raises:
         InUseError, ValueError, OSError: as for `RecordingFile` and its `go_on`.
     """
 
-    def __init__(self, path: Path, shape: Shape, run: Mapping[str, str], first_step: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shape: Shape,
+        run: Mapping[str, str],
+        first_step: int,
+        cluster: Cluster | None = None,
+    ) -> None:
         self._shape = shape
         self._file = RecordingFile(path, _line(_header(shape)))
         try:
@@ -120,7 +134,8 @@ class MetricsWriter:
             raise
         self._step = first_step - 1
         # Written with the first step: a run that ends before it leaves nothing.
-        self._run = _line({"step": first_step, "run": dict(run)})
+        constants = {} if cluster is None else {"cluster": cluster_content(cluster)}
+        self._run = _line({"step": first_step, "run": dict(run), **constants})
 
     def append(
         self,
@@ -174,6 +189,7 @@ def read_metrics(path: Path) -> MetricsRecording:
         OSError: the file cannot be read.
     """
     runs: list[tuple[int, Mapping[str, str]]] = []
+    clusters: list[Cluster | None] = []
     steps: list[_Step] = []
     with open_input(path) as file:
         lines = _whole_lines(file, path)
@@ -186,6 +202,8 @@ def read_metrics(path: Path) -> MetricsRecording:
             try:
                 if "run" in content:
                     runs.append((content["step"], _run_of(content)))
+                    found = content.get("cluster")
+                    clusters.append(None if found is None else cluster_of(found, "cluster"))
                 else:
                     steps.append(_step_of(content, shape))
                     if len(steps) > 1 and steps[-2].step >= steps[-1].step:
@@ -198,6 +216,7 @@ def read_metrics(path: Path) -> MetricsRecording:
     return MetricsRecording(
         shape,
         tuple(runs),
+        tuple(clusters),
         {name: _column([step.of_step[name] for step in steps]) for name in _OF_STEPS},
         {
             name: _column([step.of_layers[at] for step in steps]).reshape(-1, len(shape.layers))
