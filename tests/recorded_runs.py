@@ -35,6 +35,7 @@ RUN = {
     "gated": "True",
     "bytes_per_element": "2",
 }
+SIGNATURE = {"split": "exact", "plan_mode": "adaptive", "imbalance_tolerance": None}
 # So many that a fresh layout may be worth what it costs.
 TOKENS = 60_000
 # Milliseconds between two readings of the clock.
@@ -78,10 +79,9 @@ def record_run(
     """Write metrics, layouts and, unless told not to, the trace of a run into a folder."""
     run = RUN if run is None else run
     shape = Shape(4, 8, 3, 2, layers)
-    writer = MetricsWriter(recording_path(folder, 0), shape, run, 0)
+    writer = MetricsWriter(recording_path(folder, 0), shape, run, 0, COSTS.cluster)
     recorder = MetricsRecorder(writer, GUARD, layers, torch.device("cpu"), TickingClock())
-    signature = {"split": "exact", "plan_mode": "adaptive", "imbalance_tolerance": None}
-    layouts = LayoutRecorder(folder / "group-0.jsonl", GEOMETRY, signature, layers, 0)
+    layouts = LayoutRecorder(folder / "group-0.jsonl", GEOMETRY, SIGNATURE, layers, 0)
     trace = TraceWriter(folder / "group-0.trace", 4, 8, layers) if has_trace else None
     static = ExpertLayout.static(4, 3, 8)
     for step in range(steps):

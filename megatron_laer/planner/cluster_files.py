@@ -1,11 +1,13 @@
 """A cluster's hardware constants are read from its YAML file here, and written to one.
 
-`clusters` has the values. Nothing here measures.
+Recordings of metrics hold the same content as JSON. `clusters` has the values. Nothing here
+measures.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import reprlib
@@ -69,11 +71,34 @@ def cluster_text(cluster: Cluster) -> str:
     return "\n".join(_lines(_plain(cluster), "")) + "\n"
 
 
+def cluster_content(cluster: Cluster) -> dict[str, Any]:
+    """Return a cluster as JSON can hold it, under the keys of its YAML file."""
+    content: dict[str, Any] = _plain(cluster)
+    return content
+
+
+def cluster_of(content: object, where: str) -> Cluster:
+    """Make a cluster of `cluster_content` again, with the checks of a YAML file.
+
+    Args:
+        where: the content lies, for messages.
+
+    Raises:
+        ValueError: whatever is wrong with it.
+    """
+    try:
+        text = json.dumps(content)
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deeply to be a cluster") from error
+    # With its numbers as texts, as YAML is read.
+    return _cluster(json.loads(text, parse_int=str, parse_float=str, parse_constant=str), where)
+
+
 # Reading.
 
 
-def _cluster(content: object) -> Cluster:
-    return _Fields(content, "").build(
+def _cluster(content: object, where: str = "") -> Cluster:
+    return _Fields(content, where).build(
         Cluster,
         {
             "backward_gemm_factor": _factor,

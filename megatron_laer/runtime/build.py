@@ -106,6 +106,7 @@ def build_coordinator(
         token_sizes=TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None,
         seed=seed,
         device=device,
+        priced={"top_k": top_k, "tokens_per_rank": tokens},
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -59,6 +59,7 @@ class Coordinator:
         guard: chooses each microbatch's layout; its cost model is the planner's as well.
         schedule: what `streams` do when.
         seed: the run's seed; the same on every rank.
+        priced: the routing by which tokens are priced, for the recording of metrics.
 
     Attributes:
         layouts: those in force, which change at step boundaries.
@@ -80,6 +81,7 @@ class Coordinator:
         token_sizes: TokenSizesExchange | None = None,
         seed: int,
         device: torch.device,
+        priced: Mapping[str, int],
     ) -> None:
         self.config = config
         self.groups = groups
@@ -99,7 +101,7 @@ class Coordinator:
         self.device = device
         self.layers: list[LayerState] = []
         self.step = 0
-        self.measurements = Measurements(config, groups, guard, streams)
+        self.measurements = Measurements(config, groups, guard, streams, priced)
         self._num_microbatches: int | None = None
         self._started = False
         self._counts = CountsExchange(groups, device)

@@ -5,7 +5,7 @@ They are its timeline, and on a planner rank the recording of metrics.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,13 +24,21 @@ from megatron_laer.telemetry.timeline import Timeline, open_timeline
 class Measurements:
     """Holds what one rank measures; nothing before `start`.
 
+    Args:
+        priced: the routing by which tokens are priced.
+
     Attributes:
         listener: hears what compute and exchanges do when, if anybody does.
         recorder: writes each step's metrics; on the planner rank, if it is asked to.
     """
 
     def __init__(
-        self, config: FSEPConfig, groups: FSEPGroups, guard: Guard, streams: ExchangeStreams
+        self,
+        config: FSEPConfig,
+        groups: FSEPGroups,
+        guard: Guard,
+        streams: ExchangeStreams,
+        priced: Mapping[str, int],
     ) -> None:
         self.listener: IntervalListener | None = None
         self.recorder: MetricsRecorder | None = None
@@ -38,6 +46,7 @@ class Measurements:
         self._groups = groups
         self._guard = guard
         self._streams = streams
+        self._priced = priced
         self._timeline: Timeline | None = None
 
     def start(self, layers: Sequence[str], first_step: int, device: torch.device) -> None:
@@ -58,7 +67,14 @@ class Measurements:
             with naming_flag("record_metrics", config.record_metrics):
                 clock = self._streams.parameters.times.clock
                 self.recorder = open_recorder(
-                    config, self._guard, layers, groups.index, first_step, device, clock
+                    config,
+                    self._guard,
+                    self._priced,
+                    layers,
+                    groups.index,
+                    first_step,
+                    device,
+                    clock,
                 )
         times = None if self.recorder is None else self.recorder.times
         self.listener = join(self._timeline, times)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from megatron_laer.config import FSEPConfig
+from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.prediction import Prediction, predict
 from megatron_laer.planner.status import PlannerStatus
@@ -225,6 +226,7 @@ class MetricsRecorder:
 def open_recorder(
     config: FSEPConfig,
     guard: Guard,
+    priced: Mapping[str, int],
     names: Sequence[str],
     group_index: int,
     first_step: int,
@@ -233,14 +235,18 @@ def open_recorder(
 ) -> MetricsRecorder:
     """Open the recording of one FSEP group in the folder of `--fsep-record-metrics`.
 
+    Args:
+        priced: the routing by which tokens are priced.
+
     Raises:
         ValueError: a recording that cannot be continued, or that another run writes.
         OSError: one that cannot be written.
     """
     assert config.record_metrics is not None
     path = recording_path(config.record_metrics, group_index)
-    run = _run_of(config, guard, device)
-    writer = MetricsWriter(path, _shape_of(guard, names), run, first_step)
+    run = run_settings(config, guard.costs, priced, device)
+    cluster = guard.costs.cluster
+    writer = MetricsWriter(path, _shape_of(guard, names), run, first_step, cluster)
     return MetricsRecorder(writer, guard, names, device, clock)
 
 
@@ -256,9 +262,13 @@ def _shape_of(guard: Guard, names: Sequence[str]) -> Shape:
     )
 
 
-def _run_of(config: FSEPConfig, guard: Guard, device: torch.device) -> dict[str, str]:
-    """Say how a run began: what its metrics depend on, as texts by name."""
-    costs = guard.costs
+def run_settings(
+    config: FSEPConfig, costs: CostModel, priced: Mapping[str, int], device: torch.device
+) -> dict[str, str]:
+    """Say how a run began: what its metrics depend on, as texts by name.
+
+    Every field of the cost model but the cluster's constants is there.
+    """
     settings: dict[str, Any] = {
         "plan_mode": config.mode,
         "planner": config.planner,
@@ -275,6 +285,10 @@ def _run_of(config: FSEPConfig, guard: Guard, device: torch.device) -> dict[str,
         "gated": costs.gated,
         "bytes_per_element": costs.bytes_per_element,
         "recompute": costs.recompute,
+        "token_exchange": costs.tokens.exchange,
+        "token_intra_rows": costs.tokens.intra_rows,
+        "token_inter_rows": costs.tokens.inter_rows,
+        **priced,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "python": platform.python_version(),
     }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +15,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.files.shipped import yaml_file
-from megatron_laer.planner.cluster_files import cluster_text, load_cluster, parse_cluster
+from megatron_laer.planner.cluster_files import (
+    cluster_content,
+    cluster_of,
+    cluster_text,
+    load_cluster,
+    parse_cluster,
+)
 from megatron_laer.planner.clusters import (
     CONSTANTS,
     BackEnd,
+    Cluster,
     Contention,
     Figure,
     HostTime,
@@ -220,6 +230,7 @@ def test_what_is_written_is_read_again(text: str) -> None:
 def test_shipped_clusters_are_written_and_read_again(name: str) -> None:
     cluster = load_cluster(name)
     assert parse_cluster(cluster_text(cluster)) == cluster
+    assert cluster_of(as_json(cluster), "cluster") == cluster
     assert max(map(len, cluster_text(cluster).splitlines())) < 200
 
 
@@ -235,6 +246,30 @@ def test_any_text_and_number_is_written_and_read_again(
         figures=((text, Figure(seconds, seconds, rate)),),
     )
     assert parse_cluster(cluster_text(cluster)) == cluster
+    assert cluster_of(as_json(cluster), "cluster") == cluster
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"nodes": True}, r"cluster\.nodes must be an integer of at least 1, got True"),
+        ({"nodes": 1.5}, r"cluster\.nodes must be an integer of at least 1, got '1\.5'"),
+        ({"backward_gemm_factor": math.nan}, "must be a number like 2.37e.14, got 'NaN'"),
+        ({"backward_gemm_factor": -1}, "cluster: backward_gemm_factor must be positive"),
+        ({"gemm": 10**400}, r"cluster\.gemm must be a list of points"),
+        ({"intra": None}, r"cluster\.intra holds None, expected a mapping"),
+        ({"more": 1}, r"cluster lacks the keys \[\] and has the unknown keys \['more'\]"),
+    ],
+)
+def test_json_of_a_cluster_is_checked_as_its_file_is(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        cluster_of(as_json(parse_cluster(GOOD)) | change, "cluster")
+
+
+def as_json(cluster: Cluster) -> dict[str, Any]:
+    """A cluster as a line of JSON gives it back."""
+    content: dict[str, Any] = json.loads(json.dumps(cluster_content(cluster)))
+    return content
 
 
 def test_a_constant_is_replaced_by_name_and_others_stay() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -12,16 +13,23 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_laer.choices import ExchangeAlgorithm, Recompute, TokenExchange
+from megatron_laer.config import FSEPConfig
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
+from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.status import PlannerStatus
-from megatron_laer.runtime.metrics_recorder import MetricsRecorder
+from megatron_laer.planner.token_prices import TokenPrices
+from megatron_laer.runtime.metrics_recorder import MetricsRecorder, run_settings
 from megatron_laer.telemetry.metrics import LOGGED, PERCENTILES
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, read_metrics, recording_path
 from megatron_laer.telemetry.step_times import StepTimes, join
 from megatron_laer.telemetry.trace_events import COMPUTE
 from tests import fuzz
+from tests.old_files import as_version_1
 from tests.recorded_runs import (
+    COSTS,
     GUARD,
     LAYERS,
     MICROBATCHES,
@@ -44,6 +52,7 @@ def test_what_was_decided_is_read_back(recorded: Path) -> None:
     recording = read_metrics(recorded)
     assert recording.shape.layers == LAYERS
     assert recording.runs == ((0, RUN),)
+    assert recording.clusters == (COSTS.cluster,)
     assert recording.steps_T.tolist() == list(range(STEPS))
     for step, layer in np.ndindex(STEPS, len(LAYERS)):
         counts = [counts_NE(step, layer, microbatch) for microbatch in range(MICROBATCHES)]
@@ -59,6 +68,36 @@ def test_what_was_decided_is_read_back(recorded: Path) -> None:
     assert (of["passes"] == MICROBATCHES).all()
     assert (of["bound_ms"] <= of["predicted_ms"]).all()
     assert (of["max_over_mean"] <= of["stock_max_over_mean"] + 1e-3).all()
+
+
+def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> None:
+    costs = replace(
+        COSTS,
+        recompute=Recompute.FULL,
+        restore_algorithm=ExchangeAlgorithm.NODE,
+        tokens=TokenPrices(TokenExchange.NODE, 0.1 + 0.2, 1 / 3),
+    )
+    priced = {"top_k": 2, "tokens_per_rank": 4096}
+    record_run(tmp_path, run=run_settings(FSEPConfig(), costs, priced, torch.device("cpu")))
+    recording = read_metrics(recording_path(tmp_path, 0))
+    (((_, run),), (cluster,)) = recording.runs, recording.clusters
+    tokens = TokenPrices(
+        TokenExchange(run["token_exchange"]),
+        float(run["token_intra_rows"]),
+        float(run["token_inter_rows"]),
+    )
+    assert cluster is not None
+    assert costs == CostModel(
+        cluster,
+        int(run["hidden"]),
+        int(run["ffn"]),
+        run["gated"] == "True",
+        int(run["bytes_per_element"]),
+        Recompute(run["recompute"]),
+        ExchangeAlgorithm(run["restore_algorithm"]),
+        tokens,
+    )
+    assert {name: int(run[name]) for name in priced} == priced
 
 
 def test_times_are_those_between_exchanges(recorded: Path) -> None:
@@ -99,8 +138,9 @@ def test_a_resumed_run_goes_on_and_steps_that_come_again_are_moved(recorded: Pat
     shape = Shape(4, 8, 3, 2, LAYERS)
     first = read_metrics(recorded)
     # Ended before its first step: it leaves no word of itself.
-    MetricsWriter(recorded, shape, RUN | {"torch": "8"}, first_step=3).close()
-    writer = MetricsWriter(recorded, shape, RUN | {"torch": "9"}, first_step=3)
+    MetricsWriter(recorded, shape, RUN | {"torch": "8"}, 3, COSTS.cluster).close()
+    other = load_cluster("cpu-gloo").for_back_end("loop")
+    writer = MetricsWriter(recorded, shape, RUN | {"torch": "9"}, 3, other)
     writer.append(
         {name: values[3] for name, values in first.of_steps.items()},
         {},
@@ -111,6 +151,7 @@ def test_a_resumed_run_goes_on_and_steps_that_come_again_are_moved(recorded: Pat
     recording = read_metrics(recorded)
     assert recording.steps_T.tolist() == [0, 1, 2, 3]
     assert recording.runs == ((0, RUN), (3, RUN | {"torch": "9"}))
+    assert recording.clusters == (COSTS.cluster, other)
     assert (recording.rank_tokens_TLN == first.rank_tokens_TLN[:4]).all()
     beside = recorded.with_stem(f"{recorded.stem}.cut-from-3")
     assert read_metrics(beside).steps_T.tolist() == [3, 4]
@@ -153,7 +194,7 @@ def test_a_new_run_over_an_old_recording_is_refused(recorded: Path) -> None:
 
 
 WRONG = {
-    '"format":"other"': "no recording of metrics",
+    '"format":"other"': "it is no recording of metrics",
     '"version":9': "version '9' of the format",
     '"num_ranks":0': "num_ranks must be an integer",
     '"layers":["a","a"]': "layers must all be different",
@@ -164,7 +205,8 @@ WRONG = {
 def test_a_header_that_does_not_fit_is_quoted(recorded: Path, change: str) -> None:
     lines = recorded.read_text().splitlines(keepends=True)
     header = json.loads(lines[0]) | json.loads(f"{{{change}}}")
-    recorded.write_text(json.dumps(header) + "\n" + "".join(lines[1:]))
+    del header["crc"]
+    recorded.write_text(fuzz.resealed(json.dumps(header) + "\n") + "".join(lines[1:]))
     with pytest.raises(ValueError, match=f"line 1: {WRONG[change]}"):
         read_metrics(recorded)
 
@@ -187,7 +229,7 @@ def test_a_damaged_line_is_named_by_its_number(
 ) -> None:
     lines = recorded.read_text().splitlines(keepends=True)
     assert old in lines[4]
-    lines[4] = lines[4].replace(old, new, 1)
+    lines[4] = fuzz.resealed(lines[4].replace(old, new, 1))
     recorded.write_text("".join(lines))
     with pytest.raises(ValueError, match=says) as error:
         read_metrics(recorded)
@@ -197,11 +239,11 @@ def test_a_damaged_line_is_named_by_its_number(
 @pytest.mark.counts(fuzz_cases=300)
 def test_damaged_recordings_are_read_or_refused(recorded: Path, tmp_path: Path) -> None:
     luck = random.Random(1)
-    content = recorded.read_bytes()
+    contents = recorded.read_bytes(), as_version_1(recorded.read_bytes())
     path = tmp_path / "damaged.jsonl"
     refused = 0
-    for _ in range(300):
-        path.write_bytes(fuzz.damaged(content, luck))
+    for case in range(300):
+        path.write_bytes(fuzz.damaged(contents[case % 2], luck))
         try:
             read_metrics(path)
         except ValueError as error:
