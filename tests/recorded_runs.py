@@ -13,6 +13,7 @@ from megatron_laer.arrays import Int64
 from megatron_laer.config import PlanMode
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
@@ -34,6 +35,8 @@ RUN = {
     "ffn": "14336",
     "gated": "True",
     "bytes_per_element": "2",
+    "restore_algorithm": "flat",
+    "recompute": "none",
 }
 SIGNATURE = {"split": "exact", "plan_mode": "adaptive", "imbalance_tolerance": None}
 # So many that a fresh layout may be worth what it costs.
@@ -75,11 +78,15 @@ def record_run(
     layers: tuple[str, ...] = LAYERS,
     run: dict[str, str] | None = None,
     has_trace: bool = True,
+    cluster: Cluster | None = COSTS.cluster,
 ) -> None:
-    """Write metrics, layouts and, unless told not to, the trace of a run into a folder."""
+    """Write metrics, layouts and, unless told not to, the trace of a run into a folder.
+
+    Without a cluster it is what earlier versions have written.
+    """
     run = RUN if run is None else run
     shape = Shape(4, 8, 3, 2, layers)
-    writer = MetricsWriter(recording_path(folder, 0), shape, run, 0, COSTS.cluster)
+    writer = MetricsWriter(recording_path(folder, 0), shape, run, 0, cluster)
     recorder = MetricsRecorder(writer, GUARD, layers, torch.device("cpu"), TickingClock())
     layouts = LayoutRecorder(folder / "group-0.jsonl", GEOMETRY, SIGNATURE, layers, 0)
     trace = TraceWriter(folder / "group-0.trace", 4, 8, layers) if has_trace else None

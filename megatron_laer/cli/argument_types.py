@@ -63,6 +63,18 @@ def rank_range(text: str) -> range:
     return range(int(first), int(last) + 1)
 
 
+def named[T](flag: str, given: str, load: Callable[[str], T]) -> T:
+    """Return what `load` makes of a flag's value, which errors name.
+
+    Raises:
+        ValueError: in place of an error of `load`.
+    """
+    try:
+        return load(given)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {quoted(given)}: {error}") from error
+
+
 def add_hours(parser: argparse.ArgumentParser) -> None:
     """Add `--hours`, beyond which a command refuses by an estimate to begin."""
     parser.add_argument(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from megatron_laer.choices import Recompute, TokenExchange, TokenExchangeChoice
 from megatron_laer.cli import plan_input
-from megatron_laer.cli.argument_types import add_hours, between, number, path
+from megatron_laer.cli.argument_types import add_hours, between, named, number, path
+from megatron_laer.cli.settings import DEFAULT_CLUSTER, Given, read_recording, settings_of
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.files.checks import (
     is_same_file,
@@ -24,13 +25,11 @@ from megatron_laer.files.checks import (
     refuse_unwritable,
 )
 from megatron_laer.files.shipped import yaml_file
-from megatron_laer.layout import MAX_EXPERTS, default_capacity
-from megatron_laer.planner.cluster_files import load_cluster
-from megatron_laer.planner.clusters import Cluster
-from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.geometry import Geometry
+from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.planner.token_exchange import token_seconds, with_token_exchange
+from megatron_laer.report.recorded import check_same_run
+from megatron_laer.report.sources import metrics_beside, refuse_as_source
 from megatron_laer.simulator import estimate
 from megatron_laer.simulator.report import (
     LEGEND,
@@ -39,13 +38,9 @@ from megatron_laer.simulator.report import (
     write_json,
     write_plot,
 )
-from megatron_laer.simulator.sizes import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
-from megatron_laer.simulator.table import BASELINES, MODES, TOLERANCE, simulate
-from megatron_laer.trace import Trace
+from megatron_laer.simulator.sizes import DEFAULT_SIZES, MAX_WIDTH
+from megatron_laer.simulator.table import BASELINES, MODES, TOLERANCE, mean_tokens, simulate
 
-_BYTES_PER_ELEMENT = 2
-
-_DEFAULT_CLUSTER = "a100-4x8-ib800"
 _DEFAULT_TOLERANCE = 0.05
 
 # More ranks than any machine has that trains one model.
@@ -80,19 +75,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=between(1, MAX_EXPERTS),
         nargs="+",
         metavar="C",
-        help="slots per rank, one or several; default: min(E, ceil(E/N) + 1)",
+        help="slots per rank, one or several; default: the recorded, else min(E, ceil(E/N) + 1)",
     )
     parser.add_argument(
         "--node-size",
         type=between(1, _MAX_RANKS),
         metavar="G",
-        help="ranks per node; default: the cluster's, at most N",
+        help="ranks per node; default: the recorded, else the cluster's, at most N",
     )
     parser.add_argument(
         "--cluster",
-        default=_DEFAULT_CLUSTER,
         metavar="NAME|YAML",
-        help="hardware constants, a name from configs/clusters or a file; default: %(default)s",
+        help="hardware constants, a name from configs/clusters or a file; default: the recorded, "
+        f"else {DEFAULT_CLUSTER}",
     )
     parser.add_argument(
         "--strategy",
@@ -126,39 +121,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--restore-algorithm",
-        default=ExchangeAlgorithm.FLAT.value,
         choices=[algorithm.value for algorithm in ExchangeAlgorithm],
-        help="how experts are fetched; default: %(default)s",
+        help=f"how experts are fetched; default: the recorded, else {ExchangeAlgorithm.FLAT}",
     )
     parser.add_argument(
         "--token-exchange",
-        default=TokenExchangeChoice.RANK.value,
         choices=[choice.value for choice in TokenExchangeChoice],
-        help="how tokens travel, for the predicted time; default: %(default)s",
+        help="how tokens travel, for the predicted time; default: the recorded, else "
+        f"{TokenExchangeChoice.RANK}",
     )
     parser.add_argument(
         "--recompute",
-        default=Recompute.NONE.value,
         choices=[choice.value for choice in Recompute],
         help="what backward computes again, for the predicted time: nothing; all of an MoE layer, "
-        "token exchanges included; or its compute alone; default: %(default)s",
+        f"token exchanges included; or its compute alone; default: the recorded, else "
+        f"{Recompute.NONE}",
     )
     parser.add_argument(
         "--config",
         metavar="NAME|YAML",
-        help="a model, for its experts' sizes; default: those of mixtral-8x7b-e8k2",
+        help="a model, for its experts' sizes in bf16; default: the recorded, else those of "
+        "mixtral-8x7b-e8k2",
     )
     parser.add_argument(
         "--hidden",
         type=between(1, MAX_WIDTH),
         metavar="H",
-        help=f"width of a token; default: the model's, {DEFAULT_SIZES.hidden} without --config",
+        help=f"width of a token; default: the model's or the recorded, else {DEFAULT_SIZES.hidden}",
     )
     parser.add_argument(
         "--ffn",
         type=between(1, MAX_WIDTH),
         metavar="F",
-        help=f"width of an expert; default: the model's, {DEFAULT_SIZES.ffn} without --config",
+        help=f"width of an expert; default: the model's or the recorded, else {DEFAULT_SIZES.ffn}",
     )
     parser.add_argument(
         "--every",
@@ -180,24 +175,23 @@ def run(args: argparse.Namespace) -> int:
         ValueError, OSError, ImportError: what was passed does not work; said before the work where
             it can be known by then.
     """
-    _check(args)
-    cluster = _named("--cluster", args.cluster, load_cluster)
-    sizes = _expert_sizes(args)
-    costs = CostModel(
-        cluster=cluster,
-        hidden=sizes.hidden,
-        ffn=sizes.ffn,
-        gated=sizes.gated,
-        bytes_per_element=_BYTES_PER_ELEMENT,
-        recompute=Recompute(args.recompute),
-        restore_algorithm=ExchangeAlgorithm(args.restore_algorithm),
-    )
+    metrics = None if args.trace is None else metrics_beside(args.trace)
+    _check(args, metrics)
+    recording = read_recording(metrics)
+    settings = settings_of(_given(args), recording, metrics)
+    costs, sizes, cluster = settings.costs, settings.sizes, settings.costs.cluster
     num_experts = args.experts if args.experts is not None else sizes.num_experts
     tolerance = _DEFAULT_TOLERANCE if args.tolerance is None else args.tolerance
 
     source, recorded = plan_input.read(args, num_experts, _reading)
+    if metrics is not None and recording is not None and args.trace_ranks is None:
+        check_same_run(metrics, recording.shape, args.trace, recorded)
     num_ranks = recorded.num_ranks if args.ranks is None else args.ranks
-    geometries = _geometries(args, recorded, num_ranks, cluster)
+    recorded.check_divides(num_ranks)
+    geometries, of_shape = settings.geometries(
+        num_ranks, recorded.num_experts, args.capacity or [], args.node_size
+    )
+    from_recording = [*settings.recorded, *of_shape]
     node_size = geometries[0].node_size
     work = estimate.work_of(
         recorded, geometries, args.strategy, args.mode, lag=args.lag, every=args.every
@@ -205,13 +199,12 @@ def run(args: argparse.Namespace) -> int:
     estimate.check_fits(work, args.hours)
     trace = recorded.with_ranks(num_ranks)
     top_k = min(sizes.top_k, trace.num_experts)
-    tokens = max(1, int(trace.counts_RNE.sum(dtype=np.int64)) // (len(trace) * num_ranks * top_k))
+    tokens = mean_tokens(trace, top_k)
     exchange_s = token_seconds(costs, geometries[0], top_k, tokens)
-    exchange = TokenExchangeChoice(args.token_exchange)
     priced = (
         min(TokenExchange, key=lambda one: exchange_s[one])
-        if exchange == TokenExchangeChoice.AUTO
-        else TokenExchange(exchange)
+        if settings.token_exchange == TokenExchangeChoice.AUTO
+        else TokenExchange(settings.token_exchange)
     )
     costs = with_token_exchange(costs, priced, geometries[0], top_k, tokens)
     about = {
@@ -225,8 +218,10 @@ def run(args: argparse.Namespace) -> int:
         "node_size": node_size,
         "cluster": cluster.name,
         "expert_sizes": asdict(sizes),
-        "restore_algorithm": args.restore_algorithm,
-        "recompute": args.recompute,
+        "bytes_per_element": costs.bytes_per_element,
+        "restore_algorithm": costs.restore_algorithm,
+        "recompute": costs.recompute,
+        "from_recording": from_recording,
         "token_exchange": priced,
         "token_exchange_ms": {name: seconds * 1e3 for name, seconds in exchange_s.items()},
         "tolerance": tolerance,
@@ -239,10 +234,17 @@ def run(args: argparse.Namespace) -> int:
             f", {trace.num_experts} experts, {recorded.num_ranks} ranks"
         )
     )
+    if settings.note:
+        print(one_line(f"plan: {settings.note}"), file=sys.stderr)
+    not_asked = " (by default)"
+    beside = f"; from {metrics}: {', '.join(from_recording)}" if from_recording else ""
     print(
         one_line(
-            f"planned for {num_ranks} ranks in nodes of {node_size} on {cluster.name}; experts of "
+            f"planned for {num_ranks} ranks in nodes of {node_size} on {cluster.name}"
+            f"{not_asked if 'cluster' in settings.defaults else ''}; experts of "
             f"{sizes.hidden} x {sizes.ffn}{'' if sizes.gated else ', not gated'}"
+            f"{not_asked if {'hidden', 'ffn'} & {*settings.defaults} else ''}"
+            f"{beside}"
         )
     )
     in_words = ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in exchange_s.items())
@@ -293,41 +295,28 @@ def _planning(cases: Sequence[int]) -> Iterable[int]:
     return bar
 
 
-def _geometries(
-    args: argparse.Namespace, recorded: Trace, num_ranks: int, cluster: Cluster
-) -> list[Geometry]:
-    """Return the shapes that are asked for, one per capacity.
-
-    Raises:
-        ValueError: an argument that does not fit the trace, by its flag.
-    """
-    recorded.check_divides(num_ranks)
-    num_experts = recorded.num_experts
-    node_size, given = args.node_size, "--node-size"
-    if node_size is None:
-        node_size = min(cluster.ranks_per_node, num_ranks)
-        given = f"--node-size is not given, and {cluster.name} has nodes of"
-    if num_ranks % node_size != 0:
-        works = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
-        raise ValueError(
-            f"{given} {node_size}, which does not divide the {num_ranks} ranks; use one of {works}"
-        )
-    least = -(-num_experts // num_ranks)
-    for capacity in args.capacity or []:
-        if not least <= capacity <= num_experts:
-            raise ValueError(
-                f"--capacity {capacity}: {num_ranks} ranks need {least}..{num_experts} slots each "
-                f"for {num_experts} experts"
-            )
-    capacities = args.capacity or [default_capacity(num_ranks, num_experts)]
-    return [Geometry(num_ranks, num_experts, capacity, node_size) for capacity in capacities]
-
-
 # Checks that need no trace.
 
 
-def _check(args: argparse.Namespace) -> None:
+def _given(args: argparse.Namespace) -> Given:
+    restore, recompute, exchange = args.restore_algorithm, args.recompute, args.token_exchange
+    return Given(
+        args.cluster,
+        args.config,
+        args.hidden,
+        args.ffn,
+        None if restore is None else ExchangeAlgorithm(restore),
+        None if recompute is None else Recompute(recompute),
+        None if exchange is None else TokenExchangeChoice(exchange),
+        args.topk,
+    )
+
+
+def _check(args: argparse.Namespace, metrics: Path | None) -> None:
     """Refuse arguments that do not fit each other, or outputs that cannot be written.
+
+    Args:
+        metrics: the recording that is read too.
 
     Raises:
         ValueError, OSError, ImportError: with what was passed and what would work.
@@ -346,44 +335,24 @@ def _check(args: argparse.Namespace) -> None:
             "or leave the tolerance out"
         )
     plan_input.check(args)
-    inputs = [_named("--cluster", args.cluster, partial(yaml_file, "cluster"))]
-    if args.trace is not None:
-        inputs.append(args.trace)
-    if args.config is not None:
-        inputs.append(_named("--config", args.config, partial(yaml_file, "model")))
+    inputs = [
+        named(f"--{kind}", given, partial(yaml_file, what))
+        for kind, what, given in (
+            ("cluster", "cluster", args.cluster),
+            ("config", "model", args.config),
+        )
+        if given is not None
+    ]
+    inputs += [file for file in (args.trace, metrics) if file is not None]
     for flag, output in (("--json", args.json), ("--plot", args.plot)):
         if output is not None:
             refuse_unwritable(output, flag)
             refuse_overwriting(output, inputs, flag)
+            if args.trace is not None:
+                refuse_as_source(output, args.trace, flag)
     if args.plot is not None:
         check_can_plot(args.plot)
         if args.json is not None and is_same_file(args.json, args.plot):
             raise ValueError(
                 f"--json {quoted(args.json)} and --plot {quoted(args.plot)} are one file; give two"
             )
-
-
-def _expert_sizes(args: argparse.Namespace) -> ExpertSizes:
-    """Return an expert's widths: of the model in --config, unless --hidden and --ffn differ.
-
-    Raises:
-        ValueError: a model that cannot be read, or does not say them.
-    """
-    sizes = DEFAULT_SIZES
-    if args.config is not None:
-        sizes = _named("--config", args.config, model_sizes)
-    return ExpertSizes(
-        sizes.hidden if args.hidden is None else args.hidden,
-        sizes.ffn if args.ffn is None else args.ffn,
-        sizes.gated,
-        sizes.num_experts,
-        sizes.top_k if args.topk is None else args.topk,
-    )
-
-
-def _named[T](flag: str, given: str, load: Callable[[str], T]) -> T:
-    """Return what `load` makes of a flag's value, which errors name."""
-    try:
-        return load(given)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {quoted(given)}: {error}") from error

@@ -10,6 +10,7 @@ from megatron_laer.cli.argument_types import between, path, rank_range
 from megatron_laer.files import memory
 from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.report.sources import naming
 from megatron_laer.simulator.estimate import check_drawing
 from megatron_laer.trace import FORMATS, Trace, read_trace
 from megatron_laer.trace.workloads import WORKLOADS, Shape, workload_trace
@@ -112,13 +113,14 @@ def read(
         ValueError, OSError: the trace cannot be read, or the workload's sizes do not fit.
     """
     if args.workload is None:
-        trace = read_trace(
-            args.trace,
-            args.format,
-            ranks=args.trace_ranks,
-            num_experts=num_experts,
-            progress=progress,
-        )
+        with naming(args.trace):
+            trace = read_trace(
+                args.trace,
+                args.format,
+                ranks=args.trace_ranks,
+                num_experts=num_experts,
+                progress=progress,
+            )
         return str(args.trace), trace
     assert num_experts is not None
     topk, tokens, steps = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from io import BytesIO
 from itertools import product
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from megatron_laer.choices import Recompute
 from megatron_laer.cli import simulate_input
-from megatron_laer.cli.argument_types import between, number, path
+from megatron_laer.cli.argument_types import between, named, number, path
 from megatron_laer.cli.plan_input import MAX_TOKENS
 from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode
 from megatron_laer.files.checks import (
@@ -146,8 +146,8 @@ def run(args: argparse.Namespace) -> int:
             it can be known by then.
     """
     _check(args)
-    cluster = _named("--cluster", args.cluster, load_cluster)
-    model = _named("--model", args.model, lambda name: read_model(name, args.experts))
+    cluster = named("--cluster", args.cluster, load_cluster)
+    model = named("--model", args.model, lambda name: read_model(name, args.experts))
     rates = rate_sets(Rates(cluster, model.bytes_per_element, args.host_gap_ms / 1e3))
     routing_of = simulate_input.routing_of(args, model, _reading)
     # A trace tells its ranks; a workload needs --ranks.
@@ -356,8 +356,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     simulate_input.check(args)
     inputs = [
-        _named("--cluster", args.cluster, lambda name: yaml_file("cluster", name)),
-        _named("--model", args.model, lambda name: yaml_file("model", name)),
+        named("--cluster", args.cluster, lambda name: yaml_file("cluster", name)),
+        named("--model", args.model, lambda name: yaml_file("model", name)),
     ]
     inputs += [args.trace] if args.trace is not None else []
     outputs = {"--json": args.json, "--png": args.png, "--timeline": args.timeline}
@@ -372,14 +372,6 @@ def _check(args: argparse.Namespace) -> None:
         if args.png.suffix.lower() != ".png":
             raise ValueError(f"--png {quoted(args.png)}: give a file that ends in .png")
         check_can_plot(args.png, "--png")
-
-
-def _named[T](flag: str, given: str, load: Callable[[str], T]) -> T:
-    """Return what `load` makes of a flag's value, which errors name."""
-    try:
-        return load(given)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {quoted(given)}: {error}") from error
 
 
 def _reading(files: Iterable[Any]) -> Iterable[Any]:

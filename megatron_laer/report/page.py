@@ -27,11 +27,14 @@ SCRIPTS = ("drawing.js", "charts.js", "plots.js", "figures.js", "main.js")
 _STYLE, _TEMPLATE = "style.css", "page.html"
 
 
-def page(run: RunData, rows: Sequence[WhatIf], other: RunData | None = None) -> str:
+def page(
+    run: RunData, rows: Sequence[WhatIf], other: RunData | None = None, predicted_for: str = ""
+) -> str:
     """Write the page.
 
     Args:
         rows: of other capacities and modes.
+        predicted_for: the settings that these were predicted for, in words.
         other: a run to compare with.
     """
     verdict = judge(run)
@@ -63,7 +66,7 @@ def page(run: RunData, rows: Sequence[WhatIf], other: RunData | None = None) -> 
             "NUMBERS": _table(
                 ["", run.name, *([] if other is None else [other.name])], _key_figures(run, other)
             ),
-            "WHAT_IF": _what_if_table(rows),
+            "WHAT_IF": _what_if_table(rows, predicted_for),
             "SETTINGS": _table(["setting", "value"], run.settings),
             "DATA": _embedded(data),
             "SCRIPTS": "\n".join(_text(name) for name in SCRIPTS),
@@ -142,7 +145,7 @@ def _figures_of(run: RunData) -> Iterable[tuple[str, str]]:
         yield "loss", f"{loss:.4f} at step {step}"
 
 
-def _what_if_table(rows: Sequence[WhatIf]) -> str:
+def _what_if_table(rows: Sequence[WhatIf], predicted_for: str) -> str:
     if not rows:
         return "<p>No recorded routing to try this on, or none was asked for.</p>"
     heads = (
@@ -158,8 +161,8 @@ def _what_if_table(rows: Sequence[WhatIf]) -> str:
         )
         for row in rows
     ]
-    told = f"<p>Of {rows[0].cases} microbatches of one layer each, in bf16 and with gated experts."
-    return f"{told}</p>\n" + _table(heads, lines, code_column=len(heads) - 1)
+    of = f"Of {rows[0].cases} microbatches of one layer each, for {predicted_for}."
+    return f"<p>{html.escape(of)}</p>\n" + _table(heads, lines, code_column=len(heads) - 1)
 
 
 def _table(

@@ -10,20 +10,21 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.files.checks import open_input
+from megatron_laer.files.checks import lines, open_input, quoted
 from megatron_laer.layout import ExpertLayout, stock_owner_E
 from megatron_laer.report.run_data import RunData, expert_tokens_TLE
-from megatron_laer.report.sources import Sources
+from megatron_laer.report.sources import Sources, naming
 from megatron_laer.runtime.planning.layout_recording import read_layouts
 from megatron_laer.telemetry.log import LOSS, read_run
-from megatron_laer.telemetry.metrics_file import MetricsRecording, Shape, read_metrics
+from megatron_laer.telemetry.metrics_file import MetricsRecording, Shape
 from megatron_laer.trace import Trace
 
 
-def recorded_run(sources: Sources, trace: Trace | None) -> RunData:
-    """Read a run that has a recording of metrics.
+def recorded_run(sources: Sources, recording: MetricsRecording, trace: Trace | None) -> RunData:
+    """Read the rest of a run that has a recording of metrics.
 
     Args:
+        recording: of its metrics.
         trace: its routing, if it was recorded too.
 
     Raises:
@@ -31,14 +32,14 @@ def recorded_run(sources: Sources, trace: Trace | None) -> RunData:
         OSError: one that cannot be read.
     """
     assert sources.metrics is not None
-    recording = read_metrics(sources.metrics)
     shape = recording.shape
     if len(recording.steps_T) == 0:
         raise ValueError(f"{sources.metrics} holds no step yet; wait for the first one")
+    _check_ratios(sources.metrics, recording)
     experts_TLE = stock_rank_tokens_TLN = None
     notes = list(_notes(sources, recording))
     if trace is not None:
-        _check_same_run(sources, shape, trace)
+        check_same_run(sources.metrics, shape, sources.trace, trace)
         experts_TLE = expert_tokens_TLE(
             trace.step_R, trace.layer_R, trace.counts_RNE, recording.steps_T, len(shape.layers)
         )
@@ -76,14 +77,33 @@ def stock_tokens_TLN(experts_TLE: Int64, shape: Shape) -> Int64:
     return tokens_TLN
 
 
-def _check_same_run(sources: Sources, shape: Shape, trace: Trace) -> None:
+def check_same_run(metrics: Path, shape: Shape, path: Path | None, trace: Trace) -> None:
+    """Refuse a trace of other sizes than the metrics recorded beside it.
+
+    Args:
+        path: of the trace.
+
+    Raises:
+        ValueError: with the sizes of both.
+    """
     of_trace = (trace.num_ranks, trace.num_experts, trace.layers)
     of_metrics = (shape.num_ranks, shape.num_experts, shape.layers)
     if of_trace != of_metrics:
         raise ValueError(
-            f"{sources.trace} is of {_said(of_trace)}, {sources.metrics} of {_said(of_metrics)}; "
+            f"{path} is of {_said(of_trace)}, {metrics} of {_said(of_metrics)}; "
             "they are of different runs, so move one away"
         )
+
+
+def _check_ratios(path: Path, recording: MetricsRecording) -> None:
+    for name in ("max_over_mean", "stock_max_over_mean"):
+        values_TL = recording.of_layers[name]
+        for step, layer in np.argwhere(values_TL < 1)[:1].tolist():
+            raise ValueError(
+                f"{path}, step {recording.steps_T[step]}: {name} of "
+                f"{quoted(recording.shape.layers[layer])} is {values_TL[step, layer]:g}, which is "
+                "never below 1; the file is damaged there"
+            )
 
 
 def _said(of: tuple[int, int, tuple[str, ...]]) -> str:
@@ -93,7 +113,8 @@ def _said(of: tuple[int, int, tuple[str, ...]]) -> str:
 def _layouts(sources: Sources, shape: Shape) -> list[tuple[int, list[ExpertLayout]]]:
     if sources.layouts is None:
         return []
-    found = list(read_layouts(sources.layouts))
+    with naming(sources.layouts):
+        found = list(read_layouts(sources.layouts))
     for _, layouts in found:
         sizes = (layouts[0].num_ranks, layouts[0].capacity, layouts[0].num_experts, len(layouts))
         expected = (shape.num_ranks, shape.capacity, shape.num_experts, len(shape.layers))
@@ -108,8 +129,8 @@ def _layouts(sources: Sources, shape: Shape) -> list[tuple[int, list[ExpertLayou
 def _loss(logs: tuple[Path, ...]) -> list[tuple[int, float]]:
     """Return the losses of the first log that has any."""
     for path in logs:
-        with open_input(path) as file:
-            run = read_run(path.name, (line.decode(errors="replace") for line in file))
+        with naming(path), open_input(path) as file:
+            run = read_run(path.name, (line.decode(errors="replace") for line in lines(file, path)))
         steps = [run.steps[number] for number in sorted(run.steps)]
         found = [(step.number, step.values[LOSS]) for step in steps if LOSS in step.values]
         if found:

@@ -1,10 +1,15 @@
 """The files of a run are found here by their names, in one folder; none is read.
 
-While the run goes on they are the same files, the last of whose lines may lack its end.
+Names alone say which file is which, so no output may take such a name in a run's folder. While the
+run goes on they are the same files, the last of whose lines may lack its end.
 """
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +28,8 @@ class Sources:
         group: whose recordings these are.
         groups: all that have recordings.
         metrics: the recording of metrics.
+        metrics_beside: for a trace that is given alone, those that its run has recorded; of it
+            only settings are read.
         trace: the recorded routing, of any format that `plan` reads.
         layouts: the recording of layouts.
         logs: logs of Megatron.
@@ -32,6 +39,7 @@ class Sources:
     group: int = 0
     groups: tuple[int, ...] = (0,)
     metrics: Path | None = None
+    metrics_beside: Path | None = None
     trace: Path | None = None
     layouts: Path | None = None
     logs: tuple[Path, ...] = ()
@@ -45,33 +53,18 @@ def find(given: Path, group: int | None) -> Sources:
         group: of the FSEP groups; None takes the first.
 
     Raises:
-        ValueError: nothing is there, or not of this group.
+        ValueError: nothing is there, or not of this group, or two recordings of one group.
         OSError: it cannot be looked at.
     """
     if not given.exists():
         raise ValueError(f"run {quoted(given)} does not exist; give a folder or a trace")
     if not given.is_dir():
-        return Sources(str(given), trace=given)
-    files = [
-        path
-        for path in sorted(given.iterdir())
-        if path.is_file() and not path.name.startswith(".") and not is_cut_off(path)
-    ]
-    found = {
-        kind: {
-            int(number): path
-            for path in files
-            if path.suffix == ending
-            and (number := path.stem.removeprefix(begin)) != path.stem
-            and number.isascii()
-            and number.isdigit()
-            and len(number) < 10
-        }
-        for kind, (begin, ending) in _NAMES.items()
-    }
+        return Sources(str(given), trace=given, metrics_beside=metrics_beside(given))
+    files = _files(given)
+    found = _by_group(files)
     groups = sorted({*found["metrics"], *found["trace"]})
     if not groups:
-        if any(path.name.startswith(_OTHER_TRACES) for path in files):
+        if any(_OTHER_TRACES.match(path.name) for path in files):
             return Sources(str(given), trace=given)
         raise ValueError(f"folder {quoted(given)} holds no recording of a run; {_WAYS}")
     chosen = groups[0] if group is None else group
@@ -84,14 +77,87 @@ def find(given: Path, group: int | None) -> Sources:
         chosen,
         tuple(groups),
         **{kind: by_group.get(chosen) for kind, by_group in found.items()},
-        logs=tuple(path for path in files if path.suffix == ".log"),
+        logs=tuple(path for path in files if _LOG.fullmatch(path.name)),
     )
 
 
+def metrics_beside(trace: Path) -> Path | None:
+    """Return the recording of metrics of the run that has recorded a trace; None without one.
+
+    Args:
+        trace: a file, or a folder with one.
+
+    Raises:
+        ValueError: two recordings of one group.
+        OSError: the folder cannot be looked at.
+    """
+    is_folder = trace.is_dir()
+    if not is_folder and not (trace.is_file() and _NAMES["trace"].fullmatch(trace.name)):
+        return None
+    found = _by_group(_files(trace if is_folder else trace.parent))
+    groups = [of for of, path in found["trace"].items() if is_folder or path.name == trace.name]
+    return found["metrics"].get(groups[0]) if len(groups) == 1 else None
+
+
+def refuse_as_source(output: Path, run: Path, flag: str) -> None:
+    """Refuse an output that would be taken for a file of the run the next time.
+
+    Args:
+        run: its folder, or a trace.
+        flag: which names the output, for the message.
+
+    Raises:
+        ValueError: with the name, and which to give.
+    """
+    folder, name = os.path.split(os.path.realpath(output))
+    patterns = (*_NAMES.values(), _LOG)
+    is_source = any(one.fullmatch(name) for one in patterns) or _OTHER_TRACES.match(name)
+    if is_source and folder == os.path.realpath(run if run.is_dir() else run.parent):
+        raise ValueError(
+            f"{flag} {quoted(output)} would be read as a file of the run the next time; give "
+            "another name or folder"
+        )
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system that comes from reading a file name that file.
+
+    Raises:
+        ValueError: in its place.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise ValueError(f"{quoted(path)} cannot be read: {error}") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and not is_cut_off(path)]
+
+
+def _by_group(files: Sequence[Path]) -> dict[str, dict[int, Path]]:
+    """Return the recordings by kind and group."""
+    found: dict[str, dict[int, Path]] = {kind: {} for kind in _NAMES}
+    for path in files:
+        for kind, name in _NAMES.items():
+            if match := name.fullmatch(path.name):
+                other = found[kind].setdefault(int(match[1]), path)
+                if other != path:
+                    raise ValueError(
+                        f"{quoted(other)} and {quoted(path)} are both of group {int(match[1])}; "
+                        "move one away"
+                    )
+    return found
+
+
 _NAMES = {
-    "metrics": ("metrics-", ".jsonl"),
-    "trace": ("group-", ".trace"),
-    "layouts": ("group-", ".jsonl"),
+    "metrics": re.compile(r"metrics-([0-9]{1,9})\.jsonl"),
+    "trace": re.compile(r"group-([0-9]{1,9})\.trace"),
+    "layouts": re.compile(r"group-([0-9]{1,9})\.jsonl"),
 }
-# Folders of Megatron's and of SmartMoE's traces.
-_OTHER_TRACES = ("router_trace_rank", "table_iter")
+_LOG = re.compile(r"[^.].*\.log", re.DOTALL)
+# In folders of Megatron's and of SmartMoE's traces.
+_OTHER_TRACES = re.compile(r"router_trace_rank|table_iter")

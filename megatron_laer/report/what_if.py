@@ -8,20 +8,18 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from megatron_laer.choices import TokenExchange
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.prediction import forced_balance_counts_NE, stock_seconds
+from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.simulator.estimate import Work, work_of
-from megatron_laer.simulator.sizes import DEFAULT_SIZES
-from megatron_laer.simulator.table import chosen_cases, simulate
+from megatron_laer.simulator.table import Row, chosen_cases, mean_tokens, simulate
 from megatron_laer.trace import Trace
 
-# `plan` reckons with bf16 and gated experts, whatever a run computed with.
-BYTES_PER_ELEMENT = 2
 _STRATEGY = FSEPConfig().planner
 # Below this many cases no row says anything.
 _LAG = 1
@@ -58,7 +56,10 @@ def what_if(
     geometry: Geometry,
     costs: CostModel,
     most_cases: int,
-    cluster: str,
+    *,
+    token_exchange: TokenExchange,
+    top_k: int,
+    flags: Sequence[str],
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[WhatIf]:
     """Work out the rows, of at most so many microbatches; none where the trace is too short.
@@ -66,25 +67,26 @@ def what_if(
     Args:
         path: of the trace, for the commands.
         geometry: of the run.
-        costs: of the run; `plan` has an element size and experts' form of its own.
-        cluster: its name or file, for the commands.
+        costs: of the run, with tokens that travel by rank.
+        token_exchange: how tokens travel.
+        top_k: experts of a token.
+        flags: without which `plan` would take other settings, for the commands.
     """
     if not what_if_work(trace, geometry, most_cases):
         return []
-    costs = replace(costs, bytes_per_element=BYTES_PER_ELEMENT, gated=DEFAULT_SIZES.gated)
     every = _every(trace, most_cases)
-    geometries = _geometries(geometry)
     modes = [mode.value for mode in GUARD_MODES]
-    rows = simulate(
-        trace,
-        geometries,
-        costs,
-        [_STRATEGY],
-        modes,
-        lag=_LAG,
-        every=every,
-        progress=progress,
-    )
+    top_k = min(top_k, geometry.num_experts)
+    tokens = mean_tokens(trace, top_k)
+    rows: list[Row] = []
+    for one in _geometries(geometry):
+        # As `plan` prices a single capacity.
+        priced = with_token_exchange(costs, token_exchange, one, top_k, tokens)
+        found = simulate(
+            trace, [one], priced, [_STRATEGY], modes, lag=_LAG, every=every, progress=progress
+        )
+        # Stock's row is the same for every capacity.
+        rows += [row for row in found if not rows or row.strategy == _STRATEGY]
     balanced_ms = _balanced_ms(trace, geometry, costs, chosen_cases(trace, _LAG, every))
     return [
         WhatIf(
@@ -99,7 +101,7 @@ def what_if(
             replan_share=row.replan_share,
             layer_ms=row.layer_ms,
             share=balanced_ms / row.layer_ms,
-            command=_command(path, geometry, costs, cluster, every, row),
+            command=_command(path, geometry, costs, token_exchange, flags, every, row),
         )
         for row in rows
     ]
@@ -142,7 +144,13 @@ def _balanced_ms(trace: Trace, geometry: Geometry, costs: CostModel, cases: Sequ
 
 
 def _command(
-    path: str, geometry: Geometry, costs: CostModel, cluster: str, every: int, row: Any
+    path: str,
+    geometry: Geometry,
+    costs: CostModel,
+    token_exchange: TokenExchange,
+    flags: Sequence[str],
+    every: int,
+    row: Row,
 ) -> str:
     """Return the command that prints this row; stock's is the first of any."""
     is_stock = row.strategy != _STRATEGY
@@ -152,8 +160,9 @@ def _command(
         *("python", "-m", "megatron_laer", "plan", path),
         *("--capacity", str(capacity), "--strategy", _STRATEGY, "--mode", mode),
         *("--ranks", str(geometry.num_ranks), "--node-size", str(geometry.node_size)),
-        *("--cluster", cluster, "--hidden", str(costs.hidden), "--ffn", str(costs.ffn)),
+        *flags,
         *("--restore-algorithm", costs.restore_algorithm, "--recompute", costs.recompute),
+        *("--token-exchange", token_exchange),
         *(("--every", str(every)) if every > 1 else ()),
     ]
     return shlex.join(words)

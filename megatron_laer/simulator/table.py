@@ -200,6 +200,12 @@ def chosen_cases(trace: Trace, lag: int, every: int) -> list[int]:
     return cases[::every]
 
 
+def mean_tokens(trace: Trace, top_k: int) -> int:
+    """Return the mean tokens of a rank and microbatch, each of so many experts; at least one."""
+    pairs = int(trace.counts_RNE.sum(dtype=np.int64))
+    return max(1, pairs // (len(trace) * trace.num_ranks * top_k))
+
+
 def _planners(
     geometries: Sequence[Geometry],
     costs: CostModel,

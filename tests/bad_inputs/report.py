@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,6 +77,8 @@ CASES = (
         "would write over the input 'measured/group-0.trace'",
     ),
     ("good.trace --compare measured --out measured/group-0.jsonl", "would write over the input"),
+    ("measured --out measured/metrics-1.jsonl", "would be read as a file of the run the next time"),
+    ("measured --out measured/new.log", "would be read as a file of the run the next time"),
     ("good.trace --out link.trace", "would write over the input 'good.trace'"),
     (
         "good.trace --out sizes-no-size.yaml --config sizes-no-size.yaml",
@@ -83,13 +86,16 @@ CASES = (
     ),
     ("measured --out yaml-list.yaml --cluster yaml-list.yaml", "would write over the input"),
     ("good.trace --capacity 1", "--capacity 1: 4 ranks need 2..8 slots"),
-    ("good.trace --node-size 3", "--node-size 3 does not divide the 4 ranks"),
+    ("good.trace --node-size 3", "--node-size 3, which does not divide the 4 ranks"),
     ("good.trace --config gpt5", "--config 'gpt5'"),
     ("measured -- x", "nothing follows -- here, got x"),
     ("measured-empty", "measured-empty/metrics-0.jsonl holds no whole line"),
     ("measured-half", "measured-half/metrics-0.jsonl holds no whole line"),
     ("measured-header", "measured-header/metrics-0.jsonl holds no step yet"),
     ("measured-huge", "measured-huge/metrics-0.jsonl, line 1: has more than"),
+    ("measured-log", "measured-log/train.log, line 1: longer than 33,554,432 characters"),
+    ("measured-twice", "'measured-twice/metrics-00.jsonl' are both of group 0; move one away"),
+    ("measured-ratio", "max_over_mean of 'layer 1' is -3, which is never below 1"),
     ("measured-pipe", "folder 'measured-pipe' holds no recording of a run"),
     ("measured-layouts", "measured-layouts/group-0.jsonl, line 1"),
     ("measured-other-layouts", "they are of different runs, so move one away"),
@@ -140,6 +146,10 @@ def make(folder: Path) -> None:
     copy("half", lines[0][:20])
     copy("header", b"".join(lines[:2]))
     os.truncate(recording_path(copy("huge", b"x"), 0), HUGE)
+    (log := copy("log", metrics) / "train.log").touch()
+    os.truncate(log, HUGE)
+    (copy("twice", metrics) / "metrics-00.jsonl").write_bytes(metrics)
+    copy("ratio", re.sub(rb'"max_over_mean":\[[^,]*', b'"max_over_mean":[-3', metrics))
     pipe = folder / "measured-pipe"
     pipe.mkdir()
     os.mkfifo(recording_path(pipe, 0))

@@ -28,6 +28,7 @@ SHORT = {
     "--train-iters 100": "--train-iters 3 --num-workers 0",
     "--eval-iters 5": "--eval-iters 1",
     "--global-batch-size 64": "--global-batch-size 8",
+    "--log-interval 10": "--log-interval 1",
 }
 SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
     "README.md": ON_TWO_CPU_RANKS | SHORT,
@@ -48,6 +49,8 @@ SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
         for figure in (8, 9, 10, 12)
     },
 }
+# Logs that a page lets a command write, to be looked at: FSEP's metrics are in them.
+LOGS = {"start.md": "run/train.log", "report.md": "runs/one/train.log"}
 # What a page takes for granted.
 BEFORE = {
     "checkpoints.md": """
@@ -184,3 +187,5 @@ def test_the_commands_of_a_page_run_as_they_stand(page: Path, top: Path) -> None
         else:
             run(page.name, [sys.executable, "-c"], text, top)
     assert used == set(substitutes), "what is replaced is not on the page"
+    if page.name in LOGS:
+        assert "fsep_load_imbalance" in (top / LOGS[page.name]).read_text()

@@ -5,7 +5,10 @@ Where there is no program `chromium` the tests are skipped, and say so.
 
 from __future__ import annotations
 
+import csv
 import html
+import io
+import json
 import re
 import shutil
 import subprocess
@@ -131,6 +134,24 @@ canvas.focus();
 for (const key of ["Home", "ArrowRight", "ArrowDown"])
   canvas.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
 </script></body>"""
+
+
+_CSV = """<script>
+const [fsep, stock] = [[[1]], [[2]]];
+document.body.dataset.csv = JSON.stringify(
+  csvOf({ bins: [[0, 0]], layers: ["a\\r=1+1"], heat: { fsep, stock } }));
+</script></body>"""
+
+
+def test_no_layer_begins_a_row_of_the_saved_table(run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "csv.html"
+    content = (run.parent / "page.html").read_text(encoding="utf-8")
+    page.write_text(content.replace("</body>", _CSV), encoding="utf-8")
+    dom, console = opened(page, tmp_path)
+    assert console == []
+    (found,) = re.findall(r'data-csv="([^"]*)"', dom)
+    rows = list(csv.reader(io.StringIO(json.loads(html.unescape(found)), newline="")))
+    assert rows[1:] == [["0", "0", "a\r=1+1", "1", "2"]]
 
 
 def test_arrow_keys_read_a_figure(run: Path, tmp_path: Path) -> None:

@@ -32,6 +32,12 @@ def test_a_line_of_a_step_gives_its_values_and_others_give_none() -> None:
         assert log.step_of_line(other) is None
 
 
+def test_neither_a_long_line_nor_a_long_number_is_gone_through_again_and_again() -> None:
+    step = log.step_of_line(f" iteration 1/ 2 | {'a' * 10**6} | lm loss: 5 |")
+    assert step is not None and step.values == {log.LOSS: 5.0}
+    assert log.step_of_line(f" iteration {'9' * 10**6}/ 2 | lm loss: 5 |") is None
+
+
 def test_a_loss_that_is_no_number_is_read_as_one_that_is_none() -> None:
     step = log.step_of_line(line(1, loss=float("nan")))
     assert step is not None

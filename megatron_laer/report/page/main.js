@@ -8,7 +8,7 @@ function csvOf(data) {
   const cell = (value) => {
     const text = value === null ? "" : String(value);
     const safe = typeof value === "string" && /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;
-    return /[",\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+    return /[",\r\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
   };
   return lines.map((line) => line.map(cell).join(",")).join("\n") + "\n";
 }
