@@ -13,6 +13,7 @@ Knows no format of a recording. A run without signs leaves no mark, and is refus
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -66,10 +67,8 @@ def _signs() -> set[str]:
     if _checkpoints is not None:
         found.append(f"checkpoints {os.path.realpath(_checkpoints)}")
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        try:
+        with contextlib.suppress(OSError):  # no Linux, or a /proc that is hidden
             found.append(f"launcher {_process(os.getppid())}")
-        except OSError:  # no Linux, or a /proc that is hidden
-            pass
     return {hashlib.sha256(os.fsencode(sign)).hexdigest() for sign in found}
 
 

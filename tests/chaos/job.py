@@ -79,21 +79,23 @@ def _start(plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | N
     context.set_forkserver_preload(["megatron_laer.testing.rank_imports"])
     environment = _environment(plan, start)
     processes = []
+    last_step = fault.step if fault is not None and fault.is_awaited else None
+    flags, folder = plan.flags(data, str(outcome.folder)), str(outcome.folder)
     for number in range(plan.variant.ranks):
         own = environment | {"RANK": str(number), "LOCAL_RANK": str(number)}
-        log = str(outcome.folder / f"start-{start}-rank-{number}.log")
-        flags = plan.flags(data, str(outcome.folder))
+        log = f"{folder}/start-{start}-rank-{number}.log"
         process = context.Process(
-            target=rank.run, args=(number, flags, str(outcome.folder), log, own)
+            target=rank.run, args=(number, flags, folder, log, own, last_step)
         )
         process.start()
         processes.append(process)
     try:
         _supervise(processes, outcome, fault)
     finally:
+        # Only ranks that still run: what others had started has to end by itself.
+        _signal(processes, signal.SIGKILL)
         for process in processes:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.join()
     return [process.exitcode for process in processes]
 
@@ -133,11 +135,15 @@ def _supervise(
 
 def _inject(processes: Sequence[ForkServerProcess], fault: Fault) -> None:
     name, who = fault.kind.split()
+    number = signal.Signals[f"SIG{name}"]
     chosen = processes if who == "all" else [processes[fault.rank]]
+    if fault.kind == "TERM all":
+        _signal(processes, number)  # with all that they started, as Slurm and torchrun do
+        return
     for process in chosen:
         # A rank may have ended just now.
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.Signals[f"SIG{name}"])
+            os.kill(process.pid, number)
     if name == "STOP":
         time.sleep(fault.stopped_s)
         with contextlib.suppress(ProcessLookupError):
@@ -147,9 +153,12 @@ def _inject(processes: Sequence[ForkServerProcess], fault: Fault) -> None:
 def _signal(processes: Sequence[ForkServerProcess], number: int) -> None:
     for process in processes:
         if process.exitcode is None:
-            # One that does not lead its session yet has started nothing.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, number)
+                continue
+            # It does not lead its session yet, or has ended just now.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
 
 
 def _descendants(processes: Sequence[ForkServerProcess]) -> set[psutil.Process]:

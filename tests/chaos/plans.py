@@ -52,6 +52,7 @@ class Fault:
         step: after whose end, counted from 1; 0 is while the ranks start.
         delay_s: after that.
         stopped_s: how long a rank that is stopped waits to be continued.
+        is_awaited: whether ranks go no further than this step until it comes.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Fault:
     step: int
     delay_s: float
     stopped_s: float = 0.0
+    is_awaited: bool = False
 
     def __str__(self) -> str:
         who = f"{self.kind.split()[0]} {self.rank}" if self.kind.endswith("one") else self.kind

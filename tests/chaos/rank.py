@@ -14,8 +14,20 @@ from unittest import mock
 import torch
 
 
-def run(rank: int, flags: list[str], folder: str, log: str, environment: dict[str, str]) -> None:
-    """Train with these flags; write each step's loss, gradient norm and digest of all weights."""
+def run(
+    rank: int,
+    flags: list[str],
+    folder: str,
+    log: str,
+    environment: dict[str, str],
+    last_step: int | None,
+) -> None:
+    """Train with these flags; write each step's loss, gradient norm and digest of all weights.
+
+    Args:
+        log: of what it prints.
+        last_step: at whose end, counted from 1, it waits for a signal; None trains on.
+    """
     os.setsid()
     threading.Thread(target=_end_with_the_starter, daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -44,6 +56,8 @@ def run(rank: int, flags: list[str], folder: str, log: str, environment: dict[st
         line = json.dumps({"step": current_step(), **found, "digest": digest(model)}) + "\n"
         with Path(folder, f"rank-{rank}.jsonl").open("a") as file:
             file.write(line)
+        while current_step() + 1 == last_step:
+            signal.pause()
 
     with mock.patch.object(training, "train_step", observed):
         train(flags, tell)

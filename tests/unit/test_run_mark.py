@@ -1,4 +1,4 @@
-"""A restart before the first checkpoint goes on in its folder; an unrelated run is refused there."""
+"""A run that is restarted before its first checkpoint goes on; an unrelated one is refused."""
 
 from __future__ import annotations
 
