@@ -25,14 +25,16 @@ _MAX_BYTES = 1000
 _checkpoints: str | None = None
 
 
-def resumes_from(folder: str | None) -> None:
-    """Set the folder of checkpoints that this process's run goes on from when it is restarted.
+def set_checkpoints(load: str | None, save: str | None, *, finetune: bool) -> None:
+    """Set the folders of checkpoints of this process's run.
 
     Args:
-        folder: that it both saves to and loads from; None where there is none.
+        finetune: whether every start begins at step 0, from the weights in `load`.
     """
     global _checkpoints
-    _checkpoints = folder
+    goes_on = load and save and not finetune
+    same = goes_on and os.path.realpath(load) == os.path.realpath(save)
+    _checkpoints = os.path.realpath(save) if same else None
 
 
 def is_of_this_run(recording: Path) -> bool:
@@ -65,7 +67,7 @@ def _signs() -> set[str]:
     """Return digests, since recordings are passed on and paths are nobody else's business."""
     found = []
     if _checkpoints is not None:
-        found.append(f"checkpoints {os.path.realpath(_checkpoints)}")
+        found.append(f"checkpoints {_checkpoints}")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         with contextlib.suppress(OSError):  # no Linux, or a /proc that is hidden
             found.append(f"launcher {_process(os.getppid())}")

@@ -139,18 +139,11 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
             check_gemm(args.fsep_gemm, device, args.params_dtype)
             check_installed(args.optimizer)
             enable(config, seed=args.seed)
-        run_mark.resumes_from(_own_checkpoints(args))
+        run_mark.set_checkpoints(args.load, args.save, finetune=args.finetune)
         install_metrics(args.log_interval, args.num_layers, args.mtp_num_layers or 0)
         return result
 
     return validate_args
-
-
-def _own_checkpoints(args: Namespace) -> str | None:
-    """Return the folder that the run saves to and, when it is restarted, goes on from."""
-    if args.finetune or not args.load or not args.save:
-        return None
-    return args.save if os.path.realpath(args.load) == os.path.realpath(args.save) else None
 
 
 def _checked(

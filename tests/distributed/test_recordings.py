@@ -74,7 +74,7 @@ def test_a_new_run_in_a_used_folder_is_refused_on_every_rank(
 ) -> None:
     before, other = contents(used), used / "other"
     # It would go on from its own checkpoints, were there any: it is not the run that recorded.
-    own = f"--ckpt-format torch_dist --save {other} --load {other}"
+    own = f"--ckpt-format torch_dist --save {other} --load {other} --save-interval {SAVED}"
     for raised in ranks(2).run_raw(train, flags(text_data, used, [flag], own)):
         assert raised.type_name == "RefusedError", raised.traceback
         assert f"{flag} '{used}" in raised.message

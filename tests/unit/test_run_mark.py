@@ -23,9 +23,9 @@ REFUSED = "holds the (steps|timeline) of an earlier run, and this run begins at 
 @pytest.fixture(autouse=True)
 def _no_signs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    run_mark.resumes_from(None)
+    run_mark.set_checkpoints(None, None, finetune=False)
     yield
-    run_mark.resumes_from(None)
+    run_mark.set_checkpoints(None, None, finetune=False)
 
 
 def record(folder: Path, first_step: int, steps: range) -> int | None:
@@ -42,9 +42,10 @@ def record(folder: Path, first_step: int, steps: range) -> int | None:
     return last
 
 
-def resumed_from(folder: Path) -> None:
+def resumed_from(folder: Path | None) -> None:
     """Be a run that saves to this folder and loads from it."""
-    run_mark.resumes_from(str(folder))
+    saved = folder and str(folder)
+    run_mark.set_checkpoints(saved, saved, finetune=False)
 
 
 def test_a_restart_moves_the_steps_before_the_first_checkpoint_aside(
@@ -75,10 +76,10 @@ def test_the_same_folder_by_another_name_is_the_same_run(tmp_path: Path) -> None
 def test_an_unrelated_run_is_refused_however_often_it_is_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None, now: str | None
 ) -> None:
-    run_mark.resumes_from(before and str(tmp_path / before))
+    resumed_from(before and tmp_path / before)
     record(tmp_path, 0, range(3))
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    run_mark.resumes_from(now and str(tmp_path / now))
+    resumed_from(now and tmp_path / now)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for restart in range(3):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
@@ -113,9 +114,23 @@ def test_the_last_run_that_wrote_is_the_one_that_may_restart(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=REFUSED):
         record(tmp_path, 0, range(1))
     # A run without signs takes the mark away.
-    run_mark.resumes_from(None)
+    resumed_from(None)
     record(tmp_path, 3, range(3, 4))
     assert not (tmp_path / f".{NAME}.run").exists()
+
+
+@pytest.mark.parametrize(
+    ("load", "save", "finetune"),
+    [("saved", "saved", True), ("given", "saved", False), ("saved", None, False)],
+    ids=["fine-tuned anew at each start", "loaded from elsewhere", "not saved"],
+)
+def test_a_run_that_would_not_go_on_from_its_own_checkpoints_is_refused(
+    tmp_path: Path, load: str, save: str | None, finetune: bool
+) -> None:
+    run_mark.set_checkpoints(load, save, finetune=finetune)
+    record(tmp_path, 0, range(3))
+    with pytest.raises(ValueError, match=REFUSED):
+        record(tmp_path, 0, range(3))
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\x00" * 100, b"x" * 2000, None])
