@@ -28,6 +28,8 @@ _HANG_S = 900.0
 # As torchrun waits, on a busy machine.
 _TERM_S = 60.0
 _POLL_S = 0.02
+# At what else runs: a look walks all processes of the machine.
+_LOOK_S = 0.5
 
 
 @dataclass
@@ -108,7 +110,7 @@ def _supervise(
     due_s, term_s, looked_s = None, None, 0.0
     while any(process.exitcode is None for process in processes):
         now_s = time.monotonic()
-        if now_s - looked_s > 10 * _POLL_S:
+        if now_s - looked_s > _LOOK_S:
             looked_s = now_s
             outcome.started |= _descendants(processes)
         if now_s - began_s > _HANG_S:

@@ -104,7 +104,7 @@ def plans(number: int, seed: int) -> Iterator[Plan]:
             first = draws.randrange(SAVE_EVERY, STEPS - 1)
         steps = [first, *(draws.randrange(STEPS - 1) for _ in range(draws.randrange(3)))]
         faults = tuple(_fault(draws, variant, step) for step in steps)
-        yield Plan(variant, variant.saves and draws.random() < 0.6, faults)
+        yield Plan(variant, variant.saves and draws.random() < 0.57, faults)
 
 
 def _fault(draws: random.Random, variant: Variant, step: int) -> Fault:
