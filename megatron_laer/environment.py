@@ -78,6 +78,12 @@ VARIABLES = (
         "of Open MPI and Slurm",
         Owner.LAUNCHER,
     ),
+    Variable(
+        "TORCHELASTIC_RUN_ID",
+        "torchrun's; tells that it may start ranks again: "
+        "[checkpoints.md](checkpoints.md#recordings)",
+        Owner.LAUNCHER,
+    ),
     Variable("OMPI_COMM_WORLD_RANK", "Open MPI's, for `doctor`", Owner.LAUNCHER),
     Variable("OMPI_COMM_WORLD_SIZE", "Open MPI's, for `doctor`", Owner.LAUNCHER),
     Variable(

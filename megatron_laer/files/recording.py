@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_laer.files import run_mark
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.writing import (
     Replacement,
@@ -92,7 +93,7 @@ class RecordingFile:
                 raise
 
     def go_on(self, first_step: int, records: Iterable[tuple[int, int]]) -> int | None:
-        """Continue an earlier run's recording from a step on; step 0 begins a run.
+        """Continue an earlier run's recording from a step on; step 0 begins a run, or restarts it.
 
         Args:
             records: the step of every whole record and the offset where it ends, in order.
@@ -101,14 +102,16 @@ class RecordingFile:
             The last step that stays, if any.
 
         Raises:
-            ValueError: a run begins, and an earlier one's records are there.
+            ValueError: a run begins, and another one's records are there; see `run_mark`.
             OSError: as for `cut_from`.
         """
-        if first_step == 0 and any(True for _ in records):
+        is_restart = first_step > 0 or run_mark.is_of_this_run(self.path)
+        if not is_restart and any(True for _ in records):
             raise ValueError(
                 f"{self.path} holds the steps of an earlier run, and this run begins at step 0; "
                 "give an empty folder, or resume the run that wrote it from a checkpoint"
             )
+        run_mark.mark(self.path)
         return self.cut_from(first_step, records)
 
     def cut_from(self, step: int, records: Iterable[tuple[int, int]]) -> int | None:

@@ -15,6 +15,7 @@ import os
 from typing import Any
 
 from megatron_laer.config import FSEPConfig, deterministic
+from megatron_laer.files import run_mark
 from megatron_laer.integrations.bridge_config import problems_of, settings_of
 from megatron_laer.platform import cpu
 from megatron_laer.plugin.metrics import install_metrics
@@ -45,6 +46,10 @@ class FSEPCallback:
             config = deterministic(config)
         check_recipe(recipe, config)
         enable(config, seed=recipe.rng.seed)
+        load, save, finetune = (
+            getattr(recipe.checkpoint, name, None) for name in ("load", "save", "finetune")
+        )
+        run_mark.set_checkpoints(load, save, finetune=bool(finetune))
         self._step = contextlib.ExitStack()
         self._outcome = StepOutcome()
 

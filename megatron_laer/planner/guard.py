@@ -9,6 +9,9 @@ Legend: N ranks, E experts, S slots.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -107,6 +110,23 @@ class Decision:
         sign = ">" if self.gain_s > self.cost_s else "<" if self.gain_s < self.cost_s else "="
         gain, cost = f"{self.gain_s * 1e3:.1f} ms", f"{self.cost_s * 1e3:.1f} ms"
         return f"gain {most}{gain} {sign} cost {least}{cost}"
+
+
+def in_words(decisions: Mapping[str, Decision]) -> str:
+    """Summarise one decision per layer, and explain that of the layer with the most to gain.
+
+    Where no gain was predicted, the layer with the largest imbalance is explained.
+    """
+    kinds = Counter(decision.reason.split(":")[0] for decision in decisions.values())
+    counts = ", ".join(f"{kind} in {n} layer{'s' if n > 1 else ''}" for kind, n in kinds.items())
+
+    def weight(name: str) -> tuple[float, float]:
+        decision = decisions[name]
+        gain_s = -math.inf if decision.gain_s is None else decision.gain_s
+        return gain_s, decision.max_over_mean_before or decision.max_over_mean_after
+
+    name = max(decisions, key=weight)
+    return f"{counts}; {name}: {decisions[name].reason}"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from megatron_laer import flags
 from megatron_laer.config import ExpertParallelMode, FSEPConfig, LatePlan, deterministic
 from megatron_laer.experts.gemm import check_gemm, gemm_in_force
+from megatron_laer.files import run_mark
 from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.platform import cpu
 from megatron_laer.platform.versions import check_version
@@ -138,6 +139,7 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
             check_gemm(args.fsep_gemm, device, args.params_dtype)
             check_installed(args.optimizer)
             enable(config, seed=args.seed)
+        run_mark.set_checkpoints(args.load, args.save, finetune=args.finetune)
         install_metrics(args.log_interval, args.num_layers, args.mtp_num_layers or 0)
         return result
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
+from megatron_laer.planner.guard import in_words
 from megatron_laer.runtime.build import current_device
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.metrics import LayerMetrics, RankMetrics, named
@@ -81,14 +82,17 @@ def collect(
         rank = RankMetrics(*coordinator.take_exposed_ms(), 1.0, *sent.tolist())
         if layer_ms is not None:
             rank = replace(rank, layer_ms=layer_ms, layer_ranks=1.0)
+        newest = {}
         for layer in coordinator.layers:
             samples = layer.take_samples()
             if samples:
-                logger.info("FSEP %s: %s", layer.name, samples[-1].decision.reason)
+                newest[layer.name] = samples[-1].decision
             # Hybrid models number MTP layers past `mtp_layers`: these add to the last row.
             row = layer.number - 1 + (decoder_layers if layer.is_mtp else 0)
             row = min(row, len(layers) - 1)
             layers[row] += LayerMetrics.of(samples, coordinator.guard)
+        if newest and logger.isEnabledFor(logging.INFO):
+            logger.info("FSEP: %s", in_words(newest))
     layers, rank = _sum_over_ranks(layers, rank)
     scalars, per_layer = named(layers, rank)
     scalars["fsep_memory_headroom_gib"] = _least_headroom_bytes() / _GIB

@@ -240,7 +240,10 @@ class Coordinator:
             names = [layer.name for layer in self.layers]
             self.measurements.start(names, first_step, self.device)
             self.layouts.start(first_step)
+        except (ValueError, OSError) as error:
+            return str(error)
         except Exception as error:  # whatever it is, the other ranks must hear of it
+            logger.exception("FSEP: planner and recordings could not be opened")
             return f"{type(error).__name__}: {error}"
         return None
 

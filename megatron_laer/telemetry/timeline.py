@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from megatron_laer.files import run_mark
 from megatron_laer.files.writing import free_name, open_exclusively, write_file
 from megatron_laer.telemetry.clock import Clock, Timestamp, make_clock
 from megatron_laer.telemetry.ranges import OpenRange, make_ranges
@@ -56,7 +58,7 @@ class Timeline:
 
     Raises:
         InUseError: another run writes the file.
-        ValueError: it holds a trace of an earlier run, and this run begins at step 0.
+        ValueError: it holds a trace of another run, and this run begins at step 0.
         OSError: it cannot be written.
     """
 
@@ -72,11 +74,7 @@ class Timeline:
         # Empty, and open until the end so that no other run takes the name.
         self._file = open_exclusively(path)
         if path.stat().st_size > 0:
-            self._file.close()
-            raise ValueError(
-                f"{path} holds the timeline of an earlier run, and this run begins at step 0; give "
-                "an empty folder, or resume the run that wrote it from a checkpoint"
-            )
+            self._file = _moved_aside(path, self._file)
         self._is_recording = False
         self._origin: tuple[Timestamp, int] | None = None
         self._intervals: list[tuple[str, str, Timestamp, Timestamp]] = []
@@ -145,6 +143,8 @@ class Timeline:
                         self._steps[0] + 1,
                     )
                 else:
+                    if self._steps[0] == FIRST_STEP:
+                        run_mark.mark(self._path)
                     trace = {"displayTimeUnit": "ms", "traceEvents": list(self._events())}
                     write_file(self._path, json.dumps(trace))
         except OSError as error:  # a run does not end for a picture
@@ -174,6 +174,20 @@ class Timeline:
             for track, label, start, end in self._intervals
         )
         return trace_events(self._rank, f"rank {self._rank}", intervals)
+
+
+def _moved_aside(path: Path, file: BinaryIO) -> BinaryIO:
+    """Move a trace that this run wrote before its restart to a file beside; open an empty one."""
+    with file:
+        if not run_mark.is_of_this_run(path):
+            raise ValueError(
+                f"{path} holds the timeline of an earlier run, and this run begins at step 0; give "
+                "an empty folder, or resume the run that wrote it from a checkpoint"
+            )
+        beside = free_name(path.with_stem(f"{path.stem}.cut-from-0"))
+        os.replace(path, beside)
+    logger.warning("FSEP: %s: the timeline from step 0 on has been moved to %s", path, beside.name)
+    return open_exclusively(path)
 
 
 def open_timeline(directory: str, rank: int, device: torch.device, first_step: int) -> Timeline:

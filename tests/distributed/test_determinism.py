@@ -152,7 +152,7 @@ def test_a_bad_recording_is_refused_on_every_rank(
         train, flags(extra=fsep + f" --fsep-replay-layouts {tmp_path}")
     )
     for result in results:
-        assert result.type_name == "ValueError"
+        assert result.type_name == "RefusedError"
         assert message in result.message
         assert "group-0.jsonl" in result.message
 
@@ -167,7 +167,7 @@ def test_one_groups_bad_recording_stops_the_other_groups_too(
     (tmp_path / "group-1.jsonl").write_text("{}")
     replay = f" --fsep-replay-layouts {tmp_path}"
     for result in ranks(4).run_raw(train, flags(extra=fsep + replay)):
-        assert result.type_name == "ValueError"
+        assert result.type_name == "RefusedError"
         assert "rank 2" in result.message
         assert "group-1.jsonl" in result.message
 

@@ -55,7 +55,7 @@ def train_with_slow_planner(command: list[str], longest_s: float) -> Record:
 
 
 def train_with_broken_planner(command: list[str], fault: str) -> Record:
-    """The planner raises, or returns a layout of another shape, every other time."""
+    """The planner raises, has no memory, or returns another shape, every other time."""
     from megatron_laer.layout import ExpertLayout
     from megatron_laer.planner.laer import LaerStrategy
 
@@ -69,6 +69,8 @@ def train_with_broken_planner(command: list[str], fault: str) -> Record:
             return plan(self, counts_NE, current)
         if fault == "raises":
             raise RuntimeError("planner is ill")
+        if fault == "no memory":
+            raise MemoryError
         return ExpertLayout.static(2, 8, 16)
 
     with mock.patch.object(LaerStrategy, "plan", broken):
@@ -192,7 +194,7 @@ def test_a_planner_that_stops_leaves_a_run_that_a_replay_repeats(
 
 
 @pytest.mark.counts(fault_runs=1)
-@pytest.mark.parametrize("fault", ["raises", "wrong shape"])
+@pytest.mark.parametrize("fault", ["raises", "no memory", "wrong shape"])
 def test_a_broken_planner_keeps_the_last_good_layout(
     ranks: Callable[[int], RankPool], text_data: str, fault: str
 ) -> None:

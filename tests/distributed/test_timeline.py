@@ -168,7 +168,7 @@ def test_a_timeline_that_cannot_be_written_is_refused_on_every_rank(
     (tmp_path / "rank-1.json").mkdir()
     command = flags(text_data, f" --fsep-timeline {tmp_path}")
     for result in ranks(2).run_raw(train, command):
-        assert result.type_name == "ValueError", result.traceback
+        assert result.type_name == "RefusedError", result.traceback
         assert "rank-1.json" in result.message
 
 

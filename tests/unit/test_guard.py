@@ -21,7 +21,7 @@ from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
-from megatron_laer.planner.guard import GUARD_MODES, Decision, Guard
+from megatron_laer.planner.guard import GUARD_MODES, Decision, Guard, in_words
 from megatron_laer.planner.token_prices import TokenPrices
 from megatron_laer.simulator.outcome import evaluate
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
@@ -263,6 +263,16 @@ def test_reasons_say_what_was_compared() -> None:
     )
     kept = decide(PlanMode.ADAPTIVE, slow, tolerance=2.8)
     assert kept.reason == "kept forecast: max/mean 3.75, tolerance 3.80"
+
+    # One line for many layers explains the largest gain, or without one the largest imbalance.
+    many = {"layer 1": early, "layer 2": taken, "layer 3": early}
+    counts = "kept forecast in 2 layers, fresh layout in 1 layer"
+    assert in_words(many) == f"{counts}; layer 2: {taken.reason}"
+    even = decide(PlanMode.ADAPTIVE, slow, tolerance=0.1)
+    assert (
+        in_words({"layer 1": replace(even, planned_quotas=None), "layer 2": kept})
+        == f"fresh layout in 1 layer, kept forecast in 1 layer; layer 2: {kept.reason}"
+    )
     taken = decide(PlanMode.ADAPTIVE, slow, tolerance=0.05)
     assert taken.reason == f"fresh layout: max/mean 3.75 -> 1.00 ({slots} slots changed)"
 

@@ -21,6 +21,7 @@ from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.comm.download import Download
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.upload import upload
+from megatron_laer.support import RefusedError
 
 
 class LayoutMismatchError(RuntimeError):
@@ -203,10 +204,10 @@ def raise_everywhere(problem: str | None) -> None:
     """Raise on every rank of the world what went wrong on any. Collective over the world.
 
     Raises:
-        ValueError: with the first rank's problem.
+        RefusedError: with the first rank's problem.
     """
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     for rank, found in enumerate(problems):
         if found is not None:
-            raise ValueError(f"rank {rank}: {found}")
+            raise RefusedError(f"rank {rank}: {found}")

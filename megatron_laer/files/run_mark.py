@@ -1,0 +1,82 @@
+"""A mark beside a recording says which run wrote it, so that a restart is told from another run.
+
+Both begin at step 0: a run that died before its first checkpoint and is started again, and an
+unrelated one that is given the same folder by mistake. Two signs tell that it is the same run:
+
+- it saves to and loads from the same folder of checkpoints, so that a restart goes on with it;
+- the same process launched its ranks, as torchrun does when it starts them again. torchrun's count
+  of restarts is no sign, since a run that is refused is started again as well; nor is its run id,
+  which people write into their scripts.
+
+Knows no format of a recording. A run without signs leaves no mark, and is refused as unrelated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+from megatron_laer.files.checks import read_bytes
+from megatron_laer.files.writing import write_file
+
+_MAX_BYTES = 1000
+_checkpoints: str | None = None
+
+
+def set_checkpoints(load: str | None, save: str | None, *, finetune: bool) -> None:
+    """Set the folders of checkpoints of this process's run.
+
+    Args:
+        finetune: whether every start begins at step 0, from the weights in `load`.
+    """
+    global _checkpoints
+    goes_on = load and save and not finetune
+    same = goes_on and os.path.realpath(load) == os.path.realpath(save)
+    _checkpoints = os.path.realpath(save) if same else None
+
+
+def is_of_this_run(recording: Path) -> bool:
+    """Return whether the mark beside a recording bears a sign of this process's run."""
+    try:
+        content = read_bytes(_mark_of(recording), _MAX_BYTES)
+    except (OSError, ValueError):
+        return False
+    return not _signs().isdisjoint(content.decode(errors="replace").split())
+
+
+def mark(recording: Path) -> None:
+    """Mark a recording as written by this process's run, in place of an earlier run's mark.
+
+    Raises:
+        OSError: the mark cannot be written.
+    """
+    signs, path = _signs(), _mark_of(recording)
+    if signs:
+        write_file(path, "".join(f"{sign}\n" for sign in sorted(signs)))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _mark_of(recording: Path) -> Path:
+    return recording.with_name(f".{recording.name}.run")
+
+
+def _signs() -> set[str]:
+    """Return digests, since recordings are passed on and paths are nobody else's business."""
+    found = []
+    if _checkpoints is not None:
+        found.append(f"checkpoints {_checkpoints}")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(OSError):  # no Linux, or a /proc that is hidden
+            found.append(f"launcher {_process(os.getppid())}")
+    return {hashlib.sha256(os.fsencode(sign)).hexdigest() for sign in found}
+
+
+def _process(pid: int) -> str:
+    """Name a process of this machine so that no other one, earlier or later, has the name."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    # The name of its program, in brackets, may have blanks; its start is the 22nd field.
+    start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{boot} {pid} {start}"

@@ -1,0 +1,87 @@
+"""What must hold of a run that met faults, against one of the same kind that did not."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_laer.telemetry.metrics_file import read_metrics
+from tests.chaos.job import Outcome
+from tests.chaos.plans import STEPS, Plan
+from tests.processes import outlive
+
+# What a recording of metrics holds of layers that no clock enters.
+_DETERMINED = ("max_over_mean", "stock_max_over_mean", "predicted_ms")
+_CUT = ".cut-from-"
+
+
+def problems(plan: Plan, outcome: Outcome, undisturbed: Path) -> list[str]:
+    """Everything that is wrong with a run's end; nothing if all is well."""
+    if outcome.problem:
+        return [outcome.problem]
+    checks = (_steps, _recordings, _leftovers)
+    found = [problem for check in checks for problem in check(outcome.folder, undisturbed)]
+    orphans = outlive(process.pid for process in outcome.started if process.is_running())
+    return found + [f"process {pid} is left" for pid in orphans]
+
+
+def cut_from(folder: Path) -> list[int]:
+    """The steps from which a group's routing was moved aside, once for each time."""
+    names = [path.name for path in folder.glob(f"recorded/group-0{_CUT}*.trace")]
+    return sorted(int(name.split(_CUT)[1].split(".")[0]) for name in names)
+
+
+def _steps(folder: Path, undisturbed: Path) -> Iterator[str]:
+    """Every step of every start is the undisturbed run's, to the last bit."""
+    for path in sorted(undisturbed.glob("rank-*.jsonl")):
+        expected = {line["step"]: line for line in _lines(path)}
+        made = _lines(folder / path.name)
+        if {line["step"] for line in made} != set(range(STEPS)):
+            yield f"{path.stem} made the steps {[line['step'] for line in made]}"
+        for line in made:
+            differ = [key for key in line if line[key] != expected[line["step"]][key]]
+            if differ:
+                yield f"{path.stem}: step {line['step'] + 1} differs in {', '.join(differ)}"
+                break
+
+
+def _recordings(folder: Path, undisturbed: Path) -> Iterator[str]:
+    """Layouts and routing are the undisturbed run's byte for byte; of metrics, all but times."""
+    recorded, expected = folder / "recorded", undisturbed / "recorded"
+    for path in sorted(expected.glob("group-*")):
+        if (recorded / path.name).read_bytes() != path.read_bytes():
+            yield f"{path.name} differs"
+    for path in sorted(expected.glob("metrics-*")):
+        mine, other = read_metrics(recorded / path.name), read_metrics(path)
+        if mine.steps_T.tolist() != list(range(STEPS)):
+            yield f"{path.name} holds the steps {mine.steps_T.tolist()}"
+            continue
+        if (mine.rank_tokens_TLN != other.rank_tokens_TLN).any():
+            yield f"{path.name} differs in tokens"
+        for name in _DETERMINED:
+            if (mine.of_layers[name] != other.of_layers[name]).any():
+                yield f"{path.name} differs in {name}"
+    for path in sorted(recorded.glob("rank-*.json")):
+        # One that is empty is of a rank that was killed before it could write.
+        if path.stat().st_size and not json.loads(path.read_text())["traceEvents"]:
+            yield f"{path.name} holds nothing"
+
+
+def _leftovers(folder: Path, _: Path) -> Iterator[str]:
+    """No temporary file, and no file that somebody holds."""
+    for path in sorted(folder.rglob("*")):
+        if path.name.endswith(".tmp"):
+            yield f"{path.relative_to(folder)} is left"
+        elif path.is_file():
+            with path.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    yield f"{path.relative_to(folder)} is locked"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,189 @@
+"""A job is started again until its last step is made, as torchrun and Slurm would, amid faults.
+
+Where a rank fails, the others are told to end and then killed, as by torchrun. What the outcome
+should be is the business of `checks`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import psutil
+
+from tests.chaos import rank
+from tests.chaos.plans import STEPS, Fault, Plan
+
+# Of one start, an order of magnitude above need.
+_HANG_S = 900.0
+# As torchrun waits, on a busy machine.
+_TERM_S = 60.0
+_POLL_S = 0.02
+# At what else runs: a look walks all processes of the machine.
+_LOOK_S = 0.5
+
+
+@dataclass
+class Outcome:
+    """What is left of a run.
+
+    Attributes:
+        folder: of its files.
+        starts: how each one ended.
+        problem: why it was given up; "" if its last step was made.
+        started: all processes that were seen below its ranks, and the ranks.
+    """
+
+    folder: Path
+    starts: list[str] = field(default_factory=list)
+    problem: str = ""
+    started: set[psutil.Process] = field(default_factory=set)
+
+
+def run_job(plan: Plan, data: str, folder: Path) -> Outcome:
+    """Run it to its end; each start meets one of the faults that are left."""
+    folder.mkdir(parents=True)
+    outcome, faults = Outcome(folder), list(plan.faults)
+    for start in range(len(faults) + 2):
+        fault = faults.pop(0) if faults else None
+        codes = _start(plan, data, outcome, start, fault)
+        made = steps_made(folder)
+        outcome.starts.append(f"{made[-1] + 1 if made else 0}:{','.join(map(str, codes))}")
+        if not any(codes) and made and made[-1] == STEPS - 1:
+            return outcome
+        if outcome.problem:
+            return outcome
+    outcome.problem = f"not ended after {len(outcome.starts)} starts"
+    return outcome
+
+
+def steps_made(folder: Path, of_rank: int = 0) -> list[int]:
+    """The steps that a rank has ended, repeated ones as well, in the order in which it did."""
+    path = folder / f"rank-{of_rank}.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+
+
+def _start(plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | None) -> list[int]:
+    """Start all ranks once, put the fault in, and return how they ended."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_laer.testing.rank_imports"])
+    environment = _environment(plan, start)
+    processes = []
+    last_step = fault.step if fault is not None and fault.is_awaited else None
+    flags, folder = plan.flags(data, str(outcome.folder)), str(outcome.folder)
+    for number in range(plan.variant.ranks):
+        own = environment | {"RANK": str(number), "LOCAL_RANK": str(number)}
+        log = f"{folder}/start-{start}-rank-{number}.log"
+        process = context.Process(
+            target=rank.run, args=(number, flags, folder, log, own, last_step)
+        )
+        process.start()
+        processes.append(process)
+    try:
+        _supervise(processes, outcome, fault)
+    finally:
+        # Only ranks that still run: what others had started has to end by itself.
+        _signal(processes, signal.SIGKILL)
+        for process in processes:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def _supervise(
+    processes: Sequence[ForkServerProcess], outcome: Outcome, fault: Fault | None
+) -> None:
+    began_s = time.monotonic()
+    already = len(steps_made(outcome.folder))
+    due_s, term_s, looked_s = None, None, 0.0
+    while any(process.exitcode is None for process in processes):
+        now_s = time.monotonic()
+        if now_s - looked_s > _LOOK_S:
+            looked_s = now_s
+            outcome.started |= _descendants(processes)
+        if now_s - began_s > _HANG_S:
+            outcome.problem = f"a start had not ended after {_HANG_S:.0f} s"
+            return
+        if fault is not None:
+            made = steps_made(outcome.folder)
+            if due_s is None and (
+                not fault.step or (made[already:] and made[-1] + 1 >= fault.step)
+            ):
+                due_s = now_s + fault.delay_s
+            if due_s is not None and now_s >= due_s:
+                outcome.started |= _descendants(processes)
+                _inject(processes, fault)
+                fault = None
+        failed = any(process.exitcode for process in processes)
+        if failed and term_s is None:
+            term_s = now_s + _TERM_S
+            _signal(processes, signal.SIGTERM)
+        if term_s is not None and now_s > term_s:
+            return
+        time.sleep(_POLL_S)
+
+
+def _inject(processes: Sequence[ForkServerProcess], fault: Fault) -> None:
+    name, who = fault.kind.split()
+    number = signal.Signals[f"SIG{name}"]
+    chosen = processes if who == "all" else [processes[fault.rank]]
+    if fault.kind == "TERM all":
+        _signal(processes, number)  # with all that they started, as Slurm and torchrun do
+        return
+    for process in chosen:
+        # A rank may have ended just now.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
+    if name == "STOP":
+        time.sleep(fault.stopped_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(chosen[0].pid, signal.SIGCONT)
+
+
+def _signal(processes: Sequence[ForkServerProcess], number: int) -> None:
+    for process in processes:
+        if process.exitcode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+                continue
+            # It does not lead its session yet, or has ended just now.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+
+def _descendants(processes: Sequence[ForkServerProcess]) -> set[psutil.Process]:
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            own = psutil.Process(process.pid)
+            found |= {own, *own.children(recursive=True)}
+    return found
+
+
+def _environment(plan: Plan, start: int) -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = {
+        "WORLD_SIZE": str(plan.variant.ranks),
+        "LOCAL_WORLD_SIZE": str(plan.variant.ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONWARNINGS": "ignore",
+    }
+    if not plan.variant.saves:
+        # Without checkpoints only its launcher tells that it is the same run: the fork server.
+        found |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": str(start)}
+    return found

@@ -1,0 +1,118 @@
+"""Which run meets which faults and when: drawn from a seed, so that a seed repeats its faults.
+
+The moment within a step is the machine's, since it depends on how quick its ranks are.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tests.parity.flags import command_line
+
+STEPS, SAVE_EVERY = 18, 4
+
+_WAIT = "--expert-parallel-mode fsep --fsep-late-plan wait"
+_ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
+_LAER = "--fsep-planner laer --fsep-cluster cpu-gloo --fsep-plan-lag 2"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of run: its number of ranks, its flags, and whether it has checkpoints."""
+
+    name: str
+    flags: str
+    ranks: int = 2
+    saves: bool = True
+
+
+VARIANTS = (
+    Variant("greedy, sync", "--fsep-planner greedy"),
+    Variant("greedy, async", f"--fsep-planner greedy {_ASYNC}"),
+    Variant("laer lag 2, sync", _LAER),
+    Variant("laer lag 2, async", f"{_LAER} {_ASYNC}"),
+    Variant("search, forecast, sync", "--fsep-planner search --fsep-plan-mode forecast"),
+    Variant("restored per step, async", f"--fsep-planner greedy --fsep-restore step {_ASYNC}"),
+    Variant("two groups, sync", "--fsep-planner greedy", ranks=4),
+    Variant("no checkpoints", "--fsep-planner greedy", saves=False),
+)
+
+KINDS = ("KILL one", "KILL all", "TERM one", "TERM all", "STOP one")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to the ranks of a job, once.
+
+    Attributes:
+        kind: one of `KINDS`: the signal, and whether one rank gets it or all.
+        rank: which one.
+        step: after whose end, counted from 1; 0 is while the ranks start.
+        delay_s: after that.
+        stopped_s: how long a rank that is stopped waits to be continued.
+        is_awaited: whether ranks go no further than this step until it comes.
+    """
+
+    kind: str
+    rank: int
+    step: int
+    delay_s: float
+    stopped_s: float = 0.0
+    is_awaited: bool = False
+
+    def __str__(self) -> str:
+        who = f"{self.kind.split()[0]} {self.rank}" if self.kind.endswith("one") else self.kind
+        moment = f"after step {self.step}" if self.step else "while starting"
+        return f"{who} {moment} +{self.delay_s:.2f} s"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run: its kind, whether it saves at SIGTERM, and its faults in order of their steps."""
+
+    variant: Variant
+    handles_term: bool
+    faults: tuple[Fault, ...]
+
+    def flags(self, data: str, folder: str) -> list[str]:
+        """The command line of every start; the run's files are in `folder`."""
+        saved = f"{folder}/saved"
+        saves = f"--save {saved} --load {saved} --save-interval {SAVE_EVERY}"
+        handles = "--exit-signal-handler" if self.handles_term else ""
+        recorded = "layouts trace metrics".split()
+        return command_line(
+            data,
+            experts=8,
+            expert_parallel=2,
+            global_batch=4 * self.variant.ranks,
+            steps=STEPS,
+            extra=f"{_WAIT} {self.variant.flags} --fsep-timeline {folder}/recorded "
+            + " ".join(f"--fsep-record-{kind} {folder}/recorded" for kind in recorded)
+            + (f" {saves} {handles}" if self.variant.saves else ""),
+        )
+
+
+def plans(number: int, seed: int) -> Iterator[Plan]:
+    """Draw runs; half of them save at SIGTERM, and half meet their first fault before they save."""
+    draws = random.Random(seed)
+    for index in range(number):
+        variant = VARIANTS[index % len(VARIANTS)]
+        first = draws.choice((0, draws.randrange(1, SAVE_EVERY)))
+        if draws.random() < 0.5:
+            first = draws.randrange(SAVE_EVERY, STEPS - 1)
+        steps = [first, *(draws.randrange(STEPS - 1) for _ in range(draws.randrange(3)))]
+        faults = tuple(_fault(draws, variant, step) for step in steps)
+        yield Plan(variant, variant.saves and draws.random() < 0.57, faults)
+
+
+def _fault(draws: random.Random, variant: Variant, step: int) -> Fault:
+    return Fault(
+        draws.choice(KINDS),
+        draws.randrange(variant.ranks),
+        step,
+        # A start takes seconds, and a step tenths of one.
+        draws.uniform(0.0, 0.3 if step else 4.0),
+        draws.uniform(0.1, 3.0),
+    )

@@ -1,0 +1,71 @@
+"""A rank of a job: forked from a process that has imported Megatron, alone in its session."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+def run(
+    rank: int,
+    flags: list[str],
+    folder: str,
+    log: str,
+    environment: dict[str, str],
+    last_step: int | None,
+) -> None:
+    """Train with these flags; write each step's loss, gradient norm and digest of all weights.
+
+    Args:
+        log: of what it prints.
+        last_step: at whose end, counted from 1, it waits for a signal; None trains on.
+    """
+    os.setsid()
+    threading.Thread(target=_end_with_the_starter, daemon=True).start()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    from megatron_laer.testing.rank_imports import ENVIRONMENT, SET_BY_PREPARE
+
+    os.environ.update(SET_BY_PREPARE | ENVIRONMENT | environment)
+    from megatron.training import training
+
+    from megatron_laer.testing.ranks import share_gloo_device
+    from megatron_laer.testing.training import train
+    from tests.faults.delays import digest
+    from tests.faults.injected import current_step
+
+    share_gloo_device()
+    step, found = training.train_step, {}
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        found["loss"] = float(result[0]["lm loss"]).hex()
+        found["norm"] = float(result[5]).hex()
+        return result
+
+    def tell(model: list[torch.nn.Module]) -> None:
+        line = json.dumps({"step": current_step(), **found, "digest": digest(model)}) + "\n"
+        with Path(folder, f"rank-{rank}.jsonl").open("a") as file:
+            file.write(line)
+        while current_step() + 1 == last_step:
+            signal.pause()
+
+    with mock.patch.object(training, "train_step", observed):
+        train(flags, tell)
+
+
+def _end_with_the_starter() -> None:
+    """End this rank and all of its session when the process that started it is gone."""
+    starter = multiprocessing.parent_process()
+    assert starter is not None
+    starter.join()
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,198 @@
+"""A run that is restarted before its first checkpoint goes on; an unrelated one is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_laer.files import run_mark
+from megatron_laer.files.recording import RecordingFile
+from megatron_laer.telemetry.timeline import Timeline
+from tests.processes import python_path
+
+HEADER, NAME = b"header\n", "group-0.trace"
+REFUSED = "holds the (steps|timeline) of an earlier run, and this run begins at step 0"
+
+
+@pytest.fixture(autouse=True)
+def _no_signs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    run_mark.set_checkpoints(None, None, finetune=False)
+    yield
+    run_mark.set_checkpoints(None, None, finetune=False)
+
+
+def record(folder: Path, first_step: int, steps: range) -> int | None:
+    """Go on in the folder, and write a line of one digit for each step."""
+    file = RecordingFile(folder / NAME, HEADER)
+    try:
+        lines = (folder / NAME).read_bytes()[len(HEADER) :].split()
+        ends = [(int(line), len(HEADER) + 2 * (n + 1)) for n, line in enumerate(lines)]
+        last = file.go_on(first_step, ends)
+        for step in steps:
+            file.append(b"%d\n" % step)
+    finally:
+        file.close()
+    return last
+
+
+def resumed_from(folder: Path | None) -> None:
+    """Be a run that saves to this folder and loads from it."""
+    saved = folder and str(folder)
+    run_mark.set_checkpoints(saved, saved, finetune=False)
+
+
+def test_a_restart_moves_the_steps_before_the_first_checkpoint_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    resumed_from(tmp_path / "saved")
+    record(tmp_path, 0, range(3))
+    for attempt in (1, 2):
+        assert record(tmp_path, 0, range(2)) is None
+        assert len(caplog.records) == attempt and "from step 0 on has been moved" in caplog.text
+    assert (tmp_path / NAME).read_bytes() == HEADER + b"0\n1\n"
+    assert (tmp_path / "group-0.cut-from-0.trace").read_bytes() == HEADER + b"0\n1\n2\n"
+    assert (tmp_path / "group-0.cut-from-0.2.trace").read_bytes() == HEADER + b"0\n1\n"
+
+
+def test_the_same_folder_by_another_name_is_the_same_run(tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "link").symlink_to("saved")
+    resumed_from(tmp_path / "saved")
+    record(tmp_path, 0, range(3))
+    resumed_from(tmp_path / "link" / ".")
+    record(tmp_path, 0, range(1))
+    assert (tmp_path / NAME).read_bytes() == HEADER + b"0\n"
+
+
+@pytest.mark.parametrize("before", ["saved", None], ids=["another run", "a run without signs"])
+@pytest.mark.parametrize("now", ["other", None], ids=["other checkpoints", "no checkpoints"])
+def test_an_unrelated_run_is_refused_however_often_it_is_restarted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None, now: str | None
+) -> None:
+    resumed_from(before and tmp_path / before)
+    record(tmp_path, 0, range(3))
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    resumed_from(now and tmp_path / now)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for restart in range(3):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
+        with pytest.raises(ValueError, match=REFUSED):
+            record(tmp_path, 0, range(3))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_ranks_that_one_launcher_starts_again_are_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    record(tmp_path, 0, range(3))
+    record(tmp_path, 0, range(1))
+    assert (tmp_path / NAME).read_bytes() == HEADER + b"0\n"
+    # A process with the same environment, and this one for its launcher.
+    program = (
+        "from pathlib import Path; from megatron_laer.files import run_mark;"
+        f"print(run_mark.is_of_this_run(Path({str(tmp_path / NAME)!r})))"
+    )
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    command = [sys.executable, "-c", program]
+    assert subprocess.check_output(command, env=environment, text=True) == "False\n"
+
+
+def test_the_last_run_that_wrote_is_the_one_that_may_restart(tmp_path: Path) -> None:
+    resumed_from(tmp_path / "first")
+    record(tmp_path, 0, range(3))
+    resumed_from(tmp_path / "second")
+    record(tmp_path, 2, range(2, 4))  # resumed from a copy of the first one's checkpoints
+    resumed_from(tmp_path / "first")
+    with pytest.raises(ValueError, match=REFUSED):
+        record(tmp_path, 0, range(1))
+    # A run without signs takes the mark away.
+    resumed_from(None)
+    record(tmp_path, 3, range(3, 4))
+    assert not (tmp_path / f".{NAME}.run").exists()
+
+
+@pytest.mark.parametrize(
+    ("load", "save", "finetune"),
+    [("saved", "saved", True), ("given", "saved", False), ("saved", None, False)],
+    ids=["fine-tuned anew at each start", "loaded from elsewhere", "not saved"],
+)
+def test_a_run_that_would_not_go_on_from_its_own_checkpoints_is_refused(
+    tmp_path: Path, load: str, save: str | None, finetune: bool
+) -> None:
+    run_mark.set_checkpoints(load, save, finetune=finetune)
+    record(tmp_path, 0, range(3))
+    with pytest.raises(ValueError, match=REFUSED):
+        record(tmp_path, 0, range(3))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00" * 100, b"x" * 2000, None])
+def test_a_damaged_mark_is_none(tmp_path: Path, content: bytes | None) -> None:
+    resumed_from(tmp_path / "saved")
+    record(tmp_path, 0, range(3))
+    mark = tmp_path / f".{NAME}.run"
+    if content is None:
+        mark.unlink()
+        mark.mkdir()
+    else:
+        mark.write_bytes(content)
+    with pytest.raises(ValueError, match=REFUSED):
+        record(tmp_path, 0, range(1))
+
+
+def test_a_mark_says_no_path(tmp_path: Path) -> None:
+    resumed_from(tmp_path / "secret")
+    record(tmp_path, 0, range(1))
+    assert "secret" not in (tmp_path / f".{NAME}.run").read_text()
+
+
+class Clock:
+    """A clock of the host that stands still."""
+
+    def now(self) -> float:
+        """Return the time."""
+        return 0.0
+
+    def catch_up(self) -> None:
+        """Do nothing."""
+
+    def seconds(self, start: float, end: float) -> float:
+        """Return the time between."""
+        return end - start
+
+
+def run_with_timeline(path: Path, steps: int) -> None:
+    timeline = Timeline(path, 0, Clock(), lambda _: lambda: None, 0)
+    for step in range(steps):
+        timeline.begin_step(step)
+        timeline.end_step(step)
+    timeline.close()
+
+
+def test_a_restart_moves_its_timeline_aside_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "rank-0.json"
+    resumed_from(tmp_path / "saved")
+    run_with_timeline(path, 9)
+    first = path.read_bytes()
+    run_with_timeline(path, 9)
+    assert (tmp_path / "rank-0.cut-from-0.json").read_bytes() == first
+    assert json.loads(path.read_text())["traceEvents"]
+    assert "has been moved to rank-0.cut-from-0.json" in caplog.text
+    resumed_from(tmp_path / "other")
+    with pytest.raises(ValueError, match=REFUSED):
+        run_with_timeline(path, 9)
+
+
+def test_a_run_too_short_for_a_timeline_leaves_nothing(tmp_path: Path) -> None:
+    resumed_from(tmp_path / "saved")
+    run_with_timeline(tmp_path / "rank-0.json", 1)
+    assert os.listdir(tmp_path) == []
