@@ -102,7 +102,7 @@ def test_what_is_not_in_dist_is_asked_for(command: str, what: str, checkout: Pat
     assert f"dist has 0 files {what}" in result.stderr
 
 
-def test_publishing_uploads_to_the_index_and_the_release_page_has_the_changes(checkout: Path) -> None:
+def test_the_index_gets_the_files_and_the_release_page_the_changes(checkout: Path) -> None:
     date(checkout, f"## {VERSION} (2026-12-31)")
     changes = checkout / "CHANGELOG.md"
     changes.write_text(f"{changes.read_text()}\n## 0.0.1 (2025-12-31)\n\n- Older.\n")
