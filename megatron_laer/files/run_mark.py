@@ -5,8 +5,8 @@ unrelated one that is given the same folder by mistake. Two signs tell that it i
 
 - it saves to and loads from the same folder of checkpoints, so that a restart goes on with it;
 - the same process launched its ranks, as torchrun does when it starts them again. torchrun's count
-  of restarts is no sign, since a run that is refused is started again as well; nor is its run id,
-  which people write into their scripts.
+  of restarts is no sign, since a run that is refused is started again as well; nor is its run id
+  alone, which people write into their scripts.
 
 Knows no format of a recording. A run without signs leaves no mark, and is refused as unrelated.
 """
@@ -68,9 +68,10 @@ def _signs() -> set[str]:
     found = []
     if _checkpoints is not None:
         found.append(f"checkpoints {_checkpoints}")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    if launch is not None:
         with contextlib.suppress(OSError):  # no Linux, or a /proc that is hidden
-            found.append(f"launcher {_process(os.getppid())}")
+            found.append(f"launcher {_process(os.getppid())} {launch}")
     return {hashlib.sha256(os.fsencode(sign)).hexdigest() for sign in found}
 
 

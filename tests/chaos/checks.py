@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_laer.telemetry.metrics_file import read_metrics
 from tests.chaos.job import Outcome
-from tests.chaos.plans import STEPS, Plan
+from tests.chaos.plans import Plan
 from tests.processes import outlive
 
 # What a recording of metrics holds of layers that no clock enters.
@@ -23,7 +23,9 @@ def problems(plan: Plan, outcome: Outcome, undisturbed: Path) -> list[str]:
     if outcome.problem:
         return [outcome.problem]
     checks = (_steps, _recordings, _leftovers)
-    found = [problem for check in checks for problem in check(outcome.folder, undisturbed)]
+    found = [
+        problem for check in checks for problem in check(outcome.folder, undisturbed, plan.steps)
+    ]
     orphans = outlive(process.pid for process in outcome.started if process.is_running())
     return found + [f"process {pid} is left" for pid in orphans]
 
@@ -34,12 +36,12 @@ def cut_from(folder: Path) -> list[int]:
     return sorted(int(name.split(_CUT)[1].split(".")[0]) for name in names)
 
 
-def _steps(folder: Path, undisturbed: Path) -> Iterator[str]:
+def _steps(folder: Path, undisturbed: Path, steps: int) -> Iterator[str]:
     """Every step of every start is the undisturbed run's, to the last bit."""
     for path in sorted(undisturbed.glob("rank-*.jsonl")):
         expected = {line["step"]: line for line in _lines(path)}
         made = _lines(folder / path.name)
-        if {line["step"] for line in made} != set(range(STEPS)):
+        if {line["step"] for line in made} != set(range(steps)):
             yield f"{path.stem} made the steps {[line['step'] for line in made]}"
         for line in made:
             differ = [key for key in line if line[key] != expected[line["step"]][key]]
@@ -48,7 +50,7 @@ def _steps(folder: Path, undisturbed: Path) -> Iterator[str]:
                 break
 
 
-def _recordings(folder: Path, undisturbed: Path) -> Iterator[str]:
+def _recordings(folder: Path, undisturbed: Path, steps: int) -> Iterator[str]:
     """Layouts and routing are the undisturbed run's byte for byte; of metrics, all but times."""
     recorded, expected = folder / "recorded", undisturbed / "recorded"
     for path in sorted(expected.glob("group-*")):
@@ -56,7 +58,7 @@ def _recordings(folder: Path, undisturbed: Path) -> Iterator[str]:
             yield f"{path.name} differs"
     for path in sorted(expected.glob("metrics-*")):
         mine, other = read_metrics(recorded / path.name), read_metrics(path)
-        if mine.steps_T.tolist() != list(range(STEPS)):
+        if mine.steps_T.tolist() != list(range(steps)):
             yield f"{path.name} holds the steps {mine.steps_T.tolist()}"
             continue
         if (mine.rank_tokens_TLN != other.rank_tokens_TLN).any():
@@ -70,7 +72,7 @@ def _recordings(folder: Path, undisturbed: Path) -> Iterator[str]:
             yield f"{path.name} holds nothing"
 
 
-def _leftovers(folder: Path, _: Path) -> Iterator[str]:
+def _leftovers(folder: Path, *_: object) -> Iterator[str]:
     """No temporary file, and no file that somebody holds."""
     for path in sorted(folder.rglob("*")):
         if path.name.endswith(".tmp"):

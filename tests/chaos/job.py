@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from tests.chaos import rank
-from tests.chaos.plans import STEPS, Fault, Plan
+from tests.chaos.plans import Fault, Plan
 
 # Of one start, an order of magnitude above need.
 _HANG_S = 900.0
@@ -58,7 +58,7 @@ def run_job(plan: Plan, data: str, folder: Path) -> Outcome:
         codes = _start(plan, data, outcome, start, fault)
         made = steps_made(folder)
         outcome.starts.append(f"{made[-1] + 1 if made else 0}:{','.join(map(str, codes))}")
-        if not any(codes) and made and made[-1] == STEPS - 1:
+        if not any(codes) and made and made[-1] == plan.steps - 1:
             return outcome
         if outcome.problem:
             return outcome

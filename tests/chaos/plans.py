@@ -70,11 +70,12 @@ class Fault:
 
 @dataclass(frozen=True)
 class Plan:
-    """One run: its kind, whether it saves at SIGTERM, and its faults in order of their steps."""
+    """One run: its kind, whether it saves at SIGTERM, its faults one after the other, its steps."""
 
     variant: Variant
     handles_term: bool
     faults: tuple[Fault, ...]
+    steps: int = STEPS
 
     def flags(self, data: str, folder: str) -> list[str]:
         """The command line of every start; the run's files are in `folder`."""
@@ -87,7 +88,7 @@ class Plan:
             experts=8,
             expert_parallel=2,
             global_batch=4 * self.variant.ranks,
-            steps=STEPS,
+            steps=self.steps,
             extra=f"{_WAIT} {self.variant.flags} --fsep-timeline {folder}/recorded "
             + " ".join(f"--fsep-record-{kind} {folder}/recorded" for kind in recorded)
             + (f" {saves} {handles}" if self.variant.saves else ""),

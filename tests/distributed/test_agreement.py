@@ -43,7 +43,7 @@ def refusals(
     """The one error that every rank of the world raises before its first step."""
     raised = pool.run_raw(train_with_other_rank, flags, rank, others.split(), numpy)
     assert all(isinstance(result, Raised) for result in raised)
-    assert {result.type_name for result in raised} == {"ValueError"}
+    assert {result.type_name for result in raised} == {"RefusedError"}
     (message,) = {result.message for result in raised}
     return str(message)
 

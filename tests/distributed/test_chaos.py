@@ -21,13 +21,14 @@ RUNS = 40
 def test_a_run_killed_before_its_first_checkpoint_goes_on_by_itself(
     text_data: str, tmp_path: Path
 ) -> None:
+    steps = SAVE_EVERY + 1
     killed = Fault("KILL all", 0, SAVE_EVERY - 1, 0.0, is_awaited=True)
-    whole = run_job(Plan(VARIANTS[0], False, ()), text_data, tmp_path / "whole")
+    whole = run_job(Plan(VARIANTS[0], False, (), steps), text_data, tmp_path / "whole")
     assert not whole.problem
-    plan = Plan(VARIANTS[0], False, (killed,))
+    plan = Plan(VARIANTS[0], False, (killed,), steps)
     outcome = run_job(plan, text_data, tmp_path / "killed")
     assert problems(plan, outcome, whole.folder) == []
-    assert outcome.starts == [f"{SAVE_EVERY - 1}:-9,-9", "18:0,0"]
+    assert outcome.starts == [f"{SAVE_EVERY - 1}:-9,-9", f"{steps}:0,0"]
     assert cut_from(outcome.folder) == [0]
 
 
