@@ -116,6 +116,13 @@ KINDS = (
         "give a value that it allows",
     ),
     Kind(
+        "Settings of a Slurm job",
+        ("recipes/job.py",),
+        "One line of `scripts/slurm/pretrain.sbatch`, and status 2, before its nodes do any work: "
+        "[slurm.md](slurm.md).",
+        "set what it names",
+    ),
+    Kind(
         "check-recipe",
         ("cli/check_recipe.py", "recipes/"),
         "One line, and status 2: [recipes.md](recipes.md).",

@@ -38,6 +38,8 @@ SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
     "report.md": ON_TWO_CPU_RANKS | SHORT,
     # The batch script's own tests run it in a Slurm; here it prints what it would start.
     "slurm.md": {
+        # The package that it needs is installed by the page alone.
+        "TOKENIZER=/data/tokenizer": "TOKENIZER=bytes",
         "/data/": "data/",
         # Outside of Slurm, which has pyxis, it is refused.
         "CONTAINER_IMAGE=/images/pytorch.sqsh CONTAINER_MOUNTS=/data:/data ": "",
@@ -62,9 +64,12 @@ BEFORE = {
             --num-workers 0 \\
             --expert-model-parallel-size 2 --expert-parallel-mode fsep
     """,
-    "slurm.md": "mkdir -p data/tokenizer; echo A corpus. >corpus.txt",
+    "slurm.md": "mkdir -p data; echo A corpus. >corpus.txt",
 }
-INSTALLS = ("./scripts/quickstart.sh", "./scripts/test.sh", "scripts/environment.sh", "apt-get ")
+INSTALLS = (
+    *("./scripts/quickstart.sh", "./scripts/test.sh", "scripts/environment.sh", "apt-get "),
+    ".venv/bin/python -m pip ",
+)
 # Of other projects, which are not on the package index or need more than a CPU.
 NOT_OURS = ("scripts/conversion/convert.sh", "from megatron.bridge", "git apply")
 # By another test, with ranks.

@@ -273,7 +273,7 @@ def test_the_slurm_script_starts(install: Install, place: str, tmp_path: Path) -
         port = free.getsockname()[1]
     script = install.checkout / "scripts" / "slurm" / "pretrain.sbatch"
     result = run(
-        ["bash", script, "--", "--expert-parallel-mode", "none"],
+        ["bash", script, "--", "--expert-parallel-mode", "standard", "--no-such-flag"],
         cwd,
         PYTHON=str(install.environment.python),
         MODEL="tiny-moe",
@@ -284,7 +284,7 @@ def test_the_slurm_script_starts(install: Install, place: str, tmp_path: Path) -
     )
     # Its rank comes as far as `starts` does, and fails.
     assert result.returncode == 1, result.stderr
-    assert "argument --expert-parallel-mode: invalid choice: 'none'" in result.stderr
+    assert "unrecognized arguments: --no-such-flag" in result.stderr
     # What is installed, in all of its processes, though they run a script of the checkout.
     packages, cores = zip(*imported(log), strict=True)
     assert {*packages} == {install.package}

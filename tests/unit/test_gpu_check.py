@@ -289,6 +289,9 @@ def test_a_job_runs_the_check_on_all_cards_of_its_nodes(
     [
         ({"SLURM_JOB_ID": ""}, "this is no Slurm job; submit it with sbatch"),
         ({"SLURM_GPUS_PER_NODE": ""}, "the job has '' GPUs per node, which is no number"),
+        ({"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID=x is no number of a job"),
+        ({"SLURM_JOB_NUM_NODES": "many"}, "SLURM_JOB_NUM_NODES=many is no number of nodes"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no whole number in 1024..65535"),
     ],
 )
 def test_a_job_that_lacks_something_is_refused(

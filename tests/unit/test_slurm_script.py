@@ -47,12 +47,15 @@ def value_of(flag, command):
     return command[len(command) - command[::-1].index(flag)]
 
 
-def test_the_slurm_script_starts_a_launcher_per_node_and_meets_on_the_first(fake_slurm):
+def test_the_slurm_script_starts_a_launcher_per_node_and_meets_on_the_first(fake_slurm, tmp_path):
+    (tmp_path / "transformers.py").touch()
+    (tmp_path / "tokenizer.json").touch()
     command = slurm_command(
         **fake_slurm,
+        PYTHONPATH=f"{processes.python_path()}:{tmp_path}",
         MODEL="mixtral-8x7b-e8k2",
         DATA_PREFIX="/data/text",
-        TOKENIZER="/data/tokenizer",
+        TOKENIZER=str(tmp_path),
         CAPACITY="2",
         DATA_CACHE="/shared/cache",
     )
@@ -65,7 +68,7 @@ def test_the_slurm_script_starts_a_launcher_per_node_and_meets_on_the_first(fake
     assert value_of("--expert-model-parallel-size", command) == "24"
     assert value_of("--fsep-capacity", command) == "2"
     assert value_of("--num-layers", command) == "32"
-    assert value_of("--tokenizer-model", command) == "/data/tokenizer"
+    assert value_of("--tokenizer-model", command) == str(tmp_path)
     assert value_of("--data-cache-path", command) == "/shared/cache"
 
 
@@ -104,6 +107,12 @@ def test_options_of_srun_whose_value_may_be_left_out_have_none_as_a_word(fake_sl
         ({"SLURM_GPUS_PER_NODE": "", "SLURM_GPUS_ON_NODE": "3"}, "3", None),
         ({"SLURM_GPUS_PER_NODE": ""}, "8", "GPUS_PER_NODE=8 is assumed"),
         ({"SLURM_CPUS_ON_NODE": "1"}, "8", "8 ranks per node share 1 CPUs"),
+        (
+            {"SLURM_GPUS_PER_NODE": "0", "SLURM_GPUS_ON_NODE": "2", "GPUS_PER_NODE": "1"}
+            | {"MEGATRON_LAER_DEVICE": "cpu"},
+            "1",
+            None,
+        ),
     ],
 )
 def test_ranks_per_node_are_the_gpus_that_were_asked_for(fake_slurm, environment, ranks, said):
@@ -133,7 +142,7 @@ def test_a_checkpoint_is_saved_to_and_loaded_from_and_signals_save(tmp_path):
     assert not folder.exists()
 
 
-def test_both_modes_are_two_runs_with_ports_and_folders_of_their_own():
+def test_both_modes_are_two_runs_with_ports_and_folders_of_their_own(tmp_path):
     words = "-- --fsep-late-plan wait --lr 3e-4 --fsep-plan-lag=2 --seed 5".split()
     result = shell(
         *(_SBATCH, *words),
@@ -142,15 +151,15 @@ def test_both_modes_are_two_runs_with_ports_and_folders_of_their_own():
         MODEL="tiny-moe",
         DATA_PREFIX="/data",
         MODE="both",
-        CHECKPOINT="/run",
+        CHECKPOINT=str(tmp_path),
         CAPACITY="3",
     )
     fsep, standard = map(shlex.split, result.stdout.splitlines())
     assert value_of("--expert-parallel-mode", fsep) == "fsep"
     assert value_of("--expert-parallel-mode", standard) == "standard"
     assert (value_of("--load", fsep), value_of("--load", standard)) == (
-        "/run/fsep",
-        "/run/standard",
+        f"{tmp_path}/fsep",
+        f"{tmp_path}/standard",
     )
     # Flags of FSEP are for one of them, and would be refused in the other.
     assert fsep[-9:] == ["--fsep-capacity", "3", *words[1:]]
@@ -179,17 +188,38 @@ MODEL_AND_DATA = {"MODEL": "tiny-moe", "DATA_PREFIX": "/data"}
         ("", {"MODEL": "huge", "DATA_PREFIX": "/data"}, "unknown model 'huge'"),
         ("", {**MODEL_AND_DATA, "MODE": "foo"}, "MODE=foo is none of fsep, standard, both"),
         *(
-            ("", {**MODEL_AND_DATA, name: value}, f"{name}={value} is no whole number of at least")
-            for name, value in {
-                "GPUS_PER_NODE": "abc",
-                "EP_SIZE": "0",
-                "CAPACITY": "1.5",
-                "MASTER_PORT": "80",
-                "MARGIN_MIN": "-1",
-                "MAX_REQUEUES": "08",
-                "MAX_RESTARTS": "1" + "0" * 20,
-            }.items()
+            ("", {**MODEL_AND_DATA, name: value}, f"{name}={value} is no whole number in {range}\n")
+            for name, value, range in [
+                ("GPUS_PER_NODE", "abc", "1..9999"),
+                ("EP_SIZE", "0", "1..999999"),
+                ("CAPACITY", "1.5", "1..999999"),
+                ("CAPACITY", "1000000000", "1..999999"),
+                ("MASTER_PORT", "80", "1024..65535"),
+                ("MASTER_PORT", "70000", "1024..65535"),
+                ("MARGIN_MIN", "-1", "0..525600"),
+                ("MAX_REQUEUES", "08", "0..999999"),
+                ("MAX_RESTARTS", "1" + "0" * 20, "0..1000"),
+                ("OMP_NUM_THREADS", "abc", "1..1024"),
+                ("CUDA_DEVICE_MAX_CONNECTIONS", "abc", "1..32"),
+                ("SLURM_JOB_NUM_NODES", "many", "1..999999"),
+                ("SLURM_JOB_END_TIME", "soon", "0..99999999999"),
+            ]
         ),
+        ("", {**MODEL_AND_DATA, "SLURM_GPUS_ON_NODE": "08"}, "'08' GPUs per node, which is no"),
+        ("", {**MODEL_AND_DATA, "MAX_RESTARTS": "5\x1b[2J"}, "MAX_RESTARTS=5?[2J is no whole"),
+        (
+            "",
+            {**MODEL_AND_DATA, "MODE": "both", "MASTER_PORT": "65535"},
+            "MASTER_PORT=65535 is no whole number in 1024..65534\n",
+        ),
+        ("", {**MODEL_AND_DATA, "EP_SIZE": "16"}, "must be at most the number of ranks, 8"),
+        (
+            "",
+            {**MODEL_AND_DATA, "CAPACITY": "100000"},
+            "(EP_SIZE sets --expert-model-parallel-size",
+        ),
+        ("word", MODEL_AND_DATA, "'word' is no flag of Megatron's"),
+        ("", {**MODEL_AND_DATA, "MODEL": "--help"}, "unknown model '--help'"),
         ("", {**MODEL_AND_DATA, "MAX_RESTARTS": "1"}, "set CHECKPOINT as well"),
         ("--save x", {**MODEL_AND_DATA, "CHECKPOINT": "/run"}, "leave --save out"),
         ("--load=x", {**MODEL_AND_DATA, "CHECKPOINT": "/run"}, "--pretrained-checkpoint"),
@@ -197,6 +227,7 @@ MODEL_AND_DATA = {"MODEL": "tiny-moe", "DATA_PREFIX": "/data"}
         ("--train-samples=8", MODEL_AND_DATA, "counted in steps; give --train-iters"),
         ("", {**MODEL_AND_DATA, "SCRIPT": "/no/such.py"}, "SCRIPT=/no/such.py is no file"),
         ("", {**MODEL_AND_DATA, "PYTHON": "/no/python"}, "no Python at /no/python: run "),
+        ("", {**MODEL_AND_DATA, "PYTHON": "/bin/false"}, "/bin/false does not run Python"),
         ("", {**MODEL_AND_DATA, "CONTAINER_IMAGE": "x"}, "CONTAINER_IMAGE=x needs Slurm"),
         ("", {**MODEL_AND_DATA, "DRY_RUN": ""}, "DATA_PREFIX=/data is no dataset: /data.idx"),
     ],
@@ -240,38 +271,19 @@ def test_the_repository_is_found_from_a_job_and_also_from_a_task_of_an_array(
     assert str(_ROOT / "pretrain_gpt.py") in shlex.split(result.stdout), result.stderr
 
 
-def test_a_checkpoint_of_another_model_is_not_loaded(tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "latest_checkpointed_iteration.txt").write_text("20")
-    (run / "slurm-run.txt").write_text("job=7\nname=first\nmodel=other\nmode=fsep\ndata=/d\n")
-    (tmp_path / "text.idx").touch()
-    settings = {"MODEL": "tiny-moe", "DATA_PREFIX": str(tmp_path / "text")}
-    result = shell(_SBATCH, PYTHON=sys.executable, CHECKPOINT=str(run), **settings)
-    assert result.returncode == 2
-    assert (
-        f"{run} holds step 20 of job 7 (first, MODEL=other, MODE=fsep), and this job has "
-        "MODEL=tiny-moe; give another CHECKPOINT" in result.stderr
-    )
-    assert "job=7" in (run / "slurm-run.txt").read_text()
-
-
 @pytest.mark.parametrize(
     ("name", "folder", "message"),
     [
-        ("CHECKPOINT", "/dev/null/run", "cannot be made"),
-        ("CHECKPOINT", "/proc/self", "cannot be written to"),
-        ("LOG_DIR", "/dev/null/logs", "cannot be made"),
+        ("CHECKPOINT", "/dev/null/run", "'/dev/null' is no folder; give"),
+        ("CHECKPOINT", "/proc/self", "'/proc/self' cannot be written to"),
+        ("LOG_DIR", "/dev/null", "'/dev/null' is no folder; give"),
     ],
 )
-def test_a_folder_that_cannot_be_used_is_named_before_anything_starts(
-    tmp_path, name, folder, message
-):
-    (tmp_path / "text.idx").touch()
-    settings = {"MODEL": "tiny-moe", "DATA_PREFIX": str(tmp_path / "text"), name: folder}
-    result = shell(_SBATCH, PYTHON=sys.executable, **settings)
+def test_a_folder_that_cannot_be_used_is_named_before_anything_starts(name, folder, message):
+    result = shell(_SBATCH, PYTHON=sys.executable, DRY_RUN="1", **MODEL_AND_DATA, **{name: folder})
     assert result.returncode == 2
-    assert result.stderr.endswith(f"pretrain.sbatch: {name}={folder} {message}\n")
+    assert result.stderr.startswith(f"pretrain.sbatch: {name} '{folder}': ")
+    assert message in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,206 @@
+"""Jobs that share a CHECKPOINT: one trains at a time, and the log says whose step it begins from.
+
+The batch script's functions run with replacements of squeue and scontrol: a job runs while a file
+has its number.
+"""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parents[2]
+_SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
+
+# The script's functions without their call. Nobody waits for ten seconds here.
+_FUNCTIONS = f"""
+source <(sed '$d' {shlex.quote(str(_SBATCH))})
+MODEL=tiny-moe DATA_PREFIX=/data CHECKPOINT=run mode=fsep modes=(fsep)
+scontrol() {{ echo "JobId=$SLURM_JOB_ID"; }}
+sleep() {{ echo slept >>slept; }}
+squeue() {{
+    [[ ! -e squeue ]] || eval "$(<squeue)"
+    local job=${{*: -1}}
+    cat "known.$job" 2>/dev/null && return
+    echo "slurm_load_jobs error: Invalid job id specified" >&2
+    return 1
+}}
+claim() {{
+    SLURM_JOB_ID=$1
+    checkpoint=$2
+    claim_checkpoint
+    echo "$1" >>"$2.won"
+}}
+"""
+
+
+def run(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    return subprocess.run(
+        ["bash", "-c", _FUNCTIONS + text],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def claim(folder: Path, job: int, **settings: str) -> subprocess.CompletedProcess[str]:
+    """One job claims the folder `run`, and then runs; `settings` are variables of the script."""
+    (folder / f"known.{job}").write_text("RUNNING\n")
+    set_here = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
+    return run(folder, f"{set_here}\nclaim {job} run")
+
+
+def end(folder: Path, job: int, step: int | None = None) -> None:
+    """A job ends after it has saved this step."""
+    (folder / f"known.{job}").write_text("")
+    if step is not None:
+        (folder / "run" / "latest_checkpointed_iteration.txt").write_text(str(step))
+
+
+# A folder is new; or the claim is of a job that has ended, which Slurm knows or not; or of a script
+# that made no links; or of one of the two itself, which was requeued.
+_BEFORE = """
+case $((pair % 5)) in
+    1) (claim 1 "$folder") 2>>log ;;
+    2) (claim 2 "$folder") 2>>log ;;
+    3) mkdir "$folder" && echo job=1 >"$folder/slurm-run.txt" ;;
+    4) (claim $((1000 + pair)) "$folder") 2>>log ;;
+esac
+"""
+
+
+def test_of_two_jobs_at_once_exactly_one_takes_a_folder(tmp_path: Path) -> None:
+    pairs = 40
+    (tmp_path / "known.2").touch()
+    result = run(
+        tmp_path,
+        f"""
+        for ((pair = 0; pair < {pairs}; pair++)); do
+            folder=folder$pair
+            {_BEFORE}
+            rm -f "$folder.won"
+            for job in $((1000 + pair)) $((2000 + pair)); do
+                echo RUNNING >"known.$job"
+                (until [[ -e go$pair ]]; do :; done; claim "$job" "$folder") 2>>log &
+            done
+            >"go$pair"
+            wait
+        done""",
+    )
+    assert result.returncode == 0, result.stderr
+    winners = [
+        [int(job) for job in (tmp_path / f"folder{pair}.won").read_text().split()]
+        for pair in range(pairs)
+    ]
+    assert [len(jobs) for jobs in winners] == [1] * pairs
+    log = (tmp_path / "log").read_text()
+    assert log.count("is in use by job ") == pairs
+    for pair, (winner,) in enumerate(winners):
+        assert f"job={winner}\n" in (tmp_path / f"folder{pair}" / "slurm-run.txt").read_text()
+
+
+def test_a_running_job_is_refused_to_another_and_its_requeue_finds_it(tmp_path: Path) -> None:
+    assert claim(tmp_path, 7).returncode == 0
+    refused = claim(tmp_path, 8)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "pretrain.sbatch: run is in use by job 7 (without Slurm, MODEL=tiny-moe, MODE=fsep); give "
+        "this job another CHECKPOINT\n"
+    )
+    end(tmp_path, 7, step=4)
+    again = claim(tmp_path, 7, SLURM_RESTART_COUNT="1")
+    assert "run holds step 4 of this job, as it was before restart 1" in again.stderr
+    assert claim(tmp_path, 8).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (
+            "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; return 1",
+            "squeue says 'slurm_load_jobs error: Unable to contact slurm controller'",
+        ),
+        ("return 127", "squeue says ''"),
+        ("echo COMPLETING; return", "squeue says 'COMPLETING'"),
+    ],
+    ids=["squeue fails", "no squeue", "the job is ending"],
+)
+def test_a_job_waits_and_then_refuses_what_squeue_does_not_say_is_free(
+    tmp_path: Path, answer: str, said: str
+) -> None:
+    assert claim(tmp_path, 7).returncode == 0
+    (tmp_path / "squeue").write_text(answer)
+    refused = claim(tmp_path, 8)
+    assert refused.returncode == 2
+    assert f"run may be in use by job 7 (without Slurm, MODEL=tiny-moe, MODE=fsep): {said}" in (
+        refused.stderr
+    )
+    assert "if that job has ended, remove run/slurm-claims" in refused.stderr
+    assert (tmp_path / "slept").read_text().count("slept") > 5
+    # It answers while somebody waits.
+    end(tmp_path, 7)
+    (tmp_path / "squeue").write_text(f"[[ -e asked ]] || {{ >asked; {answer}; }}")
+    assert claim(tmp_path, 9).returncode == 0
+
+
+def test_a_step_is_of_the_job_that_saved_it_and_not_of_one_that_began_there(tmp_path: Path) -> None:
+    claim(tmp_path, 5, MODEL="tiny-moe", SLURM_JOB_NAME="first")
+    end(tmp_path, 5, step=40)
+    whose = "run holds step 40 of job 5 (first, MODEL=tiny-moe, MODE=fsep); the run goes on from it"
+    for job in (6, 7):  # which fail while they load
+        assert whose in claim(tmp_path, job, mode="standard", SLURM_JOB_NAME="O1").stderr
+        end(tmp_path, job)
+    other = claim(tmp_path, 8, MODEL="other")
+    assert other.returncode == 2
+    assert (
+        "run holds step 40 of job 5 (first, MODEL=tiny-moe, MODE=fsep), and this job has "
+        "MODEL=other; give another CHECKPOINT, or remove run/slurm-run.txt if it is the same model"
+    ) in other.stderr
+    end(tmp_path, 8)
+    claim(tmp_path, 9, SLURM_JOB_NAME="last")
+    end(tmp_path, 9, step=50)
+    assert "run holds step 50 of job 9 (last, " in claim(tmp_path, 10).stderr
+
+
+def test_a_checkpoint_of_another_script_is_gone_on_from(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    end(tmp_path, 1, step=3)
+    assert "step 3 of a run that was not started by this script" in claim(tmp_path, 7).stderr
+    # As earlier releases of the script wrote it.
+    old = "job=5\nname=first\nmodel=tiny-moe\nmode=fsep\ndata=/d\n"
+    (tmp_path / "run" / "slurm-run.txt").write_text(old)
+    end(tmp_path, 7)
+    assert "step 3 of job 5 (first, MODEL=tiny-moe, MODE=fsep)" in claim(tmp_path, 8).stderr
+
+
+def test_claims_do_not_pile_up(tmp_path: Path) -> None:
+    for job in range(1, 12):
+        assert claim(tmp_path, job).returncode == 0
+        end(tmp_path, job)
+    left = sorted((tmp_path / "run" / "slurm-claims").iterdir(), key=lambda path: int(path.name))
+    assert [path.name for path in left] == [str(number) for number in range(4, 12)]
+    assert left[-1].readlink() == Path("11")
+
+
+@pytest.mark.parametrize(
+    ("status", "before", "goes_on"),
+    [(143, False, True), (137, False, True), (1, False, False), (143, True, False)],
+)
+def test_a_step_that_slurm_ended_is_made_again_once(
+    tmp_path: Path, status: int, before: bool, goes_on: bool
+) -> None:
+    if before:
+        claim(tmp_path, 7)
+    result = run(
+        tmp_path,
+        f"""
+        >known.7
+        claim 7 run
+        is_requeued_after {status} && echo again || echo no""",
+    )
+    assert result.stdout == ("again\n" if goes_on else "no\n")
