@@ -194,7 +194,9 @@ def announce_routing(counts_MLE: Any) -> None:
     Args:
         counts_MLE: tokens of this rank for each expert, integers [M, L, E] in a tensor, an array or
             lists: M microbatches of the step, L MoE layers of this rank, of one model chunk after
-            the other. Of top-k indices it is `torch.bincount(indices.flatten(), minlength=E)`.
+            the other. Of top-k indices [T, K] it is
+            `indices.new_zeros(T, E).scatter_(1, indices, 1).sum(dim=0)`: a token that has an expert
+            twice is sent once.
 
     Raises:
         ValueError: another plan mode; another shape or dtype, or negative counts.

@@ -86,7 +86,11 @@ def start(module: ModuleType, mode: str | None) -> tuple[Any, Any]:
 
 
 def train_on_rollouts(path: Path, mode: str | None, announces: str) -> Seen:
-    """Record, and train with replay; `announces` what was recorded, something else, or nothing."""
+    """Record, and train with replay; `announces` what was recorded, something else, or nothing.
+
+    "and more": what was recorded, and a microbatch that does not come, in steps that are not told
+    how many there are. "twice": nothing, in such steps, where tokens name an expert twice.
+    """
     import torch
     from megatron.core import parallel_state
 
@@ -98,6 +102,7 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str) -> Seen:
     from megatron_laer.session import current_coordinator
 
     seen, functions = Seen(), page()
+    known = None if announces in ("and more", "twice") else MICROBATCHES
     decide, plan = Guard.decide, Coordinator._plan
 
     def watched_decide(guard: Guard, *args: Any) -> Any:
@@ -124,6 +129,9 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str) -> Seen:
                 recorded = functions.record(
                     model[0], lambda batch, chunk: forward(iter([batch]), chunk), batches
                 )
+                if announces == "twice":
+                    for experts in (experts for layers in recorded for experts in layers):
+                        experts[::3, 1] = experts[::3, 0]
             told = iter(recorded)
 
             def told_forward(data: Any, chunk: Any, told: Any = told) -> Any:
@@ -132,6 +140,8 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str) -> Seen:
 
             if announces == "as recorded":
                 functions.announce(recorded, EXPERTS)
+            elif announces == "and more":
+                functions.announce([*recorded, recorded[0]], EXPERTS)
             elif announces == "otherwise":
                 functions.announce(
                     [[(experts + 1) % EXPERTS for experts in layers] for layers in recorded],
@@ -141,7 +151,7 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str) -> Seen:
                 mock.patch.object(module, "forward_step", told_forward),
                 mock.patch.object(Guard, "decide", watched_decide),
                 mock.patch.object(Coordinator, "_plan", watched_plan),
-                megatron_laer.training_step(step, MICROBATCHES, model),
+                megatron_laer.training_step(step, known, model),
             ):
                 loss, _ = module.train_step(rollout, model, optimizer)
             seen.losses.append(loss)
@@ -176,7 +186,7 @@ def run(ranks: Callable[[int], RankPool], script: Path) -> Callable[[str | None,
 Runs = Callable[[str | None, str], list[Seen]]
 
 
-@pytest.mark.parametrize("announces", ["as recorded", "nothing"])
+@pytest.mark.parametrize("announces", ["as recorded", "and more", "nothing"])
 def test_announced_layouts_are_those_of_exact_with_nothing_left_for_after_the_gate(
     run: Runs, announces: str
 ) -> None:
@@ -193,6 +203,14 @@ def test_announced_layouts_are_those_of_exact_with_nothing_left_for_after_the_ga
     assert all(reason.startswith("as announced: max/mean 1.0") for reason in first.reasons)
     assert exact.solved_after_gate == PASSES and exact.restores_ahead == [False] * PASSES
     assert exact.misses is None
+
+
+def test_an_expert_that_is_named_twice_is_announced_once(run: Runs) -> None:
+    exact = run("exact", "twice")[0]  # stock's dispatcher needs K experts of each token
+    assert exact.losses != run("exact", "nothing")[0].losses
+    for announced in run("announced", "twice"):
+        assert announced.losses == exact.losses
+        assert announced.solved_after_gate == announced.misses == 0
 
 
 def test_routing_that_differs_from_the_announced_is_computed_rightly_and_counted(run: Runs) -> None:
@@ -233,7 +251,7 @@ def problems(path: Path) -> list[str]:
         step(MICROBATCHES, right[:, :, 1:].tolist())
         step(MICROBATCHES, right.float())
         step(MICROBATCHES, -right)
-        step(None, right)
+        step(None, right[: 1 + dist.get_rank()])
         step(MICROBATCHES, right[:1])
         step(MICROBATCHES, right if dist.get_rank() == 0 else None)
         # Routers are told on one rank only.
@@ -256,7 +274,7 @@ def test_a_wrong_announcement_is_an_error_on_every_rank(
         ("int64 [2, 2, 7]", shape),
         ("float32 [2, 2, 8]", shape),
         ("got -1 tokens", "must be at least 0"),
-        ("must know the microbatches of a step", "training_step(step, num_microbatches, model)"),
+        ("as many microbatches must be announced on every rank", "ranks (0, 1) announced [1, 2]"),
         ("2 microbatches must be announced", "ranks (0, 1) announced [1, 1]"),
         ("2 microbatches must be announced", "ranks (0, 1) announced [2, 0]"),
         ("step 0, microbatch 0: no routing is announced on ranks [1]", "REPLAY_FORWARD"),
