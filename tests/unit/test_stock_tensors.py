@@ -135,6 +135,29 @@ def test_reads_give_plain_tensors(tmp_path: Path) -> None:
         tensor.numpy()[0] = 1
 
 
+READS: dict[str, Callable[[torch.Tensor], object]] = {
+    "clone": lambda tensor: tensor.clone(),
+    "data": lambda tensor: tensor.data,
+    "copy_": lambda tensor: torch.empty(4, 3).copy_(tensor),
+    "all_gather": lambda tensor: dist.all_gather([torch.empty(4, 3)], tensor),
+    "numpy": lambda tensor: tensor.numpy(),
+    "tolist": lambda tensor: tensor.tolist(),
+    "pickle": pickle.dumps,
+    "another process": ForkingPickler.dumps,
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_old_weights_cannot_be_read(read: Callable[[torch.Tensor], object]) -> None:
+    version = 0
+    _, tensor = lent(Loan(is_writable=False, is_old=lambda: version > 0))
+    read(tensor)
+    version = 1
+    with pytest.raises(RuntimeError, match="have changed since: ask for it again"):
+        read(tensor)
+
+
 def test_marks_are_kept() -> None:
     plain = torch.zeros(2)
     plain.allreduce = False  # type: ignore[attr-defined]
