@@ -140,6 +140,9 @@ class LentExpert(torch.Tensor):
         """Return the values."""
         return self.plain.tolist()
 
+    def __copy__(self) -> torch.Tensor:
+        return self.detach()
+
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
         return self.plain.clone()
 

@@ -44,6 +44,8 @@ WRITES: dict[str, Write] = {
     "[:] =": _set_rows,
     "views": _fill_by_parts,
     "Parameter": _wrap,
+    "copy.copy": lambda tensor, value: copy.copy(tensor).copy_(value),
+    "alias": lambda tensor, value: torch.ops.aten.alias(tensor).copy_(value),
     "other bits": lambda tensor, value: tensor.view(torch.uint8).copy_(value.view(torch.uint8)),
     "_foreach_copy_": lambda tensor, value: torch._foreach_copy_([tensor], [value]),
     "out=": lambda tensor, value: torch.add(value, 0, out=tensor),
