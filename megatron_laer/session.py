@@ -139,6 +139,8 @@ class Session:
 
     def end_step(self, *, weights_changed: bool) -> None:
         """End the training step: see `Coordinator.end_step`."""
+        global _weights_version
+        _weights_version += weights_changed
         if self.coordinator is not None:
             self.coordinator.end_step(weights_changed=weights_changed)
 
@@ -154,6 +156,7 @@ _NO_GROUPS = (
 )
 
 _session: Session | None = None
+_weights_version = 0
 
 
 def current() -> Session | None:
@@ -167,6 +170,11 @@ def replace(session: Session | None) -> None:
     before, _session = _session, session
     if before is not None:
         before.close()
+
+
+def weights_version() -> int:
+    """Return a number that is another one after each step that changed the weights."""
+    return _weights_version
 
 
 def current_coordinator() -> Coordinator | None:
@@ -194,7 +202,9 @@ def announce_routing(counts_MLE: Any) -> None:
     Args:
         counts_MLE: tokens of this rank for each expert, integers [M, L, E] in a tensor, an array or
             lists: M microbatches of the step, L MoE layers of this rank, of one model chunk after
-            the other. Of top-k indices it is `torch.bincount(indices.flatten(), minlength=E)`.
+            the other. Of top-k indices [T, K] it is
+            `indices.new_zeros(T, E).scatter_(1, indices, 1).sum(dim=0)`: a token that has an expert
+            twice is sent once.
 
     Raises:
         ValueError: another plan mode; another shape or dtype, or negative counts.

@@ -12,6 +12,7 @@ experts of a rank; R rows and K columns of a matrix, r rows of a slice.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from megatron_laer import session
 from megatron_laer.experts.module import FSEPExperts
 from megatron_laer.experts.slices import SliceSpec
 from megatron_laer.runtime.comm.expert_blocks import gather_block, scatter_block
+from megatron_laer.stock_tensors import LentExpert, Loan
 
 Named = tuple[str, torch.Tensor]
 
@@ -98,6 +100,32 @@ class StockLayer:
             self._mark(tensor, spec)
             yield name, tensor
 
+    @contextmanager
+    def lent(self, *, writable: bool) -> Iterator[Iterator[Named]]:
+        """Restore this rank's experts, and write them back at the end if they are writable.
+
+        Collective over the group, both at the begin and, if they are writable, at the end.
+
+        Raises:
+            RuntimeError: the context ended early, after some of them were written to.
+        """
+        blocks, version = self.blocks(), session.weights_version()
+        loan = Loan(writable, is_old=lambda: session.weights_version() != version)
+        try:
+            yield ((name, LentExpert(tensor, loan)) for name, tensor in self.named(blocks))
+        except BaseException as error:
+            if loan.is_written:
+                raise RuntimeError(
+                    f"experts of {self.prefix} were written to, and the iterator of "
+                    "stock_named_parameters was left before its next layer: what was written is "
+                    "lost; iterate to the end, on every rank"
+                ) from error
+            raise
+        finally:
+            loan.is_over = True
+        if writable:
+            self.write(blocks)
+
     def write(self, blocks: list[torch.Tensor]) -> None:
         """Cut the blocks of all ranks into slices. Collective over the group."""
         slices = self.experts.local_slices().values(self._num_experts)
@@ -141,6 +169,7 @@ def stock_named_parameters(
     *,
     expert_parallel_size: int | None = None,
     grouped: bool | None = None,
+    writable: bool = False,
 ) -> Iterator[Named]:
     """Iterate over the parameters of a model chunk under stock Megatron's names and shapes.
 
@@ -167,6 +196,10 @@ def stock_named_parameters(
         grouped: names as of Megatron's grouped experts, `linear_fc1.weight0`, or as of a sequence
             of experts, `local_experts.0.linear_fc1.weight`. Without it those of the experts that
             the model's own module spec asks for.
+        writable: experts may be written to, as stock's parameters may, until the next layer's are
+            asked for: they are then cut into slices again, which exchanges them once more. Where
+            several ranks hold an expert, that of the group's first one counts. Optimizers keep
+            weights of their own: call Megatron's `reload_model_params()` after.
 
     Returns:
         Pairs of a name and a tensor of the model's dtype, on its device.
@@ -174,32 +207,38 @@ def stock_named_parameters(
     Raises:
         ValueError: a list of chunks; a size that does not divide N and E, or that differs between
             ranks. On every rank of the group.
-        RuntimeError: FSEP was turned off after the model was built.
+        RuntimeError: FSEP was turned off after the model was built. Also from an expert that is
+            written to where that would be lost: without `writable`, or too late; or that is read
+            after a training step has changed the weights.
     """
-    chunk, layers = stock_layers(model, expert_parallel_size, grouped)
+    chunk, layers = stock_layers(model, expert_parallel_size, grouped, writable=writable)
     if getattr(getattr(model, "ddp_config", None), "overlap_param_gather", False):
         model.start_param_sync(force_sync=True)  # type: ignore[operator]
-    return _iterate(chunk, layers)
+    return _iterate(chunk, layers, writable)
 
 
-def _iterate(chunk: torch.nn.Module, layers: list[StockLayer]) -> Iterator[Named]:
+def _iterate(chunk: torch.nn.Module, layers: list[StockLayer], writable: bool) -> Iterator[Named]:
     first_slices = {id(layer.experts.slices()[0]): layer for layer in layers}
     slices = {id(slice_ErK) for layer in layers for slice_ErK in layer.experts.slices()}
     for name, parameter in chunk.named_parameters():
         if id(parameter) in first_slices:
-            layer = first_slices[id(parameter)]
-            yield from layer.named(layer.blocks())
+            with first_slices[id(parameter)].lent(writable=writable) as experts:
+                yield from experts
         elif id(parameter) not in slices:
             yield name, parameter
 
 
 def stock_layers(
-    model: torch.nn.Module, expert_parallel_size: int | None, grouped: bool | None
+    model: torch.nn.Module,
+    expert_parallel_size: int | None,
+    grouped: bool | None,
+    *,
+    writable: bool = False,
 ) -> tuple[torch.nn.Module, list[StockLayer]]:
     """Find the FSEP layers of a chunk. Collective over the group, if there are any.
 
     Args:
-        expert_parallel_size, grouped: see `stock_named_parameters`.
+        expert_parallel_size, grouped, writable: see `stock_named_parameters`.
 
     Returns:
         The chunk without its wrappers, and its layers in the order of its parameters.
@@ -221,7 +260,9 @@ def stock_layers(
     num_ranks = dist.get_world_size(group)
     num_blocks = num_ranks if expert_parallel_size is None else expert_parallel_size
     (num_experts,) = {experts.specs[0].num_experts for experts in found.values()}
-    _check_size(num_blocks, num_experts, group)
+    _check_alike("expert_parallel_size", num_blocks, group)
+    _check_alike("writable", writable, group)
+    _check_size(num_blocks, num_experts, num_ranks)
     return chunk, [
         StockLayer(
             name, experts, num_blocks, experts.stock_is_grouped if grouped is None else grouped
@@ -230,15 +271,17 @@ def stock_layers(
     ]
 
 
-def _check_size(num_blocks: int, num_experts: int, group: dist.ProcessGroup) -> None:
-    num_ranks = dist.get_world_size(group)
-    asked: list[int] = [0] * num_ranks
-    dist.all_gather_object(asked, num_blocks, group=group)
+def _check_alike(name: str, value: int, group: dist.ProcessGroup) -> None:
+    asked = [value] * dist.get_world_size(group)
+    dist.all_gather_object(asked, value, group=group)
     if len(set(asked)) > 1:
         raise ValueError(
             f"ranks {dist.get_process_group_ranks(group)} of an FSEP group ask for the "
-            f"expert_parallel_size {asked}: it must be the same on all of them"
+            f"{name} {asked}: it must be the same on all of them"
         )
+
+
+def _check_size(num_blocks: int, num_experts: int, num_ranks: int) -> None:
     works = [x for x in range(1, num_ranks + 1) if num_ranks % x == 0 and num_experts % x == 0]
     if num_blocks not in works:
         raise ValueError(

@@ -92,7 +92,7 @@ KINDS = (
     ),
     Kind(
         "Weights by stock's names, and Megatron-Bridge",
-        ("integrations/", "stock_loading.py", "stock_names.py"),
+        ("integrations/", "stock_loading.py", "stock_names.py", "stock_tensors.py"),
         "[stock_names.md](stock_names.md) and [bridge.md](bridge.md) have the calls.",
         "do what it says must be",
     ),

@@ -103,13 +103,11 @@ class _Tasks:
             if layer is None:
                 yield from tasks
                 continue
-            blocks = layer.blocks()
-            tensors = dict(layer.named(blocks))
-            for task in tasks:
-                yield replace(task, param_weight=tensors[task.param_name])
-            if self._writes:
-                layer.write(blocks)
-            del blocks, tensors  # before the next layer's are made
+            with layer.lent(writable=self._writes) as named:
+                tensors = dict(named)
+                for task in tasks:
+                    yield replace(task, param_weight=tensors[task.param_name])
+            del tensors  # before the next layer's are made
 
     def _layer_of(self, task: Any) -> StockLayer | None:
         return self._layers.get((task.vp_stage, task.param_name))

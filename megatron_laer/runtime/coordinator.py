@@ -269,7 +269,7 @@ class Coordinator:
         self.layouts.begin_step(step, num_microbatches)
         if self.announced is not None:
             # Each microbatch has a layout of its own, and many are still being solved.
-            self.announced.begin_step(
+            self._num_microbatches = self.announced.begin_step(
                 step, num_microbatches, len(self.layers), self.scheduler.replays_routing
             )
             return

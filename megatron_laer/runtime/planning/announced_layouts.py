@@ -76,40 +76,44 @@ class AnnouncedLayouts:
 
     def begin_step(
         self, step: int, num_microbatches: int | None, num_layers: int, replays: bool
-    ) -> None:
+    ) -> int | None:
         """Exchange what ranks announced for this step, and begin to solve. Collective.
 
         Args:
+            num_microbatches: of the step; without it, those that were announced.
             replays: whether Megatron's router replay may announce each microbatch instead.
 
+        Returns:
+            The number of microbatches, if it is known now.
+
         Raises:
-            ValueError: on every rank of the group: ranks announced another number of microbatches
-                than the step has, or nothing, where no router replay can; a step whose number of
-                microbatches is not known.
+            ValueError: on every rank of the group: ranks announced different numbers of
+                microbatches, another one than the step has, or nothing, where no replay can.
         """
-        if num_microbatches is None:
-            raise ValueError(
-                "--fsep-plan-mode announced must know the microbatches of a step: give "
-                "training_step(step, num_microbatches, model)"
-            )
         given_MLE, self._given_MLE = self._given_MLE, None
         self._step = step
+        for decision in self._decisions.values():
+            decision.cancel()  # of microbatches that were announced, and not run
         self._decisions.clear()
         announced = torch.tensor([0 if given_MLE is None else len(given_MLE)])
         announced_N = gather_integers(announced, self._groups, self._device)[:, 0]
         self._awaits_replay = replays and not announced_N.any()
         if self._awaits_replay:
-            return
-        if (announced_N != num_microbatches).any():
+            return num_microbatches
+        expected = announced_N.max() if num_microbatches is None else num_microbatches
+        if (announced_N != max(1, expected)).any():
+            number = "as many" if num_microbatches is None else num_microbatches
             raise ValueError(
-                f"FSEP step {step}: {num_microbatches} microbatches must be announced, and the "
+                f"FSEP step {step}: {number} microbatches must be announced on every rank, and the "
                 f"ranks {self._groups.ranks} announced {announced_N.tolist()}. {_HOW}"
             )
         assert given_MLE is not None
+        num_microbatches = len(given_MLE)
         counts_NMLE = gather_integers(given_MLE, self._groups, self._device)
         for microbatch in range(num_microbatches):
             for layer in range(num_layers):
                 self._solve_ahead(layer, microbatch, counts_NMLE[:, microbatch, layer])
+        return num_microbatches
 
     def begin_pass(
         self, passes: Sequence[tuple[int, int]], experts_TK: Sequence[torch.Tensor] | None
@@ -175,11 +179,15 @@ class AnnouncedLayouts:
 
 
 def _counts(experts_LTK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Count the tokens of each layer's experts, in one call, for which a host waits on a GPU."""
+    """Count the tokens of each layer's experts, in one call, for which a host waits on a GPU.
+
+    An expert that a token is told to choose twice gets it once, as Megatron sends it.
+    """
     num_layers = len(experts_LTK)
     layer_L = torch.arange(num_layers, device=experts_LTK.device)
-    numbered = experts_LTK + num_experts * layer_L[:, None, None]
+    numbered = (experts_LTK + num_experts * layer_L[:, None, None]).sort(dim=-1).values
     size = num_layers * num_experts
+    numbered[..., 1:][numbered[..., 1:] == numbered[..., :-1]] = size
     return torch.bincount(numbered.flatten(), minlength=size)[:size].view(num_layers, -1)
 
 

@@ -1,0 +1,191 @@
+"""Whole experts are lent as tensors that notice when they are written to.
+
+They are copies of weights that FSEP keeps in slices. A write reaches the slices while their layer
+is lent for writing, and raises otherwise, so that none is lost without a word. Reading them is like
+reading any tensor, until the weights are others; all that is computed from them is a plain tensor.
+
+What only knows an address, such as a kernel of one's own, cannot be noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import reductions
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+@dataclass
+class Loan:
+    """Says whether tensors may be written to, and still be read.
+
+    Attributes:
+        is_writable: whether this was asked for.
+        is_old: tells whether the weights have changed since they were copied.
+        is_over: whether what is written now would be lost.
+        is_written: whether something was written.
+    """
+
+    is_writable: bool
+    is_old: Callable[[], bool] = lambda: False
+    is_over: bool = False
+    is_written: bool = False
+
+    def check_read(self) -> None:
+        """Refuse a read of old weights, where stock's parameters would have the new ones.
+
+        Raises:
+            RuntimeError: the weights have changed.
+        """
+        if self.is_old():
+            raise RuntimeError(
+                f"{_IS_COPY}, and these have changed since: ask for it again, or keep a clone() of "
+                "it; of Megatron-Bridge's tasks, keep no list from one step to another"
+            )
+
+    def check_write(self) -> None:
+        """Note a write.
+
+        Raises:
+            RuntimeError: it would be lost.
+        """
+        if not self.is_writable:
+            raise RuntimeError(f"{_IS_COPY} and is read-only: {_WAYS_OUT}")
+        if self.is_over:
+            raise RuntimeError(
+                f"{_IS_COPY}, which has been written back by now: write to it before the next "
+                "layer's is asked for, or load all weights with "
+                "megatron_laer.load_stock_named_parameters"
+            )
+        self.is_written = True
+
+
+class LentExpert(torch.Tensor):
+    """Is a tensor whose memory is another's, and whose loan says whether that may be changed.
+
+    Views of it are lent too.
+    """
+
+    _plain: torch.Tensor
+    _loan: Loan
+
+    # All operators come to `__torch_dispatch__`, also those of C++ and of torch.distributed.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, plain: torch.Tensor, loan: Loan) -> LentExpert:
+        """Lend a tensor, with the attributes that were set on it."""
+        lent: LentExpert = torch.Tensor._make_subclass(cls, plain)
+        lent.__dict__.update(plain.__dict__)
+        lent._plain, lent._loan = plain, loan
+        return lent
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator on the plain tensors, unless it writes to what must not be written to."""
+        kwargs = kwargs or {}
+        for tensor in _written_by(func, args, kwargs):
+            if func in _OTHER_MEMORY:
+                raise RuntimeError(f"{_IS_COPY}: its memory cannot be exchanged; use copy_")
+            tensor._loan.check_write()
+        lent = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
+        for tensor in lent:
+            tensor._loan.check_read()
+        args, kwargs = tree_map_only(cls, lambda tensor: tensor._plain, (args, kwargs))
+
+        def lend(result: torch.Tensor) -> torch.Tensor:
+            for tensor in lent:
+                if result is tensor._plain:
+                    return tensor
+                if torch._C._is_alias_of(result, tensor._plain):  # type: ignore[attr-defined]
+                    return LentExpert(result, tensor._loan)
+            return result
+
+        return tree_map_only(torch.Tensor, lend, func(*args, **kwargs))
+
+    @property
+    def plain(self) -> torch.Tensor:
+        """Return the tensor itself, for those that only read it."""
+        self._loan.check_read()
+        return self._plain
+
+    @property
+    def data(self) -> torch.Tensor:
+        """Return a view; what it is set to is copied."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if value.shape != self.shape:
+            raise RuntimeError(
+                f"{_IS_COPY}: it has the shape {list(self.shape)}, and cannot take the data of "
+                f"{list(value.shape)}"
+            )
+        self.detach().copy_(value.detach())
+
+    def numpy(self, **options: Any) -> Any:
+        """Return an array that cannot be written to."""
+        array = self.plain.numpy(**options)
+        array.flags.writeable = False
+        return array
+
+    def tolist(self) -> Any:
+        """Return the values."""
+        return self.plain.tolist()
+
+    def __copy__(self) -> torch.Tensor:
+        return self.detach()
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return self.plain.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain.__reduce_ex__(protocol)
+
+
+def _reduce_between_processes(tensor: LentExpert) -> Any:
+    # Asked for by its name, since rollout engines replace it.
+    return reductions.reduce_tensor(tensor.plain)
+
+
+ForkingPickler.register(LentExpert, _reduce_between_processes)
+
+
+def _written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[LentExpert]:
+    """Yield the lent tensors that an operator writes to."""
+    if func.namespace == "c10d":  # whose schemas do not say it: the first argument receives
+        name = func._schema.name.partition("::")[2]
+        is_root = name == "broadcast_" and dist.ProcessGroup.unbox(args[1]).rank() == args[2]
+        written = [args[0]] if name.endswith("_") and not is_root else []
+    else:
+        parameters = func._schema.arguments
+        given = {
+            **dict(zip((parameter.name for parameter in parameters), args, strict=False)),
+            **kwargs,
+        }
+        written = [
+            given[parameter.name]
+            for parameter in parameters
+            if parameter.alias_info is not None
+            and parameter.alias_info.is_write
+            and parameter.name in given
+        ]
+    yield from (leaf for leaf in tree_leaves(written) if isinstance(leaf, LentExpert))
+
+
+_OTHER_MEMORY = {
+    torch.ops.aten.resize_.default,
+    *(getattr(torch.ops.aten.set_, name) for name in torch.ops.aten.set_.overloads()),
+}
+_IS_COPY = "an expert that stock_named_parameters gave is a copy of weights that FSEP has in slices"
+_WAYS_OUT = (
+    "give stock_named_parameters(..., writable=True), load all weights with "
+    "megatron_laer.load_stock_named_parameters, or change a clone() of it"
+)

@@ -1,0 +1,201 @@
+"""slime's own copies of models, loader and weight iterator work on an FSEP model as pages say.
+
+Needs a checkout of slime, whose folder SLIME_CHECKOUT names, and what these files import: tqdm and
+safetensors. Around them slime needs Ray, SGLang and more, which are replaced here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_laer.testing.ranks import RankPool
+from megatron_laer.testing.training import train
+from tests import documents
+from tests.distributed.test_announced import MICROBATCHES, announce_by_slimes_hooks
+from tests.distributed.test_own_loop import code_of, script
+from tests.distributed.test_stock_loading import flags_of
+from tests.distributed.test_stock_writing import values
+
+__all__ = ["script"]  # the fixture
+
+CHECKOUT = os.environ.get("SLIME_CHECKOUT")
+PAGE = documents.ROOT / "docs" / "stock_names.md"
+ASKED = "model_module.named_parameters()"
+EXPERTS, LAYERS = 4, 2
+
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.skipif(CHECKOUT is None, reason="SLIME_CHECKOUT names no checkout of slime"),
+]
+
+
+def _of_page() -> str:
+    """Return what the page puts in place of `named_parameters()` in slime."""
+    (block,) = [block.text for block in documents.blocks(PAGE) if "module.module." in block.text]
+    return " ".join(block.split()).replace("chunk", "model_module")
+
+
+@contextlib.contextmanager
+def slime() -> Iterator[Callable[[str], ModuleType]]:
+    """Make slime's files importable one by one, with the page's change in the one that it names."""
+    assert CHECKOUT is not None
+    root = Path(CHECKOUT)
+    before = set(sys.modules)
+    size_and_rank = {"current_device": lambda: "cpu", "synchronize": lambda: None}
+
+    def package(name: str, **contents: Any) -> None:
+        module = ModuleType(name)
+        module.__path__ = [str(root.joinpath(*name.split(".")))]
+        vars(module).update(contents)
+        sys.modules[name] = module
+
+    def in_memory(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        return empty_like(*args, **kwargs)
+
+    try:
+        package("slime")
+        package("slime.utils")
+        package("slime.utils.accelerator", **size_and_rank)
+        package("slime.utils.http_utils", is_port_available=None)
+        package("slime.backends")
+        package("slime.backends.megatron_utils")
+        package("slime.backends.megatron_utils.sglang", monkey_patch_torch_reductions=lambda: None)
+        package("slime.backends.megatron_utils.update_weight")
+        package("slime.backends.megatron_utils.hf_to_megatron")
+        package("slime.backends.megatron_utils.megatron_to_hf", convert_to_hf=_converted)
+        common = root / "slime/backends/megatron_utils/update_weight/common.py"
+        source = common.read_text()
+        assert source.count(ASKED) == 2, "the page names another function than slime has"
+        name = "slime.backends.megatron_utils.update_weight.common"
+        package(name, __name__=name)
+        exec(
+            compile(
+                "from megatron_laer import stock_named_parameters\n"
+                + source.replace(ASKED, _of_page()),
+                str(common),
+                "exec",
+            ),
+            vars(sys.modules[name]),
+        )
+        empty_like = torch.empty_like
+        with mock.patch.object(torch, "empty_like", in_memory):
+            yield importlib.import_module
+    finally:
+        for name in set(sys.modules) - before:
+            if name.split(".")[0] == "slime":
+                del sys.modules[name]
+
+
+def _converted(args: Any, _kind: str, name: str, tensor: torch.Tensor, *_: Any, **__: Any) -> Any:
+    """Convert an expert as slime does; Megatron's local layers have names that it does not know."""
+    if ".experts." not in name:
+        return [(name, tensor)]
+    qwen = importlib.import_module("slime.backends.megatron_utils.megatron_to_hf.qwen3moe")
+    return qwen.convert_qwen3moe_to_hf(args, name, tensor)
+
+
+def _exported(load: Callable[[str], ModuleType], args: Any, model: Any) -> dict[str, torch.Tensor]:
+    """Return the weights that slime would send to its rollout engines."""
+    common = load("slime.backends.megatron_utils.update_weight.common")
+    direct = load("slime.backends.megatron_utils.update_weight.hf_weight_iterator_direct")
+    load("slime.utils.distributed_utils").set_gloo_group(dist.group.WORLD)
+    iterator = direct.HfWeightIteratorDirect(args, model, "qwen3moe", None)
+    weights = dict(common.named_params_and_buffers(args, model))
+    return {
+        name: tensor.detach().clone()
+        for chunk in iterator.get_hf_weight_chunks(weights)
+        for name, tensor in chunk
+    }
+
+
+def by_slime(flags: list[str], folder: Path) -> int:
+    """Run slime's files on this rank's model, and return how many experts' tensors it sends."""
+    from safetensors.torch import save_file
+
+    def check(model: list[torch.nn.Module]) -> int:
+        args = SimpleNamespace(
+            num_experts=EXPERTS,
+            update_weight_buffer_size=2**16,
+            kv_channels=None,
+            hidden_size=48,
+            num_attention_heads=4,
+            num_query_groups=4,
+        )
+        with slime() as load:
+            common = load("slime.backends.megatron_utils.update_weight.common")
+            backups = load("slime.utils.tensor_backper").TensorBackuper.create(
+                lambda: common.named_params_and_buffers(args, model), single_tag=None
+            )
+            actor, sent = values(model), _exported(load, args, model)
+            backups.backup("actor")
+            with torch.no_grad():
+                for chunk in model:
+                    for parameter in chunk.parameters():
+                        parameter.mul_(-2).add_(1)
+            reference = values(model)
+            backups.backup("ref")
+            for tag, expected in ("actor", actor), ("ref", reference):
+                backups.restore(tag)
+                for found, kept in zip(values(model), expected, strict=True):
+                    assert torch.equal(found, kept), tag
+
+            # The model is the reference now, and the loader brings the actor's weights back.
+            if dist.get_rank() == 0:
+                save_file(
+                    {name: tensor.contiguous() for name, tensor in sent.items()},
+                    folder / "model.safetensors",
+                )
+            dist.barrier()
+            loader = load("slime.backends.megatron_utils.hf_to_megatron.common")
+            qwen = load("slime.backends.megatron_utils.hf_to_megatron.qwen")
+
+            def tensor_of(name: str, reader: Any, config: Any) -> torch.Tensor:
+                if ".experts." in name:
+                    return qwen.qwen_moe_hf_tensor(name, reader, config)
+                return reader.get_tensor(name)
+
+            loader.load_model_hf_weights(args, model, folder, None, tensor_of)
+            for found, kept in zip(values(model), actor, strict=True):
+                assert torch.equal(found, kept)
+            again = _exported(load, args, model)
+            assert again.keys() == sent.keys()
+            for name, tensor in sent.items():
+                assert torch.equal(again[name], tensor), name
+            return sum(".experts." in name for name in sent)
+
+    found: int = train(flags, check).probes[0]
+    return found
+
+
+def test_slimes_own_files_read_and_write_every_expert(
+    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+) -> None:
+    parts = 3  # gate, up and down
+    assert ranks(2).run(by_slime, flags_of(text_data), tmp_path) == [LAYERS * EXPERTS * parts] * 2
+
+
+def by_slimes_replay(path: Path, hooks: Path) -> tuple[list[int], int]:
+    """Announce, on this rank, what slime's own class replays."""
+    with slime() as load:
+        replay = load("slime.utils.routing_replay").RoutingReplay
+        return announce_by_slimes_hooks(path, hooks, replay)
+
+
+def test_slimes_own_replay_is_announced(ranks: Callable[[int], RankPool], script: Path) -> None:
+    hooks = script.with_name("announcing_hooks.py")
+    hooks.write_text(code_of("slime.md", "before_train_step"))
+    for announced, misses in ranks(2).run(by_slimes_replay, script, hooks):
+        assert announced == [2 * MICROBATCHES, MICROBATCHES] * 2
+        assert misses == 0
