@@ -20,7 +20,9 @@ FILE = Path(__file__).resolve().parents[1] / "megatron_laer" / "recipes" / "rows
 _HEAD = '''\
 """The rows of the parity table, with the features that each has; `python -m tests.proved_rows`."""
 
+# A row has a line.
 # ruff: noqa: E501
+# fmt: off
 
 from __future__ import annotations
 

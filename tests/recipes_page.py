@@ -57,7 +57,13 @@ def _proof(found: Judgement) -> str:
         return "–"
     if found.proof is None:
         return "nothing yet"
-    return "one row" if found.proof.row else "not all features" if found.proof.no_row else "each feature"
+    return (
+        "one row"
+        if found.proof.row
+        else "not all features"
+        if found.proof.no_row
+        else "each feature"
+    )
 
 
 def no_rows(recipes: Judged) -> Counter[str]:

@@ -68,8 +68,8 @@ _LISTS = ("cuda_graph_scope", "recompute_modules")
 _OPTIMIZER = "optimizer"
 COLUMNS = ("recipe", *_WORDS, *_SIZES, *_LISTS, _OPTIMIZER)
 
-# Without a column of their own these leave nothing open: the first two are old names of the graphs',
-# the next two configure a backend that is refused, and the last two are no setting of a recipe.
+# Without a column these leave nothing open: the first two are old names of --cuda-graph-impl, the
+# next two configure a backend that is refused, and the last two are no setting of a recipe.
 _WITHOUT_COLUMN: dict[str, object] = {
     "enable_cuda_graph": False,
     "external_cuda_graph": False,
