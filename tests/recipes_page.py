@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from megatron_laer.recipes.bridge import judge_recipe, read_recipes
-from megatron_laer.recipes.proof import Proof
 from megatron_laer.recipes.verdict import Judgement, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,11 +18,7 @@ LIST = ROOT.parent / "shared" / "data" / "bridge_recipes_train.csv"
 
 # The columns that judge nothing, and only say what was refused when the list was made.
 BEFORE = "refused_features"
-_PROOFS = {
-    Proof.CPU: "CPU rows",
-    Proof.REPLACEMENT: "CPU rows with a replacement",
-    None: "nothing yet",
-}
+_PROOFS = ("one row", "each feature", "not all features", "nothing yet")
 
 Judged = list[tuple[Mapping[str, str], Judgement]]
 
@@ -48,15 +43,33 @@ def _verdicts(training: Judged, lora: Judged) -> Iterator[str]:
     yield f"| verdict | proved by | of {len(training)} for training | of {len(lora)} for LoRA |"
     yield "|---|---|---|---|"
     for verdict in Verdict:
-        runs = verdict not in (Verdict.SET_EP, Verdict.REFUSED)
-        for proof in _PROOFS if runs else (None,):
+        for proof in (*_PROOFS, "–"):
             numbers = [
-                sum(found.verdict is verdict and found.proved_by is proof for _, found in of)
+                sum(found.verdict is verdict and _proof(found) == proof for _, found in of)
                 for of in (training, lora)
             ]
             if any(numbers):
-                name = _PROOFS[proof] if runs else "–"
-                yield f"| *{verdict}* | {name} | {numbers[0]} | {numbers[1]} |"
+                yield f"| *{verdict}* | {proof} | {numbers[0]} | {numbers[1]} |"
+
+
+def _proof(found: Judgement) -> str:
+    if not found.runs:
+        return "–"
+    if found.proof is None:
+        return "nothing yet"
+    return (
+        "one row"
+        if found.proof.row
+        else "not all features"
+        if found.proof.no_row
+        else "each feature"
+    )
+
+
+def no_rows(recipes: Judged) -> Counter[str]:
+    """Features that no row has, by the number of recipes that run with them."""
+    proofs = [found.proof for _, found in recipes if found.proof]
+    return Counter(feature for proof in proofs for feature in proof.no_row)
 
 
 def _features(training: Judged) -> Iterator[str]:
@@ -96,3 +109,4 @@ def _keys(found: Judgement) -> Iterable[tuple[str, str]]:
 
 if __name__ == "__main__":
     print("\n\n".join("\n".join(table) for table in tables(judged(LIST))))
+    print("\n", no_rows(judged(LIST)))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import shlex
+import sys
 import warnings
 from argparse import Namespace
 from collections import Counter
@@ -13,10 +16,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_laer.cli.argument_types import path
-from megatron_laer.files.checks import quoted, refuse_overwriting, refuse_unwritable
+from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.writing import write_output
 from megatron_laer.files.yaml_text import read_yaml
 from megatron_laer.integrations.bridge_config import judge_container, load_recipe
+from megatron_laer.integrations.hugging_face import go_offline_if_unreachable
 from megatron_laer.recipes.bridge import judge_recipe, read_recipes, recipe_of
 from megatron_laer.recipes.flags import (
     check_patterns,
@@ -25,7 +29,6 @@ from megatron_laer.recipes.flags import (
     script_flags,
     without,
 )
-from megatron_laer.recipes.proof import Proof
 from megatron_laer.recipes.verdict import Judgement, Verdict, judge
 
 # 2 is for what cannot be judged, as with every command.
@@ -43,17 +46,17 @@ _SAID = {
     Verdict.SET_EP: "uses no expert parallelism, which FSEP needs",
     Verdict.REFUSED: "refused",
 }
-_PROVED = {
-    Proof.CPU: "proved by parity rows on the CPU",
-    Proof.REPLACEMENT: "proved by parity rows on the CPU, where replacements stand for what "
-    "Megatron has for GPUs alone",
-    Proof.GPU: "proved by a run on a GPU",
+# Of what goes no figure here says how much it was worth.
+_LOST = {
+    Verdict.SPEED_ONLY: "their speed-up is lost, and no figure weighs it",
+    Verdict.PRECISION: "the speed-up of fp8 or fp4 and of these is lost, and no figure weighs it",
 }
+_NOT_JUDGED = "not judged"
 
 _EPILOG = """\
 exit status: 0 runs, 3 runs without the speed-only flags that are named, 4 runs in bf16 and without
 the flags that are named, 5 uses no expert parallelism, 1 refused, 2 cannot be judged; with
---bridge-csv 0 once all recipes are judged
+--bridge-csv 0 if all recipes are judged, and 2 if some cannot be, after the others are
 """
 
 
@@ -95,8 +98,7 @@ def run(args: Namespace) -> int:
     if args.bridge_csv is not None:
         return _judge_table(args.bridge_csv, args.json)
     if args.bridge_recipe is not None:
-        _replace_cuda_where_needed()
-        return _say(judge_container(*load_recipe(args.bridge_recipe)))
+        return _say(_judge_function(args.bridge_recipe))
     if args.file is None:
         return _judge_flags(script_flags(args.flags))
     if args.file.suffix not in (".yaml", ".yml"):
@@ -113,24 +115,85 @@ def _judge_table(table: Path, output: Path | None) -> int:
     if output is not None:
         refuse_unwritable(output, "--json")
         refuse_overwriting(output, [table], "--json")
-    judged = [(row["recipe"], judge_recipe(row)) for row in read_recipes(table)]
-    for recipe, judgement in judged:
-        print(f"{judgement.verdict:<10}  {recipe}")
-    counts = Counter(judgement.verdict for _, judgement in judged)
-    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict))
+    rows = read_recipes(table)
+    judged: list[tuple[str, Judgement | None, tuple[str, ...]]] = []
+    for row in rows:
+        try:
+            judgement = judge_recipe(row)
+            judged.append((row["recipe"], judgement, judgement.because))
+        except ValueError as error:
+            judged.append((row["recipe"], None, (str(error),)))
+    for recipe, found, because in judged:
+        _print(f"{found.verdict:<10}  {recipe}" if found else f"{_NOT_JUDGED:<10}  {because[0]}")
+    unjudged = [because[0] for _, found, because in judged if found is None]
+    counts = Counter(found.verdict for _, found, _ in judged if found)
+    total = [f"{counts[verdict]} {verdict}" for verdict in Verdict]
+    _print(", ".join(total + ([f"{len(unjudged)} {_NOT_JUDGED}"] if unjudged else [])))
+    for text in _said_of_all([found for _, found, _ in judged if found]):
+        _print(text)
     if output is not None:
-        listed = [
-            {
-                "recipe": recipe,
-                "verdict": judgement.verdict,
-                "proved_by": judgement.proved_by,
-                "because": judgement.because,
-                "drop": judgement.drop,
-            }
-            for recipe, judgement in judged
-        ]
+        listed = [_in_json(*one) for one in judged]
         write_output(output, json.dumps(listed, indent=1) + "\n", "--json")
+    if unjudged:
+        raise ValueError(
+            f"{table}: {len(unjudged)} of {len(judged)} recipes cannot be judged, the first: "
+            f"{unjudged[0]}"
+        )
     return 0
+
+
+def _said_of_all(judged: list[Judgement]) -> list[str]:
+    """Return what a table's verdicts have in common, and no column tells."""
+    lost = sum(found.verdict in _LOST for found in judged)
+    said = [f"the speed-up of the flags that {lost} drop is lost, and no figure weighs it"]
+    unsaid = dict.fromkeys(name for found in judged for name in found.if_none_of)
+    return (said if lost else []) + (
+        [
+            f"those that run do so if the recipe sets none of: {', '.join(unsaid)}; columns of "
+            "these names are read"
+        ]
+        if unsaid
+        else []
+    )
+
+
+def _in_json(recipe: str, found: Judgement | None, because: tuple[str, ...]) -> dict[str, Any]:
+    proof = found.proof if found else None
+    return {
+        "recipe": recipe,
+        "verdict": found.verdict if found else None,
+        "proved_by": proof.row or None if proof else None,
+        "on_replacements": proof.is_replaced if proof else None,
+        "no_row": proof.no_row if proof else [],
+        "no_row_together": proof.no_row_together if proof else [],
+        "because": because,
+        "drop": found.drop if found else [],
+        "if_none_of": found.if_none_of if found else [],
+    }
+
+
+def _judge_function(name: str) -> Judgement:
+    """Judge what a function of Megatron-Bridge returns.
+
+    What its imports say of a run's speed, and libraries of their retries, is shown if all went
+    well; otherwise the one line that says what is wrong would drown in it.
+    """
+    _say_wait("Megatron-Bridge")
+    is_offline = go_offline_if_unreachable()
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            _replace_cuda_where_needed()
+            judgement = judge_container(*load_recipe(name))
+    except ValueError as error:
+        if not is_offline:
+            raise
+        raise ValueError(
+            f"{error} (Hugging Face cannot be reached: without a network give the recipe's fields, "
+            "in a YAML file or as --bridge-csv, or Megatron's flags)"
+        ) from error
+    sys.stderr.write(said.getvalue())
+    return judgement
 
 
 def _judge_flags(words: list[str]) -> int:
@@ -151,7 +214,7 @@ def _judge_flags(words: list[str]) -> int:
             judgement = Judgement(Verdict.REFUSED, None, (str(error),))
     status = _say(judgement)
     if judgement.verdict in (Verdict.SPEED_ONLY, Verdict.PRECISION):
-        print(shlex.join(kept))
+        _print(shlex.join(kept))
     return status
 
 
@@ -166,6 +229,8 @@ def _parsed(words: list[str]) -> Namespace:
     from megatron_laer.support import arguments
 
     check_patterns(words)
+    if "megatron.training.arguments" not in sys.modules:
+        _say_wait("Megatron")
     with warnings.catch_warnings():
         # Megatron says at import what a run would miss here, and nothing is run.
         warnings.simplefilter("ignore")
@@ -209,12 +274,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _say(judgement: Judgement) -> int:
-    said: Any = _SAID[judgement.verdict].format(drop=" ".join(judgement.drop))
-    if judgement.proved_by:
-        said += f"; {_PROVED[judgement.proved_by]}"
-    elif judgement.verdict not in (Verdict.SET_EP, Verdict.REFUSED):
-        said += "; nothing proves it yet"
-    print(said + (", because" if judgement.because else ""))
+    said = _SAID[judgement.verdict].format(drop=" ".join(judgement.drop))
+    if judgement.if_none_of:
+        said += f", if the recipe sets none of: {', '.join(judgement.if_none_of)}"
+    if judgement.verdict in _LOST:
+        said += f"; {_LOST[judgement.verdict]}"
+    if judgement.runs:
+        said += f"; {judgement.proof or 'nothing proves it yet'}"
+    _print(said + (", because" if judgement.because else ""))
     for reason in judgement.because:
-        print(f"  {reason}")
+        _print(f"  {reason}")
     return STATUS[judgement.verdict]
+
+
+def _say_wait(imported: str) -> None:
+    """Tell whoever sits at a terminal that the command is at work."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"importing {imported}, which takes some seconds", file=sys.stderr, flush=True)
+
+
+def _print(text: str) -> None:
+    """Print a line, in which what recipes and flags have for terminals is escaped."""
+    print(one_line(text, longest=len(text)))

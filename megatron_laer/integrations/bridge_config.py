@@ -59,6 +59,8 @@ def settings_of(recipe: Any) -> Namespace:
     for row in REFUSALS:
         if row.argument and row.field in found:
             found[row.argument] = found.get(row.argument) or found[row.field]
+    if not found.get("cpu_offloading", True):  # the number of layers alone offloads nothing
+        found["cpu_offloading_num_layers"] = 0
     found["num_experts"] = found["num_moe_experts"]
     found["rank"] = int(os.environ.get("RANK", "0"))
     # A launcher may say it by another name; Megatron-Bridge then checks it.
@@ -85,6 +87,7 @@ def judge_container(name: str, recipe: Any) -> Judgement:
     refused = [row.refused for row in implied_by(name) if row.refused]
     settings = settings_of(recipe)
     settings.world_size = settings.expert_model_parallel_size  # of the run, not of this process
+    settings.is_lora = recipe.peft is not None
     judgement = judge(settings, also_refused=[*refused, *problems_of(recipe)])
     if judgement.verdict in (Verdict.SET_EP, Verdict.REFUSED):
         return judgement
@@ -134,7 +137,7 @@ def _function(module: str, name: str) -> Callable[[], Any]:
     if not callable(recipe):
         similar = get_close_matches(name, dir(found))
         raise ValueError(
-            f"recipe {quoted(name)}: {module} has none of this name"
+            f"recipe {quoted(f'{module}:{name}')}: {module} has none of this name"
             + (f"; similar are {', '.join(similar)}" if similar else "")
         )
     return recipe

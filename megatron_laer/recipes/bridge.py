@@ -1,7 +1,7 @@
 """Recipes of Megatron-Bridge, exported as rows of a table, become arguments of Megatron.
 
-A row has the columns that `COLUMNS` names; more are left unread. What their texts may be is here,
-and what they do not say of a model in `families`.
+A row has the columns that `COLUMNS` names, and may have those of `MORE_COLUMNS`; others are left
+unread. What their texts may be is here, and what they do not say of a model in `families`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import csv
 import re
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_laer.files.checks import quoted, read_text
@@ -22,13 +23,14 @@ from megatron_laer.recipes.families import (
     is_known,
 )
 from megatron_laer.recipes.verdict import Judgement, judge
+from megatron_laer.support.table import REFUSALS
 
 _FP4 = "e2m1"
 _SWITCH: dict[str, object] = {"": False, "False": False, "True": True}
 
 # An empty text is what a recipe leaves to Megatron-Bridge's default, which comes first.
 _WORDS: dict[str, dict[str, object]] = {
-    "pool": {word: word for word in ("pretrain", "sft", "peft")},
+    "pool": {word: word for word in ("pretrain", "sft", "peft", "perf")},
     "dispatcher": {
         "": "alltoall",
         "alltoall": "alltoall",
@@ -65,6 +67,31 @@ _SIZES = ("EP", "ETP", "TP")
 _LISTS = ("cuda_graph_scope", "recompute_modules")
 _OPTIMIZER = "optimizer"
 COLUMNS = ("recipe", *_WORDS, *_SIZES, *_LISTS, _OPTIMIZER)
+
+# Without a column these leave nothing open: the first two are old names of --cuda-graph-impl, the
+# next two configure a backend that is refused, and the last two are no setting of a recipe.
+_WITHOUT_COLUMN: dict[str, object] = {
+    "enable_cuda_graph": False,
+    "external_cuda_graph": False,
+    "moe_dispatch_fwd_dtype": "bf16",
+    "moe_combine_bwd_dtype": "bf16",
+    "moe_use_upcycling": False,
+    "transformer_impl": "transformer_engine",
+}
+_READ = (
+    "num_experts expert_model_parallel_size expert_tensor_parallel_size moe_token_dispatcher_type "
+    "moe_flex_dispatcher_backend fp8 fp4 cuda_graph_impl cuda_graph_modules recompute_modules "
+    "overlap_moe_expert_parallel_comm delay_wgrad_compute optimizer"
+).split()
+# What decides as well, by the names of Megatron's arguments; what refuses a run comes first.
+_DECIDING = tuple(
+    row.argument
+    for row in sorted(REFUSALS, key=lambda row: row.left_out is not None)
+    if row.argument and row.argument not in (*_READ, *_WITHOUT_COLUMN)
+)
+MORE_COLUMNS = ("PP", *_DECIDING)
+_OFF = ("", "None", "False")
+_NUMBER = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,9})?")
 
 _LIST = re.compile(r"\w*|\[('\w+'(, *'\w+')*)?\]", re.ASCII)
 _OPTIMIZERS = re.compile(r"(?:opt:)?(distributed_)?(?:fused_)?(adam|sgd|muon|lion)(?:_\w+)?")
@@ -104,7 +131,7 @@ def recipe_of(content: Mapping[str, Content], where: str) -> dict[str, str]:
     """
     _check_columns(list(content), where)
     found = {}
-    for name in COLUMNS:
+    for name in [*COLUMNS, *(name for name in MORE_COLUMNS if name in content)]:
         value = content[name]
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             value = f"[{', '.join(repr(item) for item in value)}]"
@@ -122,17 +149,19 @@ def judge_recipe(row: Mapping[str, str]) -> Judgement:
     """
     try:
         settings = _settings(row)
+        refused = []
+        for implied in implied_by(row["recipe"]):
+            vars(settings).update(implied.settings)
+            refused += [implied.refused] if implied.refused else []
+        vars(settings).update(_given(row))
+        if settings.is_lora and adapts_experts(row["recipe"]):
+            refused.append(LORA_ON_EXPERTS)
+        doubts = [] if is_known(row["recipe"]) else [UNKNOWN_FAMILY]
+        judgement = judge(settings, also_refused=refused, doubts=doubts)
     except ValueError as error:
         raise ValueError(f"recipe {quoted(row['recipe'])}: {error}") from error
-    refused = []
-    for implied in implied_by(row["recipe"]):
-        vars(settings).update(implied.settings)
-        refused += [implied.refused] if implied.refused else []
-    if row["pool"] == "peft" and adapts_experts(row["recipe"]):
-        refused.append(LORA_ON_EXPERTS)
-    # Rows have LoRA on attention.
-    doubts = [] if is_known(row["recipe"]) else [UNKNOWN_FAMILY]
-    return judge(settings, also_refused=refused, doubts=doubts)
+    unsaid = tuple(name for name in _DECIDING if not hasattr(settings, name))
+    return replace(judgement, if_none_of=unsaid) if judgement.runs else judgement
 
 
 def _check_columns(names: list[str], where: str) -> None:
@@ -161,7 +190,6 @@ def _settings(row: Mapping[str, str]) -> Namespace:
         tensor_model_parallel_size=_size(row, "TP"),
         moe_token_dispatcher_type=word["dispatcher"],
         moe_flex_dispatcher_backend=word["flex_backend"],
-        moe_expert_capacity_factor=None,
         fp8=None if word["precision"] == _FP4 else word["precision"],
         fp4=_FP4 if word["precision"] == _FP4 else None,
         cuda_graph_impl=word["cuda_graph_impl"],
@@ -171,10 +199,27 @@ def _settings(row: Mapping[str, str]) -> Namespace:
         overlap_moe_expert_parallel_comm=word["ep_overlap"],
         delay_wgrad_compute=word["delay_wgrad"],
         moe_router_force_load_balancing=word["force_balance"],
-        moe_router_padding_for_quantization=False,
         optimizer=optimizer[2],
         use_distributed_optimizer=bool(optimizer[1]),
+        bf16=True,
+        pipeline_model_parallel_size=_size(row, "PP") if "PP" in row else 1,
+        # The pool of performance recipes has all kinds.
+        is_lora=row["pool"] == "peft" or "_peft_" in row["recipe"],
+        **_WITHOUT_COLUMN,
     )
+
+
+def _given(row: Mapping[str, str]) -> dict[str, object]:
+    """Return the settings that a row has columns of, beside those that every table has."""
+    return {name: _setting(name, row[name]) for name in _DECIDING if name in row}
+
+
+def _setting(name: str, text: str) -> object:
+    if text in _OFF:
+        return None
+    if text != "True" and not _NUMBER.fullmatch(text):
+        raise ValueError(f"{name} {quoted(text)}: give True, False, a number, or nothing")
+    return True if text == "True" else float(text) if "." in text else int(text)
 
 
 def _word(row: Mapping[str, str], name: str) -> object:

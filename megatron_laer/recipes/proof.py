@@ -1,76 +1,79 @@
-"""Settings alone tell what proves that FSEP equals stock Megatron with them.
+"""Rows of the parity table prove that FSEP equals stock Megatron, for the features that they have.
 
-The proofs are rows of the parity table, which docs/support.md lists. They are about what FSEP
-changes, which are MoE layers, their parameters and their place in a model; attention, and what a
-model has beside a language model, stay Megatron's.
+docs/support.md lists the rows, and `rows` here holds what features each of them has.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from itertools import combinations
 
-from megatron_laer.config import Choice
+from megatron_laer.recipes.features import features_of
+from megatron_laer.recipes.rows import ROWS, ProvedRow
 
-
-class Proof(Choice):
-    """Says where settings were proved: on the CPU, there with a replacement, or on a card."""
-
-    CPU = "cpu"
-    REPLACEMENT = "stand-in"
-    GPU = "gpu"
+_MOST_NAMED = 6
 
 
-def _is_on(name: str, settings: Namespace) -> bool:
-    return bool(getattr(settings, name, False))
+@dataclass(frozen=True)
+class Proof:
+    """Says which rows have the features of a run, and which features no row has.
 
+    Attributes:
+        row: a row that has all features together, or "".
+        is_replaced: whether this row, or every row of some feature, runs on a replacement of what
+            Megatron has for GPUs alone.
+        no_row: features that no row has.
+        no_row_together: pairs of other features that no row has together, as `a + b`.
+    """
 
-_SWITCHES = (
-    "hybrid_layer_pattern",
-    "moe_permute_fusion",
-    "moe_router_fusion",
-    "optimizer_cpu_offload",
-)
+    row: str
+    is_replaced: bool
+    no_row: tuple[str, ...] = ()
+    no_row_together: tuple[str, ...] = ()
 
-# Settings whose rows run on a replacement of what Megatron has for GPUs alone, by their flag, its
-# value, or their module of selective recompute.
-REPLACED: dict[str, Callable[[Namespace], bool]] = {
-    "--context-parallel-size": lambda settings: _above_one(settings, "context_parallel_size"),
-    "--moe-latent-size": lambda settings: bool(getattr(settings, "moe_latent_size", None)),
-    "--multi-latent-attention": lambda settings: (
-        bool(getattr(settings, "multi_latent_attention", False))
-        or "mla_up_proj" in _recomputed(settings)
-    ),
-    "--experimental-attention-variant": lambda settings: (
-        getattr(settings, "experimental_attention_variant", None) == "gated_delta_net"
-        or "gdn_norm_out" in _recomputed(settings)
-    ),
-    "layernorm": lambda settings: "layernorm" in _recomputed(settings),
-    **{f"--{name.replace('_', '-')}": partial(_is_on, name) for name in _SWITCHES},
-    # Megatron demands it of MoE layers under tensor parallelism, and turns it off without.
-    "--sequence-parallel": lambda settings: _above_one(settings, "tensor_model_parallel_size"),
-    "--moe-flex-dispatcher-backend": lambda settings: settings.moe_token_dispatcher_type == "flex",
-    "dist_muon": lambda settings: _is_dist_muon(settings),
-}
+    def __str__(self) -> str:
+        """Say so in one line, with some of the features and pairs where there are many."""
+        where = "on the CPU"
+        if self.is_replaced:
+            where += ", where replacements stand for what Megatron has for GPUs alone"
+        if self.row:
+            return f"proved by row '{self.row}' {where}"
+        said = "each feature proved by a row "
+        if self.no_row:
+            said = f"no row has {_some(self.no_row)}; each other feature proved by a row "
+        pairs = len(self.no_row_together)
+        together = f"{pairs} {'pair' if pairs == 1 else 'pairs'} of them without a row: "
+        together = together + _some(self.no_row_together) if pairs else "no row has all of them"
+        return f"{said}{where}; {together}"
 
 
 def proof_of(settings: Namespace) -> Proof:
-    """Say what proves settings that training accepts."""
-    is_replaced = any(is_used(settings) for is_used in REPLACED.values())
-    return Proof.REPLACEMENT if is_replaced else Proof.CPU
+    """Say what rows prove of settings that training accepts."""
+    features = features_of(settings)
+    proving = [row for row in ROWS if features <= row.features]
+    if proving:
+        # On the real thing where a row is, and then the row that has the least beside.
+        row = min(proving, key=lambda row: (row.is_replaced, len(row.features)))
+        return Proof(row.name, row.is_replaced)
+    rows_of = {name: [row for row in ROWS if name in row.features] for name in sorted(features)}
+    pairs = [
+        f"{one} + {other}"
+        for one, other in combinations([name for name, rows in rows_of.items() if rows], 2)
+        if not _has_both(rows_of[one], other)
+    ]
+    return Proof(
+        "",
+        any(rows and all(row.is_replaced for row in rows) for rows in rows_of.values()),
+        tuple(name for name, rows in rows_of.items() if not rows),
+        tuple(pairs),
+    )
 
 
-def _is_dist_muon(settings: Namespace) -> bool:
-    is_shared = bool(getattr(settings, "use_distributed_optimizer", False))
-    return settings.optimizer == "dist_muon" or (settings.optimizer == "muon" and is_shared)
+def _has_both(rows: list[ProvedRow], other: str) -> bool:
+    return any(other in row.features for row in rows)
 
 
-def _recomputed(settings: Namespace) -> set[str]:
-    if settings.recompute_granularity != "selective":
-        return set()
-    return set(settings.recompute_modules or ())
-
-
-def _above_one(settings: Namespace, name: str) -> bool:
-    return int(getattr(settings, name, None) or 1) > 1
+def _some(names: tuple[str, ...]) -> str:
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

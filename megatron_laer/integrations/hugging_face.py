@@ -1,0 +1,52 @@
+"""Without a network, what asks Hugging Face for a model's configuration fails soon.
+
+Nothing is downloaded here, and nothing of Hugging Face is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from importlib.util import find_spec
+from threading import Thread
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+_OFFLINE = "HF_HUB_OFFLINE"
+_PATIENCE_S = 5.0
+
+
+def go_offline_if_unreachable() -> bool:
+    """Let Hugging Face's library look into its cache alone if its server cannot be reached.
+
+    It would try for minutes. Must be called before that library is imported.
+
+    Returns:
+        whether the library was told so now.
+    """
+    # Behind a proxy the server need not be reachable from here.
+    if find_spec("huggingface_hub") is None or os.environ.get(_OFFLINE) or getproxies():
+        return False
+    if _is_reachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
+        return False
+    os.environ[_OFFLINE] = "1"
+    return True
+
+
+def _is_reachable(address: str) -> bool:
+    reached: list[bool] = []
+
+    def connect() -> None:
+        try:
+            server = urlsplit(address)
+            port = server.port or (80 if server.scheme == "http" else 443)
+            socket.create_connection((server.hostname or "", port), _PATIENCE_S).close()
+        except (OSError, ValueError):
+            return
+        reached.append(True)
+
+    # A name server that does not answer would hold the call up for longer.
+    attempt = Thread(target=connect, daemon=True)
+    attempt.start()
+    attempt.join(_PATIENCE_S)
+    return bool(reached)
