@@ -10,7 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.bad_inputs import inputs, programs, report, simulate
+from tests.bad_inputs import (
+    batch,
+    fields,
+    inputs,
+    numbers,
+    paths,
+    programs,
+    report,
+    simulate,
+    variables,
+)
 from tests.bad_inputs.case import Case
 from tests.parity.flags import command_line
 
@@ -480,6 +490,8 @@ def _all() -> Iterator[Case]:
     for extra_words, says in training.UNMODIFIED:
         extra = (training.ON + extra_words).split()
         yield Case(("train", "megatrons.py", "--", *FLAGS, *extra), says, training.RANKS)
+    for part in (paths, numbers, fields, variables, batch):
+        yield from part.cases()
 
 
 def _yaml_cases() -> Iterator[Case]:

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.bad_inputs import inputs, programs, report
+from tests.bad_inputs import fields, inputs, paths, programs, report, variables
 from tests.bad_inputs.case import Case
 from tests.bad_inputs.forks import Ended, Job, run_all
 
@@ -26,9 +26,8 @@ _LONGEST = 2500
 
 def make(folder: Path) -> None:
     """Write all files that bad inputs are made of."""
-    inputs.make(folder)
-    report.make(folder)
-    programs.make(folder)
+    for part in (inputs, report, programs, paths, fields, variables):
+        part.make(folder)
 
 
 def tried(folder: Path, cases: Sequence[Case]) -> list[Ended]:
