@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_laer.cli.program import Parser, ended, stopped_by_exceptions
+from megatron_laer.cli.program import Parser, ended, escape_warnings, stopped_by_exceptions
 from megatron_laer.files.checks import quoted, refuse_unwritable
 from megatron_laer.files.writing import write_file
 
@@ -32,6 +32,7 @@ def program(name: str, run: Callable[[], int]) -> NoReturn:
     """
 
     def stoppable() -> int:
+        escape_warnings()
         with stopped_by_exceptions():
             return run()
 

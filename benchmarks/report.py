@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_laer.files.checks import one_line
+
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Print rows, if there are any."""
@@ -33,7 +35,7 @@ def table_text(rows: Sequence[dict[str, Any]]) -> str:
 def _cell(value: object) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else one_line(value)
 
 
 def machine() -> dict[str, Any]:

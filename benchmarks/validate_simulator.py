@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inputs = [given for given in (options.published, options.cluster) if given is not None]
     if options.json is not None:
         refuse_overwriting(options.json, inputs, "--json")
+    if options.no_here and options.published is None:
+        raise ValueError("nothing to compare: give --published, or leave --no-here out")
     if options.cluster is not None:
         load_cluster(options.cluster)
     of = None
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             of = Published(options.published, quick=options.quick)
             read_measured(options.published)
         else:
-            print(f"no published cells: {options.published} has no {END_TO_END}")
+            print(f"no published cells: {quoted(options.published)} has no {END_TO_END}")
     result: dict[str, Any] = {"here": [], "published": [], "machine": machine()}
     if not options.no_here:
         result["here"] = measured_cells.compare(quick=options.quick, cluster=options.cluster)

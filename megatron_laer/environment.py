@@ -6,6 +6,7 @@ for Slurm stand at the head of that script.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -125,3 +126,17 @@ VARIABLES = (
         Owner.TESTS,
     ),
 )
+
+
+# Of libraries that read them when they are imported, and do not name them where they are wrong.
+_READ_BY = {"tqdm": ("TQDM_",), "matplotlib": ("MPL", "MATPLOTLIBRC")}
+
+
+def variables_behind(error: BaseException) -> dict[str, str]:
+    """Return the variables that are set for the library that has raised an error, by name."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    prefixes = _READ_BY.get(module.partition(".")[0], ())
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}

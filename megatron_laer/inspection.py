@@ -108,10 +108,15 @@ def _find(path: Path) -> Path:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    text = read_text(path)
     try:
-        found = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path} is not JSON: nested too deeply") from error
+    except ValueError as error:
+        # Python's limit on digits is no JSONDecodeError, and names a function of Python's.
+        problem = error if isinstance(error, json.JSONDecodeError) else "a number is too long"
+        raise ValueError(f"{path} is not JSON: {problem}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object")
     return found

@@ -33,6 +33,13 @@ _ON = ("true", "yes", "on")
 _OFF = ("false", "no", "off")
 _NOTHING = ("", "~", "null")
 _YAML_POINT = re.compile(r"\.(?=(inf|nan)$)", re.IGNORECASE)
+# Of a model's sizes, of which Megatron takes one number each.
+_SIZES = frozenset(
+    "num-layers mtp-num-layers hidden-size ffn-hidden-size num-attention-heads num-query-groups "
+    "kv-channels seq-length max-position-embeddings vocab-size num-experts moe-ffn-hidden-size "
+    "moe-router-topk moe-shared-expert-intermediate-size moe-layer-freq q-lora-rank kv-lora-rank "
+    "qk-head-dim qk-pos-emb-head-dim v-head-dim".split()
+)
 # A path may be long; no number is.
 _LONGEST_VALUE = 4096
 
@@ -57,6 +64,24 @@ def model_flags(path_or_name: str | Path) -> list[str]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return [word for words in flags.values() for word in words]
+
+
+def model_values(path_or_name: str | Path) -> dict[str, str]:
+    """Return the value of each of a model's flags, whose underscores become dashes.
+
+    A switch has the value "".
+
+    Raises:
+        ValueError, OSError: as for `model_flags`.
+    """
+    values: dict[str, str] = {}
+    for word in model_flags(path_or_name):
+        if word.startswith("--"):
+            flag = word.replace("_", "-")
+            values[flag] = ""
+        else:
+            values[flag] = f"{values[flag]} {word}".strip()
+    return values
 
 
 def _settings(content: object) -> Iterator[tuple[str, object]]:
@@ -95,6 +120,8 @@ def flag_words(key: str, value: object) -> list[str]:
     values = value if isinstance(value, list) else [value]
     if not values:
         raise ValueError(f"{key} is an empty list; give it values or leave it out")
+    if len(values) > 1 and key.replace("_", "-") in _SIZES:
+        raise ValueError(f"{key} is {reprlib.repr(value)}; give one value")
     for item in values:
         if not isinstance(item, str) or item.lower() in (*_ON, *_OFF, *_NOTHING):
             raise ValueError(

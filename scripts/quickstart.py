@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from megatron_laer.cli.argument_types import between
 from megatron_laer.cli.program import Parser, ended
-from megatron_laer.files.checks import quoted, refuse_unusable_folder
+from megatron_laer.files.checks import one_line, quoted, refuse_unusable_folder
 from megatron_laer.files.writing import write_file
 from megatron_laer.model_flags import model_flags
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
@@ -94,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.work_dir / "result.json"
     write_file(path, json.dumps(result, indent=1) + "\n")
     print(
-        f"\n{time.monotonic() - started_s:.0f} s. Every step is in {path}, full logs are beside it."
+        f"\n{time.monotonic() - started_s:.0f} s. Every step is in {one_line(path)}, full logs are "
+        "beside it."
     )
     return 0
 
@@ -137,7 +138,7 @@ def _write_page(work_dir: Path) -> str:
     if result.returncode:
         raise RuntimeError(f"Writing {page} failed:\n{result.stderr}")
     verdict = result.stdout.splitlines()[0]
-    return f"{verdict}\n  The whole page, for a browser: {page}"
+    return f"{verdict}\n  The whole page, for a browser: {one_line(page)}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ What one rank cannot do is an error on every rank, in the same words, before any
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -20,6 +20,7 @@ from megatron_laer.calibration.constants import cluster_of
 from megatron_laer.calibration.contention import contention_jobs
 from megatron_laer.calibration.gemms import gemm_jobs, usable_back_ends
 from megatron_laer.calibration.host import host_jobs
+from megatron_laer.calibration.launched import START
 from megatron_laer.calibration.links import collective_jobs, exchange_jobs, make_partners
 from megatron_laer.calibration.sampling import Job, measure
 from megatron_laer.calibration.settings import ExpertShape, Settings, make_settings
@@ -29,22 +30,10 @@ from megatron_laer.platform import cpu
 from megatron_laer.runtime.comm import launcher
 from megatron_laer.runtime.comm.streams import make_comm_stream
 
-_START = "start at least two with `torchrun --nproc-per-node 2 -m megatron_laer calibrate FILE`"
 _TIMEOUT = timedelta(minutes=10)
 
 # Shows how far the jobs are.
 Progress = Callable[[Sequence[Job]], Iterable[Job]]
-
-
-def check_launched(environment: Mapping[str, str]) -> None:
-    """Refuse to measure without a launcher's ranks.
-
-    Raises:
-        ValueError: there are none, only one, or a launcher's variables make no sense.
-    """
-    launcher.check_ranks(environment)
-    if "RANK" not in environment or environment.get("WORLD_SIZE", "1") == "1":
-        raise ValueError(f"exchanges need several ranks; {_START}")
 
 
 @contextmanager
@@ -57,7 +46,7 @@ def all_ranks() -> Iterator[dist.ProcessGroup]:
     try:
         dist.init_process_group("gloo", timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"the ranks did not find each other: {error}; {_START}") from error
+        raise ValueError(f"the ranks did not find each other: {error}; {START}") from error
     try:
         group = dist.group.WORLD
         assert group is not None

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer import __version__
-from megatron_laer.cli.program import Parser, ended, failed, stopped_by_exceptions
+from megatron_laer.cli.program import Parser, ended, escape_warnings, failed, stopped_by_exceptions
 
 # Every command, with what `--help` says of it.
 _COMMANDS = {
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             train.prepare(args.script, script_args)
             script = args.script
             return 0
+        escape_warnings()
         with stopped_by_exceptions():
             return int(_module(args.command).run(args))
 

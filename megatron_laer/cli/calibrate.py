@@ -1,4 +1,7 @@
-"""The command `calibrate` measures a cluster's constants, on the ranks that a launcher starts."""
+"""The command `calibrate` measures a cluster's constants, on the ranks that a launcher starts.
+
+Torch is imported when arguments and launcher have been checked.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,11 @@ import argparse
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_laer.calibration import run as calibration
-from megatron_laer.calibration.sampling import Job
+from megatron_laer.calibration.launched import check_launched
 from megatron_laer.calibration.settings import ExpertShape
 from megatron_laer.cli.argument_types import add_hours, between, path
 from megatron_laer.files.checks import quoted, refuse_overwriting, refuse_unwritable
@@ -20,6 +22,9 @@ from megatron_laer.files.writing import write_file
 from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.simulator.sizes import MAX_WIDTH, model_sizes
+
+if TYPE_CHECKING:
+    from megatron_laer.calibration.sampling import Job
 
 _MAX_RANKS, _LONGEST_NAME = 2**16, 200
 _ENDINGS = (".yaml", ".yml")
@@ -72,9 +77,26 @@ def run(args: argparse.Namespace) -> int:
         ValueError, OSError, ImportError: what was passed does not work; on every rank, before
             anything is measured.
     """
-    calibration.check_launched(os.environ)
+    try:
+        check_launched(os.environ)
+    except ValueError:
+        _checked(args, writes=True)  # what is wrong with the arguments is said first
+        raise
+    import torch.distributed as dist
+
+    from megatron_laer.calibration import run as calibration
+
     with calibration.all_ranks() as control:
-        expert = calibration.together(control, lambda: _checked(args))
+        rank = dist.get_rank()
+        expert = calibration.together(control, lambda: _checked(args, writes=rank == 0))
+
+        def progress(jobs: Sequence[Job]) -> Iterable[Job]:
+            """Show on rank 0 what is being measured."""
+            with tqdm(jobs, desc="calibrate", disable=True if rank else None) as bar:
+                for job in bar:
+                    bar.set_postfix_str(str(job.quantity))
+                    yield job
+
         settings, device = calibration.agree_on_settings(
             expert,
             args.node_size,
@@ -83,13 +105,13 @@ def run(args: argparse.Namespace) -> int:
             control=control,
         )
         name = args.name or args.output.stem
-        cluster = calibration.calibrate(name, settings, device, control, _progress)
+        cluster = calibration.calibrate(name, settings, device, control, progress)
         calibration.together(control, lambda: _write(cluster, args.output))
     return 0
 
 
-def _checked(args: argparse.Namespace) -> ExpertShape | None:
-    """Refuse arguments that do not fit, and on rank 0 a file that cannot be written.
+def _checked(args: argparse.Namespace, *, writes: bool) -> ExpertShape | None:
+    """Refuse arguments that do not fit, and a file that cannot be written if this rank writes it.
 
     Returns:
         The expert that was asked for.
@@ -105,7 +127,7 @@ def _checked(args: argparse.Namespace) -> ExpertShape | None:
             f"the name {quoted(name)} is empty or has over {_LONGEST_NAME} characters; give --name"
         )
     expert = _expert(args)
-    if dist.get_rank() == 0:
+    if writes:
         refuse_unwritable(args.output, "FILE")
         if args.config is not None:
             refuse_overwriting(args.output, [yaml_file("model", args.config)], "FILE")
@@ -129,14 +151,6 @@ def _expert(args: argparse.Namespace) -> ExpertShape | None:
             raise ValueError(f"--config {quoted(args.config)}: {error}") from error
         return ExpertShape(sizes.hidden, sizes.ffn, sizes.gated)
     return None if args.hidden is None else ExpertShape(args.hidden, args.ffn, gated=True)
-
-
-def _progress(jobs: Sequence[Job]) -> Iterable[Job]:
-    """Show on rank 0 what is being measured."""
-    with tqdm(jobs, desc="calibrate", disable=True if dist.get_rank() else None) as bar:
-        for job in bar:
-            bar.set_postfix_str(str(job.quantity))
-            yield job
 
 
 def _write(cluster: Cluster | None, output: Path) -> None:

@@ -9,9 +9,11 @@ import argparse
 import os
 
 from megatron_laer.doctor import examine
+from megatron_laer.environment import CONNECTIONS
+from megatron_laer.files.checks import one_line
 
-# A long path or reason must not push all verdicts out of sight.
-_FOUND_WIDTH = 48
+# The longest name. A long path or reason must not push all verdicts out of sight.
+_NAME_WIDTH, _FOUND_WIDTH = len(CONNECTIONS), 48
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(_: argparse.Namespace) -> int:
     """Print the table; the status is 1 if something that training needs is missing, else 0."""
-    rows = examine(os.environ)
-    name_width = max(len(row.name) for row in rows)
-    found_width = min(max(len(row.found) for row in rows), _FOUND_WIDTH)
-    for row in rows:
-        print(f"{row.name:{name_width}}  {row.found:{found_width}}  {row.verdict_and_note}")
-    stopping = [row.name for row in rows if row.stops]
+    stopping = []
+    for row in examine(os.environ):
+        text = f"{row.name:{_NAME_WIDTH}}  {row.found:{_FOUND_WIDTH}}  {row.verdict_and_note}"
+        # What broken modules and compilers say may hold anything. An import may take minutes.
+        print(one_line(text), flush=True)
+        if row.stops:
+            stopping.append(row.name)
     if stopping:
         print(f"\nmissing or unsupported: {', '.join(stopping)}")
     else:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 
 from megatron_laer.data.documents import FORMATS
 from megatron_laer.data.prepare import prepare_data
 from megatron_laer.data.sources import default_text_sources
-from megatron_laer.files.checks import one_line
+from megatron_laer.files.checks import one_line, shell_words
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         follow_links=args.follow_links,
     )
     print(f"{one_line(written.prefix)}: {written.documents} documents, {written.tokens} tokens")
-    print(f"train with: {shlex.join(written.flags)}")
+    print(f"train with: {shell_words(written.flags)}")
     for sentence in written.left_out:
         print(sentence, file=sys.stderr)
     return 0

@@ -6,6 +6,7 @@ Commands and benchmarks end alike. What they do is not known here.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -15,7 +16,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from megatron_laer.files.checks import one_line
+from megatron_laer.environment import variables_behind
+from megatron_laer.files.checks import one_line, quoted
 from megatron_laer.launch import in_one_line
 
 # As shells report a process that a signal ended.
@@ -70,10 +72,29 @@ def _status(name: str, run: Callable[[], int]) -> int:
         return failed(name, "interrupted", _INTERRUPTED)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, ImportError) as error:
-        return failed(name, in_one_line(error))
     except MemoryError:
         return failed(name, "the memory of this process does not suffice")
+    except UnicodeEncodeError as error:
+        where = slice(max(error.start - 20, 0), error.end)
+        return failed(name, f"{quoted(error.object[where])} cannot be written in {error.encoding}")
+    except Exception as error:
+        variables = [f"{key}={quoted(value)}" for key, value in variables_behind(error).items()]
+        if variables:
+            return failed(name, f"{', '.join(variables)}: {error}; correct or unset it")
+        if isinstance(error, ValueError | OSError | ImportError):
+            return failed(name, in_one_line(error))
+        raise
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
+
+
+def escape_warnings() -> None:
+    """Print each warning of this process, which may quote a file's name, on one line, escaped."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_OneLine())
 
 
 @contextmanager

@@ -120,12 +120,17 @@ def _formats(files: Sequence[Path], text_format: str | None, json_key: str | Non
 def _check_lengths(files: Sequence[Path], formats: Sequence[str], encoder: Tokenizer) -> None:
     for path, text_format in zip(files, formats, strict=True):
         if text_format == "text":
-            check_length(path, path.stat().st_size, encoder.max_file_bytes)
+            check_length(path, _size(path), encoder.max_file_bytes)
+
+
+def _size(path: Path) -> int:
+    with readable(path):
+        return path.stat().st_size
 
 
 def _bar(files: Iterable[Path], progress: bool) -> tqdm:
     return tqdm(
-        total=sum(path.stat().st_size for path in files),
+        total=sum(map(_size, files)),
         desc="tokenizing",
         unit="B",
         unit_scale=True,

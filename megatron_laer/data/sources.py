@@ -51,7 +51,7 @@ def find_sources(inputs: Iterable[str | os.PathLike[str]], follow_links: bool = 
         path = Path(given)
         if path.is_dir():
             # A folder of sources holds empty files by custom; named singly, one is a mistake.
-            found = [file for file in _walk(path, sources, follow_links) if file.stat().st_size]
+            found = [file for file in _walk(path, sources, follow_links) if _has_content(file)]
             if not found:
                 raise ValueError(
                     f"{quoted(path)} holds no text: no file in it has any content"
@@ -93,7 +93,7 @@ def _walk(
 ) -> Iterator[Path]:
     """Yield the regular files below `root` in sorted order, and count in `sources` what is not."""
     # A link may lead to a folder that is being walked.
-    seen = {_identity(root)}
+    seen = {None, _identity(root)}
     for name, folders, files in os.walk(root, onerror=_refuse, followlinks=follow_links):
         folder = Path(name)
         walked = []
@@ -117,9 +117,20 @@ def _walk(
                 sources.special_files += 1
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Tell a folder from all others; None for one that has gone since it was listed."""
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return None
     return status.st_dev, status.st_ino
+
+
+def _has_content(file: Path) -> bool:
+    try:
+        return file.stat().st_size > 0
+    except FileNotFoundError:  # it has gone since it was listed
+        return False
 
 
 def _refuse(error: OSError) -> None:

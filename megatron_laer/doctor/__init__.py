@@ -7,52 +7,64 @@ where everything else is missing; what must be imported to be known is asked in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 
 from megatron_laer.doctor import machine, packages
-from megatron_laer.doctor.asking import answers_to
-from megatron_laer.doctor.row import Row
+from megatron_laer.doctor.asking import asked
+from megatron_laer.doctor.row import Answer, Row
 
 
-def examine(environment: Mapping[str, str]) -> list[Row]:
-    """Return all rows, in the order in which they are printed."""
+def examine(environment: Mapping[str, str]) -> Iterator[Row]:
+    """Yield all rows in the order in which they are printed, each when it is known."""
     requirements = packages.requirements()
     optional = packages.optional(requirements)
-    asked = [*requirements.always, *optional]
-    questions = {required.name: ["module", required.module, required.name] for required in asked}
+    questions = {
+        required.name: ["module", required.module, required.name]
+        for required in (*requirements.always, *optional)
+    }
     questions |= {
         "torch": ["torch", "torch"],
         "megatron-core": ["megatron", "megatron"],
         "native core": ["native_core", "numpy"],
         "plugin": ["plugin", ""],
     }
-    answers = answers_to(questions)
-    torch, megatron = answers["torch"], answers["megatron-core"]
-    on_cuda = torch.get("device") == "cuda"
+    with asked(questions) as answers:
+        can_train = True
+        for row in _needs(requirements, optional, answers, environment):
+            can_train &= not row.stops
+            yield row
+        # Where something that it needs is missing, it would say so again.
+        if can_train:
+            yield packages.plugin(answers["plugin"].result())
+        torch = answers["torch"].result()
+        on_cuda = torch.get("device") == "cuda"
+        yield machine.compiler(environment)
+        yield machine.launched(environment)
+        yield machine.node_size(environment, torch.get("num_cards", 0), on_cuda)
+        yield machine.connections(environment, on_cuda)
 
-    rows = [
-        packages.ours(),
-        packages.native_core(answers["native core"]),
-        packages.python(requirements.python),
-        machine.system(),
-        *(packages.needed(required, answers[required.name]) for required in requirements.always),
-        *(packages.extra(required, answers[required.name], on_cuda) for required in optional),
-    ]
+
+def _needs(
+    requirements: packages.Requirements,
+    optional: Sequence[packages.Requirement],
+    answers: Mapping[str, Future[Answer]],
+    environment: Mapping[str, str],
+) -> Iterator[Row]:
+    """Yield the rows of what the plugin needs, and of what it can do without."""
+    yield packages.ours()
+    yield packages.native_core(answers["native core"].result())
+    yield packages.python(requirements.python)
+    yield machine.system()
+    for required in requirements.always:
+        yield packages.needed(required, answers[required.name].result())
+    torch, megatron = answers["torch"].result(), answers["megatron-core"].result()
+    on_cuda = torch.get("device") == "cuda"
+    for required in optional:
+        yield packages.extra(required, answers[required.name].result(), on_cuda)
     if "error" not in torch:
-        rows += [
-            machine.cuda(torch, environment),
-            machine.cards(torch),
-            machine.nccl(torch, on_cuda),
-        ]
+        yield machine.cuda(torch, environment)
+        yield machine.cards(torch)
+        yield machine.nccl(torch, on_cuda)
     if "error" not in megatron:
-        rows.append(machine.dataset_helper(megatron, environment))
-    # Where something that it needs is missing, it would say so again.
-    if not any(row.stops for row in rows):
-        rows.append(packages.plugin(answers["plugin"]))
-    rows += [
-        machine.compiler(environment),
-        machine.launched(environment),
-        machine.node_size(environment, torch.get("num_cards", 0), on_cuda),
-        machine.connections(environment, on_cuda),
-    ]
-    return rows
+        yield machine.dataset_helper(megatron, environment)

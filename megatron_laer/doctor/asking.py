@@ -1,24 +1,82 @@
-"""Questions that need an import are answered by processes that start here (see `probes.py`)."""
+"""Questions that need an import or another program are answered by processes that start here.
+
+`probes.py` has the imports. A process that hangs, or that prints without end, is stopped.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from megatron_laer.doctor.row import Answer
 
 # A cold import from a network's file system takes minutes; longer, and it hangs.
 _TIMEOUT_S = 600.0
+# A compiler says its version at once; from a network's file system in seconds.
+_PROGRAM_S = 60.0
+_MOST_BYTES = 2**16
 
 
-def answers_to(questions: Mapping[str, list[str]]) -> dict[str, Answer]:
-    """Ask each question in a process of its own, and return the answers by the questions' keys."""
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return dict(zip(questions, threads.map(_ask, questions.values()), strict=True))
+@contextlib.contextmanager
+def asked(questions: Mapping[str, list[str]]) -> Iterator[dict[str, Future[Answer]]]:
+    """Ask each question in a process of its own, beside the block; answers by questions' keys."""
+    threads = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield {key: threads.submit(_ask, question) for key, question in questions.items()}
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def program_says(command: Sequence[str]) -> str | None:
+    """Return what a program prints; None if it cannot be started, fails, or does not end in time.
+
+    Only the beginning of a long output is returned.
+    """
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError:
+        return None
+    with process:
+        try:
+            said = _read(process, time.monotonic() + _PROGRAM_S)
+        finally:
+            # With the processes that it has started, which may hold the pipe.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return None if said is None else said.decode(errors="replace").strip()
+
+
+def _read(process: subprocess.Popen[bytes], deadline_s: float) -> bytes | None:
+    assert process.stdout is not None
+    said = b""
+    while len(said) < _MOST_BYTES:
+        left_s = max(0.0, deadline_s - time.monotonic())
+        if not select.select([process.stdout], [], [], left_s)[0]:
+            return None
+        piece = os.read(process.stdout.fileno(), _MOST_BYTES)
+        if not piece:
+            break
+        said += piece
+    else:
+        return said
+    try:
+        return said if process.wait(max(0.0, deadline_s - time.monotonic())) == 0 else None
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _ask(question: list[str]) -> Answer:

@@ -7,12 +7,12 @@ import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from megatron_laer.doctor.asking import program_says
 from megatron_laer.doctor.row import Answer, Row, Verdict
 from megatron_laer.environment import CONNECTIONS, DEVICE
 from megatron_laer.files.checks import quoted
@@ -100,9 +100,9 @@ def _build_lacks(compiler: str) -> Iterator[str]:
         if shutil.which(tool) is None:
             yield f"{tool}, which is not in the PATH"
     for command in (["python3", "-m", "pybind11", "--includes"], ["python3-config", "--help"]):
-        if shutil.which(command[0]) is None or _output(command) is None:
+        if shutil.which(command[0]) is None or program_says(command) is None:
             yield f"`{shlex.join(command)}`, which does not run"
-    suffix = _output(["python3-config", "--extension-suffix"])
+    suffix = program_says(["python3-config", "--extension-suffix"])
     expected = sysconfig.get_config_var("EXT_SUFFIX")
     if suffix and suffix != expected:
         yield f"python3 in the PATH, for {suffix}, but this Python needs {expected}"
@@ -112,19 +112,11 @@ def compiler(environment: Mapping[str, str]) -> Row:
     """Name the C++ compiler that an installation from source would use."""
     asked = environment.get("CXX")
     for name in [asked] if asked else ["c++", "g++", "clang++"]:
-        said = _output([*name.split(), "--version"])
+        said = program_says([*name.split(), "--version"])
         if said:
             return Row("compiler", said.splitlines()[0])
-    found = f"none (CXX={quoted(asked)})" if asked else "none"
+    found = f"none (CXX={quoted(asked)} fails, or takes too long)" if asked else "none"
     return Row("compiler", found, Verdict.OPTIONAL, "for installing from source")
-
-
-def _output(command: list[str]) -> str | None:
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    except OSError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def launched(environment: Mapping[str, str]) -> Row:

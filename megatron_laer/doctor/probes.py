@@ -15,6 +15,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from megatron_laer.environment import variables_behind
+
 Answer = dict[str, Any]
 
 
@@ -34,6 +36,8 @@ def main() -> None:
         # An ImportError of ours is a sentence.
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         answer = {"error": kind + " ".join(str(error).split())}
+        if variables := variables_behind(error):
+            answer["error"] += f" (from {', '.join(variables)}, which you have set)"
         if isinstance(error, ModuleNotFoundError):
             absent = error.name == asked[0].split(".")[0]
             answer |= {"absent": True} if absent else {"lacks": error.name}

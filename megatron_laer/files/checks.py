@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
+import shlex
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -125,6 +127,19 @@ def one_line(text: object, longest: int = 2000) -> str:
     """
     shown = _shortened(str(text), longest)
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+
+
+def shell_words(words: Iterable[str]) -> str:
+    """Join words for a shell; one with control characters or raw bytes as bash's $'...'."""
+    return " ".join(map(_shell_word, words))
+
+
+def _shell_word(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    letters = (chr(byte) for byte in os.fsencode(word))
+    plain = re.compile(r"[\w/.-]", re.ASCII)
+    return f"$'{''.join(c if plain.match(c) else f'\\x{ord(c):02x}' for c in letters)}'"
 
 
 def _shortened(text: str, longest: int) -> str:

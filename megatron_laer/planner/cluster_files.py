@@ -156,9 +156,11 @@ class _Fields:
         unknown = [key for key in self._content if key not in (*readers, *optional)]
         if missing or unknown:
             also = f", and possibly {list(optional)}" if optional else ""
+            lacks = f"lacks the keys {missing}" if missing else ""
+            has = f"has the unknown keys {_quote(unknown)}" if unknown else ""
             raise ValueError(
-                f"{self._where or 'the file'} lacks the keys {missing} and has the unknown keys "
-                f"{_quote(unknown)}; expected exactly {list(readers)}{also}"
+                f"{self._where or 'the file'} {' and '.join(filter(None, (lacks, has)))}; "
+                f"expected exactly {list(readers)}{also}"
             )
         values = {
             key: reader(self._content[key], self._place(key))

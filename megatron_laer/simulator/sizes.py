@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_laer.files.checks import quoted
 from megatron_laer.layout import MAX_EXPERTS
-from megatron_laer.model_flags import model_flags
+from megatron_laer.model_flags import model_values
 
 # A hundred times that of the widest models; products of two, in bytes, stay far below 2**63.
 MAX_WIDTH = 2**20
@@ -41,13 +41,7 @@ def model_sizes(config: str) -> ExpertSizes:
     Raises:
         ValueError, OSError: a model that cannot be read, or does not say them.
     """
-    # Megatron takes both spellings of a flag.
-    flags = [word.replace("_", "-") for word in model_flags(config)]
-    values = {
-        flag: value
-        for flag, value in zip(flags, [*flags[1:], "--"], strict=True)
-        if flag.startswith("--")
-    }
+    values = model_values(config)
 
     def size(flag: str, most: int) -> int:
         text = values.get(flag, "")

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_laer.files.checks import one_line
+
 # Steps after which routing and speed are steady enough to be worth averaging, of all steps.
 STEADY_AFTER = 0.5
 
@@ -150,7 +152,7 @@ def main(words: Sequence[str]) -> int:
         if not runs:
             raise ValueError("give a NAME=LOG for each run")
     except (ValueError, OSError) as error:
-        print(f"megatron_laer.telemetry.log: {error}", file=sys.stderr)
+        print(one_line(f"megatron_laer.telemetry.log: {error}"), file=sys.stderr)
         return 2
     print(comparison(runs))
     print(

@@ -7,7 +7,6 @@ Source of the shapes: 32 experts, 64 to 1024 ranks, 1 to 16 slots per rank, and 
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from benchmarks.costs import paper_costs
 from benchmarks.published_files import LAER, read_cells
 from benchmarks.report import times_ms
 from megatron_laer.cli.program import Parser
+from megatron_laer.files.checks import shell_words
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.strategies import make_strategy
@@ -129,7 +129,7 @@ def _on_a_node(options: argparse.Namespace) -> int:
     if options.published is not None:
         words += ["--published", str(options.published.resolve())]
     if options.dry_run:
-        print(shlex.join(words))
+        print(shell_words(words))
         return 0
     return subprocess.run(words, check=False).returncode
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from megatron_laer.cli.argument_types import between, path
 from megatron_laer.cli.program import Parser
 from megatron_laer.data import default_text_sources, prepare_data
-from megatron_laer.files.checks import quoted, refuse_unusable_folder
+from megatron_laer.files.checks import one_line, quoted, refuse_unusable_folder, shell_words
 from megatron_laer.files.writing import free_name, locked
 from scripts.paper import published
 from scripts.paper.experiments import (
@@ -263,9 +263,10 @@ _OF_JOBS = ("CONTAINER_", "LOG_DIR", "MASTER_ADDR", "SCRIPT", "SLURM_")
 def command_line(experiment: Experiment, run: Run, request: Request) -> str:
     """Return what a shell would be told, from anywhere."""
     variables = [
-        f"{name}={shlex.quote(value)}" for name, value in settings(experiment, run, request).items()
+        f"{name}={shell_words([value])}"
+        for name, value in settings(experiment, run, request).items()
     ]
-    return " ".join([*variables, shlex.join(_words(experiment, run, request))])
+    return " ".join([*variables, shell_words(_words(experiment, run, request))])
 
 
 def _words(experiment: Experiment, run: Run, request: Request) -> list[str]:
@@ -373,5 +374,5 @@ def _report(
 def finish(result: Result, folder: Path, *, failed: bool = False) -> int:
     """Print and write a result; return the command's status."""
     written = result.write(folder)
-    print(f"\n{result.text()}\n\nAlso in {written} and, as text, beside it.")
+    print(f"\n{result.text()}\n\n{one_line(f'Also in {written} and, as text, beside it.')}")
     return int(failed)

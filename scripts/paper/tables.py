@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import machine, table_text
+from megatron_laer.files.checks import one_line
 from megatron_laer.files.writing import write_file
 
 
@@ -42,7 +43,7 @@ class Result:
         """Return it for people."""
         parts = [f"Figure {self.figure}. {self.title} ({self.scale})"]
         parts += [f"{table.title}\n{table_text(table.rows)}" for table in self.tables]
-        parts += ["\n".join(f"* {note}" for note in self.notes)] if self.notes else []
+        parts += ["\n".join(f"* {one_line(note)}" for note in self.notes)] if self.notes else []
         return "\n\n".join(parts)
 
     def write(self, folder: Path) -> Path:

@@ -8,37 +8,23 @@ Over 400 lines: a table of cases, one or two lines each, which is read as a whol
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from pathlib import Path
 
-from tests.bad_inputs import inputs, programs, report, simulate
+from tests.bad_inputs import (
+    batch,
+    fields,
+    inputs,
+    numbers,
+    paths,
+    programs,
+    report,
+    simulate,
+    variables,
+)
+from tests.bad_inputs.case import Case
+from tests.parity.flags import command_line
 
 _LONG = "x" * 300
-
-
-@dataclass(frozen=True)
-class Case:
-    """One bad input.
-
-    Attributes:
-        says: a part of the message, which quotes what was passed.
-        environment: variables that are changed.
-    """
-
-    words: tuple[str, ...]
-    says: str
-    environment: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def command(self) -> str:
-        """For the count."""
-        known = (
-            *("plan", "flags", "inspect", "prepare-data", "check-recipe", "report", "train"),
-            *("doctor", "calibrate", "simulate"),
-        )
-        first = self.words[0] if self.words else ""
-        if first.endswith(".py"):
-            return first.split("/")[0]
-        return first if first in known else "command line"
 
 
 COMMAND_LINE = (
@@ -440,13 +426,20 @@ CHECK_RECIPE = (
 )
 
 
-def all_cases(script: str, flags: tuple[str, ...]) -> Iterator[Case]:
-    """Yield every bad input.
+SCRIPT = str(Path(__file__).resolve().parents[2] / "pretrain_gpt.py")
+# With which the script would run.
+FLAGS = tuple(command_line("absent", experts=8, expert_parallel=2, global_batch=4, steps=1))
 
-    Args:
-        script: a training script for `train`.
-        flags: with which it would run.
-    """
+
+def every_case() -> list[Case]:
+    """Return every bad input, each once; the first of those that are the same."""
+    cases: dict[tuple[object, ...], Case] = {}
+    for case in _all():
+        cases.setdefault(case.key, case)
+    return list(cases.values())
+
+
+def _all() -> Iterator[Case]:
     from tests.bad_inputs import training
 
     for words, says in COMMAND_LINE:
@@ -492,11 +485,13 @@ def all_cases(script: str, flags: tuple[str, ...]) -> Iterator[Case]:
     yield Case(("prepare-data", "--input", "", "--output", "out/data"), "the empty path")
     yield Case(("prepare-data", "--input", "good.txt", "--output", ""), "''")
     for extra, says, environment in training.CASES:
-        words = ("train", script, "--", *flags, *extra)
+        words = ("train", SCRIPT, "--", *FLAGS, *extra)
         yield Case(words, says, training.RANKS | environment)
     for extra_words, says in training.UNMODIFIED:
         extra = (training.ON + extra_words).split()
-        yield Case(("train", "megatrons.py", "--", *flags, *extra), says, training.RANKS)
+        yield Case(("train", "megatrons.py", "--", *FLAGS, *extra), says, training.RANKS)
+    for part in (paths, numbers, fields, variables, batch):
+        yield from part.cases()
 
 
 def _yaml_cases() -> Iterator[Case]:

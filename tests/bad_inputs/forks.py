@@ -1,14 +1,15 @@
 """Runs many commands, each in a process of its own, which costs their imports once.
 
-A program: `python -m tests.bad_inputs.forks`. It imports all that the commands need, then reads
-lines of JSON (`words`, `environment`, `folder`) and forks a child for each, two at a time; a child
-runs `cli.main(words)`, or a program of the repository, and is killed at a limit. It answers with a
-line of JSON for each, in order.
+A program: `python -m tests.bad_inputs.forks`. It imports what the commands need, then reads lines
+of JSON (`Job`) and forks a child for each, two at a time; a child runs `cli.main(words)`, or a
+program of the repository, and is killed at a limit. It answers with a line of JSON for each, in
+order. One such server imports torch and Megatron as well, which makes each fork five times as long.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,19 +39,31 @@ _TOO_LARGE = f"{RESIDENT_BYTES:,} bytes resident"
 ROOT = Path(__file__).resolve().parents[2]
 
 _IMPORTED = (
-    *(f"benchmarks.{path.stem}" for path in ROOT.glob("benchmarks/*.py")),
-    "benchmarks.gpu.__main__",
+    "benchmarks.command_line",
     "matplotlib.backend_bases",
     "matplotlib.figure",
+    "megatron_laer.cli.calibrate",
+    "megatron_laer.cli.doctor",
     "megatron_laer.cli.flags",
-    "megatron_laer.cli.inspect",
     "megatron_laer.cli.plan",
     "megatron_laer.cli.prepare_data",
     "megatron_laer.cli.report",
     "megatron_laer.cli.simulate",
+    "megatron_laer.telemetry.log",
+)
+_IMPORTED_WITH_TORCH = (
+    *(f"benchmarks.{path.stem}" for path in ROOT.glob("benchmarks/*.py")),
+    "benchmarks.gpu.__main__",
+    "megatron_laer.cli.check_recipe",
+    "megatron_laer.cli.inspect",
     "megatron_laer.inspection",
     "megatron_laer.runtime.planning.planner_checkpoint",
 )
+# Commands, and beginnings of programs, that import torch.
+_NEED_TORCH = ("train", "inspect", "check-recipe")
+_PROGRAMS_WITH_TORCH = ("benchmarks/", "scripts/")
+# Variables that Python, a shell or a library reads when it starts.
+_READ_AT_START = ("PYTHON", "MPL", "MATPLOTLIBRC", "TQDM_", "LC_", "LANG", "COLUMNS", "HOME")
 
 
 @dataclass(frozen=True)
@@ -58,11 +72,25 @@ class Job:
 
     Attributes:
         words: the first one may be a program of this repository, by its path from the top.
+        cpu_s: the most processor time.
     """
 
     words: Sequence[str]
     folder: str
     environment: Mapping[str, str]
+    cpu_s: int = CPU_S
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether its imports would take seconds in a child."""
+        first = self.words[0] if self.words else ""
+        is_program = first.startswith(_PROGRAMS_WITH_TORCH) and first.endswith(".py")
+        return is_program or first in _NEED_TORCH
+
+    @property
+    def starts_anew(self) -> bool:
+        """Whether it is not enough to change the variables of a Python that runs."""
+        return any(name.startswith(_READ_AT_START) for name in self.environment)
 
 
 @dataclass(frozen=True)
@@ -84,13 +112,23 @@ class Ended:
 
 def run_all(jobs: Iterable[Job]) -> Iterator[Ended]:
     """Yield how each job ended, in order."""
+    jobs = list(jobs)
+    light = iter(_served([job for job in jobs if not job.needs_torch], "light"))
+    heavy = iter(_served([job for job in jobs if job.needs_torch], "heavy"))
+    for job in jobs:
+        yield next(heavy if job.needs_torch else light)
+
+
+def _served(jobs: Sequence[Job], kind: str) -> list[Ended]:
+    if not jobs:
+        return []
     lines = "".join(json.dumps(asdict(job)) + "\n" for job in jobs)
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as given:
         given.write(lines)
         given.seek(0)
         server = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "tests.bad_inputs.forks"],
+            [sys.executable, "-W", "ignore", "-m", "tests.bad_inputs.forks", kind],
             env=os.environ
             | one_thread
             | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"},
@@ -99,9 +137,7 @@ def run_all(jobs: Iterable[Job]) -> Iterator[Ended]:
             text=True,
             check=True,
         )
-    for line in server.stdout.splitlines():
-        if line.startswith("{"):
-            yield Ended(**json.loads(line))
+    return [Ended(**json.loads(line)) for line in server.stdout.splitlines() if line[:1] == "{"]
 
 
 # The program.
@@ -111,14 +147,20 @@ def _serve() -> None:
     # Imports and their warnings may print.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    from megatron_laer.launch import prepare
+    sys.path.insert(0, str(ROOT))
+    if sys.argv[1] == "heavy":
+        from megatron_laer.launch import prepare
 
-    prepare()
+        prepare()
+        for name in (*_IMPORTED_WITH_TORCH, "pretrain_gpt"):
+            importlib.import_module(name)
     for name in _IMPORTED:
         importlib.import_module(name)
-    sys.path.insert(0, str(ROOT))
-    importlib.import_module("pretrain_gpt")
     jobs = [Job(**json.loads(line)) for line in sys.stdin]
+    gc.collect()
+    gc.freeze()  # or each child would copy what its collector looks at
+    # A child's end interrupts the wait below.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     with tempfile.TemporaryDirectory() as folder:
         children: dict[int, _Child] = {}
         ended: dict[int, Ended] = {}
@@ -132,7 +174,8 @@ def _serve() -> None:
                 if result is not None:
                     ended[number] = result
                     del children[number]
-            time.sleep(0.005)
+            if children:
+                signal.sigtimedwait([signal.SIGCHLD], 0.05)
         for number in range(len(jobs)):
             answers.write(json.dumps(asdict(ended[number])) + "\n")
 
@@ -142,6 +185,7 @@ class _Child:
 
     def __init__(self, job: Job, files: Path) -> None:
         self._output, self._errors = files.with_suffix(".out"), files.with_suffix(".err")
+        self._job = job
         self._limit = ""
         self._deadline_s = time.monotonic() + WALL_S
         sys.stdout.flush()
@@ -159,7 +203,7 @@ class _Child:
         code = os.waitstatus_to_exitcode(status)
         resident = usage.ru_maxrss * 1024
         if code == -signal.SIGXCPU:
-            self._limit = f"{CPU_S} s of processor time"
+            self._limit = f"{self._job.cpu_s} s of processor time"
         elif resident > RESIDENT_BYTES:
             self._limit = _TOO_LARGE
         return Ended(
@@ -187,7 +231,8 @@ def _run_job(job: Job, output: Path, errors: Path) -> NoReturn:
     """In the child: run the command, and exit as Python would."""
     status = 1
     try:
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 5))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        resource.setrlimit(resource.RLIMIT_CPU, (job.cpu_s, job.cpu_s + 5))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         for number, path in ((1, output), (2, errors)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
@@ -197,6 +242,11 @@ def _run_job(job: Job, output: Path, errors: Path) -> NoReturn:
         os.chdir(job.folder)
         os.environ.update(job.environment)
         sys.argv[:] = ["megatron-laer", *job.words]
+        if job.words[:1] and job.words[0].endswith(".sbatch"):
+            os.execvp("bash", ["bash", str(ROOT / job.words[0]), *job.words[1:]])
+        if job.starts_anew:
+            python = [sys.executable, "-W", "ignore"]
+            os.execv(sys.executable, [*python, *_fresh(job.words)])
         status = _status_of(job.words)
         sys.stdout.flush()
     except BaseException:
@@ -205,17 +255,46 @@ def _run_job(job: Job, output: Path, errors: Path) -> NoReturn:
         os._exit(status)
 
 
-def _status_of(words: Sequence[str]) -> int:
-    from megatron.training import training
+def _fresh(words: Sequence[str]) -> list[str]:
+    is_program = words[:1] and words[0].endswith(".py")
+    return [str(ROOT / words[0]), *words[1:]] if is_program else ["-m", "megatron_laer", *words]
 
-    from megatron_laer import cli
+
+def _accept_settings() -> None:
+    """End a script of `train` when its arguments are valid."""
+    from megatron.training import training
 
     def accepted(*args: Any, **kwargs: Any) -> NoReturn:
         print("the settings were accepted", file=sys.stderr)
         raise SystemExit(0)
 
-    # What a script of `train` calls when its arguments are valid.
     sys.modules["megatron.training"].pretrain = training.pretrain = accepted
+
+
+def _answer_the_doctor() -> None:
+    """Let its imports have failed with a text that is not to reach a terminal."""
+    from megatron_laer import doctor
+
+    def answer(error: str) -> Future[dict[str, Any]]:
+        future: Future[dict[str, Any]] = Future()
+        future.set_result({"error": error})
+        return future
+
+    @contextlib.contextmanager
+    def asked(questions: Mapping[str, object]) -> Iterator[dict[str, Future[dict[str, Any]]]]:
+        yield {key: answer(f"\x1b[2J{key}\n\r\u202eok") for key in questions}
+
+    doctor.asked = asked
+    doctor.asking._PROGRAM_S = 0.5
+
+
+def _status_of(words: Sequence[str]) -> int:
+    from megatron_laer import cli
+
+    if words[:1] == ["train"]:
+        _accept_settings()
+    elif words[:1] == ["doctor"]:
+        _answer_the_doctor()
     try:
         if words[:1] and words[0].endswith(".py"):
             sys.argv[:] = [str(ROOT / words[0]), *words[1:]]

@@ -3,11 +3,13 @@
 import json
 import os
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_laer import data
+from megatron_laer.data.sources import find_sources
 
 
 def texts_of(written):
@@ -67,6 +69,22 @@ def test_links_in_a_circle_end(folder):
     (folder / "z" / "b.txt").write_text("deeper")
     (folder / "z" / "up").symlink_to(folder)
     assert texts_of(prepare_data(folder, follow_links=True)) == ["inside", "deeper"]
+
+
+def test_what_goes_away_while_a_folder_is_listed_is_left_out(folder, monkeypatch):
+    (folder / "gone.txt").write_text("gone")
+    (folder / "went").mkdir()
+    stat = Path.stat
+
+    def gone(path, **words):
+        if path.name == "went" or (path.name == "gone.txt" and path.name in seen):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        seen.append(path.name)
+        return stat(path, **words)
+
+    seen = []
+    monkeypatch.setattr(Path, "stat", gone)
+    assert find_sources([folder]).files == [folder / "a.txt"]
 
 
 def test_a_folder_that_two_ways_lead_to_is_read_once(folder):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from megatron_laer.doctor import machine
+from megatron_laer.cli import doctor
+from megatron_laer.doctor import asking, machine
 from megatron_laer.doctor.row import Row, Verdict
 
 CPU = {"cuda": "13.2", "cards": [], "device": "cpu", "cuda_error": "no device"}
@@ -151,3 +154,55 @@ def test_without_a_compiler_only_an_installation_from_source_fails(
     row = machine.compiler({} if asked is None else {"CXX": asked})
     assert row.verdict is Verdict.OPTIONAL
     assert asked is None or repr(asked) in row.found
+
+
+def test_a_compiler_that_hangs_is_none_and_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "_PROGRAM_S", 0.5)
+    started = tmp_path / "started"
+    # The second process holds the pipe.
+    row = machine.compiler({"CXX": _program(tmp_path, f"sleep 1000 & echo $! > {started}; wait")})
+    assert row.found.startswith("none (CXX='/") and row.found.endswith("or takes too long)")
+    assert row.verdict is Verdict.OPTIONAL
+    if started.exists():  # a busy machine may not have come so far
+        state = Path(f"/proc/{started.read_text().strip()}/stat")
+        assert not state.exists() or state.read_text().split()[2] in "ZX"
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [("yes first", "first"), ("echo first; echo second", "first"), ("echo first; exit 3", None)],
+    ids=["endless", "lines", "fails"],
+)
+def test_a_compiler_is_named_by_its_first_line(
+    script: str, found: str | None, tmp_path: Path
+) -> None:
+    asked = _program(tmp_path, script)
+    expected = found or f"none (CXX='{asked}' fails, or takes too long)"
+    assert machine.compiler({"CXX": asked}).found == expected
+
+
+def _program(folder: Path, script: str) -> str:
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_rows_are_printed_escaped_and_each_when_it_is_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(environment: object) -> Iterator[Row]:
+        yield Row("torch", "boom \x1b[31m\nFAKE  ok", Verdict.MISSING, "\u202e")
+        printed.append(capsys.readouterr().out)
+        yield Row("numpy", "2.0")
+
+    printed: list[str] = []
+    monkeypatch.setattr(doctor, "examine", rows)
+    assert doctor.run(argparse.Namespace()) == 1
+    first, rest = printed[0], capsys.readouterr().out
+    assert first.split("  ")[0] == "torch"
+    assert first.count("\n") == 1 and r"boom \x1b[31m\nFAKE  ok" in first
+    assert first.endswith(" missing: \\u202e\n")
+    assert rest.startswith("numpy ") and rest.endswith("\nmissing or unsupported: torch\n")

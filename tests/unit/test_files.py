@@ -60,6 +60,16 @@ def test_quotes_are_one_short_line_without_control_characters() -> None:
     assert checks.quoted("plain") == "'plain'"
 
 
+def test_a_shell_takes_its_words_again_and_a_terminal_sees_no_control_character() -> None:
+    words = ["a b", "", "\x1b[2J\n'FAKE' \u202e", "caf\udce9 \u00e9", "$(x)", "\u6f22"]
+    printed = checks.shell_words(words)
+    assert printed.isprintable()
+    taken = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {printed}"], capture_output=True, check=True
+    ).stdout
+    assert [os.fsdecode(word) for word in taken.split(b"\0")[:-1]] == words
+
+
 @pytest.mark.parametrize("name", ["out", "../{folder}/out", "link", "hard", "loop/out"])
 def test_an_output_that_is_the_input_is_refused_by_whatever_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "out").write_text("kept")

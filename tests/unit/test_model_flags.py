@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.files.shipped import yaml_file
-from megatron_laer.model_flags import model_flags
+from megatron_laer.model_flags import model_flags, model_values
 from tests.processes import python_path
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -36,11 +36,11 @@ architecture:
   norm-epsilon: 1.0e-5
   rotary_percent: 0.5
   position-embedding-type: "rope"
-  moe-layer-freq: [0, 1]
+  cp-comm-type: [p2p, a2a]
 """)
     assert " ".join(model_flags(path)) == (
         "--num-experts 8 --swiglu --norm-epsilon 1.0e-5 --rotary_percent 0.5 "
-        "--position-embedding-type rope --moe-layer-freq 0 1"
+        "--position-embedding-type rope --cp-comm-type p2p a2a"
     )
 
 
@@ -63,6 +63,7 @@ architecture:
         ("{description: d, moe: {lr: []}}", "lr is an empty list"),
         ("{description: d, moe: {lr: {a: 1}}}", r"lr is \{'a': '1'\}"),
         ("{description: d, moe: {lr: [1, true]}}", r"lr is \['1', 'true'\]"),
+        ("{description: d, moe: {num_experts: [1, 2]}}", r"num_experts is \['1', '2'\]; give one"),
         ("{description: d, moe: {lr: -.NaN}}", r"lr is '-\.NaN'; give a finite number"),
         ("{description: d, moe: {lr: 1e400}}", "lr is '1e400'; give a finite number"),
         ("{description: d, moe: {lr: %s}}" % ("9" * 5000), "lr is '999.*9'; a value has one line"),
@@ -82,6 +83,11 @@ def test_content_that_does_not_fit_is_quoted(text, message, model):
     assert "\n" not in str(error.value) and len(str(error.value)) < 400 + len(str(path))
 
 
+def test_values_are_found_by_either_spelling_of_a_flag(model):
+    path = model("{description: d, moe: {hidden_size: 8, swiglu: true, data-path: [a, b]}}")
+    assert model_values(path) == {"--hidden-size": "8", "--swiglu": "", "--data-path": "a b"}
+
+
 def test_an_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match=r"unknown model 'gpt-5'; known are .*tiny-moe"):
         model_flags("gpt-5")
@@ -97,7 +103,7 @@ import json, sys
 from megatron_laer.launch import prepare
 prepare()
 from megatron.training import arguments
-from megatron_laer.model_flags import model_flags
+from megatron_laer.model_flags import model_flags, model_values
 from megatron_laer.platform.cpu import CPU_FLAGS
 
 stdout, sys.stdout = sys.stdout, sys.stderr

@@ -97,6 +97,11 @@ def test_absent_files_are_told(tmp_path, capsys):
     assert "has no laer_ae_e2e_wikitext.csv" in capsys.readouterr().out
 
 
+def test_nothing_to_compare_is_refused():
+    with pytest.raises(ValueError, match="nothing to compare: give --published, or leave --no-h"):
+        validate_simulator.main(["--no-here"])
+
+
 @needs_files
 def test_published_cells_are_predicted(tmp_path):
     """With a part of the routing, to be quick; the figures in the docs are of all of it."""

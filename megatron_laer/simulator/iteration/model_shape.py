@@ -12,7 +12,7 @@ from functools import cached_property
 
 from megatron_laer.files.checks import quoted
 from megatron_laer.layout import MAX_EXPERTS
-from megatron_laer.model_flags import model_flags
+from megatron_laer.model_flags import model_values
 from megatron_laer.simulator.sizes import MAX_WIDTH, model_sizes
 
 _MAX_LAYERS = 4096
@@ -132,7 +132,7 @@ def read_model(config: str, num_experts: int | None = None) -> ModelShape:
     sizes = model_sizes(config)
     experts = num_experts or sizes.num_experts
     assert experts is not None
-    values = _values(config)
+    values = model_values(config)
     layers = _number(values, "--num-layers", most=_MAX_LAYERS, least=1)
     extra = _number(values, "--mtp-num-layers", 0, _MAX_LAYERS)
     heads = _number(values, "--num-attention-heads", least=1)
@@ -160,13 +160,6 @@ def read_model(config: str, num_experts: int | None = None) -> ModelShape:
         bytes_per_element=2 if "--bf16" in values or "--fp16" in values else 4,
         latent=_latent(values) if "--multi-latent-attention" in values else None,
     )
-
-
-def _values(config: str) -> dict[str, str]:
-    """Map each flag to the word after it, which for a switch is the next flag."""
-    words = [word.replace("_", "-") if word[:2] == "--" else word for word in model_flags(config)]
-    pairs = zip(words, [*words[1:], ""], strict=True)
-    return {flag: value for flag, value in pairs if flag.startswith("--")}
 
 
 def _number(

@@ -1,0 +1,20 @@
+"""Whether a launcher has started several ranks is known here from its variables, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_laer.runtime.comm import launcher
+
+START = "start at least two with `torchrun --nproc-per-node 2 -m megatron_laer calibrate FILE`"
+
+
+def check_launched(environment: Mapping[str, str]) -> None:
+    """Refuse to measure without a launcher's ranks.
+
+    Raises:
+        ValueError: there are none, only one, or a launcher's variables make no sense.
+    """
+    launcher.check_ranks(environment)
+    if "RANK" not in environment or environment.get("WORLD_SIZE", "1") == "1":
+        raise ValueError(f"exchanges need several ranks; {START}")

@@ -1,0 +1,41 @@
+"""A `Case` is one command line that cannot work, or that must not do harm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+_COMMANDS = (
+    *("plan", "flags", "inspect", "prepare-data", "check-recipe", "report", "train"),
+    *("doctor", "calibrate", "simulate"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One bad input.
+
+    Attributes:
+        says: a part of the message, which quotes what was passed.
+        environment: variables that are changed.
+        status: of the command; 0 where the input is odd and still works.
+        nightly: whether it is one of many that differ little, too many for every day.
+    """
+
+    words: tuple[str, ...]
+    says: str
+    environment: dict[str, str] = field(default_factory=dict)
+    status: int = 2
+    nightly: bool = False
+
+    @property
+    def command(self) -> str:
+        """For the count."""
+        first = self.words[0] if self.words else ""
+        if first.endswith((".py", ".sbatch")):
+            return " ".join(first.split("/")[:-1]) or first
+        return first if first in _COMMANDS else "command line"
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells it from others."""
+        return self.words, tuple(sorted(self.environment.items()))

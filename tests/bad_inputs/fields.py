@@ -1,0 +1,221 @@
+"""Fields of files, each with every value that is of another kind.
+
+A row is a field, a column a value. Daily tests take every fourth pair of each row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from megatron_laer.files.checks import one_line
+from megatron_laer.recipes.bridge import COLUMNS
+from megatron_laer.telemetry.metrics_file import recording_path
+from tests.bad_inputs.case import Case
+from tests.bad_inputs.inputs import GOOD_CALL, GOOD_CLUSTER
+
+_EVERY = 4
+
+# As YAML has them.
+OF_YAML = {
+    "two": "[1, 2]",
+    "mapping": "{a: 1}",
+    "list in a list": "[[8]]",
+    "null": "~",
+    "negative": "-8",
+    "fraction": "8.5",
+    "hexadecimal": "0x8",
+    "10^18": str(10**18),
+    "2^63": str(2**63),
+    "many digits": "9" * 5000,
+    "nan": ".nan",
+    "infinite": "-.inf",
+    "fullwidth digit": "\uff18",
+    "words": "8 8",
+    "date": "2020-01-01",
+    "tag": "!!int 8",
+    "anchor": "&a 8",
+    "alias": "*a",
+    "escapes": '"8\\e[2J"',
+    "bidi": '"8\\u202e"',
+    "lines": '"8\\n9"',
+    "deep": "[" * 40 + "]" * 40,
+    "flag": "--lr",
+}
+# As JSON has them.
+OF_JSON: Mapping[str, str] = {
+    "null": "null",
+    "true": "true",
+    "text": '"8"',
+    "list": "[8]",
+    "mapping": '{"a": 8}',
+    "negative": "-8",
+    "fraction": "8.5",
+    "10^18": str(10**18),
+    "2^63": str(2**63),
+    "many digits": "9" * 5000,
+    "nan": "NaN",
+    "infinite": "-Infinity",
+    "too large": "1e999",
+    "escapes": '"\\u001b[2J\\nFAKE"',
+    "half a character": '"\\ud800"',
+    "deep": "[" * 3000 + "]" * 3000,
+    "nothing": "",
+}
+_SIZES = {
+    "hidden-size": 8,
+    "moe-ffn-hidden-size": 8,
+    "num-experts": 8,
+    "num-layers": 2,
+    "num-attention-heads": 2,
+    "moe-router-topk": 2,
+    "seq-length": 8,
+    "vocab-size": 8,
+    "kv-channels": 4,
+    "num-query-groups": 2,
+}
+_READ_BY_PLAN = ("hidden-size", "moe-ffn-hidden-size", "num-experts")
+_CLUSTER = ("nodes", "ranks_per_node", "gemm", "intra", "inter", "solve")
+_METRICS = ("version", "num_ranks", "num_experts", "capacity", "node_size", "layers")
+_LAYOUTS = ("num_ranks", "capacity", "num_experts", "layers")
+_CALL = ("step", "layer", "num_tokens", "topk", "top_indices", "block")
+_RECIPE = tuple(name for name in COLUMNS if name != "recipe")
+"""The name of a recipe may be any text."""
+
+
+GOOD_RECIPE = dict.fromkeys(COLUMNS, "''") | {
+    "pool": "pretrain",
+    "recipe": "x:y",
+    "EP": "4",
+    "precision": "bf16_mixed",
+    "optimizer": "distributed_fused_adam",
+}
+_CSV_LINE = ",".join(GOOD_RECIPE.values()).replace("''", "")
+_CSV = f"{','.join(COLUMNS)}\n{_CSV_LINE}\n"
+# Tables of recipes: content, status, what is said.
+TABLES: dict[str, tuple[bytes, int, str]] = {
+    "nothing": (b"", 2, "no field recipe"),
+    "columns-alone": (_CSV.splitlines()[0].encode(), 2, "no recipe follows"),
+    "returns": (_CSV.replace("\n", "\r").encode(), 0, "1 runs"),
+    "return-in-a-cell": (_CSV.replace("bf16_mixed", "bf16\rmixed").encode(), 2, "line 2"),
+    "nul": (_CSV.replace("bf16_mixed", "bf16\0mixed").encode(), 2, "'bf16\\x00mixed'"),
+    "mark": (b"\xef\xbb\xbf" + _CSV.encode(), 0, "1 runs"),
+    "two-marks": (b"\xef\xbb\xbf" * 2 + _CSV.encode(), 2, "no field recipe"),
+    "wide": (_CSV.encode("utf-16"), 2, "is not UTF-8"),
+    "ragged": (_CSV.encode() + b"a,b\n", 2, "line 3: 2 cells"),
+    "long-row": (_CSV.encode() + b"," * 99 + b"\n", 2, "line 3: 100 cells"),
+    "open-quote": (_CSV.encode() + b'"x\n', 2, "line 3"),
+    "late-quote": (_CSV.encode() + b'"x"y,' + b"," * 30 + b"\n", 2, "line 3: no CSV"),
+    "huge-cell": (_CSV.encode() + b"x" * 200_000, 2, "line 3: no CSV: field larger"),
+    "column-twice": (_CSV.replace("pool", "EP", 1).encode(), 2, "no field pool"),
+    "semicolons": (_CSV.replace(",", ";").encode(), 2, "no field recipe"),
+    "escapes": (_CSV.replace("x:y", "x:\x1b[2Jruns  all").encode(), 0, "x:\\x1b[2Jruns  all"),
+    "bidi": (_CSV.replace("x:y", "x:\u202eno").encode(), 0, "x:\\u202eno"),
+    "nul-name": (_CSV.replace("x:y", "x:\0y").encode(), 0, "x:\\x00y"),
+    "lines": (_CSV.replace("x:y", '"x:\nruns        y"').encode(), 0, "x:\\nruns"),
+    "many": (_CSV.encode() + f"{_CSV_LINE}\n".encode() * 20_000, 2, "bytes; at most"),
+}
+# Names of recipes of Megatron-Bridge, or functions that are none.
+BRIDGE = (
+    "nothing_there_config",
+    "",
+    ":",
+    "os:",
+    ":getcwd",
+    "os:system",
+    "os:nothing",
+    "nothing:x",
+    "a:b:c",
+    "os.path:join",
+    "sys:path",
+    "builtins:eval",
+    "./script.py:x",
+    "os:get cwd",
+    "\x1b[2J:FAKE",
+    "os:\x1b[2J",
+    "os:\u202ecwd",
+    "caf\udce9:x",
+    "x" * 5000,
+    "..:x",
+)
+
+
+def cases() -> Iterator[Case]:
+    """Yield them all."""
+    yield from _of("flags model-of-{}.yaml", _SIZES, OF_YAML)
+    yield from _of("plan good.trace --config model-of-{}.yaml", _READ_BY_PLAN, OF_YAML)
+    yield from _of("simulate good.trace --model model-of-{}.yaml", _SIZES, OF_YAML)
+    yield from _of("plan good.trace --cluster cluster-of-{}.yaml", _CLUSTER, OF_YAML)
+    yield from _of("report metrics-of-{}", _METRICS, OF_JSON)
+    yield from _of("report layouts-of-{}", _LAYOUTS, OF_JSON)
+    yield from _of("plan trace-of-{}.trace", ("num_ranks", "num_experts", "layers"), OF_JSON)
+    yield from _of("plan call-of-{}", _CALL, OF_JSON)
+    yield from _of("check-recipe recipe-of-{}.yaml", _RECIPE, OF_YAML)
+    for name, (_, status, says) in TABLES.items():
+        yield Case(("check-recipe", "--bridge-csv", f"table-{name}.csv"), says, status=status)
+    for name in BRIDGE:
+        yield Case(("check-recipe", "--bridge-recipe", name), one_line(name)[:40])
+
+
+def _of(place: str, fields: Mapping[str, object] | tuple[str, ...], values: Mapping[str, str]):
+    for row, field in enumerate(fields):
+        for column, kind in enumerate(values):
+            name = _name(field, kind)
+            words = tuple(place.format(name).split(" "))
+            yield Case(words, name, nightly=(row + column) % _EVERY != 0)
+
+
+def _name(field: str, kind: str) -> str:
+    return f"{field}-{kind.replace(' ', '-').replace('^', '-')}"
+
+
+def make(folder: Path) -> None:
+    """Write the files."""
+    for kind, text in OF_YAML.items():
+        for field in _SIZES:
+            lines = [f"  {key}: {size}" for key, size in _SIZES.items() if key != field]
+            content = "\n".join(["description: d", "moe:", *lines, f"  {field}: {text}"])
+            (folder / f"model-of-{_name(field, kind)}.yaml").write_text(content)
+        for field in _CLUSTER:
+            kept = [line for line in GOOD_CLUSTER.splitlines() if not line.startswith(f"{field}:")]
+            content = "\n".join([*kept, f"{field}: {text}"])
+            (folder / f"cluster-of-{_name(field, kind)}.yaml").write_text(content)
+        for field in _RECIPE:
+            rows = GOOD_RECIPE | {field: text}
+            content = "".join(f"{key}: {value}\n" for key, value in rows.items())
+            (folder / f"recipe-of-{_name(field, kind)}.yaml").write_text(content)
+    for name, (content, _, _) in TABLES.items():
+        (folder / f"table-{name}.csv").write_bytes(content)
+    (folder / "recipes.csv").write_text(_CSV)
+    run = folder / "measured"
+    metrics, layouts = recording_path(run, 0), run / "group-0.jsonl"
+    trace = (folder / "good.trace").read_bytes()
+    first = trace.index(b"\n")
+    for kind, text in OF_JSON.items():
+        for field in _METRICS:
+            place = folder / f"metrics-of-{_name(field, kind)}"
+            place.mkdir()
+            recording_path(place, 0).write_bytes(_changed(metrics.read_bytes(), field, text))
+        for field in _LAYOUTS:
+            place = folder / f"layouts-of-{_name(field, kind)}"
+            place.mkdir()
+            recording_path(place, 0).hardlink_to(metrics)
+            (place / "group-0.jsonl").write_bytes(_changed(layouts.read_bytes(), field, text))
+        for field in ("num_ranks", "num_experts", "layers"):
+            line = _changed(trace[: first + 1], field, text)
+            (folder / f"trace-of-{_name(field, kind)}.trace").write_bytes(line + trace[first + 1 :])
+        for field in _CALL:
+            place = folder / f"call-of-{_name(field, kind)}"
+            place.mkdir()
+            call = _changed(json.dumps(GOOD_CALL).encode() + b"\n", field, text)
+            (place / "router_trace_rank0.jsonl").write_bytes(call)
+
+
+def _changed(content: bytes, field: str, value: str) -> bytes:
+    """Replace a field in the first line of JSON."""
+    first, _, rest = content.partition(b"\n")
+    fields = json.loads(first)
+    fields[field] = "\0"
+    line = json.dumps(fields, separators=(",", ":")).replace('"\\u0000"', value)
+    return line.encode() + b"\n" + rest

@@ -1,0 +1,91 @@
+"""All bad inputs are tried here, and how each one ended is judged."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tests.bad_inputs import fields, inputs, paths, programs, report, variables
+from tests.bad_inputs.case import Case
+from tests.bad_inputs.forks import Ended, Job, run_all
+
+# What is counted, by how a problem begins.
+CLASSES = {
+    "tracebacks": "a traceback",
+    "hangs": "stopped by",
+    "raw control characters": "control characters",
+    "not one line": "messages:",
+    "wrong status": "status",
+    "other": "",
+}
+_LONGEST = 2500
+
+
+def make(folder: Path) -> None:
+    """Write all files that bad inputs are made of."""
+    for part in (inputs, report, programs, paths, fields, variables):
+        part.make(folder)
+
+
+def tried(folder: Path, cases: Sequence[Case]) -> list[Ended]:
+    """Run all in a folder, and return how each ended."""
+    return list(run_all(Job(case.words, str(folder), case.environment) for case in cases))
+
+
+def problems(case: Case, ended: Ended) -> Iterator[str]:
+    """Yield what is wrong with how a case ended; each begins as one of `CLASSES`."""
+    if ended.limit:
+        yield f"stopped by {ended.limit}"
+    if ended.status != case.status:
+        yield f"status {ended.status}"
+    if "Traceback" in ended.errors:
+        yield "a traceback"
+    is_refused = case.status == 2
+    lines = _messages(ended.errors)
+    if is_refused and len(lines) != 1:
+        yield f"messages: {len(lines)}"
+    if case.says not in (ended.errors if is_refused else ended.output + ended.errors):
+        yield f"does not say {case.says!r}"
+    is_script = case.words[:1] == ("train",)  # which may print what it likes
+    printed = ended.errors if is_script else ended.errors + ended.output
+    if not printed.replace("\n", "").isprintable():
+        yield "control characters"
+    if is_refused and not is_script:
+        if ended.output:
+            yield f"prints {ended.output[:200]!r}"
+        if len(ended.errors) > _LONGEST:
+            yield f"{len(ended.errors)} characters"
+
+
+def _messages(errors: str) -> list[str]:
+    """Lines on stderr, without argparse's usage and the further lines of a message."""
+    lines = errors.splitlines()
+    return [line for line in lines if not line.startswith((" ", "usage:"))]
+
+
+def failures(
+    cases: Sequence[Case], ended: Sequence[Ended]
+) -> Iterator[tuple[Case, list[str], str]]:
+    """Yield each case that did not end as it should, with the problems and a text on it."""
+    for case, end in zip(cases, ended, strict=True):
+        if found := list(problems(case, end)):
+            words = " ".join(case.words)[-300:]
+            told = f"{words!r} {case.environment}: {'; '.join(found)}\n    {end.errors[-600:]!r}"
+            yield case, found, told
+
+
+def content(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield every entry of a folder, with what tells whether it was changed."""
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            found = path.lstat()
+            told = f"{found.st_mode} {found.st_size} {found.st_ino}"
+            if stat.S_ISREG(found.st_mode):
+                told += f" {found.st_mtime_ns}"
+                if found.st_size < inputs.HUGE:
+                    told += hashlib.blake2b(path.read_bytes()).hexdigest()
+            yield str(path.relative_to(folder)), told

@@ -1,0 +1,207 @@
+"""Every place of a command line that takes a path, with every kind of path that cannot be.
+
+A row of the tables is a place, a column a kind of path. Daily tests take every fourth pair of each
+row, so that each place and each kind is tried every day.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_laer.files.checks import one_line
+from tests.bad_inputs.case import Case
+
+HUGE = 2**36
+_EVERY = 4
+_SHOWN = 40
+
+# Names of nothing that is there.
+ODD_NAMES = {
+    "erases the screen": "\x1b[2J\x1b[31mFAKE",
+    "title": "\x1b]0;FAKE\x07",
+    "newline": "a\nFAKE  ok",
+    "return": "a\rFAKE  ok",
+    "backspaces": "a\b\b\bFAKE",
+    "form feed": "a\x0cFAKE",
+    "C1 control": "a\x9b31mFAKE",
+    "bidi": "a\u202ecsv",
+    "isolate": "\u2066a\u2069",
+    "zero width": "a\u200bb",
+    "line separator": "a\u2028FAKE",
+    "no UTF-8": "caf\udce9",
+    "surrogate half": "a\udcff\udcfeb",
+    "tab": "a\tb",
+    "delete": "a\x7fb",
+    "private use": "a\ue000b",
+    "long": "y" * 300,
+    "deep": "d/" * 2500 + "x",
+    "wide letters": "\u6f22" * 100,
+    "formula": "=cmd|' /C calc'!A0",
+    "blank": " ",
+    "star": "*.nothing",
+    "address": "http://localhost:1/x",
+    "home": "~nobody-there/x",
+    "variable": "$(touch ran)",
+    "up": "../../../../../nothing-there",
+    "percent": "%s%n{0}{x}",
+    "backslash": "C:\\nothing",
+}
+# What is there and is no file with a content that fits; by `make`, or on every Linux.
+SPECIAL = {
+    "pipe": "pipe",
+    "socket": "socket",
+    "zeros": "/dev/zero",
+    "full": "/dev/full",
+    "own input": "/dev/stdin",
+    "memory": "/proc/self/mem",
+    "counters": "/proc/self/pagemap",
+    "dangling": "dangling",
+    "loop": "loop",
+    "through a file": "good.txt/x",
+    "nothing": "",
+}
+CONTENTS = {
+    "random bytes": "random.bin",
+    "zero bytes": "zeros.bin",
+    "no bytes": "empty.txt",
+    "sparse": "sparse.bin",
+    "wide": "utf16.txt",
+    "returns": "returns.txt",
+    "one line": "one-line.txt",
+    "escapes": "escapes.txt",
+    "an archive": "few.npz",
+    "a page": "page.html",
+}
+_MODEL = "--model mixtral-8x7b-e8k2 --node-size 2"
+# Where a path is read. A place with ./ takes names of what we ship as well.
+READ = (
+    "plan {}",
+    "plan {} --format fsep",
+    "plan {} --format csv",
+    "plan {} --format npz",
+    "plan {} --format megatron",
+    "plan {} --format smartmoe",
+    "plan good.trace --cluster ./{}",
+    "plan good.trace --config ./{}",
+    f"simulate {{}} {_MODEL}",
+    "simulate good.trace --model ./{}",
+    f"simulate good.trace {_MODEL} --cluster ./{{}}",
+    "report {}",
+    "report good.trace --compare {}",
+    "report measured --cluster ./{}",
+    "report good.trace --config ./{}",
+    "flags ./{}",
+    "inspect {}",
+    "prepare-data --input {} --output out/read",
+    "prepare-data --input good.txt --tokenizer {} --output out/read",
+    "check-recipe {}",
+    "check-recipe ./{}.yaml",
+    "check-recipe --bridge-csv {}",
+    "calibrate out/c.yaml --config ./{}",
+    "megatron_laer/telemetry/log.py a={}",
+    "benchmarks/planner.py --quick --trace {}",
+    "benchmarks/by_time.py --trace {}",
+    "benchmarks/timeline_picture.py --svg out/x.svg --traces kept.json {}",
+    "benchmarks/validate_simulator.py --no-here --cluster {}",
+    "benchmarks/host_path.py --before {}",
+)
+# A folder that is not there, or a script: what holds no text that could be taken for one.
+READ_NAMES = (
+    "train {}",
+    "benchmarks/validate_simulator.py --no-here --published {}",
+    "scripts/paper/figure8.py --toy --collect --work-dir out/paper --published {}",
+    "scripts/paper/figure11.py --here --work-dir out/paper --published {}",
+)
+# What any bytes are for: a text, a checkout, a script.
+_TAKEN = {
+    "prepare-data --input {} --output out/read": tuple(CONTENTS.keys() - {"no bytes", "sparse"}),
+}
+
+# Paths that can never be written, in a folder or in place of one.
+UNWRITABLE = {
+    "folder with escapes": "nowhere\x1b[2J/x",
+    "folder with lines": "no\nFAKE/x",
+    "folder without UTF-8": "caf\udce9/x",
+    "folder with bidi": "a\u202e/x",
+    "long": "y" * 300,
+    "deep": "d/" * 2500 + "x",
+    "through a file": "good.txt/x",
+    "kernel's": "/proc/x",
+    "kernel's own": "/proc/self/x",
+    "loop": "loop/x",
+    "dangling": "dangling/x",
+    "full": "/dev/full/x",
+}
+# Where a file is written. Its ending is that of the place.
+WRITTEN = (
+    "plan good.trace --json {}.json",
+    "plan good.trace --plot {}.png",
+    f"simulate good.trace {_MODEL} --json {{}}.json",
+    f"simulate good.trace {_MODEL} --png {{}}.png",
+    f"simulate good.trace {_MODEL} --timeline {{}}.json",
+    "report good.trace --out {}.html",
+    "prepare-data --input good.txt --output {}",
+    "check-recipe --bridge-csv recipes.csv --json {}.json",
+    "calibrate {}.yaml",
+    "benchmarks/planner.py --quick --trace few.npz --json {}.json",
+    "benchmarks/by_time.py --trace few.npz --json {}.json",
+    "benchmarks/validate_simulator.py --no-here --json {}.json",
+    "benchmarks/simulation_speed.py --json {}.json",
+    "benchmarks/convergence.py --figure {}.png",
+    "benchmarks/gpu/__main__.py --dry-run --output {}/y",
+    "scripts/paper/figure9.py --toy --work-dir {}/y",
+    "scripts/paper/figure11.py --here --work-dir {}/y",
+    "scripts/quickstart.py --work-dir {}/y",
+)
+
+
+def cases() -> Iterator[Case]:
+    """Yield them all."""
+    everything = ODD_NAMES | SPECIAL | CONTENTS
+    for row, place in enumerate(READ):
+        for column, (kind, path) in enumerate(everything.items()):
+            if kind not in _TAKEN.get(place, ()):
+                yield _case(place, path, nightly=(row + column) % _EVERY != 0)
+    for row, place in enumerate(READ_NAMES):
+        for column, path in enumerate((ODD_NAMES | SPECIAL).values()):
+            yield _case(place, path, nightly=(row + column) % _EVERY != 0)
+    for row, place in enumerate(WRITTEN):
+        for column, path in enumerate(UNWRITABLE.values()):
+            yield _case(place, path, nightly=(row + column) % _EVERY != 0)
+
+
+def _case(place: str, path: str, *, nightly: bool) -> Case:
+    words = place.split(" ")
+    if path.startswith(("/", "~")):
+        words = [word.replace("./{}", "{}") for word in words]
+    words = [word.replace("{}", path) for word in words]
+    return Case(tuple(words), _part(path), nightly=nightly)
+
+
+def _part(path: str) -> str:
+    """Return a part of a path as messages show it."""
+    if path.startswith("d/d/"):
+        return "d/d/d"
+    return one_line(path)[:_SHOWN]
+
+
+def make(folder: Path) -> None:
+    """Write the files, to which those of the other tables are added."""
+    with socket.socket(socket.AF_UNIX) as bound:
+        # A path of a socket may have a hundred bytes only.
+        place = os.open(folder, os.O_RDONLY)
+        bound.bind(f"/proc/self/fd/{place}/socket")
+        os.close(place)
+    (folder / "dangling").symlink_to("nowhere/at/all")
+    (folder / "random.bin").write_bytes(bytes(byte * 37 % 251 for byte in range(4096)))
+    (folder / "zeros.bin").write_bytes(bytes(4096))
+    (folder / "sparse.bin").touch()
+    os.truncate(folder / "sparse.bin", HUGE)
+    (folder / "utf16.txt").write_bytes("a: 1\n".encode("utf-16"))
+    (folder / "returns.txt").write_bytes(b"a\rb\rc\r")
+    (folder / "one-line.txt").write_bytes(b"x" * 2**20)
+    (folder / "escapes.txt").write_bytes(b"\x1b[2J\x1b]0;FAKE\x07\n\x9b31m\n")
+    (folder / "page.html").write_text("<html><script>alert(1)</script></html>\n")

@@ -1,0 +1,96 @@
+"""Variables of the environment that cannot be: the launcher's, ours, Python's and libraries'.
+
+Those that Python or a library reads at its start need a Python of their own, and are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.bad_inputs.case import Case
+
+_NOT_INTEGERS = {
+    "nothing": "",
+    "text": "many",
+    "blank": " 2",
+    "newline": "2\n",
+    "negative": "-1",
+    "exponent": "1e3",
+    "fraction": "2.0",
+    "Arabic digit": "\u0662",
+    "many digits": "9" * 5000,
+    "2^63": str(2**63),
+    "escapes": "2\x1b[2J",
+    "bytes": "2\udce9",
+}
+_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+_COMPILERS = {
+    "folder": ("/tmp", "none (CXX='/tmp'"),
+    "device": ("/dev/zero", "none (CXX='/dev/zero'"),
+    "escapes": ("\x1b[2J", "none (CXX='\\x1b[2J'"),
+    "no UTF-8": ("caf\udce9", "none (CXX='caf\\udce9'"),
+    "blank": (" ", "none (CXX=' '"),
+    "many words": ("no " * 5000, "none (CXX='no no"),
+    "fails": ("false", "none (CXX='false'"),
+    "quote": ("'g++", 'none (CXX="\'g++"'),
+    "sleeps": ("./sleeps", "none (CXX='./sleeps'"),
+    "sleeps behind a closed pipe": ("./closes", "none (CXX='./closes'"),
+    "says escapes": ("./says-escapes", "\\x1b[2JFAKE  ok"),
+    "says no text": ("./says-bytes", "\\ufffd"),
+    "has no end": ("./endless", "endless"),
+    "says nothing": ("true", "none (CXX='true'"),
+}
+_PLAN = ("plan", "good.trace")
+_PLOT = ("plan", "good.trace", "--plot", "out/plot.png")
+_DATA = ("prepare-data", "--input", "good.txt", "--output", "out/fresh")
+# Words, variables, status, and what is said.
+_AT_START = (
+    (_PLOT, {"MPLBACKEND": "foo"}, "MPLBACKEND='foo': "),
+    (_PLOT, {"MPLBACKEND": "\x1b[2J\nFAKE"}, "MPLBACKEND='\\x1b[2J\\nFAKE': "),
+    (_PLAN, {"TQDM_MININTERVAL": "abc"}, "TQDM_MININTERVAL='abc': could not convert"),
+    (_DATA, {"TQDM_MAXINTERVAL": "\x1b[2J"}, "TQDM_MAXINTERVAL='\\x1b[2J': could not"),
+    (_PLAN, {"TQDM_FILE": "abc"}, "TQDM_FILE='abc': "),
+    (("flags", "latin-name.yaml"), {"PYTHONIOENCODING": "ascii"}, "cannot be written in ascii"),
+)
+
+
+def cases() -> Iterator[Case]:
+    """Yield them all."""
+    for name in _OF_RANKS:
+        for kind, value in _NOT_INTEGERS.items():
+            environment = _TORCHRUN | {name: value}
+            if (name, kind) != ("WORLD_SIZE", "nothing"):
+                yield Case(("calibrate", "out/c.yaml"), f"{name}='", environment)
+            yield Case(("doctor",), f"{name}='", environment, status=1)
+    for value in _NOT_INTEGERS.values():
+        for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+            yield Case(("doctor",), f"{name}='", _TORCHRUN | {name: value}, status=1)
+        yield Case(("doctor",), "CUDA_DEVICE_MAX", {"CUDA_DEVICE_MAX_CONNECTIONS": value}, status=1)
+        by_node = {"SLURM_STEP_TASKS_PER_NODE": value, "SLURM_STEP_NUM_TASKS": "2"}
+        says = "SLURM_STEP_TASKS_PER_NODE='"
+        yield Case(("doctor",), says, {"WORLD_SIZE": "2"} | by_node, status=1)
+    for value in ("tpu", "CPU", "", " cpu", "cpu\n", "\x1b[2J", "caf\udce9", "c" * 5000):
+        says = "MEGATRON_LAER_DEVICE="
+        yield Case(("train", "script.py"), says, {"MEGATRON_LAER_DEVICE": value})
+    for value, says in _COMPILERS.values():
+        yield Case(("doctor",), says, {"CXX": value}, status=1)
+    for words, environment, says in _AT_START:
+        yield Case(words, says, environment)
+
+
+def make(folder: Path) -> None:
+    """Write compilers, and a model whose name is no ASCII."""
+    for name, script in {
+        "sleeps": "sleep 1000 & sleep 1000",
+        "closes": "exec >&- 2>&-; sleep 1000",
+        "says-escapes": "printf '\\033[2JFAKE  ok\\nmore'",
+        "says-bytes": "printf '\\351\\200'",
+        "endless": "yes endless",
+    }.items():
+        path = folder / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    model = "{description: d, data: {data-path: caf\u00e9}}"
+    (folder / "latin-name.yaml").write_text(model, encoding="utf-8")
