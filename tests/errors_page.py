@@ -98,7 +98,7 @@ KINDS = (
     ),
     Kind(
         "plan and simulate",
-        ("cli/argument_types.py", "cli/plan", "cli/simulate", "simulator/"),
+        ("cli/argument_types.py", "cli/plan", "cli/settings.py", "cli/simulate", "simulator/"),
         "One line, and status 2, before anything is computed: [plan.md](plan.md), "
         "[simulator.md](simulator.md).",
         "give a value that it allows",
