@@ -127,7 +127,7 @@ def _check_division(args: Namespace) -> None:
 
 def _check_tokenizer(folder: str) -> None:
     # Any of the forms that there are: tokenizer.json, tokenizer.model, vocab.json.
-    files = (name for name in ("tokenizer*", "vocab*") for name in Path(folder).glob(name))
+    files = (file for name in ("tokenizer*", "vocab*") for file in Path(folder).glob(name))
     if not Path(folder).is_dir() or next(files, None) is None:
         raise ValueError(
             f"TOKENIZER={quoted(folder)} is no folder with a Hugging Face tokenizer; give one, or "
