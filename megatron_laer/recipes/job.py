@@ -127,7 +127,7 @@ def _check_division(args: Namespace) -> None:
 
 def _check_tokenizer(folder: str) -> None:
     # Any of the forms that there are: tokenizer.json, tokenizer.model, vocab.json.
-    files = (path for name in ("tokenizer*", "vocab*") for path in Path(folder).glob(name))
+    files = (file for name in ("tokenizer*", "vocab*") for file in Path(folder).glob(name))
     if not Path(folder).is_dir() or next(files, None) is None:
         raise ValueError(
             f"TOKENIZER={quoted(folder)} is no folder with a Hugging Face tokenizer; give one, or "
@@ -142,12 +142,13 @@ def _check_tokenizer(folder: str) -> None:
 
 def main(words: Sequence[str]) -> int:
     """Print the model's flags; 2 and one line for a job that cannot run."""
-    at = list(words).index("--")
-    model, ranks, mode, *pairs = words[:at]
+    model, ranks, mode, *rest = words
+    at = rest.index("--")
+    pairs, flags_of_job = rest[:at], rest[at + 1 :]
     settings = dict(pair.split("=", 1) for pair in pairs)
     try:
         flags = model_flags(model)
-        check([*flags, *words[at + 1 :]], int(ranks), mode, settings)
+        check([*flags, *flags_of_job], int(ranks), mode, settings)
     except (ValueError, OSError) as error:
         text = str(error)
         by = [f"{name} sets {flag}" for flag, name in _SET_BY.items() if flag in text]

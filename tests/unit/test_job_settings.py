@@ -99,6 +99,8 @@ def test_flags_are_printed_or_one_line_without_megatron_and_torch(
     printed = capsys.readouterr()
     assert not printed.out and printed.err.count("\n") == 1
     assert printed.err.endswith("(EP_SIZE sets --expert-model-parallel-size)\n")
+    assert job.main(["--", "2", "fsep", *flags]) == 2
+    assert "unknown model '--'" in capsys.readouterr().err
 
     imported = (
         "import sys, megatron_laer.recipes.job; print(*{'torch', 'megatron'} & {*sys.modules})"
