@@ -139,6 +139,8 @@ class Session:
 
     def end_step(self, *, weights_changed: bool) -> None:
         """End the training step: see `Coordinator.end_step`."""
+        global _weights_version
+        _weights_version += weights_changed
         if self.coordinator is not None:
             self.coordinator.end_step(weights_changed=weights_changed)
 
@@ -154,6 +156,7 @@ _NO_GROUPS = (
 )
 
 _session: Session | None = None
+_weights_version = 0
 
 
 def current() -> Session | None:
@@ -167,6 +170,11 @@ def replace(session: Session | None) -> None:
     before, _session = _session, session
     if before is not None:
         before.close()
+
+
+def weights_version() -> int:
+    """Return a number that is another one after each step that changed the weights."""
+    return _weights_version
 
 
 def current_coordinator() -> Coordinator | None:

@@ -109,7 +109,8 @@ class StockLayer:
         Raises:
             RuntimeError: the context ended early, after some of them were written to.
         """
-        blocks, loan = self.blocks(), Loan(writable)
+        blocks, version = self.blocks(), session.weights_version()
+        loan = Loan(writable, is_old=lambda: session.weights_version() != version)
         try:
             yield ((name, LentExpert(tensor, loan)) for name, tensor in self.named(blocks))
         except BaseException as error:
@@ -207,7 +208,8 @@ def stock_named_parameters(
         ValueError: a list of chunks; a size that does not divide N and E, or that differs between
             ranks. On every rank of the group.
         RuntimeError: FSEP was turned off after the model was built. Also from an expert that is
-            written to where that would be lost: without `writable`, or too late.
+            written to where that would be lost: without `writable`, or too late; or that is read
+            after a training step has changed the weights.
     """
     chunk, layers = stock_layers(model, expert_parallel_size, grouped, writable=writable)
     if getattr(getattr(model, "ddp_config", None), "overlap_param_gather", False):

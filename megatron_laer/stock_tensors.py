@@ -2,14 +2,14 @@
 
 They are copies of weights that FSEP keeps in slices. A write reaches the slices while their layer
 is lent for writing, and raises otherwise, so that none is lost without a word. Reading them is like
-reading any tensor, and all that is computed from them is a plain tensor.
+reading any tensor, until the weights are others; all that is computed from them is a plain tensor.
 
 What only knows an address, such as a kernel of one's own, cannot be noticed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -22,17 +22,31 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 @dataclass
 class Loan:
-    """Says whether tensors may be written to.
+    """Says whether tensors may be written to, and still be read.
 
     Attributes:
         is_writable: whether this was asked for.
+        is_old: tells whether the weights have changed since they were copied.
         is_over: whether what is written now would be lost.
         is_written: whether something was written.
     """
 
     is_writable: bool
+    is_old: Callable[[], bool] = lambda: False
     is_over: bool = False
     is_written: bool = False
+
+    def check_read(self) -> None:
+        """Refuse a read of old weights, where stock's parameters would have the new ones.
+
+        Raises:
+            RuntimeError: the weights have changed.
+        """
+        if self.is_old():
+            raise RuntimeError(
+                f"{_IS_COPY}, and these have changed since: ask for it again, or keep a clone() of "
+                "it; of Megatron-Bridge's tasks, keep no list from one step to another"
+            )
 
     def check_write(self) -> None:
         """Note a write.
@@ -82,6 +96,8 @@ class LentExpert(torch.Tensor):
                 raise RuntimeError(f"{_IS_COPY}: its memory cannot be exchanged; use copy_")
             tensor._loan.check_write()
         lent = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
+        for tensor in lent:
+            tensor._loan.check_read()
         args, kwargs = tree_map_only(cls, lambda tensor: tensor._plain, (args, kwargs))
 
         def lend(result: torch.Tensor) -> torch.Tensor:
@@ -95,12 +111,19 @@ class LentExpert(torch.Tensor):
         return tree_map_only(torch.Tensor, lend, func(*args, **kwargs))
 
     @property
+    def plain(self) -> torch.Tensor:
+        """Return the tensor itself, for those that only read it."""
+        self._loan.check_read()
+        return self._plain
+
+    @property
     def data(self) -> torch.Tensor:
-        """Return a view; what it is set to is copied."""
+        """Return a view."""
         return self.detach()
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
+        """Copy a tensor of this shape."""
         if value.shape != self.shape:
             raise RuntimeError(
                 f"{_IS_COPY}: it has the shape {list(self.shape)}, and cannot take the data of "
@@ -110,24 +133,27 @@ class LentExpert(torch.Tensor):
 
     def numpy(self, **options: Any) -> Any:
         """Return an array that cannot be written to."""
-        array = self._plain.numpy(**options)
+        array = self.plain.numpy(**options)
         array.flags.writeable = False
         return array
 
     def tolist(self) -> Any:
         """Return the values."""
-        return self._plain.tolist()
+        return self.plain.tolist()
+
+    def __copy__(self) -> torch.Tensor:
+        return self.detach()
 
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
-        return self._plain.clone()
+        return self.plain.clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._plain.__reduce_ex__(protocol)
+        return self.plain.__reduce_ex__(protocol)
 
 
 def _reduce_between_processes(tensor: LentExpert) -> Any:
     # Asked for by its name, since rollout engines replace it.
-    return reductions.reduce_tensor(tensor._plain)
+    return reductions.reduce_tensor(tensor.plain)
 
 
 ForkingPickler.register(LentExpert, _reduce_between_processes)

@@ -16,13 +16,14 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-# Who imports a package, and what is in it, unconditionally. Read in Megatron-Bridge 0.6.0.
+# Who imports a package, and what is in it, unconditionally. Read in Megatron-Bridge 0.5.1 and 0.6.
 _ABSENT: dict[str, tuple[str, ...]] = {
     "transformer_engine.pytorch": (
         "megatron.bridge.models.gpt_full_te_layer_autocast_spec",
         "megatron.bridge.peft.lora_layers",
     ),
     "modelopt.torch.distill": ("megatron.bridge",),
+    "modelopt.torch.quantization.utils": ("megatron.bridge.models.conversion.auto_bridge",),
     "modelopt.torch.opt.plugins": ("megatron.bridge.training.checkpointing",),
     "nvidia_resiliency_ext.inprocess": ("megatron.bridge",),
     "megatron.energon": ("megatron.bridge",),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_laer import session
 from megatron_laer.testing.bridge_stubs import importable
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
@@ -57,7 +58,10 @@ class _State(dict[str, torch.Tensor]):
 
 
 def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
-    """Return the weights in Hugging Face's format, and after a load of the doubled ones."""
+    """Return the weights in Hugging Face's format, and after a load of the doubled ones.
+
+    The last ones are once more the doubled ones, by tasks that were kept from before the load.
+    """
 
     def convert(model: list[torch.nn.Module]) -> list[dict[str, torch.Tensor]]:
         from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge
@@ -67,17 +71,26 @@ def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
 
         config = Qwen3MoeConfig(num_experts=4, hidden_size=48, num_attention_heads=4)
 
-        def exported() -> dict[str, torch.Tensor]:
+        def exported(tasks: Any = None) -> dict[str, torch.Tensor]:
             stream = Qwen3MoEBridge().stream_weights_megatron_to_hf(
-                model, config, show_progress=False
+                model, config, show_progress=False, conversion_tasks=tasks
             )
             return {name: weight.clone() for name, weight in stream}
 
         with stock_weights():
             before = exported()
+            kept = Qwen3MoEBridge().build_conversion_tasks(config, model)
             doubled = {name: 2 * weight for name, weight in before.items()}
             Qwen3MoEBridge().load_weights_hf_to_megatron(Pretrained(config, doubled), model)
-            return [before, exported()]
+            after = exported()
+        again = exported(kept)
+        if (fsep := session.current()) is not None:
+            listed = list(kept)  # as NeMo-RL keeps them, so that experts are copies of now
+            exported(listed)
+            fsep.end_step(weights_changed=True)
+            with pytest.raises(RuntimeError, match="keep no list from one step to another"):
+                exported(listed)
+        return [before, after, again]
 
     assert CHECKOUT is not None
     with importable(Path(CHECKOUT)):
@@ -110,7 +123,7 @@ def test_qwen3_moe_is_converted_as_stocks_and_back(
             assert found.keys() == expected.keys(), rank
             for name, weight in expected.items():
                 assert torch.equal(found[name], weight), (rank, name)
-        before, after = ours
+        before, after, again = ours
         assert {
             EXPERT.format(layer, expert, part): shape
             for layer in range(2)
@@ -119,3 +132,4 @@ def test_qwen3_moe_is_converted_as_stocks_and_back(
         } == {name: list(weight.shape) for name, weight in before.items() if ".experts." in name}
         for name, weight in before.items():
             assert torch.equal(after[name], 2 * weight), (rank, name)
+            assert torch.equal(again[name], 2 * weight), (rank, name)

@@ -135,6 +135,15 @@ def written(flags: list[str]) -> None:
                     dist.broadcast(tensor, src=0)
                 dist.broadcast(tensor.clone(), src=0)  # or the other rank would wait
 
+        step = session.current()
+        assert step is not None
+        tensor = late[name]
+        step.end_step(weights_changed=False)
+        tensor.clone()
+        step.end_step(weights_changed=True)
+        with pytest.raises(RuntimeError, match="these have changed since"):
+            tensor.clone()
+
         stopped = named(writable=True)
         tensor = next(tensor for name, tensor in stopped if ".experts." in name)
         tensor.zero_()

@@ -44,6 +44,8 @@ WRITES: dict[str, Write] = {
     "[:] =": _set_rows,
     "views": _fill_by_parts,
     "Parameter": _wrap,
+    "copy.copy": lambda tensor, value: copy.copy(tensor).copy_(value),
+    "alias": lambda tensor, value: torch.ops.aten.alias(tensor).copy_(value),
     "other bits": lambda tensor, value: tensor.view(torch.uint8).copy_(value.view(torch.uint8)),
     "_foreach_copy_": lambda tensor, value: torch._foreach_copy_([tensor], [value]),
     "out=": lambda tensor, value: torch.add(value, 0, out=tensor),
@@ -133,6 +135,29 @@ def test_reads_give_plain_tensors(tmp_path: Path) -> None:
     assert tensor.data_ptr() == block[1].data_ptr() and not loan.is_written
     with pytest.raises(ValueError, match="read-only"):
         tensor.numpy()[0] = 1
+
+
+READS: dict[str, Callable[[torch.Tensor], object]] = {
+    "clone": lambda tensor: tensor.clone(),
+    "data": lambda tensor: tensor.data,
+    "copy_": lambda tensor: torch.empty(4, 3).copy_(tensor),
+    "all_gather": lambda tensor: dist.all_gather([torch.empty(4, 3)], tensor),
+    "numpy": lambda tensor: tensor.numpy(),
+    "tolist": lambda tensor: tensor.tolist(),
+    "pickle": pickle.dumps,
+    "another process": ForkingPickler.dumps,
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_old_weights_cannot_be_read(read: Callable[[torch.Tensor], object]) -> None:
+    version = 0
+    _, tensor = lent(Loan(is_writable=False, is_old=lambda: version > 0))
+    read(tensor)
+    version = 1
+    with pytest.raises(RuntimeError, match="have changed since: ask for it again"):
+        read(tensor)
 
 
 def test_marks_are_kept() -> None:
