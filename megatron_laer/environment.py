@@ -113,4 +113,9 @@ VARIABLES = (
         "a checkout of Megatron-Bridge 0.6, for tests of its loop and its weights",
         Owner.TESTS,
     ),
+    Variable(
+        "SLIME_CHECKOUT",
+        "a checkout of slime, for a test of its copies of models, its loader and its weights",
+        Owner.TESTS,
+    ),
 )

@@ -6,20 +6,21 @@ The page's functions record routing without gradients, as a rollout does, and tr
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
 
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
-from tests.distributed.test_own_loop import loaded, script
+from tests.distributed.test_own_loop import code_of, loaded, script
 from tests.parity.flags import command_line
 
 __all__ = ["script"]  # the fixture
@@ -59,8 +60,13 @@ def page() -> Any:
     return SimpleNamespace(**names)
 
 
-def start(module: ModuleType, mode: str | None) -> tuple[Any, Any]:
-    """Model and optimizer of the page on own loops, from the common weights."""
+def start(
+    module: ModuleType, mode: str | None, hook: Callable[[Any], None] | None = None
+) -> tuple[Any, Any]:
+    """Model and optimizer of the page on own loops, from the common weights.
+
+    The hook is slime's, and turns FSEP on in place of the mode.
+    """
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -74,6 +80,8 @@ def start(module: ModuleType, mode: str | None) -> tuple[Any, Any]:
     if mode is not None:
         megatron_laer.enable(megatron_laer.FSEPConfig(plan_mode=mode), seed=1)
     parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    if hook is not None:
+        hook(SimpleNamespace(seed=1))
     model_parallel_cuda_manual_seed(1)
     replaying = partial(module.TransformerConfig, moe_enable_routing_replay=True)
     with mock.patch.object(module, "TransformerConfig", replaying):
@@ -222,6 +230,97 @@ def test_routing_that_differs_from_the_announced_is_computed_rightly_and_counted
     first = run("announced", "otherwise")[0]
     assert max(first.max_over_mean) > 1.05
     assert all(reason.startswith("not as announced: max/mean 1.") for reason in first.reasons)
+
+
+class RoutingReplay:
+    """Replays routing as slime's class of this name does, of which a router has one each."""
+
+    all_routing_replays: ClassVar[list[RoutingReplay]] = []
+
+    def __init__(self) -> None:
+        self.forward_index = 0
+        self.top_indices_list: list[Any] = []
+        RoutingReplay.all_routing_replays.append(self)
+
+    def record(self, top_indices: Any) -> None:
+        """Add a microbatch."""
+        self.top_indices_list.append(top_indices)
+
+    def pop_forward(self) -> Any:
+        """Return the next microbatch's."""
+        self.forward_index += 1
+        return self.top_indices_list[self.forward_index - 1]
+
+    @staticmethod
+    def clear_all() -> None:
+        """Forget the rollout."""
+        for replay in RoutingReplay.all_routing_replays:
+            replay.forward_index, replay.top_indices_list = 0, []
+
+
+def announce_by_slimes_hooks(
+    path: Path, hooks: Path, replay_class: type[RoutingReplay] | None = None
+) -> tuple[list[int], int]:
+    """Train on two rollouts of two steps by the page's hooks.
+
+    Returns:
+        How many microbatches were announced before each step, and passes that were not announced.
+    """
+    import megatron_laer
+    from megatron_laer.session import current_coordinator
+
+    kind: Any = replay_class or RoutingReplay
+    announced: list[int] = []
+    announce, functions = megatron_laer.announce_routing, page()
+
+    def watched_announce(counts_MLE: Any) -> None:
+        announced.append(len(counts_MLE))
+        announce(counts_MLE)
+
+    slime = SimpleNamespace(RoutingReplay=kind)
+    with (
+        loaded(path) as module,
+        loaded(hooks) as hook,
+        mock.patch.dict(sys.modules, {"slime": slime, "slime.utils.routing_replay": slime}),
+        mock.patch.object(megatron_laer, "announce_routing", watched_announce),
+        mock.patch.object(kind, "all_routing_replays", []),
+    ):
+        hook.REPLAYS_ROUTING, hook.STEPS_PER_ROLLOUT = True, 2
+        model, optimizer = start(module, None, hook.init)
+        replays = [kind() for _ in range(LAYERS)]
+        forward = module.forward_step
+        for rollout in range(2):
+            batches = [batch for step in range(2) for batch in module.batches(2 * rollout + step)]
+            recorded = functions.record(
+                model[0], lambda batch, chunk: forward(iter([batch]), chunk), batches
+            )
+            for layers in recorded:
+                for replay, experts in zip(replays, layers, strict=True):
+                    replay.record(experts)
+
+            def replayed_forward(data: Any, chunk: Any) -> Any:
+                functions.replay([replay.pop_forward().long() for replay in replays])
+                return forward(data, chunk)
+
+            for step in range(2):
+                args = SimpleNamespace(num_experts=EXPERTS)
+                hook.before_train_step(args, rollout, step, model, optimizer, None)
+                with mock.patch.object(module, "forward_step", replayed_forward):
+                    module.train_step(2 * rollout + step, model, optimizer)
+            kind.clear_all()
+        coordinator = current_coordinator()
+        assert coordinator is not None and coordinator.announced is not None
+        return announced, coordinator.announced.misses
+
+
+def test_slimes_replay_is_announced_by_its_hook(
+    ranks: Callable[[int], RankPool], script: Path
+) -> None:
+    hooks = script.with_name("announcing_hooks.py")
+    hooks.write_text(code_of("slime.md", "before_train_step"))
+    for announced, misses in ranks(2).run(announce_by_slimes_hooks, script, hooks):
+        assert announced == [2 * MICROBATCHES, MICROBATCHES] * 2
+        assert misses == 0
 
 
 def problems(path: Path) -> list[str]:

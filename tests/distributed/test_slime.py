@@ -23,8 +23,12 @@ import torch.distributed as dist
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
 from tests import documents
+from tests.distributed.test_announced import MICROBATCHES, announce_by_slimes_hooks
+from tests.distributed.test_own_loop import code_of, script
 from tests.distributed.test_stock_loading import flags_of
 from tests.distributed.test_stock_writing import values
+
+__all__ = ["script"]  # the fixture
 
 CHECKOUT = os.environ.get("SLIME_CHECKOUT")
 PAGE = documents.ROOT / "docs" / "stock_names.md"
@@ -180,3 +184,18 @@ def test_slimes_own_files_read_and_write_every_expert(
 ) -> None:
     parts = 3  # gate, up and down
     assert ranks(2).run(by_slime, flags_of(text_data), tmp_path) == [LAYERS * EXPERTS * parts] * 2
+
+
+def by_slimes_replay(path: Path, hooks: Path) -> tuple[list[int], int]:
+    """Announce, on this rank, what slime's own class replays."""
+    with slime() as load:
+        replay = load("slime.utils.routing_replay").RoutingReplay
+        return announce_by_slimes_hooks(path, hooks, replay)
+
+
+def test_slimes_own_replay_is_announced(ranks: Callable[[int], RankPool], script: Path) -> None:
+    hooks = script.with_name("announcing_hooks.py")
+    hooks.write_text(code_of("slime.md", "before_train_step"))
+    for announced, misses in ranks(2).run(by_slimes_replay, script, hooks):
+        assert announced == [2 * MICROBATCHES, MICROBATCHES] * 2
+        assert misses == 0

@@ -36,7 +36,7 @@ def test_a_page_without_marks_is_told() -> None:
 READ = (
     r'"((?:MEGATRON_LAER|OMPI|SLURM|CUDA|LOCAL|TORCHDYNAMO)_[A-Z_]+|RANK|WORLD_SIZE|CXX)"',
     r"\$\{(PYTHON|CXX|TORCH_INDEX_URL|MEGATRON_[A-Z_]+)[:}]|\b(MEGATRON_LAER_[A-Z_]+)=",
-    r'"(MEGATRON_[A-Z_]+)"\)?\n',
+    r'"((?:MEGATRON|SLIME)_[A-Z_]+)"\)?\n',
 )
 
 
