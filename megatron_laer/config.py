@@ -97,7 +97,8 @@ class FSEPConfig:
         default=None,
         metadata=_option(
             "expert slots C that every rank restores per MoE layer; default min(E, ceil(E/N) + "
-            "1), the least that always allows perfect balance",
+            "1), the least that always allows perfect balance, and with HybridEP the next that "
+            "makes N*C a multiple of 4",
             type=int,
             minimum=Bound(1, "1 slot per rank"),
         ),

@@ -160,8 +160,11 @@ class ExpertLayout:
         return experts
 
 
-def default_capacity(num_ranks: int, num_experts: int) -> int:
+def default_capacity(num_ranks: int, num_experts: int, multiple: int = 1) -> int:
     """Return the fewest slots per rank that always allow perfect balance.
+
+    Args:
+        multiple: N·C must be one, if as few as E slots per rank allow it.
 
     They are min(E, ceil(E/N) + 1). Source: with ceil(E/N) + 1 slots any loads can be split so that
     all ranks carry the same (for E = N this is Walker's alias method); with E slots every rank
@@ -174,7 +177,9 @@ def default_capacity(num_ranks: int, num_experts: int) -> int:
         raise ValueError(
             f"num_ranks and num_experts must be at least 1, got {num_ranks} and {num_experts}"
         )
-    return min(num_experts, -(-num_experts // num_ranks) + 1)
+    fewest = min(num_experts, -(-num_experts // num_ranks) + 1)
+    fitting = (c for c in range(fewest, num_experts + 1) if c * num_ranks % multiple == 0)
+    return next(fitting, fewest)
 
 
 def stock_owner_E(num_ranks: int, num_experts: int) -> Int64:

@@ -35,6 +35,7 @@ from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.schedule import make_schedule
+from megatron_laer.support.model import slots_multiple
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ def build_coordinator(
     geometry = Geometry(
         num_ranks=groups.size,
         num_experts=num_experts,
-        capacity=config.capacity or default_capacity(groups.size, num_experts),
+        capacity=config.capacity
+        or default_capacity(groups.size, num_experts, slots_multiple(transformer_config)),
         node_size=groups.node_size,
     )
     costs = layer_costs(config, transformer_config, device)

@@ -12,11 +12,14 @@ from megatron_laer.config import FSEPConfig, OverlapScheduler
 from megatron_laer.environment import CONNECTIONS
 from megatron_laer.layout import MAX_EXPERTS, default_capacity
 from megatron_laer.support import RefusedError
-from megatron_laer.support.model import problems_with_mode, problems_with_token_exchange
+from megatron_laer.support.model import (
+    problems_with_mode,
+    problems_with_token_exchange,
+    slots_multiple,
+)
 from megatron_laer.support.table import REFUSALS, UNPROVEN
 
 _DEEPEP_TOP_K = 32
-_HYBRIDEP_SLOTS = 4
 
 # The arguments that FSEP sets where they are left out, with their values.
 FILLED_IN = {row.argument: row.accepted[0] for row in REFUSALS if row.is_filled_in}
@@ -106,7 +109,8 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
             f"--expert-model-parallel-size {ranks}: must be at most the number of ranks, "
             f"{args.world_size} (WORLD_SIZE)"
         ]
-    fewest, default = -(-experts // ranks), default_capacity(ranks, experts)
+    fewest = -(-experts // ranks)
+    default = default_capacity(ranks, experts, slots_multiple(args))
     if config.capacity is not None and not fewest <= config.capacity <= experts:
         problems.append(
             f"--fsep-capacity {config.capacity} with --num-experts {experts} on "
@@ -151,14 +155,13 @@ def _buffer_problems(args: Namespace, capacity: int) -> list[str]:
                 f"{flags} with {capacity} slots per rank: DeepEP takes at most {most_slots} on "
                 f"{ranks} ranks; {fewer if fewest <= most_slots else ''}{instead}"
             )
-    if backend == "hybridep" and capacity * ranks % _HYBRIDEP_SLOTS:
-        fitting = [
-            c for c in range(fewest, args.num_experts + 1) if not c * ranks % _HYBRIDEP_SLOTS
-        ]
+    multiple = slots_multiple(args)
+    if capacity * ranks % multiple:
+        fitting = [c for c in range(fewest, args.num_experts + 1) if not c * ranks % multiple]
         larger = [c for c in fitting if c > capacity]
         better = f"give --fsep-capacity {min(larger or fitting)}, or " if fitting else ""
         problems.append(
             f"{flags} with {capacity} slots on each of {ranks} ranks: HybridEP needs a multiple of "
-            f"{_HYBRIDEP_SLOTS} in all; {better}{instead}"
+            f"{multiple} in all; {better}{instead}"
         )
     return problems

@@ -17,6 +17,7 @@ from megatron_laer.config import PlanMode, TokenExchangeChoice, Unproven
 from megatron_laer.support.fields import (
     MOE_FIELD,
     PROVED,
+    UNTRIED,
     WITHOUT_EFFECT,
 )
 from megatron_laer.support.table import REFUSALS, UNPROVEN
@@ -61,6 +62,16 @@ def check_choices(config: Any, mode: PlanMode | None, exchange: TokenExchangeCho
     _refuse([*problems_with_mode(config, mode), *problems_with_token_exchange(config, exchange)])
 
 
+def slots_multiple(settings: Any) -> int:
+    """Return the number of which N·C must be a multiple for the token dispatcher.
+
+    Args:
+        settings: Megatron's TransformerConfig, or its arguments.
+    """
+    has_hybridep = settings.moe_flex_dispatcher_backend == "hybridep"
+    return 4 if settings.moe_token_dispatcher_type == "flex" and has_hybridep else 1
+
+
 def problems_with_mode(settings: Any, mode: PlanMode | None) -> list[str]:
     """List what the plan mode cannot work with.
 
@@ -99,18 +110,17 @@ def problems_with_token_exchange(settings: Any, exchange: TokenExchangeChoice) -
 
 
 def warnings_of(config: Any) -> list[str]:
-    """Make a warning for each setting about MoE that no test covers."""
+    """Make a warning for each setting about MoE, or new in Megatron, that no test covers."""
     found = []
     for field in dataclasses.fields(config):
-        if not MOE_FIELD.search(field.name) or field.name in _REFUSED:
+        is_untried = field.name in UNTRIED
+        if not (is_untried or MOE_FIELD.search(field.name)) or field.name in _REFUSED:
             continue
         value = getattr(config, field.name)
         if field.name in PROVED or field.name in WITHOUT_EFFECT or value == _default(field):
             continue
-        found.append(
-            f"{field.name}={value!r}: megatron_laer does not know this field, and FSEP may not "
-            "honour it"
-        )
+        why = "no test sets this field" if is_untried else "megatron_laer does not know this field"
+        found.append(f"{field.name}={value!r}: {why}, and FSEP may not honour it")
     return found
 
 

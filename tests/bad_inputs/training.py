@@ -53,7 +53,7 @@ _FLAGS = (
         "257 slots per rank: DeepEP takes at most 128 on 2 ranks; give --moe-token-dispatcher-type",
     ),
     (
-        ON + FLEX + "hybridep",
+        ON + FLEX + "hybridep --fsep-capacity 5",
         "5 slots on each of 2 ranks: HybridEP needs a multiple of 4 in all; give --fsep-capacity 6",
     ),
     (

@@ -149,6 +149,15 @@ def test_default_capacity_is_one_more_than_the_share(
     ExpertLayout.static(num_ranks, capacity, num_experts)
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "num_experts", "capacity"), [(2, 8, 6), (4, 8, 3), (2, 12, 8), (2, 3, 3)]
+)
+def test_default_capacity_is_the_next_that_fits(
+    num_ranks: int, num_experts: int, capacity: int
+) -> None:
+    assert default_capacity(num_ranks, num_experts, multiple=4) == capacity
+
+
 def test_stock_owner_is_contiguous() -> None:
     assert stock_owner_E(4, 8).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert stock_owner_E(4, 3).tolist() == [0, 1, 2]

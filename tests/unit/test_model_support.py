@@ -19,6 +19,7 @@ from megatron_laer.support.fields import (
     MOE_FIELD,
     PROVED,
     PROVED_RECOMPUTE,
+    UNTRIED,
     WITHOUT_EFFECT,
 )
 from megatron_laer.support.table import REFUSALS
@@ -47,6 +48,7 @@ class Config:
     moe_enable_routing_replay: bool = False
     moe_grouped_gemm: bool = False
     moe_teleport: bool = False
+    gdp_num_householder: int = 3
     warp_experts: bool = False
     moe_teleport_targets: list[str] = field(default_factory=list)
     recompute_granularity: str | None = None
@@ -78,6 +80,7 @@ def test_every_moe_field_of_this_megatron_is_known() -> None:
     gone = {NUMBERS[-1]: FIELDS_FROM_NEXT, NEXT.number: FIELDS_BEFORE_NEXT}
     if (release := release_of(version)) in gone:
         assert set(known) - fields == gone[release], "gone from this Megatron"
+        assert fields & UNTRIED == (UNTRIED if release == NEXT.number else set())
 
 
 def test_every_field_called_proved_is_set_by_a_row_of_the_parity_table() -> None:
@@ -85,6 +88,16 @@ def test_every_field_called_proved_is_set_by_a_row_of_the_parity_table() -> None
     flags = {name: f"--{name.replace('_', '-')}" for name in PROVED}
     flags["num_moe_experts"] = "--num-experts"
     assert [name for name, flag in flags.items() if flag not in given] == []
+
+
+def test_hybridep_has_its_slots_in_fours() -> None:
+    for dispatcher, backend, multiple in (
+        ("alltoall", "hybridep", 1),
+        ("flex", "deepep", 1),
+        ("flex", "hybridep", 4),
+    ):
+        config = Config(moe_token_dispatcher_type=dispatcher, moe_flex_dispatcher_backend=backend)
+        assert model_support.slots_multiple(config) == multiple
 
 
 def test_a_plain_model_is_taken_without_a_warning() -> None:
@@ -105,14 +118,16 @@ def test_fields_that_nobody_knows_are_named_in_a_warning(
     config = Config(
         moe_teleport=True,
         moe_teleport_targets=["moon"],
+        gdp_num_householder=2,
         warp_experts=True,
     )
     with caplog.at_level(logging.WARNING):
         model_support.check(config)
         model_support.check(config)  # the next layer of the same model
-    teleport, warp, targets = (record.getMessage() for record in caplog.records)
+    teleport, untried, warp, targets = (record.getMessage() for record in caplog.records)
     assert "moe_teleport=True" in teleport and "does not know" in teleport
     assert "moe_teleport_targets=['moon']" in targets
+    assert untried.startswith("gdp_num_householder=2: no test sets this field")
     assert "warp_experts=True" in warp and "does not know" in warp
 
 
