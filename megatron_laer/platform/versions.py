@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
+from pathlib import Path
 
 from megatron_laer.environment import UNRELEASED_MEGATRON
 from megatron_laer.releases import NEXT, SUPPORTED, TESTED_RANGE
+
+logger = logging.getLogger(__name__)
 
 
 def check_version() -> None:
@@ -14,7 +18,7 @@ def check_version() -> None:
 
     Raises:
         ImportError: with the version found and the tested range.
-        ValueError: a release is asked for that is another, or needs no asking.
+        ValueError: a release is asked for that is not the next one.
     """
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
@@ -29,8 +33,8 @@ def check_version() -> None:
             f"{UNRELEASED_MEGATRON}={asked}: must be {NEXT.number}, the release after the newest "
             "supported one; or unset it"
         )
-    if asked is not None and is_supported:
-        raise ValueError(
+    if asked is not None and is_supported and int(os.environ.get("RANK", "0")) == 0:
+        logger.warning(
             f"{UNRELEASED_MEGATRON}={asked} has no effect with megatron-core {found}, which needs "
             "no asking; unset it"
         )
@@ -49,9 +53,24 @@ def check_version() -> None:
 
 
 def megatron_version() -> str:
-    """Return the version of the Megatron that is imported, or else of the one installed."""
+    """Return the version of the Megatron that is imported, or else of the one installed.
+
+    A checkout's has its commit. An installed one's has not: Megatron then asks git for that of the
+    repository around its folder, which is another's.
+    """
     try:
-        from megatron.core.package_info import __version__
+        from megatron.core import package_info
     except ImportError:
         return importlib.metadata.version("megatron-core")
-    return str(__version__)
+    version = str(package_info.__version__)
+    return version.partition("+")[0] if _is_installed(Path(package_info.__file__)) else version
+
+
+def _is_installed(file: Path) -> bool:
+    """Tell whether a file is one that megatron-core's distribution brought."""
+    try:
+        found = importlib.metadata.distribution("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    place = Path(str(found.locate_file("megatron/core/package_info.py")))
+    return place.exists() and place.samefile(file)

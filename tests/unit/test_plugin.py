@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,7 +113,7 @@ UNRELEASED = [
     (f"{NEXT.number}.0rc0", NEXT.number, None),
     (NEXT.tested[-1], NEXT.number, None),
     (f"{NEXT.number}.0", "1", f"{UNRELEASED_MEGATRON}=1: must be {NEXT.number}"),
-    (f"{NUMBERS[-1]}.0", NEXT.number, f"no effect with megatron-core {NUMBERS[-1]}.0"),
+    (f"{NUMBERS[-1]}.0", NEXT.number, None),
     (f"{NUMBERS[-1]}.0", None, None),
     (f"{release_after(NEXT.number)}.0", NEXT.number, f"supports megatron-core {TESTED_RANGE}"),
 ]
@@ -130,6 +132,32 @@ def test_a_megatron_that_is_not_released_has_to_be_asked_for(
         return
     with pytest.raises((ImportError, ValueError), match=re.escape(quoted)):
         versions.check_version()
+
+
+def test_asking_for_what_needs_no_asking_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(versions, "megatron_version", lambda: f"{NUMBERS[-1]}.0")
+    monkeypatch.setenv(UNRELEASED_MEGATRON, NEXT.number)
+    for rank, said in ("1", 0), ("0", 1):
+        monkeypatch.setenv("RANK", rank)
+        versions.check_version()
+        assert len(caplog.messages) == said
+    assert "has no effect with megatron-core" in caplog.messages[0]
+
+
+def test_an_installed_megatron_has_no_commit_and_a_checkout_has_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "megatron" / "core" / "package_info.py"
+    info = SimpleNamespace(__version__="0.19.2+c8be1a3", __file__=str(file))
+    monkeypatch.setitem(sys.modules, "megatron.core", SimpleNamespace(package_info=info))
+    distribution = SimpleNamespace(locate_file=tmp_path.joinpath)
+    monkeypatch.setattr(versions.importlib.metadata, "distribution", lambda _: distribution)
+    assert versions.megatron_version() == "0.19.2+c8be1a3"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert versions.megatron_version() == "0.19.2"
 
 
 def test_logging_is_left_to_megatron_whatever_its_optimizers_import() -> None:
