@@ -118,11 +118,12 @@ class LentExpert(torch.Tensor):
 
     @property
     def data(self) -> torch.Tensor:
-        """Return a view; what it is set to is copied."""
+        """Return a view."""
         return self.detach()
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
+        """Copy a tensor of this shape."""
         if value.shape != self.shape:
             raise RuntimeError(
                 f"{_IS_COPY}: it has the shape {list(self.shape)}, and cannot take the data of "

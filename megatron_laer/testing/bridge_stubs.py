@@ -20,7 +20,7 @@ from unittest import mock
 _ABSENT: dict[str, tuple[str, ...]] = {
     "transformer_engine.pytorch": (
         "megatron.bridge.models.gpt_full_te_layer_autocast_spec",
-        "megatron.bridge.peft.lora_layers",
+        "megatron.bridge.peft.lora",
     ),
     "modelopt.torch.distill": ("megatron.bridge",),
     "modelopt.torch.quantization.utils": ("megatron.bridge.models.conversion.auto_bridge",),
