@@ -207,7 +207,7 @@ def _judge_flags(words: list[str]) -> int:
     kept = without(words, judgement.drop)
     if judgement.verdict is Verdict.PRECISION and not {"--bf16", "--fp16"} & set(kept):
         kept.append("--bf16")
-    if judgement.verdict not in (Verdict.SET_EP, Verdict.REFUSED):
+    if judgement.runs:
         try:  # once more, and now with the sizes that no row of the table knows
             arguments.check(_parsed(kept), config)
         except RefusedError as error:

@@ -89,7 +89,7 @@ def judge_container(name: str, recipe: Any) -> Judgement:
     settings.world_size = settings.expert_model_parallel_size  # of the run, not of this process
     settings.is_lora = recipe.peft is not None
     judgement = judge(settings, also_refused=[*refused, *problems_of(recipe)])
-    if judgement.verdict in (Verdict.SET_EP, Verdict.REFUSED):
+    if not judgement.runs:
         return judgement
     for row in REFUSALS:
         if row.flag in judgement.drop:
