@@ -19,7 +19,11 @@ from megatron_laer.cli.argument_types import path
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.writing import write_output
 from megatron_laer.files.yaml_text import read_yaml
-from megatron_laer.integrations.bridge_config import judge_container, load_recipe
+from megatron_laer.integrations.bridge_config import (
+    EvaluationError,
+    judge_container,
+    load_recipe,
+)
 from megatron_laer.integrations.hugging_face import go_offline_if_unreachable
 from megatron_laer.recipes.bridge import judge_recipe, read_recipes, recipe_of
 from megatron_laer.recipes.flags import (
@@ -175,22 +179,22 @@ def _in_json(recipe: str, found: Judgement | None, because: tuple[str, ...]) -> 
 def _judge_function(name: str) -> Judgement:
     """Judge what a function of Megatron-Bridge returns.
 
-    What its imports say of a run's speed, and libraries of their retries, is shown if all went
-    well; otherwise the one line that says what is wrong would drown in it.
+    What its imports say of a run's speed, and libraries of their retries, is shown on stderr if all
+    went well; otherwise the one line that says what is wrong would drown in it.
     """
     _say_wait("Megatron-Bridge")
     is_offline = go_offline_if_unreachable()
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             _replace_cuda_where_needed()
             judgement = judge_container(*load_recipe(name))
-    except ValueError as error:
+    except EvaluationError as error:
         if not is_offline:
             raise
         raise ValueError(
-            f"{error} (Hugging Face cannot be reached: without a network give the recipe's fields, "
-            "in a YAML file or as --bridge-csv, or Megatron's flags)"
+            f"{error} (Hugging Face's server cannot be reached, or HF_HUB_OFFLINE is set; offline "
+            "give the recipe's fields, in a YAML file or as --bridge-csv, or Megatron's flags)"
         ) from error
     sys.stderr.write(said.getvalue())
     return judgement
@@ -207,7 +211,7 @@ def _judge_flags(words: list[str]) -> int:
     kept = without(words, judgement.drop)
     if judgement.verdict is Verdict.PRECISION and not {"--bf16", "--fp16"} & set(kept):
         kept.append("--bf16")
-    if judgement.verdict not in (Verdict.SET_EP, Verdict.REFUSED):
+    if judgement.runs:
         try:  # once more, and now with the sizes that no row of the table knows
             arguments.check(_parsed(kept), config)
         except RefusedError as error:

@@ -38,6 +38,10 @@ _EXPERTS_LINEAR = ("linear_fc1", "linear_fc2")
 _PARTS = ("model", "dist", "ddp", "optimizer", "mixed_precision", "comm_overlap", "checkpoint")
 
 
+class EvaluationError(ValueError):
+    """A recipe's function was called, and failed."""
+
+
 def settings_of(recipe: Any) -> Namespace:
     """Return Megatron's arguments, by the names that the table of refusals knows them by."""
     model = recipe.model
@@ -89,7 +93,7 @@ def judge_container(name: str, recipe: Any) -> Judgement:
     settings.world_size = settings.expert_model_parallel_size  # of the run, not of this process
     settings.is_lora = recipe.peft is not None
     judgement = judge(settings, also_refused=[*refused, *problems_of(recipe)])
-    if judgement.verdict in (Verdict.SET_EP, Verdict.REFUSED):
+    if not judgement.runs:
         return judgement
     for row in REFUSALS:
         if row.flag in judgement.drop:
@@ -114,7 +118,7 @@ def load_recipe(name: str) -> tuple[str, Any]:
     try:
         full_name, container = f"{recipe.__module__}:{recipe.__name__}", recipe()
     except Exception as error:  # whatever it is, from code that is not ours
-        raise ValueError(
+        raise EvaluationError(
             f"recipe {quoted(name)} cannot be evaluated: {type(error).__name__}: {error}"
         ) from error
     if missing := [part for part in _PARTS if not hasattr(container, part)]:

@@ -22,12 +22,14 @@ def go_offline_if_unreachable() -> bool:
     It would try for minutes. Must be called before that library is imported.
 
     Returns:
-        whether the library was told so now.
+        whether it looks there alone, be it that the user said so.
     """
-    # Behind a proxy the server need not be reachable from here.
-    if find_spec("huggingface_hub") is None or os.environ.get(_OFFLINE) or getproxies():
+    if find_spec("huggingface_hub") is None:
         return False
-    if _is_reachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
+    if given := os.environ.get(_OFFLINE):
+        return given.lower() in ("1", "on", "yes", "true")
+    # Behind a proxy the server need not be reachable from here.
+    if getproxies() or _is_reachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
         return False
     os.environ[_OFFLINE] = "1"
     return True

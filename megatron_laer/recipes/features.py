@@ -24,7 +24,6 @@ _SWITCHES = {
     "moe_shared_expert_overlap": "overlapped shared experts",
     "moe_shared_expert_gate": "gated shared experts",
     "mtp_use_repeated_layer": "repeated multi-token prediction",
-    "hybrid_layer_pattern": "HybridModel",
     "multi_latent_attention": "latent attention",
     "moe_latent_size": "latent MoE",
     "activation_func_clamp_value": "clamped gates",
@@ -99,7 +98,10 @@ def _features(settings: Namespace) -> Iterator[str]:
         yield "HybridEP" if is_hybrid else "DeepEP"
     if variant := get("experimental_attention_variant"):
         yield _VARIANTS.get(variant, "experimental attention")
-    pattern = str(get("hybrid_layer_pattern") or "")
+    # The second is Megatron's old name.
+    pattern = str(get("hybrid_layer_pattern") or get("hybrid_override_pattern") or "")
+    if pattern:
+        yield "HybridModel"
     if pattern.split("/")[0].count("|") >= int(get("pipeline_model_parallel_size") or 1):
         yield "virtual pipeline"
     if "M" in pattern:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from megatron_laer import FSEPConfig, cli
 from megatron_laer.cli import check_recipe as command
 from megatron_laer.config import LatePlan
-from megatron_laer.integrations import bridge
+from megatron_laer.integrations import bridge, hugging_face
 from megatron_laer.integrations.bridge import FSEPCallback, check_recipe
 from megatron_laer.integrations.bridge_config import settings_of
 from megatron_laer.plugin.steps import StepOutcome
@@ -96,6 +97,7 @@ def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """No launcher's words, and torch as it is in the processes of other tests."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(command, "_replace_cuda_where_needed", lambda: None)
+    monkeypatch.setattr(command, "go_offline_if_unreachable", lambda: False)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -232,6 +234,7 @@ RECIPES = {
     ".relative:fine": (None, 2, "'.relative:fine': .relative cannot be imported"),
     "raising:fine": (None, 2, "raising cannot be imported (no such file); install"),
     "finer": (None, 2, "has none of this name; similar are fine"),
+    "os:": (None, 2, "recipe 'os:': os has none of this name"),
 }
 
 
@@ -251,6 +254,108 @@ def test_a_recipe_is_judged_by_its_name(
     with mock.patch.dict(sys.modules, packages):
         assert cli.main(["check-recipe", "--bridge-recipe", name]) == status
     assert says in "".join(capsys.readouterr())
+
+
+def noisy() -> None:
+    """A recipe whose imports warn before it fails, as those of Megatron do."""
+    print("retrying in 8 s", file=sys.stderr)
+    print("a model's docstring lacks a line")
+    raise OSError("no such model")
+
+
+def noisy_and_fine() -> SimpleNamespace:
+    """The same, which does not fail."""
+    with contextlib.suppress(OSError):
+        noisy()
+    return recipe()
+
+
+def judged(made: Any) -> int:
+    """The status of a recipe that this function makes."""
+    module = ModuleType("megatron.bridge.recipes")
+    vars(module)["made"] = made
+    packages = {"megatron.bridge": ModuleType("megatron.bridge"), module.__name__: module}
+    with mock.patch.dict(sys.modules, packages):
+        return cli.main(["check-recipe", "--bridge-recipe", "made"])
+
+
+def test_an_error_is_one_line_and_what_was_warned_of_is_shown_if_all_is_well(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert judged(noisy) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and err.endswith("cannot be evaluated: OSError: no such model\n")
+    assert out == ""
+    assert judged(noisy_and_fine) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("runs; ") and out.count("\n") == 1
+    assert "retrying in 8 s" in err and "lacks a line" in err
+
+
+def test_without_a_network_the_error_says_what_needs_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "go_offline_if_unreachable", lambda: True)
+    assert judged(noisy) == 2
+    said = capsys.readouterr().err
+    assert "no such model (Hugging Face's server cannot be reached, or" in said
+    assert "--bridge-csv" in said and said.count("\n") == 1
+    assert judged(None) == 2
+    assert "Hugging Face" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "environment", "is_told"),
+    [
+        (OSError("unreachable"), {}, True),
+        (None, {}, False),
+        (OSError("unreachable"), {"HF_HUB_OFFLINE": "0"}, False),
+        (None, {"HF_HUB_OFFLINE": "1"}, True),
+        (OSError("unreachable"), {"https_proxy": "http://proxy:3128"}, False),
+        (OSError("unreachable"), {"HF_ENDPOINT": "http://[half"}, True),
+    ],
+    ids=["unreachable", "reachable", "never offline", "offline", "behind a proxy", "no address"],
+)
+def test_the_library_is_told_that_its_server_cannot_be_reached(
+    error: OSError | None,
+    environment: dict[str, str],
+    is_told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    connect = mock.Mock(side_effect=error)
+    monkeypatch.setattr(hugging_face.socket, "create_connection", connect)
+    monkeypatch.setattr(hugging_face, "find_spec", lambda name: name == "huggingface_hub")
+    with mock.patch.dict(os.environ, environment, clear=True):
+        assert hugging_face.go_offline_if_unreachable() is is_told
+        assert os.environ.get("HF_HUB_OFFLINE") == (
+            "1" if is_told else environment.get("HF_HUB_OFFLINE")
+        )
+
+
+def test_nobody_is_asked_where_the_library_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = mock.Mock(side_effect=OSError("unreachable"))
+    monkeypatch.setattr(hugging_face.socket, "create_connection", connect)
+    monkeypatch.setattr(hugging_face, "find_spec", lambda name: None)
+    assert not hugging_face.go_offline_if_unreachable()
+    connect.assert_not_called()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_is_told_of_slow_imports(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    assert judged(recipe) == 0
+    told = "importing Megatron-Bridge, which takes some seconds\n" if is_terminal else ""
+    assert capsys.readouterr().err == told
+
+
+def test_layers_to_offload_are_none_while_offloading_is_off() -> None:
+    given = recipe(cpu_offloading=False, cpu_offloading_num_layers=95)
+    check_recipe(given, FSEPConfig())
+    given.model.cpu_offloading = True
+    with pytest.raises(ValueError, match="--cpu-offloading-num-layers"):
+        check_recipe(given, FSEPConfig())
 
 
 def test_without_bridge_the_error_says_what_would_work(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,12 +13,9 @@ from megatron_laer import cli
 from megatron_laer.cli.check_recipe import STATUS
 from megatron_laer.recipes.bridge import COLUMNS, judge_recipe, read_recipes
 from megatron_laer.recipes.families import IMPLIED, implied_by
-from megatron_laer.recipes.proof import proof_of
-from megatron_laer.recipes.rows import ROWS
 from megatron_laer.recipes.verdict import Verdict, judge
 from megatron_laer.support.refusal import LeftOut
 from megatron_laer.support.table import REFUSALS
-from tests import proved_rows
 from tests.recipes_page import LIST, PAGE, judged, tables
 
 NAME = "megatron.bridge.recipes.qwen.h100.qwen3_moe:qwen3_30b_a3b_pretrain_8gpu_h100_bf16_config"
@@ -281,49 +278,6 @@ def test_a_verdict_names_the_settings_that_it_does_not_know() -> None:
 def test_a_setting_that_is_no_value_is_quoted() -> None:
     with pytest.raises(ValueError, match=r"use_megatron_fsdp 'maybe': give True, False, a number"):
         judge_recipe(NONE | {"use_megatron_fsdp": "maybe"})
-
-
-def test_the_shipped_rows_are_those_of_the_parity_table() -> None:
-    text = proved_rows.FILE.read_text(encoding="utf-8")
-    assert text == proved_rows.text(), "python -m tests.proved_rows writes the file of today"
-
-
-def test_a_row_proves_a_run_whose_features_it_has_together() -> None:
-    found = proof_of(Namespace(tensor_model_parallel_size=2, use_distributed_optimizer=True))
-    name = "tensor parallel 2, expert data parallel 2, distributed optimizer"
-    assert (found.row, found.is_replaced) == (name, True)
-    assert str(found).startswith(f"proved by row '{name}' on the CPU, where replacements")
-    plain = proof_of(Namespace())
-    assert str(plain) == "proved by row 'plain DDP' on the CPU"
-
-
-def test_without_such_a_row_the_pairs_are_named_that_no_row_has() -> None:
-    settings = {"bf16": True, "multi_latent_attention": True, "use_distributed_optimizer": True}
-    found = proof_of(Namespace(**settings))
-    assert (found.row, found.no_row) == ("", ())
-    assert found.no_row_together == ("bf16 + latent attention",)
-    assert str(found).endswith("; 1 pair of them without a row: bf16 + latent attention")
-    sparse = proof_of(Namespace(**settings, experimental_attention_variant="dsa"))
-    assert sparse.no_row == ("sparse attention",)
-    assert sparse.no_row_together == found.no_row_together
-    assert str(sparse).startswith("no row has sparse attention; each other feature proved by a row")
-
-
-def test_pairs_alone_prove_no_run() -> None:
-    rows = [row for row in ROWS if {"bf16", "pipeline"} <= row.features]
-    settings = Namespace(bf16=True, pipeline_model_parallel_size=2, use_distributed_optimizer=True)
-    found = proof_of(settings)
-    assert rows and (found.row, found.no_row_together) == ("", ())
-    assert str(found).endswith("; no row has all of them")
-
-
-def test_many_pairs_stay_on_one_line() -> None:
-    found = proof_of(Namespace(bf16=True, fp16=True, mtp_num_layers=1))
-    assert found.no_row == ("fp16",)
-    many = judge_recipe(NONE | {"recipe": PERF_V3, "TP": "2", "PP": "2"}).proof
-    assert many is not None and len(many.no_row_together) > 6
-    assert str(many).endswith(f" and {len(many.no_row_together) - 6} more")
-    assert str(many).count(" + ") == 6
 
 
 @pytest.mark.parametrize("name", ["expert_model_parallel_size", "num_experts"])
