@@ -21,6 +21,7 @@ from megatron_laer.files.checks import MAX_TEXT_BYTES, open_input, quoted
 from megatron_laer.files.recording import RecordingFile
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.trace.records import MAX_RANKS
 
 # How a run uses its layouts, by the names of settings; part of a recording's header.
 RunSignature = Mapping[str, Any]
@@ -222,6 +223,8 @@ def _recorded_shape(path: Path, line: bytes) -> _Shape:
         layers = header.pop("layers")
         if any(type(size) is not int for size in sizes):
             raise ValueError(f"sizes must be integers, got {quoted(sizes)}")
+        if max(num_ranks, num_experts, capacity) > MAX_RANKS:
+            raise ValueError(f"sizes must be at most {MAX_RANKS}, got {quoted(sizes)}")
         if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
             raise ValueError(f"layers must be a list of names, got {quoted(layers)}")
         # The node size is no part of a layout.
