@@ -49,11 +49,11 @@ _KINDS = (
 
 
 def open_input(path: Path) -> BinaryIO:
-    """Open a regular file for reading.
+    """Open a regular file that can be read.
 
     Raises:
         ValueError: it is no regular file.
-        OSError: it cannot be opened.
+        OSError: it cannot be opened, or read.
     """
     check_regular(path)
     # Without waiting, should a pipe have taken the file's place since.
@@ -61,6 +61,11 @@ def open_input(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError(f"{quoted(path)} is no regular file; give a regular file")
+    try:
+        file.peek(1)
+    except OSError as error:  # said here, where the name is known
+        file.close()
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return file
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_laer.files.checks import one_line
+from megatron_laer.files.checks import lines, one_line, open_input
 
 # Steps after which routing and speed are steady enough to be worth averaging, of all steps.
 STEADY_AFTER = 0.5
@@ -73,14 +73,25 @@ def step_of_line(line: str) -> Step | None:
     return Step(int(found[1]), int(found[2]), values)
 
 
-def read_run(name: str, lines: Iterable[str]) -> LoggedRun:
-    """Read what a log says of its run."""
+def read_run(name: str, text: Iterable[str]) -> LoggedRun:
+    """Read what a log's lines say of its run."""
     run = LoggedRun(name)
-    for line in lines:
+    for line in text:
         if (step := step_of_line(line)) is not None:
             run.steps[step.number] = step
             run.of = step.of
     return run
+
+
+def read_log(name: str, path: Path) -> LoggedRun:
+    """Read a run from its log.
+
+    Raises:
+        ValueError: it is no regular file, or has no lines.
+        OSError: it cannot be read.
+    """
+    with open_input(path) as file:
+        return read_run(name, (line.decode(errors="replace") for line in lines(file, path)))
 
 
 def steady(values: Sequence[float]) -> Sequence[float]:
@@ -143,8 +154,7 @@ def main(words: Sequence[str]) -> int:
             name, equals, path = word.partition("=")
             if not (name and equals and path):
                 raise ValueError(f"{word!r} is no NAME=LOG")
-            with Path(path).open(encoding="utf-8", errors="replace") as lines:
-                runs.append(read_run(name, lines))
+            runs.append(read_log(name, Path(path)))
             if not runs[-1].steps:
                 raise ValueError(
                     f"{path} holds no step of a run; give a log of Megatron's training"

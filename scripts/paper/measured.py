@@ -59,8 +59,7 @@ def read_log(path: Path, steps: int) -> Measured:
     """
     if not path.is_file():
         raise ValueError(f"{path.stem}: no log at {path}")
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        run = log.read_run(path.stem, lines)
+    run = log.read_log(path.stem, path)
     if [*sorted(run.steps)] != [*range(1, steps + 1)]:
         raise ValueError(f"{path.stem}: {len(run.steps)} of {steps} steps; its log is {path}")
     values = [run.steps[step].values for step in range(1, steps + 1)]

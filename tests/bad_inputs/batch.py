@@ -5,12 +5,19 @@ A dry run, should one be taken.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 from tests.bad_inputs.case import Case
 
 _SCRIPT = "scripts/slurm/pretrain.sbatch"
-_GOOD = {"MODEL": "tiny-moe", "DATA_PREFIX": "old", "DRY_RUN": "1", "GPUS_PER_NODE": "2"}
+_GOOD = {
+    "MODEL": "tiny-moe",
+    "DATA_PREFIX": "old",
+    "DRY_RUN": "1",
+    "GPUS_PER_NODE": "2",
+    "PYTHON": sys.executable,
+}
 _NO_NUMBERS = ("x", "-1", "1.5", "1e3", " 7", "08", "0x10", "9" * 30, "\uff17", "a[$(touch ran)]")
 _NUMBERS = (
     *("GPUS_PER_NODE", "EP_SIZE", "CAPACITY", "MASTER_PORT"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,7 +73,7 @@ CONTENTS = {
     "returns": "returns.txt",
     "one line": "one-line.txt",
     "escapes": "escapes.txt",
-    "an archive": "few.npz",
+    "an archive": "archive.zip",
     "a page": "page.html",
 }
 _MODEL = "--model mixtral-8x7b-e8k2 --node-size 2"
@@ -121,11 +122,13 @@ _TAKEN = {
 }
 
 # Paths that can never be written, in a folder or in place of one.
+NO_FOLDERS = {
+    "escapes": "nowhere\x1b[2J/x",
+    "lines": "no\nFAKE/x",
+    "no UTF-8": "caf\udce9/x",
+    "bidi": "a\u202e/x",
+}
 UNWRITABLE = {
-    "folder with escapes": "nowhere\x1b[2J/x",
-    "folder with lines": "no\nFAKE/x",
-    "folder without UTF-8": "caf\udce9/x",
-    "folder with bidi": "a\u202e/x",
     "long": "y" * 300,
     "deep": "d/" * 2500 + "x",
     "through a file": "good.txt/x",
@@ -143,7 +146,6 @@ WRITTEN = (
     f"simulate good.trace {_MODEL} --png {{}}.png",
     f"simulate good.trace {_MODEL} --timeline {{}}.json",
     "report good.trace --out {}.html",
-    "prepare-data --input good.txt --output {}",
     "check-recipe --bridge-csv recipes.csv --json {}.json",
     "calibrate {}.yaml",
     "benchmarks/planner.py --quick --trace few.npz --json {}.json",
@@ -151,6 +153,11 @@ WRITTEN = (
     "benchmarks/validate_simulator.py --no-here --json {}.json",
     "benchmarks/simulation_speed.py --json {}.json",
     "benchmarks/convergence.py --figure {}.png",
+    "benchmarks/end_to_end.py --json {}.json",
+)
+# Where folders that are not there are made.
+MADE = (
+    "prepare-data --input good.txt --output {}",
     "benchmarks/gpu/__main__.py --dry-run --output {}/y",
     "scripts/paper/figure9.py --toy --work-dir {}/y",
     "scripts/paper/figure11.py --here --work-dir {}/y",
@@ -169,6 +176,9 @@ def cases() -> Iterator[Case]:
         for column, path in enumerate((ODD_NAMES | SPECIAL).values()):
             yield _case(place, path, nightly=(row + column) % _EVERY != 0)
     for row, place in enumerate(WRITTEN):
+        for column, path in enumerate((NO_FOLDERS | UNWRITABLE).values()):
+            yield _case(place, path, nightly=(row + column) % _EVERY != 0)
+    for row, place in enumerate(MADE):
         for column, path in enumerate(UNWRITABLE.values()):
             yield _case(place, path, nightly=(row + column) % _EVERY != 0)
 
@@ -185,6 +195,10 @@ def _part(path: str) -> str:
     """Return a part of a path as messages show it."""
     if path.startswith("d/d/"):
         return "d/d/d"
+    if path in UNWRITABLE.values() or path in NO_FOLDERS.values():
+        path = path.removesuffix("/x")  # what cannot be is the folder
+    for whole, part in (("http://", ":1/x"), ("C:\\", "nothing")):
+        path = part if path.startswith(whole) else path
     return one_line(path)[:_SHOWN]
 
 
@@ -204,4 +218,6 @@ def make(folder: Path) -> None:
     (folder / "returns.txt").write_bytes(b"a\rb\rc\r")
     (folder / "one-line.txt").write_bytes(b"x" * 2**20)
     (folder / "escapes.txt").write_bytes(b"\x1b[2J\x1b]0;FAKE\x07\n\x9b31m\n")
+    with zipfile.ZipFile(folder / "archive.zip", "w") as archive:
+        archive.writestr("x", "x")
     (folder / "page.html").write_text("<html><script>alert(1)</script></html>\n")

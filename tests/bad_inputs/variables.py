@@ -38,9 +38,9 @@ _COMPILERS = {
     "sleeps": ("./sleeps", "none (CXX='./sleeps'"),
     "sleeps behind a closed pipe": ("./closes", "none (CXX='./closes'"),
     "says escapes": ("./says-escapes", "\\x1b[2JFAKE  ok"),
-    "says no text": ("./says-bytes", "\\ufffd"),
+    "says no text": ("./says-bytes", "\ufffd"),
     "has no end": ("./endless", "endless"),
-    "says nothing": ("true", "none (CXX='true'"),
+    "says nothing": ("./silent", "none (CXX='./silent'"),
 }
 _PLAN = ("plan", "good.trace")
 _PLOT = ("plan", "good.trace", "--plot", "out/plot.png")
@@ -51,7 +51,6 @@ _AT_START = (
     (_PLOT, {"MPLBACKEND": "\x1b[2J\nFAKE"}, "MPLBACKEND='\\x1b[2J\\nFAKE': "),
     (_PLAN, {"TQDM_MININTERVAL": "abc"}, "TQDM_MININTERVAL='abc': could not convert"),
     (_DATA, {"TQDM_MAXINTERVAL": "\x1b[2J"}, "TQDM_MAXINTERVAL='\\x1b[2J': could not"),
-    (_PLAN, {"TQDM_FILE": "abc"}, "TQDM_FILE='abc': "),
     (("flags", "latin-name.yaml"), {"PYTHONIOENCODING": "ascii"}, "cannot be written in ascii"),
 )
 
@@ -88,6 +87,7 @@ def make(folder: Path) -> None:
         "says-escapes": "printf '\\033[2JFAKE  ok\\nmore'",
         "says-bytes": "printf '\\351\\200'",
         "endless": "yes endless",
+        "silent": "",
     }.items():
         path = folder / name
         path.write_text(f"#!/bin/sh\n{script}\n")

@@ -32,6 +32,7 @@ from megatron_laer.files.json_lines import (
 from megatron_laer.files.recording import RecordingFile
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.trace.records import MAX_RANKS
 
 logger = logging.getLogger(__name__)
 
@@ -254,6 +255,8 @@ def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
         layers = header.pop("layers")
         if any(type(size) is not int for size in sizes):
             raise ValueError(f"sizes must be integers, got {quoted(sizes)}")
+        if max(num_ranks, num_experts, capacity) > MAX_RANKS:
+            raise ValueError(f"sizes must be at most {MAX_RANKS}, got {quoted(sizes)}")
         if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
             raise ValueError(f"layers must be a list of names, got {quoted(layers)}")
         # The node size is no part of a layout.
