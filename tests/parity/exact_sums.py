@@ -1,0 +1,67 @@
+"""A run whose partial sums of tokens cross ranks in fp32, as no run outside of tests does.
+
+With `--fsep-token-exchange node` a rank adds up a token's outputs of its experts, and a token's
+gradients likewise, before they leave. In bf16 each such sum is rounded once more than in stock.
+Here rows cross in fp32, so that a token's sum is rounded once, as in stock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+from megatron_laer.testing.training import Adapt, Record
+from tests.parity.replay import train_row
+
+
+def train_with_exact_sums(flags: list[str], adapt: Adapt | None = None) -> Record:
+    """Train with the flags of a row whose tokens go by nodes. Collective."""
+    with _fp32_between_ranks():
+        return train_row(flags, adapt=adapt)
+
+
+@dataclass
+class _Rounding:
+    """Takes the place of the last step's map: rounds its sums."""
+
+    map: Any
+    dtype: torch.dtype
+
+    def collect(self, rows: torch.Tensor) -> torch.Tensor:
+        rounded: torch.Tensor = self.map.collect(rows).to(self.dtype)
+        return rounded
+
+
+@contextlib.contextmanager
+def _fp32_between_ranks() -> Iterator[None]:
+    from megatron_laer.dispatch.node_dispatcher import NodeTokenDispatcher
+
+    steps = {
+        name: getattr(NodeTokenDispatcher, name)
+        for name in ("dispatch_preprocess", "dispatch_postprocess", "combine_preprocess")
+    }
+
+    def dispatch_preprocess(self: Any, hidden_states: torch.Tensor, *args: Any) -> Any:
+        self._dtype_in_model = hidden_states.dtype
+        sent = steps["dispatch_preprocess"](self, hidden_states.float(), *args)
+        self._first = _Rounding(self._first, self._dtype_in_model)
+        return sent
+
+    def dispatch_postprocess(self: Any, *args: Any) -> Any:
+        rows, tokens_C, probs = steps["dispatch_postprocess"](self, *args)
+        return rows.to(self._dtype_in_model), tokens_C, probs
+
+    def combine_preprocess(self: Any, hidden_states: torch.Tensor) -> Any:
+        return steps["combine_preprocess"](self, hidden_states.float())
+
+    with (
+        mock.patch.object(NodeTokenDispatcher, "dispatch_preprocess", dispatch_preprocess),
+        mock.patch.object(NodeTokenDispatcher, "dispatch_postprocess", dispatch_postprocess),
+        mock.patch.object(NodeTokenDispatcher, "combine_preprocess", combine_preprocess),
+    ):
+        yield
