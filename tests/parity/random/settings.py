@@ -32,7 +32,7 @@ SIZES: Choice = {
     "tensor parallel 2": Setting(0.25, rows.TENSOR),
     "pipeline 2": Setting(0.4, rows.PIPELINE),
     "context parallel 2": Setting(0.2, rows.CONTEXT),
-    "virtual pipeline": Setting(0.5, " --num-layers 4 --num-layers-per-virtual-pipeline-stage 1"),
+    "virtual pipeline": Setting(0.5, " --num-layers-per-virtual-pipeline-stage 1"),
 }
 # By number of experts; several are no multiple of a group's ranks.
 EXPERTS: Choice = {
@@ -70,7 +70,7 @@ MODEL: Choice = {
     "shared experts": Setting(0.4, " --moe-shared-expert-intermediate-size 32"),
     "shared experts' gate": Setting(0.4, " --moe-shared-expert-gate"),
     "overlapped shared experts": Setting(0.5, " --moe-shared-expert-overlap"),
-    "LoRA on attention": Setting(0.05, " --lr 1e-2 --min-lr 1e-2"),
+    "LoRA on attention": Setting(0.05),
     "frozen in part": Setting(0.05),
 }
 
