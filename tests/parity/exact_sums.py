@@ -1,4 +1,4 @@
-"""A run whose partial sums of tokens cross ranks in fp32, as no run outside of tests does.
+"""Partial sums of tokens cross ranks in fp32 within `exact_sums()`, as in no run outside of tests.
 
 With `--fsep-token-exchange node` a rank adds up a token's outputs of its experts, and a token's
 gradients likewise, before they leave. In bf16 each such sum is rounded once more than in stock.
@@ -15,15 +15,6 @@ from unittest import mock
 
 import torch
 
-from megatron_laer.testing.training import Adapt, Record
-from tests.parity.replay import train_row
-
-
-def train_with_exact_sums(flags: list[str], adapt: Adapt | None = None) -> Record:
-    """Train with the flags of a row whose tokens go by nodes. Collective."""
-    with _fp32_between_ranks():
-        return train_row(flags, adapt=adapt)
-
 
 @dataclass
 class _Rounding:
@@ -38,7 +29,8 @@ class _Rounding:
 
 
 @contextlib.contextmanager
-def _fp32_between_ranks() -> Iterator[None]:
+def exact_sums() -> Iterator[None]:
+    """Let every `NodeTokenDispatcher` round a token's sum once."""
     from megatron_laer.dispatch.node_dispatcher import NodeTokenDispatcher
 
     steps = {

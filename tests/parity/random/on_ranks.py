@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 
 from megatron_laer.testing.training import Adapt, Record
 from tests.parity.decisions import Chosen, Decisions, train_choosing
-from tests.parity.exact_sums import train_with_exact_sums
+from tests.parity.exact_sums import exact_sums
 from tests.parity.replay import train_row
 
 
@@ -26,22 +27,23 @@ class Outcome:
 
 
 def train_case(
-    flags: list[str], adapt: Adapt | None, chooses: bool, given: list[Chosen] | None = None
+    flags: list[str],
+    adapt: Adapt | None,
+    chooses: bool,
+    given: list[Chosen] | None = None,
+    exact: bool = False,
 ) -> Outcome:
     """Train, and note what routers that choose by themselves choose. Collective.
 
     Args:
         given: each rank's choices of another run, which this one must follow.
+        exact: whether partial sums of tokens are in fp32 where they cross ranks.
     """
     begin_s = time.process_time()
-    if chooses:
-        record, decisions = train_choosing(flags, given, adapt)
-        return Outcome(record, decisions, time.process_time() - begin_s)
-    return Outcome(train_row(flags, adapt=adapt), None, time.process_time() - begin_s)
-
-
-def train_case_with_exact_sums(flags: list[str], adapt: Adapt | None) -> Outcome:
-    """Train with partial sums of tokens in fp32 where they cross ranks. Collective."""
-    begin_s = time.process_time()
-    record = train_with_exact_sums(flags, adapt)
-    return Outcome(record, None, time.process_time() - begin_s)
+    decisions = None
+    with exact_sums() if exact else contextlib.nullcontext():
+        if chooses:
+            record, decisions = train_choosing(flags, given, adapt)
+        else:
+            record = train_row(flags, adapt=adapt)
+    return Outcome(record, decisions, time.process_time() - begin_s)
