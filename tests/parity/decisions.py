@@ -1,7 +1,8 @@
 """The routers' decisions in a run: recorded, compared with another run's, and given to a run.
 
-Megatron's top-k is asked through the seam of its routing replay (`RouterReplay`); the router's
-other parts, losses among them, do not come into it.
+Megatron's top-k is asked through the seam of its routing replay (`RouterReplay`), or where that is
+not asked, by sinkhorn and quantile balancing, in place of what they find. A router's other parts,
+losses among them, do not come into it, and neither does a fused router.
 
 Legend: C router calls in a run's order (step, microbatch, layer), T tokens, E experts, K top-k.
 """
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_laer.testing.training import Record, rank_of_environment, train
+from megatron_laer.testing.training import Adapt, Record, rank_of_environment, train
 
 Chosen = npt.NDArray[np.int16]
 
@@ -79,32 +80,57 @@ class _TopK:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by Megatron: values and indices of the top-k, as given where they differ."""
         values, own_TK = default_compute_topk(scores, topk, num_groups, group_topk)
+        used_TK = self.choose(scores, own_TK)
+        return values if used_TK is own_TK else scores.gather(1, used_TK), used_TK
+
+    def choose(self, scores_TE: torch.Tensor, own_TK: torch.Tensor) -> torch.Tensor:
+        """Note a call's own choice; returns it, or where another is given, that one."""
         call = len(self.chosen)
-        self.scores.append(scores.detach().float().numpy().copy())
+        self.scores.append(scores_TE.detach().float().numpy().copy())
         self.chosen.append(own_TK.numpy().astype(np.int16))
         if self.given_CTK is None:
-            return values, own_TK
+            return own_TK
         # Tokens that choose alike keep their own order, which decides a softmax's last bit.
         differ_T = torch.from_numpy(_differ(self.chosen[call], self.given_CTK[call]))
         given_TK = torch.from_numpy(self.given_CTK[call]).to(own_TK.dtype)
-        used_TK = torch.where(differ_T[:, None], given_TK, own_TK)
-        return scores.gather(1, used_TK), used_TK
+        return torch.where(differ_T[:, None], given_TK, own_TK)
 
 
-def train_choosing(flags: list[str], given: list[Chosen] | None = None) -> tuple[Record, Decisions]:
+def train_choosing(
+    flags: list[str], given: list[Chosen] | None = None, adapt: Adapt | None = None
+) -> tuple[Record, Decisions]:
     """A run of `train`, with this rank's decisions. Collective.
 
     Args:
         given: each rank's `chosen_CTK` of another run, which this one must follow.
+        adapt: changes the model, as for `train`.
     """
     from megatron.core.transformer.moe import router
+    from megatron.training import get_args
 
     route = router.topk_routing_with_score_function
+    balance, update = router.sinkhorn, router.qb_dual_update
     top_k = _TopK(None if given is None else given[rank_of_environment()])
 
     def observed(*args: Any, **kwargs: Any) -> Any:
         return route(*args, **{**kwargs, "router_replay": top_k})
 
-    with mock.patch.object(router, "topk_routing_with_score_function", observed):
-        record = train(flags)
+    def observed_sinkhorn(cost: torch.Tensor) -> torch.Tensor:
+        scores_TE = balance(cost)
+        own_TK = scores_TE.topk(get_args().moe_router_topk, dim=1).indices
+        # Only the places of the highest scores are asked for.
+        return scores_TE.scatter(1, top_k.choose(scores_TE, own_TK), float("inf"))
+
+    def observed_quantiles(logits: torch.Tensor, topk: int, beta: Any, **kwargs: Any) -> Any:
+        own_TK, quantiles = update(logits, topk, beta, **kwargs)
+        return top_k.choose(logits - beta, own_TK), quantiles
+
+    with (
+        mock.patch.object(router, "topk_routing_with_score_function", observed),
+        mock.patch.object(router, "sinkhorn", observed_sinkhorn),
+        mock.patch.object(router, "qb_dual_update", observed_quantiles),
+    ):
+        record = train(flags, adapt=adapt)
+    if not top_k.chosen:  # a stage of a pipeline without experts
+        return record, Decisions(np.zeros((0, 0, 0), np.float32), np.zeros((0, 0, 0), np.int16))
     return record, Decisions(np.stack(top_k.scores), np.stack(top_k.chosen))

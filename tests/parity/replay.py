@@ -58,7 +58,9 @@ def _experts_LTK(args: Any, microbatch: int) -> list[torch.Tensor]:
     from megatron.core.transformer.moe.router_replay import RouterReplay
 
     random = torch.Generator().manual_seed(1000 * microbatch + dist.get_rank())
-    tokens = args.seq_length * args.micro_batch_size
+    cut = args.context_parallel_size
+    cut *= args.tensor_model_parallel_size if args.sequence_parallel else 1
+    tokens = args.seq_length * args.micro_batch_size // cut
     chosen = []
     for _ in RouterReplay.global_router_replay_instances:
         popularity_E = torch.randn(args.num_experts, generator=random)

@@ -1,0 +1,136 @@
+"""In bf16, tokens by nodes leave stock's first gradients by near-ties of rounding, and only there.
+
+A token's partial sums are rounded before they leave a rank, which stock has no place for. So
+scores of the next routers differ by a rounding, and where a k-th and a (k+1)-th score are that
+close, the token goes elsewhere; one such token moves the gradient of an expert with few tokens by
+more than the bound. A clamp has near-ties too: within a rounding of it, a gradient is cut or not.
+
+Legend: C router calls in a run's order, T tokens of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from megatron_laer.testing.ranks import RankPool
+from tests.parity.compare import Distance, distance
+from tests.parity.decisions import Decisions
+from tests.parity.random.on_ranks import Outcome, train_case
+from tests.parity.rows import (
+    BF16_BOUND,
+    CLAMPED_GEGLU,
+    FLOOR_FACTOR,
+    SMALLEST_FLOOR,
+    TOKENS,
+    Row,
+)
+
+# Relative, of a number in bf16; a score is a sum of several.
+ROUNDING = 2.0**-8
+FEW = 4
+
+# Many tokens, so that some are near-ties whatever the machine's rounding.
+ROW = Row(
+    "tokens by nodes in bf16",
+    flags=" --bf16 --moe-router-topk 3 --num-layers 4 --micro-batch-size 8",
+    accumulation=4,
+    fsep=" --fsep-planner static" + TOKENS.format(1),
+    bound=BF16_BOUND,
+    steps=1,
+)
+CLAMPED = Row(
+    "tokens by nodes in bf16, clamped",
+    flags=ROW.flags + CLAMPED_GEGLU,
+    without="--swiglu",
+    accumulation=4,
+    fsep=ROW.fsep,
+    bound=BF16_BOUND,
+    steps=1,
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """FSEP's runs of a row beside stock's.
+
+    Attributes:
+        floor: the distance of stock with other placement.
+        by_itself: the run as users have it.
+        given: the run that takes stock's choices.
+        exact: the run whose sums cross ranks in fp32.
+    """
+
+    floor: Distance
+    stock: list[Outcome]
+    by_itself: list[Outcome]
+    given: list[Outcome]
+    exact: list[Outcome]
+
+    def distance(self, run: list[Outcome]) -> Distance:
+        """From stock."""
+        return distance(run[0].record, self.stock[0].record)
+
+
+def decisions(run: list[Outcome]) -> Decisions:
+    """Of all ranks' tokens."""
+    found = [outcome.decisions for outcome in run if outcome.decisions is not None]
+    return Decisions.of_all_ranks(found)
+
+
+both = pytest.mark.parametrize("compared", [ROW, CLAMPED], ids=["plain", "clamped"], indirect=True)
+without_clamp = pytest.mark.parametrize("compared", [ROW], ids=["plain"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def compared(
+    request: pytest.FixtureRequest, ranks: Callable[[int], RankPool], text_data: str
+) -> Compared:
+    """The runs of a row."""
+    row: Row = request.param
+
+    def train(run: tuple[int, list[str]], *more: object) -> list[Outcome]:
+        size, command = run
+        outcomes: list[Outcome] = ranks(size).run(train_case, command, None, True, *more)
+        return outcomes
+
+    stock, other = train(row.reference(text_data)), train(row.other_stock(text_data))
+    chosen = [outcome.decisions.chosen_CTK for outcome in stock if outcome.decisions]
+    command = row.fsep_run(text_data)
+    floor = distance(other[0].record, stock[0].record).at_least(SMALLEST_FLOOR)
+    by_itself, given = train(command), train(command, chosen)
+    found = Compared(floor, stock, by_itself, given, train(command, None, True))
+    print(f"\n{row.name}: floor {floor}")
+    for name in ("by_itself", "given", "exact"):
+        run = getattr(found, name)
+        count = decisions(run).differ_CT(decisions(stock)).sum()
+        print(f"  {name}: {found.distance(run)}, {count} choices differ")
+    return found
+
+
+@both
+def test_choices_differ_at_near_ties_alone(compared: Compared) -> None:
+    run, stock = decisions(compared.given), decisions(compared.stock)
+    differ_CT, gaps_CT = run.differ_CT(stock), run.gaps_CT(stock)
+    assert differ_CT.any(), "no near-tie, so nothing is shown"
+    rounding_C = FEW * ROUNDING * np.abs(stock.scores_CTE).max(axis=(1, 2))
+    assert (gaps_CT.max(axis=1) <= rounding_C).all()
+    for call in np.flatnonzero(differ_CT.any(axis=1)):
+        margins = stock.margins_T(int(call))[differ_CT[call]]
+        assert (margins <= 2 * rounding_C[call]).all()
+
+
+@without_clamp
+def test_a_run_that_takes_stocks_choices_is_within_the_bound(compared: Compared) -> None:
+    found = compared.distance(compared.given)
+    assert found.within(BF16_BOUND), found
+
+
+@both
+def test_nothing_but_the_rounding_of_partial_sums_parts_the_runs(compared: Compared) -> None:
+    assert not decisions(compared.exact).differ_CT(decisions(compared.stock)).any()
+    found = compared.distance(compared.exact)
+    assert found.within(compared.floor.times(FLOOR_FACTOR)), found

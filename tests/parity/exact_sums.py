@@ -1,0 +1,59 @@
+"""Partial sums of tokens cross ranks in fp32 within `exact_sums()`, as in no run outside of tests.
+
+With `--fsep-token-exchange node` a rank adds up a token's outputs of its experts, and a token's
+gradients likewise, before they leave. In bf16 each such sum is rounded once more than in stock.
+Here rows cross in fp32, so that a token's sum is rounded once, as in stock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+@dataclass
+class _Rounding:
+    """Takes the place of the last step's map: rounds its sums."""
+
+    map: Any
+    dtype: torch.dtype
+
+    def collect(self, rows: torch.Tensor) -> torch.Tensor:
+        rounded: torch.Tensor = self.map.collect(rows).to(self.dtype)
+        return rounded
+
+
+@contextlib.contextmanager
+def exact_sums() -> Iterator[None]:
+    """Let every `NodeTokenDispatcher` round a token's sum once."""
+    from megatron_laer.dispatch.node_dispatcher import NodeTokenDispatcher
+
+    steps = {
+        name: getattr(NodeTokenDispatcher, name)
+        for name in ("dispatch_preprocess", "dispatch_postprocess", "combine_preprocess")
+    }
+
+    def dispatch_preprocess(self: Any, hidden_states: torch.Tensor, *args: Any) -> Any:
+        self._dtype_in_model = hidden_states.dtype
+        sent = steps["dispatch_preprocess"](self, hidden_states.float(), *args)
+        self._first = _Rounding(self._first, self._dtype_in_model)
+        return sent
+
+    def dispatch_postprocess(self: Any, *args: Any) -> Any:
+        rows, tokens_C, probs = steps["dispatch_postprocess"](self, *args)
+        return rows.to(self._dtype_in_model), tokens_C, probs
+
+    def combine_preprocess(self: Any, hidden_states: torch.Tensor) -> Any:
+        return steps["combine_preprocess"](self, hidden_states.float())
+
+    with (
+        mock.patch.object(NodeTokenDispatcher, "dispatch_preprocess", dispatch_preprocess),
+        mock.patch.object(NodeTokenDispatcher, "dispatch_postprocess", dispatch_postprocess),
+        mock.patch.object(NodeTokenDispatcher, "combine_preprocess", combine_preprocess),
+    ):
+        yield

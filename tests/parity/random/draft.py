@@ -1,0 +1,72 @@
+"""A `Draft` collects the settings of a random case, whose luck depends on the seed alone."""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections.abc import Container, Sequence
+from itertools import accumulate
+from typing import TypeVar
+
+from tests.parity.random.settings import Choice, Setting
+
+_Value = TypeVar("_Value")
+
+
+class Draft:
+    """Settings that were drawn so far.
+
+    All luck comes from `random()`, which gives the same numbers in every version of Python.
+
+    Attributes:
+        features: in the order in which they were drawn.
+        flags: of both sides.
+        without: switches of the model that neither side gets.
+        fsep: flags of FSEP alone.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed).random
+        self.features: list[str] = []
+        self.flags = ""
+        self.without = ""
+        self.fsep = ""
+
+    def has(self, *names: str) -> bool:
+        """Whether one of these features was drawn."""
+        return any(name in self.features for name in names)
+
+    def pick(self, values: Sequence[_Value]) -> _Value:
+        """Draw one of these, each as likely."""
+        return values[int(self._random() * len(values))]
+
+    def choose(self, table: Choice, *, but: Container[str] = (), alone: bool = False) -> str:
+        """Draw one setting of a table, by weight.
+
+        Args:
+            but: names that are not legal here.
+            alone: its flags are FSEP's.
+        """
+        legal = [name for name in table if name not in but]
+        ends = list(accumulate(table[name].weight for name in legal))
+        name = legal[bisect_right(ends, self._random() * ends[-1], hi=len(ends) - 1)]
+        self.take(name, table[name], alone=alone)
+        return name
+
+    def option(self, table: Choice, name: str, *, legal: bool = True, alone: bool = False) -> bool:
+        """Draw whether to take a setting, whose weight is its probability where it is legal."""
+        drawn = legal and self._random() < table[name].weight
+        if drawn:
+            self.take(name, table[name], alone=alone)
+        return drawn
+
+    def take(self, name: str, setting: Setting | None = None, *, alone: bool = False) -> None:
+        """Add a feature, with its flags if it has some."""
+        self.features.append(name)
+        if setting is None:
+            return
+        self.without = f"{self.without} {setting.without}".strip()
+        if alone:
+            self.fsep += setting.flags
+        else:
+            self.flags += setting.flags

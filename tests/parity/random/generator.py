@@ -1,0 +1,348 @@
+"""`draw(seed)` is a case: a legal combination of settings, the same for the same seed.
+
+Legal is what stock Megatron and FSEP both accept. Nothing is run here.
+
+Legend: N ranks of an FSEP group, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_laer.testing.training import Adapt
+from tests.parity import rows
+from tests.parity.adapted import frozen_in_part, lora_on_attention
+from tests.parity.random import settings
+from tests.parity.random.draft import Draft
+from tests.parity.random.settings import Setting
+from tests.parity.replay import REPLAY
+from tests.parity.rows import Row
+
+STEPS = 6
+
+_UNEVEN = "N does not divide E"
+_EXPERT_DATA = "expert data parallel"
+_NODES = {size: f"nodes of {size}" for size in (1, 2, 4)}
+_TABLES = [
+    table
+    for table in vars(settings).values()
+    if isinstance(table, dict) and all(isinstance(item, Setting) for item in table.values())
+]
+FEATURES = {name for table in _TABLES for name in table} | {
+    _UNEVEN,
+    _EXPERT_DATA,
+    *_NODES.values(),
+}
+# Their numbers depend on how many ranks have the data, or on each rank's luck.
+_OF_RANKS = {
+    "global aux loss",
+    "all aux losses",
+    "quantile balancing",
+    "input jitter",
+    "forced balance",
+    "announced",
+    "evaluation",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A combination under test.
+
+    Attributes:
+        row: as one of the parity table.
+        features: of the combination, in the order in which they were drawn.
+        model_parallel: ranks that have the same data.
+    """
+
+    seed: int
+    row: Row
+    features: tuple[str, ...]
+    model_parallel: int
+
+    def has(self, *names: str) -> bool:
+        """Whether it has one of these features."""
+        assert FEATURES.issuperset(names)
+        return not {*names}.isdisjoint(self.features)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether routers choose by themselves, where their choice can be replayed."""
+        return not self.has("fused router", "announced")
+
+    def other_stock(self, data: str) -> tuple[int, list[str]] | None:
+        """A stock run that sums in another order, whose distance is the floor; None if none does.
+
+        Experts are placed otherwise, or where they cannot be, half of the ranks have all data.
+        """
+        ranks, command = self.row.other_stock(data)
+        if self.row.stock_parallel[0] == self.row.stock_parallel[1]:
+            ranks //= 2
+            if ranks % self.model_parallel or self.has(*_OF_RANKS):
+                return None
+        return ranks, command
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Sizes of a case; `stock` are expert-parallel sizes that stock may have."""
+
+    ranks: int
+    pipeline: int
+    model_parallel: int
+    expert_parallel: int
+    experts: int
+    top_k: int
+    accumulation: int
+
+    @property
+    def stock(self) -> list[int]:
+        ranks = self.ranks // self.pipeline
+        return [size for size in (1, 2, 4, 8) if not ranks % size and not self.experts % size]
+
+
+def draw(seed: int) -> Case:
+    """The case of a seed."""
+    draft = Draft(seed)
+    sizes = _draw_sizes(draft)
+    adapt = _draw_model(draft, sizes)
+    _draw_router(draft, sizes)
+    _draw_recompute(draft)
+    _draw_training(draft)
+    capacity = _draw_fsep(draft, sizes)
+
+    # Megatron's local layers cannot train an expert's bias with one expert-parallel rank.
+    stock = [size for size in sizes.stock if size > 1 or not draft.has("linear bias")]
+    reference = max([size for size in stock if size <= sizes.expert_parallel] or stock)
+    other = max([size for size in stock if size != reference] or [reference])
+    bound = rows.LION_BOUND if draft.has("Lion") else rows.FP32_BOUND
+    row = Row(
+        f"random {seed}",
+        ranks=sizes.ranks,
+        experts=sizes.experts,
+        expert_parallel=sizes.expert_parallel,
+        stock_parallel=(reference, other),
+        accumulation=sizes.accumulation,
+        flags=draft.flags,
+        without=draft.without,
+        capacity=capacity,
+        fsep=draft.fsep,
+        bound=rows.BF16_BOUND if draft.has("bf16") else bound,
+        steps=STEPS,
+        adapt=adapt,
+        # In a pipeline, overlapped reduces leave parts of the first step's gradients.
+        gradients=not (sizes.pipeline == 2 and "--overlap-grad-reduce" in draft.flags),
+    )
+    return Case(seed, row, tuple(draft.features), sizes.model_parallel)
+
+
+def _draw_sizes(draft: Draft) -> _Sizes:
+    ranks = int(draft.choose(settings.RANKS).split()[0])
+    left = ranks
+    for name, least in (("tensor parallel 2", 2), ("pipeline 2", 4), ("context parallel 2", 2)):
+        if draft.option(settings.SIZES, name, legal=ranks >= least and left >= 2):
+            left //= 2
+    pipeline = 2 if draft.has("pipeline 2") else 1
+    expert_parallel = draft.pick([size for size in (2, 4, 8) if ranks // pipeline % size == 0])
+    if expert_parallel < ranks // pipeline:
+        draft.take(_EXPERT_DATA)
+    experts = int(draft.choose(settings.EXPERTS).split()[0])
+    if experts % expert_parallel:
+        draft.take(_UNEVEN)
+    too_many = [name for name in settings.TOP_K if int(name[4:]) >= experts]
+    draft.option(settings.RUN, "short sequences")
+    return _Sizes(
+        ranks,
+        pipeline,
+        model_parallel=ranks // left,
+        expert_parallel=expert_parallel,
+        experts=experts,
+        top_k=int(draft.choose(settings.TOP_K, but=too_many)[4:]),
+        accumulation=draft.pick((2, 4) if pipeline == 2 else (1, 2, 4)),
+    )
+
+
+def _draw_model(draft: Draft, sizes: _Sizes) -> Adapt | None:
+    in_pipeline = sizes.pipeline == 2
+    hybrids = {name for name in settings.STACKS if name.startswith("HybridModel")}
+    other_hybrids = {name for name in hybrids if ("pipeline" in name) != in_pipeline}
+    is_hybrid = draft.choose(settings.STACKS, but=other_hybrids) in hybrids
+    if not is_hybrid:
+        layers = draft.pick((2, 4) if in_pipeline else (2, 2, 3, 4))
+        if draft.option(settings.SIZES, "virtual pipeline", legal=in_pipeline):
+            layers = 4
+        draft.flags += f" --num-layers {layers}"
+        if draft.has("first layer dense"):
+            draft.flags += f" --moe-layer-freq ([0]*1+[1]*{layers - 1})"
+    draft.choose(settings.ACTIVATIONS)
+
+    def option(name: str, legal: bool = True) -> bool:
+        return draft.option(settings.MODEL, name, legal=legal)
+
+    if option("shared experts"):
+        option("shared experts' gate")
+        option("overlapped shared experts")
+    has_bias = option("linear bias", not draft.has("shared experts") and max(sizes.stock) > 1)
+    option("latent MoE", not has_bias and not draft.has("overlapped shared experts"))
+    predicts = (
+        not is_hybrid
+        and not in_pipeline
+        and (option("multi-token prediction") or option("repeated multi-token prediction"))
+    )
+    is_tied = option("tied embeddings")
+    is_latent = option(
+        "latent attention", not is_hybrid and not has_bias and not draft.has("context parallel 2")
+    )
+    if not is_latent:
+        option("grouped queries")
+        option("normalised queries")
+    # What changes a model names its parts.
+    changes = not (is_hybrid or in_pipeline or has_bias or predicts or is_tied or is_latent)
+    if option("LoRA on attention", changes):
+        return lora_on_attention
+    return frozen_in_part if option("frozen in part", changes) else None
+
+
+def _draw_router(draft: Draft, sizes: _Sizes) -> None:
+    # Quantiles need as many assignments of a microbatch for each expert.
+    tokens = 32 if draft.has("short sequences") else 96
+    is_uneven = tokens * sizes.top_k % sizes.experts > 0
+    balancing = draft.choose(settings.BALANCING, but={"quantile balancing"} if is_uneven else set())
+    if balancing == "sinkhorn":
+        but = {*settings.SCORES} - {"softmax"}
+    else:  # a single probability is 1 and has no gradient, unless softmax comes before top-k
+        but = {"softmax"} if sizes.top_k == 1 else set()
+    score = draft.choose(settings.SCORES, but=but)
+
+    def option(name: str, legal: bool = True) -> bool:
+        return draft.option(settings.ROUTER, name, legal=legal)
+
+    is_plain = balancing not in ("sinkhorn", "quantile balancing")
+    option("z loss", balancing not in ("all aux losses", "sinkhorn"))
+    option("expert bias", is_plain and not score.startswith("softmax"))
+    groups = _groups(sizes)
+    if option("groups of experts", is_plain and len(groups) > 0):
+        number, chosen = draft.pick(groups)
+        draft.flags += f" --moe-router-num-groups {number} --moe-router-group-topk {chosen}"
+    option("scaled probabilities")
+    option("probabilities on input", sizes.top_k == 1)
+    option("input jitter")
+    option("forced balance")
+    # Fused, the others need Transformer Engine.
+    option(
+        "fused router",
+        is_plain and score != "square-root softplus" and not draft.has("expert bias"),
+    )
+    option("fused permutation")
+    draft.choose(settings.ROUTER_DTYPES)
+
+
+def _groups(sizes: _Sizes) -> list[tuple[int, int]]:
+    """Legal pairs: into how many groups experts are cut, and how many of them a token chooses."""
+    return [
+        (number, chosen)
+        for number in (2, 3, 4)
+        for chosen in (1, 2)
+        if sizes.experts % number == 0
+        and sizes.experts > number >= chosen
+        and sizes.top_k > 1
+        and sizes.top_k % chosen == 0
+        and sizes.top_k <= chosen * (sizes.experts // number)
+    ]
+
+
+def _draw_recompute(draft: Draft) -> None:
+    # A checkpoint whose input needs no gradient is not run again.
+    is_frozen = draft.has("LoRA on attention", "frozen in part")
+    but = {"full recompute", "recompute by block"} if is_frozen else set()
+    kind = draft.choose(settings.RECOMPUTE, but=but)
+    if kind not in settings.IN_PARTS:
+        return
+    of_activation = kind != "recompute of parts"
+    legal = {
+        "mlp": not of_activation,
+        "moe": not of_activation and not is_frozen,
+        "shared_experts": draft.has("shared experts")
+        and not draft.has("overlapped shared experts")
+        and not of_activation,
+        "mla_up_proj": draft.has("latent attention"),
+    }
+    parts = [
+        name
+        for name in settings.PARTS
+        if draft.option(settings.PARTS, name, legal=legal.get(name, True))
+    ]
+    if of_activation:  # stock's own needs Transformer Engine, so stock recomputes nothing
+        parts.append("moe_act")
+        draft.fsep += " --moe-grouped-gemm"
+    flags = settings.RECOMPUTE_PARTS + " ".join(parts or ["core_attn"])
+    if of_activation:
+        draft.fsep += flags
+    else:
+        draft.flags += flags
+
+
+def _draw_training(draft: Draft) -> None:
+    precision = draft.choose(settings.PRECISIONS)
+    draft.option(settings.RUN, "gradients in bf16", legal=precision == "bf16")
+    # What an optimizer cannot do in stock.
+    sharded = {"distributed optimizer", "distributed optimizer, both overlaps"}
+    but = {
+        "Adam": set(),
+        "SGD": sharded,
+        "Lion": {*settings.SHARDING} - {"whole optimizer"},
+        "Muon": {"overlapped reduce", *(sharded if precision == "fp32" else ())},
+    }
+    optimizer = draft.choose(
+        settings.OPTIMIZERS, but={"Muon"} if draft.has("LoRA on attention") else set()
+    )
+    if optimizer == "Muon":
+        draft.flags += settings.MUON[precision]
+    draft.choose(settings.SHARDING, but=but[optimizer])
+    draft.option(settings.RUN, "per-token loss")
+    draft.option(settings.RUN, "evaluation")
+
+
+def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
+    """Draw what FSEP alone is given, and return its capacity, if not the default."""
+
+    def option(name: str, legal: bool = True) -> bool:
+        return draft.option(settings.FSEP, name, legal=legal, alone=True)
+
+    but = {"announced"} if draft.has(*settings.NOT_ANNOUNCED) else set()
+    mode = draft.choose(settings.MODES, but=but, alone=True)
+    if mode == "announced":
+        draft.flags += f" {REPLAY}"
+    plans = mode in ("forecast", "adaptive")
+    if plans:
+        draft.choose(settings.PLANNERS, alone=True)
+    if mode == "adaptive":
+        draft.choose(settings.TOLERANCES, alone=True)
+    option("restored once per step", mode in ("random layouts, forecast", "forecast"))
+    option("older counts", plans)
+    option("late plans waited for", plans)
+    option("scheduler off")
+    option("even split", mode not in ("exact", "adaptive", "announced"))
+    option("products by grouped_mm")
+
+    experts_by_nodes = option("restore by nodes")
+    if not experts_by_nodes:
+        option("flat restore")
+    tokens_by_nodes = option("tokens by nodes")
+    if experts_by_nodes or tokens_by_nodes:
+        size = draft.pick([size for size in _NODES if sizes.expert_parallel % size == 0])
+        draft.take(_NODES[size])
+        draft.fsep += f" --fsep-node-size {size}"
+    option("fp32 gradients between nodes", experts_by_nodes)
+
+    but = {"DeepEP", "HybridEP"} if tokens_by_nodes else set()
+    if draft.has("bf16", "fp64 router") and not draft.has("fp32 router"):
+        but.add("DeepEP")  # which takes probabilities in fp32 alone
+    ranks, fewest = sizes.expert_parallel, -(-sizes.experts // sizes.expert_parallel)
+    capacities = range(fewest, sizes.experts + 1)
+    in_fours = [slots for slots in capacities if slots * ranks % 4 == 0]
+    if not in_fours:
+        but.add("HybridEP")
+    if draft.choose(settings.DISPATCHERS, but=but, alone=True) == "HybridEP":
+        return draft.pick(in_fours)
+    return draft.pick(capacities) if option("given capacity") else None

@@ -1,0 +1,218 @@
+"""A random case trains stock and FSEP from equal weights, and is judged as docs/support.md states.
+
+FSEP must be within the bound of its precision, and within ten floors. Where it is not, a router's
+near-tie may be the reason: then the run that takes stock's choices must be. With tokens by nodes in
+bf16 other near-ties are possible, such as those of a clamp: then the run must be whose sums are
+rounded as stock's. No bound is ever widened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import numpy as np
+
+from megatron_laer.testing.ranks import Raised, RankError, RankPool
+from megatron_laer.testing.training import Record
+from tests.parity.compare import Distance, distance
+from tests.parity.decisions import Decisions
+from tests.parity.random.generator import Case
+from tests.parity.random.on_ranks import Outcome, train_case
+from tests.parity.rows import FLOOR_FACTOR, SMALLEST_FLOOR
+
+TIMEOUT_S = 600.0
+_MESSAGE_CHARACTERS = 400
+
+
+class Verdict(StrEnum):
+    """How a case ended; the last two are faults."""
+
+    EQUAL = "equal to rounding"
+    WITHIN_FLOORS = "within ten floors"
+    WITHIN_BOUND = "within the bound (stock has one placement)"
+    NEAR_TIES = "within, given stock's choices at near-ties"
+    ROUNDING = "within, with sums rounded as stock's"
+    UNSTEADY = "within ten floors, which for stock too is beyond the bound"
+    SKIPPED = "skipped: stock refuses"
+    BEYOND = "BEYOND"
+    FAILED = "FAILED: stock trains, FSEP does not"
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether FSEP is to blame."""
+        return self in (Verdict.BEYOND, Verdict.FAILED)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A case with its verdict.
+
+    Attributes:
+        distance: of FSEP's run from stock's.
+        floor: of another stock run, at least a rounding of fp32.
+        explained: the distance of the run by which it is within, where that is another one.
+        near_ties: of the run that takes stock's choices.
+        message: of the exception, where there was one.
+        processor_s: of all ranks in all runs.
+    """
+
+    case: Case
+    verdict: Verdict
+    distance: Distance | None = None
+    floor: Distance | None = None
+    explained: Distance | None = None
+    near_ties: str = ""
+    message: str = ""
+    processor_s: float = 0.0
+
+
+class _RunFailed(Exception):
+    """Says why a run did not end well."""
+
+
+@dataclass
+class _Runs:
+    """Trains one case; adds up the time of its processors."""
+
+    case: Case
+    ranks: Callable[[int], RankPool]
+    processor_s: float = 0.0
+
+    def train(
+        self,
+        run: tuple[int, list[str]],
+        given: list[Decisions] | None = None,
+        exact: bool = False,
+    ) -> list[Outcome]:
+        """Train; returns every rank's outcome.
+
+        Args:
+            run: ranks and command line.
+            given: each rank's decisions that this run must follow.
+            exact: whether tokens' sums are in fp32 where they cross ranks.
+        """
+        size, command = run
+        pool, case = self.ranks(size), self.case
+        chosen = None if given is None else [decisions.chosen_CTK for decisions in given]
+        arguments = command, case.row.adapt, case.chooses, chosen, exact
+        try:
+            results = pool.run_raw(train_case, *arguments, timeout_s=TIMEOUT_S)
+        except RankError as error:
+            raise _RunFailed(str(error)) from None
+        raised = [result for result in results if isinstance(result, Raised)]
+        if raised:
+            pool.close()
+            # Others lose the connection to the rank that raised first.
+            told = [item for item in raised if "gloo" not in item.message] or raised
+            raise _RunFailed(f"{told[0].type_name}: {told[0].message}")
+        self.processor_s += sum(result.processor_s for result in results)
+        return results
+
+
+def judge(case: Case, ranks: Callable[[int], RankPool], data: str) -> Judgement:
+    """Train a case as often as its verdict needs.
+
+    Args:
+        ranks: the pool of so many ranks.
+        data: prefix of a Megatron dataset.
+    """
+    runs = _Runs(case, ranks)
+    try:
+        reference = runs.train(case.row.reference(data))
+    except _RunFailed as error:
+        return Judgement(case, Verdict.SKIPPED, message=_one_line(error))
+    try:
+        judgement = _compare(runs, reference, data)
+    except _RunFailed as error:
+        judgement = Judgement(case, Verdict.FAILED, message=_one_line(error))
+    return replace(judgement, processor_s=runs.processor_s)
+
+
+def _compare(runs: _Runs, reference: list[Outcome], data: str) -> Judgement:
+    case, command = runs.case, runs.case.row.fsep_run(data)
+    stock = reference[0].record
+    found = _distance(case, runs.train(command)[0].record, stock)
+    smallest = Distance(*(SMALLEST_FLOOR,) * len(found.parts()))
+    if found.within(smallest.times(FLOOR_FACTOR)):
+        return Judgement(case, Verdict.EQUAL, found)
+    floor = _floor(runs, stock, data)
+
+    def is_within(distance: Distance) -> bool:
+        within_floors = floor is None or distance.within(floor.times(FLOOR_FACTOR))
+        return distance.within(case.row.bound) and within_floors
+
+    if is_within(found):
+        verdict = Verdict.WITHIN_BOUND if floor is None else Verdict.WITHIN_FLOORS
+        return Judgement(case, verdict, found, floor)
+    explained, near_ties = None, ""
+    if case.chooses:
+        decisions = [_decisions(outcome) for outcome in reference]
+        run = runs.train(command, decisions)
+        explained = _distance(case, run[0].record, stock)
+        near_ties = describe_near_ties([_decisions(outcome) for outcome in run], decisions)
+        if is_within(explained):
+            return Judgement(case, Verdict.NEAR_TIES, found, floor, explained, near_ties)
+    if case.has("bf16") and case.has("tokens by nodes"):
+        run = runs.train(command, exact=True)
+        explained = _distance(case, run[0].record, stock)
+        if is_within(explained):
+            return Judgement(case, Verdict.ROUNDING, found, floor, explained, near_ties)
+    verdict = Verdict.UNSTEADY if _stock_is_beyond(case, found, floor) else Verdict.BEYOND
+    return Judgement(case, verdict, found, floor, explained, near_ties)
+
+
+def _stock_is_beyond(case: Case, found: Distance, floor: Distance | None) -> bool:
+    """Whether two stock runs are beyond the bound in every part in which FSEP is."""
+    if floor is None or not found.within(floor.times(FLOOR_FACTOR)):
+        return False
+    triples = zip(found.parts(), floor.parts(), case.row.bound.parts(), strict=True)
+    return all(mine <= bound or stocks > bound for mine, stocks, bound in triples)
+
+
+def _floor(runs: _Runs, stock: Record, data: str) -> Distance | None:
+    other = runs.case.other_stock(data)
+    if other is None:
+        return None
+    try:
+        record = runs.train(other)[0].record
+    except _RunFailed:  # a size of stock's that this model cannot have
+        return None
+    return _distance(runs.case, record, stock).at_least(SMALLEST_FLOOR)
+
+
+def _distance(case: Case, run: Record, reference: Record) -> Distance:
+    if not case.row.gradients:
+        run, reference = replace(run, first_grads={}), replace(reference, first_grads={})
+    return distance(run, reference)
+
+
+def _decisions(outcome: Outcome) -> Decisions:
+    assert outcome.decisions is not None, "routers that choose have decisions"
+    return outcome.decisions
+
+
+def describe_near_ties(run: list[Decisions], stock: list[Decisions]) -> str:
+    """How near the ties are at which a run, given stock's choices, would have chosen otherwise.
+
+    Args:
+        run: each rank's.
+        stock: each rank's.
+    """
+    count, total, margin, gap = 0, 0, 0.0, 0.0
+    for mine, theirs in zip(run, stock, strict=True):
+        differ_CT, gaps_CT = mine.differ_CT(theirs), mine.gaps_CT(theirs)
+        total += differ_CT.size
+        gap = max(gap, float(gaps_CT.max(initial=0.0)))
+        for call in np.flatnonzero(differ_CT.any(axis=1)):
+            count += int(differ_CT[call].sum())
+            margin = max(margin, float(theirs.margins_T(int(call))[differ_CT[call]].max()))
+    return (
+        f"{count} of {total} choices differ, margins up to {margin:.1e},"
+        f" scores up to {gap:.1e} from stock's"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:_MESSAGE_CHARACTERS]

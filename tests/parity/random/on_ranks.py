@@ -1,0 +1,49 @@
+"""The training runs of a random case, on one rank."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+
+from megatron_laer.testing.training import Adapt, Record
+from tests.parity.decisions import Chosen, Decisions, train_choosing
+from tests.parity.exact_sums import exact_sums
+from tests.parity.replay import train_row
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run on one rank.
+
+    Attributes:
+        decisions: of its routers, where they choose by themselves.
+        processor_s: time of the rank's processor.
+    """
+
+    record: Record
+    decisions: Decisions | None
+    processor_s: float
+
+
+def train_case(
+    flags: list[str],
+    adapt: Adapt | None,
+    chooses: bool,
+    given: list[Chosen] | None = None,
+    exact: bool = False,
+) -> Outcome:
+    """Train, and note what routers that choose by themselves choose. Collective.
+
+    Args:
+        given: each rank's choices of another run, which this one must follow.
+        exact: whether partial sums of tokens are in fp32 where they cross ranks.
+    """
+    begin_s = time.process_time()
+    decisions = None
+    with exact_sums() if exact else contextlib.nullcontext():
+        if chooses:
+            record, decisions = train_choosing(flags, given, adapt)
+        else:
+            record = train_row(flags, adapt=adapt)
+    return Outcome(record, decisions, time.process_time() - begin_s)

@@ -1,0 +1,212 @@
+"""The settings that random cases are made of: features with their weight and flags.
+
+Which of them go together is said in `generator.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.parity import rows
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A feature that a case may have.
+
+    Attributes:
+        weight: of a choice, relative to the others; of an option, how probable it is.
+        flags: given to both sides, or to FSEP alone in the tables that say so.
+        without: switches of the model that neither side gets.
+    """
+
+    weight: float
+    flags: str = ""
+    without: str = ""
+
+
+Choice = dict[str, Setting]
+
+RANKS: Choice = {"2 ranks": Setting(4), "4 ranks": Setting(6), "8 ranks": Setting(1)}
+SIZES: Choice = {
+    "tensor parallel 2": Setting(0.25, rows.TENSOR),
+    "pipeline 2": Setting(0.4, rows.PIPELINE),
+    "context parallel 2": Setting(0.2, rows.CONTEXT),
+    "virtual pipeline": Setting(0.5, " --num-layers-per-virtual-pipeline-stage 1"),
+}
+# By number of experts; several are no multiple of a group's ranks.
+EXPERTS: Choice = {
+    f"{experts} experts": Setting(3 if experts == 8 else 1) for experts in (3, 4, 5, 6, 8, 12)
+}
+TOP_K: Choice = {
+    f"top-{count}": Setting(weight, f" --moe-router-topk {count}")
+    for count, weight in ((1, 2), (2, 4), (3, 2), (4, 2))
+}
+
+STACKS: Choice = {
+    "every layer has experts": Setting(7),
+    "experts in every second layer": Setting(1, " --moe-layer-freq 2"),
+    "first layer dense": Setting(1, " --moe-ffn-hidden-size 40"),
+    "HybridModel": Setting(0.7, rows.HYBRID + "*E-*E"),
+    "HybridModel with multi-token prediction": Setting(0.3, rows.HYBRID_MTP),
+    "HybridModel in a pipeline": Setting(0.5, rows.HYBRID + "*E|*E-"),
+    "HybridModel in a virtual pipeline": Setting(0.5, rows.HYBRID + "*E|E-|*E|-E/*E/*E"),
+}
+ACTIVATIONS: Choice = {
+    "SwiGLU": Setting(6),
+    "squared ReLU": Setting(1, " --squared-relu", "--swiglu"),
+    "GELU": Setting(1, "", "--swiglu"),
+    "clamped quick-GEGLU": Setting(1, rows.CLAMPED_GEGLU, "--swiglu"),
+}
+MODEL: Choice = {
+    "linear bias": Setting(0.15, "", rows.NO_BIAS),
+    "latent MoE": Setting(0.12, " --moe-latent-size 24"),
+    "multi-token prediction": Setting(0.15, " --mtp-num-layers 1"),
+    "repeated multi-token prediction": Setting(0.08, rows.REPEATED + "2"),
+    "tied embeddings": Setting(0.2, "", rows.UNTIED),
+    "latent attention": Setting(0.08, rows.LATENT_ATTENTION + " --rope-type rope"),
+    "grouped queries": Setting(0.25, rows.GROUPED_QUERIES),
+    "normalised queries": Setting(0.15, " --qk-layernorm"),
+    "shared experts": Setting(0.4, " --moe-shared-expert-intermediate-size 32"),
+    "shared experts' gate": Setting(0.4, " --moe-shared-expert-gate"),
+    "overlapped shared experts": Setting(0.5, " --moe-shared-expert-overlap"),
+    "LoRA on attention": Setting(0.05),
+    "frozen in part": Setting(0.05),
+}
+
+SCORES: Choice = {
+    "softmax": Setting(4),
+    "softmax before top-k": Setting(1, " --moe-router-pre-softmax"),
+    "sigmoid": Setting(4, " --moe-router-score-function sigmoid"),
+    "square-root softplus": Setting(1, " --moe-router-score-function sqrtsoftplus"),
+}
+_COEFFICIENT = " --moe-aux-loss-coeff 1e-2"
+BALANCING: Choice = {
+    "no balancing": Setting(3),
+    "aux loss": Setting(3, rows.AUX_LOSS + _COEFFICIENT),
+    "sequence aux loss": Setting(
+        2, " --moe-router-load-balancing-type seq_aux_loss" + _COEFFICIENT
+    ),
+    "global aux loss": Setting(
+        2, " --moe-router-load-balancing-type global_aux_loss" + _COEFFICIENT
+    ),
+    "all aux losses": Setting(2, rows.AUX_LOSSES),
+    "sinkhorn": Setting(0.7, " --moe-router-load-balancing-type sinkhorn"),
+    "quantile balancing": Setting(
+        0.9,
+        " --moe-router-load-balancing-type quantile_balancing"
+        " --moe-router-quantile-balancing-ema 0.5",
+    ),
+}
+ROUTER: Choice = {
+    "z loss": Setting(0.2, " --moe-z-loss-coeff 1e-3"),
+    "expert bias": Setting(
+        0.6, " --moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-2"
+    ),
+    "groups of experts": Setting(0.4),
+    "scaled probabilities": Setting(0.25, " --moe-router-topk-scaling-factor 2.5"),
+    "probabilities on input": Setting(0.3, " --moe-apply-probs-on-input"),
+    "input jitter": Setting(0.1, " --moe-input-jitter-eps 1e-1"),
+    "forced balance": Setting(0.1, " --moe-router-force-load-balancing"),
+    "fused router": Setting(0.08, " --moe-router-fusion"),
+    "fused permutation": Setting(0.08, " --moe-permute-fusion"),
+}
+ROUTER_DTYPES: Choice = {
+    "router in the model's dtype": Setting(6),
+    "fp32 router": Setting(2, " --moe-router-dtype fp32"),
+    "fp64 router": Setting(2, " --moe-router-dtype fp64"),
+}
+
+RECOMPUTE: Choice = {
+    "no recompute": Setting(4),
+    "full recompute": Setting(2, rows.FULL_RECOMPUTE),
+    "recompute by block": Setting(1, rows.BLOCK_RECOMPUTE),
+    "recompute of the MoE layer": Setting(2, rows.MOE_RECOMPUTE),
+    "recompute of parts": Setting(1.5),
+    "recompute of the experts' activation": Setting(2),
+}
+IN_PARTS = ("recompute of parts", "recompute of the experts' activation")
+RECOMPUTE_PARTS = " --recompute-granularity selective --recompute-modules "
+PARTS: Choice = {
+    "core_attn": Setting(0.6),
+    "layernorm": Setting(0.6),
+    "mlp": Setting(0.6),
+    "shared_experts": Setting(0.8),
+    "mla_up_proj": Setting(0.8),
+    "moe": Setting(0.4),
+}
+
+PRECISIONS: Choice = {"fp32": Setting(7), "bf16": Setting(3, " --bf16")}
+OPTIMIZERS: Choice = {
+    "Adam": Setting(8),
+    "SGD": Setting(0.7, " --optimizer sgd --sgd-momentum 0.9 --lr 1e-1 --min-lr 1e-1"),
+    "Lion": Setting(0.4, " --optimizer lion"),
+    "Muon": Setting(0.7),
+}
+# Megatron's default multiplies in bf16, whose rounding would hide other differences.
+MUON = {"fp32": rows.MUON, "bf16": " --optimizer muon --muon-extra-scale-factor 0.5"}
+SHARDING: Choice = {
+    "whole optimizer": Setting(3),
+    "overlapped reduce": Setting(1, " --overlap-grad-reduce"),
+    "distributed optimizer": Setting(2, " --use-distributed-optimizer"),
+    "distributed optimizer, both overlaps": Setting(4, rows.DIST_OPT),
+}
+RUN: Choice = {
+    "gradients in bf16": Setting(0.3, " --grad-reduce-in-bf16"),
+    "per-token loss": Setting(0.15, rows.PER_TOKEN),
+    "short sequences": Setting(0.15, " --seq-length 16 --max-position-embeddings 16"),
+    "evaluation": Setting(0.15, " --eval-interval 3 --eval-iters 1"),
+}
+
+# FSEP's own, given to it alone; `announced` has a flag of both sides besides.
+MODES: Choice = {
+    "random layouts": Setting(3, rows.RANDOM),
+    "random layouts, forecast": Setting(1, rows.RANDOM + " --fsep-plan-mode forecast"),
+    "forecast": Setting(2, " --fsep-plan-mode forecast"),
+    "exact": Setting(2, " --fsep-plan-mode exact"),
+    "adaptive": Setting(2, " --fsep-plan-mode adaptive"),
+    "announced": Setting(1.5, rows.ANNOUNCED),
+    "static planner": Setting(0.6, " --fsep-planner static"),
+}
+# Routers are told in advance to choose among all experts, once for each layer and microbatch.
+NOT_ANNOUNCED = (
+    "sinkhorn",
+    "quantile balancing",
+    "forced balance",
+    "fused router",
+    "virtual pipeline",
+    "multi-token prediction",
+    "repeated multi-token prediction",
+    "HybridModel with multi-token prediction",
+    "HybridModel in a virtual pipeline",
+    "evaluation",
+)
+PLANNERS: Choice = {
+    f"planner {name}": Setting(1, f" --fsep-planner {name}")
+    for name in ("greedy", "search", "laer")
+}
+FSEP: Choice = {
+    "restored once per step": Setting(0.35, rows.STEP),
+    "older counts": Setting(0.4, " --fsep-plan-lag 3"),
+    "late plans waited for": Setting(0.5, " --fsep-late-plan wait"),
+    "scheduler off": Setting(0.2, " --fsep-scheduler off"),
+    "even split": Setting(0.3, " --fsep-split even"),
+    "products by grouped_mm": Setting(0.25, " --fsep-gemm torch"),
+    "restore by nodes": Setting(0.35, " --fsep-restore-algorithm node"),
+    "flat restore": Setting(0.3, " --fsep-restore-algorithm flat"),
+    "tokens by nodes": Setting(0.35, " --fsep-token-exchange node"),
+    "fp32 gradients between nodes": Setting(0.3, " --fsep-grad-wire-dtype fp32"),
+    "given capacity": Setting(0.5),
+}
+TOLERANCES: Choice = {
+    "default tolerance": Setting(0.3),
+    **{
+        f"tolerance {value}": Setting(0.25, f" --fsep-imbalance-tolerance {value}")
+        for value in (0, 0.05, 0.3)
+    },
+}
+DISPATCHERS: Choice = {
+    "All-to-All": Setting(0.88),
+    "DeepEP": Setting(0.06, rows.DEEPEP),
+    "HybridEP": Setting(0.06, rows.HYBRIDEP),
+}
