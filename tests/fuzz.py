@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import zlib
 from pathlib import Path
 
 NASTY = (
@@ -44,6 +46,15 @@ def damaged(content: bytes, luck: random.Random) -> bytes:
         else:
             del changed[begin:]
     return bytes(changed)
+
+
+def resealed(content: str) -> str:
+    """Lines of a recording that were changed, with checksums that fit."""
+
+    def seal(found: re.Match[str]) -> str:
+        return f'{found[1]},"crc":"{zlib.crc32(found[1].encode()):08x}"}}'
+
+    return re.sub(r'^(.+?)(?:,"crc":"[0-9a-f]{8}")?\}$', seal, content, flags=re.MULTILINE)
 
 
 def bytes_read() -> int:

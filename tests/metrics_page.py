@@ -42,9 +42,9 @@ _STEPS = """
 FSEP group I, for [`report`](report.md) and for whatever reads lines of JSON:
 
 ```text
-{"format":"megatron_laer-metrics","version":1,"num_ranks":N,...,"layers":["layer 1",...]}
-{"step":0,"run":{"plan_mode":"adaptive","planner":"greedy",...},"cluster":{"name":...,...}}
-{"step":0,"step_ms":...,"metrics":{...},"layers":{"passes":[...],...},"rank_tokens":[[...],...]}
+{"format":"megatron_laer-metrics","version":2,"num_ranks":N,...,"layers":["layer 1",...],"crc":...}
+{"step":0,"run":{"plan_mode":"adaptive",...},"cluster":{"name":...,"gemm":...,...},"crc":...}
+{"step":0,"step_ms":...,"metrics":{...},"layers":{"passes":[...],...},"rank_tokens":[...],"crc":...}
 ```
 The first line says what the recording is of; a line `run` how a run began that goes on from its
 step, with the settings and versions that its metrics depend on, and `cluster` the constants that it
@@ -52,8 +52,9 @@ reckons with, under the keys of a [cluster file](calibrate.md); every other line
 written by the planner rank, rank 0 of the group, about the group: once the device has passed the
 step, so no step waits for it. `metrics` has the logged names, of this group and step alone.
 A step's numbers have four digits, and `null` stands for what was not there. A step takes about
-L·(N·6 + 110) bytes. A killed run leaves whole lines, and a resumed one goes on with the file as
-with [other recordings](checkpoints.md#recordings).
+L·(N·6 + 110) bytes. The last key of each line is the CRC-32 of the bytes before it, as eight
+hexadecimal digits, and a line that it does not fit is refused. A killed run leaves whole lines, and
+a resumed one goes on with the file as with [other recordings](checkpoints.md#recordings).
 
 Of a step:
 

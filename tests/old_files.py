@@ -1,11 +1,20 @@
-"""Files that version 0.1 wrote, in `files_of_0_1`; make.sh there says how they were made."""
+"""Files that version 0.1 wrote, in `files_of_0_1`; make.sh there says how they were made.
+
+Small recordings are also turned into what 0.1 would have written.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import struct
 import tarfile
+import zlib
 from pathlib import Path
+
+from megatron_laer.files.json_lines import unsealed
+from megatron_laer.trace.recording import MAGIC
 
 FOLDER = Path(__file__).resolve().parent / "files_of_0_1"
 
@@ -28,3 +37,33 @@ def logged_losses() -> list[float]:
     """The loss of every step of the run."""
     text = (FOLDER / "training.log").read_text()
     return [float(loss) for loss in re.findall(r"lm loss: (\S+)", text)]
+
+
+def as_version_1(content: bytes) -> bytes:
+    """A recording of routing, layouts or metrics as it was before it had checksums of all of it."""
+    if content.startswith(MAGIC):
+        return _trace_as_version_1(content)
+    return b"".join(_line_as_version_1(line) for line in content.splitlines())
+
+
+def _line_as_version_1(line: bytes) -> bytes:
+    entry = json.loads(line)
+    del entry["crc"]
+    if "slots" not in entry and "num_experts" in entry:
+        entry["version"] = 1
+    if entry.get("format") == "megatron_laer-layouts":
+        del entry["format"], entry["version"]
+    return unsealed(entry)
+
+
+def _trace_as_version_1(content: bytes) -> bytes:
+    at = content.index(b"\n") + 1
+    header = json.loads(content[:at])
+    old = [_line_as_version_1(content[:at])]
+    counts = header["num_ranks"] * header["num_experts"]
+    while at < len(content):
+        _, width, step, layer, microbatch, _ = struct.unpack_from("<IIqIII", content, at)
+        begin, at = at + 28, at + 28 + counts * width
+        rest = struct.pack("<IqII", width, step, layer, microbatch) + content[begin:at]
+        old.append(zlib.crc32(rest).to_bytes(4, "little") + rest)
+    return b"".join(old)

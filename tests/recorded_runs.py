@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ GEOMETRY = Geometry(num_ranks=4, num_experts=8, capacity=3, node_size=2)
 LAYERS = ("layer 1", "layer 2")
 STEPS, MICROBATCHES = 5, 2
 COSTS = CostModel(load_cluster("a100-4x8-ib800"), 4096, 14336, gated=True, bytes_per_element=2)
+# A cluster of a user's own file, ten times slower than the one that is taken by default.
+OWN = replace(
+    COSTS.cluster.with_constants({"intra.bytes_per_s": 1e10, "inter.bytes_per_s": 1e9}),
+    name="my-machine",
+)
 GUARD = Guard(PlanMode.ADAPTIVE, COSTS, GEOMETRY)
 RUN = {
     "plan_mode": "adaptive",
@@ -38,6 +44,7 @@ RUN = {
     "restore_algorithm": "flat",
     "recompute": "none",
 }
+SIGNATURE = {"split": "exact", "plan_mode": "adaptive", "imbalance_tolerance": None}
 # So many that a fresh layout may be worth what it costs.
 TOKENS = 60_000
 # Milliseconds between two readings of the clock.
@@ -87,8 +94,7 @@ def record_run(
     shape = Shape(4, 8, 3, 2, layers)
     writer = MetricsWriter(recording_path(folder, 0), shape, run, 0, cluster)
     recorder = MetricsRecorder(writer, GUARD, layers, torch.device("cpu"), TickingClock())
-    signature = {"split": "exact", "plan_mode": "adaptive", "imbalance_tolerance": None}
-    layouts = LayoutRecorder(folder / "group-0.jsonl", GEOMETRY, signature, layers, 0)
+    layouts = LayoutRecorder(folder / "group-0.jsonl", GEOMETRY, SIGNATURE, layers, 0)
     trace = TraceWriter(folder / "group-0.trace", 4, 8, layers) if has_trace else None
     static = ExpertLayout.static(4, 3, 8)
     for step in range(steps):

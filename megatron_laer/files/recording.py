@@ -4,7 +4,8 @@ It knows neither what records hold nor how they are read; their writers say wher
 recording is never rewritten in place. Where steps must go, since a run makes them again, they are
 copied to a file beside, and a copy of what stays takes the recording's place: a run that is killed
 at any moment leaves the recording as it was, or as it is to be. Only what is no whole record, as a
-run leaves it that is killed while it writes, is cut off where it is.
+run leaves it that is killed while it writes, is cut off where it is. One in an older version of its
+format is never added to, but set aside.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 _QUOTED_BYTES = 300
 _COPIED_AT_ONCE_BYTES = 2**20
-_CUT_OFF = re.compile(r".+\.cut-from-\d+(\.\d+)?\.[^.]+")
+_OLDER = "older-version"
+_ASIDE = re.compile(rf".+\.(cut-from-\d+|{_OLDER})(\.\d+)?\.[^.]+")
 
 
 class RecordingFile:
@@ -39,9 +41,11 @@ class RecordingFile:
     Args:
         path: the file, made with its folders if it is missing.
         header: its first bytes.
+        older: its first bytes as an older version of the format had them, if there was one.
 
     Attributes:
         path: where it really lies, if `path` is a link.
+        header: that it has.
 
     Raises:
         InUseError: another run writes it.
@@ -49,13 +53,17 @@ class RecordingFile:
         OSError: it cannot be written.
     """
 
-    def __init__(self, path: Path, header: bytes) -> None:
+    def __init__(self, path: Path, header: bytes, older: bytes | None = None) -> None:
         self.path = Path(os.path.realpath(path))
-        self._header = header
+        self.header = self._newest = header
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_exclusively(self.path)
         try:
             remove_leftovers(self.path)
+            if older is not None and self._file.read(len(older)) == older:
+                self.header = older
+                return
+            self._file.seek(0)
             begin = self._file.read(len(header))
             if not header.startswith(begin):
                 raise ValueError(
@@ -115,7 +123,7 @@ class RecordingFile:
         Raises:
             OSError: the disk is full, say; every record is then where it was.
         """
-        stays = end = len(self._header)
+        stays = end = len(self.header)
         last, is_cut = None, False
         for at, end in records:
             is_cut = is_cut or at >= step
@@ -134,6 +142,26 @@ class RecordingFile:
                 self._move_aside(stays, end, step)
         return last
 
+    def renew(self) -> None:
+        """Begin anew where this is a recording of an older version, which is set aside whole.
+
+        Raises:
+            OSError: the file cannot be renamed or made.
+        """
+        if self.header == self._newest:
+            return
+        beside = free_name(self.path.with_stem(f"{self.path.stem}.{_OLDER}"))
+        with self._file:
+            os.replace(self.path, beside)
+        self._file = open_exclusively(self.path)
+        self.header = self._newest
+        self.append(self.header)
+        logger.warning(
+            "FSEP: %s: what was recorded in an older version of the format has been moved to %s",
+            self.path,
+            beside.name,
+        )
+
     def close(self) -> None:
         """Close the file, which another run may then write."""
         self._file.close()
@@ -144,7 +172,7 @@ class RecordingFile:
             undo.callback(tail.discard)
             head = Replacement(self.path)
             undo.callback(head.discard)
-            write_all(tail.file, self._header)
+            write_all(tail.file, self.header)
             self._copy(begin, end, tail.file)
             self._copy(0, begin, head.file)
             beside = free_name(self.path.with_stem(f"{self.path.stem}.cut-from-{step}"))
@@ -176,8 +204,8 @@ class RecordingFile:
 
 
 def is_cut_off(path: Path) -> bool:
-    """Tell by its name whether a file holds steps that a later run made again."""
-    return _CUT_OFF.fullmatch(path.name) is not None
+    """Tell by its name whether a file was set aside: its steps were made again, or are old."""
+    return _ASIDE.fullmatch(path.name) is not None
 
 
 @contextmanager

@@ -137,13 +137,24 @@ class Replacement:
     def __init__(self, target: Path) -> None:
         self._target = target
         remove_leftovers(target)
-        self.path = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-        self.file: BinaryIO = cast(BinaryIO, self.path.open("x+b", buffering=0))
+        while not self._open():
+            pass
+
+    def _open(self) -> bool:
+        """Open a new temporary file; False if another's `remove_leftovers` met it unlocked."""
+        path = self._target.with_name(f".{self._target.name}.{secrets.token_hex(8)}.tmp")
+        self.path, self.file = path, cast(BinaryIO, path.open("x+b", buffering=0))
         try:
-            lock(self.file, self.path)
+            lock(self.file, path)
+            is_ours = _is_at(self.file, path)
+        except InUseError:  # to be removed at once
+            is_ours = False
         except BaseException:
             self.discard()
             raise
+        if not is_ours:
+            self.discard()
+        return is_ours
 
     def commit(self, target: Path | None = None) -> None:
         """Put the content on disk, then the file in its target's place; leaves it open.

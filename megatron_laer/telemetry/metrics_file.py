@@ -1,14 +1,15 @@
 """`--fsep-record-metrics` writes this format of JSON lines, one file per FSEP group.
 
-    {"format":"megatron_laer-metrics","version":1,"num_ranks":N,...,"layers":["layer 1",...]}\\n
-    {"step":7,"run":{"plan_mode":"adaptive",...},"cluster":{"name":...,"gemm":...}}\\n
+    {"format":"megatron_laer-metrics","version":2,"num_ranks":N,...,"layers":[...],"crc":...}\\n
+    {"step":7,"run":{"plan_mode":"adaptive",...},"cluster":{"name":...,"gemm":...},"crc":...}\\n
     {"step":7,"step_ms":...,"metrics":{...},"layers":{"max_over_mean":[...L],...},
-     "rank_tokens":[[...N],...L]}\\n
+     "rank_tokens":[[...N],...L],"crc":...}\\n
 
 A line `run` says how a run began that goes on from this step, and `cluster` the constants that it
 reckoned with, under the keys of a cluster's YAML file. What the names mean is told in `metrics`;
-numbers of a step have four digits, and `null` stands for what was not there. `files/recording.py`
-says how a file is kept when a run is resumed. Imports neither torch nor Megatron, so that a report
+numbers of a step have four digits, and `null` stands for what was not there. `files/json_lines.py`
+says of what each line's checksum is; version 1 had none, and is read too. `files/recording.py` says
+how a file is kept when a run is resumed. Imports neither torch nor Megatron, so that a report
 is made anywhere.
 
 Legend: N ranks, L MoE layers, T recorded steps.
@@ -16,7 +17,6 @@ Legend: N ranks, L MoE layers, T recorded steps.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +30,14 @@ import numpy.typing as npt
 from megatron_laer.arrays import Int64
 from megatron_laer.files import memory
 from megatron_laer.files.checks import MAX_LINE, MAX_TEXT_BYTES, open_input, quoted
+from megatron_laer.files.json_lines import (
+    VERSION,
+    read_header,
+    read_line,
+    sealed,
+    unsealed,
+    warn_of,
+)
 from megatron_laer.files.recording import RecordingFile
 from megatron_laer.planner.cluster_files import cluster_content, cluster_of
 from megatron_laer.planner.clusters import Cluster
@@ -39,7 +47,6 @@ from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEP
 logger = logging.getLogger(__name__)
 
 FORMAT = "megatron_laer-metrics"
-VERSION = 1
 
 _OF_STEPS = tuple(metric.name for metric in RECORDED_OF_STEPS)
 _OF_LAYERS = tuple(metric.name for metric in RECORDED_OF_LAYERS)
@@ -126,16 +133,18 @@ class MetricsWriter:
         cluster: Cluster | None = None,
     ) -> None:
         self._shape = shape
-        self._file = RecordingFile(path, _line(_header(shape)))
+        headers = sealed(_header(shape, VERSION)), unsealed(_header(shape, 1))
+        self._file = RecordingFile(path, *headers)
         try:
             self._file.go_on(first_step, self._recorded())
+            self._file.renew()
         except BaseException:
             self._file.close()
             raise
         self._step = first_step - 1
         # Written with the first step: a run that ends before it leaves nothing.
         constants = {} if cluster is None else {"cluster": cluster_content(cluster)}
-        self._run = _line({"step": first_step, "run": dict(run), **constants})
+        self._run = sealed({"step": first_step, "run": dict(run), **constants})
 
     def append(
         self,
@@ -161,7 +170,7 @@ class MetricsWriter:
             "layers": {name: [*map(_short, of_layers[name])] for name in _OF_LAYERS},
             "rank_tokens": rank_tokens_LN.tolist(),
         }
-        self._file.append(self._run + _line(line))
+        self._file.append(self._run + sealed(line))
         self._run = b""
 
     def close(self) -> None:
@@ -171,9 +180,12 @@ class MetricsWriter:
     def _recorded(self) -> Iterator[tuple[int, int]]:
         """Yield the step of every whole line but the first, and where it ends."""
         with open_input(self._file.path) as file:
+            version = VERSION
             for number, line, end in _whole_lines(file, self._file.path):
-                if number > 1:
-                    yield _parsed(line, self._file.path, number)["step"], end
+                if number == 1:
+                    _, version = _read_header(line, self._file.path)
+                else:
+                    yield _parsed(line, self._file.path, number, version)["step"], end
 
 
 def recording_path(directory: str | Path, group_index: int) -> Path:
@@ -196,9 +208,10 @@ def read_metrics(path: Path) -> MetricsRecording:
         first = next(lines, None)
         if first is None:
             raise ValueError(f"{path} holds no whole line; it is no recording of metrics")
-        shape = _shape_of(first[1], path)
+        shape, version = _read_header(first[1], path)
+        warn_of(version, path)
         for number, line, _ in lines:
-            content = _parsed(line, path, number)
+            content = _parsed(line, path, number, version)
             try:
                 if "run" in content:
                     runs.append((content["step"], _run_of(content)))
@@ -240,27 +253,21 @@ class _Step:
     rank_tokens_LN: Int64
 
 
-def _header(shape: Shape) -> dict[str, Any]:
-    return {"format": FORMAT, "version": VERSION, **asdict(shape)}
+def _header(shape: Shape, version: int) -> dict[str, Any]:
+    return {"format": FORMAT, "version": version, **asdict(shape)}
 
 
-def _shape_of(line: bytes, path: Path) -> Shape:
-    header = _json(line, path, 1)
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path}, line 1: no recording of metrics: {quoted(line[:100])}")
-    if header.get("version") != VERSION:
-        raise ValueError(
-            f"{path}, line 1: version {quoted(header.get('version'))} of the format; this release "
-            f"reads version {VERSION}"
-        )
+def _read_header(line: bytes, path: Path) -> tuple[Shape, int]:
+    """Return a recording's shape, and the version of its format."""
     try:
-        expected = {"format", "version", *Shape.__dataclass_fields__}
+        header, version = read_header(line, FORMAT, "recording of metrics")
+        expected = set(Shape.__dataclass_fields__)
         if set(header) != expected:
             raise ValueError(f"has the keys {quoted(sorted(header))}, expected {sorted(expected)}")
         if not isinstance(header["layers"], list):
             raise ValueError(f"layers must be a list of names, got {quoted(header['layers'])}")
         sizes = {name: header[name] for name in Shape.__dataclass_fields__ if name != "layers"}
-        return Shape(**sizes, layers=tuple(header["layers"]))
+        return Shape(**sizes, layers=tuple(header["layers"])), version
     except ValueError as error:
         raise ValueError(f"{path}, line 1: {error}") from error
 
@@ -282,18 +289,11 @@ def _whole_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes, int]]
         number, longest = number + 1, MAX_LINE
 
 
-def _json(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def _parsed(line: bytes, path: Path, number: int, version: int) -> dict[str, Any]:
     try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}, line {number}: expected an object, got {quoted(content)}")
-    return content
-
-
-def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    content = _json(line, path, number)
+        content = read_line(line, version)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}") from error
     step = content.get("step")
     if type(step) is not int or not 0 <= step <= _MAX_STEP:
         raise ValueError(f"{path}, line {number}: step {quoted(step)} is no step")
@@ -370,7 +370,3 @@ def _short(value: float) -> float | int | None:
     if value == int(value):
         return int(value)
     return float(f"{value:.4g}")
-
-
-def _line(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode() + b"\n"

@@ -2,13 +2,18 @@
 
 A line of JSON, then binary records, all little-endian:
 
-    {"format":"megatron_laer-trace","version":1,"num_ranks":N,"num_experts":E,"layers":[...]}\\n
-    record:  uint32  CRC-32 of the rest of the record
+    {"format":"megatron_laer-trace","version":2,"num_ranks":N,"num_experts":E,"layers":[...],
+     "crc":...}\\n
+    record:  uint32  CRC-32 of the five fields below, so that a record's length can be relied on
              uint32  bytes per count: 1, 2 or 4, the least that holds the record's largest
              int64   step
              uint32  layer, index into `layers`
              uint32  microbatch
+             uint32  CRC-32 of the counts
              N*E counts, source rank by source rank
+
+The line's checksum is that of `files.json_lines`. Version 1, which is read too, had none there, and
+one for all of a record that follows it.
 
 A record is written at once and without buffering, so a run that is killed leaves a file that is
 readable up to its last complete record. Neither compressed nor indexed: it is written by the thread
@@ -19,7 +24,6 @@ Legend: N source ranks, E experts.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import struct
@@ -32,6 +36,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.files.checks import open_input
+from megatron_laer.files.json_lines import (
+    VERSION,
+    read_header,
+    sealed,
+    unsealed,
+    warn_of,
+)
 from megatron_laer.files.recording import RecordingFile
 from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.trace.records import MAX_COUNT, MAX_INDEX, Trace, check_cells
@@ -39,12 +50,13 @@ from megatron_laer.trace.records import MAX_COUNT, MAX_INDEX, Trace, check_cells
 logger = logging.getLogger(__name__)
 
 FORMAT = "megatron_laer-trace"
-VERSION = 1
 
 # Files begin with this, whatever their version: what detection looks for.
 MAGIC = b'{"format":"' + FORMAT.encode() + b'"'
 
-_FRAME = struct.Struct("<IIqII")
+# By version: begins of records, and from where in a record the checksum of its counts is taken.
+_FRAMES = {1: struct.Struct("<IIqII"), 2: struct.Struct("<IIqIII")}
+_COVERED_FROM = {1: 4, 2: _FRAMES[2].size}
 _CRC_BYTES = 4
 _WIDTHS: dict[int, np.dtype[np.unsignedinteger[Any]]] = {
     1: np.dtype("<u1"),
@@ -57,15 +69,26 @@ _MAX_HEADER_BYTES = 2**20
 _MAX_LOST_BYTES = 2**26
 
 
+class _Header(NamedTuple):
+    """Holds what a file says of itself, and the bytes that this takes."""
+
+    version: int
+    num_ranks: int
+    num_experts: int
+    layers: tuple[str, ...]
+    size: int
+
+
 class _Frame(NamedTuple):
-    """Tells where a record lies and what it is, without its counts."""
+    """Tells where a record lies, what it is and how its counts are checked, without these."""
 
     offset: int
-    crc: int
+    end: int
     width: int
     step: int
     layer: int
     microbatch: int
+    crc: int
 
 
 class TraceWriter:
@@ -97,11 +120,10 @@ class TraceWriter:
     ) -> None:
         self._shape = (num_ranks, num_experts)
         self._layers = tuple(layer_names)
-        header = _header_line(num_ranks, num_experts, self._layers)
-        self._first = len(header)
-        self._file = RecordingFile(path, header)
+        self._file = RecordingFile(path, *_header_lines(num_ranks, num_experts, self._layers))
         try:
             self._last_step = self._file.go_on(first_step, self._recorded())
+            self._file.renew()
         except BaseException:
             self._file.close()
             raise
@@ -142,8 +164,9 @@ class TraceWriter:
         if self._last_step is not None and step < self._last_step:
             self._file.cut_from(step, self._recorded())
         self._last_step = step
-        rest = _FRAME.pack(0, width, step, layer_index, microbatch)[_CRC_BYTES:] + payload
-        self._file.append(zlib.crc32(rest).to_bytes(_CRC_BYTES, "little") + rest)
+        crc = zlib.crc32(payload)
+        fields = _FRAMES[VERSION].pack(0, width, step, layer_index, microbatch, crc)[_CRC_BYTES:]
+        self._file.append(zlib.crc32(fields).to_bytes(_CRC_BYTES, "little") + fields + payload)
 
     def close(self) -> None:
         """Close the file; the writer is of no use after that."""
@@ -163,13 +186,14 @@ class TraceWriter:
     def _recorded(self) -> Iterator[tuple[int, int]]:
         """Return every record's step and end, without a last record that is damaged."""
         with open_input(self._file.path) as file:
+            header = _read_header(self._file.path, file.readline(_MAX_HEADER_BYTES))
             last: _Frame | None = None
-            for frame in _frames(file, self._file.path, self._first, self._shape):
+            for frame in _frames(file, self._file.path, header):
                 if last is not None:
-                    yield last.step, _end(last, self._shape)
+                    yield last.step, last.end
                 last = frame
-            if last is not None and _read_counts(file, last, self._shape) is not None:
-                yield last.step, _end(last, self._shape)
+            if last is not None and _read_counts(file, last, header) is not None:
+                yield last.step, last.end
 
 
 def recording_path(directory: str | Path, group_index: int) -> Path:
@@ -186,53 +210,51 @@ def read_recording(path: Path) -> Trace:
         OSError: the file cannot be read.
     """
     with open_input(path) as file:
-        num_ranks, num_experts, layers = _read_header(path, file.readline(_MAX_HEADER_BYTES))
-        end, shape = file.tell(), (num_ranks, num_experts)
-        size = _size(file)
+        header = _read_header(path, file.readline(_MAX_HEADER_BYTES))
+        warn_of(header.version, path)
+        end, size = header.size, _size(file)
         records: dict[tuple[int, int, int], npt.NDArray[np.unsignedinteger[Any]]] = {}
-        for number, frame in enumerate(_frames(file, path, end, shape), start=1):
+        for number, frame in enumerate(_frames(file, path, header), start=1):
             where = f"{path}, record {number} at byte {frame.offset}"
-            counts_NE = _read_counts(file, frame, shape)
+            counts_NE = _read_counts(file, frame, header)
             if counts_NE is None:
                 # What a machine that lost power may leave at the end.
-                if _end(frame, shape) >= size:
+                if frame.end >= size:
                     break
                 raise ValueError(f"{where}: the checksum does not fit; {_damage(frame.offset)}")
-            if not 0 <= frame.step <= MAX_INDEX or frame.layer >= len(layers):
+            if not 0 <= frame.step <= MAX_INDEX or frame.layer >= len(header.layers):
                 raise ValueError(
                     f"{where}: step {frame.step}, layer {frame.layer} is out of range; there are "
-                    f"{len(layers)} layers"
+                    f"{len(header.layers)} layers"
                 )
             if int(counts_NE.max()) > MAX_COUNT:
                 raise ValueError(f"{where}: {int(counts_NE.max())} tokens exceed {MAX_COUNT}")
             records[frame.step, frame.layer, frame.microbatch] = counts_NE
-            end = _end(frame, shape)
+            end = frame.end
     if not records:
         raise ValueError(f"{path} holds no complete record; record at least two steps")
     if end < size:
         logger.warning(
             "%s: its last %d bytes are no whole record and are left out", path, size - end
         )
-    check_cells(len(records), num_ranks, num_experts, end)
+    check_cells(len(records), header.num_ranks, header.num_experts, end)
     keys_R3 = np.array(list(records), dtype=np.int64)
-    counts_RNE = np.empty((len(records), *shape), dtype=np.int32)
+    counts_RNE = np.empty((len(records), header.num_ranks, header.num_experts), dtype=np.int32)
     for record, counts_NE in enumerate(records.values()):
         counts_RNE[record] = counts_NE
-    return Trace(layers, keys_R3[:, 0], keys_R3[:, 1], keys_R3[:, 2], counts_RNE)
+    return Trace(header.layers, keys_R3[:, 0], keys_R3[:, 1], keys_R3[:, 2], counts_RNE)
 
 
-def _header_line(num_ranks: int, num_experts: int, layers: Sequence[str]) -> bytes:
+def _header_lines(num_ranks: int, num_experts: int, layers: Sequence[str]) -> tuple[bytes, bytes]:
+    """Return the first line of a recording, and as version 1 of the format had it."""
     problem = _header_problem(num_ranks, num_experts, list(layers))
     if problem:
         raise ValueError(problem)
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "num_ranks": num_ranks,
-        "num_experts": num_experts,
-        "layers": list(layers),
-    }
-    return json.dumps(header, separators=(",", ":")).encode() + b"\n"
+    fields = {"num_ranks": num_ranks, "num_experts": num_experts, "layers": list(layers)}
+    return (
+        sealed({"format": FORMAT, "version": VERSION, **fields}),
+        unsealed({"format": FORMAT, "version": 1, **fields}),
+    )
 
 
 def _header_problem(num_ranks: object, num_experts: object, layers: object) -> str | None:
@@ -249,79 +271,79 @@ def _header_problem(num_ranks: object, num_experts: object, layers: object) -> s
     return None
 
 
-def _read_header(path: Path, line: bytes) -> tuple[int, int, tuple[str, ...]]:
+def _read_header(path: Path, line: bytes) -> _Header:
     try:
-        header = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line 1: not a trace's header: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError(f"{path}, line 1: not a trace's header: {line[:100]!r}")
-    if header.get("version") != VERSION:
-        raise ValueError(
-            f"{path}, line 1: version {header.get('version')!r} of the format; this release reads "
-            f"version {VERSION}"
-        )
-    problem = _header_problem(
-        header.get("num_ranks"), header.get("num_experts"), header.get("layers")
+        fields, version = read_header(line, FORMAT, "trace")
+        sizes = fields.get("num_ranks"), fields.get("num_experts"), fields.get("layers")
+        problem = _header_problem(*sizes)
+        if problem:
+            raise ValueError(problem)
+    except ValueError as error:
+        raise ValueError(f"{path}, line 1: {error}") from error
+    return _Header(
+        version, fields["num_ranks"], fields["num_experts"], tuple(fields["layers"]), len(line)
     )
-    if problem:
-        raise ValueError(f"{path}, line 1: {problem}")
-    return header["num_ranks"], header["num_experts"], tuple(header["layers"])
 
 
-def _frames(file: BinaryIO, path: Path, first: int, shape: tuple[int, int]) -> Iterator[_Frame]:
-    """Yield all the complete records from the offset `first` on; their counts are skipped.
+def _frames(file: BinaryIO, path: Path, header: _Header) -> Iterator[_Frame]:
+    """Yield all the complete records; their counts are skipped.
 
     Raises:
         ValueError: a record that cannot be stepped over.
     """
-    offset, size = first, _size(file)
-    while offset + _FRAME.size <= size:
+    offset, size, begin = header.size, _size(file), _FRAMES[header.version]
+    while offset + begin.size <= size:
         file.seek(offset)
-        frame = _Frame(offset, *_FRAME.unpack(file.read(_FRAME.size)))
-        if frame.width not in _WIDTHS:
-            if _only_zeros(file, offset, size):
+        fields = file.read(begin.size)
+        crc, width, step, layer, microbatch, *of_counts = begin.unpack(fields)
+        is_damaged = width not in _WIDTHS
+        if header.version > 1:
+            is_damaged = is_damaged or crc != zlib.crc32(fields[_CRC_BYTES:])
+            (crc,) = of_counts
+        if is_damaged:
+            if _is_torn(file, offset, size, begin.size):
                 return
-            raise ValueError(
-                f"{path}, byte {offset}: {frame.width} bytes per count, expected one of "
-                f"{list(_WIDTHS)}; {_damage(offset)}"
-            )
-        if _end(frame, shape) > size:
+            raise ValueError(f"{path}, byte {offset}: no record begins there; {_damage(offset)}")
+        end = offset + begin.size + header.num_ranks * header.num_experts * width
+        if end > size:
             return
-        yield frame
-        offset = _end(frame, shape)
+        yield _Frame(offset, end, width, step, layer, microbatch, crc)
+        offset = end
 
 
 def _damage(offset: int) -> str:
     return f"the file is damaged there; what is before can be read from a copy of {offset} bytes"
 
 
-def _only_zeros(file: BinaryIO, offset: int, size: int) -> bool:
-    """Tell whether a tail is all zeros, as a machine that lost power may leave it."""
+def _is_torn(file: BinaryIO, offset: int, size: int, most: int) -> bool:
+    """Tell whether a tail is zeros but for a part of a record's begin.
+
+    So may a machine that lost power leave it.
+    """
     if size - offset > _MAX_LOST_BYTES:
         return False
-    file.seek(offset)
+    file.seek(offset + most)
     while chunk := file.read(2**20):
         if chunk.strip(b"\0"):
             return False
-    return True
+    file.seek(offset)
+    return file.read(most).endswith(b"\0")
 
 
 def _size(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
 
 
-def _end(frame: _Frame, shape: tuple[int, int]) -> int:
-    return frame.offset + _FRAME.size + shape[0] * shape[1] * frame.width
-
-
 def _read_counts(
-    file: BinaryIO, frame: _Frame, shape: tuple[int, int]
+    file: BinaryIO, frame: _Frame, header: _Header
 ) -> npt.NDArray[np.unsignedinteger[Any]] | None:
     """Read the counts [N, E]; None if the checksum does not fit."""
-    file.seek(frame.offset + _CRC_BYTES)
-    rest = file.read(_end(frame, shape) - frame.offset - _CRC_BYTES)
-    if zlib.crc32(rest) != frame.crc:
+    begin = frame.offset + _COVERED_FROM[header.version]
+    file.seek(begin)
+    covered = file.read(frame.end - begin)
+    if zlib.crc32(covered) != frame.crc:
         return None
-    payload = rest[_FRAME.size - _CRC_BYTES :]
+    num_counts = header.num_ranks * header.num_experts
+    payload = covered[len(covered) - num_counts * frame.width :]
+    shape = (header.num_ranks, header.num_experts)
     return np.frombuffer(payload, dtype=_WIDTHS[frame.width]).reshape(shape)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer.telemetry.metrics_file import recording_path
+from tests import fuzz
 from tests.recorded_runs import record_run
 
 _LONG = "x" * 300
@@ -35,7 +36,7 @@ _STEPS = {
     "list": "[]",
     "nested": "[" * 5000,
     "digits": "9" * 5000,
-    "no-step": "{}",
+    "no-step": '{"more":1}',
     "negative": '{"step":-1}',
     "long-run": json.dumps({"step": 0, "run": {"planner": "x" * 2000}}),
     "escape": '{"step":"\\u001b[31m"}',
@@ -118,6 +119,7 @@ CASES = (
             "digits": "line 3",
             "no-step": "line 3: step 'None' is no step",
             "negative": "line 3: step '-1' is no step",
+            "digit": "line 3: its checksum does not fit",
             "long-run": "line 3: run must hold short texts by name",
             "escape": "line 3: step '\\x1b[31m' is no step",
         }.items()
@@ -132,6 +134,7 @@ def make(folder: Path) -> None:
     metrics = recording_path(good, 0).read_bytes()
     lines = metrics.splitlines(keepends=True)
     header = json.loads(lines[0])
+    del header["crc"]
 
     def copy(name: str, content: bytes) -> Path:
         run = folder / f"measured-{name}"
@@ -146,7 +149,8 @@ def make(folder: Path) -> None:
     (log := copy("log", metrics) / "train.log").touch()
     os.truncate(log, HUGE)
     (copy("twice", metrics) / "metrics-00.jsonl").write_bytes(metrics)
-    copy("ratio", re.sub(rb'"max_over_mean":\[[^,]*', b'"max_over_mean":[-3', metrics))
+    step = re.sub(r'"max_over_mean":\[[^,]*', '"max_over_mean":[-3', lines[2].decode())
+    copy("ratio", b"".join(lines[:2]) + fuzz.resealed(step).encode() + b"\n")
     pipe = folder / "measured-pipe"
     pipe.mkdir()
     os.mkfifo(recording_path(pipe, 0))
@@ -158,6 +162,9 @@ def make(folder: Path) -> None:
         (good / "group-0.trace").read_bytes()[:30] + b"\n"
     )
     for name, change in _HEADERS.items():
-        copy(name, json.dumps(header | dict(change)).encode() + b"\n" + b"".join(lines[1:]))
+        first = fuzz.resealed(json.dumps(header | dict(change))).encode()
+        copy(name, first + b"\n" + b"".join(lines[1:]))
     for name, text in _STEPS.items():
-        copy(name, b"".join(lines[:2]) + text.encode() + b"\n" + b"".join(lines[3:]))
+        third = fuzz.resealed(text) if text.startswith('{"') else text
+        copy(name, b"".join(lines[:2]) + third.encode() + b"\n" + b"".join(lines[3:]))
+    copy("digit", metrics.replace(b'"max_over_mean":[1', b'"max_over_mean":[2', 1))

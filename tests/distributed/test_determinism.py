@@ -12,6 +12,7 @@ import pytest
 
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import Record, train
+from tests.fuzz import resealed
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 
@@ -108,12 +109,22 @@ def test_standard_mode_is_megatron_without_the_plugin_to_the_bit(
     ("spoil", "message"),
     [
         (lambda lines: [], "is empty"),
-        (lambda lines: [lines[0].replace('"num_experts":8', '"num_experts":16')], "recorded for"),
+        (
+            lambda lines: [resealed(lines[0].replace('"num_experts":8', '"num_experts":16'))],
+            "recorded for",
+        ),
         (lambda lines: [lines[0], lines[1][:40]], "line 2"),
-        (lambda lines: [lines[0], json.dumps({"step": 1, "slots": [[0] * 10] * 2})], "line 2"),
+        (
+            lambda lines: [lines[0], resealed(json.dumps({"step": 1, "slots": [[0] * 10] * 2}))],
+            "line 2",
+        ),
+        (
+            lambda lines: [lines[0], lines[1].replace('"step":1', '"step":2')],
+            "line 2: its checksum does not fit",
+        ),
         (None, "cannot read"),
     ],
-    ids=["empty", "other experts", "truncated", "illegal layout", "missing"],
+    ids=["empty", "other experts", "truncated", "illegal layout", "other step", "missing"],
 )
 def test_a_bad_recording_is_refused_on_every_rank(
     ranks: Callable[[int], RankPool],

@@ -15,6 +15,7 @@ from packaging.version import Version
 
 from megatron_laer.testing.ranks import RankPool
 from megatron_laer.testing.training import train
+from megatron_laer.trace import read_trace
 from tests.checkpoints import iteration_folder
 from tests.old_files import FOLDER, MEGATRON, SAVED, STEPS, copied, logged_losses
 
@@ -41,6 +42,12 @@ def command(old: Path, *more: object, fsep: bool = True) -> list[str]:
     return [*flags[: -len(FSEP)], *(FSEP if fsep else ()), *data.split(), *map(str, more)]
 
 
+def entries(path: Path) -> list[dict[str, Any]]:
+    """The lines of a recording, without checksums."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: entry[name] for name in entry if name != "crc"} for entry in found]
+
+
 def keys(checkpoint: Path) -> set[str]:
     reader = torch_checkpoint.FileSystemReader(checkpoint)
     return set(reader.read_metadata().state_dict_metadata)
@@ -59,15 +66,24 @@ def test_a_run_is_resumed_with_its_planner_and_its_recordings(
     record = ranks(2).run(train, flags)[0]
     assert record.losses == pytest.approx(logged_losses()[SAVED:], rel=ROUNDING)
 
-    recorded = (old / "layouts" / "group-0.jsonl").read_text().splitlines()
-    lines = (FOLDER / "layouts" / "group-0.jsonl").read_text().splitlines()
-    # Steps 1 to 3 are kept and step 4 has the plan in the checkpoint. Step 5 is planned from what
-    # was routed in step 4, which another processor may round otherwise.
-    assert recorded[:-1] == lines[:-1]
-    assert json.loads(recorded[-1])["step"] == json.loads(lines[-1])["step"] == STEPS - 1
-    cut_off = (old / "layouts" / f"group-0.cut-from-{SAVED}.jsonl").read_text().splitlines()
-    assert cut_off == [lines[0], *lines[SAVED:]]
-    assert (old / "routing" / f"group-0.cut-from-{SAVED}.trace").exists()
+    header, *recorded = entries(old / "layouts" / "group-0.jsonl")
+    old_header, *steps = entries(FOLDER / "layouts" / "group-0.jsonl")
+    # Steps 1 to 3 are set aside, since they have no checksums, and step 4 has the plan in the
+    # checkpoint. Step 5 is planned from what was routed in step 4, which another processor may
+    # round otherwise.
+    assert recorded[:-1] == steps[SAVED - 1 : -1]
+    assert recorded[-1]["step"] == steps[-1]["step"] == STEPS - 1
+    assert header == old_header | {"format": "megatron_laer-layouts", "version": 2}
+    aside = entries(old / "layouts" / "group-0.older-version.jsonl")
+    assert aside == [old_header, *steps[: SAVED - 1]]
+    cut_off = entries(old / "layouts" / f"group-0.cut-from-{SAVED}.jsonl")
+    assert cut_off == [old_header, *steps[SAVED - 1 :]]
+    for name, expected in (
+        ("group-0.trace", range(SAVED, STEPS)),
+        (f"group-0.cut-from-{SAVED}.trace", range(SAVED, STEPS)),
+        ("group-0.older-version.trace", range(SAVED)),
+    ):
+        assert sorted(set(read_trace(old / "routing" / name).step_R)) == list(expected)
 
     saved = old / "saved"
     assert keys(iteration_folder(saved, STEPS)) == keys(iteration_folder(old / "checkpoint", SAVED))
@@ -96,10 +112,10 @@ def test_recorded_layouts_are_replayed(ranks: Callable[[int], RankPool], old: Pa
     flags = [flag for flag in flags if flag not in ("--fsep-late-plan", "wait")]
     record = ranks(2).run(train, flags)[0]
     assert record.losses == pytest.approx(logged_losses()[SAVED:], rel=ROUNDING)
-    lines = (FOLDER / "layouts" / "group-0.jsonl").read_text().splitlines()
-    recorded = (again / "group-0.jsonl").read_text().splitlines()
-    assert recorded[0] == lines[0]
-    assert recorded[-1] == lines[-1]
+    steps = entries(FOLDER / "layouts" / "group-0.jsonl")
+    recorded = entries(again / "group-0.jsonl")
+    assert recorded[0] | steps[0] == recorded[0]
+    assert recorded[-1] == steps[-1]
 
 
 def test_a_timeline_names_its_events_as_it_did(ranks: Callable[[int], RankPool], old: Path) -> None:

@@ -258,7 +258,7 @@ def test_any_text_and_number_is_written_and_read_again(
         ({"backward_gemm_factor": -1}, "cluster: backward_gemm_factor must be positive"),
         ({"gemm": 10**400}, r"cluster\.gemm must be a list of points"),
         ({"intra": None}, r"cluster\.intra holds None, expected a mapping"),
-        ({"more": 1}, r"cluster lacks the keys \[\] and has the unknown keys \['more'\]"),
+        ({"more": 1}, r"cluster .*has the unknown keys \['more'\]"),
     ],
 )
 def test_json_of_a_cluster_is_checked_as_its_file_is(change: dict[str, Any], says: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -115,6 +118,50 @@ def test_a_replacement_stays_locked_in_its_targets_place(tmp_path: Path) -> None
     with pytest.raises(writing.InUseError):
         writing.open_exclusively(tmp_path / "log")
     replacement.file.close()
+
+
+@pytest.mark.parametrize("holds", [False, True], ids=["has removed it", "is about to"])
+def test_a_replacement_that_another_writer_takes_for_a_leftover_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holds: bool
+) -> None:
+    """Another process's `remove_leftovers` comes between opening and locking."""
+    target, lock, met = tmp_path / "log", writing.lock, []
+
+    def lock_late(file: IO[bytes], path: Path) -> None:
+        if not met:
+            met.append(path)
+            with path.open("r+b") as other:
+                fcntl.flock(other, fcntl.LOCK_EX)
+                if holds:
+                    lock(file, path)  # raises
+                path.unlink()
+        lock(file, path)
+
+    monkeypatch.setattr(writing, "lock", lock_late)
+    writing.write_file(target, "new")
+    assert met and target.read_text() == "new" and os.listdir(tmp_path) == ["log"]
+
+
+def test_content_is_on_disk_before_its_name_and_the_name_before_the_writer_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a machine that loses power may leave an empty file under the name of a whole one."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        done.append("folder" if stat.S_ISDIR(found.st_mode) else f"{found.st_size} bytes")
+        fsync(descriptor)
+
+    def replaced(old: Path, new: Path) -> None:
+        done.append(f"name {new.name}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    writing.write_file(tmp_path / "log", "12345")
+    assert done == ["5 bytes", "name log", "folder"]
 
 
 def test_a_failed_replacement_leaves_the_target_and_nothing_else(tmp_path: Path) -> None:

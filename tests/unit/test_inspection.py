@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from megatron_laer import cli, inspection
 from megatron_laer.runtime.planning.planner_checkpoint import state_path
 from tests.fuzz import damaged
-from tests.unit.test_planner_state import make_state
+from tests.planner_states import make_state
 
 EXPERTS = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
 BIASES = "decoder.layers.mlp.experts.experts.linear_fc1.bias"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 import struct
@@ -11,39 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner import state as states
-from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.service import Plan
 from megatron_laer.planner.state import PlannerState
 from tests.fuzz import damaged
+from tests.planner_states import LAYERS, C, E, N, make_state
 
-N, C, E = 4, 3, 6
-LAYERS = ("layer 2", "layer 3", "mtp 1")
 PREFIX = struct.Struct("<8sII")
 # Not too deep for the reader of JSON.
 NESTED: list[Any] = []
 for _ in range(900):
     NESTED = [NESTED]
-
-
-def layouts(seed: int) -> tuple[ExpertLayout, ...]:
-    return tuple(ExpertLayout.random(N, C, E, (seed, layer)) for layer in range(len(LAYERS)))
-
-
-def make_state(**changes: Any) -> PlannerState:
-    counts = np.random.default_rng(0).integers(0, 1000, (2, N, E))
-    observed = SmoothedForecast().observe(counts[0]).observe(counts[1])
-    state = PlannerState(
-        next_step=8,
-        version=5,
-        layers=LAYERS,
-        layouts=layouts(0),
-        forecasts=(observed, SmoothedForecast(), SmoothedForecast().observe(counts[0])),
-        plans=tuple(Plan(step, dict(enumerate(layouts(step))), 1.5 * step) for step in (6, 7)),
-    )
-    return dataclasses.replace(state, **changes)
 
 
 def signed(header: object, payload: bytes) -> bytes:

@@ -21,6 +21,7 @@ from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, LayoutRecording
 from megatron_laer.trace import TraceWriter, read_trace
+from tests.old_files import as_version_1
 
 NUM_RANKS, NUM_EXPERTS, CAPACITY = 2, 4, 3
 LAYERS = ["layer 1", "layer 2"]
@@ -133,6 +134,31 @@ def test_a_run_that_ended_before_its_first_step_leaves_the_folder_to_the_next(
     kind(tmp_path / kind.name, 0).close()
     record(kind, tmp_path / kind.name, range(2), seed=1)
     assert kind.read(tmp_path / kind.name) == {0: 1, 1: 1}
+
+
+def test_a_recording_without_checksums_is_read_and_set_aside_by_a_run_that_goes_on(
+    kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / kind.name
+    record(kind, path, range(5), seed=1)
+    path.write_bytes(as_version_1(path.read_bytes()))
+    assert kind.read(path) == dict.fromkeys(range(5), 1)
+    assert f"{path}: version 1 of the format, in which not all damage is noticed" in caplog.text
+    with pytest.raises(ValueError, match="holds the steps of an earlier run"):
+        kind(path, 0)
+    record(kind, path, range(3, 6), seed=2)
+    aside = path.with_stem("group-0.older-version")
+    assert f"in an older version of the format has been moved to {aside.name}" in caplog.text
+    assert is_cut_off(aside)
+    assert kind.read(aside) == dict.fromkeys(range(3), 1)
+    assert kind.read(path.with_stem("group-0.cut-from-3")) == {3: 1, 4: 1}
+    caplog.clear()
+    assert kind.read(path) == {3: 2, 4: 2, 5: 2}
+    with pytest.raises(writing.InUseError):
+        writer = kind(path, 6)
+        kind(path, 6)
+    writer.close()
+    assert not caplog.text
 
 
 def test_a_second_writer_is_refused_until_the_first_has_ended(kind: Kind, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_laer.files.json_lines import sealed
 from megatron_laer.trace import TraceWriter, read_trace
 from megatron_laer.trace.recording import MAGIC, recording_path
 from tests.fuzz import bytes_read
@@ -93,7 +93,7 @@ def test_a_huge_tail_is_refused_where_it_begins_and_is_not_read(tmp_path):
     size = path.stat().st_size
     os.truncate(path, 50 * 10**9)  # takes no place on disk
     before = bytes_read()
-    problem = rf"group\.trace, byte {size}: 0 bytes per count, .* a copy of {size} bytes"
+    problem = rf"group\.trace, byte {size}: no record begins there; .* a copy of {size} bytes"
     with pytest.raises(ValueError, match=problem):
         read_trace(path)
     with pytest.raises(ValueError, match=problem):
@@ -211,7 +211,8 @@ def test_what_cannot_be_recorded_is_refused(tmp_path, arguments, problem):
 @pytest.mark.parametrize(
     ("header", "problem"),
     [
-        ({"version": 2}, "version 2 of the format; this release reads version 1"),
+        ({"version": 3}, "version '3' of the format; this release reads versions 1 to 2"),
+        ({"version": True}, "version 'True' of the format"),
         ({"num_ranks": 0}, "num_ranks must be an integer in 1"),
         ({"num_experts": 40_000}, "num_experts must be an integer in 1..32767, got 40000"),
         ({"layers": ["a", "a"]}, "layers must all be different"),
@@ -220,9 +221,9 @@ def test_what_cannot_be_recorded_is_refused(tmp_path, arguments, problem):
 )
 def test_a_header_that_does_not_fit_is_quoted(tmp_path, header, problem):
     path = tmp_path / "x.trace"
-    fields = {"format": "megatron_laer-trace", "version": 1, "num_ranks": 1, "num_experts": 2}
-    content = json.dumps(fields | {"layers": ["a"]} | header, separators=(",", ":"))
-    path.write_text(content + "\n")
-    assert content.encode().startswith(MAGIC)
+    fields = {"format": "megatron_laer-trace", "version": 2, "num_ranks": 1, "num_experts": 2}
+    content = sealed(fields | {"layers": ["a"]} | header)
+    path.write_bytes(content)
+    assert content.startswith(MAGIC)
     with pytest.raises(ValueError, match=rf"x\.trace, line 1: {problem}"):
         read_trace(path)

@@ -3,24 +3,39 @@
 The first line says what the layouts were made for. Each further one holds a step at which layouts
 changed, and the new layout of every layer:
 
-    {"num_ranks":N,"capacity":C,"num_experts":E,...,"layers":["layer 1",...]}\\n
-    {"step":7,"slots":[[expert of slot 0, ... of slot N*C-1], ... of the last layer]}\\n
+    {"format":"megatron_laer-layouts","version":2,"num_ranks":N,"capacity":C,"num_experts":E,...,
+     "layers":["layer 1",...],"crc":...}\\n
+    {"step":7,"slots":[[expert of slot 0, ... of slot N*C-1], ... of the last layer],"crc":...}\\n
 
-A line is written at once. `files/recording.py` says how a file is kept when a run is resumed.
+A line is written at once. `files/json_lines.py` says of what its checksum is. Version 1 had none,
+and named neither format nor version; it is read too. `files/recording.py` says how a file is kept
+when a run is resumed.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_laer.files.checks import MAX_TEXT_BYTES, open_input, quoted
+from megatron_laer.files.json_lines import (
+    VERSION,
+    read_header,
+    read_line,
+    sealed,
+    unsealed,
+    warn_of,
+)
 from megatron_laer.files.recording import RecordingFile
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "megatron_laer-layouts"
 
 # How a run uses its layouts, by the names of settings; part of a recording's header.
 RunSignature = Mapping[str, Any]
@@ -52,9 +67,12 @@ class LayoutRecorder:
         first_step: int,
     ) -> None:
         self._shape = _Shape(geometry, signature, layers)
-        self._file = RecordingFile(path, _line(self._shape.header))
+        header = self._shape.header
+        named = {"format": FORMAT, "version": VERSION, **header}
+        self._file = RecordingFile(path, sealed(named), unsealed(header))
         try:
             self._file.go_on(first_step, self._recorded())
+            self._file.renew()
         except BaseException:
             self._file.close()
             raise
@@ -80,7 +98,7 @@ class LayoutRecorder:
         if step != self._step:
             self.begin_step(step)
         slots = [layout.to_list() for layout in layouts]
-        self._file.append(_line({"step": step, "slots": slots}))
+        self._file.append(sealed({"step": step, "slots": slots}))
 
     def close(self) -> None:
         """Close the file."""
@@ -117,11 +135,14 @@ class LayoutRecording:
                 "--fsep-record-layouts in a run with the same parallel sizes"
             ) from error
         try:
-            entries = _entries(self._file, path, self._shape)
-            self._begins = {entry.step: entry.begin for entry in entries}
+            entries = [*_entries(self._file, path, self._shape)]
         except BaseException:
             self.close()
             raise
+
+        self._begins = {entry.step: entry.begin for entry in entries}
+        self._version = entries[0].version if entries else VERSION
+        warn_of(self._version, path)
 
     def newest(self, step: int) -> int | None:
         """Return the last step up to this one at which layouts changed."""
@@ -132,7 +153,8 @@ class LayoutRecording:
         if step not in self._begins:
             return None
         self._file.seek(self._begins[step])
-        return self._shape.layouts_of(self._file.readline(self._shape.longest_line_bytes))[1]
+        line = self._file.readline(self._shape.longest_line_bytes)
+        return self._shape.layouts_of(line, self._version)[1]
 
     def close(self) -> None:
         """Close the file."""
@@ -150,12 +172,13 @@ def read_layouts(path: Path) -> Iterator[tuple[int, list[ExpertLayout]]]:
         OSError: the file cannot be read.
     """
     with open_input(path) as file:
-        shape = _recorded_shape(path, file.readline(MAX_TEXT_BYTES))
+        shape, version = _recorded_shape(path, file.readline(MAX_TEXT_BYTES))
+        warn_of(version, path)
         file.seek(0)
         for entry in _entries(file, path, shape, whole_lines_only=True):
             after = file.tell()
             file.seek(entry.begin)
-            yield shape.layouts_of(file.readline(shape.longest_line_bytes))
+            yield shape.layouts_of(file.readline(shape.longest_line_bytes), entry.version)
             file.seek(after)
 
 
@@ -189,14 +212,16 @@ class _Shape:
         digits = len(str(self.geometry.num_experts))
         return 100 + len(self.layers) * (slots * (digits + 2) + 4)
 
-    def check_header(self, line: bytes) -> None:
-        found = json.loads(line)
+    def check_header(self, line: bytes) -> int:
+        """Return the version of the format; raises ValueError where it was another run's."""
+        found, version = _read_header(line)
         if found != self.header:
             raise ValueError(f"was recorded for {quoted(found, 800)}, this run is {self.header}")
+        return version
 
-    def layouts_of(self, line: bytes) -> tuple[int, list[ExpertLayout]]:
+    def layouts_of(self, line: bytes, version: int) -> tuple[int, list[ExpertLayout]]:
         """Parse the step of a line, and its layouts."""
-        entry = json.loads(line)
+        entry = read_line(line, version)
         if set(entry) != {"step", "slots"}:
             raise ValueError(f"has {quoted(sorted(entry))}, expected 'slots' and 'step'")
         step, slots = entry["step"], entry["slots"]
@@ -209,14 +234,21 @@ class _Shape:
         return step, [ExpertLayout.from_slots(*shape, of_layer) for of_layer in slots]
 
 
-def _recorded_shape(path: Path, line: bytes) -> _Shape:
-    """Return what a recording says of itself.
+def _read_header(line: bytes) -> tuple[dict[str, Any], int]:
+    """Return what a recording says of itself, and the version of its format."""
+    if line.startswith(b'{"format":'):
+        return read_header(line, FORMAT, "recording of layouts")
+    return read_line(line, version=1), 1
+
+
+def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
+    """Return what a recording says of itself, and the version of its format.
 
     Raises:
         ValueError: it is none.
     """
     try:
-        header = json.loads(line)
+        header, version = _read_header(line)
         sizes = [header.pop(name) for name in ("num_ranks", "num_experts", "capacity")]
         num_ranks, num_experts, capacity = sizes
         layers = header.pop("layers")
@@ -226,20 +258,21 @@ def _recorded_shape(path: Path, line: bytes) -> _Shape:
             raise ValueError(f"layers must be a list of names, got {quoted(layers)}")
         # The node size is no part of a layout.
         geometry = Geometry(num_ranks, num_experts, capacity, node_size=num_ranks)
-        return _Shape(geometry, header, layers)
+        return _Shape(geometry, header, layers), version
     except KeyError as error:
         raise ValueError(f"layout recording: {path}, line 1: lacks {error}") from error
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"layout recording: {path}, line 1: {error}") from error
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """Says which bytes a step's line takes in the file."""
+    """Says which bytes a step's line takes in a file of this version."""
 
     step: int
     begin: int
     end: int
+    version: int
 
 
 def _entries(
@@ -253,7 +286,7 @@ def _entries(
     Raises:
         ValueError: a line that no recorder writes, by number.
     """
-    begin, number, step = 0, 1, -1
+    begin, number, step, version = 0, 1, -1, VERSION
     longest = MAX_TEXT_BYTES
     while line := file.readline(longest + 1):
         is_whole = line.endswith(b"\n")
@@ -261,24 +294,21 @@ def _entries(
             if len(line) > longest:
                 raise ValueError(f"has more than {longest:,} bytes; the file is damaged there")
             if whole_lines_only and not is_whole:
+                logger.warning("%s: its last %d bytes are no whole line", path, len(line))
                 return
             if number == 1:
-                shape.check_header(line)
+                version = shape.check_header(line)
             else:
                 last = step
-                step, _ = shape.layouts_of(line)
+                step, _ = shape.layouts_of(line, version)
                 if step <= last:
                     raise ValueError(f"step {step} is not above {last}")
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             hint = "" if is_whole else "; the line has no end: without it, the rest can be read"
             raise ValueError(f"layout recording: {path}, line {number}: {error}{hint}") from error
         end = begin + len(line)
         if number > 1:
-            yield _Entry(step, begin, end)
+            yield _Entry(step, begin, end, version)
         begin, number, longest = end, number + 1, shape.longest_line_bytes
     if number == 1:
         raise ValueError(f"layout recording: {path} is empty")
-
-
-def _line(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, separators=(",", ":")).encode() + b"\n"

@@ -1,0 +1,207 @@
+"""Changes small files of every format that has checksums, and counts what is then read.
+
+    python -m tests.corruption
+
+prints a table; `tests/unit/test_corruption.py` holds that nothing else than what was written is
+ever read in silence. Changes are drawn by seeds, so that each run makes the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_laer.files.checks import open_input
+from megatron_laer.planner.state import PlannerState
+from megatron_laer.runtime.planning.layout_recording import LayoutRecording, read_layouts
+from megatron_laer.telemetry.metrics_file import read_metrics
+from megatron_laer.trace import read_trace
+from tests.planner_states import make_state
+from tests.recorded_runs import GEOMETRY, LAYERS, SIGNATURE, STEPS, record_run
+
+CHANGES_OF_A_KIND = 40
+ERROR, PREFIX, UNCHANGED, OTHER = OUTCOMES = (
+    "clear error",
+    "right prefix",
+    "unchanged value",
+    "other data, in silence",
+)
+
+# What a file holds, record by record, with the header in each: a list of one for a single value.
+Records = list[Any]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file: its name in a run's folder, how it is read, and how long its header is."""
+
+    name: str
+    read: Callable[[Path], Records]
+    header_bytes: Callable[[bytes], int] = lambda content: content.index(b"\n") + 1
+
+
+def _state(path: Path) -> Records:
+    with open_input(path) as file:
+        return [PlannerState.from_file(file).to_bytes()]
+
+
+def _routing(path: Path) -> Records:
+    trace = read_trace(path, "fsep")
+    keys = zip(trace.step_R, trace.microbatch_R, trace.layer_R, strict=True)
+    found = [
+        ([*map(int, key)], trace.layers, trace.counts_NE(at).tolist())
+        for at, key in enumerate(keys)
+    ]
+    return sorted(found)  # as they were recorded
+
+
+def _replayed(path: Path) -> Records:
+    recording = LayoutRecording(path, GEOMETRY, SIGNATURE, LAYERS)
+    try:
+        found = ((step, recording.layouts(step)) for step in range(STEPS))
+        return [one for one in found if one[1] is not None]
+    finally:
+        recording.close()
+
+
+def _metrics(path: Path) -> Records:
+    found = read_metrics(path)
+    runs = [
+        (first, 0, repr(run), repr(cluster))
+        for (first, run), cluster in zip(found.runs, found.clusters, strict=True)
+    ]
+    columns = (found.of_steps, found.of_layers, found.metrics)
+    steps = [
+        (
+            int(step),
+            1,
+            found.shape,
+            repr([{name: values[at].tolist() for name, values in of.items()} for of in columns]),
+            found.rank_tokens_TLN[at].tolist(),
+        )
+        for at, step in enumerate(found.steps_T)
+    ]
+    return sorted([*runs, *steps], key=lambda record: record[:2])
+
+
+FORMATS: Mapping[str, Format] = {
+    "planner's state": Format(
+        "group-0.bin", _state, lambda content: 16 + int.from_bytes(content[12:16], "little")
+    ),
+    "trace": Format("group-0.trace", _routing),
+    "layouts": Format("group-0.jsonl", lambda path: [*read_layouts(path)]),
+    "layouts, replayed": Format("group-0.jsonl", _replayed),
+    "metrics": Format("metrics-0.jsonl", _metrics),
+}
+
+
+def _piece(content: bytes, luck: random.Random) -> tuple[bytes, bytes, bytes]:
+    begin = luck.randrange(len(content))
+    end = min(len(content), begin + luck.randrange(1, 200))
+    return content[:begin], content[begin:end], content[end:]
+
+
+def _with_byte(content: bytes, at: int, change: int) -> bytes:
+    return b"%s%c%s" % (content[:at], content[at] ^ change, content[at + 1 :])
+
+
+def _bit(content: bytes, luck: random.Random) -> bytes:
+    return _with_byte(content, luck.randrange(len(content)), 1 << luck.randrange(8))
+
+
+def _byte(content: bytes, luck: random.Random) -> bytes:
+    return _with_byte(content, luck.randrange(len(content)), luck.randrange(1, 256))
+
+
+def _cut(content: bytes, luck: random.Random) -> bytes:
+    before, _, after = _piece(content, luck)
+    return before + after
+
+
+def _truncated(content: bytes, luck: random.Random) -> bytes:
+    return content[: luck.randrange(len(content))]
+
+
+def _zeros(content: bytes, luck: random.Random) -> bytes:
+    at = luck.randrange(len(content))
+    return (content[:at] + bytes(64) + content[at + 64 :])[: len(content)]
+
+
+def _doubled(content: bytes, luck: random.Random) -> bytes:
+    before, piece, after = _piece(content, luck)
+    return before + piece + piece + after
+
+
+KINDS = (_bit, _byte, _cut, _truncated, _zeros, _doubled)
+
+
+def changed(content: bytes) -> Iterator[bytes]:
+    """Copies with one change each, as many of every kind."""
+    for kind in KINDS:
+        for seed in range(CHANGES_OF_A_KIND):
+            yield kind(content, random.Random(f"{kind.__name__} {seed}"))
+
+
+def flipped(content: bytes, length: int) -> Iterator[bytes]:
+    """Copies with one bit changed, of so many bytes at the begin."""
+    for bit in range(8 * length):
+        yield _with_byte(content, bit // 8, 1 << bit % 8)
+
+
+def make(folder: Path) -> None:
+    """Write a file of every format."""
+    record_run(folder)
+    (folder / "group-0.bin").write_bytes(make_state().to_bytes())
+
+
+def outcome(format: Format, path: Path, expected: Records) -> str:
+    """Read a file that was changed; the outcome is one of `OUTCOMES`."""
+    try:
+        found = format.read(path)
+    except ValueError as error:
+        assert str(error)
+        return ERROR
+    if found == expected:
+        return UNCHANGED
+    return PREFIX if found == expected[: len(found)] else OTHER
+
+
+def outcomes(format: Format, path: Path, copies: Iterator[bytes]) -> Counter[str]:
+    """How often reading changed copies had each outcome; the file is then as it was."""
+    content, expected = path.read_bytes(), format.read(path)
+    found: Counter[str] = Counter()
+    for copy in copies:
+        path.write_bytes(copy)
+        found[outcome(format, path, expected)] += 1
+    path.write_bytes(content)
+    return found
+
+
+def main() -> None:
+    """Print the table."""
+    logging.disable(logging.WARNING)
+    print(f"| file | changes | {' | '.join(OUTCOMES)} |")
+    print("|---|---|" + "---|" * len(OUTCOMES))
+    with tempfile.TemporaryDirectory() as name:
+        make(Path(name))
+        for title, format in FORMATS.items():
+            path = Path(name) / format.name
+            content = path.read_bytes()
+            length = format.header_bytes(content)
+            for what, copies in (
+                (title, changed(content)),
+                (f"{title}: each bit of the header", flipped(content, length)),
+            ):
+                found = outcomes(format, path, copies)
+                counts = " | ".join(f"{found[one]:,}" for one in OUTCOMES)
+                print(f"| {what} | {found.total():,} | {counts} |")
+
+
+if __name__ == "__main__":
+    main()
