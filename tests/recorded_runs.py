@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ GEOMETRY = Geometry(num_ranks=4, num_experts=8, capacity=3, node_size=2)
 LAYERS = ("layer 1", "layer 2")
 STEPS, MICROBATCHES = 5, 2
 COSTS = CostModel(load_cluster("a100-4x8-ib800"), 4096, 14336, gated=True, bytes_per_element=2)
+# A cluster of a user's own file, ten times slower than the one that is taken by default.
+OWN = replace(
+    COSTS.cluster.with_constants({"intra.bytes_per_s": 1e10, "inter.bytes_per_s": 1e9}),
+    name="my-machine",
+)
 GUARD = Guard(PlanMode.ADAPTIVE, COSTS, GEOMETRY)
 RUN = {
     "plan_mode": "adaptive",

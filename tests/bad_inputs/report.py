@@ -149,7 +149,8 @@ def make(folder: Path) -> None:
     (log := copy("log", metrics) / "train.log").touch()
     os.truncate(log, HUGE)
     (copy("twice", metrics) / "metrics-00.jsonl").write_bytes(metrics)
-    copy("ratio", re.sub(rb'"max_over_mean":\[[^,]*', b'"max_over_mean":[-3', metrics))
+    step = re.sub(r'"max_over_mean":\[[^,]*', '"max_over_mean":[-3', lines[2].decode())
+    copy("ratio", b"".join(lines[:2]) + fuzz.resealed(step).encode() + b"\n")
     pipe = folder / "measured-pipe"
     pipe.mkdir()
     os.mkfifo(recording_path(pipe, 0))

@@ -5,19 +5,14 @@ from __future__ import annotations
 import html
 import itertools
 import json
-import os
 import re
 import shlex
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_laer import cli
-from megatron_laer.planner.clusters import Cluster
 from megatron_laer.report import figures
 from megatron_laer.report.figures import MOST_BINS, bin_edges, binned, rounded
 from megatron_laer.report.recorded import recorded_run
@@ -26,16 +21,13 @@ from megatron_laer.report.verdict import judge, seconds
 from megatron_laer.telemetry.metrics_file import read_metrics, recording_path
 from megatron_laer.trace import read_trace
 from tests import fuzz
-from tests.recorded_runs import COSTS, RUN, STEPS, record_run
+from tests.recorded_runs import RUN, STEPS, record_run
 from tests.unit.plan_cases import drifting_trace, recording
+from tests.unit.report_pages import data_of, report, written
 
 # Of the file without its data.
 MOST_BYTES = 2**20
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028\"'{{DATA}}"
-
-
-def report(*words: object) -> int:
-    return cli.main(["report", *map(str, words)])
 
 
 @pytest.fixture
@@ -44,17 +36,6 @@ def folder(tmp_path: Path) -> Path:
     run = tmp_path / "run"
     record_run(run)
     return run
-
-
-def data_of(page: str) -> dict[str, Any]:
-    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
-    found: dict[str, Any] = json.loads(text)
-    return found
-
-
-def written(tmp_path: Path, *words: object) -> str:
-    assert report(*words, "--out", tmp_path / "page.html") == 0
-    return (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_the_page_has_the_numbers_of_the_recording(
@@ -150,46 +131,6 @@ def test_what_a_run_says_of_itself_cannot_end_a_script_or_become_an_element(tmp_
     assert html.escape(HOSTILE) in page
 
 
-# Of an own file, ten times slower than the one that is taken by default.
-OWN = replace(
-    COSTS.cluster.with_constants({"intra.bytes_per_s": 1e10, "inter.bytes_per_s": 1e9}),
-    name="my-machine",
-)
-OTHER = {
-    "cluster": OWN.name,
-    "token_exchange": "node",
-    "top_k": "3",
-    "gated": "False",
-    "bytes_per_element": "4",
-}
-
-
-@pytest.mark.parametrize("run", [RUN, RUN | OTHER], ids=["as by default", "of its own"])
-@pytest.mark.parametrize("cluster", [OWN, None], ids=["constants", "no constants"])
-def test_commands_of_the_what_if_print_their_rows_again(
-    tmp_path: Path, run: dict[str, str], cluster: Cluster | None
-) -> None:
-    folder = tmp_path / "run"
-    record_run(folder, run=run, cluster=cluster)
-    rows = data_of(written(tmp_path, folder))["what_if"]
-    assert {row["capacity"] for row in rows} == {2, 3, 4}
-    assert {row["mode"] for row in rows} == {"-", "forecast", "exact", "adaptive"}
-    for number, row in enumerate(rows):
-        words = shlex.split(row["command"])
-        assert words[:4] == ["python", "-m", "megatron_laer", "plan"]
-        out = tmp_path / f"{number}.json"
-        assert cli.main([*words[3:], "--json", str(out)]) == 0
-        found = [
-            one
-            for one in json.loads(out.read_text())["rows"]
-            if (one["strategy"], one["mode"], one["capacity"])
-            == (row["strategy"], row["mode"], row["capacity"])
-        ]
-        assert len(found) == 1
-        for name in ("cases", "mean", "p95", "p99", "off_node_share", "replan_share", "layer_ms"):
-            assert found[0][name] == row[name], (row["command"], name)
-
-
 def test_the_what_if_reckons_with_the_runs_exchange_of_experts_and_recompute(
     tmp_path: Path,
 ) -> None:
@@ -215,80 +156,6 @@ def test_the_what_if_reckons_with_the_runs_exchange_of_experts_and_recompute(
     assert cli.main([*shlex.split(row["command"])[3:], "--json", str(out)]) == 0
     (again,) = [of for of in json.loads(out.read_text())["rows"] if of["mode"] == "adaptive"]
     assert again["layer_ms"] == row["layer_ms"]
-
-
-def test_a_run_is_predicted_with_the_constants_that_it_recorded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Not with those of the cluster that is taken where nothing is known, and no file is needed."""
-    rows = {}
-    for cluster in (OWN, COSTS.cluster):
-        record_run(tmp_path / cluster.name, run=RUN | {"cluster": cluster.name}, cluster=cluster)
-        page = written(tmp_path, tmp_path / cluster.name)
-        assert f"2 bytes per number, on {cluster.name}." in page and "taken instead" not in page
-        rows[cluster.name] = data_of(page)["what_if"]
-        assert not any("--cluster" in row["command"] for row in rows[cluster.name])
-    for own, other in zip(*rows.values(), strict=True):
-        assert own["layer_ms"] > 1.5 * other["layer_ms"]
-    # A flag wins.
-    page = written(tmp_path, tmp_path / OWN.name, "--cluster", COSTS.cluster.name)
-    again, there = data_of(page)["what_if"], rows[COSTS.cluster.name]
-    assert [row["layer_ms"] for row in again] == [row["layer_ms"] for row in there]
-    assert all(f"--cluster {COSTS.cluster.name}" in row["command"] for row in again)
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    ("noted", "says"),
-    [
-        ({"cluster": "my-machine"}, "a100-4x8-ib800 for cluster 'my-machine', whose constants it"),
-        ({"cluster": "../x.yaml"}, "a100-4x8-ib800 for cluster '../x.yaml', whose constants it"),
-        ({"hidden": "wide", "ffn": "0"}, "4096 for hidden 'wide'; 14336 for ffn '0'"),
-        ({"gated": "maybe"}, "True for gated 'maybe'"),
-        ({"bytes_per_element": "x"}, "2 for bytes_per_element 'x'"),
-        ({"recompute": "True"}, "none for recompute 'True'"),
-        ({"restore_algorithm": "pigeon"}, "flat for restore_algorithm 'pigeon'"),
-        ({"token_exchange": "auto"}, "rank for token_exchange 'auto'"),
-        ({"top_k": "\x1b[31m"}, "2 for top_k '\\x1b[31m'"),
-    ],
-)
-def test_settings_that_cannot_be_used_are_named_with_what_is_taken_instead(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], noted: dict[str, str], says: str
-) -> None:
-    folder = tmp_path / "run"
-    record_run(folder, run=RUN | noted, cluster=None)
-    page = written(tmp_path, folder)
-    err = capsys.readouterr().err
-    assert says in err and len(err.splitlines()) == 1 and err.strip().isprintable()
-    assert f"taken instead: {says}" in html.unescape(page)
-    # Without predictions there is nothing to say.
-    assert "taken instead" not in written(tmp_path, folder, "--cases", 0)
-    assert capsys.readouterr().err == ""
-
-
-def test_what_a_recording_does_not_say_is_named_too(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "run"
-    record_run(folder, run={"cluster": COSTS.cluster.name, "gated": "True", "ffn": "8"})
-    written(tmp_path, folder)
-    missing = "4096 for hidden, which is missing; 2 for bytes_per_element, which is missing"
-    assert f"taken instead: {missing}; none for recompute" in capsys.readouterr().err
-
-
-def test_a_trace_beside_its_metrics_is_predicted_as_the_run_was(tmp_path: Path) -> None:
-    record_run(tmp_path / "run", run=RUN | OTHER, cluster=OWN)
-    trace = tmp_path / "run" / "group-0.trace"
-    page = written(tmp_path, trace)
-    sent = "tokens sent by node, on my-machine"
-    assert f"experts of 4096 x 14336, not gated, 4 bytes per number, {sent}" in page
-    settings = dict(re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td>', page))
-    assert settings["ranks per node G"] == "2" and settings["slots per rank C"] == "3"
-    (trace.parent / "metrics-0.jsonl").rename(tmp_path / "moved")
-    (trace.parent / "metrics-0.jsonl").symlink_to(tmp_path / "moved")
-    assert report(trace, "--out", tmp_path / "moved") == 2
-    page = written(tmp_path, trace, "--config", "mixtral-8x7b-e8k2")
-    assert f"experts of 4096 x 14336, 2 bytes per number, {sent}" in page
 
 
 def test_a_trace_alone_is_replayed_as_training_would_have_planned_it(tmp_path: Path) -> None:
@@ -346,78 +213,6 @@ def test_losses_of_a_log_beside_the_recordings_are_shown(folder: Path, tmp_path:
     (folder / "train.log").write_text("\n".join(lines))
     loss = data_of(written(tmp_path, folder))["loss"]
     assert loss == {"steps": [1, 2, 3, 4, 5], "loss": [8, 7, 6, 5, 4]}
-
-
-def _logged(folder: Path, content: bytes) -> None:
-    (folder / "train.log").write_bytes(content)
-
-
-def _linked(folder: Path, name: str) -> None:
-    (folder / name).unlink(missing_ok=True)
-    (folder / name).symlink_to("/proc/self/mem")  # a regular file whose first byte cannot be read
-
-
-def _doubled(folder: Path, name: str) -> None:
-    (folder / name.replace("0", "00")).write_bytes((folder / name).read_bytes())
-
-
-def _negative(folder: Path) -> None:
-    text = recording_path(folder, 0).read_text()
-    text = re.sub(r'"max_over_mean":\[[^,]*', '"max_over_mean":[-3', text)
-    recording_path(folder, 0).write_text(fuzz.resealed(text))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "says"),
-    [
-        (
-            lambda run: _logged(run, b"\0" * (2**25 + 1)),
-            "train.log, line 1: longer than 33,554,432",
-        ),
-        (lambda run: _linked(run, "train.log"), "train.log' cannot be read: [Errno 5]"),
-        (lambda run: _linked(run, "group-0.jsonl"), "group-0.jsonl' cannot be read: [Errno 5]"),
-        (lambda run: _linked(run, "group-0.trace"), "group-0.trace' cannot be read: [Errno 5]"),
-        (lambda run: _linked(run, "metrics-0.jsonl"), "metrics-0.jsonl' cannot be read: [Errno 5]"),
-        (lambda run: _doubled(run, "metrics-0.jsonl"), "metrics-00.jsonl' are both of group 0"),
-        (lambda run: _doubled(run, "group-0.trace"), "group-00.trace' are both of group 0; move"),
-        (_negative, "step 0: max_over_mean of 'layer 1' is -3, which is never below 1"),
-    ],
-    ids=["long line", "log", "layouts", "trace", "metrics", "two metrics", "two traces", "ratio"],
-)
-def test_a_file_that_cannot_be_used_is_refused_by_name(
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    spoil: Callable[[Path], object],
-    says: str,
-) -> None:
-    spoil(folder)
-    assert report(folder, "--out", tmp_path / "page.html") == 2
-    out, err = capsys.readouterr()
-    assert out == "" and says in err and len(err.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    "name", ["metrics-1.jsonl", "group-7.trace", "group-007.jsonl", "new.log", "link.html"]
-)
-def test_no_page_is_written_under_a_name_that_is_read_the_next_time(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    (folder / "link.html").symlink_to("new.log")
-    trace = recording(tmp_path / "x.trace", drifting_trace(steps=2))
-    for words in ((folder,), (folder / "group-0.trace",), (trace, "--compare", folder)):
-        assert report(*words, "--out", folder / name) == 2
-        assert "would be read as a file of the run the next time" in capsys.readouterr().err
-    # Elsewhere, or under another name, it may be.
-    assert report(folder, "--out", tmp_path / name) == 0
-    assert report(folder, "--out", folder / f"{name}.html") == 0
-
-
-def test_texts_that_are_not_utf_8_are_shown_with_escapes(tmp_path: Path) -> None:
-    folder = tmp_path / os.fsdecode(b"caf\xe9")
-    record_run(folder, run=RUN | {"planner": "\udce9"})
-    page = written(tmp_path, folder)
-    assert "caf\\udce9</h1>" in page and "<td>\\udce9</td>" in page
 
 
 def test_steps_are_thinned_out_by_their_means() -> None:

@@ -1,0 +1,25 @@
+"""Tests of `report` write pages and read their data by these."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_laer import cli
+
+
+def report(*words: object) -> int:
+    return cli.main(["report", *map(str, words)])
+
+
+def data_of(page: str) -> dict[str, Any]:
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def written(tmp_path: Path, *words: object) -> str:
+    assert report(*words, "--out", tmp_path / "page.html") == 0
+    return (tmp_path / "page.html").read_text(encoding="utf-8")
