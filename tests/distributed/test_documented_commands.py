@@ -124,7 +124,8 @@ _PROGRAMS = {
     "torchrun": f'exec {_PYTHON} -m torch.distributed.run --standalone "$@"',
     "megatron-laer": f'exec {_PYTHON} -m megatron_laer "$@"',
     # Only what it is asked to install is looked at.
-    "sbatch": 'while [ "${1#--}" != "$1" ]; do shift 2; done; DRY_RUN=1 exec bash "$@"',
+    "sbatch": 'while [ "${1#--}" != "$1" ]; do [ "$1" != --nodes ] || nodes=$2; shift 2; done; '
+    'SLURM_JOB_NUM_NODES=$nodes DRY_RUN=1 exec bash "$@"',
     "pip": '[ "$*" = "install ." ] || [ "$*" = "install -e ." ]',
 }
 

@@ -23,7 +23,6 @@ _ROOT = Path(__file__).resolve().parents[2]
 SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
 # Exclusive jobs hold all of a node's GPUs, so that one asked for is one of two held.
 TWO_NODES = ("--nodes=2", "--gpus-per-node=1")
-# FSEP needs two ranks.
 ONE_NODE = ("--nodes=1", "--gpus-per-node=2")
 # Ten steps of ten have been saved.
 SAVE_ALL = 'echo 10 >"$CHECKPOINT/latest_checkpointed_iteration.txt"'
@@ -290,26 +289,6 @@ def test_usr1_reaches_what_handles_it_and_nothing_else_ends(
     job.signal("USR1", *options)
     assert job.end() == "COMPLETED", job.log
     assert job.log.count("saved") == 2
-
-
-@pytest.mark.nightly
-@pytest.mark.counts(slurm_jobs=1)
-def test_a_step_that_ends_without_its_job_is_requeued_but_not_over_and_over(
-    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
-) -> None:
-    body = 'echo 4 >"$CHECKPOINT/latest_checkpointed_iteration.txt"; sleep 600'
-    variables = settings(body, CHECKPOINT=str(tmp_path / "run"))
-    job = slurm_cluster.submit(*TWO_NODES, str(SBATCH), environment=variables)
-    # The second run begins at the step that the first one saved, as does the third.
-    for count in (1, 2):
-        job.wait_for_text("started:", 2 * count)
-        slurm_cluster.run("scancel", f"{job.number}.0")
-        job.wait_for_text(f"requeued ({count} of 100)")
-        job.restart_now()
-    job.wait_for_text("started:", 6)
-    slurm_cluster.run("scancel", f"{job.number}.0")
-    assert job.end() == "FAILED", job.log
-    assert job.log.count("the run ended with status 137") == 3
 
 
 # Checkpoints of others.

@@ -241,6 +241,18 @@ def test_a_job_that_loses_a_node_goes_on_when_it_is_back(
 
 @pytest.mark.nightly
 @pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
+def test_a_job_whose_step_alone_is_ended_is_requeued(training: Training, undisturbed: Job) -> None:
+    job = training.submit_held()
+    training.cluster.run("scancel", f"{job.number}.0")
+    job.wait_for_text("requeued (1 of 100)")
+    assert "the run ended with status 1" in job.log  # 137 or 143
+    job.restart_now()
+    assert job.end() == "COMPLETED", job.log[-6000:]
+    assert_same(job, undisturbed, SAVE_INTERVAL)
+
+
+@pytest.mark.nightly
+@pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
 @pytest.mark.parametrize(
     ("time_limit", "signalled", "margin"),
     # Slurm sends its signal up to a minute early.
