@@ -68,8 +68,9 @@ def slots_multiple(settings: Any) -> int:
     Args:
         settings: Megatron's TransformerConfig, or its arguments.
     """
-    has_hybridep = settings.moe_flex_dispatcher_backend == "hybridep"
-    return 4 if settings.moe_token_dispatcher_type == "flex" and has_hybridep else 1
+    if settings.moe_token_dispatcher_type != "flex":
+        return 1
+    return 4 if settings.moe_flex_dispatcher_backend == "hybridep" else 1
 
 
 def problems_with_mode(settings: Any, mode: PlanMode | None) -> list[str]:
