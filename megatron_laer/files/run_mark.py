@@ -32,9 +32,9 @@ def set_checkpoints(load: str | None, save: str | None, *, finetune: bool) -> No
         finetune: whether every start begins at step 0, from the weights in `load`.
     """
     global _checkpoints
-    goes_on = load and save and not finetune
-    same = goes_on and os.path.realpath(load) == os.path.realpath(save)
-    _checkpoints = os.path.realpath(save) if same else None
+    _checkpoints = None
+    if load and save and not finetune and os.path.realpath(load) == os.path.realpath(save):
+        _checkpoints = os.path.realpath(save)
 
 
 def is_of_this_run(recording: Path) -> bool:
