@@ -34,7 +34,7 @@ def test_a_page_without_marks_is_told() -> None:
 
 # Of the package, of scripts, and of tests.
 READ = (
-    r'"((?:MEGATRON_LAER|OMPI|SLURM|CUDA|LOCAL|TORCHDYNAMO)_[A-Z_]+|RANK|WORLD_SIZE|CXX)"',
+    r'"((?:MEGATRON_LAER|OMPI|SLURM|TORCHELASTIC|CUDA|LOCAL|TORCHDYNAMO)_[A-Z_]+|RANK|WORLD_SIZE|CXX)"',
     r"\$\{(PYTHON|CXX|TORCH_INDEX_URL|MEGATRON_[A-Z_]+)[:}]|\b(MEGATRON_LAER_[A-Z_]+)=",
     r'"((?:MEGATRON|SLIME)_[A-Z_]+)"\)?\n',
 )
