@@ -51,11 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inputs = [given for given in (options.published, options.cluster) if given is not None]
     if options.json is not None:
         refuse_overwriting(options.json, inputs, "--json")
-    if options.no_here and options.published is None:
-        raise ValueError("nothing to compare: give --published, or leave --no-here out")
     if options.cluster is not None:
         load_cluster(options.cluster)
     of = None
+    if options.no_here and options.published is None:
+        raise ValueError("nothing to compare: give --published, or leave --no-here out")
     if options.published is not None:
         if not options.published.is_dir():
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Whether a launcher has started several ranks is known here from its variables, without torch."""
+"""The launcher's variables say here whether there are several ranks, without torch."""
 
 from __future__ import annotations
 

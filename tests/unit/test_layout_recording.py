@@ -12,7 +12,11 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.files import writing
 from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, LayoutRecording
+from megatron_laer.runtime.planning.layout_recording import (
+    LayoutRecorder,
+    LayoutRecording,
+    read_layouts,
+)
 from megatron_laer.runtime.planning.planner_rank import PlannerRank
 from megatron_laer.trace import TraceWriter
 from tests import fuzz
@@ -48,6 +52,14 @@ def first_rank(config: FSEPConfig, first_step: int = 0) -> PlannerRank:
         first_step=first_step,
         resumed=None,
     )
+
+
+def test_sizes_that_no_run_has_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "group-0.jsonl"
+    record(path)
+    path.write_text(path.read_text().replace('"num_ranks":2', f'"num_ranks":{10**18}', 1))
+    with pytest.raises(ValueError, match=r"line 1: sizes must be at most 1048576, got '\[1000000"):
+        list(read_layouts(path))
 
 
 @pytest.mark.parametrize("opened", [LayoutRecording, LayoutRecorder], ids=["replay", "resume"])
