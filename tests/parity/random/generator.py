@@ -328,7 +328,7 @@ def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
     experts_by_nodes = option("restore by nodes")
     if not experts_by_nodes:
         option("flat restore")
-    tokens_by_nodes = option("tokens by nodes")
+    tokens_by_nodes = option("tokens by nodes", not draft.has("fused permutation"))
     if experts_by_nodes or tokens_by_nodes:
         size = draft.pick([size for size in _NODES if sizes.expert_parallel % size == 0])
         draft.take(_NODES[size])
