@@ -73,12 +73,13 @@ class Case:
     def other_stock(self, data: str) -> tuple[int, list[str]] | None:
         """A stock run that sums in another order, whose distance is the floor; None if none does.
 
-        Experts are placed otherwise, or where they cannot be, half of the ranks have all data.
+        Experts are placed otherwise, or where they cannot be, half of the ranks have all data. In
+        bf16 that changes no sum which FSEP takes in another order: products of few tokens.
         """
         ranks, command = self.row.other_stock(data)
         if self.row.stock_parallel[0] == self.row.stock_parallel[1]:
             ranks //= 2
-            if ranks % self.model_parallel or self.has(*_OF_RANKS):
+            if ranks % self.model_parallel or self.has("bf16", *_OF_RANKS):
                 return None
         return ranks, command
 
@@ -260,6 +261,7 @@ def _draw_recompute(draft: Draft) -> None:
         return
     of_activation = kind != "recompute of parts"
     legal = {
+        "layernorm": not draft.has("LoRA on attention"),  # whose layers take no norm's promise
         "mlp": not of_activation,
         "moe": not of_activation and not is_frozen,
         "shared_experts": draft.has("shared experts")
