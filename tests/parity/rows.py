@@ -841,7 +841,8 @@ ROWS = [
     Row(
         "probabilities applied on input, top-1",
         flags=" --moe-apply-probs-on-input --moe-router-topk 1 --moe-router-pre-softmax",
-        covered_by="linear bias without a gate, probabilities applied on input, top-1, scheduler off",
+        covered_by="linear bias without a gate, probabilities applied on input, top-1,"
+        " scheduler off",
     ),
     Row(
         "latent MoE without a gate, shared experts",

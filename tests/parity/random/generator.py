@@ -199,7 +199,7 @@ def _draw_model(draft: Draft, sizes: _Sizes) -> Adapt | None:
         option("normalised queries")
     # What changes a model names its parts.
     changes = not (is_hybrid or in_pipeline or has_bias or predicts or is_tied or is_latent)
-    if option("LoRA on attention", changes):
+    if option("LoRA on attention", changes and not draft.has("tensor parallel 2")):
         return lora_on_attention
     return frozen_in_part if option("frozen in part", changes) else None
 
