@@ -102,8 +102,8 @@ class _Sizes:
         return [size for size in (1, 2, 4, 8) if not ranks % size and not self.experts % size]
 
 
-def draw(seed: int) -> Case:
-    """The case of a seed."""
+def draw(seed: int, steps: int = STEPS) -> Case:
+    """The case of a seed, which trains so many steps."""
     draft = Draft(seed)
     sizes = _draw_sizes(draft)
     adapt = _draw_model(draft, sizes)
@@ -129,7 +129,7 @@ def draw(seed: int) -> Case:
         capacity=capacity,
         fsep=draft.fsep,
         bound=rows.BF16_BOUND if draft.has("bf16") else bound,
-        steps=STEPS,
+        steps=steps,
         adapt=adapt,
         # In a pipeline, overlapped reduces leave parts of the first step's gradients.
         gradients=not (sizes.pipeline == 2 and "--overlap-grad-reduce" in draft.flags),
