@@ -261,7 +261,7 @@ def _draw_recompute(draft: Draft) -> None:
         return
     of_activation = kind != "recompute of parts"
     legal = {
-        "layernorm": not draft.has("LoRA on attention"),  # whose layers take no norm's promise
+        "layernorm": not is_frozen,
         "mlp": not of_activation,
         "moe": not of_activation and not is_frozen,
         "shared_experts": draft.has("shared experts")
