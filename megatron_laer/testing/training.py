@@ -50,6 +50,7 @@ def train(
     probe: Probe | None = None,
     script: str | None = None,
     adapt: Adapt | None = None,
+    gradients: bool = True,
 ) -> Record:
     """Run `pretrain_gpt.py` with these flags from the common weights. Collective.
 
@@ -59,6 +60,8 @@ def train(
         probe: called after every step with the model chunks; its results are recorded.
         script: run this Megatron script by `megatron_laer train` instead of our own.
         adapt: changes every model chunk before Megatron wraps it.
+        gradients: whether to record the first step's, which overlapped reduces in a pipeline leave
+            in parts.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
@@ -93,7 +96,7 @@ def train(
                 result[1].reload_model_params()
         # Makes Megatron reduce whole gradients in the first step, and hand them over. Between
         # instances of the distributed optimizer it reduces parts only.
-        if training.get_args().num_distributed_optimizer_instances == 1:
+        if gradients and training.get_args().num_distributed_optimizer_instances == 1:
             training.get_args().save_wgrads_interval = 1
         return result
 

@@ -94,7 +94,7 @@ def compared(
 
     def train(run: tuple[int, list[str]], *more: object) -> list[Outcome]:
         size, command = run
-        outcomes: list[Outcome] = ranks(size).run(train_case, command, None, True, *more)
+        outcomes: list[Outcome] = ranks(size).run(train_case, command, True, *more)
         return outcomes
 
     stock, other = train(row.reference(text_data)), train(row.other_stock(text_data))

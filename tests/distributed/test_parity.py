@@ -58,6 +58,7 @@ def refused() -> dict[str, str]:
 def parameters(row: Row) -> Iterator[object]:
     """The row as pytest's parameters, with its marks; what trains longer does so at night."""
     marks = [pytest.mark.releases] if row.releases else []
+    marks += [pytest.mark.nightly] if row.covered_by else []
     yield pytest.param(replace(row, steps=min(row.steps, STEPS)), id=row.name, marks=marks)
     if row.steps > STEPS:
         yield pytest.param(row, id=f"{row.name}, {row.steps} steps", marks=[pytest.mark.nightly])

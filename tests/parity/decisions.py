@@ -97,13 +97,16 @@ class _TopK:
 
 
 def train_choosing(
-    flags: list[str], given: list[Chosen] | None = None, adapt: Adapt | None = None
+    flags: list[str],
+    given: list[Chosen] | None = None,
+    adapt: Adapt | None = None,
+    gradients: bool = True,
 ) -> tuple[Record, Decisions]:
     """A run of `train`, with this rank's decisions. Collective.
 
     Args:
         given: each rank's `chosen_CTK` of another run, which this one must follow.
-        adapt: changes the model, as for `train`.
+        adapt, gradients: as for `train`.
     """
     from megatron.core.transformer.moe import router
     from megatron.training import get_args
@@ -130,7 +133,7 @@ def train_choosing(
         mock.patch.object(router, "sinkhorn", observed_sinkhorn),
         mock.patch.object(router, "qb_dual_update", observed_quantiles),
     ):
-        record = train(flags, adapt=adapt)
+        record = train(flags, adapt=adapt, gradients=gradients)
     if not top_k.chosen:  # a stage of a pipeline without experts
         return record, Decisions(np.zeros((0, 0, 0), np.float32), np.zeros((0, 0, 0), np.int16))
     return record, Decisions(np.stack(top_k.scores), np.stack(top_k.chosen))

@@ -21,14 +21,19 @@ from megatron_laer.testing.training import Adapt, Probe, Record, train
 REPLAY = "--moe-enable-routing-replay"
 
 
-def train_row(flags: list[str], probe: Probe | None = None, adapt: Adapt | None = None) -> Record:
+def train_row(
+    flags: list[str],
+    probe: Probe | None = None,
+    adapt: Adapt | None = None,
+    gradients: bool = True,
+) -> Record:
     """Train with the flags of a row, with routing from outside where these ask for it."""
     if REPLAY not in flags:
-        return train(flags, probe, adapt=adapt)
+        return train(flags, probe, adapt=adapt, gradients=gradients)
     from megatron.training import training
 
     with mock.patch.object(training, "train_step", _told(training.train_step)):
-        return train(flags, probe, adapt=adapt)
+        return train(flags, probe, adapt=adapt, gradients=gradients)
 
 
 def _told(train_step: Callable[..., Any]) -> Callable[..., Any]:

@@ -128,6 +128,7 @@ def render(figures: Mapping[str, Figures]) -> str:
         ),
         releases=sum(row.releases for row in ROWS),
         factor=FLOOR_FACTOR,
+        covered=sum(bool(row.covered_by) for row in ROWS),
         features="\n".join(features),
         heads=heads,
         dashes="|".join("---" for _ in range(3 + len(_COLUMNS))),

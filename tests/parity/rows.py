@@ -61,6 +61,8 @@ class Row:
         adapt: changes the model on both sides.
         gradients: whether Megatron can hand over the first step's; norms are compared without.
         releases: whether the row is run with the oldest supported Megatron as well.
+        covered_by: a row with all of these settings and more; this one runs at night alone, where
+            it says which setting a fault of the other one comes from.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Row:
     adapt: Adapt | None = None
     gradients: bool = True
     releases: bool = False
+    covered_by: str = ""
 
     def reference(self, data: str) -> tuple[int, list[str]]:
         """Ranks and command line of the stock run that the others are compared with."""
@@ -220,6 +223,8 @@ ROWS = [
         ranks=4,
         stock_parallel=(4, 1),
         fsep=RANDOM + NODES.format(2),
+        covered_by="exchange through nodes of 2, full recompute, distributed optimizer,"
+        " E = 8 on 4 ranks",
     ),
     Row(
         "exchange through nodes of 2, full recompute, distributed optimizer, E = 8 on 4 ranks",
@@ -407,6 +412,7 @@ ROWS = [
         "restored once per step, accumulation 4",
         accumulation=4,
         fsep=RANDOM + STEP,
+        covered_by="restored once per step, accumulation 4, distributed optimizer",
     ),
     Row(
         "restored once per step, accumulation 4, distributed optimizer",
@@ -457,6 +463,7 @@ ROWS = [
         expert_parallel=2,
         stock_parallel=(2, 1),
         flags=DIST_OPT,
+        covered_by="tensor parallel 2, expert data parallel 2, distributed optimizer",
     ),
     Row(
         "tensor parallel 2 with sequence parallel",
@@ -760,6 +767,7 @@ ROWS = [
         "clamped and offset quick-GEGLU",
         without="--swiglu",
         flags=CLAMPED_GEGLU,
+        covered_by="linear bias, clamped and offset quick-GEGLU",
     ),
     # With one expert-parallel rank, Megatron's local layers cannot train an expert's bias.
     Row(
@@ -833,6 +841,8 @@ ROWS = [
     Row(
         "probabilities applied on input, top-1",
         flags=" --moe-apply-probs-on-input --moe-router-topk 1 --moe-router-pre-softmax",
+        covered_by="linear bias without a gate, probabilities applied on input, top-1,"
+        " scheduler off",
     ),
     Row(
         "latent MoE without a gate, shared experts",

@@ -83,7 +83,7 @@ NEEDS = {
     "sinkhorn": ("softmax",),
 }
 EXCLUDES = {
-    "tokens by nodes": ("DeepEP", "HybridEP"),
+    "tokens by nodes": ("DeepEP", "HybridEP", "fused permutation"),
     "restore by nodes": ("flat restore",),
     "shared experts": ("linear bias",),
     "announced": ("sinkhorn", "quantile balancing", "fused router", "evaluation"),

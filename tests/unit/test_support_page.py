@@ -56,6 +56,16 @@ def test_rows_have_names_of_their_own() -> None:
     assert len(names) == len(set(names))
 
 
+def test_a_row_that_runs_at_night_alone_is_covered_by_one_that_does_not() -> None:
+    by_name = {row.name: row for row in ROWS}
+    for row in (row for row in ROWS if row.covered_by):
+        other = by_name[row.covered_by]
+        mine, others = ({*item.flags.split(), *item.fsep.split()} for item in (row, other))
+        assert mine <= others and {*row.without.split()} <= {*other.without.split()}
+        assert row.accumulation <= other.accumulation and row.bound == other.bound
+        assert not other.covered_by and not row.releases
+
+
 def test_features_point_at_rows_and_refusals_that_exist() -> None:
     there = {row.name for row in ROWS} | {refusal.setting for refusal in REFUSALS} | WORDS
     assert {name for names in FEATURES.values() for name in names} <= there

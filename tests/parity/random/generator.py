@@ -73,12 +73,13 @@ class Case:
     def other_stock(self, data: str) -> tuple[int, list[str]] | None:
         """A stock run that sums in another order, whose distance is the floor; None if none does.
 
-        Experts are placed otherwise, or where they cannot be, half of the ranks have all data.
+        Experts are placed otherwise, or where they cannot be, half of the ranks have all data. In
+        bf16 that changes no sum which FSEP takes in another order: products of few tokens.
         """
         ranks, command = self.row.other_stock(data)
         if self.row.stock_parallel[0] == self.row.stock_parallel[1]:
             ranks //= 2
-            if ranks % self.model_parallel or self.has(*_OF_RANKS):
+            if ranks % self.model_parallel or self.has("bf16", *_OF_RANKS):
                 return None
         return ranks, command
 
@@ -101,8 +102,8 @@ class _Sizes:
         return [size for size in (1, 2, 4, 8) if not ranks % size and not self.experts % size]
 
 
-def draw(seed: int) -> Case:
-    """The case of a seed."""
+def draw(seed: int, steps: int = STEPS) -> Case:
+    """The case of a seed, which trains so many steps."""
     draft = Draft(seed)
     sizes = _draw_sizes(draft)
     adapt = _draw_model(draft, sizes)
@@ -128,7 +129,7 @@ def draw(seed: int) -> Case:
         capacity=capacity,
         fsep=draft.fsep,
         bound=rows.BF16_BOUND if draft.has("bf16") else bound,
-        steps=STEPS,
+        steps=steps,
         adapt=adapt,
         # In a pipeline, overlapped reduces leave parts of the first step's gradients.
         gradients=not (sizes.pipeline == 2 and "--overlap-grad-reduce" in draft.flags),
@@ -198,7 +199,7 @@ def _draw_model(draft: Draft, sizes: _Sizes) -> Adapt | None:
         option("normalised queries")
     # What changes a model names its parts.
     changes = not (is_hybrid or in_pipeline or has_bias or predicts or is_tied or is_latent)
-    if option("LoRA on attention", changes):
+    if option("LoRA on attention", changes and not draft.has("tensor parallel 2")):
         return lora_on_attention
     return frozen_in_part if option("frozen in part", changes) else None
 
@@ -260,6 +261,7 @@ def _draw_recompute(draft: Draft) -> None:
         return
     of_activation = kind != "recompute of parts"
     legal = {
+        "layernorm": not is_frozen,
         "mlp": not of_activation,
         "moe": not of_activation and not is_frozen,
         "shared_experts": draft.has("shared experts")
@@ -328,7 +330,7 @@ def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
     experts_by_nodes = option("restore by nodes")
     if not experts_by_nodes:
         option("flat restore")
-    tokens_by_nodes = option("tokens by nodes")
+    tokens_by_nodes = option("tokens by nodes", not draft.has("fused permutation"))
     if experts_by_nodes or tokens_by_nodes:
         size = draft.pick([size for size in _NODES if sizes.expert_parallel % size == 0])
         draft.take(_NODES[size])

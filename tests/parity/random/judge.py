@@ -96,7 +96,7 @@ class _Runs:
         size, command = run
         pool, case = self.ranks(size), self.case
         chosen = None if given is None else [decisions.chosen_CTK for decisions in given]
-        arguments = command, case.row.adapt, case.chooses, chosen, exact
+        arguments = command, case.chooses, chosen, exact, case.row.adapt, case.row.gradients
         try:
             results = pool.run_raw(train_case, *arguments, timeout_s=TIMEOUT_S)
         except RankError as error:
@@ -133,15 +133,15 @@ def judge(case: Case, ranks: Callable[[int], RankPool], data: str) -> Judgement:
 def _compare(runs: _Runs, reference: list[Outcome], data: str) -> Judgement:
     case, command = runs.case, runs.case.row.fsep_run(data)
     stock = reference[0].record
-    found = _distance(case, runs.train(command)[0].record, stock)
+    found = distance(runs.train(command)[0].record, stock)
     smallest = Distance(*(SMALLEST_FLOOR,) * len(found.parts()))
     if found.within(smallest.times(FLOOR_FACTOR)):
         return Judgement(case, Verdict.EQUAL, found)
     floor = _floor(runs, stock, data)
 
-    def is_within(distance: Distance) -> bool:
-        within_floors = floor is None or distance.within(floor.times(FLOOR_FACTOR))
-        return distance.within(case.row.bound) and within_floors
+    def is_within(apart: Distance) -> bool:
+        within_floors = floor is None or apart.within(floor.times(FLOOR_FACTOR))
+        return apart.within(case.row.bound) and within_floors
 
     if is_within(found):
         verdict = Verdict.WITHIN_BOUND if floor is None else Verdict.WITHIN_FLOORS
@@ -150,13 +150,13 @@ def _compare(runs: _Runs, reference: list[Outcome], data: str) -> Judgement:
     if case.chooses:
         decisions = [_decisions(outcome) for outcome in reference]
         run = runs.train(command, decisions)
-        explained = _distance(case, run[0].record, stock)
+        explained = distance(run[0].record, stock)
         near_ties = describe_near_ties([_decisions(outcome) for outcome in run], decisions)
         if is_within(explained):
             return Judgement(case, Verdict.NEAR_TIES, found, floor, explained, near_ties)
     if case.has("bf16") and case.has("tokens by nodes"):
         run = runs.train(command, exact=True)
-        explained = _distance(case, run[0].record, stock)
+        explained = distance(run[0].record, stock)
         if is_within(explained):
             return Judgement(case, Verdict.ROUNDING, found, floor, explained, near_ties)
     verdict = Verdict.UNSTEADY if _stock_is_beyond(case, found, floor) else Verdict.BEYOND
@@ -179,13 +179,7 @@ def _floor(runs: _Runs, stock: Record, data: str) -> Distance | None:
         record = runs.train(other)[0].record
     except _RunFailed:  # a size of stock's that this model cannot have
         return None
-    return _distance(runs.case, record, stock).at_least(SMALLEST_FLOOR)
-
-
-def _distance(case: Case, run: Record, reference: Record) -> Distance:
-    if not case.row.gradients:
-        run, reference = replace(run, first_grads={}), replace(reference, first_grads={})
-    return distance(run, reference)
+    return distance(record, stock).at_least(SMALLEST_FLOOR)
 
 
 def _decisions(outcome: Outcome) -> Decisions:

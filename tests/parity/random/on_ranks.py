@@ -28,22 +28,25 @@ class Outcome:
 
 def train_case(
     flags: list[str],
-    adapt: Adapt | None,
-    chooses: bool,
+    chooses: bool = True,
     given: list[Chosen] | None = None,
     exact: bool = False,
+    adapt: Adapt | None = None,
+    gradients: bool = True,
 ) -> Outcome:
     """Train, and note what routers that choose by themselves choose. Collective.
 
     Args:
+        chooses: whether routers do.
         given: each rank's choices of another run, which this one must follow.
         exact: whether partial sums of tokens are in fp32 where they cross ranks.
+        adapt, gradients: as for `train`.
     """
     begin_s = time.process_time()
     decisions = None
     with exact_sums() if exact else contextlib.nullcontext():
         if chooses:
-            record, decisions = train_choosing(flags, given, adapt)
+            record, decisions = train_choosing(flags, given, adapt, gradients)
         else:
-            record = train_row(flags, adapt=adapt)
+            record = train_row(flags, None, adapt, gradients)
     return Outcome(record, decisions, time.process_time() - begin_s)
