@@ -1,6 +1,6 @@
 """Settings of the Slurm script that cannot be. Each is refused by the shell, before Python starts.
 
-A dry run, should one be taken.
+Where the script takes one after all, it is a dry run, but for data that are not there.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _NUMBERS = (
 _OTHERS = (
     ({"MODEL": ""}, "set MODEL to a name"),
     ({"DATA_PREFIX": ""}, "set DATA_PREFIX to a dataset"),
-    ({"DATA_PREFIX": "absent"}, "DATA_PREFIX=absent is no dataset"),
-    ({"DATA_PREFIX": "pipe"}, "DATA_PREFIX=pipe is no dataset"),
+    ({"DATA_PREFIX": "absent", "DRY_RUN": "0"}, "DATA_PREFIX=absent is no dataset"),
+    ({"DATA_PREFIX": "pipe", "DRY_RUN": "0"}, "DATA_PREFIX=pipe is no dataset"),
     ({"MODE": "dense"}, "MODE=dense is none of fsep, standard, both"),
     ({"MODE": "fsep standard"}, "is none of fsep, standard, both"),
     ({"MODE": "$(touch ran)"}, "is none of fsep, standard, both"),

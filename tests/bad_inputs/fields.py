@@ -164,7 +164,8 @@ def cases() -> Iterator[Case]:
     for name, (_, status, says) in TABLES.items():
         yield Case(("check-recipe", "--bridge-csv", f"table-{name}.csv"), says, status=status)
     for name in BRIDGE:
-        yield Case(("check-recipe", "--bridge-recipe", name), one_line(name)[:40])
+        part = name.rpartition(":")[2]
+        yield Case(("check-recipe", "--bridge-recipe", name), one_line(part)[:40])
 
 
 def _of(
