@@ -255,6 +255,7 @@ ROWS = [
         accumulation=2,
         flags=REPLAY + FULL_RECOMPUTE,
         fsep=ANNOUNCED,
+        covered_by="announced by router replay, full recompute, pipeline 2, accumulation 4",
     ),
     Row(
         "announced by router replay, full recompute, pipeline 2, accumulation 4",
@@ -426,6 +427,7 @@ ROWS = [
         flags=" --bf16",
         fsep=RANDOM + STEP,
         bound=BF16_BOUND,
+        covered_by="linear bias, restored once per step, bf16, accumulation 4",
     ),
     Row(
         "even split, E = 8 on 4 ranks",
@@ -436,7 +438,14 @@ ROWS = [
     Row("most slots", capacity=8),
     Row("fewest slots", capacity=4),
     Row("E = 8 on 4 ranks", ranks=4, stock_parallel=(4, 1), steps=LONG),
-    Row("E = 8 on 4 ranks, distributed optimizer", ranks=4, stock_parallel=(4, 2), flags=DIST_OPT),
+    Row(
+        "E = 8 on 4 ranks, distributed optimizer",
+        ranks=4,
+        stock_parallel=(4, 2),
+        flags=DIST_OPT,
+        covered_by="exchange through nodes of 2, full recompute, distributed optimizer,"
+        " E = 8 on 4 ranks",
+    ),
     Row(
         "E = 6 on 4 ranks",
         ranks=4,
