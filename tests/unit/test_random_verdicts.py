@@ -1,0 +1,120 @@
+"""How a random case is judged, by runs that are made up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_laer.testing.ranks import Raised
+from megatron_laer.testing.training import Record
+from tests.parity.decisions import Decisions
+from tests.parity.random.generator import Case, draw
+from tests.parity.random.judge import Verdict, judge
+from tests.parity.random.on_ranks import Outcome
+
+
+@dataclass
+class Made:
+    """Takes the place of pools: gradients are 1, and in other runs than stock's so much more.
+
+    Attributes:
+        apart: FSEP by itself, given stock's choices, and with exact sums.
+        floor: of the other stock run; None where it does not train.
+        fails: a word of the command that does not train.
+    """
+
+    apart: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    floor: float | None = 0.0
+    fails: str = "never"
+    runs: int = 0
+
+    def __call__(self, _size: int) -> Made:
+        return self
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+    def run_raw(
+        self,
+        _function: Any,
+        flags: list[str],
+        _chooses: bool,
+        given: Any,
+        exact: bool,
+        *_: Any,
+        **__: Any,
+    ) -> list[Any]:
+        """One rank's outcome."""
+        self.runs += 1
+        if self.fails in flags:
+            return [Raised("ValueError", "is\nnot possible", "")]
+        if "fsep" in flags:
+            apart = self.apart[2 if exact else 1 if given is not None else 0]
+        elif self.runs == 1:
+            apart = 0.0
+        elif self.floor is None:
+            return [Raised("ValueError", "has no such size", "")]
+        else:
+            apart = self.floor
+        record = Record(
+            losses=[1.0],
+            grad_norms=[1.0],
+            first_grads={"weight": torch.tensor([1.0 + apart], dtype=torch.float64)},
+            weights={"weight": torch.ones(1)},
+        )
+        scores_CTE = np.array([[[3.0, 2.0, 1.0]]], np.float32)
+        return [Outcome(record, Decisions(scores_CTE, np.array([[[0, 1]]], np.int16)), 0.5)]
+
+
+def case_with(*names: str, but: tuple[str, ...] = ()) -> Case:
+    """The first case with all of these features and none of the others."""
+    cases = (draw(seed) for seed in range(5000))
+    return next(
+        case
+        for case in cases
+        if case.chooses
+        and case.row.gradients
+        and case.row.stock_parallel[0] != case.row.stock_parallel[1]
+        and {*names} <= {*case.features}
+        and not case.has(*but)
+    )
+
+
+PLAIN = case_with("fp32", "Adam")
+BF16_NODES = case_with("bf16", "tokens by nodes")
+BF16_RANKS = case_with("bf16", but=("tokens by nodes",))
+
+
+@pytest.mark.parametrize(
+    ("case", "made", "verdict"),
+    [
+        (PLAIN, Made(), Verdict.EQUAL),
+        (PLAIN, Made((9e-7, 0, 0), floor=3e-7), Verdict.EQUAL),
+        (PLAIN, Made((2e-6, 2e-6, 0), floor=3e-7), Verdict.BEYOND),
+        (PLAIN, Made((2e-6, 2e-7, 0), floor=3e-7), Verdict.NEAR_TIES),
+        (PLAIN, Made((2e-5, 2e-5, 0), floor=9e-6), Verdict.UNSTEADY),
+        (PLAIN, Made(fails="fsep"), Verdict.FAILED),
+        (PLAIN, Made(fails="--seed"), Verdict.SKIPPED),
+        (BF16_NODES, Made((1e-2, 0, 0), floor=5e-3), Verdict.WITHIN_FLOORS),
+        (BF16_NODES, Made((1e-2, 0, 0), floor=None), Verdict.WITHIN_BOUND),
+        (BF16_NODES, Made((1e-2, 1e-2, 1e-2), floor=5e-4), Verdict.BEYOND),
+        (BF16_NODES, Made((5e-2, 1e-2, 1.0), floor=5e-3), Verdict.NEAR_TIES),
+        (BF16_NODES, Made((5e-2, 4e-2, 1e-2), floor=5e-3), Verdict.ROUNDING),
+        (BF16_NODES, Made((5e-2, 4e-2, 3e-2), floor=5e-3), Verdict.BEYOND),
+        (BF16_RANKS, Made((5e-2, 4e-2, 0), floor=5e-3), Verdict.BEYOND),
+    ],
+)
+def test_a_verdict_follows_from_distances(case: Case, made: Made, verdict: Verdict) -> None:
+    judgement = judge(case, made, "text")  # type: ignore[arg-type]
+    assert judgement.verdict is verdict
+    failed = {Verdict.FAILED: 1, Verdict.SKIPPED: 1}.get(verdict, int(made.floor is None))
+    assert judgement.processor_s == 0.5 * (made.runs - failed)
+    assert "\n" not in judgement.message
+
+
+def test_faults_are_those_of_fsep() -> None:
+    assert {verdict for verdict in Verdict if verdict.is_fault} == {Verdict.BEYOND, Verdict.FAILED}
