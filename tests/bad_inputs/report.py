@@ -150,7 +150,7 @@ def make(folder: Path) -> None:
     os.truncate(log, HUGE)
     (copy("twice", metrics) / "metrics-00.jsonl").write_bytes(metrics)
     step = re.sub(r'"max_over_mean":\[[^,]*', '"max_over_mean":[-3', lines[2].decode())
-    copy("ratio", b"".join(lines[:2]) + fuzz.resealed(step).encode() + b"\n")
+    copy("ratio", b"".join(lines[:2]) + fuzz.resealed(step).encode())
     pipe = folder / "measured-pipe"
     pipe.mkdir()
     os.mkfifo(recording_path(pipe, 0))

@@ -54,10 +54,10 @@ def frozen_on_rank_1(model: torch.nn.Module) -> None:
     [
         (
             partial(wrapped, name="linear_fc1"),
-            "ValueError",
+            "RefusedError",
             "rank 0: layer 1: its experts have _activation.linear_fc1 (LowRank)",
         ),
-        (replaced, "ValueError", "rank 0: layer 1: its experts were replaced by Linear"),
+        (replaced, "RefusedError", "rank 0: layer 1: its experts were replaced by Linear"),
         (asked, "AttributeError", "a linear layer of experts has no 'config'"),
     ],
     ids=["wrapped", "replaced", "asked for a linear layer's attributes"],
@@ -74,7 +74,7 @@ def test_adapters_on_experts_are_refused_with_the_way_out(
 def test_weights_that_some_ranks_freeze_are_named_on_every_rank(
     ranks: Callable[[int], RankPool], text_data: str
 ) -> None:
-    message = refusal(ranks(2), text_data, frozen_on_rank_1, "ValueError")
+    message = refusal(ranks(2), text_data, frozen_on_rank_1, "RefusedError")
     assert "frozen experts is " in message and "layer 1: [1] on rank 1" in message
 
 

@@ -1,6 +1,8 @@
 """Announced routing: layouts as `exact` makes them, nothing decided after the gate, and its errors.
 
 The page's functions record routing without gradients, as a rollout does, and training replays it.
+
+Over 400 lines: the tests share what records and replays a routing.
 """
 
 from __future__ import annotations

@@ -967,7 +967,7 @@ ROWS = [
         flags=OFFLOADED + " --optimizer-offload-fraction 0.5 --overlap-cpu-optimizer-d2h-h2d",
         bound=BF16_BOUND,
     ),
-    Row("SGD with momentum", flags=" --optimizer sgd --sgd-momentum 0.9 --lr 2e-1 --min-lr 2e-1"),
+    Row("SGD with momentum", flags=" --optimizer sgd --sgd-momentum 0.9 --lr 5e-2 --min-lr 5e-2"),
     Row("Lion", flags=" --optimizer lion", bound=LION_BOUND),
     Row("Muon", flags=MUON),
     Row(

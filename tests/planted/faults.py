@@ -147,8 +147,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _LAYOUT.fault(
         "one slot fewer by default",
-        "-(-num_experts // num_ranks) + 1)\n\n\ndef stock",
-        "-(-num_experts // num_ranks))\n\n\ndef stock",
+        "min(num_experts, -(-num_experts // num_ranks) + 1)",
+        "min(num_experts, -(-num_experts // num_ranks))",
     ),
     _SHARDING.fault(
         "rows are cut by rounding up",

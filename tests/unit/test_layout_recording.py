@@ -57,7 +57,8 @@ def first_rank(config: FSEPConfig, first_step: int = 0) -> PlannerRank:
 def test_sizes_that_no_run_has_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "group-0.jsonl"
     record(path)
-    path.write_text(path.read_text().replace('"num_ranks":2', f'"num_ranks":{10**18}', 1))
+    changed = path.read_text().replace('"num_ranks":2', f'"num_ranks":{10**18}', 1)
+    path.write_text(fuzz.resealed(changed))
     with pytest.raises(ValueError, match=r"line 1: sizes must be at most 1048576, got '\[1000000"):
         list(read_layouts(path))
 

@@ -21,7 +21,7 @@ from megatron_laer.runtime.planning import layout_sources
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder
 from megatron_laer.runtime.planning.layout_sources import PlannedLayouts, ReplayedLayouts
 from tests.costs import make_costs
-from tests.fuzz import damaged
+from tests.fuzz import damaged, resealed
 
 GEOMETRY = Geometry(num_ranks=2, num_experts=4, capacity=3, node_size=2)
 LAYERS = ["layer 1", "layer 2"]
@@ -151,7 +151,9 @@ def test_an_entry_that_no_recorder_writes_is_refused(
     recorder.record(3, layouts(3))
     recorder.close()
     *before, last = path.read_text().splitlines()
-    path.write_text("\n".join([*before, json.dumps(json.loads(last) | change)]))
+    changed = json.loads(last) | change
+    del changed["crc"]
+    path.write_text("\n".join([*before, resealed(json.dumps(changed))]))
     with pytest.raises(ValueError, match=f"line 3: .*{named}"):
         ReplayedLayouts(path, GEOMETRY, REGIME, LAYERS)
 
