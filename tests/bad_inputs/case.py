@@ -18,6 +18,7 @@ class Case:
         says: a part of the message, which quotes what was passed.
         environment: variables that are changed.
         status: of the command; 0 where the input is odd and still works.
+        prints: whether what could be done is printed all the same.
         nightly: whether it is one of many that differ little, too many for every day.
     """
 
@@ -25,6 +26,7 @@ class Case:
     says: str
     environment: dict[str, str] = field(default_factory=dict)
     status: int = 2
+    prints: bool = False
     nightly: bool = False
 
     @property

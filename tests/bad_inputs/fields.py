@@ -162,7 +162,9 @@ def cases() -> Iterator[Case]:
     yield from _of(recipe, [name for name in _RECIPE if name not in lists], OF_YAML, "{field}")
     yield from _of(recipe, sorted(lists), words, "{field}")
     for name, (_, status, says) in TABLES.items():
-        yield Case(("check-recipe", "--bridge-csv", f"table-{name}.csv"), says, status=status)
+        words = ("check-recipe", "--bridge-csv", f"table-{name}.csv")
+        # A row that cannot be judged is listed among the others.
+        yield Case(words, says, status=status, prints=name == "nul")
     for name in BRIDGE:
         part = name.rpartition(":")[2]
         yield Case(("check-recipe", "--bridge-recipe", name), one_line(part)[:40])

@@ -54,7 +54,7 @@ def problems(case: Case, ended: Ended) -> Iterator[str]:
     if not printed.replace("\n", "").isprintable():
         yield "control characters"
     if is_refused and not is_script:
-        if ended.output:
+        if ended.output and not case.prints:
             yield f"prints {ended.output[:200]!r}"
         if len(ended.errors) > _LONGEST:
             yield f"{len(ended.errors)} characters"
