@@ -66,7 +66,7 @@ class Loan:
 
 
 class LentExpert(torch.Tensor):
-    """Is a tensor whose memory is another's, and whose loan says whether that may be changed.
+    """A tensor whose memory is another's, and whose loan says whether that may be changed.
 
     Views of it are lent too.
     """

@@ -292,7 +292,7 @@ def _say(judgement: Judgement) -> int:
 
 
 def _say_wait(imported: str) -> None:
-    """Tell whoever sits at a terminal that the command is at work."""
+    """Print a sign of life, if a terminal shows it."""
     if sys.stderr is not None and sys.stderr.isatty():
         print(f"importing {imported}, which takes some seconds", file=sys.stderr, flush=True)
 

@@ -41,7 +41,7 @@ def unsealed(content: Mapping[str, Any]) -> bytes:
 
 
 def warn_of(version: int, path: Path) -> None:
-    """Say in a warning that a recording is of version 1, if it is."""
+    """Warn that a recording is of version 1, if it is."""
     if version == 1:
         logger.warning("%s: version 1 of the format, in which not all damage is noticed", path)
 

@@ -207,7 +207,7 @@ class RecordingFile:
 
 
 def is_cut_off(path: Path) -> bool:
-    """Tell by its name whether a file was set aside: its steps were made again, or are old."""
+    """Return whether a file was set aside, by its name: its steps came again, or are old."""
     return _ASIDE.fullmatch(path.name) is not None
 
 

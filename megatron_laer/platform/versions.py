@@ -67,7 +67,7 @@ def megatron_version() -> str:
 
 
 def _is_installed(file: Path) -> bool:
-    """Tell whether a file is one that megatron-core's distribution brought."""
+    """Return whether megatron-core's distribution brought a file."""
     try:
         found = importlib.metadata.distribution("megatron-core")
     except importlib.metadata.PackageNotFoundError:

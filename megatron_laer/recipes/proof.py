@@ -33,7 +33,7 @@ class Proof:
     no_row_together: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Say so in one line, with some of the features and pairs where there are many."""
+        """Return it in one line, with some of the features and pairs where there are many."""
         where = "on the CPU"
         if self.is_replaced:
             where += ", where replacements stand for what Megatron has for GPUs alone"
@@ -49,7 +49,7 @@ class Proof:
 
 
 def proof_of(settings: Namespace) -> Proof:
-    """Say what rows prove of settings that training accepts."""
+    """Return the proof that rows are of settings that training accepts."""
     features = features_of(settings)
     proving = [row for row in ROWS if features <= row.features]
     if proving:

@@ -316,7 +316,7 @@ def _damage(offset: int) -> str:
 
 
 def _is_torn(file: BinaryIO, offset: int, size: int, most: int) -> bool:
-    """Tell whether a tail is zeros but for a part of a record's begin.
+    """Return whether a tail is zeros but for a part of a record's begin.
 
     So may a machine that lost power leave it.
     """

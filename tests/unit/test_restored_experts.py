@@ -83,7 +83,7 @@ class LateStream:
 
 
 class LateResult:
-    """Is not there before somebody waits for it, or for what was submitted later."""
+    """A result that is there once it, or a later one, is waited for."""
 
     def __init__(self, stream: LateStream) -> None:
         self._stream = stream
