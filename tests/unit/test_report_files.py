@@ -24,6 +24,9 @@ def folder(tmp_path: Path) -> Path:
     return run
 
 
+_EIO = "[Errno 5] Input/output error"
+
+
 def _logged(folder: Path, content: bytes) -> None:
     (folder / "train.log").write_bytes(content)
 
@@ -50,10 +53,10 @@ def _negative(folder: Path) -> None:
             lambda run: _logged(run, b"\0" * (2**25 + 1)),
             "train.log, line 1: longer than 33,554,432",
         ),
-        (lambda run: _linked(run, "train.log"), "train.log'"),
-        (lambda run: _linked(run, "group-0.jsonl"), "group-0.jsonl'"),
-        (lambda run: _linked(run, "group-0.trace"), "group-0.trace'"),
-        (lambda run: _linked(run, "metrics-0.jsonl"), "metrics-0.jsonl'"),
+        (lambda run: _linked(run, "train.log"), f"{_EIO}: '{{folder}}/train.log'"),
+        (lambda run: _linked(run, "group-0.jsonl"), f"{_EIO}: '{{folder}}/group-0.jsonl'"),
+        (lambda run: _linked(run, "group-0.trace"), f"{_EIO}: '{{folder}}/group-0.trace'"),
+        (lambda run: _linked(run, "metrics-0.jsonl"), f"{_EIO}: '{{folder}}/metrics-0.jsonl'"),
         (lambda run: _doubled(run, "metrics-0.jsonl"), "metrics-00.jsonl' are both of group 0"),
         (lambda run: _doubled(run, "group-0.trace"), "group-00.trace' are both of group 0; move"),
         (_negative, "step 0: max_over_mean of 'layer 1' is -3, which is never below 1"),
@@ -68,6 +71,7 @@ def test_a_file_that_cannot_be_used_is_refused_by_name(
     says: str,
 ) -> None:
     spoil(folder)
+    says = says.format(folder=folder)
     assert report(folder, "--out", tmp_path / "page.html") == 2
     out, err = capsys.readouterr()
     assert out == "" and says in err and len(err.splitlines()) == 1
