@@ -231,6 +231,9 @@ def share_gloo_device() -> None:
 
     A device's thread wakes 100 times a second, and the end of a group waits for it. The name
     replaced is torch's own, not public; where it is another, groups keep a device each.
+
+    A group is returned when all its ranks are connected: a rank that raises at once would otherwise
+    close the connections of one that still makes them.
     """
     from torch.distributed import ProcessGroupGloo, distributed_c10d
 
@@ -244,7 +247,10 @@ def share_gloo_device() -> None:
         options.enable_reconfigure = given.enable_reconfigure
         options.global_ranks_in_group = given.global_ranks_in_group
         options.group_name = given.group_id
-        return gloo(given.store, given.group_rank, given.group_size, options)
+        group = gloo(given.store, given.group_rank, given.group_size, options)
+        given.store.set(f"connected_{given.group_rank}", "")
+        given.store.wait([f"connected_{rank}" for rank in range(given.group_size)])
+        return group
 
     internals._create_gloo_process_group = create
 
