@@ -51,7 +51,7 @@ from megatron.training import (
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_laer.platform.pretraining import no_packed_sequences, pretrain_arguments
+from megatron_laer.plugin.pretraining import no_packed_sequences, pretrain_arguments
 from megatron_laer.support import RefusedError
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")

@@ -48,7 +48,7 @@ setup(
     package_data={
         "megatron_laer": ["py.typed"],
         "megatron_laer.planner": ["*.pyi"],
-        "megatron_laer.report": ["page/*"],
+        "megatron_laer.tools.report": ["page/*"],
         **{name: ["*.yaml"] for name in CONFIGS},
     },
     # Else the C++ sources that the sdist holds would be in the wheel as well.

@@ -16,10 +16,10 @@ from benchmarks.costs import paper_costs
 from benchmarks.splits import Outcome, Planner, split_exactly
 from benchmarks.trace_cases import Case, Trace
 from megatron_laer.config import ExchangeAlgorithm, PlanMode
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.layout import ExpertLayout
 
 # (token, expert) pairs per rank and microbatch: the paper's runs have 16,384 tokens and top-2.
 PAPER_PAIRS = 16384 * 2

@@ -33,9 +33,9 @@ from benchmarks.end_to_end import KEEP_MEMORY
 from benchmarks.end_to_end_cases import FSEP, FULL, QUICK, SEED, Size
 from benchmarks.report import machine, print_table
 from benchmarks.training_run import Measured, Routing, measure
-from megatron_laer.cli.argument_types import between
-from megatron_laer.data import default_text_sources, prepare_data
-from megatron_laer.testing.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.tools.cli.argument_types import between
+from megatron_laer.tools.data import default_text_sources, prepare_data
 
 MODES = ("forecast", "exact", "announced")
 

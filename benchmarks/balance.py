@@ -28,9 +28,9 @@ from benchmarks.splits import (
     split_like_eplb,
 )
 from benchmarks.trace_cases import Case, Trace
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import make_strategy
 
 NODE_SIZE = 8

@@ -27,17 +27,17 @@ from benchmarks.costs import paper_costs
 from benchmarks.report import machine, print_table
 from benchmarks.trace_cases import Trace
 from megatron_laer.arrays import Int64
-from megatron_laer.cli.argument_types import between, path
 from megatron_laer.config import PlanMode
 from megatron_laer.files.checks import refuse_overwriting
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import Guard
-from megatron_laer.simulator.outcome import Outcome, evaluate
-from megatron_laer.trace.workloads import WORKLOADS, Shape, workload_counts
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.tools.cli.argument_types import between, path
+from megatron_laer.tools.simulator.outcome import Outcome, evaluate
+from megatron_laer.tools.traces.workloads import WORKLOADS, Shape, workload_counts
 
 # Experts of the model, and (token, expert) pairs of a rank: 16,384 tokens, top-2 and top-8.
 MODELS: dict[str, tuple[CostModel, int]] = {

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_laer.cli.program import Parser, ended, escape_warnings, stopped_by_exceptions
 from megatron_laer.files.checks import quoted, refuse_unwritable
 from megatron_laer.files.writing import write_file
+from megatron_laer.tools.cli.program import Parser, ended, escape_warnings, stopped_by_exceptions
 
 # Those among which eight experts can be dealt out; and more than any benchmark is meant for.
 RANKS, MOST_REPEATS, MOST_STEPS = (2, 4, 8), 1000, 10**5

@@ -26,7 +26,8 @@ import torch.distributed as dist
 from benchmarks.command_line import add_json, parser_of, program, write_json
 from megatron_laer.arrays import Int64
 from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.sharding import row_bounds
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
 from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.hierarchical import (
@@ -37,7 +38,6 @@ from megatron_laer.runtime.comm.hierarchical import (
 )
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.stages import ExchangeCount
-from megatron_laer.sharding import row_bounds
 
 try:
     from benchmarks.report import print_table

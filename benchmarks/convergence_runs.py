@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
-from megatron_laer.data import BYTES_TOKENIZER_FLAGS, default_text_sources, prepare_data
+from megatron_laer.cpu.training import gather, train
+from megatron_laer.device import CPU_FLAGS
 from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
-from megatron_laer.platform.cpu import CPU_FLAGS
 from megatron_laer.session import current_coordinator
-from megatron_laer.testing.training import gather, train
+from megatron_laer.tools.data import BYTES_TOKENIZER_FLAGS, default_text_sources, prepare_data
 
 RANKS = 2
 # How often in a run the model is validated; tokens of experts are summed over as many windows.

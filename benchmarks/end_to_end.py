@@ -53,10 +53,10 @@ from benchmarks.end_to_end_cases import (
 )
 from benchmarks.report import machine, print_table
 from benchmarks.training_run import Measured, measure
-from megatron_laer.cli.argument_types import between
-from megatron_laer.data import default_text_sources, prepare_data
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.trace.workloads import WORKLOADS
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.tools.cli.argument_types import between
+from megatron_laer.tools.data import default_text_sources, prepare_data
+from megatron_laer.tools.traces.workloads import WORKLOADS
 
 # On this share of the ideal's throughput, and at most so much slower on balanced routing.
 LEAST_THROUGHPUT, MOST_SLOWDOWN = 0.90, 0.05

@@ -15,8 +15,8 @@ from benchmarks import routing
 from benchmarks.routing import RoutingShape
 from benchmarks.training_run import Routing
 from megatron_laer.choices import TokenExchange
-from megatron_laer.data import BYTES_TOKENIZER_FLAGS
-from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.device import CPU_FLAGS
+from megatron_laer.tools.data import BYTES_TOKENIZER_FLAGS
 
 SKEWS = ("fixed", "drifting", "burst")
 # Steps of workloads that change from step to step: until hot experts have gone round, three bursts.

@@ -25,15 +25,15 @@ import torch.distributed as dist
 
 from benchmarks.command_line import add_json, parser_of, program, write_json
 from benchmarks.report import machine, print_table
-from megatron_laer.cli.argument_types import between
 from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.experts.gemm import slot_gemm
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.layer.experts.gemm import slot_gemm
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.sharding import row_bounds
 from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.hierarchical import flat_exchange, node_exchange
 from megatron_laer.runtime.comm.layout_index import layout_index
-from megatron_laer.sharding import row_bounds
-from megatron_laer.testing.ranks import RankPool
+from megatron_laer.tools.cli.argument_types import between
 
 RANKS, NODE_SIZE, CAPACITY = 4, 2, 2
 ROWS, COLUMNS, TOKENS = 128, 96, 256

@@ -22,11 +22,11 @@ from benchmarks.report import machine, print_table
 from benchmarks.speed import NODE_SIZE, zipf_counts_NE
 from megatron_laer.arrays import Int64
 from megatron_laer.config import PlanMode
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.layout import ExpertLayout
 
 SHAPES = ((16, 3, 32), (64, 2, 64), (64, 4, 64), (256, 2, 256))
 REPEATS = 100

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     # Not at the top: workers run this file with the modules of earlier commits.
     from benchmarks.command_line import checkout, parser_of
-    from megatron_laer.cli.argument_types import between
+    from megatron_laer.tools.cli.argument_types import between
 
     parser = parser_of("benchmarks.host_path", __doc__)
     parser.add_argument(
@@ -142,11 +142,11 @@ def _work() -> None:
 
 def _host_path(shape: tuple[int, int, int], mode: str) -> Path_:
     """Prepare microbatches; what is returned takes each once, and gives means in µs by part."""
-    from megatron_laer.layout import ExpertLayout
     from megatron_laer.planner.construct import construct_layout
     from megatron_laer.planner.costs import CostModel
     from megatron_laer.planner.geometry import Geometry
     from megatron_laer.planner.guard import Guard
+    from megatron_laer.planner.layout import ExpertLayout
 
     num_ranks, num_experts, capacity = shape
     geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
@@ -229,7 +229,7 @@ def _steps_before(guard: Any) -> tuple[Callable[[Any], Any], ...]:
     """Return the same of a commit whose rank asked for each of its numbers, by part."""
     import torch
 
-    from megatron_laer.dispatch.slots import slot_ranges
+    from megatron_laer.layer.dispatch.slots import slot_ranges
 
     def rank(decision: Any) -> Any:
         quotas = decision.quotas

@@ -232,8 +232,8 @@ def _build(case: Case) -> Any:
 
 def _replicas(case: Case, counts_NE: Any) -> int:
     """Count the replicas that the hottest expert gets."""
-    from megatron_laer.layout import ExpertLayout
     from megatron_laer.planner.construct import construct_layout
+    from megatron_laer.planner.layout import ExpertLayout
 
     static = ExpertLayout.static(case.ranks, case.capacity, case.experts)
     return int(construct_layout(counts_NE, static, _NODE_SIZE).replicas_E.max())
@@ -305,7 +305,7 @@ def _take_kernels_of_cuda(on_launch: Callable[[], None]) -> None:
             return run(*args, **kwargs)
 
     GridExecutor.__call__ = counted
-    for module in ("megatron_laer.dispatch.permutation", "megatron_laer.runtime.comm.rows"):
+    for module in ("megatron_laer.layer.dispatch.permutation", "megatron_laer.runtime.comm.rows"):
         import_module(module).kernels_of = lambda package, _: import_module(f"{package}.kernels")
 
 

@@ -27,20 +27,20 @@ from benchmarks.end_to_end_cases import HALF, QUICK, Configuration, Size, config
 from benchmarks.training_run import measure
 from megatron_laer.choices import Recompute
 from megatron_laer.config import PlanMode
-from megatron_laer.data import default_text_sources, prepare_data
-from megatron_laer.layout import default_capacity
+from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.simulator.iteration.methods import FSEP, STOCK, Settings, make_method
-from megatron_laer.simulator.iteration.model_shape import ModelShape
-from megatron_laer.simulator.iteration.predict import predict
-from megatron_laer.simulator.iteration.rates import Rates
-from megatron_laer.simulator.iteration.routing import Routing
-from megatron_laer.simulator.iteration.run_shape import RunShape
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.trace import Trace
-from megatron_laer.trace.workloads import Shape, workload_trace
+from megatron_laer.planner.layout import default_capacity
+from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools.data import default_text_sources, prepare_data
+from megatron_laer.tools.simulator.iteration.methods import FSEP, STOCK, Settings, make_method
+from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
+from megatron_laer.tools.simulator.iteration.predict import predict
+from megatron_laer.tools.simulator.iteration.rates import Rates
+from megatron_laer.tools.simulator.iteration.routing import Routing
+from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.traces.workloads import Shape, workload_trace
 
 RANKS = 2
 # Bytes, padded as Megatron pads.

@@ -28,15 +28,15 @@ from benchmarks.speed import GROWTH_SHAPES, SOLVE_SHAPES, quota_times, solve_tim
 from benchmarks.splits import split_exactly
 from benchmarks.trace_cases import Trace
 from megatron_laer.arrays import Int64
-from megatron_laer.cli.argument_types import between, path
 from megatron_laer.files.checks import refuse_overwriting
 from megatron_laer.files.writing import write_file
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import make_strategy
-from megatron_laer.simulator.report import check_can_plot
-from megatron_laer.trace.workloads import WORKLOADS, Shape, workload_counts
+from megatron_laer.tools.cli.argument_types import between, path
+from megatron_laer.tools.simulator.report import check_can_plot
+from megatron_laer.tools.traces.workloads import WORKLOADS, Shape, workload_counts
 
 # Every how many cases `--quick` takes one; prime, so that it meets all layers and microbatches.
 QUICK_STRIDE = 37

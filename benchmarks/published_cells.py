@@ -36,13 +36,13 @@ from benchmarks.published_files import (
 from megatron_laer.choices import Recompute
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.schedule import Schedule, make_schedule
-from megatron_laer.simulator.iteration.iterate import run_iteration
-from megatron_laer.simulator.iteration.layer_times import Timing
-from megatron_laer.simulator.iteration.methods import Method
-from megatron_laer.simulator.iteration.model_shape import ModelShape, read_model
-from megatron_laer.simulator.iteration.rates import Rates, rate_sets
-from megatron_laer.simulator.iteration.run_shape import RunShape
-from megatron_laer.simulator.iteration.work import Exchange, LayerWork
+from megatron_laer.tools.simulator.iteration.iterate import run_iteration
+from megatron_laer.tools.simulator.iteration.layer_times import Timing
+from megatron_laer.tools.simulator.iteration.methods import Method
+from megatron_laer.tools.simulator.iteration.model_shape import ModelShape, read_model
+from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
+from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.simulator.iteration.work import Exchange, LayerWork
 
 NODE_SIZE = 8
 # Two microbatches of two sequences on each rank; Megatron has one sequence on a tensor-parallel

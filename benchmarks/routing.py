@@ -17,7 +17,12 @@ import numpy.typing as npt
 import torch
 
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
-from megatron_laer.trace.workloads import WORKLOADS, Shape, experts_of_tokens, workload_counts
+from megatron_laer.tools.traces.workloads import (
+    WORKLOADS,
+    Shape,
+    experts_of_tokens,
+    workload_counts,
+)
 
 Floats = npt.NDArray[np.float64]
 Trace = npt.NDArray[np.uint8]  # [P, L, N, T, K]

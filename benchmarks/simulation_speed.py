@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run 
 
 from benchmarks.command_line import add_json, parser_of, program, write_json
 from benchmarks.report import machine
-from megatron_laer.cli.argument_types import between
 from megatron_laer.files import memory
-from megatron_laer.layout import MAX_EXPERTS
 from megatron_laer.planner.guard import GUARD_MODES
-from megatron_laer.simulator.iteration.methods import METHODS
+from megatron_laer.planner.layout import MAX_EXPERTS
+from megatron_laer.tools.cli.argument_types import between
+from megatron_laer.tools.simulator.iteration.methods import METHODS
 
 _STEPS = 2
 

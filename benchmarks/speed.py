@@ -15,10 +15,10 @@ import numpy as np
 from benchmarks.costs import paper_costs
 from benchmarks.report import median_ms
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.exact import ExactSplit, exact_split
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import make_strategy
 
 NODE_SIZE = 8

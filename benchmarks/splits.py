@@ -13,8 +13,8 @@ import numpy as np
 
 from benchmarks.rivals.eplb import split_among_all
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import even_split
 
 

@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run 
 from benchmarks.command_line import output, parser_of, program
 from benchmarks.end_to_end_cases import FSEP, Size
 from benchmarks.training_run import Routing, measure
-from megatron_laer.cli.argument_types import path
-from megatron_laer.data import default_text_sources, prepare_data
+from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.files.checks import quoted, read_text, refuse_overwriting
 from megatron_laer.files.writing import write_file
 from megatron_laer.telemetry.timeline import FIRST_STEP, NUM_STEPS
 from megatron_laer.telemetry.trace_events import COMPUTE, TRACKS
-from megatron_laer.testing.ranks import RankPool
+from megatron_laer.tools.cli.argument_types import path
+from megatron_laer.tools.data import default_text_sources, prepare_data
 
 RANKS = 2
 SIZE = Size(3, 256, 1024, 8, 2, 128, 8, warm_up=0, steps=FIRST_STEP + NUM_STEPS, repeats=1)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.forecast import SmoothedForecast
-from megatron_laer.trace import read_trace
+from megatron_laer.tools.traces import read_trace
 
 
 @dataclass(frozen=True)

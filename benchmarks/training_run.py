@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.routing import RoutingShape, fixed_biases
+from megatron_laer.cpu.training import fresh_megatron
 from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
 from megatron_laer.session import current_coordinator
-from megatron_laer.testing.training import fresh_megatron
 
 
 @dataclass(frozen=True)

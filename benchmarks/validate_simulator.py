@@ -31,9 +31,9 @@ from benchmarks.published_files import (
     read_measured,
 )
 from benchmarks.report import machine, print_table
-from megatron_laer.cli.argument_types import path
 from megatron_laer.files.checks import quoted, refuse_overwriting
 from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.tools.cli.argument_types import path
 
 # A pair of times that differs by less is not expected in order.
 _TOLD_APART = 0.05

@@ -15,10 +15,10 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.version import __version__
 
 if TYPE_CHECKING:
+    from megatron_laer.integrations.stock_loading import load_stock_named_parameters
+    from megatron_laer.integrations.stock_names import stock_named_parameters
     from megatron_laer.plugin import disable, enable, training_step
     from megatron_laer.session import announce_routing, get_fsep_group
-    from megatron_laer.stock_loading import load_stock_named_parameters
-    from megatron_laer.stock_names import stock_named_parameters
 
 __all__ = [
     "FSEPConfig",
@@ -37,8 +37,8 @@ _LAZY = {
     "disable": "megatron_laer.plugin",
     "announce_routing": "megatron_laer.session",
     "get_fsep_group": "megatron_laer.session",
-    "load_stock_named_parameters": "megatron_laer.stock_loading",
-    "stock_named_parameters": "megatron_laer.stock_names",
+    "load_stock_named_parameters": "megatron_laer.integrations.stock_loading",
+    "stock_named_parameters": "megatron_laer.integrations.stock_names",
     "training_step": "megatron_laer.plugin",
 }
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_laer.cli import main
+from megatron_laer.tools.cli import main
 
 # Megatron's checkpoint writer starts processes that may import this module again.
 if __name__ == "__main__":

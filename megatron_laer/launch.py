@@ -16,19 +16,20 @@ def prepare(force_cpu: bool = False) -> None:
 
     Call it before any import of `megatron`. Without a usable GPU, with `force_cpu`, or with
     `MEGATRON_LAER_DEVICE=cpu` in the environment, Megatron runs on the CPU; its command line then
-    needs `megatron_laer.platform.cpu.CPU_FLAGS`.
+    needs `megatron_laer.device.CPU_FLAGS`.
 
     Raises:
         ImportError: a module or the native core is missing, or Megatron is not supported.
         ValueError: another value of that variable.
     """
     # First, because torch and Megatron take seconds to import, and print.
+    from megatron_laer import device
     from megatron_laer.planner import native_core  # noqa: F401
-    from megatron_laer.platform import cpu, wheel
+    from megatron_laer.plugin import wheel
 
     with _logging_as_it_is():
-        if cpu.needed(force_cpu):
-            cpu.install()
+        if device.cpu_needed(force_cpu):
+            device.install_cpu()
         wheel.mend_dataset_helper()
 
     from megatron_laer.plugin import install

@@ -89,7 +89,7 @@ GPT_FROM_CONFIG = Difference(
     "megatron.training.argument_utils",
     "gpt_config_from_args",
     since="0.19",
-    before="platform/pretraining.py builds GPT models",
+    before="plugin/pretraining.py builds GPT models",
 )
 PACKED_SEQUENCES = Difference(
     "megatron.core.utils.get_batch_on_this_tp_rank",

@@ -24,17 +24,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.cli.argument_types import between
-from megatron_laer.cli.program import Parser, ended
+from megatron_laer.device import CPU_FLAGS
 from megatron_laer.files.checks import one_line, quoted, refuse_unusable_folder
 from megatron_laer.files.writing import write_file
-from megatron_laer.model_flags import model_flags
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
-from megatron_laer.platform.cpu import CPU_FLAGS
 from megatron_laer.runtime.planning.layout_recording import recording_path as layouts_path
 from megatron_laer.telemetry import log as training_log
 from megatron_laer.telemetry.metrics_file import recording_path as metrics_path
-from megatron_laer.trace.recording import recording_path as trace_path
+from megatron_laer.telemetry.trace_file import recording_path as trace_path
+from megatron_laer.tools.cli.argument_types import between
+from megatron_laer.tools.cli.program import Parser, ended
+from megatron_laer.tools.model_flags import model_flags
 
 _SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_gpt.py"
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_laer.testing.training import train
-from megatron_laer.testing.weights import Tensors
+from megatron_laer.cpu.training import train
+from megatron_laer.cpu.weights import Tensors
 from tests.releases import installed_release
 
 # The writer that Megatron takes for async saves from release 0.19 on, unless told otherwise.

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 
-from megatron_laer.cli.argument_types import between
+from megatron_laer.tools.cli.argument_types import between
 from tests import processes
 from tests.checkpoints import iteration_folder, saved_tensors
 

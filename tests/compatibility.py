@@ -18,7 +18,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from megatron_laer.experts.gemm.te import KNOWN as KNOWN_TRANSFORMER_ENGINES
+from megatron_laer.layer.experts.gemm.te import KNOWN as KNOWN_TRANSFORMER_ENGINES
 from megatron_laer.releases import NEXT, SUPPORTED
 from megatron_laer.support.torch_version import OLDEST_ON_CUDA
 from tests.documents import ROOT
@@ -53,7 +53,7 @@ def here(tests: str) -> Stack:
     """What is installed here, and the cards that torch sees."""
     import torch
 
-    from megatron_laer.platform.versions import megatron_version
+    from megatron_laer.plugin.versions import megatron_version
 
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     on_cuda = bool(cards) and "--gpu" in tests

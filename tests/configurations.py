@@ -22,10 +22,10 @@ from typing import Any
 
 import yaml
 
-from megatron_laer.model_flags import model_flags
+from megatron_laer.device import CPU_FLAGS
 from megatron_laer.planner.cluster_files import load_cluster
-from megatron_laer.platform.cpu import CPU_FLAGS
-from megatron_laer.recipes.flags import without
+from megatron_laer.tools.model_flags import model_flags
+from megatron_laer.tools.recipes.flags import without
 from tests.documents import ROOT
 
 _CONFIGS = ROOT / "configs"
@@ -120,8 +120,8 @@ def _built(name: str) -> Iterator[tuple[Any, Any]]:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_laer.platform.pretraining import build_gpt
-    from megatron_laer.testing.training import fresh_megatron
+    from megatron_laer.cpu.training import fresh_megatron
+    from megatron_laer.plugin.pretraining import build_gpt
 
     chunks: list[Any] = []
     flags = without(model_flags(name), facts().get(name, {}).get("built_without", ()))
@@ -149,8 +149,8 @@ def _built(name: str) -> Iterator[tuple[Any, Any]]:
 
 def judged(name: str) -> tuple[str, str]:
     """`check-recipe`'s verdict on a model with expert parallelism, and what proves it."""
-    from megatron_laer import cli
-    from megatron_laer.cli.check_recipe import STATUS
+    from megatron_laer.tools import cli
+    from megatron_laer.tools.cli.check_recipe import STATUS
     from tests.published_commands import proof_in
 
     words = [*model_flags(name), "--expert-model-parallel-size", str(RANKS)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from megatron_laer.testing.ranks import RankPool, RankPools
+from megatron_laer.cpu.ranks import RankPool, RankPools
 from tests import slurm
 
 # A busy machine takes its time for an example, and for making one.
@@ -71,7 +71,7 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
 @pytest.fixture(scope="session")
 def text_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Prefix of a Megatron dataset made of the standard library's sources, as bytes."""
-    from megatron_laer.data import default_text_sources, prepare_data
+    from megatron_laer.tools.data import default_text_sources, prepare_data
 
     prefix = tmp_path_factory.mktemp("data") / "text"
     prepare_data(default_text_sources()[:150], str(prefix), progress=False)

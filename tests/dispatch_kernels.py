@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from megatron_laer.config import Split
-from megatron_laer.dispatch import kernels, row_map
-from megatron_laer.dispatch.permutation import run_sizes, send_rows, sum_rows
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.layer.dispatch import kernels, row_map
+from megatron_laer.layer.dispatch.permutation import run_sizes, send_rows, sum_rows
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 
 CPU = torch.device("cpu")

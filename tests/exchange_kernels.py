@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm import kernels, rows
 from megatron_laer.runtime.comm.reduce_index import ReplicaSums, reduce_index
 from megatron_laer.runtime.comm.row_blocks import RowBlocks, row_blocks

@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 
 from megatron_laer.files.json_lines import unsealed
-from megatron_laer.trace.recording import MAGIC
+from megatron_laer.telemetry.trace_file import MAGIC
 
 FOLDER = Path(__file__).resolve().parent / "files_of_0_1"
 

@@ -28,9 +28,10 @@ sys.path[0] = CHECKOUT
 os.chdir(CHECKOUT)
 
 if MODE == "without":
-    from megatron_laer.platform import cpu, wheel
+    from megatron_laer import device
+    from megatron_laer.plugin import wheel
 
-    cpu.install()
+    device.install_cpu()
     wheel.mend_dataset_helper()
 else:
     from megatron_laer.launch import prepare
@@ -39,7 +40,7 @@ else:
 
 import torch.distributed as dist  # noqa: E402 -- after what replaces parts of torch
 
-from megatron_laer.testing.ranks import share_gloo_device  # noqa: E402
+from megatron_laer.cpu.ranks import share_gloo_device  # noqa: E402
 
 # Megatron's tests leave 600 groups behind, whose devices' threads would keep two cores busy.
 share_gloo_device()
@@ -145,7 +146,7 @@ def _nothing(**_: object) -> None:
 
 def _numbered_layer() -> type:
     """Make a layer class that takes a number, as a model's layer would, where a test gives none."""
-    from megatron_laer.moe_layer import FSEPMoELayer
+    from megatron_laer.layer.moe_layer import FSEPMoELayer
 
     class MoELayer(FSEPMoELayer):
         def __init__(self, *args: Any, layer_number: int | None = None, **kwargs: Any) -> None:

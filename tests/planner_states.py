@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import Plan
 from megatron_laer.planner.state import PlannerState
 

@@ -2,7 +2,7 @@
 
     python -m tests.proved_rows
 
-writes `megatron_laer/recipes/rows.py`; a unit test compares that file with the table of today.
+writes `megatron_laer/tools/recipes/rows.py`; a unit test compares that file with today's table.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.recipes.features import features_of
+from megatron_laer.tools.recipes.features import features_of
 from tests.parity.features import REPLACED
 from tests.parity.rows import ROWS, Row
 

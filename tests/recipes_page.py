@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from megatron_laer.recipes.bridge import judge_recipe, read_recipes
-from megatron_laer.recipes.verdict import Judgement, Verdict
+from megatron_laer.tools.recipes.bridge import judge_recipe, read_recipes
+from megatron_laer.tools.recipes.verdict import Judgement, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "recipes.md"

@@ -12,17 +12,17 @@ import torch
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import PlanMode
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
-from megatron_laer.trace import TraceWriter
+from megatron_laer.telemetry.trace_file import TraceWriter
 
 GEOMETRY = Geometry(num_ranks=4, num_experts=8, capacity=3, node_size=2)
 LAYERS = ("layer 1", "layer 2")

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_laer.experts.gemm import SlotGemm
-from megatron_laer.experts.slot_linear import slot_linear
+from megatron_laer.layer.experts.gemm import SlotGemm
+from megatron_laer.layer.experts.slot_linear import slot_linear
 
 # Slots without tokens at both ends and between, one token, and more than a tile.
 TOKENS_C = [0, 300, 0, 7, 1, 129, 0]

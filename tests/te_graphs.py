@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from megatron_laer.testing.training import Record, train
+from megatron_laer.cpu.training import Record, train
 
 
 class Graph:

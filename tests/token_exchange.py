@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import Split
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.planner.token_rows import SizeMessages, TokenRows
 from megatron_laer.planner.token_traffic import TokenRouting
@@ -136,9 +136,9 @@ def make_dispatcher(
     """Megatron's rows, or those through nodes."""
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
-    from megatron_laer.dispatch.node_dispatcher import NodeTokenDispatcher
-    from megatron_laer.dispatch.slot_dispatch import SlotDispatch
+    from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
+    from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
+    from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
     from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
 
     config = TransformerConfig(
@@ -316,7 +316,7 @@ class Expected:
 
 def slots_of(case: Case) -> list[torch.Tensor]:
     """Of every rank the slots of its pairs."""
-    from megatron_laer.dispatch.replica_choice import choose_replicas
+    from megatron_laer.layer.dispatch.replica_choice import choose_replicas
 
     return [
         choose_replicas(map_TE, plan_of(case, rank).quotas, case.node_size, rank)

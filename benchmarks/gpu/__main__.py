@@ -23,11 +23,11 @@ import torch
 
 from benchmarks.command_line import program, write_json
 from benchmarks.gpu.report import Part, about, page_rows, show
-from megatron_laer.cli.argument_types import between, number, path
-from megatron_laer.cli.program import Parser
 from megatron_laer.files.checks import refuse_unusable_folder
 from megatron_laer.files.writing import write_file
 from megatron_laer.support.torch_version import problem_on_cuda
+from megatron_laer.tools.cli.argument_types import between, number, path
+from megatron_laer.tools.cli.program import Parser
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CONNECTIONS = ("1", "8", "32")
@@ -259,7 +259,7 @@ def _data(options: argparse.Namespace, is_needed: bool) -> Iterator[str]:
     """The prefix of a dataset, where all nodes see it."""
     prefix = options.output.resolve() / "data" / "text"
     if is_needed and not prefix.with_suffix(".idx").exists():
-        from megatron_laer.data import default_text_sources, prepare_data
+        from megatron_laer.tools.data import default_text_sources, prepare_data
 
         prefix.parent.mkdir(exist_ok=True)
         prepare_data(default_text_sources()[:150], str(prefix), progress=False)

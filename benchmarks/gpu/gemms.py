@@ -18,7 +18,7 @@ import torch
 from benchmarks.gpu.report import Part, Setting, run_part
 from benchmarks.gpu.sizes import Model, models, splits
 from benchmarks.gpu.timing import Times, in_turn, matmul_tflops
-from megatron_laer.experts.gemm import SlotGemm, gemm_names, slot_gemm
+from megatron_laer.layer.experts.gemm import SlotGemm, gemm_names, slot_gemm
 
 _MATMUL, _DRY_MATMUL = 8192, 64
 # Of the largest value; a rounding to bfloat16 is 0.004.

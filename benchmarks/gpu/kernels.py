@@ -22,8 +22,8 @@ from benchmarks.gpu.report import Part, Setting, run_part
 from benchmarks.gpu.sizes import Model, models
 from benchmarks.gpu.timing import Times, copy_gb_per_s, in_turn
 from megatron_laer.config import Split
-from megatron_laer.dispatch import permutation
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.layer.dispatch import permutation
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.runtime.comm.reduce_index import reduce_index
 from megatron_laer.runtime.comm.row_blocks import row_blocks
@@ -99,7 +99,7 @@ def _triton(name: str) -> Callable[..., Any]:
     """A function of the permutations' Triton kernels, which are imported when it is called."""
 
     def call(*given: Any) -> Any:
-        return getattr(import_module("megatron_laer.dispatch.kernels"), name)(*given)
+        return getattr(import_module("megatron_laer.layer.dispatch.kernels"), name)(*given)
 
     return call
 

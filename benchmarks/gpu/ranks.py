@@ -73,11 +73,10 @@ def run_ranks_part(
     parser.add_argument("--json", type=Path, help="where rank 0 writes the tables")
     parser.add_argument("--data", required=True, help="prefix of a dataset")
     options = parser.parse_args(arguments)
-    from megatron_laer import launch
-    from megatron_laer.platform import cpu
+    from megatron_laer import device, launch
 
     launch.prepare(force_cpu=options.dry_run)
-    if cpu.installed() and not options.dry_run:
+    if device.cpu_installed() and not options.dry_run:
         print("torch sees no card; run this on one, or give --dry-run", file=sys.stderr)
         return 2
     folder = Path(options.data).parent

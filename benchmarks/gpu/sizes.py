@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_laer.layout import default_capacity
+from megatron_laer.planner.layout import default_capacity
 
 
 @dataclass(frozen=True)

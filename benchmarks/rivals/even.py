@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import logging
 import os
 from typing import Any
 
+from megatron_laer import device
 from megatron_laer.config import FSEPConfig, deterministic
 from megatron_laer.files import run_mark
 from megatron_laer.integrations.bridge_config import problems_of, settings_of
-from megatron_laer.platform import cpu
 from megatron_laer.plugin.metrics import install_metrics
 from megatron_laer.plugin.steps import StepOutcome, training_step
 from megatron_laer.plugin.switch import enable
@@ -94,7 +94,7 @@ def check_recipe(recipe: Any, config: FSEPConfig) -> None:
             "`ddp`, `dist`, `mixed_precision` and `comm_overlap`."
         )
     if settings.rank == 0:
-        on_cuda = not cpu.installed()
+        on_cuda = not device.cpu_installed()
         environment = os.environ | {name: str(value) for name, value in recipe.env_vars.items()}
         for warning in arguments.warnings(config, environment, on_cuda=on_cuda):
             logger.warning("FSEP: %s", warning)

@@ -6,23 +6,14 @@ starts, precision and communication, is applied to what is read, and the contain
 
 from __future__ import annotations
 
-import importlib
 import os
 from argparse import Namespace
-from collections.abc import Callable
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from megatron_laer.config import FSEPConfig
-from megatron_laer.files.checks import quoted
-from megatron_laer.recipes.families import LORA_ON_EXPERTS, implied_by
-from megatron_laer.recipes.verdict import Judgement, Verdict, judge
-from megatron_laer.support import arguments
 from megatron_laer.support.refusal import names_of
-from megatron_laer.support.table import REFUSALS
+from megatron_laer.support.table import LORA_ON_EXPERTS, REFUSALS
 
-_RECIPES = "megatron.bridge.recipes"
 _DECENTRALIZED = (
     "dist.use_decentralized_pg=True: Megatron-Bridge then makes its process groups without "
     "Megatron's parallel state, so that no FSEP group is created; set it to False"
@@ -34,12 +25,6 @@ _SAVES_HUGGING_FACE = (
 )
 _OVERLAPS = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
 _EXPERTS_LINEAR = ("linear_fc1", "linear_fc2")
-# What is read of a ConfigContainer.
-_PARTS = ("model", "dist", "ddp", "optimizer", "mixed_precision", "comm_overlap", "checkpoint")
-
-
-class EvaluationError(ValueError):
-    """A recipe's function was called, and failed."""
 
 
 def settings_of(recipe: Any) -> Namespace:
@@ -79,72 +64,6 @@ def problems_of(recipe: Any) -> list[str]:
     if getattr(recipe.checkpoint, "also_save_hf_checkpoint", False):
         found.append(_SAVES_HUGGING_FACE)
     return found + ([LORA_ON_EXPERTS] if _adapts_experts(recipe) else [])
-
-
-def judge_container(name: str, recipe: Any) -> Judgement:
-    """Judge a recipe by its container.
-
-    Args:
-        name: of its function, as `module:function`.
-        recipe: what the function returned.
-    """
-    refused = [row.refused for row in implied_by(name) if row.refused]
-    settings = settings_of(recipe)
-    settings.world_size = settings.expert_model_parallel_size  # of the run, not of this process
-    settings.is_lora = recipe.peft is not None
-    judgement = judge(settings, also_refused=[*refused, *problems_of(recipe)])
-    if not judgement.runs:
-        return judgement
-    for row in REFUSALS:
-        if row.flag in judgement.drop:
-            setattr(settings, row.argument, row.accepted[0])
-    # Once more, and now with the sizes that no row of the table knows.
-    found = arguments.problems(settings, FSEPConfig())
-    return Judgement(Verdict.REFUSED, None, tuple(found)) if found else judgement
-
-
-def load_recipe(name: str) -> tuple[str, Any]:
-    """Call a recipe's function; returns `module:function` and its container.
-
-    Args:
-        name: of a function of `megatron.bridge.recipes`, or `module:function`.
-
-    Raises:
-        ValueError: Megatron-Bridge cannot be imported, or has no such recipe, or the recipe fails
-            or returns something else.
-    """
-    module, _, function = name.rpartition(":")
-    recipe = _function(module or _RECIPES, function)
-    try:
-        full_name, container = f"{recipe.__module__}:{recipe.__name__}", recipe()
-    except Exception as error:  # whatever it is, from code that is not ours
-        raise EvaluationError(
-            f"recipe {quoted(name)} cannot be evaluated: {type(error).__name__}: {error}"
-        ) from error
-    if missing := [part for part in _PARTS if not hasattr(container, part)]:
-        raise ValueError(
-            f"recipe {quoted(name)}: it returns {type(container).__name__}, which has no "
-            f"{', '.join(missing)}; name a function that returns Megatron-Bridge's ConfigContainer"
-        )
-    return full_name, container
-
-
-def _function(module: str, name: str) -> Callable[[], Any]:
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:  # also what an imported file raises, or a name with a dot in front
-        raise ValueError(
-            f"recipe {quoted(f'{module}:{name}')}: {module} cannot be imported ({error}); install "
-            "Megatron-Bridge with what it needs, or give the recipe's fields in a YAML file"
-        ) from error
-    recipe: Callable[[], Any] | None = getattr(found, name, None)
-    if not callable(recipe):
-        similar = get_close_matches(name, dir(found))
-        raise ValueError(
-            f"recipe {quoted(f'{module}:{name}')}: {module} has none of this name"
-            + (f"; similar are {', '.join(similar)}" if similar else "")
-        )
-    return recipe
 
 
 def _precision(recipe: Any) -> Any:

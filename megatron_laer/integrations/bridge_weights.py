@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megatron_laer.stock_names import StockLayer, stock_layers
+from megatron_laer.integrations.stock_names import StockLayer, stock_layers
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import stock_owner_E
+from megatron_laer.planner.layout import stock_owner_E
 from megatron_laer.planner.splits import Quotas
 
 

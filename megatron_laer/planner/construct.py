@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 
 

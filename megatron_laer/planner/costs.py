@@ -27,12 +27,13 @@ import numpy as np
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Recompute
 from megatron_laer.config import ExchangeAlgorithm, RestoreAlgorithm, Split
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import SplitTotals, even_split
+from megatron_laer.planner.sharding import changed_slots
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices, all_to_alls
 from megatron_laer.planner.traffic import (
     Traffic,
@@ -40,7 +41,6 @@ from megatron_laer.planner.traffic import (
     reduce_traffic,
     restore_traffic,
 )
-from megatron_laer.sharding import changed_slots
 
 # Forward, and two GEMMs of the same size for each in backward; a re-run is one more forward.
 _BACKWARD_GEMMS = 2

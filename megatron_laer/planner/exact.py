@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout, check_rank
 from megatron_laer.planner.construct import checked_counts
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout, check_rank
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import SplitTotals
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_laer.layout import ExpertLayout, check_shape
+from megatron_laer.planner.layout import ExpertLayout, check_shape
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import checked_counts, from_native
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 
 

@@ -17,15 +17,15 @@ from functools import cached_property
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import PlanMode, Split
-from megatron_laer.layout import ExpertLayout, check_rank
 from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean
 from megatron_laer.planner.construct import from_native
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import ExactQuotas
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout, check_rank
 from megatron_laer.planner.native_core import native
+from megatron_laer.planner.sharding import changed_slots
 from megatron_laer.planner.splits import Quotas, RankQuotas, solve_quotas
-from megatron_laer.sharding import changed_slots
 
 # The modes that choose after the gate.
 GUARD_MODES = (PlanMode.FORECAST, PlanMode.EXACT, PlanMode.ADAPTIVE)

@@ -18,9 +18,9 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import Split
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 
 
 @dataclass(frozen=True)

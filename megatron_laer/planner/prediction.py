@@ -14,11 +14,11 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import Split
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import ExactQuotas
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.token_prices import BY_RANK
 

@@ -16,8 +16,8 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.layout import ExpertLayout, check_rank
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout, check_rank
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import checked_counts, from_native
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 
 # Any fixed number: the same forecast gives the same layout.

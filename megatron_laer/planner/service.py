@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.forecast import Forecast, SmoothedForecast
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import Strategy
 
 # Steps that may be half submitted at once before the oldest is given up (not in lossless mode).

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import Split
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import EvenSplit, even_split
 

@@ -27,9 +27,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout, check_shape
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout, check_shape
 from megatron_laer.planner.service import Plan
 
 _MAGIC = b"FSEPPLAN"

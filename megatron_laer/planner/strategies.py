@@ -14,11 +14,11 @@ from megatron_laer.config import (
     RestoreAlgorithm,
     TokenExchangeChoice,
 )
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.laer import LaerStrategy
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.search import SearchStrategy
 from megatron_laer.planner.static import StaticStrategy
 

@@ -13,11 +13,11 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_laer.choices import TokenExchange
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.planner.token_traffic import expected_crossings
 

@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import TokenExchange
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import check_node_size
+from megatron_laer.planner.layout import ExpertLayout
 
 # Counted, or expected.
 Rows = npt.NDArray[np.int64] | npt.NDArray[np.float64]

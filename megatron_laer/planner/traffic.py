@@ -18,9 +18,9 @@ import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import check_node_size
-from megatron_laer.sharding import changed_slots, node_sources, row_bounds
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.sharding import changed_slots, node_sources, row_bounds
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,8 +21,8 @@ from multiprocessing import util
 from multiprocessing.managers import SyncManager
 from typing import Any
 
-from megatron_laer.platform import cpu
-from megatron_laer.platform.helpers import end_with_parent, signals_blocked
+from megatron_laer import device
+from megatron_laer.plugin.helper_processes import end_with_parent, signals_blocked
 from megatron_laer.plugin.patching import Patch, original_of
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def _run_nvrx_worker(*args: Any) -> None:
 
 def _prepare_worker() -> None:
     end_with_parent()
-    cpu.install_in_helper()
+    device.install_cpu_in_helper()
 
 
 _ENDS_WITH_RANK = "the worker of async saves ends with its rank"

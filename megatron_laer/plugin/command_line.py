@@ -18,15 +18,15 @@ import torch
 
 from megatron_laer import flags
 from megatron_laer.config import ExpertParallelMode, FSEPConfig, LatePlan, deterministic
-from megatron_laer.experts.gemm import check_gemm, gemm_in_force
+from megatron_laer.device import cpu_installed
 from megatron_laer.files import run_mark
 from megatron_laer.files.checks import quoted, read_text
-from megatron_laer.platform import cpu
-from megatron_laer.platform.versions import check_version
+from megatron_laer.layer.experts.gemm import check_gemm, gemm_in_force
 from megatron_laer.plugin.metrics import install_metrics
 from megatron_laer.plugin.optimizers import check_installed
 from megatron_laer.plugin.patching import Patch, apply, undo
 from megatron_laer.plugin.switch import disable, enable
+from megatron_laer.plugin.versions import check_version
 from megatron_laer.runtime.comm import launcher
 from megatron_laer.support import RefusedError, arguments
 
@@ -130,12 +130,12 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
             for line in said:
                 # Printed like Megatron's own lines on what it derives, before logging has a level.
                 print(line, flush=True)
-            on_cuda = not cpu.installed()
+            on_cuda = not cpu_installed()
             for warning in arguments.warnings(config, os.environ, on_cuda=on_cuda):
                 logger.warning("FSEP: %s", warning)
         with _refusing():
             # By now Megatron has derived the dtype.
-            device = torch.device("cpu" if cpu.installed() else "cuda")
+            device = torch.device("cpu" if cpu_installed() else "cuda")
             check_gemm(args.fsep_gemm, device, args.params_dtype)
             check_installed(args.optimizer)
             enable(config, seed=args.seed)

@@ -21,7 +21,7 @@ _HYBRID_SPECS = "megatron.core.models.hybrid.hybrid_layer_specs"
 
 
 def _fsep_layer(_original: Any) -> Any:
-    from megatron_laer.moe_layer import FSEPMoELayer
+    from megatron_laer.layer.moe_layer import FSEPMoELayer
 
     return FSEPMoELayer
 
@@ -29,7 +29,7 @@ def _fsep_layer(_original: Any) -> Any:
 def _numbering_its_layer(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from megatron_laer.moe_layer import numbered_later
+        from megatron_laer.layer.moe_layer import numbered_later
 
         with numbered_later():
             original(self, *args, **kwargs)
@@ -40,7 +40,7 @@ def _numbering_its_layer(original: Callable[..., None]) -> Callable[..., None]:
 def _for_multi_token_prediction(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from megatron_laer.moe_layer import for_multi_token_prediction
+        from megatron_laer.layer.moe_layer import for_multi_token_prediction
 
         with for_multi_token_prediction():
             original(self, *args, **kwargs)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_laer import session
-from megatron_laer.experts.whole_matrix import whole_matrix_of
+from megatron_laer.layer.experts.whole_matrix import whole_matrix_of
 from megatron_laer.plugin.patching import Patch
 from megatron_laer.runtime.comm.collectives import raise_everywhere
 
@@ -42,7 +42,7 @@ def _with_slices(original: Mapping[str, Any]) -> dict[str, Any]:
 
 def _entry(name: str, entry: Any) -> Any:
     """Say in an entry of Megatron's registry how the optimizer gets slices."""
-    from megatron_laer.experts.muon import ExpertMuon
+    from megatron_laer.layer.experts.muon import ExpertMuon
 
     if name not in ("muon", "lion"):
         return replace(entry, config_to_kwargs=functools.partial(_refuse, name))

@@ -81,7 +81,7 @@ def _chunk(wrapped: Any) -> Chunk:
     """Describe a model chunk for the scheduler, from inside Megatron's data-parallel wrapper."""
     from megatron.core.utils import unwrap_model
 
-    from megatron_laer.moe_layer import FSEPMoELayer
+    from megatron_laer.layer.moe_layer import FSEPMoELayer
 
     module = unwrap_model(wrapped)
     found = [

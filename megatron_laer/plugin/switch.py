@@ -8,12 +8,10 @@ import os
 
 import torch
 
-from megatron_laer import session
+from megatron_laer import device, session
 from megatron_laer.config import FSEPConfig
-from megatron_laer.experts.gemm import gemm_in_force
+from megatron_laer.layer.experts.gemm import gemm_in_force
 from megatron_laer.planner.strategies import check_planner
-from megatron_laer.platform import cpu
-from megatron_laer.platform.versions import check_version
 from megatron_laer.plugin.checkpoint_writer import NVRX_PATCHES, WRITER_PATCHES, nvrx_patches
 from megatron_laer.plugin.checkpoints import CHECKPOINT_PATCHES
 from megatron_laer.plugin.layers import LAYER_PATCHES, create_groups, repoint_hybrid_specs
@@ -21,6 +19,7 @@ from megatron_laer.plugin.metrics import remove_metrics
 from megatron_laer.plugin.optimizers import OPTIMIZER_PATCHES
 from megatron_laer.plugin.patching import apply, patch_table, undo
 from megatron_laer.plugin.steps import STEP_PATCHES
+from megatron_laer.plugin.versions import check_version
 from megatron_laer.session import Session
 from megatron_laer.support import run_files, torch_version
 from megatron_laer.support.table import UNPROVEN
@@ -60,7 +59,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     if current is not None and (current.config, current.seed) == (wanted.config, wanted.seed):
         return
     check_version()
-    if not cpu.installed() and (problem := torch_version.problem_on_cuda(torch.__version__)):
+    if not device.cpu_installed() and (problem := torch_version.problem_on_cuda(torch.__version__)):
         raise ValueError(f"FSEP cannot run with {problem}")
     check_planner(wanted.config.planner)
     run_files.check(wanted.config)

@@ -18,11 +18,11 @@ from megatron_laer.config import (
     TokenExchangeChoice,
     WireDtype,
 )
-from megatron_laer.layout import default_capacity
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.layout import default_capacity
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.runtime.comm.hierarchical import (
     HierarchicalExchange,

@@ -19,9 +19,9 @@ import torch
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import FSEPConfig, PlanMode
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm import agreement
 from megatron_laer.runtime.comm.collectives import CountsExchange, decision_digest
 from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange

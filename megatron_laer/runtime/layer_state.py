@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.guard import Decision
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.collectives import LayoutTag
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan

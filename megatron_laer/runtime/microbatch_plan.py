@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas
 from megatron_laer.planner.token_rows import TokenRows
 from megatron_laer.runtime.weights.restored import RestoredExperts

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from megatron_laer.config import FSEPConfig, OverlapScheduler
 from megatron_laer.environment import CONNECTIONS
-from megatron_laer.layout import MAX_EXPERTS, default_capacity
+from megatron_laer.planner.layout import MAX_EXPERTS, default_capacity
 from megatron_laer.support import RefusedError
 from megatron_laer.support.model import (
     problems_with_mode,

@@ -334,3 +334,10 @@ REFUSALS: tuple[Refusal, ...] = (
         field="transformer_impl",
     ),
 )
+
+# Of no argument of Megatron, so of no row: Bridge alone has such adapters.
+LORA_ON_EXPERTS = (
+    "LoRA on linear_fc1 and linear_fc2, which experts have too: Megatron-Bridge wraps the linear "
+    "layers that it knows, and FSEP computes experts from slices; give target_modules with layers "
+    "of attention alone, such as linear_qkv and linear_proj"
+)

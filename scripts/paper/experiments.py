@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.published_files import MODELS as MODELS
-from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.device import CPU_FLAGS
 
 # The paper's cluster.
 NODES, GPUS_PER_NODE = 4, 8

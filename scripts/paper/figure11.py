@@ -24,11 +24,11 @@ from benchmarks.command_line import program
 from benchmarks.costs import paper_costs
 from benchmarks.published_files import LAER, read_cells
 from benchmarks.report import times_ms
-from megatron_laer.cli.program import Parser
 from megatron_laer.files.checks import shell_words
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.tools.cli.program import Parser
 from scripts.paper.published import END_TO_END, PLANNER, missing, read_planner
 from scripts.paper.runner import add_result_options, check_result_options, finish, split_words
 from scripts.paper.tables import Result, Table

@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_laer.cli.argument_types import between, path
-from megatron_laer.cli.program import Parser
-from megatron_laer.data import default_text_sources, prepare_data
 from megatron_laer.files.checks import one_line, quoted, refuse_unusable_folder, shell_words
 from megatron_laer.files.writing import free_name, locked
+from megatron_laer.tools.cli.argument_types import between, path
+from megatron_laer.tools.cli.program import Parser
+from megatron_laer.tools.data import default_text_sources, prepare_data
 from scripts.paper import published
 from scripts.paper.experiments import (
     GPUS_PER_NODE,

@@ -42,21 +42,21 @@ _IMPORTED = (
     "benchmarks.command_line",
     "matplotlib.backend_bases",
     "matplotlib.figure",
-    "megatron_laer.cli.calibrate",
-    "megatron_laer.cli.doctor",
-    "megatron_laer.cli.flags",
-    "megatron_laer.cli.plan",
-    "megatron_laer.cli.prepare_data",
-    "megatron_laer.cli.report",
-    "megatron_laer.cli.simulate",
+    "megatron_laer.tools.cli.calibrate",
+    "megatron_laer.tools.cli.doctor",
+    "megatron_laer.tools.cli.flags",
+    "megatron_laer.tools.cli.plan",
+    "megatron_laer.tools.cli.prepare_data",
+    "megatron_laer.tools.cli.report",
+    "megatron_laer.tools.cli.simulate",
     "megatron_laer.telemetry.log",
 )
 _IMPORTED_WITH_TORCH = (
     *(f"benchmarks.{path.stem}" for path in ROOT.glob("benchmarks/*.py")),
     "benchmarks.gpu.__main__",
-    "megatron_laer.cli.check_recipe",
-    "megatron_laer.cli.inspect",
-    "megatron_laer.inspection",
+    "megatron_laer.tools.cli.check_recipe",
+    "megatron_laer.tools.cli.inspect",
+    "megatron_laer.tools.inspection",
     "megatron_laer.runtime.planning.planner_checkpoint",
 )
 # Commands, and beginnings of programs, that import torch.
@@ -273,7 +273,7 @@ def _accept_settings() -> None:
 
 def _answer_the_doctor() -> None:
     """Let its imports have failed with a text that is not to reach a terminal."""
-    from megatron_laer import doctor
+    from megatron_laer.tools import doctor
 
     def answer(error: str) -> Future[dict[str, Any]]:
         future: Future[dict[str, Any]] = Future()
@@ -289,7 +289,7 @@ def _answer_the_doctor() -> None:
 
 
 def _status_of(words: Sequence[str]) -> int:
-    from megatron_laer import cli
+    from megatron_laer.tools import cli
 
     if words[:1] == ["train"]:
         _accept_settings()

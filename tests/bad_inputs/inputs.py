@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laer.files.json_lines import sealed
-from megatron_laer.trace import TraceWriter
+from megatron_laer.telemetry.trace_file import TraceWriter
 
 HUGE = 2**36
 

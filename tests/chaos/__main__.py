@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_laer.data import default_text_sources, prepare_data
+from megatron_laer.tools.data import default_text_sources, prepare_data
 from tests.chaos.runs import chaos
 
 

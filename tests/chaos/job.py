@@ -78,7 +78,7 @@ def steps_made(folder: Path, of_rank: int = 0) -> list[int]:
 def _start(plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | None) -> list[int]:
     """Start all ranks once, put the fault in, and return how they ended."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_laer.testing.rank_imports"])
+    context.set_forkserver_preload(["megatron_laer.cpu.rank_imports"])
     environment = _environment(plan, start)
     processes = []
     last_step = fault.step if fault is not None and fault.is_awaited else None

@@ -33,13 +33,13 @@ def run(
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    from megatron_laer.testing.rank_imports import ENVIRONMENT, SET_BY_PREPARE
+    from megatron_laer.cpu.rank_imports import ENVIRONMENT, SET_BY_PREPARE
 
     os.environ.update(SET_BY_PREPARE | ENVIRONMENT | environment)
     from megatron.training import training
 
-    from megatron_laer.testing.ranks import share_gloo_device
-    from megatron_laer.testing.training import train
+    from megatron_laer.cpu.ranks import share_gloo_device
+    from megatron_laer.cpu.training import train
     from tests.faults.delays import digest
     from tests.faults.injected import current_step
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import Record, train
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import Record, train
 from tests.parity.flags import command_line
 
 STEPS = 250

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_laer.testing.ranks import Raised, RankPool
-from megatron_laer.testing.training import Adapt, rank_of_environment, train
+from megatron_laer.cpu.ranks import Raised, RankPool
+from megatron_laer.cpu.training import Adapt, rank_of_environment, train
 from tests.parity.adapted import LowRank
 from tests.parity.flags import command_line
 

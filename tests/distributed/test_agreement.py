@@ -15,10 +15,10 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.cpu.ranks import Raised, RankPool
+from megatron_laer.cpu.training import rank_of_environment, train
 from megatron_laer.planner.cluster_files import cluster_text, load_cluster
-from megatron_laer.testing.ranks import Raised, RankPool
-from megatron_laer.testing.training import rank_of_environment, train
+from megatron_laer.planner.layout import ExpertLayout
 from tests.faults.injected import current_step
 from tests.parity.flags import command_line
 

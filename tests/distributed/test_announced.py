@@ -20,8 +20,8 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
 from tests.distributed.test_own_loop import code_of, loaded, script
 from tests.parity.flags import command_line
 
@@ -75,7 +75,7 @@ def start(
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     import megatron_laer
-    from megatron_laer.testing.weights import load_common_weights
+    from megatron_laer.cpu.weights import load_common_weights
 
     dist.init_process_group("gloo")
     torch.cuda.set_device(dist.get_rank())

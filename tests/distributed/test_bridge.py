@@ -18,10 +18,10 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.testing import weights
-from megatron_laer.testing.bridge_stubs import importable
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import Record, fresh_megatron, gather
+from megatron_laer.cpu import weights
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import Record, fresh_megatron, gather
+from tests.bridge_stubs import importable
 from tests.parity.compare import distance
 from tests.parity.rows import FP32_BOUND
 
@@ -221,7 +221,7 @@ def judge_recipes(names: list[str]) -> list[tuple[int, str]]:
     """Exit status and output of `check-recipe` for each."""
     import transformers
 
-    from megatron_laer import cli
+    from megatron_laer.tools import cli
 
     def config_of(name: str, *_: Any, **__: Any) -> Any:
         (kind,) = [kind for model, kind in MODELS.items() if name.startswith(model)]

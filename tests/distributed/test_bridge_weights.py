@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from megatron_laer import session
-from megatron_laer.testing.bridge_stubs import importable
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
+from tests.bridge_stubs import importable
 from tests.parity.flags import command_line
 
 CHECKOUT = os.environ.get("MEGATRON_BRIDGE_CHECKOUT")

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from megatron_laer.cpu.ranks import Raised, RankPool
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import CONSTANTS, Cluster
-from megatron_laer.testing.ranks import Raised, RankPool
 from tests import processes
 
 TINY = "--quick --hidden 16 --ffn 16"
@@ -78,7 +78,7 @@ def test_two_ranks_write_a_file_that_plan_takes_and_keep_what_is_there(tmp_path:
 
 def calibrated(words: str, rank_words: str = "", rank: int = -1) -> None:
     """The command on a rank of the pool, with more arguments on one of them."""
-    from megatron_laer.cli import calibrate
+    from megatron_laer.tools.cli import calibrate
 
     parser = argparse.ArgumentParser()
     calibrate.add_arguments(parser)

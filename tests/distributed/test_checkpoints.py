@@ -13,12 +13,12 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer import inspection
+from megatron_laer.cpu.ranks import Raised, RankPool
+from megatron_laer.cpu.training import initial_weights, train
 from megatron_laer.runtime.planning import planner_checkpoint
 from megatron_laer.runtime.planning.planner_checkpoint import FOLDER
 from megatron_laer.session import current_coordinator
-from megatron_laer.testing.ranks import Raised, RankPool
-from megatron_laer.testing.training import initial_weights, train
+from megatron_laer.tools import inspection
 from tests.checkpoints import (
     assert_equal,
     iteration_folder,

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_laer.model_flags import model_flags
-from megatron_laer.platform.cpu import CPU_FLAGS
-from megatron_laer.testing import training
-from megatron_laer.testing.ranks import RankPool
+from megatron_laer.cpu import training
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.device import CPU_FLAGS
+from megatron_laer.tools.model_flags import model_flags
 from tests.configurations import MODELS
 
 TINY = [name for name in MODELS if name.startswith("tiny-")]

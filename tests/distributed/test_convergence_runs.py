@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.convergence_runs import FSEP, NO_AUX, POINTS, STOCK, Text, command_line, measure
-from megatron_laer.data import default_text_sources, prepare_data
-from megatron_laer.testing.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.tools.data import default_text_sources, prepare_data
 
 
 def test_stock_and_fsep_are_measured_alike(

@@ -15,8 +15,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import Record, train
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import Record, train
 from tests.parity.flags import command_line
 
 SHARED = " --moe-shared-expert-intermediate-size 32"
@@ -47,7 +47,7 @@ def noted(events: list[str]) -> Iterator[None]:
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
-    from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
+    from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
     from megatron_laer.runtime.comm.collectives import CountsExchange
 
     def noting(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,7 +72,7 @@ def noted(events: list[str]) -> Iterator[None]:
 
 def observed(flags: list[str], cuda_graph_impl: str = "none") -> tuple[list[str], Record]:
     """What the host did on this rank, and what is left of a run whose layers see that setting."""
-    from megatron_laer.moe_layer import FSEPMoELayer
+    from megatron_laer.layer.moe_layer import FSEPMoELayer
 
     events: list[str] = []
     init = FSEPMoELayer.__init__

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import Record, train
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import Record, train
 from tests.fuzz import resealed
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
@@ -179,7 +179,7 @@ def train_with_fickle_router(flags: list[str]) -> Record:
     import torch
     from megatron.core.tensor_parallel.random import is_checkpointing
 
-    from megatron_laer.moe_layer import FSEPMoELayer
+    from megatron_laer.layer.moe_layer import FSEPMoELayer
 
     route = FSEPMoELayer.route
     flips = 0

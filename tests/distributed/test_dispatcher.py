@@ -15,8 +15,8 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import Record, train
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import Record, train
 from tests.parity.compare import distance
 from tests.parity.flags import command_line
 from tests.parity.rows import DEEPEP, FP32_BOUND, HYBRIDEP
@@ -62,7 +62,7 @@ def make_plan(capacity: int, experts: int, topk: int, tokens: list[int]) -> tupl
     import torch.distributed as dist
 
     from megatron_laer.config import Split
-    from megatron_laer.layout import ExpertLayout
+    from megatron_laer.planner.layout import ExpertLayout
     from megatron_laer.planner.splits import RankQuotas, solve_quotas
     from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 
@@ -87,9 +87,9 @@ def make_dispatcher(plan: Any, topk: int, path: str, shared: SharedExperts | Non
     import torch.distributed as dist
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
-    from megatron_laer.dispatch.flex import SlotFlexDispatcher
-    from megatron_laer.dispatch.slot_dispatch import SlotDispatch
+    from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
+    from megatron_laer.layer.dispatch.flex import SlotFlexDispatcher
+    from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
 
     is_flex = path in ("deepep", "hybridep")
     config = TransformerConfig(
@@ -121,7 +121,7 @@ def dispatch(plan: Any, map_TE: Any, topk: int, path: str, with_shared: bool) ->
     import torch
     import torch.distributed as dist
 
-    from megatron_laer.dispatch import permutation
+    from megatron_laer.layer.dispatch import permutation
     from megatron_laer.runtime.comm import upload
 
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -249,7 +249,7 @@ def flex_against_another_plan(backend: str) -> list[str]:
     import torch
     import torch.distributed as dist
 
-    from megatron_laer.dispatch.flex import _Received
+    from megatron_laer.layer.dispatch.flex import _Received
 
     with on_gloo():
         plan, map_TE = make_plan(3, 4, 2, [40, 33])
@@ -338,7 +338,7 @@ def test_what_a_buffer_counted_is_compared_with_the_plan_once_it_is_there(
 
 def count_ends(flags: list[str]) -> int:
     """On a rank: train; returns how often a layer's flex dispatcher was told of a step's end."""
-    from megatron_laer.dispatch.flex import SlotFlexDispatcher
+    from megatron_laer.layer.dispatch.flex import SlotFlexDispatcher
 
     with mock.patch.object(SlotFlexDispatcher, "end_step", autospec=True) as told:
         train(flags)

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import end_to_end, routing
 from benchmarks.end_to_end_cases import SKEWS, TOKENS_OF, Size, configurations, token_configurations
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
-from megatron_laer.trace.workloads import Shape, workload_counts
+from megatron_laer.tools.traces.workloads import Shape, workload_counts
 
 TINY = Size(2, 64, 64, 8, 2, 64, 16, warm_up=1, steps=2, repeats=1)
 TIMES = {"median", "min", "max"}

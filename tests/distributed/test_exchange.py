@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.layout import ExpertLayout
-from megatron_laer.testing.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.planner.layout import ExpertLayout
 
 COLUMNS = 3
 

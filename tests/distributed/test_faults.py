@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.layout import ExpertLayout
-from megatron_laer.testing.ranks import Raised, RankPool
-from megatron_laer.testing.training import train
+from megatron_laer.cpu.ranks import Raised, RankPool
+from megatron_laer.cpu.training import train
+from megatron_laer.planner.layout import ExpertLayout
 from tests.faults.delays import digest
 from tests.faults.injected import (
     ROUTINGS,

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_laer.testing.ranks import Raised, RankPool
-from megatron_laer.testing.training import train
+from megatron_laer.cpu.ranks import Raised, RankPool
+from megatron_laer.cpu.training import train
 from tests.parity.flags import command_line
 
 FSEP = " --expert-parallel-mode fsep --ckpt-format torch_dist"
@@ -21,7 +21,7 @@ def command(text_data: str, steps: int, extra: str) -> list[str]:
 
 def listen(flags: list[str]) -> tuple[list[str], int]:
     """Train; returns what FSEP said of back ends, and how many splits `grouped_mm` was given."""
-    from megatron_laer.experts.gemm import torch as grouped
+    from megatron_laer.layer.experts.gemm import torch as grouped
 
     grouped._ends.cache_clear()
     lines: list[str] = []

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from benchmarks.gradient_error import measure
 from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.testing.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPool
 
 
 def test_sums_of_replicas_are_nearer_to_fp64_if_they_are_not_rounded(

@@ -9,9 +9,9 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import initial_weights
-from megatron_laer.testing.weights import Tensors
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import initial_weights
+from megatron_laer.cpu.weights import Tensors
 from tests.parity.flags import command_line
 from tests.parity.rows import HYBRID
 
@@ -75,7 +75,7 @@ def test_seeds_layers_and_experts_differ_and_spread_like_stock(
 
 def initial_weights_without_drawing_experts(flags: list[str]) -> Tensors:
     """`initial_weights`, but no expert weight is drawn."""
-    from megatron_laer.experts import module
+    from megatron_laer.layer.experts import module
 
     with mock.patch.object(module, "initialise", lambda slice_ErK, *_: slice_ErK.data.zero_()):
         return initial_weights(flags)

@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.model_flags import model_flags
+from megatron_laer.tools.model_flags import model_flags
 from tests import processes
 from tests.parity.flags import command_line
 
@@ -417,7 +417,9 @@ def test_the_wheel_has_what_type_checkers_and_users_need_and_no_sources(wheel: P
         (metadata,) = (archive.read(name) for name in names if name.endswith("/METADATA"))
     assert {"megatron_laer/py.typed", "megatron_laer/planner/_native.pyi"} <= {*names}
     assert not [name for name in names if name.endswith((".cpp", ".hpp"))]
-    page = {str(file.relative_to(_ROOT)) for file in _ROOT.glob("megatron_laer/report/page/*")}
+    page = {
+        str(file.relative_to(_ROOT)) for file in _ROOT.glob("megatron_laer/tools/report/page/*")
+    }
     assert page
     assert page <= {*names}
     yaml = {f"megatron_laer/{file.relative_to(_ROOT)}" for file in _ROOT.glob("configs/*/*.yaml")}

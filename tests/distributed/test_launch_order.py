@@ -14,9 +14,9 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.testing import weights
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
+from megatron_laer.cpu import weights
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
 from tests.launch_order import WITH_SPLITS, Launch, problems, recorded
 from tests.parity.flags import command_line
 

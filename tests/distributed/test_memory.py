@@ -10,8 +10,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
 from tests.parity.flags import command_line
 
 RANDOM = " --fsep-planner random"
@@ -259,7 +259,7 @@ def kept_activations(command: list[str]) -> tuple[int, int]:
     """Train; how often experts' activations were computed, and the bytes kept after forward."""
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_laer.experts.module import FSEPExperts
+    from megatron_laer.layer.experts.module import FSEPExperts
 
     computed: list[torch.Tensor] = []
     kept = 0

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import Record, train
 from megatron_laer.telemetry.metrics import LOGGED, PERCENTILES
 from megatron_laer.telemetry.metrics_file import read_metrics
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import Record, train
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 

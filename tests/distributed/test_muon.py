@@ -9,11 +9,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from megatron_laer.platform import pretraining
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import Record, train
+from megatron_laer.planner.sharding import row_bounds
+from megatron_laer.plugin import pretraining
 from megatron_laer.runtime.comm.whole_matrices import WholeMatrices
-from megatron_laer.sharding import row_bounds
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import Record, train
 from tests.parity.compare import distance
 from tests.parity.flags import command_line
 from tests.parity.rows import BF16_BOUND, FSEP, MUON, MUON_BF16, RANDOM
@@ -63,7 +63,7 @@ def test_matrices_come_whole_to_one_rank_each_and_go_back(
 
 def count_updates(flags: list[str]) -> list[tuple[int, ...]]:
     """Train; returns the shapes of the experts' matrices that this rank updated in all steps."""
-    from megatron_laer.experts.muon import ExpertMuon
+    from megatron_laer.layer.experts.muon import ExpertMuon
 
     shapes = []
     stock = ExpertMuon._stock

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import Record
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import Record
 from tests.parity.compare import Distance, distance
 from tests.parity.decisions import Chosen, Decisions, train_choosing
 from tests.parity.flags import command_line

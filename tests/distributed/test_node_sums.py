@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from megatron_laer.testing.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPool
 from tests.parity.compare import Distance, distance
 from tests.parity.decisions import Decisions
 from tests.parity.random.on_ranks import Outcome, train_case

@@ -13,9 +13,9 @@ import pytest
 import torch.distributed.checkpoint as torch_checkpoint
 from packaging.version import Version
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
-from megatron_laer.trace import read_trace
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
+from megatron_laer.tools.traces import read_trace
 from tests.checkpoints import iteration_folder
 from tests.old_files import FOLDER, MEGATRON, SAVED, STEPS, copied, logged_losses
 

@@ -17,8 +17,8 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import fresh_megatron
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import fresh_megatron
 from tests import processes
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -282,7 +282,7 @@ def build_layer(**numbered: int) -> tuple[float, bool]:
 
 def build_unnumbered_layer() -> tuple[float, bool]:
     """One that nobody numbers, after layers of Megatron's that were numbered later."""
-    from megatron_laer.moe_layer import numbered_later
+    from megatron_laer.layer.moe_layer import numbered_later
 
     with numbered_later():
         pass

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.device import CPU_FLAGS
 from tests import processes
 from tests.distributed.test_slurm import TWO_NODES
 from tests.slurm import Cluster

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import Adapt, Record
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import Adapt, Record
 from tests.parity.compare import distance
 from tests.parity.replay import train_row
 from tests.parity.rows import FLOOR_FACTOR, LONG, ROWS, SMALLEST_FLOOR, STEP, STEPS, Row

@@ -12,9 +12,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import Record, train
 from megatron_laer.runtime.planning import layout_sources
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import Record, train
 from tests.faults.injected import train_with_other_layout
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
@@ -56,8 +56,8 @@ def train_with_slow_planner(command: list[str], longest_s: float) -> Record:
 
 def train_with_broken_planner(command: list[str], fault: str) -> Record:
     """The planner raises, has no memory, or returns another shape, every other time."""
-    from megatron_laer.layout import ExpertLayout
     from megatron_laer.planner.laer import LaerStrategy
+    from megatron_laer.planner.layout import ExpertLayout
 
     plan = LaerStrategy.plan
     calls = 0

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.testing.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPool
 from tests.parity.flags import command_line
 from tests.parity.replay import train_row
 

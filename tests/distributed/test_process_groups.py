@@ -11,9 +11,9 @@ from unittest import mock
 import pytest
 import yaml
 
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
 from megatron_laer.files.shipped import yaml_file
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
 
 

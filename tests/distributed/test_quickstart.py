@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.cli.program import ended
+from megatron_laer.tools.cli.program import ended
 from tests import processes
 
 _ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_laer.testing.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPool
 from tests.parity.random.generator import Case, draw
 from tests.parity.random.judge import Verdict, judge
 from tests.parity.random.report import line

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.testing.ranks import RankPool, RankPools
+from megatron_laer.cpu.ranks import RankPool, RankPools
 from tests.parity.flags import command_line
 from tests.processes import outlive, python_path
 
@@ -19,7 +19,7 @@ from tests.processes import outlive, python_path
 USER = """
 import os, signal, sys
 from tests.distributed.test_ranks import start_stubborn_child
-from megatron_laer.testing.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPool
 
 if __name__ == "__main__":
     pool = RankPool(1)
@@ -79,7 +79,7 @@ def raise_on_one_rank() -> None:
 
 
 def test_a_rank_that_fails_is_heard_while_the_others_hang() -> None:
-    from megatron_laer.testing.ranks import RankError
+    from megatron_laer.cpu.ranks import RankError
 
     with RankPool(2) as pool:
         pool.patience_s = 2.0
@@ -124,7 +124,7 @@ def test_results_hold_no_files_open(ranks: Callable[[int], RankPool]) -> None:
 
 def open_after_training(flags: list[str]) -> tuple[int, int]:
     """Threads and open files of this rank after a run."""
-    from megatron_laer.testing.training import train
+    from megatron_laer.cpu.training import train
 
     train(flags)
     return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))

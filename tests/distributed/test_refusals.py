@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
 from tests.parity.flags import command_line
 
 FSEP = " --expert-parallel-mode fsep"

@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import Record, train
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import Record, train
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 
@@ -84,7 +84,7 @@ def test_the_schedule_changes_no_bit(
 
 def train_with_frozen_experts(command: list[str]) -> Record:
     """Train all but the experts, as fine-tuning may."""
-    from megatron_laer.moe_layer import FSEPMoELayer
+    from megatron_laer.layer.moe_layer import FSEPMoELayer
 
     register = FSEPMoELayer._register
 
@@ -135,8 +135,8 @@ def order_of_events(command: list[str]) -> list[str]:
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    from megatron_laer.dispatch.node_dispatcher import NodeTokenDispatcher
-    from megatron_laer.moe_layer import FSEPMoELayer
+    from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
+    from megatron_laer.layer.moe_layer import FSEPMoELayer
     from megatron_laer.runtime.weights.restored import RestoredExperts
     from megatron_laer.runtime.weights.states import WeightState
 

@@ -20,8 +20,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
 from tests import documents
 from tests.distributed.test_announced import MICROBATCHES, announce_by_slimes_hooks
 from tests.distributed.test_own_loop import code_of, script

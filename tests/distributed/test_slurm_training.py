@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.device import CPU_FLAGS
 from megatron_laer.telemetry import log
 from tests import processes
 from tests.checkpoints import saved_iteration

@@ -13,8 +13,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import Record, train
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import Record, train
 from tests.parity.compare import Distance, distance
 from tests.parity.flags import command_line
 
@@ -25,8 +25,8 @@ CLOSE = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4)
 
 def train_without_call(command: list[str]) -> Record:
     """The experts' forward runs without their call, so without Megatron's hook before it."""
-    from megatron_laer.experts.module import FSEPExperts
-    from megatron_laer.moe_layer import FSEPMoELayer
+    from megatron_laer.layer.experts.module import FSEPExperts
+    from megatron_laer.layer.moe_layer import FSEPMoELayer
 
     compute = FSEPMoELayer.routed_experts_compute
 

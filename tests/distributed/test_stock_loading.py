@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 import megatron_laer
 from megatron_laer import session
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
 from megatron_laer.runtime.weights.states import WeightState
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
 
 Chunk = torch.nn.Module

@@ -1,6 +1,6 @@
 """Under stock's names an FSEP model has stock's parameters, in stock's shapes, and takes them back.
 
-Both sides start from the weights that `testing/weights.py` gives by name, and a learning rate of
+Both sides start from the weights that `cpu/weights.py` gives by name, and a learning rate of
 zero leaves them as they are.
 """
 
@@ -19,11 +19,12 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 
 import megatron_laer
-from megatron_laer import moe_layer, stock_names
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
+from megatron_laer.integrations import stock_names
+from megatron_laer.integrations.stock_names import StockLayer
+from megatron_laer.layer import moe_layer
 from megatron_laer.runtime.comm.expert_blocks import gather_block
-from megatron_laer.stock_names import StockLayer
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
 from tests import documents
 from tests.parity.flags import command_line
 

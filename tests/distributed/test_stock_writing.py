@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 import megatron_laer
 from megatron_laer import session
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
 from tests.distributed.test_stock_loading import flags_of
 
 Named = Iterable[tuple[str, torch.Tensor]]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
 from tests.checkpoints import NEEDS_NVRX, saved_iteration
 from tests.faults.delays import digest
 from tests.faults.jobs import output_of, run_job, steps_of

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_laer.testing.ranks import Raised, RankError, RankPool
+from megatron_laer.cpu.ranks import Raised, RankError, RankPool
 from tests.faults.delays import STEPS_PER_SEED, Trace, train_with_delays
 from tests.parity.flags import command_line
 

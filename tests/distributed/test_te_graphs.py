@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_laer.testing.ranks import Raised, RankPool
-from megatron_laer.testing.training import train
+from megatron_laer.cpu.ranks import Raised, RankPool
+from megatron_laer.cpu.training import train
 from tests.checkpoints import iteration_folder
 from tests.distributed.test_parity import check_nothing_left
 from tests.parity.flags import command_line

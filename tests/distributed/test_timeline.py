@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
 from megatron_laer.telemetry.timeline import FIRST_STEP, NUM_STEPS
 from megatron_laer.telemetry.trace_events import COMPUTE, TOKENS, TRACKS
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 

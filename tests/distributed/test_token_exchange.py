@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from megatron_laer.choices import TokenExchange
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
 from megatron_laer.planner.token_traffic import (
     dispatch_rows,
     metadata_bytes,
     metadata_bytes_backward,
 )
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
 from tests.parity.flags import command_line
 from tests.token_exchange import (
     HIDDEN,
@@ -49,7 +49,7 @@ CASES = {
 
 def both(case: Case, dtype_name: str) -> tuple[Outcome, Outcome, Outcome, Outcome]:
     """On a rank: by Megatron's rows, twice through nodes, and so with a choice of replicas."""
-    from megatron_laer.dispatch import replica_choice
+    from megatron_laer.layer.dispatch import replica_choice
 
     dtype = getattr(torch, dtype_name)
     with gloo_groups(case.node_size) as groups:
@@ -244,7 +244,7 @@ def test_backward_keeps_rows_instead_of_pairs(
 
 def rows_unpacked(flags: list[str]) -> int:
     """On a rank: how often a run's backward passes spread rows that were kept."""
-    from megatron_laer.dispatch import row_map
+    from megatron_laer.layer.dispatch import row_map
 
     unpacked = 0
     unpack = row_map._unpack

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer import cli
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
-from megatron_laer.trace.reading import read_trace
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
+from megatron_laer.tools import cli
+from megatron_laer.tools.traces.reading import read_trace
 from tests.parity.flags import command_line
 
 STEPS, MICROBATCHES = 4, 2

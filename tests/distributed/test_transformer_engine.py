@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.testing.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPool
 
 pytestmark = pytest.mark.nightly
 
@@ -47,8 +47,8 @@ def describe(kind: str, fp8: str | None) -> dict[str, Any]:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     import megatron_laer
-    from megatron_laer.moe_layer import FSEPMoELayer
-    from megatron_laer.testing.training import fresh_megatron
+    from megatron_laer.cpu.training import fresh_megatron
+    from megatron_laer.layer.moe_layer import FSEPMoELayer
 
     model: list[torch.nn.Module] = []
     with fresh_megatron(model):
@@ -145,12 +145,12 @@ def test_layers_of_transformer_engine_are_built_around_ours(
 
 
 def parameters_of_grouped_gemm() -> tuple[str, ...]:
-    from megatron_laer.experts.gemm import te
+    from megatron_laer.layer.experts.gemm import te
 
     return tuple(inspect.signature(te._grouped_gemm()).parameters)
 
 
 def test_the_grouped_gemm_takes_what_we_call_it_with(ranks: Callable[[int], RankPool]) -> None:
-    from megatron_laer.experts.gemm import te
+    from megatron_laer.layer.experts.gemm import te
 
     assert ranks(2).run(parameters_of_grouped_gemm) == [te._PARAMETERS] * 2

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.testing.ranks import RankPool
-from megatron_laer.testing.training import train
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
 from tests import processes
 from tests.parity.compare import distance, identical
 from tests.parity.flags import command_line

@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 
-from megatron_laer.testing.training import Record, rank_of_environment, train
+from megatron_laer.cpu.training import Record, rank_of_environment, train
 
 STEPS_PER_SEED = 2
 WATCHDOG_S = 30.0

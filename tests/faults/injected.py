@@ -19,7 +19,7 @@ from unittest import mock
 import psutil
 import torch
 
-from megatron_laer.testing.training import Record, rank_of_environment, train
+from megatron_laer.cpu.training import Record, rank_of_environment, train
 from tests.faults.delays import digest
 
 
@@ -70,7 +70,7 @@ def other_layout(rank: int, after_step: int, *, ahead: bool) -> Callable[[object
     """
     import torch.distributed as dist
 
-    from megatron_laer.layout import ExpertLayout
+    from megatron_laer.planner.layout import ExpertLayout
     from megatron_laer.session import current_coordinator
 
     steps = 0
@@ -284,7 +284,7 @@ class Received:
 
 def train_with_bursts(flags: list[str], every: int, look_every: int) -> Received:
     """All tokens go to one expert in every so-many-th step; memory is looked at now and then."""
-    from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
+    from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
 
     received, preprocess, steps = Received(), SlotTokenDispatcher.preprocess, 0
 

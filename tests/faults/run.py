@@ -30,7 +30,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_laer.testing.training import train
+from megatron_laer.cpu.training import train
 from tests.faults.delays import digest
 from tests.faults.injected import act_in_step, current_step, other_layout
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_laer.data import BYTES_TOKENIZER_FLAGS
-from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.device import CPU_FLAGS
+from megatron_laer.tools.data import BYTES_TOKENIZER_FLAGS
 from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]

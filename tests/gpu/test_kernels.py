@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_laer.dispatch.permutation import slot_permutation, slot_ranges
-from megatron_laer.dispatch.slots import to_slots
-from megatron_laer.experts.gemm import gemm_names, slot_gemm
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.layer.dispatch.permutation import slot_permutation, slot_ranges
+from megatron_laer.layer.dispatch.slots import to_slots
+from megatron_laer.layer.experts.gemm import gemm_names, slot_gemm
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.reduce_index import reduce_index

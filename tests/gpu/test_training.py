@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_laer.data import BYTES_TOKENIZER_FLAGS
-from megatron_laer.experts.gemm import gemm_names, slot_gemm
+from megatron_laer.layer.experts.gemm import gemm_names, slot_gemm
+from megatron_laer.tools.data import BYTES_TOKENIZER_FLAGS
 from tests import processes
 from tests.slot_gemm import COLUMNS, ROWS, SPLITS, check_back_end, check_weight_grad
 
@@ -50,8 +50,8 @@ BOTH = " --fsep-allow-unproven te-graphs dense-fp8"  # of several, the last one 
 # Where gloo carries CUDA tensors it takes no device ids, as on the CPU.
 WITH_GLOO = """
 import runpy, sys
-from megatron_laer.platform import cpu_torch
-cpu_torch._replace_collectives()
+from megatron_laer.cpu import cuda
+cuda._replace_collectives()
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -7,8 +7,8 @@ from dataclasses import astuple, dataclass, fields
 
 import torch
 
-from megatron_laer.testing.training import Record
-from megatron_laer.testing.weights import Tensors
+from megatron_laer.cpu.training import Record
+from megatron_laer.cpu.weights import Tensors
 
 # Guards a division: a logged value of a layer that has none is 0 on both sides.
 _TINY = 1e-30

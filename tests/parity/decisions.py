@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_laer.testing.training import Adapt, Record, rank_of_environment, train
+from megatron_laer.cpu.training import Adapt, Record, rank_of_environment, train
 
 Chosen = npt.NDArray[np.int16]
 

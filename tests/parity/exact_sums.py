@@ -31,7 +31,7 @@ class _Rounding:
 @contextlib.contextmanager
 def exact_sums() -> Iterator[None]:
     """Let every `NodeTokenDispatcher` round a token's sum once."""
-    from megatron_laer.dispatch.node_dispatcher import NodeTokenDispatcher
+    from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
 
     steps = {
         name: getattr(NodeTokenDispatcher, name)

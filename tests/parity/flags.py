@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_laer.data import BYTES_TOKENIZER_FLAGS
-from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.device import CPU_FLAGS
+from megatron_laer.tools.data import BYTES_TOKENIZER_FLAGS
 
 MODEL_FLAGS = """
     --num-layers 2 --hidden-size 48 --num-attention-heads 4 --ffn-hidden-size 64

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.gpu.ranks import Ranks, run_ranks_part
 from benchmarks.gpu.report import Part
-from megatron_laer.testing.training import Adapt, Record
+from megatron_laer.cpu.training import Adapt, Record
 from tests.parity.compare import Distance, distance
 from tests.parity.replay import train_row
 from tests.parity.rows import FLOOR_FACTOR, ROWS, SMALLEST_FLOOR, Row

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from megatron_laer.testing.training import Adapt, Probe, Record, train
+from megatron_laer.cpu.training import Adapt, Probe, Record, train
 
 REPLAY = "--moe-enable-routing-replay"
 

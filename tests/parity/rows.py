@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_laer.testing.training import Adapt
+from megatron_laer.cpu.training import Adapt
 from tests.parity.adapted import frozen_in_part, lora_on_attention, lora_under_recompute
 from tests.parity.compare import Distance
 from tests.parity.flags import command_line
@@ -146,7 +146,7 @@ MUON_BF16 = " --optimizer muon --muon-extra-scale-factor 0.5 --bf16"
 MUON_SHARED = MUON_BF16.replace("muon", "dist_muon", 1)
 UNTIED = "--untie-embeddings-and-output-weights"
 CLAMPED_GEGLU = " --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0"
-HYBRID = " --spec megatron_laer.testing.hybrid hybrid_stack_spec --hybrid-layer-pattern "
+HYBRID = " --spec tests.specs.hybrid hybrid_stack_spec --hybrid-layer-pattern "
 HYBRID_MTP = HYBRID + "*E-E/*E/*E --mtp-use-repeated-layer"
 REPEATED = " --mtp-use-repeated-layer --mtp-num-layers "
 PER_TOKEN = " --calculate-per-token-loss"
@@ -656,7 +656,7 @@ ROWS = [
     ),
     Row(
         "gated delta net before attention, recompute of its output norm",
-        flags=" --spec megatron_laer.testing.gated_delta_net block_spec"
+        flags=" --spec tests.specs.gated_delta_net block_spec"
         " --experimental-attention-variant gated_delta_net --linear-attention-freq 2"
         " --linear-key-head-dim 8 --linear-value-head-dim 12 --linear-num-key-heads 2"
         " --linear-num-value-heads 4"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from megatron_laer.testing.ranks import RankPool, RankPools
+from megatron_laer.cpu.ranks import RankPool, RankPools
 
 
 @pytest.fixture(scope="package")

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_laer.experts.gemm import slot_gemm
-from megatron_laer.experts.main_grads import MegatronMainGrads
-from megatron_laer.experts.slot_linear import slot_linear
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.layer.experts.gemm import slot_gemm
+from megatron_laer.layer.experts.main_grads import MegatronMainGrads
+from megatron_laer.layer.experts.slot_linear import slot_linear
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm import layout_index, process_groups
 from megatron_laer.runtime.comm.collectives import CountsExchange
 from megatron_laer.runtime.comm.hierarchical import flat_exchange, node_exchange

@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.telemetry.metrics_file import read_metrics, recording_path
-from megatron_laer.testing.ranks import RankPool
 from tests.one_layer import (
     EXPECTED,
     HIDDEN,
@@ -85,7 +85,7 @@ def watched() -> Iterator[list[str]]:
 
 def work_of(model: str, token_exchange: str, fault: bool) -> list[HostWork]:
     """What the host does on this rank, with a number that is read back or without."""
-    from megatron_laer.dispatch.dispatcher import SlotTokenDispatcher
+    from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
 
     broken: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if fault:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_laer.testing.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPool
 from tests.races import layers, training
 from tests.races.faults import LAYER_FAULTS, TRAINING_FAULTS, Scene
 from tests.races.watched import Watched

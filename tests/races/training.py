@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from megatron_laer.testing import training
+from megatron_laer.cpu import training
 from tests.parity.flags import command_line
 from tests.parity.replay import REPLAY, train_row
 from tests.races.cuda import current_stream

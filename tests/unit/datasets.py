@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from megatron_laer import data
+from megatron_laer.tools import data
 
 
 def prepare_data(inputs, prefix, **kwargs):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_laer import cli
+from megatron_laer.tools import cli
 
 
 def report(*words: object) -> int:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from megatron_laer.config import FSEPConfig
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Figure, HostTime, Link, SolveTime
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.agreement import describe_difference, summarise
 from megatron_laer.runtime.comm.collectives import decision_digest
 from tests.unit.plan_cases import COSTS

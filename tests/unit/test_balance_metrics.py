@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_laer.config import Split
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.balance import (
     balance,
     fsep_tokens_N,
     max_over_mean,
     stock_tokens_N,
 )
-from megatron_laer.planner.reference import quota_NS
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import solve_quotas
+from tests.oracles.planner import quota_NS
 
 
 def test_max_over_mean_of_an_even_load_is_one_and_of_a_single_rank_is_their_number() -> None:

@@ -13,13 +13,14 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer import FSEPConfig, cli
-from megatron_laer.cli import check_recipe as command
+from megatron_laer import FSEPConfig
 from megatron_laer.config import LatePlan
 from megatron_laer.integrations import bridge, hugging_face
 from megatron_laer.integrations.bridge import FSEPCallback, check_recipe
 from megatron_laer.integrations.bridge_config import settings_of
 from megatron_laer.plugin.steps import StepOutcome
+from megatron_laer.tools import cli
+from megatron_laer.tools.cli import check_recipe as command
 
 
 def recipe(**model: Any) -> SimpleNamespace:

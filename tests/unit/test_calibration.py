@@ -14,10 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.calibration import quantities
-from megatron_laer.calibration.constants import cluster_of
-from megatron_laer.calibration.estimate import check_fits, gemm_bytes, gemm_seconds
-from megatron_laer.calibration.fitting import (
+from megatron_laer.choices import Recompute
+from megatron_laer.config import FSEPConfig
+from megatron_laer.layer.experts.gemm import slot_gemm
+from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
+from megatron_laer.planner.clusters import Figure, Link, SolveTime
+from megatron_laer.runtime.build import layer_costs
+from megatron_laer.tools.calibration import quantities
+from megatron_laer.tools.calibration.constants import cluster_of
+from megatron_laer.tools.calibration.estimate import check_fits, gemm_bytes, gemm_seconds
+from megatron_laer.tools.calibration.fitting import (
     figure_of,
     fit_curve,
     fit_link,
@@ -26,9 +32,9 @@ from megatron_laer.calibration.fitting import (
     rates_of,
     rounded,
 )
-from megatron_laer.calibration.gemms import product_of
-from megatron_laer.calibration.links import partner_ranks
-from megatron_laer.calibration.quantities import (
+from megatron_laer.tools.calibration.gemms import product_of
+from megatron_laer.tools.calibration.links import partner_ranks
+from megatron_laer.tools.calibration.quantities import (
     INTER,
     INTRA,
     AllToAll,
@@ -41,13 +47,7 @@ from megatron_laer.calibration.quantities import (
     Product,
     Quantity,
 )
-from megatron_laer.calibration.settings import ExpertShape, Settings, make_settings
-from megatron_laer.choices import Recompute
-from megatron_laer.config import FSEPConfig
-from megatron_laer.experts.gemm import slot_gemm
-from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
-from megatron_laer.planner.clusters import Figure, Link, SolveTime
-from megatron_laer.runtime.build import layer_costs
+from megatron_laer.tools.calibration.settings import ExpertShape, Settings, make_settings
 
 LINKS = {INTRA: Link(2e11, 1e-5, 2e-6), INTER: Link(2.5e10, 3e-5, 4e-6)}
 SOLVE, GATE = SolveTime(4e-5, 4e-7, 2e-8), SolveTime(1e-5, 1e-7, 3e-9)

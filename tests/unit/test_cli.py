@@ -12,10 +12,11 @@ import textwrap
 
 import pytest
 
-from megatron_laer import __version__, cli
-from megatron_laer.cli import plan
-from megatron_laer.model_flags import model_flags
+from megatron_laer import __version__
 from megatron_laer.releases import TESTED_RANGE
+from megatron_laer.tools import cli
+from megatron_laer.tools.cli import plan
+from megatron_laer.tools.model_flags import model_flags
 from tests.processes import default_signals, python_path
 
 
@@ -166,7 +167,7 @@ def test_the_version_is_the_package_s(capsys):
 def test_messages_name_the_program_as_it_was_started(tmp_path):
     assert run("flags", "x").stderr.startswith("python -m megatron_laer flags: unknown model 'x'")
     link = tmp_path / "megatron-laer"
-    link.write_text("import sys; from megatron_laer.cli import main; sys.exit(main())")
+    link.write_text("import sys; from megatron_laer.tools.cli import main; sys.exit(main())")
     result = subprocess.run(
         [sys.executable, link, "flags", "x"],
         env=os.environ | {"PYTHONPATH": python_path()},
@@ -181,7 +182,7 @@ def test_messages_name_the_program_as_it_was_started(tmp_path):
 _WAITING = """
 import sys, time
 from megatron_laer import cli
-from megatron_laer.cli import plan
+from megatron_laer.tools.cli import plan
 def wait(args):
     try:
         print("at work", flush=True)
@@ -261,7 +262,7 @@ def started_at_work(words):
 
 
 def test_flags_for_a_machine_without_a_gpu_follow_the_models():
-    from megatron_laer.platform.cpu import CPU_FLAGS
+    from megatron_laer.device import CPU_FLAGS
 
     plain, with_cpu = (run("flags", "tiny-moe", *more).stdout.split() for more in ([], ["--cpu"]))
     assert with_cpu == [*plain, *CPU_FLAGS]

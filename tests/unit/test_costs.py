@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Recompute
 from megatron_laer.config import ExchangeAlgorithm, RestoreAlgorithm, Split
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import SplitTotals
-from megatron_laer.planner.reference import quota_NS
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
+from tests.oracles.planner import quota_NS
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
 # Curved, with transfers and latencies that matter beside compute.

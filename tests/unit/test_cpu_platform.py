@@ -9,7 +9,8 @@ from importlib.machinery import EXTENSION_SUFFIXES
 
 import pytest
 
-from megatron_laer.platform import cpu, wheel
+from megatron_laer import device
+from megatron_laer.plugin import wheel
 from tests.processes import python_path
 
 pytestmark = pytest.mark.releases
@@ -32,7 +33,7 @@ def run(code, **environment):
 _SERVER = """
 import json, os, sys, traceback
 from megatron_laer.platform import cpu
-cpu.install()
+device.install_cpu()
 import torch
 for line in sys.stdin:
     if os.fork() == 0:
@@ -73,17 +74,17 @@ def on_cpu():
 
 def test_the_user_decides_before_the_machine_does(monkeypatch):
     monkeypatch.delenv("MEGATRON_LAER_DEVICE", raising=False)
-    assert cpu.needed(force=True)
+    assert device.cpu_needed(force=True)
     monkeypatch.setenv("MEGATRON_LAER_DEVICE", "cpu")
-    assert cpu.needed()
+    assert device.cpu_needed()
     monkeypatch.setenv("MEGATRON_LAER_DEVICE", "cuda")
-    assert not cpu.needed()
+    assert not device.cpu_needed()
 
 
 def test_an_unknown_device_is_refused_by_name(monkeypatch):
     monkeypatch.setenv("MEGATRON_LAER_DEVICE", "tpu")
     with pytest.raises(ValueError, match=r"MEGATRON_LAER_DEVICE='tpu'.*auto, cpu, cuda"):
-        cpu.needed()
+        device.cpu_needed()
 
 
 @pytest.mark.parametrize("usable", [True, False])
@@ -92,14 +93,14 @@ def test_without_a_wish_the_machine_decides(usable, monkeypatch):
 
     monkeypatch.delenv("MEGATRON_LAER_DEVICE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
-    assert cpu.needed() is not usable
+    assert device.cpu_needed() is not usable
 
 
 def test_asking_for_the_cpu_does_not_import_torch():
     code = """
         import sys
         from megatron_laer.platform import cpu
-        print(cpu.needed(), cpu.installed(), 'torch' in sys.modules)
+        print(device.cpu_needed(), device.cpu_installed(), 'torch' in sys.modules)
     """
     assert run(code, MEGATRON_LAER_DEVICE="cpu") == "True False False"
 
@@ -108,7 +109,7 @@ def test_installing_after_megatron_is_refused():
     code = """
         import megatron.core
         from megatron_laer.platform import cpu
-        cpu.install()
+        device.install_cpu()
     """
     assert "after megatron.core had been imported" in run(code)
 
@@ -116,8 +117,9 @@ def test_installing_after_megatron_is_refused():
 def test_installing_twice_does_nothing(on_cpu):
     code = """
         first = torch.Tensor.to, torch.cuda.is_available
-        cpu.install()
-        print(cpu.installed(), cpu.needed(), first == (torch.Tensor.to, torch.cuda.is_available))
+        device.install_cpu()
+        same = first == (torch.Tensor.to, torch.cuda.is_available)
+        print(device.cpu_installed(), device.cpu_needed(), same)
     """
     assert on_cpu(code) == "True True True"
 
@@ -136,7 +138,7 @@ def test_nothing_is_compiled_although_torch_was_imported_first():
     code = """
         import torch
         from megatron_laer.platform import cpu
-        cpu.install()
+        device.install_cpu()
         def plain(x):
             return torch.compiler.is_compiling()
         print(torch.compile(plain)(torch.ones(1)))
@@ -290,7 +292,7 @@ def test_the_dataset_helper_is_not_built_where_the_wheel_brings_it(on_cpu):
         import tempfile
         from pathlib import Path
         from megatron.core.datasets import utils
-        from megatron_laer.platform.wheel import mend_dataset_helper
+        from megatron_laer.plugin.wheel import mend_dataset_helper
 
         def is_mended(*names):
             utils.compile_helpers = stock

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from megatron_laer import cli, data
-from megatron_laer.data import prepare, tokenizers, writing
+from megatron_laer.tools import cli, data
+from megatron_laer.tools.data import prepare, tokenizers, writing
 from tests.unit.datasets import prepare_data, read_documents
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_laer import data
-from megatron_laer.data.sources import find_sources
+from megatron_laer.tools import data
+from megatron_laer.tools.data.sources import find_sources
 
 
 def texts_of(written):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer import data
+from megatron_laer.tools import data
 from tests.processes import default_signals, python_path, run
 
 # A tokenizer that stops at its second document, for as long as this test lives.

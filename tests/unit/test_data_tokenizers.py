@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from megatron_laer.data import prepare
+from megatron_laer.tools.data import prepare
 from tests.unit.datasets import install_fake_transformers, prepare_data, read_documents
 
 

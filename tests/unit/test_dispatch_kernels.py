@@ -37,7 +37,7 @@ def test_kernels_compile_for_cards_that_are_not_here(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_laer.dispatch import kernels
+    from megatron_laer.layer.dispatch import kernels
 
     types = dict.fromkeys(INTEGERS, "*i32") | {"map_TE": "*u8", "BLOCK": "constexpr"}
     types |= {"rows_PH": f"*{rows}", "sums_TH": f"*{rows}"}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.cli import doctor
-from megatron_laer.doctor import asking, machine
-from megatron_laer.doctor.row import Row, Verdict
+from megatron_laer.tools.cli import doctor
+from megatron_laer.tools.doctor import asking, machine
+from megatron_laer.tools.doctor.row import Row, Verdict
 
 CPU = {"cuda": "13.2", "cards": [], "device": "cpu", "cuda_error": "no device"}
 

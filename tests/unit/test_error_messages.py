@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer import layout
 from megatron_laer.config import FSEPConfig
+from megatron_laer.planner import layout
 from megatron_laer.planner.strategies import check_planner
 from megatron_laer.support import run_files
 from tests.error_messages import GAP, Message, messages, native_messages, script_messages, unread

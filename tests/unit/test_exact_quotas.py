@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.exact import ExactQuotas, exact_split
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import even_split
-from megatron_laer.planner.reference_exact import (
+from tests.oracles.exact import (
     exact_quota_NS,
     least_largest_load,
     off_node_tokens,

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from benchmarks.costs import paper_costs
 from megatron_laer.arrays import Int64
 from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.construct import always_balances, construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.search import SearchStrategy
 from tests.costs import make_costs

@@ -13,7 +13,6 @@ from benchmarks.costs import paper_costs
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Recompute, TokenExchange
 from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
 from megatron_laer.planner.construct import always_balances, construct_layout
 from megatron_laer.planner.costs import CostModel
@@ -22,8 +21,9 @@ from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import GUARD_MODES, Decision, Guard, in_words
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.token_prices import TokenPrices
-from megatron_laer.simulator.outcome import evaluate
+from megatron_laer.tools.simulator.outcome import evaluate
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 

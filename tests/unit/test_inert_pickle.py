@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.files import inert_pickle
-from megatron_laer.files.inert_pickle import Name, Record, read
+from megatron_laer.tools import inert_pickle
+from megatron_laer.tools.inert_pickle import Name, Record, read
 from tests.fuzz import damaged
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 
-from megatron_laer import cli, inspection
 from megatron_laer.runtime.planning.planner_checkpoint import state_path
+from megatron_laer.tools import cli, inspection
 from tests.fuzz import damaged
 from tests.planner_states import make_state
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from megatron_laer.schedule import make_schedule
-from megatron_laer.simulator.iteration.chunk import LayerTimes, MoETimes, backward, forward
-from megatron_laer.simulator.iteration.clocks import KINDS, Clocks
-from megatron_laer.simulator.iteration.pipeline import in_flight, order, sweep
+from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, MoETimes, backward, forward
+from megatron_laer.tools.simulator.iteration.clocks import KINDS, Clocks
+from megatron_laer.tools.simulator.iteration.pipeline import in_flight, order, sweep
 
 OVERLAPPED = make_schedule(overlaps=True)
 ALONE = make_schedule(overlaps=False)

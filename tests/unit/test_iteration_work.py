@@ -14,29 +14,29 @@ from hypothesis import strategies as st
 
 from megatron_laer.choices import Recompute
 from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.balance import stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import even_split
-from megatron_laer.simulator.iteration.flexmoe import FlexMoEStrategy
-from megatron_laer.simulator.iteration.methods import (
+from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
+from megatron_laer.tools.simulator.iteration.methods import (
     FSEP,
     METHODS,
     STOCK,
     Settings,
     make_method,
 )
-from megatron_laer.simulator.iteration.model_shape import read_model
-from megatron_laer.simulator.iteration.predict import predict
-from megatron_laer.simulator.iteration.rates import Rates, rate_sets
-from megatron_laer.simulator.iteration.routing import Routing
-from megatron_laer.simulator.iteration.run_shape import RunShape
-from megatron_laer.simulator.iteration.work import Exchange, LayerWork, grouped_totals
-from megatron_laer.trace import Trace
-from megatron_laer.trace.workloads import Shape, workload_trace
+from megatron_laer.tools.simulator.iteration.model_shape import read_model
+from megatron_laer.tools.simulator.iteration.predict import predict
+from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
+from megatron_laer.tools.simulator.iteration.routing import Routing
+from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.simulator.iteration.work import Exchange, LayerWork, grouped_totals
+from megatron_laer.tools.traces.workloads import Shape, workload_trace
 from tests.unit.plan_cases import drifting_trace
 
 CLUSTER = load_cluster("a100-4x8-ib800")

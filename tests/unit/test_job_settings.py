@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.model_flags import model_flags
-from megatron_laer.recipes import job
+from megatron_laer.tools.model_flags import model_flags
+from megatron_laer.tools.recipes import job
 from tests import processes
 
 _TINY = model_flags("tiny-moe")  # of 8 experts
@@ -102,9 +102,8 @@ def test_flags_are_printed_or_one_line_without_megatron_and_torch(
     assert job.main(["--", "2", "fsep", *flags]) == 2
     assert "unknown model '--'" in capsys.readouterr().err
 
-    imported = (
-        "import sys, megatron_laer.recipes.job; print(*{'torch', 'megatron'} & {*sys.modules})"
-    )
+    module = "megatron_laer.tools.recipes.job"
+    imported = f"import sys, {module}; print(*{{'torch', 'megatron'}} & {{*sys.modules}})"
     result = subprocess.run(
         [sys.executable, "-P", "-c", imported],
         env={"PYTHONPATH": processes.python_path()},

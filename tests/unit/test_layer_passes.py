@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.balance import fsep_tokens_N, stock_tokens_N
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.prediction import predict
 from megatron_laer.telemetry.layer_passes import LayerPasses, predicted_values
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from megatron_laer.experts.main_grads import MegatronMainGrads
+from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.weights.slices import Slices
 

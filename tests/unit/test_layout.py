@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_laer.layout import ExpertLayout, default_capacity, stock_owner_E
+from megatron_laer.planner.layout import ExpertLayout, default_capacity, stock_owner_E
 
 
 @st.composite

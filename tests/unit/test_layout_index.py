@@ -13,8 +13,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.experts.main_grads import MegatronMainGrads
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.layer.experts.main_grads import MegatronMainGrads
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm import hierarchical, upload
 from megatron_laer.runtime.comm import layout_index as layout_index_file
 from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange, ReusableWeights

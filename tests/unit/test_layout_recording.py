@@ -10,15 +10,15 @@ import pytest
 
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files import writing
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.planning.layout_recording import (
     LayoutRecorder,
     LayoutRecording,
     read_layouts,
 )
 from megatron_laer.runtime.planning.planner_rank import PlannerRank
-from megatron_laer.trace import TraceWriter
+from megatron_laer.telemetry.trace_file import TraceWriter
 from tests import fuzz
 from tests.costs import make_costs
 from tests.old_files import as_version_1

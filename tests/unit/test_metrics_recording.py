@@ -15,10 +15,10 @@ import torch
 
 from megatron_laer.choices import ExchangeAlgorithm, Recompute, TokenExchange
 from megatron_laer.config import FSEPConfig
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.token_prices import TokenPrices
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder, run_settings

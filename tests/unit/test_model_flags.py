@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.files.shipped import yaml_file
-from megatron_laer.model_flags import model_flags, model_values
+from megatron_laer.tools.model_flags import model_flags, model_values
 from tests.processes import python_path
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -103,8 +103,8 @@ import json, sys
 from megatron_laer.launch import prepare
 prepare()
 from megatron.training import arguments
-from megatron_laer.model_flags import model_flags, model_values
-from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.tools.model_flags import model_flags, model_values
+from megatron_laer.device import CPU_FLAGS
 
 stdout, sys.stdout = sys.stdout, sys.stderr
 names, run_flags = sys.argv[1].split(), sys.argv[2].split()

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.costs import paper_costs
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
-from megatron_laer.planner.reference_exact import hosted_by_node, proportional_experts
 from megatron_laer.planner.search import SearchStrategy
+from tests.oracles.exact import hosted_by_node, proportional_experts
 
 
 def test_other_threads_run_while_it_solves() -> None:

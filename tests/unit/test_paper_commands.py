@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks.command_line import program
 from megatron_laer.config import FSEPConfig
+from megatron_laer.device import CPU_FLAGS
 from megatron_laer.files.writing import locked
-from megatron_laer.platform.cpu import CPU_FLAGS
 from scripts.paper import figure8, figure9, figure10, figure11, figure12, published, runner
 from scripts.paper.experiments import MODELS, Case
 from tests import processes

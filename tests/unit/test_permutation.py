@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from megatron.core.transformer.moe.moe_utils import permute, sort_chunks_by_idxs, unpermute
 
 from megatron_laer.config import Split
-from megatron_laer.dispatch.permutation import (
+from megatron_laer.layer.dispatch.permutation import (
     SlotPermutation,
     slot_permutation,
     slot_ranges,
     true_places,
 )
-from megatron_laer.dispatch.slots import to_slots
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.layer.dispatch.slots import to_slots
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 
 Tensors = tuple[torch.Tensor, ...]

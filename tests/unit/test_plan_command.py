@@ -13,11 +13,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from megatron_laer import cli
 from megatron_laer.files.shipped import yaml_file
-from megatron_laer.simulator import report
-from megatron_laer.simulator.table import STOCK
-from megatron_laer.trace import TraceWriter
+from megatron_laer.telemetry.trace_file import TraceWriter
+from megatron_laer.tools import cli
+from megatron_laer.tools.simulator import report
+from megatron_laer.tools.simulator.table import STOCK
 from tests.processes import python_path
 from tests.unit.plan_cases import drifting_trace, recording
 
@@ -309,7 +309,7 @@ def test_a_plot_is_written_in_the_format_of_its_ending(tmp_path, trace, capsys):
 
 def test_neither_torch_nor_megatron_is_imported():
     code = (
-        "import sys, megatron_laer.trace, megatron_laer.cli.plan; "
+        "import sys, megatron_laer.tools.traces, megatron_laer.tools.cli.plan; "
         "sys.exit(any(name.split('.')[0] in ('torch', 'megatron') for name in sys.modules))"
     )
     environment = os.environ | {"PYTHONPATH": python_path()}

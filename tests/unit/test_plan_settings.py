@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from megatron_laer import cli
+from megatron_laer.tools import cli
 from tests.recorded_runs import OWN, record_run
 from tests.unit.plan_cases import drifting_trace, recording
 

@@ -13,7 +13,7 @@ from benchmarks import by_time, planner, speed
 from benchmarks.bounds import must_show
 from benchmarks.splits import BalanceRow, Outcome, split_exactly
 from benchmarks.trace_cases import Case, Trace
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.layout import ExpertLayout
 
 
 def row(strategy: str, mode: str, lag: str, capacity: int, **values: float) -> dict[str, Any]:

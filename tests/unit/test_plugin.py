@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_laer.environment import UNRELEASED_MEGATRON
-from megatron_laer.platform import versions
+from megatron_laer.plugin import versions
 from megatron_laer.releases import NEXT, NUMBERS, TESTED_RANGE, release_after
 
 pytestmark = pytest.mark.releases

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_laer.choices import TokenExchange
 from megatron_laer.config import PlanMode, Split
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.prediction import forced_balance_counts_NE, predict, stock_seconds
 from megatron_laer.planner.token_prices import TokenPrices
 from tests.recorded_runs import COSTS, GEOMETRY, GUARD, counts_NE

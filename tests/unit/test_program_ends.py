@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_laer import environment
-from megatron_laer.cli import calibrate, main
-from megatron_laer.cli.program import ended, escape_warnings
+from megatron_laer.tools.cli import calibrate, main
+from megatron_laer.tools.cli.program import ended, escape_warnings
 from scripts.paper import runner
 from scripts.paper.tables import Result, Table
 from tests.processes import python_path

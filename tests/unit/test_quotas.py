@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import even_split
-from megatron_laer.planner.reference import quota_NS
+from tests.oracles.planner import quota_NS
 
 Case = tuple[Int64, ExpertLayout, int]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_laer.testing.ranks import Raised
-from megatron_laer.testing.training import Record
+from megatron_laer.cpu.ranks import Raised
+from megatron_laer.cpu.training import Record
 from tests.parity.decisions import Decisions
 from tests.parity.random.generator import Case, draw
 from tests.parity.random.judge import Verdict, judge

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import PlanMode, Split
-from megatron_laer.dispatch.permutation import run_sizes
-from megatron_laer.layout import ExpertLayout
-from megatron_laer.planner import reference
+from megatron_laer.layer.dispatch.permutation import run_sizes
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES, Guard
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from tests.costs import make_costs
+from tests.oracles import planner as reference
 from tests.unit.test_guard import cases, cost_models
 from tests.unit.test_strategies import geometries
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.files.yaml_text import parse_yaml
-from megatron_laer.recipes.flags import (
+from megatron_laer.tools.recipes.flags import (
     check_patterns,
     flags_in_mapping,
     flags_in_text,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megatron_laer.recipes.proof import proof_of
-from megatron_laer.recipes.rows import ROWS
+from megatron_laer.tools.recipes.proof import proof_of
+from megatron_laer.tools.recipes.rows import ROWS
 from tests import proved_rows
 
 

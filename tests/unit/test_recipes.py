@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer import cli
-from megatron_laer.cli.check_recipe import STATUS
-from megatron_laer.recipes.bridge import COLUMNS, judge_recipe
-from megatron_laer.recipes.families import IMPLIED, implied_by
-from megatron_laer.recipes.verdict import Verdict, judge
 from megatron_laer.support.refusal import LeftOut
 from megatron_laer.support.table import REFUSALS
+from megatron_laer.tools import cli
+from megatron_laer.tools.cli.check_recipe import STATUS
+from megatron_laer.tools.recipes.bridge import COLUMNS, judge_recipe
+from megatron_laer.tools.recipes.families import IMPLIED, implied_by
+from megatron_laer.tools.recipes.verdict import Verdict, judge
 
 NAME = "megatron.bridge.recipes.qwen.h100.qwen3_moe:qwen3_30b_a3b_pretrain_8gpu_h100_bf16_config"
 NONE = dict.fromkeys(COLUMNS, "") | {

@@ -17,10 +17,11 @@ import pytest
 
 from megatron_laer.files import writing
 from megatron_laer.files.recording import is_cut_off
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, LayoutRecording
-from megatron_laer.trace import TraceWriter, read_trace
+from megatron_laer.telemetry.trace_file import TraceWriter
+from megatron_laer.tools.traces import read_trace
 from tests.old_files import as_version_1
 
 NUM_RANKS, NUM_EXPERTS, CAPACITY = 2, 4, 3

@@ -21,8 +21,7 @@ from packaging.specifiers import SpecifierSet
 
 import tests.releases
 from megatron_laer import releases
-from megatron_laer.platform import pretraining
-from megatron_laer.plugin import checkpoints
+from megatron_laer.plugin import checkpoints, pretraining
 from megatron_laer.releases import (
     DIFFERENCES,
     NEXT,

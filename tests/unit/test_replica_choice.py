@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.config import Split
-from megatron_laer.dispatch import replica_choice
-from megatron_laer.dispatch.replica_choice import choose_replicas, token_order
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.layer.dispatch import replica_choice
+from megatron_laer.layer.dispatch.replica_choice import choose_replicas, token_order
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 
 LEAST_SHARE = replica_choice._LEAST_SHARE

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_laer import cli
-from megatron_laer.report import figures
-from megatron_laer.report.figures import MOST_BINS, bin_edges, binned, rounded
-from megatron_laer.report.recorded import recorded_run
-from megatron_laer.report.sources import find
-from megatron_laer.report.verdict import judge, seconds
 from megatron_laer.telemetry.metrics_file import read_metrics, recording_path
-from megatron_laer.trace import read_trace
+from megatron_laer.tools import cli
+from megatron_laer.tools.report import figures
+from megatron_laer.tools.report.figures import MOST_BINS, bin_edges, binned, rounded
+from megatron_laer.tools.report.recorded import recorded_run
+from megatron_laer.tools.report.sources import find
+from megatron_laer.tools.report.verdict import judge, seconds
+from megatron_laer.tools.traces import read_trace
 from tests import fuzz
 from tests.recorded_runs import RUN, STEPS, record_run
 from tests.unit.plan_cases import drifting_trace, recording

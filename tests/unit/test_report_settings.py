@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer import cli
 from megatron_laer.planner.clusters import Cluster
+from megatron_laer.tools import cli
 from tests.recorded_runs import COSTS, OWN, RUN, record_run
 from tests.unit.report_pages import data_of, report, written
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.restore_index import RestoreIndex, Run, restore_index
 
 pytestmark = pytest.mark.unit

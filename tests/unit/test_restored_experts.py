@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_laer.experts.main_grads import MegatronMainGrads
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.layer.experts.main_grads import MegatronMainGrads
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.hierarchical import ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.stages import ExchangeCount

@@ -9,8 +9,8 @@ from benchmarks.rivals.eplb import Eplb, split_among_all
 from benchmarks.rivals.even import Even
 from benchmarks.rivals.flexmoe import FlexMoE
 from benchmarks.splits import Planner, split_evenly, split_like_eplb
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 
 
 @pytest.mark.parametrize("rival", [Even, Eplb, FlexMoE])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_laer.dispatch.row_map import row_map
+from megatron_laer.layer.dispatch.row_map import row_map
 
 
 def test_what_is_kept_of_copies_comes_back_as_it_was() -> None:

@@ -14,7 +14,7 @@ from megatron_laer.support import run_files
 from megatron_laer.support.run_files import RECORDED_LAYOUTS, WRITTEN
 from megatron_laer.telemetry.metrics_file import recording_path as metrics_path
 from megatron_laer.telemetry.timeline import timeline_path
-from megatron_laer.trace.recording import recording_path as trace_path
+from megatron_laer.telemetry.trace_file import recording_path as trace_path
 
 
 @pytest.fixture

@@ -10,22 +10,22 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from megatron_laer import cli
 from megatron_laer.config import PlanMode
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.simulator.iteration.clocks import COMPUTE, EXPOSED
-from megatron_laer.simulator.iteration.estimate import Work, check_fits
-from megatron_laer.simulator.iteration.methods import METHODS, Settings, make_method
-from megatron_laer.simulator.iteration.model_shape import read_model
-from megatron_laer.simulator.iteration.predict import predict
-from megatron_laer.simulator.iteration.rates import Rates, rate_sets
-from megatron_laer.simulator.iteration.routing import Routing
-from megatron_laer.simulator.iteration.run_shape import RunShape
 from megatron_laer.telemetry.trace_events import TRACKS
-from megatron_laer.trace import Trace
-from megatron_laer.trace.workloads import Shape, workload_counts
+from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools import cli
+from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED
+from megatron_laer.tools.simulator.iteration.estimate import Work, check_fits
+from megatron_laer.tools.simulator.iteration.methods import METHODS, Settings, make_method
+from megatron_laer.tools.simulator.iteration.model_shape import read_model
+from megatron_laer.tools.simulator.iteration.predict import predict
+from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
+from megatron_laer.tools.simulator.iteration.routing import Routing
+from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.traces.workloads import Shape, workload_counts
 from tests.unit.plan_cases import drifting_trace, recording
 
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from megatron_laer.files import memory
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import make_strategy, strategy_names
-from megatron_laer.simulator import report
-from megatron_laer.simulator.estimate import Work, check_fits
-from megatron_laer.simulator.table import MODES, STOCK, simulate
-from megatron_laer.trace import Trace
+from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools.simulator import report
+from megatron_laer.tools.simulator.estimate import Work, check_fits
+from megatron_laer.tools.simulator.table import MODES, STOCK, simulate
 from tests.unit.plan_cases import COSTS, STRATEGIES, drifting_trace, table
 
 

@@ -13,7 +13,7 @@ from benchmarks import measured_cells, published_cells, validate_simulator
 from benchmarks.published_cells import Constants, fit
 from benchmarks.published_files import Cell
 from megatron_laer.planner.cluster_files import load_cluster
-from megatron_laer.simulator.iteration.rates import Rates
+from megatron_laer.tools.simulator.iteration.rates import Rates
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_files = pytest.mark.skipif(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_laer.experts.slices import SliceSpec, initialise, sharded_slice
+from megatron_laer.layer.experts.slices import SliceSpec, initialise, sharded_slice
 
 EXPERTS, COLUMNS, LAYERS = 3, 2, 4
 

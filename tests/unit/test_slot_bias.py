@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_laer.experts.slot_linear import slot_bias
+from megatron_laer.layer.experts.slot_linear import slot_bias
 from tests.slot_gemm import SPLITS, FixedWeights
 
 ROWS = 5

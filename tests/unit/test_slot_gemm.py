@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_laer.config import GemmBackEnd
-from megatron_laer.experts.gemm import (
+from megatron_laer.layer.experts.gemm import (
     SlotGemm,
     check_gemm,
     gemm_in_force,
@@ -178,7 +178,7 @@ def test_side_streams_begin_after_the_compute_stream_which_waits_for_them(
 
 
 def test_offsets_are_uploaded_once_for_the_products_of_a_microbatch() -> None:
-    from megatron_laer.experts.gemm import torch as grouped
+    from megatron_laer.layer.experts.gemm import torch as grouped
 
     grouped._ends.cache_clear()
     check_back_end(slot_gemm("torch"), torch.float32, CPU, TOKENS_C)

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.dispatch.permutation import slot_ranges
-from megatron_laer.dispatch.slot_dispatch import SlotDispatching
-from megatron_laer.dispatch.slots import to_choices, to_slots
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.layer.dispatch.permutation import slot_ranges
+from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching
+from megatron_laer.layer.dispatch.slots import to_choices, to_slots
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.splits import RankQuotas
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.platform.cpu import CPU_FLAGS
+from megatron_laer.device import CPU_FLAGS
 from tests import processes, slurm
 from tests.unit.shell_scripts import fake_python, shell
 

@@ -13,8 +13,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import PlannerService
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.runtime.planning import layout_sources

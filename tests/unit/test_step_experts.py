@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_laer.experts.main_grads import MegatronMainGrads
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.layer.experts.main_grads import MegatronMainGrads
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_laer.stock_tensors import LentExpert, Loan
+from megatron_laer.integrations.stock_tensors import LentExpert, Loan
 
 Write = Callable[[torch.Tensor, torch.Tensor], object]
 

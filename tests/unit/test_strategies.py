@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import Split
-from megatron_laer.layout import ExpertLayout, default_capacity
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.laer import place, replicas_by_load, replicas_even
+from megatron_laer.planner.layout import ExpertLayout, default_capacity
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.strategies import make_strategy, strategy_names
 from tests.costs import COMPUTE_ONLY, make_costs

@@ -12,11 +12,11 @@ import pytest
 
 from megatron_laer.choices import Recompute, TokenExchange, TokenExchangeChoice
 from megatron_laer.config import FSEPConfig
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.token_exchange import (
     choose_token_exchange,
     token_seconds,
@@ -109,7 +109,7 @@ def test_a_rerun_has_rows_and_their_places_again_and_sizes_only_once(
 def test_auto_is_decided_for_the_tokens_of_the_command_line() -> None:
     from megatron.training import global_vars
 
-    from megatron_laer.moe_layer import _tokens_of_arguments
+    from megatron_laer.layer.moe_layer import _tokens_of_arguments
 
     config, geometry = FSEPConfig(token_exchange=TokenExchangeChoice.AUTO), Geometry(32, 128, 4, 8)
     model = SimpleNamespace(context_parallel_size=2, tensor_model_parallel_size=4)

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from megatron_laer.config import Split
-from megatron_laer.dispatch.replica_choice import token_order
-from megatron_laer.dispatch.row_map import RowMap
-from megatron_laer.dispatch.token_routes import arrivals, pair_routes, second_stage
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.layer.dispatch.replica_choice import token_order
+from megatron_laer.layer.dispatch.row_map import RowMap
+from megatron_laer.layer.dispatch.token_routes import arrivals, pair_routes, second_stage
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.planner.token_rows import SizeMessages
 from tests.token_exchange import known_rows

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from megatron_laer.arrays import Bool
 from megatron_laer.choices import TokenExchange
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.token_traffic import (
     TokenRouting,
     TokenTraffic,

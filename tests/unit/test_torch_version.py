@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import megatron_laer
-from megatron_laer import session
-from megatron_laer.platform import cpu
+from megatron_laer import device, session
 from megatron_laer.support.torch_version import problem_on_cuda
 
 
@@ -29,7 +28,7 @@ def test_old_ones_are_refused_with_the_way_out(version: str) -> None:
 def test_fsep_is_not_turned_on_with_an_old_torch_on_a_gpu() -> None:
     with (
         mock.patch.object(torch, "__version__", "2.7.1"),
-        mock.patch.object(cpu, "installed", return_value=False),
+        mock.patch.object(device, "cpu_installed", return_value=False),
         pytest.raises(ValueError, match=r"FSEP cannot run with torch 2\.7\.1 on a GPU"),
     ):
         megatron_laer.enable()

@@ -13,8 +13,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from megatron_laer.trace import FORMATS, Trace, read_trace
-from megatron_laer.trace.recording import MAGIC, recording_path
+from megatron_laer.telemetry.trace_file import MAGIC, recording_path
+from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools.traces import FORMATS, read_trace
 from tests.fuzz import damaged
 from tests.unit.traces import (
     assert_holds,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_laer.trace import read_trace
+from megatron_laer.tools.traces import read_trace
 from tests.unit.traces import (
     assert_holds,
     megatrons_tracer,

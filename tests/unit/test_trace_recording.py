@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.files.json_lines import sealed
-from megatron_laer.trace import TraceWriter, read_trace
-from megatron_laer.trace.recording import MAGIC, recording_path
+from megatron_laer.telemetry.trace_file import MAGIC, TraceWriter, recording_path
+from megatron_laer.tools.traces import read_trace
 from tests.fuzz import bytes_read
 from tests.unit.traces import (
     assert_holds,

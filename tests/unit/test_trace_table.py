@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.trace import read_trace
+from megatron_laer.tools.traces import read_trace
 from tests.unit.traces import (
     assert_holds,
     some_counts,

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from megatron_laer.arrays import Bool
 from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.sharding import changed_slots, node_sources, row_bounds
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
-from megatron_laer.sharding import changed_slots, node_sources, row_bounds
 
 
 @dataclass

@@ -9,11 +9,11 @@ import pytest
 
 from benchmarks.splits import split_exactly
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
-from megatron_laer.trace.workloads import (
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.tools.traces.workloads import (
     WORKLOADS,
     Shape,
     experts_of_tokens,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_laer.releases import ROUTING_TRACES
-from megatron_laer.trace import TraceWriter
+from megatron_laer.telemetry.trace_file import TraceWriter
 from tests.releases import installed_release
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.comm.download import Download
 from megatron_laer.runtime.comm.process_groups import FSEPGroups

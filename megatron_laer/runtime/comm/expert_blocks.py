@@ -15,8 +15,8 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
+from megatron_laer.planner.sharding import row_bounds
 from megatron_laer.runtime.comm.process_groups import Group
-from megatron_laer.sharding import row_bounds
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.reduce_index import ReduceIndex, reduce_index
 from megatron_laer.runtime.comm.restore_index import RestoreIndex, restore_index
 from megatron_laer.runtime.comm.upload import upload_arrays

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.sharding import node_sources
 from megatron_laer.runtime.comm.upload import upload_arrays
-from megatron_laer.sharding import node_sources
 
 
 @dataclass(frozen=True, eq=False)

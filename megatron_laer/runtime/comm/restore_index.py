@@ -33,9 +33,9 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.layout import ExpertLayout
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.sharding import changed_slots, node_sources
 from megatron_laer.runtime.comm.upload import upload_arrays
-from megatron_laer.sharding import changed_slots, node_sources
 
 
 class Run(NamedTuple):

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import torch
 
-from megatron_laer.sharding import row_bounds
+from megatron_laer.planner.sharding import row_bounds
 
 
 @dataclass(frozen=True)

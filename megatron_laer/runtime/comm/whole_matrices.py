@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_laer.sharding import row_bounds
+from megatron_laer.planner.sharding import row_bounds
 
 Shape = tuple[int, int, int]
 

@@ -18,9 +18,9 @@ import torch
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import PlanMode
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.exact import ExactQuotas
 from megatron_laer.planner.guard import Decision, Guard
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.collectives import gather_integers
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 

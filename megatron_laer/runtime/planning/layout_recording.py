@@ -30,9 +30,9 @@ from megatron_laer.files.json_lines import (
     warn_of,
 )
 from megatron_laer.files.recording import RecordingFile
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.trace.records import MAX_RANKS
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.telemetry.trace_records import MAX_RANKS
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_laer.arrays import Int64
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import Plan, PlannerService
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.strategies import Strategy

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from megatron_laer.config import FixedPlanner, FSEPConfig
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.comm.collectives import broadcast_layouts

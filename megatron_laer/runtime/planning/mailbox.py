@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from megatron_laer.arrays import Int64
-from megatron_laer.trace.recording import TraceWriter
+from megatron_laer.telemetry.trace_file import TraceWriter
 
 Planner = Callable[[int, int, Int64], None]
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from megatron_laer.config import FSEPConfig, LatePlan, flag_name
 from megatron_laer.files.checks import quoted, refuse_overwriting
-from megatron_laer.layout import ExpertLayout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import Plan
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.status import PlannerStatus
@@ -28,8 +28,8 @@ from megatron_laer.runtime.planning.layout_sources import (
     ReplayedLayouts,
 )
 from megatron_laer.runtime.planning.mailbox import RoutingMailbox
-from megatron_laer.trace.recording import TraceWriter
-from megatron_laer.trace.recording import recording_path as trace_path
+from megatron_laer.telemetry.trace_file import TraceWriter
+from megatron_laer.telemetry.trace_file import recording_path as trace_path
 
 logger = logging.getLogger(__name__)
 

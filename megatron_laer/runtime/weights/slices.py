@@ -2,7 +2,7 @@
 
 A bias is a matrix of one column to them, though the parameter is flat.
 
-How slices are initialised and saved is not here (`experts/slices.py`).
+How slices are initialised and saved is not here (`layer/experts/slices.py`).
 
 Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns.
 """

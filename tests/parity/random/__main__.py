@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_laer.testing.ranks import RankPools
+from megatron_laer.cpu.ranks import RankPools
 from tests.parity.random import report
 from tests.parity.random.generator import draw
 from tests.parity.random.judge import Verdict, judge
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _text(folder: Path) -> str:
-    from megatron_laer.data import default_text_sources, prepare_data
+    from megatron_laer.tools.data import default_text_sources, prepare_data
 
     prepare_data(default_text_sources()[:150], str(folder / "text"), progress=False)
     return str(folder / "text")

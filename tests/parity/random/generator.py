@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_laer.testing.training import Adapt
+from megatron_laer.cpu.training import Adapt
 from tests.parity import rows
 from tests.parity.adapted import frozen_in_part, lora_on_attention
 from tests.parity.random import settings

@@ -14,8 +14,8 @@ from enum import StrEnum
 
 import numpy as np
 
-from megatron_laer.testing.ranks import Raised, RankError, RankPool
-from megatron_laer.testing.training import Record
+from megatron_laer.cpu.ranks import Raised, RankError, RankPool
+from megatron_laer.cpu.training import Record
 from tests.parity.compare import Distance, distance
 from tests.parity.decisions import Decisions
 from tests.parity.random.generator import Case

@@ -6,7 +6,7 @@ import contextlib
 import time
 from dataclasses import dataclass
 
-from megatron_laer.testing.training import Adapt, Record
+from megatron_laer.cpu.training import Adapt, Record
 from tests.parity.decisions import Chosen, Decisions, train_choosing
 from tests.parity.exact_sums import exact_sums
 from tests.parity.replay import train_row

@@ -1,0 +1,372 @@
+"""Functions of torch that need CUDA are replaced here, once, by `install.install`.
+
+Every replacement carries its reason. Nothing is undone: the process stays on the CPU. What Megatron
+itself gets wrong without a GPU is in `megatron.py`.
+"""
+
+import atexit
+import collections
+import contextlib
+import functools
+import os
+import time
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+# Under these names, functions and classes are replaced by some of other types.
+_CUDA: Any = torch.cuda
+_TENSOR: Any = torch.Tensor
+_MODULE: Any = torch.nn.Module
+
+_CPU = torch.device("cpu")
+
+_FACTORIES = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randint_like",
+    "randn",
+    "randn_like",
+    "randperm",
+    "scalar_tensor",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+_TENSOR_FACTORIES = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
+
+
+_replaced = False
+
+
+def replace() -> None:
+    """Replace everything, in the order of this file. Doing it twice does nothing."""
+    global _replaced
+    if _replaced:
+        return
+    _replaced = True
+    _replace_compilation()
+    _replace_devices()
+    _replace_streams()
+    _replace_memory()
+    _replace_random()
+    _replace_moves()
+    _replace_type_names()
+    _replace_collectives()
+
+
+def _replace_compilation() -> None:
+    # torch may have been imported before TORCHDYNAMO_DISABLE was set, and reads it once.
+    import torch._dynamo.config
+
+    torch._dynamo.config.disable = True
+
+
+def _replace_devices() -> None:
+    cuda = _CUDA
+    # Megatron requires CUDA; one device per local rank keeps its local-rank arithmetic valid.
+    cuda.is_available = lambda: True
+    cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Its value is passed as `device=` everywhere, so it is the true device, not an index.
+    cuda.current_device = lambda: _CPU
+    cuda.set_device = _nothing
+    cuda.device = lambda *_: contextlib.nullcontext()
+    # That of an A100, below which Megatron refuses --moe-grouped-gemm, though its layers without
+    # Transformer Engine, and FSEP's, ignore the flag.
+    cuda.get_device_capability = lambda *_: (8, 0)
+    cuda.get_device_name = lambda *_: "cpu"
+    cuda.get_device_properties = lambda *_: types.SimpleNamespace(
+        name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=1
+    )
+    # Both initialise the driver; deferred calls must run at once instead of waiting for it.
+    cuda._lazy_init = _nothing
+    cuda._lazy_call = lambda callback, **_: callback()
+    # DataLoader (pinning) and the optimizers (graph capture) probe the driver through these.
+    torch.accelerator.is_available = lambda: False
+    torch.accelerator.current_accelerator = lambda *_, **__: None
+
+
+def _replace_streams() -> None:
+    cuda = _CUDA
+    # Everything on the CPU runs in program order: a stream has nothing to order.
+    default = Stream()
+    cuda.Stream = Stream
+    cuda.Event = Event
+    cuda.current_stream = lambda *_: default
+    cuda.default_stream = lambda *_: default
+    cuda.stream = lambda stream: contextlib.nullcontext(stream)
+    cuda.set_stream = _nothing
+    cuda.synchronize = _nothing
+    cuda.is_current_stream_capturing = lambda: False
+    _TENSOR.record_stream = _nothing
+    # NVTX ranges are only visible to a CUDA profiler, and need its library.
+    for name in ("range_push", "range_pop", "mark", "range_start", "range_end"):
+        setattr(cuda.nvtx, name, _nothing)
+
+
+def _replace_memory() -> None:
+    cuda = _CUDA
+    # Logged by Megatron in every run; the allocator that they ask about does not exist.
+    for name in (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+        "device_memory_used",
+    ):
+        setattr(cuda, name, lambda *_: 0)
+    cuda.memory_stats = lambda *_: collections.defaultdict(int)
+    cuda.mem_get_info = lambda *_: (0, 0)
+    cuda.empty_cache = _nothing
+    cuda.reset_peak_memory_stats = _nothing
+
+
+def _replace_random() -> None:
+    # Private: on the default generator, Megatron's per-rank "GPU" seeds would also seed dense
+    # weights, which would then differ between expert-parallel ranks.
+    generator = torch.Generator()
+    functions = {
+        "get_rng_state": lambda *_, **__: generator.get_state(),
+        "set_rng_state": lambda state, *_, **__: generator.set_state(state.cpu()) and None,
+        "get_rng_state_all": lambda: [generator.get_state()],
+        "set_rng_state_all": lambda states: generator.set_state(next(iter(states)).cpu()) and None,
+        "manual_seed": lambda seed: generator.manual_seed(int(seed)) and None,
+        "manual_seed_all": lambda seed: generator.manual_seed(int(seed)) and None,
+        "initial_seed": generator.initial_seed,
+    }
+    for name, function in functions.items():
+        setattr(torch.cuda, name, function)
+        setattr(torch.cuda.random, name, function)
+    _CUDA.default_generators = _OneGenerator(generator)
+
+
+def _replace_moves() -> None:
+    # Megatron moves to the GPU without asking whether there is one.
+    _TENSOR.cuda = lambda self, *_, **__: self
+    _MODULE.cuda = lambda self, *_, **__: self
+    _TENSOR.pin_memory = lambda self, *_, **__: self
+    _TENSOR.to = _on_cpu(torch.Tensor.to, positional=True)
+    _MODULE.to = _on_cpu(torch.nn.Module.to, positional=True)
+    _MODULE.to_empty = _on_cpu(torch.nn.Module.to_empty)
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    for name in _TENSOR_FACTORIES:
+        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+
+
+def _replace_type_names() -> None:
+    true_type = torch.Tensor.type
+
+    # Megatron's optimizers sort parameters by the name of their type and accept CUDA's only.
+    @functools.wraps(true_type)
+    def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return true_type(self).replace("torch.", "torch.cuda.", 1)
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.", 1)
+        return true_type(self, dtype, *args, **kwargs)
+
+    _TENSOR.type = type_
+
+
+def _replace_collectives() -> None:
+    dist = torch.distributed
+    true_all_to_all = dist.all_to_all_single
+    true_all_gather = dist.all_gather
+    true_barrier = dist.barrier
+    true_init = dist.init_process_group
+
+    # Megatron's dispatcher turns split sizes into a list only while it copies them off a GPU.
+    @functools.wraps(true_all_to_all)
+    def all_to_all_single(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        return true_all_to_all(
+            output,
+            input,
+            _as_list(output_split_sizes),
+            _as_list(input_split_sizes),
+            *args,
+            **kwargs,
+        )
+
+    # NCCL gathers tensors of several sizes; gloo's ranks then send one after the other.
+    @functools.wraps(true_all_gather)
+    def all_gather(
+        tensor_list: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if len({part.numel() for part in tensor_list}) == 1:
+            return true_all_gather(tensor_list, tensor, group, async_op)
+        group = group or dist.group.WORLD
+        tensor_list[dist.get_rank(group)].copy_(tensor)
+        works = [
+            dist.broadcast(part, group=group, group_src=rank, async_op=async_op)
+            for rank, part in enumerate(tensor_list)
+            if part.numel()
+        ]
+        return _Works(works) if async_op else None
+
+    # gloo's barrier takes no device ids.
+    @functools.wraps(true_barrier)
+    def barrier(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
+        return true_barrier(*args, **kwargs)
+
+    # A group must not be bound to a device that is not there. And Megatron leaves its groups open:
+    # a thread that is still alive after the interpreter can abort a run that has succeeded.
+    @functools.wraps(true_init)
+    def init_process_group(*args: Any, device_id: Any = None, **kwargs: Any) -> Any:
+        true_init(*args, **kwargs)
+        atexit.register(_destroy_groups)
+
+    for function in (all_to_all_single, all_gather, barrier, init_process_group):
+        setattr(dist, function.__name__, function)
+        setattr(dist.distributed_c10d, function.__name__, function)
+
+
+class _Works(NamedTuple):
+    """Is waited for as the handle of one collective is."""
+
+    works: list[Any]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
+class Event:
+    """Replaces a CUDA event: its time is the wall clock at `record`."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._recorded_s = 0.0
+
+    def record(self, *_: Any) -> None:
+        """Note the time."""
+        self._recorded_s = time.perf_counter()
+
+    def elapsed_time(self, end: "Event") -> float:
+        """Return the milliseconds from this event to `end`, as CUDA's."""
+        return (end._recorded_s - self._recorded_s) * 1e3
+
+    def query(self) -> bool:
+        """Return True: all work is done."""
+        return True
+
+    def wait(self, *_: Any) -> None:
+        """Do nothing: there is nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Do nothing: there is nothing to wait for."""
+
+
+class Stream:
+    """Replaces a CUDA stream: work is done when the call returns."""
+
+    cuda_stream = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        """Return the range of one priority."""
+        return 0, 0
+
+    def record_event(self, event: Event | None = None) -> Event:
+        """Record `event`, or a new one."""
+        event = event or Event()
+        event.record()
+        return event
+
+    def query(self) -> bool:
+        """Return True: all work is done."""
+        return True
+
+    def wait_event(self, _: Event) -> None:
+        """Do nothing: there is nothing to wait for."""
+
+    def wait_stream(self, _: "Stream") -> None:
+        """Do nothing: there is nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Do nothing: there is nothing to wait for."""
+
+
+class _OneGenerator:
+    # Megatron indexes `default_generators` with `current_device()`, which is no index here.
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def __getitem__(self, _: Any) -> torch.Generator:
+        return self._generator
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _destroy_groups() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _as_list(splits: Any) -> Any:
+    return splits.tolist() if hasattr(splits, "tolist") else splits
+
+
+def _is_gpu(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    # torch reads a bare integer as the index of an accelerator.
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+def _on_cpu(function: Callable[..., Any], positional: bool = False) -> Callable[..., Any]:
+    """Wrap `function`: a GPU in `device=`, or in its second positional argument, becomes the CPU.
+
+    Nothing is pinned.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs and _is_gpu(kwargs["device"]):
+            kwargs["device"] = _CPU
+        # Pinning asks the driver.
+        kwargs.pop("pin_memory", None)
+        if positional and len(args) > 1 and _is_gpu(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return function(*args, **kwargs)
+
+    return wrapped

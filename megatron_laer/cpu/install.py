@@ -1,0 +1,63 @@
+"""`install` puts functions in CUDA's place that keep everything on the CPU.
+
+Not here: what is replaced in torch (`cuda.py`), what is mended in Megatron itself (`megatron.py`),
+gaps that a GPU run shares (`plugin/wheel.py`), the choice of the device (`device.py`).
+
+Randomness: torch draws from its default generator on the CPU, whatever generator Megatron selects
+for "the GPU". Three things follow. Experts start equal on every expert-parallel rank. So do
+tensor-parallel shards, unless `--use-cpu-initialization` cuts them from one whole matrix. And
+dropout shares its draws with the data loader, so a run with dropout resumes correctly but not bit
+for bit; use `--attention-dropout 0 --hidden-dropout 0` where that matters.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+from megatron_laer.environment import CONNECTIONS, DEVICE
+
+
+def install() -> None:
+    """Replace CUDA in torch and Megatron for the rest of the process.
+
+    Raises:
+        RuntimeError: Megatron is imported already: its modules have then bound names of
+            `torch.cuda` and compiled functions that can no longer be replaced.
+    """
+    loaded = [name for name in ("megatron.training", "megatron.core") if name in sys.modules]
+    if loaded:
+        raise RuntimeError(
+            f"the CPU platform was asked for after {' and '.join(loaded)} had been imported; call "
+            "megatron_laer.launch.prepare() before any import of megatron"
+        )
+    _set_environment()
+
+    from megatron_laer.cpu import cuda
+
+    cuda.replace()
+
+    from megatron_laer.cpu import megatron
+
+    megatron.mend()
+
+
+def install_in_helper() -> None:
+    """Replace CUDA in torch alone, in a process that a rank spawned."""
+    from megatron_laer.cpu import cuda
+
+    cuda.replace()
+
+
+def _set_environment() -> None:
+    # Processes that this one spawns (checkpoint writers) must choose the same device.
+    os.environ[DEVICE] = "cpu"
+    # Megatron's jit warm-up would compile for CUDA.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # Megatron refuses sequence parallelism and overlap without it; it means nothing on the CPU.
+    os.environ.setdefault(CONNECTIONS, "1")
+    # A GPU that the user turned down must stay invisible to torch's C++ side as well.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Megatron asks for pinned batches; without a device that is a warning at every DataLoader.
+    warnings.filterwarnings("ignore", message=r"'pin_memory' argument is set as true")

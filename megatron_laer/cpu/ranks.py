@@ -1,0 +1,317 @@
+"""A pool's processes stand for ranks: started once, they are given one function after the other.
+
+    with RankPool(4) as pool:
+        results = pool.run(function, argument)      # one result per rank
+
+A function is found by its import path, so it must live at module level. An exception on any rank
+comes back with its traceback; a time-out dumps every rank's stacks and ends the pool.
+
+Nothing outlives a pool. Each rank leads a session of its own, and what it starts ends with it:
+Megatron's checkpoint writer, for one, leaves a server process on every rank, and one that outlives
+its rank keeps Python from exiting, since it holds the pipe of multiprocessing's resource tracker.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import gc
+import importlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+# Of each rank's log when one fails: the stacks of all its threads, and what came before them.
+_SHOWN_LINES = 250
+_STACK_SIGNAL = signal.SIGUSR1
+
+
+class RankError(AssertionError):
+    """Tells that a function failed on some rank, or did not come back."""
+
+
+@dataclass
+class Raised:
+    """Holds what a rank raised, for tests of errors."""
+
+    type_name: str
+    message: str
+    traceback: str
+
+
+class RankPool:
+    """Runs functions in `world_size` processes on this machine, each on the CPU platform.
+
+    They are forked from one that `rank_imports` made ready, with the environment of the start.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        # How long the others are waited for once a rank has raised: they may wait for it.
+        self.patience_s = 120.0
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+        self._logs: list[Path] = []
+        self._store: Any = None
+        # Before multiprocessing's own handler, which would wait for ranks that serve for ever.
+        atexit.register(self.close)
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def running(self) -> bool:
+        """Tell whether the processes have started; a closed pool starts them again on use."""
+        return bool(self._processes)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 1200.0) -> list[Any]:
+        """Call `function(*args)` on every rank and return the results, rank 0 first.
+
+        Raises:
+            RankError: with the traceback of the first rank that failed, or all stacks.
+        """
+        results = self.run_raw(function, *args, timeout_s=timeout_s)
+        for rank, result in enumerate(results):
+            if isinstance(result, Raised):
+                self.close()
+                raise RankError(f"rank {rank} of {self.world_size}:\n{result.traceback}")
+        return results
+
+    def run_raw(
+        self, function: Callable[..., Any], *args: Any, timeout_s: float = 1200.0
+    ) -> list[Any]:
+        """Do as `run`, with a `Raised` in place of what a rank could not return."""
+        if not self._processes:
+            self._start()
+        task = (function.__module__, function.__qualname__, args, self._open_store())
+        for pipe in self._pipes:
+            pipe.send(task)
+        return self._collect(timeout_s)
+
+    def close(self) -> None:
+        """End the processes, and whatever they started."""
+        for process in self._processes:
+            # A rank that has not yet come to lead its session has started nothing.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        for log in self._logs:
+            log.unlink(missing_ok=True)
+        self._processes, self._pipes, self._logs, self._store = [], [], [], None
+
+    def _open_store(self) -> int:
+        """Serve a store for one call's process group, as torchrun does, and return its port.
+
+        A call makes one such group, since a second one would find the first one's addresses.
+        Where rank 0 serves it, ranks that come before it try again later, after up to a second.
+        """
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port: int = self._store.port
+        return port
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["megatron_laer.cpu.rank_imports"])
+        for rank in range(self.world_size):
+            here, there = context.Pipe()
+            handle, name = tempfile.mkstemp(prefix=f"rank-{rank}-", suffix=".log")
+            os.close(handle)
+            process = context.Process(
+                target=_serve,
+                args=(there, rank, self.world_size, name, dict(os.environ)),
+                daemon=False,
+            )
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._pipes.append(here)
+            self._logs.append(Path(name))
+
+    def _collect(self, timeout_s: float) -> list[Any]:
+        deadline = time.monotonic() + timeout_s
+        results: dict[int, Any] = {}
+        while len(results) < self.world_size:
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
+            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RankError(self._stop_with_stacks(f"no result after {timeout_s} s"))
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    results[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+                except (EOFError, ConnectionError):
+                    raise RankError(self._stop_with_stacks(f"rank {rank} died")) from None
+            if any(isinstance(result, Raised) for result in results.values()):
+                deadline = min(deadline, time.monotonic() + self.patience_s)
+        return [results[rank] for rank in range(self.world_size)]
+
+    def _stop_with_stacks(self, reason: str) -> str:
+        for process, log in zip(self._processes, self._logs, strict=True):
+            if process.is_alive():
+                written = log.stat().st_size
+                os.kill(process.pid, _STACK_SIGNAL)
+                _await_stacks(process, log, written)
+        tails = []
+        for rank, log in enumerate(self._logs):
+            lines = log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
+            tails += [f"--- rank {rank}", *lines]
+        self.close()
+        return f"{reason}; the last lines of every rank:\n" + "\n".join(tails)
+
+
+def _await_stacks(process: Any, log: Path, written: int, within_s: float = 60.0) -> None:
+    """Return when a rank that was asked for its stacks has written them and nothing more for 1 s.
+
+    Or when it has ended, as it may have been about to.
+
+    Args:
+        written: bytes in its log before it was asked.
+    """
+    give_up_s = time.monotonic() + within_s
+    sizes = [written]
+    while process.is_alive() and time.monotonic() < give_up_s:
+        time.sleep(0.5)
+        sizes.append(log.stat().st_size)
+        if sizes[-1] > written and len(set(sizes[-3:])) == 1:
+            return
+
+
+class RankPools:
+    """Gives the pool of four ranks by `pools(4)`, and keeps as many ranks as memory is meant for.
+
+    Where a pool would make more than `most` of them, the others are closed; they start again when
+    they are used.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._pools: dict[int, RankPool] = {}
+
+    def __call__(self, world_size: int) -> RankPool:
+        if world_size not in self._pools:
+            self._pools[world_size] = RankPool(world_size)
+        wanted = self._pools[world_size]
+        others = [pool for pool in self._pools.values() if pool.running and pool is not wanted]
+        if world_size + sum(pool.world_size for pool in others) > self._most:
+            for pool in others:
+                pool.close()
+        return wanted
+
+    def __enter__(self) -> RankPools:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+
+def share_gloo_device() -> None:
+    """Let all process groups use one of gloo's devices, instead of a thread and its end for each.
+
+    A device's thread wakes 100 times a second, and the end of a group waits for it. The name
+    replaced is torch's own, not public; where it is another, groups keep a device each.
+
+    A group is returned when all its ranks are connected: a rank that raises at once would otherwise
+    close the connections of one that still makes them.
+    """
+    from torch.distributed import ProcessGroupGloo, distributed_c10d
+
+    gloo: Any = ProcessGroupGloo  # torch's types lack some of its arguments
+    internals: Any = distributed_c10d
+    device = gloo.create_default_device()
+
+    def create(given: Any, _: object) -> Any:
+        options = gloo._Options()
+        options._devices, options._timeout = [device], given.timeout
+        options.enable_reconfigure = given.enable_reconfigure
+        options.global_ranks_in_group = given.global_ranks_in_group
+        options.group_name = given.group_id
+        group = gloo(given.store, given.group_rank, given.group_size, options)
+        given.store.set(f"connected_{given.group_rank}", "")
+        given.store.wait([f"connected_{rank}" for rank in range(given.group_size)])
+        return group
+
+    internals._create_gloo_process_group = create
+
+
+def _serve(
+    pipe: Connection, rank: int, world_size: int, log: str, environment: dict[str, str]
+) -> None:
+    os.setsid()
+    threading.Thread(target=_end_with_the_starter, daemon=True).start()
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    faulthandler.register(_STACK_SIGNAL, all_threads=True)
+    from megatron_laer.cpu.rank_imports import ENVIRONMENT, SET_BY_PREPARE
+
+    # What it was forked from has the environment of the first pool's start.
+    os.environ.clear()
+    os.environ.update(environment | SET_BY_PREPARE)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        PYTHONWARNINGS="ignore",
+        **ENVIRONMENT,
+    )
+    share_gloo_device()
+    frozen = False
+    while True:
+        try:
+            module, name, args, port = pipe.recv()
+        except EOFError:
+            return
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            function: Any = importlib.import_module(module)
+            for part in name.split("."):
+                function = getattr(function, part)
+            result = pickle.dumps(function(*args))
+        except BaseException as error:
+            traceback.print_exc()
+            raised = Raised(type(error).__name__, str(error), traceback.format_exc())
+            result = pickle.dumps(raised)
+        # Bytes, since `send` would pass every tensor as an open file that lives as long as it does.
+        pipe.send_bytes(result)
+        sys.stdout.flush()
+        if not frozen:
+            # What was imported stays; each later collection walked all of it, a fifth of a run.
+            gc.collect()
+            gc.freeze()
+            frozen = True
+
+
+def _end_with_the_starter() -> None:
+    """End this rank and whatever it started when the process that started it is gone.
+
+    The one that it was forked from is not: that stays as long as any rank.
+    """
+    starter = multiprocessing.parent_process()
+    assert starter is not None, "a rank is a child of its pool's process"
+    starter.join()
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,89 @@
+"""The device that Megatron runs on, and the only door to the CPU's replacements.
+
+Megatron calls `torch.cuda` unconditionally. Without a usable GPU, or on request, `install_cpu`
+loads `megatron_laer.cpu`, whose functions keep everything on the CPU. With a GPU nothing of that
+part is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+from megatron_laer.environment import DEVICE
+
+CPU_FLAGS: tuple[str, ...] = (
+    "--distributed-backend",
+    "gloo",
+    # The fused and Transformer Engine kernels exist for CUDA only.
+    "--transformer-impl",
+    "local",
+    "--attention-backend",
+    "unfused",
+    "--no-persist-layer-norm",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-rope-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+)
+"""Megatron's flags that a run without a GPU needs, ready to be put on a command line."""
+
+_DEVICES = ("auto", "cpu", "cuda")
+
+_installed = False
+
+
+def cpu_needed(force: bool = False) -> bool:
+    """Tell whether Megatron has to run on the CPU: asked for, or without a usable CUDA device.
+
+    `force` or `MEGATRON_LAER_DEVICE=cpu` ask for it; `MEGATRON_LAER_DEVICE=cuda` rules it out, so
+    that a broken driver shows as Megatron's own error. Imports torch only where neither decides.
+    """
+    asked = os.environ.get(DEVICE, "auto")
+    if asked not in _DEVICES:
+        raise ValueError(
+            f"{DEVICE}={asked!r} names no device; use one of {', '.join(_DEVICES)}, or unset it"
+        )
+    if _installed or force or asked == "cpu":
+        return True
+    if asked == "cuda":
+        return False
+
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def install_cpu() -> None:
+    """Put CPU functions in CUDA's place for the rest of the process; a second call does nothing.
+
+    Raises:
+        RuntimeError: Megatron is imported already, with names of `torch.cuda` bound for good.
+    """
+    global _installed
+    if not _installed:
+        _cpu_part().install()
+        _installed = True
+
+
+def install_cpu_in_helper() -> None:
+    """Replace `torch.cuda` where needed, in a process that a rank spawned, and nothing in Megatron.
+
+    The main script was imported here again, and Megatron maybe with it: unlike a rank, a helper
+    cannot ask for everything first.
+    """
+    if not _installed and cpu_needed():
+        _cpu_part().install_in_helper()
+
+
+def cpu_installed() -> bool:
+    """Return whether this process runs on the CPU in CUDA's place."""
+    return _installed
+
+
+def _cpu_part() -> Any:
+    # By name, so that training has no import of that part.
+    return importlib.import_module("megatron_laer.cpu.install")

@@ -1,0 +1,161 @@
+"""Weights under stock Megatron's names come back into a model chunk here.
+
+What they are called, and which of them a rank has, is said in `stock_names.py`.
+
+Legend: e experts that stock would hold on a rank; R rows and K columns of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from megatron_laer import session
+from megatron_laer.integrations.stock_names import Named, StockLayer, stock_layers
+from megatron_laer.runtime.comm.collectives import raise_everywhere
+from megatron_laer.runtime.comm.process_groups import Group
+
+_NAMED_IN_ERRORS = 5
+
+
+@torch.no_grad()
+def load_stock_named_parameters(
+    model: torch.nn.Module,
+    named_tensors: Iterable[Named],
+    *,
+    expert_parallel_size: int | None = None,
+    grouped: bool | None = None,
+) -> None:
+    """Copy tensors under stock Megatron's names into a model chunk.
+
+    Takes what `stock_named_parameters` gives with the same arguments: each name once, on every rank
+    those that stock would hold there, of any dtype and device. Any order will do. A layer's experts
+    are kept until they are complete and all layers before them are, and then exchanged; so in the
+    chunk's order of layers this takes the memory of one layer's experts and twice that of one
+    matrix. Where several ranks hold an expert, that of the group's first one counts.
+
+    Collective over the world: every rank calls it for its chunks in turn, also those without an
+    FSEP layer. Optimizers keep weights of their own: call Megatron's `reload_model_params()` after.
+
+    Args:
+        model: one chunk, in Megatron's wrappers or without.
+        named_tensors: pairs of a name and a tensor in the shape that stock has.
+        expert_parallel_size: X, as for `stock_named_parameters`.
+        grouped: as for `stock_named_parameters`.
+
+    Raises:
+        ValueError: on every rank of the world, once all have read what they were given: names that
+            are missing, unknown or come twice, other shapes, what is no tensor, or an error that
+            `named_tensors` raised. Weights may have been overwritten by then. Also as
+            `stock_named_parameters`.
+        RuntimeError: FSEP was turned off after the model was built.
+    """
+    chunk, layers = stock_layers(model, expert_parallel_size, grouped)
+    reader = _Reader(chunk, layers, named_tensors)
+    is_sound = True
+    for layer in layers:
+        # Also after an error ranks go on reading: the tensors may come by collectives.
+        reader.read_until(layer)
+        is_sound = is_sound and not _is_any(reader.has_problems, session.get_fsep_group())
+        blocks = reader.take(layer)
+        if is_sound:
+            layer.write(blocks)
+        del blocks  # before the next layer's are made
+    reader.read_until(None)
+    try:
+        raise_everywhere(reader.problem())
+    except ValueError as error:
+        raise error from reader.error
+
+
+class _Reader:
+    """Reads named tensors: dense ones into the parameters, experts into blocks of their layer."""
+
+    def __init__(
+        self, chunk: torch.nn.Module, layers: list[StockLayer], named_tensors: Iterable[Named]
+    ) -> None:
+        slices = {id(slice_ErK) for layer in layers for slice_ErK in layer.experts.slices()}
+        self._dense = {
+            name: parameter
+            for name, parameter in chunk.named_parameters()
+            if id(parameter) not in slices
+        }
+        self._experts = {
+            parameter.name: layer for layer in layers for parameter in layer.parameters()
+        }
+        self._missing = dict.fromkeys([*self._dense, *self._experts])  # in order
+        self._left = {layer.prefix: len(layer.parameters()) for layer in layers}
+        # By layer: its blocks, and their parts by name.
+        self._held: dict[str, tuple[list[torch.Tensor], dict[str, torch.Tensor]]] = {}
+        self._iterator = iter(named_tensors)
+        self._problems: list[str] = []
+        self._is_at_end = False
+        self.error: Exception | None = None
+
+    @property
+    def has_problems(self) -> bool:
+        """Tell whether anything is wrong so far; what is missing is known only at the end."""
+        return bool(self._problems) or (self._is_at_end and bool(self._missing))
+
+    def problem(self) -> str | None:
+        """Describe what was wrong with the tensors, once all were read."""
+        problems = list(self._problems)
+        if self._missing:
+            problems.append(f"missing: {_some(list(self._missing))}")
+        return "; ".join(problems) or None
+
+    def read_until(self, layer: StockLayer | None) -> None:
+        """Read until the layer's experts are complete; if they never are, or without one, all."""
+        while not self._is_at_end and (layer is None or self._left[layer.prefix]):
+            try:
+                self._copy(*next(self._iterator))
+            except StopIteration:
+                self._is_at_end = True
+            except Exception as error:  # whatever it is, the other ranks must hear of it
+                self._is_at_end, self.error = True, error
+                self._problems.append(f"named_tensors: {type(error).__name__}: {error}")
+
+    def take(self, layer: StockLayer) -> list[torch.Tensor]:
+        """Hand over the layer's blocks, all of which were read unless there are problems."""
+        return self._held.pop(layer.prefix, ([], {}))[0]
+
+    def _copy(self, name: str, tensor: torch.Tensor) -> None:
+        if name not in self._missing:
+            is_known = name in self._dense or name in self._experts
+            self._problems.append(f"{name!r} {'comes twice' if is_known else 'is unknown'}")
+            return
+        del self._missing[name]
+        target = self._target(name)
+        if not isinstance(tensor, torch.Tensor):
+            self._problems.append(f"{name!r} is a {type(tensor).__name__}, and no tensor")
+        elif tensor.shape == target.shape:
+            target.copy_(tensor)
+        else:
+            self._problems.append(
+                f"{name!r} has the shape {list(tensor.shape)}, not {list(target.shape)}"
+            )
+
+    def _target(self, name: str) -> torch.Tensor:
+        """Find what the tensor is copied to; an expert counts as read."""
+        if name in self._dense:
+            return self._dense[name]
+        layer = self._experts[name]
+        self._left[layer.prefix] -= 1
+        if layer.prefix not in self._held:
+            blocks = layer.empty_blocks()
+            self._held[layer.prefix] = blocks, dict(layer.named(blocks))
+        return self._held[layer.prefix][1][name]
+
+
+def _is_any(problem: bool, group: Group) -> bool:
+    found: list[bool] = [False] * dist.get_world_size(group)
+    dist.all_gather_object(found, problem, group=group)
+    return any(found)
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _NAMED_IN_ERRORS
+    listed = ", ".join(map(repr, names[:_NAMED_IN_ERRORS]))
+    return f"{listed} and {more} more" if more > 0 else listed

@@ -1,0 +1,1 @@
+"""The MoE layer of FSEP, its token dispatchers and its experts."""

@@ -1,0 +1,110 @@
+"""`SlotTokenDispatcher` is Megatron's All-to-All dispatcher over slots instead of experts.
+
+Slots are equal in number and contiguous per rank, which is all that stock's exchanges assume. Sizes
+come from the quotas, not from an exchange, and so do the permutations (`permutation`). With
+`--moe-permute-fusion` these are stock's fused ones, over the map of tokens to slots (`slots`).
+
+Legend: T tokens, E experts, S slots, C slots per rank, P rows sent, R rows received, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+from megatron_laer.layer.dispatch.permutation import SlotPermutation, slot_permutation
+from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching
+
+
+class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
+    """Dispatches to S slots, of which C are local; its config gives S as the number of experts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # On the group's own stream, whose priority the plugin raises, tokens overtake other work.
+        self.use_nccl_stream = True
+        self._permutation: SlotPermutation | None = None
+
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> Any:
+        """Put tokens and probabilities into the order in which they are sent.
+
+        Args:
+            hidden_states: [..., H], T tokens.
+            routing_map: bool [T, E], the router's; a re-run under a checkpoint has the first
+                pass's in its plan instead.
+            probs: [T, E].
+
+        Returns:
+            [P, H] and [P].
+        """
+        plan = self._current.plan
+        routing_map = self._routed(routing_map)
+        if self.config.moe_permute_fusion:
+            shared_experts, self.shared_experts = self.shared_experts, None  # they were started
+            sent = super().dispatch_preprocess(hidden_states, *self._to_slots(routing_map, probs))
+            self.shared_experts = shared_experts
+            return sent
+        self.hidden_shape = hidden_states.shape
+        hidden_TH = hidden_states.view(-1, self.hidden_shape[-1])
+        self.tokens_per_expert = self.preprocess(routing_map)
+        self._permutation = slot_permutation(routing_map, plan.quotas)
+        return self._permutation.to_send(hidden_TH, probs)
+
+    def dispatch_postprocess(
+        self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
+    ) -> Any:
+        """Sort what arrived by slot.
+
+        Args:
+            global_input_tokens: [R, H], by source rank.
+            global_probs: [R].
+
+        Returns:
+            Both, by slot, and between them the tokens of each local slot, int64 [C].
+        """
+        if self._permutation is None:
+            return super().dispatch_postprocess(global_input_tokens, global_probs)
+        if self.num_local_experts > 1:
+            global_input_tokens = self._permutation.by_slot(global_input_tokens)
+            global_probs = self._permutation.by_slot(global_probs)
+        return global_input_tokens, self.tokens_per_expert, global_probs
+
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> Any:
+        """Sort the experts' outputs, [R, H], by the ranks that they go back to."""
+        if self._permutation is None:
+            return super().combine_preprocess(hidden_states)
+        if self.num_local_experts == 1:
+            return hidden_states
+        return self._permutation.by_rank(hidden_states)
+
+    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> Any:
+        """Sum what came back, [P, H], for each token, and add the shared experts' output."""
+        if self._permutation is None:
+            return super().combine_postprocess(permutated_local_input_tokens)
+        permutation, self._permutation = self._permutation, None
+        output = permutation.combine(permutated_local_input_tokens).view(self.hidden_shape)
+        if self.shared_experts is not None:
+            output += self.shared_experts.get_output()
+        return output
+
+    def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
+        """Take the sizes from the plan; stock's would gather counts and copy them to the host.
+
+        Args:
+            routing_map: not looked at.
+
+        Returns:
+            Tokens of each local slot, int64 [C] on the host.
+        """
+        quotas = self._current.plan.quotas
+        self.num_out_tokens = quotas.num_sent
+        self.input_splits = quotas.input_splits_N
+        self.output_splits = quotas.output_splits_N
+        self.output_splits_tp = None
+        # The fused sort of chunks runs on the device and reads sizes there; ours was told them.
+        self.num_global_tokens_per_local_expert, self._columns_NC = self._columns_NC, None
+        return torch.tensor(quotas.tokens_C)

@@ -1,0 +1,209 @@
+"""`NodeTokenDispatcher` sends a token's hidden state once per node, and there once per rank.
+
+Megatron's steps stay the frame. Rows cross nodes in `token_dispatch`, as its All-to-All does; they
+are passed on inside the node in `dispatch_postprocess`, where Megatron has the exchange inside of
+tensor parallelism. So experts of the next layer may be fetched as soon as links between nodes are
+free. Outputs go back likewise, summed in each step. Where a node has one rank, or all of them, one
+exchange takes a row per rank, and nothing is passed on.
+
+Legend: T tokens, E experts, P pairs sent, R pairs received, U rows arrived, Y rows of the first
+stage, X rows sent in it, H hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.mappings import all_to_all
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+from megatron_laer.layer.dispatch.permutation import reorder
+from megatron_laer.layer.dispatch.replica_choice import choose_replicas
+from megatron_laer.layer.dispatch.row_map import RowMap
+from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching
+from megatron_laer.layer.dispatch.token_routes import (
+    Arrivals,
+    arrivals,
+    pair_routes,
+    second_stage,
+)
+from megatron_laer.planner.token_rows import TokenRows
+from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
+from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
+
+
+class _FirstStage(MoEAlltoAllTokenDispatcher):
+    """Exchanges rows where Megatron's dispatcher exchanges a row for each pair."""
+
+    _groups: FSEPGroups
+    _rows: TokenRows
+    # With each pair goes its row's number, and with each row the local ranks that it is for.
+    _row_of_pairs: torch.Tensor | None
+    _bits: torch.Tensor | None
+
+    def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
+        """Send rows, [X, H], and what belongs to pairs, [P].
+
+        Returns:
+            [Y, H] and [R].
+        """
+        if self.shared_experts is not None:
+            self.shared_experts.wait_current_stream()
+        tokens = self._exchange_first(tokens)
+        if self.shared_experts is not None:
+            self.shared_experts.linear_fc1_forward_and_act(tokens)
+        assert self._row_of_pairs is not None
+        probs, self._row_of_pairs = (
+            exchange(self._groups.tokens, of_pairs, self.output_splits, self.input_splits)
+            for of_pairs in (probs, self._row_of_pairs)
+        )
+        if self._bits is not None:
+            self._bits = self._exchange_first(self._bits)
+        return tokens, probs
+
+    def token_combine(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Send rows back, [Y, H] to [X, H]."""
+        if self.shared_experts is not None:
+            self.shared_experts.wait_current_stream()
+        rows = self._rows
+        tokens = exchange(self._first_group, tokens, rows.first_sent, rows.first_received)
+        if self.shared_experts is not None:
+            self.shared_experts.linear_fc2_forward(tokens)
+            self.shared_experts.post_forward_comm()
+        return tokens
+
+    def _exchange_first(self, sent: torch.Tensor) -> torch.Tensor:
+        rows = self._rows
+        return exchange(self._first_group, sent, rows.first_received, rows.first_sent)
+
+    @property
+    def _first_group(self) -> Group:
+        return self._groups.tokens_inter_node or self._groups.tokens
+
+
+class NodeTokenDispatcher(SlotDispatching, _FirstStage):
+    """Dispatches to S slots, of which C are local; its config gives S as the number of experts.
+
+    Args:
+        groups: with communicators for both stages.
+        sizes: all layers' exchange of sizes.
+    """
+
+    def __init__(
+        self, *args: Any, groups: FSEPGroups, sizes: TokenSizesExchange, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._groups = groups
+        self._sizes = sizes
+        self._first: RowMap | None = None
+        self._second: RowMap | None = None
+        self._arrivals: Arrivals | None = None
+        # What arrived, and the experts' input that was made of it, until the experts have kept it.
+        self._experts_input: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> Any:
+        """Put rows and probabilities into the order in which they are sent.
+
+        Args:
+            hidden_states: [..., H], T tokens.
+            routing_map: bool [T, E], the router's; a re-run under a checkpoint has the first
+                pass's in its plan instead.
+            probs: [T, E].
+
+        Returns:
+            [X, H] and [P].
+        """
+        plan, groups = self._current.plan, self._groups
+        quotas, layout = plan.quotas, plan.layout
+        routing_map = self._routed(routing_map)
+        slot_P = choose_replicas(routing_map, quotas, groups.node_size, groups.rank)
+        routes = pair_routes(
+            routing_map, slot_P, layout.num_ranks, layout.capacity, groups.node_size
+        )
+        if plan.first_pass.token_rows is None:
+            plan.first_pass.token_rows = self._sizes.start(routes.sizes_Z)()
+        rows = self._rows = plan.first_pass.token_rows
+        self.input_splits, self.output_splits = quotas.input_splits_N, quotas.output_splits_N
+        self.hidden_shape = hidden_states.shape
+        self._row_of_pairs = routes.row_P
+        self._first, self._bits = routes.first_stage(sum(rows.first_sent))
+        tokens = self._first.spread(hidden_states.view(-1, self.hidden_shape[-1]))
+        return tokens, probs.reshape(-1).index_select(0, routes.pair_P)
+
+    def dispatch_postprocess(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
+        """Pass rows on inside the node, and give each pair its row.
+
+        Args:
+            tokens: [Y, H].
+            probs: [R], by source rank.
+
+        Returns:
+            Both by pairs, sorted by slot, and between them the tokens of each local slot, int64
+            [C].
+        """
+        rows, quotas = self._rows, self._current.plan.quotas
+        if self._bits is not None:
+            sent = rows.second_sent
+            self._second = second_stage(self._bits, len(sent), sum(sent))
+            self._bits = None
+            tokens = self._second.spread(tokens)
+            tokens = self._inside_node("dispatch", tokens, rows.second_received, sent)
+        assert self._row_of_pairs is not None
+        came = self._arrivals = arrivals(self._row_of_pairs, quotas, rows)
+        self._row_of_pairs = None
+        experts_RH = came.rows.spread(tokens)
+        self._experts_input = tokens, experts_RH
+        probs = reorder(probs, came.arrived_R, came.sorted_R)
+        return experts_RH, torch.tensor(quotas.tokens_C), probs
+
+    def keeping_rows(self) -> contextlib.AbstractContextManager[Any]:
+        """Let autograd keep rows that arrived in place of the experts' input."""
+        assert self._arrivals is not None and self._experts_input is not None
+        (rows_UH, experts_RH), self._experts_input = self._experts_input, None
+        return self._arrivals.rows.keeping_rows(experts_RH, rows_UH)
+
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Sum the experts' outputs, [R, H], by row, and these inside the node, to [Y, H]."""
+        assert self._arrivals is not None
+        rows = self._rows
+        summed = self._arrivals.rows.collect(hidden_states)
+        self._arrivals = None
+        if self._second is not None:
+            summed = self._inside_node("combine", summed, rows.second_sent, rows.second_received)
+            summed = self._second.collect(summed)
+            self._second = None
+        return summed
+
+    def combine_postprocess(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Sum what came back, [X, H], for each token, and add the shared experts' output."""
+        assert self._first is not None
+        output = self._first.collect(tokens).view(self.hidden_shape)
+        self._first = None
+        if self.shared_experts is not None:
+            output += self.shared_experts.get_output()
+        return output
+
+    def _inside_node(
+        self, name: str, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
+    ) -> torch.Tensor:
+        layer, group = self._current.layer_name, self._groups.tokens_intra_node
+        (received,) = self._timed(
+            lambda sent: (exchange(group, sent, received_sizes, sent_sizes),),
+            (sent,),
+            (f"{name} {layer}, inside node", f"experts {layer}", f"experts {layer}, backward"),
+        )
+        return received
+
+
+def exchange(
+    group: Group | None, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
+) -> torch.Tensor:
+    """Exchange rows, in autograd, on the group's own stream, whose priority is high."""
+    received: torch.Tensor = all_to_all(
+        group, sent, received_sizes, sent_sizes, use_nccl_stream=True
+    )
+    return received

@@ -1,0 +1,300 @@
+"""A choice of replicas gives each (token, expert) pair a slot; how many pairs a slot gets is fixed.
+
+The quotas say how many of this rank's tokens each slot serves, and a choice says which ones. It
+moves no token. `token_order` is the plain one; `choose_replicas` keeps a token's experts together,
+first in one node, then on one rank, so that fewer rows travel (`planner/token_traffic.py`).
+
+Legend: T tokens, E experts, S slots, P (token, expert) pairs; B places, which are nodes or ranks;
+Q pairs of a wave, J groups of pairs in it, K places that a group can go to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_laer.arrays import Int64
+from megatron_laer.layer.dispatch.permutation import run_sizes, true_places
+from megatron_laer.planner.splits import RankQuotas
+from megatron_laer.runtime.comm.upload import upload, upload_arrays
+
+# Pairs that have a choice, of all: with fewer, the choice takes longer than the rows that it saves.
+# No more rows can be saved than pairs choose; exact quotas leave a choice to some 2 %.
+_LEAST_SHARE = 0.05
+# Experts of one wave choose at once, and do not see each other's choices. With this many waves the
+# work on the device does not grow with the number of experts.
+_WAVES = 8
+
+
+def token_order(routing_map_TE: torch.Tensor, quotas: RankQuotas, node_size: int) -> torch.Tensor:
+    """Let an expert's replicas take consecutive runs of its tokens, in slot order.
+
+    The device is not waited for.
+
+    Args:
+        routing_map_TE: bool, the router's.
+        quotas: this rank's.
+        node_size: not looked at; other choices keep a token's experts in one node.
+
+    Returns:
+        slot_P, int32 on the map's device: of each pair its slot, by expert, then token.
+    """
+    sizes = run_sizes(quotas.row_S.size, routing_map_TE.shape[1])
+    by_expert_S = quotas.runs[sum(sizes[:3]) : sum(sizes[:4])]
+    tokens_S = quotas.row_S[by_expert_S].astype(by_expert_S.dtype)
+    packed = torch.from_numpy(np.concatenate([by_expert_S, tokens_S]))
+    slots, tokens = upload(packed, routing_map_TE.device).chunk(2)
+    return torch.repeat_interleave(slots, tokens, output_size=quotas.num_sent)
+
+
+def choose_replicas(
+    routing_map_TE: torch.Tensor, quotas: RankQuotas, node_size: int, rank: int
+) -> torch.Tensor:
+    """Let replicas take those tokens of their expert whose other experts are near them.
+
+    Every slot serves as many tokens as in `token_order`. Experts choose one after the other, in a
+    few waves: an expert's tokens go first to a node that they go to anyway, then, inside it, to
+    such a rank. Where that would send more rows than token order, token order is taken.
+
+    Deterministic: sorts are stable, and sums are of integers. The device is not waited for. Where
+    hardly any pair has a choice, which the quotas tell, token order is taken with no more work.
+
+    Args:
+        routing_map_TE: bool, the router's.
+        quotas: this rank's.
+        node_size: G.
+        rank: this rank's number in the group; what stays in its node, or on it, travels nowhere.
+
+    Returns:
+        slot_P, as `token_order`.
+    """
+    plain_P = token_order(routing_map_TE, quotas, node_size)
+    if not quotas.num_sent:
+        return plain_P
+    capacity = quotas.columns_NC.shape[1]
+    shares = _Shares.of(quotas, routing_map_TE.shape[1])
+    levels = [
+        _Level.of(shares, shares.expert_X, node_size * capacity, rank // node_size),
+        _Level.of(
+            shares,
+            shares.expert_X * quotas.row_S.size + shares.slot_X // (node_size * capacity),
+            capacity,
+            rank,
+        ),
+    ]
+    if not any(level.choices for level in levels):
+        return plain_P
+
+    num_tokens = len(routing_map_TE)
+    token_P = true_places(routing_map_TE.t(), quotas.num_sent) % num_tokens
+    # In every order below, the pairs of a group are a run, whose slots are those of token order.
+    order_P = torch.arange(quotas.num_sent, device=token_P.device)
+    for level in levels:
+        if level.choices:
+            by_place_P = level.sort(token_P[order_P], plain_P, num_tokens)
+            order_P = order_P[by_place_P]
+    chosen_P = torch.empty_like(plain_P)
+    chosen_P[order_P] = plain_P
+
+    is_fewer = _rows(levels, token_P, chosen_P, num_tokens) < _rows(
+        levels, token_P, plain_P, num_tokens
+    )
+    return torch.where(is_fewer, chosen_P, plain_P)
+
+
+@dataclass(frozen=True, eq=False)
+class _Shares:
+    """Holds the slots that serve any token of this rank, by expert, and how many; X of them."""
+
+    slot_X: Int64
+    expert_X: Int64
+    tokens_X: Int64
+
+    @classmethod
+    def of(cls, quotas: RankQuotas, num_experts: int) -> _Shares:
+        sizes = run_sizes(quotas.row_S.size, num_experts)
+        slot_S = quotas.runs[sum(sizes[:3]) : sum(sizes[:4])].astype(np.int64)
+        first_E1 = quotas.runs[sum(sizes[:4]) : sum(sizes[:5])]
+        expert_S = np.repeat(np.arange(num_experts), np.diff(first_E1))
+        tokens_S = quotas.row_S[slot_S]
+        used = tokens_S > 0
+        return cls(slot_S[used], expert_S[used], tokens_S[used])
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Says to which places a group of pairs goes, and how many of them to each.
+
+    Attributes:
+        first: the group's first pair, in the order in which its pairs are a run.
+        places: two or more.
+        tokens: of each place.
+    """
+
+    first: int
+    places: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Chooses among nodes, or among ranks inside a node.
+
+    Attributes:
+        slots_per_place: of each node, or of each rank.
+        num_places: B.
+        home: the place from which nothing has to travel.
+        choices: of the groups that have one; none where too few pairs are in them.
+        group_sizes: the pairs of all groups.
+    """
+
+    slots_per_place: int
+    num_places: int
+    home: int
+    choices: tuple[_Choice, ...]
+    group_sizes: Int64
+
+    @classmethod
+    def of(cls, shares: _Shares, group_X: Int64, slots_per_place: int, home: int) -> _Level:
+        """Find the groups of pairs that can go to several places.
+
+        Args:
+            group_X: of each share its group; equal ones are neighbours.
+        """
+        place_X = shares.slot_X // slots_per_place
+        begins = np.flatnonzero(np.append(True, np.diff(group_X) != 0))
+        ends = np.append(begins[1:], len(group_X))
+        sizes = np.add.reduceat(shares.tokens_X, begins)
+        firsts = np.cumsum(sizes) - sizes
+        choices = []
+        is_split = place_X[begins] != place_X[ends - 1]  # places of a group ascend
+        for group in np.flatnonzero(is_split).tolist():
+            mine = slice(begins[group], ends[group])
+            places, at = np.unique(place_X[mine], return_inverse=True)
+            tokens = np.zeros(len(places), dtype=np.int64)
+            np.add.at(tokens, at, shares.tokens_X[mine])
+            choices.append(
+                _Choice(int(firsts[group]), tuple(places.tolist()), tuple(tokens.tolist()))
+            )
+        if sum(sum(choice.tokens) for choice in choices) < _LEAST_SHARE * sizes.sum():
+            choices = []
+        num_places = max(int(place_X.max()), home) + 1
+        return cls(slots_per_place, num_places, home, tuple(choices), sizes)
+
+    def sort(self, token_P: torch.Tensor, slot_P: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Choose a place for each pair, and return the order of pairs by group, then place.
+
+        Args:
+            token_P, slot_P: of pairs by group; the slots are those of token order.
+        """
+        place_P = slot_P.long() // self.slots_per_place
+        here_TB = _pairs_at(token_P, place_P, num_tokens, self.num_places)
+        # Once is enough: going through all of them again saves less than 0.2 % of rows.
+        for first in range(min(_WAVES, len(self.choices))):
+            wave = _Wave.of(self.choices[first::_WAVES], token_P.device)
+            wave.choose(token_P, place_P, here_TB, self)
+        sizes = upload(torch.from_numpy(self.group_sizes), token_P.device)
+        groups = torch.arange(len(sizes), device=token_P.device)
+        group_P = torch.repeat_interleave(groups, sizes, output_size=len(token_P))
+        return torch.sort(group_P * self.num_places + place_P, stable=True).indices
+
+    def rows(self, token_P: torch.Tensor, slot_P: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Count the rows that leave `home`: distinct pairs of a token and another place."""
+        place_P = slot_P.long() // self.slots_per_place
+        here_TB = _pairs_at(token_P, place_P, num_tokens, self.num_places).view(num_tokens, -1)
+        here_TB[:, self.home] = 0
+        return here_TB.count_nonzero()
+
+
+@dataclass(frozen=True, eq=False)
+class _Wave:
+    """Holds groups of pairs that choose at once.
+
+    Attributes:
+        pair_Q: of each pair its number, by group.
+        group_Q: of each pair its group.
+        first_J: of each group its first pair among these.
+        place_JK: the places of each group; those past its last one are 0 and serve no token.
+        tokens_JK: how many of its pairs each place serves.
+    """
+
+    pair_Q: torch.Tensor
+    group_Q: torch.Tensor
+    first_J: torch.Tensor
+    place_JK: torch.Tensor
+    tokens_JK: torch.Tensor
+
+    @classmethod
+    def of(cls, choices: tuple[_Choice, ...], device: torch.device) -> _Wave:
+        width = max(len(choice.places) for choice in choices)
+        place_JK, tokens_JK = np.zeros((2, len(choices), width), dtype=np.int64)
+        for group, choice in enumerate(choices):
+            place_JK[group, : len(choice.places)] = choice.places
+            tokens_JK[group, : len(choice.places)] = choice.tokens
+        size_J = tokens_JK.sum(axis=1)
+        first_J = np.cumsum(size_J) - size_J
+        shift_J = np.array([choice.first for choice in choices]) - first_J
+        firsts, shifts, sizes, places, tokens = upload_arrays(
+            [first_J, shift_J, size_J, place_JK.ravel(), tokens_JK.ravel()], device
+        )
+        total = int(size_J.sum())
+        groups = torch.arange(len(choices), device=device)
+        group_Q = torch.repeat_interleave(groups, sizes, output_size=total)
+        pair_Q = torch.arange(total, device=device) + shifts[group_Q]
+        shape = place_JK.shape
+        return cls(pair_Q, group_Q, firsts, places.view(shape), tokens.view(shape))
+
+    def choose(
+        self, token_P: torch.Tensor, place_P: torch.Tensor, here_TB: torch.Tensor, level: _Level
+    ) -> None:
+        """Choose anew the places of these groups' pairs, and keep the counts of pairs in step.
+
+        Place after place takes its tokens: first those that go there anyway and to none of the
+        places still to come, last those that go to one of these alone. With two places no other
+        choice of one group alone has fewer rows.
+
+        Args:
+            here_TB: how many pairs each token has at each place, flat.
+        """
+        row_Q = token_P[self.pair_Q] * level.num_places
+        one_Q = torch.ones_like(row_Q, dtype=here_TB.dtype)
+        here_TB.index_add_(0, row_Q + place_P[self.pair_Q], -one_Q)
+        place_QK = self.place_JK[self.group_Q]
+        goes_QK = (here_TB[row_Q.unsqueeze(1) + place_QK] > 0) | (place_QK == level.home)
+        goes_QK &= (self.tokens_JK > 0)[self.group_Q]
+
+        size, width = len(row_Q), self.place_JK.shape[1]
+        number_Q = torch.arange(size, device=row_Q.device)
+        place_in_group_Q = number_Q - self.first_J[self.group_Q]
+        taken_Q = torch.full_like(row_Q, width - 1)
+        for choice in range(width - 1):
+            preference_Q = goes_QK[:, choice + 1 :].any(1).long() - goes_QK[:, choice].long() + 1
+            preference_Q = preference_Q.masked_fill(taken_Q < choice, 3)  # they have a place
+            by_preference_Q = torch.sort(self.group_Q * 4 + preference_Q, stable=True).indices
+            # Groups stay runs, so the place in a group is the same before and after the sort.
+            takes_Q = place_in_group_Q < self.tokens_JK[self.group_Q, choice]
+            is_taken_Q = torch.empty_like(takes_Q)
+            is_taken_Q[by_preference_Q] = takes_Q
+            taken_Q = taken_Q.masked_fill(is_taken_Q, choice)
+        place_Q = place_QK.gather(1, taken_Q.unsqueeze(1)).squeeze(1)
+        place_P[self.pair_Q] = place_Q
+        here_TB.index_add_(0, row_Q + place_Q, one_Q)
+
+
+def _pairs_at(
+    token_P: torch.Tensor, place_P: torch.Tensor, num_tokens: int, num_places: int
+) -> torch.Tensor:
+    """Count each token's pairs at each place, flat [T·B]; sums of integers have no order."""
+    counts_TB = token_P.new_zeros(num_tokens * num_places, dtype=torch.int32)
+    one_P = torch.ones_like(token_P, dtype=torch.int32)
+    return counts_TB.index_add_(0, token_P * num_places + place_P, one_P)
+
+
+def _rows(
+    levels: list[_Level], token_P: torch.Tensor, slot_P: torch.Tensor, num_tokens: int
+) -> torch.Tensor:
+    """Count rows such that one between nodes weighs more than all inside of them."""
+    nodes, ranks = (level.rows(token_P, slot_P, num_tokens) for level in levels)
+    return nodes * (len(slot_P) + 1) + ranks

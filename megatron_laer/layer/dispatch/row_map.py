@@ -1,0 +1,154 @@
+"""A `RowMap` spreads rows to where copies of them are needed, and collects sums of such copies.
+
+The two are each other's transpose, so that the gradient of one is the other. No collective is run.
+
+Legend: Y rows, X copies of them, H hidden.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_laer.runtime.comm.kernel_choice import kernels_of
+
+_Kept = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """Says of which row each copy is.
+
+    Attributes:
+        row_X: of each copy its row, int32.
+        num_rows: Y.
+        ends_Y: of each row, where its copies end in `by_row_X`; None where torch adds them.
+        by_row_X: the copies by row, those of a row in their order; None likewise.
+    """
+
+    row_X: torch.Tensor
+    num_rows: int
+    ends_Y: torch.Tensor | None = None
+    by_row_X: torch.Tensor | None = None
+
+    def spread(self, rows_YH: torch.Tensor) -> torch.Tensor:
+        """Return a copy of its row for each place, [X, H]."""
+        copies_XH: torch.Tensor = _Spread.apply(rows_YH, self.num_rows, *self._tensors)
+        return copies_XH
+
+    def collect(self, copies_XH: torch.Tensor) -> torch.Tensor:
+        """Add up each row's copies, [Y, H], in fp32 where they are narrower, and in their order.
+
+        A row without copies is zero.
+        """
+        rows_YH: torch.Tensor = _Collect.apply(copies_XH, self.num_rows, *self._tensors)
+        return rows_YH
+
+    def keeping_rows(
+        self, copies_XH: torch.Tensor, rows_YH: torch.Tensor
+    ) -> AbstractContextManager[Any]:
+        """Let whatever autograd keeps of `copies_XH` in this context be kept as rows.
+
+        They are spread again when backward asks for them.
+
+        Args:
+            copies_XH: from `spread(rows_YH)`; to be held by the caller while in the context.
+        """
+        kept = rows_YH.detach(), self.row_X
+        # Not the tensor, for what autograd keeps holds on to `pack`.
+        copies = _identity(copies_XH)
+
+        def pack(saved: torch.Tensor) -> _Kept:
+            return kept if _identity(saved) == copies else saved
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+
+    @property
+    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.row_X, self.ends_Y, self.by_row_X
+
+
+def row_map(row_X: torch.Tensor, num_rows: int) -> RowMap:
+    """Make the map of copies whose rows these are, without waiting for the device."""
+    if _kernels(row_X) is None:
+        return RowMap(row_X, num_rows)
+    by_row_X = torch.sort(row_X, stable=True).indices.int()
+    counts_Y = torch.zeros(num_rows, dtype=torch.int32, device=row_X.device)
+    counts_Y.scatter_add_(0, row_X.long(), torch.ones_like(row_X))
+    return RowMap(row_X, num_rows, counts_Y.cumsum(0, dtype=torch.int32), by_row_X)
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    # Strides too, for the transpose of as many rows as columns has the same shape.
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _unpack(kept: _Kept) -> torch.Tensor:
+    if isinstance(kept, torch.Tensor):
+        return kept
+    rows_YH, row_X = kept
+    return rows_YH.index_select(0, row_X)
+
+
+def _kernels(tensor: torch.Tensor) -> Any:
+    return kernels_of("megatron_laer.layer.dispatch", tensor.device)
+
+
+def _sum(
+    copies_XH: torch.Tensor,
+    num_rows: int,
+    row_X: torch.Tensor,
+    ends_Y: torch.Tensor | None,
+    by_row_X: torch.Tensor | None,
+) -> torch.Tensor:
+    if ends_Y is not None:
+        summed: torch.Tensor = _kernels(copies_XH).sum_rows(copies_XH, ends_Y, by_row_X)
+        return summed
+    dtype = torch.promote_types(copies_XH.dtype, torch.float32)
+    sums_YH = torch.zeros(
+        num_rows, copies_XH.shape[1], dtype=dtype, device=copies_XH.device
+    ).index_add_(0, row_X, copies_XH.to(dtype))
+    return sums_YH.to(copies_XH.dtype)
+
+
+class _Spread(torch.autograd.Function):
+    """Takes each copy's row; the gradient of a row is the sum of its copies' ones."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_YH: torch.Tensor,
+        num_rows: int,
+        row_X: torch.Tensor,
+        *by_row: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(row_X, *by_row)
+        ctx.num_rows = num_rows
+        return rows_YH.index_select(0, row_X)
+
+    @staticmethod
+    def backward(ctx: Any, grad_XH: torch.Tensor) -> tuple[Any, ...]:
+        return _sum(grad_XH, ctx.num_rows, *ctx.saved_tensors), None, None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Adds up each row's copies; the gradient of a copy is its row's one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        copies_XH: torch.Tensor,
+        num_rows: int,
+        row_X: torch.Tensor,
+        *by_row: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(row_X)
+        return _sum(copies_XH, num_rows, row_X, *by_row)
+
+    @staticmethod
+    def backward(ctx: Any, grad_YH: torch.Tensor) -> tuple[Any, ...]:
+        (row_X,) = ctx.saved_tensors
+        return grad_YH.index_select(0, row_X), None, None, None, None

@@ -1,0 +1,174 @@
+"""The rows that a rank sends in each stage of a token exchange follow from its pairs' slots.
+
+A row is a token's hidden state on its way to a rank, or to a node. The order is the same in every
+stage: by destination, then in the order of the rows before, which at the source are tokens. All
+work is on the device, which nobody waits for: sizes come from elsewhere (`token_sizes`).
+
+Legend: N ranks, C slots per rank, G ranks per node, M = N/G nodes, B = ⌈G/8⌉ bytes of bits; T
+tokens, E experts, P pairs that are sent, R pairs that are received; Y rows, X rows sent of them;
+Z = N + M, or N where the exchange has one stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_laer.layer.dispatch.permutation import rows_of_runs, run_sizes, true_places
+from megatron_laer.layer.dispatch.row_map import RowMap, row_map
+from megatron_laer.planner.splits import RankQuotas
+from megatron_laer.planner.token_rows import TokenRows
+from megatron_laer.runtime.comm.upload import upload
+
+
+@dataclass(frozen=True, eq=False)
+class PairRoutes:
+    """Holds what a rank knows of its routes before it hears of others' sizes.
+
+    Attributes:
+        pair_P: of each pair, by slot and then by token, its place in the router's map [T, E].
+        row_P: of each pair, the number of its row among those for the pair's rank, int32.
+        reaches_NT: whether a token goes to a rank.
+        node_size: G; N where the exchange has one stage.
+    """
+
+    pair_P: torch.Tensor
+    row_P: torch.Tensor
+    reaches_NT: torch.Tensor
+    node_size: int
+
+    @property
+    def sizes_Z(self) -> torch.Tensor:
+        """Count the rows for each rank, and then those for each node, int32."""
+        rows_N = self.reaches_NT.sum(1, dtype=torch.int32)
+        if self.node_size == len(rows_N):
+            return rows_N
+        rows_M = self._reaches_MGT.any(1).sum(1, dtype=torch.int32)
+        return torch.cat([rows_N, rows_M])
+
+    def first_stage(self, num_rows: int) -> tuple[RowMap, torch.Tensor | None]:
+        """Find the rows that are sent first, of which there are so many.
+
+        Returns:
+            The map of tokens to these rows, and the local ranks to which each of them is passed on,
+            as bits, uint8 [X, B]; None where the exchange has one stage.
+        """
+        num_tokens = self.reaches_NT.shape[1]
+        if self.node_size == len(self.reaches_NT):
+            token_X, _ = _true_places(self.reaches_NT, num_rows)
+            return row_map(token_X, num_tokens), None
+        token_X, node_X = _true_places(self._reaches_MGT.any(1), num_rows)
+        local_ranks_XG = self._reaches_MGT.transpose(1, 2)[node_X, token_X]
+        return row_map(token_X, num_tokens), _to_bits(local_ranks_XG)
+
+    @property
+    def _reaches_MGT(self) -> torch.Tensor:
+        num_ranks, num_tokens = self.reaches_NT.shape
+        return self.reaches_NT.view(num_ranks // self.node_size, self.node_size, num_tokens)
+
+
+def pair_routes(
+    routing_map_TE: torch.Tensor,
+    slot_P: torch.Tensor,
+    num_ranks: int,
+    capacity: int,
+    node_size: int,
+) -> PairRoutes:
+    """Find the rows of a rank's pairs.
+
+    Args:
+        routing_map_TE: bool, the router's.
+        slot_P: int32, of each pair its slot, by expert, then token (`replica_choice`).
+        capacity: C.
+        node_size: G.
+    """
+    num_tokens, num_experts = routing_map_TE.shape
+    token_P, expert_P = _true_places(routing_map_TE.t(), len(slot_P))
+    by_slot_P = torch.sort(slot_P, stable=True).indices
+    token_P, expert_P = token_P[by_slot_P].long(), expert_P[by_slot_P].long()
+    rank_P = slot_P[by_slot_P].long() // capacity
+
+    reaches_NT = torch.zeros(num_ranks, num_tokens, dtype=torch.bool, device=slot_P.device)
+    place_P = rank_P * num_tokens + token_P
+    reaches_NT.view(-1).index_fill_(0, place_P, True)
+    row_NT = reaches_NT.cumsum(1, dtype=torch.int32) - 1
+    return PairRoutes(
+        token_P * num_experts + expert_P,
+        row_NT.view(-1).index_select(0, place_P),
+        reaches_NT,
+        num_ranks if node_size == 1 else node_size,
+    )
+
+
+def second_stage(bits_YB: torch.Tensor, node_size: int, num_rows: int) -> RowMap:
+    """Find the rows that a rank passes on to the ranks of its node, of which there are so many.
+
+    Args:
+        bits_YB: with each row of the first stage came the local ranks that it is for.
+    """
+    passed_on_GY = _from_bits(bits_YB, node_size).t()
+    row_X, _ = _true_places(passed_on_GY, num_rows)
+    return row_map(row_X, len(bits_YB))
+
+
+@dataclass(frozen=True, eq=False)
+class Arrivals:
+    """Holds where the pairs that a rank received find their rows, and their order.
+
+    Attributes:
+        rows: the map of rows that arrived to pairs, by slot, then source rank.
+        arrived_R: of each pair in that order, its number among those that arrived.
+        sorted_R: the other way round.
+    """
+
+    rows: RowMap
+    arrived_R: torch.Tensor
+    sorted_R: torch.Tensor
+
+
+def arrivals(row_R: torch.Tensor, quotas: RankQuotas, rows: TokenRows) -> Arrivals:
+    """Find the rows of the pairs that a rank received, by source rank, then slot.
+
+    Args:
+        row_R: came with each pair: the number of its row among those from the pair's source.
+        quotas, rows: of the rank.
+    """
+    num_ranks, num_slots = len(quotas.columns_NC), quotas.row_S.size
+    *_, shifts_size, counts_size, _, _ = sizes = run_sizes(num_slots, 0)
+    of_arrivals = slice(-sum(sizes[5:]), -sum(sizes[7:]))
+    runs = quotas.runs[of_arrivals]
+    sources_2N = np.stack([rows.starts_N, quotas.output_splits_N]).astype(runs.dtype)
+    packed = upload(torch.from_numpy(np.concatenate([runs, sources_2N.ravel()])), row_R.device)
+    shifts, counts, starts_N, pairs_N = packed.split(
+        [shifts_size, counts_size, num_ranks, num_ranks]
+    )
+    received = quotas.num_received
+    arrived_R, sorted_R = rows_of_runs(shifts, counts, 2 * received).split([received] * 2)
+    row_R = row_R + torch.repeat_interleave(starts_N, pairs_N, output_size=received)
+    map_ = row_map(row_R.index_select(0, arrived_R), rows.arrived)
+    return Arrivals(map_, arrived_R, sorted_R)
+
+
+def _true_places(flags_AB: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the columns, int32, and the rows of all that is true, of which there is so much."""
+    width = max(flags_AB.shape[1], 1)
+    places = true_places(flags_AB, count)
+    return (places % width).int(), places // width
+
+
+def _to_bits(flags_XG: torch.Tensor) -> torch.Tensor:
+    padding = -flags_XG.shape[1] % 8
+    padded_XB: torch.Tensor = torch.nn.functional.pad(flags_XG, (0, padding))
+    bits_XB8: torch.Tensor = padded_XB.unflatten(1, (-1, 8)) << _bits(flags_XG.device)
+    return bits_XB8.sum(2, dtype=torch.uint8)
+
+
+def _from_bits(bits_YB: torch.Tensor, width: int) -> torch.Tensor:
+    flags_YB8: torch.Tensor = (bits_YB.unsqueeze(2) >> _bits(bits_YB.device)) & 1
+    return flags_YB8.flatten(1)[:, :width].bool()
+
+
+def _bits(device: torch.device) -> torch.Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)

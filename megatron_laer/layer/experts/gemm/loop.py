@@ -1,0 +1,100 @@
+"""The back end `loop` goes over the slots, with one `torch.mm` for each.
+
+Legend: C slots, T tokens received, R output features (rows), K input features (columns), n tokens
+of one slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate as running_sums
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from megatron_laer.layer.experts.gemm import SlotGemm
+
+
+class Loop:
+    """Implements `SlotGemm`; every product is written where it belongs, so nothing is stacked."""
+
+    def problem(
+        self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
+    ) -> str | None:
+        """Return None: it computes everywhere."""
+        return None
+
+    def forward(
+        self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
+    ) -> torch.Tensor:
+        """Return the output, as `SlotGemm` says."""
+        output_TR = input_TK.new_empty(input_TK.shape[0], weight_CRK.shape[1])
+
+        def multiply(slot: int, rows: slice) -> None:
+            torch.mm(input_TK[rows], weight_CRK[slot].t(), out=output_TR[rows])
+
+        self._for_each(tokens_C, multiply)
+        return output_TR
+
+    def input_grad(
+        self, grad_TR: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
+    ) -> torch.Tensor:
+        """Return the gradient of the input, as `SlotGemm` says."""
+        grad_TK = grad_TR.new_empty(grad_TR.shape[0], weight_CRK.shape[2])
+
+        def multiply(slot: int, rows: slice) -> None:
+            torch.mm(grad_TR[rows], weight_CRK[slot], out=grad_TK[rows])
+
+        self._for_each(tokens_C, multiply)
+        return grad_TK
+
+    def weight_grad(
+        self,
+        grad_TR: torch.Tensor,
+        input_TK: torch.Tensor,
+        tokens_C: Sequence[int],
+        out_CRK: torch.Tensor,
+        *,
+        accumulate: bool = False,
+    ) -> None:
+        """Write or add the gradients of the weights, as `SlotGemm` says."""
+
+        def multiply(slot: int, rows: slice) -> None:
+            _write_product(grad_TR[rows].t(), input_TK[rows], out_CRK[slot], accumulate)
+
+        self._for_each(tokens_C, multiply)
+
+    def _for_each(self, tokens_C: Sequence[int], multiply: Callable[[int, slice], None]) -> None:
+        """Call `multiply` for every slot, with the rows of its tokens."""
+        for slot, rows in spans(tokens_C):
+            multiply(slot, rows)
+
+
+def spans(tokens_C: Sequence[int]) -> Iterable[tuple[int, slice]]:
+    """Return each slot with the rows of its tokens."""
+    ends = running_sums(tokens_C, initial=0)
+    return enumerate(slice(start, end) for start, end in pairwise(ends))
+
+
+def _write_product(
+    grad_Rn: torch.Tensor, input_nK: torch.Tensor, out_RK: torch.Tensor, accumulate: bool
+) -> None:
+    """Write or add one slot's product, in the output's dtype without a rounding in between."""
+    if not len(input_nK):
+        if not accumulate:
+            out_RK.zero_()
+        return
+    options: dict[str, Any] = {}
+    if out_RK.dtype != input_nK.dtype:
+        if out_RK.is_cuda:
+            options["out_dtype"] = out_RK.dtype
+        else:  # torch has no such product on the CPU
+            grad_Rn, input_nK = grad_Rn.to(out_RK.dtype), input_nK.to(out_RK.dtype)
+    if accumulate:
+        torch.addmm(out_RK, grad_Rn, input_nK, out=out_RK, **options)
+    else:
+        torch.mm(grad_Rn, input_nK, out=out_RK, **options)
+
+
+GEMM: SlotGemm = Loop()

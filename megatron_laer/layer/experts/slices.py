@@ -1,0 +1,173 @@
+"""A rank holds one parameter per matrix: a slice, a block of whole rows of every expert.
+
+A linear layer's bias is a matrix of one column: a slice has the same rows of both.
+
+Initialisation and the mapping to checkpoints live here; restoring and computing do not.
+
+Legend: E experts, R rows of a matrix, r rows held by this rank, K columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megatron_laer.layer.experts.whole_matrix import WholeMatrix
+from megatron_laer.planner.sharding import row_bounds
+
+Init = Callable[[torch.Tensor], object]
+
+# Megatron cuts the first linear layer of an MLP by rows over tensor ranks, the second by columns.
+_PARTITION_DIM = {"linear_fc1": 0, "linear_fc2": 1}
+
+
+@dataclass(frozen=True)
+class SliceSpec:
+    """Describes one expert matrix, or bias, as a rank holds it.
+
+    Attributes:
+        name: Megatron's name of the linear layer, `linear_fc1` or `linear_fc2`.
+        rows, columns: R and K of the whole matrix, as `F.linear` takes it; of a bias K is 1.
+        start, end: the rows [start, end) that this rank holds.
+        init_method: Megatron's initialisation of the whole matrix.
+        is_bias: whether it is the layer's bias.
+    """
+
+    name: str
+    num_experts: int
+    rows: int
+    columns: int
+    start: int
+    end: int
+    init_method: Init
+    is_bias: bool = False
+
+    @classmethod
+    def for_rank(
+        cls,
+        name: str,
+        num_experts: int,
+        rows: int,
+        columns: int,
+        *,
+        rank: int,
+        num_ranks: int,
+        init_method: Init,
+    ) -> SliceSpec:
+        """Describe the rows that `rank` of `num_ranks` holds."""
+        bounds = row_bounds(rows, num_ranks)
+        start, end = bounds[rank], bounds[rank + 1]
+        return cls(name, num_experts, rows, columns, start, end, init_method)
+
+    def of_bias(self) -> SliceSpec:
+        """Describe the bias of the matrix's layer, which begins with zeros as Megatron's do."""
+        return replace(self, columns=1, init_method=torch.nn.init.zeros_, is_bias=True)
+
+    @property
+    def parameter_name(self) -> str:
+        """Return the parameter's name in the module."""
+        return f"{self.name}_bias_slice" if self.is_bias else f"{self.name}_slice"
+
+    @property
+    def saved_as(self) -> str:
+        """Return the parameter's name in stock's experts, and so in checkpoints."""
+        return f"{self.name}.bias" if self.is_bias else f"{self.name}.weight"
+
+    @property
+    def saved_shape(self) -> tuple[int, ...]:
+        """Return [E, r, K], or [E, r] of a bias."""
+        shape = (self.num_experts, self.end - self.start)
+        return shape if self.is_bias else (*shape, self.columns)
+
+    def new_parameter(self, dtype: torch.dtype, device: torch.device) -> torch.nn.Parameter:
+        """Make an uninitialised parameter, marked as distinct on every rank of the group.
+
+        Megatron exempts vectors from weight decay, as stock's biases are; so a bias is flat, [E·r],
+        and a matrix has three dimensions.
+        """
+        whole = torch.empty(self.saved_shape, dtype=dtype, device=device)
+        slice_ErK = torch.nn.Parameter(whole.view(-1) if self.is_bias else whole)
+        slice_ErK.allreduce = False  # type: ignore[attr-defined]
+        # Every rank's slice is distinct, so all of them count in the gradient norm.
+        slice_ErK.tensor_model_parallel = True  # type: ignore[attr-defined]
+        slice_ErK.partition_dim = 0 if self.is_bias else 1  # type: ignore[attr-defined]
+        slice_ErK.partition_stride = 1  # type: ignore[attr-defined]
+        if not self.is_bias:
+            slice_ErK.whole_matrix = WholeMatrix(  # type: ignore[attr-defined]
+                self.rows, _PARTITION_DIM[self.name]
+            )
+        return slice_ErK
+
+
+def expert_seed(seed: int, layer: str, matrix: str, expert: int) -> int:
+    """Return the 63-bit seed of one expert's matrix; no rank, group size or layout enters it."""
+    text = f"{seed}/{layer}/{matrix}/{expert}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+@torch.no_grad()
+def initialise(slice_ErK: torch.Tensor, spec: SliceSpec, seed: int, layer: str) -> None:
+    """Draw every expert's whole matrix and keep this rank's rows.
+
+    The whole matrix is drawn, one at a time, since an initialisation may depend on its shape.
+    Generators are forked, so nothing else drawn by the run changes.
+    """
+    if spec.is_bias:
+        spec.init_method(slice_ErK)
+        return
+    device = slice_ErK.device
+    whole_RK = torch.empty((spec.rows, spec.columns), dtype=slice_ErK.dtype, device=device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for expert in range(spec.num_experts):
+            torch.manual_seed(expert_seed(seed, layer, spec.name, expert))
+            spec.init_method(whole_RK)
+            slice_ErK[expert].copy_(whole_RK[spec.start : spec.end])
+
+
+def sharded_slice(
+    slice_ErK: torch.Tensor,
+    spec: SliceSpec,
+    key: str,
+    sharded_offsets: tuple[tuple[int, int, int], ...],
+    replica_id: tuple[int, int, int],
+) -> ShardedTensorFactory:
+    """Describe the slice as a part of the tensor that stock Megatron saves under `key`.
+
+    Stock saves expert matrices as `[…, E, R, K]` and biases as `[…, E, R]`, one shard per expert,
+    where `…` stands for axes such as the layers'. This rank's rows of all experts are the block at
+    offset (…, 0, start, 0) of it, so either side reads what the other wrote. Megatron takes uneven
+    blocks, but not together with axes that the local tensor lacks; so a factory adds them as axes
+    of length one, for the weight and for whatever the optimizer keeps of it.
+    """
+    extra = (1,) * len(sharded_offsets)
+    local_shape = (*extra, *spec.saved_shape)
+    columns = spec.saved_shape[2:]
+    layers = (size for _, _, size in sharded_offsets)
+    global_shape = (*layers, spec.num_experts, spec.rows, *columns)
+    first_of_layers = (offset for _, offset, _ in sharded_offsets)
+    global_offset = (*first_of_layers, 0, spec.start, *(0 for _ in columns))
+
+    def build(
+        key: str, tensor: torch.Tensor, replica_id: Any, flattened_range: slice | None
+    ) -> ShardedTensor:
+        assert flattened_range is None, "Megatron no longer flattens shards"
+        return ShardedTensor(
+            key=key,
+            data=tensor.view(local_shape),
+            dtype=tensor.dtype,
+            local_shape=local_shape,
+            global_shape=global_shape,
+            global_offset=global_offset,
+            axis_fragmentations=None,
+            replica_id=replica_id,
+        )
+
+    def merge(loaded: torch.Tensor) -> torch.Tensor:
+        return loaded.view(slice_ErK.shape)
+
+    return ShardedTensorFactory(key, slice_ErK, build, merge, replica_id)

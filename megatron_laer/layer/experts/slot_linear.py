@@ -1,0 +1,176 @@
+"""`slot_linear` is a linear layer over restored experts, in autograd; `slot_bias` adds its bias.
+
+The GEMMs are a back end's (`experts.gemm`), the activation between two layers is Megatron's own
+(see `experts.module`). Nothing here runs a collective or frees a weight.
+
+Legend: C slots, T tokens received, R output features (rows), K input features (columns), n tokens
+of one slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from megatron_laer.layer.experts.gemm import SlotGemm
+
+
+class SlotWeights(Protocol):
+    """Lends whole weights while something computes with them: `RestoredExperts`."""
+
+    def matrix(self, position: int) -> torch.Tensor:
+        """Return the matrix `[C, R, K]` of the layer at this position."""
+        ...
+
+    def new_grad(self, position: int) -> torch.Tensor:
+        """Return uninitialised memory for the matrix's gradient."""
+        ...
+
+
+def slot_linear(
+    input_TK: torch.Tensor,
+    placeholder_CRK: torch.Tensor,
+    weights: SlotWeights,
+    position: int,
+    tokens_C: Sequence[int],
+    gemm: SlotGemm,
+) -> torch.Tensor:
+    """Multiply each slot's tokens with the slot's matrix.
+
+    Args:
+        input_TK: tokens sorted by slot.
+        placeholder_CRK: stands for the matrices in autograd's graph.
+        weights: lends the matrices.
+        position: of the layer among the expert's layers.
+        tokens_C: how many of the input's rows each slot has.
+
+    Returns:
+        [T, R].
+    """
+    output_TR: torch.Tensor = _SlotLinear.apply(
+        input_TK, placeholder_CRK, weights, position, tokens_C, gemm
+    )
+    return output_TR
+
+
+def slot_bias(
+    output_TR: torch.Tensor,
+    scale_T: torch.Tensor | None,
+    placeholder_CR1: torch.Tensor,
+    weights: SlotWeights,
+    position: int,
+    tokens_C: Sequence[int],
+) -> torch.Tensor:
+    """Add each slot's bias to the output of its tokens, in place, and return it.
+
+    Args:
+        scale_T: what the bias is multiplied with; None where it is added as it is.
+        placeholder_CR1: stands for the biases in autograd's graph.
+        weights: lends the biases, each a matrix of one column.
+        position: of the bias among what is lent.
+        tokens_C: how many of the output's rows each slot has.
+    """
+    biased_TR: torch.Tensor = _SlotBias.apply(
+        output_TR, scale_T, placeholder_CR1, weights, position, tokens_C
+    )
+    return biased_TR
+
+
+class _SlotLinear(torch.autograd.Function):
+    """Computes `F.linear` of each slot's tokens with the slot's matrix.
+
+    It asks for the matrices in forward and again in backward, so that they can be freed in between;
+    the placeholder stands for them in autograd's graph. All slots' weight gradients are written
+    into the one `[C, R, K]` buffer that is exchanged; separate `F.linear` calls would leave C
+    tensors to be stacked.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input_TK: torch.Tensor,
+        placeholder_CRK: torch.Tensor,
+        weights: SlotWeights,
+        position: int,
+        tokens_C: Sequence[int],
+        gemm: SlotGemm,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(input_TK)
+        ctx.weights, ctx.position, ctx.tokens_C, ctx.gemm = weights, position, tokens_C, gemm
+        return gemm.forward(input_TK, weights.matrix(position), tokens_C)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (input_TK,) = ctx.saved_tensors
+        gemm, weights, position, tokens_C = ctx.gemm, ctx.weights, ctx.position, ctx.tokens_C
+        input_needs, weight_needs = ctx.needs_input_grad[:2]
+        grad_input_TK = grad_weight_CRK = None
+        if input_needs:
+            grad_input_TK = gemm.input_grad(grad_TR, weights.matrix(position), tokens_C)
+        if weight_needs:
+            grad_weight_CRK = weights.new_grad(position)
+            gemm.weight_grad(grad_TR, input_TK, tokens_C, grad_weight_CRK)
+        return grad_input_TK, grad_weight_CRK, None, None, None, None
+
+
+class _SlotBias(torch.autograd.Function):
+    """Adds the slots' biases, which are lent as `_SlotLinear`'s matrices are.
+
+    It goes over the slots, so that nothing of the output's size is made, and a bias's gradient is
+    summed in float32 and in one order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output_TR: torch.Tensor,
+        scale_T: torch.Tensor | None,
+        placeholder_CR1: torch.Tensor,
+        weights: SlotWeights,
+        position: int,
+        tokens_C: Sequence[int],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(scale_T)
+        ctx.weights, ctx.position, ctx.tokens_C = weights, position, tokens_C
+        ctx.mark_dirty(output_TR)
+        for output_nR, bias_R1, scale_n1 in zip(
+            output_TR.split(list(tokens_C)),
+            weights.matrix(position),
+            _scales(scale_T, tokens_C),
+            strict=True,
+        ):
+            bias_R = bias_R1.squeeze(1)
+            output_nR += bias_R if scale_n1 is None else bias_R * scale_n1
+        return output_TR
+
+    @staticmethod
+    def backward(ctx: Any, grad_TR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (scale_T,) = ctx.saved_tensors
+        weights, position, tokens_C = ctx.weights, ctx.position, ctx.tokens_C
+        _, scale_needs, bias_needs = ctx.needs_input_grad[:3]
+        grads = grad_TR.split(list(tokens_C))
+        grad_scale_T = grad_bias_CR1 = None
+        if scale_needs:
+            bias_CR1 = weights.matrix(position).to(scale_T.dtype)
+            products = (
+                grad_nR.to(scale_T.dtype) @ bias_R1
+                for grad_nR, bias_R1 in zip(grads, bias_CR1, strict=True)
+            )
+            grad_scale_T = torch.cat(list(products)).squeeze(1)
+        if bias_needs:
+            grad_bias_CR1 = weights.new_grad(position)
+            for out_R1, grad_nR, scale_n1 in zip(
+                grad_bias_CR1, grads, _scales(scale_T, tokens_C), strict=True
+            ):
+                scaled_nR = grad_nR if scale_n1 is None else grad_nR * scale_n1
+                out_R1.squeeze(1).copy_(scaled_nR.sum(0, dtype=torch.float32))
+        return grad_TR, grad_scale_T, grad_bias_CR1, None, None, None
+
+
+def _scales(scale_T: torch.Tensor | None, tokens_C: Sequence[int]) -> Sequence[torch.Tensor | None]:
+    """Return each slot's scales `[n, 1]`; None for each where nothing is scaled."""
+    if scale_T is None:
+        return [None] * len(tokens_C)
+    return torch.split(scale_T.unsqueeze(1), list(tokens_C))

@@ -1,0 +1,302 @@
+"""`FSEPMoELayer` is Megatron's MoE layer with its experts in slots.
+
+Router, losses, shared experts and the token All-to-All stay Megatron's. Only steps of
+`MoELayer` are overridden, never `forward`, which Megatron's combined 1F1B schedule bypasses.
+
+Legend: N ranks, E experts, C slots per rank, S = N·C slots, T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+from megatron_laer import session
+from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
+from megatron_laer.layer.dispatch.flex import SlotFlexDispatcher
+from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
+from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
+from megatron_laer.layer.experts.module import ADAPTED, FSEPExperts
+from megatron_laer.runtime.layer_state import LayerState
+from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+from megatron_laer.support import model as model_support
+
+_is_numbered_later = ContextVar("is_numbered_later", default=False)
+_is_for_mtp = ContextVar("is_for_mtp", default=False)
+
+
+@contextlib.contextmanager
+def numbered_later() -> Iterator[None]:
+    """Allow layers without a number in this block; `set_layer_number` gives each one later."""
+    token = _is_numbered_later.set(True)
+    try:
+        yield
+    finally:
+        _is_numbered_later.reset(token)
+
+
+@contextlib.contextmanager
+def for_multi_token_prediction() -> Iterator[None]:
+    """Take layers that are built in this block for those of multi-token prediction.
+
+    Megatron's hybrid models do not tell them.
+    """
+    token = _is_for_mtp.set(True)
+    try:
+        yield
+    finally:
+        _is_for_mtp.reset(token)
+
+
+class FSEPMoELayer(MoELayer):
+    """Is Megatron's MoE layer, but its C local "experts" are slots, filled as the layout says.
+
+    Args:
+        layer_number: of the layer in the whole model, from 1; may be left out only where Megatron's
+            transformer layer builds this one and numbers it.
+
+    Raises:
+        ValueError: no layer number, or a configuration that FSEP cannot run.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: Any = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        assert submodules is not None
+        if layer_number is None and not _is_numbered_later.get():
+            raise ValueError(
+                "layer_number=None: the experts' weights and the layer's plans go by its number; "
+                "pass layer_number=, counted over the whole model from 1, or build the layer "
+                "through Megatron's TransformerLayer"
+            )
+        if pg_collection is None:
+            pg_collection = get_default_pg_collection()
+        current = session.current()
+        assert current is not None, "an FSEP layer was built while FSEP is off"
+        model_support.check(config, current.config.allow_unproven)
+        groups = current.groups
+        assert dist.get_process_group_ranks(pg_collection.ep) == list(groups.ranks), (
+            "the model's expert-parallel group is not the one that FSEP was set up for"
+        )
+        pg_collection.fsep = groups.tokens
+        model_support.check_choices(config, current.config.mode, current.config.token_exchange)
+        coordinator = current.coordinator_for(
+            config, _seed_of_arguments(), _tokens_of_arguments(config)
+        )
+        geometry = coordinator.geometry
+
+        def build_experts(num_local: int, config_: Any, /, **_: Any) -> FSEPExperts:
+            assert num_local == geometry.capacity
+            return FSEPExperts(
+                config,
+                groups=groups,
+                pg_collection=pg_collection,
+                device=coordinator.device,
+                gemm=current.config.gemm,
+                activation_builder=_activation_builder(submodules),
+                stock_is_grouped=_stock_is_grouped(submodules),
+            )
+
+        def with_true_config(builder: Any) -> Any:
+            return lambda **kwargs: builder(**{**kwargs, "config": config})
+
+        # Stock sizes everything behind the router by config.num_moe_experts. It sees S of them;
+        # the router and the shared experts see the true config. Copies are shallow on purpose:
+        # dataclasses.replace would validate again, and layers share `submodules`.
+        slot_config = copy.copy(config)
+        slot_config.num_moe_experts = geometry.num_slots
+        slot_submodules = copy.copy(submodules)
+        slot_submodules.experts = build_experts
+        slot_submodules.router = with_true_config(submodules.router)
+        if submodules.shared_experts is not None:
+            slot_submodules.shared_experts = with_true_config(submodules.shared_experts)
+        super().__init__(
+            config=slot_config,
+            submodules=slot_submodules,
+            layer_number=layer_number,
+            pg_collection=pg_collection,
+            is_mtp_layer=is_mtp_layer,
+            name=name,
+        )
+        self.config = config
+        self.submodules = submodules
+        make_dispatcher: Any = SlotTokenDispatcher
+        if config.moe_token_dispatcher_type == "flex":
+            make_dispatcher = SlotFlexDispatcher
+        elif (sizes := coordinator.token_sizes) is not None:
+            make_dispatcher = partial(NodeTokenDispatcher, groups=groups, sizes=sizes)
+        self.token_dispatcher = make_dispatcher(
+            self.num_local_experts,
+            self.local_expert_indices,
+            config=slot_config,
+            pg_collection=pg_collection,
+        )
+        if self.shared_experts is not None and self.shared_expert_overlap:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
+
+        self._coordinator = coordinator
+        self._is_mtp = is_mtp_layer or _is_for_mtp.get()
+        self._state: LayerState | None = None
+        self._plan: MicrobatchPlan | None = None
+        self._shared_input: torch.Tensor | None = None
+        self._shared_output: torch.Tensor | None = None
+        if layer_number is not None:
+            self._register(layer_number)
+
+    @property
+    def state(self) -> LayerState:
+        """Return the coordinator's state of this layer."""
+        assert self._state is not None, "set_layer_number was never called"
+        return self._state
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Take the layer's number from Megatron; the seeds of the weights depend on it."""
+        super().set_layer_number(layer_number)
+        if self._state is None:
+            self._register(layer_number)
+
+    def shared_experts_compute(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Put shared experts off until counts are on their way, which comes after the router."""
+        # A graph of the router has the shared experts in it.
+        if self.config.cuda_graph_impl != "none":
+            output: torch.Tensor | None = super().shared_experts_compute(hidden_states)
+            return output
+        if self.use_shared_expert and not self.shared_expert_overlap:
+            # A node that is older than the router's adds their gradient where stock's does: last.
+            self._shared_input = hidden_states.view_as(hidden_states)
+        return None
+
+    def preprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> Any:
+        """Plan this microbatch, which exchanges counts; from here on tokens go to slots.
+
+        While counts are on their way, the device has the shared experts to compute.
+        """
+        finish_plan = self._coordinator.start_plan(
+            self.state,
+            routing_map,
+            training=self.training,
+            # Where the layer is a checkpoint, autograd sees what it was called with, and no more.
+            has_rerun=hidden_states.requires_grad or not self.moe_layer_recompute,
+        )
+        if self._shared_input is not None:
+            shared_input, self._shared_input = self._shared_input, None
+            self._shared_output = super().shared_experts_compute(shared_input)
+        self.token_dispatcher.start_shared_experts(hidden_states)
+        plan = self._plan = finish_plan()
+        listener = self._coordinator.measurements.listener
+        self.token_dispatcher.begin(SlotDispatch(plan, self.state.name, listener))
+        return super().preprocess(hidden_states, probs, routing_map)
+
+    def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
+        """Exchange tokens; once they crossed nodes, the next layer's experts may be fetched.
+
+        In backward likewise: with the tokens' gradients here, those of the experts may leave.
+        """
+        assert self._plan is not None, "dispatch before preprocess"
+        hidden_states = self._plan.restored.reduce_after_dispatch(hidden_states)
+        dispatched = super().dispatch(hidden_states, probs)
+        self._coordinator.scheduler.dispatched(self.state, self.training)
+        if self.config.moe_token_dispatcher_type != "flex":  # its buffers make rows of their own
+            groups = self._coordinator.groups
+            rows = self._plan.rows_sent(groups.rank, groups.node_size)
+            self.state.sent.add(*rows, hidden_states.shape[-1] * hidden_states.element_size())
+        return dispatched
+
+    def routed_experts_compute(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Sort the received tokens by slot and let the restored experts compute."""
+        input_TH, _, probs_T = self.token_dispatcher.dispatch_postprocess(hidden_states, probs)
+        plan, self._plan = self._plan, None
+        assert plan is not None, "routed_experts_compute before preprocess"
+        # A call, not a method: Megatron waits for updated parameters in the call's pre-hook.
+        with self.token_dispatcher.keeping_rows():
+            output_TH = self.experts(input_TH, probs_T, plan)
+        if self.training:
+            plan.restored.prepare_backward()
+        return self.token_dispatcher.combine_preprocess(output_TH), None
+
+    def postprocess(
+        self, output: torch.Tensor, shared_expert_output: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Add what the shared experts gave, also if they were put off."""
+        if self._shared_output is not None:
+            shared_expert_output, self._shared_output = self._shared_output, None
+        summed: torch.Tensor = super().postprocess(output, shared_expert_output)
+        return summed
+
+    def what_changed(self) -> str | None:
+        """Say what somebody changed in the experts since they were built; None if nothing."""
+        experts: torch.nn.Module = self.experts
+        if isinstance(experts, FSEPExperts):
+            return experts.what_changed()
+        return f"its experts were replaced by {type(experts).__name__}: {ADAPTED}"
+
+    def end_step(self) -> None:
+        """Let the dispatcher compare what its buffers counted in this step with the plans."""
+        self.token_dispatcher.end_step()
+
+    def _register(self, layer_number: int) -> None:
+        repeats = self._is_mtp and self.config.mtp_use_repeated_layer
+        self._state = self._coordinator.register_layer(
+            layer_number,
+            self._is_mtp,
+            self.experts.local_slices(),
+            recomputes=self.moe_layer_recompute,
+            passes=self.config.mtp_num_layers if repeats else 1,
+            owner=self,
+        )
+        self.experts.initialise(self._state.name, self._coordinator.seed)
+
+
+def _activation_builder(submodules: MoESubmodules) -> Any:
+    """Return Transformer Engine's activation module, where the module spec brings one."""
+    options = getattr(submodules.experts, "keywords", {})
+    return getattr(options.get("submodules"), "activation_func", None)
+
+
+def _stock_is_grouped(submodules: MoESubmodules) -> bool:
+    """Tell whether the module spec asks for experts that compute in one grouped product."""
+    builder = getattr(submodules.experts, "func", submodules.experts)
+    return not (isinstance(builder, type) and issubclass(builder, SequentialMLP))
+
+
+def _seed_of_arguments() -> int | None:
+    """Return the seed of Megatron's command line; None in a script that has none."""
+    from megatron.training import global_vars
+
+    return None if global_vars._GLOBAL_ARGS is None else int(global_vars.get_args().seed)
+
+
+def _tokens_of_arguments(config: Any) -> int | None:
+    """Return the tokens of a rank and microbatch by Megatron's command line; None in a script.
+
+    Tensor parallelism cuts a sequence too, as it does not train MoE layers without sequence
+    parallelism.
+    """
+    from megatron.training import global_vars
+
+    if global_vars._GLOBAL_ARGS is None:
+        return None
+    args = global_vars.get_args()
+    ranks = config.context_parallel_size * config.tensor_model_parallel_size
+    tokens: int = args.micro_batch_size * args.seq_length // ranks
+    return max(tokens, 1)

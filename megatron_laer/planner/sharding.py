@@ -1,0 +1,74 @@
+"""A restore fetches experts by these rules, which the exchanges and the formulas both follow.
+
+Every rank holds a block of rows of every expert's matrices (its slice). A restore fetches the slots
+whose expert changed; through nodes, it fetches each distinct expert of a node once. This file moves
+nothing (see `runtime`) and knows no costs (see `planner.traffic`).
+
+Legend: N ranks, E experts, C slots per rank, S = N*C slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_laer.arrays import Bool, Int64
+from megatron_laer.planner.layout import ExpertLayout
+
+
+def row_bounds(rows: int, num_ranks: int) -> list[int]:
+    """Return the N + 1 bounds of the ranks' row blocks, which differ by at most one row."""
+    return [rank * rows // num_ranks for rank in range(num_ranks + 1)]
+
+
+def changed_slots(before: ExpertLayout, after: ExpertLayout) -> Bool:
+    """Return the slots whose expert differs, bool [S].
+
+    Raises:
+        ValueError: layouts of different N, C or E.
+    """
+    shapes = [(given.num_ranks, given.capacity, given.num_experts) for given in (before, after)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"layouts of different (ranks, capacity, experts): {shapes}")
+    return np.asarray(before.slot_expert_S != after.slot_expert_S)
+
+
+@dataclass(frozen=True, eq=False)
+class NodeSources:
+    """Tells where each node gets the distinct experts of its changed slots from.
+
+    Pairs of a node and an expert are numbered node·E + expert.
+
+    Attributes:
+        fetched_pairs: ascending; from the slices of all ranks.
+        shared_pairs: ascending; from a slot of the same node, under the layout before.
+        shared_slots: those slots, one per shared pair.
+    """
+
+    fetched_pairs: Int64
+    shared_pairs: Int64
+    shared_slots: Int64
+
+
+def node_sources(
+    layout: ExpertLayout, node_size: int, changed_S: Bool, before: ExpertLayout | None = None
+) -> NodeSources:
+    """Tell which experts cross nodes in a restore by node, and which the nodes have.
+
+    Args:
+        before: the layout under which ranks keep what they restored, or None if they keep nothing.
+    """
+    num_experts = layout.num_experts
+    node_S = np.arange(layout.num_slots) // (node_size * layout.capacity)
+    wanted = np.unique((node_S * num_experts + layout.slot_expert_S)[changed_S])
+    if before is None:
+        return NodeSources(wanted, wanted[:0], wanted[:0])
+    pair_S = node_S * num_experts + before.slot_expert_S
+    by_pair = np.argsort(pair_S, kind="stable")
+    first = np.searchsorted(pair_S[by_pair], wanted)
+    count = np.searchsorted(pair_S[by_pair], wanted, side="right") - first
+    held = count > 0
+    # Not always the first of an expert's slots, or the first rank of a node would hand out most.
+    slots = by_pair[first[held] + wanted[held] % num_experts % count[held]]
+    return NodeSources(wanted[~held], wanted[held], slots)

@@ -1,1 +1,0 @@
-"""Code that depends on the machine and the installed Megatron, but not on FSEP, lives here."""

@@ -1,0 +1,349 @@
+"""`--fsep-record-trace` writes this trace format, one file per FSEP group.
+
+A line of JSON, then binary records, all little-endian:
+
+    {"format":"megatron_laer-trace","version":2,"num_ranks":N,"num_experts":E,"layers":[...],
+     "crc":...}\\n
+    record:  uint32  CRC-32 of the five fields below, so that a record's length can be relied on
+             uint32  bytes per count: 1, 2 or 4, the least that holds the record's largest
+             int64   step
+             uint32  layer, index into `layers`
+             uint32  microbatch
+             uint32  CRC-32 of the counts
+             N*E counts, source rank by source rank
+
+The line's checksum is that of `files.json_lines`. Version 1, which is read too, had none there, and
+one for all of a record that follows it.
+
+A record is written at once and without buffering, so a run that is killed leaves a file that is
+readable up to its last complete record. Neither compressed nor indexed: it is written by the thread
+that trains. How steps are cut off is said in `files.recording`.
+
+Legend: N source ranks, E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.files.checks import open_input
+from megatron_laer.files.json_lines import (
+    VERSION,
+    read_header,
+    sealed,
+    unsealed,
+    warn_of,
+)
+from megatron_laer.files.recording import RecordingFile
+from megatron_laer.planner.layout import MAX_EXPERTS
+from megatron_laer.telemetry.trace_records import MAX_COUNT, MAX_INDEX, Trace, check_cells
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "megatron_laer-trace"
+
+# Files begin with this, whatever their version: what detection looks for.
+MAGIC = b'{"format":"' + FORMAT.encode() + b'"'
+
+# By version: begins of records, and from where in a record the checksum of its counts is taken.
+_FRAMES = {1: struct.Struct("<IIqII"), 2: struct.Struct("<IIqIII")}
+_COVERED_FROM = {1: 4, 2: _FRAMES[2].size}
+_CRC_BYTES = 4
+_WIDTHS: dict[int, np.dtype[np.unsignedinteger[Any]]] = {
+    1: np.dtype("<u1"),
+    2: np.dtype("<u2"),
+    4: np.dtype("<u4"),
+}
+_MAX_HEADER_BYTES = 2**20
+
+# A machine that loses power may leave zeros for what it had not yet put on disk: some seconds.
+_MAX_LOST_BYTES = 2**26
+
+
+class _Header(NamedTuple):
+    """Holds what a file says of itself, and the bytes that this takes."""
+
+    version: int
+    num_ranks: int
+    num_experts: int
+    layers: tuple[str, ...]
+    size: int
+
+
+class _Frame(NamedTuple):
+    """Tells where a record lies, what it is and how its counts are checked, without these."""
+
+    offset: int
+    end: int
+    width: int
+    step: int
+    layer: int
+    microbatch: int
+    crc: int
+
+
+class TraceWriter:
+    """Writes the counts of every microbatch; on rank 0 of an FSEP group.
+
+    A recording that is there already is continued where a run is resumed: its records of earlier
+    steps stay, those from `first_step` on are moved to a file beside, named `*.cut-from-STEP.*`.
+    The same happens whenever the step goes back.
+
+    Args:
+        path: the file; its folders are made.
+        layer_names: of all the MoE layers whose counts will come.
+        first_step: that will be recorded; 0 for a run that begins.
+
+    Raises:
+        InUseError: another run writes the file.
+        ValueError: sizes below 1, or a recording is there already: of another shape or version,
+            damaged, or of an earlier run although this one begins.
+        OSError: the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        num_ranks: int,
+        num_experts: int,
+        layer_names: Sequence[str],
+        first_step: int = 0,
+    ) -> None:
+        self._shape = (num_ranks, num_experts)
+        self._layers = tuple(layer_names)
+        self._file = RecordingFile(path, *_header_lines(num_ranks, num_experts, self._layers))
+        try:
+            self._last_step = self._file.go_on(first_step, self._recorded())
+            self._file.renew()
+        except BaseException:
+            self._file.close()
+            raise
+        if self._last_step is not None and self._last_step < first_step - 1:
+            logger.warning(
+                "FSEP: %s: nothing is recorded of steps %d to %d, which an earlier run made",
+                path,
+                self._last_step + 1,
+                first_step - 1,
+            )
+
+    def append(
+        self,
+        step: int,
+        layer_index: int,
+        microbatch: int,
+        counts_NE: npt.NDArray[np.integer[Any]],
+    ) -> None:
+        """Write one record. Of two with the same keys, readers take the later one.
+
+        Args:
+            layer_index: into `layer_names`.
+            counts_NE: tokens on each source rank for each expert.
+
+        Raises:
+            ValueError: counts of another shape, a negative one or one beyond int32, a key out of
+                range, or a step back in a file that was damaged since.
+            OSError: the record cannot be written; the file then ends with the record before.
+        """
+        payload, width = self._packed(counts_NE)
+        for name, value in (("step", step), ("microbatch", microbatch)):
+            if not 0 <= value <= (MAX_INDEX if name == "step" else 2**32 - 1):
+                raise ValueError(f"{name} is out of range, got {value}")
+        if not 0 <= layer_index < len(self._layers):
+            raise ValueError(
+                f"layer_index must be in 0..{len(self._layers) - 1}, got {layer_index}"
+            )
+        if self._last_step is not None and step < self._last_step:
+            self._file.cut_from(step, self._recorded())
+        self._last_step = step
+        crc = zlib.crc32(payload)
+        fields = _FRAMES[VERSION].pack(0, width, step, layer_index, microbatch, crc)[_CRC_BYTES:]
+        self._file.append(zlib.crc32(fields).to_bytes(_CRC_BYTES, "little") + fields + payload)
+
+    def close(self) -> None:
+        """Close the file; the writer is of no use after that."""
+        self._file.close()
+
+    def _packed(self, counts_NE: npt.NDArray[np.integer[Any]]) -> tuple[bytes, int]:
+        if counts_NE.shape != self._shape:
+            raise ValueError(
+                f"counts_NE has shape {counts_NE.shape}, expected [ranks, experts] = {self._shape}"
+            )
+        low, high = int(counts_NE.min()), int(counts_NE.max())
+        if low < 0 or high > MAX_COUNT:
+            raise ValueError(f"counts must be in 0..{MAX_COUNT}, got {low} to {high}")
+        width = next(width for width in _WIDTHS if high < 256**width)
+        return counts_NE.astype(_WIDTHS[width]).tobytes(), width
+
+    def _recorded(self) -> Iterator[tuple[int, int]]:
+        """Return every record's step and end, without a last record that is damaged."""
+        with open_input(self._file.path) as file:
+            header = _read_header(self._file.path, file.readline(_MAX_HEADER_BYTES))
+            last: _Frame | None = None
+            for frame in _frames(file, self._file.path, header):
+                if last is not None:
+                    yield last.step, last.end
+                last = frame
+            if last is not None and _read_counts(file, last, header) is not None:
+                yield last.step, last.end
+
+
+def recording_path(directory: str | Path, group_index: int) -> Path:
+    """Return the file of an FSEP group; each pipeline stage and data-parallel replica has one."""
+    return Path(directory) / f"group-{group_index}.trace"
+
+
+def read_recording(path: Path) -> Trace:
+    """Read what a `TraceWriter` wrote; an incomplete last record is left out, and that is said.
+
+    Raises:
+        ValueError: no regular file, another format or version, or a damaged record, by number and
+            offset.
+        OSError: the file cannot be read.
+    """
+    with open_input(path) as file:
+        header = _read_header(path, file.readline(_MAX_HEADER_BYTES))
+        warn_of(header.version, path)
+        end, size = header.size, _size(file)
+        records: dict[tuple[int, int, int], npt.NDArray[np.unsignedinteger[Any]]] = {}
+        for number, frame in enumerate(_frames(file, path, header), start=1):
+            where = f"{path}, record {number} at byte {frame.offset}"
+            counts_NE = _read_counts(file, frame, header)
+            if counts_NE is None:
+                # What a machine that lost power may leave at the end.
+                if frame.end >= size:
+                    break
+                raise ValueError(f"{where}: the checksum does not fit; {_damage(frame.offset)}")
+            if not 0 <= frame.step <= MAX_INDEX or frame.layer >= len(header.layers):
+                raise ValueError(
+                    f"{where}: step {frame.step}, layer {frame.layer} is out of range; there are "
+                    f"{len(header.layers)} layers"
+                )
+            if int(counts_NE.max()) > MAX_COUNT:
+                raise ValueError(f"{where}: {int(counts_NE.max())} tokens exceed {MAX_COUNT}")
+            records[frame.step, frame.layer, frame.microbatch] = counts_NE
+            end = frame.end
+    if not records:
+        raise ValueError(f"{path} holds no complete record; record at least two steps")
+    if end < size:
+        logger.warning(
+            "%s: its last %d bytes are no whole record and are left out", path, size - end
+        )
+    check_cells(len(records), header.num_ranks, header.num_experts, end)
+    keys_R3 = np.array(list(records), dtype=np.int64)
+    counts_RNE = np.empty((len(records), header.num_ranks, header.num_experts), dtype=np.int32)
+    for record, counts_NE in enumerate(records.values()):
+        counts_RNE[record] = counts_NE
+    return Trace(header.layers, keys_R3[:, 0], keys_R3[:, 1], keys_R3[:, 2], counts_RNE)
+
+
+def _header_lines(num_ranks: int, num_experts: int, layers: Sequence[str]) -> tuple[bytes, bytes]:
+    """Return the first line of a recording, and as version 1 of the format had it."""
+    problem = _header_problem(num_ranks, num_experts, list(layers))
+    if problem:
+        raise ValueError(problem)
+    fields = {"num_ranks": num_ranks, "num_experts": num_experts, "layers": list(layers)}
+    return (
+        sealed({"format": FORMAT, "version": VERSION, **fields}),
+        unsealed({"format": FORMAT, "version": 1, **fields}),
+    )
+
+
+def _header_problem(num_ranks: object, num_experts: object, layers: object) -> str | None:
+    for name, value, most in (
+        ("num_ranks", num_ranks, 2**20),
+        ("num_experts", num_experts, MAX_EXPERTS),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            return f"{name} must be an integer in 1..{most}, got {value!r}"
+    if not isinstance(layers, list) or not layers or not all(isinstance(n, str) for n in layers):
+        return f"layers must be names of at least one layer, got {str(layers)[:200]}"
+    if len(set(layers)) != len(layers):
+        return f"layers must all be different, got {str(layers)[:200]}"
+    return None
+
+
+def _read_header(path: Path, line: bytes) -> _Header:
+    try:
+        fields, version = read_header(line, FORMAT, "trace")
+        sizes = fields.get("num_ranks"), fields.get("num_experts"), fields.get("layers")
+        problem = _header_problem(*sizes)
+        if problem:
+            raise ValueError(problem)
+    except ValueError as error:
+        raise ValueError(f"{path}, line 1: {error}") from error
+    return _Header(
+        version, fields["num_ranks"], fields["num_experts"], tuple(fields["layers"]), len(line)
+    )
+
+
+def _frames(file: BinaryIO, path: Path, header: _Header) -> Iterator[_Frame]:
+    """Yield all the complete records; their counts are skipped.
+
+    Raises:
+        ValueError: a record that cannot be stepped over.
+    """
+    offset, size, begin = header.size, _size(file), _FRAMES[header.version]
+    while offset + begin.size <= size:
+        file.seek(offset)
+        fields = file.read(begin.size)
+        crc, width, step, layer, microbatch, *of_counts = begin.unpack(fields)
+        is_damaged = width not in _WIDTHS
+        if header.version > 1:
+            is_damaged = is_damaged or crc != zlib.crc32(fields[_CRC_BYTES:])
+            (crc,) = of_counts
+        if is_damaged:
+            if _is_torn(file, offset, size, begin.size):
+                return
+            raise ValueError(f"{path}, byte {offset}: no record begins there; {_damage(offset)}")
+        end = offset + begin.size + header.num_ranks * header.num_experts * width
+        if end > size:
+            return
+        yield _Frame(offset, end, width, step, layer, microbatch, crc)
+        offset = end
+
+
+def _damage(offset: int) -> str:
+    return f"the file is damaged there; what is before can be read from a copy of {offset} bytes"
+
+
+def _is_torn(file: BinaryIO, offset: int, size: int, most: int) -> bool:
+    """Return whether a tail is zeros but for a part of a record's begin.
+
+    So may a machine that lost power leave it.
+    """
+    if size - offset > _MAX_LOST_BYTES:
+        return False
+    file.seek(offset + most)
+    while chunk := file.read(2**20):
+        if chunk.strip(b"\0"):
+            return False
+    file.seek(offset)
+    return file.read(most).endswith(b"\0")
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+def _read_counts(
+    file: BinaryIO, frame: _Frame, header: _Header
+) -> npt.NDArray[np.unsignedinteger[Any]] | None:
+    """Read the counts [N, E]; None if the checksum does not fit."""
+    begin = frame.offset + _COVERED_FROM[header.version]
+    file.seek(begin)
+    covered = file.read(frame.end - begin)
+    if zlib.crc32(covered) != frame.crc:
+        return None
+    num_counts = header.num_ranks * header.num_experts
+    payload = covered[len(covered) - num_counts * frame.width :]
+    shape = (header.num_ranks, header.num_experts)
+    return np.frombuffer(payload, dtype=_WIDTHS[frame.width]).reshape(shape)

@@ -1,1 +1,0 @@
-"""Tests and benchmarks of the package get rank pools and observed training runs here."""

@@ -1,0 +1,250 @@
+"""A cluster's constants, with their spreads, are made of the figures that were measured.
+
+Pure: it measures nothing and writes no file.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from megatron_laer.planner.clusters import (
+    ENOUGH_TOKENS,
+    BackEnd,
+    Cluster,
+    Contention,
+    Figure,
+    HostTime,
+    Link,
+    SolveTime,
+    Spread,
+)
+from megatron_laer.planner.gemm_curve import GemmCurve
+from megatron_laer.tools.calibration.fitting import (
+    fit_curve,
+    fit_link,
+    fit_solve,
+    rates_of,
+    rounded,
+)
+from megatron_laer.tools.calibration.quantities import (
+    ALL_GATHER,
+    EXCHANGE,
+    FORWARD,
+    GATE,
+    GEMM,
+    INTER,
+    INTRA,
+    PRODUCTS,
+    SOLVE,
+    AllToAll,
+    Collective,
+    Contended,
+    Copy,
+    CountsExchange,
+    Launch,
+    PlannerCall,
+    Product,
+    Quantity,
+)
+from megatron_laer.tools.calibration.settings import Settings
+
+# Whose GEMMs the cost model takes, unless a run names another back end.
+DEFAULT_BACK_END = "loop"
+_PERCENTILES = "measured: 10th to 90th percentile of"
+_SIDES = ("median", "low", "high")
+
+Figures = Mapping[Quantity, Figure]
+
+
+def cluster_of(
+    figures: Figures, settings: Settings, nodes: int, name: str, measured: Mapping[str, str]
+) -> Cluster:
+    """Make a cluster of all figures.
+
+    Args:
+        figures: of at least one link, and of all else that `settings` names.
+        nodes: of the ranks that measured.
+        name: of the cluster.
+        measured: where and with what, for people.
+    """
+    back_ends = _back_ends(figures, settings)
+    links, link_spreads = _links(figures)
+    default = next(back_end for back_end in back_ends if back_end.name == DEFAULT_BACK_END)
+    solve, solve_spread = _planner_time(figures, SOLVE)
+    gate, gate_spread = _planner_time(figures, GATE)
+    gate = SolveTime(rounded(gate.base_s + _beside_gather_s(figures)), gate.slot_s, gate.count_s)
+    contention, contention_spreads = _contention(figures)
+    copy, copied = next((figures[key], key) for key in figures if isinstance(key, Copy))
+    moved_bytes = 2 * copied.num_bytes  # read, and written
+    memory = Figure(*(rounded(moved_bytes / s) for s in (copy.median, copy.high, copy.low)))
+    launch = figures[Launch()]
+    assumed = [
+        f"There were no {name}-node links, so they have the numbers of {other}-node links"
+        for name, other in ((INTRA, INTER), (INTER, INTRA))
+        if name not in links
+    ]
+    return Cluster(
+        name=name,
+        source=f"Measured by `calibrate` on {measured['hardware']}; figures are below, and what "
+        "they were measured with",
+        assumed=" ".join(assumed) or "nothing",
+        nodes=nodes,
+        ranks_per_node=settings.node_size,
+        gemm=default.forward,
+        intra=links.get(INTRA) or links[INTER],
+        inter=links.get(INTER) or links[INTRA],
+        solve=solve,
+        backward_gemm_factor=rounded(default.backward_gemm_factor),
+        host=HostTime(launch.median, gate),
+        contention=contention,
+        memory_bytes_per_s=memory.median,
+        back_ends=back_ends,
+        spreads=(
+            ("gemm", _gemm_spread(figures)),
+            ("backward_gemm_factor", _backward_spread(default)),
+            ("memory_bytes_per_s", _of(memory, f"{_PERCENTILES} copies")),
+            ("solve", solve_spread),
+            *link_spreads.items(),
+            ("host.launch_s", _of(launch, f"{_PERCENTILES} samples")),
+            ("host.gate", gate_spread),
+            *contention_spreads,
+        ),
+        figures=tuple((str(key), figure) for key, figure in figures.items()),
+        measured=tuple(measured.items()),
+    )
+
+
+def _back_ends(figures: Figures, settings: Settings) -> tuple[BackEnd, ...]:
+    products = [(key, figure) for key, figure in figures.items() if isinstance(key, Product)]
+
+    def curve(back_end: str, product: str) -> GemmCurve:
+        seconds = [
+            (key.tokens, figure.median)
+            for key, figure in products
+            if (key.back_end, key.name) == (back_end, product)
+        ]
+        return fit_curve(seconds, settings.expert.flops_per_token)
+
+    return tuple(
+        BackEnd(name, *(curve(name, product) for product in PRODUCTS))
+        for name in dict.fromkeys(key.back_end for key, _ in products)
+    )
+
+
+def _gemm_spread(figures: Figures) -> Spread:
+    """Return by what factor the default's forward is slower and faster than its median."""
+    found = [
+        figure
+        for key, figure in figures.items()
+        if isinstance(key, Product) and (key.back_end, key.name) == (DEFAULT_BACK_END, FORWARD)
+    ]
+    low = statistics.median(figure.median / figure.high for figure in found)
+    high = statistics.median(figure.median / figure.low for figure in found)
+    return _spread(1.0, (low, high), f"{_PERCENTILES} samples, median of the points")
+
+
+def _backward_spread(back_end: BackEnd) -> Spread:
+    """Return how the factor differs between the two products and between numbers of tokens."""
+    factors = [
+        forward / product.points[place][1]
+        for place, (tokens, forward) in enumerate(back_end.forward.points)
+        for product in (back_end.input_grad, back_end.weight_grad)
+        if tokens >= min(ENOUGH_TOKENS, back_end.forward.points[-1][0])
+    ]
+    value = rounded(back_end.backward_gemm_factor)
+    source = "measured: from the gradient and number of tokens with the least to that with the most"
+    return _spread(value, factors, source)
+
+
+def _links(figures: Figures) -> tuple[dict[str, Link], dict[str, Spread]]:
+    """Fit each class of links that was measured; return links and the spreads of all constants.
+
+    The other class gets the same numbers, and its spreads as well.
+    """
+    links, spreads = {}, {}
+    for name, other in ((INTRA, INTER), (INTER, INTRA)):
+        found = [
+            (key, figure)
+            for key, figure in figures.items()
+            if isinstance(key, AllToAll) and key.link == name
+        ]
+        if found:
+            links[name], of_link = _link(found)
+            for constant, spread in of_link.items():
+                spreads[f"{name}.{constant}"] = spread
+                spreads.setdefault(f"{other}.{constant}", spread)
+    return links, spreads
+
+
+def _link(found: Sequence[tuple[AllToAll, Figure]]) -> tuple[Link, dict[str, Spread]]:
+    by_side = {
+        side: [(key.peers, key.sent_bytes, getattr(figure, side)) for key, figure in found]
+        for side in _SIDES
+    }
+    link = fit_link(by_side["median"])
+    rates = [statistics.median(rates_of(link, exchanges)) for exchanges in by_side.values()]
+    # What the smallest message takes is latency and nothing else.
+    smallest = min(found, key=lambda item: (item[0].sent_bytes, item[0].peers))[1]
+    return link, {
+        "bytes_per_s": _spread(
+            link.bytes_per_s, rates, f"{_PERCENTILES} samples, median of the large messages"
+        ),
+        "latency_s": _spread(
+            link.latency_s,
+            (smallest.low, smallest.high),
+            f"{_PERCENTILES} samples of the smallest message; the constant is the fit's",
+        ),
+    }
+
+
+def _planner_time(figures: Figures, name: str) -> tuple[SolveTime, Spread]:
+    found = [
+        (key, figure)
+        for key, figure in figures.items()
+        if isinstance(key, PlannerCall) and key.name == name
+    ]
+    calls = [((key.ranks, key.capacity, key.experts), figure.median) for key, figure in found]
+    fit = fit_solve(calls)
+    ratios = [
+        seconds / fit.seconds(key.ranks, key.capacity, key.experts)
+        for key, figure in found
+        for seconds in (figure.low, figure.high)
+    ]
+    return fit, _spread(1.0, ratios, f"{_PERCENTILES} samples of all shapes, over the fit")
+
+
+def _beside_gather_s(figures: Figures) -> float:
+    """Return what an exchange of counts takes beyond its All-gather: copies, and the wait."""
+    exchange = next(figure for key, figure in figures.items() if isinstance(key, CountsExchange))
+    gather = next(
+        figure
+        for key, figure in figures.items()
+        if isinstance(key, Collective) and key.name == ALL_GATHER
+    )
+    return max(0.0, exchange.median - gather.median)
+
+
+def _contention(figures: Figures) -> tuple[Contention, list[tuple[str, Spread]]]:
+    factors = {}
+    for name in (GEMM, EXCHANGE):
+        alone_s = figures[Contended(name, False)].median
+        beside = figures[Contended(name, True)]
+        factors[name] = Figure(
+            *(rounded(s / alone_s) for s in (beside.median, beside.low, beside.high))
+        )
+    source = f"{_PERCENTILES} samples beside the other, over the median alone"
+    return Contention(factors[GEMM].median, factors[EXCHANGE].median), [
+        ("contention.gemm", _of(factors[GEMM], source)),
+        ("contention.exchange", _of(factors[EXCHANGE], source)),
+    ]
+
+
+def _of(figure: Figure, source: str) -> Spread:
+    return Spread(figure.low, figure.high, source)
+
+
+def _spread(value: float, others: Iterable[float], source: str) -> Spread:
+    """Return the range of some values and of the constant, which a fit may have put beside them."""
+    rounded_others = [rounded(other) for other in others]
+    return Spread(min(value, *rounded_others), max(value, *rounded_others), source)

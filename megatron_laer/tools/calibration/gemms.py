@@ -1,0 +1,79 @@
+"""The products of each back end of the experts' GEMMs are measured here, as the experts call them.
+
+Legend: C slots, T tokens of all slots, R rows and K columns of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from megatron_laer.layer.experts.gemm import SlotGemm, gemm_names, slot_gemm
+from megatron_laer.tools.calibration.quantities import FORWARD, INPUT_GRAD, PRODUCTS, Product
+from megatron_laer.tools.calibration.sampling import Job, Sample, timed
+from megatron_laer.tools.calibration.settings import Settings
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of weights and tokens: what training has on such a device."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def usable_back_ends(settings: Settings, device: torch.device) -> list[str]:
+    """Return the names of the back ends that compute on this rank."""
+    sizes = [size for matrix in settings.expert.matrices for size in matrix]
+    dtype = compute_dtype(device)
+    return [name for name in gemm_names() if slot_gemm(name).problem(device, dtype, sizes) is None]
+
+
+def gemm_jobs(back_ends: Sequence[str], settings: Settings, device: torch.device) -> Iterator[Job]:
+    """Yield a job per back end, product and number of tokens, each for whole experts."""
+    for name in back_ends:
+        for product in PRODUCTS:
+            for tokens in settings.tokens:
+
+                def prepare(
+                    name: str = name, product: str = product, tokens: int = tokens
+                ) -> Sample:
+                    run = product_of(slot_gemm(name), product, tokens, settings, device)
+                    return timed(run, device)
+
+                yield Job(Product(name, product, tokens), prepare, units=settings.slots)
+
+
+def product_of(
+    gemm: SlotGemm, product: str, tokens: int, settings: Settings, device: torch.device
+) -> Callable[[], None]:
+    """Return a function that computes one product for both matrices of every slot."""
+    tokens_C = [tokens] * settings.slots
+    total = sum(tokens_C)
+    options = {"device": device, "dtype": compute_dtype(device)}
+    calls: list[Callable[[], None]] = []
+    for rows, columns in settings.expert.matrices:
+        # Not zeros: a GPU's clock depends on what it multiplies.
+        weight_CRK = torch.randn(settings.slots, rows, columns, **options)  # type: ignore[call-overload]
+        input_TK = torch.randn(total, columns, **options)  # type: ignore[call-overload]
+        grad_TR = torch.randn(total, rows, **options)  # type: ignore[call-overload]
+        grads_CRK = torch.empty_like(weight_CRK)
+
+        def call(
+            input_TK: torch.Tensor = input_TK,
+            grad_TR: torch.Tensor = grad_TR,
+            weight_CRK: torch.Tensor = weight_CRK,
+            grads_CRK: torch.Tensor = grads_CRK,
+        ) -> None:
+            if product == FORWARD:
+                gemm.forward(input_TK, weight_CRK, tokens_C)
+            elif product == INPUT_GRAD:
+                gemm.input_grad(grad_TR, weight_CRK, tokens_C)
+            else:
+                gemm.weight_grad(grad_TR, input_TK, tokens_C, grads_CRK)
+
+        calls.append(call)
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run

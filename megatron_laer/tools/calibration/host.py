@@ -1,0 +1,158 @@
+"""These jobs measure a rank's host: launches, copies, the exchange of counts, quotas and layouts.
+
+Legend: N ranks, E experts, C slots per rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_laer.arrays import Int64
+from megatron_laer.config import PlanMode
+from megatron_laer.planner.clusters import Cluster, Link, SolveTime
+from megatron_laer.planner.construct import construct_layout
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.gemm_curve import GemmCurve
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.runtime.comm import collectives
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.tools.calibration.quantities import (
+    GATE,
+    SOLVE,
+    Copy,
+    CountsExchange,
+    Launch,
+    PlannerCall,
+)
+from megatron_laer.tools.calibration.sampling import Job, Sample, timed
+from megatron_laer.tools.calibration.settings import Settings
+
+_LAUNCHES = 100
+_NODE_SIZE = 8
+_TOKENS = 8192
+# Counts that take turns, so that no call is the second one with the same.
+_CASES = 5
+
+
+def host_jobs(
+    everybody: dist.ProcessGroup, settings: Settings, device: torch.device
+) -> Iterator[Job]:
+    """Yield the jobs for launches, memory, the exchange of counts, and calls into the planner."""
+
+    def launches() -> Sample:
+        one = torch.zeros(1, device=device)
+
+        def launch() -> None:
+            for _ in range(_LAUNCHES):
+                one.add_(1.0)
+
+        return timed(launch, device)
+
+    def copies() -> Sample:
+        source = torch.zeros(settings.copy_bytes, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return timed(lambda: target.copy_(source), device)
+
+    def counts() -> Sample:
+        ranks = tuple(range(dist.get_world_size()))
+        groups = FSEPGroups(
+            tokens=everybody,
+            tokens_intra_node=None,
+            tokens_inter_node=None,
+            parameters=everybody,
+            gradients=everybody,
+            parameters_intra_node=None,
+            parameters_inter_node=None,
+            gradients_intra_node=None,
+            gradients_inter_node=None,
+            ranks=ranks,
+            node_size=settings.node_size,
+            index=0,
+        )
+        exchange = collectives.CountsExchange(groups, device)
+        counts_E = torch.zeros(settings.counts_experts, dtype=torch.int64, device=device)
+        tag_2 = collectives.LayoutTag(0, 0).tensor(device)
+        return timed(lambda: exchange.start(counts_E, tag_2, 0, "calibrate")(), device)
+
+    yield Job(Launch(), launches, units=_LAUNCHES)
+    yield Job(Copy(settings.copy_bytes), copies)
+    yield Job(CountsExchange(settings.counts_experts), counts, is_shared=True)
+    for shape in settings.shapes:
+        for name in (GATE, SOLVE):
+
+            def call(name: str = name, shape: tuple[int, int, int] = shape) -> Sample:
+                return _planner_call(name, shape, device)
+
+            yield Job(PlannerCall(name, *shape), call)
+
+
+def _planner_call(name: str, shape: tuple[int, int, int], device: torch.device) -> Sample:
+    """Sample the guard where it keeps the planned layout, or what a fresh one adds.
+
+    In CPU time of the one thread that does it, since the host's other threads do not wait for it.
+    """
+    num_ranks, capacity, num_experts = shape
+    node_size = min(_NODE_SIZE, num_ranks)
+    geometry = Geometry(num_ranks, num_experts, capacity, node_size)
+    static = ExpertLayout.static(num_ranks, capacity, num_experts)
+    rng = np.random.default_rng(0)
+    cases = []
+    for _ in range(_CASES):
+        now_NE, before_NE = _drifted_counts(num_ranks, num_experts, rng)
+        cases.append((now_NE, construct_layout(before_NE, static, node_size)))
+    turns = itertools.cycle(cases)
+    guard = Guard(PlanMode.FORECAST, _COSTS, geometry)
+
+    def gate() -> None:
+        counts_NE, planned = next(turns)
+        guard.decide(counts_NE, planned)
+
+    def solve() -> None:
+        counts_NE, planned = next(turns)
+        layout = construct_layout(counts_NE, planned, node_size)
+        quotas = exact_split(layout, node_size).solve(counts_NE)
+        _COSTS.split_seconds(quotas.totals(), layout, node_size)
+
+    return timed(gate if name == GATE else solve, device, time.thread_time)
+
+
+def _drifted_counts(
+    num_ranks: int, num_experts: int, rng: np.random.Generator
+) -> tuple[Int64, Int64]:
+    """Draw counts of Zipf 1.0, and those before every expert drifted by up to 20 %."""
+    share_E = rng.permutation(1.0 / np.arange(1, num_experts + 1))
+    before_E = share_E * rng.uniform(0.8, 1.2, num_experts)
+    now_NE, before_NE = (
+        rng.multinomial(_TOKENS, part_E / part_E.sum(), size=num_ranks).astype(np.int64)
+        for part_E in (share_E, before_E)
+    )
+    return now_NE, before_NE
+
+
+# The time of a call depends on no constant.
+_COSTS = CostModel(
+    Cluster(
+        name="any",
+        source="nothing",
+        assumed="everything",
+        nodes=1,
+        ranks_per_node=1,
+        gemm=GemmCurve(((1, 1.0),)),
+        intra=Link(1.0, 0.0),
+        inter=Link(1.0, 0.0),
+        solve=SolveTime(0.0, 0.0, 0.0),
+    ),
+    hidden=1,
+    ffn=1,
+    gated=True,
+    bytes_per_element=1,
+)

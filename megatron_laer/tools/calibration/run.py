@@ -1,0 +1,189 @@
+"""All ranks of a launcher measure a cluster here, and rank 0 gets the result.
+
+What one rank cannot do is an error on every rank, in the same words, before anything is measured.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+from megatron_laer.device import cpu_needed
+from megatron_laer.files import memory
+from megatron_laer.planner.clusters import Cluster
+from megatron_laer.runtime.comm import launcher
+from megatron_laer.runtime.comm.streams import make_comm_stream
+from megatron_laer.tools.calibration import estimate, machine
+from megatron_laer.tools.calibration.constants import cluster_of
+from megatron_laer.tools.calibration.contention import contention_jobs
+from megatron_laer.tools.calibration.gemms import gemm_jobs, usable_back_ends
+from megatron_laer.tools.calibration.host import host_jobs
+from megatron_laer.tools.calibration.launched import START
+from megatron_laer.tools.calibration.links import collective_jobs, exchange_jobs, make_partners
+from megatron_laer.tools.calibration.sampling import Job, measure
+from megatron_laer.tools.calibration.settings import ExpertShape, Settings, make_settings
+
+_TIMEOUT = timedelta(minutes=10)
+
+# Shows how far the jobs are.
+Progress = Callable[[Sequence[Job]], Iterable[Job]]
+
+
+@contextmanager
+def all_ranks() -> Iterator[dist.ProcessGroup]:
+    """Connect the ranks of the launcher during the block, by gloo, for what is not measured.
+
+    Raises:
+        ValueError: they do not find each other.
+    """
+    try:
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the ranks did not find each other: {error}; {START}") from error
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        yield group
+    finally:
+        dist.destroy_process_group()
+
+
+def together[T](control: dist.ProcessGroup, do: Callable[[], T]) -> T:
+    """Do something on every rank that may fail on some of them. Collective over all ranks.
+
+    Raises:
+        ValueError: it did; the same on every rank, with the first rank that failed.
+    """
+    result, problem = None, None
+    try:
+        result = do()
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        problem = str(error) or type(error).__name__
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem, group=control)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            everywhere = all(other == found for other in problems)
+            raise ValueError(found if everywhere else f"rank {rank}: {found}")
+    return result  # type: ignore[return-value]
+
+
+def agree_on_settings(
+    expert: ExpertShape | None,
+    node_size: int | None,
+    *,
+    quick: bool,
+    longest_hours: float,
+    control: dist.ProcessGroup,
+) -> tuple[Settings, torch.device]:
+    """Choose each rank's device and what is measured. Collective over all ranks.
+
+    Args:
+        expert: None for one that suits the device.
+        node_size: None to ask the launcher.
+
+    Raises:
+        ValueError: ranks differ in what they were told or compute on, the node size is none, or
+            the expert takes too much memory or time; the same on every rank.
+    """
+    settings, device = together(control, lambda: _settings(expert, node_size, quick, longest_hours))
+    everybody: list[Settings | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, settings, group=control)
+    for rank, other in enumerate(everybody):
+        if other != everybody[0]:
+            differing = _differing(everybody[0], other)
+            raise ValueError(
+                f"ranks 0 and {rank} would measure differently ({differing}); "
+                "start all with the same arguments and MEGATRON_LAER_DEVICE, on the same kind of "
+                "device"
+            )
+    return settings, device
+
+
+def calibrate(
+    name: str,
+    settings: Settings,
+    device: torch.device,
+    control: dist.ProcessGroup,
+    progress: Progress,
+) -> Cluster | None:
+    """Measure everything and make a cluster of it. Collective over all ranks.
+
+    Returns:
+        None on ranks other than 0.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # Of all ranks both, so that exchanges beside GEMMs have a communicator of their own.
+    everybody, exchanging = (cast(dist.ProcessGroup, dist.new_group(backend=backend)) for _ in "12")
+    partners = make_partners(settings, backend)
+    usable: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(usable, usable_back_ends(settings, device), group=control)
+    back_ends = [name for name in usable[0] if all(name in names for names in usable)]
+    stream = make_comm_stream("calibrate", device, overlaps=True)
+    jobs = [
+        *gemm_jobs(back_ends, settings, device),
+        *exchange_jobs(partners, settings, device),
+        *collective_jobs(everybody, settings, device),
+        *host_jobs(everybody, settings, device),
+        *contention_jobs(stream, exchanging, control, settings, device),
+    ]
+    try:
+        with torch.no_grad():
+            figures = measure(progress(jobs * settings.rounds), settings, control)
+    finally:
+        stream.close()
+    hardware = [""] * dist.get_world_size()
+    dist.all_gather_object(hardware, machine.hardware_name(device), group=control)
+    if dist.get_rank() != 0:
+        return None
+    measured = machine.describe(hardware, settings, device)
+    return cluster_of(figures, settings, len(hardware) // settings.node_size, name, measured)
+
+
+# An expert of Mixtral-8x7B on a GPU, and one that a processor computes in milliseconds.
+_EXPERTS = {False: ExpertShape(512, 1024, True), True: ExpertShape(4096, 14336, True)}
+
+
+def _settings(
+    expert: ExpertShape | None, node_size: int | None, quick: bool, longest_hours: float
+) -> tuple[Settings, torch.device]:
+    on_cuda = not cpu_needed()
+    world_size = dist.get_world_size()
+    if on_cuda:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no GPU of its own: torch sees "
+                f"{torch.cuda.device_count()}; start as many ranks on a node as it has GPUs"
+            )
+        torch.cuda.set_device(local_rank)
+    if node_size is None:
+        node_size = launcher.ranks_per_node(
+            os.environ, world_size, torch.cuda.device_count() if on_cuda else 0, on_cuda=on_cuda
+        )
+    if world_size % node_size:
+        works = [size for size in range(1, world_size + 1) if world_size % size == 0]
+        raise ValueError(
+            f"nodes of {node_size} ranks do not divide the {world_size} ranks; give --node-size "
+            f"with one of {works}"
+        )
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    made = make_settings(expert or _EXPERTS[on_cuda], node_size, on_cuda=on_cuda, quick=quick)
+    # On a processor, the ranks of a node share its memory.
+    free = torch.cuda.mem_get_info()[0] if on_cuda else memory.available_bytes() // node_size
+    estimate.check_fits(made, free, longest_hours)
+    return made, device
+
+
+def _differing(one: Settings | None, other: Settings | None) -> str:
+    assert one is not None and other is not None
+    theirs = asdict(other)
+    found = [(name, value) for name, value in asdict(one).items() if value != theirs[name]]
+    return "; ".join(f"{name} is {value} and {theirs[name]}" for name, value in found)

@@ -1,0 +1,116 @@
+"""Each figure is sampled on all ranks at once, in step with each other, and gathered on rank 0.
+
+What is sampled is in `jobs` and its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+
+from megatron_laer.planner.clusters import Figure
+from megatron_laer.tools.calibration.fitting import figure_of
+from megatron_laer.tools.calibration.quantities import Quantity
+from megatron_laer.tools.calibration.settings import Settings
+
+# Of a figure, round and rank; more tell no more.
+_MOST_SAMPLES = 200
+
+# Returns the seconds of so many repeats.
+Sample = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Says how one figure is measured.
+
+    Attributes:
+        quantity: what it is.
+        prepare: takes memory and returns what is sampled, which holds the memory.
+        units: in one repeat; the figure is of one unit.
+        is_shared: whether all ranks take part in a repeat, so that the slowest one's time counts.
+    """
+
+    quantity: Quantity
+    prepare: Callable[[], Sample]
+    units: int = 1
+    is_shared: bool = False
+
+
+def timed(
+    run: Callable[[], object],
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Sample:
+    """Make a sample of a function; what it enqueues on the device is waited for at the end."""
+
+    def sample(repeats: int) -> float:
+        start = clock()
+        for _ in range(repeats):
+            run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock() - start
+
+    return sample
+
+
+def measure(
+    jobs: Iterable[Job], settings: Settings, control: dist.ProcessGroup
+) -> dict[Quantity, Figure]:
+    """Measure one figure after the other. Collective over all ranks, which have the same jobs.
+
+    Args:
+        jobs: those of one figure may come several times, with others between: what disturbs the
+            machine for seconds then touches few of a figure's samples.
+        control: a gloo group of all ranks, on which nothing is measured.
+
+    Returns:
+        The figures on rank 0, and nothing on others.
+    """
+    mine: dict[Quantity, list[float]] = {}
+    shared = set()
+    for job in jobs:
+        mine.setdefault(job.quantity, []).extend(_samples(job, settings, control))
+        if job.is_shared:
+            shared.add(job.quantity)
+    of_ranks: list[dict[Quantity, list[float]]] = [{} for _ in range(dist.get_world_size())]
+    is_first = dist.get_rank() == 0
+    dist.gather_object(mine, of_ranks if is_first else None, dst=0, group=control)
+    if not is_first:
+        return {}
+    figures = {}
+    for quantity in mine:
+        by_rank = [samples[quantity] for samples in of_ranks]
+        if quantity in shared:
+            figures[quantity] = figure_of(map(max, zip(*by_rank, strict=True)))
+        else:
+            figures[quantity] = figure_of(chain.from_iterable(by_rank))
+    return figures
+
+
+def _samples(job: Job, settings: Settings, control: dist.ProcessGroup) -> list[float]:
+    sample = job.prepare()
+    sample(1)
+    # What comes first may be slow for once, so the shorter of two tells how often to repeat.
+    estimate_s = _slowest(min(sample(1), sample(1)), control)
+    repeats = max(1, math.ceil(settings.sample_s / estimate_s))
+    wanted = int(settings.round_s / (repeats * estimate_s))
+    count = min(max(wanted, settings.least_samples), _MOST_SAMPLES)
+    samples = []
+    for _ in range(count):
+        dist.barrier(group=control)
+        samples.append(sample(repeats) / (repeats * job.units))
+    return samples
+
+
+def _slowest(seconds: float, control: dist.ProcessGroup) -> float:
+    found = torch.tensor([max(seconds, 1e-9)], dtype=torch.float64)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=control)
+    return float(found.item())

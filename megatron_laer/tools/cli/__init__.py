@@ -1,0 +1,161 @@
+"""The command line finds the command that is asked for, runs it and turns errors into a status.
+
+torchrun ... -m megatron_laer train PATH/TO/pretrain_gpt.py -- <Megatron's flags>
+python -m megatron_laer prepare-data --input FILES --output PREFIX
+python -m megatron_laer flags mixtral-8x7b-e8k2
+python -m megatron_laer plan TRACE --ranks N --capacity C --cluster a100-4x8-ib800
+python -m megatron_laer report RUN --out report.html
+python -m megatron_laer simulate TRACE --model mixtral-8x7b-e8k2 --cluster a100-4x8-ib800
+torchrun ... -m megatron_laer calibrate FILE
+python -m megatron_laer check-recipe -- <Megatron's flags>
+python -m megatron_laer inspect CHECKPOINT
+python -m megatron_laer doctor
+
+Each command has a file here that holds its arguments and its printing, as `add_arguments` and
+`run`; other rooms do the work. The file is imported when the command is asked for, so that the
+others, and `doctor` above all, work where it cannot be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_laer import __version__
+from megatron_laer.tools.cli.program import (
+    Parser,
+    ended,
+    escape_warnings,
+    failed,
+    stopped_by_exceptions,
+)
+
+# Every command, with what `--help` says of it.
+_COMMANDS = {
+    "train": "run an unmodified Megatron script with the plugin on",
+    "prepare-data": "make a dataset from text files",
+    "inspect": "print what is in a checkpoint",
+    "flags": "print Megatron's flags for a model configuration",
+    "plan": "compare strategies on a routing trace",
+    "report": "write a page on a run, or on a routing trace",
+    "simulate": "predict whole iterations of stock, FSEP and others",
+    "calibrate": "measure a cluster's constants, for plan and training",
+    "check-recipe": "say whether settings run with FSEP, before a run",
+    "doctor": "print what this machine has, and what is missing",
+}
+
+# Commands to which what follows `--` belongs.
+_TAKE_FLAGS = ("train", "check-recipe")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status, as `program.ended` does.
+
+    The script of `train` runs as if Python had started it: signals and exceptions are its own, but
+    for settings that the plugin refuses.
+
+    Raises:
+        SystemExit: argparse has had its say, or SIGTERM or SIGHUP came, after files were tidied up.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = " ".join([_program(), *words[:1]])
+    script = ""
+
+    def run() -> int:
+        nonlocal script
+        args, script_args = _parse(words)
+        if args.command == "train":
+            from megatron_laer.tools.cli import train
+
+            train.prepare(args.script, script_args)
+            script = args.script
+            return 0
+        escape_warnings()
+        with stopped_by_exceptions():
+            return int(_module(args.command).run(args))
+
+    status = ended(name, run)
+    if script and status == 0:
+        from megatron_laer.tools.cli import train
+
+        refusal = train.run_script(script)
+        return status if refusal is None else failed(name, refusal)
+    return status
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"{__name__}.{command.replace('-', '_')}")
+
+
+def _program() -> str:
+    """Return the words that have started this, to be typed again."""
+    is_module = Path(sys.argv[0]) == Path(__file__).parents[1] / "__main__.py"
+    return "python -m megatron_laer" if is_module else "megatron-laer"
+
+
+_EXAMPLES = """\
+examples:
+  %(prog)s doctor
+  %(prog)s flags mixtral-8x7b-e8k2
+  %(prog)s prepare-data --python-sources --output data/text
+  %(prog)s plan traces/group-0.trace --ranks 64 --node-size 8 --capacity 2 3 4
+  %(prog)s report runs/one --out report.html
+  %(prog)s simulate traces/group-0.trace --model my-model.yaml --ranks 64
+  torchrun --nproc-per-node 8 -m megatron_laer calibrate my-node.yaml
+  %(prog)s check-recipe -- --num-experts 64 --expert-model-parallel-size 8 FLAGS
+  %(prog)s inspect checkpoints
+  torchrun --nproc-per-node 8 -m megatron_laer train Megatron-LM/pretrain_gpt.py -- FLAGS
+"""
+
+
+def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the arguments, and what follows `--`, which is among them as `flags` too.
+
+    Raises:
+        ImportError: the module of the command cannot be imported.
+    """
+    # That belongs to the script; argparse treats `--` differently from version to version.
+    own, script_args = _split_at_dashes(words)
+    parser = _parser(own[0] if own else "")
+    args, unknown = parser.parse_known_args(own)
+    parser.prog = f"{parser.prog} {args.command}"
+    if unknown:
+        hint = "; the script's own follow --" if args.command in _TAKE_FLAGS else ""
+        parser.error(f"unrecognized arguments: {shlex.join(unknown)}{hint}")
+    if script_args and args.command not in _TAKE_FLAGS:
+        parser.error(f"nothing follows -- here, got {shlex.join(script_args)}")
+    args.flags = script_args
+    return args, script_args
+
+
+def _parser(command: str) -> Parser:
+    """Make the parser of all commands; `command` alone gets its arguments.
+
+    Raises:
+        ImportError: the module of `command` cannot be imported.
+    """
+    parser = Parser(
+        prog=_program(),
+        description="Fully Sharded Expert Parallel for Megatron-LM",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-laer {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in _COMMANDS.items():
+        parser_of_command = commands.add_parser(name, help=summary)
+        if name == command:
+            _module(name).add_arguments(parser_of_command)
+    return parser
+
+
+def _split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in words:
+        return words, []
+    position = words.index("--")
+    return words[:position], words[position + 1 :]

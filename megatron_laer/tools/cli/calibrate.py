@@ -1,0 +1,168 @@
+"""The command `calibrate` measures a cluster's constants, on the ranks that a launcher starts.
+
+Torch is imported when arguments and launcher have been checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from megatron_laer.files.checks import quoted, refuse_overwriting, refuse_unwritable
+from megatron_laer.files.shipped import yaml_file
+from megatron_laer.files.writing import write_file
+from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
+from megatron_laer.planner.clusters import Cluster
+from megatron_laer.tools.calibration.launched import check_launched
+from megatron_laer.tools.calibration.settings import ExpertShape
+from megatron_laer.tools.cli.argument_types import add_hours, between, path
+from megatron_laer.tools.simulator.sizes import MAX_WIDTH, model_sizes
+
+if TYPE_CHECKING:
+    from megatron_laer.tools.calibration.sampling import Job
+
+_MAX_RANKS, _LONGEST_NAME = 2**16, 200
+_ENDINGS = (".yaml", ".yml")
+
+_EXAMPLES = """\
+examples:
+  torchrun --nproc-per-node 2 -m megatron_laer calibrate my-machine.yaml --quick
+  torchrun --nnodes 4 --nproc-per-node 8 ... -m megatron_laer calibrate my-cluster.yaml
+  torchrun --nproc-per-node 8 -m megatron_laer calibrate my-node.yaml --config qwen3-235b-a22b
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `calibrate` to `parser`."""
+    parser.description = (
+        "Measures GEMMs, exchanges and the host on all ranks of a launcher, and writes a cluster "
+        "file for --fsep-cluster and for --cluster of plan."
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXAMPLES
+    parser.add_argument("output", metavar="FILE", type=path, help="the cluster file, a .yaml")
+    parser.add_argument("--force", action="store_true", help="replace the file if it is there")
+    parser.add_argument("--quick", action="store_true", help="fewer points, and seconds in all")
+    parser.add_argument("--name", help="of the cluster; default: the file's, without its ending")
+    parser.add_argument(
+        "--node-size",
+        type=between(1, _MAX_RANKS),
+        metavar="G",
+        help="ranks per node; default: what the launcher says",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="NAME|YAML",
+        help="a model, whose experts' GEMMs are measured; default: Mixtral-8x7B's on GPUs, small "
+        "ones on processors",
+    )
+    parser.add_argument(
+        "--hidden", type=between(1, MAX_WIDTH), metavar="H", help="in place of --config, with --ffn"
+    )
+    parser.add_argument(
+        "--ffn", type=between(1, MAX_WIDTH), metavar="F", help="width of an expert, a gated one"
+    )
+    add_hours(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `calibrate`.
+
+    Raises:
+        ValueError, OSError, ImportError: what was passed does not work; on every rank, before
+            anything is measured.
+    """
+    try:
+        check_launched(os.environ)
+    except ValueError:
+        _checked(args, writes=True)  # what is wrong with the arguments is said first
+        raise
+    import torch.distributed as dist
+
+    from megatron_laer.tools.calibration import run as calibration
+
+    with calibration.all_ranks() as control:
+        rank = dist.get_rank()
+        expert = calibration.together(control, lambda: _checked(args, writes=rank == 0))
+
+        def progress(jobs: Sequence[Job]) -> Iterable[Job]:
+            """Show on rank 0 what is being measured."""
+            with tqdm(jobs, desc="calibrate", disable=True if rank else None) as bar:
+                for job in bar:
+                    bar.set_postfix_str(str(job.quantity))
+                    yield job
+
+        settings, device = calibration.agree_on_settings(
+            expert,
+            args.node_size,
+            quick=args.quick,
+            longest_hours=args.hours,
+            control=control,
+        )
+        name = args.name or args.output.stem
+        cluster = calibration.calibrate(name, settings, device, control, progress)
+        calibration.together(control, lambda: _write(cluster, args.output))
+    return 0
+
+
+def _checked(args: argparse.Namespace, *, writes: bool) -> ExpertShape | None:
+    """Refuse arguments that do not fit, and a file that cannot be written if this rank writes it.
+
+    Returns:
+        The expert that was asked for.
+    """
+    if args.output.suffix not in _ENDINGS:
+        raise ValueError(
+            f"{quoted(args.output)} does not end in {' or '.join(_ENDINGS)}, by which --cluster "
+            "tells files from names"
+        )
+    name = args.output.stem if args.name is None else args.name
+    if not name.strip() or len(name) > _LONGEST_NAME:
+        raise ValueError(
+            f"the name {quoted(name)} is empty or has over {_LONGEST_NAME} characters; give --name"
+        )
+    expert = _expert(args)
+    if writes:
+        refuse_unwritable(args.output, "FILE")
+        if args.config is not None:
+            refuse_overwriting(args.output, [yaml_file("model", args.config)], "FILE")
+        if args.output.exists() and not args.force:
+            raise ValueError(
+                f"{quoted(args.output)} is there already; give another file, or --force to "
+                "replace it"
+            )
+    return expert
+
+
+def _expert(args: argparse.Namespace) -> ExpertShape | None:
+    if (args.hidden is None) != (args.ffn is None):
+        raise ValueError("--hidden and --ffn go together; give both or neither")
+    if args.config is not None and args.hidden is not None:
+        raise ValueError("--config and --hidden both say an expert's sizes; leave one out")
+    if args.config is not None:
+        try:
+            sizes = model_sizes(args.config)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--config {quoted(args.config)}: {error}") from error
+        return ExpertShape(sizes.hidden, sizes.ffn, sizes.gated)
+    return None if args.hidden is None else ExpertShape(args.hidden, args.ffn, gated=True)
+
+
+def _write(cluster: Cluster | None, output: Path) -> None:
+    """Write the file on rank 0, which is given a cluster."""
+    if cluster is None:
+        return
+    text = (
+        "# Written by `python -m megatron_laer calibrate`; docs/calibrate.md says what is what.\n"
+    )
+    text += cluster_text(cluster)
+    assert parse_cluster(text) == cluster
+    write_file(output, text)
+    print(
+        f"{quoted(output)}: {len(cluster.figures)} figures of {dict(cluster.measured)['hardware']}"
+    )

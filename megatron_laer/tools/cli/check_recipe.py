@@ -1,0 +1,302 @@
+"""`check-recipe` says whether settings run with FSEP, and without which flags they would."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shlex
+import sys
+import warnings
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
+from megatron_laer.files.writing import write_output
+from megatron_laer.files.yaml_text import read_yaml
+from megatron_laer.integrations.hugging_face import go_offline_if_unreachable
+from megatron_laer.tools.cli.argument_types import path
+from megatron_laer.tools.recipes.bridge import judge_recipe, read_recipes, recipe_of
+from megatron_laer.tools.recipes.containers import (
+    EvaluationError,
+    judge_container,
+    load_recipe,
+)
+from megatron_laer.tools.recipes.flags import (
+    check_patterns,
+    flags_in_mapping,
+    flags_in_text,
+    script_flags,
+    without,
+)
+from megatron_laer.tools.recipes.verdict import Judgement, Verdict, judge
+
+# 2 is for what cannot be judged, as with every command.
+STATUS = {
+    Verdict.RUNS: 0,
+    Verdict.REFUSED: 1,
+    Verdict.SPEED_ONLY: 3,
+    Verdict.PRECISION: 4,
+    Verdict.SET_EP: 5,
+}
+_SAID = {
+    Verdict.RUNS: "runs",
+    Verdict.SPEED_ONLY: "runs without these speed-only flags: {drop}",
+    Verdict.PRECISION: "runs in bf16, without these flags: {drop}",
+    Verdict.SET_EP: "uses no expert parallelism, which FSEP needs",
+    Verdict.REFUSED: "refused",
+}
+# Of what goes no figure here says how much it was worth.
+_LOST = {
+    Verdict.SPEED_ONLY: "their speed-up is lost, and no figure weighs it",
+    Verdict.PRECISION: "the speed-up of fp8 or fp4 and of these is lost, and no figure weighs it",
+}
+_NOT_JUDGED = "not judged"
+
+_EPILOG = """\
+exit status: 0 runs, 3 runs without the speed-only flags that are named, 4 runs in bf16 and without
+the flags that are named, 5 uses no expert parallelism, 1 refused, 2 cannot be judged; with
+--bridge-csv 0 if all recipes are judged, and 2 if some cannot be, after the others are
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `check-recipe` to `parser`; what follows `--` are Megatron's flags."""
+    parser.usage = (
+        "%(prog)s [FILE] [--bridge-recipe NAME] [--bridge-csv CSV [--json OUT]] [-- FLAGS]"
+    )
+    parser.description = (
+        "Judges Megatron's flags, or recipes of Megatron-Bridge, by the table that training "
+        "refuses settings by."
+    )
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "file",
+        nargs="?",
+        type=path,
+        metavar="FILE",
+        help="YAML (.yaml, .yml) with flags or with a recipe's fields, else a command line",
+    )
+    parser.add_argument(
+        "--bridge-recipe",
+        metavar="NAME",
+        help="a function of megatron.bridge.recipes, or MODULE:FUNCTION, where that is installed",
+    )
+    parser.add_argument(
+        "--bridge-csv", type=path, metavar="CSV", help="a table of Megatron-Bridge's recipes"
+    )
+    parser.add_argument("--json", type=path, metavar="OUT", help="write the table's verdicts there")
+
+
+def run(args: Namespace) -> int:
+    """Run `check-recipe`."""
+    given = [args.file, args.bridge_recipe, args.bridge_csv, args.flags or None]
+    if sum(source is not None for source in given) != 1:
+        raise ValueError("give one of FILE, --bridge-recipe NAME, --bridge-csv CSV and -- FLAGS")
+    if args.json is not None and args.bridge_csv is None:
+        raise ValueError(f"--json {quoted(args.json)}: only with --bridge-csv")
+    if args.bridge_csv is not None:
+        return _judge_table(args.bridge_csv, args.json)
+    if args.bridge_recipe is not None:
+        return _say(_judge_function(args.bridge_recipe))
+    if args.file is None:
+        return _judge_flags(script_flags(args.flags))
+    if args.file.suffix not in (".yaml", ".yml"):
+        return _judge_flags(flags_in_text(args.file))
+    content = read_yaml(args.file)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{args.file}: give `flag: value` lines, or a recipe's `field: value`")
+    if "recipe" in content:
+        return _say(judge_recipe(recipe_of(content, str(args.file))))
+    return _judge_flags(flags_in_mapping(content, str(args.file)))
+
+
+def _judge_table(table: Path, output: Path | None) -> int:
+    if output is not None:
+        refuse_unwritable(output, "--json")
+        refuse_overwriting(output, [table], "--json")
+    rows = read_recipes(table)
+    judged: list[tuple[str, Judgement | None, tuple[str, ...]]] = []
+    for row in rows:
+        try:
+            judgement = judge_recipe(row)
+            judged.append((row["recipe"], judgement, judgement.because))
+        except ValueError as error:
+            judged.append((row["recipe"], None, (str(error),)))
+    for recipe, found, because in judged:
+        _print(f"{found.verdict:<10}  {recipe}" if found else f"{_NOT_JUDGED:<10}  {because[0]}")
+    unjudged = [because[0] for _, found, because in judged if found is None]
+    counts = Counter(found.verdict for _, found, _ in judged if found)
+    total = [f"{counts[verdict]} {verdict}" for verdict in Verdict]
+    _print(", ".join(total + ([f"{len(unjudged)} {_NOT_JUDGED}"] if unjudged else [])))
+    for text in _said_of_all([found for _, found, _ in judged if found]):
+        _print(text)
+    if output is not None:
+        listed = [_in_json(*one) for one in judged]
+        write_output(output, json.dumps(listed, indent=1) + "\n", "--json")
+    if unjudged:
+        raise ValueError(
+            f"{table}: {len(unjudged)} of {len(judged)} recipes cannot be judged, the first: "
+            f"{unjudged[0]}"
+        )
+    return 0
+
+
+def _said_of_all(judged: list[Judgement]) -> list[str]:
+    """Return what a table's verdicts have in common, and no column tells."""
+    lost = sum(found.verdict in _LOST for found in judged)
+    said = [f"the speed-up of the flags that {lost} drop is lost, and no figure weighs it"]
+    unsaid = dict.fromkeys(name for found in judged for name in found.if_none_of)
+    return (said if lost else []) + (
+        [
+            f"those that run do so if the recipe sets none of: {', '.join(unsaid)}; columns of "
+            "these names are read"
+        ]
+        if unsaid
+        else []
+    )
+
+
+def _in_json(recipe: str, found: Judgement | None, because: tuple[str, ...]) -> dict[str, Any]:
+    proof = found.proof if found else None
+    return {
+        "recipe": recipe,
+        "verdict": found.verdict if found else None,
+        "proved_by": proof.row or None if proof else None,
+        "on_replacements": proof.is_replaced if proof else None,
+        "no_row": proof.no_row if proof else [],
+        "no_row_together": proof.no_row_together if proof else [],
+        "because": because,
+        "drop": found.drop if found else [],
+        "if_none_of": found.if_none_of if found else [],
+    }
+
+
+def _judge_function(name: str) -> Judgement:
+    """Judge what a function of Megatron-Bridge returns.
+
+    What its imports say of a run's speed, and libraries of their retries, is shown on stderr if all
+    went well; otherwise the one line that says what is wrong would drown in it.
+    """
+    _say_wait("Megatron-Bridge")
+    is_offline = go_offline_if_unreachable()
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            _replace_cuda_where_needed()
+            judgement = judge_container(*load_recipe(name))
+    except EvaluationError as error:
+        if not is_offline:
+            raise
+        raise ValueError(
+            f"{error} (Hugging Face's server cannot be reached, or HF_HUB_OFFLINE is set; offline "
+            "give the recipe's fields, in a YAML file or as --bridge-csv, or Megatron's flags)"
+        ) from error
+    sys.stderr.write(said.getvalue())
+    return judgement
+
+
+def _judge_flags(words: list[str]) -> int:
+    from megatron_laer.flags import config_from_args
+    from megatron_laer.support import RefusedError, arguments
+
+    settings = _parsed(words)
+    config = config_from_args(settings)
+    assert config is not None, "the mode is set"
+    judgement = judge(settings, config.allow_unproven)
+    kept = without(words, judgement.drop)
+    if judgement.verdict is Verdict.PRECISION and not {"--bf16", "--fp16"} & set(kept):
+        kept.append("--bf16")
+    if judgement.runs:
+        try:  # once more, and now with the sizes that no row of the table knows
+            arguments.check(_parsed(kept), config)
+        except RefusedError as error:
+            judgement = Judgement(Verdict.REFUSED, None, (str(error),))
+    status = _say(judgement)
+    if judgement.verdict in (Verdict.SPEED_ONLY, Verdict.PRECISION):
+        _print(shlex.join(kept))
+    return status
+
+
+def _parsed(words: list[str]) -> Namespace:
+    """Parse flags as Megatron does, for a run in FSEP's mode.
+
+    Raises:
+        ValueError: a flag that neither Megatron nor FSEP has, or a value that does not fit.
+    """
+    from megatron_laer import flags
+    from megatron_laer.config import ExpertParallelMode
+    from megatron_laer.support import arguments
+
+    check_patterns(words)
+    if "megatron.training.arguments" not in sys.modules:
+        _say_wait("Megatron")
+    with warnings.catch_warnings():
+        # Megatron says at import what a run would miss here, and nothing is run.
+        warnings.simplefilter("ignore")
+        _replace_cuda_where_needed()
+        from megatron.training.arguments import add_megatron_arguments
+
+    parser: argparse.ArgumentParser = _Parser(allow_abbrev=False, add_help=False)
+    parser = flags.add_arguments(add_megatron_arguments(parser))
+    parser.set_defaults(**dict.fromkeys(arguments.FILLED_IN))
+    settings, unknown = parser.parse_known_args(words)
+    if unknown:
+        raise ValueError(
+            f"{quoted(shlex.join(unknown))}: neither Megatron nor FSEP has such flags; leave out "
+            "what is a script's own, and write the others as they are in full"
+        )
+    if settings.yaml_cfg is not None:
+        raise ValueError(
+            f"--yaml-cfg {quoted(settings.yaml_cfg)}: Megatron's settings would all come from that "
+            "file, and FSEP's flags have no effect beside it; give Megatron's flags"
+        )
+    settings.expert_parallel_mode = ExpertParallelMode.FSEP
+    settings.world_size = settings.expert_model_parallel_size
+    arguments.fill_in(settings, {})
+    arguments.leave_out(settings)
+    return settings
+
+
+def _replace_cuda_where_needed() -> None:
+    """Do so before Megatron is imported, which later is too late."""
+    from megatron_laer import device
+
+    if device.cpu_needed():
+        device.install_cpu()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises what is wrong instead of ending the process after the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _say(judgement: Judgement) -> int:
+    said = _SAID[judgement.verdict].format(drop=" ".join(judgement.drop))
+    if judgement.if_none_of:
+        said += f", if the recipe sets none of: {', '.join(judgement.if_none_of)}"
+    if judgement.verdict in _LOST:
+        said += f"; {_LOST[judgement.verdict]}"
+    if judgement.runs:
+        said += f"; {judgement.proof or 'nothing proves it yet'}"
+    _print(said + (", because" if judgement.because else ""))
+    for reason in judgement.because:
+        _print(f"  {reason}")
+    return STATUS[judgement.verdict]
+
+
+def _say_wait(imported: str) -> None:
+    """Print a sign of life, if a terminal shows it."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"importing {imported}, which takes some seconds", file=sys.stderr, flush=True)
+
+
+def _print(text: str) -> None:
+    """Print a line, in which what recipes and flags have for terminals is escaped."""
+    print(one_line(text, longest=len(text)))

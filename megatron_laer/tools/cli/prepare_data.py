@@ -1,0 +1,67 @@
+"""`prepare-data` makes a dataset that Megatron reads, and prints how to train on it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_laer.files.checks import one_line, shell_words
+from megatron_laer.tools.data.documents import FORMATS
+from megatron_laer.tools.data.prepare import prepare_data
+from megatron_laer.tools.data.sources import default_text_sources
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `prepare-data` to `parser`."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--input", nargs="+", metavar="PATH", help="files of text or JSONL, and folders of them"
+    )
+    source.add_argument(
+        "--python-sources",
+        action="store_true",
+        help="use the source of Python's standard library, for a first try without any data",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="bytes",
+        metavar="bytes|DIR",
+        help="bytes (257 ids, no vocabulary) or a directory with a Hugging Face tokenizer; "
+        "default: %(default)s",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="text: each file is a document; jsonl: each line is a JSON object with a document; "
+        "default: jsonl for files that end in .jsonl, .ndjson or .json, text for others",
+    )
+    parser.add_argument(
+        "--json-key", metavar="KEY", help="of the text in a line of JSONL; default: text"
+    )
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="read what symbolic links inside folders lead to; default: they are left out",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `prepare-data`, and print what was written and how to train on it."""
+    if args.python_sources and args.follow_links:
+        raise ValueError("--follow-links is for the folders of --input; leave it out")
+    written = prepare_data(
+        default_text_sources() if args.python_sources else args.input,
+        args.output,
+        args.tokenizer,
+        text_format=args.format,
+        json_key=args.json_key,
+        follow_links=args.follow_links,
+    )
+    print(f"{one_line(written.prefix)}: {written.documents} documents, {written.tokens} tokens")
+    print(f"train with: {shell_words(written.flags)}")
+    for sentence in written.left_out:
+        print(sentence, file=sys.stderr)
+    return 0

@@ -1,0 +1,242 @@
+"""The command `report` writes one page of HTML on a run, also while the run goes on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_laer.choices import TokenExchange
+from megatron_laer.files import memory
+from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
+from megatron_laer.files.shipped import yaml_file
+from megatron_laer.files.writing import write_output
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import MAX_EXPERTS
+from megatron_laer.tools.cli.argument_types import add_hours, between, named, path
+from megatron_laer.tools.cli.settings import DEFAULT_CLUSTER, Given, read_recording, settings_of
+from megatron_laer.tools.report.page import page
+from megatron_laer.tools.report.recorded import check_same_run, recorded_run
+from megatron_laer.tools.report.replayed import replay_work, replayed_run
+from megatron_laer.tools.report.run_data import RunData
+from megatron_laer.tools.report.sources import (
+    Sources,
+    find,
+    naming,
+    refuse_as_source,
+)
+from megatron_laer.tools.report.verdict import judge
+from megatron_laer.tools.report.what_if import WhatIf, what_if, what_if_work
+from megatron_laer.tools.simulator.estimate import Work
+from megatron_laer.tools.traces import read_trace
+
+_DEFAULT_OUT = "report.html"
+_MAX_CASES = 10**6
+_MAX_RANKS = 2**16
+
+_EXAMPLES = """\
+examples:
+  %(prog)s runs/one
+  %(prog)s runs/one --compare runs/two --out one-and-two.html
+  %(prog)s traces/group-0.trace --cluster h100-8 --config mixtral-8x7b-e8k2
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `report` to `parser`."""
+    parser.description = (
+        "One page of HTML on a run: what it kept of forced balance, where time went, and what "
+        "other settings would have made of its routing."
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXAMPLES
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        type=path,
+        help="a folder of --fsep-record-metrics, with --fsep-record-trace, --fsep-record-layouts "
+        "and Megatron's log beside it; or a trace alone, of any format that `plan` reads",
+    )
+    parser.add_argument("--compare", type=path, metavar="RUN", help="another run, shown beside it")
+    parser.add_argument(
+        "--out", type=path, default=Path(_DEFAULT_OUT), metavar="FILE", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--group",
+        type=between(0, _MAX_RANKS),
+        metavar="I",
+        help="of several FSEP groups; default: the first",
+    )
+    parser.add_argument(
+        "--cases",
+        type=between(0, _MAX_CASES),
+        default=120,
+        metavar="K",
+        help="microbatches that other capacities and modes are tried on, at most; default: "
+        "%(default)s",
+    )
+    add_hours(parser)
+    parser.add_argument(
+        "--cluster",
+        metavar="NAME|YAML",
+        help=f"hardware constants; default: the run's, else {DEFAULT_CLUSTER}",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="NAME|YAML",
+        help="of a trace alone: a model, for its experts' sizes; default: those of the metrics "
+        "recorded beside it, else of mixtral-8x7b-e8k2",
+    )
+    parser.add_argument(
+        "--capacity",
+        type=between(1, MAX_EXPERTS),
+        metavar="C",
+        help="of a trace alone: slots per rank; default: the recorded, else min(E, ceil(E/N) + 1)",
+    )
+    parser.add_argument(
+        "--node-size",
+        type=between(1, _MAX_RANKS),
+        metavar="G",
+        help="of a trace alone: ranks per node; default: the recorded, else the cluster's, at most "
+        "N",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `report`.
+
+    Raises:
+        ValueError, OSError: what was passed does not work, or a recording is damaged.
+    """
+    refuse_unwritable(args.out, "--out")
+    for flag, kind, given in (
+        ("cluster", "cluster", args.cluster),
+        ("config", "model", args.config),
+    ):
+        if given is not None:
+            used_file = named(f"--{flag}", given, partial(yaml_file, kind))
+            refuse_overwriting(args.out, [used_file], "--out")
+    sources = find(args.run, args.group)
+    others = None if args.compare is None else find(args.compare, args.group)
+    for used in (sources, others):
+        if used is not None:
+            inputs = (
+                *(used.metrics, used.metrics_beside, used.trace, used.layouts),
+                *used.logs,
+            )
+            refuse_overwriting(args.out, [file for file in inputs if file is not None], "--out")
+    for given in (args.run, args.compare):
+        if given is not None:
+            refuse_as_source(args.out, given, "--out")
+    shown, rows, predicted_for = _read(args, sources, args.cases)
+    other = None if others is None else _read(args, others, 0)[0]
+    # Names of files that are not UTF-8 are there with escapes, as on the terminal.
+    content = page(shown, rows, other, predicted_for).encode(errors="backslashreplace")
+    write_output(args.out, content, "--out")
+    print(one_line(f"{shown.name}: {judge(shown).sentence()}"))
+    print(one_line(f"{args.out}: {len(content):,} bytes"))
+    return 0
+
+
+def _read(
+    args: argparse.Namespace, sources: Sources, cases: int
+) -> tuple[RunData, list[WhatIf], str]:
+    """Read a run, and work out what other settings would have made of it.
+
+    Returns:
+        The run, its rows, and the settings that these were predicted for, in words.
+    """
+    if sources.metrics is not None:
+        for flag, value in (
+            ("--config", args.config),
+            ("--capacity", args.capacity),
+            ("--node-size", args.node_size),
+        ):
+            if value is not None:
+                raise ValueError(
+                    f"{flag} {quoted(value)}: no effect on {quoted(sources.name)}, which recorded "
+                    "its metrics; leave it out"
+                )
+    given = Given(cluster=args.cluster, config=args.config)
+    metrics = sources.metrics or sources.metrics_beside
+    recording = read_recording(metrics)
+    settings = settings_of(given, recording, metrics)
+    trace = None
+    if sources.trace is not None:
+        with naming(sources.trace):
+            trace = read_trace(
+                sources.trace,
+                num_experts=settings.sizes.num_experts,
+                progress=_bar("reading"),
+            )
+    if sources.metrics is not None:
+        assert recording is not None
+        shown = recorded_run(sources, recording, trace)
+        shape = shown.shape
+        geometry = Geometry(shape.num_ranks, shape.num_experts, shape.capacity, shape.node_size)
+    else:
+        assert trace is not None
+        if metrics is not None and recording is not None:
+            check_same_run(metrics, recording.shape, sources.trace, trace)
+        ((geometry,), _) = settings.geometries(
+            trace.num_ranks,
+            trace.num_experts,
+            [] if args.capacity is None else [args.capacity],
+            args.node_size,
+        )
+        _check_fits(
+            [replay_work(trace, geometry)], args.hours, "another trace, such as of fewer ranks"
+        )
+        costs = settings.priced(trace, geometry)
+        shown = replayed_run(sources.name, trace, geometry, costs, _bar("deciding"))
+    rows: list[WhatIf] = []
+    if trace is not None:
+        _check_fits(what_if_work(trace, geometry, cases), args.hours, "fewer --cases")
+        rows = what_if(
+            str(sources.trace),
+            trace,
+            geometry,
+            settings.costs,
+            cases,
+            token_exchange=TokenExchange(settings.token_exchange),
+            top_k=settings.sizes.top_k,
+            flags=given.words(),
+            progress=_bar("what if"),
+        )
+    if settings.note and (rows or not shown.is_measured):
+        print(one_line(f"report: {settings.note}"), file=sys.stderr)
+        shown = replace(shown, notes=[*shown.notes, settings.note])
+    return shown, rows, settings.words()
+
+
+def _check_fits(works: Sequence[Work], longest_hours: float, remedy: str) -> None:
+    """Refuse what would take longer, or more memory than is free.
+
+    Raises:
+        ValueError: with the estimate, and what to give.
+    """
+    for work in works:
+        what = f"{work.cases:,} microbatches of {work.geometries[0].num_ranks:,} ranks"
+        memory.check_enough(work.bytes, what, f"give {remedy}")
+        hours = work.seconds / 3600
+        if hours > longest_hours:
+            raise ValueError(
+                f"{what} would take about {hours:.2g} hours, more than the {longest_hours:.2g} of "
+                f"--hours; give {remedy}, or --hours {hours * 1.1:.2g}"
+            )
+
+
+def _bar(title: str) -> Any:
+    """Return a progress bar, which shows on a terminal only."""
+
+    def wrapped(items: Sequence[Any]) -> Iterable[Any]:
+        bar: Iterable[Any] = tqdm(items, desc=title, leave=False, disable=None)
+        return bar
+
+    return wrapped

@@ -1,0 +1,287 @@
+"""`plan` and `report` predict with settings of flags, else of the run's recording, else defaults.
+
+Both take them from here, so that a row of the one is printed again by the other. A note says which
+settings of a recording cannot be used, and what is taken instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_laer.choices import ExchangeAlgorithm, Recompute, TokenExchange, TokenExchangeChoice
+from megatron_laer.files.checks import quoted
+from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.clusters import Cluster
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import MAX_EXPERTS, default_capacity
+from megatron_laer.planner.token_exchange import with_token_exchange
+from megatron_laer.telemetry.metrics_file import MetricsRecording, Shape, read_metrics
+from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools.cli.argument_types import between, named
+from megatron_laer.tools.report.sources import naming
+from megatron_laer.tools.simulator.sizes import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
+from megatron_laer.tools.simulator.table import mean_tokens
+
+DEFAULT_CLUSTER = "a100-4x8-ib800"
+# Of bf16, and of the widest numbers.
+_BYTES_PER_ELEMENT, _MOST_BYTES = 2, 8
+# Recordings of earlier versions do not say these.
+_MAY_BE_MISSING = ("token_exchange", "top_k")
+
+
+@dataclass(frozen=True)
+class Given:
+    """Holds the values of flags; None for a flag that was not given."""
+
+    cluster: str | None = None
+    config: str | None = None
+    hidden: int | None = None
+    ffn: int | None = None
+    restore_algorithm: ExchangeAlgorithm | None = None
+    recompute: Recompute | None = None
+    token_exchange: TokenExchangeChoice | None = None
+    top_k: int | None = None
+
+    def words(self) -> list[str]:
+        """Return the flags that a row is printed with again."""
+        flags = (("--cluster", self.cluster), ("--config", self.config))
+        return [word for flag, value in flags if value is not None for word in (flag, value)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Holds the settings of predictions.
+
+    Attributes:
+        sizes: of an expert.
+        costs: with tokens that travel by rank.
+        token_exchange: how tokens travel.
+        has_flag_cluster: whether a flag names the cluster.
+        shape: of the run that was recorded; None without a recording.
+        recorded: names of the settings that the recording gave.
+        defaults: names of those that neither a flag nor a recording gave.
+        note: which settings of the recording cannot be used, and what is taken; "" for none.
+    """
+
+    sizes: ExpertSizes
+    costs: CostModel
+    token_exchange: TokenExchangeChoice
+    has_flag_cluster: bool
+    shape: Shape | None
+    recorded: tuple[str, ...]
+    defaults: tuple[str, ...]
+    note: str
+
+    def words(self) -> str:
+        """Describe the experts and the cluster."""
+        sizes = f"{self.sizes.hidden} x {self.sizes.ffn}{'' if self.sizes.gated else ', not gated'}"
+        sent = "" if self.token_exchange == TokenExchangeChoice.RANK else ", tokens sent by node"
+        return (
+            f"experts of {sizes}, {self.costs.bytes_per_element} bytes per number{sent}, on "
+            f"{self.costs.cluster.name}"
+        )
+
+    def priced(self, trace: Trace, geometry: Geometry) -> CostModel:
+        """Return the cost model with tokens that travel as the run sent them."""
+        top_k = min(self.sizes.top_k, trace.num_experts)
+        exchange = TokenExchange(self.token_exchange)
+        return with_token_exchange(self.costs, exchange, geometry, top_k, mean_tokens(trace, top_k))
+
+    def geometries(
+        self, num_ranks: int, num_experts: int, capacities: Sequence[int], node_size: int | None
+    ) -> tuple[list[Geometry], tuple[str, ...]]:
+        """Return the shapes, one per capacity, and the names of what the recording gave of them.
+
+        A recording says it of as many ranks as it has, and the node size of its own cluster.
+
+        Args:
+            capacities: of `--capacity`; none takes the recording's, or the default.
+            node_size: of `--node-size`.
+
+        Raises:
+            ValueError: a flag that does not fit.
+        """
+        shape = self.shape if self.shape and self.shape.num_ranks == num_ranks else None
+        recorded, flag = [], "--node-size"
+        cluster = self.costs.cluster
+        if node_size is None and shape is not None and not self.has_flag_cluster:
+            node_size = shape.node_size
+            recorded.append("node_size")
+        elif node_size is None:
+            node_size = min(cluster.ranks_per_node, num_ranks)
+            flag = f"--node-size is not given, and {cluster.name} has nodes of"
+        if num_ranks % node_size != 0:
+            works = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
+            raise ValueError(
+                f"{flag} {node_size}, which does not divide the {num_ranks} ranks; use one of "
+                f"{works}"
+            )
+        least = -(-num_experts // num_ranks)
+        for capacity in capacities:
+            if not least <= capacity <= num_experts:
+                raise ValueError(
+                    f"--capacity {capacity}: {num_ranks} ranks need {least}..{num_experts} slots "
+                    f"each for {num_experts} experts"
+                )
+        if not capacities and shape is not None:
+            capacities = [shape.capacity]
+            recorded.append("capacity")
+        capacities = capacities or [default_capacity(num_ranks, num_experts)]
+        shapes = [Geometry(num_ranks, num_experts, one, node_size) for one in capacities]
+        return shapes, tuple(recorded)
+
+
+def read_recording(path: Path | None) -> MetricsRecording | None:
+    """Read a recording of metrics, if there is one.
+
+    Raises:
+        ValueError, OSError: it is damaged, or cannot be read.
+    """
+    if path is None:
+        return None
+    with naming(path):
+        return read_metrics(path)
+
+
+def settings_of(
+    given: Given, recording: MetricsRecording | None = None, path: Path | None = None
+) -> Settings:
+    """Work out the settings of predictions.
+
+    Args:
+        recording: of the run, and its `path` for the note.
+
+    Raises:
+        ValueError: a flag whose file cannot be read.
+    """
+    model = None if given.config is None else named("--config", given.config, model_sizes)
+    noted = _Noted(given, model, recording)
+    width = between(1, MAX_WIDTH)
+    sizes = ExpertSizes(
+        noted.value("hidden", width, DEFAULT_SIZES.hidden),
+        noted.value("ffn", width, DEFAULT_SIZES.ffn),
+        noted.value("gated", _boolean, DEFAULT_SIZES.gated),
+        None if model is None else model.num_experts,
+        noted.value("top_k", between(1, MAX_EXPERTS), DEFAULT_SIZES.top_k),
+    )
+    costs = CostModel(
+        cluster=_cluster(given.cluster, recording, noted),
+        hidden=sizes.hidden,
+        ffn=sizes.ffn,
+        gated=sizes.gated,
+        bytes_per_element=noted.value(
+            "bytes_per_element", between(1, _MOST_BYTES), _BYTES_PER_ELEMENT
+        ),
+        recompute=noted.value("recompute", Recompute, Recompute.NONE),
+        restore_algorithm=noted.value(
+            "restore_algorithm", ExchangeAlgorithm, ExchangeAlgorithm.FLAT
+        ),
+    )
+    exchange = noted.value("token_exchange", _token_exchange, TokenExchangeChoice.RANK)
+    note = ""
+    if noted.replaced:
+        note = (
+            f"{path} does not say all that predictions need; taken instead: "
+            f"{'; '.join(noted.replaced)}"
+        )
+    return Settings(
+        sizes,
+        costs,
+        exchange,
+        given.cluster is not None,
+        None if recording is None else recording.shape,
+        tuple(noted.recorded),
+        tuple(noted.defaults),
+        note,
+    )
+
+
+class _Noted:
+    """Takes settings from flags, else from the start of the last run that wrote the recording.
+
+    Attributes:
+        texts: of the recording, by name.
+        recorded: names of the settings that these gave.
+        defaults: names of those that nothing gave.
+        replaced: what was taken where the recording gave nothing that can be used, in words.
+    """
+
+    def __init__(
+        self, given: Given, model: ExpertSizes | None, recording: MetricsRecording | None
+    ) -> None:
+        # Another model is taken to be in bf16, whatever this run computed with.
+        of_model = (
+            {} if model is None else asdict(model) | {"bytes_per_element": _BYTES_PER_ELEMENT}
+        )
+        of_flags = {name: value for name, value in asdict(given).items() if value is not None}
+        self._given: Mapping[str, Any] = of_model | of_flags
+        self._has_recording = recording is not None
+        self.texts = recording.runs[-1][1] if recording is not None and recording.runs else {}
+        self.recorded: list[str] = []
+        self.defaults: list[str] = []
+        self.replaced: list[str] = []
+
+    def value[T](self, name: str, read: Callable[[str], T], otherwise: T, hint: str = "") -> T:
+        """Return a flag's value, else what `read` makes of the recorded text, else `otherwise`."""
+        if name in self._given:
+            given: T = self._given[name]
+            return given
+        text = self.texts.get(name)
+        if text is not None:
+            try:
+                found = read(text)
+            except (ValueError, OSError, argparse.ArgumentTypeError):
+                self.replaced.append(f"{otherwise} for {name} {quoted(text)}{hint}")
+            else:
+                self.recorded.append(name)
+                return found
+        elif self._has_recording and name not in _MAY_BE_MISSING:
+            self.replaced.append(f"{otherwise} for {name}, which is missing")
+        self.defaults.append(name)
+        return otherwise
+
+
+def _boolean(text: str) -> bool:
+    if text not in ("True", "False"):
+        raise ValueError(f"{text!r} is neither True nor False")
+    return text == "True"
+
+
+def _token_exchange(text: str) -> TokenExchangeChoice:
+    # The exchange that a run had; `auto` is for flags.
+    return TokenExchangeChoice(TokenExchange(text))
+
+
+def _cluster(given: str | None, recording: MetricsRecording | None, noted: _Noted) -> Cluster:
+    """Return the constants that are given, else the run's own, else those of its name.
+
+    Raises:
+        ValueError: what is given cannot be read.
+    """
+    if given is not None:
+        return named("--cluster", given, load_cluster)
+    own = recording.clusters[-1] if recording is not None and recording.clusters else None
+    if own is not None:
+        noted.recorded.append("cluster")
+        return own
+    # As recordings of earlier versions have it: a name only.
+    name = noted.value(
+        "cluster",
+        _shipped_cluster,
+        DEFAULT_CLUSTER,
+        ", whose constants it does not hold (--cluster names their file)",
+    )
+    return load_cluster(name).for_back_end(noted.texts.get("gemm", ""))
+
+
+def _shipped_cluster(name: str) -> str:
+    # What a recording says is no reason to open a path.
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        raise ValueError(f"{name!r} is a path")
+    load_cluster(name)
+    return name

@@ -1,0 +1,140 @@
+"""Questions of `doctor` that need an import are answered here, each in a process of its own.
+
+An import may fail in any way, end the process or never end; `asking.py` starts these
+processes, and the other files judge the answers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from megatron_laer.environment import variables_behind
+
+Answer = dict[str, Any]
+
+
+def main() -> None:
+    """Answer the question `sys.argv[1]` about `sys.argv[2:]`, as one line of JSON.
+
+    Where the question cannot be answered, the answer has `error`, one line; and `absent`, whether
+    the module that was asked for is not there, or `lacks`, another one that it imports.
+    """
+    # Libraries print while they are imported; that goes where warnings go.
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    asked = sys.argv[2:]
+    try:
+        answer = _QUESTIONS[sys.argv[1]](*asked)
+    except Exception as error:
+        # An ImportError of ours is a sentence.
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        answer = {"error": kind + " ".join(str(error).split())}
+        if variables := variables_behind(error):
+            answer["error"] += f" (from {', '.join(variables)}, which you have set)"
+        if isinstance(error, ModuleNotFoundError):
+            absent = error.name == asked[0].split(".")[0]
+            answer |= {"absent": True} if absent else {"lacks": error.name}
+    os.write(stdout, json.dumps(answer).encode())
+
+
+def module(name: str, distribution: str) -> Answer:
+    """Return the version of a module that can be imported."""
+    imported = importlib.import_module(name)
+    found = getattr(imported, "__version__", None)
+    return {"version": str(found or importlib.metadata.version(distribution))}
+
+
+def native_core(_: str) -> Answer:
+    """Return the file of the core that fits."""
+    from megatron_laer.planner.native_core import native
+
+    return {"file": native.__file__}
+
+
+def torch(_: str) -> Answer:
+    """Describe torch, its libraries for exchanges, and the cards that it sees.
+
+    `device` is what training would run on, cpu or cuda; where that cannot be said, `device_error`.
+    `unsupported` says why this torch cannot train on a GPU, where it would have to.
+    """
+    import torch
+
+    from megatron_laer import device
+    from megatron_laer.support.torch_version import problem_on_cuda
+
+    answer: Answer = {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "nccl": None,
+        "gloo": torch.distributed.is_available() and torch.distributed.is_gloo_available(),
+        "cards": [],
+    }
+    try:
+        answer["device"] = "cpu" if device.cpu_needed() else "cuda"
+    except ValueError as error:
+        answer["device_error"] = str(error)
+    if answer.get("device") == "cuda" and (problem := problem_on_cuda(torch.__version__)):
+        answer["unsupported"] = problem
+    if torch.distributed.is_available() and torch.distributed.is_nccl_available():
+        answer["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    if torch.cuda.is_available():
+        every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        answer["cards"] = [
+            f"{count} x {name}, {memory / 2**30:.0f} GiB, sm_{major}{minor}"
+            for (name, memory, major, minor), count in Counter(
+                (card.name, card.total_memory, card.major, card.minor) for card in every
+            ).items()
+        ]
+        answer["num_cards"] = len(every)
+    else:
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            answer["cuda_error"] = str(error).splitlines()[0]
+    return answer
+
+
+def megatron(_: str) -> Answer:
+    """Describe Megatron: version and folder, what is wrong with the version, and dataset helper."""
+    import megatron.core.datasets
+
+    from megatron_laer.plugin import versions
+    from megatron_laer.releases import TESTED
+
+    datasets = Path(next(iter(megatron.core.datasets.__path__)))
+    answer: Answer = {
+        "version": versions.megatron_version(),
+        "folder": str(datasets.parents[1]),
+        "tested": TESTED,
+        "builds_helper": (datasets / "Makefile").exists(),
+        "has_helper": any(datasets.glob("helpers_cpp*.so")),
+    }
+    try:
+        versions.check_version()
+    except ImportError as error:
+        answer["unsupported"] = str(error)
+    return answer
+
+
+def plugin(_: str) -> Answer:
+    """Install the plugin and find all that it replaces in Megatron; return how much that is."""
+    from megatron_laer.launch import prepare
+
+    prepare()
+    from megatron_laer.plugin import FSEP_PATCHES
+
+    for patch in FSEP_PATCHES:
+        patch.owner_and_name()
+    return {"places": len(FSEP_PATCHES)}
+
+
+_QUESTIONS = {
+    question.__name__: question for question in (module, native_core, torch, megatron, plugin)
+}

@@ -1,0 +1,99 @@
+"""Flags of Megatron are taken from files that people keep them in, and out of command lines."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from megatron_laer.files.checks import quoted, read_text
+from megatron_laer.files.yaml_text import Content
+from megatron_laer.tools.model_flags import flag_words
+
+# What Megatron evaluates, such as ([0]*3+[1]*58) in --moe-layer-freq, and how many layers that are.
+_PATTERN = re.compile(r"[,\d\[\]()+*]*\*[,\d\[\]()+*]*", re.ASCII)
+_DIGITS = re.compile(r"[0-9]+")
+_MOST_LAYERS = 10**7
+_KEY = re.compile(r"(?:--)?([a-z0-9]+(?:[-_][a-z0-9]+)*)")
+
+
+def flags_in_text(path: Path) -> list[str]:
+    """Read a command line from a file, such as a script's, with lines that a backslash continues.
+
+    Raises:
+        ValueError: no text of shell words.
+        OSError: it cannot be read.
+    """
+    text = read_text(path).replace("\\\n", " ")
+    try:
+        words = shlex.split(text, comments=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: no command line: {error}") from error
+    return script_flags(words)
+
+
+def script_flags(words: list[str]) -> list[str]:
+    """Return the flags of a command line without what starts the script, if that is there."""
+    script = next((i for i, word in enumerate(words) if word.endswith(".py")), -1)
+    flags = words[script + 1 :]
+    return flags[1:] if flags[:1] == ["--"] else flags
+
+
+def flags_in_mapping(content: Mapping[str, Content], where: str) -> list[str]:
+    """Return the flags of a mapping `flag: value`, whose groups are mappings in it.
+
+    Raises:
+        ValueError: a key that is no flag, or a value that no flag has.
+    """
+    try:
+        return [word for key, value in _settings(content) for word in _flag(key, value)]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def check_patterns(words: list[str]) -> None:
+    """Refuse a pattern of layers whose value would take all memory, or forever.
+
+    Raises:
+        ValueError: with the pattern.
+    """
+    for word in words:
+        pattern = word.rpartition("=")[2]
+        if not _PATTERN.fullmatch(pattern):
+            continue
+        numbers = [
+            number.lstrip("0")[: len(str(_MOST_LAYERS))] for number in _DIGITS.findall(pattern)
+        ]
+        if "**" in pattern or math.prod(int(number or 1) for number in numbers) > _MOST_LAYERS:
+            raise ValueError(
+                f"{quoted(pattern)}: no pattern of layers, or one of too many; write it as "
+                "([0]*3+[1]*58), at most some thousand layers"
+            )
+
+
+def without(words: list[str], flags: Collection[str]) -> list[str]:
+    """Return a command line without some flags and their values."""
+    kept, is_dropped = [], False
+    for word in words:
+        if word.startswith("--"):
+            is_dropped = word.split("=")[0] in flags
+        if not is_dropped:
+            kept.append(word)
+    return kept
+
+
+def _settings(content: Mapping[str, Content]) -> Iterator[tuple[str, Content]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value)
+        elif key != "description":  # of a model configuration as we ship them
+            yield key, value
+
+
+def _flag(key: str, value: Content) -> list[str]:
+    name = _KEY.fullmatch(key)
+    if not name:
+        raise ValueError(f"{quoted(key)} is no flag; write Megatron's, such as num-layers")
+    return [f"--{name[1].replace('_', '-')}", *flag_words(key, value)]

@@ -1,0 +1,161 @@
+"""A run that recorded its metrics becomes a `RunData` here, with its trace, layouts and log.
+
+Legend: T steps, L MoE layers, N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_laer.arrays import Int64
+from megatron_laer.files.checks import lines, open_input, quoted
+from megatron_laer.planner.layout import ExpertLayout, stock_owner_E
+from megatron_laer.runtime.planning.layout_recording import read_layouts
+from megatron_laer.telemetry.log import LOSS, read_run
+from megatron_laer.telemetry.metrics_file import MetricsRecording, Shape
+from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools.report.run_data import RunData, expert_tokens_TLE
+from megatron_laer.tools.report.sources import Sources, naming
+
+
+def recorded_run(sources: Sources, recording: MetricsRecording, trace: Trace | None) -> RunData:
+    """Read the rest of a run that has a recording of metrics.
+
+    Args:
+        recording: of its metrics.
+        trace: its routing, if it was recorded too.
+
+    Raises:
+        ValueError: a damaged file, by line, or files of different runs.
+        OSError: one that cannot be read.
+    """
+    assert sources.metrics is not None
+    shape = recording.shape
+    if len(recording.steps_T) == 0:
+        raise ValueError(f"{sources.metrics} holds no step yet; wait for the first one")
+    _check_ratios(sources.metrics, recording)
+    experts_TLE = stock_rank_tokens_TLN = None
+    notes = list(_notes(sources, recording))
+    if trace is not None:
+        check_same_run(sources.metrics, shape, sources.trace, trace)
+        experts_TLE = expert_tokens_TLE(
+            trace.step_R, trace.layer_R, trace.counts_RNE, recording.steps_T, len(shape.layers)
+        )
+        stock_rank_tokens_TLN = stock_tokens_TLN(experts_TLE, shape)
+    else:
+        notes.append("Without --fsep-record-trace there are no experts, and no what-if.")
+    of_layers = recording.of_layers
+    return RunData(
+        name=sources.name,
+        shape=shape,
+        is_measured=True,
+        steps_T=recording.steps_T,
+        imbalance_TL=of_layers["max_over_mean"],
+        stock_TL=of_layers["stock_max_over_mean"],
+        layer_ms_TL=of_layers["layer_ms"] * of_layers["passes"],
+        of_steps=recording.of_steps,
+        of_layers=of_layers,
+        metrics=recording.metrics,
+        rank_tokens_TLN=recording.rank_tokens_TLN,
+        stock_rank_tokens_TLN=stock_rank_tokens_TLN,
+        experts_TLE=experts_TLE,
+        layouts=_layouts(sources, shape),
+        loss=_loss(sources.logs),
+        settings=_settings(recording),
+        notes=notes,
+    )
+
+
+def stock_tokens_TLN(experts_TLE: Int64, shape: Shape) -> Int64:
+    """Return the tokens that each rank would compute under stock's placement."""
+    owner_E = stock_owner_E(shape.num_ranks, shape.num_experts)
+    tokens_TLN = np.zeros((*experts_TLE.shape[:2], shape.num_ranks), dtype=np.int64)
+    for expert, rank in enumerate(owner_E.tolist()):
+        tokens_TLN[:, :, rank] += experts_TLE[:, :, expert]
+    return tokens_TLN
+
+
+def check_same_run(metrics: Path, shape: Shape, path: Path | None, trace: Trace) -> None:
+    """Refuse a trace of other sizes than the metrics recorded beside it.
+
+    Args:
+        path: of the trace.
+
+    Raises:
+        ValueError: with the sizes of both.
+    """
+    of_trace = (trace.num_ranks, trace.num_experts, trace.layers)
+    of_metrics = (shape.num_ranks, shape.num_experts, shape.layers)
+    if of_trace != of_metrics:
+        raise ValueError(
+            f"{path} is of {_said(of_trace)}, {metrics} of {_said(of_metrics)}; "
+            "they are of different runs, so move one away"
+        )
+
+
+def _check_ratios(path: Path, recording: MetricsRecording) -> None:
+    for name in ("max_over_mean", "stock_max_over_mean"):
+        values_TL = recording.of_layers[name]
+        for step, layer in np.argwhere(values_TL < 1)[:1].tolist():
+            raise ValueError(
+                f"{path}, step {recording.steps_T[step]}: {name} of "
+                f"{quoted(recording.shape.layers[layer])} is {values_TL[step, layer]:g}, which is "
+                "never below 1; the file is damaged there"
+            )
+
+
+def _said(of: tuple[int, int, tuple[str, ...]]) -> str:
+    return f"{of[0]} ranks, {of[1]} experts and {len(of[2])} layers"
+
+
+def _layouts(sources: Sources, shape: Shape) -> list[tuple[int, list[ExpertLayout]]]:
+    if sources.layouts is None:
+        return []
+    with naming(sources.layouts):
+        found = list(read_layouts(sources.layouts))
+    for _, layouts in found:
+        sizes = (layouts[0].num_ranks, layouts[0].capacity, layouts[0].num_experts, len(layouts))
+        expected = (shape.num_ranks, shape.capacity, shape.num_experts, len(shape.layers))
+        if sizes != expected:
+            raise ValueError(
+                f"{sources.layouts} is of (ranks, capacity, experts, layers) = {sizes}, "
+                f"{sources.metrics} of {expected}; they are of different runs, so move one away"
+            )
+    return found
+
+
+def _loss(logs: tuple[Path, ...]) -> list[tuple[int, float]]:
+    """Return the losses of the first log that has any."""
+    for path in logs:
+        with naming(path), open_input(path) as file:
+            run = read_run(path.name, (line.decode(errors="replace") for line in lines(file, path)))
+        steps = [run.steps[number] for number in sorted(run.steps)]
+        found = [(step.number, step.values[LOSS]) for step in steps if LOSS in step.values]
+        if found:
+            return found
+    return []
+
+
+def _settings(recording: MetricsRecording) -> list[tuple[str, str]]:
+    """Say how the last of the runs began that wrote the recording."""
+    shape = recording.shape
+    sizes = [
+        ("ranks N", str(shape.num_ranks)),
+        ("ranks per node G", str(shape.node_size)),
+        ("experts E", str(shape.num_experts)),
+        ("slots per rank C", str(shape.capacity)),
+        ("MoE layers", str(len(shape.layers))),
+    ]
+    return [*sizes, *(recording.runs[-1][1].items() if recording.runs else ())]
+
+
+def _notes(sources: Sources, recording: MetricsRecording) -> list[str]:
+    notes = ["Times are those of the group's planner rank; it waits for the busiest rank."]
+    if len(sources.groups) > 1:
+        notes.append(f"Group {sources.group} of the groups {list(sources.groups)}.")
+    if len(recording.runs) > 1:
+        begun = ", ".join(str(step) for step, _ in recording.runs)
+        notes.append(f"Written by {len(recording.runs)} runs, which began with the steps {begun}.")
+    return notes

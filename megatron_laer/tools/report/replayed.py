@@ -1,0 +1,190 @@
+"""A trace without metrics becomes a `RunData` here: it is run through the code that trains.
+
+Planned and decided as by the default strategy and plan mode; times are predicted. Long traces are
+thinned out evenly, and the page says so.
+
+Legend: T steps, L MoE layers, N ranks, E experts, R records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_laer.arrays import Int64
+from megatron_laer.config import FSEPConfig, PlanMode
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.prediction import predict
+from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.telemetry.layer_passes import LayerPasses, predicted_values
+from megatron_laer.telemetry.metrics_file import Shape
+from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools.report.recorded import stock_tokens_TLN
+from megatron_laer.tools.report.run_data import Float64, RunData, expert_tokens_TLE
+from megatron_laer.tools.simulator.estimate import Work
+
+# Decisions take about a millisecond each.
+MOST_CASES = 20_000
+STRATEGY, MODE = FSEPConfig().planner, PlanMode.ADAPTIVE
+
+
+def replayed_run(
+    name: str,
+    trace: Trace,
+    geometry: Geometry,
+    costs: CostModel,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> RunData:
+    """Replay a trace.
+
+    Args:
+        name: of the trace, as the user gave it.
+        progress: wraps the steps, as tqdm does.
+
+    Raises:
+        ValueError: a trace of other sizes, or without tokens.
+    """
+    geometry.check_counts(trace.counts_RNE.shape[1:])
+    if not trace.counts_RNE.any():
+        raise ValueError(f"trace {name!r} holds no tokens; record a run that routes some")
+    num_layers = len(trace.layers)
+    groups = list(_by_step_and_layer(trace))
+    all_steps = sorted({step for step, _, _ in groups})
+    stride = _stride(trace, len(all_steps))
+    steps = all_steps[::stride]
+    at = {step: index for index, step in enumerate(steps)}
+    shape = (len(steps), num_layers)
+    tokens_TLN = np.zeros((*shape, geometry.num_ranks), dtype=np.int64)
+    of_layers: dict[str, Float64] = {}
+    layouts: dict[int, ExpertLayout] = {}
+    planned: dict[int, list[ExpertLayout]] = {}
+    forecasts: dict[int, SmoothedForecast] = {}
+    strategy = make_strategy(STRATEGY, geometry=geometry, costs=costs)
+    guard = Guard(MODE, costs, geometry)
+    static = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
+    for step, layer, records in progress(groups):
+        forecast = forecasts.get(layer, SmoothedForecast())
+        if step in at:
+            layout = layouts.get(layer, static)
+            if layer in forecasts:
+                layout = strategy.plan(forecast.counts_NE(), layout)
+            layouts[layer] = layout
+            planned.setdefault(step, [static] * num_layers)[layer] = layout
+            place = at[step], layer
+            counts = [trace.counts_NE(record) for record in records]
+            tokens_TLN[place], values = _decided(guard, layout, counts)
+            for metric, value in values.items():
+                of_layers.setdefault(metric, np.full(shape, np.nan))[place] = value
+        total_NE = trace.counts_RNE[records].sum(axis=0, dtype=np.int64)
+        forecasts[layer] = forecast.observe(total_NE)
+
+    steps_T = np.array(steps, dtype=np.int64)
+    experts_TLE = expert_tokens_TLE(
+        trace.step_R, trace.layer_R, trace.counts_RNE, steps_T, num_layers
+    )
+    of = Shape(
+        geometry.num_ranks,
+        geometry.num_experts,
+        geometry.capacity,
+        geometry.node_size,
+        tuple(f"layer {name}" if name.isdigit() else name for name in trace.layers),
+    )
+    return RunData(
+        name=name,
+        shape=of,
+        is_measured=False,
+        steps_T=steps_T,
+        imbalance_TL=of_layers["max_over_mean"],
+        stock_TL=of_layers["stock_max_over_mean"],
+        layer_ms_TL=of_layers["predicted_ms"] * of_layers["passes"],
+        of_steps={},
+        of_layers=of_layers,
+        metrics={},
+        rank_tokens_TLN=tokens_TLN,
+        stock_rank_tokens_TLN=stock_tokens_TLN(experts_TLE, of),
+        experts_TLE=experts_TLE,
+        layouts=[(step, planned[step]) for step in steps],
+        settings=_settings(of, costs),
+        notes=_notes(stride, len(all_steps)),
+    )
+
+
+def replay_work(trace: Trace, geometry: Geometry) -> Work:
+    """Return what a replay has to go through."""
+    num_steps = len(set(trace.step_R.tolist()))
+    stride = _stride(trace, num_steps)
+    return Work(
+        geometries=[geometry],
+        strategies=[STRATEGY],
+        modes=[MODE],
+        records=len(trace),
+        layers=len(trace.layers),
+        plans=-(-num_steps // stride) * len(trace.layers),
+        cases=-(-len(trace) // stride),
+        lag=1,
+    )
+
+
+def _stride(trace: Trace, num_steps: int) -> int:
+    """Return every how many steps one is shown."""
+    per_step = -(-len(trace) // num_steps)
+    return max(1, -(-per_step * num_steps // MOST_CASES))
+
+
+def _by_step_and_layer(trace: Trace) -> Iterator[tuple[int, int, list[int]]]:
+    """Yield the records of each step and layer, in order."""
+    keys = list(zip(trace.step_R.tolist(), trace.layer_R.tolist(), strict=True))
+    begin = 0
+    for end in range(1, len(keys) + 1):
+        if end == len(keys) or keys[end] != keys[begin]:
+            yield *keys[begin], list(range(begin, end))
+            begin = end
+
+
+def _decided(
+    guard: Guard, layout: ExpertLayout, microbatches: Sequence[Int64]
+) -> tuple[Int64, dict[str, float]]:
+    """Decide on one layer's microbatches of one step.
+
+    Returns:
+        The tokens that each rank computes, and what is recorded of such passes, by name.
+    """
+    passes, predictions = LayerPasses.none_of(guard.geometry.num_ranks), []
+    for counts_NE in microbatches:
+        decision = guard.decide(counts_NE, layout)
+        passes.add(decision)
+        predictions.append(predict(guard, decision))
+    return passes.rank_tokens_N, passes.values() | predicted_values(predictions)
+
+
+def _settings(shape: Shape, costs: CostModel) -> list[tuple[str, str]]:
+    return [
+        ("ranks N", str(shape.num_ranks)),
+        ("ranks per node G", str(shape.node_size)),
+        ("experts E", str(shape.num_experts)),
+        ("slots per rank C", str(shape.capacity)),
+        ("MoE layers", str(len(shape.layers))),
+        ("planner", STRATEGY),
+        ("plan_mode", MODE.value),
+        ("cluster", costs.cluster.name),
+        ("hidden", str(costs.hidden)),
+        ("ffn", str(costs.ffn)),
+        ("gated", str(costs.gated)),
+        ("bytes_per_element", str(costs.bytes_per_element)),
+    ]
+
+
+def _notes(stride: int, num_steps: int) -> list[str]:
+    notes = [
+        "Only routing was recorded: layouts and decisions are those that the planner and the guard "
+        "would have made of it, and times are predicted, of MoE layers alone."
+    ]
+    if stride > 1:
+        notes.append(f"Of {num_steps} recorded steps every {stride}th is shown.")
+    return notes

@@ -1,0 +1,110 @@
+"""The verdict says what a run kept of forced balance, and what its imbalance cost.
+
+Between a dispatch and the end of its combine a layer waits for its busiest rank, so that time is
+taken to grow with the busiest rank's tokens: with max/mean = r, the share 1 - 1/r of it is lost to
+imbalance, and stock, with r', would have lost (r' - 1)/r of it. Forced balance loses neither that
+nor what FSEP alone waits for: restores, exchanges of gradients and decisions.
+
+Legend: T steps, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_laer.tools.report.run_data import Float64, RunData
+
+# Layers that are named: those that cause most of what is lost, where that is some of the time.
+_NAMED = 3
+_WORTH_NAMING = 0.002
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Holds seconds of all steps that are shown.
+
+    Attributes:
+        total_s: of steps, where they were measured; else of MoE layers as predicted.
+        imbalance_s: lost to imbalance.
+        exchanges_s: waited for restores, gradients and decisions; 0 where times are predicted,
+            since their prediction has them.
+        stock_s: what stock's placement would have lost to imbalance.
+        kept: the time with forced balance over the time as it was.
+        lost_ms_L, stock_lost_ms_L: lost to imbalance by layer.
+    """
+
+    is_measured: bool
+    total_s: float
+    imbalance_s: float
+    exchanges_s: float
+    stock_s: float
+    kept: float
+    lost_ms_L: Float64
+    stock_lost_ms_L: Float64
+
+    def sentence(self) -> str:
+        """Return the verdict in one sentence."""
+        of = "" if self.is_measured else " predicted for the MoE layers"
+        waits = f", waits for exchanges {seconds(self.exchanges_s)}" if self.is_measured else ""
+        verb = "kept" if self.is_measured else "would keep"
+        return (
+            f"{verb} {percent(self.kept)} of forced balance; imbalance cost "
+            f"{seconds(self.imbalance_s)} of {seconds(self.total_s)}{of}{waits}; stock's placement "
+            f"would have lost {seconds(self.stock_s)} to imbalance"
+        )
+
+    def causes(self, layers: tuple[str, ...]) -> str:
+        """Name the layers that cause most of what imbalance cost; "" where that is next to none."""
+        total_ms = float(self.lost_ms_L.sum())
+        if total_ms * 1e-3 <= _WORTH_NAMING * self.total_s or len(layers) <= _NAMED:
+            return ""
+        worst = np.argsort(-self.lost_ms_L, kind="stable")[:_NAMED]
+        share = float(self.lost_ms_L[worst].sum()) / total_ms
+        names = ", ".join(layers[layer] for layer in worst.tolist())
+        return f"{names} cause {100 * share:.0f} % of what imbalance cost"
+
+
+def judge(run: RunData) -> Verdict:
+    """Work out the verdict of a run."""
+    ratio_TL = np.maximum(run.imbalance_TL, 1.0)
+    lost_ms_TL = run.layer_ms_TL * (1 - 1 / ratio_TL)
+    stock_lost_ms_TL = run.layer_ms_TL * (np.maximum(run.stock_TL, 1.0) - 1) / ratio_TL
+    lost_ms_L, stock_lost_ms_L = np.nansum(lost_ms_TL, axis=0), np.nansum(stock_lost_ms_TL, axis=0)
+    imbalance_s = float(lost_ms_L.sum()) * 1e-3
+    exchanges_s = 0.0
+    if run.is_measured:
+        total_s = float(np.nansum(run.of_steps["step_ms"])) * 1e-3
+        waits = ("restore_wait_ms", "reduce_wait_ms", "decide_ms")
+        exchanges_s = sum(float(np.nansum(run.of_steps[name])) for name in waits) * 1e-3
+        balanced_s = total_s - imbalance_s - exchanges_s
+    else:
+        total_s = float(np.nansum(run.layer_ms_TL)) * 1e-3
+        balanced_ms_TL = run.of_layers["balanced_ms"] * run.of_layers["passes"]
+        balanced_s = float(np.nansum(balanced_ms_TL)) * 1e-3
+    return Verdict(
+        is_measured=run.is_measured,
+        total_s=total_s,
+        imbalance_s=imbalance_s,
+        exchanges_s=exchanges_s,
+        stock_s=float(stock_lost_ms_L.sum()) * 1e-3,
+        kept=balanced_s / total_s if total_s > 0 else 1.0,
+        lost_ms_L=lost_ms_L,
+        stock_lost_ms_L=stock_lost_ms_L,
+    )
+
+
+def percent(share: float) -> str:
+    """Write a share as 96.8 %."""
+    return f"{100 * share:.1f} %"
+
+
+def seconds(value: float) -> str:
+    """Write seconds with as many digits as one reads: 41 s, 4.1 s, 410 ms, 4.1 ms."""
+    if value >= 10 or value == 0:
+        return f"{value:,.0f} s"
+    if value >= 1:
+        return f"{value:.1f} s"
+    milliseconds = value * 1e3
+    return f"{milliseconds:.0f} ms" if milliseconds >= 10 else f"{milliseconds:.2g} ms"

@@ -1,0 +1,177 @@
+"""The what-if rows try other capacities and plan modes on a run's routing, by `plan`'s own code.
+
+Each row has the command that prints it again.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_laer.choices import TokenExchange
+from megatron_laer.config import FSEPConfig
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.guard import GUARD_MODES
+from megatron_laer.planner.prediction import forced_balance_counts_NE, stock_seconds
+from megatron_laer.planner.token_exchange import with_token_exchange
+from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools.simulator.estimate import Work, work_of
+from megatron_laer.tools.simulator.table import Row, chosen_cases, mean_tokens, simulate
+
+_STRATEGY = FSEPConfig().planner
+# Below this many cases no row says anything.
+_LAG = 1
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """Holds one row: what a capacity and a mode would have made of the trace.
+
+    Attributes:
+        layer_ms: predicted time of a layer, with what fresh layouts cost.
+        share: the time of stock with forced balance over it.
+        memory_slots: slots that a rank holds restored, per layer.
+        command: prints the row again.
+    """
+
+    strategy: str
+    mode: str
+    capacity: int
+    cases: int
+    mean: float
+    p95: float
+    p99: float
+    off_node_share: float
+    replan_share: float
+    layer_ms: float
+    share: float
+    command: str
+
+
+def what_if(
+    path: str,
+    trace: Trace,
+    geometry: Geometry,
+    costs: CostModel,
+    most_cases: int,
+    *,
+    token_exchange: TokenExchange,
+    top_k: int,
+    flags: Sequence[str],
+    progress: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> list[WhatIf]:
+    """Work out the rows, of at most so many microbatches; none where the trace is too short.
+
+    Args:
+        path: of the trace, for the commands.
+        geometry: of the run.
+        costs: of the run, with tokens that travel by rank.
+        token_exchange: how tokens travel.
+        top_k: experts of a token.
+        flags: without which `plan` would take other settings, for the commands.
+    """
+    if not what_if_work(trace, geometry, most_cases):
+        return []
+    every = _every(trace, most_cases)
+    modes = [mode.value for mode in GUARD_MODES]
+    top_k = min(top_k, geometry.num_experts)
+    tokens = mean_tokens(trace, top_k)
+    rows: list[Row] = []
+    for one in _geometries(geometry):
+        # As `plan` prices a single capacity.
+        priced = with_token_exchange(costs, token_exchange, one, top_k, tokens)
+        found = simulate(
+            trace, [one], priced, [_STRATEGY], modes, lag=_LAG, every=every, progress=progress
+        )
+        # Stock's row is the same for every capacity.
+        rows += [row for row in found if not rows or row.strategy == _STRATEGY]
+    balanced_ms = _balanced_ms(trace, geometry, costs, chosen_cases(trace, _LAG, every))
+    return [
+        WhatIf(
+            strategy=row.strategy,
+            mode=row.mode,
+            capacity=row.capacity,
+            cases=row.cases,
+            mean=row.mean,
+            p95=row.p95,
+            p99=row.p99,
+            off_node_share=row.off_node_share,
+            replan_share=row.replan_share,
+            layer_ms=row.layer_ms,
+            share=balanced_ms / row.layer_ms,
+            command=_command(path, geometry, costs, token_exchange, flags, every, row),
+        )
+        for row in rows
+    ]
+
+
+def what_if_work(trace: Trace, geometry: Geometry, most_cases: int) -> list[Work]:
+    """Return what the rows have to go through; nothing where there are none."""
+    if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) <= _LAG:
+        return []
+    modes = [mode.value for mode in GUARD_MODES]
+    every = _every(trace, most_cases)
+    return [work_of(trace, _geometries(geometry), [_STRATEGY], modes, lag=_LAG, every=every)]
+
+
+def _every(trace: Trace, most_cases: int) -> int:
+    """Return every how many cases one is taken."""
+    cases = len(chosen_cases(trace, _LAG, 1))
+    every = _prime_from(-(-cases // most_cases))
+    return every if every <= cases else 1
+
+
+def _geometries(geometry: Geometry) -> list[Geometry]:
+    """Return the run's shape, and those with a slot less and a slot more, where they can be."""
+    least = -(-geometry.num_experts // geometry.num_ranks)
+    around = (geometry.capacity - 1, geometry.capacity, geometry.capacity + 1)
+    return [replace(geometry, capacity=c) for c in around if least <= c <= geometry.num_experts]
+
+
+def _balanced_ms(trace: Trace, geometry: Geometry, costs: CostModel, cases: Sequence[int]) -> float:
+    """Return the mean predicted time of stock's layer with forced balance."""
+    found = [
+        stock_seconds(
+            costs,
+            geometry,
+            forced_balance_counts_NE(trace.counts_NE(case).sum(axis=1), geometry.num_experts),
+        )
+        for case in cases
+    ]
+    return sum(found) / len(found) * 1e3
+
+
+def _command(
+    path: str,
+    geometry: Geometry,
+    costs: CostModel,
+    token_exchange: TokenExchange,
+    flags: Sequence[str],
+    every: int,
+    row: Row,
+) -> str:
+    """Return the command that prints this row; stock's is the first of any."""
+    is_stock = row.strategy != _STRATEGY
+    capacity = geometry.capacity if is_stock else row.capacity
+    mode = GUARD_MODES[0].value if is_stock else row.mode
+    words = [
+        *("python", "-m", "megatron_laer", "plan", path),
+        *("--capacity", str(capacity), "--strategy", _STRATEGY, "--mode", mode),
+        *("--ranks", str(geometry.num_ranks), "--node-size", str(geometry.node_size)),
+        *flags,
+        *("--restore-algorithm", costs.restore_algorithm, "--recompute", costs.recompute),
+        *("--token-exchange", token_exchange),
+        *(("--every", str(every)) if every > 1 else ()),
+    ]
+    return shlex.join(words)
+
+
+def _prime_from(number: int) -> int:
+    """Return the least prime number from this one on, which meets all layers; 1 for 1."""
+    if number <= 1:
+        return 1
+    while any(number % divisor == 0 for divisor in range(2, int(number**0.5) + 1)):
+        number += 1
+    return number

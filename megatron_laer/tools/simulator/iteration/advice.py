@@ -1,0 +1,109 @@
+"""One sentence says whether FSEP is worth it, or that the constants do not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from megatron_laer.tools.simulator.iteration.methods import FSDP_EP, FSEP, STOCK
+from megatron_laer.tools.simulator.iteration.predict import Prediction
+
+# Less is not worth another library in the loop, nor told apart by constants of any kind.
+_WORTH = 1.02
+
+
+@dataclass(frozen=True)
+class Case:
+    """Names what a sweep goes over."""
+
+    ranks: int
+    node_size: int
+    capacity: int
+    mode: str
+    tokens: int
+    world: int
+
+    @property
+    def label(self) -> str:
+        """Return the case in a few characters."""
+        return " ".join(self._parts())
+
+    def among(self, cases: Iterable[Case]) -> str:
+        """Return only the parts of the label in which these cases differ."""
+        parts = zip(*(case._parts() for case in cases), strict=True)
+        differs = [len(set(of_cases)) > 1 for of_cases in parts]
+        return " ".join(part for part, shown in zip(self._parts(), differs, strict=True) if shown)
+
+    def _parts(self) -> tuple[str, ...]:
+        sizes = f"N={self.ranks}", f"G={self.node_size}", f"C={self.capacity}"
+        return *sizes, self.mode, f"T={self.tokens}"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Holds how many times as fast one method is as another, with its range over the rates."""
+
+    times: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.times:.2f} times ({self.low:.2f} to {self.high:.2f})"
+
+
+def gain(method: Prediction, over: Prediction) -> Gain:
+    """Compare two methods at each set of rates, since both run on the same machine."""
+    ratios = [
+        theirs / ours for ours, theirs in zip(method.by_rates_s, over.by_rates_s, strict=True)
+    ]
+    return Gain(ratios[0], min(ratios), max(ratios))
+
+
+def advice(cases: Mapping[Case, Mapping[str, Prediction]], most_bytes: float | None = None) -> str:
+    """Return one sentence on the case in which FSEP has the most tokens per second and rank.
+
+    Args:
+        most_bytes: of a rank's memory; cases in which FSEP needs more are left out.
+    """
+    rivals_of = {
+        case: STOCK if STOCK in methods else FSDP_EP
+        for case, methods in cases.items()
+        if FSEP in methods and (STOCK in methods or FSDP_EP in methods)
+    }
+    if not rivals_of:
+        return "No advice: FSEP and stock EP were not both simulated."
+    needed = {case: cases[case][FSEP].peak_bytes for case in rivals_of}
+    fits = [case for case in rivals_of if most_bytes is None or needed[case] <= most_bytes]
+    if not fits:
+        return (
+            f"Do not use FSEP here: it needs {min(needed.values()) / 2**30:.3g} GiB of a rank's "
+            "memory; recompute more, or spread the model over more ranks or pipeline stages."
+        )
+    case = max(fits, key=lambda each: cases[each][FSEP].tokens_per_s / each.world)
+    methods, rival = cases[case], rivals_of[case]
+    found = gain(methods[FSEP], methods[rival])
+    ours, theirs = methods[FSEP], methods[rival]
+    rivals = {STOCK: "stock EP", FSDP_EP: "FSDP+EP"}
+    where = f"with {case.label}" if len(cases) > 1 else f"C = {case.capacity}, {case.mode}"
+    if found.low >= _WORTH:
+        sentence = f"Use FSEP ({where}): it is {found} as fast as {rivals[rival]}"
+        best = min(methods.values(), key=lambda each: each.iteration_s)
+        if best.iteration_s * _WORTH < ours.iteration_s:
+            return f"{sentence}, but {best.method} takes {best.iteration_s:.3g} s for its " + (
+                f"{ours.iteration_s:.3g}."
+            )
+        saved_s = theirs.waiting_s - ours.waiting_s
+        return f"{sentence}, since ranks wait {saved_s:.3g} s less for the slowest one."
+    if found.high < _WORTH:
+        more = {kind: seconds - theirs.exposed_s[kind] for kind, seconds in ours.exposed_s.items()}
+        worst = max(more, key=lambda kind: more[kind])
+        lost = theirs.waiting_s - ours.waiting_s
+        return (
+            f"Do not use FSEP here ({where}): it is {found} as fast as {rivals[rival]}; balance "
+            f"saves {max(lost, 0.0):.3g} s of {theirs.iteration_s:.3g}, and {worst} costs "
+            f"{max(more[worst], 0.0):.3g} s more."
+        )
+    return (
+        f"Undecided ({where}): FSEP is {found} as fast as {rivals[rival]}, so the constants of "
+        "this cluster must be known better; measure them on its own machines."
+    )

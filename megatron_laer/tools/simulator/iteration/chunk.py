@@ -1,0 +1,186 @@
+"""One pass of a microbatch through a model chunk, forward or backward, moves the clocks here.
+
+Which exchange starts where is read from `schedule.py`, as the runtime's scheduler does.
+
+Legend: N ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_laer.schedule import Schedule, SchedulePoint, Target
+from megatron_laer.tools.simulator.iteration.clocks import GRADIENTS, PARAMETERS, Clocks, Seconds
+
+
+@dataclass(frozen=True, eq=False)
+class MoETimes:
+    """Holds how long the parts of a MoE layer take for one microbatch.
+
+    Attributes:
+        forward_N, backward_N: the experts' compute, `backward_N` with what it computes again.
+        tokens_N: one exchange of tokens.
+        within_node: whether that exchange has nodes wait for nobody else.
+        group: neighbours that exchange tokens and counts; None for all ranks.
+        gate_s: from counts to a decision and quotas, with the exchange of counts.
+        restore_s, reduce_s: of the experts; None where there is none in this pass.
+        change_s: of slots that are fetched after the gate.
+    """
+
+    forward_N: Seconds
+    backward_N: Seconds
+    tokens_N: Seconds
+    within_node: bool
+    gate_s: float
+    restore_s: float | None
+    backward_restore_s: float | None
+    reduce_s: float | None
+    change_s: float | None
+    group: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTimes:
+    """Holds how long the parts of a layer take for one microbatch.
+
+    Attributes:
+        name: of the layer in a timeline.
+        attention_s, dense_s: forward, backward; `dense_s` is all that is neither attention nor
+            experts. Backward is with what it computes again but for `again`.
+        tensor_s: collectives among tensor-parallel ranks, forward and backward.
+        host_s: of starting small kernels, in either direction.
+        moe: None for a dense layer.
+        again: forward once more, with its exchanges of tokens, before backward.
+        gather_s: of the layer's dense parameters over data-parallel ranks, and of their gradients;
+            0 in passes without.
+    """
+
+    name: str
+    attention_s: tuple[float, float]
+    dense_s: tuple[float, float]
+    tensor_s: tuple[float, float]
+    moe: MoETimes | None
+    again: bool
+    host_s: float = 0.0
+    gather_s: float = 0.0
+    scatter_s: float = 0.0
+
+
+def forward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -> None:
+    """Run one microbatch's forward through the layers of a chunk."""
+    with_experts = [place for place, layer in enumerate(layers) if layer.moe is not None]
+    restored_s: dict[int, float] = {}
+
+    def restore(number: int) -> None:
+        """Start the restore of the chunk's so many-th MoE layer, once."""
+        if number not in range(len(with_experts)) or number in restored_s:
+            return
+        layer = layers[with_experts[number]]
+        assert layer.moe is not None
+        if layer.moe.restore_s is not None:
+            label = f"restore {layer.name}"
+            restored_s[number] = clocks.exchange(PARAMETERS, layer.moe.restore_s, label)
+
+    if schedule.target(SchedulePoint.CHUNK_FORWARD) is Target.FIRST:
+        restore(0)
+    for place, layer in enumerate(layers):
+        clocks.gathered_s += layer.gather_s
+        if layer.gather_s > 0:
+            clocks.wait("data_parallel", clocks.gathered_s)
+        _dense(clocks, layer, 0)
+        if layer.moe is None:
+            continue
+        number = with_experts.index(place)
+        _gate(clocks, layer.moe)
+        changed_s = 0.0
+        if schedule.restores and schedule.target(SchedulePoint.CHUNK_FORWARD) is None:
+            restore(number)  # its layout is known only now
+        if layer.moe.change_s is not None:
+            changed_s = clocks.exchange(PARAMETERS, layer.moe.change_s, f"change {layer.name}")
+        _tokens(clocks, layer.moe, f"dispatch {layer.name}")
+        restore(number)  # unless a rule has started it
+        if schedule.target(SchedulePoint.DISPATCHED) is Target.NEXT:
+            restore(number + 1)
+        ready_s = max(restored_s.get(number, 0.0), changed_s)
+        clocks.wait("restore", ready_s, f"wait: restore {layer.name}")
+        clocks.work("experts", layer.moe.forward_N, "compute", f"experts {layer.name}")
+        _tokens(clocks, layer.moe, f"combine {layer.name}")
+
+
+def backward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -> None:
+    """Run one microbatch's backward through the layers of a chunk."""
+    with_experts = [place for place, layer in enumerate(layers) if layer.moe is not None]
+    restored_s: dict[int, float] = {}
+    reducing: tuple[float, str] | None = None
+
+    def restore(number: int) -> None:
+        if number not in range(len(with_experts)) or number in restored_s:
+            return
+        layer = layers[with_experts[number]]
+        assert layer.moe is not None
+        if layer.moe.backward_restore_s is not None:
+            label = f"restore {layer.name}"
+            restored_s[number] = clocks.exchange(PARAMETERS, layer.moe.backward_restore_s, label)
+
+    def await_reduce() -> None:
+        nonlocal reducing
+        if reducing is not None:
+            clocks.wait("reduce", reducing[0], f"wait: reduce {reducing[1]}")
+            reducing = None
+
+    if schedule.target(SchedulePoint.CHUNK_BACKWARD) is Target.LAST:
+        restore(len(with_experts) - 1)
+    for place in reversed(range(len(layers))):
+        layer = layers[place]
+        moe = layer.moe
+        if layer.again:
+            _dense(clocks, layer, 0, label="again")
+        if moe is not None:
+            number = with_experts.index(place)
+            if layer.again:
+                _tokens(clocks, moe, f"dispatch {layer.name}, again")
+                restore(number)
+                ready_s = restored_s.get(number, 0.0)
+                clocks.wait("restore", ready_s, f"wait: restore {layer.name}")
+                clocks.work("experts", moe.forward_N, "compute", f"experts {layer.name}, again")
+                _tokens(clocks, moe, f"combine {layer.name}, again")
+            _tokens(clocks, moe, f"combine {layer.name}, backward")
+            restore(number)
+            if schedule.target(SchedulePoint.COMBINE_GRADIENT) is Target.PREVIOUS:
+                restore(number - 1)
+            clocks.wait("restore", restored_s.get(number, 0.0), f"wait: restore {layer.name}")
+            clocks.work("experts", moe.backward_N, "compute", f"experts {layer.name}, backward")
+            _tokens(clocks, moe, f"dispatch {layer.name}, backward")
+            await_reduce()
+            if moe.reduce_s is not None:
+                done_s = clocks.exchange(GRADIENTS, moe.reduce_s, f"reduce {layer.name}")
+                reducing = done_s, layer.name
+                if not schedule.delays_gradients:
+                    await_reduce()
+        _dense(clocks, layer, 1)
+        if layer.again:
+            await_reduce()  # before the checkpoint ends
+        if layer.scatter_s > 0:
+            begin_s = max(float(clocks.now_N.max()), clocks.scattered_s)
+            clocks.scattered_s = begin_s + layer.scatter_s
+    await_reduce()
+
+
+def _dense(clocks: Clocks, layer: LayerTimes, direction: int, label: str = "") -> None:
+    suffix = f", {label}" if label else ("", ", backward")[direction]
+    clocks.work("attention", layer.attention_s[direction], "compute", f"dense layers{suffix}")
+    clocks.work("dense", layer.dense_s[direction], "compute", f"dense layers{suffix}")
+    clocks.work("tensor", layer.tensor_s[direction])
+    clocks.work("host", layer.host_s)
+
+
+def _gate(clocks: Clocks, moe: MoETimes) -> None:
+    """Let every rank wait for the counts of the others in its group, and decide."""
+    clocks.meet(moe.group)
+    clocks.work("gate", moe.gate_s, "compute", "gate")
+
+
+def _tokens(clocks: Clocks, moe: MoETimes, label: str) -> None:
+    clocks.meet(moe.group, moe.within_node)
+    clocks.work("tokens", moe.tokens_N, "tokens", label)

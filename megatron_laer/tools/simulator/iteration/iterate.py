@@ -1,0 +1,192 @@
+"""One iteration of a method is run here: all microbatches, data-parallel exchanges, optimizer.
+
+Legend: N ranks, L layers of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, backward, forward
+from megatron_laer.tools.simulator.iteration.clocks import KINDS, WAITING, Clocks, Recorder
+from megatron_laer.tools.simulator.iteration.layer_times import Timing
+from megatron_laer.tools.simulator.iteration.memory_parts import stage_weights
+from megatron_laer.tools.simulator.iteration.methods import Method
+from megatron_laer.tools.simulator.iteration.pipeline import Operation, order, sweep
+from megatron_laer.tools.simulator.iteration.work import LayerWork
+
+# Main weight, gradient and two moments read; main weight, moments and the bf16 weight written.
+_OPTIMIZER_BYTES = 4 * 4 + 3 * 4 + 2
+_GRADIENT_BYTES = 4
+# The gradients' norm, and the count of tokens.
+_STEP_COLLECTIVES = 2
+
+# Work by the model's layer and microbatch; None for dense layers.
+WorkOf = Callable[[int, int], LayerWork | None]
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """Holds what an iteration took.
+
+    Attributes:
+        seconds: from the first rank's begin to the last one's end.
+        spent: by kind, mean over all ranks; they add up to `seconds`.
+    """
+
+    seconds: float
+    spent: Mapping[str, float]
+
+
+def run_iteration(
+    method: Method,
+    timing: Timing,
+    work: WorkOf,
+    record: Callable[[int], Recorder] | None = None,
+) -> Iteration:
+    """Run one iteration through all stages.
+
+    Args:
+        record: makes a recorder for a stage.
+    """
+    run, rates, contention = timing.run, timing.rates, timing.rates.cluster.contention
+    stages = [
+        Clocks(
+            run.ranks,
+            run.node_size,
+            contention=contention.gemm - 1.0,
+            stretch=contention.exchange if method.schedule.restores else 1.0,
+            one_stream=method.one_stream,
+            record=None if record is None else record(stage),
+        )
+        for stage in range(run.stages)
+    ]
+    for clocks in stages:
+        clocks.work("host", rates.gap_s)
+        clocks.gathered_s = rates.gap_s
+    passes = _Passes(method, timing, work)
+
+    def operate(stage: int, operation: Operation) -> None:
+        clocks = stages[stage]
+        place = operation.chunk * run.stages + stage
+        layers = passes.layers(place, operation.microbatch)
+        ends = place == run.stages * run.chunks - 1
+        if operation.is_forward:
+            forward(clocks, layers, method.schedule)
+        if ends:
+            head_s = timing.head_seconds()[0 if operation.is_forward else 1]
+            clocks.work("dense", head_s, "compute", "LM head")
+        if not operation.is_forward:
+            backward(clocks, layers, method.schedule)
+
+    orders = [order(stage, run.stages, run.chunks, run.microbatches) for stage in range(run.stages)]
+    sweep(stages, orders, run.chunks, operate, timing.send_seconds())
+    _finish(method, timing, stages)
+    seconds = max(float(clocks.now_N.max()) for clocks in stages)
+    spent = {
+        kind: float(np.mean([clocks.spent[kind].mean() for clocks in stages])) for kind in KINDS
+    }
+    return Iteration(seconds, spent)
+
+
+def _finish(method: Method, timing: Timing, stages: Sequence[Clocks]) -> None:
+    """End an iteration: gradients are there, all ranks agree on their norm, weights move."""
+    run, rates = timing.run, timing.rates
+    for stage, clocks in enumerate(stages):
+        if not run.overlaps_data_parallel:
+            both_s = sum(map(sum, zip(*_gathered(method, timing, stage), strict=True)))
+            clocks.meet()
+            clocks.work("data_parallel", both_s)
+        clocks.wait("data_parallel", clocks.scattered_s)
+        clocks.meet()
+    last_s = max(float(clocks.now_N.max()) for clocks in stages)
+    latency_s = rates.collective_seconds(run.world, run.node_size)
+    for stage, clocks in enumerate(stages):
+        clocks.wait("pipeline", last_s)
+        clocks.work("optimizer", _STEP_COLLECTIVES * latency_s)
+        weights = stage_weights(timing.model, run, method, stage)
+        dense_copies = run.data_parallel if run.shards_optimizer else 1
+        copies = method.replicas * run.replicas if run.shards_optimizer else 1
+        held = weights.dense / dense_copies + weights.expert / copies
+        clocks.work("optimizer", rates.memory_seconds(held * _OPTIMIZER_BYTES), "compute")
+    end_s = max(float(clocks.now_N.max()) for clocks in stages)
+    for clocks in stages:
+        clocks.wait(WAITING, end_s)
+
+
+def _gathered(method: Method, timing: Timing, stage: int) -> list[tuple[float, float]]:
+    run = timing.run
+    by_chunk = run.layers_by_chunk(len(timing.model.layer_has_experts))
+    layers = [
+        layer for chunk in range(run.chunks) for layer in by_chunk[chunk * run.stages + stage]
+    ]
+    return [data_parallel_seconds(method, timing, layer) for layer in layers]
+
+
+def data_parallel_seconds(method: Method, timing: Timing, layer: int) -> tuple[float, float]:
+    """Return the time of gathering a layer's parameters and of exchanging its gradients.
+
+    Dense ones over all ranks of a stage; experts' over the groups that hold the same. Without the
+    distributed optimizer gradients are all-reduced, and no parameters are gathered.
+    """
+    model, run, rates = timing.model, timing.run, timing.rates
+    has_experts = model.layer_has_experts[layer]
+    dense = (model.attention_weights + model.dense_weights(has_experts)) / run.tensor
+    parts = [(dense, run.data_parallel, run.tensor)]
+    if has_experts:
+        expert = method.experts_held * model.expert_weights
+        copies = method.replicas * run.replicas
+        parts.append((expert, copies, run.ranks // method.replicas))
+    gather_s = scatter_s = 0.0
+    for weights, copies, stride in parts:
+        ring = copies, run.node_size, stride
+        reduced_s = rates.ring_seconds(weights * _GRADIENT_BYTES, *ring)
+        if run.shards_optimizer:
+            scatter_s += reduced_s
+            gather_s += rates.ring_seconds(weights * model.bytes_per_element, *ring)
+        else:
+            scatter_s += 2 * reduced_s
+    return gather_s, scatter_s
+
+
+class _Passes:
+    """Keeps the times of layers that come again: microbatches may share their work."""
+
+    def __init__(self, method: Method, timing: Timing, work: WorkOf) -> None:
+        self._method, self._timing, self._work = method, timing, work
+        run = timing.run
+        self._by_place = run.layers_by_chunk(len(timing.model.layer_has_experts))
+        # Those of forward serve backward, and other microbatches with the same work.
+        self._kept: dict[tuple[int, int, bool, bool], LayerTimes] = {}
+
+    def layers(self, place: int, microbatch: int) -> list[LayerTimes]:
+        """Return the times of a chunk's layers for a microbatch."""
+        run = self._timing.run
+        first, last = microbatch == 0, microbatch == run.microbatches - 1
+        return [self._layer(layer, microbatch, first, last) for layer in self._by_place[place]]
+
+    def _layer(self, layer: int, microbatch: int, first: bool, last: bool) -> LayerTimes:
+        work = self._work(layer, microbatch)
+        key = layer, id(work), first, last
+        if (found := self._kept.get(key)) is not None:
+            return found
+        timing, run = self._timing, self._timing.run
+        gather_s = scatter_s = 0.0
+        if run.overlaps_data_parallel and (first or last):
+            gather_s, scatter_s = data_parallel_seconds(self._method, timing, layer)
+        holds = self._method.schedule.holds_step
+        times = timing.layer(
+            f"layer {layer + 1}",
+            timing.model.layer_has_experts[layer],
+            work,
+            restores=first or not holds,
+            restores_backward=not holds,
+            reduces=last or not holds,
+            gather_s=gather_s if first else 0.0,
+            scatter_s=scatter_s if last else 0.0,
+        )
+        self._kept[key] = times
+        return times

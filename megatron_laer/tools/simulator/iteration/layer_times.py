@@ -1,0 +1,206 @@
+"""The work of a layer becomes seconds here, by a set of rates.
+
+Bytes of operations that only read and write are counted by hand: each tensor of a transformer layer
+is read by the operation that uses it and written by the one that makes it.
+
+Legend: N ranks, T tokens of a rank, K experts of a token, H hidden, F width of an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_laer.choices import Recompute
+from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, MoETimes
+from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
+from megatron_laer.tools.simulator.iteration.rates import Rates
+from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.simulator.iteration.work import LayerWork
+
+# Of H elements per token and layer: two norms (each read and written) and two residual sums (two
+# read, one written).
+_HIDDEN_PASSES = 2 * 2 + 2 * 3
+# Of H elements per (token, expert) pair on its own rank, and on the one that computes it: rows are
+# put in order (read and written), there and back.
+_PERMUTED_PASSES, _SORTED_PASSES = 4, 4
+# Backward reads and writes a gradient for each, and reads the input of most.
+_BACKWARD_PASSES = 2
+# Logits: written, read for the largest and for the sum, and their gradient written, in fp32.
+_LOGIT_BYTES = 16
+# Of attention's scores, unless they stay on the chip, forward and again backward: written, masked
+# (read and written), through the softmax (the same) and read.
+_SCORE_PASSES = 6
+# Small kernels of a MoE layer in one direction: half of what the cost model counts for both.
+_LAUNCHES = 26
+# Backward has two GEMMs for each of forward's.
+_BACKWARD_GEMMS = 2
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Turns work into seconds for one model, run and set of rates.
+
+    Attributes:
+        nominal: the rates that the work's GEMM seconds were found with.
+    """
+
+    model: ModelShape
+    run: RunShape
+    rates: Rates
+    nominal: Rates
+
+    def layer(
+        self,
+        name: str,
+        has_experts: bool,
+        work: LayerWork | None,
+        *,
+        restores: bool = True,
+        restores_backward: bool = True,
+        reduces: bool = True,
+        gather_s: float = 0.0,
+        scatter_s: float = 0.0,
+    ) -> LayerTimes:
+        """Return the times of one layer's microbatch.
+
+        Args:
+            work: of its experts; None for a dense layer.
+            restores, restores_backward, reduces: whether this microbatch does, if the method does
+                at all.
+        """
+        attention_s, attention_backward_s = self._attention()
+        dense_s, dense_backward_s = self._dense(has_experts)
+        if self.run.recompute == Recompute.COMPUTE:
+            attention_backward_s += attention_s
+            dense_backward_s += dense_s
+        tensor_s = self._tensor()
+        host = self.rates.cluster.host
+        return LayerTimes(
+            name=name,
+            attention_s=(attention_s, attention_backward_s),
+            dense_s=(dense_s, dense_backward_s),
+            tensor_s=(tensor_s, tensor_s),
+            moe=None if work is None else self._moe(work, restores, restores_backward, reduces),
+            again=self.run.recompute == Recompute.FULL,
+            host_s=0.0 if host is None or work is None else _LAUNCHES * host.launch_s,
+            gather_s=gather_s,
+            scatter_s=scatter_s,
+        )
+
+    def head_seconds(self) -> tuple[float, float]:
+        """Return the time of LM head and loss for a microbatch, forward and backward."""
+        model, tokens = self.model, self.run.tokens
+        gemm_s = self._gemm(2.0 * model.prediction_heads * model.head_weights)
+        passes = model.prediction_heads * tokens * model.vocabulary * _LOGIT_BYTES
+        memory_s = self.rates.memory_seconds(passes / 2) * (1 + self.rates.overhead)
+        factor = _BACKWARD_GEMMS * self.rates.backward_factor
+        return gemm_s + memory_s, gemm_s * factor + memory_s
+
+    def send_seconds(self) -> float:
+        """Return the time of sending a microbatch's hidden states to the next stage."""
+        run = self.run
+        if run.stages == 1:
+            return 0.0
+        cluster = self.rates.cluster
+        link = cluster.inter if run.ranks * run.replicas >= run.node_size else cluster.intra
+        size = run.tokens * self.model.hidden * self.model.bytes_per_element
+        return size / link.bytes_per_s + link.latency_s
+
+    # Dense parts: the same on every rank.
+
+    def _gemm(self, flops_per_token: float) -> float:
+        """Return the time of GEMMs over a rank's tokens; a tensor-parallel group shares them."""
+        tensor = self.run.tensor
+        return self.rates.gemm_seconds(self.run.tokens * tensor, flops_per_token / tensor)
+
+    def _attention(self) -> tuple[float, float]:
+        model, rates = self.model, self.rates
+        gemm_s = self._gemm(2.0 * model.attention_weights)
+        core = model.core_flops_per_token * self.run.tokens / rates.best_flops_per_s
+        backward_s = gemm_s * _BACKWARD_GEMMS * rates.backward_factor
+        if not self.run.flash_attention:
+            # All pairs, as GEMMs of their own, and scores in memory.
+            core_s = 2 * core
+            scores = self.run.tokens * model.heads * model.sequence * model.bytes_per_element
+            scores_s = rates.memory_seconds(_SCORE_PASSES * scores) * (1 + rates.overhead)
+            backward_s += _BACKWARD_GEMMS * core_s * rates.backward_factor + scores_s
+            return gemm_s + core_s + scores_s, backward_s
+        # Backward of the core: five GEMMs for two, as flash attention computes scores again.
+        return gemm_s + core / rates.core_forward, backward_s + 2.5 * core / rates.core_backward
+
+    def _dense(self, has_experts: bool) -> tuple[float, float]:
+        model, rates, tokens = self.model, self.rates, self.run.tokens
+        gemm_s = self._gemm(2.0 * model.dense_weights(has_experts))
+        elements = _HIDDEN_PASSES * model.hidden
+        elements += 2 * (model.query_width + model.key_value_width)
+        if has_experts:
+            elements += _PERMUTED_PASSES * model.topk * model.hidden
+            width = model.shared_ffn
+        else:
+            width = model.dense_ffn
+        elements += (3 if model.gated else 2) * width
+        memory_s = rates.memory_seconds(elements * tokens * model.bytes_per_element)
+        memory_s *= 1 + rates.overhead
+        backward_s = gemm_s * _BACKWARD_GEMMS * rates.backward_factor
+        return gemm_s + memory_s, backward_s + _BACKWARD_PASSES * memory_s
+
+    def _tensor(self) -> float:
+        """Return the time of a layer's collectives in one direction: two all-gathers' worth."""
+        run = self.run
+        size = run.tokens * run.tensor * self.model.hidden * self.model.bytes_per_element
+        # An all-gather before attention and a reduce-scatter behind it.
+        return 2 * self.rates.ring_seconds(size, run.tensor, run.node_size)
+
+    # Experts.
+
+    def _moe(
+        self, work: LayerWork, restores: bool, restores_backward: bool, reduces: bool
+    ) -> MoETimes:
+        model, rates, cluster = self.model, self.rates, self.rates.cluster
+        scale = self.nominal.best_flops_per_s / rates.best_flops_per_s
+        gemm_s_N = 2.0 * model.expert_weights * work.unit_s_N * scale
+        elements = (3 if model.gated else 2) * model.expert_ffn + _SORTED_PASSES * model.hidden
+        memory_s = rates.memory_seconds(elements * model.bytes_per_element) * (1 + rates.overhead)
+        memory_s_N = work.pairs_N * memory_s
+        forward_N = gemm_s_N + memory_s_N
+        backward_N = gemm_s_N * (_BACKWARD_GEMMS * rates.backward_factor)
+        backward_N += _BACKWARD_PASSES * memory_s_N
+        if self.run.recompute == Recompute.COMPUTE:
+            backward_N += forward_N
+
+        token_bytes = model.hidden * model.bytes_per_element
+        tokens_N = np.maximum(
+            work.intra_N * (token_bytes / cluster.intra.bytes_per_s),
+            work.inter_N * (token_bytes / cluster.inter.bytes_per_s),
+        )
+        run = self.run
+        meets = work.group or run.ranks
+        if not work.leaves_nodes:
+            meets = min(meets, run.node_size)
+        latency_s = rates.collective_seconds(meets, run.node_size)
+        restore_s = None if work.restore is None else work.restore.seconds(rates)
+        reduce = work.reduce if reduces else None
+        return MoETimes(
+            forward_N=forward_N,
+            backward_N=backward_N,
+            tokens_N=tokens_N + latency_s,
+            within_node=not work.leaves_nodes,
+            gate_s=self._gate(work),
+            restore_s=restore_s if restores else None,
+            backward_restore_s=restore_s if restores_backward else None,
+            reduce_s=None if reduce is None else reduce.seconds(rates),
+            change_s=None if work.change is None else work.change.seconds(rates),
+            group=work.group,
+        )
+
+    def _gate(self, work: LayerWork) -> float:
+        """Return the time from counts to a decision, as the cost model has it."""
+        run, rates, host = self.run, self.rates, self.rates.cluster.host
+        counting = work.group or run.ranks
+        seconds = rates.collective_seconds(counting, run.node_size) + work.solve_s
+        # Groups with a placement of their own have nothing to decide.
+        if host is not None and work.group is None:
+            seconds += host.gate.seconds(run.ranks, work.slots, self.model.num_experts)
+        return seconds

@@ -1,0 +1,85 @@
+"""Bytes that an iteration puts on the links are added up here: received by a rank, on average.
+
+Legend: N ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_laer.choices import Recompute
+from megatron_laer.tools.simulator.iteration.iterate import WorkOf
+from megatron_laer.tools.simulator.iteration.memory_parts import stage_weights
+from megatron_laer.tools.simulator.iteration.methods import Method
+from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
+from megatron_laer.tools.simulator.iteration.rates import ring_neighbours
+from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+
+INTRA, INTER = "intra", "inter"
+_GRADIENT_BYTES = 4
+
+
+def link_bytes(
+    method: Method, model: ModelShape, run: RunShape, work: WorkOf
+) -> dict[str, dict[str, float]]:
+    """Return bytes by link class and by what is exchanged."""
+    found: dict[str, dict[str, float]] = {INTRA: {}, INTER: {}}
+
+    def add(kind: str, intra: float, inter: float) -> None:
+        for link, received in ((INTRA, intra), (INTER, inter)):
+            found[link][kind] = found[link].get(kind, 0.0) + received
+
+    token_bytes = model.hidden * model.bytes_per_element
+    passes = 6 if run.recompute == Recompute.FULL else 4
+    holds = method.schedule.holds_step
+    for layer, has_experts in enumerate(model.layer_has_experts):
+        if not has_experts:
+            continue
+        for microbatch in range(run.microbatches):
+            of = work(layer, microbatch)
+            assert of is not None
+            share = token_bytes * passes / run.stages
+            add("tokens", of.mean_intra * share, of.mean_inter * share)
+            exchanges = []
+            if of.restore is not None and (not holds or microbatch == 0):
+                exchanges += [("restore", of.restore)] * (1 if holds else 2)
+            if of.change is not None:
+                exchanges.append(("restore", of.change))
+            if of.reduce is not None and (not holds or microbatch == run.microbatches - 1):
+                exchanges.append(("reduce", of.reduce))
+            for kind, exchange in exchanges:
+                add(
+                    kind,
+                    exchange.mean_intra_bytes / run.stages,
+                    exchange.mean_inter_bytes / run.stages,
+                )
+    for stage in range(run.stages):
+        weights = stage_weights(model, run, method, stage)
+        for held, copies, stride in (
+            (weights.dense, run.data_parallel, run.tensor),
+            (weights.expert, method.replicas * run.replicas, run.ranks // method.replicas),
+        ):
+            each = model.bytes_per_element if run.shards_optimizer else _GRADIENT_BYTES
+            size = held * (_GRADIENT_BYTES + each) * (copies - 1) / copies / run.stages
+            far = _leaving(copies, run.node_size, stride)
+            add("data_parallel", size * (1 - far), size * far)
+    gathered = passes * run.microbatches * len(model.layer_has_experts) / run.stages
+    size = gathered * run.tokens * (run.tensor - 1) * token_bytes
+    far = _leaving(run.tensor, run.node_size, 1)
+    add("tensor", size * (1 - far), size * far)
+    sends = 2 * run.microbatches * (run.stages * run.chunks - 1) / run.stages
+    sent = sends * run.tokens * token_bytes
+    crosses = run.ranks * run.replicas >= run.node_size
+    add("pipeline", 0.0 if crosses else sent, sent if crosses else 0.0)
+    return found
+
+
+def _leaving(ranks: int, node_size: int, stride: int) -> float:
+    """Return the share of a ring's bytes that goes between nodes: one link of each node's ranks."""
+    near = ring_neighbours(node_size, stride)
+    return 1 / near if ranks > near else 0.0
+
+
+def totals(by_kind: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the bytes by link class alone."""
+    return {link: sum(of.values()) for link, of in by_kind.items()}

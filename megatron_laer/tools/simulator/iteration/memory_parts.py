@@ -1,0 +1,125 @@
+"""A rank's memory is added up here, by part, for the rank and stage that need most.
+
+Counted are weights, gradients, optimizer states, whole experts and what backward keeps; not the
+allocator's loss, NCCL's buffers and the runtime's.
+
+Legend: T tokens of a rank, K experts of a token, H hidden, F width of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_laer.choices import Recompute
+from megatron_laer.tools.simulator.iteration.methods import Method
+from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
+from megatron_laer.tools.simulator.iteration.pipeline import in_flight, order
+from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+
+# Main gradients, and main weights with two moments, in fp32.
+_GRADIENT_BYTES, _OPTIMIZER_BYTES = 4, 12
+_LOGIT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Counts the weights of one stage's rank.
+
+    Attributes:
+        dense: of attention, dense FFNs, routers, embedding and LM head.
+        expert: of experts that the rank owns, as slices or whole.
+    """
+
+    dense: float
+    expert: float
+
+
+def stage_weights(model: ModelShape, run: RunShape, method: Method, stage: int) -> Weights:
+    """Count the weights that a rank of a stage holds."""
+    layers = _layers_of(model, run, stage)
+    dense = sum(
+        model.attention_weights + model.dense_weights(has_experts) for has_experts in layers
+    )
+    if stage == 0:
+        dense += model.head_weights
+    if stage == run.stages - 1:
+        dense += model.head_weights
+    expert = sum(layers) * method.experts_held * model.expert_weights
+    return Weights(dense / run.tensor, expert)
+
+
+def memory_bytes(
+    model: ModelShape, run: RunShape, method: Method, most_pairs: float
+) -> dict[str, float]:
+    """Return the bytes by part on the stage that needs most.
+
+    Args:
+        most_pairs: (token, expert) pairs that the busiest rank computes in a microbatch.
+    """
+    of_stages = [_stage_bytes(model, run, method, stage, most_pairs) for stage in range(run.stages)]
+    return max(of_stages, key=lambda parts: sum(parts.values()))
+
+
+def _stage_bytes(
+    model: ModelShape, run: RunShape, method: Method, stage: int, most_pairs: float
+) -> dict[str, float]:
+    weights = stage_weights(model, run, method, stage)
+    layers = _layers_of(model, run, stage)
+    both = weights.dense + weights.expert
+    dense_copies = run.data_parallel if run.shards_optimizer else 1
+    expert_copies = method.replicas * run.replicas if run.shards_optimizer else 1
+    optimizer = weights.dense / dense_copies + weights.expert / expert_copies
+    whole = method.restored * model.expert_weights * model.bytes_per_element
+    with_experts = sum(layers)
+    gradients = method.schedule.gradient_layers(with_experts) * whole
+    if method.schedule.holds_step:  # sums of all microbatches, of every layer
+        gradients += with_experts * method.restored * model.expert_weights * _GRADIENT_BYTES
+    held = in_flight(order(stage, run.stages, run.chunks, run.microbatches)) / run.chunks
+    working = _layer_activations(model, run, True, most_pairs)
+    if run.recompute == Recompute.NONE:
+        kept = sum(_layer_activations(model, run, each, most_pairs) for each in layers)
+        working = 0.0
+    else:
+        kept = len(layers) * run.tokens * model.hidden * model.bytes_per_element
+        if run.recompute == Recompute.COMPUTE:
+            # Dispatched tokens and outputs stay, since they are not exchanged again.
+            kept += with_experts * 2 * most_pairs * model.hidden * model.bytes_per_element
+    logits = run.tokens * model.vocabulary * _LOGIT_BYTES * 2 if stage == run.stages - 1 else 0.0
+    return {
+        "weights": both * model.bytes_per_element,
+        "gradients": both * _GRADIENT_BYTES,
+        "optimizer": optimizer * _OPTIMIZER_BYTES,
+        "restored_experts": method.schedule.restored_layers(with_experts) * whole,
+        "restored_gradients": gradients,
+        "activations": kept * held + working,
+        "logits": logits,
+    }
+
+
+def _layer_activations(
+    model: ModelShape, run: RunShape, has_experts: bool, most_pairs: float
+) -> float:
+    """Count what a layer keeps for backward of one microbatch.
+
+    Per token: inputs of both norms and their outputs, queries, keys, values, attention's output.
+    FFN: its first matrix's output and the activation's; experts also keep the rows that they were
+    sent and their outputs, for the gradient of the probabilities.
+    """
+    per_token = 4 * model.hidden + 2 * (model.query_width + model.key_value_width)
+    width = model.shared_ffn if has_experts else model.dense_ffn
+    per_token += (3 if model.gated else 2) * width
+    elements: float = run.tokens * per_token
+    if has_experts:
+        per_pair = 2 * model.hidden + (3 if model.gated else 2) * model.expert_ffn
+        elements += most_pairs * per_pair
+    return elements * model.bytes_per_element
+
+
+def _layers_of(model: ModelShape, run: RunShape, stage: int) -> Sequence[bool]:
+    by_chunk = run.layers_by_chunk(len(model.layer_has_experts))
+    return [
+        model.layer_has_experts[layer]
+        for chunk in range(run.chunks)
+        for layer in by_chunk[chunk * run.stages + stage]
+    ]

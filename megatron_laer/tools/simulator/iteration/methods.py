@@ -1,0 +1,295 @@
+"""These methods of training MoE layers are compared: which layouts, splits and exchanges each has.
+
+FSEP is what training runs: its strategy, guard, exact split and schedule. The others are as their
+authors describe them, on equal terms: the same forecasts, rates and overlap.
+
+Legend: N ranks, E experts, C slots per rank, X ranks of an expert-parallel group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from megatron_laer.arrays import Int64
+from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode, Split
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.exact import ExactQuotas
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.quotas import even_split
+from megatron_laer.planner.sharding import changed_slots
+from megatron_laer.planner.strategies import Strategy, make_strategy
+from megatron_laer.planner.traffic import Traffic
+from megatron_laer.schedule import Schedule, make_schedule
+from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
+from megatron_laer.tools.simulator.iteration.rates import Rates
+from megatron_laer.tools.simulator.iteration.work import Exchange, LayerWork, grouped_totals
+
+STOCK, FSDP_EP, FLEXMOE, LAER, FSEP = "stock", "fsdp+ep", "flexmoe", "laer", "fsep"
+METHODS = (STOCK, FSDP_EP, FLEXMOE, LAER, FSEP)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Holds what methods are made from.
+
+    Attributes:
+        geometry: of FSEP, LAER and FlexMoE; others follow from it.
+        mode: of FSEP's guard.
+        strategy: of FSEP's planner.
+        overlaps: whether exchanges run beside compute.
+        holds_step: whether FSEP's experts stay restored over a step.
+        stock_group: X of stock, None for as many as fit.
+    """
+
+    geometry: Geometry
+    costs: CostModel
+    mode: PlanMode = PlanMode.ADAPTIVE
+    strategy: str = FSEPConfig().planner
+    overlaps: bool = True
+    holds_step: bool = False
+    stock_group: int | None = None
+
+
+class LayerPlanner(Protocol):
+    """Makes the work of each microbatch of one layer, with layouts that live from step to step."""
+
+    def begin_step(self, forecast_NE: Int64) -> None:
+        """Plan the layer's layout of a step."""
+        ...
+
+    def work(self, counts_NE: Int64) -> LayerWork:
+        """Return the work of a microbatch of this step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """Holds how a method runs.
+
+    Attributes:
+        schedule: of its exchanges.
+        one_stream: parameters and gradients share a communicator.
+        layer_planner: makes a planner for a layer.
+        experts_held: whole experts' worth of weights that a rank owns, in each layer.
+        restored: whole experts that a rank restores in each layer; 0 where it owns what it uses.
+        replicas: ranks of the FSEP group's size that hold the same expert weights.
+    """
+
+    name: str
+    schedule: Schedule
+    one_stream: bool
+    layer_planner: Callable[[], LayerPlanner]
+    experts_held: float
+    restored: int
+    replicas: int
+
+
+def make_method(name: str, settings: Settings, rates: Rates) -> Method:
+    """Make a method by name.
+
+    Args:
+        rates: nominal ones.
+
+    Raises:
+        ValueError: it cannot run with these sizes; the message says why.
+    """
+    makers = {STOCK: _stock, FSDP_EP: _fsdp, FLEXMOE: _flexmoe, LAER: _laer, FSEP: _fsep}
+    if name not in makers:
+        raise ValueError(f"unknown method {name!r}; use one of {', '.join(METHODS)}")
+    return makers[name](settings, rates)
+
+
+def _stock(settings: Settings, rates: Rates) -> Method:
+    geometry = settings.geometry
+    fits = math.gcd(geometry.num_ranks, geometry.num_experts)
+    group = settings.stock_group or fits
+    if fits % group != 0:
+        raise ValueError(
+            f"stock expert parallelism of size {group}: it must divide {geometry.num_ranks} ranks "
+            f"and {geometry.num_experts} experts; use a divisor of {fits}"
+        )
+    each = geometry.num_experts // group
+    return Method(
+        STOCK,
+        make_schedule(overlaps=False),
+        one_stream=False,
+        layer_planner=lambda: _Grouped(group, geometry.node_size, rates, None, None),
+        experts_held=each,
+        restored=0,
+        replicas=geometry.num_ranks // group,
+    )
+
+
+def _fsdp(settings: Settings, rates: Rates) -> Method:
+    """Shard each expert over the ranks that use it, as FSDP does within expert parallelism."""
+    geometry, costs = settings.geometry, settings.costs
+    num_ranks, num_experts = geometry.num_ranks, geometry.num_experts
+    # As many experts to a rank as FSEP has slots, or the next fewer that fit.
+    fits = [
+        each
+        for each in range(geometry.capacity, 0, -1)
+        if num_experts % each == 0 and num_ranks % (num_experts // each) == 0
+    ]
+    if not fits:
+        raise ValueError(
+            f"FSDP+EP needs E/C groups of ranks; {num_experts} experts on {num_ranks} ranks with "
+            f"up to {geometry.capacity} each have none"
+        )
+    each = fits[0]
+    group = num_experts // each
+    sharing = num_ranks // group
+    in_node = max(1, geometry.node_size // group)
+    expert_bytes = sum(rows * columns for rows, columns in costs.matrices)
+    whole = each * expert_bytes * costs.bytes_per_element
+    intra, inter = whole * (in_node - 1) / sharing, whole * (sharing - in_node) / sharing
+    exchange = Exchange(intra, inter, intra, inter, False, 1, sharing, in_node)
+    return Method(
+        FSDP_EP,
+        make_schedule(overlaps=settings.overlaps),
+        one_stream=False,
+        layer_planner=lambda: _Grouped(group, geometry.node_size, rates, exchange, exchange),
+        experts_held=each / sharing,
+        restored=each,
+        replicas=1,
+    )
+
+
+def _flexmoe(settings: Settings, rates: Rates) -> Method:
+    strategy = FlexMoEStrategy(settings.geometry)
+    return _relaid(FLEXMOE, settings, rates, strategy, one_stream=True)
+
+
+def _laer(settings: Settings, rates: Rates) -> Method:
+    strategy = make_strategy("laer", geometry=settings.geometry, costs=settings.costs)
+    return _relaid(LAER, settings, rates, strategy, one_stream=True)
+
+
+def _relaid(
+    name: str, settings: Settings, rates: Rates, strategy: Strategy, one_stream: bool
+) -> Method:
+    """Run another planner on restored experts: flat exchanges, even splits, no guard."""
+    geometry, costs = settings.geometry, settings.costs
+    costs = replace(costs, restore_algorithm=ExchangeAlgorithm.FLAT)
+    guard = Guard(PlanMode.FORECAST, costs, geometry, split=Split.EVEN)
+    return Method(
+        name,
+        make_schedule(overlaps=settings.overlaps),
+        one_stream,
+        layer_planner=lambda: _Relaid(strategy, guard, rates, _in_a_row(geometry)),
+        experts_held=geometry.num_experts / geometry.num_ranks,
+        restored=geometry.capacity,
+        replicas=1,
+    )
+
+
+def _in_a_row(geometry: Geometry) -> ExpertLayout:
+    """Give slots their experts in turn, as their authors begin, so that nodes have all experts."""
+    slots_S = np.arange(geometry.num_slots) % geometry.num_experts
+    return ExpertLayout.from_slots(
+        geometry.num_ranks, geometry.capacity, geometry.num_experts, slots_S
+    )
+
+
+def _fsep(settings: Settings, rates: Rates) -> Method:
+    geometry = settings.geometry
+    strategy = make_strategy(settings.strategy, geometry=geometry, costs=settings.costs)
+    guard = Guard(settings.mode, settings.costs, geometry)
+    static = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
+    return Method(
+        FSEP,
+        make_schedule(
+            overlaps=settings.overlaps,
+            after_gate=settings.mode == PlanMode.EXACT,
+            holds_step=settings.holds_step,
+        ),
+        one_stream=False,
+        layer_planner=lambda: _Relaid(strategy, guard, rates, static),
+        experts_held=geometry.num_experts / geometry.num_ranks,
+        restored=geometry.capacity,
+        replicas=1,
+    )
+
+
+@dataclass
+class _Grouped:
+    """Keeps stock's placement in groups of X ranks."""
+
+    group: int
+    node_size: int
+    rates: Rates
+    restore: Exchange | None
+    reduce: Exchange | None
+
+    def begin_step(self, forecast_NE: Int64) -> None:
+        """Plan nothing."""
+
+    def work(self, counts_NE: Int64) -> LayerWork:
+        """Return the work of a microbatch."""
+        totals = grouped_totals(counts_NE, self.group, self.node_size)
+        return LayerWork.of(totals, self.rates, self.restore, self.reduce, group=self.group)
+
+
+@dataclass
+class _Relaid:
+    """Plans layouts from forecasts and has the guard decide, as training does."""
+
+    strategy: Strategy
+    guard: Guard
+    rates: Rates
+    layout: ExpertLayout
+    exchanges: tuple[Exchange, Exchange] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.exchanges = self._exchanges(self.layout)
+
+    def begin_step(self, forecast_NE: Int64) -> None:
+        """Plan the layout of a step; `exact` starts from the static one each time."""
+        if self.guard.mode != PlanMode.EXACT:
+            self.layout = self.strategy.plan(forecast_NE, self.layout)
+            self.exchanges = self._exchanges(self.layout)
+
+    def work(self, counts_NE: Int64) -> LayerWork:
+        """Return the work of a microbatch under the layout that the guard chooses."""
+        guard, costs = self.guard, self.guard.costs
+        decision = guard.decide(counts_NE, self.layout)
+        layout = decision.layout
+        node_size = guard.geometry.node_size
+        if isinstance(decision.quotas, ExactQuotas):
+            totals = decision.quotas.totals()
+        else:
+            totals = even_split(layout, node_size).totals(counts_NE)
+        restore, reduce = self.exchanges
+        change, solve_s = None, 0.0
+        if decision.solved:
+            solve_s = costs.solve_seconds(guard.geometry)
+        if decision.replanned:
+            restore, reduce = self._exchanges(layout)
+            if guard.mode != PlanMode.EXACT:
+                changed_S = changed_slots(self.layout, layout)
+                traffic = costs.restore_bytes(layout, node_size, costs.restore_algorithm, changed_S)
+                change = self._exchange(traffic)
+        return LayerWork.of(totals, self.rates, restore, reduce, change, solve_s)
+
+    def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange, Exchange]:
+        costs, node_size = self.guard.costs, self.guard.geometry.node_size
+        algorithm = costs.restore_algorithm
+        return (
+            self._exchange(costs.restore_bytes(layout, node_size, algorithm)),
+            self._exchange(costs.reduce_bytes(layout, node_size, algorithm)),
+        )
+
+    def _exchange(self, traffic: Traffic) -> Exchange:
+        costs, geometry = self.guard.costs, self.guard.geometry
+        return Exchange.of(
+            traffic,
+            costs.restore_algorithm,
+            len(costs.matrices),
+            geometry.node_size,
+        )

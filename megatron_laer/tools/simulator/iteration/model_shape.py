@@ -1,0 +1,209 @@
+"""A model's shape says how many weights and FLOPs its parts have; nothing here knows of hardware.
+
+Legend: T tokens of a rank, K experts of a token, H hidden, F width of an expert's FFN, L layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_laer.files.checks import quoted
+from megatron_laer.planner.layout import MAX_EXPERTS
+from megatron_laer.tools.model_flags import model_values
+from megatron_laer.tools.simulator.sizes import MAX_WIDTH, model_sizes
+
+_MAX_LAYERS = 4096
+_FREQUENCY_PART = re.compile(r"\[([01](?:,[01])*)\](?:\*(\d{1,4}))?")
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Holds the ranks and head widths of multi-latent attention; no query rank means no LoRA."""
+
+    query_rank: int
+    key_value_rank: int
+    head: int
+    rotary: int
+    value_head: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Holds the sizes of a MoE GPT that times, FLOPs and memory follow from.
+
+    Attributes:
+        layer_has_experts: for each layer, whether it is a MoE layer; multi-token prediction's
+            layers are at the end.
+        heads, query_width, key_value_width: of attention; widths over all heads.
+        dense_ffn, expert_ffn, shared_ffn: widths; 0 where there is none.
+        prediction_heads: the LM head's passes: one, and one for each layer of multi-token
+            prediction.
+        bytes_per_element: of weights, tokens and gradients on the wire.
+    """
+
+    hidden: int
+    layer_has_experts: tuple[bool, ...]
+    heads: int
+    query_width: int
+    key_value_width: int
+    dense_ffn: int
+    expert_ffn: int
+    shared_ffn: int
+    gated: bool
+    num_experts: int
+    topk: int
+    sequence: int
+    vocabulary: int
+    prediction_heads: int
+    bytes_per_element: int
+    latent: LatentAttention | None = None
+
+    @property
+    def moe_layers(self) -> int:
+        """Count the MoE layers."""
+        return sum(self.layer_has_experts)
+
+    @property
+    def expert_weights(self) -> int:
+        """Count the weights of one expert."""
+        return self._ffn_weights(self.expert_ffn)
+
+    @property
+    def head_weights(self) -> int:
+        """Count the weights of the LM head, which the embedding has as well."""
+        return self.hidden * self.vocabulary
+
+    @cached_property
+    def attention_weights(self) -> int:
+        """Count the weights of one layer's attention."""
+        latent = self.latent
+        if latent is None:
+            return self.hidden * 2 * (self.query_width + self.key_value_width)
+        queries = self.heads * (latent.head + latent.rotary)
+        ups = self.heads * (latent.head + latent.value_head)
+        down = latent.query_rank or self.hidden
+        return (
+            (self.hidden * latent.query_rank if latent.query_rank else 0)
+            + down * queries
+            + self.hidden * (latent.key_value_rank + latent.rotary)
+            + latent.key_value_rank * ups
+            + self.heads * latent.value_head * self.hidden
+        )
+
+    def dense_weights(self, has_experts: bool) -> int:
+        """Count a layer's weights beside attention that every token passes: FFN or shared ones."""
+        if not has_experts:
+            return self._ffn_weights(self.dense_ffn)
+        return self._ffn_weights(self.shared_ffn) + self.hidden * self.num_experts
+
+    @property
+    def core_flops_per_token(self) -> int:
+        """Count the FLOPs of causal attention itself, scores and values: half of all pairs."""
+        if self.latent is None:
+            return 2 * self.sequence * self.query_width
+        latent = self.latent
+        return self.sequence * self.heads * (latent.head + latent.rotary + latent.value_head)
+
+    @cached_property
+    def flops_per_token(self) -> int:
+        """Count a token's FLOPs in one forward pass, each weight that it meets twice."""
+        weights = self.prediction_heads * self.head_weights
+        for has_experts in self.layer_has_experts:
+            weights += self.attention_weights + self.dense_weights(has_experts)
+            weights += self.topk * self.expert_weights if has_experts else 0
+        return 2 * weights + len(self.layer_has_experts) * self.core_flops_per_token
+
+    def _ffn_weights(self, width: int) -> int:
+        return (3 if self.gated else 2) * self.hidden * width
+
+
+def read_model(config: str, num_experts: int | None = None) -> ModelShape:
+    """Read the shape from a model configuration, by path or by the name of one we ship.
+
+    Args:
+        num_experts: in place of the model's, as for a trace of another number.
+
+    Raises:
+        ValueError, OSError: a model that cannot be read, or that does not say what is needed.
+    """
+    sizes = model_sizes(config)
+    experts = num_experts or sizes.num_experts
+    assert experts is not None
+    values = model_values(config)
+    layers = _number(values, "--num-layers", most=_MAX_LAYERS, least=1)
+    extra = _number(values, "--mtp-num-layers", 0, _MAX_LAYERS)
+    heads = _number(values, "--num-attention-heads", least=1)
+    head = _number(values, "--kv-channels", max(sizes.hidden // heads, 1))
+    groups = _number(values, "--num-query-groups", heads)
+    topk = _number(values, "--moe-router-topk", 2, MAX_EXPERTS, least=1)
+    if topk > experts:
+        raise ValueError(f"--moe-router-topk {topk}: there are {experts} experts")
+    sequence = _number(values, "--seq-length", 4096, least=1)
+    return ModelShape(
+        hidden=sizes.hidden,
+        layer_has_experts=(*_experts_by_layer(values, layers), *[True] * extra),
+        heads=heads,
+        query_width=heads * head,
+        key_value_width=groups * head,
+        dense_ffn=_number(values, "--ffn-hidden-size", 4 * sizes.hidden),
+        expert_ffn=sizes.ffn,
+        shared_ffn=_number(values, "--moe-shared-expert-intermediate-size", 0),
+        gated=sizes.gated,
+        num_experts=experts,
+        topk=topk,
+        sequence=sequence,
+        vocabulary=_number(values, "--vocab-size", 32000, 2**24, least=1),
+        prediction_heads=1 + extra,
+        bytes_per_element=2 if "--bf16" in values or "--fp16" in values else 4,
+        latent=_latent(values) if "--multi-latent-attention" in values else None,
+    )
+
+
+def _number(
+    values: Mapping[str, str],
+    flag: str,
+    default: int | None = None,
+    most: int = MAX_WIDTH,
+    least: int = 0,
+) -> int:
+    text = values.get(flag, "" if default is None else str(default))
+    is_number = text.isascii() and text.isdigit() and len(text) < 19
+    if not is_number or not least <= int(text) <= most:
+        raise ValueError(
+            f"has no {flag.removeprefix('--')} in {least}..{most}, but {quoted(text)}; mend it"
+        )
+    return int(text)
+
+
+def _latent(values: Mapping[str, str]) -> LatentAttention:
+    # Megatron's own defaults.
+    return LatentAttention(
+        query_rank=_number(values, "--q-lora-rank", 0),
+        key_value_rank=_number(values, "--kv-lora-rank", 32),
+        head=_number(values, "--qk-head-dim", 128),
+        rotary=_number(values, "--qk-pos-emb-head-dim", 64),
+        value_head=_number(values, "--v-head-dim", 128),
+    )
+
+
+def _experts_by_layer(values: Mapping[str, str], layers: int) -> list[bool]:
+    """Read Megatron's frequency of MoE layers: every so many-th, or a sum of lists of 0 and 1."""
+    text = values.get("--moe-layer-freq", "1").replace(" ", "")
+    if text.isascii() and text.isdigit() and 1 <= int(text) <= _MAX_LAYERS:
+        return [layer % int(text) == 0 for layer in range(layers)]
+    parts = [_FREQUENCY_PART.fullmatch(part) for part in text.strip("()").split("+")]
+    pattern = [
+        digit == "1"
+        for part in parts
+        if part is not None
+        for digit in part[1].split(",") * int(part[2] or 1)
+    ]
+    if None in parts or len(pattern) != layers or not any(pattern):
+        raise ValueError(
+            f"has moe-layer-freq {quoted(text)}; give a number, or lists such as ([0]*3+[1]*58) "
+            f"that add up to the {layers} layers and hold a 1"
+        )
+    return pattern

@@ -1,0 +1,108 @@
+"""Pipelines follow Megatron's schedules: 1F1B, and interleaved where a stage has several chunks.
+
+An order is a list of operations for each stage; a sweep runs each as soon as its stage is free and
+what it needs has arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_laer.tools.simulator.iteration.clocks import Clocks, Seconds
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Names one pass of a microbatch through a chunk of a stage."""
+
+    is_forward: bool
+    chunk: int
+    microbatch: int
+
+
+def order(stage: int, stages: int, chunks: int, microbatches: int) -> list[Operation]:
+    """Return the operations of a stage: warm-up, one forward and one backward in turn, cool-down.
+
+    With one chunk a stage runs as many forwards ahead as there are stages after it. Interleaved,
+    chunks take turns every p microbatches, and Megatron runs (p - 1 - stage) * 2 + (chunks - 1) * p
+    forwards ahead.
+    """
+    total = microbatches * chunks
+    if chunks == 1:
+        ahead = min(stages - stage - 1, total)
+    else:
+        ahead = min((stages - stage - 1) * 2 + (chunks - 1) * stages, total)
+
+    def operation(number: int, is_forward: bool) -> Operation:
+        if chunks == 1:
+            return Operation(is_forward, 0, number)
+        group, within = divmod(number, stages * chunks)
+        chunk = within // stages
+        microbatch = group * stages + within % stages
+        return Operation(is_forward, chunk if is_forward else chunks - 1 - chunk, microbatch)
+
+    found = [operation(number, True) for number in range(ahead)]
+    for number in range(total - ahead):
+        found += [operation(ahead + number, True), operation(number, False)]
+    return found + [operation(number, False) for number in range(total - ahead, total)]
+
+
+def in_flight(operations: Sequence[Operation]) -> int:
+    """Return how many passes' activations a stage holds at once, at most."""
+    held = most = 0
+    for operation in operations:
+        held += 1 if operation.is_forward else -1
+        most = max(most, held)
+    return most
+
+
+def sweep(
+    stages: Sequence[Clocks],
+    orders: Sequence[Sequence[Operation]],
+    chunks: int,
+    run: Callable[[int, Operation], None],
+    send_s: float,
+) -> None:
+    """Run all operations, each when what it needs has arrived from the stage before or after.
+
+    Args:
+        stages: clocks by stage, which `run` moves.
+        orders: by stage: see `order`.
+        run: does one operation of a stage.
+        send_s: of hidden states, or of their gradients, to a neighbour; beside compute.
+    """
+    num_stages = len(stages)
+    done: dict[tuple[bool, int, int], Seconds] = {}  # by direction, place and microbatch
+    next_of = [0] * num_stages
+    last_place = num_stages * chunks - 1
+
+    def needed(stage: int, operation: Operation) -> tuple[bool, int, int] | None:
+        place = operation.chunk * num_stages + stage
+        if operation.is_forward:
+            return (True, place - 1, operation.microbatch) if place > 0 else None
+        if place == last_place:  # its own forward, which comes earlier in the order
+            return None
+        return (False, place + 1, operation.microbatch)
+
+    def advance(stage: int) -> bool:
+        """Run what is ready of a stage, and tell whether anything was."""
+        began_at = next_of[stage]
+        while next_of[stage] < len(orders[stage]):
+            operation = orders[stage][next_of[stage]]
+            key = needed(stage, operation)
+            if key is not None and key not in done:
+                break
+            if key is not None:
+                stages[stage].wait("pipeline", done.pop(key) + send_s)
+            run(stage, operation)
+            place = operation.chunk * num_stages + stage
+            is_last = place == (last_place if operation.is_forward else 0)
+            if not is_last:
+                done[operation.is_forward, place, operation.microbatch] = stages[stage].now_N
+            next_of[stage] += 1
+        return next_of[stage] > began_at
+
+    while any(advance(stage) for stage in range(num_stages)):
+        pass
+    assert all(number == len(of) for number, of in zip(next_of, orders, strict=True)), "a deadlock"

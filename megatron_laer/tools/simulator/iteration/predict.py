@@ -1,0 +1,241 @@
+"""A prediction says what iterations of each method take on a trace, as a range over the rates.
+
+Legend: N ranks, L layers of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_laer.arrays import Int64
+from megatron_laer.choices import Recompute
+from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED, WAITING, Recorder
+from megatron_laer.tools.simulator.iteration.iterate import Iteration, WorkOf, run_iteration
+from megatron_laer.tools.simulator.iteration.layer_times import Timing
+from megatron_laer.tools.simulator.iteration.link_bytes import link_bytes, totals
+from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
+from megatron_laer.tools.simulator.iteration.methods import LayerPlanner, Method
+from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
+from megatron_laer.tools.simulator.iteration.rates import Rates
+from megatron_laer.tools.simulator.iteration.routing import Routing, Step
+from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.simulator.iteration.work import LayerWork
+
+# A token's FLOPs in backward, and in a second forward, over those of forward.
+_TRAINING_PASSES = 3
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Holds what iterations of a method take; means over steps, and over ranks unless said.
+
+    Attributes:
+        iteration_s: at the nominal rates.
+        low_s, high_s: the least and the most over all sets of rates.
+        by_rates_s: for each set of rates, nominal first.
+        compute_s, exposed_s: by kind; with `waiting_s` they add up to `iteration_s`.
+        waiting_s: for ranks that compute longer.
+        mfu: FLOPs of the model, without recompute, over the peak's.
+        naive_s: the same FLOPs at the fastest GEMM's speed, with recompute; of no method.
+        bytes_by_kind: received by a rank, by link class and by what is exchanged.
+        memory_bytes: by part, on the rank and stage that need most.
+        max_over_mean: of tokens per rank, over all layers and microbatches.
+        replan_share: microbatches of a layer whose layout was made after the gate.
+    """
+
+    method: str
+    iteration_s: float
+    low_s: float
+    high_s: float
+    by_rates_s: tuple[float, ...]
+    tokens_per_s: float
+    mfu: float
+    naive_s: float
+    compute_s: Mapping[str, float]
+    exposed_s: Mapping[str, float]
+    waiting_s: float
+    bytes_by_kind: Mapping[str, Mapping[str, float]]
+    memory_bytes: Mapping[str, float]
+    max_over_mean: float
+    replan_share: float
+
+    @property
+    def bytes(self) -> dict[str, float]:
+        """Return the bytes that a rank receives, by link class."""
+        return totals(self.bytes_by_kind)
+
+    @property
+    def peak_bytes(self) -> float:
+        """Return the sum over the parts of memory."""
+        return sum(self.memory_bytes.values())
+
+
+@dataclass
+class _Collected:
+    """Collects what a prediction is made from."""
+
+    iterations: list[list[Iteration]] = field(default_factory=list)  # by step, by rates
+    bytes_by_kind: list[dict[str, dict[str, float]]] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    replans: list[bool] = field(default_factory=list)
+    most_pairs: int = 0
+
+
+def predict(
+    routing: Routing,
+    model: ModelShape,
+    run: RunShape,
+    methods: Sequence[Method],
+    rate_sets: Sequence[Rates],
+    *,
+    steps: int = 1,
+    lag: int = 1,
+    peak_flops_per_s: float | None = None,
+    progress: Callable[[int], object] = lambda done: None,
+    record: Callable[[str, int], Recorder] | None = None,
+) -> list[Prediction]:
+    """Predict iterations of all methods.
+
+    Args:
+        rate_sets: nominal ones first.
+        steps: of the trace that are run, spread over it.
+        lag: a forecast is so many recorded steps old.
+        peak_flops_per_s: of a rank, for MFU; the fastest GEMM's by default.
+        progress: called with the number of microbatches of layers that were worked out.
+        record: makes a recorder for a method and a stage, of the first step at nominal rates.
+
+    Raises:
+        ValueError: a trace that is too short.
+    """
+    collected = {method.name: _Collected() for method in methods}
+    planners = {
+        method.name: [method.layer_planner() for _ in range(routing.layers)] for method in methods
+    }
+    timings = [Timing(model, run, rates, rate_sets[0]) for rates in rate_sets]
+    place_of = _places(model, routing.layers)
+    is_first = True
+    for step, forecasts in routing.walk(lag, steps):
+        works = _step_works(routing, step, forecasts, methods, planners, run, progress)
+        for method in methods:
+            found = collected[method.name]
+            work = _lookup(works[method.name], place_of)
+            of_rates = []
+            for number, timing in enumerate(timings):
+                recorder = None
+                if record is not None and is_first and number == 0:
+                    recorder = _of_method(record, method.name)
+                of_rates.append(run_iteration(method, timing, work, recorder))
+            found.iterations.append(of_rates)
+            found.bytes_by_kind.append(link_bytes(method, model, run, work))
+            for of in works[method.name].values():
+                for each in of:
+                    found.ratios.append(each.max_over_mean)
+                    found.replans.append(each.change is not None)
+                    found.most_pairs = max(found.most_pairs, int(each.pairs_N.max()))
+        is_first = False
+    peak = peak_flops_per_s or rate_sets[0].best_flops_per_s
+    return [
+        _prediction(method, collected[method.name], model, run, rate_sets[0], peak)
+        for method in methods
+    ]
+
+
+def _places(model: ModelShape, traced_layers: int) -> list[int | None]:
+    """Spread the model's MoE layers over those of the trace, in order."""
+    places: list[int | None] = []
+    number = 0
+    for has_experts in model.layer_has_experts:
+        places.append(number * traced_layers // model.moe_layers if has_experts else None)
+        number += has_experts
+    return places
+
+
+def _lookup(works: Mapping[int, Sequence[LayerWork]], place_of: Sequence[int | None]) -> WorkOf:
+    def work(layer: int, microbatch: int) -> LayerWork | None:
+        place = place_of[layer]
+        if place is None:
+            return None
+        of = works[place]
+        return of[microbatch % len(of)]
+
+    return work
+
+
+def _of_method(record: Callable[[str, int], Recorder], method: str) -> Callable[[int], Recorder]:
+    return lambda stage: record(method, stage)
+
+
+def _step_works(
+    routing: Routing,
+    step: Step,
+    forecasts: Mapping[int, Int64],
+    methods: Sequence[Method],
+    planners: Mapping[str, Sequence[LayerPlanner]],
+    run: RunShape,
+    progress: Callable[[int], object],
+) -> dict[str, dict[int, list[LayerWork]]]:
+    """Return the work of a step's microbatches by method and layer of the trace."""
+    works: dict[str, dict[int, list[LayerWork]]] = {method.name: {} for method in methods}
+    for layer, records in step.records.items():
+        of_layer = [planners[method.name][layer] for method in methods]
+        for planner in of_layer:
+            planner.begin_step(forecasts[layer])
+        for record in records[: run.microbatches]:
+            counts_NE = routing.counts_NE(record)
+            for method, planner in zip(methods, of_layer, strict=True):
+                work = planner.work(counts_NE)
+                works[method.name].setdefault(layer, []).append(work)
+            progress(1)
+    return works
+
+
+def _prediction(
+    method: Method,
+    found: _Collected,
+    model: ModelShape,
+    run: RunShape,
+    nominal: Rates,
+    peak_flops_per_s: float,
+) -> Prediction:
+    by_rates_s = np.array(
+        [[iteration.seconds for iteration in of] for of in found.iterations]
+    ).mean(axis=0)
+    first = [of[0] for of in found.iterations]
+    spent = {
+        kind: float(np.mean([iteration.spent[kind] for iteration in first]))
+        for kind in first[0].spent
+    }
+    seconds = float(by_rates_s[0])
+    tokens = run.tokens * run.microbatches * run.ranks * run.replicas
+    flops = _TRAINING_PASSES * model.flops_per_token * tokens / run.world
+    again = 1 if run.recompute == Recompute.NONE else (_TRAINING_PASSES + 1) / _TRAINING_PASSES
+    return Prediction(
+        method=method.name,
+        iteration_s=seconds,
+        low_s=float(by_rates_s.min()),
+        high_s=float(by_rates_s.max()),
+        by_rates_s=tuple(by_rates_s.tolist()),
+        tokens_per_s=tokens / seconds,
+        mfu=flops / (seconds * peak_flops_per_s),
+        naive_s=flops * again / nominal.best_flops_per_s,
+        compute_s={kind: spent[kind] for kind in COMPUTE},
+        exposed_s={kind: spent[kind] for kind in EXPOSED},
+        waiting_s=spent[WAITING],
+        bytes_by_kind=_mean_of(found.bytes_by_kind),
+        memory_bytes=memory_bytes(model, run, method, found.most_pairs),
+        max_over_mean=float(np.mean(found.ratios)),
+        replan_share=float(np.mean(found.replans)),
+    )
+
+
+def _mean_of(of_steps: Iterable[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    steps = list(of_steps)
+    return {
+        link: {
+            kind: float(np.mean([step[link][kind] for step in steps])) for kind in steps[0][link]
+        }
+        for link in steps[0]
+    }

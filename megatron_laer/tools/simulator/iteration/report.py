@@ -1,0 +1,218 @@
+"""Predictions are written as text, as JSON and as a picture here; `predict` works them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron_laer.files.checks import one_line
+from megatron_laer.tools.simulator.iteration.advice import Case, gain
+from megatron_laer.tools.simulator.iteration.clocks import EXPOSED
+from megatron_laer.tools.simulator.iteration.methods import METHODS, STOCK
+from megatron_laer.tools.simulator.iteration.predict import Prediction
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_GIB = 2**30
+Cases = Mapping[Case, Mapping[str, Prediction]]
+Refused = Mapping[Case, Mapping[str, str]]
+
+LEGEND = """\
+s/iteration at the cluster's constants, and from their fastest to their slowest. x stock: how many
+times as fast as stock EP, with the same range. MFU: FLOPs of the model over the peak's. waiting:
+for ranks that compute longer; exposed: exchanges, counts and bubbles that compute waits for; both
+are means over ranks. naive: FLOPs at the speed of the fastest GEMM, whatever the method. received:
+by a rank in an iteration. memory: without the allocator's loss and buffers of libraries."""
+
+
+def table_text(methods: Mapping[str, Prediction], refused: Mapping[str, str]) -> str:
+    """Return the methods of one case side by side."""
+    head = (
+        *("method", "s/iteration", "low", "high", "x stock", "naive", "tokens/s", "MFU"),
+        *("max/mean", "waiting", "exposed", "received GB in/between nodes", "memory GiB"),
+    )
+    lines = [head]
+    for name, found in methods.items():
+        times = str(gain(found, methods[STOCK])) if STOCK in methods else "-"
+        received = found.bytes
+        lines.append(
+            (
+                name,
+                _s(found.iteration_s),
+                _s(found.low_s),
+                _s(found.high_s),
+                times.replace(" times", ""),
+                _s(found.naive_s),
+                f"{found.tokens_per_s:,.0f}",
+                f"{found.mfu:.1%}",
+                f"{found.max_over_mean:.3f}",
+                _s(found.waiting_s),
+                _s(sum(found.exposed_s.values())),
+                f"{received['intra'] / 1e9:.2f} / {received['inter'] / 1e9:.2f}",
+                f"{found.peak_bytes / _GIB:.2f}",
+            )
+        )
+    notes = [f"no {name}: {why}" for name, why in refused.items()]
+    return "\n".join([_aligned(lines), *notes])
+
+
+def parts_text(methods: Mapping[str, Prediction]) -> str:
+    """Return seconds by kind and memory by part, a column for each method."""
+    first = next(iter(methods.values()))
+    lines = [("", *methods)]
+    by_kind = [(f"compute {kind} s", kind, True) for kind in first.compute_s]
+    by_kind += [(f"exposed {kind} s", kind, False) for kind in first.exposed_s]
+    for title, kind, is_compute in by_kind:
+        seconds = [
+            (found.compute_s if is_compute else found.exposed_s)[kind] for found in methods.values()
+        ]
+        if any(seconds):
+            lines.append((title, *map(_s, seconds)))
+    lines.append(("waiting s", *(_s(found.waiting_s) for found in methods.values())))
+    for part in first.memory_bytes:
+        sizes = [found.memory_bytes[part] / _GIB for found in methods.values()]
+        lines.append((f"memory {part} GiB", *(f"{size:.2f}" for size in sizes)))
+    return _aligned(lines)
+
+
+def sweep_text(cases: Cases) -> str:
+    """Return a line for each case with the seconds of each method."""
+    names = [name for name in METHODS if any(name in methods for methods in cases.values())]
+    lines: list[tuple[str, ...]] = [("s/iteration", *names)]
+    for case, methods in cases.items():
+        cells = [
+            f"{_s(found.iteration_s)} ({_s(found.low_s)}-{_s(found.high_s)})"
+            if (found := methods.get(name)) is not None
+            else "-"
+            for name in names
+        ]
+        lines.append((case.among(cases), *cells))
+    return _aligned(lines)
+
+
+def content(about: Mapping[str, Any], cases: Cases, refused: Refused, advice: str) -> object:
+    """Return what the JSON holds: the first case by method, and all cases."""
+    listed = [
+        {
+            "ranks": case.ranks,
+            "node_size": case.node_size,
+            "capacity": case.capacity,
+            "mode": case.mode,
+            "tokens": case.tokens,
+            "world": case.world,
+            "methods": {name: _of_method(found) for name, found in methods.items()},
+            "refused": dict(refused[case]),
+        }
+        for case, methods in cases.items()
+    ]
+    return {**about, "advice": advice, "methods": listed[0]["methods"], "cases": listed}
+
+
+def _of_method(found: Prediction) -> dict[str, Any]:
+    return {
+        "iteration_s": {"value": found.iteration_s, "low": found.low_s, "high": found.high_s},
+        "by_rates_s": list(found.by_rates_s),
+        "naive_s": found.naive_s,
+        "tokens_per_s": found.tokens_per_s,
+        "mfu": found.mfu,
+        "compute_s": dict(found.compute_s),
+        "exposed_s": dict(found.exposed_s),
+        "waiting_s": found.waiting_s,
+        "bytes": found.bytes,
+        "bytes_by_kind": {link: dict(kinds) for link, kinds in found.bytes_by_kind.items()},
+        "memory_bytes": dict(found.memory_bytes),
+        "peak_bytes": found.peak_bytes,
+        "max_over_mean": found.max_over_mean,
+        "replan_share": found.replan_share,
+    }
+
+
+def draw(title: str, cases: Cases) -> Figure:
+    """Draw one case as stacked seconds by kind, several as throughput over the cases."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if len(cases) == 1:
+        _draw_parts(axes, next(iter(cases.values())))
+    else:
+        _draw_sweep(axes, cases)
+    axes.set_title(one_line(title, 100), parse_math=False)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def _draw_parts(axes: Axes, methods: Mapping[str, Prediction]) -> None:
+    places = range(len(methods))
+    starts = [0.0] * len(methods)
+    parts = [
+        (kind, [found.compute_s[kind] for found in methods.values()])
+        for kind in next(iter(methods.values())).compute_s
+    ]
+    parts.append(("waiting", [found.waiting_s for found in methods.values()]))
+    parts += [(kind, [found.exposed_s[kind] for found in methods.values()]) for kind in EXPOSED]
+    for number, (kind, seconds) in enumerate(parts):
+        if any(seconds):
+            axes.barh(
+                places,
+                seconds,
+                left=starts,
+                label=kind,
+                color=f"C{number % 10}",
+                hatch="//" if kind in EXPOSED else None,
+            )
+        starts = [start + more for start, more in zip(starts, seconds, strict=True)]
+    lows = [found.iteration_s - found.low_s for found in methods.values()]
+    highs = [found.high_s - found.iteration_s for found in methods.values()]
+    axes.errorbar(starts, places, xerr=(lows, highs), fmt="none", ecolor="black", capsize=4)
+    axes.axvline(next(iter(methods.values())).naive_s, color="grey", linestyle=":", label="naive")
+    axes.set_yticks(places, list(methods))
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds per iteration, and their range over the constants")
+
+
+def _draw_sweep(axes: Axes, cases: Cases) -> None:
+    labels = [case.among(cases) for case in cases]
+    for number, name in enumerate(METHODS):
+        shown = [
+            (place, case, methods[name])
+            for place, (case, methods) in enumerate(cases.items())
+            if name in methods
+        ]
+        if not shown:
+            continue
+        places = [place for place, _, _ in shown]
+        # Of a rank, so that cases of different size can be compared.
+        each = [found.tokens_per_s / case.world for _, case, found in shown]
+        scale = [found.iteration_s for _, _, found in shown]
+        best = [
+            rate * at / found.low_s
+            for rate, at, (_, _, found) in zip(each, scale, shown, strict=True)
+        ]
+        worst = [
+            rate * at / found.high_s
+            for rate, at, (_, _, found) in zip(each, scale, shown, strict=True)
+        ]
+        axes.plot(places, each, marker="o", color=f"C{number}", label=name)
+        axes.fill_between(places, worst, best, color=f"C{number}", alpha=0.12)
+    axes.set_xticks(range(len(labels)), labels, rotation=20, ha="right", fontsize="small")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("tokens per second and rank")
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.4g}"
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            f"{cell:{'<' if place == 0 else '>'}{width}}"
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,126 @@
+"""Counts of every step, layer and microbatch of a run are taken from a trace here, one at a time.
+
+A model may have other layers, microbatches, ranks and tokens than its trace: layers are spread over
+those of the trace, microbatches go round, ranks and tokens are dealt out. Nothing is kept, since
+all counts of a large run would not fit into memory.
+
+Legend: N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_laer.arrays import Int64
+from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.telemetry.trace_records import Trace
+
+
+@dataclass(frozen=True)
+class Step:
+    """Holds the records of one step of a trace, by layer."""
+
+    number: int
+    records: dict[int, list[int]]
+
+
+class Routing:
+    """Gives the counts of a run with so many ranks and tokens, from a trace of others.
+
+    Args:
+        tokens: (token, expert) pairs of a rank and microbatch on average; None for the trace's.
+
+    Raises:
+        ValueError: neither number of ranks divides the other, or the trace holds no tokens.
+    """
+
+    def __init__(self, trace: Trace, num_ranks: int, pairs: float | None = None) -> None:
+        trace.check_divides(num_ranks)
+        self._trace = trace
+        self.num_ranks, self.num_experts = num_ranks, trace.num_experts
+        self.layers = len(trace.layers)
+        total = float(trace.counts_RNE.sum(dtype=np.float64)) / len(trace)
+        if total == 0:
+            raise ValueError("the trace holds no tokens; record a run that routes some")
+        self.recorded_pairs = total / num_ranks
+        self._factor = 1.0 if pairs is None else pairs / self.recorded_pairs
+
+    @property
+    def pairs(self) -> float:
+        """Return the (token, expert) pairs of a rank and microbatch, on average."""
+        return self.recorded_pairs * self._factor
+
+    def steps(self) -> list[Step]:
+        """Return the trace's steps, in order."""
+        found: dict[int, dict[int, list[int]]] = {}
+        keys = zip(self._trace.step_R.tolist(), self._trace.layer_R.tolist(), strict=True)
+        for record, (step, layer) in enumerate(keys):
+            found.setdefault(step, {}).setdefault(layer, []).append(record)
+        return [Step(step, layers) for step, layers in found.items()]
+
+    def counts_NE(self, record: int) -> Int64:
+        """Return the tokens on each rank for each expert, int64 [N, E]."""
+        part = slice(record, record + 1)
+        trace = self._trace
+        alone = replace(
+            trace,
+            step_R=trace.step_R[part],
+            layer_R=trace.layer_R[part],
+            microbatch_R=trace.microbatch_R[part],
+            counts_RNE=trace.counts_RNE[part],
+        )
+        counts_NE = alone.with_ranks(self.num_ranks).counts_NE(0)
+        if self._factor == 1.0:
+            return counts_NE
+        # Rounded as sums, so that a rank's tokens are right to within one.
+        ends_NE = np.floor(np.cumsum(counts_NE, axis=1) * self._factor + 0.5).astype(np.int64)
+        return np.diff(ends_NE, axis=1, prepend=0)
+
+    def walk(self, lag: int, chosen: int) -> Iterator[tuple[Step, dict[int, Int64]]]:
+        """Yield steps that are simulated, with each layer's forecast at that time.
+
+        Args:
+            lag: the newest counts of a forecast are so many steps old.
+            chosen: how many steps, spread over the trace; those before `lag` have no forecast.
+
+        Raises:
+            ValueError: a trace that is not longer than the lag.
+        """
+        steps = self.steps()
+        after = self._forecast_steps(steps, lag)
+        if not after:
+            raise ValueError(
+                f"the trace holds {len(steps)} step(s), and a forecast is {lag} step(s) old; "
+                f"record at least {lag + 1} that have all of its {self.layers} layers"
+            )
+        picked = np.unique(np.linspace(0, len(after) - 1, min(chosen, len(after))).round())
+        wanted = {after[int(place)].number for place in picked}
+        newest = max(wanted)
+        states: dict[int, list[SmoothedForecast]] = {}
+        for step in steps:
+            if step.number in wanted:
+                yield step, {layer: states[layer][-lag].counts_NE() for layer in step.records}
+            if step.number >= newest:
+                return
+            for layer, records in step.records.items():
+                known = states.setdefault(layer, [])
+                before = known[-1] if known else SmoothedForecast()
+                total_NE = sum(self.counts_NE(record) for record in records)
+                assert not isinstance(total_NE, int)
+                states[layer] = [*known[-lag:], before.observe(total_NE)]
+
+    def _forecast_steps(self, steps: Sequence[Step], lag: int) -> list[Step]:
+        """Return the steps that have all layers, each with a forecast of that age.
+
+        A step lacks layers where the recording began or was stopped in it.
+        """
+        found, before = [], [0] * self.layers
+        for step in steps:
+            if len(step.records) == self.layers and min(before) >= lag:
+                found.append(step)
+            for layer in step.records:
+                before[layer] += 1
+        return found

@@ -1,0 +1,178 @@
+"""The work of a microbatch says what each rank computes and moves in one MoE layer, without rates.
+
+Legend: N ranks, E experts, C slots per rank, S = N*C slots, X ranks of an expert-parallel group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.arrays import Int64
+from megatron_laer.config import ExchangeAlgorithm
+from megatron_laer.planner.quotas import SplitTotals
+from megatron_laer.planner.traffic import Traffic
+from megatron_laer.tools.simulator.iteration.rates import Rates
+
+Seconds = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Holds what one exchange of parameters or gradients moves, in bytes.
+
+    Attributes:
+        intra_bytes, inter_bytes: the most that any rank sends or receives, by link class.
+        mean_intra_bytes, mean_inter_bytes: received by a rank on average.
+        in_stages: whether links inside nodes wait for those between them (`node`).
+        collectives: launched one after the other.
+        ranks, node_size: N and G.
+    """
+
+    intra_bytes: float
+    inter_bytes: float
+    mean_intra_bytes: float
+    mean_inter_bytes: float
+    in_stages: bool
+    collectives: int
+    ranks: int
+    node_size: int
+
+    @classmethod
+    def of(
+        cls, traffic: Traffic, algorithm: ExchangeAlgorithm, matrices: int, node_size: int
+    ) -> Exchange:
+        """Make it from bytes per rank: see `CostModel.restore_bytes` and `reduce_bytes`."""
+        in_stages = algorithm == ExchangeAlgorithm.NODE
+        return cls(
+            float(np.maximum(traffic.intra_N, traffic.sent_intra_N).max()),
+            float(np.maximum(traffic.inter_N, traffic.sent_inter_N).max()),
+            float(traffic.intra_N.mean()),
+            float(traffic.inter_N.mean()),
+            in_stages,
+            matrices,
+            len(traffic.intra_N),
+            node_size,
+        )
+
+    def seconds(self, rates: Rates) -> float:
+        """Return how long it takes once every rank has begun it.
+
+        As in `CostModel`: `flat` drives both link classes at once, `node` one after the other.
+        """
+        intra_s = self.intra_bytes / rates.cluster.intra.bytes_per_s
+        inter_s = self.inter_bytes / rates.cluster.inter.bytes_per_s
+        if self.in_stages:
+            latency_s = rates.collective_seconds(self.node_size, self.node_size)
+            latency_s += rates.collective_seconds(self.ranks // self.node_size, 1)
+            wire_s = intra_s + inter_s
+        else:
+            latency_s = rates.collective_seconds(self.ranks, self.node_size)
+            wire_s = max(intra_s, inter_s)
+        return wire_s + self.collectives * latency_s
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWork:
+    """Holds one microbatch of one MoE layer under a method.
+
+    Attributes:
+        unit_s_N: seconds of each rank's expert GEMMs per FLOP of a token, at the nominal rates.
+        pairs_N: (token, expert) pairs that each rank computes.
+        intra_N, inter_N: rows that each rank sends or receives in one token exchange, the more of
+            the two, by link class.
+        mean_intra, mean_inter: rows that a rank receives on average.
+        restore, reduce: of the layer's experts; None where nothing is restored.
+        change: of slots that differ from what was restored ahead; None without.
+        solve_s: of a layout that is made after the gate.
+        slots: GEMMs per matrix and pass on a rank.
+        group: neighbours that exchange tokens and counts; None for all ranks.
+    """
+
+    unit_s_N: Seconds
+    pairs_N: Int64
+    intra_N: Int64
+    inter_N: Int64
+    mean_intra: float
+    mean_inter: float
+    restore: Exchange | None
+    reduce: Exchange | None
+    change: Exchange | None
+    solve_s: float
+    slots: int
+    group: int | None = None
+
+    @property
+    def leaves_nodes(self) -> bool:
+        """Tell whether any token is computed on another node than its own."""
+        return bool(self.inter_N.any())
+
+    @property
+    def max_over_mean(self) -> float:
+        """Return the largest over the mean number of pairs."""
+        total = int(self.pairs_N.sum())
+        return int(self.pairs_N.max()) * self.pairs_N.size / total if total else 1.0
+
+    @classmethod
+    def of(
+        cls,
+        totals: SplitTotals,
+        rates: Rates,
+        restore: Exchange | None = None,
+        reduce: Exchange | None = None,
+        change: Exchange | None = None,
+        solve_s: float = 0.0,
+        group: int | None = None,
+    ) -> LayerWork:
+        """Make it from a split's totals over N ranks of equally many slots."""
+        num_ranks = len(totals.own_N)
+
+        def by_rank(of_slots_S: Int64) -> Int64:
+            sums_N: Int64 = of_slots_S.reshape(num_ranks, -1).sum(axis=1)
+            return sums_N
+
+        near_N, far_N = by_rank(totals.near_S), by_rank(totals.far_S)
+        unit_s_S = rates.slot_unit_seconds(totals.near_S + totals.far_S)
+        return cls(
+            unit_s_N=unit_s_S.reshape(num_ranks, -1).sum(axis=1),
+            pairs_N=near_N + far_N,
+            intra_N=np.maximum(totals.sent_near_N, near_N) - totals.own_N,
+            inter_N=np.maximum(totals.sent_far_N, far_N),
+            mean_intra=float((near_N - totals.own_N).mean()),
+            mean_inter=float(far_N.mean()),
+            restore=restore,
+            reduce=reduce,
+            change=change,
+            solve_s=solve_s,
+            slots=len(totals.near_S) // num_ranks,
+            group=group,
+        )
+
+
+def grouped_totals(counts_NE: Int64, group: int, node_size: int) -> SplitTotals:
+    """Return what ranks get where each group of X neighbours has every expert once.
+
+    Stock's placement: E/X experts in a row on each rank, and no token leaves its group.
+
+    Args:
+        group: X, which divides N and E.
+        node_size: G.
+    """
+    num_ranks, num_experts = counts_NE.shape
+    assert num_ranks % group == 0 and num_experts % group == 0
+    each = num_experts // group
+    slot_NS = counts_NE.reshape(num_ranks // group, group, group, each)  # group, source, rank, slot
+    rank = np.arange(num_ranks).reshape(-1, group)
+    same_node = (rank[:, :, None] // node_size) == (rank[:, None, :] // node_size)
+    near_S = (slot_NS * same_node[..., None]).sum(axis=1).reshape(-1)
+    sent_near_N = (slot_NS.sum(axis=3) * same_node).sum(axis=2).reshape(-1)
+    own = np.arange(group)
+    return SplitTotals(
+        near_S=near_S,
+        far_S=slot_NS.sum(axis=1).reshape(-1) - near_S,
+        sent_near_N=sent_near_N,
+        sent_far_N=counts_NE.sum(axis=1) - sent_near_N,
+        own_N=slot_NS.sum(axis=3)[:, own, own].reshape(-1),
+    )

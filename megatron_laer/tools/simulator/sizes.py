@@ -1,0 +1,62 @@
+"""The widths of an expert come from the paper's model, or from a model configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_laer.files.checks import quoted
+from megatron_laer.planner.layout import MAX_EXPERTS
+from megatron_laer.tools.model_flags import model_values
+
+# A hundred times that of the widest models; products of two, in bytes, stay far below 2**63.
+MAX_WIDTH = 2**20
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """Holds the widths of an expert, which compute, tokens and restores follow from.
+
+    Attributes:
+        top_k: experts of a token, which rows of tokens follow from.
+    """
+
+    hidden: int
+    ffn: int
+    gated: bool
+    num_experts: int | None = None
+    top_k: int = 2
+
+
+# Mixtral-8x7B's experts, as the paper has them.
+DEFAULT_SIZES = ExpertSizes(hidden=4096, ffn=14336, gated=True)
+
+# Megatron's flags for activations that multiply two halves of the first matrix's output.
+_GATED: Sequence[str] = ("--swiglu", "--quick-geglu")
+
+
+def model_sizes(config: str) -> ExpertSizes:
+    """Read the widths from a model configuration, by path or by the name of one we ship.
+
+    Raises:
+        ValueError, OSError: a model that cannot be read, or does not say them.
+    """
+    values = model_values(config)
+
+    def size(flag: str, most: int) -> int:
+        text = values.get(flag, "")
+        if not (text.isascii() and text.isdigit() and len(text) < 19 and 1 <= int(text) <= most):
+            raise ValueError(
+                f"has no {flag.removeprefix('--')} in 1..{most}, but {quoted(text)}; mend it, or "
+                "give --hidden and --ffn instead of --config"
+            )
+        return int(text)
+
+    own_ffn, top_k = "--moe-ffn-hidden-size", "--moe-router-topk"
+    return ExpertSizes(
+        size("--hidden-size", MAX_WIDTH),
+        size(own_ffn if own_ffn in values else "--ffn-hidden-size", MAX_WIDTH),
+        any(flag in values for flag in _GATED),
+        size("--num-experts", MAX_EXPERTS),
+        size(top_k, MAX_EXPERTS) if top_k in values else ExpertSizes.top_k,
+    )

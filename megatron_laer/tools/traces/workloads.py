@@ -1,0 +1,169 @@
+"""These generators make the workloads W0 to W7 of Megatron's imbalance benchmark.
+
+They follow its description (Megatron-LM, pull request 7488): a workload is given by its name, a
+seed and a step alone, every token has K different experts, and in W1 to W3 and W6 three tokens of
+four choose among the hot experts, a quarter of all and at least K. What it leaves open is decided
+here. W1's hot experts are drawn by the seed, so that it differs from W2, whose hot ones are the
+first, on neighbouring ranks of stock; W4's ranks have between an eighth of the tokens and twice as
+many. Here are counts, and experts of tokens for a replay of the routing; no probabilities.
+
+Legend: N ranks, E experts, T tokens of a rank, K experts of a token, M steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_laer.arrays import Int64
+from megatron_laer.telemetry.trace_records import Trace
+
+# NumPy draws from fewer cards than this.
+_CARDS = 10**9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Holds the sizes of a workload.
+
+    Attributes:
+        tokens: T of each rank; W4 gives some more and some fewer.
+
+    Raises:
+        ValueError: tokens that cannot have so many different experts, or too many of both.
+    """
+
+    ranks: int
+    experts: int
+    topk: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if self.topk > self.experts:
+            raise ValueError(
+                f"a token cannot have {self.topk} of {self.experts} experts; take a top-k of at "
+                f"most {self.experts}"
+            )
+        if 2 * self.tokens * self.experts >= _CARDS:
+            raise ValueError(
+                f"{self.tokens} tokens for {self.experts} experts are too many to draw; take fewer "
+                f"than {_CARDS // 2 // self.experts}"
+            )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Describes one workload by what its tokens choose among.
+
+    Attributes:
+        title: its name in Megatron's benchmark, without the number.
+        hot: the hot experts of a step, of which there are `hot_width`.
+        quarters: how many tokens of four choose among these in a step.
+    """
+
+    title: str
+    hot: Callable[[Shape, int, int], Int64]
+    quarters: Callable[[int], int] = lambda step: 3
+
+
+def hot_width(shape: Shape) -> int:
+    """Return the number of hot experts."""
+    return max(shape.topk, shape.experts // 4)
+
+
+def _first(shape: Shape, seed: int, step: int) -> Int64:
+    return np.arange(hot_width(shape))
+
+
+def _drawn(shape: Shape, seed: int, step: int) -> Int64:
+    order_E = np.random.default_rng(seed).permutation(shape.experts)
+    return order_E[: hot_width(shape)]
+
+
+def _spread(shape: Shape, seed: int, step: int) -> Int64:
+    return _first(shape, seed, step) * shape.experts // hot_width(shape)
+
+
+def _second_half(shape: Shape, seed: int, step: int) -> Int64:
+    return np.arange(shape.experts // 2, shape.experts)
+
+
+def _rotating(shape: Shape, seed: int, step: int) -> Int64:
+    begin = step // 3 * hot_width(shape)
+    return (begin + _first(shape, seed, step)) % shape.experts
+
+
+WORKLOADS: Mapping[str, Workload] = {
+    "W0": Workload("balanced", _first, lambda step: 0),
+    "W1": Workload("hot expert set", _drawn),
+    "W2": Workload("hot rank", _first),
+    "W3": Workload("spread hot experts", _spread),
+    "W4": Workload("source ragged", _first, lambda step: 0),
+    "W5": Workload("zero expert rank", _second_half, lambda step: 4),
+    "W6": Workload("rotating hotspot", _rotating),
+    "W7": Workload("burst", _first, lambda step: 2 if step % 4 == 3 else 0),
+}
+
+
+def workload_counts(name: str, shape: Shape, step: int, seed: int = 0) -> Int64:
+    """Make counts_NE, int64 [N, E], of one step of a workload.
+
+    Raises:
+        ValueError: an unknown name, or a workload that has too few experts for so many per token.
+    """
+    if name not in WORKLOADS:
+        raise ValueError(f"unknown workload {name!r}; use one of {', '.join(WORKLOADS)}")
+    workload, quarters = WORKLOADS[name], WORKLOADS[name].quarters(step)
+    hot = workload.hot(shape, seed, step)
+    if quarters and len(hot) < shape.topk:
+        raise ValueError(
+            f"{name} routes to {len(hot)} of {shape.experts} experts, too few for a top-k of "
+            f"{shape.topk}; take a top-k of at most {len(hot)}"
+        )
+    rng = np.random.default_rng([int(name[1:]), seed, step])
+    everyone = np.arange(shape.experts)
+    tokens_N = np.full(shape.ranks, shape.tokens)
+    if name == "W4":
+        tokens_N = rng.integers(shape.tokens // 8, 2 * shape.tokens + 1, shape.ranks)
+    counts_NE = np.zeros((shape.ranks, shape.experts), dtype=np.int64)
+    for counts_E, tokens in zip(counts_NE, tokens_N.tolist(), strict=True):
+        if name == "W0":
+            counts_E += np.bincount(
+                np.arange(tokens * shape.topk) % shape.experts, minlength=shape.experts
+            )
+            continue
+        to_hot = tokens * quarters // 4
+        counts_E[hot] += _chosen(len(hot), to_hot, shape.topk, rng)
+        counts_E += _chosen(len(everyone), tokens - to_hot, shape.topk, rng)
+    return counts_NE
+
+
+def _chosen(experts: int, tokens: int, topk: int, rng: np.random.Generator) -> Int64:
+    """Draw how often each expert is chosen where tokens choose K different ones, all alike.
+
+    As if drawn without replacement from as many cards of each expert as there are tokens: no expert
+    has more tokens than there are, and mean and variance are those of tokens that choose.
+    """
+    cards = np.full(experts, tokens)
+    return rng.multivariate_hypergeometric(cards, tokens * topk, method="marginals")
+
+
+def experts_of_tokens(counts_E: Int64, topk: int) -> Int64:
+    """Return the experts of each token, int64 [T, K], of tokens with these counts together.
+
+    Dealt out like sorted cards, so that a token has no expert twice.
+    """
+    tokens = int(counts_E.sum()) // topk
+    assert counts_E.sum() == tokens * topk and counts_E.max(initial=0) <= tokens
+    return np.repeat(np.arange(len(counts_E)), counts_E).reshape(topk, tokens).T
+
+
+def workload_trace(name: str, shape: Shape, steps: int, seed: int = 0) -> Trace:
+    """Make a trace of one layer, with a microbatch in each step."""
+    counts_MNE = np.stack([workload_counts(name, shape, step, seed) for step in range(steps)])
+    zeros_M = np.zeros(steps, dtype=np.int64)
+    return Trace(
+        ("layer 1",), np.arange(steps), zeros_M, zeros_M.copy(), counts_MNE.astype(np.int32)
+    )

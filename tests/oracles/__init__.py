@@ -1,0 +1,1 @@
+"""Slow, plain versions of the planner's functions, which tests compare with."""

@@ -1,0 +1,1 @@
+"""Layer specs of Megatron without the kernels of a GPU, for `--spec`."""
