@@ -262,7 +262,6 @@ class Event:
         self._recorded_s = 0.0
 
     def record(self, *_: Any) -> None:
-        """Note the time."""
         self._recorded_s = time.perf_counter()
 
     def elapsed_time(self, end: "Event") -> float:
@@ -270,7 +269,6 @@ class Event:
         return (end._recorded_s - self._recorded_s) * 1e3
 
     def query(self) -> bool:
-        """Return True: all work is done."""
         return True
 
     def wait(self, *_: Any) -> None:
@@ -296,7 +294,6 @@ class Stream:
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
-        """Return the range of one priority."""
         return 0, 0
 
     def record_event(self, event: Event | None = None) -> Event:
@@ -306,7 +303,6 @@ class Stream:
         return event
 
     def query(self) -> bool:
-        """Return True: all work is done."""
         return True
 
     def wait_event(self, _: Event) -> None:

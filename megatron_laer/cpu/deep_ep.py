@@ -50,11 +50,9 @@ class Config:
     """Replaces DeepEP's tuning: its buffers are of no size here."""
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Return the size of no buffer."""
         return 0
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Return the size of no buffer."""
         return 0
 
 
@@ -118,17 +116,14 @@ class Buffer:
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """Take the number, which means nothing here."""
         Buffer.num_sms = new_num_sms
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
-        """Return the tuning of a dispatch."""
         return Config()
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
-        """Return the tuning of a combine."""
         return Config()
 
     def get_dispatch_layout(
@@ -283,7 +278,6 @@ class HybridEPBuffer:
         return values_TE.reshape(len(values_TE), self.group.size(), self.num_local_experts)
 
     def _ranks_of(self, route: _Route) -> torch.Tensor:
-        """Return the rank that each row is sent to."""
         return torch.repeat_interleave(torch.tensor(route.sent_N))
 
 

@@ -55,7 +55,6 @@ def unpermute(
 
 
 def sort_chunks(tokens: torch.Tensor, sizes: torch.Tensor, order: torch.Tensor) -> Any:
-    """Return chunks of these sizes in this order."""
     return moe_utils.sort_chunks_by_idxs(tokens, sizes, order)[0]
 
 
@@ -67,5 +66,4 @@ def sort_chunks_with_probs(
 
 
 def aux_loss(*, coeff: float, **settings: Any) -> Any:
-    """Return the loss of load balancing."""
     return moe_utils.switch_load_balancing_loss_func(moe_aux_loss_coeff=coeff, **settings)

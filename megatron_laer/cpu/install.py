@@ -20,12 +20,7 @@ from megatron_laer.environment import CONNECTIONS, DEVICE
 
 
 def install() -> None:
-    """Replace CUDA in torch and Megatron for the rest of the process.
-
-    Raises:
-        RuntimeError: Megatron is imported already: its modules have then bound names of
-            `torch.cuda` and compiled functions that can no longer be replaced.
-    """
+    """Replace CUDA in torch and Megatron for the rest of the process."""
     loaded = [name for name in ("megatron.training", "megatron.core") if name in sys.modules]
     if loaded:
         raise RuntimeError(

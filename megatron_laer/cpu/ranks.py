@@ -80,11 +80,7 @@ class RankPool:
         return bool(self._processes)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 1200.0) -> list[Any]:
-        """Call `function(*args)` on every rank and return the results, rank 0 first.
-
-        Raises:
-            RankError: with the traceback of the first rank that failed, or all stacks.
-        """
+        """Call `function(*args)` on every rank and return the results, rank 0 first."""
         results = self.run_raw(function, *args, timeout_s=timeout_s)
         for rank, result in enumerate(results):
             if isinstance(result, Raised):

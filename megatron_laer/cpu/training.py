@@ -161,7 +161,6 @@ class _Writer:
     series: dict[str, list[float]]
 
     def add_scalar(self, name: str, value: Any, _step: int) -> None:
-        """Keep the value."""
         self.series.setdefault(name, []).append(float(value))
 
 

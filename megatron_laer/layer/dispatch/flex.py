@@ -26,7 +26,7 @@ from megatron_laer.runtime.comm.upload import upload_arrays
 
 @dataclass(frozen=True, eq=False)
 class _Received:
-    """Holds how many tokens a pass brought to each local slot, by the plan and by the buffer.
+    """Tokens that a pass brought to each local slot, by the plan and by the buffer.
 
     Attributes:
         counted_C: on the host, once `arrived` has passed.
@@ -44,12 +44,15 @@ class _Received:
 
 
 class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
-    """Dispatches to S slots, of which C are local; its config gives S as the number of experts."""
+    """Dispatcher to S slots, of which C are local; its config gives S as the number of experts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._backend: str = self.config.moe_flex_dispatcher_backend
         self._received: deque[_Received] = deque()
+
+    def rows_sent(self, rank: int, node_size: int) -> None:
+        """Return None: the buffers make rows of their own."""
 
     def start_shared_experts(self, hidden_states: torch.Tensor) -> None:
         """Do nothing: Megatron's dispatcher starts them itself."""
@@ -57,16 +60,12 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> Any:
-        """Tell the buffer where tokens go; it reads them where they are.
+        """Set the destinations of tokens in the buffer, which reads tokens where they are.
 
-        Args:
-            hidden_states: [..., H], T tokens.
-            routing_map: bool [T, E], the router's; a re-run under a checkpoint has the first
-                pass's in its plan instead.
-            probs: [T, E].
+        A re-run under a checkpoint uses the first pass's routing map, from its plan.
 
         Returns:
-            [T, H], and the probabilities that the buffer gets.
+            Tokens [T, H], and the probabilities for the buffer.
         """
         plan, manager = self._current.plan, self._comm_manager
         routing_map = self._routed(routing_map)
@@ -92,11 +91,7 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
         return hidden_states.view(-1, self.hidden_shape[-1]), manager.token_probs
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Send tokens, [T, H], and compare what the buffer counted with the plan.
-
-        Raises:
-            RuntimeError: they differ, in this pass or in an earlier one.
-        """
+        """Send tokens, [T, H], and compare what the buffer counted with the plan."""
         dispatched = super().token_dispatch(tokens, probs)
         counted_C = self._comm_manager.get_number_of_tokens_per_expert()
         current, arrived = self._current, None
@@ -112,11 +107,7 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
         return dispatched
 
     def end_step(self) -> None:
-        """Compare what is left of a training step, whose last counts have mostly arrived by now.
-
-        Raises:
-            RuntimeError: they differ from the plan.
-        """
+        """Compare the rest of a training step's counts."""
         while self._received:
             received = self._received.popleft()
             if received.arrived is not None:

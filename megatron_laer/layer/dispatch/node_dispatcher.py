@@ -22,7 +22,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron_laer.layer.dispatch.permutation import reorder
 from megatron_laer.layer.dispatch.replica_choice import choose_replicas
 from megatron_laer.layer.dispatch.row_map import RowMap
-from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching
+from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching, rows_by_node
 from megatron_laer.layer.dispatch.token_routes import (
     Arrivals,
     arrivals,
@@ -35,7 +35,7 @@ from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
 
 
 class _FirstStage(MoEAlltoAllTokenDispatcher):
-    """Exchanges rows where Megatron's dispatcher exchanges a row for each pair."""
+    """Exchange of rows where Megatron's dispatcher exchanges a row for each pair."""
 
     _groups: FSEPGroups
     _rows: TokenRows
@@ -84,7 +84,7 @@ class _FirstStage(MoEAlltoAllTokenDispatcher):
 
 
 class NodeTokenDispatcher(SlotDispatching, _FirstStage):
-    """Dispatches to S slots, of which C are local; its config gives S as the number of experts.
+    """Dispatcher to S slots, of which C are local; its config gives S as the number of experts.
 
     Args:
         groups: with communicators for both stages.
@@ -106,13 +106,9 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> Any:
-        """Put rows and probabilities into the order in which they are sent.
+        """Put tokens [..., H] and probabilities [T, E] into the order in which they are sent.
 
-        Args:
-            hidden_states: [..., H], T tokens.
-            routing_map: bool [T, E], the router's; a re-run under a checkpoint has the first
-                pass's in its plan instead.
-            probs: [T, E].
+        A re-run under a checkpoint uses the first pass's routing map, from its plan.
 
         Returns:
             [X, H] and [P].
@@ -135,15 +131,11 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         return tokens, probs.reshape(-1).index_select(0, routes.pair_P)
 
     def dispatch_postprocess(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Pass rows on inside the node, and give each pair its row.
-
-        Args:
-            tokens: [Y, H].
-            probs: [R], by source rank.
+        """Forward rows [Y, H] inside the node, and copy each pair its row.
 
         Returns:
-            Both by pairs, sorted by slot, and between them the tokens of each local slot, int64
-            [C].
+            Tokens by pairs, sorted by slot; the tokens of each local slot, int64 [C]; probabilities
+            by pairs.
         """
         rows, quotas = self._rows, self._current.plan.quotas
         if self._bits is not None:
@@ -160,8 +152,10 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         probs = reorder(probs, came.arrived_R, came.sorted_R)
         return experts_RH, torch.tensor(quotas.tokens_C), probs
 
+    def rows_sent(self, rank: int, node_size: int) -> tuple[int, int] | None:
+        return rows_through_nodes(self._rows, rank, node_size)
+
     def keeping_rows(self) -> contextlib.AbstractContextManager[Any]:
-        """Let autograd keep rows that arrived in place of the experts' input."""
         assert self._arrivals is not None and self._experts_input is not None
         (rows_UH, experts_RH), self._experts_input = self._experts_input, None
         return self._arrivals.rows.keeping_rows(experts_RH, rows_UH)
@@ -179,7 +173,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         return summed
 
     def combine_postprocess(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Sum what came back, [X, H], for each token, and add the shared experts' output."""
+        """Sum the outputs [X, H] of each token, and add the shared experts' output."""
         assert self._first is not None
         output = self._first.collect(tokens).view(self.hidden_shape)
         self._first = None
@@ -197,6 +191,15 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
             (f"{name} {layer}, inside node", f"experts {layer}", f"experts {layer}, backward"),
         )
         return received
+
+
+def rows_through_nodes(rows: TokenRows, rank: int, node_size: int) -> tuple[int, int]:
+    """Return the rows that a rank sends inside its node and to other nodes, in both stages."""
+    if not rows.has_two_stages:
+        return rows_by_node(rows.first_sent, rank, node_size)
+    node, local_rank = divmod(rank, node_size)
+    first_M, second_G = rows.first_sent, rows.second_sent
+    return sum(second_G) - second_G[local_rank], sum(first_M) - first_M[node]
 
 
 def exchange(

@@ -30,13 +30,13 @@ from megatron_laer.runtime.comm.upload import upload
 
 @dataclass(frozen=True, eq=False)
 class SendRows:
-    """Holds what the rows of a send buffer are.
+    """Rows of a send buffer.
 
     Attributes:
-        pair_P: of each row, the place of its pair in the router's map [T, E].
-        token_P: of each row, its token.
-        ends_T: of each token, where its rows end in `by_token_P`; None where torch adds rows.
-        by_token_P: rows in the order of tokens, those of a token in slot order; None likewise.
+        pair_P: each row's pair, as a place in the router's map [T, E].
+        token_P: each row's token.
+        ends_T: end of each token's rows in `by_token_P`; None where torch adds rows.
+        by_token_P: rows by token, those of a token in slot order; None where torch adds rows.
     """
 
     pair_P: torch.Tensor
@@ -47,13 +47,11 @@ class SendRows:
 
 @dataclass(frozen=True, eq=False)
 class SlotPermutation:
-    """Holds the rows between which one rank's tokens move in one microbatch of one layer.
+    """Moves of one rank's rows in one microbatch of one layer.
 
     Attributes:
-        sent: the rows of the send buffer.
-        num_tokens: T.
-        arrived_R: of each row in the experts' order, its row among those that arrived.
-        sorted_R: the other way round.
+        arrived_R: for each row in the experts' order, its row among those that arrived.
+        sorted_R: the inverse.
     """
 
     sent: SendRows
@@ -78,7 +76,7 @@ class SlotPermutation:
         return reorder(rows, self.sorted_R, self.arrived_R)
 
     def combine(self, hidden_PH: torch.Tensor) -> torch.Tensor:
-        """Add up each token's rows of what came back, to [T, H]."""
+        """Add up each token's returned rows, to [T, H]."""
         sent = self.sent
         combined: torch.Tensor = _Sum.apply(
             hidden_PH, self.num_tokens, sent.token_P, sent.ends_T, sent.by_token_P
@@ -87,13 +85,9 @@ class SlotPermutation:
 
 
 def slot_permutation(routing_map_TE: torch.Tensor, quotas: RankQuotas) -> SlotPermutation:
-    """Find the rows between which tokens move, without waiting for the device.
+    """Find the moves of a rank's rows, without waiting for the device.
 
-    Deterministic: replicas of an expert take consecutive runs of its tokens, in slot order.
-
-    Args:
-        routing_map_TE: bool, the router's.
-        quotas: this rank's.
+    Deterministic: replicas of an expert serve consecutive runs of its tokens, in slot order.
     """
     device, kernels = routing_map_TE.device, _kernels(routing_map_TE)
     sizes = run_sizes(quotas.row_S.size, routing_map_TE.shape[1])
@@ -120,13 +114,9 @@ def run_sizes(num_slots: int, num_experts: int) -> list[int]:
 
 
 def slot_ranges(quotas: RankQuotas) -> npt.NDArray[np.int32]:
-    """Give each slot its share of its expert's tokens, as a half-open range of their places.
+    """Return the starts and ends of each slot's run among its expert's tokens, int32 [2, S].
 
-    Tokens of an expert are numbered in token order; its replicas take consecutive runs of them, in
-    slot order.
-
-    Returns:
-        int32 [2, S], the starts and the ends.
+    Tokens of an expert are numbered in token order, and its replicas are in slot order.
     """
     ranges_2S: npt.NDArray[np.int32] = quotas.runs[: 2 * quotas.row_S.size].reshape(2, -1)
     return ranges_2S
@@ -159,7 +149,7 @@ def sum_rows(
 
 
 def reorder(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Take row `order[i]` for row i, in autograd; `inverse` undoes it."""
+    """Return row `order[i]` for row i, in autograd; `inverse` undoes it."""
     ordered: torch.Tensor = _Reorder.apply(rows, order, inverse)
     return ordered
 
@@ -171,14 +161,10 @@ def rows_of_runs(shifts_X: torch.Tensor, counts_X: torch.Tensor, total: int) -> 
 
 
 def true_places(flags: torch.Tensor, count: int) -> torch.Tensor:
-    """Return where flags are true, int64 [count], as places in the flags read row by row.
+    """Return the places of the `count` true flags, read row by row, without waiting for the device.
 
     `nonzero_static` is the same, but on CUDA torch 2.6 lacks it, and some later versions crash
     where there are no flags.
-
-    Args:
-        flags: bool.
-        count: how many are true; the device is not asked.
     """
     dtype = torch.int32 if flags.numel() < 2**31 else torch.int64
     return torch.repeat_interleave(flags.reshape(-1).to(dtype), output_size=count).long()
@@ -189,7 +175,7 @@ def _kernels(tensor: torch.Tensor) -> Any:
 
 
 class _Reorder(torch.autograd.Function):
-    """Takes row `order[i]` for row i; `inverse` undoes it."""
+    """Row `order[i]` for row i; `inverse` undoes it."""
 
     @staticmethod
     def forward(
@@ -205,7 +191,7 @@ class _Reorder(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Takes each row's token; the gradient of a token is the sum of its rows' ones."""
+    """Each row's token; the gradient of a token is the sum of its rows' ones."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TH: torch.Tensor, *rows: torch.Tensor | None) -> torch.Tensor:
@@ -221,7 +207,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Adds up each token's rows; the gradient of a row is its token's one."""
+    """Sum of each token's rows; the gradient of a row is its token's one."""
 
     @staticmethod
     def forward(

@@ -20,13 +20,13 @@ _Kept = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class RowMap:
-    """Says of which row each copy is.
+    """Copies of rows.
 
     Attributes:
-        row_X: of each copy its row, int32.
+        row_X: each copy's row, int32.
         num_rows: Y.
-        ends_Y: of each row, where its copies end in `by_row_X`; None where torch adds them.
-        by_row_X: the copies by row, those of a row in their order; None likewise.
+        ends_Y: end of each row's copies in `by_row_X`; None where torch adds them.
+        by_row_X: copies by row, those of a row in their order; None where torch adds them.
     """
 
     row_X: torch.Tensor
@@ -50,7 +50,7 @@ class RowMap:
     def keeping_rows(
         self, copies_XH: torch.Tensor, rows_YH: torch.Tensor
     ) -> AbstractContextManager[Any]:
-        """Let whatever autograd keeps of `copies_XH` in this context be kept as rows.
+        """Let autograd keep rows in place of `copies_XH` in this context.
 
         They are spread again when backward asks for them.
 
@@ -115,7 +115,7 @@ def _sum(
 
 
 class _Spread(torch.autograd.Function):
-    """Takes each copy's row; the gradient of a row is the sum of its copies' ones."""
+    """Each copy's row; the gradient of a row is the sum of its copies' ones."""
 
     @staticmethod
     def forward(
@@ -135,7 +135,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """Adds up each row's copies; the gradient of a copy is its row's one."""
+    """Sum of each row's copies; the gradient of a copy is its row's one."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""`FSEPExperts` is the module that owns the slices and lets restored experts compute.
+"""`FSEPExperts` is the module that owns the slices and computes with restored experts.
 
 It stands where Megatron's MoE layer keeps its local experts. The activation, its fusions, clamps
 and the routing probabilities are those of Megatron's own `MLP`, whose two linear layers only pass
@@ -24,7 +24,7 @@ from megatron_laer.layer.experts.slices import SliceSpec, initialise, sharded_sl
 from megatron_laer.layer.experts.slot_linear import slot_bias, slot_linear
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.runtime.weights.slices import Slices
+from megatron_laer.runtime.weights.layer import Slices
 
 _EXTRA_STATE = "._extra_state"
 
@@ -40,22 +40,17 @@ ADAPTED = (
 
 
 class FSEPExperts(MegatronModule):
-    """Holds 1/N of every expert of a layer, and computes with the C experts in this rank's slots.
+    """1/N of every expert of a layer, and the compute with the C experts in this rank's slots.
 
     Must be *called*, not have its methods used from outside: Megatron's distributed optimizer
     waits for updated parameters in a hook before the call of the module that owns them.
 
     Args:
         config: Megatron's config, with the true number of experts.
-        gemm: the name of the back end that multiplies.
+        gemm: the name of the back end.
         activation_builder: Transformer Engine's activation from the module spec, or None.
-        stock_is_grouped: whether stock would build grouped experts from the module spec.
-
-    Attributes:
-        stock_is_grouped: decides under which names stock would hold these experts.
-
-    Raises:
-        ValueError: the back end cannot multiply matrices of this size or dtype on this device.
+        stock_is_grouped: stock would build grouped experts from the module spec, which decides
+            under which names it would hold these experts.
     """
 
     def __init__(
@@ -130,11 +125,9 @@ class FSEPExperts(MegatronModule):
                 initialise(slice_ErK, spec, seed, layer_name)
 
     def slices(self) -> list[torch.nn.Parameter]:
-        """Return the parameters, in the order of the specs."""
         return [getattr(self, spec.parameter_name) for spec in self._specs]
 
     def local_slices(self) -> Slices:
-        """Return this rank's slices, as exchanges see them."""
         rows = tuple(spec.rows for spec in self._specs)
         return Slices(tuple(self.slices()), rows, MegatronMainGrads())
 
@@ -144,7 +137,7 @@ class FSEPExperts(MegatronModule):
         return self._specs
 
     def what_changed(self) -> str | None:
-        """Say which modules and parameters in here are others than were built; None if none is."""
+        """Describe modules and parameters that were not built here; None without any."""
         parts = self._parts()
         others = [name for name, kind in parts.items() if self._built.get(name) is not kind]
         if not others:
@@ -252,7 +245,7 @@ class FSEPExperts(MegatronModule):
 
 
 class _Linear(NamedTuple):
-    """Holds the shape [rows, columns] of a linear layer of Megatron's MLP, and its first values."""
+    """Shape [rows, columns] of a linear layer of Megatron's MLP, and its initialisation."""
 
     name: str
     rows: int
@@ -261,10 +254,9 @@ class _Linear(NamedTuple):
 
 
 class _PassOn(torch.nn.Module):
-    """Passes its input on where Megatron's MLP has a linear layer, and hands on no bias.
+    """Identity where Megatron's MLP has a linear layer, without a bias.
 
-    What looks for linear layers by their names, as Megatron-Bridge's LoRA does, asks this one for a
-    linear layer's attributes.
+    Adapters that look for linear layers by name, as Megatron-Bridge's LoRA, ask for attributes.
     """
 
     def __getattr__(self, name: str) -> Any:

@@ -1,6 +1,6 @@
-"""The layouts in force on one rank have a version, and change at step boundaries only.
+"""`LayoutsInForce` holds the layouts of a rank's layers, which change at step boundaries only.
 
-Every rank of the group holds the same: its planner rank makes them, and one broadcast tells them.
+Every rank of the group holds the same: the planner rank broadcasts them.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from megatron_laer.runtime.planning.planner_rank import PlannerRank
 
 
 class LayoutsInForce:
-    """Holds a layout for each MoE layer of this rank, by the layer's index.
+    """Layout of each MoE layer of this rank, by the layer's index.
 
     Args:
-        costs: the planner's model of a layer's time.
         seed: of random layouts; the same on every rank.
 
     Attributes:
-        version: counts how often the layouts changed.
+        version: number of changes of the layouts.
         status: of the group's planner, as of the last step boundary.
-        resumption: what was found of an earlier run's planner.
+        resumption: the state of an earlier run's planner.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class LayoutsInForce:
 
     @property
     def mailbox(self) -> RoutingMailbox | None:
-        """Return what takes each microbatch's counts on the planner rank; elsewhere return None."""
+        """Return the mailbox of the planner rank; None on other ranks."""
         return None if self._planner_rank is None else self._planner_rank.mailbox
 
     def add_layer(self, name: str) -> None:
@@ -87,12 +86,7 @@ class LayoutsInForce:
         return self._layouts[layer]
 
     def start(self, first_step: int) -> None:
-        """Go on from an earlier run's state, and open planner and recordings on the planner rank.
-
-        Raises:
-            ValueError: a recording that cannot be replayed or continued.
-            OSError: a recording that cannot be written.
-        """
+        """Go on from an earlier run's state; open planner and recordings on the planner rank."""
         self._go_on(first_step)
         if self._groups.rank == 0 and self._layers:
             self._planner_rank = PlannerRank(
@@ -107,10 +101,9 @@ class LayoutsInForce:
             )
 
     def begin_step(self, step: int, num_microbatches: int | None) -> None:
-        """Let layouts that are due take effect. Collective over the group.
+        """Put layouts into force that are due. Collective over the group.
 
-        Args:
-            num_microbatches: of this step; without it, planning starts when the step is over.
+        Without `num_microbatches`, planning starts when the step is over.
         """
         self._step = step
         if self.mailbox is not None:
@@ -120,19 +113,17 @@ class LayoutsInForce:
             self._change(step)
 
     def end_step(self) -> None:
-        """Conclude that the step's counts are complete."""
         if self.mailbox is not None:
             self.mailbox.end_step()
 
     def save(self, directory: str, storage: Any) -> None:
-        """Write the planner's state into a checkpoint: see `planner_checkpoint.save_state`."""
         planner_checkpoint.save_state(directory, self._groups, self._planner_state, storage)
 
     def resume(self, directory: str, storage: Any) -> None:
         """Go on from the planner's state in a checkpoint, if the next step is the one after it.
 
-        Where the state is missing or does not fit, planning starts from the static layout, and the
-        session says why when training begins. Collective over the group.
+        Otherwise planning starts from the static layout, and the session logs why when training
+        begins. Collective over the group.
         """
         self.resumption = planner_checkpoint.load_state(
             directory,
@@ -143,7 +134,6 @@ class LayoutsInForce:
         )
 
     def close(self) -> None:
-        """Stop the planner and close the recordings."""
         if self._planner_rank is not None:
             self._planner_rank.close()
 
@@ -178,9 +168,9 @@ class LayoutsInForce:
         self._layouts = list(state.layouts)
 
     def _planner_state(self) -> PlannerState | None:
-        """Return the planner's state between two steps, on the planner rank; else return None.
+        """Return the planner's state between two steps, once plans in the making are done.
 
-        Waits for plans in the making.
+        None on other ranks.
         """
         planned = None if self._planner_rank is None else self._planner_rank.planned()
         if planned is None:

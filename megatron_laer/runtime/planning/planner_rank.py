@@ -1,6 +1,6 @@
-"""Rank 0 of an FSEP group is its planner rank: it alone has the planner and the recordings.
+"""`PlannerRank` is the planner and the recordings of an FSEP group, on its rank 0.
 
-The other ranks wait for it in the next collective, so once training runs nothing here raises.
+The other ranks wait for it in the next collective, so nothing raises once training runs.
 """
 
 from __future__ import annotations
@@ -35,21 +35,12 @@ logger = logging.getLogger(__name__)
 
 
 class PlannerRank:
-    """Plans, or replays a recording, and writes the recordings.
+    """Planner, or replay of a recording, and the recordings of one FSEP group.
 
     Args:
-        layers: the layers' names, by index.
         layouts: the layers' layouts in force.
-        group_index: which of the world's FSEP groups this is; names the recordings.
-        first_step: that training begins with.
+        group_index: of the FSEP group in the world; names the recordings.
         resumed: the planner's state from a checkpoint.
-
-    Attributes:
-        mailbox: takes the counts of each microbatch.
-
-    Raises:
-        ValueError: a recording that cannot be replayed or continued, or that another run writes.
-        OSError: one that cannot be written.
     """
 
     def __init__(
@@ -90,7 +81,7 @@ class PlannerRank:
         return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, failures)
 
     def planned(self) -> tuple[tuple[SmoothedForecast, ...], tuple[Plan, ...]] | None:
-        """Return forecasts and plans in the making, waiting for them; None without a planner."""
+        """Wait for plans in the making; return forecasts and plans, or None without a planner."""
         return self._source.state() if isinstance(self._source, PlannedLayouts) else None
 
     def due(self, step: int) -> list[ExpertLayout] | None:
@@ -110,7 +101,6 @@ class PlannerRank:
             return None
 
     def applied(self, step: int, layouts: list[ExpertLayout]) -> None:
-        """Record that layouts took effect with this step."""
         if self._recorder is not None:
             try:
                 self._recorder.record(step, layouts)
@@ -118,7 +108,6 @@ class PlannerRank:
                 self._end_recording(step, error)
 
     def close(self) -> None:
-        """Stop the planner and close the recordings."""
         for part in (self._source, self._recorder, self.mailbox):
             if part is not None:
                 part.close()
@@ -132,7 +121,7 @@ class PlannerRank:
 
 @contextmanager
 def naming_flag(field_name: str, folder: str) -> Iterator[None]:
-    """Name the flag, by its field of the config, when its folder is refused."""
+    """Prefix errors about a folder with the flag of this field."""
     try:
         yield
     except ValueError as error:
@@ -174,7 +163,7 @@ def _layout_recorder(
         return None
     path = recording_path(config.record_layouts, group_index)
     if config.replay_layouts is not None:
-        # Of any group, since a link may have any name.
+        # Files of all groups, since a link may have any name.
         replayed = Path(config.replay_layouts).glob(f"*{path.suffix}")
         refuse_overwriting(path, replayed, flag_name("record_layouts"))
     with naming_flag("record_layouts", config.record_layouts):
@@ -196,7 +185,7 @@ def _trace_writer(
 
 
 def _run_signature(config: FSEPConfig) -> dict[str, Any]:
-    """Name the settings that a recording's results depend on, beside its layouts."""
+    """Return the settings other than layouts that a recording's results depend on."""
     return {
         "split": config.split.value,
         "plan_mode": config.mode.value,

@@ -70,7 +70,6 @@ class SlotGemm(Protocol):
 
 
 def gemm_names() -> list[str]:
-    """Return the names of all back ends."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
@@ -83,11 +82,7 @@ def gemm_in_force(asked: GemmBackEnd) -> GemmBackEnd:
 
 
 def slot_gemm(name: str) -> SlotGemm:
-    """Return the back end of this name; no other one is imported.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
+    """Return the back end of this name; no other one is imported."""
     if name not in gemm_names():
         raise ValueError(f"{name!r} is no GEMM back end; take one of: {', '.join(gemm_names())}")
     back_end: SlotGemm = importlib.import_module(f"{__name__}.{name}").GEMM
@@ -97,10 +92,6 @@ def slot_gemm(name: str) -> SlotGemm:
 def check_gemm(
     name: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
 ) -> None:
-    """Refuse a back end that cannot compute with this: see `SlotGemm.problem`.
-
-    Raises:
-        ValueError: what is in its way, and what would work.
-    """
+    """Refuse a back end that cannot compute with this: see `SlotGemm.problem`."""
     if (problem := slot_gemm(name).problem(device, dtype, sizes)) is not None:
         raise ValueError(f"--fsep-gemm {name}: {problem}")
