@@ -25,11 +25,12 @@ def prepare(force_cpu: bool = False) -> None:
     # First, because torch and Megatron take seconds to import, and print.
     from megatron_laer import device
     from megatron_laer.planner import native_core  # noqa: F401
-    from megatron_laer.plugin import wheel
 
     with _logging_as_it_is():
         if device.cpu_needed(force_cpu):
             device.install_cpu()
+        from megatron_laer.plugin import wheel
+
         wheel.mend_dataset_helper()
 
     from megatron_laer.plugin import install
