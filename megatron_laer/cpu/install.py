@@ -1,7 +1,6 @@
-"""`install` puts functions in CUDA's place that keep everything on the CPU.
+"""`install` replaces CUDA by functions that keep everything on the CPU.
 
-Not here: what is replaced in torch (`cuda.py`), what is mended in Megatron itself (`megatron.py`),
-gaps that a GPU run shares (`plugin/wheel.py`), the choice of the device (`device.py`).
+`cuda.py` has the replacements in torch, `megatron.py` the fixes of Megatron itself.
 
 Randomness: torch draws from its default generator on the CPU, whatever generator Megatron selects
 for "the GPU". Three things follow. Experts start equal on every expert-parallel rank. So do

@@ -1,6 +1,6 @@
-"""Paths of Megatron that need Transformer Engine or Apex are mended here, for the CPU platform.
+"""Fixes of Megatron's paths that need Transformer Engine or Apex, for the CPU.
 
-Not here: `torch.cuda` (`cuda.py`), which has to be replaced before Megatron is imported.
+`torch.cuda` (`cuda.py`) has to be replaced before Megatron is imported.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _async_loop: Callable[..., None] | None = None
 
 
 def mend() -> None:
-    """Mend all of these paths. Imports `megatron.core`."""
+    """Fix all of these paths. Imports `megatron.core`."""
     deep_ep.give_to_megatron()
 
     # It imports Megatron, which has now found those buffers.
@@ -175,7 +175,7 @@ def _mend_output_discarding() -> None:
 
 
 class DuplicatedLinear(torch.nn.Module):
-    """Replaces Transformer Engine's linear layer, as far as projections to a latent space use it.
+    """Stand-in for Transformer Engine's linear layer in projections to a latent space.
 
     The weight is whole on every tensor-parallel rank.
     """
@@ -243,7 +243,7 @@ def _mend_optimizer_load() -> None:
 
 
 class _OnHost(torch.Tensor):
-    """Tells what was moved to the host, and what is made of that, from what is "on the GPU"."""
+    """Tensor that was moved to the host, unlike those "on the GPU"."""
 
     is_cuda = False
 
@@ -279,7 +279,7 @@ def _mend_async_saves() -> None:
 
 
 def _run_async_worker(*args: Any) -> None:
-    """Run the worker of async saves, which asks torch for its GPU and finds this by its name."""
+    """Run the worker of async saves with `torch.cuda` replaced; it is found by its name."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     from megatron_laer.cpu import cuda

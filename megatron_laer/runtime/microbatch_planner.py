@@ -110,25 +110,17 @@ class MicrobatchPlanner:
         )
         if not has_rerun:
             restored.expect_no_backward()
-        return partial(
-            self._plan,
-            layer,
-            restored,
-            read_counts,
-            routing_map_TE,
-            training=training,
-            has_rerun=has_rerun,
-        )
+        rerun_map_TE = routing_map_TE if has_rerun else None
+        return partial(self._plan, layer, restored, read_counts, rerun_map_TE, training=training)
 
     def _plan(
         self,
         layer: LayerState,
         restored: RestoredExperts,
         read_counts: Callable[[], Int64],
-        routing_map_TE: torch.Tensor,
+        rerun_map_TE: torch.Tensor | None,
         *,
         training: bool,
-        has_rerun: bool,
     ) -> MicrobatchPlan:
         counts_NE = read_counts()
         start_s = time.perf_counter()
@@ -143,8 +135,8 @@ class MicrobatchPlanner:
         plan = MicrobatchPlan(restored=restored, quotas=decision.rank_quotas)
         if training:
             self._note(layer, counts_NE, decision, decide_s)
-            if has_rerun and not torch.is_grad_enabled():
-                layer.reruns.keep(plan.for_rerun(routing_map_TE))
+            if rerun_map_TE is not None and not torch.is_grad_enabled():
+                layer.reruns.keep(plan.for_rerun(rerun_map_TE))
         return plan
 
     def _note(

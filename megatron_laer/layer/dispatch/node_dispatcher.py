@@ -23,12 +23,7 @@ from megatron_laer.layer.dispatch.permutation import reorder
 from megatron_laer.layer.dispatch.replica_choice import choose_replicas
 from megatron_laer.layer.dispatch.row_map import RowMap
 from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching, rows_by_node
-from megatron_laer.layer.dispatch.token_routes import (
-    Arrivals,
-    arrivals,
-    pair_routes,
-    second_stage,
-)
+from megatron_laer.layer.dispatch.token_routes import Arrivals, arrivals, pair_routes, second_stage
 from megatron_laer.planner.token_rows import TokenRows
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
 from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange

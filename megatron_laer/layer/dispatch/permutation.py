@@ -23,26 +23,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatron_laer.layer.dispatch.row_map import RowMap, dispatch_kernels
 from megatron_laer.planner.splits import RankQuotas
-from megatron_laer.runtime.comm.kernel_choice import kernels_of
 from megatron_laer.runtime.comm.upload import upload
-
-
-@dataclass(frozen=True, eq=False)
-class SendRows:
-    """Rows of a send buffer.
-
-    Attributes:
-        pair_P: each row's pair, as a place in the router's map [T, E].
-        token_P: each row's token.
-        ends_T: end of each token's rows in `by_token_P`; None where torch adds rows.
-        by_token_P: rows by token, those of a token in slot order; None where torch adds rows.
-    """
-
-    pair_P: torch.Tensor
-    token_P: torch.Tensor
-    ends_T: torch.Tensor | None = None
-    by_token_P: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +33,14 @@ class SlotPermutation:
     """Moves of one rank's rows in one microbatch of one layer.
 
     Attributes:
+        pair_P: the pair of each row of the send buffer, as a place in the router's map [T, E].
+        sent: the map of tokens to rows of the send buffer, those of a token in slot order.
         arrived_R: for each row in the experts' order, its row among those that arrived.
         sorted_R: the inverse.
     """
 
-    sent: SendRows
-    num_tokens: int
+    pair_P: torch.Tensor
+    sent: RowMap
     arrived_R: torch.Tensor
     sorted_R: torch.Tensor
 
@@ -63,9 +48,7 @@ class SlotPermutation:
         self, hidden_TH: torch.Tensor, probs_TE: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gather the send buffer, [P, H], and its probabilities, [P]."""
-        sent = self.sent
-        hidden_PH = _Gather.apply(hidden_TH, sent.token_P, sent.ends_T, sent.by_token_P)
-        return hidden_PH, probs_TE.reshape(-1).index_select(0, sent.pair_P)
+        return self.sent.spread(hidden_TH), probs_TE.reshape(-1).index_select(0, self.pair_P)
 
     def by_slot(self, arrived: torch.Tensor) -> torch.Tensor:
         """Sort rows that arrived, [R, ...], from (source rank, slot) by (slot, source rank)."""
@@ -77,11 +60,7 @@ class SlotPermutation:
 
     def combine(self, hidden_PH: torch.Tensor) -> torch.Tensor:
         """Add up each token's returned rows, to [T, H]."""
-        sent = self.sent
-        combined: torch.Tensor = _Sum.apply(
-            hidden_PH, self.num_tokens, sent.token_P, sent.ends_T, sent.by_token_P
-        )
-        return combined
+        return self.sent.collect(hidden_PH)
 
 
 def slot_permutation(routing_map_TE: torch.Tensor, quotas: RankQuotas) -> SlotPermutation:
@@ -89,7 +68,7 @@ def slot_permutation(routing_map_TE: torch.Tensor, quotas: RankQuotas) -> SlotPe
 
     Deterministic: replicas of an expert serve consecutive runs of its tokens, in slot order.
     """
-    device, kernels = routing_map_TE.device, _kernels(routing_map_TE)
+    device, kernels = routing_map_TE.device, dispatch_kernels(routing_map_TE)
     sizes = run_sizes(quotas.row_S.size, routing_map_TE.shape[1])
     runs = torch.from_numpy(quotas.runs)
     if kernels is None:
@@ -100,8 +79,9 @@ def slot_permutation(routing_map_TE: torch.Tensor, quotas: RankQuotas) -> SlotPe
         *send, shifts, counts = upload(wanted, device).split(sizes[:7])
     num_received = quotas.num_received
     rows_2R = rows_of_runs(shifts, counts, 2 * num_received)
-    sent = SendRows(*find(routing_map_TE, quotas.num_sent, *send))
-    return SlotPermutation(sent, len(routing_map_TE), *rows_2R.split([num_received] * 2))
+    pair_P, token_P, *by_token = find(routing_map_TE, quotas.num_sent, *send)
+    sent = RowMap(token_P, len(routing_map_TE), *by_token)
+    return SlotPermutation(pair_P, sent, *rows_2R.split([num_received] * 2))
 
 
 def run_sizes(num_slots: int, num_experts: int) -> list[int]:
@@ -134,20 +114,6 @@ def send_rows(
     return token_P * num_experts + pair_P // max(num_tokens, 1), token_P
 
 
-def sum_rows(
-    rows_PH: torch.Tensor,
-    num_tokens: int,
-    token_P: torch.Tensor,
-    ends_T: torch.Tensor | None,
-    by_token_P: torch.Tensor | None,
-) -> torch.Tensor:
-    """Add up the rows of each token in slot order, in fp32 where they are narrower."""
-    if ends_T is None:
-        return rows_PH.new_zeros(num_tokens, rows_PH.shape[1]).index_add_(0, token_P, rows_PH)
-    summed: torch.Tensor = _kernels(rows_PH).sum_rows(rows_PH, ends_T, by_token_P)
-    return summed
-
-
 def reorder(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """Return row `order[i]` for row i, in autograd; `inverse` undoes it."""
     ordered: torch.Tensor = _Reorder.apply(rows, order, inverse)
@@ -170,10 +136,6 @@ def true_places(flags: torch.Tensor, count: int) -> torch.Tensor:
     return torch.repeat_interleave(flags.reshape(-1).to(dtype), output_size=count).long()
 
 
-def _kernels(tensor: torch.Tensor) -> Any:
-    return kernels_of("megatron_laer.layer.dispatch", tensor.device)
-
-
 class _Reorder(torch.autograd.Function):
     """Row `order[i]` for row i; `inverse` undoes it."""
 
@@ -188,39 +150,3 @@ class _Reorder(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
-
-
-class _Gather(torch.autograd.Function):
-    """Each row's token; the gradient of a token is the sum of its rows' ones."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_TH: torch.Tensor, *rows: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(*rows)
-        ctx.num_tokens = len(hidden_TH)
-        token_P = rows[0]
-        assert token_P is not None
-        return hidden_TH.index_select(0, token_P)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        return sum_rows(grad, ctx.num_tokens, *ctx.saved_tensors), None, None, None
-
-
-class _Sum(torch.autograd.Function):
-    """Sum of each token's rows; the gradient of a row is its token's one."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows_PH: torch.Tensor,
-        num_tokens: int,
-        token_P: torch.Tensor,
-        *by_token: torch.Tensor | None,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(token_P)
-        return sum_rows(rows_PH, num_tokens, token_P, *by_token)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        (token_P,) = ctx.saved_tensors
-        return grad.index_select(0, token_P), None, None, None, None

@@ -1,4 +1,4 @@
-"""A `RowMap` spreads rows to where copies of them are needed, and collects sums of such copies.
+"""A `RowMap` copies rows to the places where they are needed, and collects sums of such copies.
 
 The two are each other's transpose, so that the gradient of one is the other. No collective is run.
 
@@ -73,7 +73,7 @@ class RowMap:
 
 def row_map(row_X: torch.Tensor, num_rows: int) -> RowMap:
     """Make the map of copies whose rows these are, without waiting for the device."""
-    if _kernels(row_X) is None:
+    if dispatch_kernels(row_X) is None:
         return RowMap(row_X, num_rows)
     by_row_X = torch.sort(row_X, stable=True).indices.int()
     counts_Y = torch.zeros(num_rows, dtype=torch.int32, device=row_X.device)
@@ -93,19 +93,21 @@ def _unpack(kept: _Kept) -> torch.Tensor:
     return rows_YH.index_select(0, row_X)
 
 
-def _kernels(tensor: torch.Tensor) -> Any:
+def dispatch_kernels(tensor: torch.Tensor) -> Any:
+    """Return the Triton kernels for a tensor's device; None where torch does their work."""
     return kernels_of("megatron_laer.layer.dispatch", tensor.device)
 
 
-def _sum(
+def sum_copies(
     copies_XH: torch.Tensor,
     num_rows: int,
     row_X: torch.Tensor,
-    ends_Y: torch.Tensor | None,
-    by_row_X: torch.Tensor | None,
+    ends_Y: torch.Tensor | None = None,
+    by_row_X: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Add up each row's copies: see `RowMap.collect`."""
     if ends_Y is not None:
-        summed: torch.Tensor = _kernels(copies_XH).sum_rows(copies_XH, ends_Y, by_row_X)
+        summed: torch.Tensor = dispatch_kernels(copies_XH).sum_rows(copies_XH, ends_Y, by_row_X)
         return summed
     dtype = torch.promote_types(copies_XH.dtype, torch.float32)
     sums_YH = torch.zeros(
@@ -131,7 +133,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_XH: torch.Tensor) -> tuple[Any, ...]:
-        return _sum(grad_XH, ctx.num_rows, *ctx.saved_tensors), None, None, None, None
+        return sum_copies(grad_XH, ctx.num_rows, *ctx.saved_tensors), None, None, None, None
 
 
 class _Collect(torch.autograd.Function):
@@ -146,7 +148,7 @@ class _Collect(torch.autograd.Function):
         *by_row: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(row_X)
-        return _sum(copies_XH, num_rows, row_X, *by_row)
+        return sum_copies(copies_XH, num_rows, row_X, *by_row)
 
     @staticmethod
     def backward(ctx: Any, grad_YH: torch.Tensor) -> tuple[Any, ...]:

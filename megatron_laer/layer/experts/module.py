@@ -147,10 +147,7 @@ class FSEPExperts(MegatronModule):
         return f"its experts have {listed}{more}, which FSEP did not build: {ADAPTED}"
 
     def forward(
-        self,
-        input_TH: torch.Tensor,
-        probs_T: torch.Tensor,
-        plan: MicrobatchPlan,
+        self, input_TH: torch.Tensor, probs_T: torch.Tensor, plan: MicrobatchPlan
     ) -> torch.Tensor:
         """Return the outputs of this rank's slots on the tokens they received.
 

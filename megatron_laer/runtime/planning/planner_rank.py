@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from megatron_laer.config import FSEPConfig, LatePlan, flag_name
 from megatron_laer.files.checks import quoted, refuse_overwriting
@@ -56,17 +55,43 @@ class PlannerRank:
         resumed: PlannerState | None,
     ) -> None:
         self._faults = 0
+        self._source: LayoutSource | None = None
         self._recorder: LayoutRecorder | None = None
+        trace: TraceWriter | None = None
+        signature = {
+            "split": config.split.value,
+            "plan_mode": config.mode.value,
+            "imbalance_tolerance": config.imbalance_tolerance,
+        }
         with ExitStack() as opened:
-            self._source = _layout_source(
-                config, geometry, costs, layers, layouts, group_index, resumed
-            )
+            if config.replay_layouts is not None:
+                path = recording_path(config.replay_layouts, group_index)
+                self._source = ReplayedLayouts(path, geometry, signature, layers)
+            elif config.makes_plans:
+                self._source = PlannedLayouts(
+                    make_strategy(config.planner, geometry=geometry, costs=costs),
+                    layouts,
+                    lag=config.plan_lag,
+                    wait=config.late_plan == LatePlan.WAIT,
+                    on_warning=_warn,
+                    resumed=resumed,
+                )
             if self._source is not None:
                 opened.callback(self._source.close)
-            self._recorder = _layout_recorder(config, geometry, layers, group_index, first_step)
-            if self._recorder is not None:
+            if (folder := config.record_layouts) is not None:
+                path = recording_path(folder, group_index)
+                if config.replay_layouts is not None:
+                    # Files of all groups, since a link may have any name.
+                    replayed = Path(config.replay_layouts).glob(f"*{path.suffix}")
+                    refuse_overwriting(path, replayed, flag_name("record_layouts"))
+                with naming_flag("record_layouts", folder):
+                    self._recorder = LayoutRecorder(path, geometry, signature, layers, first_step)
                 opened.callback(self._recorder.close)
-            trace = _trace_writer(config, geometry, layers, group_index, first_step)
+            if (folder := config.record_trace) is not None:
+                path = trace_path(folder, group_index)
+                with naming_flag("record_trace", folder):
+                    sizes = geometry.num_ranks, geometry.num_experts
+                    trace = TraceWriter(path, *sizes, layers, first_step)
             observe = None if self._source is None else self._source.observe
             self.mailbox = RoutingMailbox(layers, observe, trace, _warn)
             opened.pop_all()  # all of them are open, and closed by `close`
@@ -126,71 +151,6 @@ def naming_flag(field_name: str, folder: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{flag_name(field_name)} {quoted(folder)}: {error}") from error
-
-
-def _layout_source(
-    config: FSEPConfig,
-    geometry: Geometry,
-    costs: CostModel,
-    layers: Sequence[str],
-    layouts: Sequence[ExpertLayout],
-    group_index: int,
-    resumed: PlannerState | None,
-) -> LayoutSource | None:
-    if config.replay_layouts is not None:
-        path = recording_path(config.replay_layouts, group_index)
-        return ReplayedLayouts(path, geometry, _run_signature(config), layers)
-    if config.makes_plans:
-        return PlannedLayouts(
-            make_strategy(config.planner, geometry=geometry, costs=costs),
-            layouts,
-            lag=config.plan_lag,
-            wait=config.late_plan == LatePlan.WAIT,
-            on_warning=_warn,
-            resumed=resumed,
-        )
-    return None
-
-
-def _layout_recorder(
-    config: FSEPConfig,
-    geometry: Geometry,
-    layers: Sequence[str],
-    group_index: int,
-    first_step: int,
-) -> LayoutRecorder | None:
-    if config.record_layouts is None:
-        return None
-    path = recording_path(config.record_layouts, group_index)
-    if config.replay_layouts is not None:
-        # Files of all groups, since a link may have any name.
-        replayed = Path(config.replay_layouts).glob(f"*{path.suffix}")
-        refuse_overwriting(path, replayed, flag_name("record_layouts"))
-    with naming_flag("record_layouts", config.record_layouts):
-        return LayoutRecorder(path, geometry, _run_signature(config), layers, first_step)
-
-
-def _trace_writer(
-    config: FSEPConfig,
-    geometry: Geometry,
-    layers: Sequence[str],
-    group_index: int,
-    first_step: int,
-) -> TraceWriter | None:
-    if config.record_trace is None:
-        return None
-    path = trace_path(config.record_trace, group_index)
-    with naming_flag("record_trace", config.record_trace):
-        return TraceWriter(path, geometry.num_ranks, geometry.num_experts, layers, first_step)
-
-
-def _run_signature(config: FSEPConfig) -> dict[str, Any]:
-    """Return the settings other than layouts that a recording's results depend on."""
-    return {
-        "split": config.split.value,
-        "plan_mode": config.mode.value,
-        "imbalance_tolerance": config.imbalance_tolerance,
-    }
 
 
 def _warn(message: str) -> None:

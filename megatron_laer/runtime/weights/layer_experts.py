@@ -36,9 +36,7 @@ class LayerExperts:
         experts.weights.change(layout_index(layout, self._device))
 
     def begin_step(
-        self,
-        layouts: Sequence[tuple[FsepLayer, ExpertLayout]],
-        num_microbatches: int | None,
+        self, layouts: Sequence[tuple[FsepLayer, ExpertLayout]], num_microbatches: int | None
     ) -> None:
         """Upload index tensors of layers with known layouts, and begin to hold their experts."""
         indexes = [(layer, self._index(layer, layout)) for layer, layout in layouts]

@@ -1,4 +1,4 @@
-"""A GEMM back end multiplies the tokens of a rank's slots; here it has its interface and name.
+"""Interface and names of GEMM back ends, which multiply the tokens of a rank's slots.
 
 A back end is a module of this folder with an object `GEMM` that has the methods of `SlotGemm`; the
 module's name is the back end's. It computes and does nothing else: the weights, the gradient's
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # in this package, `torch` is the back end of that name
 
 
 class SlotGemm(Protocol):
-    """Multiplies the tokens of each slot, which lie in a row, with the slot's own matrix.
+    """Product of the tokens of each slot, which lie in a row, with the slot's own matrix.
 
     In all methods `tokens_C` has the number of tokens of each slot, on the host, and zeros among
     them; their sum is T. A result is written by the time the current stream gets there.
@@ -30,7 +30,7 @@ class SlotGemm(Protocol):
     def problem(
         self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
     ) -> str | None:
-        """Say why this back end cannot compute there, and what would; None if it can.
+        """Return why this back end cannot compute there, with a way out; None if it can.
 
         Args:
             dtype: of the weights and tokens.
@@ -41,7 +41,7 @@ class SlotGemm(Protocol):
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
-        """Return the output `[T, R]`, as `F.linear` of each slot's tokens gives it."""
+        """Return the output `[T, R]`, as `F.linear` of each slot's tokens."""
         ...
 
     def input_grad(
@@ -63,8 +63,7 @@ class SlotGemm(Protocol):
 
         Args:
             out_CRK: contiguous, in the tokens' dtype, or in float32, to which nothing is rounded.
-            accumulate: whether the gradients are added to `out_CRK`; its content before counts for
-                nothing otherwise.
+            accumulate: add to `out_CRK`, instead of overwriting it.
         """
         ...
 
