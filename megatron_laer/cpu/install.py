@@ -34,7 +34,7 @@ def install() -> None:
 
     from megatron_laer.cpu import megatron
 
-    megatron.mend()
+    megatron.fix()
 
 
 def install_in_helper() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 
-# Of every rank; the first two are read when torch is imported.
+# Environment of every rank; the first two are read when torch is imported.
 ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "MEGATRON_LAER_DEVICE": "cpu"}
 
 
@@ -26,6 +26,6 @@ def _import() -> dict[str, str]:
 os.environ.update(ENVIRONMENT)
 # A rank that started by itself would have set these.
 SET_BY_PREPARE = _import()
-# No rank walks or copies what was imported.
+# Imported objects are neither walked nor copied by ranks.
 gc.collect()
 gc.freeze()

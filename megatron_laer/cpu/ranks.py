@@ -6,7 +6,7 @@
 A function is found by its import path, so it must live at module level. An exception on any rank
 comes back with its traceback; a time-out dumps every rank's stacks and ends the pool.
 
-Nothing outlives a pool. Each rank leads a session of its own, and what it starts ends with it:
+Nothing outlives a pool. Each rank leads a session of its own, and its processes end with it:
 Megatron's checkpoint writer, for one, leaves a server process on every rank, and one that outlives
 its rank keeps Python from exiting, since it holds the pipe of multiprocessing's resource tracker.
 """
@@ -260,7 +260,7 @@ def _serve(
     faulthandler.register(_STACK_SIGNAL, all_threads=True)
     from megatron_laer.cpu.rank_imports import ENVIRONMENT, SET_BY_PREPARE
 
-    # What it was forked from has the environment of the first pool's start.
+    # The process that it was forked from has the environment of the first pool's start.
     os.environ.clear()
     os.environ.update(environment | SET_BY_PREPARE)
     os.environ.update(
@@ -294,7 +294,7 @@ def _serve(
         pipe.send_bytes(result)
         sys.stdout.flush()
         if not frozen:
-            # What was imported stays; each later collection walked all of it, a fifth of a run.
+            # Imported objects stay; each later collection walked all of them, a fifth of a run.
             gc.collect()
             gc.freeze()
             frozen = True

@@ -143,7 +143,7 @@ class FSEPMoELayer(MoELayer):
             self.state,
             routing_map,
             training=self.training,
-            # Where the layer is a checkpoint, autograd sees what it was called with, and no more.
+            # Where the layer is a checkpoint, autograd sees its inputs and no more.
             has_rerun=hidden_states.requires_grad or not self.moe_layer_recompute,
         )
         if self._shared_input is not None:
@@ -165,6 +165,7 @@ class FSEPMoELayer(MoELayer):
         dispatched = super().dispatch(hidden_states, probs)
         self._coordinator.scheduler.dispatched(self.state, self.training)
         groups = self._coordinator.groups
+        rows: tuple[int, int] | None
         rows = self.token_dispatcher.rows_sent(groups.rank, groups.node_size)
         if rows is not None:
             row_bytes = hidden_states.shape[-1] * hidden_states.element_size()

@@ -94,6 +94,6 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
         self.input_splits = quotas.input_splits_N
         self.output_splits = quotas.output_splits_N
         self.output_splits_tp = None
-        # The fused sort of chunks runs on the device and reads sizes there; ours was told them.
+        # The fused sort of chunks runs on the device and reads sizes there.
         self.num_global_tokens_per_local_expert, self._columns_NC = self._columns_NC, None
         return torch.tensor(quotas.tokens_C)

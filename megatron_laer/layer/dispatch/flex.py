@@ -1,10 +1,9 @@
 """`SlotFlexDispatcher` is Megatron's flex dispatcher over slots, with DeepEP or HybridEP.
 
 Metadata come from the plan instead of the router's probabilities: DeepEP gets the slots of each
-token, HybridEP the map of tokens to slots and the number of rows that this rank will receive. What
-a buffer counted is compared with the plan, for DeepEP at once. HybridEP counts on the device, for
-which nobody waits: its counts are compared in the first dispatch that finds them there, and at the
-latest at the end of the training step.
+token, HybridEP the map of tokens to slots and the number of rows that this rank will receive. A
+buffer's counts are compared with the plan: DeepEP's at once, HybridEP's once they have arrived from
+the device, or at the end of the training step.
 
 Legend: T tokens, E experts, S slots, C slots per rank, H hidden.
 """
@@ -73,8 +72,8 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
         if self._backend == "hybridep":
             manager.moe_expert_rank_capacity_factor = None
             manager.setup_metadata(*self._to_slots(routing_map, probs))
-            # Told a budget of rows, stock waits for no count and keeps what the buffer counts. Ours
-            # is the plan's number, and not a factor's.
+            # With a budget of rows, stock waits for no count and keeps the buffer's. Ours is the
+            # plan's number, and not a factor's.
             manager.moe_expert_rank_capacity_factor = 1.0
             manager.num_permuted_tokens = plan.quotas.num_received
         else:

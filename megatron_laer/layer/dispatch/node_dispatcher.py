@@ -1,10 +1,10 @@
 """`NodeTokenDispatcher` sends a token's hidden state once per node, and there once per rank.
 
-Megatron's steps stay the frame. Rows cross nodes in `token_dispatch`, as its All-to-All does; they
-are passed on inside the node in `dispatch_postprocess`, where Megatron has the exchange inside of
-tensor parallelism. So experts of the next layer may be fetched as soon as links between nodes are
-free. Outputs go back likewise, summed in each step. Where a node has one rank, or all of them, one
-exchange takes a row per rank, and nothing is passed on.
+Rows cross nodes in `token_dispatch`, as Megatron's All-to-All does. They are forwarded inside the
+node in `dispatch_postprocess`, where Megatron has the exchange of tensor parallelism. So experts of
+the next layer may be fetched as soon as links between nodes are free. Outputs return the same way,
+summed in each step. Where a node has one rank, or all of them, there is one exchange, with a row
+per rank.
 
 Legend: T tokens, E experts, P pairs sent, R pairs received, U rows arrived, Y rows of the first
 stage, X rows sent in it, H hidden.
@@ -95,7 +95,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         self._first: RowMap | None = None
         self._second: RowMap | None = None
         self._arrivals: Arrivals | None = None
-        # What arrived, and the experts' input that was made of it, until the experts have kept it.
+        # Rows that arrived, and the experts' input made of them, until the experts have kept it.
         self._experts_input: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def dispatch_preprocess(

@@ -5,7 +5,7 @@ another plus a number that is the same for a whole run of rows:
 
 * by expert, then token: the order in which the router's map is read,
 * by slot, then token: the send buffer, for slots are in rank order,
-* by slot, then source rank: what the experts compute with; it arrives by source rank, then slot.
+* by slot, then source rank: the experts' input, which arrives by source rank, then slot.
 
 So one gather makes the send buffer, one sorts what arrived, and combine adds up the rows of each
 token in slot order. There is no map [T, S], no sort of one, and on CUDA nothing is atomic.
@@ -79,9 +79,9 @@ def slot_permutation(routing_map_TE: torch.Tensor, quotas: RankQuotas) -> SlotPe
         *send, shifts, counts = upload(wanted, device).split(sizes[:7])
     num_received = quotas.num_received
     rows_2R = rows_of_runs(shifts, counts, 2 * num_received)
-    pair_P, token_P, *by_token = find(routing_map_TE, quotas.num_sent, *send)
-    sent = RowMap(token_P, len(routing_map_TE), *by_token)
-    return SlotPermutation(pair_P, sent, *rows_2R.split([num_received] * 2))
+    found: tuple[torch.Tensor, ...] = find(routing_map_TE, quotas.num_sent, *send)
+    sent = RowMap(found[1], len(routing_map_TE), *found[2:])
+    return SlotPermutation(found[0], sent, *rows_2R.split([num_received] * 2))
 
 
 def run_sizes(num_slots: int, num_experts: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 A row is a token's hidden state on its way to a rank, or to a node. The order is the same in every
 stage: by destination, then in the order of the rows before, which at the source are tokens. All
-work is on the device, which nobody waits for: sizes come from elsewhere (`token_sizes`).
+work is on the device, without waiting for it: sizes are exchanged separately.
 
 Legend: N ranks, C slots per rank, G ranks per node, M = N/G nodes, B = ⌈G/8⌉ bytes of bits; T
 tokens, E experts, P pairs that are sent, R pairs that are received; Y rows, X rows sent of them;

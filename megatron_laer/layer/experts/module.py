@@ -1,8 +1,8 @@
 """`FSEPExperts` is the module that owns the slices and computes with restored experts.
 
 It stands where Megatron's MoE layer keeps its local experts. The activation, its fusions, clamps
-and the routing probabilities are those of Megatron's own `MLP`, whose two linear layers only pass
-on what they are given; nothing of that is written again here.
+and the routing probabilities are those of Megatron's own `MLP`, whose two linear layers are
+identities.
 
 Legend: E experts, C slots per rank, T tokens received, H hidden, r rows of a slice, K columns.
 """
@@ -10,7 +10,7 @@ Legend: E experts, C slots per rank, T tokens received, H hidden, r rows of a sl
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
@@ -77,30 +77,31 @@ class FSEPExperts(MegatronModule):
         self._recomputes_activation = (
             config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
         )
-        linears: list[_Linear] = []
+        matrices: list[SliceSpec] = []
+
+        def builder(name: str) -> Any:
+            """Make a builder that describes a linear layer of Megatron's MLP and adds none."""
+
+            def build(input_size: int, output_size: int, **options: Any) -> _PassOn:
+                sizes = config.num_moe_experts, output_size, input_size
+                ranks = {"rank": self._rank, "num_ranks": self._num_ranks}
+                init_method = options["init_method"]
+                matrices.append(SliceSpec.for_rank(name, *sizes, **ranks, init_method=init_method))
+                return _PassOn()
+
+            return build
+
         self._activation = MLP(
             config,
             MLPSubmodules(
-                linear_fc1=_builder("linear_fc1", linears),
-                linear_fc2=_builder("linear_fc2", linears),
+                linear_fc1=builder("linear_fc1"),
+                linear_fc2=builder("linear_fc2"),
                 activation_func=activation_builder,
             ),
             is_expert=True,
             ffn_hidden_size=config.moe_ffn_hidden_size,
             tp_group=pg_collection.expt_tp,
         )
-        matrices = [
-            SliceSpec.for_rank(
-                linear.name,
-                config.num_moe_experts,
-                linear.rows,
-                linear.columns,
-                rank=self._rank,
-                num_ranks=self._num_ranks,
-                init_method=linear.init_method,
-            )
-            for linear in linears
-        ]
         sizes = [size for spec in matrices for size in (spec.rows, spec.columns)]
         check_gemm(gemm, device, config.params_dtype, sizes)
         # A layer's bias is restored right after its matrix, before the next layer's.
@@ -241,15 +242,6 @@ class FSEPExperts(MegatronModule):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class _Linear(NamedTuple):
-    """Shape [rows, columns] of a linear layer of Megatron's MLP, and its initialisation."""
-
-    name: str
-    rows: int
-    columns: int
-    init_method: Any
-
-
 class _PassOn(torch.nn.Module):
     """Identity where Megatron's MLP has a linear layer, without a bias.
 
@@ -264,13 +256,3 @@ class _PassOn(torch.nn.Module):
 
     def forward(self, input_TK: torch.Tensor) -> tuple[torch.Tensor, None]:
         return input_TK, None
-
-
-def _builder(name: str, linears: list[_Linear]) -> Any:
-    """Make a builder with the signature by which Megatron's MLP makes its linear layers."""
-
-    def build(input_size: int, output_size: int, **options: Any) -> _PassOn:
-        linears.append(_Linear(name, output_size, input_size, options["init_method"]))
-        return _PassOn()
-
-    return build

@@ -21,5 +21,5 @@ class WholeMatrix:
 
 
 def whole_matrix_of(parameter: torch.Tensor) -> WholeMatrix | None:
-    """Return what a parameter of a model is a slice of; None if it is no slice of matrices."""
+    """Return a parameter's mark; None if it is no slice of matrices."""
     return getattr(parameter, "whole_matrix", None)

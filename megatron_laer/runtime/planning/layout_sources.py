@@ -153,7 +153,7 @@ class ReplayedLayouts:
         """Ignore the counts."""
 
     def due(self, step: int) -> list[ExpertLayout] | None:
-        """Return the layouts recorded for this step; at first, those in force by then."""
+        """Return the layouts recorded for this step; at first, those in force."""
         if self._is_first:
             self._is_first = False
             in_force = self._recording.newest(step)

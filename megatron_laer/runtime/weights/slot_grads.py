@@ -78,8 +78,8 @@ class SlotGrads:
     def finish_reduce(self) -> tuple[torch.Tensor, ...]:
         """Wait for the slices' gradients `[E, r, K]`, and return autograd's gradients for them.
 
-        Main gradients, where there are any, have received them by then. Autograd is given dummy
-        gradients, as by Megatron's own fused kernels.
+        Main gradients, where there are any, have received them. Autograd is given dummy gradients,
+        as by Megatron's own fused kernels.
         """
         self.state.enter(GradState.NONE)
         grads_ErK = tuple(pending.wait() for pending in self._arriving)

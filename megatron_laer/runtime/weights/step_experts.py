@@ -54,7 +54,7 @@ class StepGrads(SlotGrads):
     def finish_reduce(self) -> tuple[torch.Tensor, ...]:
         """Return dummy gradients; wait for the main gradients if the sum is being reduced.
 
-        Another pass of the same microbatch may have begun its backward, or ended it, by then.
+        Another pass of the same microbatch may have begun or ended its backward before.
         """
         if self.state.grads is not GradState.REDUCING:
             return tuple(map(self.slices.main_grads.mark_added, self.slices.trained))
