@@ -105,7 +105,7 @@ def build_coordinator(
         parameters=make_comm_stream("parameters", device, overlaps=overlaps),
         gradients=make_comm_stream("gradients", device, overlaps=overlaps),
     )
-    layouts = LayoutsInForce(config, groups, geometry, chosen, seed=seed, device=device)
+    layouts = LayoutsInForce(config, groups, geometry, chosen, seed, device)
     pass_layouts: PassLayouts
     if config.mode == PlanMode.ANNOUNCED:
         pass_layouts = AnnouncedLayouts(guard, layouts, groups, device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -30,46 +31,35 @@ from megatron_laer.runtime.weights.restored import RestoredExperts
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class MicrobatchPlanner:
     """Planner of the passes of one rank's layers.
 
-    Args:
-        follows_steps: the settings ask for something that happens at step boundaries only.
-
     Attributes:
         token_sizes: the exchange of row numbers, where tokens go through nodes.
-        in_steps: whether a step has begun.
+        follows_steps: the settings ask for something that happens at step boundaries only.
+        in_steps: whether the first step has begun.
     """
 
-    def __init__(
-        self,
-        groups: FSEPGroups,
-        device: torch.device,
-        layouts: LayoutsInForce,
-        pass_layouts: PassLayouts,
-        experts: LayerExperts,
-        scheduler: Scheduler,
-        measurements: Measurements,
-        *,
-        token_sizes: TokenSizesExchange | None,
-        follows_steps: bool,
-    ) -> None:
-        self.token_sizes = token_sizes
-        self.in_steps = False
-        self._groups = groups
-        self._device = device
-        self._layouts = layouts
-        self._pass_layouts = pass_layouts
-        self._experts = experts
-        self._scheduler = scheduler
-        self._measurements = measurements
-        self._warns = follows_steps
-        self._counts = CountsExchange(groups, device)
-        self._last_decision = 0
+    groups: FSEPGroups
+    device: torch.device
+    layouts: LayoutsInForce
+    pass_layouts: PassLayouts
+    experts: LayerExperts
+    scheduler: Scheduler
+    measurements: Measurements
+    token_sizes: TokenSizesExchange | None
+    follows_steps: bool
+    in_steps: bool = False
+    _last_decision: int = 0
+
+    def __post_init__(self) -> None:
+        self._counts = CountsExchange(self.groups, self.device)
+        self._warns = self.follows_steps
 
     def tag(self, layer: LayerState, layout: ExpertLayout) -> torch.Tensor:
         """Return the tag that goes with a layer's counts, on the device."""
-        return layer.tag(self._layouts.version, layout, self._device)
+        return layer.tag(self.layouts.version, layout, self.device)
 
     def start(
         self,
@@ -101,7 +91,7 @@ class MicrobatchPlanner:
             return lambda: plan
         if training and not self.in_steps:
             self._warn_without_steps()
-        restored = self._scheduler.enter(layer, training)
+        restored = self.scheduler.enter(layer, training)
         read_counts = self._counts.start(
             routing_map_TE.sum(dim=0),
             self.tag(layer, restored.index.layout),
@@ -124,14 +114,14 @@ class MicrobatchPlanner:
     ) -> MicrobatchPlan:
         counts_NE = read_counts()
         start_s = time.perf_counter()
-        decision = self._pass_layouts.decide(
+        decision = self.pass_layouts.decide(
             layer.next_pass(training=training), counts_NE, restored.index.layout
         )
         self._last_decision = decision_digest(decision.layout, solved=decision.solved)
         decide_s = time.perf_counter() - start_s
         if decision.replanned:
-            self._experts.change(restored, decision.layout)
-        self._scheduler.decided(layer, restored)
+            self.experts.change(restored, decision.layout)
+        self.scheduler.decided(layer, restored)
         plan = MicrobatchPlan(restored=restored, quotas=decision.rank_quotas)
         if training:
             self._note(layer, counts_NE, decision, decide_s)
@@ -144,21 +134,21 @@ class MicrobatchPlanner:
     ) -> None:
         """Count a pass; on the planner rank, also pass it to the planner and the metrics."""
         microbatch = layer.count_pass(counts_NE)
-        if self._layouts.mailbox is not None:
+        if self.layouts.mailbox is not None:
             layer.statistics.add_sample(decision, decide_s)
-            self._measurements.add(layer.index, decision, decide_s)
+            self.measurements.add(layer.index, decision, decide_s)
             if microbatch is not None:
-                self._layouts.mailbox.put(layer.index, *microbatch)
+                self.layouts.mailbox.put(layer.index, *microbatch)
 
     def _warn_without_steps(self) -> None:
         """Warn once that training goes on without steps: a backward pass preceded this forward.
 
         Evaluation has no backward pass, and a trial of a model has a single one.
         """
-        if not self._warns or not self._scheduler.backward_has_run:
+        if not self._warns or not self.scheduler.backward_has_run:
             return
         self._warns = False
-        if self._groups.rank == 0 and self._groups.index == 0:  # it is so for all of them
+        if self.groups.rank == 0 and self.groups.index == 0:  # it is so for all of them
             logger.warning(
                 "FSEP: training goes on without steps, so layouts stay as they are, nothing is "
                 "planned, replayed or recorded, and experts are restored layer by layer: enter "

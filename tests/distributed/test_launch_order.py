@@ -53,7 +53,7 @@ def launches_of(flags: list[str]) -> tuple[list[Launch], list[tuple[int, int]]]:
 
     def noted(self: Any, layer: Any, counts_NE: Any, decision: Any, decide_s: float) -> None:
         if decision.replanned:
-            fresh.append((self._groups.index, decision.layout.digest))
+            fresh.append((self.groups.index, decision.layout.digest))
         note(self, layer, counts_NE, decision, decide_s)
 
     with (
@@ -129,7 +129,7 @@ def exchanges_of(flags: list[str]) -> tuple[int, int]:
     note = MicrobatchPlanner._note
 
     def noted(self: Any, layer: Any, counts_NE: Any, decision: Any, decide_s: float) -> None:
-        priced.append(self._pass_layouts._guard.costs.token_passes)
+        priced.append(self.pass_layouts.guard.costs.token_passes)
         note(self, layer, counts_NE, decision, decide_s)
 
     with recorded(launches), mock.patch.object(MicrobatchPlanner, "_note", noted):

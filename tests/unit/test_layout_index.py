@@ -107,8 +107,8 @@ def test_a_layout_made_for_a_pass_is_indexed_before_and_outside_of_its_exchanges
     assert built[2:] == ["restore_index", "reduce_index"]
     restored.weights.free()
     restored.weights.start_restore()
-    restored.start_reduce([restored.weights.matrix(0)])
-    restored.finish_reduce()
+    restored.grads.start_reduce([restored.weights.matrix(0)])
+    restored.grads.finish_reduce()
     assert len(built) == 4
     streams.close()
 

@@ -27,7 +27,7 @@ from megatron_laer.telemetry.timeline import DENSE
 
 @dataclass(frozen=True, eq=False)
 class SlotDispatch:
-    """How one forward pass of a layer dispatches its tokens.
+    """Dispatch of one forward pass of a layer.
 
     Attributes:
         plan: which tokens go to which slots.

@@ -194,7 +194,7 @@ class _Promise:
         except BaseException as error:
             self._error = error
 
-    def announce(self) -> None:
+    def finish(self) -> None:
         """Let waiters go on: the result is there, and its times are recorded."""
         self._is_there.set()
 
@@ -243,7 +243,7 @@ class ThreadStream:
                 promise, work, label = job
                 with self.times.working(label):
                     promise.work(work)
-                promise.announce()
+                promise.finish()
                 del job, promise, work  # or the last result would live until the next job
 
 

@@ -37,8 +37,7 @@ class AnnouncedLayouts(PassLayouts):
     def __init__(
         self, guard: Guard, in_force: LayoutsInForce, groups: FSEPGroups, device: torch.device
     ) -> None:
-        super().__init__(guard, in_force, groups, one_per_step=False)
-        self.misses = 0
+        super().__init__(guard, in_force, groups, one_per_step=False, misses=0)
         self._ahead = replace(guard, mode=PlanMode.EXACT)
         self._device = device
         geometry = guard.geometry
@@ -54,7 +53,7 @@ class AnnouncedLayouts(PassLayouts):
 
     def announce(self, counts_MLE: torch.Tensor, num_layers: int) -> None:
         """Store the choices of this rank's routers in the next step; no collective."""
-        num_experts = self._guard.geometry.num_experts
+        num_experts = self.guard.geometry.num_experts
         shape = tuple(counts_MLE.shape)
         is_shaped = len(shape) == 3 and shape[1:] == (num_layers, num_experts)
         if counts_MLE.dtype not in _INTEGERS or not is_shaped:
@@ -88,7 +87,7 @@ class AnnouncedLayouts(PassLayouts):
             decision.cancel()  # of microbatches that were announced, and not run
         self._decisions.clear()
         announced = torch.tensor([0 if given_MLE is None else len(given_MLE)])
-        announced_N = gather_integers(announced, self._groups, self._device)[:, 0]
+        announced_N = gather_integers(announced, self.groups, self._device)[:, 0]
         self._awaits_replay = replays and not announced_N.any()
         if self._awaits_replay:
             return num_microbatches
@@ -97,11 +96,11 @@ class AnnouncedLayouts(PassLayouts):
             number = "as many" if num_microbatches is None else num_microbatches
             raise ValueError(
                 f"FSEP step {step}: {number} microbatches must be announced on every rank, and the "
-                f"ranks {self._groups.ranks} announced {announced_N.tolist()}. {_HOW}"
+                f"ranks {self.groups.ranks} announced {announced_N.tolist()}. {_HOW}"
             )
         assert given_MLE is not None
         num_microbatches = len(given_MLE)
-        counts_NMLE = gather_integers(given_MLE, self._groups, self._device)
+        counts_NMLE = gather_integers(given_MLE, self.groups, self._device)
         for microbatch in range(num_microbatches):
             for layer in range(num_layers):
                 self._solve_ahead(layer, microbatch, counts_NMLE[:, microbatch, layer])
@@ -115,16 +114,16 @@ class AnnouncedLayouts(PassLayouts):
         """Exchange the choices that routers are set to, if the step awaits it. Collective then."""
         if not self._awaits_replay:
             return
-        num_experts = self._guard.geometry.num_experts
+        num_experts = self.guard.geometry.num_experts
         experts_TK = None if replayed is None else replayed()
         if experts_TK is None:
             mine_LE = torch.full((len(passes), num_experts), -1)
         else:
             mine_LE = _counts(torch.stack(list(experts_TK)), num_experts)
-        counts_NLE = gather_integers(mine_LE, self._groups, self._device)
+        counts_NLE = gather_integers(mine_LE, self.groups, self._device)
         silent_N = (counts_NLE < 0).any(axis=(1, 2))
         if silent_N.any():
-            silent = [self._groups.ranks[place] for place in np.flatnonzero(silent_N)]
+            silent = [self.groups.ranks[place] for place in np.flatnonzero(silent_N)]
             raise ValueError(
                 f"FSEP step {self._step}, microbatch {passes[0].microbatch}: no routing is "
                 f"announced on ranks {silent}. {_HOW}"
@@ -162,7 +161,7 @@ class AnnouncedLayouts(PassLayouts):
         self._decisions[layer, microbatch] = self._thread.submit(self._solve, counts_NE)
 
     def _solve(self, counts_NE: Int64) -> Decision:
-        made = self._ahead.decide(counts_NE, self._static, self._groups.rank)
+        made = self._ahead.decide(counts_NE, self._static, self.groups.rank)
         return replace(
             made, planned_layout=made.layout, planned_quotas=made.quotas, as_announced=True
         )

@@ -5,6 +5,7 @@ Every rank of the group holds the same: the planner rank broadcasts them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,41 +24,30 @@ from megatron_laer.runtime.planning.planner_checkpoint import Resumption
 from megatron_laer.runtime.planning.planner_rank import PlannerRank
 
 
+@dataclass(eq=False)
 class LayoutsInForce:
     """Layout of each MoE layer of this rank, by the layer's index.
 
-    Args:
-        seed: of random layouts; the same on every rank.
-
     Attributes:
+        seed: of random layouts; the same on every rank.
         version: number of changes of the layouts.
         status: of the group's planner, as of the last step boundary.
         resumption: the state of an earlier run's planner.
     """
 
-    def __init__(
-        self,
-        config: FSEPConfig,
-        groups: FSEPGroups,
-        geometry: Geometry,
-        costs: CostModel,
-        *,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self.version = 0
-        self.status = PlannerStatus()
-        self.resumption = Resumption()
-        self._config = config
-        self._groups = groups
-        self._geometry = geometry
-        self._costs = costs
-        self._seed = seed
-        self._device = device
-        self._layers: list[str] = []
-        self._layouts: list[ExpertLayout] = []
-        self._step = 0
-        self._planner_rank: PlannerRank | None = None
+    config: FSEPConfig
+    groups: FSEPGroups
+    geometry: Geometry
+    costs: CostModel
+    seed: int
+    device: torch.device
+    version: int = 0
+    status: PlannerStatus = field(default_factory=PlannerStatus)
+    resumption: Resumption = field(default_factory=Resumption)
+    _layers: list[str] = field(default_factory=list)
+    _layouts: list[ExpertLayout] = field(default_factory=list)
+    _step: int = 0
+    _planner_rank: PlannerRank | None = None
 
     @property
     def layouts(self) -> tuple[ExpertLayout, ...]:
@@ -80,22 +70,22 @@ class LayoutsInForce:
         Args:
             draw: the number of a random layout within the step.
         """
-        if self._config.planner == FixedPlanner.RANDOM and training:
-            seed = (self._seed, self._step, layer, draw)
+        if self.config.planner == FixedPlanner.RANDOM and training:
+            seed = (self.seed, self._step, layer, draw)
             return ExpertLayout.random(*self._shape(), seed)
         return self._layouts[layer]
 
     def start(self, first_step: int) -> None:
         """Go on from an earlier run's state; open planner and recordings on the planner rank."""
         self._go_on(first_step)
-        if self._groups.rank == 0 and self._layers:
+        if self.groups.rank == 0 and self._layers:
             self._planner_rank = PlannerRank(
-                self._config,
-                self._geometry,
-                self._costs,
+                self.config,
+                self.geometry,
+                self.costs,
                 self._layers,
                 self._layouts,
-                group_index=self._groups.index,
+                group_index=self.groups.index,
                 first_step=first_step,
                 resumed=self.resumption.state,
             )
@@ -108,7 +98,7 @@ class LayoutsInForce:
         self._step = step
         if self.mailbox is not None:
             self.mailbox.begin_step(step, num_microbatches)
-        changes = self._config.makes_plans or self._config.replay_layouts is not None
+        changes = self.config.makes_plans or self.config.replay_layouts is not None
         if changes and self._layers:
             self._change(step)
 
@@ -117,7 +107,7 @@ class LayoutsInForce:
             self.mailbox.end_step()
 
     def save(self, directory: str, storage: Any) -> None:
-        planner_checkpoint.save_state(directory, self._groups, self._planner_state, storage)
+        planner_checkpoint.save_state(directory, self.groups, self._planner_state, storage)
 
     def resume(self, directory: str, storage: Any) -> None:
         """Go on from the planner's state in a checkpoint, if the next step is the one after it.
@@ -127,9 +117,9 @@ class LayoutsInForce:
         """
         self.resumption = planner_checkpoint.load_state(
             directory,
-            self._groups,
-            self._device,
-            lambda state: state.check_fits(self._geometry, self._layers),
+            self.groups,
+            self.device,
+            lambda state: state.check_fits(self.geometry, self._layers),
             storage,
         )
 
@@ -144,8 +134,8 @@ class LayoutsInForce:
             PlannerStatus() if planner_rank is None else planner_rank.status,
             self._shape(),
             len(self._layers),
-            self._groups,
-            self._device,
+            self.groups,
+            self.device,
         )
         if layouts is None:
             return
@@ -186,5 +176,5 @@ class LayoutsInForce:
         )
 
     def _shape(self) -> tuple[int, int, int]:
-        geometry = self._geometry
+        geometry = self.geometry
         return geometry.num_ranks, geometry.capacity, geometry.num_experts

@@ -40,25 +40,20 @@ class LayerPass:
     training: bool
 
 
+@dataclass(eq=False)
 class PassLayouts:
     """Layouts in force, each kept or replaced after the gate.
 
-    Args:
-        one_per_step: all passes of a layer in one step have the same layout, also a random one.
-
     Attributes:
+        one_per_step: all passes of a layer in one step have the same layout, also a random one.
         misses: passes whose routing was not the announced one; None where nothing is announced.
     """
 
+    guard: Guard
+    in_force: LayoutsInForce
+    groups: FSEPGroups
+    one_per_step: bool
     misses: int | None = None
-
-    def __init__(
-        self, guard: Guard, in_force: LayoutsInForce, groups: FSEPGroups, *, one_per_step: bool
-    ) -> None:
-        self._guard = guard
-        self._in_force = in_force
-        self._groups = groups
-        self._one_per_step = one_per_step
 
     def begin_step(
         self, step: int, num_microbatches: int | None, num_layers: int, *, replays: bool
@@ -75,8 +70,8 @@ class PassLayouts:
 
     def layout_for(self, layer_pass: LayerPass) -> ExpertLayout:
         """Return the layout that a pass is planned with."""
-        draw = 0 if self._one_per_step else layer_pass.number
-        return self._in_force.of_pass(layer_pass.layer, draw, training=layer_pass.training)
+        draw = 0 if self.one_per_step else layer_pass.number
+        return self.in_force.of_pass(layer_pass.layer, draw, training=layer_pass.training)
 
     def decide(self, layer_pass: LayerPass, counts_NE: Int64, planned: ExpertLayout) -> Decision:
         """Decide on the layout and quotas of a pass, by its counts.
@@ -84,7 +79,7 @@ class PassLayouts:
         Args:
             planned: the layout that the pass was planned with.
         """
-        return self._guard.decide(counts_NE, planned, self._groups.rank)
+        return self.guard.decide(counts_NE, planned, self.groups.rank)
 
     def close(self) -> None:
         """Release resources."""
