@@ -76,9 +76,7 @@ class Session:
         """Return the coordinator, which is made when the first MoE layer is built.
 
         Args:
-            transformer_config: Megatron's, with the true number of experts.
             seed: where the session has none; None takes torch's seed of the group's rank 0.
-            tokens: per rank and microbatch; None where that is unknown.
         """
         experts = transformer_config.num_moe_experts
         if self.coordinator is None:

@@ -201,11 +201,7 @@ def gather(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def fresh_megatron(model: list[torch.nn.Module]) -> Iterator[None]:
-    """Remove the state of a run afterwards, so that one process can train many models.
-
-    Args:
-        model: the chunks that the run built, also if it failed.
-    """
+    """Remove the state of a run afterwards, so that one process can train many models."""
     try:
         yield
     finally:

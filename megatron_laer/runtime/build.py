@@ -71,9 +71,7 @@ def build_coordinator(
     """Build the coordinator of one rank, with all its parts.
 
     Args:
-        transformer_config: Megatron's, with the true number of experts.
         tokens: of a rank and microbatch, by which tokens are priced; None for a typical number.
-        seed: the run's seed; the same on every rank.
     """
     num_experts = transformer_config.num_moe_experts
     geometry = Geometry(
@@ -161,11 +159,7 @@ def make_exchange(
 
 
 def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.device) -> CostModel:
-    """Make the cost model of one MoE layer of this model on the configured cluster, or this one.
-
-    Args:
-        transformer_config: Megatron's; only its fields are read.
-    """
+    """Make the cost model of one MoE layer of this model on the configured cluster, or this one."""
     return CostModel(
         # `auto` computes with the back end whose GEMMs a cluster has anyhow.
         cluster=load_cluster(config.cluster or default_cluster(device)).for_back_end(config.gemm),

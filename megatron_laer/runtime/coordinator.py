@@ -42,11 +42,7 @@ class Coordinator:
 
     Attributes:
         guard: chooses each microbatch's layout; its cost model is the planner's as well.
-        layouts: those in force, which change at step boundaries.
         pass_layouts: the plan mode.
-        seed: the run's seed; the same on every rank.
-        measurements: timeline and recording of metrics, open once training has begun.
-        layers: this rank's MoE layers, in the order in which they were built.
     """
 
     config: FSEPConfig
@@ -153,11 +149,7 @@ class Coordinator:
         self.experts.begin_step(layouts, num_microbatches)
 
     def end_step(self, *, weights_changed: bool) -> None:
-        """End a step, whose statistics are complete.
-
-        Args:
-            weights_changed: whether the optimizer made its step.
-        """
+        """End a step, whose statistics are complete."""
         check_no_plan_is_left(self.layers)
         for layer in self.layers:
             layer.on_step_end()

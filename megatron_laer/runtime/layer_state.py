@@ -75,11 +75,7 @@ class Sample:
 
 @dataclass
 class SentRows:
-    """Rows of hidden states that this rank sent in dispatches, inside its node and beyond.
-
-    Attributes:
-        intra_bytes, inter_bytes: of these rows.
-    """
+    """Rows of hidden states that this rank sent in dispatches, inside its node and beyond."""
 
     intra_rows: int = 0
     inter_rows: int = 0
@@ -97,11 +93,7 @@ class SentRows:
 
 
 class LayerStatistics:
-    """Measurements of one layer since the last report.
-
-    Attributes:
-        sent: rows sent since `take_sent`.
-    """
+    """Measurements of one layer since the last report."""
 
     def __init__(self) -> None:
         self.sent = SentRows()
@@ -124,12 +116,7 @@ class LayerStatistics:
 
 @dataclass(eq=False)
 class LayerState(FsepLayer):
-    """State of one MoE layer on this rank.
-
-    Attributes:
-        reruns: plans that re-runs under checkpoints will take.
-        statistics: for metrics.
-    """
+    """State of one MoE layer on this rank."""
 
     reruns: RerunPlans = field(init=False)
     statistics: LayerStatistics = field(default_factory=LayerStatistics)

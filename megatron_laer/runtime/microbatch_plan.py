@@ -17,11 +17,7 @@ from megatron_laer.runtime.weights.restored import RestoredExperts
 
 @dataclass(eq=False)
 class FirstPass:
-    """Results of the first pass's exchanges, for the re-run under a checkpoint.
-
-    Attributes:
-        token_rows: sizes of a token exchange through nodes.
-    """
+    """Results of the first pass's exchanges, for the re-run under a checkpoint."""
 
     token_rows: TokenRows | None = None
 

@@ -49,11 +49,7 @@ class Chunk:
 
 @dataclass
 class _Forward:
-    """One forward pass of a chunk.
-
-    Attributes:
-        position: of the layer that was entered last.
-    """
+    """One forward pass of a chunk."""
 
     chunk: Chunk
     position: int = -1
@@ -68,11 +64,7 @@ class _Forward:
 
 
 class Scheduler:
-    """Scheduler of one rank's exchanges of experts.
-
-    Args:
-        pass_layouts: gives the layouts that passes are planned with.
-    """
+    """Scheduler of one rank's exchanges of experts."""
 
     def __init__(
         self,

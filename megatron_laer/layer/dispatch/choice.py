@@ -19,13 +19,7 @@ def make_dispatcher(
     groups: FSEPGroups,
     sizes: TokenSizesExchange | None,
 ) -> Any:
-    """Make a dispatcher over slots.
-
-    Args:
-        slot_config: Megatron's config, with S as the number of experts.
-        local_slots: the slots of this rank.
-        sizes: the exchange of row numbers, where tokens go through nodes.
-    """
+    """Make a dispatcher over slots."""
     make: Any = SlotTokenDispatcher
     if slot_config.moe_token_dispatcher_type == "flex":
         make = SlotFlexDispatcher

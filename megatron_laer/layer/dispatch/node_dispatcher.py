@@ -79,12 +79,7 @@ class _FirstStage(MoEAlltoAllTokenDispatcher):
 
 
 class NodeTokenDispatcher(SlotDispatching, _FirstStage):
-    """Dispatcher to S slots, of which C are local; its config gives S as the number of experts.
-
-    Args:
-        groups: with communicators for both stages.
-        sizes: all layers' exchange of sizes.
-    """
+    """Dispatcher to S slots, of which C are local; its config gives S as the number of experts."""
 
     def __init__(
         self, *args: Any, groups: FSEPGroups, sizes: TokenSizesExchange, **kwargs: Any

@@ -33,9 +33,6 @@ def token_order(routing_map_TE: torch.Tensor, quotas: RankQuotas, node_size: int
 
     The device is not waited for.
 
-    Args:
-        node_size: unused; other choices keep a token's experts in one node.
-
     Returns:
         slot_P, int32 on the map's device: each pair's slot, by expert, then token.
     """

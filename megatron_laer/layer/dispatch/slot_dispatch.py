@@ -27,13 +27,7 @@ from megatron_laer.telemetry.timeline import DENSE
 
 @dataclass(frozen=True, eq=False)
 class SlotDispatch:
-    """Dispatch of one forward pass of a layer.
-
-    Attributes:
-        plan: which tokens go to which slots.
-        layer_name: for the listener.
-        listener: receives the times of the layer's token exchanges, if there is one.
-    """
+    """Dispatch of one forward pass of a layer."""
 
     plan: MicrobatchPlan
     layer_name: str

@@ -46,8 +46,6 @@ class FSEPExperts(MegatronModule):
     waits for updated parameters in a hook before the call of the module that owns them.
 
     Args:
-        config: Megatron's config, with the true number of experts.
-        gemm: the name of the back end.
         activation_builder: Transformer Engine's activation from the module spec, or None.
         stock_is_grouped: stock would build grouped experts from the module spec, which decides
             under which names it would hold these experts.
@@ -150,13 +148,7 @@ class FSEPExperts(MegatronModule):
     def forward(
         self, input_TH: torch.Tensor, probs_T: torch.Tensor, plan: MicrobatchPlan
     ) -> torch.Tensor:
-        """Return the outputs of this rank's slots on the tokens they received.
-
-        Args:
-            input_TH: tokens sorted by slot.
-            probs_T: their routing probabilities.
-            plan: the layout and how many tokens each slot received.
-        """
+        """Return the outputs of this rank's slots on the tokens they received."""
         assert self._layer_name is not None, "the experts' weights were never initialised"
         if self.config.moe_apply_probs_on_input:
             input_TH = (probs_T.unsqueeze(-1) * input_TH).to(input_TH.dtype)

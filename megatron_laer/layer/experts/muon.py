@@ -31,7 +31,6 @@ class _Batch:
     """Slices that are exchanged together.
 
     Attributes:
-        slices: in the order of Megatron's loop.
         waiting: updates to orthogonalise, of slices that the loop has come to in this step.
     """
 
@@ -41,12 +40,7 @@ class _Batch:
 
 
 class ExpertMuon(TensorParallelMuon):
-    """Muon with slices of experts in batches, and other matrices as Megatron's.
-
-    Args:
-        fsep_group: the ranks that together hold all rows of the slices.
-        options: of Megatron's Muon.
-    """
+    """Muon with slices of experts in batches, and other matrices as Megatron's."""
 
     def __init__(self, params: Any, *, fsep_group: dist.ProcessGroup, **options: Any) -> None:
         super().__init__(params, **options)

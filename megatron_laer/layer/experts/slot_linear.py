@@ -26,14 +26,7 @@ def slot_linear(
     tokens_C: Sequence[int],
     gemm: SlotGemm,
 ) -> torch.Tensor:
-    """Multiply each slot's tokens with the slot's matrix.
-
-    Args:
-        input_TK: tokens sorted by slot.
-        placeholder_CRK: stands for the matrices in autograd's graph.
-        position: of the matrix in `experts`.
-        tokens_C: number of the input's rows of each slot.
-    """
+    """Multiply each slot's tokens with the slot's matrix."""
     output_TR: torch.Tensor = _SlotLinear.apply(
         input_TK, placeholder_CRK, experts, position, tokens_C, gemm
     )
@@ -52,9 +45,6 @@ def slot_bias(
 
     Args:
         scale_T: factors of the bias, or None.
-        placeholder_CR1: stands for the biases in autograd's graph.
-        position: of the bias in `experts`, a matrix of one column.
-        tokens_C: number of the output's rows of each slot.
     """
     biased_TR: torch.Tensor = _SlotBias.apply(
         output_TR, scale_T, placeholder_CR1, experts, position, tokens_C

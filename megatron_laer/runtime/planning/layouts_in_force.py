@@ -26,14 +26,7 @@ from megatron_laer.runtime.planning.planner_rank import PlannerRank
 
 @dataclass(eq=False)
 class LayoutsInForce:
-    """Layout of each MoE layer of this rank, by the layer's index.
-
-    Attributes:
-        seed: of random layouts; the same on every rank.
-        version: number of changes of the layouts.
-        status: of the group's planner, as of the last step boundary.
-        resumption: the state of an earlier run's planner.
-    """
+    """Layout of each MoE layer of this rank, by the layer's index."""
 
     config: FSEPConfig
     groups: FSEPGroups
@@ -65,11 +58,7 @@ class LayoutsInForce:
         self._layouts.append(ExpertLayout.static(*self._shape()))
 
     def of_pass(self, layer: int, draw: int, *, training: bool) -> ExpertLayout:
-        """Return the layout that a layer's next pass is planned with.
-
-        Args:
-            draw: the number of a random layout within the step.
-        """
+        """Return the layout that a layer's next pass is planned with."""
         if self.config.planner == FixedPlanner.RANDOM and training:
             seed = (self.seed, self._step, layer, draw)
             return ExpertLayout.random(*self._shape(), seed)

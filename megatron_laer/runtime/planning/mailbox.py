@@ -20,7 +20,6 @@ class RoutingMailbox:
     fault here stops training.
 
     Args:
-        layers: the layers' names, by index.
         planner: called with step, layer and int64 [N, E], tokens on each source rank for each
             expert, which it must not change.
         trace: the recording of each microbatch, closed here.

@@ -29,7 +29,6 @@ class LayerPass:
     """One forward pass of a layer.
 
     Attributes:
-        layer: its index among the layers of the rank.
         number: of the pass among the layer's passes of the step, from 0.
         microbatch: within the step, from 0.
     """
@@ -74,11 +73,7 @@ class PassLayouts:
         return self.in_force.of_pass(layer_pass.layer, draw, training=layer_pass.training)
 
     def decide(self, layer_pass: LayerPass, counts_NE: Int64, planned: ExpertLayout) -> Decision:
-        """Decide on the layout and quotas of a pass, by its counts.
-
-        Args:
-            planned: the layout that the pass was planned with.
-        """
+        """Decide on the layout and quotas of a pass, by its counts."""
         return self.guard.decide(counts_NE, planned, self.groups.rank)
 
     def close(self) -> None:

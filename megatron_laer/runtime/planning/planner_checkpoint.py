@@ -109,11 +109,7 @@ def load_state(
 
 
 def report_resumption(resumption: Resumption | None, first_step: int) -> None:
-    """Log one line for the whole run, if it is a resumed one. Collective over the world.
-
-    Args:
-        resumption: on rank 0 of a group with MoE layers; None elsewhere.
-    """
+    """Log one line for the whole run, if it is a resumed one. Collective over the world."""
     mine: tuple[int | None, str | None] = None, None
     if resumption is not None:
         version = None if resumption.state is None else resumption.state.version

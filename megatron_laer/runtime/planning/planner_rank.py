@@ -34,13 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class PlannerRank:
-    """Planner, or replay of a recording, and the recordings of one FSEP group.
-
-    Args:
-        layouts: the layers' layouts in force.
-        group_index: of the FSEP group in the world; names the recordings.
-        resumed: the planner's state from a checkpoint.
-    """
+    """Planner, or replay of a recording, and the recordings of one FSEP group."""
 
     def __init__(
         self,

@@ -11,14 +11,7 @@ from megatron_laer.runtime.comm.streams import CommStream
 
 @dataclass(frozen=True)
 class ExchangeStreams:
-    """The exchange, the communication streams it runs on, and the memory it fills.
-
-    Attributes:
-        parameters: the communication stream of restores.
-        gradients: the communication stream of reduces.
-        weights: restored matrices of as many layers as the schedule restores at once.
-        grads: gradients of restored matrices.
-    """
+    """The exchange, the communication streams it runs on, and the memory it fills."""
 
     exchange: HierarchicalExchange
     parameters: CommStream

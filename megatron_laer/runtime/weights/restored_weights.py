@@ -24,10 +24,6 @@ class RestoredWeights:
 
     Args:
         keeps: weights stay after each use, until `free`.
-
-    Attributes:
-        index: the layout that they are restored under.
-        state: shared with the layer's gradients.
     """
 
     def __init__(

@@ -19,11 +19,7 @@ from megatron_laer.runtime.weights.states import GradState
 
 
 class SlotGrads:
-    """Gradients `[C, R, K]` of one layer's slots.
-
-    Args:
-        weights: the matrices that the gradients are of.
-    """
+    """Gradients `[C, R, K]` of one layer's slots."""
 
     def __init__(self, weights: RestoredWeights, streams: ExchangeStreams) -> None:
         self.state = weights.state

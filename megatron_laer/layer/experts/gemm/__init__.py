@@ -30,12 +30,7 @@ class SlotGemm(Protocol):
     def problem(
         self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
     ) -> str | None:
-        """Return why this back end cannot compute there, with a way out; None if it can.
-
-        Args:
-            dtype: of the weights and tokens.
-            sizes: of features, R and K of every matrix.
-        """
+        """Return why this back end cannot compute there, with a way out; None if it can."""
         ...
 
     def forward(
