@@ -121,8 +121,8 @@ def proved() -> Iterator[str]:
 
 
 def replaced() -> Iterator[str]:
-    """Yield what a replacement stands for on CPU ranks, in stock too."""
-    yield ", ".join(REPLACED.values()) + "."
+    """Yield the parts of Megatron that are replaced on CPU ranks, in stock too."""
+    yield from (f"* {part}" for part in REPLACED.values())
 
 
 def refused() -> Iterator[str]:
