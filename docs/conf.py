@@ -55,7 +55,9 @@ MOVED = {
     "stock_names": "checkpoints#weights-under-stock-s-names",
     "timeline": "report#timeline",
 }
-_REDIRECT = '<!doctype html><meta http-equiv="refresh" content="0; url={0}"><a href="{0}">Moved</a>\n'
+_REDIRECT = (
+    '<!doctype html><meta http-equiv="refresh" content="0; url={0}"><a href="{0}">Moved</a>\n'
+)
 
 _HELP = {
     action.dest: action.help or ""

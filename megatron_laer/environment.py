@@ -81,8 +81,7 @@ VARIABLES = (
     ),
     Variable(
         "TORCHELASTIC_RUN_ID",
-        "torchrun's; tells that it may start ranks again: "
-        "[Recordings](checkpoints.md#recordings)",
+        "torchrun's; tells that it may start ranks again: [Recordings](checkpoints.md#recordings)",
         Owner.LAUNCHER,
     ),
     Variable("OMPI_COMM_WORLD_RANK", "Open MPI's, for `doctor`", Owner.LAUNCHER),

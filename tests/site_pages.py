@@ -117,7 +117,7 @@ def with_table(page: str, name: str, lines: Iterable[str]) -> str:
 
 
 def old(write: bool = False) -> list[str]:
-    """Return the tables that are not those of the code, as `page: name`, and write them if asked."""
+    """Return the tables that the code would change, as `page: name`, and write them if asked."""
     found = []
     for (page, name), lines in TABLES.items():
         path = DOCS / page

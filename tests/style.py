@@ -132,10 +132,8 @@ def main() -> None:
         print("\n".join(line for items in found.values() for line in items))
         return
     allowed = limits() if LIMITS.exists() else {}
-    counts = {
-        key: len(items) if options.new and key not in allowed else min(len(items), allowed.get(key, 0))
-        for key, items in found.items()
-    }
+    most = {key: len(items) if options.new else 0 for key, items in found.items()} | allowed
+    counts = {key: min(len(items), most[key]) for key, items in found.items()}
     with LIMITS.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["rule", "room", "allowed"])

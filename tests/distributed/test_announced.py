@@ -7,7 +7,6 @@ Over 400 lines: the tests share what records and replays a routing.
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections.abc import Callable

@@ -209,7 +209,8 @@ def _allowed_by(word: str) -> list[str]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" if name.startswith("--") else str(_NUMBERS[name]) for name in names)
+    shown = (f"`{name}`" if name.startswith("--") else str(_NUMBERS[name]) for name in names)
+    return ", ".join(shown)
 
 
 def main(arguments: list[str]) -> int:

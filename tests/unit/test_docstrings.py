@@ -90,7 +90,8 @@ def gradient():
 
 def test_long_sentences_first_words_and_messages_without_remedy_are_found() -> None:
     words = "word " * 24
-    text = f"# Title\n\n{words}end. Short.\n\n* {words}`a b c` [d e](f.md) end.\n| {words} {words}|\n"
+    item = f"* {words}`a b c` [d e](f.md) end."
+    text = f"# Title\n\n{words}end. Short.\n\n{item}\n| {words} {words}|\n"
     assert list(style.long_sentences(text)) == [f"{words}code d e end."]
     assert list(style.long_sentences(f"```text\n{words} {words}\n```\n")) == []
     assert style.first_word("Return, or not.") == "Return"

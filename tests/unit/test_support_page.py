@@ -112,7 +112,7 @@ def test_figures_of_a_run_reach_the_file_and_the_page(
     monkeypatch.setattr(report, "FIGURES", tmp_path / "figures.csv")
     write_figures(found | {"plain DDP": ((1e-7, 1e-8), None, (1e-7, 2e-8), None, None)})
     assert read_figures()["aux loss"] == pairs
-    lines = {line.split(" | ")[1]: line for line in report.proved()}
+    lines = {line.split(" | ")[1]: line for line in [*report.proved()][2:]}
     assert lines["plain DDP"].endswith(" | gradients 10 |")
     assert lines["bf16"].endswith(" | – |")
 
