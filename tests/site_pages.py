@@ -56,7 +56,7 @@ def releases() -> Iterator[str]:
 
 def patches() -> Iterator[str]:
     """Yield every replaced attribute of Megatron, and why."""
-    yield "| replaced in `megatron` | what it does |"
+    yield "| replaced in `megatron` | effect |"
     yield "|---|---|"
     for patch in (*ARGUMENT_PATCHES, *FSEP_PATCHES):
         name = f"{patch.module}.{patch.path}".removeprefix("megatron.")
