@@ -20,9 +20,8 @@ from megatron_laer.config import (
 )
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.guard import Guard
-from megatron_laer.planner.layout import default_capacity
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.runtime.comm.hierarchical import (
     HierarchicalExchange,
@@ -72,12 +71,12 @@ def build_coordinator(
         ValueError: N·C < E, C > E, or a cluster that cannot be read.
     """
     num_experts = transformer_config.num_moe_experts
-    geometry = Geometry(
-        num_ranks=groups.size,
-        num_experts=num_experts,
-        capacity=config.capacity
-        or default_capacity(groups.size, num_experts, slots_multiple(transformer_config)),
-        node_size=groups.node_size,
+    geometry = resolve_geometry(
+        num_experts,
+        groups.size,
+        config.capacity,
+        groups.node_size,
+        multiple=slots_multiple(transformer_config),
     )
     costs = layer_costs(config, transformer_config, device)
     top_k = transformer_config.moe_router_topk

@@ -17,8 +17,8 @@ from megatron_laer.files.checks import quoted
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.layout import MAX_EXPERTS, default_capacity
+from megatron_laer.planner.geometry import Geometry, resolve_geometry
+from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.telemetry.metrics_file import MetricsRecording, Shape, read_metrics
 from megatron_laer.telemetry.trace_records import Trace
@@ -114,25 +114,15 @@ class Settings:
             recorded.append("node_size")
         elif node_size is None:
             node_size = min(cluster.ranks_per_node, num_ranks)
-            flag = f"--node-size is not given, and {cluster.name} has nodes of"
-        if num_ranks % node_size != 0:
-            works = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
-            raise ValueError(
-                f"{flag} {node_size}, which does not divide the {num_ranks} ranks; use one of "
-                f"{works}"
-            )
-        least = -(-num_experts // num_ranks)
-        for capacity in capacities:
-            if not least <= capacity <= num_experts:
-                raise ValueError(
-                    f"--capacity {capacity}: {num_ranks} ranks need {least}..{num_experts} slots "
-                    f"each for {num_experts} experts"
-                )
+            flag = f"--node-size is not given, and {cluster.name}'s"
         if not capacities and shape is not None:
             capacities = [shape.capacity]
             recorded.append("capacity")
-        capacities = capacities or [default_capacity(num_ranks, num_experts)]
-        shapes = [Geometry(num_ranks, num_experts, one, node_size) for one in capacities]
+        flags = "--capacity", flag
+        shapes = [
+            resolve_geometry(num_experts, num_ranks, one, node_size, flags=flags)
+            for one in capacities or [None]
+        ]
         return shapes, tuple(recorded)
 
 
