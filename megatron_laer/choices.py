@@ -99,7 +99,7 @@ class TokenExchangeChoice(Choice):
 
 
 class GemmBackEnd(Choice):
-    """Names what multiplies the tokens of slots (`layer/experts/gemm`), or `auto` for what is proved."""
+    """Product of the tokens of slots (`layer/experts/gemm`), or `auto` for what is proved."""
 
     AUTO = "auto"
     LOOP = "loop"

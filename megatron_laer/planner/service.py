@@ -28,7 +28,7 @@ _OPEN_STEPS = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """Layouts of all layers, made from the counts of `source_step` in `plan_ms` of strategy time."""
+    """Layouts of all layers from the counts of `source_step`, made in `plan_ms` by the strategy."""
 
     source_step: int
     layouts: dict[int, ExpertLayout]
@@ -178,9 +178,9 @@ class PlannerService:
         return None
 
     def state(self, timeout_s: float) -> tuple[dict[int, Forecast], list[Plan], bool]:
-        """Return forecasts by layer, plans not yet returned, and whether all full steps are planned.
+        """Return forecasts by layer, plans not yet returned, and whether no full step is unplanned.
 
-        Waits for the latter up to `timeout_s` seconds.
+        Waits for that up to `timeout_s` seconds.
         """
 
         def is_caught_up() -> bool:

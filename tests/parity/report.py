@@ -22,13 +22,15 @@ from megatron_laer.support.refusal import Refusal
 from megatron_laer.support.table import REFUSALS, UNPROVEN
 from tests.parity.compare import Distance
 from tests.parity.features import ALLOW, FEATURES, REPLACED, SEEN_ON_A_CARD
-from tests.parity.rows import FLOOR_FACTOR, ROWS, Row
+from tests.parity.row import FLOOR_FACTOR, Row
+from tests.parity.rows import ROWS, daily
 
 TEMPLATE = Path(__file__).with_name("support_page.md")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
 
 _NONE = "–"
 _NOTHING = "nothing yet"
+_NAMES = {row.id: row.name for row in ROWS}
 _SETTINGS = {item.setting for item in REFUSALS}
 _COLUMNS = ("gradients", "losses", "norms", "weights", "MoE losses")
 
@@ -128,7 +130,7 @@ def render(figures: Mapping[str, Figures]) -> str:
         ),
         releases=sum(row.releases for row in ROWS),
         factor=FLOOR_FACTOR,
-        covered=sum(bool(row.covered_by) for row in ROWS),
+        covered=len(ROWS) - len(daily()),
         features="\n".join(features),
         heads=heads,
         dashes="|".join("---" for _ in range(3 + len(_COLUMNS))),
@@ -154,7 +156,7 @@ def status(names: Collection[str]) -> tuple[str, str]:
 
 def proved_by(names: Iterable[str]) -> str:
     """What has shown that all of this is right: runs on the CPU, on a card, or nothing yet."""
-    given = [set((row.flags + row.fsep).split()) for row in ROWS if row.name in set(names)]
+    given = [set((row.flags + row.fsep).split()) for row in ROWS if row.id in set(names)]
     kinds = []
     if given:
         is_replaced = all(flags & REPLACED.keys() for flags in given)
@@ -181,7 +183,7 @@ def _way_out(item: Refusal) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return "; ".join(f"`{name}`" if name.startswith("--") else name for name in names)
+    return "; ".join(f"`{name}`" if name.startswith("--") else _NAMES[name] for name in names)
 
 
 def main(arguments: list[str]) -> int:

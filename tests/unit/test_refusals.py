@@ -13,7 +13,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -282,7 +282,7 @@ ALLGATHER: dict[str, object] = {"moe_token_dispatcher_type": "allgather"}
 ALLTOALL: dict[str, object] = {"moe_token_dispatcher_type": "alltoall"}
 ETP_2: dict[str, object] = {"expert_tensor_parallel_size": 2}
 
-# By flags, a script's defaults, its parser's and a checkpoint's: what is said of what FSEP fills in.
+# Flags, defaults of a script and of its parser, a checkpoint's arguments; then FSEP's own lines.
 COMPLETED: dict[str, tuple[Case, list[str]]] = {
     "mode alone": ((FSEP, {}, {}, {}), [BOTH]),
     "mode with =": (("--expert-parallel-mode=fsep", {}, {}, {}), [BOTH]),
@@ -611,7 +611,9 @@ def test_an_unknown_word_is_quoted_beside_the_known_ones(given: Any) -> None:
 
 
 def test_words_come_in_one_order_and_once_and_are_the_same_on_all_ranks() -> None:
-    words: Callable[..., Any] = lambda given: FSEPConfig(allow_unproven=given)
+    def words(given: Any) -> FSEPConfig:
+        return FSEPConfig(allow_unproven=given)
+
     both = words(("dense-fp8", "te-graphs"))
     assert both == words([Unproven.TE_GRAPHS, Unproven.DENSE_FP8, Unproven.TE_GRAPHS])
     assert words("te-graphs").allow_unproven == (Unproven.TE_GRAPHS,)
