@@ -26,7 +26,7 @@ import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Recompute
-from megatron_laer.config import ExchangeAlgorithm, RestoreAlgorithm, Split
+from megatron_laer.config import Auto, ExchangeAlgorithm, Split
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
@@ -258,9 +258,9 @@ class CostModel:
         exchange_s = 2 * self.restore_seconds(layout, node_size, self.restore_algorithm)
         return max(exchange_s - (beside_s - beside_s * self.forward_share), 0.0)
 
-    def with_exchange(self, algorithm: RestoreAlgorithm, geometry: Geometry) -> CostModel:
+    def with_exchange(self, algorithm: ExchangeAlgorithm | Auto, geometry: Geometry) -> CostModel:
         """Return the same with another exchange; `auto` takes the faster for such layouts."""
-        if algorithm == RestoreAlgorithm.AUTO:
+        if algorithm == Auto.AUTO:
             static = ExpertLayout.static(*geometry.shape)
             # Two restores for each reduce; the first of equals is the flat one.
             chosen = min(

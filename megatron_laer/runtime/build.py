@@ -9,13 +9,13 @@ import torch
 
 from megatron_laer.choices import Recompute
 from megatron_laer.config import (
+    Auto,
     ExchangeAlgorithm,
     FSEPConfig,
     OverlapScheduler,
     PlanMode,
     Restore,
     TokenExchange,
-    TokenExchangeChoice,
     WireDtype,
 )
 from megatron_laer.planner.cluster_files import load_cluster
@@ -82,7 +82,7 @@ def build_coordinator(
     top_k = transformer_config.moe_router_topk
     tokens = tokens or _TOKENS
     exchange = token_exchange(config, costs, geometry, top_k, tokens)
-    if config.token_exchange == TokenExchangeChoice.AUTO and groups.rank == groups.index == 0:
+    if config.token_exchange == Auto.AUTO and groups.rank == groups.index == 0:
         logger.info("FSEP: --fsep-token-exchange %s is %s", config.token_exchange, exchange)
     costs = with_token_exchange(costs, exchange, geometry, top_k, tokens)
     chosen = costs.with_exchange(config.restore_algorithm, geometry)
@@ -115,7 +115,7 @@ def token_exchange(
     config: FSEPConfig, costs: CostModel, geometry: Geometry, top_k: int, tokens: int
 ) -> TokenExchange:
     """Return the exchange of tokens that the settings ask for, or the faster one."""
-    if config.token_exchange == TokenExchangeChoice.AUTO:
+    if config.token_exchange == Auto.AUTO:
         return choose_token_exchange(costs, geometry, top_k, tokens)
     return TokenExchange(config.token_exchange)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.choices import PlanMode, TokenExchangeChoice, Unproven
+from megatron_laer.choices import Auto, PlanMode, TokenExchange, Unproven
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.releases import NEXT, NUMBERS
@@ -591,9 +591,9 @@ def test_fields_that_no_test_covers_are_named_in_one_warning_of_the_first_rank(
 
 def test_all_that_a_token_exchange_cannot_work_with_is_listed_in_one_text() -> None:
     config = Config(moe_token_dispatcher_type="flex", moe_permute_fusion=True)
-    model_support.check_choices(config, PlanMode.EXACT, TokenExchangeChoice.RANK)
+    model_support.check_choices(config, PlanMode.EXACT, TokenExchange.RANK)
     with pytest.raises(ValueError, match="cannot run") as raised:
-        model_support.check_choices(config, PlanMode.EXACT, TokenExchangeChoice.AUTO)
+        model_support.check_choices(config, PlanMode.EXACT, Auto.AUTO)
     first, *others = str(raised.value).splitlines()
     assert first == "FSEP cannot run this model:" and len(others) == 2
     assert all(line.startswith("  --fsep-token-exchange auto with --moe-") for line in others)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.choices import ExchangeAlgorithm, Recompute, TokenExchange, TokenExchangeChoice
+from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, TokenExchange
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
@@ -44,7 +44,7 @@ class Given:
     ffn: int | None = None
     restore_algorithm: ExchangeAlgorithm | None = None
     recompute: Recompute | None = None
-    token_exchange: TokenExchangeChoice | None = None
+    token_exchange: TokenExchange | Auto | None = None
     top_k: int | None = None
 
     def words(self) -> list[str]:
@@ -70,7 +70,7 @@ class Settings:
 
     sizes: ExpertSizes
     costs: CostModel
-    token_exchange: TokenExchangeChoice
+    token_exchange: TokenExchange | Auto
     has_flag_cluster: bool
     shape: Shape | None
     recorded: tuple[str, ...]
@@ -80,7 +80,7 @@ class Settings:
     def words(self) -> str:
         """Describe the experts and the cluster."""
         sizes = f"{self.sizes.hidden} x {self.sizes.ffn}{'' if self.sizes.gated else ', not gated'}"
-        sent = "" if self.token_exchange == TokenExchangeChoice.RANK else ", tokens sent by node"
+        sent = "" if self.token_exchange == TokenExchange.RANK else ", tokens sent by node"
         return (
             f"experts of {sizes}, {self.costs.bytes_per_element} bytes per number{sent}, on "
             f"{self.costs.cluster.name}"
@@ -119,9 +119,9 @@ class Settings:
             capacities = [shape.capacity]
             recorded.append("capacity")
         flags = "--capacity", flag
+        slots: list[int | None] = [*capacities] or [None]
         shapes = [
-            resolve_geometry(num_experts, num_ranks, one, node_size, flags=flags)
-            for one in capacities or [None]
+            resolve_geometry(num_experts, num_ranks, one, node_size, flags=flags) for one in slots
         ]
         return shapes, tuple(recorded)
 
@@ -172,7 +172,7 @@ def settings_of(
             "restore_algorithm", ExchangeAlgorithm, ExchangeAlgorithm.FLAT
         ),
     )
-    exchange = noted.value("token_exchange", _token_exchange, TokenExchangeChoice.RANK)
+    exchange = noted.value("token_exchange", _token_exchange, TokenExchange.RANK)
     note = ""
     if noted.replaced:
         note = (
@@ -242,9 +242,9 @@ def _boolean(text: str) -> bool:
     return text == "True"
 
 
-def _token_exchange(text: str) -> TokenExchangeChoice:
+def _token_exchange(text: str) -> TokenExchange:
     # The exchange that a run had; `auto` is for flags.
-    return TokenExchangeChoice(TokenExchange(text))
+    return TokenExchange(text)
 
 
 def _cluster(given: str | None, recording: MetricsRecording | None, noted: _Noted) -> Cluster:
