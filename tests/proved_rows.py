@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_laer.tools.recipes.features import features_of
 from tests.parity.features import REPLACED
-from tests.parity.rows import ROWS, Row
+from tests.parity.row import Row
+from tests.parity.rows import ROWS
 
 FILE = Path(__file__).resolve().parents[1] / "megatron_laer" / "tools" / "recipes" / "rows.py"
 

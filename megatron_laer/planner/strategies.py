@@ -8,11 +8,10 @@ from typing import NamedTuple, Protocol
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import (
+    Auto,
     FixedPlanner,
     FSEPConfig,
     PlanMode,
-    RestoreAlgorithm,
-    TokenExchangeChoice,
 )
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -100,8 +99,8 @@ def uses_costs(config: FSEPConfig) -> bool:
     return (
         (config.mode == PlanMode.ADAPTIVE and config.imbalance_tolerance is None)
         or (config.makes_plans and strategy is not None and strategy.uses_costs)
-        or config.restore_algorithm == RestoreAlgorithm.AUTO
-        or config.token_exchange == TokenExchangeChoice.AUTO
+        or config.restore_algorithm == Auto.AUTO
+        or config.token_exchange == Auto.AUTO
     )
 
 

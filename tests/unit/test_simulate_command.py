@@ -132,7 +132,7 @@ def test_a_method_that_cannot_run_is_left_out_and_said(capsys):
         ("--ranks 3 --node-size 3", "cannot be planned for 3 ranks; use one of [1, 2, 4]"),
         ("--ranks 4 4", "--ranks names 4 twice; leave one out"),
         ("--node-size 3", "node size 3 does not divide the 4 ranks; use one of [1, 2, 4]"),
-        ("--capacity 1", "too few for 8 experts; use a capacity of at least 2"),
+        ("--capacity 1", "must hold each of 8 experts, and a rank none twice; use 2 to 8"),
         ("--model moon", "--model 'moon': unknown model 'moon'"),
         ("--cluster moon", "--cluster 'moon': unknown cluster 'moon'"),
         ("--model mixtral-8x7b-e16k4", "has 8 experts, not 16"),

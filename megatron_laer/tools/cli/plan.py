@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_laer.choices import Recompute, TokenExchange, TokenExchangeChoice
+from megatron_laer.choices import Auto, Recompute, TokenExchange
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.files.checks import (
     is_same_file,
@@ -126,9 +126,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--token-exchange",
-        choices=[choice.value for choice in TokenExchangeChoice],
+        choices=[*map(str, TokenExchange), str(Auto.AUTO)],
         help="how tokens travel, for the predicted time; default: the recorded, else "
-        f"{TokenExchangeChoice.RANK}",
+        f"{TokenExchange.RANK}",
     )
     parser.add_argument(
         "--recompute",
@@ -203,7 +203,7 @@ def run(args: argparse.Namespace) -> int:
     exchange_s = token_seconds(costs, geometries[0], top_k, tokens)
     priced = (
         min(TokenExchange, key=lambda one: exchange_s[one])
-        if settings.token_exchange == TokenExchangeChoice.AUTO
+        if settings.token_exchange == Auto.AUTO
         else TokenExchange(settings.token_exchange)
     )
     costs = with_token_exchange(costs, priced, geometries[0], top_k, tokens)
@@ -307,7 +307,7 @@ def _given(args: argparse.Namespace) -> Given:
         args.ffn,
         None if restore is None else ExchangeAlgorithm(restore),
         None if recompute is None else Recompute(recompute),
-        None if exchange is None else TokenExchangeChoice(exchange),
+        None if exchange is None else Auto.AUTO if exchange == "auto" else TokenExchange(exchange),
         args.topk,
     )
 

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.choices import ExchangeAlgorithm, Recompute, TokenExchange, TokenExchangeChoice
+from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, TokenExchange
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.layout import MAX_EXPERTS, default_capacity
+from megatron_laer.planner.geometry import Geometry, resolve_geometry
+from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.telemetry.metrics_file import MetricsRecording, Shape, read_metrics
 from megatron_laer.telemetry.trace_records import Trace
@@ -44,7 +44,7 @@ class Given:
     ffn: int | None = None
     restore_algorithm: ExchangeAlgorithm | None = None
     recompute: Recompute | None = None
-    token_exchange: TokenExchangeChoice | None = None
+    token_exchange: TokenExchange | Auto | None = None
     top_k: int | None = None
 
     def words(self) -> list[str]:
@@ -70,7 +70,7 @@ class Settings:
 
     sizes: ExpertSizes
     costs: CostModel
-    token_exchange: TokenExchangeChoice
+    token_exchange: TokenExchange | Auto
     has_flag_cluster: bool
     shape: Shape | None
     recorded: tuple[str, ...]
@@ -80,7 +80,7 @@ class Settings:
     def words(self) -> str:
         """Describe the experts and the cluster."""
         sizes = f"{self.sizes.hidden} x {self.sizes.ffn}{'' if self.sizes.gated else ', not gated'}"
-        sent = "" if self.token_exchange == TokenExchangeChoice.RANK else ", tokens sent by node"
+        sent = "" if self.token_exchange == TokenExchange.RANK else ", tokens sent by node"
         return (
             f"experts of {sizes}, {self.costs.bytes_per_element} bytes per number{sent}, on "
             f"{self.costs.cluster.name}"
@@ -114,25 +114,15 @@ class Settings:
             recorded.append("node_size")
         elif node_size is None:
             node_size = min(cluster.ranks_per_node, num_ranks)
-            flag = f"--node-size is not given, and {cluster.name} has nodes of"
-        if num_ranks % node_size != 0:
-            works = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
-            raise ValueError(
-                f"{flag} {node_size}, which does not divide the {num_ranks} ranks; use one of "
-                f"{works}"
-            )
-        least = -(-num_experts // num_ranks)
-        for capacity in capacities:
-            if not least <= capacity <= num_experts:
-                raise ValueError(
-                    f"--capacity {capacity}: {num_ranks} ranks need {least}..{num_experts} slots "
-                    f"each for {num_experts} experts"
-                )
+            flag = f"--node-size is not given, and {cluster.name}'s"
         if not capacities and shape is not None:
             capacities = [shape.capacity]
             recorded.append("capacity")
-        capacities = capacities or [default_capacity(num_ranks, num_experts)]
-        shapes = [Geometry(num_ranks, num_experts, one, node_size) for one in capacities]
+        flags = "--capacity", flag
+        slots: list[int | None] = [*capacities] or [None]
+        shapes = [
+            resolve_geometry(num_experts, num_ranks, one, node_size, flags=flags) for one in slots
+        ]
         return shapes, tuple(recorded)
 
 
@@ -182,7 +172,7 @@ def settings_of(
             "restore_algorithm", ExchangeAlgorithm, ExchangeAlgorithm.FLAT
         ),
     )
-    exchange = noted.value("token_exchange", _token_exchange, TokenExchangeChoice.RANK)
+    exchange = noted.value("token_exchange", _token_exchange, TokenExchange.RANK)
     note = ""
     if noted.replaced:
         note = (
@@ -252,9 +242,9 @@ def _boolean(text: str) -> bool:
     return text == "True"
 
 
-def _token_exchange(text: str) -> TokenExchangeChoice:
+def _token_exchange(text: str) -> TokenExchange:
     # The exchange that a run had; `auto` is for flags.
-    return TokenExchangeChoice(TokenExchange(text))
+    return TokenExchange(text)
 
 
 def _cluster(given: str | None, recording: MetricsRecording | None, noted: _Noted) -> Cluster:

@@ -27,9 +27,9 @@ from megatron_laer.files.writing import write_output
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.guard import GUARD_MODES
-from megatron_laer.planner.layout import MAX_EXPERTS, default_capacity
+from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.cli import simulate_input
@@ -158,11 +158,11 @@ def run(args: argparse.Namespace) -> int:
     made: dict[tuple[int, int | None], Trace] = {}
     runs: list[RunShape] = []
     wanted = [
-        (Geometry(num_ranks, model.num_experts, capacity, node_size), mode, tokens)
+        (resolve_geometry(model.num_experts, num_ranks, capacity, node_size), mode, tokens)
         for num_ranks in ranks
         for node_size in args.node_size or [min(cluster.ranks_per_node, num_ranks)]
         for capacity, mode, tokens in product(
-            args.capacity or [default_capacity(num_ranks, model.num_experts)],
+            args.capacity or [None],
             args.mode,
             args.tokens or [None],
         )
