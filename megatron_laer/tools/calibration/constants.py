@@ -47,7 +47,7 @@ from megatron_laer.tools.calibration.quantities import (
     Product,
     Quantity,
 )
-from megatron_laer.tools.calibration.settings import Settings
+from megatron_laer.tools.calibration.settings import CalibrationSettings
 
 # Whose GEMMs the cost model takes, unless a run names another back end.
 DEFAULT_BACK_END = "loop"
@@ -58,7 +58,11 @@ Figures = Mapping[Quantity, Figure]
 
 
 def cluster_of(
-    figures: Figures, settings: Settings, nodes: int, name: str, measured: Mapping[str, str]
+    figures: Figures,
+    settings: CalibrationSettings,
+    nodes: int,
+    name: str,
+    measured: Mapping[str, str],
 ) -> Cluster:
     """Make a cluster of all figures.
 
@@ -115,7 +119,7 @@ def cluster_of(
     )
 
 
-def _back_ends(figures: Figures, settings: Settings) -> tuple[BackEnd, ...]:
+def _back_ends(figures: Figures, settings: CalibrationSettings) -> tuple[BackEnd, ...]:
     products = [(key, figure) for key, figure in figures.items() if isinstance(key, Product)]
 
     def curve(back_end: str, product: str) -> GemmCurve:

@@ -34,7 +34,7 @@ from megatron_laer.tools.calibration.quantities import (
     PlannerCall,
 )
 from megatron_laer.tools.calibration.sampling import Job, Sample, timed
-from megatron_laer.tools.calibration.settings import Settings
+from megatron_laer.tools.calibration.settings import CalibrationSettings
 
 _LAUNCHES = 100
 _NODE_SIZE = 8
@@ -44,7 +44,7 @@ _CASES = 5
 
 
 def host_jobs(
-    everybody: dist.ProcessGroup, settings: Settings, device: torch.device
+    everybody: dist.ProcessGroup, settings: CalibrationSettings, device: torch.device
 ) -> Iterator[Job]:
     """Yield the jobs for launches, memory, the exchange of counts, and calls into the planner."""
 

@@ -101,7 +101,6 @@ def run(args: argparse.Namespace) -> int:
             expert,
             args.node_size,
             quick=args.quick,
-            longest_hours=args.hours,
             control=control,
         )
         name = args.name or args.output.stem

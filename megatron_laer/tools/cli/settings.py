@@ -24,8 +24,8 @@ from megatron_laer.telemetry.metrics_file import MetricsRecording, Shape, read_m
 from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.cli.argument_types import between, named
 from megatron_laer.tools.report.sources import naming
+from megatron_laer.tools.simulator.comparison import mean_tokens
 from megatron_laer.tools.simulator.sizes import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
-from megatron_laer.tools.simulator.table import mean_tokens
 
 DEFAULT_CLUSTER = "a100-4x8-ib800"
 # Of bf16, and of the widest numbers.

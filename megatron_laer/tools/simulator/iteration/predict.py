@@ -29,8 +29,8 @@ _TRAINING_PASSES = 3
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Holds what iterations of a method take; means over steps, and over ranks unless said.
+class IterationPrediction:
+    """Predicted iteration of a method; means over steps, and over ranks unless stated.
 
     Attributes:
         iteration_s: at the nominal rates.
@@ -96,7 +96,7 @@ def predict(
     peak_flops_per_s: float | None = None,
     progress: Callable[[int], object] = lambda done: None,
     record: Callable[[str, int], Recorder] | None = None,
-) -> list[Prediction]:
+) -> list[IterationPrediction]:
     """Predict iterations of all methods.
 
     Args:
@@ -199,7 +199,7 @@ def _prediction(
     run: RunShape,
     nominal: Rates,
     peak_flops_per_s: float,
-) -> Prediction:
+) -> IterationPrediction:
     by_rates_s = np.array(
         [[iteration.seconds for iteration in of] for of in found.iterations]
     ).mean(axis=0)
@@ -212,7 +212,7 @@ def _prediction(
     tokens = run.tokens * run.microbatches * run.ranks * run.replicas
     flops = _TRAINING_PASSES * model.flops_per_token * tokens / run.world
     again = 1 if run.recompute == Recompute.NONE else (_TRAINING_PASSES + 1) / _TRAINING_PASSES
-    return Prediction(
+    return IterationPrediction(
         method=method.name,
         iteration_s=seconds,
         low_s=float(by_rates_s.min()),
