@@ -26,7 +26,7 @@ from megatron_laer.tools.recipes.containers import (
     judge_container,
     load_recipe,
 )
-from megatron_laer.tools.recipes.flags import (
+from megatron_laer.tools.recipes.command_lines import (
     check_patterns,
     flags_in_mapping,
     flags_in_text,

@@ -35,4 +35,4 @@ def check_outputs(
             refuse_as_source(output, trace, flag)
         for other, there in given.items():
             if other < flag and is_same_file(output, there):
-                raise ValueError(f"{other} and {flag} are one file, {quoted(output)}; give two")
+                raise ValueError(f"{other} and {flag} are one file; give two, got {quoted(output)}")

@@ -25,23 +25,19 @@ from megatron_laer.tools.recipes.families import (
 from megatron_laer.tools.recipes.verdict import Judgement, judge
 
 _FP4 = "e2m1"
-_SWITCH: dict[str, object] = {"": False, "False": False, "True": True}
 
-# An empty text is what a recipe leaves to Megatron-Bridge's default, which comes first.
+
+def _words(text: str, empty: object = None) -> dict[str, object]:
+    """Return words that mean themselves, and the meaning of an empty text."""
+    return {"": empty} | {word: word for word in text.split()}
+
+
+# An empty text is left to Megatron-Bridge's default, which comes first.
+_SWITCH: dict[str, object] = {"": False, "False": False, "True": True}
 _WORDS: dict[str, dict[str, object]] = {
     "pool": {word: word for word in ("pretrain", "sft", "peft", "perf")},
-    "dispatcher": {
-        "": "alltoall",
-        "alltoall": "alltoall",
-        "allgather": "allgather",
-        "flex": "flex",
-    },
-    "flex_backend": {
-        "": None,
-        "deepep": "deepep",
-        "hybridep": "hybridep",
-        "ncclep": "ncclep",
-    },
+    "dispatcher": _words("alltoall allgather flex", "alltoall"),
+    "flex_backend": _words("deepep hybridep ncclep"),
     "precision": {
         **dict.fromkeys(("bf16", "bf16_mixed", "MixedPrecisionConfig", "mp"), None),
         **dict.fromkeys(("fp8_mx", "bf16_with_mxfp8_mixed"), "e4m3"),
@@ -50,14 +46,8 @@ _WORDS: dict[str, dict[str, object]] = {
         **dict.fromkeys(("fp8_ds", "bf16_with_fp8_delayed_scaling_mixed"), "hybrid"),
         **dict.fromkeys(("nvfp4", "bf16_with_nvfp4_mixed"), _FP4),
     },
-    "cuda_graph_impl": {
-        "": "none",
-        "none": "none",
-        "local": "local",
-        "transformer_engine": "transformer_engine",
-        "full_iteration": "full_iteration",
-    },
-    "recompute": {"": None, "selective": "selective", "full": "full"},
+    "cuda_graph_impl": _words("none local transformer_engine full_iteration", "none"),
+    "recompute": _words("selective full"),
     "ep_overlap": _SWITCH,
     "delay_wgrad": _SWITCH,
     "force_balance": _SWITCH,
@@ -147,12 +137,13 @@ def judge_recipe(row: Mapping[str, str]) -> Judgement:
         ValueError: a field that means nothing here; with the recipe.
     """
     try:
-        settings = _settings(row)
-        refused = []
-        for implied in implied_by(row["recipe"]):
-            vars(settings).update(implied.settings)
-            refused += [implied.refused] if implied.refused else []
-        vars(settings).update(_given(row))
+        settings, implied = _settings(row), implied_by(row["recipe"])
+        for one in implied:
+            vars(settings).update(one.settings)
+        refused = [one.refused for one in implied if one.refused]
+        # Columns beside those that every table has.
+        given = {name: _setting(name, row[name]) for name in _DECIDING if name in row}
+        vars(settings).update(given)
         if settings.is_lora and adapts_experts(row["recipe"]):
             refused.append(LORA_ON_EXPERTS)
         doubts = [] if is_known(row["recipe"]) else [UNKNOWN_FAMILY]
@@ -206,11 +197,6 @@ def _settings(row: Mapping[str, str]) -> Namespace:
         is_lora=row["pool"] == "peft" or "_peft_" in row["recipe"],
         **_WITHOUT_COLUMN,
     )
-
-
-def _given(row: Mapping[str, str]) -> dict[str, object]:
-    """Return the settings that a row has columns of, beside those that every table has."""
-    return {name: _setting(name, row[name]) for name in _DECIDING if name in row}
 
 
 def _setting(name: str, text: str) -> object:

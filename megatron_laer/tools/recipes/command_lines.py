@@ -1,4 +1,4 @@
-"""Flags of Megatron are taken from files that people keep them in, and out of command lines."""
+"""Flags of Megatron in files and command lines."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megatron_laer.tools.model_flags import flag_words
 _PATTERN = re.compile(r"[,\d\[\]()+*]*\*[,\d\[\]()+*]*", re.ASCII)
 _DIGITS = re.compile(r"[0-9]+")
 _MOST_LAYERS = 10**7
+_LONGEST_TEXT = 2**18
 _KEY = re.compile(r"(?:--)?([a-z0-9]+(?:[-_][a-z0-9]+)*)")
 
 
@@ -23,10 +24,14 @@ def flags_in_text(path: Path) -> list[str]:
     """Read a command line from a file, such as a script's, with lines that a backslash continues.
 
     Raises:
-        ValueError: no text of shell words.
+        ValueError: no text of shell words, or one that is too long.
         OSError: it cannot be read.
     """
     text = read_text(path).replace("\\\n", " ")
+    if len(text) > _LONGEST_TEXT:  # the time of shlex grows with the square of a word
+        raise ValueError(
+            f"{path}: {len(text):,} characters; a command line has at most {_LONGEST_TEXT:,}"
+        )
     try:
         words = shlex.split(text, comments=True)
     except ValueError as error:
