@@ -40,7 +40,7 @@ from megatron_laer.tools.calibration.quantities import (
     Collective,
     Contended,
     Copy,
-    CountsExchange,
+    ExchangedCounts,
     Launch,
     PlannerCall,
     Product,
@@ -90,7 +90,7 @@ def all_figures(
     return found | {
         Collective(quantities.ALL_GATHER, 536): figure(2e-5),
         Collective(quantities.ALL_REDUCE, 4): figure(2e-5),
-        CountsExchange(64): figure(5e-5),
+        ExchangedCounts(64): figure(5e-5),
         Launch(): figure(4e-6),
         Copy(2**30): figure(2 * 2**30 / 1.5e12),
         Contended(quantities.GEMM, False): figure(1e-3),

@@ -41,7 +41,7 @@ from megatron_laer.tools.calibration.quantities import (
     Collective,
     Contended,
     Copy,
-    CountsExchange,
+    ExchangedCounts,
     Launch,
     PlannerCall,
     Product,
@@ -220,7 +220,7 @@ def _planner_time(figures: Figures, name: str) -> tuple[SolveTime, Spread]:
 
 def _beside_gather_s(figures: Figures) -> float:
     """Return what an exchange of counts takes beyond its All-gather: copies, and the wait."""
-    exchange = next(figure for key, figure in figures.items() if isinstance(key, CountsExchange))
+    exchange = next(figure for key, figure in figures.items() if isinstance(key, ExchangedCounts))
     gather = next(
         figure
         for key, figure in figures.items()

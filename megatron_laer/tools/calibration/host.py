@@ -29,7 +29,7 @@ from megatron_laer.tools.calibration.quantities import (
     GATE,
     SOLVE,
     Copy,
-    CountsExchange,
+    ExchangedCounts,
     Launch,
     PlannerCall,
 )
@@ -85,7 +85,7 @@ def host_jobs(
 
     yield Job(Launch(), launches, units=_LAUNCHES)
     yield Job(Copy(settings.copy_bytes), copies)
-    yield Job(CountsExchange(settings.counts_experts), counts, is_shared=True)
+    yield Job(ExchangedCounts(settings.counts_experts), counts, is_shared=True)
     for shape in settings.shapes:
         for name in (GATE, SOLVE):
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_laer.files.checks import quoted, read_text
@@ -78,7 +78,7 @@ def check_patterns(words: list[str]) -> None:
             )
 
 
-def without(words: list[str], flags: Collection[str]) -> list[str]:
+def without(words: Sequence[str], flags: Collection[str]) -> list[str]:
     """Return a command line without some flags and their values."""
     kept, is_dropped = [], False
     for word in words:
