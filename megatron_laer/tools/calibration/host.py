@@ -128,7 +128,6 @@ def _planner_call(name: str, shape: tuple[int, int, int], device: torch.device) 
 def _drifted_counts(
     num_ranks: int, num_experts: int, rng: np.random.Generator
 ) -> tuple[Int64, Int64]:
-    """Draw counts of Zipf 1.0, and those before every expert drifted by up to 20 %."""
     share_E = rng.permutation(1.0 / np.arange(1, num_experts + 1))
     before_E = share_E * rng.uniform(0.8, 1.2, num_experts)
     now_NE, before_NE = (

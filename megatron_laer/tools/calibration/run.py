@@ -38,11 +38,7 @@ Progress = Callable[[Sequence[Job]], Iterable[Job]]
 
 @contextmanager
 def all_ranks() -> Iterator[dist.ProcessGroup]:
-    """Connect the ranks of the launcher during the block, by gloo, for what is not measured.
-
-    Raises:
-        ValueError: they do not find each other.
-    """
+    """Connect the ranks of the launcher during the block, by gloo, for what is not measured."""
     try:
         dist.init_process_group("gloo", timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
@@ -56,11 +52,7 @@ def all_ranks() -> Iterator[dist.ProcessGroup]:
 
 
 def together[T](control: dist.ProcessGroup, do: Callable[[], T]) -> T:
-    """Do something on every rank that may fail on some of them. Collective over all ranks.
-
-    Raises:
-        ValueError: it did; the same on every rank, with the first rank that failed.
-    """
+    """Do something on every rank that may fail on some of them. Collective over all ranks."""
     result, problem = None, None
     try:
         result = do()
@@ -87,10 +79,6 @@ def agree_on_settings(
     Args:
         expert: None for one that suits the device.
         node_size: None to ask the launcher.
-
-    Raises:
-        ValueError: ranks differ in what they were told or compute on, the node size is none, or
-            the expert takes too much memory; the same on every rank.
     """
     settings, device = together(control, lambda: _settings(expert, node_size, quick))
     everybody: list[CalibrationSettings | None] = [None] * dist.get_world_size()

@@ -90,11 +90,7 @@ class CalibrationSettings:
         return elements * (2 if self.device == "cuda" else 4)
 
     def check_memory(self, free_bytes: int) -> None:
-        """Refuse experts whose products would take more memory than is free for a rank.
-
-        Raises:
-            ValueError: with both numbers.
-        """
+        """Refuse experts whose products would take more memory than is free for a rank."""
         if self.gemm_bytes > free_bytes:
             raise ValueError(
                 f"an expert of hidden size {self.expert.hidden} and width {self.expert.ffn} would "

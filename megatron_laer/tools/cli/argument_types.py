@@ -94,11 +94,7 @@ def add_hours(parser: argparse.ArgumentParser) -> None:
 
 
 def named[T](flag: str, given: str, load: Callable[[str], T]) -> T:
-    """Return the result of `load` for a flag's value, and name the flag in its errors.
-
-    Raises:
-        ValueError: in place of an error of `load`.
-    """
+    """Return the result of `load` for a flag's value, and name the flag in its errors."""
     try:
         return load(given)
     except (OSError, ValueError) as error:
@@ -106,11 +102,7 @@ def named[T](flag: str, given: str, load: Callable[[str], T]) -> T:
 
 
 def yaml_inputs(**given: tuple[str, str | None]) -> list[Path]:
-    """Return the files of flags that take a YAML file, as `config=("model", value)`.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Return the files of flags that take a YAML file, as `config=("model", value)`."""
     return [
         named(f"--{flag}", value, partial(yaml_file, kind))
         for flag, (kind, value) in given.items()

@@ -68,11 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `calibrate`.
-
-    Raises:
-        ValueError, OSError, ImportError: wrong arguments, on every rank, before it measures.
-    """
+    """Run `calibrate`."""
     try:
         check_launched(os.environ)
     except ValueError:
@@ -105,7 +101,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _checked(args: argparse.Namespace, *, writes: bool) -> ExpertShape | None:
-    """Refuse wrong arguments, and a file that this rank cannot write; returns the expert."""
     if args.output.suffix not in _ENDINGS:
         raise ValueError(
             f"{quoted(args.output)} does not end in {' or '.join(_ENDINGS)}, by which --cluster "

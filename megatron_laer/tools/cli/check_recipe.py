@@ -147,7 +147,6 @@ def _judge_table(table: Path, output: Path | None) -> int:
 
 
 def _said_of_all(judged: list[Judgement]) -> list[str]:
-    """Return the lines about all of a table's verdicts."""
     lost = sum(found.verdict in _LOST for found in judged)
     said = [f"the speed-up of the flags that {lost} drop is lost, and no figure weighs it"]
     unsaid = dict.fromkeys(name for found in judged for name in found.if_none_of)
@@ -223,11 +222,7 @@ def _judge_flags(words: list[str]) -> int:
 
 
 def _parsed(words: list[str]) -> Namespace:
-    """Parse flags as Megatron does, for a run in FSEP's mode.
-
-    Raises:
-        ValueError: a flag that neither Megatron nor FSEP has, or a value that does not fit.
-    """
+    """Parse flags as Megatron does, for a run in FSEP's mode."""
     from megatron_laer import flags
     from megatron_laer.config import ExpertParallelMode
     from megatron_laer.support import arguments
@@ -263,7 +258,6 @@ def _parsed(words: list[str]) -> Namespace:
 
 
 def _replace_cuda_where_needed() -> None:
-    """Replace CUDA, which must be done before Megatron is imported."""
     from megatron_laer import device
 
     if device.cpu_needed():
@@ -292,11 +286,9 @@ def _say(judgement: Judgement) -> int:
 
 
 def _say_wait(imported: str) -> None:
-    """Print a sign of life, if a terminal shows it."""
     if sys.stderr is not None and sys.stderr.isatty():
         print(f"importing {imported}, which takes some seconds", file=sys.stderr, flush=True)
 
 
 def _print(text: str) -> None:
-    """Print a line with control characters of recipes and flags escaped."""
     print(one_line(text, longest=len(text)))

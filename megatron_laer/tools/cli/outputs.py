@@ -22,9 +22,6 @@ def check_outputs(
     Args:
         outputs: files by flag; None for a flag that was not given.
         trace: in whose folder no output may take the name of a recording.
-
-    Raises:
-        ValueError: with the flag and the file.
     """
     given = {flag: output for flag, output in outputs.items() if output is not None}
     read = [file for file in (*inputs, trace) if file is not None]

@@ -131,11 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `plan`.
-
-    Raises:
-        ValueError, OSError, ImportError: wrong arguments, before the work where possible.
-    """
+    """Run `plan`."""
     metrics = None if args.trace is None else metrics_beside(args.trace)
     _check(args, metrics)
     recording = read_recording(metrics)

@@ -40,9 +40,6 @@ def ended(name: str, run: Callable[[], int]) -> int:
 
     Args:
         name: begins the line.
-
-    Raises:
-        SystemExit: by argparse.
     """
     try:
         try:
@@ -152,7 +149,6 @@ def bar(title: str, **more: Any) -> Any:
 
 
 def _discard_output() -> None:
-    """Drop buffered output, which Python would fail to write once more at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

@@ -36,11 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace, purpose: str) -> None:
-    """Refuse a trace and a workload, neither, and arguments of a trace with a workload.
-
-    Raises:
-        ValueError: with the values, and with what would work.
-    """
+    """Refuse a trace and a workload, neither, and arguments of a trace with a workload."""
     if args.workload is None:
         if args.trace is None:
             raise ValueError(
@@ -65,11 +61,7 @@ def refuse(args: argparse.Namespace, flags: tuple[str, ...], way_out: str) -> No
 
 
 def read(args: argparse.Namespace, num_experts: int | None) -> Trace:
-    """Read the trace.
-
-    Raises:
-        ValueError, OSError: it cannot be read.
-    """
+    """Read the trace."""
     with naming(args.trace):
         return read_trace(
             args.trace,

@@ -100,9 +100,6 @@ class PredictionSettings:
         Args:
             capacities: of `--capacity`; none takes the recording's, or the default.
             node_size: of `--node-size`.
-
-        Raises:
-            ValueError: a flag that does not fit.
         """
         shape = self.shape if self.shape and self.shape.num_ranks == num_ranks else None
         recorded, flag = [], "--node-size"
@@ -135,11 +132,7 @@ class PredictionSettings:
 
 
 def read_recording(path: Path | None) -> MetricsRecording | None:
-    """Read a recording of metrics, if there is one.
-
-    Raises:
-        ValueError, OSError: it is damaged, or cannot be read.
-    """
+    """Read a recording of metrics, if there is one."""
     if path is None:
         return None
     with naming(path):
@@ -153,9 +146,6 @@ def settings_of(
 
     Args:
         recording: of the run, and its `path` for the note.
-
-    Raises:
-        ValueError: a flag whose file cannot be read.
     """
     model = None if given.config is None else named("--config", given.config, model_sizes)
     noted = _Noted(given, model, recording)
@@ -256,7 +246,6 @@ def _token_exchange(text: str) -> TokenExchangeChoice:
 
 
 def _cluster(given: str | None, recording: MetricsRecording | None, noted: _Noted) -> Cluster:
-    """Return the constants that are given, else the run's own, else those of its name."""
     if given is not None:
         return named("--cluster", given, load_cluster)
     if recording is not None and recording.clusters and recording.clusters[-1] is not None:

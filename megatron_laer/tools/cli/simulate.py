@@ -124,11 +124,7 @@ class _Results:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `simulate`.
-
-    Raises:
-        ValueError, OSError, ImportError: wrong arguments, before the work where possible.
-    """
+    """Run `simulate`."""
     _check(args)
     cluster = named("--cluster", args.cluster, load_cluster)
     model = named("--model", args.model, lambda name: read_model(name, args.experts))
@@ -179,7 +175,6 @@ def _simulate(
     trace: Trace,
     results: _Results,
 ) -> None:
-    """Predict all methods of one case, with a bar."""
     num_ranks = geometry.num_ranks
     check_memory(
         num_ranks,
@@ -222,7 +217,6 @@ def _simulate(
 def _methods(
     args: argparse.Namespace, geometry: Geometry, model: ModelShape, mode: PlanMode, nominal: Rates
 ) -> tuple[list[Method], dict[str, str]]:
-    """Make the methods that can run with these sizes, and the reasons of the others."""
     costs = CostModel(
         cluster=nominal.cluster,
         hidden=model.hidden,
@@ -285,7 +279,6 @@ def _write(args: argparse.Namespace, about: dict[str, Any], results: _Results, t
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse arguments that do not fit each other, and outputs that cannot be written."""
     repeatable = ("--ranks", "--node-size", "--capacity", "--tokens", "--mode", "--method")
     refuse_repeated(args, repeatable)
     if args.restore == "step" and args.mode != [PlanMode.FORECAST.value]:

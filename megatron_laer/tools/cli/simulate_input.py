@@ -68,11 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse sizes that contradict each other, and a routing that is none or given twice.
-
-    Raises:
-        ValueError: with the values, and with what would work.
-    """
+    """Refuse sizes that contradict each other, and a routing that is none or given twice."""
     if args.world is not None:
         if args.expert_data_parallel is not None:
             raise ValueError("--world and --expert-data-parallel say the same; leave one out")
@@ -83,11 +79,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def routing_of(args: argparse.Namespace, model: ModelShape) -> Callable[[int, int | None], Trace]:
-    """Return a function that gives the trace for a number of ranks, and for a workload's tokens.
-
-    Raises:
-        ValueError, OSError: the trace cannot be read.
-    """
+    """Return a function that gives the trace for a number of ranks, and for a workload's tokens."""
     if args.workload is None:
         trace = routing_input.read(args, model.num_experts)
         return lambda ranks, tokens: trace
@@ -95,7 +87,6 @@ def routing_of(args: argparse.Namespace, model: ModelShape) -> Callable[[int, in
 
 
 def _workload(args: argparse.Namespace, model: ModelShape, ranks: int, tokens: int | None) -> Trace:
-    """Make a workload's trace: layers with a microbatch each, in several steps."""
     steps, layers = workload_sizes(args, model)
     shape = Shape(ranks, model.num_experts, model.topk, tokens or model.sequence)
     memory.check_enough(
@@ -120,11 +111,7 @@ def workload_sizes(args: argparse.Namespace, model: ModelShape) -> tuple[int, in
 
 
 def run_shape(args: argparse.Namespace, geometry: Geometry, tokens: int, trace: Trace) -> RunShape:
-    """Return the parallel sizes of a run on these ranks.
-
-    Raises:
-        ValueError: sizes that do not fit each other.
-    """
+    """Return the parallel sizes of a run on these ranks."""
     ranks = geometry.num_ranks
     if args.microbatches is not None:
         microbatches = args.microbatches

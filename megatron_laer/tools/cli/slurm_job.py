@@ -56,9 +56,6 @@ def job_settings(
     Args:
         user: flags behind `--`, which win.
         settings: MODEL, DATA_PREFIX and others of the script's variables.
-
-    Raises:
-        ValueError, OSError: a job that cannot run.
     """
     settings = {name: value for name, value in settings.items() if value}
     mode = settings.get("MODE", ExpertParallelMode.FSEP)
@@ -141,9 +138,6 @@ def check(words: Sequence[str], ranks: int, mode: str, settings: Mapping[str, st
         words: Megatron's flags, the model's among them.
         mode: of expert parallelism, or `both`.
         settings: TOKENIZER, CHECKPOINT and LOG_DIR, where they are set.
-
-    Raises:
-        ValueError: a setting that cannot be, in terms of flags or of the script's variables.
     """
     mode_in_check = ExpertParallelMode.FSEP if mode == _BOTH else mode
     args = _parsed(["--expert-parallel-mode", mode_in_check, *words])
@@ -193,7 +187,6 @@ def _size(text: str) -> int:
 
 
 def _check_stock(args: Namespace) -> None:
-    """Refuse a number of experts that stock Megatron cannot divide over ranks."""
     ranks, experts = args.expert_model_parallel_size, args.num_experts
     if ranks > 1 and (experts is None or experts % ranks):
         raise ValueError(
@@ -203,7 +196,6 @@ def _check_stock(args: Namespace) -> None:
 
 
 def _check_division(args: Namespace) -> None:
-    """Refuse groups of ranks that do not divide the job's, as Megatron does on every rank."""
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     expert_tensor = args.expert_tensor_parallel_size or tensor
     dense = tensor * pipeline * args.context_parallel_size

@@ -28,7 +28,6 @@ _FP4 = "e2m1"
 
 
 def _words(text: str, empty: object = None) -> dict[str, object]:
-    """Return words that mean themselves, and the meaning of an empty text."""
     return {"": empty} | {word: word for word in text.split()}
 
 
@@ -87,12 +86,7 @@ _OPTIMIZERS = re.compile(r"(?:opt:)?(distributed_)?(?:fused_)?(adam|sgd|muon|lio
 
 
 def read_recipes(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a CSV file with these columns.
-
-    Raises:
-        ValueError: no such table; with the line.
-        OSError: it cannot be read.
-    """
+    """Read the rows of a CSV file with these columns."""
     rows = csv.reader(read_text(path).splitlines(keepends=True), strict=True)
     try:
         names = next(rows, [])
@@ -113,11 +107,7 @@ def read_recipes(path: Path) -> list[dict[str, str]]:
 
 
 def recipe_of(content: Mapping[str, Content], where: str) -> dict[str, str]:
-    """Take a recipe's fields from a mapping, such as a YAML file's, as a row of the table has them.
-
-    Raises:
-        ValueError: fields that are missing, or no text and no list of texts.
-    """
+    """Return a recipe's fields in a mapping, such as a YAML file's, as a row of the table."""
     _check_columns(list(content), where)
     found = {}
     for name in [*COLUMNS, *(name for name in MORE_COLUMNS if name in content)]:
@@ -131,11 +121,7 @@ def recipe_of(content: Mapping[str, Content], where: str) -> dict[str, str]:
 
 
 def judge_recipe(row: Mapping[str, str]) -> Judgement:
-    """Judge a recipe by its fields.
-
-    Raises:
-        ValueError: a field that means nothing here; with the recipe.
-    """
+    """Judge a recipe by its fields."""
     try:
         settings, implied = _settings(row), implied_by(row["recipe"])
         for one in implied:

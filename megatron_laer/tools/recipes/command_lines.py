@@ -21,12 +21,7 @@ _KEY = re.compile(r"(?:--)?([a-z0-9]+(?:[-_][a-z0-9]+)*)")
 
 
 def flags_in_text(path: Path) -> list[str]:
-    """Read a command line from a file, such as a script's, with lines that a backslash continues.
-
-    Raises:
-        ValueError: no text of shell words, or one that is too long.
-        OSError: it cannot be read.
-    """
+    """Read a command line, such as a script's, with lines that a backslash continues."""
     text = read_text(path).replace("\\\n", " ")
     if len(text) > _LONGEST_TEXT:  # the time of shlex grows with the square of a word
         raise ValueError(
@@ -47,11 +42,7 @@ def script_flags(words: list[str]) -> list[str]:
 
 
 def flags_in_mapping(content: Mapping[str, Content], where: str) -> list[str]:
-    """Return the flags of a mapping `flag: value`, whose groups are mappings in it.
-
-    Raises:
-        ValueError: a key that is no flag, or a value that no flag has.
-    """
+    """Return the flags of a mapping `flag: value`, whose groups are mappings in it."""
     try:
         return [word for key, value in _settings(content) for word in _flag(key, value)]
     except ValueError as error:
@@ -59,11 +50,7 @@ def flags_in_mapping(content: Mapping[str, Content], where: str) -> list[str]:
 
 
 def check_patterns(words: list[str]) -> None:
-    """Refuse a pattern of layers whose value would take all memory, or forever.
-
-    Raises:
-        ValueError: with the pattern.
-    """
+    """Refuse a pattern of layers whose value would take all memory, or forever."""
     for word in words:
         pattern = word.rpartition("=")[2]
         if not _PATTERN.fullmatch(pattern):

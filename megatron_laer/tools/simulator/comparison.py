@@ -141,9 +141,6 @@ def simulate(
         every: evaluate each so many-th case; a number that divides neither the layers nor the
             microbatches meets them all.
         progress: wraps the cases, as tqdm does.
-
-    Raises:
-        ValueError: a trace of other sizes, an unknown name, or one that has no cases.
     """
     for geometry in geometries:
         geometry.check_counts(trace.counts_RNE.shape[1:])
@@ -173,11 +170,7 @@ def simulate(
 
 
 def chosen_cases(trace: Trace, lag: int, every: int) -> list[int]:
-    """Return the records that are evaluated, in order.
-
-    Raises:
-        ValueError: a lag or a stride that leaves none, or only the first one.
-    """
+    """Return the records that are evaluated, in order."""
     if lag < 1 or every < 1:
         raise ValueError(f"lag and every must be at least 1, got {lag} and {every}")
     if not trace.counts_RNE.any():
@@ -238,7 +231,6 @@ def _guard(
 
 
 def _cases(trace: Trace, lag: int) -> list[int]:
-    """Return the records with any token and with `lag` steps of their layer before them."""
     has_tokens_R = trace.counts_RNE.any(axis=(1, 2))
     steps_of: dict[int, set[int]] = {}
     cases = []

@@ -56,11 +56,7 @@ def table_text(rows: Sequence[PlanRow]) -> str:
 
 
 def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[PlanRow]) -> None:
-    """Write the settings and the rows, without the single cases.
-
-    Raises:
-        ValueError: the file cannot be written.
-    """
+    """Write the settings and the rows, without the single cases."""
     lines = [
         {name: value for name, value in asdict(row).items() if name != "ratios_R"} for row in rows
     ]

@@ -33,12 +33,7 @@ def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str
 
 
 def check_can_plot(path: Path, flag: str = "--plot") -> None:
-    """Refuse a plot that cannot be made, before the work is done.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: it does not write files with this ending.
-    """
+    """Refuse a plot that cannot be made, before the work is done."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(
             f"{flag} needs the package matplotlib: `pip install matplotlib`, or leave {flag} out "
@@ -65,11 +60,7 @@ def plot(title: str, draw: Callable[[Axes], None], size: tuple[float, float]) ->
 
 
 def write_plot(path: Path, figure: Figure, flag: str) -> None:
-    """Write a figure in the format of the file's ending.
-
-    Raises:
-        ValueError: the file cannot be written.
-    """
+    """Write a figure in the format of the file's ending."""
     content = io.BytesIO()
     figure.savefig(content, format=_ending(path))
     write_output(path, content.getvalue(), flag)

@@ -58,9 +58,6 @@ def check_memory(
     Args:
         record_bytes: of all records, per count [N, E].
         forecasts: that are kept at once, of all layers.
-
-    Raises:
-        ValueError: with both numbers.
     """
     per_count = record_bytes + _FORECAST_BYTES * forecasts + _WORKING_BYTES
     needed = num_ranks * num_experts * per_count
@@ -112,9 +109,6 @@ def evaluate(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> Outcome:
 
     Args:
         planned: the layout that was planned for this step.
-
-    Raises:
-        ValueError: counts or a layout of another shape than the guard's.
     """
     costs, node_size, num_ranks = guard.costs, guard.geometry.node_size, planned.num_ranks
     start_s = time.perf_counter()

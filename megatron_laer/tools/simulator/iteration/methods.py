@@ -90,9 +90,6 @@ def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
 
     Args:
         rates: nominal ones.
-
-    Raises:
-        ValueError: it cannot run with these sizes; the message says why.
     """
     makers = {STOCK: _stock, FSDP_EP: _fsdp, FLEXMOE: _flexmoe, LAER: _laer, FSEP: _fsep}
     if name not in makers:
@@ -122,7 +119,6 @@ def _stock(settings: MethodSettings, rates: Rates) -> Method:
 
 
 def _fsdp(settings: MethodSettings, rates: Rates) -> Method:
-    """Shard each expert over the ranks that use it, as FSDP does within expert parallelism."""
     geometry, costs = settings.geometry, settings.costs
     num_ranks, num_experts = geometry.num_ranks, geometry.num_experts
     # As many experts to a rank as FSEP has slots, or the next fewer that fit.
@@ -168,7 +164,6 @@ def _laer(settings: MethodSettings, rates: Rates) -> Method:
 def _relaid(
     name: str, settings: MethodSettings, rates: Rates, strategy: Strategy, one_stream: bool
 ) -> Method:
-    """Run another planner on restored experts: flat exchanges, even splits, no guard."""
     geometry, costs = settings.geometry, settings.costs
     costs = replace(costs, restore_algorithm=ExchangeAlgorithm.FLAT)
     guard = Guard(PlanMode.FORECAST, costs, geometry, split=Split.EVEN)
@@ -184,7 +179,6 @@ def _relaid(
 
 
 def _in_a_row(geometry: Geometry) -> ExpertLayout:
-    """Give slots their experts in turn, as their authors begin, so that nodes have all experts."""
     slots_S = np.arange(geometry.num_slots) % geometry.num_experts
     return ExpertLayout.from_slots(
         geometry.num_ranks, geometry.capacity, geometry.num_experts, slots_S

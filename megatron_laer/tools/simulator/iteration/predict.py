@@ -106,9 +106,6 @@ def predict(
         peak_flops_per_s: of a rank, for MFU; the fastest GEMM's by default.
         progress: called with the number of microbatches of layers that were worked out.
         record: makes a recorder for a method and a stage, of the first step at nominal rates.
-
-    Raises:
-        ValueError: a trace that is too short.
     """
     collected = {method.name: _Collected() for method in methods}
     planners = {
@@ -144,7 +141,6 @@ def predict(
 
 
 def _places(model: ModelShape, traced_layers: int) -> list[int | None]:
-    """Spread the model's MoE layers over those of the trace, in order."""
     places: list[int | None] = []
     number = 0
     for has_experts in model.layer_has_experts:
@@ -177,7 +173,6 @@ def _step_works(
     run: RunShape,
     progress: Callable[[int], object],
 ) -> dict[str, dict[int, list[LayerWork]]]:
-    """Return the work of a step's microbatches by method and layer of the trace."""
     works: dict[str, dict[int, list[LayerWork]]] = {method.name: {} for method in methods}
     for layer, records in step.records.items():
         of_layer = [planners[method.name][layer] for method in methods]

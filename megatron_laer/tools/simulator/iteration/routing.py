@@ -34,9 +34,6 @@ class Routing:
 
     Args:
         tokens: (token, expert) pairs of a rank and microbatch on average; None for the trace's.
-
-    Raises:
-        ValueError: neither number of ranks divides the other, or the trace holds no tokens.
     """
 
     def __init__(self, trace: Trace, num_ranks: int, pairs: float | None = None) -> None:
@@ -87,9 +84,6 @@ class Routing:
         Args:
             lag: the newest counts of a forecast are so many steps old.
             chosen: how many steps, spread over the trace; those before `lag` have no forecast.
-
-        Raises:
-            ValueError: a trace that is not longer than the lag.
         """
         steps = self.steps()
         after = self._forecast_steps(steps, lag)
