@@ -45,13 +45,7 @@ _LONGEST_VALUE = 4096
 
 
 def model_flags(path_or_name: str | Path) -> list[str]:
-    """Return Megatron's flags for a model, by path to a YAML file or by the name of one we ship.
-
-    Raises:
-        ValueError: an unknown name, or a file whose content does not fit; the message says what
-            would.
-        OSError: a path that cannot be read.
-    """
+    """Return Megatron's flags for a model, by path to a YAML file or by the name of one we ship."""
     path = yaml_file("model", path_or_name)
     content = read_yaml(path)
     try:
@@ -70,9 +64,6 @@ def model_values(path_or_name: str | Path) -> dict[str, str]:
     """Return the value of each of a model's flags, whose underscores become dashes.
 
     A switch has the value "".
-
-    Raises:
-        ValueError, OSError: as for `model_flags`.
     """
     values: dict[str, str] = {}
     for word in model_flags(path_or_name):
@@ -110,11 +101,7 @@ def _settings(content: object) -> Iterator[tuple[str, object]]:
 
 
 def flag_words(key: str, value: object) -> list[str]:
-    """Return what follows a flag on a command line, for its value in YAML.
-
-    Raises:
-        ValueError: a value that no flag has.
-    """
+    """Return what follows a flag on a command line, for its value in YAML."""
     if isinstance(value, str) and value.lower() in _ON:
         return []
     values = value if isinstance(value, list) else [value]
@@ -139,7 +126,6 @@ def flag_words(key: str, value: object) -> list[str]:
 
 
 def _is_finite(text: str) -> bool:
-    """Tell whether a text is no number that is infinite or none, in YAML's spelling or Python's."""
     try:
         return math.isfinite(float(_YAML_POINT.sub("", text)))
     except ValueError:

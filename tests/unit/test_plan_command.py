@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,8 +17,7 @@ import pytest
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.telemetry.trace_file import TraceWriter
 from megatron_laer.tools import cli
-from megatron_laer.tools.simulator import report
-from megatron_laer.tools.simulator.table import STOCK
+from megatron_laer.tools.simulator.comparison import STOCK
 from tests.processes import python_path
 from tests.unit.plan_cases import drifting_trace, recording
 
@@ -120,7 +120,10 @@ def test_the_command_reads_sizes_from_a_model(tmp_path, trace, capsys):
         ("--ranks 0", "--ranks: '0' is no integer in 1..65536"),
         ("--ranks 1_0", "--ranks: '1_0' is no integer in 1..65536"),
         ("--ranks 1000000000000", "--ranks: '1000000000000' is no integer in 1..65536"),
-        ("--ranks 65536 --hours 1e-4", "planning 30 cases for 65,536 ranks would take about"),
+        (
+            "--ranks 4096 --hours 1e-6",
+            "stopped after the 1e-06 hours of --hours; give it",
+        ),
         ("--capacity 1", "--capacity 1: the slots of 4 ranks must hold each of 8 experts"),
         ("--capacity 9", "and a rank none twice; use 2 to 8 (default 3)"),
         ("--capacity 0", "--capacity: '0' is no integer in 1..32767"),
@@ -159,6 +162,13 @@ def test_bad_input_is_quoted_and_told_what_works(tmp_path, trace, capsys, words,
     assert status == 2
     assert problem in err and err.startswith("megatron-laer plan: ")
     assert out == "" and err.count("\n") == 1
+
+
+def test_work_stops_after_the_hours_that_were_given(tmp_path, trace, capsys):
+    path = recording(tmp_path / "x.trace", trace)
+    status, _, err = run(path, "--ranks", 4096, "--hours", "1e-6", capsys=capsys)
+    assert status == 2 and err.count("\n") == 1
+    assert err.startswith("megatron-laer plan: stopped after the 1e-06 hours of --hours; give")
 
 
 def test_a_workload_takes_the_place_of_a_trace(tmp_path, capsys):
@@ -293,7 +303,7 @@ def test_a_missing_and_an_empty_trace_are_refused(tmp_path, capsys):
 
 def test_a_plot_without_matplotlib_is_refused_before_the_work(tmp_path, trace, capsys, monkeypatch):
     path = recording(tmp_path / "x.trace", trace)
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     status, out, err = run(path, "--plot", tmp_path / "x.png", capsys=capsys)
     assert status == 2 and out == ""
     assert "--plot needs the package matplotlib: `pip install matplotlib`, or leave" in err

@@ -19,7 +19,7 @@ from megatron_laer.telemetry.clock import Timestamp, make_clock
 from megatron_laer.tools.calibration.gemms import product_of
 from megatron_laer.tools.calibration.quantities import EXCHANGE, FORWARD, GEMM, Contended
 from megatron_laer.tools.calibration.sampling import Job, Sample
-from megatron_laer.tools.calibration.settings import Settings
+from megatron_laer.tools.calibration.settings import CalibrationSettings
 
 # What is measured is covered by so many times its own length of the other.
 _COVER = 3
@@ -29,7 +29,7 @@ def contention_jobs(
     stream: CommStream,
     exchanging: dist.ProcessGroup,
     control: dist.ProcessGroup,
-    settings: Settings,
+    settings: CalibrationSettings,
     device: torch.device,
 ) -> Iterator[Job]:
     """Yield four jobs: each of the two, alone and covered by the other.
@@ -57,7 +57,7 @@ class _Pair:
         self,
         stream: CommStream,
         exchanging: dist.ProcessGroup,
-        settings: Settings,
+        settings: CalibrationSettings,
         device: torch.device,
     ) -> None:
         self._clock = make_clock(device)

@@ -10,11 +10,7 @@ START = "start at least two with `torchrun --nproc-per-node 2 -m megatron_laer c
 
 
 def check_launched(environment: Mapping[str, str]) -> None:
-    """Refuse to measure without a launcher's ranks.
-
-    Raises:
-        ValueError: there are none, only one, or a launcher's variables make no sense.
-    """
+    """Refuse to measure without a launcher's ranks."""
     launcher.check_ranks(environment)
     if "RANK" not in environment or environment.get("WORLD_SIZE", "1") == "1":
         raise ValueError(f"exchanges need several ranks; {START}")

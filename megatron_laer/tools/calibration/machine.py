@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_laer.tools.calibration.gemms import compute_dtype
-from megatron_laer.tools.calibration.settings import Settings
+from megatron_laer.tools.calibration.settings import CalibrationSettings
 from megatron_laer.version import __version__
 
 
@@ -27,7 +27,7 @@ def hardware_name(device: torch.device) -> str:
 
 
 def describe(
-    hardware: Sequence[str], settings: Settings, device: torch.device
+    hardware: Sequence[str], settings: CalibrationSettings, device: torch.device
 ) -> Mapping[str, str]:
     """Say where and with what was measured.
 

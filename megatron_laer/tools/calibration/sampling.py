@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_laer.planner.clusters import Figure
 from megatron_laer.tools.calibration.fitting import figure_of
 from megatron_laer.tools.calibration.quantities import Quantity
-from megatron_laer.tools.calibration.settings import Settings
+from megatron_laer.tools.calibration.settings import CalibrationSettings
 
 # Of a figure, round and rank; more tell no more.
 _MOST_SAMPLES = 200
@@ -62,7 +62,7 @@ def timed(
 
 
 def measure(
-    jobs: Iterable[Job], settings: Settings, control: dist.ProcessGroup
+    jobs: Iterable[Job], settings: CalibrationSettings, control: dist.ProcessGroup
 ) -> dict[Quantity, Figure]:
     """Measure one figure after the other. Collective over all ranks, which have the same jobs.
 
@@ -95,7 +95,7 @@ def measure(
     return figures
 
 
-def _samples(job: Job, settings: Settings, control: dist.ProcessGroup) -> list[float]:
+def _samples(job: Job, settings: CalibrationSettings, control: dist.ProcessGroup) -> list[float]:
     sample = job.prepare()
     sample(1)
     # What comes first may be slow for once, so the shorter of two tells how often to repeat.

@@ -32,6 +32,7 @@ from megatron_laer.tools.cli.program import (
     ended,
     escape_warnings,
     failed,
+    stopped_after,
     stopped_by_exceptions,
 )
 
@@ -58,9 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The script of `train` runs as if Python had started it: signals and exceptions are its own, but
     for settings that the plugin refuses.
-
-    Raises:
-        SystemExit: argparse has had its say, or SIGTERM or SIGHUP came, after files were tidied up.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = " ".join([_program(), *words[:1]])
@@ -76,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             script = args.script
             return 0
         escape_warnings()
-        with stopped_by_exceptions():
+        with stopped_by_exceptions(), stopped_after(getattr(args, "hours", None)):
             return int(_module(args.command).run(args))
 
     status = ended(name, run)
@@ -93,7 +91,6 @@ def _module(command: str) -> Any:
 
 
 def _program() -> str:
-    """Return the words that have started this, to be typed again."""
     is_module = Path(sys.argv[0]) == Path(__file__).parents[2] / "__main__.py"
     return "python -m megatron_laer" if is_module else "megatron-laer"
 
@@ -114,11 +111,7 @@ examples:
 
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the arguments, and what follows `--`, which is among them as `flags` too.
-
-    Raises:
-        ImportError: the module of the command cannot be imported.
-    """
+    """Return the arguments, and what follows `--`, which is among them as `flags` too."""
     # That belongs to the script; argparse treats `--` differently from version to version.
     own, script_args = _split_at_dashes(words)
     parser = _parser(own[0] if own else "")
@@ -134,11 +127,7 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _parser(command: str) -> Parser:
-    """Make the parser of all commands; `command` alone gets its arguments.
-
-    Raises:
-        ImportError: the module of `command` cannot be imported.
-    """
+    """Make the parser of all commands; `command` alone gets its arguments."""
     parser = Parser(
         prog=_program(),
         description="Fully Sharded Expert Parallel for Megatron-LM",

@@ -1,4 +1,4 @@
-"""`check-recipe` says whether settings run with FSEP, and without which flags they would."""
+"""`check-recipe` judges whether settings run with FSEP, and without which flags they would."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from megatron_laer.files.yaml_text import read_yaml
 from megatron_laer.integrations.hugging_face import go_offline_if_unreachable
 from megatron_laer.tools.cli.argument_types import path
 from megatron_laer.tools.recipes.bridge import judge_recipe, read_recipes, recipe_of
-from megatron_laer.tools.recipes.containers import (
-    EvaluationError,
-    judge_container,
-    load_recipe,
-)
-from megatron_laer.tools.recipes.flags import (
+from megatron_laer.tools.recipes.command_lines import (
     check_patterns,
     flags_in_mapping,
     flags_in_text,
     script_flags,
     without,
+)
+from megatron_laer.tools.recipes.containers import (
+    EvaluationError,
+    judge_container,
+    load_recipe,
 )
 from megatron_laer.tools.recipes.verdict import Judgement, Verdict, judge
 
@@ -147,7 +147,6 @@ def _judge_table(table: Path, output: Path | None) -> int:
 
 
 def _said_of_all(judged: list[Judgement]) -> list[str]:
-    """Return what a table's verdicts have in common, and no column tells."""
     lost = sum(found.verdict in _LOST for found in judged)
     said = [f"the speed-up of the flags that {lost} drop is lost, and no figure weighs it"]
     unsaid = dict.fromkeys(name for found in judged for name in found.if_none_of)
@@ -177,10 +176,10 @@ def _in_json(recipe: str, found: Judgement | None, because: tuple[str, ...]) -> 
 
 
 def _judge_function(name: str) -> Judgement:
-    """Judge what a function of Megatron-Bridge returns.
+    """Judge the container that a function of Megatron-Bridge returns.
 
-    What its imports say of a run's speed, and libraries of their retries, is shown on stderr if all
-    went well; otherwise the one line that says what is wrong would drown in it.
+    Output of its imports and libraries goes to stderr once all went well: it would bury the one
+    line of an error.
     """
     _say_wait("Megatron-Bridge")
     is_offline = go_offline_if_unreachable()
@@ -223,11 +222,7 @@ def _judge_flags(words: list[str]) -> int:
 
 
 def _parsed(words: list[str]) -> Namespace:
-    """Parse flags as Megatron does, for a run in FSEP's mode.
-
-    Raises:
-        ValueError: a flag that neither Megatron nor FSEP has, or a value that does not fit.
-    """
+    """Parse flags as Megatron does, for a run in FSEP's mode."""
     from megatron_laer import flags
     from megatron_laer.config import ExpertParallelMode
     from megatron_laer.support import arguments
@@ -263,7 +258,6 @@ def _parsed(words: list[str]) -> Namespace:
 
 
 def _replace_cuda_where_needed() -> None:
-    """Do so before Megatron is imported, which later is too late."""
     from megatron_laer import device
 
     if device.cpu_needed():
@@ -271,7 +265,7 @@ def _replace_cuda_where_needed() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises what is wrong instead of ending the process after the usage."""
+    """Parser that raises its errors."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -292,11 +286,9 @@ def _say(judgement: Judgement) -> int:
 
 
 def _say_wait(imported: str) -> None:
-    """Print a sign of life, if a terminal shows it."""
     if sys.stderr is not None and sys.stderr.isatty():
         print(f"importing {imported}, which takes some seconds", file=sys.stderr, flush=True)
 
 
 def _print(text: str) -> None:
-    """Print a line, in which what recipes and flags have for terminals is escaped."""
     print(one_line(text, longest=len(text)))

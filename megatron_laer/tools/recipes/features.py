@@ -137,7 +137,6 @@ def _has_dense_layers(frequency: Any) -> bool:
 
 
 def _is_without_gate(settings: Namespace) -> bool:
-    """Return whether experts have no gate, which a command line and a model's config say apart."""
     if hasattr(settings, "gated_linear_unit"):
         return not settings.gated_linear_unit
     gates = [name for name in ("swiglu", "quick_geglu") if hasattr(settings, name)]

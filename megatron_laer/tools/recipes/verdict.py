@@ -73,9 +73,6 @@ def judge(
         allowed: the words of `--fsep-allow-unproven`.
         also_refused: what else keeps the run from working, which no argument tells.
         doubts: why nothing proves the run, if it is not refused.
-
-    Raises:
-        ValueError: a size that no cluster has.
     """
     _check_sizes(settings)
     found = [(row, text) for row in REFUSALS if (text := row.problem_with_flag(settings, allowed))]

@@ -36,11 +36,7 @@ _GATED: Sequence[str] = ("--swiglu", "--quick-geglu")
 
 
 def model_sizes(config: str) -> ExpertSizes:
-    """Read the widths from a model configuration, by path or by the name of one we ship.
-
-    Raises:
-        ValueError, OSError: a model that cannot be read, or does not say them.
-    """
+    """Read the widths from a model configuration, by path or by the name of one we ship."""
     values = model_values(config)
 
     def size(flag: str, most: int) -> int:

@@ -176,7 +176,6 @@ def _dense(clocks: Clocks, layer: LayerTimes, direction: int, label: str = "") -
 
 
 def _gate(clocks: Clocks, moe: MoETimes) -> None:
-    """Let every rank wait for the counts of the others in its group, and decide."""
     clocks.meet(moe.group)
     clocks.work("gate", moe.gate_s, "compute", "gate")
 

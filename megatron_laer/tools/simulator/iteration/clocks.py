@@ -106,7 +106,6 @@ class Clocks:
         return end_s
 
     def _beside(self, seconds: Seconds | float) -> Seconds:
-        """Return for how much of the coming seconds an exchange runs, the longer of the two."""
         end_N = self.now_N + seconds
         shared = [
             np.clip(np.minimum(end_N, end_s) - np.maximum(self.now_N, begin_s), 0.0, None)

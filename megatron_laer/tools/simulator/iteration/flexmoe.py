@@ -31,11 +31,7 @@ class FlexMoEStrategy:
     name: str = "flexmoe"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """Return the layout after at most ten changes.
-
-        Raises:
-            ValueError: counts or a layout of another shape.
-        """
+        """Return the layout after at most ten changes."""
         self.geometry.check_counts(counts_NE.shape)
         self.geometry.check_layout(current)
         loads_E = counts_NE.sum(axis=0)

@@ -93,7 +93,6 @@ def run_iteration(
 
 
 def _finish(method: Method, timing: Timing, stages: Sequence[Clocks]) -> None:
-    """End an iteration: gradients are there, all ranks agree on their norm, weights move."""
     run, rates = timing.run, timing.rates
     for stage, clocks in enumerate(stages):
         if not run.overlaps_data_parallel:

@@ -75,7 +75,6 @@ def link_bytes(
 
 
 def _leaving(ranks: int, node_size: int, stride: int) -> float:
-    """Return the share of a ring's bytes that goes between nodes: one link of each node's ranks."""
     near = ring_neighbours(node_size, stride)
     return 1 / near if ranks > near else 0.0
 

@@ -125,9 +125,6 @@ def read_model(config: str, num_experts: int | None = None) -> ModelShape:
 
     Args:
         num_experts: in place of the model's, as for a trace of another number.
-
-    Raises:
-        ValueError, OSError: a model that cannot be read, or that does not say what is needed.
     """
     sizes = model_sizes(config)
     experts = num_experts or sizes.num_experts
@@ -190,7 +187,6 @@ def _latent(values: Mapping[str, str]) -> LatentAttention:
 
 
 def _experts_by_layer(values: Mapping[str, str], layers: int) -> list[bool]:
-    """Read Megatron's frequency of MoE layers: every so many-th, or a sum of lists of 0 and 1."""
     text = values.get("--moe-layer-freq", "1").replace(" ", "")
     if text.isascii() and text.isdigit() and 1 <= int(text) <= _MAX_LAYERS:
         return [layer % int(text) == 0 for layer in range(layers)]

@@ -56,7 +56,6 @@ def _step(found: Sequence[tuple[str, str, float, float]]) -> list[tuple[str, str
 def _joined(
     found: Sequence[tuple[str, str, float, float]],
 ) -> list[tuple[str, str, float, float]]:
-    """Join neighbours of one name, such as attention and what else is dense."""
     joined: list[tuple[str, str, float, float]] = []
     for track, label, begin, end in found:
         if joined and joined[-1][:2] == (track, label) and begin - joined[-1][3] < 0.15:

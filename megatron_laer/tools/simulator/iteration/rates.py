@@ -143,7 +143,6 @@ def rate_sets(rates: Rates) -> tuple[Rates, ...]:
 
 
 def _ends(cluster: Cluster) -> dict[str, tuple[float, float]]:
-    """Return the least and most of each constant: by its file, or else by what is guessed."""
     told = {name: (spread.low, spread.high) for name, spread in cluster.spreads}
     for name in CONSTANTS:
         value = cluster.constant(name)

@@ -28,9 +28,6 @@ class RunShape:
         shards_optimizer: Megatron's distributed optimizer.
         flash_attention: whether attention's scores stay on the chip.
         overlaps_data_parallel: `--overlap-grad-reduce` and `--overlap-param-gather`.
-
-    Raises:
-        ValueError: sizes that do not fit each other.
     """
 
     ranks: int
@@ -77,9 +74,6 @@ class RunShape:
         """Deal layers out to the pipeline's chunks, in the order in which a microbatch meets them.
 
         Chunk c of stage s is at place c * stages + s. As even as can be, the first get more.
-
-        Raises:
-            ValueError: fewer layers than chunks.
         """
         parts = self.stages * self.chunks
         if layers < parts:
