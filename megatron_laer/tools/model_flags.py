@@ -1,4 +1,4 @@
-"""A model configuration in YAML is turned into Megatron's flags.
+"""Megatron's flags of a model configuration in YAML.
 
 A file is grouped for the reader; a group's keys are Megatron's flags without the dashes, so there
 is nothing to look up twice:
@@ -10,8 +10,7 @@ is nothing to look up twice:
     moe:
       moe-router-topk: 2
 
-Values are passed on as they are written. Whether a flag exists and its value fits is Megatron's
-parser to say, not this module's.
+Values are passed on as they are written: Megatron's parser checks the flags.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The launcher's variables say here whether there are several ranks, without torch."""
+"""Check of the launcher's variables for several ranks, without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The widths of an expert come from the paper's model, or from a model configuration."""
+"""Widths of an expert, of the paper's model or of a model configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_WIDTH = 2**20
 
 @dataclass(frozen=True)
 class ExpertSizes:
-    """Holds the widths of an expert, which compute, tokens and restores follow from.
+    """Widths of an expert, which decide on compute, tokens and restores.
 
     Attributes:
         top_k: experts of a token, which rows of tokens follow from.

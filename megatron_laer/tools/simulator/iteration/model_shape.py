@@ -1,4 +1,4 @@
-"""A model's shape says how many weights and FLOPs its parts have; nothing here knows of hardware.
+"""Weights and FLOPs of a model's parts, without hardware.
 
 Legend: T tokens of a rank, K experts of a token, H hidden, F width of an expert's FFN, L layers.
 """
@@ -21,7 +21,7 @@ _FREQUENCY_PART = re.compile(r"\[([01](?:,[01])*)\](?:\*(\d{1,4}))?")
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """Holds the ranks and head widths of multi-latent attention; no query rank means no LoRA."""
+    """Ranks and head widths of multi-latent attention; no query rank means no LoRA."""
 
     query_rank: int
     key_value_rank: int
@@ -32,7 +32,7 @@ class LatentAttention:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Holds the sizes of a MoE GPT that times, FLOPs and memory follow from.
+    """Sizes of a MoE GPT that decide on times, FLOPs and memory.
 
     Attributes:
         layer_has_experts: for each layer, whether it is a MoE layer; multi-token prediction's
