@@ -93,7 +93,7 @@ PLAN_OPTIONS = (
     ("--ranks 1000000000", "'1000000000' is no integer in 1..65536"),
     ("--ranks 1000000000000", "is no integer in 1..65536"),
     (f"--ranks {'9' * 5000}", "--ranks: '999"),
-    ("--ranks 65536 --hours 1e-5", "stopped after the 1e-05 hours of --hours"),
+    ("--ranks 65536 --hours 1e-6", "stopped after the 1e-06 hours of --hours"),
     ("--capacity", "--capacity: expected at least one argument"),
     ("--capacity 0", "--capacity: '0' is no integer"),
     ("--capacity 1", "--capacity 1: 4 ranks need 2..8 slots"),
@@ -164,7 +164,7 @@ PLAN_OPTIONS = (
 )
 
 WORKLOADS = (
-    ("--workload W1 --ranks 65536 --experts 64 --hours 1e-5", "stopped after the 1e-05 hours"),
+    ("--workload W1 --ranks 65536 --experts 64 --hours 1e-6", "stopped after the 1e-06 hours"),
     ("--workload W1 --ranks 65536 --experts 512 --steps 100000", "GiB of memory"),
     ("--workload W1 --ranks 8 --experts 8 --topk 9", "a token cannot have 9 of 8 experts"),
     ("--workload W1 --ranks 8 --experts 8 --tokens 16777217", "is no integer in 1..16777216"),
