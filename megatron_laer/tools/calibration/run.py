@@ -25,10 +25,14 @@ from megatron_laer.tools.calibration.constants import cluster_of
 from megatron_laer.tools.calibration.contention import contention_jobs
 from megatron_laer.tools.calibration.gemms import gemm_jobs, usable_back_ends
 from megatron_laer.tools.calibration.host import host_jobs
-from megatron_laer.tools.calibration.launched import START
 from megatron_laer.tools.calibration.links import collective_jobs, exchange_jobs, make_partners
 from megatron_laer.tools.calibration.sampling import Job, measure
-from megatron_laer.tools.calibration.settings import CalibrationSettings, ExpertShape, make_settings
+from megatron_laer.tools.calibration.settings import (
+    START,
+    CalibrationSettings,
+    ExpertShape,
+    make_settings,
+)
 
 _TIMEOUT = timedelta(minutes=10)
 

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.tools.model_flags import model_values
+from megatron_laer.tools.model_flags import model_values, whole_number
 from megatron_laer.tools.simulator.sizes import MAX_WIDTH, model_sizes
 
 _MAX_LAYERS = 4096
@@ -166,13 +166,7 @@ def _number(
     most: int = MAX_WIDTH,
     least: int = 0,
 ) -> int:
-    text = values.get(flag, "" if default is None else str(default))
-    is_number = text.isascii() and text.isdigit() and len(text) < 19
-    if not is_number or not least <= int(text) <= most:
-        raise ValueError(
-            f"has no {flag.removeprefix('--')} in {least}..{most}, but {quoted(text)}; mend it"
-        )
-    return int(text)
+    return whole_number(values, flag, most, least=least, default=default)
 
 
 def _latent(values: Mapping[str, str]) -> LatentAttention:
