@@ -1,4 +1,4 @@
-"""A model configuration in YAML is turned into Megatron's flags.
+"""Megatron's flags of a model configuration in YAML.
 
 A file is grouped for the reader; a group's keys are Megatron's flags without the dashes, so there
 is nothing to look up twice:
@@ -10,8 +10,7 @@ is nothing to look up twice:
     moe:
       moe-router-topk: 2
 
-Values are passed on as they are written. Whether a flag exists and its value fits is Megatron's
-parser to say, not this module's.
+Values are passed on as they are written: Megatron's parser checks the flags.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from megatron_laer.files.checks import quoted
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.yaml_text import read_yaml
 
@@ -73,6 +73,23 @@ def model_values(path_or_name: str | Path) -> dict[str, str]:
         else:
             values[flag] = f"{values[flag]} {word}".strip()
     return values
+
+
+def whole_number(
+    values: Mapping[str, str],
+    flag: str,
+    most: int,
+    *,
+    least: int = 0,
+    default: int | None = None,
+    way_out: str = "mend it",
+) -> int:
+    """Return the value of one of a model's flags; ValueError with its range and the way out."""
+    text = values.get(flag, "" if default is None else str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 19 and least <= int(text) <= most):
+        name = flag.removeprefix("--")
+        raise ValueError(f"has no {name} in {least}..{most}, but {quoted(text)}; {way_out}")
+    return int(text)
 
 
 def _settings(content: object) -> Iterator[tuple[str, object]]:

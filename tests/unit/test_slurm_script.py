@@ -214,7 +214,7 @@ MODEL_AND_DATA = {"MODEL": "tiny-moe", "DATA_PREFIX": "/data"}
         (
             "",
             {**MODEL_AND_DATA, "CAPACITY": "100000"},
-            "(EP_SIZE sets --expert-model-parallel-size",
+            "(CAPACITY sets --fsep-capacity)",
         ),
         ("word", MODEL_AND_DATA, "'word' is no flag of Megatron's"),
         ("", {**MODEL_AND_DATA, "SCRIPT": "/no/such.py"}, "SCRIPT=/no/such.py is no file"),

@@ -1,6 +1,6 @@
-"""A cluster's constants, with their spreads, are made of the figures that were measured.
+"""A cluster's constants and their spreads, from the measured figures.
 
-Pure: it measures nothing and writes no file.
+Nothing here measures or writes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A GEMM and an exchange are measured here alone and while the other one runs.
+"""Measurements of a GEMM and of an exchange, alone and while the other one runs.
 
 In training weights are exchanged under the experts' GEMMs: on CUDA their kernels share the GPU's
 processors and memory, and on the CPU its cores.
@@ -51,7 +51,7 @@ def contention_jobs(
 
 
 class _Pair:
-    """Runs GEMMs on the compute stream and exchanges on a communication stream."""
+    """GEMMs on the compute stream and exchanges on a communication stream."""
 
     def __init__(
         self,

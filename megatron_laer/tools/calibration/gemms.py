@@ -1,4 +1,4 @@
-"""The products of each back end of the experts' GEMMs are measured here, as the experts call them.
+"""Measurements of the experts' GEMMs, by back end and product.
 
 Legend: C slots, T tokens of all slots, R rows and K columns of a matrix.
 """

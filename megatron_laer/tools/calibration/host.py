@@ -1,4 +1,4 @@
-"""These jobs measure a rank's host: launches, copies, the exchange of counts, quotas and layouts.
+"""Measurements of a rank's host: launches, copies, the exchange of counts, quotas and layouts.
 
 Legend: N ranks, E experts, C slots per rank.
 """

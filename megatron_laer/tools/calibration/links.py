@@ -1,4 +1,4 @@
-"""Collectives are measured here, by class of links, number of peers and size.
+"""Measurements of collectives, by class of links, number of peers and size.
 
 All groups of one kind exchange at the same time, as they do in training: the ranks of every node,
 or for links between nodes, the ranks with the same local rank.
@@ -29,7 +29,7 @@ BESIDE_COUNTS, COUNT_BYTES = 3, 8
 
 @dataclass(frozen=True)
 class Partners:
-    """Holds the group in which this rank exchanges with so many peers over one class of links."""
+    """Group in which this rank exchanges with so many peers over one class of links."""
 
     link: str
     peers: int

@@ -1,4 +1,4 @@
-"""These functions name the hardware and software of the ranks, for the cluster file."""
+"""Names of the ranks' hardware and software, for the cluster file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def hardware_name(device: torch.device) -> str:
 def describe(
     hardware: Sequence[str], settings: CalibrationSettings, device: torch.device
 ) -> Mapping[str, str]:
-    """Say where and with what was measured.
+    """Describe the hardware and software of the measurements.
 
     Args:
         hardware: of every rank.

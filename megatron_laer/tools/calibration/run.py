@@ -1,6 +1,6 @@
-"""All ranks of a launcher measure a cluster here, and rank 0 gets the result.
+"""Measurement of a cluster by all ranks of a launcher; rank 0 gets the result.
 
-What one rank cannot do is an error on every rank, in the same words, before anything is measured.
+An error of one rank is raised on every rank, in the same words, before anything is measured.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ from megatron_laer.tools.calibration.constants import cluster_of
 from megatron_laer.tools.calibration.contention import contention_jobs
 from megatron_laer.tools.calibration.gemms import gemm_jobs, usable_back_ends
 from megatron_laer.tools.calibration.host import host_jobs
-from megatron_laer.tools.calibration.launched import START
 from megatron_laer.tools.calibration.links import collective_jobs, exchange_jobs, make_partners
 from megatron_laer.tools.calibration.sampling import Job, measure
-from megatron_laer.tools.calibration.settings import CalibrationSettings, ExpertShape, make_settings
+from megatron_laer.tools.calibration.settings import (
+    START,
+    CalibrationSettings,
+    ExpertShape,
+    make_settings,
+)
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -52,7 +56,7 @@ def all_ranks() -> Iterator[dist.ProcessGroup]:
 
 
 def together[T](control: dist.ProcessGroup, do: Callable[[], T]) -> T:
-    """Do something on every rank that may fail on some of them. Collective over all ranks."""
+    """Call a function on every rank, and raise its error on all. Collective over all ranks."""
     result, problem = None, None
     try:
         result = do()

@@ -1,7 +1,4 @@
-"""Each figure is sampled on all ranks at once, in step with each other, and gathered on rank 0.
-
-What is sampled is in `jobs` and its neighbours.
-"""
+"""Samples of each figure, taken on all ranks in step with each other and gathered on rank 0."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ Sample = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Job:
-    """Says how one figure is measured.
+    """Measurement of one figure.
 
     Attributes:
         quantity: what it is.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+START = "start at least two with `torchrun --nproc-per-node 2 -m megatron_laer calibrate FILE`"
+
 # Tokens of a slot, from the fewest to more than any slot is likely to get.
 _TOKENS = {False: (1, 4, 16, 64, 256, 1024, 4096), True: (1, 16, 64, 256, 1024, 4096, 8192)}
 _QUICK_TOKENS = {False: (1, 16, 256), True: (1, 256, 4096)}

@@ -1,19 +1,8 @@
-"""The command line finds the command that is asked for, runs it and turns errors into a status.
+"""The command line: `_EXAMPLES` has one of each command.
 
-torchrun ... -m megatron_laer train PATH/TO/pretrain_gpt.py -- <Megatron's flags>
-python -m megatron_laer prepare-data --input FILES --output PREFIX
-python -m megatron_laer flags mixtral-8x7b-e8k2
-python -m megatron_laer plan TRACE --ranks N --capacity C --cluster a100-4x8-ib800
-python -m megatron_laer report RUN --out report.html
-python -m megatron_laer simulate TRACE --model mixtral-8x7b-e8k2 --cluster a100-4x8-ib800
-torchrun ... -m megatron_laer calibrate FILE
-python -m megatron_laer check-recipe -- <Megatron's flags>
-python -m megatron_laer inspect CHECKPOINT
-python -m megatron_laer doctor
-
-Each command has a file here that holds its arguments and its printing, as `add_arguments` and
-`run`; other rooms do the work. The file is imported when the command is asked for, so that the
-others, and `doctor` above all, work where it cannot be imported.
+Each command has a file here with its arguments and its printing, as `add_arguments` and `run`;
+other folders do the work. The file is imported for its command alone, so that the others, and
+`doctor` above all, work where it cannot be imported.
 """
 
 from __future__ import annotations
@@ -36,7 +25,7 @@ from megatron_laer.tools.cli.program import (
     stopped_by_exceptions,
 )
 
-# Every command, with what `--help` says of it.
+# Commands, with their lines in `--help`.
 _COMMANDS = {
     "train": "run an unmodified Megatron script with the plugin on",
     "prepare-data": "make a dataset from text files",
@@ -50,7 +39,7 @@ _COMMANDS = {
     "doctor": "print what this machine has, and what is missing",
 }
 
-# Commands to which what follows `--` belongs.
+# Commands that take flags behind `--`.
 _TAKE_FLAGS = ("train", "check-recipe")
 
 

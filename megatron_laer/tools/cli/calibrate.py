@@ -18,8 +18,8 @@ from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.writing import write_file
 from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
 from megatron_laer.planner.clusters import Cluster
-from megatron_laer.tools.calibration.launched import check_launched
-from megatron_laer.tools.calibration.settings import ExpertShape
+from megatron_laer.runtime.comm import launcher
+from megatron_laer.tools.calibration.settings import START, ExpertShape
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
     add_hours,
@@ -70,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `calibrate`."""
     try:
-        check_launched(os.environ)
+        launcher.check_ranks(os.environ)
+        if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+            raise ValueError(f"exchanges need several ranks; {START}")
     except ValueError:
         _checked(args, writes=True)  # errors of arguments come first
         raise

@@ -1,9 +1,12 @@
-"""Outputs of the commands are checked before any work is done."""
+"""Checks of the commands' outputs before any work, and their progress bars."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from megatron_laer.files.checks import (
     is_same_file,
@@ -33,3 +36,8 @@ def check_outputs(
         for other, there in given.items():
             if other < flag and is_same_file(output, there):
                 raise ValueError(f"{other} and {flag} are one file; give two, got {quoted(output)}")
+
+
+def bar(title: str, **more: Any) -> Any:
+    """Return a function that wraps items in a progress bar, which shows on a terminal only."""
+    return lambda items: tqdm(items, desc=title, disable=None, **more)

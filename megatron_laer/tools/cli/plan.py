@@ -27,8 +27,7 @@ from megatron_laer.tools.cli.argument_types import (
     refuse_repeated,
     yaml_inputs,
 )
-from megatron_laer.tools.cli.outputs import check_outputs
-from megatron_laer.tools.cli.program import bar
+from megatron_laer.tools.cli.outputs import bar, check_outputs
 from megatron_laer.tools.cli.settings import DEFAULT_CLUSTER, Given, read_recording, settings_of
 from megatron_laer.tools.report.recorded import check_same_run
 from megatron_laer.tools.report.sources import metrics_beside

@@ -11,9 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
-
-from tqdm import tqdm
+from typing import NoReturn
 
 from megatron_laer.environment import variables_behind
 from megatron_laer.files.checks import in_one_line, one_line, quoted
@@ -140,11 +138,6 @@ def stopped_after(hours: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def bar(title: str, **more: Any) -> Any:
-    """Return a function that wraps items in a progress bar, which shows on a terminal only."""
-    return lambda items: tqdm(items, desc=title, disable=None, **more)
 
 
 def _discard_output() -> None:

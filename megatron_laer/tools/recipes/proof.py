@@ -1,4 +1,4 @@
-"""Rows of the parity table prove that FSEP equals stock Megatron, for the features that they have.
+"""Proof by rows of the parity table that FSEP equals stock Megatron, for their features.
 
 docs/support.md lists the rows. `proved_rows.csv` has the features of each, as
 `python -m tests.proved_rows` writes them.

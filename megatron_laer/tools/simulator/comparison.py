@@ -1,4 +1,4 @@
-"""Strategies and modes are compared on every microbatch of a trace: the rows of `plan`.
+"""Comparison of strategies and modes on every microbatch of a trace: the rows of `plan`.
 
 As in training, a layer's layout of a step is planned once from the counts of earlier steps, and
 serves all microbatches of the step. The planner's `current` is the layout of the step before.

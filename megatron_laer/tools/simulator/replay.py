@@ -1,4 +1,4 @@
-"""A recorded run is replayed by the forecast, planner and guard of training.
+"""Replay of a recorded run by the forecast, planner and guard of training.
 
 Legend: N ranks, E experts, S slots.
 """

@@ -1,4 +1,4 @@
-"""One sentence says whether FSEP is worth it, or that the constants do not tell."""
+"""One sentence of advice: use FSEP, do not use it, or undecided by the constants."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WORTH = 1.02
 
 @dataclass(frozen=True)
 class Case:
-    """Names what a sweep goes over."""
+    """One combination of a sweep's values."""
 
     ranks: int
     node_size: int
@@ -41,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Gain:
-    """Holds how many times as fast one method is as another, with its range over the rates."""
+    """Speed of one method over that of another, with its range over the rates."""
 
     times: float
     low: float

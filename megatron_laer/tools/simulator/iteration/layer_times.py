@@ -1,4 +1,4 @@
-"""The work of a layer becomes seconds here, by a set of rates.
+"""Seconds of a layer's work, by a set of rates.
 
 Bytes of operations that only read and write are counted by hand: each tensor of a transformer layer
 is read by the operation that uses it and written by the one that makes it.
@@ -40,7 +40,7 @@ _BACKWARD_GEMMS = 2
 
 @dataclass(frozen=True)
 class Timing:
-    """Turns work into seconds for one model, run and set of rates.
+    """Seconds of work for one model, run and set of rates.
 
     Attributes:
         nominal: the rates that the work's GEMM seconds were found with.

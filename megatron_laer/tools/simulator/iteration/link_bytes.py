@@ -1,4 +1,4 @@
-"""Bytes that an iteration puts on the links are added up here: received by a rank, on average.
+"""Bytes of an iteration on the links, received by a rank on average.
 
 Legend: N ranks.
 """

@@ -1,4 +1,4 @@
-"""These methods of training MoE layers are compared: which layouts, splits and exchanges each has.
+"""Methods of training MoE layers, with their layouts, splits and exchanges.
 
 FSEP is what training runs: its strategy, guard, exact split and schedule. The others are as their
 authors describe them, on equal terms: the same forecasts, rates and overlap.

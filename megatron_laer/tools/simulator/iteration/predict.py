@@ -1,4 +1,4 @@
-"""A prediction says what iterations of each method take on a trace, as a range over the rates.
+"""Prediction of each method's iterations on a trace, as a range over the rates.
 
 Legend: N ranks, L layers of the model.
 """
@@ -75,7 +75,7 @@ class IterationPrediction:
 
 @dataclass
 class _Collected:
-    """Collects what a prediction is made from."""
+    """Iterations, bytes and loads of the steps so far."""
 
     iterations: list[list[Iteration]] = field(default_factory=list)  # by step, by rates
     bytes_by_kind: list[dict[str, dict[str, float]]] = field(default_factory=list)

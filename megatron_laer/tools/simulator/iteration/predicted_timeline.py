@@ -1,4 +1,4 @@
-"""A predicted iteration is written as a timeline, with the tracks of one that was recorded."""
+"""Timeline of a predicted iteration, with the tracks of a recorded one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN_RANKS = 4
 
 
 class PredictedTimeline:
-    """Keeps what a few ranks of each stage do, evenly spread over the group.
+    """Intervals of a few ranks of each stage, evenly spread over the group.
 
     Args:
         ranks: of the group.

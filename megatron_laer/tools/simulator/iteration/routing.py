@@ -1,4 +1,4 @@
-"""Counts of every step, layer and microbatch of a run are taken from a trace here, one at a time.
+"""Counts of every step, layer and microbatch of a run, taken from a trace one at a time.
 
 A model may have other layers, microbatches, ranks and tokens than its trace: layers are spread over
 those of the trace, microbatches go round, ranks and tokens are dealt out. Nothing is kept, since

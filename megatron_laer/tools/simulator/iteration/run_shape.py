@@ -1,4 +1,4 @@
-"""A run's shape says how a model is spread over ranks, and how an iteration is cut up.
+"""Parallel sizes of a run, and the parts of its iterations.
 
 Legend: N ranks of the FSEP group, T tokens of a rank in a microbatch.
 """
@@ -13,7 +13,7 @@ from megatron_laer.choices import Recompute
 
 @dataclass(frozen=True)
 class RunShape:
-    """Holds the parallel sizes of a run.
+    """Parallel sizes of a run.
 
     Attributes:
         ranks: N, of one FSEP group; every pipeline stage has `replicas` such groups.
