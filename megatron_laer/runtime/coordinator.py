@@ -23,11 +23,14 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm import agreement
-from megatron_laer.runtime.comm.collectives import CountsExchange, decision_digest
-from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
+from megatron_laer.runtime.comm.collectives import (
+    CountsExchange,
+    TokenSizesExchange,
+    decision_digest,
+)
+from megatron_laer.runtime.comm.exchange import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
-from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
 from megatron_laer.runtime.layer_state import (
     LayerOwner,
     LayerState,
@@ -48,6 +51,7 @@ from megatron_laer.runtime.weights.scheduler import Chunk, Scheduler
 from megatron_laer.runtime.weights.slices import Slices
 from megatron_laer.runtime.weights.step_experts import memory_held
 from megatron_laer.schedule import Schedule
+from megatron_laer.telemetry.statistics import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -386,7 +390,8 @@ class Coordinator:
         """Count a pass; on the planner rank, also hand on what planner and metrics need."""
         microbatch = layer.count_pass(counts_NE, self._num_microbatches)
         if self.layouts.mailbox is not None:
-            layer.add_sample(decision, decide_s)
-            self.measurements.add(layer.index, decision, decide_s)
+            sample = Sample(decision, decide_s)
+            layer.add_sample(sample)
+            self.measurements.add(layer.index, sample)
             if microbatch is not None:
                 self.layouts.mailbox.put(layer.index, *microbatch)

@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.guard import Decision
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.collectives import LayoutTag
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.slices import Slices
+from megatron_laer.telemetry.statistics import Sample
 
 # Microbatches per layer whose balance is reported. A sample: measuring all of a long log interval
 # would hold up the step that logs.
@@ -33,14 +33,6 @@ class LayerOwner(Protocol):
     def end_step(self) -> None:
         """Do what is left to do when a training step is over."""
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """Holds a decision on one microbatch, and the seconds that the host took for it."""
-
-    decision: Decision
-    decide_s: float
 
 
 @dataclass
@@ -163,9 +155,9 @@ class LayerState:
         self._counts_NE = summed_NE
         return None
 
-    def add_sample(self, decision: Decision, decide_s: float) -> None:
+    def add_sample(self, sample: Sample) -> None:
         """Keep a decision for the metrics; the oldest one makes room."""
-        self._samples.append(Sample(decision, decide_s))
+        self._samples.append(sample)
 
     def take_sent(self) -> SentRows:
         """Return what dispatches sent since the last call."""

@@ -7,28 +7,31 @@ metrics, has them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from megatron_laer.telemetry.step_times import IntervalListener
+from megatron_laer.telemetry.trace_events import Activity
 
 Edge = Callable[..., tuple[torch.Tensor, ...]]
 
 
 def exchange_edges(
-    listener: IntervalListener, name: str, then: str, then_backward: str
+    listener: IntervalListener, exchange: Activity, then: Activity, then_backward: Activity
 ) -> tuple[Edge, Edge]:
     """Make two functions: one to pass an exchange's inputs through, one for its outputs.
 
     Args:
-        name: of the exchange.
-        then, then_backward: the phase of the compute that follows it, in either direction.
+        then, then_backward: the phase of the compute that follows, in either direction.
     """
     begin, end = listener.begin_exchange, listener.end_exchange
-    before = partial(_Edge.apply, partial(begin, name), partial(end, then_backward))
-    after = partial(_Edge.apply, partial(end, then), partial(begin, f"{name}, backward"))
+    before = partial(_Edge.apply, partial(begin, exchange), partial(end, then_backward))
+    after = partial(
+        _Edge.apply, partial(end, then), partial(begin, replace(exchange, backward=True))
+    )
     return before, after
 
 

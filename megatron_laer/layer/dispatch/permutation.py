@@ -24,8 +24,8 @@ import numpy.typing as npt
 import torch
 
 from megatron_laer.planner.splits import RankQuotas
-from megatron_laer.runtime.comm.kernel_choice import kernels_of
-from megatron_laer.runtime.comm.upload import upload
+from megatron_laer.runtime.comm.copies import upload
+from megatron_laer.runtime.comm.rows import kernels_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,10 +19,10 @@ import torch
 from megatron_laer.layer.dispatch.exchange_edges import exchange_edges
 from megatron_laer.layer.dispatch.permutation import slot_ranges
 from megatron_laer.layer.dispatch.slots import to_slots
-from megatron_laer.runtime.comm.upload import upload_arrays
+from megatron_laer.runtime.comm.copies import upload_arrays
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.telemetry.step_times import IntervalListener
-from megatron_laer.telemetry.timeline import DENSE
+from megatron_laer.telemetry.trace_events import Activity, Kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,11 @@ class SlotDispatching:
         return self._timed(
             megatrons.token_dispatch,
             (tokens, probs),
-            (f"dispatch {layer}", f"experts {layer}", f"{DENSE}, backward"),
+            (
+                Activity(Kind.DISPATCH, layer),
+                Activity(Kind.EXPERTS, layer),
+                Activity(Kind.DENSE, backward=True),
+            ),
         )
 
     def token_combine(self, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -90,7 +94,11 @@ class SlotDispatching:
         (combined,) = self._timed(
             lambda tokens: (megatrons.token_combine(tokens, *args, **kwargs),),
             (tokens,),
-            (f"combine {layer}", DENSE, f"experts {layer}, backward"),
+            (
+                Activity(Kind.COMBINE, layer),
+                Activity(Kind.DENSE),
+                Activity(Kind.EXPERTS, layer, backward=True),
+            ),
         )
         return combined
 
@@ -98,16 +106,16 @@ class SlotDispatching:
         self,
         exchange: Callable[..., tuple[torch.Tensor, ...]],
         tensors: tuple[torch.Tensor, ...],
-        names: tuple[str, str, str],
+        activities: tuple[Activity, Activity, Activity],
     ) -> tuple[torch.Tensor, ...]:
         """Exchange tensors with begin and end told to the listener, if there is one.
 
         Args:
-            names: of the exchange, and of the phases that follow it: see `exchange_edges`.
+            activities: the exchange, and the phases that follow it: see `exchange_edges`.
         """
         if self._current.listener is None:
             return exchange(*tensors)
-        before, after = exchange_edges(self._current.listener, *names)
+        before, after = exchange_edges(self._current.listener, *activities)
         return after(*exchange(*before(*tensors)))
 
     def _routed(self, routing_map_TE: torch.Tensor) -> torch.Tensor:

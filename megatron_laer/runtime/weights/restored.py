@@ -36,7 +36,7 @@ from functools import partial
 
 import torch
 
-from megatron_laer.runtime.comm.hierarchical import ReusableWeights
+from megatron_laer.runtime.comm.exchange import ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.streams import Pending
 from megatron_laer.runtime.weights.autograd import (
@@ -49,6 +49,7 @@ from megatron_laer.runtime.weights.autograd import (
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.slices import Slices
 from megatron_laer.runtime.weights.states import ExpertsState, GradState, WeightState
+from megatron_laer.telemetry.trace_events import Activity, Kind
 
 
 class RestoredExperts:
@@ -72,7 +73,6 @@ class RestoredExperts:
         self._grads_CRK: list[torch.Tensor] = []
         self._deferred_CRK: tuple[torch.Tensor, ...] = ()
         self._slice_grads: tuple[Pending, ...] = ()
-        # How the autograd graph of the present pass is built.
         self._next_in_backward: RestoredExperts | None = None
         self._heir: RestoredExperts | None = None
         # Of the passes to come, of which experts that are held over a step may have two.
@@ -100,7 +100,7 @@ class RestoredExperts:
                     rows,
                     out=weights.take(shape, slice_ErK.dtype, slice_ErK.device),
                 ),
-                f"restore {self._name}",
+                Activity(Kind.RESTORE, self._name),
             )
             for slice_ErK, rows, shape in zip(
                 self._values(), self._slices.rows, self._shapes(), strict=True
@@ -121,7 +121,7 @@ class RestoredExperts:
         self._matrices = tuple(
             self._streams.parameters.submit(
                 partial(self._update, slice_ErK, index, rows, before, pending),
-                f"change {self._name}",
+                Activity(Kind.CHANGE, self._name),
             )
             for slice_ErK, rows, pending in zip(
                 self._values(), self._slices.rows, self._matrices, strict=True
@@ -278,7 +278,7 @@ class RestoredExperts:
                     wire_dtype=slice_ErK.dtype,
                     add_to=self._main_grad(parameter, slice_ErK),
                 ),
-                f"reduce {self._name}",
+                Activity(Kind.REDUCE, self._name),
             )
             for grad_CRK, parameter, slice_ErK in zip(
                 grads_CRK, self._slices.trained, self._trained_values(), strict=True
