@@ -165,11 +165,11 @@ class FSEPMoELayer(MoELayer):
         dispatched = super().dispatch(hidden_states, probs)
         self._coordinator.scheduler.dispatched(self.state, self.training)
         groups = self._coordinator.groups
-        rows: tuple[int, int] | None
         rows = self.token_dispatcher.rows_sent(groups.rank, groups.node_size)
         if rows is not None:
+            intra_rows, inter_rows = rows
             row_bytes = hidden_states.shape[-1] * hidden_states.element_size()
-            self.state.statistics.sent.add(*rows, row_bytes)
+            self.state.statistics.sent.add(intra_rows, inter_rows, row_bytes)
         return dispatched
 
     def routed_experts_compute(
