@@ -143,7 +143,7 @@ def build_coordinator(
 def token_exchange(
     config: FSEPConfig, costs: CostModel, geometry: Geometry, top_k: int, tokens: int
 ) -> TokenExchange:
-    """Return the configured exchange of tokens; for `auto` the faster one."""
+    """Return the exchange of tokens that the settings ask for, or the faster one."""
     if config.token_exchange == TokenExchangeChoice.AUTO:
         return choose_token_exchange(costs, geometry, top_k, tokens)
     return TokenExchange(config.token_exchange)
