@@ -210,7 +210,7 @@ class FSEPMoELayer(MoELayer):
         self._state = self._coordinator.register_layer(
             layer_number,
             self._is_mtp,
-            self.experts.local_slices(),
+            slices=self.experts.local_slices(),
             recomputes=self.moe_layer_recompute,
             passes=self.config.mtp_num_layers if repeats else 1,
             what_changed=self.what_changed,
