@@ -30,7 +30,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.sharding import row_bounds
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
 from megatron_laer.runtime.comm import process_groups
-from megatron_laer.runtime.comm.hierarchical import (
+from megatron_laer.runtime.comm.exchange import (
     HierarchicalExchange,
     ReusableWeights,
     flat_exchange,

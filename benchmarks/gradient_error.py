@@ -31,7 +31,7 @@ from megatron_laer.layer.experts.gemm import slot_gemm
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.sharding import row_bounds
 from megatron_laer.runtime.comm import process_groups
-from megatron_laer.runtime.comm.hierarchical import flat_exchange, node_exchange
+from megatron_laer.runtime.comm.exchange import flat_exchange, node_exchange
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.tools.cli.argument_types import between
 

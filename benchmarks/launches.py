@@ -289,11 +289,11 @@ def _uncounted() -> Any:
 def _take_kernels_of_cuda(on_launch: Callable[[], None]) -> None:
     """Take Triton's kernels where CUDA would, and tell of each launch.
 
-    A commit that chooses kernels by another module than this one has none, or is counted with none.
+    A commit whose `rows` chooses no kernels has none, or is counted with none.
     """
     try:
-        import_module("megatron_laer.runtime.comm.kernel_choice")
-    except ModuleNotFoundError:
+        _ = import_module("megatron_laer.runtime.comm.rows").kernels_of
+    except (ModuleNotFoundError, AttributeError):
         return
     from triton.runtime.interpreter import GridExecutor
 

@@ -14,8 +14,9 @@ import torch
 
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm import kernels, rows
-from megatron_laer.runtime.comm.reduce_index import ReplicaSums, reduce_index
-from megatron_laer.runtime.comm.row_blocks import RowBlocks, row_blocks
+from megatron_laer.runtime.comm.blocks import RowBlocks, row_blocks
+from megatron_laer.runtime.comm.reduce import reduce_index
+from megatron_laer.runtime.comm.rows import ReplicaSums
 
 CPU = torch.device("cpu")
 

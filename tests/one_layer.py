@@ -93,7 +93,7 @@ def one_layer(backend: str, model: str, token_exchange: str = "rank", **more: An
 @contextlib.contextmanager
 def naming_token_sizes(done: list[str]) -> Iterator[None]:
     """Append a name in front of the wait for the sizes of token exchanges."""
-    from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
+    from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 
     wait = TokenSizesExchange._wait_for_token_sizes
 

@@ -22,6 +22,8 @@ from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
+from megatron_laer.telemetry.statistics import Sample
+from megatron_laer.telemetry.trace_events import Activity, Kind
 from megatron_laer.telemetry.trace_file import TraceWriter
 
 GEOMETRY = Geometry(num_ranks=4, num_experts=8, capacity=3, node_size=2)
@@ -106,11 +108,11 @@ def record_run(
             for layer, name in enumerate(layers):
                 counts = counts_NE(step, layer, microbatch)
                 decision = GUARD.decide(counts, planned[layer])
-                recorder.add(layer, decision, 1e-3)
-                recorder.times.begin_exchange(f"dispatch {name}")
-                recorder.times.end_exchange(f"experts {name}")
-                recorder.times.begin_exchange(f"combine {name}")
-                recorder.times.end_exchange("dense layers")
+                recorder.add(layer, Sample(decision, 1e-3))
+                recorder.times.begin_exchange(Activity(Kind.DISPATCH, name))
+                recorder.times.end_exchange(Activity(Kind.EXPERTS, name))
+                recorder.times.begin_exchange(Activity(Kind.COMBINE, name))
+                recorder.times.end_exchange(Activity(Kind.DENSE))
                 if trace is not None:
                     trace.append(step, layer, microbatch, counts)
         recorder.end_step(PlannerStatus(plan_us=500), version=step)

@@ -139,7 +139,7 @@ def make_dispatcher(
     from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
     from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
     from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
-    from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
+    from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 
     config = TransformerConfig(
         num_layers=1,

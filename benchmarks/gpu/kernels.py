@@ -25,8 +25,8 @@ from megatron_laer.config import Split
 from megatron_laer.layer.dispatch import permutation, row_map
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
-from megatron_laer.runtime.comm.reduce_index import reduce_index
-from megatron_laer.runtime.comm.row_blocks import row_blocks
+from megatron_laer.runtime.comm.blocks import row_blocks
+from megatron_laer.runtime.comm.reduce import reduce_index
 from megatron_laer.runtime.comm.rows import pack_rows, sum_replicas
 
 _COPY_BYTES, _DRY_COPY_BYTES = 2**30, 2**16

@@ -153,7 +153,7 @@ def train(
 
 @dataclass
 class _Writer:
-    """Stand-in for TensorBoard's writer."""
+    """Replacement of TensorBoard's writer."""
 
     series: dict[str, list[float]]
 

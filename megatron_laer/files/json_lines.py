@@ -1,23 +1,24 @@
-"""Lines of JSON in recordings end with a checksum, which is made and checked here.
+"""Lines of JSON in recordings: their checksums, headers, and checks that all formats share.
 
     {"format":"megatron_laer-metrics","version":2,...,"crc":"89abcdef"}\\n
     {"step":7,...,"crc":"0a1b2c3d"}\\n
 
 The last key is the CRC-32 of the line's bytes before its comma. Version 1 of a format had no
-checksums. Knows nothing else of what lines hold.
+checksums.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from megatron_laer.files.checks import quoted
+from megatron_laer.files.checks import MAX_TEXT_BYTES, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,15 @@ logger = logging.getLogger(__name__)
 VERSION = 2
 
 _KEY = "crc"
+_MAX_LAYERS = 2**16
 _END = re.compile(rb',"crc":"([0-9a-f]{8})"\}\n?')
 _END_BYTES = len(b',"crc":"01234567"}')
+
+
+def headers(format_name: str, fields: Mapping[str, Any]) -> tuple[bytes, bytes]:
+    """Return the first line of a recording, and its first line in version 1."""
+    named = {"format": format_name, "version": VERSION, **fields}
+    return sealed(named), unsealed(named | {"version": 1})
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
@@ -47,7 +55,7 @@ def warn_of(version: int, path: Path) -> None:
 
 
 def read_header(line: bytes, format_name: str, kind: str) -> tuple[dict[str, Any], int]:
-    """Return what a recording's first line holds beside format and version, and the version.
+    """Return the fields of a recording's first line, without format and version, and the version.
 
     Args:
         kind: of recording, for messages.
@@ -68,7 +76,7 @@ def read_header(line: bytes, format_name: str, kind: str) -> tuple[dict[str, Any
 
 
 def read_line(line: bytes, version: int) -> dict[str, Any]:
-    """Return what a line holds, in this version of the format.
+    """Return the object of a line, in this version of the format.
 
     Raises:
         ValueError: its checksum does not fit, or it is no JSON object.
@@ -79,6 +87,51 @@ def read_line(line: bytes, version: int) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{error}; a copy of the lines before it can be read") from error
     return content
+
+
+def numbered_lines(
+    file: BinaryIO, path: Path, longest: int, *, whole_only: bool = True
+) -> Iterator[tuple[int, int, bytes]]:
+    """Yield number, end and bytes of each line; the first one has at most `MAX_TEXT_BYTES`.
+
+    Args:
+        longest: bytes of any further line.
+        whole_only: whether a last line without its end is left out, with a warning.
+
+    Raises:
+        ValueError: a longer line, by number; its rest is not read.
+    """
+    end, limit = 0, MAX_TEXT_BYTES
+    for number in itertools.count(1):
+        line = file.readline(limit + 1)
+        if not line:
+            return
+        if len(line) > limit:
+            raise ValueError(
+                f"{path}, line {number}: has more than {limit:,} bytes; the file is damaged there"
+            )
+        if whole_only and not line.endswith(b"\n"):
+            logger.warning("%s: its last %d bytes are no whole line", path, len(line))
+            return
+        end, limit = end + len(line), longest
+        yield number, end, line
+
+
+def check_shape(sizes: Mapping[str, tuple[object, int]], layers: object) -> None:
+    """Check the sizes in a header, each with its largest value, and the names of layers.
+
+    Raises:
+        ValueError: naming the first that does not fit.
+    """
+    for name, (value, most) in sizes.items():
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{name} must be an integer in 1..{most}, got {quoted(value)}")
+    if not isinstance(layers, list) or not 1 <= len(layers) <= _MAX_LAYERS:
+        raise ValueError(f"layers must be names of at least one layer, got {quoted(layers)}")
+    if not all(isinstance(name, str) for name in layers):
+        raise ValueError(f"layers must be names of at least one layer, got {quoted(layers)}")
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"layers must all be different, got {quoted(layers)}")
 
 
 def _object(line: bytes) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """A recording is a file with a header and records that its one writer only ever appends.
 
-It knows neither what records hold nor how they are read; their writers say where each one ends. A
-recording is never rewritten in place. Where steps must go, since a run makes them again, they are
-copied to a file beside, and a copy of what stays takes the recording's place: a run that is killed
-at any moment leaves the recording as it was, or as it is to be. Only what is no whole record, as a
-run leaves it that is killed while it writes, is cut off where it is. One in an older version of its
-format is never added to, but set aside.
+Writers of formats say where each record ends; nothing here knows their content. A recording is
+never rewritten in place. Steps that a run makes again are copied to another file, and a copy of the
+rest takes the recording's place. So a run that is killed at any moment leaves the old recording or
+the new one. An incomplete last record, as a killed run leaves it, is cut off in place. A recording
+in an older version of its format is set aside, never added to.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -37,42 +36,53 @@ _ASIDE = re.compile(rf".+\.(cut-from-\d+|{_OLDER})(\.\d+)?\.[^.]+")
 
 
 class RecordingFile:
-    """Writes a recording, as its only writer.
+    """The only writer of a recording.
 
     Args:
         path: the file, made with its folders if it is missing.
         header: its first bytes.
-        older: its first bytes as an older version of the format had them, if there was one.
+        older: its first bytes in an older version of the format, if there was one.
+        records: called with the path, yields the step of every whole record and the offset where it
+            ends, in order.
+        first_step: the first step of this run; 0 for one that begins, or restarts.
 
     Attributes:
-        path: where it really lies, if `path` is a link.
-        header: that it has.
+        path: its real path, if `path` is a link.
+        last: the last step of earlier runs that stays, if any.
+        step: the newest that began, or the one before the run's first.
 
     Raises:
         InUseError: another run writes it.
-        ValueError: the path is no regular file, or one with another header.
-        OSError: it cannot be written.
+        ValueError: the path is no regular file, or one with another header; or this run begins, and
+            another one's records are there, see `run_mark`.
+        OSError: it cannot be written; every record is then where it was.
     """
 
-    def __init__(self, path: Path, header: bytes, older: bytes | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        header: bytes,
+        older: bytes | None,
+        records: Callable[[Path], Iterable[tuple[int, int]]],
+        first_step: int,
+    ) -> None:
         self.path = Path(os.path.realpath(path))
-        self.header = self._newest = header
+        self.last: int | None = None
+        self.step = first_step - 1
+        self._header, self._records = header, records
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_exclusively(self.path)
         try:
             remove_leftovers(self.path)
-            if older is not None and self._file.read(len(older)) == older:
-                self.header = older
-                return
-            self._file.seek(0)
-            begin = self._file.read(len(header))
-            if not header.startswith(begin):
-                raise ValueError(
-                    f"{self.path} begins with {self._first_line(begin)}, this run would write "
-                    f"{self._first_line(header)}; record to another folder, or move the file away"
-                )
-            # A run that was killed at once leaves a part of its header.
-            self.append(header[len(begin) :])
+            is_old = older is not None and self._file.read(len(older)) == older
+            if is_old:
+                assert older is not None
+                self._header = older
+            else:
+                self._check_header()
+            self._go_on(first_step)
+            if is_old:
+                self._renew(header)
         except BaseException:
             self.close()
             raise
@@ -92,43 +102,47 @@ class RecordingFile:
                 self._file.truncate(end)
                 raise
 
-    def go_on(self, first_step: int, records: Iterable[tuple[int, int]]) -> int | None:
-        """Continue an earlier run's recording from a step on; step 0 begins a run, or restarts it.
-
-        Args:
-            records: the step of every whole record and the offset where it ends, in order.
-
-        Returns:
-            The last step that stays, if any.
+    def begin_step(self, step: int) -> None:
+        """Begin a step; one that comes again moves its records, and later ones, to another file.
 
         Raises:
-            ValueError: a run begins, and another one's records are there; see `run_mark`.
-            OSError: as for `cut_from`.
+            ValueError: the file was damaged since.
+            OSError: it cannot be written.
         """
+        if step <= self.step:
+            self._cut_from(step)
+        self.step = step
+
+    def _check_header(self) -> None:
+        self._file.seek(0)
+        begin = self._file.read(len(self._header))
+        if not self._header.startswith(begin):
+            raise ValueError(
+                f"{self.path} begins with {self._first_line(begin)}, this run would write "
+                f"{self._first_line(self._header)}; record to another folder, or move the file away"
+            )
+        # A run that was killed at once leaves a part of its header.
+        self.append(self._header[len(begin) :])
+
+    def _go_on(self, first_step: int) -> None:
         is_restart = first_step > 0 or run_mark.is_of_this_run(self.path)
-        if not is_restart and any(True for _ in records):
+        if not is_restart and any(True for _ in self._records(self.path)):
             raise ValueError(
                 f"{self.path} holds the steps of an earlier run, and this run begins at step 0; "
                 "give an empty folder, or resume the run that wrote it from a checkpoint"
             )
         run_mark.mark(self.path)
-        return self.cut_from(first_step, records)
+        self.last = self._cut_from(first_step)
 
-    def cut_from(self, step: int, records: Iterable[tuple[int, int]]) -> int | None:
-        """Move the records from a step on to a file beside; leave out what is no whole record.
-
-        Args:
-            records: as for `go_on`.
+    def _cut_from(self, step: int) -> int | None:
+        """Move the records from a step on to another file, and cut off an incomplete record.
 
         Returns:
             The last step that stays, if any.
-
-        Raises:
-            OSError: the disk is full, say; every record is then where it was.
         """
-        stays = end = len(self.header)
+        stays = end = len(self._header)
         last, is_cut = None, False
-        for at, end in records:
+        for at, end in self._records(self.path):
             is_cut = is_cut or at >= step
             if not is_cut:
                 last, stays = at, end
@@ -145,20 +159,14 @@ class RecordingFile:
                 self._move_aside(stays, end, step)
         return last
 
-    def renew(self) -> None:
-        """Begin anew where this is a recording of an older version, which is set aside whole.
-
-        Raises:
-            OSError: the file cannot be renamed or made.
-        """
-        if self.header == self._newest:
-            return
+    def _renew(self, header: bytes) -> None:
+        """Set aside this recording of an older version whole, and begin anew."""
         beside = free_name(self.path.with_stem(f"{self.path.stem}.{_OLDER}"))
         with self._file:
             os.replace(self.path, beside)
         self._file = open_exclusively(self.path)
-        self.header = self._newest
-        self.append(self.header)
+        self._header = header
+        self.append(header)
         logger.warning(
             "FSEP: %s: what was recorded in an older version of the format has been moved to %s",
             self.path,
@@ -175,7 +183,7 @@ class RecordingFile:
             undo.callback(tail.discard)
             head = Replacement(self.path)
             undo.callback(head.discard)
-            write_all(tail.file, self.header)
+            write_all(tail.file, self._header)
             self._copy(begin, end, tail.file)
             self._copy(0, begin, head.file)
             beside = free_name(self.path.with_stem(f"{self.path.stem}.cut-from-{step}"))

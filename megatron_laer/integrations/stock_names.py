@@ -23,7 +23,7 @@ from megatron_laer import session
 from megatron_laer.integrations.stock_tensors import LentExpert, Loan
 from megatron_laer.layer.experts.module import FSEPExperts
 from megatron_laer.layer.experts.slices import SliceSpec
-from megatron_laer.runtime.comm.expert_blocks import gather_block, scatter_block
+from megatron_laer.runtime.comm.blocks import gather_block, scatter_block
 
 Named = tuple[str, torch.Tensor]
 

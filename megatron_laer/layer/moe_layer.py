@@ -165,7 +165,6 @@ class FSEPMoELayer(MoELayer):
         dispatched = super().dispatch(hidden_states, probs)
         self._coordinator.scheduler.dispatched(self.state, self.training)
         groups = self._coordinator.groups
-        rows: tuple[int, int] | None
         rows = self.token_dispatcher.rows_sent(groups.rank, groups.node_size)
         if rows is not None:
             intra_rows, inter_rows = rows
@@ -211,7 +210,7 @@ class FSEPMoELayer(MoELayer):
         self._state = self._coordinator.register_layer(
             layer_number,
             self._is_mtp,
-            self.experts.local_slices(),
+            slices=self.experts.local_slices(),
             recomputes=self.moe_layer_recompute,
             passes=self.config.mtp_num_layers if repeats else 1,
             what_changed=self.what_changed,

@@ -16,12 +16,13 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
 from megatron_laer.planner.guard import in_words
+from megatron_laer.planner.prediction import predict
 from megatron_laer.runtime.build import current_device
 from megatron_laer.runtime.coordinator import Coordinator
-from megatron_laer.runtime.metrics import LayerMetrics, RankMetrics, named
 from megatron_laer.session import current_coordinator
 from megatron_laer.telemetry.memory import memory_use
 from megatron_laer.telemetry.metrics import is_in_line
+from megatron_laer.telemetry.statistics import LayerMetrics, LayerPasses, RankMetrics, named
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +88,15 @@ def collect(
         newest = {}
         for layer in coordinator.layers:
             samples = layer.statistics.take_samples()
-            if samples:
-                newest[layer.name] = samples[-1].decision
+            if not samples:
+                continue
+            decision = newest[layer.name] = samples[-1].decision
             # Hybrid models number MTP layers past `mtp_layers`: these add to the last row.
             row = layer.number - 1 + (decoder_layers if layer.is_mtp else 0)
             row = min(row, len(layers) - 1)
-            layers[row] += LayerMetrics.of(samples, coordinator.guard)
+            passes = LayerPasses.of(coordinator.geometry.num_ranks, samples)
+            # Of one microbatch: a prediction takes as long as a decision.
+            layers[row] += LayerMetrics.of(passes, predict(coordinator.guard, decision))
         if newest and logger.isEnabledFor(logging.INFO):
             logger.info("FSEP: %s", in_words(newest))
     layers, rank = _sum_over_ranks(layers, rank)

@@ -23,14 +23,14 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
-from megatron_laer.runtime.comm.hierarchical import (
+from megatron_laer.runtime.comm.collectives import TokenSizesExchange
+from megatron_laer.runtime.comm.exchange import (
     HierarchicalExchange,
     flat_exchange,
     node_exchange,
 )
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import make_comm_stream
-from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.measurements import Measurements
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +29,6 @@ from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
 
 logger = logging.getLogger(__name__)
@@ -65,34 +63,14 @@ class Coordinator:
     def geometry(self) -> Geometry:
         return self.guard.geometry
 
-    def register_layer(
-        self,
-        number: int,
-        is_mtp: bool,
-        slices: Slices,
-        *,
-        recomputes: bool,
-        passes: int,
-        what_changed: Callable[[], str | None],
-        on_step_end: Callable[[], None],
-    ) -> LayerState:
-        """Add a MoE layer, as `FsepLayer` describes it.
+    def register_layer(self, number: int, is_mtp: bool, **described: Any) -> LayerState:
+        """Add a MoE layer with these fields of `FsepLayer`.
 
         Every rank of the group adds the same layers in the same order.
         """
         assert not self.planner.in_steps, "a layer was built after training began"
         name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
-        state = LayerState(
-            len(self.layers),
-            name,
-            number,
-            is_mtp,
-            slices,
-            recomputes,
-            passes,
-            what_changed,
-            on_step_end,
-        )
+        state = LayerState(len(self.layers), name, number, is_mtp, **described)
         self.layouts.add_layer(name)
         self.layers.append(state)
         return state

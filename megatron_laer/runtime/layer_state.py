@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.guard import Decision
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.collectives import LayoutTag
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.planning.pass_layouts import LayerPass
 from megatron_laer.runtime.weights.layer import FsepLayer
+from megatron_laer.telemetry.statistics import Sample
 
 # Microbatches per layer whose balance is reported: measuring all of a long log interval would hold
 # up the step that logs.
@@ -65,14 +65,6 @@ class RerunPlans:
         return plan
 
 
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """A decision on one microbatch, and the host's seconds for it."""
-
-    decision: Decision
-    decide_s: float
-
-
 @dataclass
 class SentRows:
     """Rows of hidden states that this rank sent in dispatches, inside its node and beyond."""
@@ -99,8 +91,9 @@ class LayerStatistics:
         self.sent = SentRows()
         self._samples: deque[Sample] = deque(maxlen=_SAMPLES)
 
-    def add_sample(self, decision: Decision, decide_s: float) -> None:
-        self._samples.append(Sample(decision, decide_s))
+    def add_sample(self, sample: Sample) -> None:
+        """Keep a decision; the oldest one makes room."""
+        self._samples.append(sample)
 
     def take_samples(self) -> list[Sample]:
         """Return the newest decisions since the last call, on the planner rank, oldest first."""

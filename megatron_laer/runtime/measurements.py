@@ -1,7 +1,4 @@
-"""A rank's measurements are opened, told of steps and closed here.
-
-They are its timeline, and on a planner rank the recording of metrics.
-"""
+"""Measurements of a rank: its timeline, and on a planner rank the recording of metrics."""
 
 from __future__ import annotations
 
@@ -11,25 +8,26 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.config import FSEPConfig
-from megatron_laer.planner.guard import Decision, Guard
+from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder, open_recorder
 from megatron_laer.runtime.planning.planner_rank import naming_flag
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.telemetry.statistics import Sample
 from megatron_laer.telemetry.step_times import IntervalListener, join
 from megatron_laer.telemetry.timeline import Timeline, open_timeline
 
 
 class Measurements:
-    """Holds what one rank measures; nothing before `start`.
+    """Measurements of one rank; none before `start`.
 
     Args:
         priced: the routing by which tokens are priced.
 
     Attributes:
-        listener: hears what compute and exchanges do when, if anybody does.
-        recorder: writes each step's metrics; on the planner rank, if it is asked to.
+        listener: to the intervals of compute and exchanges; None without measurements.
+        recorder: of each step's metrics; None but on a planner rank with `--fsep-record-metrics`.
     """
 
     def __init__(
@@ -88,10 +86,10 @@ class Measurements:
         if self.recorder is not None:
             self.recorder.begin_step(step)
 
-    def add(self, layer: int, decision: Decision, decide_s: float) -> None:
-        """Take a routed pass of a layer, by index."""
+    def add(self, layer: int, sample: Sample) -> None:
+        """Add a routed pass of a layer, by index."""
         if self.recorder is not None:
-            self.recorder.add(layer, decision, decide_s)
+            self.recorder.add(layer, sample)
 
     def end_step(self, step: int, status: PlannerStatus, version: int) -> None:
         """End a step, with the state of the planner and the version of the layouts in force."""

@@ -1,7 +1,7 @@
 """The metrics recorder writes each step's metrics of one FSEP group, on its planner rank.
 
-It measures beside the training: it waits for no device, makes no collective, and a file that can no
-longer be written ends the recording, not the run.
+It waits for no device and makes no collective. A file that can no longer be written ends the
+recording, not the run.
 
 Legend: N ranks, L MoE layers.
 """
@@ -12,8 +12,8 @@ import logging
 import math
 import platform
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -22,49 +22,36 @@ import torch
 
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.guard import Decision, Guard
+from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.prediction import Prediction, predict
 from megatron_laer.planner.status import PlannerStatus
-from megatron_laer.runtime.metrics import LayerMetrics, RankMetrics, named
 from megatron_laer.telemetry.clock import Clock
-from megatron_laer.telemetry.layer_passes import LayerPasses, mean, predicted_values
 from megatron_laer.telemetry.memory import MemoryUse, memory_use
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
-from megatron_laer.telemetry.step_times import StepTimes
+from megatron_laer.telemetry.statistics import (
+    LayerMetrics,
+    LayerPasses,
+    RankMetrics,
+    Sample,
+    named,
+    predicted_values,
+)
+from megatron_laer.telemetry.step_times import STEP, StepTimes
+from megatron_laer.telemetry.trace_events import Activity, Kind
 
 logger = logging.getLogger(__name__)
 
 _GIB = 2**30
-_EXCHANGES = ("dispatch", "experts", "combine")
-
-
-@dataclass
-class _Layer:
-    """Collects what a step's passes of one layer were, and how long they were decided on."""
-
-    passes: LayerPasses
-    decide_s: list[float] = field(default_factory=list)
-    taken_cost_s: float = 0.0
-    taken_decide_s: float = 0.0
-    last: Decision | None = None
-
-    def add(self, decision: Decision, decide_s: float) -> None:
-        """Add a pass."""
-        self.passes.add(decision)
-        self.decide_s.append(decide_s)
-        if decision.replanned:
-            self.taken_decide_s += decide_s
-            self.taken_cost_s += math.nan if decision.cost_s is None else decision.cost_s
-        self.last = decision
+_EXCHANGES = (Kind.DISPATCH, Kind.EXPERTS, Kind.COMBINE)
 
 
 @dataclass(frozen=True)
-class _Step:
-    """Holds a step whose times are not known yet."""
+class _EndedStep:
+    """A step whose times are not known yet."""
 
     step: int
-    layers: Sequence[_Layer]
+    layers: Sequence[LayerPasses]
     predictions: Sequence[Prediction | None]
     status: PlannerStatus
     version: int
@@ -72,14 +59,14 @@ class _Step:
 
 
 class MetricsRecorder:
-    """Collects and writes; see `telemetry/metrics_file`.
+    """Writer of the recording that `telemetry/metrics_file` describes.
 
     Args:
         names: of the group's layers, by index.
         clock: that waits and exchanges are measured with.
 
     Attributes:
-        times: hears of the rank's intervals.
+        times: listener to the rank's intervals.
     """
 
     def __init__(
@@ -96,8 +83,8 @@ class MetricsRecorder:
         self._names = tuple(names)
         self._device = device
         self._step = 0
-        self._layers: list[_Layer] = []
-        self._waiting: deque[_Step] = deque()
+        self._layers: list[LayerPasses] = []
+        self._waiting: deque[_EndedStep] = deque()
         self._layer_ms: float | None = None
 
     def begin_step(self, step: int) -> None:
@@ -106,13 +93,13 @@ class MetricsRecorder:
             return
         self._step = step
         num_ranks = self._guard.geometry.num_ranks
-        self._layers = [_Layer(LayerPasses.none_of(num_ranks)) for _ in self._names]
+        self._layers = [LayerPasses.of(num_ranks) for _ in self._names]
         self.times.begin_step()
 
-    def add(self, layer: int, decision: Decision, decide_s: float) -> None:
+    def add(self, layer: int, sample: Sample) -> None:
         """Add a routed pass of a layer, by index."""
         if self._layers:
-            self._layers[layer].add(decision, decide_s)
+            self._layers[layer].add(sample)
 
     def end_step(self, status: PlannerStatus, version: int) -> None:
         """End a step, and write those whose times are known by now.
@@ -133,7 +120,9 @@ class MetricsRecorder:
             for layer in self._layers
         ]
         memory = memory_use(self._device)
-        self._waiting.append(_Step(self._step, self._layers, predictions, status, version, memory))
+        self._waiting.append(
+            _EndedStep(self._step, self._layers, predictions, status, version, memory)
+        )
         self._layers = []
         self._write()
 
@@ -161,7 +150,7 @@ class MetricsRecorder:
             of_step = _of_step(step, seconds)
             measured = [ms for ms in of_layers["layer_ms"] if math.isfinite(ms)]
             self._layer_ms = float(np.mean(measured)) if measured else None
-            tokens_LN = np.array([layer.passes.rank_tokens_N for layer in step.layers])
+            tokens_LN = np.array([layer.rank_tokens_N for layer in step.layers])
             assert self._writer is not None
             self._writer.append(of_step, self._metrics(step, of_step), of_layers, tokens_LN)
 
@@ -170,47 +159,35 @@ class MetricsRecorder:
         logger.warning("FSEP: the recording of metrics ends at step %d: %s", self._step, error)
         self._writer.close()
         self._writer, self._layer_ms = None, None
-        # Nobody takes these any more, and a long run would add to them in every step.
+        # They would grow with every step of a long run.
         self._layers = []
         self._waiting.clear()
         self.times.forget()
 
-    def _of_layers(self, step: _Step, seconds: Mapping[str, float]) -> dict[str, Sequence[float]]:
+    def _of_layers(
+        self, step: _EndedStep, seconds: Mapping[Activity, float]
+    ) -> dict[str, Sequence[float]]:
         rows = []
-        for name, layer, predicted in zip(self._names, step.layers, step.predictions, strict=True):
-            of_layer = sum(
-                seconds.get(f"{kind} {name}{direction}", 0.0)
+        for name, passes, predicted in zip(self._names, step.layers, step.predictions, strict=True):
+            exchanged_s = sum(
+                seconds.get(Activity(kind, name, backward), 0.0)
                 for kind in _EXCHANGES
-                for direction in ("", ", backward")
+                for backward in (False, True)
             )
-            waits_s = seconds.get(f"wait: change {name}", 0.0)
-            passes = layer.passes
-            measured = {
-                "decide_ms": mean(layer.decide_s) * 1e3,
-                "taken_cost_ms": layer.taken_cost_s * 1e3 if passes.fresh else math.nan,
-                "change_ms": (waits_s + layer.taken_decide_s) * 1e3 if passes.fresh else math.nan,
-                "layer_ms": of_layer * 1e3 / passes.number if passes.number else math.nan,
-            }
+            changed_s = seconds.get(Activity(Kind.CHANGE, name, waits=True), 0.0)
             predictions = [] if predicted is None else [predicted]
-            rows.append(passes.values() | measured | predicted_values(predictions))
+            rows.append(
+                passes.values()
+                | passes.host_values(changed_s, exchanged_s)
+                | predicted_values(predictions)
+            )
         return {metric.name: [row[metric.name] for row in rows] for metric in RECORDED_OF_LAYERS}
 
-    def _metrics(self, step: _Step, of_step: Mapping[str, float]) -> dict[str, float]:
+    def _metrics(self, step: _EndedStep, of_step: Mapping[str, float]) -> dict[str, float]:
         """Name the metrics of this group and step as they are logged."""
         layers = [
-            LayerMetrics()
-            if predicted is None
-            else LayerMetrics(
-                imbalance=mean(layer.passes.ratios),
-                stock_imbalance=mean(layer.passes.stock_ratios),
-                fresh_layouts=layer.passes.fresh / layer.passes.number,
-                decide_ms=mean(layer.decide_s) * 1e3,
-                predicted_ms=predicted.layer_s * 1e3,
-                balanced_ms=predicted.balanced_s * 1e3,
-                bound_ms=predicted.bound_s * 1e3,
-                groups=1.0,
-            )
-            for layer, predicted in zip(step.layers, step.predictions, strict=True)
+            LayerMetrics() if predicted is None else LayerMetrics.of(passes, predicted)
+            for passes, predicted in zip(step.layers, step.predictions, strict=True)
         ]
         rank = RankMetrics(
             restore_exposed_ms=of_step["restore_wait_ms"],
@@ -245,27 +222,16 @@ def open_recorder(
     assert config.record_metrics is not None
     path = recording_path(config.record_metrics, group_index)
     run = run_settings(config, guard.costs, priced, device)
-    cluster = guard.costs.cluster
-    writer = MetricsWriter(path, _shape_of(guard, names), run, first_step, cluster)
+    of = guard.geometry
+    shape = Shape(of.num_ranks, of.num_experts, of.capacity, of.node_size, tuple(names))
+    writer = MetricsWriter(path, shape, run, first_step, guard.costs.cluster)
     return MetricsRecorder(writer, guard, names, device, clock)
-
-
-def _shape_of(guard: Guard, names: Sequence[str]) -> Shape:
-    """Say what a recording is of."""
-    geometry = guard.geometry
-    return Shape(
-        geometry.num_ranks,
-        geometry.num_experts,
-        geometry.capacity,
-        geometry.node_size,
-        tuple(names),
-    )
 
 
 def run_settings(
     config: FSEPConfig, costs: CostModel, priced: Mapping[str, int], device: torch.device
 ) -> dict[str, str]:
-    """Say how a run began: what its metrics depend on, as texts by name.
+    """Return the settings that a run's metrics depend on, as texts by name.
 
     Every field of the cost model but the cluster's constants is there.
     """
@@ -300,16 +266,20 @@ def run_settings(
     return {name: str(value) for name, value in settings.items() if value is not None}
 
 
-def _of_step(step: _Step, seconds: Mapping[str, float]) -> dict[str, float]:
-    def total_ms(chosen: Callable[[str], bool]) -> float:
-        return sum(value for label, value in seconds.items() if chosen(label)) * 1e3
+def _of_step(step: _EndedStep, seconds: Mapping[Activity, float]) -> dict[str, float]:
+    def total_ms(*kinds: Kind, waits: bool = False) -> float:
+        return 1e3 * sum(
+            value
+            for activity, value in seconds.items()
+            if activity.kind in kinds and activity.waits == waits
+        )
 
     return {
         "step": step.step,
-        "step_ms": seconds[""] * 1e3,
-        **{f"{kind}_ms": total_ms(_starts(f"{kind} ")) for kind in _EXCHANGES},
-        "restore_wait_ms": total_ms(_starts("wait: restore ", "wait: change ")),
-        "reduce_wait_ms": total_ms(_starts("wait: reduce ")),
+        "step_ms": seconds[STEP] * 1e3,
+        **{f"{kind}_ms": total_ms(kind) for kind in _EXCHANGES},
+        "restore_wait_ms": total_ms(Kind.RESTORE, Kind.CHANGE, waits=True),
+        "reduce_wait_ms": total_ms(Kind.REDUCE, waits=True),
         "decide_ms": sum(sum(layer.decide_s) for layer in step.layers) * 1e3,
         "plan_ms": step.status.plan_us / 1e3,
         "version": step.version,
@@ -318,7 +288,3 @@ def _of_step(step: _Step, seconds: Mapping[str, float]) -> dict[str, float]:
         "used_bytes": step.memory.used_bytes,
         "headroom_bytes": step.memory.headroom_bytes,
     }
-
-
-def _starts(*prefixes: str) -> Callable[[str], bool]:
-    return lambda label: label.startswith(prefixes)

@@ -16,9 +16,12 @@ import torch
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.guard import Decision
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.runtime.comm.collectives import CountsExchange, decision_digest
+from megatron_laer.runtime.comm.collectives import (
+    CountsExchange,
+    TokenSizesExchange,
+    decision_digest,
+)
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
-from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.measurements import Measurements
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
@@ -27,6 +30,7 @@ from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.telemetry.statistics import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +139,9 @@ class MicrobatchPlanner:
         """Count a pass; on the planner rank, also pass it to the planner and the metrics."""
         microbatch = layer.count_pass(counts_NE)
         if self.layouts.mailbox is not None:
-            layer.statistics.add_sample(decision, decide_s)
-            self.measurements.add(layer.index, decision, decide_s)
+            sample = Sample(decision, decide_s)
+            layer.statistics.add_sample(sample)
+            self.measurements.add(layer.index, sample)
             if microbatch is not None:
                 self.layouts.mailbox.put(layer.index, *microbatch)
 

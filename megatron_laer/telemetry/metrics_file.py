@@ -22,20 +22,22 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
 from megatron_laer.files import memory
-from megatron_laer.files.checks import MAX_LINE, MAX_TEXT_BYTES, open_input, quoted
+from megatron_laer.files.checks import MAX_LINE, open_input, quoted
 from megatron_laer.files.json_lines import (
     VERSION,
+    check_shape,
+    headers,
+    numbered_lines,
     read_header,
     read_line,
     sealed,
-    unsealed,
     warn_of,
 )
 from megatron_laer.files.recording import RecordingFile
@@ -50,7 +52,8 @@ FORMAT = "megatron_laer-metrics"
 
 _OF_STEPS = tuple(metric.name for metric in RECORDED_OF_STEPS)
 _OF_LAYERS = tuple(metric.name for metric in RECORDED_OF_LAYERS)
-_MAX_LAYERS, _MAX_STEP, _LARGEST = 2**16, 2**53, 1e18
+_SIZES = ("num_ranks", "num_experts", "capacity", "node_size")
+_MAX_SIZE, _MAX_STEP, _LARGEST = 2**20, 2**53, 1e18
 _LONGEST_TEXT = 1000
 
 Float64 = npt.NDArray[np.float64]
@@ -58,7 +61,7 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Shape:
-    """Says what a recording is of; it stays the same when a run is resumed.
+    """Sizes and layers of a recording, the same when a run is resumed.
 
     Raises:
         ValueError: sizes that admit no layout, or layers without a name of their own.
@@ -71,16 +74,8 @@ class Shape:
     layers: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        for name in ("num_ranks", "num_experts", "capacity", "node_size"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= 2**20:
-                raise ValueError(f"{name} must be an integer in 1..{2**20}, got {quoted(value)}")
+        check_shape({name: (getattr(self, name), _MAX_SIZE) for name in _SIZES}, [*self.layers])
         Geometry(self.num_ranks, self.num_experts, self.capacity, self.node_size)
-        names = self.layers
-        if not 1 <= len(names) <= _MAX_LAYERS or not all(isinstance(n, str) for n in names):
-            raise ValueError(f"layers must be names of at least one layer, got {quoted(names)}")
-        if len(set(names)) != len(names):
-            raise ValueError(f"layers must all be different, got {quoted(names)}")
 
 
 @dataclass(frozen=True)
@@ -132,16 +127,7 @@ class MetricsWriter:
         first_step: int,
         cluster: Cluster | None = None,
     ) -> None:
-        self._shape = shape
-        headers = sealed(_header(shape, VERSION)), unsealed(_header(shape, 1))
-        self._file = RecordingFile(path, *headers)
-        try:
-            self._file.go_on(first_step, self._recorded())
-            self._file.renew()
-        except BaseException:
-            self._file.close()
-            raise
-        self._step = first_step - 1
+        self._file = RecordingFile(path, *headers(FORMAT, asdict(shape)), _recorded, first_step)
         # Written with the first step: a run that ends before it leaves nothing.
         constants = {} if cluster is None else {"cluster": cluster_content(cluster)}
         self._run = sealed({"step": first_step, "run": dict(run), **constants})
@@ -160,9 +146,7 @@ class MetricsWriter:
             OSError: it cannot be written.
         """
         step = int(of_step["step"])
-        if step <= self._step:
-            self._file.cut_from(step, self._recorded())
-        self._step = step
+        self._file.begin_step(step)
         line = {
             **{name: _short(of_step[name]) for name in _OF_STEPS},
             "step": step,
@@ -176,16 +160,6 @@ class MetricsWriter:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def _recorded(self) -> Iterator[tuple[int, int]]:
-        """Yield the step of every whole line but the first, and where it ends."""
-        with open_input(self._file.path) as file:
-            version = VERSION
-            for number, line, end in _whole_lines(file, self._file.path):
-                if number == 1:
-                    _, version = _read_header(line, self._file.path)
-                else:
-                    yield _parsed(line, self._file.path, number, version)["step"], end
 
 
 def recording_path(directory: str | Path, group_index: int) -> Path:
@@ -202,15 +176,15 @@ def read_metrics(path: Path) -> MetricsRecording:
     """
     runs: list[tuple[int, Mapping[str, str]]] = []
     clusters: list[Cluster | None] = []
-    steps: list[_Step] = []
+    steps: list[_RecordedStep] = []
     with open_input(path) as file:
-        lines = _whole_lines(file, path)
+        lines = numbered_lines(file, path, MAX_LINE)
         first = next(lines, None)
         if first is None:
             raise ValueError(f"{path} holds no whole line; it is no recording of metrics")
-        shape, version = _read_header(first[1], path)
+        shape, version = _read_header(first[2], path)
         warn_of(version, path)
-        for number, line, _ in lines:
+        for number, _, line in lines:
             content = _parsed(line, path, number, version)
             try:
                 if "run" in content:
@@ -243,9 +217,7 @@ def read_metrics(path: Path) -> MetricsRecording:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """Holds one line's step."""
-
+class _RecordedStep:
     step: int
     of_step: dict[str, float]
     metrics: dict[str, float]
@@ -253,40 +225,28 @@ class _Step:
     rank_tokens_LN: Int64
 
 
-def _header(shape: Shape, version: int) -> dict[str, Any]:
-    return {"format": FORMAT, "version": version, **asdict(shape)}
+def _recorded(path: Path) -> Iterator[tuple[int, int]]:
+    """Yield the step of every whole line but the first, and where it ends."""
+    with open_input(path) as file:
+        version = VERSION
+        for number, end, line in numbered_lines(file, path, MAX_LINE):
+            if number == 1:
+                _, version = _read_header(line, path)
+            else:
+                yield _parsed(line, path, number, version)["step"], end
 
 
 def _read_header(line: bytes, path: Path) -> tuple[Shape, int]:
     """Return a recording's shape, and the version of its format."""
     try:
         header, version = read_header(line, FORMAT, "recording of metrics")
-        expected = set(Shape.__dataclass_fields__)
+        expected = {*_SIZES, "layers"}
         if set(header) != expected:
             raise ValueError(f"has the keys {quoted(sorted(header))}, expected {sorted(expected)}")
-        if not isinstance(header["layers"], list):
-            raise ValueError(f"layers must be a list of names, got {quoted(header['layers'])}")
-        sizes = {name: header[name] for name in Shape.__dataclass_fields__ if name != "layers"}
-        return Shape(**sizes, layers=tuple(header["layers"])), version
+        check_shape({}, header["layers"])
+        return Shape(**header | {"layers": tuple(header["layers"])}), version
     except ValueError as error:
         raise ValueError(f"{path}, line 1: {error}") from error
-
-
-def _whole_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """Yield number, content and end of every line that has one."""
-    number, end, longest = 1, 0, MAX_TEXT_BYTES
-    while line := file.readline(longest + 1):
-        if len(line) > longest:
-            raise ValueError(
-                f"{path}, line {number}: has more than {longest:,} bytes; the file is damaged there"
-            )
-        if not line.endswith(b"\n"):
-            if number > 1:  # without a header it is refused, which says it
-                logger.warning("%s: its last %d bytes are no whole line", path, len(line))
-            return
-        end += len(line)
-        yield number, line, end
-        number, longest = number + 1, MAX_LINE
 
 
 def _parsed(line: bytes, path: Path, number: int, version: int) -> dict[str, Any]:
@@ -310,7 +270,7 @@ def _run_of(content: Mapping[str, Any]) -> dict[str, str]:
     return run
 
 
-def _step_of(content: Mapping[str, Any], shape: Shape) -> _Step:
+def _step_of(content: Mapping[str, Any], shape: Shape) -> _RecordedStep:
     expected = {*_OF_STEPS, "metrics", "layers", "rank_tokens"}
     if set(content) != expected:
         wrong = sorted(expected ^ set(content))
@@ -334,7 +294,7 @@ def _step_of(content: Mapping[str, Any], shape: Shape) -> _Step:
         for row in tokens
     ):
         raise ValueError(f"rank_tokens must be {num_layers} lists of {shape.num_ranks} tokens")
-    return _Step(
+    return _RecordedStep(
         content["step"],
         {name: _number(content[name], name) for name in _OF_STEPS},
         {name: _number(value, name) for name, value in content["metrics"].items()},

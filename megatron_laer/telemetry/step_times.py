@@ -1,8 +1,8 @@
-"""`StepTimes` adds up what the compute of one rank did in each step, by name.
+"""`StepTimes` adds up the activities of one rank's compute in each step.
 
-It hears of the same intervals as a `Timeline`, of every step instead of a few, and keeps their sums
-instead of the intervals. It waits for no device: on CUDA a step's sums can be read once the device
-has passed its last interval.
+It listens to the same intervals as a `Timeline`, in every step instead of a few, and keeps their
+sums. It waits for no device: on CUDA a step's sums can be read once the device has passed its last
+interval.
 """
 
 from __future__ import annotations
@@ -12,43 +12,46 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron_laer.telemetry.clock import Clock, Timestamp
-from megatron_laer.telemetry.trace_events import COMPUTE
+from megatron_laer.telemetry.trace_events import COMPUTE, Activity, Kind
+
+# The whole of a step, among the sums of `StepTimes`.
+STEP = Activity(Kind.STEP)
 
 
 class IntervalListener(Protocol):
-    """Hears of token exchanges and of the phases between them: a timeline, or sums of a step."""
+    """Listener to intervals, token exchanges and phases: a timeline, or sums of steps."""
 
-    def add(self, track: str, label: str, start: Timestamp, end: Timestamp) -> None:
-        """Take an interval on a track."""
+    def add(self, track: str, activity: Activity, start: Timestamp, end: Timestamp) -> None:
+        """Add an interval on a track."""
         ...
 
-    def begin_exchange(self, label: str) -> None:
-        """Take the begin of a token exchange."""
+    def begin_exchange(self, activity: Activity) -> None:
+        """Begin a token exchange."""
         ...
 
-    def end_exchange(self, phase: str) -> None:
-        """Take the end of a token exchange, with the phase that follows."""
+    def end_exchange(self, phase: Activity) -> None:
+        """End a token exchange; a phase follows."""
         ...
 
 
 @dataclass(frozen=True)
 class Listeners:
-    """Tells several listeners the same."""
+    """Several listeners as one."""
 
     listeners: tuple[IntervalListener, ...]
 
-    def add(self, track: str, label: str, start: Timestamp, end: Timestamp) -> None:
-        """Take an interval on a track."""
+    def add(self, track: str, activity: Activity, start: Timestamp, end: Timestamp) -> None:
+        """Add an interval on a track."""
         for listener in self.listeners:
-            listener.add(track, label, start, end)
+            listener.add(track, activity, start, end)
 
-    def begin_exchange(self, label: str) -> None:
-        """Take the begin of a token exchange."""
+    def begin_exchange(self, activity: Activity) -> None:
+        """Begin a token exchange."""
         for listener in self.listeners:
-            listener.begin_exchange(label)
+            listener.begin_exchange(activity)
 
-    def end_exchange(self, phase: str) -> None:
-        """Take the end of a token exchange."""
+    def end_exchange(self, phase: Activity) -> None:
+        """End a token exchange; a phase follows."""
         for listener in self.listeners:
             listener.end_exchange(phase)
 
@@ -60,31 +63,29 @@ def join(*listeners: IntervalListener | None) -> IntervalListener | None:
 
 
 @dataclass
-class _Step:
-    """Holds the intervals of a step."""
-
+class _StepIntervals:
     start: Timestamp
     end: Timestamp = None
-    intervals: list[tuple[str, Timestamp, Timestamp]] = field(default_factory=list)
+    intervals: list[tuple[Activity, Timestamp, Timestamp]] = field(default_factory=list)
 
 
 class StepTimes:
-    """Hears of one rank's intervals and gives the sums of each step, in order.
+    """Listener that adds up one rank's intervals for each step, in order.
 
-    Intervals of other tracks than the compute's and the tokens' run beside these, and are left out;
-    so is what happens between two steps, such as an evaluation.
+    Tracks of communication streams run next to those of compute and tokens, and are left out; so
+    are intervals between two steps, such as an evaluation.
     """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._current: _Step | None = None
-        self._ended: deque[_Step] = deque()
+        self._current: _StepIntervals | None = None
+        self._ended: deque[_StepIntervals] = deque()
         self._is_caught_up = False
-        self._open: tuple[str, Timestamp] | None = None
+        self._open: tuple[Activity, Timestamp] | None = None
 
     def begin_step(self) -> None:
         """Begin a step."""
-        self._current, self._open = _Step(self._clock.now()), None
+        self._current, self._open = _StepIntervals(self._clock.now()), None
 
     def end_step(self) -> None:
         """End a step, whose sums `take` will give."""
@@ -94,21 +95,26 @@ class StepTimes:
             self._is_caught_up = False
         self._current = None
 
-    def add(self, track: str, label: str, start: Timestamp, end: Timestamp) -> None:
-        """Take a wait of the compute."""
+    def add(self, track: str, activity: Activity, start: Timestamp, end: Timestamp) -> None:
+        """Add a wait of the compute."""
         if track == COMPUTE and self._current is not None:
-            self._current.intervals.append((label, start, end))
+            self._current.intervals.append((activity, start, end))
 
-    def begin_exchange(self, label: str) -> None:
-        """Take the begin of a token exchange, which ends the phase before it."""
-        self._next(label)
+    def begin_exchange(self, activity: Activity) -> None:
+        """Begin a token exchange, which ends the phase before it."""
+        if self._current is None:
+            return
+        now = self._clock.now()
+        if self._open is not None:
+            self._current.intervals.append((*self._open, now))
+        self._open = activity, now
 
-    def end_exchange(self, phase: str) -> None:
-        """Take the end of a token exchange, with the phase that follows."""
-        self._next(phase)
+    def end_exchange(self, phase: Activity) -> None:
+        """End a token exchange; a phase follows."""
+        self.begin_exchange(phase)
 
-    def take(self) -> dict[str, float] | None:
-        """Return the seconds of the oldest step that was not taken, by name; the whole under "".
+    def take(self) -> dict[Activity, float] | None:
+        """Return the seconds of the oldest step that was not taken; the whole step is `STEP`.
 
         Returns:
             None where there is no such step, or the device has not passed it.
@@ -118,9 +124,9 @@ class StepTimes:
         if not self._is_caught_up and not self._clock.passed(self._ended[0].end):
             return None
         step = self._ended.popleft()
-        seconds = {"": self._clock.seconds(step.start, step.end)}
-        for label, start, end in step.intervals:
-            seconds[label] = seconds.get(label, 0.0) + self._clock.seconds(start, end)
+        seconds = {STEP: self._clock.seconds(step.start, step.end)}
+        for activity, start, end in step.intervals:
+            seconds[activity] = seconds.get(activity, 0.0) + self._clock.seconds(start, end)
         return seconds
 
     def catch_up(self) -> None:
@@ -132,11 +138,3 @@ class StepTimes:
         """Drop every step that was not taken, and hear nothing until the next begins."""
         self._current = self._open = None
         self._ended.clear()
-
-    def _next(self, label: str) -> None:
-        if self._current is None:
-            return
-        now = self._clock.now()
-        if self._open is not None:
-            self._current.intervals.append((self._open[0], self._open[1], now))
-        self._open = label, now

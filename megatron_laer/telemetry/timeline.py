@@ -26,21 +26,19 @@ from megatron_laer.files import run_mark
 from megatron_laer.files.writing import free_name, open_exclusively, write_file
 from megatron_laer.telemetry.clock import Clock, Timestamp, make_clock
 from megatron_laer.telemetry.ranges import OpenRange, make_ranges
-from megatron_laer.telemetry.trace_events import COMPUTE, TOKENS, trace_events
+from megatron_laer.telemetry.trace_events import COMPUTE, TOKENS, Activity, Kind, trace_events
 
 logger = logging.getLogger(__name__)
 
 # Of the run, counted from 0: the first steps allocate memory and have no plan yet.
 FIRST_STEP, NUM_STEPS = 2, 3
 
-DENSE = "dense layers"
-
 
 @dataclass(frozen=True)
 class _Open:
     """Holds an interval that has begun."""
 
-    label: str
+    activity: Activity
     start: Timestamp
     end_range: Callable[[], None]
 
@@ -77,7 +75,7 @@ class Timeline:
             self._file = _moved_aside(path, self._file)
         self._is_recording = False
         self._origin: tuple[Timestamp, int] | None = None
-        self._intervals: list[tuple[str, str, Timestamp, Timestamp]] = []
+        self._intervals: list[tuple[str, Activity, Timestamp, Timestamp]] = []
         self._phase: _Open | None = None
         self._exchange: _Open | None = None
         self._step_start: Timestamp = None
@@ -93,30 +91,30 @@ class Timeline:
         self._step_start = self._clock.now()
         self._end_phase(self._step_start)
         self._is_recording = True
-        self._phase = self._open(DENSE, self._step_start)
+        self._phase = self._open(Activity(Kind.DENSE), self._step_start)
 
     def end_step(self, step: int) -> None:
         """End a step; with the last one the trace is written."""
         if not self._is_recording:
             return
         self._end_phase(self._clock.now())
-        self.add(COMPUTE, f"step {step + 1}", self._step_start, self._clock.now())
+        self.add(COMPUTE, Activity(Kind.STEP, str(step + 1)), self._step_start, self._clock.now())
         self._is_recording = False
         if step + 1 not in self._steps:
             self.close()
 
-    def add(self, track: str, label: str, start: Timestamp, end: Timestamp) -> None:
+    def add(self, track: str, activity: Activity, start: Timestamp, end: Timestamp) -> None:
         """Record an interval on a track."""
         if self._is_recording:
-            self._intervals.append((track, label, start, end))
+            self._intervals.append((track, activity, start, end))
 
-    def begin_exchange(self, label: str) -> None:
+    def begin_exchange(self, activity: Activity) -> None:
         """Begin a token exchange, which the compute waits for."""
         now = self._clock.now()
         self._end_phase(now)
-        self._exchange = self._open(label, now)
+        self._exchange = self._open(activity, now)
 
-    def end_exchange(self, phase: str) -> None:
+    def end_exchange(self, phase: Activity) -> None:
         """End a token exchange; the compute goes on with a phase."""
         now = self._clock.now()
         self._close(TOKENS, self._exchange, now)
@@ -154,13 +152,13 @@ class Timeline:
         self._close(COMPUTE, self._phase, now)
         self._phase = None
 
-    def _open(self, label: str, now: Timestamp) -> _Open:
-        return _Open(label, now, self._open_range(label))
+    def _open(self, activity: Activity, now: Timestamp) -> _Open:
+        return _Open(activity, now, self._open_range(str(activity)))
 
     def _close(self, track: str, opened: _Open | None, now: Timestamp) -> None:
         if opened is not None:
             opened.end_range()
-            self.add(track, opened.label, opened.start, now)
+            self.add(track, opened.activity, opened.start, now)
 
     def _events(self) -> Iterator[dict[str, Any]]:
         assert self._origin is not None
@@ -170,8 +168,8 @@ class Timeline:
             return round(origin_ns / 1e3 + self._clock.seconds(origin, timestamp) * 1e6, 1)
 
         intervals = (
-            (track, label, microseconds(start), microseconds(end))
-            for track, label, start, end in self._intervals
+            (track, str(activity), microseconds(start), microseconds(end))
+            for track, activity, start, end in self._intervals
         )
         return trace_events(self._rank, f"rank {self._rank}", intervals)
 

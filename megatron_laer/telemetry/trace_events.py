@@ -1,4 +1,4 @@
-"""Intervals become events of a timeline here, in the JSON of Chrome's trace viewer, for Perfetto.
+"""Activities of a rank, and their events in the JSON of Chrome's trace viewer, for Perfetto.
 
 A process has four tracks, whether its intervals were recorded in a run or predicted.
 """
@@ -6,10 +6,49 @@ A process has four tracks, whether its intervals were recorded in a run or predi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 COMPUTE, TOKENS = "compute", "tokens"
 TRACKS = (COMPUTE, TOKENS, "parameters", "gradients")
+
+
+class Kind(StrEnum):
+    """Kind of an activity of compute, tokens or a communication stream."""
+
+    STEP = "step"
+    DENSE = "dense layers"
+    DISPATCH = "dispatch"
+    EXPERTS = "experts"
+    COMBINE = "combine"
+    RESTORE = "restore"
+    CHANGE = "change"
+    REDUCE = "reduce"
+    EXCHANGES = "exchanges"  # of a calibration
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Key of intervals: an activity of one layer in one direction, or compute's wait for it.
+
+    Attributes:
+        layer: its name; of a step, the step's number from 1; empty for the dense layers.
+        waits: whether it is compute's wait.
+        inside_node: whether it is the second stage of a token exchange through nodes.
+    """
+
+    kind: Kind
+    layer: str = ""
+    backward: bool = False
+    waits: bool = False
+    inside_node: bool = False
+
+    def __str__(self) -> str:
+        """Return the text in timelines and profilers."""
+        label = f"{self.kind} {self.layer}" if self.layer else self.kind.value
+        label += ", inside node" * self.inside_node + ", backward" * self.backward
+        return "wait: " * self.waits + label
 
 
 def trace_events(

@@ -28,7 +28,7 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -36,16 +36,16 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.files.checks import open_input
-from megatron_laer.files.json_lines import (
-    VERSION,
-    read_header,
-    sealed,
-    unsealed,
-    warn_of,
-)
+from megatron_laer.files.json_lines import VERSION, check_shape, headers, read_header, warn_of
 from megatron_laer.files.recording import RecordingFile
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.telemetry.trace_records import MAX_COUNT, MAX_INDEX, Trace, check_cells
+from megatron_laer.telemetry.trace_records import (
+    MAX_COUNT,
+    MAX_INDEX,
+    MAX_RANKS,
+    Trace,
+    check_cells,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -120,18 +120,15 @@ class TraceWriter:
     ) -> None:
         self._shape = (num_ranks, num_experts)
         self._layers = tuple(layer_names)
-        self._file = RecordingFile(path, *_header_lines(num_ranks, num_experts, self._layers))
-        try:
-            self._last_step = self._file.go_on(first_step, self._recorded())
-            self._file.renew()
-        except BaseException:
-            self._file.close()
-            raise
-        if self._last_step is not None and self._last_step < first_step - 1:
+        fields = {"num_ranks": num_ranks, "num_experts": num_experts, "layers": [*layer_names]}
+        _check_header(fields)
+        self._file = RecordingFile(path, *headers(FORMAT, fields), _recorded, first_step)
+        last = self._file.last
+        if last is not None and last < first_step - 1:
             logger.warning(
                 "FSEP: %s: nothing is recorded of steps %d to %d, which an earlier run made",
                 path,
-                self._last_step + 1,
+                last + 1,
                 first_step - 1,
             )
 
@@ -161,9 +158,8 @@ class TraceWriter:
             raise ValueError(
                 f"layer_index must be in 0..{len(self._layers) - 1}, got {layer_index}"
             )
-        if self._last_step is not None and step < self._last_step:
-            self._file.cut_from(step, self._recorded())
-        self._last_step = step
+        if step != self._file.step:
+            self._file.begin_step(step)
         crc = zlib.crc32(payload)
         fields = _FRAMES[VERSION].pack(0, width, step, layer_index, microbatch, crc)[_CRC_BYTES:]
         self._file.append(zlib.crc32(fields).to_bytes(_CRC_BYTES, "little") + fields + payload)
@@ -182,18 +178,6 @@ class TraceWriter:
             raise ValueError(f"counts must be in 0..{MAX_COUNT}, got {low} to {high}")
         width = next(width for width in _WIDTHS if high < 256**width)
         return counts_NE.astype(_WIDTHS[width]).tobytes(), width
-
-    def _recorded(self) -> Iterator[tuple[int, int]]:
-        """Return every record's step and end, without a last record that is damaged."""
-        with open_input(self._file.path) as file:
-            header = _read_header(self._file.path, file.readline(_MAX_HEADER_BYTES))
-            last: _Frame | None = None
-            for frame in _frames(file, self._file.path, header):
-                if last is not None:
-                    yield last.step, last.end
-                last = frame
-            if last is not None and _read_counts(file, last, header) is not None:
-                yield last.step, last.end
 
 
 def recording_path(directory: str | Path, group_index: int) -> Path:
@@ -245,39 +229,28 @@ def read_recording(path: Path) -> Trace:
     return Trace(header.layers, keys_R3[:, 0], keys_R3[:, 1], keys_R3[:, 2], counts_RNE)
 
 
-def _header_lines(num_ranks: int, num_experts: int, layers: Sequence[str]) -> tuple[bytes, bytes]:
-    """Return the first line of a recording, and as version 1 of the format had it."""
-    problem = _header_problem(num_ranks, num_experts, list(layers))
-    if problem:
-        raise ValueError(problem)
-    fields = {"num_ranks": num_ranks, "num_experts": num_experts, "layers": list(layers)}
-    return (
-        sealed({"format": FORMAT, "version": VERSION, **fields}),
-        unsealed({"format": FORMAT, "version": 1, **fields}),
-    )
+def _recorded(path: Path) -> Iterator[tuple[int, int]]:
+    """Yield every record's step and end, without a last record that is damaged."""
+    with open_input(path) as file:
+        header = _read_header(path, file.readline(_MAX_HEADER_BYTES))
+        last: _Frame | None = None
+        for frame in _frames(file, path, header):
+            if last is not None:
+                yield last.step, last.end
+            last = frame
+        if last is not None and _read_counts(file, last, header) is not None:
+            yield last.step, last.end
 
 
-def _header_problem(num_ranks: object, num_experts: object, layers: object) -> str | None:
-    for name, value, most in (
-        ("num_ranks", num_ranks, 2**20),
-        ("num_experts", num_experts, MAX_EXPERTS),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            return f"{name} must be an integer in 1..{most}, got {value!r}"
-    if not isinstance(layers, list) or not layers or not all(isinstance(n, str) for n in layers):
-        return f"layers must be names of at least one layer, got {str(layers)[:200]}"
-    if len(set(layers)) != len(layers):
-        return f"layers must all be different, got {str(layers)[:200]}"
-    return None
+def _check_header(fields: Mapping[str, Any]) -> None:
+    most = {"num_ranks": MAX_RANKS, "num_experts": MAX_EXPERTS}
+    check_shape({name: (fields.get(name), most[name]) for name in most}, fields.get("layers"))
 
 
 def _read_header(path: Path, line: bytes) -> _Header:
     try:
         fields, version = read_header(line, FORMAT, "trace")
-        sizes = fields.get("num_ranks"), fields.get("num_experts"), fields.get("layers")
-        problem = _header_problem(*sizes)
-        if problem:
-            raise ValueError(problem)
+        _check_header(fields)
     except ValueError as error:
         raise ValueError(f"{path}, line 1: {error}") from error
     return _Header(

@@ -123,7 +123,7 @@ def dispatch(plan: Any, map_TE: Any, topk: int, path: str, with_shared: bool) ->
     import torch.distributed as dist
 
     from megatron_laer.layer.dispatch import permutation
-    from megatron_laer.runtime.comm import upload
+    from megatron_laer.runtime.comm import copies
 
     generator = torch.Generator().manual_seed(dist.get_rank())
     hidden = torch.randn(1, len(map_TE), HIDDEN, generator=generator).requires_grad_()
@@ -134,9 +134,9 @@ def dispatch(plan: Any, map_TE: Any, topk: int, path: str, with_shared: bool) ->
     shared = SharedExperts() if with_shared else None
     dispatcher = make_dispatcher(plan, topk, path, shared)
     dispatcher.start_shared_experts(hidden)
-    uploads = mock.Mock(side_effect=upload.upload)
+    uploads = mock.Mock(side_effect=copies.upload)
     with (
-        mock.patch.object(upload, "upload", uploads),
+        mock.patch.object(copies, "upload", uploads),
         mock.patch.object(permutation, "upload", uploads),
     ):
         sent = dispatcher.dispatch_preprocess(hidden, map_TE, probs)
@@ -227,8 +227,8 @@ def exchanges_noted(backend: str) -> list[list[tuple[str, str]]]:
         for path in ("own", backend):
             noted: list[tuple[str, str]] = []
             timeline = SimpleNamespace(
-                begin_exchange=lambda name, noted=noted: noted.append(("begin", name)),
-                end_exchange=lambda then, noted=noted: noted.append(("end", then)),
+                begin_exchange=lambda name, noted=noted: noted.append(("begin", str(name))),
+                end_exchange=lambda then, noted=noted: noted.append(("end", str(then))),
             )
             dispatcher = make_dispatcher(plan, 2, path, None)
             dispatcher.begin(dataclasses.replace(dispatcher._current, listener=timeline))

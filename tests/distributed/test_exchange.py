@@ -51,7 +51,7 @@ def exchanges_on(node_size: int) -> Iterator[Callable[..., Any]]:
     import torch.distributed as dist
 
     from megatron_laer.runtime.comm import process_groups
-    from megatron_laer.runtime.comm.hierarchical import flat_exchange, node_exchange
+    from megatron_laer.runtime.comm.exchange import flat_exchange, node_exchange
 
     dist.init_process_group("gloo")
     try:
@@ -263,7 +263,7 @@ def bytes_of_every_case(node_size: int) -> list[tuple[Case, str, str, int, int]]
 
 
 def reusable(index: Any, matrix_CRK: Any) -> Any:
-    from megatron_laer.runtime.comm.hierarchical import ReusableWeights
+    from megatron_laer.runtime.comm.exchange import ReusableWeights
 
     return ReusableWeights(index, matrix_CRK)
 
@@ -369,7 +369,7 @@ def buffers_over_layouts(node_size: int) -> list[tuple[str, str, str, int, int, 
     import torch
 
     from megatron_laer.planner.geometry import Geometry
-    from megatron_laer.runtime.comm.workspace_sizes import reduce_workspace, restore_workspace
+    from megatron_laer.runtime.comm.buffers import reduce_workspace, restore_workspace
 
     found = []
     with exchanges_on(node_size) as make:

@@ -13,7 +13,7 @@ from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.cpu.training import Record, train
 from megatron_laer.planner.sharding import row_bounds
 from megatron_laer.plugin import pretraining
-from megatron_laer.runtime.comm.whole_matrices import WholeMatrices
+from megatron_laer.runtime.comm.blocks import WholeMatrices
 from tests.parity.compare import distance
 from tests.parity.flags import command_line
 from tests.parity.row import BF16_BOUND, FSEP

@@ -24,7 +24,7 @@ from megatron_laer.cpu.training import train
 from megatron_laer.integrations import stock_names
 from megatron_laer.integrations.stock_names import StockLayer
 from megatron_laer.layer import moe_layer
-from megatron_laer.runtime.comm.expert_blocks import gather_block
+from megatron_laer.runtime.comm.blocks import gather_block
 from tests import documents
 from tests.parity.flags import command_line
 

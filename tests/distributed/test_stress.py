@@ -176,10 +176,10 @@ def train_without_waiting(flags: list[str], first_seed: int | None) -> Trace:
         def wait(self) -> torch.Tensor:
             return self._out
 
-    def careless_submit(self: ThreadStream, work: Any, label: str) -> Any:
+    def careless_submit(self: ThreadStream, work: Any, label: Any) -> Any:
         promise = submit(self, work, label)
         restore: Any = inspect.unwrap(work)  # as submitted, without the observation
-        return Unawaited(restore.keywords["out"]) if label.startswith("restore") else promise
+        return Unawaited(restore.keywords["out"]) if label.kind == "restore" else promise
 
     with mock.patch.object(ThreadStream, "submit", careless_submit):
         return train_with_delays(flags, first_seed)
@@ -205,7 +205,7 @@ def train_into_a_hang(flags: list[str], watchdog_s: float) -> None:
 
     import torch.distributed as dist
 
-    from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
+    from megatron_laer.runtime.comm.exchange import HierarchicalExchange
 
     reduce, calls = HierarchicalExchange.reduce, 0
 

@@ -109,8 +109,8 @@ def exchanges_noted(case: Case) -> list[tuple[str, str]]:
     """On a rank: what a timeline is told of a whole exchange through nodes."""
     noted: list[tuple[str, str]] = []
     timeline: Any = SimpleNamespace(
-        begin_exchange=lambda name: noted.append(("begin", name)),
-        end_exchange=lambda then: noted.append(("end", then)),
+        begin_exchange=lambda name: noted.append(("begin", str(name))),
+        end_exchange=lambda then: noted.append(("end", str(then))),
     )
     with gloo_groups(case.node_size) as groups:
         run(case, groups, nodes=True, timeline=timeline)

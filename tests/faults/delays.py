@@ -165,10 +165,9 @@ def _injected(
     from megatron_laer.planner.guard import Guard
     from megatron_laer.planner.service import PlannerService
     from megatron_laer.runtime import coordinator
-    from megatron_laer.runtime.comm.collectives import CountsExchange
+    from megatron_laer.runtime.comm.collectives import CountsExchange, TokenSizesExchange
     from megatron_laer.runtime.comm.stages import Stage
     from megatron_laer.runtime.comm.streams import InlineStream, ThreadStream
-    from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
     from megatron_laer.runtime.planning import layouts_in_force
 
     all_to_all, tokens = Stage.all_to_all, _AllToAll.forward
@@ -212,11 +211,11 @@ def _injected(
         return delayed
 
     def observed(submit: Callable[..., Any]) -> Callable[..., Any]:
-        def observed_submit(self: Any, work: Callable[[], Any], label: str) -> Any:
+        def observed_submit(self: Any, work: Callable[[], Any], label: Any) -> Any:
             @functools.wraps(work, assigned=(), updated=())  # leaves the work itself to be found
             def job() -> Any:
                 result = work()
-                completed(label)
+                completed(str(label))
                 return result
 
             return submit(self, job, label)

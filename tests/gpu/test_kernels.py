@@ -14,9 +14,9 @@ from megatron_laer.layer.dispatch.slots import to_slots
 from megatron_laer.layer.experts.gemm import gemm_names, slot_gemm
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
+from megatron_laer.runtime.comm.blocks import row_blocks
 from megatron_laer.runtime.comm.layout_index import layout_index
-from megatron_laer.runtime.comm.reduce_index import reduce_index
-from megatron_laer.runtime.comm.row_blocks import row_blocks
+from megatron_laer.runtime.comm.reduce import reduce_index
 from megatron_laer.runtime.comm.rows import sum_replicas
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.dispatch_kernels import check_all as check_kernels_of_permutations

@@ -66,10 +66,10 @@ _IN_FORCE = _in(
     "runtime/planning/layouts_in_force.py", *_unit("planner_resume"), *_ranks("checkpoints")
 )
 _COLLECTIVES = _in("runtime/comm/collectives.py", *_unit("agreement"), *_ranks("agreement"))
-_BLOCKS = _in("runtime/comm/row_blocks.py", *_unit("exchange_kernels"), *_ranks("exchange"))
-_REDUCE = _in("runtime/comm/reduce_index.py", *_unit("restore_index"), *_ranks("exchange"))
-_RESTORE = _in("runtime/comm/matrix_restore.py", *_ranks("exchange"))
-_HIERARCHICAL = _in("runtime/comm/hierarchical.py", *_ranks("exchange"))
+_BLOCKS = _in("runtime/comm/blocks.py", *_unit("exchange_kernels"), *_ranks("exchange"))
+_REDUCE = _in("runtime/comm/reduce.py", *_unit("restore_index"), *_ranks("exchange"))
+_RESTORE = _in("runtime/comm/restore.py", *_ranks("exchange"))
+_EXCHANGE = _in("runtime/comm/exchange.py", *_ranks("exchange"))
 _STREAMS = _in("runtime/comm/streams.py", *_unit("streams"))
 _RESTORED = _in("runtime/weights/restored.py", *_unit("restored_experts"))
 _WEIGHTS = _in("runtime/weights/restored_weights.py", *_unit("restored_experts"))
@@ -222,21 +222,21 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _RESTORE.fault(
         "shared experts at the first place",
-        "pack_rows(whole_1RK, send, self.blocks, position, len(slots))",
-        "pack_rows(whole_1RK, send, self.blocks, 0, len(slots))",
+        "pack_rows(whole_1RK, send, path.blocks, position, len(slots))",
+        "pack_rows(whole_1RK, send, path.blocks, 0, len(slots))",
     ),
     _RESTORE.fault(
         "all slots are gathered from the first",
         "index.position_n[first : first + len(target_nPK)]",
         "index.position_n[: len(target_nPK)]",
     ),
-    _HIERARCHICAL.fault(
+    _EXCHANGE.fault(
         "gradients overwrite what was there",
         "adds=add_to is not None",
         "adds=False",
         *_ranks("exchange", "parity"),
     ),
-    _HIERARCHICAL.fault(
+    _EXCHANGE.fault(
         "gradients cross nodes as they are",
         "wire = self._grad_wire_dtype or wire_dtype or grad_CRK.dtype",
         "wire = grad_CRK.dtype",

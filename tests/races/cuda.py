@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from megatron_laer.runtime.comm import download, streams, upload
+from megatron_laer.runtime.comm import copies, streams
 from megatron_laer.telemetry.clock import StreamClock
 from tests.races.clocks import Checker, Clock
 
@@ -161,13 +161,13 @@ def streams_on_cpu() -> Iterator[Checker]:
             (torch.Tensor, "record_stream", _record_stream),
             (torch.Tensor, "to", _copies_to(torch.Tensor.to)),
             (streams, "has_streams", lambda _: True),
-            (download, "has_streams", lambda _: True),
+            (copies, "has_streams", lambda _: True),
             (streams, "make_clock", lambda _: StreamClock()),
             (streams.CudaStream, "__init__", _named(streams.CudaStream.__init__)),
-            (download.Download, "__init__", _named(download.Download.__init__)),
+            (copies.Download, "__init__", _named(copies.Download.__init__)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
-        true_upload, true_read_here = upload.upload, upload.read_here
+        true_upload, true_read_here = copies.upload, copies.read_here
         _replace_everywhere(stack, "upload", lambda tensor, _: true_upload(tensor, card))
         _replace_everywhere(stack, "read_here", lambda tensor: true_read_here(_OnCard(tensor)))
         Simulation.current, Simulation.leaf_streams = [compute], set()
@@ -217,7 +217,7 @@ def _replace_everywhere(stack: contextlib.ExitStack, name: str, replacement: Any
 
     A module that is imported meanwhile takes the replacement, and gives it back in the end.
     """
-    original = getattr(upload, name)
+    original = getattr(copies, name)
     stack.callback(_exchange_everywhere, name, replacement, original)
     _exchange_everywhere(name, original, replacement)
 

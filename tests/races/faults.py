@@ -16,11 +16,12 @@ import torch
 from torch.distributed import distributed_c10d
 
 from megatron_laer.plugin import steps
-from megatron_laer.runtime.comm import hierarchical
-from megatron_laer.runtime.comm.buffer_pool import BufferPool
-from megatron_laer.runtime.comm.download import Download
+from megatron_laer.runtime.comm import exchange as exchange_file
+from megatron_laer.runtime.comm.buffers import BufferPool
+from megatron_laer.runtime.comm.collectives import TokenSizesExchange
+from megatron_laer.runtime.comm.copies import Download
+from megatron_laer.runtime.comm.exchange import HierarchicalExchange
 from megatron_laer.runtime.comm.streams import CudaStream, _StreamResult
-from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
@@ -52,7 +53,7 @@ _submit = CudaStream.submit
 _start_reduce = SlotGrads.start_reduce
 _start_step_reduce = StepGrads.start_reduce
 _finish_reduce = SlotGrads.finish_reduce
-_reduce = hierarchical.HierarchicalExchange.reduce
+_reduce = HierarchicalExchange.reduce
 _change = RestoredWeights.change
 _start_download = Download.start
 _start_sizes = TokenSizesExchange.start
@@ -95,13 +96,13 @@ def _copied_on_new_stream(tensor: torch.Tensor, *, waits: bool) -> torch.Tensor:
 @contextlib.contextmanager
 def _one_workspace() -> Iterator[None]:
     """Let restores and reduces use the same buffers."""
-    true_init = hierarchical.HierarchicalExchange.__init__
+    true_init = HierarchicalExchange.__init__
 
     def init(exchange: Any, *args: Any, **kwargs: Any) -> None:
         true_init(exchange, *args, **kwargs)
         exchange.reduce_workspace = exchange.restore_workspace
 
-    with mock.patch.object(hierarchical.HierarchicalExchange, "__init__", init):
+    with mock.patch.object(HierarchicalExchange, "__init__", init):
         yield
 
 
@@ -149,7 +150,7 @@ def _add_beside(exchange: Any, *args: Any, add_to: Any, **kwargs: Any) -> torch.
 
 def _reduce_at_once(stream: Any, work: Any, label: str) -> Any:
     """Let only the stream of gradients not wait for the compute."""
-    is_reduce = label.startswith("reduce")
+    is_reduce = label.kind == "reduce"
     waits = mock.patch.object(cuda.Stream, "wait_stream", _nothing)
     with waits if is_reduce else contextlib.nullcontext():
         return _submit(stream, work, label)
@@ -227,14 +228,14 @@ LAYER_FAULTS = {
         found="what add_ on the stream of gradients",
     ),
     "main gradients are added to beside the stream of gradients": Fault(
-        _replaced(hierarchical.HierarchicalExchange, "reduce", _add_beside), found="what add_ on"
+        _replaced(HierarchicalExchange, "reduce", _add_beside), found="what add_ on"
     ),
     "reduces do not wait for the gradients that they send": Fault(
         _replaced(CudaStream, "submit", _reduce_at_once),
         found="on the stream of gradients reads what mm on the compute stream writes",
     ),
     "indexes are not recorded on the streams that read them": Fault(
-        _replaced(hierarchical, "read_here", _nothing), Scene.FRESH, "is free while"
+        _replaced(exchange_file, "read_here", _nothing), Scene.FRESH, "is free while"
     ),
     "nobody waits for an upload on a stream of its own": Fault(
         _replaced(cuda, "copy_to_card", _copied_on_new_stream), found="what clone on stream"

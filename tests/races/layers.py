@@ -20,7 +20,7 @@ from megatron_laer.layer.experts.slot_linear import slot_linear
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm import layout_index, process_groups
 from megatron_laer.runtime.comm.collectives import CountsExchange
-from megatron_laer.runtime.comm.hierarchical import flat_exchange, node_exchange
+from megatron_laer.runtime.comm.exchange import flat_exchange, node_exchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams

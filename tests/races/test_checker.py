@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_laer.cpu.ranks import RankPool
-from megatron_laer.runtime.comm.buffer_pool import BufferPool
-from megatron_laer.runtime.comm.download import Download
+from megatron_laer.runtime.comm.buffers import BufferPool
+from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.races.cuda import Event, Stream, current_stream
 from tests.races.observing import COLLECTIVES, observed

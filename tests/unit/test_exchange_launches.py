@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.runtime.comm import rows
-from megatron_laer.runtime.comm.hierarchical import flat_exchange, node_exchange
+from megatron_laer.runtime.comm.blocks import row_blocks
+from megatron_laer.runtime.comm.exchange import flat_exchange, node_exchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
-from megatron_laer.runtime.comm.row_blocks import row_blocks
 
 HOT = pytest.importorskip("tests.exchange_kernels", reason="PyTorch for CUDA brings Triton").HOT
 FLAT, NODE = ExchangeAlgorithm.FLAT, ExchangeAlgorithm.NODE

@@ -15,9 +15,9 @@ import torch
 
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.runtime.comm import hierarchical, upload
+from megatron_laer.runtime.comm import copies
 from megatron_laer.runtime.comm import layout_index as layout_index_file
-from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange, ReusableWeights
+from megatron_laer.runtime.comm.exchange import HierarchicalExchange, ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.stages import Stages
 from megatron_laer.runtime.comm.streams import make_comm_stream
@@ -169,7 +169,8 @@ def test_each_exchange_tells_the_allocator_of_all_index_tensors_that_it_reads(
 ) -> None:
     told: set[int] = set()
     monkeypatch.setattr(
-        hierarchical, "read_here", lambda tensor: told.add(tensor.untyped_storage().data_ptr())
+        "megatron_laer.runtime.comm.exchange.read_here",
+        lambda tensor: told.add(tensor.untyped_storage().data_ptr()),
     )
     exchange, before, after = one_rank(), index_of(0, 1, 2, 3), index_of(0, 3, 2, 1)
     slice_ErK = torch.randn(EXPERTS, ROWS, COLUMNS)
@@ -185,6 +186,6 @@ def test_each_exchange_tells_the_allocator_of_all_index_tensors_that_it_reads(
 def test_on_cuda_the_current_stream_is_recorded() -> None:
     tensor = mock.Mock(device=torch.device("cuda", 0))
     with mock.patch.object(torch.cuda, "current_stream", return_value="stream of an exchange"):
-        upload.read_here(tensor)
-        upload.read_here(torch.zeros(1))  # on the CPU there is nothing to record
+        copies.read_here(tensor)
+        copies.read_here(torch.zeros(1))  # on the CPU there is nothing to record
     tensor.record_stream.assert_called_once_with("stream of an exchange")

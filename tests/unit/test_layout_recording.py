@@ -15,11 +15,9 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.planning.layout_recording import (
     LayoutRecorder,
     LayoutRecording,
-    read_layouts,
 )
 from megatron_laer.runtime.planning.planner_rank import PlannerRank
 from megatron_laer.telemetry.trace_file import TraceWriter
-from tests import fuzz
 from tests.costs import make_costs
 from tests.old_files import as_version_1
 
@@ -52,29 +50,6 @@ def first_rank(config: FSEPConfig, first_step: int = 0) -> PlannerRank:
         first_step=first_step,
         resumed=None,
     )
-
-
-def test_sizes_that_no_run_has_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "group-0.jsonl"
-    record(path)
-    changed = path.read_text().replace('"num_ranks":2', f'"num_ranks":{10**18}', 1)
-    path.write_text(fuzz.resealed(changed))
-    with pytest.raises(ValueError, match=r"line 1: sizes must be at most 1048576, got '\[1000000"):
-        list(read_layouts(path))
-
-
-@pytest.mark.parametrize("opened", [LayoutRecording, LayoutRecorder], ids=["replay", "resume"])
-def test_a_huge_tail_is_refused_where_it_begins_and_is_not_read(
-    tmp_path: Path, opened: type
-) -> None:
-    path = tmp_path / "group-0.jsonl"
-    record(path)
-    os.truncate(path, 50 * 10**9)  # takes no place on disk
-    before = fuzz.bytes_read()
-    first_step = (5,) if opened is LayoutRecorder else ()
-    with pytest.raises(ValueError, match=r"group-0\.jsonl, line 5: has more than \d+ bytes"):
-        opened(path, GEOMETRY, REGIME, LAYERS, *first_step)
-    assert fuzz.bytes_read() - before < 10**7
 
 
 def test_the_longest_line_that_a_recording_can_have_is_read(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +22,9 @@ from megatron_laer.planner.token_prices import TokenPrices
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder, run_settings
 from megatron_laer.telemetry.metrics import LOGGED, PERCENTILES
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, read_metrics, recording_path
-from megatron_laer.telemetry.step_times import StepTimes, join
-from megatron_laer.telemetry.trace_events import COMPUTE
+from megatron_laer.telemetry.statistics import Sample
+from megatron_laer.telemetry.step_times import STEP, StepTimes, join
+from megatron_laer.telemetry.trace_events import COMPUTE, Activity, Kind
 from tests import fuzz
 from tests.old_files import as_version_1
 from tests.recorded_runs import (
@@ -124,17 +123,7 @@ def test_recorded_metrics_have_the_names_of_logged_ones(recorded: Path) -> None:
     assert (metrics["fsep_share_of_forced_balance"] > 0.3).all()
 
 
-def test_a_last_line_without_its_end_is_left_out(
-    recorded: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    content = recorded.read_bytes()
-    recorded.write_bytes(content[:-7])
-    with caplog.at_level(logging.WARNING):
-        assert read_metrics(recorded).steps_T.tolist() == list(range(STEPS - 1))
-    assert "no whole line" in caplog.text
-
-
-def test_a_resumed_run_goes_on_and_steps_that_come_again_are_moved(recorded: Path) -> None:
+def test_each_run_that_recorded_a_step_is_named_with_its_cluster(recorded: Path) -> None:
     shape = Shape(4, 8, 3, 2, LAYERS)
     first = read_metrics(recorded)
     # Ended before its first step: it leaves no word of itself.
@@ -149,12 +138,9 @@ def test_a_resumed_run_goes_on_and_steps_that_come_again_are_moved(recorded: Pat
     )
     writer.close()
     recording = read_metrics(recorded)
-    assert recording.steps_T.tolist() == [0, 1, 2, 3]
     assert recording.runs == ((0, RUN), (3, RUN | {"torch": "9"}))
     assert recording.clusters == (COSTS.cluster, other)
     assert (recording.rank_tokens_TLN == first.rank_tokens_TLN[:4]).all()
-    beside = recorded.with_stem(f"{recorded.stem}.cut-from-3")
-    assert read_metrics(beside).steps_T.tolist() == [3, 4]
 
 
 def test_a_full_disk_ends_the_recording_and_not_the_run(
@@ -179,36 +165,11 @@ def test_a_recording_that_ended_keeps_nothing_of_later_steps(
     with broken:
         for step in range(3):
             recorder.begin_step(step)
-            recorder.add(0, decision, 1e-3)
+            recorder.add(0, Sample(decision, 1e-3))
             recorder.end_step(PlannerStatus(), version=step)
     assert caplog.text.count("the recording of metrics ends at step 0: broken") == 1
     assert recorder.times.take() is None
     recorder.close()
-
-
-def test_a_new_run_over_an_old_recording_is_refused(recorded: Path) -> None:
-    with pytest.raises(ValueError, match="an earlier run, and this run begins at step 0"):
-        MetricsWriter(recorded, Shape(4, 8, 3, 2, LAYERS), RUN, first_step=0)
-    with pytest.raises(ValueError, match="record to another folder"):
-        MetricsWriter(recorded, Shape(4, 8, 4, 2, LAYERS), RUN, first_step=3)
-
-
-WRONG = {
-    '"format":"other"': "it is no recording of metrics",
-    '"version":9': "version '9' of the format",
-    '"num_ranks":0': "num_ranks must be an integer",
-    '"layers":["a","a"]': "layers must all be different",
-}
-
-
-@pytest.mark.parametrize("change", WRONG)
-def test_a_header_that_does_not_fit_is_quoted(recorded: Path, change: str) -> None:
-    lines = recorded.read_text().splitlines(keepends=True)
-    header = json.loads(lines[0]) | json.loads(f"{{{change}}}")
-    del header["crc"]
-    recorded.write_text(fuzz.resealed(json.dumps(header) + "\n") + "".join(lines[1:]))
-    with pytest.raises(ValueError, match=f"line 1: {WRONG[change]}"):
-        read_metrics(recorded)
 
 
 @pytest.mark.parametrize(
@@ -252,32 +213,36 @@ def test_damaged_recordings_are_read_or_refused(recorded: Path, tmp_path: Path) 
     assert refused > 50
 
 
+DISPATCH = Activity(Kind.DISPATCH, "layer 1")
+WAIT = Activity(Kind.RESTORE, "layer 1", waits=True)
+
+
 def test_several_listeners_hear_the_same_and_none_is_none() -> None:
     one, other = StepTimes(TickingClock()), StepTimes(TickingClock())
     both = join(one, None, other)
     assert both is not None and join(None, None) is None and join(one, None) is one
     for times in (one, other):
         times.begin_step()
-    both.begin_exchange("dispatch layer 1")
-    both.end_exchange("experts layer 1")
-    both.add(COMPUTE, "wait: restore layer 1", 1.0, 1.5)
-    both.add("parameters", "restore layer 1", 0.0, 9.0)
+    both.begin_exchange(DISPATCH)
+    both.end_exchange(Activity(Kind.EXPERTS, "layer 1"))
+    both.add(COMPUTE, WAIT, 1.0, 1.5)
+    both.add("parameters", Activity(Kind.RESTORE, "layer 1"), 0.0, 9.0)
     for times in (one, other):
         assert times.take() is None
         times.end_step()
         found = times.take()
         assert found is not None
-        assert found["wait: restore layer 1"] == 0.5
-        assert set(found) == {"", "dispatch layer 1", "wait: restore layer 1"}
+        assert found[WAIT] == 0.5
+        assert set(found) == {STEP, DISPATCH, WAIT}
 
 
 def test_nothing_is_heard_between_steps() -> None:
     times = StepTimes(TickingClock())
-    times.begin_exchange("dispatch layer 1")
-    times.add(COMPUTE, "wait: restore layer 1", 0.0, 1.0)
+    times.begin_exchange(DISPATCH)
+    times.add(COMPUTE, WAIT, 0.0, 1.0)
     times.begin_step()
     times.end_step()
-    assert times.take() == {"": TICK_MS * 1e-3}
+    assert times.take() == {STEP: TICK_MS * 1e-3}
 
 
 def test_the_guard_of_the_recordings_takes_fresh_layouts_and_keeps_others() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_laer import disable, enable
 from megatron_laer.layer.experts.slices import SliceSpec
 from megatron_laer.plugin import command_line, optimizers
-from megatron_laer.runtime.comm.whole_matrices import shares
+from megatron_laer.runtime.comm.blocks import shares
 from megatron_laer.support import RefusedError
 from tests.unit.validated_arguments import fsep_arguments
 

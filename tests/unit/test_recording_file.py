@@ -1,27 +1,38 @@
-"""How recordings are kept, of routing and of layouts: nothing that was recorded is ever lost."""
+"""How recordings of routing, layouts and metrics are kept: nothing recorded is ever lost."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pytest
 
 from megatron_laer.files import writing
+from megatron_laer.files.checks import MAX_LINE
+from megatron_laer.files.json_lines import sealed
 from megatron_laer.files.recording import is_cut_off
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, LayoutRecording
+from megatron_laer.runtime.planning.layout_recording import (
+    LayoutRecorder,
+    LayoutRecording,
+    read_layouts,
+)
+from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
+from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, read_metrics
 from megatron_laer.telemetry.trace_file import TraceWriter
 from megatron_laer.tools.traces import read_trace
+from tests import fuzz
 from tests.old_files import as_version_1
 
 NUM_RANKS, NUM_EXPERTS, CAPACITY = 2, 4, 3
@@ -100,10 +111,37 @@ class Layouts:
         return found
 
 
-Kind = type[Traces] | type[Layouts]
+class Metrics:
+    """Recordings of metrics."""
+
+    name = "group-0.metrics"
+    shape = Shape(NUM_RANKS, NUM_EXPERTS, CAPACITY, NUM_RANKS, tuple(LAYERS))
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self._writer = MetricsWriter(path, self.shape, {"torch": "9"}, first_step)
+        self.close = self._writer.close
+
+    def step(self, step: int, seed: int) -> None:
+        """Record a step."""
+        of_step = dict.fromkeys([metric.name for metric in RECORDED_OF_STEPS], 0.0)
+        of_layers = {metric.name: [0.0] * len(LAYERS) for metric in RECORDED_OF_LAYERS}
+        tokens_LN = np.full((len(LAYERS), NUM_RANKS), 1000 * step + seed)
+        self._writer.append(of_step | {"step": step}, {}, of_layers, tokens_LN)
+
+    @staticmethod
+    def read(path: Path) -> dict[int, int]:
+        """The seed of every step."""
+        found = read_metrics(path)
+        return {
+            int(step): int(tokens_LN[0, 0] - 1000 * step)
+            for step, tokens_LN in zip(found.steps_T, found.rank_tokens_TLN, strict=True)
+        }
 
 
-@pytest.fixture(params=[Traces, Layouts], ids=["traces", "layouts"])
+Kind = type[Traces] | type[Layouts] | type[Metrics]
+
+
+@pytest.fixture(params=[Traces, Layouts, Metrics], ids=["traces", "layouts", "metrics"])
 def kind(request: pytest.FixtureRequest) -> Kind:
     """What is recorded."""
     chosen: Kind = request.param
@@ -288,7 +326,77 @@ def test_what_a_killed_run_left_of_its_last_record_is_cut_off_and_said(
     record(kind, path, range(2, 3), seed=2)
     assert "bytes are no whole record and are left out" in caplog.text
     assert kind.read(path) == {0: 1, 1: 1, 2: 2}
-    assert path.stat().st_size == size
+    assert kind is Metrics or path.stat().st_size == size  # it names each run
+
+
+@pytest.mark.parametrize("part", ["header", "last record"])
+def test_a_run_killed_within_a_record_is_resumed(kind: Kind, tmp_path: Path, part: str) -> None:
+    path = tmp_path / kind.name
+    record(kind, path, range(2), seed=1)
+    os.truncate(path, 20 if part == "header" else path.stat().st_size - 5)
+    first_step = 0 if part == "header" else 1
+    record(kind, path, range(first_step, 2), seed=2)
+    assert kind.read(path) == {0: 2 if part == "header" else 1, 1: 2}
+
+
+def test_a_recording_of_another_shape_is_not_overwritten(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, notes = tmp_path / kind.name, tmp_path / "notes.txt"
+    record(kind, path, range(2), seed=1)
+    notes.write_text("dear diary")
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match="dear diary"):
+        kind(notes, 2)
+    monkeypatch.setattr(sys.modules[__name__], "LAYERS", ["layer 1"])
+    monkeypatch.setattr(Metrics, "shape", replace(Metrics.shape, layers=("layer 1",)))
+    with pytest.raises(ValueError, match=r"group-0.* begins with .*\"layers\".*another folder"):
+        kind(path, 2)
+    assert path.read_bytes() == content and notes.read_text() == "dear diary"
+
+
+def test_a_huge_tail_is_refused_where_it_begins_and_is_not_read(kind: Kind, tmp_path: Path) -> None:
+    path = tmp_path / kind.name
+    record(kind, path, range(3), seed=1)
+    size = path.stat().st_size
+    os.truncate(path, 50 * 10**9)  # takes no place on disk
+    says = {
+        Traces: rf"byte {size}: no record begins there; .* a copy of {size} bytes",
+        Layouts: r"line 5: has more than \d+ bytes",
+        Metrics: r"(line 6: has more than [\d,]+ bytes|steps would take about .* GiB)",
+    }[kind]
+    before = fuzz.bytes_read()
+    for opened in (kind.read, lambda path: kind(path, 3)):
+        with pytest.raises(ValueError, match=rf"{kind.name}.*{says}"):
+            opened(path)
+    assert fuzz.bytes_read() - before < 3 * MAX_LINE
+    os.truncate(path, size)
+    assert kind.read(path) == dict.fromkeys(range(3), 1)
+
+
+HEADERS = [
+    ({"version": 3}, "version '3' of the format; this release reads versions 1 to 2"),
+    ({"version": True}, "version 'True' of the format"),
+    ({"num_ranks": 0}, "num_ranks must be an integer in 1"),
+    ({"num_experts": 10**18}, r"num_experts must be an integer in 1..\d+, got '1000"),
+    ({"layers": ["a", "a"]}, "layers must all be different"),
+    ({"layers": "ab"}, "layers must be names"),
+]
+
+
+@pytest.mark.parametrize(("changed", "problem"), HEADERS)
+def test_a_header_that_does_not_fit_is_quoted(
+    kind: Kind, tmp_path: Path, changed: dict[str, Any], problem: str
+) -> None:
+    path = tmp_path / kind.name
+    record(kind, path, range(2), seed=1)
+    header, rest = path.read_bytes().split(b"\n", 1)
+    fields = json.loads(header) | changed
+    del fields["crc"]
+    path.write_bytes(sealed(fields) + rest)
+    read = (lambda path: list(read_layouts(path))) if kind is Layouts else kind.read
+    with pytest.raises(ValueError, match=rf"{kind.name}, line 1: {problem}"):
+        read(path)
 
 
 @contextlib.contextmanager
@@ -350,9 +458,9 @@ _KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
 from megatron_laer.files.recording import RecordingFile
-from tests.unit.test_recording_file import CUT_AT, Layouts, Traces
+from tests.unit.test_recording_file import CUT_AT, Layouts, Metrics, Traces
 
-kind = {kind.__name__: kind for kind in (Traces, Layouts)}[sys.argv[1]]
+kind = {kind.__name__: kind for kind in (Traces, Layouts, Metrics)}[sys.argv[1]]
 left = int(sys.argv[3])
 
 def killing_before(function):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.runtime.comm.restore_index import RestoreIndex, Run, restore_index
+from megatron_laer.runtime.comm.restore import RestoreIndex, Run, restore_index
 
 pytestmark = pytest.mark.unit
 

@@ -11,10 +11,10 @@ import torch
 
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.runtime.comm.hierarchical import ReusableWeights
+from megatron_laer.runtime.comm.exchange import ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.stages import ExchangeCount
-from megatron_laer.runtime.comm.streams import StreamTimes, Work, make_comm_stream
+from megatron_laer.runtime.comm.streams import StreamTimes, Task, make_comm_stream
 from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Slices
@@ -66,9 +66,9 @@ class LateStream:
 
     def __init__(self) -> None:
         self.times = StreamTimes("parameters", CPU)
-        self._queue: list[tuple[LateResult, Work]] = []
+        self._queue: list[tuple[LateResult, Task]] = []
 
-    def submit(self, work: Work, label: str) -> LateResult:
+    def submit(self, work: Task, label: str) -> LateResult:
         result = LateResult(self)
         self._queue.append((result, work))
         return result

@@ -30,16 +30,16 @@ def _no_signs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def record(folder: Path, first_step: int, steps: range) -> int | None:
     """Go on in the folder, and write a line of one digit for each step."""
-    file = RecordingFile(folder / NAME, HEADER)
-    try:
-        lines = (folder / NAME).read_bytes()[len(HEADER) :].split()
-        ends = [(int(line), len(HEADER) + 2 * (n + 1)) for n, line in enumerate(lines)]
-        last = file.go_on(first_step, ends)
-        for step in steps:
-            file.append(b"%d\n" % step)
-    finally:
-        file.close()
-    return last
+
+    def records(path: Path) -> list[tuple[int, int]]:
+        lines = path.read_bytes()[len(HEADER) :].split()
+        return [(int(line), len(HEADER) + 2 * (n + 1)) for n, line in enumerate(lines)]
+
+    file = RecordingFile(folder / NAME, HEADER, None, records, first_step)
+    for step in steps:
+        file.append(b"%d\n" % step)
+    file.close()
+    return file.last
 
 
 def resumed_from(folder: Path | None) -> None:

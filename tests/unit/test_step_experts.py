@@ -7,7 +7,7 @@ import torch
 
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
+from megatron_laer.runtime.comm.exchange import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Slices

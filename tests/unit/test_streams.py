@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_laer import session
 from megatron_laer.config import FSEPConfig
 from megatron_laer.runtime.comm import launcher, process_groups, streams
-from megatron_laer.runtime.comm.download import Download
+from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from megatron_laer.support import arguments
 from tests.unit.validated_arguments import fsep_arguments

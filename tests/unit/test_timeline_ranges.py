@@ -11,7 +11,8 @@ import pytest
 
 from megatron_laer.files import writing
 from megatron_laer.telemetry.clock import HostClock
-from megatron_laer.telemetry.timeline import DENSE, FIRST_STEP, NUM_STEPS, Timeline
+from megatron_laer.telemetry.timeline import FIRST_STEP, NUM_STEPS, Timeline
+from megatron_laer.telemetry.trace_events import Activity, Kind
 
 
 class Ranges:
@@ -38,16 +39,16 @@ def test_compute_and_token_phases_are_ranges_that_end_where_the_next_begins(tmp_
         recorded = FIRST_STEP <= step < FIRST_STEP + NUM_STEPS
         ranges.closed.clear()
         timeline.begin_step(step)
-        timeline.begin_exchange("dispatch")
+        timeline.begin_exchange(Activity(Kind.DISPATCH))
         assert ranges.opened == ["dispatch"]
-        timeline.end_exchange("experts")
+        timeline.end_exchange(Activity(Kind.EXPERTS))
         assert ranges.opened == ["experts"]
-        timeline.begin_exchange("combine")
-        timeline.end_exchange(DENSE)
+        timeline.begin_exchange(Activity(Kind.COMBINE))
+        timeline.end_exchange(Activity(Kind.DENSE))
         timeline.end_step(step)
-        assert ranges.opened == ([] if recorded else [DENSE])
+        assert ranges.opened == ([] if recorded else [Kind.DENSE])
         assert ranges.closed[-3:] == (
-            ["experts", "combine", DENSE] if recorded else ["dispatch", "experts", "combine"]
+            ["experts", "combine", Kind.DENSE] if recorded else ["dispatch", "experts", "combine"]
         )
     timeline.close()
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.files.json_lines import sealed
-from megatron_laer.telemetry.trace_file import MAGIC, TraceWriter, recording_path
+from megatron_laer.telemetry.trace_file import TraceWriter
 from megatron_laer.tools.traces import read_trace
-from tests.fuzz import bytes_read
 from tests.unit.traces import (
     assert_holds,
     some_counts,
@@ -86,23 +82,6 @@ def test_a_damaged_last_record_is_left_out_and_what_follows_later_is_readable(tm
     assert_holds(read_trace(path), counts, steps=[0, 2])
 
 
-def test_a_huge_tail_is_refused_where_it_begins_and_is_not_read(tmp_path):
-    path = tmp_path / "group.trace"
-    counts = some_counts(0)
-    write_recording(path, counts)
-    size = path.stat().st_size
-    os.truncate(path, 50 * 10**9)  # takes no place on disk
-    before = bytes_read()
-    problem = rf"group\.trace, byte {size}: no record begins there; .* a copy of {size} bytes"
-    with pytest.raises(ValueError, match=problem):
-        read_trace(path)
-    with pytest.raises(ValueError, match=problem):
-        write_recording(path, counts, first_step=2)
-    assert bytes_read() - before < 10**7
-    os.truncate(path, size)
-    assert_holds(read_trace(path), counts)
-
-
 def test_a_damaged_record_is_named(tmp_path):
     path = tmp_path / "group.trace"
     write_recording(path, some_counts(0))
@@ -113,70 +92,15 @@ def test_a_damaged_record_is_named(tmp_path):
         read_trace(path)
 
 
-def test_a_resumed_run_keeps_the_steps_before_its_own(tmp_path):
-    path = recording_path(tmp_path / "new folder", 3)
-    assert path.name == "group-3.trace"
-    before, after = some_counts(1, steps=4), some_counts(2, steps=2)
-    write_recording(path, before)
-    write_recording(path, after, first_step=2)
-    assert_holds(read_trace(path), np.concatenate([before[:2], after]))
-
-
-def test_a_resumed_run_leaves_nothing_of_the_steps_that_it_repeats(tmp_path):
-    path = tmp_path / "group.trace"
-    before, after = some_counts(1, microbatches=3), some_counts(2, steps=1, microbatches=1)
-    write_recording(path, before)
-    write_recording(path, after, first_step=1)
-    trace = read_trace(path)
-    assert trace.step_R.tolist() == [0] * 6 + [1] * 2
-    np.testing.assert_array_equal(trace.counts_RNE[6:], after.reshape(2, 2, 4))
-
-
-def test_a_run_killed_within_a_record_is_resumed(tmp_path):
-    path = tmp_path / "group.trace"
-    before, after = some_counts(1, steps=2), some_counts(2, steps=1)
-    write_recording(path, before)
-    path.write_bytes(path.read_bytes()[:-5])
-    write_recording(path, after, first_step=1)
-    assert_holds(read_trace(path), np.concatenate([before[:1], after]))
-
-
-def test_a_run_killed_within_the_header_is_resumed(tmp_path):
-    path = tmp_path / "group.trace"
-    counts = some_counts(1)
-    write_recording(path, counts)
-    path.write_bytes(path.read_bytes()[:20])
-    write_recording(path, counts)
-    assert_holds(read_trace(path), counts)
-
-
-def test_a_step_back_rewinds_and_a_repeated_record_replaces(tmp_path):
+def test_a_repeated_record_replaces(tmp_path):
     counts = some_counts(1, steps=3, layers=1, microbatches=1)[:, 0, 0]
     writer = TraceWriter(tmp_path / "x.trace", 2, 4, ["a"])
-    for step, record in ((0, 0), (1, 1), (2, 2), (1, 2), (1, 0)):
+    for step, record in ((0, 0), (1, 2), (1, 0)):
         writer.append(step, 0, 0, counts[record])
     writer.close()
     trace = read_trace(tmp_path / "x.trace")
     assert trace.step_R.tolist() == [0, 1]
     np.testing.assert_array_equal(trace.counts_RNE, counts[[0, 0]])
-    aside = read_trace(tmp_path / "x.cut-from-1.trace")
-    assert aside.step_R.tolist() == [1, 2]
-    np.testing.assert_array_equal(aside.counts_RNE, counts[[1, 2]])
-
-
-def test_a_recording_of_another_shape_is_not_overwritten(tmp_path):
-    path = tmp_path / "group.trace"
-    write_recording(path, some_counts(1))
-    content = path.read_bytes()
-    with pytest.raises(
-        ValueError, match=r"group\.trace begins with .*\"num_ranks\":2.*another folder"
-    ):
-        TraceWriter(path, 4, 4, ["decoder.0", "decoder.1"])
-    path_of_text = tmp_path / "notes.txt"
-    path_of_text.write_text("dear diary")
-    with pytest.raises(ValueError, match="dear diary"):
-        TraceWriter(path_of_text, 4, 4, ["a"])
-    assert path.read_bytes() == content and path_of_text.read_text() == "dear diary"
 
 
 def test_steps_that_are_missing_before_those_of_a_resumed_run_are_said(tmp_path, caplog):
@@ -206,24 +130,3 @@ def test_what_cannot_be_recorded_is_refused(tmp_path, arguments, problem):
     with pytest.raises(ValueError, match=problem):
         writer.append(*arguments)
     writer.close()
-
-
-@pytest.mark.parametrize(
-    ("header", "problem"),
-    [
-        ({"version": 3}, "version '3' of the format; this release reads versions 1 to 2"),
-        ({"version": True}, "version 'True' of the format"),
-        ({"num_ranks": 0}, "num_ranks must be an integer in 1"),
-        ({"num_experts": 40_000}, "num_experts must be an integer in 1..32767, got 40000"),
-        ({"layers": ["a", "a"]}, "layers must all be different"),
-        ({"layers": "ab"}, "layers must be names"),
-    ],
-)
-def test_a_header_that_does_not_fit_is_quoted(tmp_path, header, problem):
-    path = tmp_path / "x.trace"
-    fields = {"format": "megatron_laer-trace", "version": 2, "num_ranks": 1, "num_experts": 2}
-    content = sealed(fields | {"layers": ["a"]} | header)
-    path.write_bytes(content)
-    assert content.startswith(MAGIC)
-    with pytest.raises(ValueError, match=rf"x\.trace, line 1: {problem}"):
-        read_trace(path)

@@ -8,8 +8,8 @@ from typing import Any
 from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.layer.dispatch.flex import SlotFlexDispatcher
 from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
+from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
-from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
 
 
 def make_dispatcher(

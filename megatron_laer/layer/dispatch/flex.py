@@ -20,7 +20,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatche
 
 from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching
 from megatron_laer.layer.dispatch.slots import to_choices
-from megatron_laer.runtime.comm.upload import upload_arrays
+from megatron_laer.runtime.comm.copies import upload_arrays
 
 
 @dataclass(frozen=True, eq=False)

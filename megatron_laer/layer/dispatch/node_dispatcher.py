@@ -25,8 +25,9 @@ from megatron_laer.layer.dispatch.row_map import RowMap
 from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching, rows_by_node
 from megatron_laer.layer.dispatch.token_routes import Arrivals, arrivals, pair_routes, second_stage
 from megatron_laer.planner.token_rows import TokenRows
+from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
-from megatron_laer.runtime.comm.token_sizes import TokenSizesExchange
+from megatron_laer.telemetry.trace_events import Activity, Kind
 
 
 class _FirstStage(MoEAlltoAllTokenDispatcher):
@@ -133,7 +134,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
             self._second = second_stage(self._bits, len(sent), sum(sent))
             self._bits = None
             tokens = self._second.spread(tokens)
-            tokens = self._inside_node("dispatch", tokens, rows.second_received, sent)
+            tokens = self._inside_node(Kind.DISPATCH, tokens, rows.second_received, sent)
         assert self._row_of_pairs is not None
         came = self._arrivals = arrivals(self._row_of_pairs, quotas, rows)
         self._row_of_pairs = None
@@ -157,7 +158,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         summed = self._arrivals.rows.collect(hidden_states)
         self._arrivals = None
         if self._second is not None:
-            summed = self._inside_node("combine", summed, rows.second_sent, rows.second_received)
+            summed = self._inside_node(Kind.COMBINE, summed, rows.second_sent, rows.second_received)
             summed = self._second.collect(summed)
             self._second = None
         return summed
@@ -172,13 +173,17 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         return output
 
     def _inside_node(
-        self, name: str, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
+        self, kind: Kind, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
     ) -> torch.Tensor:
         layer, group = self._current.layer_name, self._groups.tokens_intra_node
         (received,) = self._timed(
             lambda sent: (exchange(group, sent, received_sizes, sent_sizes),),
             (sent,),
-            (f"{name} {layer}, inside node", f"experts {layer}", f"experts {layer}, backward"),
+            (
+                Activity(kind, layer, inside_node=True),
+                Activity(Kind.EXPERTS, layer),
+                Activity(Kind.EXPERTS, layer, backward=True),
+            ),
         )
         return received
 

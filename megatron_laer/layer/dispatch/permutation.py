@@ -25,7 +25,7 @@ import torch
 
 from megatron_laer.layer.dispatch.row_map import RowMap, dispatch_kernels
 from megatron_laer.planner.splits import RankQuotas
-from megatron_laer.runtime.comm.upload import upload
+from megatron_laer.runtime.comm.copies import upload
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import torch
 from megatron_laer.arrays import Int64
 from megatron_laer.layer.dispatch.permutation import run_sizes, true_places
 from megatron_laer.planner.splits import RankQuotas
-from megatron_laer.runtime.comm.upload import upload, upload_arrays
+from megatron_laer.runtime.comm.copies import upload, upload_arrays
 
 # Pairs that have a choice, of all: with fewer, the choice takes longer than the rows that it saves.
 # No more rows can be saved than pairs choose; exact quotas leave a choice to some 2 %.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,10 @@ import torch
 
 from megatron_laer.layer.dispatch.permutation import slot_ranges
 from megatron_laer.layer.dispatch.slots import to_slots
-from megatron_laer.runtime.comm.upload import upload_arrays
+from megatron_laer.runtime.comm.copies import upload_arrays
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.telemetry.step_times import IntervalListener
-from megatron_laer.telemetry.timeline import DENSE
+from megatron_laer.telemetry.trace_events import Activity, Kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,11 @@ class SlotDispatching:
         return self._timed(
             megatrons.token_dispatch,
             (tokens, probs),
-            (f"dispatch {layer}", f"experts {layer}", f"{DENSE}, backward"),
+            (
+                Activity(Kind.DISPATCH, layer),
+                Activity(Kind.EXPERTS, layer),
+                Activity(Kind.DENSE, backward=True),
+            ),
         )
 
     def token_combine(self, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +96,11 @@ class SlotDispatching:
         (combined,) = self._timed(
             lambda tokens: (megatrons.token_combine(tokens, *args, **kwargs),),
             (tokens,),
-            (f"combine {layer}", DENSE, f"experts {layer}, backward"),
+            (
+                Activity(Kind.COMBINE, layer),
+                Activity(Kind.DENSE),
+                Activity(Kind.EXPERTS, layer, backward=True),
+            ),
         )
         return combined
 
@@ -100,22 +108,22 @@ class SlotDispatching:
         self,
         exchange: Callable[..., tuple[torch.Tensor, ...]],
         tensors: tuple[torch.Tensor, ...],
-        names: tuple[str, str, str],
+        activities: tuple[Activity, Activity, Activity],
     ) -> tuple[torch.Tensor, ...]:
         """Exchange tensors between two identity nodes that time it, if there is a listener.
 
         Args:
-            names: of the exchange, and of the compute that follows it in forward and in backward.
+            activities: the exchange, and the compute after it in forward and in backward.
         """
         listener = self._current.listener
         if listener is None:
             return exchange(*tensors)
-        name, then, then_backward = names
+        activity, then, then_backward = activities
         begin, end = listener.begin_exchange, listener.end_exchange
-        sent = _Edge.apply(partial(begin, name), partial(end, then_backward), *tensors)
+        sent = _Edge.apply(partial(begin, activity), partial(end, then_backward), *tensors)
         received = exchange(*sent)
         timed: tuple[torch.Tensor, ...] = _Edge.apply(
-            partial(end, then), partial(begin, f"{name}, backward"), *received
+            partial(end, then), partial(begin, replace(activity, backward=True)), *received
         )
         return timed
 

@@ -20,7 +20,7 @@ from megatron_laer.layer.dispatch.permutation import rows_of_runs, run_sizes, tr
 from megatron_laer.layer.dispatch.row_map import RowMap, row_map
 from megatron_laer.planner.splits import RankQuotas
 from megatron_laer.planner.token_rows import TokenRows
-from megatron_laer.runtime.comm.upload import upload
+from megatron_laer.runtime.comm.copies import upload
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
 
 from megatron_laer.layer.experts.whole_matrix import WholeMatrix, whole_matrix_of
-from megatron_laer.runtime.comm.whole_matrices import WholeMatrices
+from megatron_laer.runtime.comm.blocks import WholeMatrices
 
 # With so many matrices for each rank, one more on some ranks is little.
 _ENOUGH_PER_RANK = 8
@@ -126,5 +126,5 @@ def _multiplications(rows: int, columns: int) -> int:
 
 
 def _stocks_parameter(whole: WholeMatrix) -> Any:
-    """Make a stand-in for a parameter, with the marks of stock's expert matrices."""
+    """Make a replacement of a parameter, with the marks of stock's expert matrices."""
     return SimpleNamespace(expert_tp=True, partition_dim=whole.partition_dim)

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_laer.runtime.comm.reduce_index import ReplicaSums
-from megatron_laer.runtime.comm.row_blocks import RowBlocks
+from megatron_laer.runtime.comm.blocks import RowBlocks
+from megatron_laer.runtime.comm.rows import ReplicaSums
 
 _BLOCK_MOVED = 4096
 _BLOCK_SUMMED = 1024

@@ -1,8 +1,7 @@
 """A `LayoutIndex` is a layout together with all index tensors that it needs on the device.
 
-What is in those of a restore and a reduce is in `restore_index.py` and `reduce_index.py`. There is
-no cache: whoever computes under a layout holds its `LayoutIndex`, and with it the tensors. A layer
-holds that of the layout in force, a microbatch that of its own until its backward is done.
+There is no cache: the tensors live as long as their `LayoutIndex`. A layer holds that of the layout
+in force, a microbatch its own until its backward is done.
 
 Legend: N ranks, C slots per rank, S = N·C slots.
 """
@@ -15,9 +14,9 @@ import numpy as np
 import torch
 
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.runtime.comm.reduce_index import ReduceIndex, reduce_index
-from megatron_laer.runtime.comm.restore_index import RestoreIndex, restore_index
-from megatron_laer.runtime.comm.upload import upload_arrays
+from megatron_laer.runtime.comm.copies import upload_arrays
+from megatron_laer.runtime.comm.reduce import ReduceIndex, reduce_index
+from megatron_laer.runtime.comm.restore import RestoreIndex, restore_index
 
 
 @dataclass(frozen=True, eq=False)

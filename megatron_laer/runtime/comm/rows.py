@@ -1,6 +1,6 @@
-"""Exchanges copy and sum rows of matrices by these functions, on CUDA with a Triton kernel each.
+"""Copies and sums of matrix rows: Triton kernels on CUDA, torch elsewhere.
 
-Elsewhere torch does it, which also is what the kernels of `kernels.py` are compared with.
+The kernels of `kernels.py` are compared with the torch code here.
 
 Legend: G ranks per node, M nodes, C slots, D distinct experts of a node, n slots of a node; R rows
 of a matrix, r rows of a rank, P rows of a local rank on all nodes together, K columns.
@@ -8,14 +8,43 @@ of a matrix, r rows of a rank, P rows of a local rank on all nodes together, K c
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from megatron_laer.runtime.comm.kernel_choice import kernels_of
-from megatron_laer.runtime.comm.reduce_index import ReplicaSums
-from megatron_laer.runtime.comm.row_blocks import RowBlocks
+from megatron_laer.arrays import Int64
+from megatron_laer.runtime.comm.blocks import RowBlocks
+
+
+@cache
+def kernels_of(package: str, device: torch.device) -> Any:
+    """Return the package's module of Triton kernels, or None where they cannot run."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    return import_module(f"{package}.kernels")
+
+
+@dataclass(frozen=True, eq=False)
+class ReplicaSums:
+    """Lists which parts are added up to each target, in the order of addition.
+
+    Every target has at least one. No target is written by two, so sums need no atomics and have the
+    same bits every time.
+
+    Attributes:
+        num_targets: how many sums there are.
+        csr: from place `csr[d]` to before `csr[d + 1]` are, in `csr` itself, the parts of sum d.
+        uploaded: the same on the device.
+    """
+
+    num_targets: int
+    csr: Int64
+    uploaded: torch.Tensor
 
 
 def pack_rows(

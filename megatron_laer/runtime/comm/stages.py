@@ -1,19 +1,20 @@
-"""A `Stage` is one All-to-All of an exchange: between nodes, or between the ranks of a node.
-
-It does not decide what is sent; `ExchangeCount` adds up what the stages received.
-"""
+"""All-to-Alls of an exchange: a stage between nodes, and one between the ranks of a node."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from megatron_laer.runtime.comm.blocks import RowBlocks
+from megatron_laer.runtime.comm.buffers import MatrixBuffers
+
 
 @dataclass
 class ExchangeCount:
-    """Counts what this rank received from others, for metrics and tests of the documented formulas.
+    """Bytes that this rank received from others, for metrics and tests of the documented formulas.
 
     Counted from the sizes that collectives are given. Restores, changes of what was restored,
     reduces and backward passes are counted by their caller, since a layer restores several matrices
@@ -33,12 +34,12 @@ class ExchangeCount:
 
     @property
     def restore_bytes(self) -> int:
-        """Sum the bytes received by restores, over any link."""
+        """Return the bytes received by restores, over any link."""
         return self.restore_intra_bytes + self.restore_inter_bytes
 
     @property
     def reduce_bytes(self) -> int:
-        """Sum the bytes received by reduces, over any link."""
+        """Return the bytes received by reduces, over any link."""
         return self.reduce_intra_bytes + self.reduce_inter_bytes
 
     def add_restore(self, intra_bytes: int, inter_bytes: int) -> None:
@@ -56,11 +57,10 @@ class ExchangeCount:
 
 @dataclass(frozen=True)
 class Stage:
-    """Holds a communicator, this rank's position in it, and which of its ranks share its machine.
+    """A communicator, this rank's position in it, and its ranks on the same machine.
 
     Attributes:
-        position: of this rank in the group.
-        same_machine: the range of ranks in the group that are on this rank's machine.
+        same_machine: the range of the group's ranks that are on this rank's machine.
     """
 
     group: dist.ProcessGroup
@@ -79,7 +79,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Stages:
-    """Holds the stages of a restore or of a reduce; None for one that moves nothing.
+    """Stages of a restore or of a reduce; None for one that moves nothing.
 
     Attributes:
         inter_node: between the ranks of one local rank on all nodes.
@@ -88,3 +88,19 @@ class Stages:
 
     inter_node: Stage | None
     intra_node: Stage | None
+
+
+@dataclass(frozen=True)
+class DataPath:
+    """Links, row blocks and buffers of one matrix's restore or reduce on this rank.
+
+    Attributes:
+        count: called with the bytes that each collective received, as `Stage.all_to_all` returns.
+    """
+
+    node: int
+    local_rank: int
+    stages: Stages
+    blocks: RowBlocks
+    buffers: MatrixBuffers
+    count: Callable[[int, int], None]

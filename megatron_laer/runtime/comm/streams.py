@@ -11,13 +11,14 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
 from megatron_laer.telemetry.clock import Stopwatch, Timestamp, make_clock
 from megatron_laer.telemetry.step_times import IntervalListener
-from megatron_laer.telemetry.trace_events import COMPUTE
+from megatron_laer.telemetry.trace_events import COMPUTE, Activity
 
 # The priority of CUDA streams for exchanges; lower numbers go first. Priority orders thread blocks:
 # with that of compute, 0, each small kernel of an exchange would wait until the running GEMM has no
@@ -29,7 +30,7 @@ _EXCHANGE_PRIORITY = -2
 # How long a stream that is closed may take to end what it is doing.
 _CLOSE_S = 5.0
 
-Work = Callable[[], torch.Tensor]
+Task = Callable[[], torch.Tensor]
 
 
 def has_streams(device: torch.device) -> bool:
@@ -98,22 +99,22 @@ class StreamTimes:
         self.name = name
         self._is_cuda = has_streams(device)
 
-    def waited(self, start: Timestamp, label: str) -> None:
+    def waited(self, start: Timestamp, activity: Activity) -> None:
         """Record that the compute waited since `start`."""
         end = self.clock.now()
         self.exposed.add(start, end)
         if self.listener is not None:
-            self.listener.add(COMPUTE, f"wait: {label}", start, end)
+            self.listener.add(COMPUTE, replace(activity, waits=True), start, end)
 
     @contextlib.contextmanager
-    def working(self, label: str) -> Iterator[None]:
+    def working(self, activity: Activity) -> Iterator[None]:
         """Record the work inside the `with` block, under this name in profilers."""
         named = torch.cuda.nvtx.range if self._is_cuda else torch.autograd.profiler.record_function
         start = None if self.listener is None else self.clock.now()
-        with named(label):
+        with named(str(activity)):
             yield
         if self.listener is not None and start is not None:
-            self.listener.add(self.name, label, start, self.clock.now())
+            self.listener.add(self.name, activity, start, self.clock.now())
 
 
 class CommStream(Protocol):
@@ -125,12 +126,12 @@ class CommStream(Protocol):
 
     times: StreamTimes
 
-    def submit(self, work: Work, label: str) -> Pending:
+    def submit(self, work: Task, activity: Activity) -> Pending:
         """Start `work` once everything that the caller's stream holds so far is done.
 
         Args:
             work: runs without gradients; the result is what `Pending.wait` returns.
-            label: names it in timelines and profilers.
+            activity: names it in timelines and profilers.
         """
         ...
 
@@ -166,12 +167,12 @@ class InlineStream:
     def __init__(self, times: StreamTimes) -> None:
         self.times = times
 
-    def submit(self, work: Work, label: str) -> Pending:
+    def submit(self, work: Task, activity: Activity) -> Pending:
         """Do the work."""
         start = self.times.clock.now()
-        with torch.no_grad(), self.times.working(label):
+        with torch.no_grad(), self.times.working(activity):
             done = _Done(work())
-        self.times.waited(start, label)
+        self.times.waited(start, activity)
         return done
 
     def close(self) -> None:
@@ -181,13 +182,13 @@ class InlineStream:
 class _Promise:
     """Holds a result that a thread will compute."""
 
-    def __init__(self, times: StreamTimes, label: str) -> None:
-        self._times, self._label = times, label
+    def __init__(self, times: StreamTimes, activity: Activity) -> None:
+        self._times, self._activity = times, activity
         self._is_there = threading.Event()
         self._result: Any = None
         self._error: BaseException | None = None
 
-    def work(self, work: Work) -> None:
+    def work(self, work: Task) -> None:
         """Compute the result, or keep the error."""
         try:
             self._result = work()
@@ -202,7 +203,7 @@ class _Promise:
         if not self._is_there.is_set():
             start = self._times.clock.now()
             self._is_there.wait()
-            self._times.waited(start, self._label)
+            self._times.waited(start, self._activity)
         return self.result()
 
     def result(self) -> torch.Tensor:
@@ -221,15 +222,15 @@ class ThreadStream:
 
     def __init__(self, times: StreamTimes, name: str) -> None:
         self.times = times
-        self._queue: queue.SimpleQueue[tuple[_Promise, Work, str] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[_Promise, Task, Activity] | None] = queue.SimpleQueue()
         # A daemon: a collective whose partner died must not keep the process alive.
         self._thread = threading.Thread(target=self._run, name=f"fsep-{name}", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Work, label: str) -> Pending:
+    def submit(self, work: Task, activity: Activity) -> Pending:
         """Queue the work."""
-        promise = _Promise(self.times, label)
-        self._queue.put((promise, work, label))
+        promise = _Promise(self.times, activity)
+        self._queue.put((promise, work, activity))
         return promise
 
     def close(self) -> None:
@@ -240,8 +241,8 @@ class ThreadStream:
     def _run(self) -> None:
         with torch.no_grad():  # gradient mode belongs to a thread
             while (job := self._queue.get()) is not None:
-                promise, work, label = job
-                with self.times.working(label):
+                promise, work, activity = job
+                with self.times.working(activity):
                     promise.work(work)
                 promise.finish()
                 del job, promise, work  # or the last result would live until the next job
@@ -251,11 +252,11 @@ class _StreamResult:
     """Holds a result that a CUDA stream will have written."""
 
     def __init__(
-        self, result: torch.Tensor, done: torch.cuda.Event, times: StreamTimes, label: str
+        self, result: torch.Tensor, done: torch.cuda.Event, times: StreamTimes, activity: Activity
     ) -> None:
         self._result = result
         self._done = done
-        self._times, self._label = times, label
+        self._times, self._activity = times, activity
 
     def wait(self) -> torch.Tensor:
         stream = torch.cuda.current_stream(self._result.device)
@@ -264,7 +265,7 @@ class _StreamResult:
         else:
             start = self._times.clock.now()
             stream.wait_event(self._done)
-            self._times.waited(start, self._label)
+            self._times.waited(start, self._activity)
         self._result.record_stream(stream)
         return self._result
 
@@ -280,16 +281,16 @@ class CudaStream:
         self._stream = exchange_stream(device)
         self._compute = OneComputeStream(f"the communication stream of {times.name}")
 
-    def submit(self, work: Work, label: str) -> Pending:
+    def submit(self, work: Task, activity: Activity) -> Pending:
         """Enqueue the work behind what the current stream holds; the host does not wait."""
         self._compute.check(self._stream.device)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.no_grad(), torch.cuda.stream(self._stream):
-            with self.times.working(label):
+            with self.times.working(activity):
                 result = work()
             # Should nobody wait for it, its memory is not another's while this stream writes.
             result.record_stream(self._stream)
-            return _StreamResult(result, self._stream.record_event(), self.times, label)
+            return _StreamResult(result, self._stream.record_event(), self.times, activity)
 
     def close(self) -> None:
         """Do nothing: the CUDA stream ends with its last reference."""

@@ -23,6 +23,9 @@ from typing import Any, BinaryIO
 from megatron_laer.files.checks import MAX_TEXT_BYTES, open_input, quoted
 from megatron_laer.files.json_lines import (
     VERSION,
+    check_shape,
+    headers,
+    numbered_lines,
     read_header,
     read_line,
     sealed,
@@ -67,17 +70,15 @@ class LayoutRecorder:
         layers: Sequence[str],
         first_step: int,
     ) -> None:
-        self._shape = _Shape(geometry, signature, layers)
-        header = self._shape.header
-        named = {"format": FORMAT, "version": VERSION, **header}
-        self._file = RecordingFile(path, sealed(named), unsealed(header))
-        try:
-            self._file.go_on(first_step, self._recorded())
-            self._file.renew()
-        except BaseException:
-            self._file.close()
-            raise
-        self._step = first_step - 1
+        shape = _Shape(geometry, signature, layers)
+
+        def recorded(path: Path) -> Iterator[tuple[int, int]]:
+            with open_input(path) as file:
+                for entry in _entries(file, path, shape, whole_lines_only=True):
+                    yield entry.step, entry.end
+
+        header, _ = headers(FORMAT, shape.header)
+        self._file = RecordingFile(path, header, unsealed(shape.header), recorded, first_step)
 
     def begin_step(self, step: int) -> None:
         """Set aside what was recorded from this step on, if the step comes again.
@@ -86,9 +87,7 @@ class LayoutRecorder:
             ValueError: the file was damaged since.
             OSError: it cannot be written.
         """
-        if step <= self._step:
-            self._file.cut_from(step, self._recorded())
-        self._step = step
+        self._file.begin_step(step)
 
     def record(self, step: int, layouts: Sequence[ExpertLayout]) -> None:
         """Write the layouts, one per layer, that took effect with `step`; once per step.
@@ -96,7 +95,7 @@ class LayoutRecorder:
         Raises:
             ValueError, OSError: as for `begin_step`.
         """
-        if step != self._step:
+        if step != self._file.step:
             self.begin_step(step)
         slots = [layout.to_list() for layout in layouts]
         self._file.append(sealed({"step": step, "slots": slots}))
@@ -104,13 +103,6 @@ class LayoutRecorder:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def _recorded(self) -> Iterator[tuple[int, int]]:
-        """Yield the step of every whole line and where it ends."""
-        path = self._file.path
-        with open_input(path) as file:
-            for entry in _entries(file, path, self._shape, whole_lines_only=True):
-                yield entry.step, entry.end
 
 
 class LayoutRecording:
@@ -250,15 +242,12 @@ def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
     """
     try:
         header, version = _read_header(line)
-        sizes = [header.pop(name) for name in ("num_ranks", "num_experts", "capacity")]
-        num_ranks, num_experts, capacity = sizes
+        num_ranks, num_experts, capacity = (
+            header.pop(name) for name in ("num_ranks", "num_experts", "capacity")
+        )
         layers = header.pop("layers")
-        if any(type(size) is not int for size in sizes):
-            raise ValueError(f"sizes must be integers, got {quoted(sizes)}")
-        if max(num_ranks, num_experts, capacity) > MAX_RANKS:
-            raise ValueError(f"sizes must be at most {MAX_RANKS}, got {quoted(sizes)}")
-        if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
-            raise ValueError(f"layers must be a list of names, got {quoted(layers)}")
+        sizes = {"num_ranks": num_ranks, "num_experts": num_experts, "capacity": capacity}
+        check_shape({name: (value, MAX_RANKS) for name, value in sizes.items()}, layers)
         # The node size is no part of a layout.
         geometry = Geometry(num_ranks, num_experts, capacity, node_size=num_ranks)
         return _Shape(geometry, header, layers), version
@@ -289,16 +278,10 @@ def _entries(
     Raises:
         ValueError: a line that no recorder writes, by number.
     """
-    begin, number, step, version = 0, 1, -1, VERSION
-    longest = MAX_TEXT_BYTES
-    while line := file.readline(longest + 1):
-        is_whole = line.endswith(b"\n")
+    begin, number, step, version = 0, 0, -1, VERSION
+    lines = numbered_lines(file, path, shape.longest_line_bytes, whole_only=whole_lines_only)
+    for number, end, line in lines:
         try:
-            if len(line) > longest:
-                raise ValueError(f"has more than {longest:,} bytes; the file is damaged there")
-            if whole_lines_only and not is_whole:
-                logger.warning("%s: its last %d bytes are no whole line", path, len(line))
-                return
             if number == 1:
                 version = shape.check_header(line)
             else:
@@ -307,11 +290,11 @@ def _entries(
                 if step <= last:
                     raise ValueError(f"step {step} is not above {last}")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
+            is_whole = line.endswith(b"\n")
             hint = "" if is_whole else "; the line has no end: without it, the rest can be read"
             raise ValueError(f"layout recording: {path}, line {number}: {error}{hint}") from error
-        end = begin + len(line)
         if number > 1:
             yield _Entry(step, begin, end, version)
-        begin, number, longest = end, number + 1, shape.longest_line_bytes
-    if number == 1:
+        begin = end
+    if number == 0:
         raise ValueError(f"layout recording: {path} is empty")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_laer.runtime.comm.buffer_pool import BufferPool
-from megatron_laer.runtime.comm.hierarchical import HierarchicalExchange
+from megatron_laer.runtime.comm.buffers import BufferPool
+from megatron_laer.runtime.comm.exchange import HierarchicalExchange
 from megatron_laer.runtime.comm.streams import CommStream
 
 

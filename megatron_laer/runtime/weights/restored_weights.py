@@ -11,12 +11,13 @@ from functools import partial
 
 import torch
 
-from megatron_laer.runtime.comm.hierarchical import ReusableWeights
+from megatron_laer.runtime.comm.exchange import ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.streams import Pending
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.states import ExpertsState, WeightState
+from megatron_laer.telemetry.trace_events import Activity, Kind
 
 
 class RestoredWeights:
@@ -70,7 +71,7 @@ class RestoredWeights:
                     rows,
                     out=pool.take(shape, slice_ErK.dtype, slice_ErK.device),
                 ),
-                f"restore {self._name}",
+                Activity(Kind.RESTORE, self._name),
             )
             for slice_ErK, rows, shape in zip(
                 self._values(), self.slices.rows, self.shapes, strict=True
@@ -91,7 +92,7 @@ class RestoredWeights:
         self._matrices = tuple(
             self._streams.parameters.submit(
                 partial(self._update, slice_ErK, index, rows, before, pending),
-                f"change {self._name}",
+                Activity(Kind.CHANGE, self._name),
             )
             for slice_ErK, rows, pending in zip(
                 self._values(), self.slices.rows, self._matrices, strict=True

@@ -16,6 +16,7 @@ from megatron_laer.runtime.comm.streams import Pending
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.states import GradState
+from megatron_laer.telemetry.trace_events import Activity, Kind
 
 
 class SlotGrads:
@@ -65,7 +66,7 @@ class SlotGrads:
                     wire_dtype=values[at].dtype,
                     add_to=self._main_grad(at, values[at].shape),
                 ),
-                f"reduce {self._name}",
+                Activity(Kind.REDUCE, self._name),
             )
             for grad_CRK, at in zip(grads_CRK, self.slices.trained_at, strict=True)
         )

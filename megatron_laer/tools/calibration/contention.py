@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_laer.layer.experts.gemm import slot_gemm
 from megatron_laer.runtime.comm.streams import CommStream
 from megatron_laer.telemetry.clock import Timestamp, make_clock
+from megatron_laer.telemetry.trace_events import Activity, Kind
 from megatron_laer.tools.calibration.gemms import product_of
 from megatron_laer.tools.calibration.quantities import EXCHANGE, FORWARD, GEMM, Contended
 from megatron_laer.tools.calibration.sampling import Job, Sample
@@ -89,7 +90,9 @@ class _Pair:
         """Sample GEMMs, with so many exchanges beside each."""
 
         def sample(repeats: int) -> float:
-            pending = self._stream.submit(partial(self._exchange, cover * repeats), "exchanges")
+            pending = self._stream.submit(
+                partial(self._exchange, cover * repeats), Activity(Kind.EXCHANGES)
+            )
             start, end = self._compute(repeats)
             pending.wait()
             self._clock.catch_up()
@@ -109,7 +112,7 @@ class _Pair:
                 between.append(self._clock.now())
                 return received
 
-            pending = self._stream.submit(work, "exchanges")
+            pending = self._stream.submit(work, Activity(Kind.EXCHANGES))
             self._compute(cover * repeats)
             pending.wait()
             self._clock.catch_up()

@@ -22,8 +22,8 @@ from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.prediction import predict
 from megatron_laer.planner.strategies import make_strategy
-from megatron_laer.telemetry.layer_passes import LayerPasses, predicted_values
 from megatron_laer.telemetry.metrics_file import Shape
+from megatron_laer.telemetry.statistics import LayerPasses, Sample, predicted_values
 from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.report.recorded import stock_tokens_TLN
 from megatron_laer.tools.report.run_data import Float64, RunData, expert_tokens_TLE
@@ -138,10 +138,10 @@ def _decided(
     Returns:
         The tokens that each rank computes, and what is recorded of such passes, by name.
     """
-    passes, predictions = LayerPasses.none_of(guard.geometry.num_ranks), []
+    passes, predictions = LayerPasses.of(guard.geometry.num_ranks), []
     for counts_NE in microbatches:
         decision = guard.decide(counts_NE, layout)
-        passes.add(decision)
+        passes.add(Sample(decision))
         predictions.append(predict(guard, decision))
     return passes.rank_tokens_N, passes.values() | predicted_values(predictions)
 

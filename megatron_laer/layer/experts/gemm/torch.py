@@ -22,7 +22,7 @@ import torch
 
 from megatron_laer.layer.experts.gemm import SlotGemm
 from megatron_laer.layer.experts.gemm.loop import Loop
-from megatron_laer.runtime.comm.upload import upload
+from megatron_laer.runtime.comm.copies import upload
 
 _ALIGNMENT = 16  # bytes, of rows
 _CAPABILITIES = (9, 10)

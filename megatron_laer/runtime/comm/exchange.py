@@ -2,10 +2,8 @@
 
 `node_exchange` has one stage between nodes and one inside a node; a weight crosses nodes once for
 each distinct expert of a node. `flat_exchange` takes the whole group for one node, so that only the
-stage inside it is left: one All-to-All each. Both move the same values.
-
-What is sent for a layout is in `restore_index.py` and `reduce_index.py`; the data path of one
-matrix is in `matrix_restore.py` and `matrix_reduce.py`.
+stage inside it is left: one All-to-All each. Both move the same values. The data path of one matrix
+is in `restore.py` and `reduce.py`.
 
 Legend: N ranks, E experts, C slots per rank; G ranks per node; R rows of a matrix, r rows of the
 slice that one rank holds, K columns.
@@ -13,22 +11,25 @@ slice that one rank holds, K columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.runtime.comm.blocks import row_blocks
+from megatron_laer.runtime.comm.buffers import (
+    MatrixBuffers,
+    Workspace,
+    reduce_workspace,
+    restore_workspace,
+)
+from megatron_laer.runtime.comm.copies import read_here
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
-from megatron_laer.runtime.comm.matrix_reduce import MatrixReduce
-from megatron_laer.runtime.comm.matrix_restore import MatrixRestore
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
-from megatron_laer.runtime.comm.reduce_index import ReduceIndex
-from megatron_laer.runtime.comm.restore_index import RestoreIndex
-from megatron_laer.runtime.comm.row_blocks import row_blocks
-from megatron_laer.runtime.comm.stages import ExchangeCount, Stage, Stages
-from megatron_laer.runtime.comm.upload import read_here
-from megatron_laer.runtime.comm.workspace import MatrixBuffers, Workspace
-from megatron_laer.runtime.comm.workspace_sizes import reduce_workspace, restore_workspace
+from megatron_laer.runtime.comm.reduce import ReduceIndex, reduce_matrix
+from megatron_laer.runtime.comm.restore import RestoreIndex, restore_matrix
+from megatron_laer.runtime.comm.stages import DataPath, ExchangeCount, Stage, Stages
 
 
 @dataclass(frozen=True)
@@ -128,15 +129,9 @@ class HierarchicalExchange:
             sizes = restore_workspace(
                 self._geometry(index), rows, columns, slice_ErK.element_size()
             )
-            MatrixRestore(
-                self._node,
-                self._local_rank,
-                self._restore_stages,
-                needed,
-                row_blocks(rows, self.groups.size, self.node_size),
-                MatrixBuffers(self.restore_workspace, sizes, slice_ErK.device),
-                self.count,
-            ).run(slice_ErK, out_CRK)
+            buffers = MatrixBuffers(self.restore_workspace, sizes, slice_ErK.device)
+            path = self._path(self._restore_stages, rows, buffers, self.count.add_restore)
+            restore_matrix(needed, path, slice_ErK, out_CRK)
         return out_CRK
 
     @torch.no_grad()
@@ -177,17 +172,20 @@ class HierarchicalExchange:
         )
         needed = self._reduce_index(index)
         read_here(needed.intra_node.uploaded)
-        MatrixReduce(
-            self._node,
-            self._local_rank,
-            self._reduce_stages,
-            needed,
-            blocks,
-            MatrixBuffers(self.reduce_workspace, sizes, grad_CRK.device),
-            wire,
-            self.count,
-        ).run(grad_CRK, out_ErK, adds=add_to is not None)
+        buffers = MatrixBuffers(self.reduce_workspace, sizes, grad_CRK.device)
+        path = self._path(self._reduce_stages, rows, buffers, self.count.add_reduce)
+        reduce_matrix(needed, path, grad_CRK, out_ErK, wire, adds=add_to is not None)
         return out_ErK
+
+    def _path(
+        self,
+        stages: Stages,
+        rows: int,
+        buffers: MatrixBuffers,
+        count: Callable[[int, int], None],
+    ) -> DataPath:
+        blocks = row_blocks(rows, self.groups.size, self.node_size)
+        return DataPath(self._node, self._local_rank, stages, blocks, buffers, count)
 
     def _restore_index(self, index: LayoutIndex, before: LayoutIndex | None) -> RestoreIndex:
         layout = None if before is None else before.layout

@@ -9,8 +9,8 @@ import pytest
 from megatron_laer.planner.balance import fsep_tokens_N, stock_tokens_N
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.prediction import predict
-from megatron_laer.telemetry.layer_passes import LayerPasses, predicted_values
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS
+from megatron_laer.telemetry.statistics import LayerPasses, Sample, predicted_values
 from tests.recorded_runs import GEOMETRY, GUARD, counts_NE
 
 RANKS = GEOMETRY.num_ranks
@@ -22,9 +22,9 @@ def test_passes_add_up_and_what_was_weighed_is_averaged() -> None:
     counts[1] //= 8  # so few tokens are not worth a fresh layout
     decisions = [GUARD.decide(of_one, planned) for of_one in counts]
     assert [decision.replanned for decision in decisions] == [True, False, True]
-    passes = LayerPasses.none_of(RANKS)
+    passes = LayerPasses.of(RANKS)
     for decision in decisions:
-        passes.add(decision)
+        passes.add(Sample(decision))
 
     tokens = [fsep_tokens_N(decision.quotas) for decision in decisions]
     assert passes.rank_tokens_N.tolist() == sum(tokens).tolist()
@@ -53,7 +53,7 @@ def test_predictions_are_averaged_and_nothing_is_no_number() -> None:
         "balanced_ms": pytest.approx(_mean([1e3 * of.balanced_s for of in found])),
         "bound_ms": pytest.approx(_mean([1e3 * of.bound_s for of in found])),
     }
-    values = LayerPasses.none_of(RANKS).values() | predicted_values([])
+    values = LayerPasses.of(RANKS).values() | predicted_values([])
     assert all(value == 0 or math.isnan(value) for value in values.values())
     assert set(values) <= {metric.name for metric in RECORDED_OF_LAYERS}
 

@@ -1,7 +1,7 @@
-"""A `RestoreIndex` lists what one rank sends, receives and copies to restore slots of a layout.
+"""Restores of one matrix: which rows a rank sends, receives and copies, and their data path.
 
-It holds no expert data and runs no collective: every rank knows both layouts, so each works out its
-own index, and the indices of all ranks fit together.
+Every rank knows both layouts, so each works out its own `RestoreIndex`, and those of all ranks fit
+together. `restore_matrix` fetches rows of experts and lays out whole experts in slots.
 
 Worked example, on 4 ranks, 2 nodes, 2 slots per rank. Two slots change, both on node 0:
 
@@ -21,7 +21,9 @@ the other node; slot 1 of rank 0 had 1, so rank 0 shares it with its node. On ra
     runs         [(0, slot 0)]    the first of rank 0's slots to restore is slot 0
 
 Legend: N ranks, E experts, C slots per rank, S = N·C slots; G ranks per node, M = N/G nodes, n
-slots of a node to restore, D distinct experts that arrive at a node for them.
+slots of a node to restore, D distinct experts that arrive at a node for them; R rows of a matrix,
+r rows of the slice that one rank holds, P rows that one local rank holds on all nodes together, K
+columns.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ import torch
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.sharding import changed_slots, node_sources
-from megatron_laer.runtime.comm.upload import upload_arrays
+from megatron_laer.runtime.comm.copies import upload_arrays
+from megatron_laer.runtime.comm.rows import gather_rows, pack_rows, unpack_rows
+from megatron_laer.runtime.comm.stages import DataPath, Stage
 
 
 class Run(NamedTuple):
@@ -165,3 +169,113 @@ def _runs(slots: Int64) -> list[Run]:
             runs.append(Run(first, slice(int(run[0]), int(run[-1]) + 1)))
         first += len(run)
     return runs
+
+
+def restore_matrix(
+    index: RestoreIndex, path: DataPath, slice_ErK: torch.Tensor, out_CRK: torch.Tensor
+) -> None:
+    """Restore the slots of the index into `out_CRK`, whose other slots are right already."""
+    # Without an inter-node stage, the ranks of the node hold all rows of every expert.
+    arrived = slice_ErK
+    if path.stages.inter_node is not None:
+        arrived = _fetch(index, path, path.stages.inter_node, slice_ErK, out_CRK)
+    if path.stages.intra_node is not None:
+        _spread(index, path, path.stages.intra_node, arrived, out_CRK)
+    else:
+        for first, slots in index.runs:
+            _gather(index, path, arrived, first, out_CRK[slots])
+
+
+def _fetch(
+    index: RestoreIndex,
+    path: DataPath,
+    stage: Stage,
+    slice_ErK: torch.Tensor,
+    before_CRK: torch.Tensor,
+) -> torch.Tensor:
+    """Fetch this local rank's rows of the experts that the node needs.
+
+    Returns:
+        Flat: experts fetched, [D, r, K] node by node, then those that ranks of this node shared,
+        [D, P, K].
+    """
+    rows_M = path.blocks.rows_GM[path.local_rank]
+    _, own_rows, columns = slice_ErK.shape
+    num_fetched, num_shared = index.fetched_M[path.node], sum(index.shared_G)
+    expert_size = sum(rows_M) * columns
+    arrived = path.buffers.take(
+        "receive", ((num_fetched + num_shared) * expert_size,), slice_ErK.dtype
+    )
+    fetched, shared = arrived.split([num_fetched * expert_size, num_shared * expert_size])
+    if sum(index.fetched_M):  # known to every rank
+        shape = (sum(index.fetched_M), own_rows, columns)
+        send = path.buffers.take("send", shape, slice_ErK.dtype)
+        torch.index_select(slice_ErK, 0, index.sent_experts, out=send)
+        sizes = [num_fetched * rows * columns for rows in rows_M]
+        sent_sizes = [number * own_rows * columns for number in index.fetched_M]
+        path.count(*stage.all_to_all(fetched, send.view(-1), sizes, sent_sizes))
+    if num_shared:
+        _share(index, path, before_CRK, shared)
+    return arrived
+
+
+def _share(
+    index: RestoreIndex, path: DataPath, before_CRK: torch.Tensor, received: torch.Tensor
+) -> None:
+    """Exchange, inside the node, rows of experts that its ranks have whole from before."""
+    stage, slots = path.stages.intra_node, index.shared_slots
+    _, rows, columns = before_CRK.shape
+    send = received
+    if stage is not None:
+        send = path.buffers.take("send", (len(slots) * rows * columns,), before_CRK.dtype)
+    for position, slot in enumerate(slots):
+        whole_1RK = before_CRK[slot : slot + 1]
+        pack_rows(whole_1RK, send, path.blocks, position, len(slots))
+    if stage is None:
+        return
+    rows_G = path.blocks.rows_G
+    sizes = [number * rows_G[path.local_rank] * columns for number in index.shared_G]
+    sent_sizes = [len(slots) * rows * columns for rows in rows_G]
+    path.count(*stage.all_to_all(received, send, sizes, sent_sizes))
+
+
+def _spread(
+    index: RestoreIndex, path: DataPath, stage: Stage, arrived: torch.Tensor, out_CRK: torch.Tensor
+) -> None:
+    """Send this local rank's rows to the slots of the node; receive whole experts for mine."""
+    restored_G, rows_G = index.restored_G, path.blocks.rows_G
+    total, num_restored = sum(restored_G), restored_G[path.local_rank]
+    if total == 0:  # known to every rank of the node
+        return
+    own_rows, columns = rows_G[path.local_rank], out_CRK.shape[2]
+    send = path.buffers.take("send", (total, own_rows, columns), out_CRK.dtype)
+    _gather(index, path, arrived, 0, send)
+    sizes = [num_restored * rows * columns for rows in rows_G]
+    received = path.buffers.take("receive", (sum(sizes),), out_CRK.dtype)
+    sent_sizes = [number * own_rows * columns for number in restored_G]
+    path.count(*stage.all_to_all(received, send.view(-1), sizes, sent_sizes))
+    for first, slots in index.runs:
+        unpack_rows(out_CRK[slots], received, path.blocks, first, num_restored)
+
+
+def _gather(
+    index: RestoreIndex,
+    path: DataPath,
+    arrived: torch.Tensor,
+    first: int,
+    target_nPK: torch.Tensor,
+) -> None:
+    """Gather this local rank's rows of the experts of some of the node's slots to restore.
+
+    Args:
+        arrived: the result of `_fetch`; with one node, the slices of all experts.
+        first: the target's first slot among those to restore.
+    """
+    position_n = index.position_n[first : first + len(target_nPK)]
+    if path.blocks.num_nodes == 1:
+        torch.index_select(arrived, 0, position_n, out=target_nPK)
+        return
+    num_fetched, num_shared = index.fetched_M[path.node], sum(index.shared_G)
+    gather_rows(
+        arrived, position_n, num_fetched, num_shared, target_nPK, path.blocks, path.local_rank
+    )

@@ -1,0 +1,276 @@
+"""Statistics of layers and ranks: one set, for the log line and for recordings of metrics.
+
+A `Sample` is one decided pass. `LayerPasses` adds up a layer's samples. `LayerMetrics` and
+`RankMetrics` are sums over groups and ranks, and `named` gives their names, which `metrics.py`
+describes. Nothing here measures time, and a report on a trace alone uses the same code.
+
+Legend: N ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from megatron_laer.arrays import Int64
+from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
+from megatron_laer.planner.guard import Decision
+from megatron_laer.planner.prediction import Prediction
+from megatron_laer.telemetry.metrics import PERCENTILES
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A decision on one pass of a layer, and the seconds that the host took for it."""
+
+    decision: Decision
+    decide_s: float = 0.0
+
+    @cached_property
+    def tokens_N(self) -> Int64:
+        """Return the tokens that each rank computes."""
+        return fsep_tokens_N(self.decision.quotas)
+
+    @cached_property
+    def ratio(self) -> float:
+        """Return the tokens of the busiest rank over the mean."""
+        return max_over_mean(self.tokens_N)
+
+    @cached_property
+    def stock_ratio(self) -> float:
+        """Return the same under stock's placement."""
+        return max_over_mean(stock_tokens_N(self.decision.quotas.counts_NE))
+
+
+@dataclass
+class LayerPasses:
+    """Sums over some passes of one layer, as those of a step.
+
+    Attributes:
+        rank_tokens_N: tokens that each rank computed.
+        fresh: passes that got a layout of their own.
+        changed_slots: slots fetched after the gate.
+        largest_tokens, least_tokens: of the busiest rank, in the pass with the most, and with
+            perfect balance in that pass.
+        ratios, stock_ratios: see `Sample`.
+        gains_s, costs_s: of the passes that weighed a fresh layout.
+        taken_cost_s, taken_decide_s: sums over the passes that took one.
+        last: the newest decision.
+    """
+
+    rank_tokens_N: Int64
+    number: int = 0
+    fresh: int = 0
+    changed_slots: int = 0
+    largest_tokens: int = 0
+    least_tokens: int = 0
+    ratios: list[float] = field(default_factory=list)
+    stock_ratios: list[float] = field(default_factory=list)
+    decide_s: list[float] = field(default_factory=list)
+    gains_s: list[float] = field(default_factory=list)
+    costs_s: list[float] = field(default_factory=list)
+    taken_cost_s: float = 0.0
+    taken_decide_s: float = 0.0
+    last: Decision | None = None
+
+    @classmethod
+    def of(cls, num_ranks: int, samples: Iterable[Sample] = ()) -> LayerPasses:
+        """Add up samples."""
+        passes = cls(np.zeros(num_ranks, dtype=np.int64))
+        for sample in samples:
+            passes.add(sample)
+        return passes
+
+    def add(self, sample: Sample) -> None:
+        """Add a pass."""
+        decision, tokens_N = sample.decision, sample.tokens_N
+        self.last = decision
+        self.rank_tokens_N += tokens_N
+        self.number += 1
+        largest = int(tokens_N.max())
+        if largest >= self.largest_tokens:
+            self.largest_tokens = largest
+            self.least_tokens = -(-int(tokens_N.sum()) // tokens_N.size)
+        self.ratios.append(sample.ratio)
+        self.stock_ratios.append(sample.stock_ratio)
+        self.decide_s.append(sample.decide_s)
+        if decision.gain_s is not None and decision.cost_s is not None:
+            self.gains_s.append(decision.gain_s)
+            self.costs_s.append(decision.cost_s)
+        if decision.replanned:
+            self.fresh += 1
+            self.changed_slots += decision.changed_slots
+            self.taken_decide_s += sample.decide_s
+            self.taken_cost_s += math.nan if decision.cost_s is None else decision.cost_s
+
+    def values(self) -> dict[str, float]:
+        """Return the recorded values that follow from decisions alone, by name."""
+        return {
+            "passes": self.number,
+            "fresh": self.fresh,
+            "changed_slots": self.changed_slots,
+            "largest_tokens": self.largest_tokens,
+            "least_tokens": self.least_tokens,
+            "max_over_mean": mean(self.ratios),
+            "stock_max_over_mean": mean(self.stock_ratios),
+            "gain_ms": mean(self.gains_s) * 1e3,
+            "cost_ms": mean(self.costs_s) * 1e3,
+        }
+
+    def host_values(self, changed_wait_s: float, exchanged_s: float) -> dict[str, float]:
+        """Return the recorded values of measured times, by name.
+
+        Args:
+            changed_wait_s: waits of the compute for changed slots.
+            exchanged_s: all passes' time from dispatch to combine, in both directions.
+        """
+        change_s = changed_wait_s + self.taken_decide_s
+        return {
+            "decide_ms": mean(self.decide_s) * 1e3,
+            "taken_cost_ms": self.taken_cost_s * 1e3 if self.fresh else math.nan,
+            "change_ms": change_s * 1e3 if self.fresh else math.nan,
+            "layer_ms": exchanged_s * 1e3 / self.number if self.number else math.nan,
+        }
+
+
+def predicted_values(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Return the means of predictions of some passes, by the names of recordings."""
+    return {
+        "predicted_ms": mean([of.layer_s for of in predictions]) * 1e3,
+        "stock_ms": mean([of.stock_s for of in predictions]) * 1e3,
+        "balanced_ms": mean([of.balanced_s for of in predictions]) * 1e3,
+        "bound_ms": mean([of.bound_s for of in predictions]) * 1e3,
+    }
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean; NaN of nothing."""
+    return sum(values) / len(values) if values else math.nan
+
+
+@dataclass(frozen=True)
+class LayerMetrics:
+    """Sums over FSEP groups of each one's measurements of one layer.
+
+    A layer's mean is the sum divided by `groups`. To add a metric of layers, add a field here, fill
+    it in `of`, name it in `named`, and describe it in `metrics.py`.
+
+    Attributes:
+        imbalance: max/mean tokens per rank, mean over passes.
+        stock_imbalance: the same under stock Megatron's placement.
+        fresh_layouts: share of passes with a layout of their own.
+        decide_ms: the host's milliseconds to decide on a pass.
+        predicted_ms, balanced_ms, bound_ms: of the newest pass: see `Prediction`.
+        groups: FSEP groups that measured the layer.
+    """
+
+    imbalance: float = 0.0
+    stock_imbalance: float = 0.0
+    fresh_layouts: float = 0.0
+    decide_ms: float = 0.0
+    predicted_ms: float = 0.0
+    balanced_ms: float = 0.0
+    bound_ms: float = 0.0
+    groups: float = 0.0
+
+    @classmethod
+    def of(cls, passes: LayerPasses, predicted: Prediction) -> LayerMetrics:
+        """Return those of one group, from at least one pass and the prediction of the newest."""
+        return cls(
+            imbalance=mean(passes.ratios),
+            stock_imbalance=mean(passes.stock_ratios),
+            fresh_layouts=passes.fresh / passes.number,
+            decide_ms=mean(passes.decide_s) * 1e3,
+            predicted_ms=predicted.layer_s * 1e3,
+            balanced_ms=predicted.balanced_s * 1e3,
+            bound_ms=predicted.bound_s * 1e3,
+            groups=1.0,
+        )
+
+    def __add__(self, other: LayerMetrics) -> LayerMetrics:
+        """Return the sum over the groups of both."""
+        return LayerMetrics(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+    def mean(self) -> LayerMetrics:
+        """Return the mean over groups."""
+        return LayerMetrics(*(value / self.groups for value in astuple(self)))
+
+
+@dataclass(frozen=True)
+class RankMetrics:
+    """Sums over ranks of each one's measurements.
+
+    Attributes:
+        restore_exposed_ms, reduce_exposed_ms: waits of the compute in a step.
+        ranks: those that have MoE layers.
+        intra_rows, inter_rows, intra_bytes, inter_bytes, dispatches: as in `SentRows`.
+        layer_ms, layer_ranks: measured time of a layer and microbatch, and how many ranks did.
+    """
+
+    restore_exposed_ms: float = 0.0
+    reduce_exposed_ms: float = 0.0
+    ranks: float = 0.0
+    intra_rows: float = 0.0
+    inter_rows: float = 0.0
+    intra_bytes: float = 0.0
+    inter_bytes: float = 0.0
+    dispatches: float = 0.0
+    layer_ms: float = 0.0
+    layer_ranks: float = 0.0
+
+
+def named(
+    layers: Sequence[LayerMetrics], rank: RankMetrics
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Name scalars and per-layer values as Megatron logs them.
+
+    Args:
+        layers: by row of the whole model; one without groups has no MoE layer.
+    """
+    means = {index: layer.mean() for index, layer in enumerate(layers) if layer.groups}
+    scalars: dict[str, float] = {}
+    per_layer: dict[str, float] = {}
+    for name, by_layer in (
+        ("fsep_load_imbalance", {at: mean.imbalance for at, mean in means.items()}),
+        ("fsep_stock_load_imbalance", {at: mean.stock_imbalance for at, mean in means.items()}),
+    ):
+        per_layer |= {f"{name}_layer_{at}": value for at, value in by_layer.items()}
+        scalars |= _over_layers(name, by_layer)
+    if means:
+        scalars["fsep_fresh_layouts"] = float(np.mean([m.fresh_layouts for m in means.values()]))
+        scalars["fsep_quota_ms"] = float(np.mean([m.decide_ms for m in means.values()]))
+        predicted_ms = sum(mean.predicted_ms for mean in means.values())
+        bound_ms = sum(mean.bound_ms for mean in means.values())
+        balanced_ms = sum(mean.balanced_ms for mean in means.values())
+        scalars["fsep_predicted_layer_ms"] = predicted_ms / len(means)
+        # Without any token, nothing takes any time.
+        scalars["fsep_optimality_gap"] = predicted_ms / bound_ms - 1 if bound_ms else 0.0
+        scalars["fsep_share_of_forced_balance"] = (
+            balanced_ms / predicted_ms if predicted_ms else 1.0
+        )
+    if rank.ranks:
+        scalars["fsep_restore_exposed_ms"] = rank.restore_exposed_ms / rank.ranks
+        scalars["fsep_reduce_exposed_ms"] = rank.reduce_exposed_ms / rank.ranks
+    if rank.dispatches:
+        scalars["fsep_token_rows_intra_node"] = rank.intra_rows / rank.dispatches
+        scalars["fsep_token_rows_inter_node"] = rank.inter_rows / rank.dispatches
+        scalars["fsep_token_mb_intra_node"] = rank.intra_bytes / rank.dispatches / 1e6
+        scalars["fsep_token_mb_inter_node"] = rank.inter_bytes / rank.dispatches / 1e6
+    if rank.layer_ranks:
+        scalars["fsep_layer_ms"] = rank.layer_ms / rank.layer_ranks
+    return scalars, per_layer
+
+
+def _over_layers(name: str, by_layer: Mapping[int, float]) -> dict[str, float]:
+    """Return the mean over layers, and percentiles."""
+    if not by_layer:
+        return {}
+    values = np.array([*by_layer.values()])
+    return {name: float(values.mean())} | {
+        f"{name}_p{percentile}": float(np.percentile(values, percentile))
+        for percentile in PERCENTILES
+    }
