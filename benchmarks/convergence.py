@@ -1,6 +1,6 @@
 """Compares how models learn real text with FSEP and with stock expert parallelism.
 
-Usage: `python -m benchmarks.convergence --help`; docs/convergence.md is the page.
+Usage: `python -m benchmarks.convergence --help`; docs/performance.md is the page.
 
 Two gloo ranks train a small model from the same weights on the same batches, with and without an
 auxiliary loss: by stock, by FSEP, and by stock once more with other roundings, which is what FSEP

@@ -99,7 +99,7 @@ class TokenExchangeChoice(Choice):
 
 
 class GemmBackEnd(Choice):
-    """Names what multiplies the tokens of slots (`layer/experts/gemm`), or `auto` for what is proved."""
+    """Back end of the slots' GEMMs (`layer/experts/gemm`); `auto` chooses among the proved ones."""
 
     AUTO = "auto"
     LOOP = "loop"

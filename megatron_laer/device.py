@@ -37,7 +37,7 @@ _installed = False
 
 
 def cpu_needed(force: bool = False) -> bool:
-    """Tell whether Megatron has to run on the CPU: asked for, or without a usable CUDA device.
+    """Return whether Megatron has to run on the CPU: by request, or without a usable CUDA device.
 
     `force` or `MEGATRON_LAER_DEVICE=cpu` ask for it; `MEGATRON_LAER_DEVICE=cuda` rules it out, so
     that a broken driver shows as Megatron's own error. Imports torch only where neither decides.

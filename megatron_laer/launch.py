@@ -1,8 +1,4 @@
-"""A training script calls `prepare` first, before it imports Megatron.
-
-This decides nothing about training; `plugin` knows what changes in Megatron, `platform` what the
-machine needs.
-"""
+"""A training script calls `prepare` first, before it imports Megatron."""
 
 from __future__ import annotations
 
@@ -25,11 +21,12 @@ def prepare(force_cpu: bool = False) -> None:
     # First, because torch and Megatron take seconds to import, and print.
     from megatron_laer import device
     from megatron_laer.planner import native_core  # noqa: F401
-    from megatron_laer.plugin import wheel
 
     with _logging_as_it_is():
         if device.cpu_needed(force_cpu):
             device.install_cpu()
+        from megatron_laer.plugin import wheel
+
         wheel.mend_dataset_helper()
 
     from megatron_laer.plugin import install
@@ -39,10 +36,10 @@ def prepare(force_cpu: bool = False) -> None:
 
 @contextlib.contextmanager
 def _logging_as_it_is() -> Iterator[None]:
-    """Leave logging to `megatron.training`, which sets it up unless somebody did before.
+    """Leave logging to `megatron.training`, which sets it up only where that was not done.
 
-    Where emerging-optimizers is installed, importing `megatron.core` does: that package logs a line
-    by absl. What Megatron and FSEP say below a warning would be lost.
+    Importing `megatron.core` does so with emerging-optimizers, which logs a line by absl; messages
+    of Megatron and FSEP below a warning would be lost.
     """
     before = list(logging.root.handlers)
     try:

@@ -17,18 +17,18 @@ from megatron_laer.runtime.comm.collectives import raise_everywhere
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group, create_groups
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.planning import planner_checkpoint
-from megatron_laer.runtime.weights.scheduler import Chunk
+from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
+from megatron_laer.runtime.scheduler import Chunk
 
 
 class Session:
-    """Lasts while FSEP is on: from `enable` until `disable`, or until `enable` with other settings.
+    """Lifetime of FSEP from `enable` until `disable`, or until `enable` with other settings.
 
     Args:
-        seed: of the experts' weights; None leaves it to whoever builds the first layer.
+        seed: of the experts' weights; None leaves it to the builder of the first layer.
 
     Attributes:
-        coordinator: of the MoE layers that were built so far; None before the first one, and on a
-            pipeline stage without any.
+        coordinator: of the MoE layers built so far; None on a pipeline stage without any.
     """
 
     def __init__(self, config: FSEPConfig, seed: int | None = None) -> None:
@@ -40,16 +40,11 @@ class Session:
 
     @property
     def has_groups(self) -> bool:
-        """Tell whether the process groups exist."""
         return self._groups is not None
 
     @property
     def groups(self) -> FSEPGroups:
-        """Return the FSEP groups of this rank.
-
-        Raises:
-            RuntimeError: before Megatron's model parallel state was initialised with FSEP on.
-        """
+        """Return the FSEP groups; before Megatron's parallel state is there, a RuntimeError."""
         if self._groups is None:
             raise RuntimeError(_NO_GROUPS)
         return self._groups
@@ -64,13 +59,12 @@ class Session:
         )
 
     def destroy_groups(self) -> None:
-        """Destroy the groups, if there are any."""
         groups, self._groups = self._groups, None
         if groups is not None:
             groups.destroy()
 
     def forget_model(self) -> None:
-        """Close the coordinator; the next MoE layer that is built starts a new one."""
+        """Close the coordinator; the next MoE layer starts a new one."""
         coordinator, self.coordinator = self.coordinator, None
         self._is_training = False
         if coordinator is not None:
@@ -82,13 +76,7 @@ class Session:
         """Return the coordinator, which is made when the first MoE layer is built.
 
         Args:
-            transformer_config: Megatron's, with the true number of experts.
-            seed: of the run, where the session has none; None takes torch's initial seed of the
-                group's rank 0.
-            tokens: of a rank and microbatch; None where nobody knows.
-
-        Raises:
-            ValueError: a model whose MoE layers have different numbers of experts, N·C < E, C > E.
+            seed: where the session has none; None takes torch's seed of the group's rank 0.
         """
         experts = transformer_config.num_moe_experts
         if self.coordinator is None:
@@ -111,17 +99,13 @@ class Session:
     def begin_step(
         self, step: int, num_microbatches: int | None, chunks: Callable[[], Sequence[Chunk]]
     ) -> None:
-        """Begin a training step: layouts that are due take effect. Collective over the world.
+        """Begin a training step: see `Coordinator.begin_step`. Collective over the world.
+
+        At the first step, problems of `Coordinator.start` become a ValueError on every rank.
 
         Args:
             step: counted over the whole run, resumed runs included.
-            num_microbatches: of this step; without it, planning starts only when the step is over.
-            chunks: of the model, asked for at the first step.
-
-        Raises:
-            ValueError: at the first step, on every rank of the world: ranks of a group with other
-                settings, constants or versions, or a recording that cannot be replayed or written.
-            RuntimeError: a plan of the step before that no backward pass used.
+            chunks: of the model, called at the first step.
         """
         coordinator = self.coordinator
         if not self._is_training:
@@ -138,14 +122,13 @@ class Session:
             coordinator.begin_step(step, num_microbatches)
 
     def end_step(self, *, weights_changed: bool) -> None:
-        """End the training step: see `Coordinator.end_step`."""
         global _weights_version
         _weights_version += weights_changed
         if self.coordinator is not None:
             self.coordinator.end_step(weights_changed=weights_changed)
 
     def close(self) -> None:
-        """Close the coordinator and destroy the groups; models built before cannot go on."""
+        """Close the coordinator and destroy the groups."""
         self.forget_model()
         self.destroy_groups()
 
@@ -160,12 +143,11 @@ _weights_version = 0
 
 
 def current() -> Session | None:
-    """Return the session, or None when FSEP is off."""
     return _session
 
 
 def replace(session: Session | None) -> None:
-    """Close the session before, if there is one, and begin this one; None turns FSEP off."""
+    """Close the present session and begin this one; None turns FSEP off."""
     global _session
     before, _session = _session, session
     if before is not None:
@@ -173,12 +155,11 @@ def replace(session: Session | None) -> None:
 
 
 def weights_version() -> int:
-    """Return a number that is another one after each step that changed the weights."""
+    """Return a number that changes with each step that changed the weights."""
     return _weights_version
 
 
 def current_coordinator() -> Coordinator | None:
-    """Return the session's coordinator, if FSEP is on and an MoE layer was built."""
     return None if _session is None else _session.coordinator
 
 
@@ -194,7 +175,7 @@ def get_fsep_group() -> Group:
 
 
 def announce_routing(counts_MLE: Any) -> None:
-    """Announce what this rank's routers will choose in the next step; without FSEP, do nothing.
+    """Announce the choices of this rank's routers in the next step; without FSEP, do nothing.
 
     For `--fsep-plan-mode announced`. Every rank calls it before each step, also before the first;
     the step itself exchanges it.
@@ -218,8 +199,8 @@ def announce_routing(counts_MLE: Any) -> None:
             f"{PlanMode.ANNOUNCED}, or leave the call out"
         )
     coordinator = _session.coordinator
-    if coordinator is not None and coordinator.announced is not None:
-        coordinator.announced.announce(torch.as_tensor(counts_MLE), len(coordinator.layers))
+    if coordinator is not None and isinstance(coordinator.pass_layouts, AnnouncedLayouts):
+        coordinator.pass_layouts.announce(torch.as_tensor(counts_MLE), len(coordinator.layers))
 
 
 def _common_seed(groups: FSEPGroups) -> int:

@@ -53,7 +53,7 @@ def here(tests: str) -> Stack:
     """What is installed here, and the cards that torch sees."""
     import torch
 
-    from megatron_laer.plugin.versions import megatron_version
+    from megatron_laer.megatron_version import megatron_version
 
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     on_cuda = bool(cards) and "--gpu" in tests

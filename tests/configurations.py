@@ -1,4 +1,4 @@
-"""The tables of docs/configurations.md: clusters, and what Megatron and FSEP make of each model.
+"""The tables of docs/calibrate.md: clusters, and what Megatron and FSEP make of each model.
 
     python -m tests.configurations
 

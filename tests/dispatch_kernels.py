@@ -13,7 +13,7 @@ import torch
 
 from megatron_laer.config import Split
 from megatron_laer.layer.dispatch import kernels, row_map
-from megatron_laer.layer.dispatch.permutation import run_sizes, send_rows, sum_rows
+from megatron_laer.layer.dispatch.permutation import run_sizes, send_rows
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 
@@ -64,7 +64,7 @@ def check_sum_rows(
     ends_T = torch.bincount(token_P, minlength=tokens).cumsum(0).int()
     by_token_P = token_P.argsort(stable=True).int()
     found = kernels.sum_rows(rows_PH.to(device), ends_T.to(device), by_token_P.to(device))
-    expected = sum_rows(rows_PH, tokens, token_P, None, None)
+    expected = row_map.sum_copies(rows_PH, tokens, token_P)
     assert found.dtype == dtype
     assert torch.equal(found.cpu(), expected)
 
@@ -76,7 +76,7 @@ def check_row_map(
     generator = torch.Generator().manual_seed(2)
     copies_XH = torch.randn(copies, width, generator=generator).to(dtype)
     row_X = torch.randint(0, rows, (copies,), generator=generator, dtype=torch.int32)
-    with mock.patch.object(row_map, "_kernels", lambda _: kernels):
+    with mock.patch.object(row_map, "dispatch_kernels", lambda _: kernels):
         found = row_map.row_map(row_X.to(device), rows).collect(copies_XH.to(device))
     assert found.dtype == dtype
     assert torch.equal(found.cpu(), row_map.RowMap(row_X, rows).collect(copies_XH))

@@ -15,7 +15,7 @@ from megatron_laer.tools.recipes.features import features_of
 from tests.parity.features import REPLACED
 from tests.parity.rows import ROWS, Row
 
-FILE = Path(__file__).resolve().parents[1] / "megatron_laer" / "recipes" / "rows.py"
+FILE = Path(__file__).resolve().parents[1] / "megatron_laer" / "tools" / "recipes" / "rows.py"
 
 _HEAD = '''\
 """The rows of the parity table, with the features that each has; `python -m tests.proved_rows`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,17 +19,12 @@ SPLITS = {"some": TOKENS_C, "none": [0, 0, 0], "one slot": [5], "all in one": [0
 ROWS, COLUMNS = 64, 32
 
 
-class FixedWeights:
-    """Lends a matrix that stays where it is, and memory for its gradient that is not empty."""
-
-    def __init__(self, weight_CRK: torch.Tensor) -> None:
-        self._weight_CRK = weight_CRK
-
-    def matrix(self, position: int) -> torch.Tensor:
-        return self._weight_CRK
-
-    def new_grad(self, position: int) -> torch.Tensor:
-        return torch.full_like(self._weight_CRK, float("nan"))
+def fixed_experts(weight_CRK: torch.Tensor) -> Any:
+    """Experts whose matrix stays where it is, and whose new memory for gradients is not empty."""
+    return SimpleNamespace(
+        weights=SimpleNamespace(matrix=lambda _: weight_CRK),
+        grads=SimpleNamespace(new=lambda _: torch.full_like(weight_CRK, float("nan"))),
+    )
 
 
 @contextlib.contextmanager
@@ -53,9 +49,9 @@ def check_back_end(
     input_TK = torch.randn(sum(tokens_C), COLUMNS, **options).requires_grad_()
     grad_TR = torch.randn(sum(tokens_C), ROWS, **options)
 
-    weights = FixedWeights(weight_CRK.detach())
+    experts = fixed_experts(weight_CRK.detach())
     with poisoned_memory():
-        output_TR = slot_linear(input_TK, weight_CRK, weights, 0, list(tokens_C), gemm)
+        output_TR = slot_linear(input_TK, weight_CRK, experts, 0, list(tokens_C), gemm)
         found = torch.autograd.grad(output_TR, (input_TK, weight_CRK), grad_TR)
 
     expected_TR = torch.cat(

@@ -22,7 +22,7 @@ from benchmarks.gpu.report import Part, Setting, run_part
 from benchmarks.gpu.sizes import Model, models
 from benchmarks.gpu.timing import Times, copy_gb_per_s, in_turn
 from megatron_laer.config import Split
-from megatron_laer.layer.dispatch import permutation
+from megatron_laer.layer.dispatch import permutation, row_map
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.runtime.comm.blocks import row_blocks
@@ -165,7 +165,7 @@ def _matrices(number: int, rows: int, model: Model, setting: Setting) -> torch.T
 KERNELS = (
     Kernel("rows of the send buffer", _triton("send_rows"), permutation.send_rows, _of_send_rows),
     Kernel("gather of tokens", torch.index_select, torch.index_select, _of_gather),
-    Kernel("sum of tokens' rows", _triton("sum_rows"), permutation.sum_rows, _of_sum_rows),
+    Kernel("sum of tokens' rows", _triton("sum_rows"), row_map.sum_copies, _of_sum_rows),
     # These choose between kernel and torch by themselves.
     Kernel("rows of slots to send", pack_rows, pack_rows, _of_pack),
     Kernel("sum of replicas to main gradients", _add_replicas, _add_replicas, _of_sum_replicas),

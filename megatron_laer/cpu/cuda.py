@@ -1,7 +1,7 @@
-"""Functions of torch that need CUDA are replaced here, once, by `install.install`.
+"""Replacements of functions of torch that need CUDA, made once by `install.install`.
 
-Every replacement carries its reason. Nothing is undone: the process stays on the CPU. What Megatron
-itself gets wrong without a GPU is in `megatron.py`.
+Every replacement carries its reason. Nothing is undone: the process stays on the CPU. `megatron.py`
+fixes Megatron itself.
 """
 
 import atexit
@@ -24,28 +24,9 @@ _MODULE: Any = torch.nn.Module
 _CPU = torch.device("cpu")
 
 _FACTORIES = (
-    "arange",
-    "as_tensor",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "eye",
-    "full",
-    "full_like",
-    "linspace",
-    "ones",
-    "ones_like",
-    "rand",
-    "rand_like",
-    "randint",
-    "randint_like",
-    "randn",
-    "randn_like",
-    "randperm",
-    "scalar_tensor",
-    "tensor",
-    "zeros",
-    "zeros_like",
+    *("arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like"),
+    *("linspace", "ones", "ones_like", "rand", "rand_like", "randint", "randint_like", "randn"),
+    *("randn_like", "randperm", "scalar_tensor", "tensor", "zeros", "zeros_like"),
 )
 _TENSOR_FACTORIES = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
@@ -122,11 +103,8 @@ def _replace_memory() -> None:
     cuda = _CUDA
     # Logged by Megatron in every run; the allocator that they ask about does not exist.
     for name in (
-        "memory_allocated",
-        "max_memory_allocated",
-        "memory_reserved",
-        "max_memory_reserved",
-        "device_memory_used",
+        *("memory_allocated", "max_memory_allocated", "memory_reserved"),
+        *("max_memory_reserved", "device_memory_used"),
     ):
         setattr(cuda, name, lambda *_: 0)
     cuda.memory_stats = lambda *_: collections.defaultdict(int)
@@ -246,7 +224,7 @@ def _replace_collectives() -> None:
 
 
 class _Works(NamedTuple):
-    """Is waited for as the handle of one collective is."""
+    """Handle of several collectives."""
 
     works: list[Any]
 
@@ -256,13 +234,12 @@ class _Works(NamedTuple):
 
 
 class Event:
-    """Replaces a CUDA event: its time is the wall clock at `record`."""
+    """Stand-in for a CUDA event: its time is the wall clock at `record`."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self._recorded_s = 0.0
 
     def record(self, *_: Any) -> None:
-        """Note the time."""
         self._recorded_s = time.perf_counter()
 
     def elapsed_time(self, end: "Event") -> float:
@@ -270,18 +247,16 @@ class Event:
         return (end._recorded_s - self._recorded_s) * 1e3
 
     def query(self) -> bool:
-        """Return True: all work is done."""
         return True
 
     def wait(self, *_: Any) -> None:
-        """Do nothing: there is nothing to wait for."""
+        pass
 
-    def synchronize(self) -> None:
-        """Do nothing: there is nothing to wait for."""
+    synchronize = wait
 
 
 class Stream:
-    """Replaces a CUDA stream: work is done when the call returns."""
+    """Stand-in for a CUDA stream: work is done when the call returns."""
 
     cuda_stream = 0
 
@@ -296,7 +271,6 @@ class Stream:
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
-        """Return the range of one priority."""
         return 0, 0
 
     def record_event(self, event: Event | None = None) -> Event:
@@ -306,17 +280,12 @@ class Stream:
         return event
 
     def query(self) -> bool:
-        """Return True: all work is done."""
         return True
 
-    def wait_event(self, _: Event) -> None:
-        """Do nothing: there is nothing to wait for."""
+    def synchronize(self, *_: Any) -> None:
+        pass
 
-    def wait_stream(self, _: "Stream") -> None:
-        """Do nothing: there is nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Do nothing: there is nothing to wait for."""
+    wait_event = wait_stream = synchronize
 
 
 class _OneGenerator:

@@ -1,8 +1,7 @@
-"""Replaces the buffers of DeepEP and HybridEP, with their public interfaces, by All-to-All.
+"""Buffers with the interfaces of DeepEP's and HybridEP's, by All-to-All.
 
-As far as Megatron's flex dispatcher calls them: dispatch, combine, what is kept for the other
-direction (handles), in any dtype. A token goes once to each rank that has a slot for it, and ranks
-get tokens by source rank, in token order.
+As far as Megatron's flex dispatcher calls them: dispatch, combine and handles, in any dtype. A
+token goes once to each rank with a slot for it; ranks get tokens by source rank, in token order.
 
 Legend: T tokens of this rank, N ranks, E experts, C experts per rank, K top-k, R tokens received,
 H hidden, P rows for experts: the pairs of a received token and an expert here.
@@ -19,7 +18,7 @@ import torch.distributed as dist
 
 
 def give_to_megatron() -> None:
-    """Let Megatron's flex dispatcher find these buffers; nobody else who imports `deep_ep` does."""
+    """Give these buffers to Megatron's flex dispatcher, and to no other importer of `deep_ep`."""
     package, utils = types.ModuleType("deep_ep"), types.ModuleType("deep_ep.utils")
     vars(package).update(Buffer=Buffer, HybridEPBuffer=HybridEPBuffer)
     vars(utils).update(EventHandle=EventHandle, EventOverlap=EventOverlap)
@@ -33,38 +32,36 @@ def give_to_megatron() -> None:
 
 
 class EventHandle:
-    """Replaces a CUDA event: work is done when a call returns."""
+    """Stand-in for a CUDA event: work is done when a call returns."""
 
 
 class EventOverlap:
-    """Replaces DeepEP's holder of an event."""
+    """Stand-in for DeepEP's holder of an event."""
 
     def __init__(self, event: EventHandle | None = None) -> None:
         self.event = event
 
     def current_stream_wait(self) -> None:
-        """Do nothing: there is nothing to wait for."""
+        pass
 
 
 class Config:
-    """Replaces DeepEP's tuning: its buffers are of no size here."""
+    """Stand-in for DeepEP's tuning."""
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Return the size of no buffer."""
         return 0
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Return the size of no buffer."""
         return 0
 
 
 @dataclass(frozen=True, eq=False)
 class _Route:
-    """Says which tokens go to which ranks, each once per rank.
+    """Destinations of tokens, each once per rank.
 
     Attributes:
         token_Q: the tokens that this rank sends, by rank.
-        sent_N, received_N: how many.
+        sent_N, received_N: numbers of tokens.
     """
 
     group: dist.ProcessGroup
@@ -82,7 +79,7 @@ class _Route:
         return cls(group, len(goes_TN), token_Q, sent_N.tolist(), received_N.tolist())
 
     def there(self, rows_Q: torch.Tensor) -> torch.Tensor:
-        """Exchange rows, one for each token that is sent; returns those of tokens received."""
+        """Send a row with each token; return those of received tokens."""
         return self._exchange(rows_Q, self.sent_N, self.received_N)
 
     def back(self, rows_R: torch.Tensor) -> torch.Tensor:
@@ -105,7 +102,7 @@ class _Route:
 
 
 class Buffer:
-    """Replaces DeepEP's buffer."""
+    """Stand-in for DeepEP's buffer."""
 
     num_sms = 20
 
@@ -118,17 +115,14 @@ class Buffer:
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """Take the number, which means nothing here."""
         Buffer.num_sms = new_num_sms
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
-        """Return the tuning of a dispatch."""
         return Config()
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
-        """Return the tuning of a combine."""
         return Config()
 
     def get_dispatch_layout(
@@ -185,14 +179,14 @@ class Buffer:
         topk_weights: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
-        """Send rows of received tokens back, [R, H], and add up each token's; weights likewise."""
+        """Send rows of received tokens back, [R, H], and add up each token's rows and weights."""
         (route,) = handle
         weights_TK = None if topk_weights is None else route.sum_back(topk_weights)
         return route.sum_back(x), weights_TK, EventOverlap()
 
 
 class HybridEPBuffer:
-    """Replaces HybridEP's buffer, which also sorts what it received by expert."""
+    """Stand-in for HybridEP's buffer, which also sorts received tokens by expert."""
 
     def __init__(
         self,
@@ -283,11 +277,10 @@ class HybridEPBuffer:
         return values_TE.reshape(len(values_TE), self.group.size(), self.num_local_experts)
 
     def _ranks_of(self, route: _Route) -> torch.Tensor:
-        """Return the rank that each row is sent to."""
         return torch.repeat_interleave(torch.tensor(route.sent_N))
 
 
 def _rows(rows: torch.Tensor, size: int) -> torch.Tensor:
-    """Return so many rows, of which the ones that nobody wrote are not a number."""
+    """Pad to `size` rows with NaN, so that reading an unwritten row shows."""
     padding = rows.new_full((max(size - len(rows), 0), *rows.shape[1:]), float("nan"))
     return torch.cat([rows, padding])[:size]

@@ -1,6 +1,6 @@
-"""Replaces Transformer Engine's fused permutations and routers by Megatron's unfused functions.
+"""Transformer Engine's fused permutations and routers, by Megatron's unfused functions.
 
-They have the interface by which Megatron's MoE layers call the fused ones, and the same results.
+Interface and results are those of the fused ones.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from megatron.core.transformer.moe import moe_utils
 
 
 def give_to_megatron() -> None:
-    """Let Megatron's MoE layers find these functions where there is no Transformer Engine."""
+    """Give these functions to Megatron's MoE layers where there is no Transformer Engine."""
     if moe_utils.HAVE_TE:
         return
     moe_utils.HAVE_TE = True
@@ -27,7 +27,7 @@ def give_to_megatron() -> None:
 def permute(
     tokens: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int | None = None
 ) -> tuple[Any, Any]:
-    """Return the tokens by expert, and what undoes that."""
+    """Return the tokens by expert, and the inverse order."""
     found = moe_utils.permute(tokens, routing_map, num_out_tokens=num_out_tokens)
     return found[0], found[2]
 
@@ -38,7 +38,7 @@ def permute_with_probs(
     routing_map: torch.Tensor,
     num_out_tokens: int | None = None,
 ) -> tuple[Any, Any, Any]:
-    """Return the tokens and their probabilities by expert, and what undoes that."""
+    """Return the tokens and their probabilities by expert, and the inverse order."""
     found = moe_utils.permute(tokens, routing_map, probs=probs, num_out_tokens=num_out_tokens)
     return found[0], found[1], found[2]
 
@@ -55,7 +55,6 @@ def unpermute(
 
 
 def sort_chunks(tokens: torch.Tensor, sizes: torch.Tensor, order: torch.Tensor) -> Any:
-    """Return chunks of these sizes in this order."""
     return moe_utils.sort_chunks_by_idxs(tokens, sizes, order)[0]
 
 
@@ -67,5 +66,4 @@ def sort_chunks_with_probs(
 
 
 def aux_loss(*, coeff: float, **settings: Any) -> Any:
-    """Return the loss of load balancing."""
     return moe_utils.switch_load_balancing_loss_func(moe_aux_loss_coeff=coeff, **settings)

@@ -1,7 +1,6 @@
-"""`install` puts functions in CUDA's place that keep everything on the CPU.
+"""`install` replaces CUDA by functions that keep everything on the CPU.
 
-Not here: what is replaced in torch (`cuda.py`), what is mended in Megatron itself (`megatron.py`),
-gaps that a GPU run shares (`plugin/wheel.py`), the choice of the device (`device.py`).
+`cuda.py` has the replacements in torch, `megatron.py` the fixes of Megatron itself.
 
 Randomness: torch draws from its default generator on the CPU, whatever generator Megatron selects
 for "the GPU". Three things follow. Experts start equal on every expert-parallel rank. So do
@@ -20,12 +19,7 @@ from megatron_laer.environment import CONNECTIONS, DEVICE
 
 
 def install() -> None:
-    """Replace CUDA in torch and Megatron for the rest of the process.
-
-    Raises:
-        RuntimeError: Megatron is imported already: its modules have then bound names of
-            `torch.cuda` and compiled functions that can no longer be replaced.
-    """
+    """Replace CUDA in torch and Megatron for the rest of the process."""
     loaded = [name for name in ("megatron.training", "megatron.core") if name in sys.modules]
     if loaded:
         raise RuntimeError(
@@ -40,7 +34,7 @@ def install() -> None:
 
     from megatron_laer.cpu import megatron
 
-    megatron.mend()
+    megatron.fix()
 
 
 def install_in_helper() -> None:

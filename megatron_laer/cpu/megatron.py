@@ -1,6 +1,6 @@
-"""Paths of Megatron that need Transformer Engine or Apex are mended here, for the CPU platform.
+"""Fixes of Megatron's paths that need Transformer Engine or Apex, for the CPU.
 
-Not here: `torch.cuda` (`cuda.py`), which has to be replaced before Megatron is imported.
+`torch.cuda` (`cuda.py`) has to be replaced before Megatron is imported.
 """
 
 import contextlib
@@ -19,27 +19,27 @@ from megatron_laer.releases import INFERENCE_LINEARS
 _async_loop: Callable[..., None] | None = None
 
 
-def mend() -> None:
-    """Mend all of these paths. Imports `megatron.core`."""
+def fix() -> None:
+    """Fix all of these paths. Imports `megatron.core`."""
     deep_ep.give_to_megatron()
 
     # It imports Megatron, which has now found those buffers.
     from megatron_laer.cpu import fusions
 
     fusions.give_to_megatron()
-    _mend_norm()
-    _mend_hybrid_norm()
-    _mend_attention()
-    _mend_latent_projections()
-    _mend_multi_token_prediction()
-    _mend_expert_bias()
-    _mend_output_discarding()
-    _mend_optimizer_load()
-    _mend_optimizer_offload()
-    _mend_async_saves()
+    _fix_norm()
+    _fix_hybrid_norm()
+    _fix_attention()
+    _fix_latent_projections()
+    _fix_multi_token_prediction()
+    _fix_expert_bias()
+    _fix_output_discarding()
+    _fix_optimizer_load()
+    _fix_optimizer_offload()
+    _fix_async_saves()
 
 
-def _mend_norm() -> None:
+def _fix_norm() -> None:
     from megatron.core.transformer import torch_norm
 
     stock = torch_norm.WrappedTorchNorm.__new__
@@ -59,7 +59,7 @@ def _mend_norm() -> None:
     torch_norm.WrappedTorchNorm.__new__ = staticmethod(new)
 
 
-def _mend_hybrid_norm() -> None:
+def _fix_hybrid_norm() -> None:
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -67,7 +67,7 @@ def _mend_hybrid_norm() -> None:
     hybrid_block.TENorm = WrappedTorchNorm
 
 
-def _mend_attention() -> None:
+def _fix_attention() -> None:
     from megatron.core import parallel_state
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
@@ -76,7 +76,7 @@ def _mend_attention() -> None:
     # Without Transformer Engine, attention refuses a sequence that is cut over context-parallel
     # ranks. With keys and values of the whole sequence it needs nothing more: Megatron cuts the
     # mask by its queries. Nor does it take the sizes of a head's keys and values, which differ in
-    # latent attention: what it computes fits any, and its outputs are as wide as values.
+    # latent attention: its computation fits any, and its outputs are as wide as values.
     @functools.wraps(stock_init)
     def init(
         self: Any,
@@ -126,7 +126,7 @@ def _whole_sequence(part: torch.Tensor, group: Any) -> torch.Tensor:
     return torch.cat([*pieces[0::2], *reversed(pieces[1::2])])
 
 
-def _mend_latent_projections() -> None:
+def _fix_latent_projections() -> None:
     from megatron.core.transformer.moe import moe_layer
 
     if moe_layer.HAVE_TE:
@@ -136,7 +136,7 @@ def _mend_latent_projections() -> None:
     moe_layer.TELinear = DuplicatedLinear
 
 
-def _mend_multi_token_prediction() -> None:
+def _fix_multi_token_prediction() -> None:
     from megatron.core.tensor_parallel import inference_layers
 
     if inference_layers.HAVE_TE or not INFERENCE_LINEARS.is_in(inference_layers):
@@ -146,7 +146,7 @@ def _mend_multi_token_prediction() -> None:
     inference_layers.InferenceLayerNormColumnParallelLinear = ()
 
 
-def _mend_expert_bias() -> None:
+def _fix_expert_bias() -> None:
     from megatron.core.tensor_parallel.layers import RowParallelLinear
 
     stock = RowParallelLinear.__init__
@@ -163,7 +163,7 @@ def _mend_expert_bias() -> None:
     RowParallelLinear.__init__ = init
 
 
-def _mend_output_discarding() -> None:
+def _fix_output_discarding() -> None:
     from megatron.core.tensor_parallel import random
 
     if random.HAVE_TE:
@@ -175,7 +175,7 @@ def _mend_output_discarding() -> None:
 
 
 class DuplicatedLinear(torch.nn.Module):
-    """Replaces Transformer Engine's linear layer, as far as projections to a latent space use it.
+    """Stand-in for Transformer Engine's linear layer in projections to a latent space.
 
     The weight is whole on every tensor-parallel rank.
     """
@@ -199,7 +199,7 @@ class DuplicatedLinear(torch.nn.Module):
         return torch.nn.functional.linear(input, self.weight), None
 
 
-def _mend_optimizer_load() -> None:
+def _fix_optimizer_load() -> None:
     from megatron.core.optimizer import distrib_optimizer
 
     if distrib_optimizer.HAVE_APEX_OR_TE:
@@ -232,7 +232,7 @@ def _mend_optimizer_load() -> None:
             state["step"] = state["step"].clone()
 
     # The step comes from the parameter groups; per parameter, checkpoints hold none or a stale one.
-    # Megatron leaves alone what is no tensor.
+    # Megatron leaves alone values that are no tensors.
     @functools.wraps(stock_set)
     def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
         stock_set(self, model_param, tensors | {"step": None})
@@ -243,12 +243,12 @@ def _mend_optimizer_load() -> None:
 
 
 class _OnHost(torch.Tensor):
-    """Tells what was moved to the host, and what is made of that, from what is "on the GPU"."""
+    """Tensor that was moved to the host, unlike those "on the GPU"."""
 
     is_cuda = False
 
 
-def _mend_optimizer_offload() -> None:
+def _fix_optimizer_offload() -> None:
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
     stock = HybridDeviceOptimizer._get_sub_optimizer_param_groups
@@ -270,7 +270,7 @@ def _mend_optimizer_offload() -> None:
     HybridDeviceOptimizer._get_sub_optimizer_param_groups = groups
 
 
-def _mend_async_saves() -> None:
+def _fix_async_saves() -> None:
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     global _async_loop
@@ -279,7 +279,7 @@ def _mend_async_saves() -> None:
 
 
 def _run_async_worker(*args: Any) -> None:
-    """Run the worker of async saves, which asks torch for its GPU and finds this by its name."""
+    """Run the worker of async saves with `torch.cuda` replaced; it is found by its name."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     from megatron_laer.cpu import cuda

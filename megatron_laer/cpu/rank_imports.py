@@ -1,8 +1,6 @@
 """Importing this makes a process ready for Megatron on the CPU; a pool's ranks are forked from it.
 
-Imports take a rank longer than most of what it is then asked for, and what was imported once
-stands in memory once. Ranks of torchrun start by themselves, each with an order of sets of its own;
-forked ones share theirs.
+So imports cost time and memory once. Forked ranks also share the order of sets, unlike torchrun's.
 """
 
 from __future__ import annotations
@@ -10,12 +8,8 @@ from __future__ import annotations
 import gc
 import os
 
-# Of every rank; the first two are read when torch is imported.
-ENVIRONMENT = {
-    "TORCHDYNAMO_DISABLE": "1",
-    "OMP_NUM_THREADS": "1",
-    "MEGATRON_LAER_DEVICE": "cpu",
-}
+# Environment of every rank; the first two are read when torch is imported.
+ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "MEGATRON_LAER_DEVICE": "cpu"}
 
 
 def _import() -> dict[str, str]:
@@ -32,6 +26,6 @@ def _import() -> dict[str, str]:
 os.environ.update(ENVIRONMENT)
 # A rank that started by itself would have set these.
 SET_BY_PREPARE = _import()
-# No rank walks or copies what was imported.
+# Imported objects are neither walked nor copied by ranks.
 gc.collect()
 gc.freeze()

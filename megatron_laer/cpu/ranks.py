@@ -1,4 +1,4 @@
-"""A pool's processes stand for ranks: started once, they are given one function after the other.
+"""`RankPool` runs functions on ranks, in processes that are started once.
 
     with RankPool(4) as pool:
         results = pool.run(function, argument)      # one result per rank
@@ -6,7 +6,7 @@
 A function is found by its import path, so it must live at module level. An exception on any rank
 comes back with its traceback; a time-out dumps every rank's stacks and ends the pool.
 
-Nothing outlives a pool. Each rank leads a session of its own, and what it starts ends with it:
+Nothing outlives a pool. Each rank leads a session of its own, and its processes end with it:
 Megatron's checkpoint writer, for one, leaves a server process on every rank, and one that outlives
 its rank keeps Python from exiting, since it holds the pipe of multiprocessing's resource tracker.
 """
@@ -33,18 +33,18 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# Of each rank's log when one fails: the stacks of all its threads, and what came before them.
+# Lines of each rank's log to show when one fails: stacks of all threads, and the lines before.
 _SHOWN_LINES = 250
 _STACK_SIGNAL = signal.SIGUSR1
 
 
 class RankError(AssertionError):
-    """Tells that a function failed on some rank, or did not come back."""
+    """Failure or time-out of a function on some rank."""
 
 
 @dataclass
 class Raised:
-    """Holds what a rank raised, for tests of errors."""
+    """Exception of a rank."""
 
     type_name: str
     message: str
@@ -52,7 +52,7 @@ class Raised:
 
 
 class RankPool:
-    """Runs functions in `world_size` processes on this machine, each on the CPU platform.
+    """`world_size` processes on this machine, each on the CPU platform.
 
     They are forked from one that `rank_imports` made ready, with the environment of the start.
     """
@@ -76,15 +76,11 @@ class RankPool:
 
     @property
     def running(self) -> bool:
-        """Tell whether the processes have started; a closed pool starts them again on use."""
+        """Whether the processes have started; a closed pool starts them again on use."""
         return bool(self._processes)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 1200.0) -> list[Any]:
-        """Call `function(*args)` on every rank and return the results, rank 0 first.
-
-        Raises:
-            RankError: with the traceback of the first rank that failed, or all stacks.
-        """
+        """Call `function(*args)` on every rank and return the results, rank 0 first."""
         results = self.run_raw(function, *args, timeout_s=timeout_s)
         for rank, result in enumerate(results):
             if isinstance(result, Raised):
@@ -95,7 +91,7 @@ class RankPool:
     def run_raw(
         self, function: Callable[..., Any], *args: Any, timeout_s: float = 1200.0
     ) -> list[Any]:
-        """Do as `run`, with a `Raised` in place of what a rank could not return."""
+        """Run as `run` does, with a `Raised` in place of a failed rank's result."""
         if not self._processes:
             self._start()
         task = (function.__module__, function.__qualname__, args, self._open_store())
@@ -181,9 +177,7 @@ class RankPool:
 
 
 def _await_stacks(process: Any, log: Path, written: int, within_s: float = 60.0) -> None:
-    """Return when a rank that was asked for its stacks has written them and nothing more for 1 s.
-
-    Or when it has ended, as it may have been about to.
+    """Wait until a rank has written its stacks and nothing more for 1 s, or has ended.
 
     Args:
         written: bytes in its log before it was asked.
@@ -198,9 +192,9 @@ def _await_stacks(process: Any, log: Path, written: int, within_s: float = 60.0)
 
 
 class RankPools:
-    """Gives the pool of four ranks by `pools(4)`, and keeps as many ranks as memory is meant for.
+    """Pools by number of ranks: `pools(4)`.
 
-    Where a pool would make more than `most` of them, the others are closed; they start again when
+    Where a pool would make more than `most` ranks, the others are closed; they start again when
     they are used.
     """
 
@@ -227,7 +221,7 @@ class RankPools:
 
 
 def share_gloo_device() -> None:
-    """Let all process groups use one of gloo's devices, instead of a thread and its end for each.
+    """Share one of gloo's devices among all process groups, instead of a thread for each.
 
     A device's thread wakes 100 times a second, and the end of a group waits for it. The name
     replaced is torch's own, not public; where it is another, groups keep a device each.
@@ -266,7 +260,7 @@ def _serve(
     faulthandler.register(_STACK_SIGNAL, all_threads=True)
     from megatron_laer.cpu.rank_imports import ENVIRONMENT, SET_BY_PREPARE
 
-    # What it was forked from has the environment of the first pool's start.
+    # The process that it was forked from has the environment of the first pool's start.
     os.environ.clear()
     os.environ.update(environment | SET_BY_PREPARE)
     os.environ.update(
@@ -300,16 +294,16 @@ def _serve(
         pipe.send_bytes(result)
         sys.stdout.flush()
         if not frozen:
-            # What was imported stays; each later collection walked all of it, a fifth of a run.
+            # Imported objects stay; each later collection walked all of them, a fifth of a run.
             gc.collect()
             gc.freeze()
             frozen = True
 
 
 def _end_with_the_starter() -> None:
-    """End this rank and whatever it started when the process that started it is gone.
+    """End this rank and its processes when the process that started it is gone.
 
-    The one that it was forked from is not: that stays as long as any rank.
+    The process that it was forked from stays as long as any rank.
     """
     starter = multiprocessing.parent_process()
     assert starter is not None, "a rank is a child of its pool's process"

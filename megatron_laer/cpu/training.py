@@ -23,7 +23,7 @@ from megatron_laer.cpu.weights import Tensors
 
 @dataclass
 class Record:
-    """Holds what a run left, the same on every rank but for the tensors, which rank 0 has.
+    """Results of a run, the same on every rank but for the tensors, which rank 0 has.
 
     No gradients of runs without a training step, or with instances of the distributed optimizer.
     """
@@ -31,11 +31,11 @@ class Record:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     eval_losses: list[float] = field(default_factory=list)
-    # What Megatron logs of the MoE layers' losses: each one's mean, and by layer.
+    # Megatron's log of the MoE layers' losses: means, and by layer.
     moe_losses: dict[str, list[float]] = field(default_factory=dict)
     first_grads: Tensors = field(default_factory=dict)
     weights: Tensors = field(default_factory=dict)
-    # What a probe returned after each step, on rank 0.
+    # Results of the probe after each step, on rank 0.
     probes: list[Any] = field(default_factory=list)
 
 
@@ -73,11 +73,8 @@ def train(
 
     record = Record()
     model: list[torch.nn.Module] = []
-    setup, step, evaluate = (
-        training.setup_model_and_optimizer,
-        training.train_step,
-        training.evaluate,
-    )
+    setup, step = training.setup_model_and_optimizer, training.train_step
+    evaluate = training.evaluate
     build, report = GPTModel.__init__, MoEMetricsTracker.report
     docstrings = ArgumentGroupFactory._get_field_docstrings
 
@@ -156,12 +153,11 @@ def train(
 
 @dataclass
 class _Writer:
-    """Replaces TensorBoard's writer."""
+    """Stand-in for TensorBoard's writer."""
 
     series: dict[str, list[float]]
 
     def add_scalar(self, name: str, value: Any, _step: int) -> None:
-        """Keep the value."""
         self.series.setdefault(name, []).append(float(value))
 
 
@@ -205,11 +201,7 @@ def gather(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def fresh_megatron(model: list[torch.nn.Module]) -> Iterator[None]:
-    """Leave no state of a run behind, so that one process can train many models.
-
-    Args:
-        model: the chunks that the run built, also if it failed.
-    """
+    """Remove the state of a run afterwards, so that one process can train many models."""
     try:
         yield
     finally:
@@ -241,7 +233,7 @@ def fresh_megatron(model: list[torch.nn.Module]) -> Iterator[None]:
 
 
 def _strip(chunk: Any) -> None:
-    """Take from a model what holds process groups, whose threads and sockets live as long as they.
+    """Remove a model's references to process groups, whose threads and sockets live as long.
 
     Megatron's DDP, the dispatchers' last probabilities, the loop's functions in the configuration
     and autograd's C++ nodes hold each other where Python's collector does not see it.

@@ -1,4 +1,4 @@
-"""Weights and gradients get names here that stock and FSEP models share.
+"""Names of weights and gradients that stock and FSEP models share.
 
 Every parameter has a key that no parallel size enters: its name with the global layer number, and
 for an expert matrix the expert. A rank's share of a key is a block of its rows.
@@ -27,7 +27,7 @@ _LAYER = re.compile(r"^(.*?layers)\.(\d+)\.(.*)$")
 
 @dataclass(frozen=True)
 class Piece:
-    """Describes a rank's share of one key: rows [start, start + len) of a tensor of `shape`."""
+    """A rank's share of one key: rows [start, start + len) of a tensor of `shape`."""
 
     key: str
     shape: tuple[int, ...]
@@ -107,7 +107,7 @@ def _expert(expert: int, shape: tuple[int, ...], tensor: torch.Tensor) -> torch.
 
 @torch.no_grad()
 def load_common_weights(model: list[torch.nn.Module]) -> None:
-    """Give the model weights that depend on each key alone, so that all models start alike."""
+    """Set weights that depend on each key alone, so that all models start alike."""
     for piece in pieces(model):
         generator = torch.Generator().manual_seed(zlib.crc32(piece.key.encode()))
         whole = torch.randn(piece.shape, generator=generator)
@@ -131,21 +131,12 @@ def read(model: list[torch.nn.Module], what: str) -> list[tuple[str, int, torch.
     ]
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy on the CPU, where those of all ranks can be compared."""
-    return tensor.detach().cpu().clone()
-
-
 def _tensor(parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
     return parameter.data if what == "weight" else parameter.main_grad  # type: ignore[attr-defined]
 
 
 def assemble(parts: list[list[tuple[str, int, torch.Tensor]]]) -> Tensors:
-    """Make whole tensors from all ranks' pieces.
-
-    Raises:
-        AssertionError: ranks that hold the same piece differ, or pieces do not tile their tensor.
-    """
+    """Make whole tensors from all ranks' pieces."""
     by_key: dict[str, dict[int, torch.Tensor]] = {}
     for part in parts:
         for key, start, rows in part:

@@ -12,7 +12,6 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +21,10 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_laer import session
-from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
-from megatron_laer.layer.dispatch.flex import SlotFlexDispatcher
-from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
+from megatron_laer.layer.dispatch.choice import make_dispatcher
 from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
 from megatron_laer.layer.experts.module import ADAPTED, FSEPExperts
+from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.support import model as model_support
@@ -47,9 +45,9 @@ def numbered_later() -> Iterator[None]:
 
 @contextlib.contextmanager
 def for_multi_token_prediction() -> Iterator[None]:
-    """Take layers that are built in this block for those of multi-token prediction.
+    """Mark layers built in this block as layers of multi-token prediction.
 
-    Megatron's hybrid models do not tell them.
+    Megatron's hybrid models do not mark them.
     """
     token = _is_for_mtp.set(True)
     try:
@@ -59,14 +57,11 @@ def for_multi_token_prediction() -> Iterator[None]:
 
 
 class FSEPMoELayer(MoELayer):
-    """Is Megatron's MoE layer, but its C local "experts" are slots, filled as the layout says.
+    """Megatron's MoE layer with C local slots in place of experts, filled as the layout says.
 
     Args:
-        layer_number: of the layer in the whole model, from 1; may be left out only where Megatron's
-            transformer layer builds this one and numbers it.
-
-    Raises:
-        ValueError: no layer number, or a configuration that FSEP cannot run.
+        layer_number: in the whole model, from 1; optional where Megatron's transformer layer builds
+            this one and numbers it.
     """
 
     def __init__(
@@ -80,55 +75,16 @@ class FSEPMoELayer(MoELayer):
     ) -> None:
         assert submodules is not None
         if layer_number is None and not _is_numbered_later.get():
-            raise ValueError(
-                "layer_number=None: the experts' weights and the layer's plans go by its number; "
-                "pass layer_number=, counted over the whole model from 1, or build the layer "
-                "through Megatron's TransformerLayer"
-            )
+            raise ValueError(_NO_NUMBER)
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
-        current = session.current()
-        assert current is not None, "an FSEP layer was built while FSEP is off"
-        model_support.check(config, current.config.allow_unproven)
-        groups = current.groups
-        assert dist.get_process_group_ranks(pg_collection.ep) == list(groups.ranks), (
-            "the model's expert-parallel group is not the one that FSEP was set up for"
-        )
-        pg_collection.fsep = groups.tokens
-        model_support.check_choices(config, current.config.mode, current.config.token_exchange)
-        coordinator = current.coordinator_for(
-            config, _seed_of_arguments(), _tokens_of_arguments(config)
-        )
-        geometry = coordinator.geometry
-
-        def build_experts(num_local: int, config_: Any, /, **_: Any) -> FSEPExperts:
-            assert num_local == geometry.capacity
-            return FSEPExperts(
-                config,
-                groups=groups,
-                pg_collection=pg_collection,
-                device=coordinator.device,
-                gemm=current.config.gemm,
-                activation_builder=_activation_builder(submodules),
-                stock_is_grouped=_stock_is_grouped(submodules),
-            )
-
-        def with_true_config(builder: Any) -> Any:
-            return lambda **kwargs: builder(**{**kwargs, "config": config})
-
-        # Stock sizes everything behind the router by config.num_moe_experts. It sees S of them;
-        # the router and the shared experts see the true config. Copies are shallow on purpose:
-        # dataclasses.replace would validate again, and layers share `submodules`.
+        coordinator = _coordinator_for(config, pg_collection)
+        # Copies are shallow on purpose: dataclasses.replace would validate again.
         slot_config = copy.copy(config)
-        slot_config.num_moe_experts = geometry.num_slots
-        slot_submodules = copy.copy(submodules)
-        slot_submodules.experts = build_experts
-        slot_submodules.router = with_true_config(submodules.router)
-        if submodules.shared_experts is not None:
-            slot_submodules.shared_experts = with_true_config(submodules.shared_experts)
+        slot_config.num_moe_experts = coordinator.geometry.num_slots
         super().__init__(
             config=slot_config,
-            submodules=slot_submodules,
+            submodules=_slot_submodules(config, submodules, coordinator, pg_collection),
             layer_number=layer_number,
             pg_collection=pg_collection,
             is_mtp_layer=is_mtp_layer,
@@ -136,20 +92,15 @@ class FSEPMoELayer(MoELayer):
         )
         self.config = config
         self.submodules = submodules
-        make_dispatcher: Any = SlotTokenDispatcher
-        if config.moe_token_dispatcher_type == "flex":
-            make_dispatcher = SlotFlexDispatcher
-        elif (sizes := coordinator.token_sizes) is not None:
-            make_dispatcher = partial(NodeTokenDispatcher, groups=groups, sizes=sizes)
         self.token_dispatcher = make_dispatcher(
-            self.num_local_experts,
+            slot_config,
             self.local_expert_indices,
-            config=slot_config,
-            pg_collection=pg_collection,
+            pg_collection,
+            coordinator.groups,
+            coordinator.planner.token_sizes,
         )
         if self.shared_experts is not None and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
-
         self._coordinator = coordinator
         self._is_mtp = is_mtp_layer or _is_for_mtp.get()
         self._state: LayerState | None = None
@@ -161,18 +112,17 @@ class FSEPMoELayer(MoELayer):
 
     @property
     def state(self) -> LayerState:
-        """Return the coordinator's state of this layer."""
         assert self._state is not None, "set_layer_number was never called"
         return self._state
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Take the layer's number from Megatron; the seeds of the weights depend on it."""
+        """Register the layer under its number, on which the seeds of the weights depend."""
         super().set_layer_number(layer_number)
         if self._state is None:
             self._register(layer_number)
 
     def shared_experts_compute(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Put shared experts off until counts are on their way, which comes after the router."""
+        """Put shared experts off until counts are on their way, after the router."""
         # A graph of the router has the shared experts in it.
         if self.config.cuda_graph_impl != "none":
             output: torch.Tensor | None = super().shared_experts_compute(hidden_states)
@@ -189,11 +139,11 @@ class FSEPMoELayer(MoELayer):
 
         While counts are on their way, the device has the shared experts to compute.
         """
-        finish_plan = self._coordinator.start_plan(
+        finish_plan = self._coordinator.planner.start(
             self.state,
             routing_map,
             training=self.training,
-            # Where the layer is a checkpoint, autograd sees what it was called with, and no more.
+            # Where the layer is a checkpoint, autograd sees its inputs and no more.
             has_rerun=hidden_states.requires_grad or not self.moe_layer_recompute,
         )
         if self._shared_input is not None:
@@ -208,16 +158,18 @@ class FSEPMoELayer(MoELayer):
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
         """Exchange tokens; once they crossed nodes, the next layer's experts may be fetched.
 
-        In backward likewise: with the tokens' gradients here, those of the experts may leave.
+        In backward, the arrival of the tokens' gradients starts the reduction of the experts'.
         """
         assert self._plan is not None, "dispatch before preprocess"
         hidden_states = self._plan.restored.reduce_after_dispatch(hidden_states)
         dispatched = super().dispatch(hidden_states, probs)
         self._coordinator.scheduler.dispatched(self.state, self.training)
-        if self.config.moe_token_dispatcher_type != "flex":  # its buffers make rows of their own
-            groups = self._coordinator.groups
-            rows = self._plan.rows_sent(groups.rank, groups.node_size)
-            self.state.sent.add(*rows, hidden_states.shape[-1] * hidden_states.element_size())
+        groups = self._coordinator.groups
+        rows: tuple[int, int] | None
+        rows = self.token_dispatcher.rows_sent(groups.rank, groups.node_size)
+        if rows is not None:
+            row_bytes = hidden_states.shape[-1] * hidden_states.element_size()
+            self.state.statistics.sent.add(*rows, row_bytes)
         return dispatched
 
     def routed_experts_compute(
@@ -237,21 +189,20 @@ class FSEPMoELayer(MoELayer):
     def postprocess(
         self, output: torch.Tensor, shared_expert_output: torch.Tensor | None
     ) -> torch.Tensor:
-        """Add what the shared experts gave, also if they were put off."""
+        """Add the shared experts' output, also if they were put off."""
         if self._shared_output is not None:
             shared_expert_output, self._shared_output = self._shared_output, None
         summed: torch.Tensor = super().postprocess(output, shared_expert_output)
         return summed
 
     def what_changed(self) -> str | None:
-        """Say what somebody changed in the experts since they were built; None if nothing."""
+        """Describe changes to the experts since they were built; None without any."""
         experts: torch.nn.Module = self.experts
         if isinstance(experts, FSEPExperts):
             return experts.what_changed()
         return f"its experts were replaced by {type(experts).__name__}: {ADAPTED}"
 
     def end_step(self) -> None:
-        """Let the dispatcher compare what its buffers counted in this step with the plans."""
         self.token_dispatcher.end_step()
 
     def _register(self, layer_number: int) -> None:
@@ -262,9 +213,64 @@ class FSEPMoELayer(MoELayer):
             self.experts.local_slices(),
             recomputes=self.moe_layer_recompute,
             passes=self.config.mtp_num_layers if repeats else 1,
-            owner=self,
+            what_changed=self.what_changed,
+            on_step_end=self.end_step,
         )
         self.experts.initialise(self._state.name, self._coordinator.seed)
+
+
+_NO_NUMBER = (
+    "layer_number=None: the experts' weights and the layer's plans go by its number; pass "
+    "layer_number=, counted over the whole model from 1, or build the layer through Megatron's "
+    "TransformerLayer"
+)
+
+
+def _coordinator_for(config: Any, pg_collection: Any) -> Coordinator:
+    """Check the layer's configuration, and return the session's coordinator."""
+    current = session.current()
+    assert current is not None, "an FSEP layer was built while FSEP is off"
+    model_support.check(config, current.config.allow_unproven)
+    groups = current.groups
+    assert dist.get_process_group_ranks(pg_collection.ep) == list(groups.ranks), (
+        "the model's expert-parallel group is not the one that FSEP was set up for"
+    )
+    pg_collection.fsep = groups.tokens
+    model_support.check_choices(config, current.config.mode, current.config.token_exchange)
+    return current.coordinator_for(config, _seed_of_arguments(), _tokens_of_arguments(config))
+
+
+def _slot_submodules(
+    config: Any, submodules: MoESubmodules, coordinator: Coordinator, pg_collection: Any
+) -> MoESubmodules:
+    """Return a copy of `submodules` that builds a layer of slots.
+
+    Stock sizes everything behind the router by `config.num_moe_experts`, and is given S there. The
+    router and the shared experts get the true config. The copy is shallow: layers share
+    `submodules`.
+    """
+
+    def build_experts(num_local: int, config_: Any, /, **_: Any) -> FSEPExperts:
+        assert num_local == coordinator.geometry.capacity
+        return FSEPExperts(
+            config,
+            groups=coordinator.groups,
+            pg_collection=pg_collection,
+            device=coordinator.device,
+            gemm=coordinator.config.gemm,
+            activation_builder=_activation_builder(submodules),
+            stock_is_grouped=_stock_is_grouped(submodules),
+        )
+
+    def with_true_config(builder: Any) -> Any:
+        return lambda **kwargs: builder(**{**kwargs, "config": config})
+
+    slot_submodules = copy.copy(submodules)
+    slot_submodules.experts = build_experts
+    slot_submodules.router = with_true_config(submodules.router)
+    if submodules.shared_experts is not None:
+        slot_submodules.shared_experts = with_true_config(submodules.shared_experts)
+    return slot_submodules
 
 
 def _activation_builder(submodules: MoESubmodules) -> Any:
@@ -274,7 +280,7 @@ def _activation_builder(submodules: MoESubmodules) -> Any:
 
 
 def _stock_is_grouped(submodules: MoESubmodules) -> bool:
-    """Tell whether the module spec asks for experts that compute in one grouped product."""
+    """Return whether the module spec asks for experts that compute in one grouped product."""
     builder = getattr(submodules.experts, "func", submodules.experts)
     return not (isinstance(builder, type) and issubclass(builder, SequentialMLP))
 
@@ -289,8 +295,7 @@ def _seed_of_arguments() -> int | None:
 def _tokens_of_arguments(config: Any) -> int | None:
     """Return the tokens of a rank and microbatch by Megatron's command line; None in a script.
 
-    Tensor parallelism cuts a sequence too, as it does not train MoE layers without sequence
-    parallelism.
+    Tensor parallelism cuts a sequence too: MoE layers train with sequence parallelism only.
     """
     from megatron.training import global_vars
 

@@ -5,11 +5,11 @@ first, applied once, and put back by `disable` or `uninstall`. Without `--expert
 only the two argument functions are wrapped, and those only by the launchers.
 """
 
+from megatron_laer.megatron_version import check_version
 from megatron_laer.plugin.command_line import ARGUMENT_PATCHES, install, uninstall
 from megatron_laer.plugin.patching import patch_table
 from megatron_laer.plugin.steps import training_step
 from megatron_laer.plugin.switch import FSEP_PATCHES, disable, enable
-from megatron_laer.plugin.versions import check_version
 
 __all__ = [
     "ARGUMENT_PATCHES",

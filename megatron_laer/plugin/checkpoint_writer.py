@@ -22,7 +22,7 @@ from multiprocessing.managers import SyncManager
 from typing import Any
 
 from megatron_laer import device
-from megatron_laer.plugin.helper_processes import end_with_parent, signals_blocked
+from megatron_laer.helper_processes import end_with_parent, signals_blocked
 from megatron_laer.plugin.patching import Patch, original_of
 
 logger = logging.getLogger(__name__)

@@ -84,7 +84,7 @@ def _with_planner_saved(original: Callable[..., Any]) -> Callable[..., Any]:
         request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         coordinator = None if current is None else current.coordinator
         if coordinator is not None:
-            coordinator.save_planner(str(checkpoint_dir), _storage())
+            coordinator.layouts.save(str(checkpoint_dir), _storage())
         return request
 
     return save

@@ -22,11 +22,11 @@ from megatron_laer.device import cpu_installed
 from megatron_laer.files import run_mark
 from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.layer.experts.gemm import check_gemm, gemm_in_force
+from megatron_laer.megatron_version import check_version
 from megatron_laer.plugin.metrics import install_metrics
 from megatron_laer.plugin.optimizers import check_installed
 from megatron_laer.plugin.patching import Patch, apply, undo
 from megatron_laer.plugin.switch import disable, enable
-from megatron_laer.plugin.versions import check_version
 from megatron_laer.runtime.comm import launcher
 from megatron_laer.support import RefusedError, arguments
 

@@ -79,13 +79,15 @@ def collect(
     rank = RankMetrics()
     if coordinator is not None:
         layer_ms = coordinator.measurements.take_layer_ms()
-        sent = np.sum([astuple(layer.take_sent()) for layer in coordinator.layers], axis=0)
+        sent = np.sum(
+            [astuple(layer.statistics.take_sent()) for layer in coordinator.layers], axis=0
+        )
         rank = RankMetrics(*coordinator.take_exposed_ms(), 1.0, *sent.tolist())
         if layer_ms is not None:
             rank = replace(rank, layer_ms=layer_ms, layer_ranks=1.0)
         newest = {}
         for layer in coordinator.layers:
-            samples = layer.take_samples()
+            samples = layer.statistics.take_samples()
             if not samples:
                 continue
             decision = newest[layer.name] = samples[-1].decision
@@ -106,8 +108,8 @@ def collect(
         scalars["fsep_layout_version"] = float(coordinator.layouts.version)
         scalars["fsep_late_plans"] = float(status.late_plans)
         scalars["fsep_plan_failures"] = float(status.failures)
-        if coordinator.announced is not None:
-            scalars["fsep_announcement_misses"] = float(coordinator.announced.misses)
+        if coordinator.pass_layouts.misses is not None:
+            scalars["fsep_announcement_misses"] = float(coordinator.pass_layouts.misses)
     return scalars, per_layer
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_laer.plugin.versions import megatron_version
+from megatron_laer.megatron_version import megatron_version
 from megatron_laer.releases import TESTED_RANGE
 
 

@@ -12,7 +12,7 @@ import torch
 
 from megatron_laer import session
 from megatron_laer.plugin.patching import Patch
-from megatron_laer.runtime.weights.scheduler import Chunk
+from megatron_laer.runtime.scheduler import Chunk
 
 
 def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import torch
 from megatron_laer import device, session
 from megatron_laer.config import FSEPConfig
 from megatron_laer.layer.experts.gemm import gemm_in_force
+from megatron_laer.megatron_version import check_version
 from megatron_laer.planner.strategies import check_planner
 from megatron_laer.plugin.checkpoint_writer import NVRX_PATCHES, WRITER_PATCHES, nvrx_patches
 from megatron_laer.plugin.checkpoints import CHECKPOINT_PATCHES
@@ -19,7 +20,6 @@ from megatron_laer.plugin.metrics import remove_metrics
 from megatron_laer.plugin.optimizers import OPTIMIZER_PATCHES
 from megatron_laer.plugin.patching import apply, patch_table, undo
 from megatron_laer.plugin.steps import STEP_PATCHES
-from megatron_laer.plugin.versions import check_version
 from megatron_laer.session import Session
 from megatron_laer.support import run_files, torch_version
 from megatron_laer.support.table import UNPROVEN

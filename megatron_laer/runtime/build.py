@@ -1,4 +1,4 @@
-"""The coordinator is put together here, from the settings, the process groups and the model."""
+"""`build_coordinator` makes the coordinator from the settings, the process groups and the model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,14 @@ from megatron_laer.runtime.comm.exchange import (
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.coordinator import Coordinator
+from megatron_laer.runtime.measurements import Measurements
+from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
+from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
+from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
+from megatron_laer.runtime.planning.pass_layouts import PassLayouts
+from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.schedule import make_schedule
 from megatron_laer.support.model import slots_multiple
 
@@ -45,7 +52,7 @@ _WIRE_DTYPES = {
     WireDtype.FP32: torch.float32,
 }
 
-# Of a rank and microbatch in a script, which decides that after the model is built.
+# Tokens per rank and microbatch assumed for own loops, which choose the batch size later.
 _TOKENS = 8192
 
 # Part of a card's name → the shipped cluster whose devices are most like it.
@@ -61,15 +68,10 @@ def build_coordinator(
     seed: int,
     device: torch.device,
 ) -> Coordinator:
-    """Build the coordinator of one rank, with everything that it uses.
+    """Build the coordinator of one rank, with all its parts.
 
     Args:
-        transformer_config: Megatron's, with the true number of experts.
         tokens: of a rank and microbatch, by which tokens are priced; None for a typical number.
-        seed: the run's seed; the same on every rank.
-
-    Raises:
-        ValueError: N·C < E, C > E, or a cluster that cannot be read.
     """
     num_experts = transformer_config.num_moe_experts
     geometry = Geometry(
@@ -90,32 +92,58 @@ def build_coordinator(
     overlaps = config.scheduler == OverlapScheduler.ON
     # Announced layouts are kept after the gate, as forecast ones are.
     at_gate = PlanMode.FORECAST if config.mode == PlanMode.ANNOUNCED else config.mode
+    guard = Guard(at_gate, chosen, geometry, config.imbalance_tolerance, config.split)
+    schedule = make_schedule(
+        overlaps=overlaps,
+        after_gate=config.mode == PlanMode.EXACT,
+        holds_step=config.restore == Restore.STEP,
+    )
+    streams = ExchangeStreams(
+        make_exchange(config, groups, chosen.restore_algorithm),
+        parameters=make_comm_stream("parameters", device, overlaps=overlaps),
+        gradients=make_comm_stream("gradients", device, overlaps=overlaps),
+    )
+    layouts = LayoutsInForce(config, groups, geometry, chosen, seed, device)
+    pass_layouts: PassLayouts
+    if config.mode == PlanMode.ANNOUNCED:
+        pass_layouts = AnnouncedLayouts(guard, layouts, groups, device)
+    else:
+        pass_layouts = PassLayouts(guard, layouts, groups, one_per_step=schedule.holds_step)
+    experts = LayerExperts(streams, device, holds_step=schedule.holds_step)
+    scheduler = Scheduler(schedule, streams, experts, pass_layouts)
+    priced = {"top_k": top_k, "tokens_per_rank": tokens}
+    measurements = Measurements(config, groups, guard, streams, priced)
+    planner = MicrobatchPlanner(
+        groups,
+        device,
+        layouts,
+        pass_layouts,
+        experts,
+        scheduler,
+        measurements,
+        token_sizes=TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None,
+        follows_steps=config.follows_steps,
+    )
     return Coordinator(
         config,
         groups,
-        geometry,
-        Guard(at_gate, chosen, geometry, config.imbalance_tolerance, config.split),
-        make_schedule(
-            overlaps=overlaps,
-            after_gate=config.mode == PlanMode.EXACT,
-            holds_step=config.restore == Restore.STEP,
-        ),
-        ExchangeStreams(
-            make_exchange(config, groups, chosen.restore_algorithm),
-            parameters=make_comm_stream("parameters", device, overlaps=overlaps),
-            gradients=make_comm_stream("gradients", device, overlaps=overlaps),
-        ),
-        token_sizes=TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None,
-        seed=seed,
-        device=device,
-        priced={"top_k": top_k, "tokens_per_rank": tokens},
+        guard,
+        streams,
+        experts,
+        layouts,
+        pass_layouts,
+        scheduler,
+        planner,
+        measurements,
+        seed,
+        device,
     )
 
 
 def token_exchange(
     config: FSEPConfig, costs: CostModel, geometry: Geometry, top_k: int, tokens: int
 ) -> TokenExchange:
-    """Return the exchange of tokens that the settings ask for, or the faster one."""
+    """Return the configured exchange of tokens; for `auto` the faster one."""
     if config.token_exchange == TokenExchangeChoice.AUTO:
         return choose_token_exchange(costs, geometry, top_k, tokens)
     return TokenExchange(config.token_exchange)
@@ -124,7 +152,6 @@ def token_exchange(
 def make_exchange(
     config: FSEPConfig, groups: FSEPGroups, algorithm: ExchangeAlgorithm
 ) -> HierarchicalExchange:
-    """Make the exchange of weights and gradients by this algorithm, `flat` or `node`."""
     if algorithm == ExchangeAlgorithm.NODE:
         dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
         return node_exchange(groups, dtype)
@@ -132,11 +159,7 @@ def make_exchange(
 
 
 def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.device) -> CostModel:
-    """Make the cost model of one MoE layer of this model on the configured cluster, or this one.
-
-    Args:
-        transformer_config: Megatron's; only its fields are read.
-    """
+    """Make the cost model of one MoE layer of this model on the configured cluster, or this one."""
     return CostModel(
         # `auto` computes with the back end whose GEMMs a cluster has anyhow.
         cluster=load_cluster(config.cluster or default_cluster(device)).for_back_end(config.gemm),
@@ -149,9 +172,9 @@ def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.devic
 
 
 def _recompute(transformer_config: Any) -> Recompute:
-    """Say what backward runs again: Megatron's checkpoints of a layer have all of the MoE layer.
+    """Return the recomputation that layers are priced with.
 
-    With `--recompute-method block` some layers are not in one; all are priced as those that are.
+    With `--recompute-method block` only some layers are in a checkpoint; all are priced as those.
     """
     granularity = transformer_config.recompute_granularity
     runs_again = granularity == "full" or (
@@ -167,7 +190,7 @@ def current_device() -> torch.device:
 
 
 def default_cluster(device: torch.device) -> str:
-    """Name the shipped cluster whose devices are most like this one."""
+    """Return the name of the shipped cluster with the most similar devices."""
     if device.type == "cpu":
         return "cpu-gloo"
     name = torch.cuda.get_device_name()

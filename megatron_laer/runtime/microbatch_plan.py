@@ -1,4 +1,4 @@
-"""A `MicrobatchPlan` is the value that one forward pass of one layer follows on one rank.
+"""A `MicrobatchPlan` is the plan of one forward pass of one layer on one rank.
 
 Legend: T tokens, E experts.
 """
@@ -17,18 +17,14 @@ from megatron_laer.runtime.weights.restored import RestoredExperts
 
 @dataclass(eq=False)
 class FirstPass:
-    """Holds what ranks tell each other once in a microbatch, for the re-run under a checkpoint.
-
-    Attributes:
-        token_rows: the sizes of a token exchange through nodes, from the pass that exchanged them.
-    """
+    """Results of the first pass's exchanges, for the re-run under a checkpoint."""
 
     token_rows: TokenRows | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class MicrobatchPlan:
-    """Holds layout and quotas of one microbatch, as one rank sees them.
+    """Layout and quotas of one microbatch on one rank.
 
     Attributes:
         restored: the experts that the pass computes with, under the layout that was planned.
@@ -54,24 +50,8 @@ class MicrobatchPlan:
 
     @property
     def layout(self) -> ExpertLayout:
-        """Return the layout that was planned."""
         return self.restored.index.layout
 
     def for_rerun(self, routing_map_TE: torch.Tensor) -> MicrobatchPlan:
         """Return the same plan, for the re-run under a checkpoint."""
         return replace(self, routing_map_TE=routing_map_TE)
-
-    def rows_sent(self, rank: int, node_size: int) -> tuple[int, int]:
-        """Return the rows that a rank sends inside its node and to other nodes in one dispatch.
-
-        Rows that it passes on are among them; what stays on the rank is not. Of a token exchange
-        through nodes, the sizes must be known.
-        """
-        node, local_rank = divmod(rank, node_size)
-        rows = self.first_pass.token_rows
-        if rows is not None and rows.has_two_stages:
-            first_M, second_G = rows.first_sent, rows.second_sent
-            return sum(second_G) - second_G[local_rank], sum(first_M) - first_M[node]
-        sent_N = self.quotas.input_splits_N if rows is None else rows.first_sent
-        in_node = sum(sent_N[node * node_size : (node + 1) * node_size])
-        return in_node - sent_N[rank], sum(sent_N) - in_node

@@ -31,7 +31,7 @@ def balance_of_step(model: object) -> tuple[float, int]:
     if coordinator is None:
         return 0.0, -1
     found = [
-        balance(sample.decision.quotas for sample in layer.take_samples())
+        balance(sample.decision.quotas for sample in layer.statistics.take_samples())
         for layer in coordinator.layers
     ]
     mean = sum(part.fsep for part in found if part is not None) / len(found)

@@ -7,7 +7,6 @@ Over 400 lines: the tests share what records and replays a routing.
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections.abc import Callable
@@ -27,7 +26,6 @@ from tests.parity.flags import command_line
 
 __all__ = ["script"]  # the fixture
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "announced.md"
 # Steps on one rollout: from the second on, routers would choose otherwise by themselves.
 ROLLOUTS, UPDATES = 2, 3
 STEPS = ROLLOUTS * UPDATES
@@ -55,10 +53,9 @@ class Seen:
 
 
 def page() -> Any:
-    """The functions of the page."""
-    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    """Return the functions of the page."""
     names: dict[str, Any] = {}
-    exec(compile(code, str(PAGE), "exec"), names)
+    exec(compile(code_of("rl.md", "RouterReplayAction"), "rl.md", "exec"), names)
     return SimpleNamespace(**names)
 
 
@@ -107,22 +104,22 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str) -> Seen:
     import megatron_laer
     from megatron_laer.planner.guard import Guard
     from megatron_laer.plugin.metrics_tracker import collect
-    from megatron_laer.runtime.coordinator import Coordinator
+    from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
     from megatron_laer.runtime.weights.states import WeightState
     from megatron_laer.session import current_coordinator
 
     seen, functions = Seen(), page()
     known = None if announces in ("and more", "twice") else MICROBATCHES
-    decide, plan = Guard.decide, Coordinator._plan
+    decide, plan = Guard.decide, MicrobatchPlanner._plan
 
     def watched_decide(guard: Guard, *args: Any) -> Any:
         seen.solved_after_gate += threading.current_thread() is threading.main_thread()
         return decide(guard, *args)
 
-    def watched_plan(coordinator: Any, layer: Any, restored: Any, *args: Any, **named: Any) -> Any:
+    def watched_plan(planner: Any, layer: Any, restored: Any, *args: Any, **named: Any) -> Any:
         if named["training"]:
             seen.restores_ahead.append(restored.state.weights is not WeightState.SHARDED)
-        return plan(coordinator, layer, restored, *args, **named)
+        return plan(planner, layer, restored, *args, **named)
 
     with loaded(path) as module:
         assert (module.LAYERS, module.EXPERTS, module.MICROBATCHES) == (
@@ -160,16 +157,16 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str) -> Seen:
             with (
                 mock.patch.object(module, "forward_step", told_forward),
                 mock.patch.object(Guard, "decide", watched_decide),
-                mock.patch.object(Coordinator, "_plan", watched_plan),
+                mock.patch.object(MicrobatchPlanner, "_plan", watched_plan),
                 megatron_laer.training_step(step, known, model),
             ):
                 loss, _ = module.train_step(rollout, model, optimizer)
             seen.losses.append(loss)
         coordinator = current_coordinator()
         if coordinator is not None:
-            seen.changes = coordinator.exchange.count.changes
+            seen.changes = coordinator.streams.exchange.count.changes
             for layer in coordinator.layers:
-                samples = layer.take_samples()
+                samples = layer.statistics.take_samples()
                 seen.max_over_mean += [s.decision.max_over_mean_after for s in samples]
                 seen.reasons += [sample.decision.reason for sample in samples]
             scalars, _ = collect(coordinator, LAYERS, 0)
@@ -311,15 +308,15 @@ def announce_by_slimes_hooks(
                     module.train_step(2 * rollout + step, model, optimizer)
             kind.clear_all()
         coordinator = current_coordinator()
-        assert coordinator is not None and coordinator.announced is not None
-        return announced, coordinator.announced.misses
+        assert coordinator is not None and coordinator.pass_layouts.misses is not None
+        return announced, coordinator.pass_layouts.misses
 
 
 def test_slimes_replay_is_announced_by_its_hook(
     ranks: Callable[[int], RankPool], script: Path
 ) -> None:
     hooks = script.with_name("announcing_hooks.py")
-    hooks.write_text(code_of("slime.md", "before_train_step"))
+    hooks.write_text(code_of("rl.md", "before_train_step"))
     for announced, misses in ranks(2).run(announce_by_slimes_hooks, script, hooks):
         assert announced == [2 * MICROBATCHES, MICROBATCHES] * 2
         assert misses == 0

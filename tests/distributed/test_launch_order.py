@@ -45,11 +45,11 @@ CASES = {
 
 def launches_of(flags: list[str]) -> tuple[list[Launch], list[tuple[int, int]]]:
     """What this rank launched in a run, and (FSEP group, digest) of the fresh layouts it made."""
-    from megatron_laer.runtime.coordinator import Coordinator
+    from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 
     launches: list[Launch] = []
     fresh: list[tuple[int, int]] = []
-    note = Coordinator._note
+    note = MicrobatchPlanner._note
 
     def noted(self: Any, layer: Any, counts_NE: Any, decision: Any, decide_s: float) -> None:
         if decision.replanned:
@@ -58,7 +58,7 @@ def launches_of(flags: list[str]) -> tuple[list[Launch], list[tuple[int, int]]]:
 
     with (
         recorded(launches),
-        mock.patch.object(Coordinator, "_note", noted),
+        mock.patch.object(MicrobatchPlanner, "_note", noted),
         # Pipelines that overlap reduce parts of gradients only, so whole ones cannot be compared.
         mock.patch.object(weights, "assemble", lambda _: {}),
     ):
@@ -122,17 +122,17 @@ def some_launches_swapped_are_found(launches: list[list[Launch]], of_fsep: set[s
 
 def exchanges_of(flags: list[str]) -> tuple[int, int]:
     """The All-to-Alls of tokens that this rank launched, and those that were priced."""
-    from megatron_laer.runtime.coordinator import Coordinator
+    from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 
     launches: list[Launch] = []
     priced: list[int] = []
-    note = Coordinator._note
+    note = MicrobatchPlanner._note
 
     def noted(self: Any, layer: Any, counts_NE: Any, decision: Any, decide_s: float) -> None:
-        priced.append(self.guard.costs.token_passes)
+        priced.append(self.pass_layouts.guard.costs.token_passes)
         note(self, layer, counts_NE, decision, decide_s)
 
-    with recorded(launches), mock.patch.object(Coordinator, "_note", noted):
+    with recorded(launches), mock.patch.object(MicrobatchPlanner, "_note", noted):
         train(flags)
     of_tokens = [of for of in launches if of.description == "EXPERT_MODEL_PARALLEL_GROUP"]
     return sum(of.operation in WITH_SPLITS for of in of_tokens), sum(priced)

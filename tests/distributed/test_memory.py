@@ -123,7 +123,7 @@ def held_buffers(command: list[str]) -> Held:
     def look(model: object) -> None:
         coordinator = current_coordinator()
         assert coordinator is not None
-        streams, exchange = coordinator.streams, coordinator.exchange
+        streams, exchange = coordinator.streams, coordinator.streams.exchange
         held.after_step.append((streams.weights.in_use, streams.grads.in_use))
         spaces = exchange.restore_workspace.num_bytes + exchange.reduce_workspace.num_bytes
         held.buffer_bytes.append((streams.weights.num_bytes, streams.grads.num_bytes, spaces))
@@ -132,7 +132,7 @@ def held_buffers(command: list[str]) -> Held:
             coordinator.geometry.capacity * rows * slice_ErK.shape[2] * slice_ErK.element_size()
             for rows, slice_ErK in zip(slices.rows, slices.parameters, strict=True)
         )
-        schedule = coordinator.schedule
+        schedule = coordinator.scheduler.schedule
         layers = len(coordinator.layers)
         held.layers = (schedule.restored_layers(layers), schedule.gradient_layers(layers))
 
@@ -217,7 +217,7 @@ def exchange_counts_of(command: list[str]) -> tuple[int, int, int, int, int]:
     def read(model: list[torch.nn.Module]) -> None:
         coordinator = current_coordinator()
         assert coordinator is not None
-        count = coordinator.exchange.count
+        count = coordinator.streams.exchange.count
         (specs, *_) = [
             module.specs
             for chunk in model

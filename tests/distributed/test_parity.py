@@ -27,9 +27,9 @@ def check_nothing_left(model: object) -> tuple[int, int, int]:
     coordinator = current_coordinator()
     if coordinator is None:
         return 0, 0, 0
-    count = coordinator.exchange.count
+    count = coordinator.streams.exchange.count
     return (
-        sum(len(layer.pending) for layer in coordinator.layers),
+        sum(len(layer.reruns) for layer in coordinator.layers),
         count.restores,
         count.reduces,
     )

@@ -186,7 +186,7 @@ def chosen_node_size(command: list[str]) -> int:
     def look(_model: object) -> None:
         coordinator = current_coordinator()
         assert coordinator is not None
-        sizes.append(coordinator.exchange.node_size)
+        sizes.append(coordinator.streams.exchange.node_size)
 
     train(command, look)
     return sizes[-1]

@@ -137,7 +137,8 @@ def order_of_events(command: list[str]) -> list[str]:
 
     from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
     from megatron_laer.layer.moe_layer import FSEPMoELayer
-    from megatron_laer.runtime.weights.restored import RestoredExperts
+    from megatron_laer.runtime.weights.restored_weights import RestoredWeights
+    from megatron_laer.runtime.weights.slot_grads import SlotGrads
     from megatron_laer.runtime.weights.states import WeightState
 
     events: list[str] = []
@@ -197,11 +198,13 @@ def order_of_events(command: list[str]) -> list[str]:
         mock.patch.object(LanguageModelEmbedding, "forward", embedding),
         mock.patch.object(MoELayer, "dispatch", dispatched),
         mock.patch.object(FSEPMoELayer, "routed_experts_compute", experts),
+        mock.patch.object(
+            RestoredWeights, "start_restore", told("restore", RestoredWeights.start_restore)
+        ),
         mock.patch.multiple(
-            RestoredExperts,
-            start_restore=told("restore", RestoredExperts.start_restore),
-            start_reduce=told("leave", RestoredExperts.start_reduce),
-            finish_reduce=told("arrive", RestoredExperts.finish_reduce),
+            SlotGrads,
+            start_reduce=told("leave", SlotGrads.start_reduce),
+            finish_reduce=told("arrive", SlotGrads.finish_reduce),
         ),
     ):
         train(command)

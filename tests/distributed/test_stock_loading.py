@@ -123,7 +123,7 @@ def held_over_a_load(flags: list[str]) -> bool:
         (chunk,) = model
         coordinator = session.current_coordinator()
         assert coordinator is not None
-        held = list(coordinator.experts._of_step.values())
+        held = [each.experts for each in coordinator.experts._of_step.values()]
         # The step's end, which is yet to come, would keep them if its optimizer had been skipped.
         assert held and all(experts.state.weights is WeightState.RESTORED for experts in held)
         given = [

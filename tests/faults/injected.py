@@ -183,7 +183,7 @@ def train_with_skipped_step(flags: list[str], step: int, forgets: bool) -> Skipp
             found.skipped.append(current_step())
         before[:] = weights
         found.digests.append(digest(model))
-        found.restores = coordinator.exchange.count.restores
+        found.restores = coordinator.streams.exchange.count.restores
 
     with (
         mock.patch.object(pretrain_gpt, "loss_func", infinite),

@@ -105,7 +105,7 @@ def test_the_permutation_is_that_of_the_cpu() -> None:
 
     def run(device: torch.device) -> list[torch.Tensor]:
         found = slot_permutation(map_TE.to(device), quotas)
-        tensors = found.sent.pair_P, found.sent.token_P, found.arrived_R, found.sorted_R
+        tensors = found.pair_P, found.sent.row_X, found.arrived_R, found.sorted_R
         return [tensor.cpu().long() for tensor in tensors]
 
     for mine, theirs in zip(run(DEVICE), run(torch.device("cpu")), strict=True):

@@ -10,7 +10,7 @@ from megatron_laer.config import Unproven
 
 ALLOW = "--fsep-allow-unproven"
 
-# Where Megatron has no implementation for the CPU, what `megatron_laer/platform` puts in its place,
+# Where Megatron has no implementation for the CPU, the replacement of `megatron_laer/cpu`,
 # by the word of a row's flags that needs it.
 REPLACED = {
     "--context-parallel-size": "attention over a sequence that is cut (context parallel)",

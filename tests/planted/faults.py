@@ -72,7 +72,9 @@ _RESTORE = _in("runtime/comm/restore.py", *_ranks("exchange"))
 _EXCHANGE = _in("runtime/comm/exchange.py", *_ranks("exchange"))
 _STREAMS = _in("runtime/comm/streams.py", *_unit("streams"))
 _RESTORED = _in("runtime/weights/restored.py", *_unit("restored_experts"))
-_SCHEDULER = _in("runtime/weights/scheduler.py", *_ranks("scheduler"))
+_WEIGHTS = _in("runtime/weights/restored_weights.py", *_unit("restored_experts"))
+_GRADS = _in("runtime/weights/slot_grads.py", *_unit("restored_experts"))
+_SCHEDULER = _in("runtime/scheduler.py", *_ranks("scheduler"))
 _PERMUTATION = _in("layer/dispatch/permutation.py", *_unit("permutation"))
 _ROW_MAP = _in("layer/dispatch/row_map.py", *_unit("row_map"))
 _DISPATCH = _in("layer/dispatch/slot_dispatch.py", *_ranks("dispatcher"))
@@ -251,14 +253,14 @@ FAULTS: tuple[Fault, ...] = (
         "        except BaseException as error:\n            self._error = error",
         "        except BaseException:\n            self._error = None",
     ),
-    _RESTORED.fault(
+    _WEIGHTS.fault(
         "memory is lent before its restore is over",
         "self._streams.weights.put_back(pending.wait())",
         "self._streams.weights.put_back(pending.result())",
     ),
-    _RESTORED.fault(
+    _GRADS.fault(
         "gradients of slots stay lent",
-        "        self._free_grads()\n        if not",
+        "        self.free()\n        if not",
         "        if not",
     ),
     _RESTORED.fault(
@@ -266,15 +268,15 @@ FAULTS: tuple[Fault, ...] = (
         "        self._defers_reduce = True\n",
         "        self._defers_reduce = False\n",
     ),
-    _RESTORED.fault(
+    _WEIGHTS.fault(
         "a pass keeps its layout",
         "        before, self.index = self.index, index\n",
         "        before = self.index\n",
     ),
     _RESTORED.fault(
         "weights stay after forward",
-        "        if not backward_follows:\n            self._weights_used()",
-        "        if backward_follows:\n            self._weights_used()",
+        "        if not backward_follows:\n            self.weights.used()",
+        "        if backward_follows:\n            self.weights.used()",
     ),
     _SCHEDULER.fault(
         "nothing starts early",
@@ -288,8 +290,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _SCHEDULER.fault(
         "the layer after the next",
-        "self._announce(forward.position + 1, training, starts)",
-        "self._announce(forward.position + 2, training, starts)",
+        "self._prepare(forward.position + 1, training, self.schedule.restores_next)",
+        "self._prepare(forward.position + 2, training, self.schedule.restores_next)",
     ),
     # Dispatch.
     _PERMUTATION.fault(

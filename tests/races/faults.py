@@ -23,8 +23,9 @@ from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.comm.exchange import HierarchicalExchange
 from megatron_laer.runtime.comm.streams import CudaStream, _StreamResult
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.step_experts import StepExperts
+from megatron_laer.runtime.weights.restored_weights import RestoredWeights
+from megatron_laer.runtime.weights.slot_grads import SlotGrads
+from megatron_laer.runtime.weights.step_experts import StepGrads
 from tests.races import cuda
 from tests.races.observing import AsyncWork
 
@@ -49,11 +50,11 @@ class Fault(NamedTuple):
 
 
 _submit = CudaStream.submit
-_start_reduce = RestoredExperts.start_reduce
-_start_step_reduce = StepExperts.start_reduce
-_finish_reduce = RestoredExperts.finish_reduce
+_start_reduce = SlotGrads.start_reduce
+_start_step_reduce = StepGrads.start_reduce
+_finish_reduce = SlotGrads.finish_reduce
 _reduce = HierarchicalExchange.reduce
-_change = RestoredExperts.change
+_change = RestoredWeights.change
 _start_download = Download.start
 _start_sizes = TokenSizesExchange.start
 
@@ -115,24 +116,24 @@ def _one_buffer(pool: Any, shape: Any, dtype: Any, device: Any) -> torch.Tensor:
     return tensor
 
 
-def _reduce_and_put_back(restored: Any, grads_CRK: Any) -> None:
+def _reduce_and_put_back(grads: Any, grads_CRK: Any) -> None:
     """Put whole gradients back when they are sent, not when they have arrived."""
-    _start_reduce(restored, grads_CRK)
-    restored._free_grads()
+    _start_reduce(grads, grads_CRK)
+    grads.free()
 
 
-def _reduce_and_reset_sums(restored: Any, grads_CRK: Any) -> None:
+def _reduce_and_reset_sums(grads: Any, grads_CRK: Any) -> None:
     """Use a step's sums again when they are sent."""
-    _start_step_reduce(restored, grads_CRK)
-    if restored._left == restored._num_passes:
-        for sum_CRK in restored._sums_CRK:
+    _start_step_reduce(grads, grads_CRK)
+    if grads._left == grads._num_passes:
+        for sum_CRK in grads._sums_CRK:
             sum_CRK.zero_()
 
 
-def _finish_at_once(restored: Any) -> Any:
+def _finish_at_once(grads: Any) -> Any:
     """Tell Megatron that gradients were added, and let nobody wait until they are."""
     with mock.patch.object(_StreamResult, "wait", _result_at_once):
-        return _finish_reduce(restored)
+        return _finish_reduce(grads)
 
 
 def _add_beside(exchange: Any, *args: Any, add_to: Any, **kwargs: Any) -> torch.Tensor:
@@ -155,18 +156,18 @@ def _reduce_at_once(stream: Any, work: Any, label: str) -> Any:
         return _submit(stream, work, label)
 
 
-def _change_on_the_other_stream(restored: Any, index: Any) -> None:
+def _change_on_the_other_stream(weights: Any, index: Any) -> None:
     """Fetch slots that changed on the stream of gradients, with the workspace of restores."""
     swapped = ExchangeStreams(
-        restored._streams.exchange,
-        parameters=restored._streams.gradients,
-        gradients=restored._streams.gradients,
+        weights._streams.exchange,
+        parameters=weights._streams.gradients,
+        gradients=weights._streams.gradients,
     )
-    true_streams, restored._streams = restored._streams, swapped
+    true_streams, weights._streams = weights._streams, swapped
     try:
-        _change(restored, index)
+        _change(weights, index)
     finally:
-        restored._streams = true_streams
+        weights._streams = true_streams
 
 
 def _read_without_waiting(_: Any, __: Any, pinned: torch.Tensor) -> torch.Tensor:
@@ -220,10 +221,10 @@ LAYER_FAULTS = {
     "restores and reduces share a workspace": Fault(_one_workspace),
     "a pool hands out a buffer twice": Fault(_replaced(BufferPool, "take", _one_buffer)),
     "whole gradients are put back when they are sent": Fault(
-        _replaced(RestoredExperts, "start_reduce", _reduce_and_put_back)
+        _replaced(SlotGrads, "start_reduce", _reduce_and_put_back)
     ),
     "nobody waits until main gradients are added to": Fault(
-        _replaced(RestoredExperts, "finish_reduce", _finish_at_once),
+        _replaced(SlotGrads, "finish_reduce", _finish_at_once),
         found="what add_ on the stream of gradients",
     ),
     "main gradients are added to beside the stream of gradients": Fault(
@@ -255,10 +256,10 @@ LAYER_FAULTS = {
         _replaced(AsyncWork, "order", _nothing), found="alltoall_base_ on NCCL's"
     ),
     "a layout changes on the stream of gradients": Fault(
-        _replaced(RestoredExperts, "change", _change_on_the_other_stream), Scene.FRESH
+        _replaced(RestoredWeights, "change", _change_on_the_other_stream), Scene.FRESH
     ),
     "a step's sums are used again when they are sent": Fault(
-        _replaced(StepExperts, "start_reduce", _reduce_and_reset_sums), Scene.STEP
+        _replaced(StepGrads, "start_reduce", _reduce_and_reset_sums), Scene.STEP
     ),
 }
 
@@ -274,7 +275,7 @@ TRAINING_FAULTS = {
         "reduce_scatter_tensor_coalesced_",
     ),
     "nobody waits until main gradients are added to": Fault(
-        _replaced(RestoredExperts, "finish_reduce", _finish_at_once),
+        _replaced(SlotGrads, "finish_reduce", _finish_at_once),
         "both overlaps, slices replicated",
         "what add_ on the stream of gradients",
     ),

@@ -24,8 +24,8 @@ from megatron_laer.runtime.comm.exchange import flat_exchange, node_exchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.slices import Slices
 from megatron_laer.runtime.weights.step_experts import StepExperts
 from tests.races.faults import LAYER_FAULTS, Scene
 from tests.races.observing import observed
@@ -90,14 +90,16 @@ class Model:
     def experts(self) -> list[RestoredExperts]:
         """What the layers of one microbatch restore."""
         if self.scene is Scene.STEP:
-            return list(self.held)
+            return [held.experts for held in self.held]
         index = self.next_index()
         passes = [
-            RestoredExperts(f"layer {number}", slices, index, self.streams)
+            RestoredExperts.for_pass(f"layer {number}", slices, index, self.streams)
             for number, slices in enumerate(self.layers)
         ]
         if self.scene is Scene.REPEATED:
-            again = RestoredExperts("layer 1", self.layers[1], self.next_index(), self.streams)
+            again = RestoredExperts.for_pass(
+                "layer 1", self.layers[1], self.next_index(), self.streams
+            )
             passes.insert(2, again)
         return passes
 
@@ -129,7 +131,7 @@ class Model:
         experts = self.experts()
         hidden = torch.randn(sum(TOKENS_C), HIDDEN, requires_grad=True)
         first, last = experts[0], experts[-1]
-        first.start_restore()
+        first.weights.start_restore()
         first.wait_for_grads_here()
         for number, restored in enumerate(experts):
             if number:
@@ -139,20 +141,20 @@ class Model:
             hidden = torch.tanh(hidden)  # as shared experts do while counts are on their way
             assert (read_counts() == 1).all()
             if self.scene is Scene.FRESH:
-                restored.change(self.next_index())
+                restored.weights.change(self.next_index())
             hidden = restored.reduce_after_dispatch(hidden)
             hidden = _Tokens.apply(self.groups.tokens, hidden)
             if number + 1 < len(experts):
                 following = experts[number + 1]
                 if following.is_same_layer(restored):
-                    restored.hand_on(following)
+                    restored.weights.hand_on(following.weights)
                 else:
-                    following.start_restore()
+                    following.weights.start_restore()
                 following.wait_for_grads_here()
             hidden = _Tokens.apply(self.groups.tokens, self._compute(restored, hidden))
         loss = hidden.sum()
         assert loss.grad_fn is not None
-        loss.grad_fn.register_prehook(lambda _: last.start_restore())
+        loss.grad_fn.register_prehook(lambda _: last.weights.start_restore())
         loss.backward()
 
     def _compute(self, restored: RestoredExperts, tokens: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from tests.processes import python_path
 
 PROGRAM = """
 import contextlib, io, json, sys
-from megatron_laer import cli
+from megatron_laer.tools import cli
 ended = {}
 for name, words in json.load(sys.stdin).items():
     out, err = io.StringIO(), io.StringIO()

@@ -181,7 +181,7 @@ def test_messages_name_the_program_as_it_was_started(tmp_path):
 # again, since a signal just before `signal.pause` would leave it there.
 _WAITING = """
 import sys, time
-from megatron_laer import cli
+from megatron_laer.tools import cli
 from megatron_laer.tools.cli import plan
 def wait(args):
     try:

@@ -32,13 +32,13 @@ def run(code, **environment):
 # Importing Megatron takes seconds: CUDA is replaced once, and every test runs in a fork.
 _SERVER = """
 import json, os, sys, traceback
-from megatron_laer.platform import cpu
+from megatron_laer import device
 device.install_cpu()
 import torch
 for line in sys.stdin:
     if os.fork() == 0:
         try:
-            exec(json.loads(line), {"cpu": cpu, "torch": torch})
+            exec(json.loads(line), {"device": device, "torch": torch})
         except BaseException:
             print(traceback.format_exc().splitlines()[-1])
         sys.stdout.flush()
@@ -99,7 +99,7 @@ def test_without_a_wish_the_machine_decides(usable, monkeypatch):
 def test_asking_for_the_cpu_does_not_import_torch():
     code = """
         import sys
-        from megatron_laer.platform import cpu
+        from megatron_laer import device
         print(device.cpu_needed(), device.cpu_installed(), 'torch' in sys.modules)
     """
     assert run(code, MEGATRON_LAER_DEVICE="cpu") == "True False False"
@@ -108,7 +108,7 @@ def test_asking_for_the_cpu_does_not_import_torch():
 def test_installing_after_megatron_is_refused():
     code = """
         import megatron.core
-        from megatron_laer.platform import cpu
+        from megatron_laer import device
         device.install_cpu()
     """
     assert "after megatron.core had been imported" in run(code)
@@ -137,7 +137,7 @@ def test_spawned_processes_choose_the_cpu_too(on_cpu):
 def test_nothing_is_compiled_although_torch_was_imported_first():
     code = """
         import torch
-        from megatron_laer.platform import cpu
+        from megatron_laer import device
         device.install_cpu()
         def plain(x):
             return torch.compiler.is_compiling()

@@ -20,7 +20,7 @@ PARENT = """
 import multiprocessing, signal, sys
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
-from megatron_laer.plugin.helper_processes import end_with_parent, signals_blocked
+from megatron_laer.helper_processes import end_with_parent, signals_blocked
 
 if __name__ == "__main__":
     heard = []

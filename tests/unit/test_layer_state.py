@@ -10,21 +10,21 @@ import torch
 
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.runtime.layer_state import LayerState
-from megatron_laer.runtime.weights.slices import Slices
+from megatron_laer.runtime.weights.layer import Slices
 
 
 def layer(passes: int) -> LayerState:
     slices = Slices((), (), MegatronMainGrads())
-    return LayerState(0, "mtp 1", 1, True, slices, False, passes, owner=mock.Mock())
+    return LayerState(0, "mtp 1", 1, True, slices, False, passes, mock.Mock(), mock.Mock())
 
 
 def test_reruns_come_by_microbatch_and_within_it_backwards() -> None:
     state = layer(passes=2)
     plans: list[Any] = ["1a", "1b", "2a", "2b"]
     for plan in plans:
-        state.keep_for_rerun(plan)
-    assert [state.plan_of_rerun() for _ in plans] == ["1b", "1a", "2b", "2a"]
-    assert not state.pending and state.plan_of_rerun() is None
+        state.reruns.keep(plan)
+    assert [state.reruns.take() for _ in plans] == ["1b", "1a", "2b", "2a"]
+    assert not len(state.reruns) and state.reruns.take() is None
 
 
 def test_a_checkpoint_inside_another_takes_its_plan_with_its_own_rerun() -> None:
@@ -38,23 +38,24 @@ def test_a_checkpoint_inside_another_takes_its_plan_with_its_own_rerun() -> None
 
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-            seen.append(state.plan_of_rerun())
+            seen.append(state.reruns.take())
             with torch.enable_grad():
-                seen.append(state.plan_of_rerun())
+                seen.append(state.reruns.take())
             return grad
 
-    state.keep_for_rerun("plan")  # type: ignore[arg-type]
+    state.reruns.keep("plan")  # type: ignore[arg-type]
     with torch.no_grad():
-        assert state.plan_of_rerun() is None, "another microbatch's first pass"
+        assert state.reruns.take() is None, "another microbatch's first pass"
     Rerun.apply(torch.ones(1, requires_grad=True)).backward()
     assert seen == ["plan", "plan"]
-    assert not state.pending
+    assert not len(state.reruns)
 
 
 def test_counts_of_a_microbatchs_passes_are_summed_and_a_repeated_step_begins_anew() -> None:
     state = layer(passes=2)
+    state.begin_step(num_microbatches=2)
     counts = [np.full((1, 2), number, np.int64) for number in range(6)]
-    found = [state.count_pass(counts_NE, num_microbatches=2) for counts_NE in counts]
+    found = [state.count_pass(counts_NE) for counts_NE in counts]
     assert [each is None for each in found] == [True, False] * 3
     sums = [(each[0], each[1].tolist()) for each in found if each is not None]
     assert sums == [(0, [[1, 1]]), (1, [[5, 5]]), (0, [[9, 9]])]

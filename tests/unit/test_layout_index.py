@@ -22,8 +22,8 @@ from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.stages import Stages
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.slices import Slices
 
 CPU = torch.device("cpu")
 EXPERTS, ROWS, COLUMNS = 4, 5, 2
@@ -85,7 +85,7 @@ def test_after_preparation_exchanges_build_nothing(built: list[str]) -> None:
 
 def restored_experts(index: LayoutIndex, streams: ExchangeStreams) -> RestoredExperts:
     parameters = (torch.nn.Parameter(torch.randn(EXPERTS, ROWS, COLUMNS)),)
-    return RestoredExperts(
+    return RestoredExperts.for_pass(
         "layer 1", Slices(parameters, (ROWS,), MegatronMainGrads()), index, streams
     )
 
@@ -99,16 +99,16 @@ def test_a_layout_made_for_a_pass_is_indexed_before_and_outside_of_its_exchanges
         gradients=make_comm_stream("gradients", CPU, overlaps=True),
     )
     restored = restored_experts(index_of(0, 1, 2, 3), streams)
-    restored.start_restore()
-    restored.change(index_of(2, 1, 0, 3))
+    restored.weights.start_restore()
+    restored.weights.change(index_of(2, 1, 0, 3))
     assert built == ["restore_index"] * 2, "for all slots, and for those that differ"
-    restored.matrix(0)
+    restored.weights.matrix(0)
     restored.prepare_backward()
     assert built[2:] == ["restore_index", "reduce_index"]
-    restored._free_weights()
-    restored.start_restore()
-    restored.start_reduce([restored.matrix(0)])
-    restored.finish_reduce()
+    restored.weights.free()
+    restored.weights.start_restore()
+    restored.grads.start_reduce([restored.weights.matrix(0)])
+    restored.grads.finish_reduce()
     assert len(built) == 4
     streams.close()
 
@@ -128,11 +128,11 @@ def test_a_change_on_the_stream_of_the_restore_does_not_count_as_waiting() -> No
         restored = restored_experts(
             index_of(0, 1, 2, 3), ExchangeStreams(one_rank(), stream, gradients=stream)
         )
-        restored.start_restore()
-        restored.change(index_of(2, 1, 0, 3))
+        restored.weights.start_restore()
+        restored.weights.change(index_of(2, 1, 0, 3))
         stream.close()
         assert waits.call_count == 0
-        restored.matrix(0)
+        restored.weights.matrix(0)
     assert waits.call_count == 1
 
 
@@ -146,7 +146,7 @@ def test_a_microbatch_holds_its_index_tensors_while_other_layouts_come_and_go() 
     goes_on = threading.Event()
     streams.parameters.submit(lambda: torch.tensor(goes_on.wait()), "busy")
     restored = restored_experts(index_of(2, 1, 0, 3), streams)
-    restored.start_restore()
+    restored.weights.start_restore()
     restored.prepare_backward()
     held = [weakref.ref(tensor) for tensor in tensors_of(restored.index)]
     assert len(held) == 4, "of the layout, a restore (two) and a reduce"
@@ -156,8 +156,8 @@ def test_a_microbatch_holds_its_index_tensors_while_other_layouts_come_and_go() 
     assert all(tensor() is not None for tensor in held)
     goes_on.set()
     slice_ErK = restored._slices.parameters[0]
-    assert torch.equal(restored.matrix(0), slice_ErK[[2, 1, 0, 3]])
-    restored._free_weights()
+    assert torch.equal(restored.weights.matrix(0), slice_ErK[[2, 1, 0, 3]])
+    restored.weights.free()
     streams.close()
     del restored
     gc.collect()

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_laer import megatron_version as versions
 from megatron_laer.environment import UNRELEASED_MEGATRON
-from megatron_laer.plugin import versions
 from megatron_laer.releases import NEXT, NUMBERS, TESTED_RANGE, release_after
 
 pytestmark = pytest.mark.releases
@@ -174,8 +174,9 @@ print(logging.root.level, *(type(handler).__name__ for handler in logging.root.h
 
 def test_installing_the_command_line_changes_nothing_but_the_argument_functions() -> None:
     out = run(
-        "from megatron_laer.platform import cpu, wheel\n"
-        "cpu.install(); wheel.mend_dataset_helper()\n"
+        "from megatron_laer import device\n"
+        "from megatron_laer.plugin import wheel\n"
+        "device.install_cpu(); wheel.mend_dataset_helper()\n"
         + SNAPSHOT
         + """
 before = snapshot(FSEP_PATCHES)

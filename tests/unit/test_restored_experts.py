@@ -17,8 +17,8 @@ from megatron_laer.runtime.comm.stages import ExchangeCount
 from megatron_laer.runtime.comm.streams import StreamTimes, Task, make_comm_stream
 from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.slices import Slices
 from megatron_laer.runtime.weights.states import ExpertsState, GradState, WeightState
 
 CPU = torch.device("cpu")
@@ -123,7 +123,7 @@ def restored_experts(
             parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     index = layout_index(ExpertLayout.static(1, 2, 2), CPU)
     slices = Slices(parameters, ROWS, MegatronMainGrads())
-    return RestoredExperts("layer 1", slices, index, streams)
+    return RestoredExperts.for_pass("layer 1", slices, index, streams)
 
 
 class Scaled(torch.autograd.Function):
@@ -133,16 +133,18 @@ class Scaled(torch.autograd.Function):
     def forward(ctx, tensor, placeholder, restored, position):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(tensor)
         ctx.restored, ctx.position = restored, position
-        return tensor * restored.matrix(position).sum()
+        return tensor * restored.weights.matrix(position).sum()
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (tensor,) = ctx.saved_tensors
         tensor_needs, weight_needs = ctx.needs_input_grad[:2]
-        grad_tensor = grad * ctx.restored.matrix(ctx.position).sum() if tensor_needs else None
+        grad_tensor = (
+            grad * ctx.restored.weights.matrix(ctx.position).sum() if tensor_needs else None
+        )
         if not weight_needs:
             return grad_tensor, None, None, None
-        grad_CRK = ctx.restored.new_grad(ctx.position).fill_((grad * tensor).sum())
+        grad_CRK = ctx.restored.grads.new(ctx.position).fill_((grad * tensor).sum())
         return grad_tensor, grad_CRK, None, None
 
 
@@ -171,7 +173,7 @@ def test_weights_are_in_memory_only_while_they_are_used(
 ) -> None:
     restored = restored_experts(streams)
     assert restored.state.weights is WeightState.SHARDED
-    restored.start_restore()
+    restored.weights.start_restore()
     assert restored.state.weights is WeightState.RESTORING
     tokens, probs = ones(needs_grad=True), ones(needs_grad=True)
     output = compute(restored, tokens, probs, backward_follows=backward_follows)
@@ -237,8 +239,8 @@ def test_passes_through_one_layer_hand_on_its_weights(
     index = first.index
     if slots != [0, 1]:
         index = layout_index(ExpertLayout.from_slots(1, 2, 2, slots), CPU)
-    second = RestoredExperts("layer 1", first._slices, index, streams)
-    first.hand_on(second)
+    second = RestoredExperts.for_pass("layer 1", first._slices, index, streams)
+    first.weights.hand_on(second.weights)
     second.prefetch_in_backward(first)
     middle = compute(first, ones(needs_grad=True), ones(needs_grad=True))
     assert first.state.weights is WeightState.SHARDED
@@ -262,7 +264,7 @@ def test_memory_is_lent_again_only_when_the_restore_into_it_is_over(
     streams: ExchangeStreams,
 ) -> None:
     restored = restored_experts(replace(streams, parameters=LateStream()))
-    restored.matrix(0)  # the second is still on its way
+    restored.weights.matrix(0)  # the second is still on its way
     restored.after_compute(ones(needs_grad=False), backward_follows=False)
     assert streams.weights.in_use == 0
     assert restored.state.weights is WeightState.SHARDED
@@ -287,8 +289,8 @@ def test_a_flat_bias_is_lent_as_a_matrix_of_one_column(
     slices = Slices((matrix, bias), (8, 8), MegatronMainGrads())
     assert slices.columns == (3, 1)
     index = layout_index(ExpertLayout.static(1, 2, 2), CPU)
-    restored = RestoredExperts("layer 1", slices, index, streams)
-    lent_CR1 = restored.matrix(1)
+    restored = RestoredExperts.for_pass("layer 1", slices, index, streams)
+    lent_CR1 = restored.weights.matrix(1)
     assert torch.equal(lent_CR1, torch.arange(16.0).view(2, 8, 1))
 
     compute(restored, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()

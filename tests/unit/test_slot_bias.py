@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_laer.layer.experts.slot_linear import slot_bias
-from tests.slot_gemm import SPLITS, FixedWeights
+from tests.slot_gemm import SPLITS, fixed_experts
 
 ROWS = 5
 
@@ -26,8 +26,8 @@ def test_output_and_gradients_are_those_of_a_bias_for_each_token(
     scale_T = torch.rand(sum(tokens_C), generator=generator).requires_grad_() if scaled else None
     inputs = [tensor for tensor in (input_TR, bias_CR1, scale_T) if tensor is not None]
 
-    weights = FixedWeights(bias_CR1.detach())
-    output_TR = slot_bias(input_TR.clone(), scale_T, bias_CR1, weights, 0, tokens_C)
+    experts = fixed_experts(bias_CR1.detach())
+    output_TR = slot_bias(input_TR.clone(), scale_T, bias_CR1, experts, 0, tokens_C)
     found = torch.autograd.grad(output_TR, inputs, grad_TR)
 
     bias_TR = bias_CR1.squeeze(2).double().repeat_interleave(torch.tensor(tokens_C), 0)

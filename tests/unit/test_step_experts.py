@@ -10,7 +10,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.exchange import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.slices import Slices
+from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 
 

@@ -17,7 +17,7 @@ from megatron_laer import session
 from megatron_laer.config import FSEPConfig
 from megatron_laer.runtime.comm import launcher, process_groups, streams
 from megatron_laer.runtime.comm.copies import Download
-from megatron_laer.runtime.coordinator import Coordinator
+from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from megatron_laer.support import arguments
 from tests.unit.validated_arguments import fsep_arguments
 
@@ -118,11 +118,11 @@ def test_exchanges_go_before_compute_and_after_tokens(exchanged: str) -> None:
 
 
 def test_a_graph_that_is_captured_is_told_that_it_cannot_record_a_plan() -> None:
-    coordinator: Any = mock.Mock()
+    planner: Any = mock.Mock()
     capturing = mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True)
     with capturing, pytest.raises(AssertionError, match="a CUDA graph is being captured where"):
-        Coordinator.start_plan(coordinator, mock.Mock(), torch.zeros(2, 4), training=True)
-    assert coordinator.mock_calls == []
+        MicrobatchPlanner.start(planner, mock.Mock(), torch.zeros(2, 4), training=True)
+    assert planner.mock_calls == []
 
 
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])

@@ -1,4 +1,4 @@
-"""docs/support.md says what the parity table, the refusals and the figures of a run say."""
+"""The tables of docs/support.md follow from the parity table, the refusals and figures of runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_laer.support.table import REFUSALS
 from tests.parity import report
 from tests.parity.compare import Distance
 from tests.parity.features import ALLOW, FEATURES, REPLACED
-from tests.parity.report import Figures, figures_in, figures_on, proved_by, render, status
+from tests.parity.report import figures_in, proved_by, read_figures, status, write_figures
 from tests.parity.rows import ROWS
 
 FOUND = Distance(grads=1e-7, losses=2e-7, norms=3e-7, weights=4e-7, logged=5e-7)
@@ -31,24 +31,20 @@ def results(tmp_path: Path, inside: str = "") -> Path:
     return path
 
 
-def test_the_page_is_up_to_date() -> None:
-    page = report.PAGE.read_text(encoding="utf-8")
-    assert render(figures_on(page)) == page, "run python -m tests.parity.report"
-
-
-def test_the_page_has_figures_of_every_row() -> None:
-    figures = figures_on(report.PAGE.read_text(encoding="utf-8"))
-    assert [row.name for row in ROWS if not figures[row.name].measured] == []
+def test_every_row_has_figures_and_no_other_has() -> None:
+    figures = read_figures()
+    assert list(figures) == [row.name for row in ROWS]
+    assert [name for name, cells in figures.items() if not any(cells)] == []
 
 
 def test_the_page_lists_every_row_and_every_refusal_once_and_counts_them() -> None:
-    page = report.PAGE.read_text(encoding="utf-8")
-    assert list(figures_on(page)) == [row.name for row in ROWS]
-    assert [page.count(f"\n| `{refusal.setting}` | ") for refusal in REFUSALS] == [1] * len(
-        REFUSALS
-    )
+    lines = [*report.proved()][2:]
+    assert [line.split(" | ")[1] for line in lines] == [row.name for row in ROWS]
+    assert [line.split("`")[1] for line in [*report.refused()][2:]] == [
+        refusal.setting for refusal in REFUSALS
+    ]
     counts = f"{len(ROWS)} combinations are proved equal to stock, {len(REFUSALS)} settings"
-    assert counts in page
+    assert counts in next(report.counts())
 
 
 def test_rows_have_names_of_their_own() -> None:
@@ -92,11 +88,10 @@ def test_what_has_to_be_allowed_by_name_is_proved_by_nothing_until_a_card_has_ru
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert {name for names in FEATURES.values() for name in names} >= WORDS
-    page = report.PAGE.read_text(encoding="utf-8")
+    lines = [*report.allowed()][2:]
+    assert len(lines) == len(Unproven) and all(line.endswith(" nothing yet |") for line in lines)
     for word in Unproven:
         assert status([f"{ALLOW} {word}"]) == ("unproven", "nothing yet")
-        (line,) = (line for line in page.splitlines() if line.startswith(f"| `{word}` | "))
-        assert line.endswith(" | nothing yet |")
     seen = frozenset({"bf16", f"{ALLOW} te-graphs"})
     monkeypatch.setattr(report, "SEEN_ON_A_CARD", seen)
     assert status([f"{ALLOW} te-graphs"]) == ("proved", "card")
@@ -108,13 +103,18 @@ def test_every_gemm_back_end_is_a_feature() -> None:
     assert {f"`--fsep-gemm {name}`" for name in names} <= FEATURES.keys()
 
 
-def test_figures_of_a_run_reach_the_page_and_come_back(tmp_path: Path) -> None:
+def test_figures_of_a_run_reach_the_file_and_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = figures_in(results(tmp_path))
-    cells = ("1.0e-07 (2.0e-07)", "2.0e-07 (4.0e-07)", "3.0e-07 (6.0e-07)", "4.0e-07 (8.0e-07)")
-    assert found == {"aux loss": Figures((*cells, "5.0e-07 (1.0e-06)"))}
-    page = render(found)
-    assert figures_on(page)["aux loss"] == found["aux loss"]
-    assert render(figures_on(page)) == page
+    pairs = ((1e-7, 2e-7), (2e-7, 4e-7), (3e-7, 6e-7), (4e-7, 8e-7), (5e-7, 1e-6))
+    assert found == {"aux loss": pairs}
+    monkeypatch.setattr(report, "FIGURES", tmp_path / "figures.csv")
+    write_figures(found | {"plain DDP": ((1e-7, 1e-8), None, (1e-7, 2e-8), None, None)})
+    assert read_figures()["aux loss"] == pairs
+    lines = {line.split(" | ")[1]: line for line in [*report.proved()][2:]}
+    assert lines["plain DDP"].endswith(" | gradients 10 |")
+    assert lines["bf16"].endswith(" | – |")
 
 
 def test_a_row_that_failed_gets_no_figures(tmp_path: Path) -> None:
@@ -125,11 +125,11 @@ def test_a_row_that_failed_gets_no_figures(tmp_path: Path) -> None:
 def test_rows_that_a_run_lacks_keep_their_figures_and_others_are_complained_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(report, "PAGE", tmp_path / "support.md")
-    before = Figures(("9.0e-07 (9.0e-07)",) * 4 + ("–",))
-    report.PAGE.write_text(render({"bf16": before, "aux loss": before}), encoding="utf-8")
+    monkeypatch.setattr(report, "FIGURES", tmp_path / "figures.csv")
+    before = ((9e-7, 9e-7),) * 4 + (None,)
+    write_figures({"bf16": before, "aux loss": before})
     assert report.main([str(results(tmp_path))]) == 1
     assert f"no figures for {len(ROWS) - 2} rows" in capsys.readouterr().err
-    after = figures_on(report.PAGE.read_text(encoding="utf-8"))
+    after = read_figures()
     assert after["bf16"] == before
     assert after["aux loss"] == figures_in(results(tmp_path))["aux loss"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ from hypothesis import strategies as st
 
 from megatron_laer.arrays import Bool
 from megatron_laer.choices import TokenExchange
+from megatron_laer.layer.dispatch.node_dispatcher import rows_through_nodes
+from megatron_laer.layer.dispatch.slot_dispatch import rows_by_node
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.token_traffic import (
@@ -27,7 +28,6 @@ from megatron_laer.planner.token_traffic import (
     metadata_bytes,
     metadata_bytes_backward,
 )
-from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from tests.token_exchange import known_rows
 
 RANK, NODE = TokenExchange
@@ -131,18 +131,15 @@ def test_rows_are_those_that_are_sent_one_by_one(case: Case, exchange: TokenExch
 
 @given(cases(), st.sampled_from(list(TokenExchange)))
 @settings(deadline=None)
-def test_a_plan_counts_the_rows_that_its_rank_sends(case: Case, exchange: TokenExchange) -> None:
+def test_dispatchers_count_the_rows_that_a_rank_sends(case: Case, exchange: TokenExchange) -> None:
     routing, size = case.routing, case.node_size
     rows = dispatch_rows(routing, exchange)
     for rank in range(case.layout.num_ranks):
-        quotas: Any = SimpleNamespace(input_splits_N=routing.pairs_NN[rank].tolist())
-        restored: Any = None
-        plan = MicrobatchPlan(restored, quotas)
         if exchange == NODE:
-            plan.first_pass.token_rows = known_rows(
-                np.asarray(routing.to_ranks_NN), np.asarray(routing.to_nodes_NM), size
-            )[rank]
-        sent = plan.rows_sent(rank, size)
+            to_ranks_NN, to_nodes_NM = map(np.asarray, (routing.to_ranks_NN, routing.to_nodes_NM))
+            sent = rows_through_nodes(known_rows(to_ranks_NN, to_nodes_NM, size)[rank], rank, size)
+        else:
+            sent = rows_by_node(routing.pairs_NN[rank].tolist(), rank, size)
         assert sent == (rows.sent_intra_N[rank], rows.sent_inter_N[rank])
 
 

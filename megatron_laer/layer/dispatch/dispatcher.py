@@ -19,7 +19,7 @@ from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching
 
 
 class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
-    """Dispatches to S slots, of which C are local; its config gives S as the number of experts."""
+    """Dispatcher to S slots, of which C are local; its config gives S as the number of experts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -30,13 +30,9 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> Any:
-        """Put tokens and probabilities into the order in which they are sent.
+        """Put tokens [..., H] and probabilities [T, E] into the order in which they are sent.
 
-        Args:
-            hidden_states: [..., H], T tokens.
-            routing_map: bool [T, E], the router's; a re-run under a checkpoint has the first
-                pass's in its plan instead.
-            probs: [T, E].
+        A re-run under a checkpoint uses the first pass's routing map, from its plan.
 
         Returns:
             [P, H] and [P].
@@ -57,11 +53,7 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
     ) -> Any:
-        """Sort what arrived by slot.
-
-        Args:
-            global_input_tokens: [R, H], by source rank.
-            global_probs: [R].
+        """Sort tokens [R, H] and probabilities [R] from source ranks by slot.
 
         Returns:
             Both, by slot, and between them the tokens of each local slot, int64 [C].
@@ -82,7 +74,7 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
         return self._permutation.by_rank(hidden_states)
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> Any:
-        """Sum what came back, [P, H], for each token, and add the shared experts' output."""
+        """Sum the outputs [P, H] of each token, and add the shared experts' output."""
         if self._permutation is None:
             return super().combine_postprocess(permutated_local_input_tokens)
         permutation, self._permutation = self._permutation, None
@@ -92,10 +84,7 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
         return output
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
-        """Take the sizes from the plan; stock's would gather counts and copy them to the host.
-
-        Args:
-            routing_map: not looked at.
+        """Set the sizes from the plan; stock's would gather counts and copy them to the host.
 
         Returns:
             Tokens of each local slot, int64 [C] on the host.
@@ -105,6 +94,6 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
         self.input_splits = quotas.input_splits_N
         self.output_splits = quotas.output_splits_N
         self.output_splits_tp = None
-        # The fused sort of chunks runs on the device and reads sizes there; ours was told them.
+        # The fused sort of chunks runs on the device and reads sizes there.
         self.num_global_tokens_per_local_expert, self._columns_NC = self._columns_NC, None
         return torch.tensor(quotas.tokens_C)

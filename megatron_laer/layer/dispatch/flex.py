@@ -1,10 +1,9 @@
 """`SlotFlexDispatcher` is Megatron's flex dispatcher over slots, with DeepEP or HybridEP.
 
 Metadata come from the plan instead of the router's probabilities: DeepEP gets the slots of each
-token, HybridEP the map of tokens to slots and the number of rows that this rank will receive. What
-a buffer counted is compared with the plan, for DeepEP at once. HybridEP counts on the device, for
-which nobody waits: its counts are compared in the first dispatch that finds them there, and at the
-latest at the end of the training step.
+token, HybridEP the map of tokens to slots and the number of rows that this rank will receive. A
+buffer's counts are compared with the plan: DeepEP's at once, HybridEP's once they have arrived from
+the device, or at the end of the training step.
 
 Legend: T tokens, E experts, S slots, C slots per rank, H hidden.
 """
@@ -26,7 +25,7 @@ from megatron_laer.runtime.comm.copies import upload_arrays
 
 @dataclass(frozen=True, eq=False)
 class _Received:
-    """Holds how many tokens a pass brought to each local slot, by the plan and by the buffer.
+    """Tokens that a pass brought to each local slot, by the plan and by the buffer.
 
     Attributes:
         counted_C: on the host, once `arrived` has passed.
@@ -44,12 +43,15 @@ class _Received:
 
 
 class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
-    """Dispatches to S slots, of which C are local; its config gives S as the number of experts."""
+    """Dispatcher to S slots, of which C are local; its config gives S as the number of experts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._backend: str = self.config.moe_flex_dispatcher_backend
         self._received: deque[_Received] = deque()
+
+    def rows_sent(self, rank: int, node_size: int) -> None:
+        """Return None: the buffers make rows of their own."""
 
     def start_shared_experts(self, hidden_states: torch.Tensor) -> None:
         """Do nothing: Megatron's dispatcher starts them itself."""
@@ -57,16 +59,12 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> Any:
-        """Tell the buffer where tokens go; it reads them where they are.
+        """Set the destinations of tokens in the buffer, which reads tokens where they are.
 
-        Args:
-            hidden_states: [..., H], T tokens.
-            routing_map: bool [T, E], the router's; a re-run under a checkpoint has the first
-                pass's in its plan instead.
-            probs: [T, E].
+        A re-run under a checkpoint uses the first pass's routing map, from its plan.
 
         Returns:
-            [T, H], and the probabilities that the buffer gets.
+            Tokens [T, H], and the probabilities for the buffer.
         """
         plan, manager = self._current.plan, self._comm_manager
         routing_map = self._routed(routing_map)
@@ -74,8 +72,8 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
         if self._backend == "hybridep":
             manager.moe_expert_rank_capacity_factor = None
             manager.setup_metadata(*self._to_slots(routing_map, probs))
-            # Told a budget of rows, stock waits for no count and keeps what the buffer counts. Ours
-            # is the plan's number, and not a factor's.
+            # With a budget of rows, stock waits for no count and keeps the buffer's. Ours is the
+            # plan's number, and not a factor's.
             manager.moe_expert_rank_capacity_factor = 1.0
             manager.num_permuted_tokens = plan.quotas.num_received
         else:
@@ -92,11 +90,7 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
         return hidden_states.view(-1, self.hidden_shape[-1]), manager.token_probs
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Send tokens, [T, H], and compare what the buffer counted with the plan.
-
-        Raises:
-            RuntimeError: they differ, in this pass or in an earlier one.
-        """
+        """Send tokens, [T, H], and compare what the buffer counted with the plan."""
         dispatched = super().token_dispatch(tokens, probs)
         counted_C = self._comm_manager.get_number_of_tokens_per_expert()
         current, arrived = self._current, None
@@ -112,11 +106,7 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
         return dispatched
 
     def end_step(self) -> None:
-        """Compare what is left of a training step, whose last counts have mostly arrived by now.
-
-        Raises:
-            RuntimeError: they differ from the plan.
-        """
+        """Compare the rest of a training step's counts."""
         while self._received:
             received = self._received.popleft()
             if received.arrived is not None:

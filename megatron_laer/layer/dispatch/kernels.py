@@ -21,18 +21,16 @@ def send_rows(
     by_expert_S: torch.Tensor,
     first_E1: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Find the row of every pair in the send buffer.
+    """Find the row of every pair in the send buffer; return int32 tensors.
 
     Args:
-        routing_map_TE: bool, the router's.
-        num_sent: P.
-        starts_S, ends_S: int32, the places among its expert's tokens that each slot serves.
-        first_row_S: int32, the first row of each slot in the send buffer.
-        by_expert_S: int32, the slots in the order of their experts.
-        first_E1: int32 [E + 1], where each expert's slots begin there.
+        starts_S, ends_S: the places among its expert's tokens that each slot serves.
+        first_row_S: the first row of each slot in the send buffer.
+        by_expert_S: the slots in the order of their experts.
+        first_E1: [E + 1], the beginning of each expert's slots there.
 
     Returns:
-        What makes `permutation.SendRows`, all int32.
+        pair_P, token_P, and ends_T and by_token_P of `RowMap`.
     """
     num_tokens, num_experts = routing_map_TE.shape
 

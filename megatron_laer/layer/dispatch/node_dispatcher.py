@@ -1,10 +1,10 @@
 """`NodeTokenDispatcher` sends a token's hidden state once per node, and there once per rank.
 
-Megatron's steps stay the frame. Rows cross nodes in `token_dispatch`, as its All-to-All does; they
-are passed on inside the node in `dispatch_postprocess`, where Megatron has the exchange inside of
-tensor parallelism. So experts of the next layer may be fetched as soon as links between nodes are
-free. Outputs go back likewise, summed in each step. Where a node has one rank, or all of them, one
-exchange takes a row per rank, and nothing is passed on.
+Rows cross nodes in `token_dispatch`, as Megatron's All-to-All does. They are forwarded inside the
+node in `dispatch_postprocess`, where Megatron has the exchange of tensor parallelism. So experts of
+the next layer may be fetched as soon as links between nodes are free. Outputs return the same way,
+summed in each step. Where a node has one rank, or all of them, there is one exchange, with a row
+per rank.
 
 Legend: T tokens, E experts, P pairs sent, R pairs received, U rows arrived, Y rows of the first
 stage, X rows sent in it, H hidden.
@@ -22,13 +22,8 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron_laer.layer.dispatch.permutation import reorder
 from megatron_laer.layer.dispatch.replica_choice import choose_replicas
 from megatron_laer.layer.dispatch.row_map import RowMap
-from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching
-from megatron_laer.layer.dispatch.token_routes import (
-    Arrivals,
-    arrivals,
-    pair_routes,
-    second_stage,
-)
+from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching, rows_by_node
+from megatron_laer.layer.dispatch.token_routes import Arrivals, arrivals, pair_routes, second_stage
 from megatron_laer.planner.token_rows import TokenRows
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
@@ -36,7 +31,7 @@ from megatron_laer.telemetry.trace_events import Activity, Kind
 
 
 class _FirstStage(MoEAlltoAllTokenDispatcher):
-    """Exchanges rows where Megatron's dispatcher exchanges a row for each pair."""
+    """Exchange of rows where Megatron's dispatcher exchanges a row for each pair."""
 
     _groups: FSEPGroups
     _rows: TokenRows
@@ -85,12 +80,7 @@ class _FirstStage(MoEAlltoAllTokenDispatcher):
 
 
 class NodeTokenDispatcher(SlotDispatching, _FirstStage):
-    """Dispatches to S slots, of which C are local; its config gives S as the number of experts.
-
-    Args:
-        groups: with communicators for both stages.
-        sizes: all layers' exchange of sizes.
-    """
+    """Dispatcher to S slots, of which C are local; its config gives S as the number of experts."""
 
     def __init__(
         self, *args: Any, groups: FSEPGroups, sizes: TokenSizesExchange, **kwargs: Any
@@ -101,19 +91,15 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         self._first: RowMap | None = None
         self._second: RowMap | None = None
         self._arrivals: Arrivals | None = None
-        # What arrived, and the experts' input that was made of it, until the experts have kept it.
+        # Rows that arrived, and the experts' input made of them, until the experts have kept it.
         self._experts_input: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> Any:
-        """Put rows and probabilities into the order in which they are sent.
+        """Put tokens [..., H] and probabilities [T, E] into the order in which they are sent.
 
-        Args:
-            hidden_states: [..., H], T tokens.
-            routing_map: bool [T, E], the router's; a re-run under a checkpoint has the first
-                pass's in its plan instead.
-            probs: [T, E].
+        A re-run under a checkpoint uses the first pass's routing map, from its plan.
 
         Returns:
             [X, H] and [P].
@@ -136,15 +122,11 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         return tokens, probs.reshape(-1).index_select(0, routes.pair_P)
 
     def dispatch_postprocess(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Pass rows on inside the node, and give each pair its row.
-
-        Args:
-            tokens: [Y, H].
-            probs: [R], by source rank.
+        """Forward rows [Y, H] inside the node, and copy each pair its row.
 
         Returns:
-            Both by pairs, sorted by slot, and between them the tokens of each local slot, int64
-            [C].
+            Tokens by pairs, sorted by slot; the tokens of each local slot, int64 [C]; probabilities
+            by pairs.
         """
         rows, quotas = self._rows, self._current.plan.quotas
         if self._bits is not None:
@@ -161,8 +143,10 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         probs = reorder(probs, came.arrived_R, came.sorted_R)
         return experts_RH, torch.tensor(quotas.tokens_C), probs
 
+    def rows_sent(self, rank: int, node_size: int) -> tuple[int, int] | None:
+        return rows_through_nodes(self._rows, rank, node_size)
+
     def keeping_rows(self) -> contextlib.AbstractContextManager[Any]:
-        """Let autograd keep rows that arrived in place of the experts' input."""
         assert self._arrivals is not None and self._experts_input is not None
         (rows_UH, experts_RH), self._experts_input = self._experts_input, None
         return self._arrivals.rows.keeping_rows(experts_RH, rows_UH)
@@ -180,7 +164,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         return summed
 
     def combine_postprocess(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Sum what came back, [X, H], for each token, and add the shared experts' output."""
+        """Sum the outputs [X, H] of each token, and add the shared experts' output."""
         assert self._first is not None
         output = self._first.collect(tokens).view(self.hidden_shape)
         self._first = None
@@ -202,6 +186,15 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
             ),
         )
         return received
+
+
+def rows_through_nodes(rows: TokenRows, rank: int, node_size: int) -> tuple[int, int]:
+    """Return the rows that a rank sends inside its node and to other nodes, in both stages."""
+    if not rows.has_two_stages:
+        return rows_by_node(rows.first_sent, rank, node_size)
+    node, local_rank = divmod(rank, node_size)
+    first_M, second_G = rows.first_sent, rows.second_sent
+    return sum(second_G) - second_G[local_rank], sum(first_M) - first_M[node]
 
 
 def exchange(

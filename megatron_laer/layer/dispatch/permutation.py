@@ -5,7 +5,7 @@ another plus a number that is the same for a whole run of rows:
 
 * by expert, then token: the order in which the router's map is read,
 * by slot, then token: the send buffer, for slots are in rank order,
-* by slot, then source rank: what the experts compute with; it arrives by source rank, then slot.
+* by slot, then source rank: the experts' input, which arrives by source rank, then slot.
 
 So one gather makes the send buffer, one sorts what arrived, and combine adds up the rows of each
 token in slot order. There is no map [T, S], no sort of one, and on CUDA nothing is atomic.
@@ -23,41 +23,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatron_laer.layer.dispatch.row_map import RowMap, dispatch_kernels
 from megatron_laer.planner.splits import RankQuotas
 from megatron_laer.runtime.comm.copies import upload
-from megatron_laer.runtime.comm.rows import kernels_of
-
-
-@dataclass(frozen=True, eq=False)
-class SendRows:
-    """Holds what the rows of a send buffer are.
-
-    Attributes:
-        pair_P: of each row, the place of its pair in the router's map [T, E].
-        token_P: of each row, its token.
-        ends_T: of each token, where its rows end in `by_token_P`; None where torch adds rows.
-        by_token_P: rows in the order of tokens, those of a token in slot order; None likewise.
-    """
-
-    pair_P: torch.Tensor
-    token_P: torch.Tensor
-    ends_T: torch.Tensor | None = None
-    by_token_P: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class SlotPermutation:
-    """Holds the rows between which one rank's tokens move in one microbatch of one layer.
+    """Moves of one rank's rows in one microbatch of one layer.
 
     Attributes:
-        sent: the rows of the send buffer.
-        num_tokens: T.
-        arrived_R: of each row in the experts' order, its row among those that arrived.
-        sorted_R: the other way round.
+        pair_P: the pair of each row of the send buffer, as a place in the router's map [T, E].
+        sent: the map of tokens to rows of the send buffer, those of a token in slot order.
+        arrived_R: for each row in the experts' order, its row among those that arrived.
+        sorted_R: the inverse.
     """
 
-    sent: SendRows
-    num_tokens: int
+    pair_P: torch.Tensor
+    sent: RowMap
     arrived_R: torch.Tensor
     sorted_R: torch.Tensor
 
@@ -65,9 +48,7 @@ class SlotPermutation:
         self, hidden_TH: torch.Tensor, probs_TE: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gather the send buffer, [P, H], and its probabilities, [P]."""
-        sent = self.sent
-        hidden_PH = _Gather.apply(hidden_TH, sent.token_P, sent.ends_T, sent.by_token_P)
-        return hidden_PH, probs_TE.reshape(-1).index_select(0, sent.pair_P)
+        return self.sent.spread(hidden_TH), probs_TE.reshape(-1).index_select(0, self.pair_P)
 
     def by_slot(self, arrived: torch.Tensor) -> torch.Tensor:
         """Sort rows that arrived, [R, ...], from (source rank, slot) by (slot, source rank)."""
@@ -78,24 +59,16 @@ class SlotPermutation:
         return reorder(rows, self.sorted_R, self.arrived_R)
 
     def combine(self, hidden_PH: torch.Tensor) -> torch.Tensor:
-        """Add up each token's rows of what came back, to [T, H]."""
-        sent = self.sent
-        combined: torch.Tensor = _Sum.apply(
-            hidden_PH, self.num_tokens, sent.token_P, sent.ends_T, sent.by_token_P
-        )
-        return combined
+        """Add up each token's returned rows, to [T, H]."""
+        return self.sent.collect(hidden_PH)
 
 
 def slot_permutation(routing_map_TE: torch.Tensor, quotas: RankQuotas) -> SlotPermutation:
-    """Find the rows between which tokens move, without waiting for the device.
+    """Find the moves of a rank's rows, without waiting for the device.
 
-    Deterministic: replicas of an expert take consecutive runs of its tokens, in slot order.
-
-    Args:
-        routing_map_TE: bool, the router's.
-        quotas: this rank's.
+    Deterministic: replicas of an expert serve consecutive runs of its tokens, in slot order.
     """
-    device, kernels = routing_map_TE.device, _kernels(routing_map_TE)
+    device, kernels = routing_map_TE.device, dispatch_kernels(routing_map_TE)
     sizes = run_sizes(quotas.row_S.size, routing_map_TE.shape[1])
     runs = torch.from_numpy(quotas.runs)
     if kernels is None:
@@ -106,8 +79,9 @@ def slot_permutation(routing_map_TE: torch.Tensor, quotas: RankQuotas) -> SlotPe
         *send, shifts, counts = upload(wanted, device).split(sizes[:7])
     num_received = quotas.num_received
     rows_2R = rows_of_runs(shifts, counts, 2 * num_received)
-    sent = SendRows(*find(routing_map_TE, quotas.num_sent, *send))
-    return SlotPermutation(sent, len(routing_map_TE), *rows_2R.split([num_received] * 2))
+    found: tuple[torch.Tensor, ...] = find(routing_map_TE, quotas.num_sent, *send)
+    sent = RowMap(found[1], len(routing_map_TE), *found[2:])
+    return SlotPermutation(found[0], sent, *rows_2R.split([num_received] * 2))
 
 
 def run_sizes(num_slots: int, num_experts: int) -> list[int]:
@@ -120,13 +94,9 @@ def run_sizes(num_slots: int, num_experts: int) -> list[int]:
 
 
 def slot_ranges(quotas: RankQuotas) -> npt.NDArray[np.int32]:
-    """Give each slot its share of its expert's tokens, as a half-open range of their places.
+    """Return the starts and ends of each slot's run among its expert's tokens, int32 [2, S].
 
-    Tokens of an expert are numbered in token order; its replicas take consecutive runs of them, in
-    slot order.
-
-    Returns:
-        int32 [2, S], the starts and the ends.
+    Tokens of an expert are numbered in token order, and its replicas are in slot order.
     """
     ranges_2S: npt.NDArray[np.int32] = quotas.runs[: 2 * quotas.row_S.size].reshape(2, -1)
     return ranges_2S
@@ -144,22 +114,8 @@ def send_rows(
     return token_P * num_experts + pair_P // max(num_tokens, 1), token_P
 
 
-def sum_rows(
-    rows_PH: torch.Tensor,
-    num_tokens: int,
-    token_P: torch.Tensor,
-    ends_T: torch.Tensor | None,
-    by_token_P: torch.Tensor | None,
-) -> torch.Tensor:
-    """Add up the rows of each token in slot order, in fp32 where they are narrower."""
-    if ends_T is None:
-        return rows_PH.new_zeros(num_tokens, rows_PH.shape[1]).index_add_(0, token_P, rows_PH)
-    summed: torch.Tensor = _kernels(rows_PH).sum_rows(rows_PH, ends_T, by_token_P)
-    return summed
-
-
 def reorder(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Take row `order[i]` for row i, in autograd; `inverse` undoes it."""
+    """Return row `order[i]` for row i, in autograd; `inverse` undoes it."""
     ordered: torch.Tensor = _Reorder.apply(rows, order, inverse)
     return ordered
 
@@ -171,25 +127,17 @@ def rows_of_runs(shifts_X: torch.Tensor, counts_X: torch.Tensor, total: int) -> 
 
 
 def true_places(flags: torch.Tensor, count: int) -> torch.Tensor:
-    """Return where flags are true, int64 [count], as places in the flags read row by row.
+    """Return the places of the `count` true flags, read row by row, without waiting for the device.
 
     `nonzero_static` is the same, but on CUDA torch 2.6 lacks it, and some later versions crash
     where there are no flags.
-
-    Args:
-        flags: bool.
-        count: how many are true; the device is not asked.
     """
     dtype = torch.int32 if flags.numel() < 2**31 else torch.int64
     return torch.repeat_interleave(flags.reshape(-1).to(dtype), output_size=count).long()
 
 
-def _kernels(tensor: torch.Tensor) -> Any:
-    return kernels_of("megatron_laer.layer.dispatch", tensor.device)
-
-
 class _Reorder(torch.autograd.Function):
-    """Takes row `order[i]` for row i; `inverse` undoes it."""
+    """Row `order[i]` for row i; `inverse` undoes it."""
 
     @staticmethod
     def forward(
@@ -202,39 +150,3 @@ class _Reorder(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
-
-
-class _Gather(torch.autograd.Function):
-    """Takes each row's token; the gradient of a token is the sum of its rows' ones."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_TH: torch.Tensor, *rows: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(*rows)
-        ctx.num_tokens = len(hidden_TH)
-        token_P = rows[0]
-        assert token_P is not None
-        return hidden_TH.index_select(0, token_P)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        return sum_rows(grad, ctx.num_tokens, *ctx.saved_tensors), None, None, None
-
-
-class _Sum(torch.autograd.Function):
-    """Adds up each token's rows; the gradient of a row is its token's one."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows_PH: torch.Tensor,
-        num_tokens: int,
-        token_P: torch.Tensor,
-        *by_token: torch.Tensor | None,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(token_P)
-        return sum_rows(rows_PH, num_tokens, token_P, *by_token)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        (token_P,) = ctx.saved_tensors
-        return grad.index_select(0, token_P), None, None, None, None

@@ -1,8 +1,8 @@
-"""A choice of replicas gives each (token, expert) pair a slot; how many pairs a slot gets is fixed.
+"""A choice of replicas assigns each (token, expert) pair a slot, within the slots' quotas.
 
-The quotas say how many of this rank's tokens each slot serves, and a choice says which ones. It
-moves no token. `token_order` is the plain one; `choose_replicas` keeps a token's experts together,
-first in one node, then on one rank, so that fewer rows travel (`planner/token_traffic.py`).
+It moves no token. `token_order` is the plain one; `choose_replicas` keeps a token's experts
+together, first in one node, then on one rank, so that fewer rows travel
+(`planner/token_traffic.py`).
 
 Legend: T tokens, E experts, S slots, P (token, expert) pairs; B places, which are nodes or ranks;
 Q pairs of a wave, J groups of pairs in it, K places that a group can go to.
@@ -29,17 +29,12 @@ _WAVES = 8
 
 
 def token_order(routing_map_TE: torch.Tensor, quotas: RankQuotas, node_size: int) -> torch.Tensor:
-    """Let an expert's replicas take consecutive runs of its tokens, in slot order.
+    """Assign consecutive runs of an expert's tokens to its replicas, in slot order.
 
     The device is not waited for.
 
-    Args:
-        routing_map_TE: bool, the router's.
-        quotas: this rank's.
-        node_size: not looked at; other choices keep a token's experts in one node.
-
     Returns:
-        slot_P, int32 on the map's device: of each pair its slot, by expert, then token.
+        slot_P, int32 on the map's device: each pair's slot, by expert, then token.
     """
     sizes = run_sizes(quotas.row_S.size, routing_map_TE.shape[1])
     by_expert_S = quotas.runs[sum(sizes[:3]) : sum(sizes[:4])]
@@ -52,23 +47,14 @@ def token_order(routing_map_TE: torch.Tensor, quotas: RankQuotas, node_size: int
 def choose_replicas(
     routing_map_TE: torch.Tensor, quotas: RankQuotas, node_size: int, rank: int
 ) -> torch.Tensor:
-    """Let replicas take those tokens of their expert whose other experts are near them.
+    """Assign tokens to replicas near the tokens' other experts; return slot_P, as `token_order`.
 
     Every slot serves as many tokens as in `token_order`. Experts choose one after the other, in a
     few waves: an expert's tokens go first to a node that they go to anyway, then, inside it, to
-    such a rank. Where that would send more rows than token order, token order is taken.
+    such a rank. Token order is used where that would send more rows, or hardly any pair has a
+    choice.
 
-    Deterministic: sorts are stable, and sums are of integers. The device is not waited for. Where
-    hardly any pair has a choice, which the quotas tell, token order is taken with no more work.
-
-    Args:
-        routing_map_TE: bool, the router's.
-        quotas: this rank's.
-        node_size: G.
-        rank: this rank's number in the group; what stays in its node, or on it, travels nowhere.
-
-    Returns:
-        slot_P, as `token_order`.
+    Deterministic: sorts are stable, and sums are of integers. The device is not waited for.
     """
     plain_P = token_order(routing_map_TE, quotas, node_size)
     if not quotas.num_sent:
@@ -106,7 +92,7 @@ def choose_replicas(
 
 @dataclass(frozen=True, eq=False)
 class _Shares:
-    """Holds the slots that serve any token of this rank, by expert, and how many; X of them."""
+    """The X slots that serve any token of this rank, by expert, and their tokens."""
 
     slot_X: Int64
     expert_X: Int64
@@ -125,12 +111,10 @@ class _Shares:
 
 @dataclass(frozen=True)
 class _Choice:
-    """Says to which places a group of pairs goes, and how many of them to each.
+    """Places of a group of pairs, two or more, and the tokens of each.
 
     Attributes:
         first: the group's first pair, in the order in which its pairs are a run.
-        places: two or more.
-        tokens: of each place.
     """
 
     first: int
@@ -140,10 +124,9 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Level:
-    """Chooses among nodes, or among ranks inside a node.
+    """Choice among nodes, or among ranks inside a node.
 
     Attributes:
-        slots_per_place: of each node, or of each rank.
         num_places: B.
         home: the place from which nothing has to travel.
         choices: of the groups that have one; none where too few pairs are in them.
@@ -210,14 +193,14 @@ class _Level:
 
 @dataclass(frozen=True, eq=False)
 class _Wave:
-    """Holds groups of pairs that choose at once.
+    """Groups of pairs that choose at once.
 
     Attributes:
-        pair_Q: of each pair its number, by group.
-        group_Q: of each pair its group.
-        first_J: of each group its first pair among these.
+        pair_Q: number of each pair, by group.
+        group_Q: group of each pair.
+        first_J: first of these pairs of each group.
         place_JK: the places of each group; those past its last one are 0 and serve no token.
-        tokens_JK: how many of its pairs each place serves.
+        tokens_JK: number of the group's pairs that each place serves.
     """
 
     pair_Q: torch.Tensor

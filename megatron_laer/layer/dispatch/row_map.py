@@ -1,4 +1,4 @@
-"""A `RowMap` spreads rows to where copies of them are needed, and collects sums of such copies.
+"""A `RowMap` copies rows to the places where they are needed, and collects sums of such copies.
 
 The two are each other's transpose, so that the gradient of one is the other. No collective is run.
 
@@ -20,13 +20,13 @@ _Kept = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class RowMap:
-    """Says of which row each copy is.
+    """Copies of rows.
 
     Attributes:
-        row_X: of each copy its row, int32.
+        row_X: each copy's row, int32.
         num_rows: Y.
-        ends_Y: of each row, where its copies end in `by_row_X`; None where torch adds them.
-        by_row_X: the copies by row, those of a row in their order; None likewise.
+        ends_Y: end of each row's copies in `by_row_X`; None where torch adds them.
+        by_row_X: copies by row, those of a row in their order; None where torch adds them.
     """
 
     row_X: torch.Tensor
@@ -50,7 +50,7 @@ class RowMap:
     def keeping_rows(
         self, copies_XH: torch.Tensor, rows_YH: torch.Tensor
     ) -> AbstractContextManager[Any]:
-        """Let whatever autograd keeps of `copies_XH` in this context be kept as rows.
+        """Let autograd keep rows in place of `copies_XH` in this context.
 
         They are spread again when backward asks for them.
 
@@ -73,7 +73,7 @@ class RowMap:
 
 def row_map(row_X: torch.Tensor, num_rows: int) -> RowMap:
     """Make the map of copies whose rows these are, without waiting for the device."""
-    if _kernels(row_X) is None:
+    if dispatch_kernels(row_X) is None:
         return RowMap(row_X, num_rows)
     by_row_X = torch.sort(row_X, stable=True).indices.int()
     counts_Y = torch.zeros(num_rows, dtype=torch.int32, device=row_X.device)
@@ -93,19 +93,21 @@ def _unpack(kept: _Kept) -> torch.Tensor:
     return rows_YH.index_select(0, row_X)
 
 
-def _kernels(tensor: torch.Tensor) -> Any:
+def dispatch_kernels(tensor: torch.Tensor) -> Any:
+    """Return the Triton kernels for a tensor's device; None where torch does their work."""
     return kernels_of("megatron_laer.layer.dispatch", tensor.device)
 
 
-def _sum(
+def sum_copies(
     copies_XH: torch.Tensor,
     num_rows: int,
     row_X: torch.Tensor,
-    ends_Y: torch.Tensor | None,
-    by_row_X: torch.Tensor | None,
+    ends_Y: torch.Tensor | None = None,
+    by_row_X: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Add up each row's copies: see `RowMap.collect`."""
     if ends_Y is not None:
-        summed: torch.Tensor = _kernels(copies_XH).sum_rows(copies_XH, ends_Y, by_row_X)
+        summed: torch.Tensor = dispatch_kernels(copies_XH).sum_rows(copies_XH, ends_Y, by_row_X)
         return summed
     dtype = torch.promote_types(copies_XH.dtype, torch.float32)
     sums_YH = torch.zeros(
@@ -115,7 +117,7 @@ def _sum(
 
 
 class _Spread(torch.autograd.Function):
-    """Takes each copy's row; the gradient of a row is the sum of its copies' ones."""
+    """Each copy's row; the gradient of a row is the sum of its copies' ones."""
 
     @staticmethod
     def forward(
@@ -131,11 +133,11 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_XH: torch.Tensor) -> tuple[Any, ...]:
-        return _sum(grad_XH, ctx.num_rows, *ctx.saved_tensors), None, None, None, None
+        return sum_copies(grad_XH, ctx.num_rows, *ctx.saved_tensors), None, None, None, None
 
 
 class _Collect(torch.autograd.Function):
-    """Adds up each row's copies; the gradient of a copy is its row's one."""
+    """Sum of each row's copies; the gradient of a copy is its row's one."""
 
     @staticmethod
     def forward(
@@ -146,7 +148,7 @@ class _Collect(torch.autograd.Function):
         *by_row: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(row_X)
-        return _sum(copies_XH, num_rows, row_X, *by_row)
+        return sum_copies(copies_XH, num_rows, row_X, *by_row)
 
     @staticmethod
     def backward(ctx: Any, grad_YH: torch.Tensor) -> tuple[Any, ...]:

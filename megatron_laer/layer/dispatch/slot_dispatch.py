@@ -1,22 +1,22 @@
-"""`SlotDispatching` is what dispatchers over slots have in common, in front of Megatron's own.
+"""`SlotDispatching` is the common part of dispatchers over slots, in front of Megatron's own.
 
 A dispatcher sees S slots instead of E experts. Slots are equal in number and contiguous per rank,
 which is all that stock's exchanges assume. Sizes come from the plan.
 
-Legend: T tokens, E experts, S slots, H hidden.
+Legend: N ranks, T tokens, E experts, S slots, H hidden.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_laer.layer.dispatch.exchange_edges import exchange_edges
 from megatron_laer.layer.dispatch.permutation import slot_ranges
 from megatron_laer.layer.dispatch.slots import to_slots
 from megatron_laer.runtime.comm.copies import upload_arrays
@@ -27,13 +27,7 @@ from megatron_laer.telemetry.trace_events import Activity, Kind
 
 @dataclass(frozen=True, eq=False)
 class SlotDispatch:
-    """Says how one forward pass of a layer dispatches its tokens.
-
-    Attributes:
-        plan: which tokens go to which slots.
-        layer_name: for the listener.
-        listener: hears of the layer's token exchanges, if anybody does.
-    """
+    """Dispatch of one forward pass of a layer."""
 
     plan: MicrobatchPlan
     layer_name: str
@@ -41,7 +35,7 @@ class SlotDispatch:
 
 
 class SlotDispatching:
-    """Is the first base of a dispatcher over slots; the second one is Megatron's.
+    """First base of a dispatcher over slots; the second one is Megatron's.
 
     Megatron's gets a config that gives S as the number of experts.
     """
@@ -60,6 +54,14 @@ class SlotDispatching:
         """Begin a forward pass of the layer; its steps follow."""
         self._pass = dispatch
 
+    def rows_sent(self, rank: int, node_size: int) -> tuple[int, int] | None:
+        """Return the rows sent inside the node and to other nodes by this pass's dispatch.
+
+        Forwarded rows count; those that stay on the rank do not. None where a buffer library makes
+        the rows.
+        """
+        return rows_by_node(self._current.plan.quotas.input_splits_N, rank, node_size)
+
     def start_shared_experts(self, hidden_states: torch.Tensor) -> None:
         """Start the shared experts that overlap with exchanges; stock does so after the sizes."""
         if self.shared_experts is not None:
@@ -67,14 +69,14 @@ class SlotDispatching:
             self.shared_experts.pre_forward_comm(hidden_states.view_as(hidden_states))
 
     def end_step(self) -> None:
-        """Do what is left to do when a training step is over."""
+        """Finish a training step."""
 
     def keeping_rows(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context for the experts, in which autograd keeps less of their input."""
         return contextlib.nullcontext()
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Megatron's, with its begin and end told to the listener."""
+        """Dispatch as Megatron does, timed by the listener."""
         megatrons: Any = super()
         layer = self._current.layer_name
         return self._timed(
@@ -88,7 +90,7 @@ class SlotDispatching:
         )
 
     def token_combine(self, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Megatron's, with its begin and end told to the listener."""
+        """Combine as Megatron does, timed by the listener."""
         megatrons: Any = super()
         layer = self._current.layer_name
         (combined,) = self._timed(
@@ -108,15 +110,22 @@ class SlotDispatching:
         tensors: tuple[torch.Tensor, ...],
         activities: tuple[Activity, Activity, Activity],
     ) -> tuple[torch.Tensor, ...]:
-        """Exchange tensors with begin and end told to the listener, if there is one.
+        """Exchange tensors between two identity nodes that time it, if there is a listener.
 
         Args:
-            activities: the exchange, and the phases that follow it: see `exchange_edges`.
+            activities: the exchange, and the compute that follows it in forward and in backward.
         """
-        if self._current.listener is None:
+        listener = self._current.listener
+        if listener is None:
             return exchange(*tensors)
-        before, after = exchange_edges(self._current.listener, *activities)
-        return after(*exchange(*before(*tensors)))
+        first, then, then_backward = activities
+        begin, end = listener.begin_exchange, listener.end_exchange
+        sent = _Edge.apply(partial(begin, first), partial(end, then_backward), *tensors)
+        received = exchange(*sent)
+        timed: tuple[torch.Tensor, ...] = _Edge.apply(
+            partial(end, then), partial(begin, replace(first, backward=True)), *received
+        )
+        return timed
 
     def _routed(self, routing_map_TE: torch.Tensor) -> torch.Tensor:
         """Return the router's map; in a re-run under a checkpoint the first pass's."""
@@ -144,3 +153,28 @@ class SlotDispatching:
                 "the MoE layer, not its dispatcher alone"
             )
         return self._pass
+
+
+def rows_by_node(sent_N: Sequence[int], rank: int, node_size: int) -> tuple[int, int]:
+    """Return the rows that a rank sends to others of its node, and to other nodes."""
+    first = rank - rank % node_size
+    in_node = sum(sent_N[first : first + node_size])
+    return in_node - sent_N[rank], sum(sent_N) - in_node
+
+
+class _Edge(torch.autograd.Function):
+    """Identity that calls one function in forward and another in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pass_: Callable[[], None], back: Callable[[], None], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        pass_()
+        ctx.back = back
+        ctx.set_materialize_grads(False)  # an exchange of nothing must stay one
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        ctx.back()
+        return (None, None, *grads)

@@ -24,8 +24,6 @@ def to_slots(
     sum over replicas has one term.
 
     Args:
-        probs_TE: routing probabilities.
-        routing_map_TE: bool, which experts each token goes to.
         slot_expert_S: int64, the expert in each slot.
         ranges_2S: from `permutation.slot_ranges`, integers on the same device.
 
@@ -55,10 +53,8 @@ def to_choices(
     pairs of an expert lie in runs, one for each of its slots; the device is not waited for.
 
     Args:
-        probs_TE: routing probabilities.
-        routing_map_TE: bool, which experts each token goes to, at most `top_k`.
         by_expert_S: the slots in the order of their experts.
-        tokens_S: in that order, how many tokens of this rank each slot serves.
+        tokens_S: in that order, the number of this rank's tokens that each slot serves.
         num_pairs: P, the sum of these.
 
     Returns:

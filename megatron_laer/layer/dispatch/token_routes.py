@@ -2,7 +2,7 @@
 
 A row is a token's hidden state on its way to a rank, or to a node. The order is the same in every
 stage: by destination, then in the order of the rows before, which at the source are tokens. All
-work is on the device, which nobody waits for: sizes come from elsewhere (`token_sizes`).
+work is on the device, without waiting for it: sizes are exchanged separately.
 
 Legend: N ranks, C slots per rank, G ranks per node, M = N/G nodes, B = ⌈G/8⌉ bytes of bits; T
 tokens, E experts, P pairs that are sent, R pairs that are received; Y rows, X rows sent of them;
@@ -25,11 +25,11 @@ from megatron_laer.runtime.comm.copies import upload
 
 @dataclass(frozen=True, eq=False)
 class PairRoutes:
-    """Holds what a rank knows of its routes before it hears of others' sizes.
+    """A rank's routes, before other ranks' sizes are known.
 
     Attributes:
-        pair_P: of each pair, by slot and then by token, its place in the router's map [T, E].
-        row_P: of each pair, the number of its row among those for the pair's rank, int32.
+        pair_P: place of each pair in the router's map [T, E], by slot, then token.
+        row_P: number of each pair's row among those for the pair's rank, int32.
         reaches_NT: whether a token goes to a rank.
         node_size: G; N where the exchange has one stage.
     """
@@ -41,7 +41,7 @@ class PairRoutes:
 
     @property
     def sizes_Z(self) -> torch.Tensor:
-        """Count the rows for each rank, and then those for each node, int32."""
+        """Return the numbers of rows for each rank, and then for each node, int32."""
         rows_N = self.reaches_NT.sum(1, dtype=torch.int32)
         if self.node_size == len(rows_N):
             return rows_N
@@ -49,10 +49,10 @@ class PairRoutes:
         return torch.cat([rows_N, rows_M])
 
     def first_stage(self, num_rows: int) -> tuple[RowMap, torch.Tensor | None]:
-        """Find the rows that are sent first, of which there are so many.
+        """Find the `num_rows` rows that are sent first.
 
         Returns:
-            The map of tokens to these rows, and the local ranks to which each of them is passed on,
+            The map of tokens to these rows, and the local ranks to which each of them is forwarded,
             as bits, uint8 [X, B]; None where the exchange has one stage.
         """
         num_tokens = self.reaches_NT.shape[1]
@@ -79,10 +79,7 @@ def pair_routes(
     """Find the rows of a rank's pairs.
 
     Args:
-        routing_map_TE: bool, the router's.
-        slot_P: int32, of each pair its slot, by expert, then token (`replica_choice`).
-        capacity: C.
-        node_size: G.
+        slot_P: int32, each pair's slot, by expert, then token (`replica_choice`).
     """
     num_tokens, num_experts = routing_map_TE.shape
     token_P, expert_P = _true_places(routing_map_TE.t(), len(slot_P))
@@ -103,10 +100,10 @@ def pair_routes(
 
 
 def second_stage(bits_YB: torch.Tensor, node_size: int, num_rows: int) -> RowMap:
-    """Find the rows that a rank passes on to the ranks of its node, of which there are so many.
+    """Find the `num_rows` rows that a rank forwards to the ranks of its node.
 
     Args:
-        bits_YB: with each row of the first stage came the local ranks that it is for.
+        bits_YB: the local ranks of each row of the first stage, as bits.
     """
     passed_on_GY = _from_bits(bits_YB, node_size).t()
     row_X, _ = _true_places(passed_on_GY, num_rows)
@@ -115,12 +112,12 @@ def second_stage(bits_YB: torch.Tensor, node_size: int, num_rows: int) -> RowMap
 
 @dataclass(frozen=True, eq=False)
 class Arrivals:
-    """Holds where the pairs that a rank received find their rows, and their order.
+    """Rows and order of the pairs that a rank received.
 
     Attributes:
         rows: the map of rows that arrived to pairs, by slot, then source rank.
-        arrived_R: of each pair in that order, its number among those that arrived.
-        sorted_R: the other way round.
+        arrived_R: number of each pair in that order among those that arrived.
+        sorted_R: the inverse.
     """
 
     rows: RowMap
@@ -132,8 +129,7 @@ def arrivals(row_R: torch.Tensor, quotas: RankQuotas, rows: TokenRows) -> Arriva
     """Find the rows of the pairs that a rank received, by source rank, then slot.
 
     Args:
-        row_R: came with each pair: the number of its row among those from the pair's source.
-        quotas, rows: of the rank.
+        row_R: number of each pair's row among those from the pair's source.
     """
     num_ranks, num_slots = len(quotas.columns_NC), quotas.row_S.size
     *_, shifts_size, counts_size, _, _ = sizes = run_sizes(num_slots, 0)
@@ -152,7 +148,7 @@ def arrivals(row_R: torch.Tensor, quotas: RankQuotas, rows: TokenRows) -> Arriva
 
 
 def _true_places(flags_AB: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the columns, int32, and the rows of all that is true, of which there is so much."""
+    """Return the columns, int32, and the rows of the `count` true flags."""
     width = max(flags_AB.shape[1], 1)
     places = true_places(flags_AB, count)
     return (places % width).int(), places // width

@@ -1,7 +1,7 @@
-"""Megatron has a convention for gradients that are added to main gradients outside of autograd.
+"""Megatron's convention for gradients that are added to main gradients outside of autograd.
 
-Megatron's data-parallel wrapper gives each parameter a `main_grad`. What adds to it by itself, as
-Megatron's fused kernels do, sets `grad_added_to_main_grad` and gives autograd a dummy gradient.
+Its data-parallel wrapper gives each parameter a `main_grad`. A kernel that adds to it by itself
+sets `grad_added_to_main_grad` and gives autograd a dummy gradient.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import torch
 
 
 class MegatronMainGrads:
-    """Implements `MainGrads` of `runtime/weights/slices.py`."""
+    """`MainGrads` of `runtime/weights/layer.py` for Megatron."""
 
     def kept_for(self, parameters: Sequence[torch.nn.Parameter]) -> bool:
-        """Tell whether the data-parallel wrapper keeps main gradients for all parameters."""
         return all(hasattr(parameter, "main_grad") for parameter in parameters)
 
     def of(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """Return the parameter's main gradient."""
         main_grad: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]
         return main_grad
 

@@ -1,8 +1,8 @@
-"""`FSEPExperts` is the module that owns the slices and lets restored experts compute.
+"""`FSEPExperts` is the module that owns the slices and computes with restored experts.
 
 It stands where Megatron's MoE layer keeps its local experts. The activation, its fusions, clamps
-and the routing probabilities are those of Megatron's own `MLP`, whose two linear layers only pass
-on what they are given; nothing of that is written again here.
+and the routing probabilities are those of Megatron's own `MLP`, whose two linear layers are
+identities.
 
 Legend: E experts, C slots per rank, T tokens received, H hidden, r rows of a slice, K columns.
 """
@@ -10,7 +10,7 @@ Legend: E experts, C slots per rank, T tokens received, H hidden, r rows of a sl
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
@@ -24,7 +24,7 @@ from megatron_laer.layer.experts.slices import SliceSpec, initialise, sharded_sl
 from megatron_laer.layer.experts.slot_linear import slot_bias, slot_linear
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.runtime.weights.slices import Slices
+from megatron_laer.runtime.weights.layer import Slices
 
 _EXTRA_STATE = "._extra_state"
 
@@ -40,22 +40,15 @@ ADAPTED = (
 
 
 class FSEPExperts(MegatronModule):
-    """Holds 1/N of every expert of a layer, and computes with the C experts in this rank's slots.
+    """1/N of every expert of a layer, and the compute with the C experts in this rank's slots.
 
     Must be *called*, not have its methods used from outside: Megatron's distributed optimizer
     waits for updated parameters in a hook before the call of the module that owns them.
 
     Args:
-        config: Megatron's config, with the true number of experts.
-        gemm: the name of the back end that multiplies.
         activation_builder: Transformer Engine's activation from the module spec, or None.
-        stock_is_grouped: whether stock would build grouped experts from the module spec.
-
-    Attributes:
-        stock_is_grouped: decides under which names stock would hold these experts.
-
-    Raises:
-        ValueError: the back end cannot multiply matrices of this size or dtype on this device.
+        stock_is_grouped: stock would build grouped experts from the module spec, which decides
+            under which names it would hold these experts.
     """
 
     def __init__(
@@ -82,30 +75,31 @@ class FSEPExperts(MegatronModule):
         self._recomputes_activation = (
             config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
         )
-        linears: list[_Linear] = []
+        matrices: list[SliceSpec] = []
+
+        def builder(name: str) -> Any:
+            """Make a builder that describes a linear layer of Megatron's MLP and adds none."""
+
+            def build(input_size: int, output_size: int, **options: Any) -> _PassOn:
+                sizes = config.num_moe_experts, output_size, input_size
+                ranks = {"rank": self._rank, "num_ranks": self._num_ranks}
+                init_method = options["init_method"]
+                matrices.append(SliceSpec.for_rank(name, *sizes, **ranks, init_method=init_method))
+                return _PassOn()
+
+            return build
+
         self._activation = MLP(
             config,
             MLPSubmodules(
-                linear_fc1=_builder("linear_fc1", linears),
-                linear_fc2=_builder("linear_fc2", linears),
+                linear_fc1=builder("linear_fc1"),
+                linear_fc2=builder("linear_fc2"),
                 activation_func=activation_builder,
             ),
             is_expert=True,
             ffn_hidden_size=config.moe_ffn_hidden_size,
             tp_group=pg_collection.expt_tp,
         )
-        matrices = [
-            SliceSpec.for_rank(
-                linear.name,
-                config.num_moe_experts,
-                linear.rows,
-                linear.columns,
-                rank=self._rank,
-                num_ranks=self._num_ranks,
-                init_method=linear.init_method,
-            )
-            for linear in linears
-        ]
         sizes = [size for spec in matrices for size in (spec.rows, spec.columns)]
         check_gemm(gemm, device, config.params_dtype, sizes)
         # A layer's bias is restored right after its matrix, before the next layer's.
@@ -130,11 +124,9 @@ class FSEPExperts(MegatronModule):
                 initialise(slice_ErK, spec, seed, layer_name)
 
     def slices(self) -> list[torch.nn.Parameter]:
-        """Return the parameters, in the order of the specs."""
         return [getattr(self, spec.parameter_name) for spec in self._specs]
 
     def local_slices(self) -> Slices:
-        """Return this rank's slices, as exchanges see them."""
         rows = tuple(spec.rows for spec in self._specs)
         return Slices(tuple(self.slices()), rows, MegatronMainGrads())
 
@@ -144,7 +136,7 @@ class FSEPExperts(MegatronModule):
         return self._specs
 
     def what_changed(self) -> str | None:
-        """Say which modules and parameters in here are others than were built; None if none is."""
+        """Describe modules and parameters that were not built here; None without any."""
         parts = self._parts()
         others = [name for name, kind in parts.items() if self._built.get(name) is not kind]
         if not others:
@@ -154,18 +146,9 @@ class FSEPExperts(MegatronModule):
         return f"its experts have {listed}{more}, which FSEP did not build: {ADAPTED}"
 
     def forward(
-        self,
-        input_TH: torch.Tensor,
-        probs_T: torch.Tensor,
-        plan: MicrobatchPlan,
+        self, input_TH: torch.Tensor, probs_T: torch.Tensor, plan: MicrobatchPlan
     ) -> torch.Tensor:
-        """Return the outputs of this rank's slots on the tokens they received.
-
-        Args:
-            input_TH: tokens sorted by slot.
-            probs_T: their routing probabilities.
-            plan: the layout and how many tokens each slot received.
-        """
+        """Return the outputs of this rank's slots on the tokens they received."""
         assert self._layer_name is not None, "the experts' weights were never initialised"
         if self.config.moe_apply_probs_on_input:
             input_TH = (probs_T.unsqueeze(-1) * input_TH).to(input_TH.dtype)
@@ -251,20 +234,10 @@ class FSEPExperts(MegatronModule):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class _Linear(NamedTuple):
-    """Holds the shape [rows, columns] of a linear layer of Megatron's MLP, and its first values."""
-
-    name: str
-    rows: int
-    columns: int
-    init_method: Any
-
-
 class _PassOn(torch.nn.Module):
-    """Passes its input on where Megatron's MLP has a linear layer, and hands on no bias.
+    """Identity where Megatron's MLP has a linear layer, without a bias.
 
-    What looks for linear layers by their names, as Megatron-Bridge's LoRA does, asks this one for a
-    linear layer's attributes.
+    Adapters that look for linear layers by name, as Megatron-Bridge's LoRA, ask for attributes.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -275,13 +248,3 @@ class _PassOn(torch.nn.Module):
 
     def forward(self, input_TK: torch.Tensor) -> tuple[torch.Tensor, None]:
         return input_TK, None
-
-
-def _builder(name: str, linears: list[_Linear]) -> Any:
-    """Make a builder with the signature by which Megatron's MLP makes its linear layers."""
-
-    def build(input_size: int, output_size: int, **options: Any) -> _PassOn:
-        linears.append(_Linear(name, output_size, input_size, options["init_method"]))
-        return _PassOn()
-
-    return build

@@ -1,9 +1,8 @@
-"""`ExpertMuon` is Megatron's Muon, and its Newton-Schulz steps see each expert's matrix whole.
+"""`ExpertMuon` is Megatron's Muon with Newton-Schulz steps on each expert's whole matrix.
 
 A rank holds some rows of every expert. Momentum and weight decay work on rows, and stay Megatron's.
-What is orthogonalised travels: by one All-to-All each matrix comes whole to one rank of the FSEP
-group, where Megatron's own function makes the update, and by another one the updates go back. The
-groups of other replicas do the same again, as stock's ranks do.
+One All-to-All brings each matrix whole to one rank of the FSEP group, where Megatron's own function
+makes the update; another one returns the updates. Groups of other replicas do the same again.
 
 Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns.
 """
@@ -29,11 +28,10 @@ _ENOUGH_PER_RANK = 8
 
 @dataclass
 class _Batch:
-    """Holds slices that are exchanged together.
+    """Slices that are exchanged together.
 
     Attributes:
-        slices: in the order in which Megatron's loop comes to them.
-        waiting: what is to be orthogonalised of those that it has come to in this step.
+        waiting: updates to orthogonalise, of slices that the loop has come to in this step.
     """
 
     exchange: WholeMatrices
@@ -42,12 +40,7 @@ class _Batch:
 
 
 class ExpertMuon(TensorParallelMuon):
-    """Orthogonalises slices of experts in batches, and other matrices as Megatron does.
-
-    Args:
-        fsep_group: the ranks that together hold all rows of the slices.
-        options: of Megatron's Muon.
-    """
+    """Muon with slices of experts in batches, and other matrices as Megatron's."""
 
     def __init__(self, params: Any, *, fsep_group: dist.ProcessGroup, **options: Any) -> None:
         super().__init__(params, **options)
@@ -133,5 +126,5 @@ def _multiplications(rows: int, columns: int) -> int:
 
 
 def _stocks_parameter(whole: WholeMatrix) -> Any:
-    """Make what Megatron's Muon asks of a parameter, with the marks of stock's expert matrices."""
+    """Make a stand-in for a parameter, with the marks of stock's expert matrices."""
     return SimpleNamespace(expert_tp=True, partition_dim=whole.partition_dim)

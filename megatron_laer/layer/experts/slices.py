@@ -28,14 +28,13 @@ _PARTITION_DIM = {"linear_fc1": 0, "linear_fc2": 1}
 
 @dataclass(frozen=True)
 class SliceSpec:
-    """Describes one expert matrix, or bias, as a rank holds it.
+    """Description of one expert matrix, or bias, as a rank holds it.
 
     Attributes:
         name: Megatron's name of the linear layer, `linear_fc1` or `linear_fc2`.
         rows, columns: R and K of the whole matrix, as `F.linear` takes it; of a bias K is 1.
         start, end: the rows [start, end) that this rank holds.
         init_method: Megatron's initialisation of the whole matrix.
-        is_bias: whether it is the layer's bias.
     """
 
     name: str
@@ -59,7 +58,6 @@ class SliceSpec:
         num_ranks: int,
         init_method: Init,
     ) -> SliceSpec:
-        """Describe the rows that `rank` of `num_ranks` holds."""
         bounds = row_bounds(rows, num_ranks)
         start, end = bounds[rank], bounds[rank + 1]
         return cls(name, num_experts, rows, columns, start, end, init_method)
@@ -70,12 +68,11 @@ class SliceSpec:
 
     @property
     def parameter_name(self) -> str:
-        """Return the parameter's name in the module."""
         return f"{self.name}_bias_slice" if self.is_bias else f"{self.name}_slice"
 
     @property
     def saved_as(self) -> str:
-        """Return the parameter's name in stock's experts, and so in checkpoints."""
+        """Return stock's name of the parameter, used in checkpoints."""
         return f"{self.name}.bias" if self.is_bias else f"{self.name}.weight"
 
     @property

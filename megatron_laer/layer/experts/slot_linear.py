@@ -10,47 +10,25 @@ of one slot.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from megatron_laer.layer.experts.gemm import SlotGemm
-
-
-class SlotWeights(Protocol):
-    """Lends whole weights while something computes with them: `RestoredExperts`."""
-
-    def matrix(self, position: int) -> torch.Tensor:
-        """Return the matrix `[C, R, K]` of the layer at this position."""
-        ...
-
-    def new_grad(self, position: int) -> torch.Tensor:
-        """Return uninitialised memory for the matrix's gradient."""
-        ...
+from megatron_laer.runtime.weights.restored import RestoredExperts
 
 
 def slot_linear(
     input_TK: torch.Tensor,
     placeholder_CRK: torch.Tensor,
-    weights: SlotWeights,
+    experts: RestoredExperts,
     position: int,
     tokens_C: Sequence[int],
     gemm: SlotGemm,
 ) -> torch.Tensor:
-    """Multiply each slot's tokens with the slot's matrix.
-
-    Args:
-        input_TK: tokens sorted by slot.
-        placeholder_CRK: stands for the matrices in autograd's graph.
-        weights: lends the matrices.
-        position: of the layer among the expert's layers.
-        tokens_C: how many of the input's rows each slot has.
-
-    Returns:
-        [T, R].
-    """
+    """Multiply each slot's tokens with the slot's matrix."""
     output_TR: torch.Tensor = _SlotLinear.apply(
-        input_TK, placeholder_CRK, weights, position, tokens_C, gemm
+        input_TK, placeholder_CRK, experts, position, tokens_C, gemm
     )
     return output_TR
 
@@ -59,32 +37,27 @@ def slot_bias(
     output_TR: torch.Tensor,
     scale_T: torch.Tensor | None,
     placeholder_CR1: torch.Tensor,
-    weights: SlotWeights,
+    experts: RestoredExperts,
     position: int,
     tokens_C: Sequence[int],
 ) -> torch.Tensor:
     """Add each slot's bias to the output of its tokens, in place, and return it.
 
     Args:
-        scale_T: what the bias is multiplied with; None where it is added as it is.
-        placeholder_CR1: stands for the biases in autograd's graph.
-        weights: lends the biases, each a matrix of one column.
-        position: of the bias among what is lent.
-        tokens_C: how many of the output's rows each slot has.
+        scale_T: factors of the bias, or None.
     """
     biased_TR: torch.Tensor = _SlotBias.apply(
-        output_TR, scale_T, placeholder_CR1, weights, position, tokens_C
+        output_TR, scale_T, placeholder_CR1, experts, position, tokens_C
     )
     return biased_TR
 
 
 class _SlotLinear(torch.autograd.Function):
-    """Computes `F.linear` of each slot's tokens with the slot's matrix.
+    """`F.linear` of each slot's tokens with the slot's matrix.
 
     It asks for the matrices in forward and again in backward, so that they can be freed in between;
     the placeholder stands for them in autograd's graph. All slots' weight gradients are written
-    into the one `[C, R, K]` buffer that is exchanged; separate `F.linear` calls would leave C
-    tensors to be stacked.
+    into the one `[C, R, K]` buffer that is exchanged.
     """
 
     @staticmethod
@@ -92,31 +65,31 @@ class _SlotLinear(torch.autograd.Function):
         ctx: Any,
         input_TK: torch.Tensor,
         placeholder_CRK: torch.Tensor,
-        weights: SlotWeights,
+        experts: RestoredExperts,
         position: int,
         tokens_C: Sequence[int],
         gemm: SlotGemm,
     ) -> torch.Tensor:
         ctx.save_for_backward(input_TK)
-        ctx.weights, ctx.position, ctx.tokens_C, ctx.gemm = weights, position, tokens_C, gemm
-        return gemm.forward(input_TK, weights.matrix(position), tokens_C)
+        ctx.experts, ctx.position, ctx.tokens_C, ctx.gemm = experts, position, tokens_C, gemm
+        return gemm.forward(input_TK, experts.weights.matrix(position), tokens_C)
 
     @staticmethod
     def backward(ctx: Any, grad_TR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (input_TK,) = ctx.saved_tensors
-        gemm, weights, position, tokens_C = ctx.gemm, ctx.weights, ctx.position, ctx.tokens_C
+        gemm, experts, position, tokens_C = ctx.gemm, ctx.experts, ctx.position, ctx.tokens_C
         input_needs, weight_needs = ctx.needs_input_grad[:2]
         grad_input_TK = grad_weight_CRK = None
         if input_needs:
-            grad_input_TK = gemm.input_grad(grad_TR, weights.matrix(position), tokens_C)
+            grad_input_TK = gemm.input_grad(grad_TR, experts.weights.matrix(position), tokens_C)
         if weight_needs:
-            grad_weight_CRK = weights.new_grad(position)
+            grad_weight_CRK = experts.grads.new(position)
             gemm.weight_grad(grad_TR, input_TK, tokens_C, grad_weight_CRK)
         return grad_input_TK, grad_weight_CRK, None, None, None, None
 
 
 class _SlotBias(torch.autograd.Function):
-    """Adds the slots' biases, which are lent as `_SlotLinear`'s matrices are.
+    """Sum of output and the slots' biases.
 
     It goes over the slots, so that nothing of the output's size is made, and a bias's gradient is
     summed in float32 and in one order.
@@ -128,16 +101,16 @@ class _SlotBias(torch.autograd.Function):
         output_TR: torch.Tensor,
         scale_T: torch.Tensor | None,
         placeholder_CR1: torch.Tensor,
-        weights: SlotWeights,
+        experts: RestoredExperts,
         position: int,
         tokens_C: Sequence[int],
     ) -> torch.Tensor:
         ctx.save_for_backward(scale_T)
-        ctx.weights, ctx.position, ctx.tokens_C = weights, position, tokens_C
+        ctx.experts, ctx.position, ctx.tokens_C = experts, position, tokens_C
         ctx.mark_dirty(output_TR)
         for output_nR, bias_R1, scale_n1 in zip(
             output_TR.split(list(tokens_C)),
-            weights.matrix(position),
+            experts.weights.matrix(position),
             _scales(scale_T, tokens_C),
             strict=True,
         ):
@@ -148,19 +121,19 @@ class _SlotBias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (scale_T,) = ctx.saved_tensors
-        weights, position, tokens_C = ctx.weights, ctx.position, ctx.tokens_C
+        experts, position, tokens_C = ctx.experts, ctx.position, ctx.tokens_C
         _, scale_needs, bias_needs = ctx.needs_input_grad[:3]
         grads = grad_TR.split(list(tokens_C))
         grad_scale_T = grad_bias_CR1 = None
         if scale_needs:
-            bias_CR1 = weights.matrix(position).to(scale_T.dtype)
+            bias_CR1 = experts.weights.matrix(position).to(scale_T.dtype)
             products = (
                 grad_nR.to(scale_T.dtype) @ bias_R1
                 for grad_nR, bias_R1 in zip(grads, bias_CR1, strict=True)
             )
             grad_scale_T = torch.cat(list(products)).squeeze(1)
         if bias_needs:
-            grad_bias_CR1 = weights.new_grad(position)
+            grad_bias_CR1 = experts.grads.new(position)
             for out_R1, grad_nR, scale_n1 in zip(
                 grad_bias_CR1, grads, _scales(scale_T, tokens_C), strict=True
             ):

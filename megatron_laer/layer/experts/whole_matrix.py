@@ -1,4 +1,4 @@
-"""A slice is marked with what it is a slice of, for optimizers that need whole matrices."""
+"""`WholeMatrix` marks a slice, for optimizers that need whole matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class WholeMatrix:
-    """Tells an optimizer that needs whole matrices what the parameter is a slice of.
+    """The matrix that a parameter is a slice of.
 
     Attributes:
         rows: R of each expert's whole matrix.
@@ -21,5 +21,5 @@ class WholeMatrix:
 
 
 def whole_matrix_of(parameter: torch.Tensor) -> WholeMatrix | None:
-    """Return what a parameter of a model is a slice of; None if it is no slice of matrices."""
+    """Return a parameter's mark; None if it is no slice of matrices."""
     return getattr(parameter, "whole_matrix", None)

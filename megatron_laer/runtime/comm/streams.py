@@ -195,7 +195,7 @@ class _Promise:
         except BaseException as error:
             self._error = error
 
-    def announce(self) -> None:
+    def finish(self) -> None:
         """Let waiters go on: the result is there, and its times are recorded."""
         self._is_there.set()
 
@@ -244,7 +244,7 @@ class ThreadStream:
                 promise, work, activity = job
                 with self.times.working(activity):
                     promise.work(work)
-                promise.announce()
+                promise.finish()
                 del job, promise, work  # or the last result would live until the next job
 
 

@@ -1,8 +1,7 @@
-"""Layouts for announced routing are solved ahead, each for the counts of its own microbatch.
+"""`AnnouncedLayouts` solves layouts ahead, each for the announced counts of its microbatch.
 
 Every rank solves the same ones from the same counts, in a thread, in the order of their use:
-nothing is broadcast. What `guard` would decide after the gate is known before it, so the gate only
-compares counts. The routers' choice is never touched.
+nothing is broadcast. After the gate, counts are only compared. Routers choose as ever.
 
 Legend: M microbatches of a step, L MoE layers of this rank, N ranks, E experts, T tokens, K top-k.
 """
@@ -23,23 +22,23 @@ from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.collectives import gather_integers
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
+from megatron_laer.runtime.planning.pass_layouts import LayerPass, PassLayouts, Replayed
 
 
-class AnnouncedLayouts:
-    """Gives each pass the decision that was made ahead for its announced counts.
+class AnnouncedLayouts(PassLayouts):
+    """Decisions that were made ahead for announced counts, one for each pass.
 
-    Args:
-        guard: keeps a planned layout, where the routing is not the announced one.
-
-    Attributes:
-        misses: passes so far whose routing was not the announced one.
+    The guard keeps a planned layout where the routing is not the announced one.
     """
 
-    def __init__(self, guard: Guard, groups: FSEPGroups, device: torch.device) -> None:
-        self.misses = 0
-        self._at_gate = guard
+    misses: int
+
+    def __init__(
+        self, guard: Guard, in_force: LayoutsInForce, groups: FSEPGroups, device: torch.device
+    ) -> None:
+        super().__init__(guard, in_force, groups, one_per_step=False, misses=0)
         self._ahead = replace(guard, mode=PlanMode.EXACT)
-        self._groups = groups
         self._device = device
         geometry = guard.geometry
         self._static = ExpertLayout.static(
@@ -48,17 +47,13 @@ class AnnouncedLayouts:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fsep-announced")
         self._given_MLE: torch.Tensor | None = None
         self._awaits_replay = False
-        self._step = 0
+        self._step: int | None = None
         # By layer and microbatch of the step.
         self._decisions: dict[tuple[int, int], Future[Decision]] = {}
 
     def announce(self, counts_MLE: torch.Tensor, num_layers: int) -> None:
-        """Take what this rank's routers will choose in the next step; no collective.
-
-        Raises:
-            ValueError: another shape or dtype, or negative counts.
-        """
-        num_experts = self._at_gate.geometry.num_experts
+        """Store the choices of this rank's routers in the next step; no collective."""
+        num_experts = self.guard.geometry.num_experts
         shape = tuple(counts_MLE.shape)
         is_shaped = len(shape) == 3 and shape[1:] == (num_layers, num_experts)
         if counts_MLE.dtype not in _INTEGERS or not is_shaped:
@@ -75,9 +70,9 @@ class AnnouncedLayouts:
         self._given_MLE = counts_MLE
 
     def begin_step(
-        self, step: int, num_microbatches: int | None, num_layers: int, replays: bool
+        self, step: int, num_microbatches: int | None, num_layers: int, *, replays: bool
     ) -> int | None:
-        """Exchange what ranks announced for this step, and begin to solve. Collective.
+        """Exchange the ranks' announcements for this step, and start to solve. Collective.
 
         Args:
             num_microbatches: of the step; without it, those that were announced.
@@ -85,10 +80,6 @@ class AnnouncedLayouts:
 
         Returns:
             The number of microbatches, if it is known now.
-
-        Raises:
-            ValueError: on every rank of the group: ranks announced different numbers of
-                microbatches, another one than the step has, or nothing, where no replay can.
         """
         given_MLE, self._given_MLE = self._given_MLE, None
         self._step = step
@@ -96,7 +87,7 @@ class AnnouncedLayouts:
             decision.cancel()  # of microbatches that were announced, and not run
         self._decisions.clear()
         announced = torch.tensor([0 if given_MLE is None else len(given_MLE)])
-        announced_N = gather_integers(announced, self._groups, self._device)[:, 0]
+        announced_N = gather_integers(announced, self.groups, self._device)[:, 0]
         self._awaits_replay = replays and not announced_N.any()
         if self._awaits_replay:
             return num_microbatches
@@ -105,74 +96,72 @@ class AnnouncedLayouts:
             number = "as many" if num_microbatches is None else num_microbatches
             raise ValueError(
                 f"FSEP step {step}: {number} microbatches must be announced on every rank, and the "
-                f"ranks {self._groups.ranks} announced {announced_N.tolist()}. {_HOW}"
+                f"ranks {self.groups.ranks} announced {announced_N.tolist()}. {_HOW}"
             )
         assert given_MLE is not None
         num_microbatches = len(given_MLE)
-        counts_NMLE = gather_integers(given_MLE, self._groups, self._device)
+        counts_NMLE = gather_integers(given_MLE, self.groups, self._device)
         for microbatch in range(num_microbatches):
             for layer in range(num_layers):
                 self._solve_ahead(layer, microbatch, counts_NMLE[:, microbatch, layer])
         return num_microbatches
 
-    def begin_pass(
-        self, passes: Sequence[tuple[int, int]], experts_TK: Sequence[torch.Tensor] | None
-    ) -> None:
-        """Exchange what routers are told to choose in a chunk's forward, if the step awaits it.
+    def known(self, passes: Sequence[LayerPass]) -> dict[int, ExpertLayout]:
+        """Return nothing: each microbatch has its own layout, and many are still being solved."""
+        return {}
 
-        Collective over the group, then.
-
-        Args:
-            passes: layer and microbatch of each MoE layer of the chunk.
-            experts_TK: for each of them; None where the routers choose by themselves.
-
-        Raises:
-            ValueError: on every rank of the group: routers of some rank choose by themselves.
-        """
+    def begin_forward(self, passes: Sequence[LayerPass], replayed: Replayed | None) -> None:
+        """Exchange the choices that routers are set to, if the step awaits it. Collective then."""
         if not self._awaits_replay:
             return
-        num_experts = self._at_gate.geometry.num_experts
+        num_experts = self.guard.geometry.num_experts
+        experts_TK = None if replayed is None else replayed()
         if experts_TK is None:
             mine_LE = torch.full((len(passes), num_experts), -1)
         else:
             mine_LE = _counts(torch.stack(list(experts_TK)), num_experts)
-        counts_NLE = gather_integers(mine_LE, self._groups, self._device)
+        counts_NLE = gather_integers(mine_LE, self.groups, self._device)
         silent_N = (counts_NLE < 0).any(axis=(1, 2))
         if silent_N.any():
-            silent = [self._groups.ranks[place] for place in np.flatnonzero(silent_N)]
+            silent = [self.groups.ranks[place] for place in np.flatnonzero(silent_N)]
             raise ValueError(
-                f"FSEP step {self._step}, microbatch {passes[0][1]}: no routing is announced on "
-                f"ranks {silent}. {_HOW}"
+                f"FSEP step {self._step}, microbatch {passes[0].microbatch}: no routing is "
+                f"announced on ranks {silent}. {_HOW}"
             )
-        for (layer, microbatch), counts_NE in zip(
-            passes, counts_NLE.transpose(1, 0, 2), strict=True
-        ):
-            self._solve_ahead(layer, microbatch, counts_NE)
+        for each, counts_NE in zip(passes, counts_NLE.transpose(1, 0, 2), strict=True):
+            self._solve_ahead(each.layer, each.microbatch, counts_NE)
 
-    def of_pass(self, layer: int, microbatch: int) -> Decision:
-        """Return what was decided ahead, waiting for it."""
-        return self._decisions[layer, microbatch].result()
+    def layout_for(self, layer_pass: LayerPass) -> ExpertLayout:
+        """Return the layout that was solved ahead, waiting for it; outside of steps, as usual."""
+        ahead = self._decided(layer_pass)
+        return super().layout_for(layer_pass) if ahead is None else ahead.layout
 
-    def decide(self, ahead: Decision, counts_NE: Int64) -> Decision:
-        """Return what was decided ahead, or new quotas of its layout where the counts differ."""
+    def decide(self, layer_pass: LayerPass, counts_NE: Int64, planned: ExpertLayout) -> Decision:
+        """Return the decision made ahead, or new quotas of its layout where the counts differ."""
+        ahead = self._decided(layer_pass)
+        if ahead is None:
+            return super().decide(layer_pass, counts_NE, planned)
         quotas = ahead.quotas
         assert isinstance(quotas, ExactQuotas)
         if np.array_equal(quotas.counts_NE, counts_NE):
             return ahead
         self.misses += 1
-        kept = self._at_gate.decide(counts_NE, ahead.layout, self._groups.rank)
-        return replace(kept, as_announced=False)
+        return replace(super().decide(layer_pass, counts_NE, ahead.layout), as_announced=False)
 
     def close(self) -> None:
-        """Stop the thread."""
         self._thread.shutdown(cancel_futures=True)
+
+    def _decided(self, layer_pass: LayerPass) -> Decision | None:
+        if not layer_pass.training or self._step is None:
+            return None
+        return self._decisions[layer_pass.layer, layer_pass.microbatch].result()
 
     def _solve_ahead(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
         counts_NE = np.ascontiguousarray(counts_NE)
         self._decisions[layer, microbatch] = self._thread.submit(self._solve, counts_NE)
 
     def _solve(self, counts_NE: Int64) -> Decision:
-        made = self._ahead.decide(counts_NE, self._static, self._groups.rank)
+        made = self._ahead.decide(counts_NE, self._static, self.groups.rank)
         return replace(
             made, planned_layout=made.layout, planned_quotas=made.quotas, as_announced=True
         )
@@ -181,7 +170,7 @@ class AnnouncedLayouts:
 def _counts(experts_LTK: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Count the tokens of each layer's experts, in one call, for which a host waits on a GPU.
 
-    An expert that a token is told to choose twice gets it once, as Megatron sends it.
+    An expert that a token names twice gets it once, as Megatron sends it.
     """
     num_layers = len(experts_LTK)
     layer_L = torch.arange(num_layers, device=experts_LTK.device)

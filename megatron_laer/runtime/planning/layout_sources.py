@@ -1,6 +1,6 @@
 """A layout source gives rank 0 of an FSEP group the layouts of a step: a planner or a recording.
 
-Sources take part in no collective; the coordinator tells the other ranks.
+Sources take part in no collective.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.strategies import Strategy
 from megatron_laer.runtime.planning.layout_recording import LayoutRecording, RunSignature
 
-# A planner that takes longer than this under `wait` is not waited for again: the run goes on with
-# the layouts in force, as under `keep`.
+# A planner that takes longer than this under `wait` is not waited for again.
 WAIT_TIMEOUT_S = 120.0
 
 # How long saving a checkpoint waits for plans in the making under `keep`.
@@ -27,36 +26,31 @@ PLANS_TIMEOUT_S = 1.0
 
 
 class LayoutSource(Protocol):
-    """Takes counts and gives the layouts of a step; one per FSEP group, on its rank 0."""
+    """Source of the layouts of each step, on rank 0 of an FSEP group."""
 
     plan_ms: float
     late_plans: int
 
     @property
-    def failures(self) -> int:
-        """Count the layers so far whose planning failed."""
-        ...
+    def failures(self) -> int: ...
 
     def observe(self, step: int, layer: int, counts_NE: Int64) -> None:
-        """Take the routing of a whole step in one layer (index)."""
+        """Add the counts of a whole step in one layer."""
         ...
 
     def due(self, step: int) -> list[ExpertLayout] | None:
         """Return the layouts that take effect with `step`, one per layer; None for nothing new."""
         ...
 
-    def close(self) -> None:
-        """Stop the planner, or close the recording."""
-        ...
+    def close(self) -> None: ...
 
 
 class PlannedLayouts:
-    """Gets layouts from a strategy that runs in a background thread.
+    """Layouts from a strategy that runs in a background thread.
 
     Args:
         lag: a plan from the counts of step t takes effect at step t + lag.
-        wait: wait for the plan that is due, instead of keeping the layouts in force; until one does
-            not come in time.
+        wait: wait for plans that are due, until one does not come in time.
         resumed: an earlier run's state to go on with; it fits these layers.
     """
 
@@ -90,11 +84,9 @@ class PlannedLayouts:
 
     @property
     def failures(self) -> int:
-        """Count the layers whose planning failed; these kept their layout."""
         return self._service.failures
 
     def observe(self, step: int, layer: int, counts_NE: Int64) -> None:
-        """Queue the counts for planning; never waits."""
         self._observed.setdefault(step, set()).add(layer)
         self._service.submit(step, layer, counts_NE)
 
@@ -119,10 +111,7 @@ class PlannedLayouts:
         return [plan.layouts[layer] for layer in self._layers]
 
     def state(self) -> tuple[tuple[SmoothedForecast, ...], tuple[Plan, ...]]:
-        """Return the layers' forecasts, and plans that are not in force yet, oldest first.
-
-        Waits for plans in the making: under `wait` as long as a step would, else a moment.
-        """
+        """Wait for plans in the making; return forecasts, and plans not in force, oldest first."""
         timeout_s = WAIT_TIMEOUT_S if self._wait else PLANS_TIMEOUT_S
         forecasts, plans, caught_up = self._service.state(timeout_s)
         if self._wait and not caught_up:
@@ -135,11 +124,10 @@ class PlannedLayouts:
         return tuple(smoothed), tuple(plans)
 
     def close(self) -> None:
-        """Stop the planner's thread; a strategy that does not return is left behind."""
         self._service.close(timeout_s=1.0)
 
     def _stop_waiting(self) -> None:
-        """Stop waiting: a planner that hangs must cost its time once, not at every step."""
+        """Stop waiting, so that a planner that hangs costs its time once and not at every step."""
         self._wait = False
         self._service.drop_late_steps()
         self._on_warning(
@@ -148,7 +136,7 @@ class PlannedLayouts:
 
 
 class ReplayedLayouts:
-    """Gets layouts from what an earlier run recorded with `LayoutRecorder`."""
+    """Layouts that `LayoutRecorder` wrote in an earlier run."""
 
     plan_ms = 0.0
     late_plans = 0
@@ -157,19 +145,15 @@ class ReplayedLayouts:
     def __init__(
         self, path: Path, geometry: Geometry, signature: RunSignature, layers: Sequence[str]
     ) -> None:
-        """Check the whole recording.
-
-        Raises:
-            ValueError: a missing or malformed file, or one of another shape, quoting the line.
-        """
+        """Check the whole recording."""
         self._recording = LayoutRecording(path, geometry, signature, layers)
         self._is_first = True
 
     def observe(self, step: int, layer: int, counts_NE: Int64) -> None:
-        """Ignore the routing: a recording does not react to it."""
+        """Ignore the counts."""
 
     def due(self, step: int) -> list[ExpertLayout] | None:
-        """Return what was recorded for this step; at first, what was in force by then."""
+        """Return the layouts recorded for this step; at first, those in force."""
         if self._is_first:
             self._is_first = False
             in_force = self._recording.newest(step)
@@ -177,5 +161,4 @@ class ReplayedLayouts:
         return self._recording.layouts(step)
 
     def close(self) -> None:
-        """Close the recording."""
         self._recording.close()

@@ -1,10 +1,11 @@
-"""The layouts in force on one rank have a version, and change at step boundaries only.
+"""`LayoutsInForce` holds the layouts of a rank's layers, which change at step boundaries only.
 
-Every rank of the group holds the same: its planner rank makes them, and one broadcast tells them.
+Every rank of the group holds the same: the planner rank broadcasts them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,42 +24,23 @@ from megatron_laer.runtime.planning.planner_checkpoint import Resumption
 from megatron_laer.runtime.planning.planner_rank import PlannerRank
 
 
+@dataclass(eq=False)
 class LayoutsInForce:
-    """Holds a layout for each MoE layer of this rank, by the layer's index.
+    """Layout of each MoE layer of this rank, by the layer's index."""
 
-    Args:
-        costs: the planner's model of a layer's time.
-        seed: of random layouts; the same on every rank.
-
-    Attributes:
-        version: counts how often the layouts changed.
-        status: of the group's planner, as of the last step boundary.
-        resumption: what was found of an earlier run's planner.
-    """
-
-    def __init__(
-        self,
-        config: FSEPConfig,
-        groups: FSEPGroups,
-        geometry: Geometry,
-        costs: CostModel,
-        *,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self.version = 0
-        self.status = PlannerStatus()
-        self.resumption = Resumption()
-        self._config = config
-        self._groups = groups
-        self._geometry = geometry
-        self._costs = costs
-        self._seed = seed
-        self._device = device
-        self._layers: list[str] = []
-        self._layouts: list[ExpertLayout] = []
-        self._step = 0
-        self._planner_rank: PlannerRank | None = None
+    config: FSEPConfig
+    groups: FSEPGroups
+    geometry: Geometry
+    costs: CostModel
+    seed: int
+    device: torch.device
+    version: int = 0
+    status: PlannerStatus = field(default_factory=PlannerStatus)
+    resumption: Resumption = field(default_factory=Resumption)
+    _layers: list[str] = field(default_factory=list)
+    _layouts: list[ExpertLayout] = field(default_factory=list)
+    _step: int = 0
+    _planner_rank: PlannerRank | None = None
 
     @property
     def layouts(self) -> tuple[ExpertLayout, ...]:
@@ -67,7 +49,7 @@ class LayoutsInForce:
 
     @property
     def mailbox(self) -> RoutingMailbox | None:
-        """Return what takes each microbatch's counts on the planner rank; elsewhere return None."""
+        """Return the mailbox of the planner rank; None on other ranks."""
         return None if self._planner_rank is None else self._planner_rank.mailbox
 
     def add_layer(self, name: str) -> None:
@@ -76,74 +58,61 @@ class LayoutsInForce:
         self._layouts.append(ExpertLayout.static(*self._shape()))
 
     def of_pass(self, layer: int, draw: int, *, training: bool) -> ExpertLayout:
-        """Return the layout that a layer's next pass is planned with.
-
-        Args:
-            draw: the number of a random layout within the step.
-        """
-        if self._config.planner == FixedPlanner.RANDOM and training:
-            seed = (self._seed, self._step, layer, draw)
+        """Return the layout that a layer's next pass is planned with."""
+        if self.config.planner == FixedPlanner.RANDOM and training:
+            seed = (self.seed, self._step, layer, draw)
             return ExpertLayout.random(*self._shape(), seed)
         return self._layouts[layer]
 
     def start(self, first_step: int) -> None:
-        """Go on from an earlier run's state, and open planner and recordings on the planner rank.
-
-        Raises:
-            ValueError: a recording that cannot be replayed or continued.
-            OSError: a recording that cannot be written.
-        """
+        """Go on from an earlier run's state; open planner and recordings on the planner rank."""
         self._go_on(first_step)
-        if self._groups.rank == 0 and self._layers:
+        if self.groups.rank == 0 and self._layers:
             self._planner_rank = PlannerRank(
-                self._config,
-                self._geometry,
-                self._costs,
+                self.config,
+                self.geometry,
+                self.costs,
                 self._layers,
                 self._layouts,
-                group_index=self._groups.index,
+                group_index=self.groups.index,
                 first_step=first_step,
                 resumed=self.resumption.state,
             )
 
     def begin_step(self, step: int, num_microbatches: int | None) -> None:
-        """Let layouts that are due take effect. Collective over the group.
+        """Put layouts into force that are due. Collective over the group.
 
-        Args:
-            num_microbatches: of this step; without it, planning starts when the step is over.
+        Without `num_microbatches`, planning starts when the step is over.
         """
         self._step = step
         if self.mailbox is not None:
             self.mailbox.begin_step(step, num_microbatches)
-        changes = self._config.makes_plans or self._config.replay_layouts is not None
+        changes = self.config.makes_plans or self.config.replay_layouts is not None
         if changes and self._layers:
             self._change(step)
 
     def end_step(self) -> None:
-        """Conclude that the step's counts are complete."""
         if self.mailbox is not None:
             self.mailbox.end_step()
 
     def save(self, directory: str, storage: Any) -> None:
-        """Write the planner's state into a checkpoint: see `planner_checkpoint.save_state`."""
-        planner_checkpoint.save_state(directory, self._groups, self._planner_state, storage)
+        planner_checkpoint.save_state(directory, self.groups, self._planner_state, storage)
 
     def resume(self, directory: str, storage: Any) -> None:
         """Go on from the planner's state in a checkpoint, if the next step is the one after it.
 
-        Where the state is missing or does not fit, planning starts from the static layout, and the
-        session says why when training begins. Collective over the group.
+        Otherwise planning starts from the static layout, and the session logs why when training
+        begins. Collective over the group.
         """
         self.resumption = planner_checkpoint.load_state(
             directory,
-            self._groups,
-            self._device,
-            lambda state: state.check_fits(self._geometry, self._layers),
+            self.groups,
+            self.device,
+            lambda state: state.check_fits(self.geometry, self._layers),
             storage,
         )
 
     def close(self) -> None:
-        """Stop the planner and close the recordings."""
         if self._planner_rank is not None:
             self._planner_rank.close()
 
@@ -154,8 +123,8 @@ class LayoutsInForce:
             PlannerStatus() if planner_rank is None else planner_rank.status,
             self._shape(),
             len(self._layers),
-            self._groups,
-            self._device,
+            self.groups,
+            self.device,
         )
         if layouts is None:
             return
@@ -178,9 +147,9 @@ class LayoutsInForce:
         self._layouts = list(state.layouts)
 
     def _planner_state(self) -> PlannerState | None:
-        """Return the planner's state between two steps, on the planner rank; else return None.
+        """Return the planner's state between two steps, once plans in the making are done.
 
-        Waits for plans in the making.
+        None on other ranks.
         """
         planned = None if self._planner_rank is None else self._planner_rank.planned()
         if planned is None:
@@ -196,5 +165,5 @@ class LayoutsInForce:
         )
 
     def _shape(self) -> tuple[int, int, int]:
-        geometry = self._geometry
+        geometry = self.geometry
         return geometry.num_ranks, geometry.capacity, geometry.num_experts

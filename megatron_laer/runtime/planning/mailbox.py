@@ -1,4 +1,4 @@
-"""The mailbox on the planner rank takes each microbatch's counts and delivers each step's sums.
+"""`RoutingMailbox` collects each microbatch's counts on the planner rank, and delivers step sums.
 
 Legend: N ranks, E experts.
 """
@@ -14,20 +14,18 @@ Planner = Callable[[int, int, Int64], None]
 
 
 class RoutingMailbox:
-    """Takes the counts of every routed microbatch; nothing that it does stops training.
+    """Counts of routed microbatches on their way to the recorder and the planner.
 
-    A recorder gets each microbatch, and a planner each layer's sum over the step, as soon as the
-    step's last microbatch of that layer is there.
+    The planner gets each layer's sum over the step with the step's last microbatch of the layer. No
+    fault here stops training.
 
     Args:
-        layers: the layers' names, by index.
-        planner: called with step, layer and int64 [N, E] tokens on each source rank for each
-            expert, which it must not change; None where nothing plans.
-        trace: where each microbatch is recorded; None records nothing. The mailbox closes it.
-        on_warning: takes a message.
+        planner: called with step, layer and int64 [N, E], tokens on each source rank for each
+            expert, which it must not change.
+        trace: the recording of each microbatch, closed here.
 
     Attributes:
-        faults: sums so far that the planner did not take.
+        faults: sums so far that the planner refused.
     """
 
     def __init__(
@@ -47,20 +45,15 @@ class RoutingMailbox:
         self._sums_NE: dict[int, Int64] = {}
 
     def begin_step(self, step: int, num_microbatches: int | None) -> None:
-        """Begin a step; sums that are not complete are dropped.
+        """Begin a step, and drop incomplete sums.
 
-        Args:
-            num_microbatches: of this step; without it, sums are complete when the step ends.
+        Without `num_microbatches`, sums are complete when the step ends.
         """
         self._step, self._num_microbatches = step, num_microbatches
         self._sums_NE.clear()
 
     def put(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
-        """Take the counts of one microbatch of a layer, by index.
-
-        Args:
-            microbatch: its number within the step, from 0, where the sum starts anew.
-        """
+        """Add the counts of a layer's microbatch; microbatch 0 starts the sum anew."""
         self._record(layer, microbatch, counts_NE)
         if self._planner is None:
             return
@@ -76,7 +69,6 @@ class RoutingMailbox:
                 self._deliver(layer)
 
     def close(self) -> None:
-        """Close the recording."""
         if self._trace is not None:
             self._trace.close()
             self._trace = None

@@ -1,8 +1,7 @@
 """A checkpoint's directory holds the planners' states, one small file per FSEP group.
 
-`planner/state.py` defines a state and its bytes. Megatron deletes the files with the checkpoint;
-what reads a checkpoint's tensors does not look at them. No fault here stops a run: it then plans
-anew, from the static layout.
+`planner/state.py` defines a state and its bytes. Megatron deletes the files with the checkpoint.
+No fault here stops a run: it then plans anew, from the static layout.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ def state_path(directory: str, group_index: int) -> str:
 
 @dataclass(frozen=True)
 class Resumption:
-    """Tells what one FSEP group found of an earlier run's planner; all of its ranks have the same.
+    """State of an earlier run's planner, the same on all ranks of an FSEP group.
 
     Attributes:
-        state: what planning goes on from; None where it starts anew, from the static layout.
-        problem: why there is no state, or not one that fits; None where none was looked for.
+        state: None where planning starts anew, from the static layout.
+        problem: why there is no fitting state; None where none was looked for.
     """
 
     state: PlannerState | None = None
@@ -50,11 +49,9 @@ class Resumption:
 def save_state(
     directory: str, groups: FSEPGroups, make_state: Callable[[], PlannerState | None], storage: Any
 ) -> None:
-    """Write this group's state, on its rank 0; elsewhere, and without a planner, do nothing.
+    """Write this group's state, on its rank 0 and with a planner.
 
     Args:
-        directory: of one checkpoint; it exists.
-        make_state: the planner's state on rank 0, or None without a planner.
         storage: an object with `open` and `os`, like Megatron's `maybe_msc`.
     """
     if groups.rank != 0:
@@ -85,10 +82,9 @@ def load_state(
     check: Callable[[PlannerState], None],
     storage: Any,
 ) -> Resumption:
-    """Read this group's state on rank 0 and tell the others. Collective over the group.
+    """Read this group's state on rank 0 and broadcast it. Collective over the group.
 
     Args:
-        directory: of the checkpoint that was loaded.
         check: raises ValueError for the state of another model.
         storage: an object with `open` and `os`, like Megatron's `maybe_msc`.
     """
@@ -113,12 +109,7 @@ def load_state(
 
 
 def report_resumption(resumption: Resumption | None, first_step: int) -> None:
-    """Log one line for the whole run, if it is a resumed one. Collective over the world.
-
-    Args:
-        resumption: on the rank 0 of a group with MoE layers; None elsewhere.
-        first_step: that training begins with.
-    """
+    """Log one line for the whole run, if it is a resumed one. Collective over the world."""
     mine: tuple[int | None, str | None] = None, None
     if resumption is not None:
         version = None if resumption.state is None else resumption.state.version
@@ -155,12 +146,7 @@ def _log_resumption(versions: list[int], problems: list[str], first_step: int) -
 
 
 def read_state(path: str, storage: Any = None) -> bytes:
-    """Read the bytes of a state's file; only their number is checked.
-
-    Raises:
-        ValueError: a file that is larger than any state.
-        OSError: it cannot be read.
-    """
+    """Read the bytes of a state's file; only their number is checked."""
     with (storage.open if storage else open)(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         if size > MAX_FILE_BYTES:

@@ -1,6 +1,6 @@
-"""Rank 0 of an FSEP group is its planner rank: it alone has the planner and the recordings.
+"""`PlannerRank` is the planner and the recordings of an FSEP group, on its rank 0.
 
-The other ranks wait for it in the next collective, so once training runs nothing here raises.
+The other ranks wait for it in the next collective, so nothing raises once training runs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from megatron_laer.config import FSEPConfig, LatePlan, flag_name
 from megatron_laer.files.checks import quoted, refuse_overwriting
@@ -35,22 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class PlannerRank:
-    """Plans, or replays a recording, and writes the recordings.
-
-    Args:
-        layers: the layers' names, by index.
-        layouts: the layers' layouts in force.
-        group_index: which of the world's FSEP groups this is; names the recordings.
-        first_step: that training begins with.
-        resumed: the planner's state from a checkpoint.
-
-    Attributes:
-        mailbox: takes the counts of each microbatch.
-
-    Raises:
-        ValueError: a recording that cannot be replayed or continued, or that another run writes.
-        OSError: one that cannot be written.
-    """
+    """Planner, or replay of a recording, and the recordings of one FSEP group."""
 
     def __init__(
         self,
@@ -65,17 +49,43 @@ class PlannerRank:
         resumed: PlannerState | None,
     ) -> None:
         self._faults = 0
+        self._source: LayoutSource | None = None
         self._recorder: LayoutRecorder | None = None
+        trace: TraceWriter | None = None
+        signature = {
+            "split": config.split.value,
+            "plan_mode": config.mode.value,
+            "imbalance_tolerance": config.imbalance_tolerance,
+        }
         with ExitStack() as opened:
-            self._source = _layout_source(
-                config, geometry, costs, layers, layouts, group_index, resumed
-            )
+            if config.replay_layouts is not None:
+                path = recording_path(config.replay_layouts, group_index)
+                self._source = ReplayedLayouts(path, geometry, signature, layers)
+            elif config.makes_plans:
+                self._source = PlannedLayouts(
+                    make_strategy(config.planner, geometry=geometry, costs=costs),
+                    layouts,
+                    lag=config.plan_lag,
+                    wait=config.late_plan == LatePlan.WAIT,
+                    on_warning=_warn,
+                    resumed=resumed,
+                )
             if self._source is not None:
                 opened.callback(self._source.close)
-            self._recorder = _layout_recorder(config, geometry, layers, group_index, first_step)
-            if self._recorder is not None:
+            if (folder := config.record_layouts) is not None:
+                path = recording_path(folder, group_index)
+                if config.replay_layouts is not None:
+                    # Files of all groups, since a link may have any name.
+                    replayed = Path(config.replay_layouts).glob(f"*{path.suffix}")
+                    refuse_overwriting(path, replayed, flag_name("record_layouts"))
+                with naming_flag("record_layouts", folder):
+                    self._recorder = LayoutRecorder(path, geometry, signature, layers, first_step)
                 opened.callback(self._recorder.close)
-            trace = _trace_writer(config, geometry, layers, group_index, first_step)
+            if (folder := config.record_trace) is not None:
+                path = trace_path(folder, group_index)
+                with naming_flag("record_trace", folder):
+                    sizes = geometry.num_ranks, geometry.num_experts
+                    trace = TraceWriter(path, *sizes, layers, first_step)
             observe = None if self._source is None else self._source.observe
             self.mailbox = RoutingMailbox(layers, observe, trace, _warn)
             opened.pop_all()  # all of them are open, and closed by `close`
@@ -90,7 +100,7 @@ class PlannerRank:
         return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, failures)
 
     def planned(self) -> tuple[tuple[SmoothedForecast, ...], tuple[Plan, ...]] | None:
-        """Return forecasts and plans in the making, waiting for them; None without a planner."""
+        """Wait for plans in the making; return forecasts and plans, or None without a planner."""
         return self._source.state() if isinstance(self._source, PlannedLayouts) else None
 
     def due(self, step: int) -> list[ExpertLayout] | None:
@@ -110,7 +120,6 @@ class PlannerRank:
             return None
 
     def applied(self, step: int, layouts: list[ExpertLayout]) -> None:
-        """Record that layouts took effect with this step."""
         if self._recorder is not None:
             try:
                 self._recorder.record(step, layouts)
@@ -118,7 +127,6 @@ class PlannerRank:
                 self._end_recording(step, error)
 
     def close(self) -> None:
-        """Stop the planner and close the recordings."""
         for part in (self._source, self._recorder, self.mailbox):
             if part is not None:
                 part.close()
@@ -132,76 +140,11 @@ class PlannerRank:
 
 @contextmanager
 def naming_flag(field_name: str, folder: str) -> Iterator[None]:
-    """Name the flag, by its field of the config, when its folder is refused."""
+    """Prefix errors about a folder with the flag of this field."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{flag_name(field_name)} {quoted(folder)}: {error}") from error
-
-
-def _layout_source(
-    config: FSEPConfig,
-    geometry: Geometry,
-    costs: CostModel,
-    layers: Sequence[str],
-    layouts: Sequence[ExpertLayout],
-    group_index: int,
-    resumed: PlannerState | None,
-) -> LayoutSource | None:
-    if config.replay_layouts is not None:
-        path = recording_path(config.replay_layouts, group_index)
-        return ReplayedLayouts(path, geometry, _run_signature(config), layers)
-    if config.makes_plans:
-        return PlannedLayouts(
-            make_strategy(config.planner, geometry=geometry, costs=costs),
-            layouts,
-            lag=config.plan_lag,
-            wait=config.late_plan == LatePlan.WAIT,
-            on_warning=_warn,
-            resumed=resumed,
-        )
-    return None
-
-
-def _layout_recorder(
-    config: FSEPConfig,
-    geometry: Geometry,
-    layers: Sequence[str],
-    group_index: int,
-    first_step: int,
-) -> LayoutRecorder | None:
-    if config.record_layouts is None:
-        return None
-    path = recording_path(config.record_layouts, group_index)
-    if config.replay_layouts is not None:
-        # Of any group, since a link may have any name.
-        replayed = Path(config.replay_layouts).glob(f"*{path.suffix}")
-        refuse_overwriting(path, replayed, flag_name("record_layouts"))
-    with naming_flag("record_layouts", config.record_layouts):
-        return LayoutRecorder(path, geometry, _run_signature(config), layers, first_step)
-
-
-def _trace_writer(
-    config: FSEPConfig,
-    geometry: Geometry,
-    layers: Sequence[str],
-    group_index: int,
-    first_step: int,
-) -> TraceWriter | None:
-    if config.record_trace is None:
-        return None
-    path = trace_path(config.record_trace, group_index)
-    with naming_flag("record_trace", config.record_trace):
-        return TraceWriter(path, geometry.num_ranks, geometry.num_experts, layers, first_step)
-
-
-def _run_signature(config: FSEPConfig) -> dict[str, Any]:
-    """Name the settings that a recording's results depend on, beside its layouts."""
-    return {
-        "split": config.split.value,
-        "plan_mode": config.mode.value,
-        "imbalance_tolerance": config.imbalance_tolerance,
-    }
 
 
 def _warn(message: str) -> None:

@@ -1,10 +1,10 @@
-"""Autograd nodes lead from a layer's slices to its restored experts, and gradients back.
+"""Autograd nodes between a layer's slices and its restored experts.
 
-Two nodes lie on the way of a layer's gradients: the backward of `Restore` receives the gradients of
-whole matrices, and the backward of a second node hands the slices' gradients to Megatron. Between
-the two, the gradients are being reduced. The reduce starts when the tokens' gradients have arrived
-(a `RunOnBackward` at the dispatch), since the backward pass waits for those. The second node is a
-`WaitForGrads`, or under a checkpoint a `WaitForGradsAfterBlock`:
+Two nodes lie on the way of a layer's gradients: the backward of `SlicesToSlots` receives the
+gradients of whole matrices, and that of a second node hands the slices' gradients to Megatron.
+Between the two, the gradients are being reduced. The reduce starts when the tokens' gradients have
+arrived (a `RunOnBackward` at the dispatch), since the backward pass waits for those. The second
+node is a `WaitForGrads`, or under a checkpoint a `WaitForGradsAfterBlock`:
 
 - Autograd runs the node that was made last first. So a `WaitForGrads` made early in forward, while
   the layer before was computing, waits only after that layer's backward.
@@ -12,8 +12,8 @@ the two, the gradients are being reduced. The reduce starts when the tokens' gra
   `WaitForGradsAfterBlock` lies on the hidden states that enter the transformer layer, so it waits
   when their gradient is there, after the attention's backward.
 
-The tensors on the edges of this graph are placeholders of the right shape without storage: weights
-and gradients themselves are held by `RestoredExperts`, whose methods the nodes call.
+The tensors on the edges of this graph are placeholders of the right shape without storage. Weights
+and gradients are held by `RestoredWeights` and `SlotGrads`, whose methods the nodes call.
 """
 
 from __future__ import annotations
@@ -36,13 +36,12 @@ def placeholder(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 @cache
 def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Make the one zero that all placeholders show; nobody reads it."""
     with torch.inference_mode(False):  # or training could not use what an evaluation made
         return torch.zeros((), dtype=dtype, device=device)
 
 
 class WaitForGrads(torch.autograd.Function):
-    """Takes slices and returns placeholders; its backward waits for the slices' gradients."""
+    """Slices to placeholders; the backward waits for the slices' gradients."""
 
     @staticmethod
     def forward(
@@ -57,7 +56,7 @@ class WaitForGrads(torch.autograd.Function):
 
 
 class WaitForGradsAfterBlock(torch.autograd.Function):
-    """Returns hidden states as they are; its backward waits for the slices' gradients."""
+    """Identity of hidden states; the backward waits for the slices' gradients."""
 
     @staticmethod
     def forward(
@@ -72,7 +71,7 @@ class WaitForGradsAfterBlock(torch.autograd.Function):
 
 
 class RunOnBackward(torch.autograd.Function):
-    """Returns tensors as they are; its backward calls `call` once all their gradients are there.
+    """Identity of tensors; the backward calls `call` once all their gradients are there.
 
     An autograd node and not a hook, since a node runs exactly once per backward, at the same place
     on every rank, also on a rank that received no token.
@@ -97,14 +96,13 @@ def run_on_backward(call: Callable[[], None], *tensors: torch.Tensor) -> tuple[t
     return tuple(next(marked) if tensor.requires_grad else tensor for tensor in tensors)
 
 
-class Restore(torch.autograd.Function):
-    """Takes slices' placeholders and returns whole matrices'; its backward has whole gradients.
+class SlicesToSlots(torch.autograd.Function):
+    """Placeholders of slices to those of whole matrices; the backward has whole gradients.
 
     Args:
         on_grads: receives the gradients `[C, R, K]`.
         shapes: of the whole matrices.
-        returns_grads: whether placeholders of the slices' gradients are passed on in backward, to
-            a `WaitForGrads`.
+        returns_grads: whether backward passes on placeholders, to a `WaitForGrads`.
     """
 
     @staticmethod

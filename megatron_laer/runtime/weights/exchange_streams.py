@@ -1,4 +1,4 @@
-"""All layers of a rank share one exchange, its two communication streams, and buffer pools."""
+"""`ExchangeStreams`: one exchange, its communication streams and buffers for all layers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ from megatron_laer.runtime.comm.streams import CommStream
 
 @dataclass(frozen=True)
 class ExchangeStreams:
-    """Holds the exchange, the communication streams it runs on, and the memory it fills.
-
-    Attributes:
-        parameters: the communication stream of restores.
-        gradients: the communication stream of reduces.
-        weights: restored matrices; as many as the schedule restores layers at once.
-        grads: gradients of restored matrices, likewise.
-    """
+    """The exchange, the communication streams it runs on, and the memory it fills."""
 
     exchange: HierarchicalExchange
     parameters: CommStream
@@ -27,6 +20,5 @@ class ExchangeStreams:
     grads: BufferPool = field(default_factory=BufferPool)
 
     def close(self) -> None:
-        """End both communication streams."""
         self.parameters.close()
         self.gradients.close()

@@ -4,34 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_laer.runtime.comm.layout_index import LayoutIndex
+import torch
+
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.layer import FsepLayer
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.slices import SlicedLayer
-from megatron_laer.runtime.weights.step_experts import StepExperts
+from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 
 
 class LayerExperts:
-    """Makes restored experts for single passes, and holds those of a step by the layer's name."""
+    """Restored experts of all layers of a rank, for single passes or held over a step."""
 
-    def __init__(self, streams: ExchangeStreams) -> None:
+    def __init__(self, streams: ExchangeStreams, device: torch.device, *, holds_step: bool) -> None:
+        self.holds_step = holds_step
         self._streams = streams
+        self._device = device
+        self._indexes: dict[str, LayoutIndex] = {}
         self._of_step: dict[str, StepExperts] = {}
 
-    def of_pass(self, layer: SlicedLayer, index: LayoutIndex, *, training: bool) -> RestoredExperts:
+    def of_pass(self, layer: FsepLayer, layout: ExpertLayout, *, training: bool) -> RestoredExperts:
         """Return the experts of a layer's next pass, restored under this layout if need be."""
+        index = self._index(layer, layout)
         if training and layer.name in self._of_step:
-            return self._of_step[layer.name]
-        return RestoredExperts(layer.name, layer.slices, index, self._streams)
+            return self._of_step[layer.name].experts
+        return RestoredExperts.for_pass(layer.name, layer.slices, index, self._streams)
+
+    def change(self, experts: RestoredExperts, layout: ExpertLayout) -> None:
+        """Restore a pass's experts under a layout made for this pass."""
+        experts.weights.change(layout_index(layout, self._device))
 
     def begin_step(
-        self, indexes: Sequence[tuple[SlicedLayer, LayoutIndex]], num_microbatches: int | None
+        self, layouts: Sequence[tuple[FsepLayer, ExpertLayout]], num_microbatches: int | None
     ) -> None:
-        """Begin a step over which every layer's experts are held, under these layouts.
-
-        Raises:
-            ValueError: the number of microbatches is not known, or slices have no main gradients.
-        """
+        """Upload index tensors of layers with known layouts, and begin to hold their experts."""
+        indexes = [(layer, self._index(layer, layout)) for layer, layout in layouts]
+        for _, index in indexes:
+            self._streams.exchange.prepare_restore(index)
+            self._streams.exchange.prepare_reduce(index)
+        if not self.holds_step:
+            return
         if num_microbatches is None:
             raise ValueError(
                 "--fsep-restore step must know the microbatches of a step: give "
@@ -47,5 +60,16 @@ class LayerExperts:
 
     def end_step(self, *, weights_changed: bool) -> None:
         """End the step; experts that are held must be restored anew once weights changed."""
-        for experts in self._of_step.values():
-            experts.end_step(weights_changed=weights_changed)
+        for held in self._of_step.values():
+            held.end_step(weights_changed=weights_changed)
+
+    def memory_held(self, layers: Sequence[FsepLayer], capacity: int) -> str | None:
+        """Describe the memory of experts held over a step, if they are."""
+        slices = [layer.slices for layer in layers]
+        return memory_held(slices, capacity) if self.holds_step else None
+
+    def _index(self, layer: FsepLayer, layout: ExpertLayout) -> LayoutIndex:
+        index = self._indexes.get(layer.name)
+        if index is None or index.layout != layout:
+            index = self._indexes[layer.name] = layout_index(layout, self._device)
+        return index

@@ -1,4 +1,4 @@
-"""Restored experts have states, and this file says which may follow which.
+"""States of restored experts, and their transitions.
 
 Weights and gradients have a state each: with `--fsep-restore step` the weights stay restored while
 the gradients of one microbatch after the other come and go.
@@ -11,7 +11,7 @@ from enum import Enum
 
 
 class WeightState(Enum):
-    """Says where a layer's whole weights are."""
+    """Location of a layer's whole weights."""
 
     SHARDED = "nowhere: each rank has its slices, and no memory is taken"
     RESTORING = "on their way"
@@ -19,7 +19,7 @@ class WeightState(Enum):
 
 
 class GradState(Enum):
-    """Says where the gradients of a layer's whole weights are."""
+    """Location of the gradients of a layer's whole weights."""
 
     NONE = "not computed yet, or already handed over to the slices' parameters"
     DEFERRED = "computed, and kept until the tokens' gradients have arrived"
@@ -41,7 +41,7 @@ _FOLLOWING: dict[WeightState | GradState, set[WeightState] | set[GradState]] = {
 
 @dataclass
 class ExpertsState:
-    """Holds the present states of a layer's experts, which only `RestoredExperts` changes."""
+    """Present states of a layer's experts."""
 
     name: str
     weights: WeightState = WeightState.SHARDED

@@ -3,7 +3,7 @@
 With M microbatches the layer's exchanges fall from 3·M to 2. In return a rank holds the restored
 matrices of every layer, and float32 sums of their gradients, as long as the step runs.
 
-Legend: E experts, C slots per rank, R rows of a matrix, r rows of this rank's slice, K columns.
+Legend: C slots per rank, R rows of a matrix, K columns.
 """
 
 from __future__ import annotations
@@ -14,19 +14,62 @@ import torch
 
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.slices import Slices
+from megatron_laer.runtime.weights.restored_weights import RestoredWeights
+from megatron_laer.runtime.weights.slot_grads import SlotGrads
 from megatron_laer.runtime.weights.states import GradState
 
 
-class StepExperts(RestoredExperts):
-    """Holds one layer's restored experts, shared by the microbatches of a step, and by steps.
+class StepGrads(SlotGrads):
+    """Sums of one layer's gradients over the passes of a step, reduced after the last one."""
+
+    def __init__(self, weights: RestoredWeights, streams: ExchangeStreams) -> None:
+        super().__init__(weights, streams)
+        self._pool = streams.grads
+        self._num_passes = self._left = 0
+        self._sums_CRK: list[torch.Tensor] = []
+
+    def begin_step(self, num_passes: int) -> None:
+        """Begin a step with this many passes through the layer, of all microbatches."""
+        self._num_passes = self._left = num_passes
+
+    def start_reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
+        """Add a pass's gradients; send the sum with the last one. Collective then."""
+        if not self._sums_CRK:
+            self._sums_CRK = [
+                self._pool.take(tuple(grad.shape), torch.float32, grad.device).copy_(grad)
+                for grad in grads_CRK
+            ]
+        else:
+            for sum_CRK, grad_CRK in zip(self._sums_CRK, grads_CRK, strict=True):
+                sum_CRK.add_(grad_CRK)
+        self.state.enter(GradState.SUMMED)
+        self.free()
+        self._left -= 1
+        if self._left == 0:
+            super().start_reduce(self._sums_CRK)
+            self._left = self._num_passes  # Megatron's rerun state machine repeats steps
+
+    def finish_reduce(self) -> tuple[torch.Tensor, ...]:
+        """Return dummy gradients; wait for the main gradients if the sum is being reduced.
+
+        Another pass of the same microbatch may have begun or ended its backward before.
+        """
+        if self.state.grads is not GradState.REDUCING:
+            return tuple(map(self.slices.main_grads.mark_added, self.slices.trained))
+        handed_over = super().finish_reduce()
+        for sum_CRK in self._sums_CRK:
+            self._pool.put_back(sum_CRK)
+        self._sums_CRK = []
+        return handed_over
+
+
+class StepExperts:
+    """One layer's restored experts, shared by the microbatches of a step, and by steps.
 
     Needs Megatron's main gradients: through a bfloat16 parameter's `grad` the sum of a step would
     be rounded, on more than the wire between nodes.
-
-    Raises:
-        ValueError: slices without main gradients.
     """
 
     def __init__(
@@ -38,64 +81,30 @@ class StepExperts(RestoredExperts):
                 "these parameters have none; wrap the model in Megatron's DistributedDataParallel, "
                 "or take --fsep-restore layer"
             )
-        super().__init__(name, slices, index, streams)
-        self._num_passes = self._left = 0
-        self._sums_CRK: list[torch.Tensor] = []
+        weights = RestoredWeights(name, slices, index, streams, keeps=True)
+        self._grads = StepGrads(weights, streams)
+        self.experts = RestoredExperts(weights, self._grads, streams)
 
     def begin_step(self, index: LayoutIndex, num_passes: int) -> None:
         """Begin another step, perhaps under another layout.
 
-        What an earlier step left because its weights did not change is used again: of it, only
-        slots that differ are fetched.
+        Weights that the step before left unchanged are used again: only slots that differ are
+        fetched.
 
         Args:
             num_passes: through the layer, of all microbatches.
         """
-        self.change(index)
-        self._num_passes = self._left = num_passes
+        self.experts.weights.change(index)
+        self._grads.begin_step(num_passes)
 
     def end_step(self, *, weights_changed: bool) -> None:
-        """End the step; what was restored is of no use any more once weights changed."""
+        """End the step; restored weights are outdated once weights changed."""
         if weights_changed:
-            self._free_weights()
-
-    def start_reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
-        """Add a pass's gradients; send the sum with the last one. Collective then."""
-        if not self._sums_CRK:
-            pool = self._streams.grads
-            self._sums_CRK = [
-                pool.take(tuple(grad.shape), torch.float32, grad.device).copy_(grad)
-                for grad in grads_CRK
-            ]
-        else:
-            for sum_CRK, grad_CRK in zip(self._sums_CRK, grads_CRK, strict=True):
-                sum_CRK.add_(grad_CRK)
-        self.state.enter(GradState.SUMMED)
-        self._free_grads()
-        self._left -= 1
-        if self._left == 0:
-            super().start_reduce(self._sums_CRK)
-            self._left = self._num_passes  # Megatron's rerun state machine repeats steps
-
-    def finish_reduce(self) -> tuple[torch.Tensor, ...]:
-        """Return dummy gradients; while the sum is on its way, wait until main gradients have it.
-
-        Another pass of the same microbatch may have begun its backward, or ended it, by then.
-        """
-        if self.state.grads is not GradState.REDUCING:
-            return tuple(map(self._slices.main_grads.mark_added, self._slices.trained))
-        handed_over = super().finish_reduce()
-        for sum_CRK in self._sums_CRK:
-            self._streams.grads.put_back(sum_CRK)
-        self._sums_CRK = []
-        return handed_over
-
-    def _weights_used(self) -> None:
-        """Keep the weights: other microbatches of the step use them too."""
+            self.experts.weights.free()
 
 
 def memory_held(layers: Sequence[Slices], capacity: int) -> str:
-    """Say how much memory it takes on one rank to hold these layers' experts over a step."""
+    """Describe the memory that one rank needs to hold these layers' experts over a step."""
     matrices = [
         (capacity * rows * columns, parameter)
         for layer in layers

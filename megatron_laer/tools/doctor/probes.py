@@ -105,7 +105,7 @@ def megatron(_: str) -> Answer:
     """Describe Megatron: version and folder, what is wrong with the version, and dataset helper."""
     import megatron.core.datasets
 
-    from megatron_laer.plugin import versions
+    from megatron_laer import megatron_version as versions
     from megatron_laer.releases import TESTED
 
     datasets = Path(next(iter(megatron.core.datasets.__path__)))

@@ -1,4 +1,4 @@
-"""A GEMM back end multiplies the tokens of a rank's slots; here it has its interface and name.
+"""Interface and names of GEMM back ends, which multiply the tokens of a rank's slots.
 
 A back end is a module of this folder with an object `GEMM` that has the methods of `SlotGemm`; the
 module's name is the back end's. It computes and does nothing else: the weights, the gradient's
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # in this package, `torch` is the back end of that name
 
 
 class SlotGemm(Protocol):
-    """Multiplies the tokens of each slot, which lie in a row, with the slot's own matrix.
+    """Product of the tokens of each slot, which lie in a row, with the slot's own matrix.
 
     In all methods `tokens_C` has the number of tokens of each slot, on the host, and zeros among
     them; their sum is T. A result is written by the time the current stream gets there.
@@ -30,18 +30,13 @@ class SlotGemm(Protocol):
     def problem(
         self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
     ) -> str | None:
-        """Say why this back end cannot compute there, and what would; None if it can.
-
-        Args:
-            dtype: of the weights and tokens.
-            sizes: of features, R and K of every matrix.
-        """
+        """Return why this back end cannot compute there, with a way out; None if it can."""
         ...
 
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
-        """Return the output `[T, R]`, as `F.linear` of each slot's tokens gives it."""
+        """Return the output `[T, R]`, as `F.linear` of each slot's tokens."""
         ...
 
     def input_grad(
@@ -63,14 +58,12 @@ class SlotGemm(Protocol):
 
         Args:
             out_CRK: contiguous, in the tokens' dtype, or in float32, to which nothing is rounded.
-            accumulate: whether the gradients are added to `out_CRK`; its content before counts for
-                nothing otherwise.
+            accumulate: add to `out_CRK`, instead of overwriting it.
         """
         ...
 
 
 def gemm_names() -> list[str]:
-    """Return the names of all back ends."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
@@ -83,11 +76,7 @@ def gemm_in_force(asked: GemmBackEnd) -> GemmBackEnd:
 
 
 def slot_gemm(name: str) -> SlotGemm:
-    """Return the back end of this name; no other one is imported.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
+    """Return the back end of this name; no other one is imported."""
     if name not in gemm_names():
         raise ValueError(f"{name!r} is no GEMM back end; take one of: {', '.join(gemm_names())}")
     back_end: SlotGemm = importlib.import_module(f"{__name__}.{name}").GEMM
@@ -97,10 +86,6 @@ def slot_gemm(name: str) -> SlotGemm:
 def check_gemm(
     name: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
 ) -> None:
-    """Refuse a back end that cannot compute with this: see `SlotGemm.problem`.
-
-    Raises:
-        ValueError: what is in its way, and what would work.
-    """
+    """Refuse a back end that cannot compute with this: see `SlotGemm.problem`."""
     if (problem := slot_gemm(name).problem(device, dtype, sizes)) is not None:
         raise ValueError(f"--fsep-gemm {name}: {problem}")

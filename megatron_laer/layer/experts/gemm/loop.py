@@ -17,18 +17,16 @@ from megatron_laer.layer.experts.gemm import SlotGemm
 
 
 class Loop:
-    """Implements `SlotGemm`; every product is written where it belongs, so nothing is stacked."""
+    """`SlotGemm` that writes every product where it belongs, so that nothing is stacked."""
 
     def problem(
         self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
     ) -> str | None:
-        """Return None: it computes everywhere."""
         return None
 
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
-        """Return the output, as `SlotGemm` says."""
         output_TR = input_TK.new_empty(input_TK.shape[0], weight_CRK.shape[1])
 
         def multiply(slot: int, rows: slice) -> None:
@@ -40,7 +38,6 @@ class Loop:
     def input_grad(
         self, grad_TR: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
-        """Return the gradient of the input, as `SlotGemm` says."""
         grad_TK = grad_TR.new_empty(grad_TR.shape[0], weight_CRK.shape[2])
 
         def multiply(slot: int, rows: slice) -> None:
@@ -58,15 +55,12 @@ class Loop:
         *,
         accumulate: bool = False,
     ) -> None:
-        """Write or add the gradients of the weights, as `SlotGemm` says."""
-
         def multiply(slot: int, rows: slice) -> None:
             _write_product(grad_TR[rows].t(), input_TK[rows], out_CRK[slot], accumulate)
 
         self._for_each(tokens_C, multiply)
 
     def _for_each(self, tokens_C: Sequence[int], multiply: Callable[[int, slice], None]) -> None:
-        """Call `multiply` for every slot, with the rows of its tokens."""
         for slot, rows in spans(tokens_C):
             multiply(slot, rows)
 

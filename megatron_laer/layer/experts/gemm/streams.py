@@ -17,10 +17,10 @@ _STREAMS = 4  # as many as Transformer Engine's grouped GEMM has
 
 
 class _Streams(Loop):
-    """Gives the slots to the streams in turn.
+    """`SlotGemm` with the slots on several streams in turn.
 
-    The compute stream waits for all of them before it goes on. So memory that is freed on it
-    afterwards is not in use any more, and no tensor needs to be recorded on the other streams.
+    The compute stream waits for all of them before it goes on. So no tensor needs to be recorded on
+    the other streams.
     """
 
     def problem(

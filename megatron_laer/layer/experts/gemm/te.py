@@ -31,7 +31,7 @@ KNOWN = "2.11 to 2.20"
 
 
 class _TransformerEngine:
-    """Implements `SlotGemm`; the function is column-major, so that weights come before tokens."""
+    """`SlotGemm` by a column-major function, so that weights come before tokens."""
 
     def problem(
         self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()

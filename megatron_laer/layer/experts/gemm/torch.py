@@ -30,7 +30,7 @@ _KEPT = 64  # uploaded offsets; a microbatch's four products ask for the same on
 
 
 class _Torch(Loop):
-    """Implements `SlotGemm` by one call for all slots, but for weight gradients."""
+    """`SlotGemm` by one call for all slots, except for weight gradients."""
 
     def problem(
         self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
@@ -91,7 +91,6 @@ def _ends(tokens_C: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 def _grouped_mm() -> Any:
-    """Return torch's function; None where this torch has none."""
     return getattr(torch.nn.functional, "grouped_mm", None)
 
 

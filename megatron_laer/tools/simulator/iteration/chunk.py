@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_laer.schedule import Schedule, SchedulePoint, Target
+from megatron_laer.schedule import Schedule
 from megatron_laer.tools.simulator.iteration.clocks import GRADIENTS, PARAMETERS, Clocks, Seconds
 
 
@@ -82,7 +82,7 @@ def forward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) ->
             label = f"restore {layer.name}"
             restored_s[number] = clocks.exchange(PARAMETERS, layer.moe.restore_s, label)
 
-    if schedule.target(SchedulePoint.CHUNK_FORWARD) is Target.FIRST:
+    if schedule.restores_first:
         restore(0)
     for place, layer in enumerate(layers):
         clocks.gathered_s += layer.gather_s
@@ -94,13 +94,13 @@ def forward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) ->
         number = with_experts.index(place)
         _gate(clocks, layer.moe)
         changed_s = 0.0
-        if schedule.restores and schedule.target(SchedulePoint.CHUNK_FORWARD) is None:
+        if schedule.restores_last and not schedule.restores_first:
             restore(number)  # its layout is known only now
         if layer.moe.change_s is not None:
             changed_s = clocks.exchange(PARAMETERS, layer.moe.change_s, f"change {layer.name}")
         _tokens(clocks, layer.moe, f"dispatch {layer.name}")
         restore(number)  # unless a rule has started it
-        if schedule.target(SchedulePoint.DISPATCHED) is Target.NEXT:
+        if schedule.restores_next:
             restore(number + 1)
         ready_s = max(restored_s.get(number, 0.0), changed_s)
         clocks.wait("restore", ready_s, f"wait: restore {layer.name}")
@@ -129,7 +129,7 @@ def backward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -
             clocks.wait("reduce", reducing[0], f"wait: reduce {reducing[1]}")
             reducing = None
 
-    if schedule.target(SchedulePoint.CHUNK_BACKWARD) is Target.LAST:
+    if schedule.restores_last:
         restore(len(with_experts) - 1)
     for place in reversed(range(len(layers))):
         layer = layers[place]
@@ -147,7 +147,7 @@ def backward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -
                 _tokens(clocks, moe, f"combine {layer.name}, again")
             _tokens(clocks, moe, f"combine {layer.name}, backward")
             restore(number)
-            if schedule.target(SchedulePoint.COMBINE_GRADIENT) is Target.PREVIOUS:
+            if schedule.restores_previous:
                 restore(number - 1)
             clocks.wait("restore", restored_s.get(number, 0.0), f"wait: restore {layer.name}")
             clocks.work("experts", moe.backward_N, "compute", f"experts {layer.name}, backward")

@@ -58,7 +58,7 @@ def run_iteration(
             run.ranks,
             run.node_size,
             contention=contention.gemm - 1.0,
-            stretch=contention.exchange if method.schedule.restores else 1.0,
+            stretch=contention.exchange if method.schedule.restores_ahead else 1.0,
             one_stream=method.one_stream,
             record=None if record is None else record(stage),
         )

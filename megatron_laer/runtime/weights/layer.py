@@ -1,15 +1,13 @@
-"""`Slices` is what exchanges see of a layer's parameters: a slice of every expert, per matrix.
+"""`FsepLayer` describes a MoE layer as built: names, sizes and this rank's slices of its experts.
 
-A bias is a matrix of one column to them, though the parameter is flat.
-
-How slices are initialised and saved is not here (`layer/experts/slices.py`).
+Initialising and saving slices is in `layer/experts/slices.py`.
 
 Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,52 +15,27 @@ import torch
 
 
 class MainGrads(Protocol):
-    """Knows the gradients that a training framework keeps beside parameters, in its own buffers."""
+    """Access to the gradients that a training framework keeps in buffers of its own."""
 
     def kept_for(self, parameters: Sequence[torch.nn.Parameter]) -> bool:
-        """Tell whether the framework keeps such gradients for all of these parameters."""
+        """Return whether the framework keeps such gradients for all of these parameters."""
         ...
 
-    def of(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """Return what the framework keeps for a parameter, to which gradients are added."""
-        ...
+    def of(self, parameter: torch.nn.Parameter) -> torch.Tensor: ...
 
     def mark_added(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """Tell the framework that a gradient was added.
-
-        Returns:
-            A dummy gradient, for autograd.
-        """
-        ...
-
-
-class SlicedLayer(Protocol):
-    """Is a layer as far as its weights go."""
-
-    @property
-    def name(self) -> str:
-        """Return the layer's name."""
-        ...
-
-    @property
-    def slices(self) -> Slices:
-        """Return the layer's slices, as exchanges see them."""
-        ...
-
-    @property
-    def passes(self) -> int:
-        """Return how many passes each microbatch makes through the layer."""
+        """Mark a parameter's gradient as added, and return a dummy gradient for autograd."""
         ...
 
 
 @dataclass(frozen=True)
 class Slices:
-    """Holds a rank's slices of a layer's experts.
+    """A rank's slices of a layer's experts, as exchanges see them: a bias is a matrix with K = 1.
 
     Attributes:
         parameters: `[E, r, K]` for each matrix, `[E·r]` for each bias.
         rows: R of each matrix.
-        main_grads: knows where the parameters' gradients are accumulated.
+        main_grads: where the parameters' gradients are accumulated.
     """
 
     parameters: tuple[torch.nn.Parameter, ...]
@@ -87,15 +60,39 @@ class Slices:
 
     @property
     def trained_at(self) -> tuple[int, ...]:
-        """Return the positions of the matrices that are trained; the others are frozen."""
+        """Return the positions of the trained matrices; the others are frozen."""
         return tuple(at for at, part in enumerate(self.parameters) if part.requires_grad)
 
     @property
     def trained(self) -> tuple[torch.nn.Parameter, ...]:
-        """Return the parameters that are trained, of which alone there are gradients."""
         return tuple(self.parameters[at] for at in self.trained_at)
 
     @property
     def have_main_grads(self) -> bool:
         """Whether gradients are added to main gradients, and not returned to autograd."""
         return self.main_grads.kept_for(self.trained)
+
+
+@dataclass(eq=False)
+class FsepLayer:
+    """Description of one MoE layer on this rank, which training does not change.
+
+    Attributes:
+        index: among the layers of this rank, from 0.
+        name: "layer 3" or "mtp 1", counted over the whole model from 1.
+        number: the 3 of "layer 3".
+        recomputes: whether the MoE layer is a checkpoint of its own.
+        passes: of each microbatch through the layer; several where Megatron repeats it.
+        what_changed: describes changes to the experts since they were built, if there are any.
+        on_step_end: called when a training step is over.
+    """
+
+    index: int
+    name: str
+    number: int
+    is_mtp: bool
+    slices: Slices
+    recomputes: bool
+    passes: int
+    what_changed: Callable[[], str | None]
+    on_step_end: Callable[[], None]

@@ -1,0 +1,162 @@
+"""`MicrobatchPlanner` plans each forward pass of a layer on one rank, from all ranks' counts.
+
+Legend: N ranks, E experts, T tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from megatron_laer.arrays import Int64
+from megatron_laer.planner.guard import Decision
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.runtime.comm.collectives import (
+    CountsExchange,
+    TokenSizesExchange,
+    decision_digest,
+)
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.layer_state import LayerState
+from megatron_laer.runtime.measurements import Measurements
+from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
+from megatron_laer.runtime.planning.pass_layouts import PassLayouts
+from megatron_laer.runtime.scheduler import Scheduler
+from megatron_laer.runtime.weights.layer_experts import LayerExperts
+from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.telemetry.statistics import Sample
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class MicrobatchPlanner:
+    """Planner of the passes of one rank's layers.
+
+    Attributes:
+        token_sizes: the exchange of row numbers, where tokens go through nodes.
+        follows_steps: the settings ask for something that happens at step boundaries only.
+        in_steps: whether the first step has begun.
+    """
+
+    groups: FSEPGroups
+    device: torch.device
+    layouts: LayoutsInForce
+    pass_layouts: PassLayouts
+    experts: LayerExperts
+    scheduler: Scheduler
+    measurements: Measurements
+    token_sizes: TokenSizesExchange | None
+    follows_steps: bool
+    in_steps: bool = False
+    _last_decision: int = 0
+
+    def __post_init__(self) -> None:
+        self._counts = CountsExchange(self.groups, self.device)
+        self._warns = self.follows_steps
+
+    def tag(self, layer: LayerState, layout: ExpertLayout) -> torch.Tensor:
+        """Return the tag that goes with a layer's counts, on the device."""
+        return layer.tag(self.layouts.version, layout, self.device)
+
+    def start(
+        self,
+        layer: LayerState,
+        routing_map_TE: torch.Tensor,
+        *,
+        training: bool,
+        has_rerun: bool = True,
+    ) -> Callable[[], MicrobatchPlan]:
+        """Start to plan this forward pass. Collective, except in the re-run of a checkpoint.
+
+        A pass without gradients while training is the first one under a checkpoint: its plan is
+        kept for the re-run, which exchanges nothing, decides nothing and records nothing.
+        Evaluation leaves no trace.
+
+        Args:
+            routing_map_TE: bool [T, E], the router's choice.
+            has_rerun: false where the layer is a checkpoint whose input needs no gradient.
+
+        Returns:
+            A function that waits for all ranks' counts and plans. Call it before the next plan is
+            started, once the work that the device can do meanwhile is enqueued.
+        """
+        assert not torch.cuda.is_current_stream_capturing(), (
+            "a CUDA graph is being captured where a microbatch is planned: layouts and split sizes "
+            "are decided on the host, which a graph cannot record; give --cuda-graph-impl none"
+        )
+        if training and (plan := layer.reruns.take()) is not None:
+            return lambda: plan
+        if training and not self.in_steps:
+            self._warn_without_steps()
+        restored = self.scheduler.enter(layer, training)
+        read_counts = self._counts.start(
+            routing_map_TE.sum(dim=0),
+            self.tag(layer, restored.index.layout),
+            self._last_decision,
+            layer.name,
+        )
+        if not has_rerun:
+            restored.expect_no_backward()
+        rerun_map_TE = routing_map_TE if has_rerun else None
+        return partial(self._plan, layer, restored, read_counts, rerun_map_TE, training=training)
+
+    def _plan(
+        self,
+        layer: LayerState,
+        restored: RestoredExperts,
+        read_counts: Callable[[], Int64],
+        rerun_map_TE: torch.Tensor | None,
+        *,
+        training: bool,
+    ) -> MicrobatchPlan:
+        counts_NE = read_counts()
+        start_s = time.perf_counter()
+        decision = self.pass_layouts.decide(
+            layer.next_pass(training=training), counts_NE, restored.index.layout
+        )
+        self._last_decision = decision_digest(decision.layout, solved=decision.solved)
+        decide_s = time.perf_counter() - start_s
+        if decision.replanned:
+            self.experts.change(restored, decision.layout)
+        self.scheduler.decided(layer, restored)
+        plan = MicrobatchPlan(restored=restored, quotas=decision.rank_quotas)
+        if training:
+            self._note(layer, counts_NE, decision, decide_s)
+            if rerun_map_TE is not None and not torch.is_grad_enabled():
+                layer.reruns.keep(plan.for_rerun(rerun_map_TE))
+        return plan
+
+    def _note(
+        self, layer: LayerState, counts_NE: Int64, decision: Decision, decide_s: float
+    ) -> None:
+        """Count a pass; on the planner rank, also pass it to the planner and the metrics."""
+        microbatch = layer.count_pass(counts_NE)
+        if self.layouts.mailbox is not None:
+            sample = Sample(decision, decide_s)
+            layer.statistics.add_sample(sample)
+            self.measurements.add(layer.index, sample)
+            if microbatch is not None:
+                self.layouts.mailbox.put(layer.index, *microbatch)
+
+    def _warn_without_steps(self) -> None:
+        """Warn once that training goes on without steps: a backward pass preceded this forward.
+
+        Evaluation has no backward pass, and a trial of a model has a single one.
+        """
+        if not self._warns or not self.scheduler.backward_has_run:
+            return
+        self._warns = False
+        if self.groups.rank == 0 and self.groups.index == 0:  # it is so for all of them
+            logger.warning(
+                "FSEP: training goes on without steps, so layouts stay as they are, nothing is "
+                "planned, replayed or recorded, and experts are restored layer by layer: enter "
+                "`with megatron_laer.training_step(step, num_microbatches, model):` around the "
+                "forward and backward passes and the optimizer's step, on every rank"
+            )

@@ -1,0 +1,80 @@
+"""`PassLayouts` gives each pass of a layer its layout before the gate, and decides after it.
+
+A plan mode is one such object: this one for `forecast`, `exact` and `adaptive`, which differ in the
+guard's choice after the gate, and `announced_layouts` for the fourth.
+
+Legend: N ranks, E experts, M microbatches, L layers, T tokens, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_laer.arrays import Int64
+from megatron_laer.planner.guard import Decision, Guard
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
+
+# Returns the experts that routers are set to choose in the next forward pass of a chunk, int [T, K]
+# for each layer, or None where they choose by themselves.
+Replayed = Callable[[], Sequence[torch.Tensor] | None]
+
+
+@dataclass(frozen=True)
+class LayerPass:
+    """One forward pass of a layer.
+
+    Attributes:
+        number: of the pass among the layer's passes of the step, from 0.
+        microbatch: within the step, from 0.
+    """
+
+    layer: int
+    number: int
+    microbatch: int
+    training: bool
+
+
+@dataclass(eq=False)
+class PassLayouts:
+    """Layouts in force, each kept or replaced after the gate.
+
+    Attributes:
+        one_per_step: all passes of a layer in one step have the same layout, also a random one.
+        misses: passes whose routing was not the announced one; None where nothing is announced.
+    """
+
+    guard: Guard
+    in_force: LayoutsInForce
+    groups: FSEPGroups
+    one_per_step: bool
+    misses: int | None = None
+
+    def begin_step(
+        self, step: int, num_microbatches: int | None, num_layers: int, *, replays: bool
+    ) -> int | None:
+        """Begin a step, and return its number of microbatches, if that is known now."""
+        return num_microbatches
+
+    def known(self, passes: Sequence[LayerPass]) -> dict[int, ExpertLayout]:
+        """Return the layouts that are known when the step of these passes begins, by layer."""
+        return {each.layer: self.layout_for(each) for each in passes}
+
+    def begin_forward(self, passes: Sequence[LayerPass], replayed: Replayed | None) -> None:
+        """Begin the training forward of a chunk with these passes."""
+
+    def layout_for(self, layer_pass: LayerPass) -> ExpertLayout:
+        """Return the layout that a pass is planned with."""
+        draw = 0 if self.one_per_step else layer_pass.number
+        return self.in_force.of_pass(layer_pass.layer, draw, training=layer_pass.training)
+
+    def decide(self, layer_pass: LayerPass, counts_NE: Int64, planned: ExpertLayout) -> Decision:
+        """Decide on the layout and quotas of a pass, by its counts."""
+        return self.guard.decide(counts_NE, planned, self.groups.rank)
+
+    def close(self) -> None:
+        """Release resources."""

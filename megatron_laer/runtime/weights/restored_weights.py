@@ -1,0 +1,153 @@
+"""`RestoredWeights` holds the whole matrices of one layer's slots while something uses them.
+
+Memory of whole weights is taken and returned here alone.
+
+Legend: E experts, C slots per rank, R rows of a matrix, r rows of this rank's slice, K columns.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from megatron_laer.runtime.comm.exchange import ReusableWeights
+from megatron_laer.runtime.comm.layout_index import LayoutIndex
+from megatron_laer.runtime.comm.streams import Pending
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.layer import Slices
+from megatron_laer.runtime.weights.states import ExpertsState, WeightState
+from megatron_laer.telemetry.trace_events import Activity, Kind
+
+
+class RestoredWeights:
+    """Matrices `[C, R, K]` of one layer's slots.
+
+    Args:
+        keeps: weights stay after each use, until `free`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        slices: Slices,
+        index: LayoutIndex,
+        streams: ExchangeStreams,
+        *,
+        keeps: bool = False,
+    ) -> None:
+        self.index = index
+        self.state = ExpertsState(name)
+        self.slices = slices
+        self._name = name
+        self._streams = streams
+        self._keeps = keeps
+        self._matrices: tuple[Pending, ...] = ()
+        self._heir: RestoredWeights | None = None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Return [C, R, K] of each matrix."""
+        capacity = self.index.layout.capacity
+        return tuple(
+            (capacity, rows, columns)
+            for rows, columns in zip(self.slices.rows, self.slices.columns, strict=True)
+        )
+
+    def start_restore(self) -> None:
+        """Start to fetch the slots' experts, unless that has begun. Collective over the group."""
+        if self.state.weights is not WeightState.SHARDED:
+            return
+        self.state.enter(WeightState.RESTORING)
+        exchange, pool = self._streams.exchange, self._streams.weights
+        exchange.prepare_restore(self.index)
+        self._matrices = tuple(
+            self._streams.parameters.submit(
+                # The slices as they are now: they change between steps only.
+                partial(
+                    exchange.restore,
+                    slice_ErK,
+                    self.index,
+                    rows,
+                    out=pool.take(shape, slice_ErK.dtype, slice_ErK.device),
+                ),
+                Activity(Kind.RESTORE, self._name),
+            )
+            for slice_ErK, rows, shape in zip(
+                self._values(), self.slices.rows, self.shapes, strict=True
+            )
+        )
+        exchange.count.restores += 1
+
+    def change(self, index: LayoutIndex) -> None:
+        """Follow another layout; only slots that differ are fetched again.
+
+        Collective over the group if `start_restore` was.
+        """
+        before, self.index = self.index, index
+        if self.state.weights is WeightState.SHARDED or index is before:
+            return
+        self.state.enter(WeightState.RESTORING)
+        self._streams.exchange.prepare_restore(index, before)
+        self._matrices = tuple(
+            self._streams.parameters.submit(
+                partial(self._update, slice_ErK, index, rows, before, pending),
+                Activity(Kind.CHANGE, self._name),
+            )
+            for slice_ErK, rows, pending in zip(
+                self._values(), self.slices.rows, self._matrices, strict=True
+            )
+        )
+        self._streams.exchange.count.changes += 1
+
+    def matrix(self, position: int) -> torch.Tensor:
+        """Wait for the `position`-th matrix of every slot, and return it."""
+        self.start_restore()
+        matrix_CRK = self._matrices[position].wait()
+        if self.state.weights is WeightState.RESTORING:
+            self.state.enter(WeightState.RESTORED)
+        return matrix_CRK
+
+    def hand_on(self, following: RestoredWeights) -> None:
+        """Hand the weights on to the layer's following pass when this one has used them."""
+        self._heir = following
+
+    def used(self) -> None:
+        """Hand on or free the weights after a forward or backward pass."""
+        if self._keeps:
+            return
+        heir, self._heir = self._heir, None
+        if heir is not None and heir.state.weights is WeightState.SHARDED:
+            heir._take_over(self)
+        self.free()
+
+    def free(self) -> None:
+        """Return the memory of the weights, after their restore is over."""
+        if self.state.weights is not WeightState.SHARDED:
+            for pending in self._matrices:
+                self._streams.weights.put_back(pending.wait())
+            self._matrices = ()
+            self.state.enter(WeightState.SHARDED)
+
+    def _take_over(self, other: RestoredWeights) -> None:
+        """Receive the other pass's weights. Collective over the group if the layouts differ."""
+        other.state.enter(WeightState.SHARDED)
+        self._matrices, other._matrices = other._matrices, ()
+        self.state.enter(WeightState.RESTORING)
+        index, self.index = self.index, other.index
+        self.change(index)
+
+    def _values(self) -> tuple[torch.Tensor, ...]:
+        return self.slices.values(self.index.layout.num_experts)
+
+    def _update(
+        self,
+        slice_ErK: torch.Tensor,
+        index: LayoutIndex,
+        rows: int,
+        before: LayoutIndex,
+        pending: Pending,
+    ) -> torch.Tensor:
+        """Update a matrix on the communication stream that `pending` runs on, hence after it."""
+        reuse = ReusableWeights(before, pending.result())
+        return self._streams.exchange.restore(slice_ErK, index, rows, reuse=reuse)

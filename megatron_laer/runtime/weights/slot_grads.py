@@ -1,0 +1,101 @@
+"""`SlotGrads` takes the gradients of one layer's slots to the slices that they belong to.
+
+Memory of whole gradients is taken and returned here alone.
+
+Legend: E experts, C slots per rank, R rows of a matrix, r rows of this rank's slice, K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from megatron_laer.runtime.comm.streams import Pending
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.restored_weights import RestoredWeights
+from megatron_laer.runtime.weights.states import GradState
+from megatron_laer.telemetry.trace_events import Activity, Kind
+
+
+class SlotGrads:
+    """Gradients `[C, R, K]` of one layer's slots."""
+
+    def __init__(self, weights: RestoredWeights, streams: ExchangeStreams) -> None:
+        self.state = weights.state
+        self.slices = weights.slices
+        self._name = weights.state.name
+        self._weights = weights
+        self._streams = streams
+        self._written_CRK: list[torch.Tensor] = []
+        self._deferred_CRK: tuple[torch.Tensor, ...] = ()
+        self._arriving: tuple[Pending, ...] = ()
+
+    def new(self, position: int) -> torch.Tensor:
+        """Return uninitialised memory for the gradient of the `position`-th matrix."""
+        like = self.slices.parameters[position]
+        grad_CRK = self._streams.grads.take(self._weights.shapes[position], like.dtype, like.device)
+        self._written_CRK.append(grad_CRK)
+        return grad_CRK
+
+    def defer(self, grads_CRK: tuple[torch.Tensor, ...]) -> None:
+        """Keep gradients until `start_deferred`."""
+        self.state.enter(GradState.DEFERRED)
+        self._deferred_CRK = grads_CRK
+
+    def start_deferred(self) -> None:
+        """Start to reduce the gradients that were kept. Collective over the group."""
+        assert self._deferred_CRK, "tokens' gradients arrived before the experts had any"
+        grads_CRK, self._deferred_CRK = self._deferred_CRK, ()
+        self.start_reduce(grads_CRK)
+
+    def start_reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
+        """Start to send whole gradients to their slices. Collective over the group."""
+        self.state.enter(GradState.REDUCING)
+        exchange, index = self._streams.exchange, self._weights.index
+        exchange.prepare_reduce(index)
+        values = self.slices.values(index.layout.num_experts)
+        self._arriving = tuple(
+            self._streams.gradients.submit(
+                partial(
+                    exchange.reduce,
+                    grad_CRK,
+                    index,
+                    # A step's sums are float32, and cross nodes as one microbatch's would.
+                    wire_dtype=values[at].dtype,
+                    add_to=self._main_grad(at, values[at].shape),
+                ),
+                Activity(Kind.REDUCE, self._name),
+            )
+            for grad_CRK, at in zip(grads_CRK, self.slices.trained_at, strict=True)
+        )
+        exchange.count.reduces += 1
+
+    def finish_reduce(self) -> tuple[torch.Tensor, ...]:
+        """Wait for the slices' gradients `[E, r, K]`, and return autograd's gradients for them.
+
+        Main gradients, where there are any, have received them. Autograd is given dummy gradients,
+        as by Megatron's own fused kernels.
+        """
+        self.state.enter(GradState.NONE)
+        grads_ErK = tuple(pending.wait() for pending in self._arriving)
+        self._arriving = ()
+        self.free()
+        if not self.slices.have_main_grads:
+            return tuple(
+                grad_ErK.view(parameter.shape)
+                for grad_ErK, parameter in zip(grads_ErK, self.slices.trained, strict=True)
+            )
+        return tuple(map(self.slices.main_grads.mark_added, self.slices.trained))
+
+    def free(self) -> None:
+        """Return the memory of the gradients."""
+        for grad_CRK in self._written_CRK:
+            self._streams.grads.put_back(grad_CRK)
+        self._written_CRK.clear()
+
+    def _main_grad(self, position: int, shape: torch.Size) -> torch.Tensor | None:
+        if not self.slices.have_main_grads:
+            return None
+        return self.slices.main_grads.of(self.slices.parameters[position]).view(shape)
