@@ -42,7 +42,7 @@ from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.writing import write_file
 from megatron_laer.tools.cli.argument_types import between
-from megatron_laer.tools.simulator.report import check_can_plot
+from megatron_laer.tools.simulator.rendering import check_can_plot
 
 # More than any run takes: ten seconds for a step on a busy machine.
 _MOST_STEP_S = 10.0

@@ -20,7 +20,8 @@ from megatron_laer.support.fields import WITHOUT_EFFECT_BY_REASON
 from megatron_laer.support.table import REFUSALS, UNPROVEN
 from tests.parity.compare import Distance
 from tests.parity.features import ALLOW, FEATURES, REPLACED, SEEN_ON_A_CARD
-from tests.parity.rows import ROWS, Row
+from tests.parity.row import Row
+from tests.parity.rows import ROWS
 
 FIGURES = Path(__file__).with_name("figures.csv")
 
@@ -28,7 +29,7 @@ _NONE = "–"
 _NOTHING = "nothing yet"
 _SETTINGS = {item.setting for item in REFUSALS}
 _COLUMNS = ("gradients", "losses", "norms", "weights", "MoE losses")
-_NUMBERS = {row.name: number for number, row in enumerate(ROWS, start=1)}
+_NUMBERS = {row.id: number for number, row in enumerate(ROWS, start=1)}
 
 # Distance and floor of a row by column, in `_COLUMNS`' order; None where a row has no such figure.
 Figures = tuple[tuple[float, float] | None, ...]
@@ -117,7 +118,7 @@ def proved() -> Iterator[str]:
     yield "|---|---|---|---|"
     for row in ROWS:
         worst = _worst(figures.get(row.name, _BLANK))
-        yield f"| {_NUMBERS[row.name]} | {row.name} | {row.ranks}/{row.steps} | {worst} |"
+        yield f"| {_NUMBERS[row.id]} | {row.name} | {row.ranks}/{row.steps} | {worst} |"
 
 
 def replaced() -> Iterator[str]:
@@ -176,7 +177,7 @@ def status(names: Collection[str]) -> tuple[str, str]:
 
 def proved_by(names: Iterable[str]) -> str:
     """Return the kinds of proof: runs on the CPU, on a card, or nothing yet."""
-    given = [set((row.flags + row.fsep).split()) for row in ROWS if row.name in set(names)]
+    given = [set((row.flags + row.fsep).split()) for row in ROWS if row.id in set(names)]
     kinds = []
     if given:
         is_replaced = all(flags & REPLACED.keys() for flags in given)
