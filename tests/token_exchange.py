@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -118,7 +118,8 @@ def plan_of(case: Case, rank: int) -> MicrobatchPlan:
     layout = ExpertLayout.random(case.ranks, case.capacity, case.experts, (case.seed,))
     counts_NE = np.stack([map_TE.sum(0).numpy() for map_TE in routing_maps(case)])
     quotas = solve_quotas(Split.EXACT, counts_NE, layout, case.node_size)
-    index: Any = SimpleNamespace(layout=layout)
+    slot_expert_S = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
+    index: Any = SimpleNamespace(layout=layout, slot_expert_S=slot_expert_S)
     restored: Any = SimpleNamespace(index=index)
     mine = RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank))
     return MicrobatchPlan(restored, mine)
@@ -126,41 +127,40 @@ def plan_of(case: Case, rank: int) -> MicrobatchPlan:
 
 def make_dispatcher(
     plan: MicrobatchPlan,
-    case: Case,
-    groups: FSEPGroups,
+    top_k: int,
+    path: str,
+    groups: FSEPGroups | None = None,
     *,
-    nodes: bool,
     shared: Any = None,
     timeline: Any = None,
 ) -> Any:
-    """Megatron's rows, or those through nodes."""
+    """Make a dispatcher by "own" or "stock's" permutations, "nodes", "deepep" or "hybridep"."""
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
-    from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
+    from megatron_laer.layer.dispatch import choice
     from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
     from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 
+    is_flex = path in ("deepep", "hybridep")
     config = TransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN,
         num_attention_heads=1,
         num_moe_experts=plan.layout.num_slots,
-        moe_router_topk=case.top_k,
+        moe_router_topk=top_k,
         moe_router_pre_softmax=True,
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type="flex" if is_flex else "alltoall",
+        moe_flex_dispatcher_backend=path if is_flex else "deepep",
+        moe_hybridep_pad_uneven_dispatch_inputs=True,
     )
-    config.moe_shared_expert_overlap = shared is not None
     world: Any = SimpleNamespace(ep=dist.group.WORLD, expt_tp=None, tp_ep=dist.group.WORLD)
-    first = groups.rank * case.capacity
-    given = (case.capacity, list(range(first, first + case.capacity)))
-    options: dict[str, Any] = {"config": config, "pg_collection": world}
-    dispatcher: Any
-    if nodes:
-        sizes = TokenSizesExchange(groups, CPU)
-        dispatcher = NodeTokenDispatcher(*given, groups=groups, sizes=sizes, **options)
-    else:
-        dispatcher = SlotTokenDispatcher(*given, **options)
+    capacity = plan.layout.capacity
+    first = dist.get_rank() * capacity
+    sizes = TokenSizesExchange(groups, CPU) if path == "nodes" and groups else None
+    local, given = list(range(first, first + capacity)), cast("FSEPGroups", groups)
+    dispatcher = choice.make_dispatcher(config, local, world, given, sizes)
+    config.moe_permute_fusion = path == "stock's"
+    config.moe_shared_expert_overlap = shared is not None
     if shared is not None:
         dispatcher.set_shared_experts(shared)
     dispatcher.begin(SlotDispatch(plan, "layer 1", timeline))
@@ -184,7 +184,8 @@ def run(
     hidden = torch.randn(1, tokens, HIDDEN, generator=generator).to(dtype).requires_grad_()
     probs = (torch.rand(map_TE.shape, generator=generator) * map_TE).requires_grad_()
     grad = torch.randn(hidden.shape, generator=generator).to(dtype)
-    dispatcher = make_dispatcher(plan, case, groups, nodes=nodes, shared=shared, timeline=timeline)
+    path = "nodes" if nodes else "own"
+    dispatcher = make_dispatcher(plan, case.top_k, path, groups, shared=shared, timeline=timeline)
     dispatcher.start_shared_experts(hidden)
     sent: dict[str, list[Sent]] = {}
     kept = _Kept()

@@ -97,7 +97,7 @@ class FSEPMoELayer(MoELayer):
             self.local_expert_indices,
             pg_collection,
             coordinator.groups,
-            coordinator.planner.token_sizes,
+            coordinator.microbatch_planner.token_sizes,
         )
         if self.shared_experts is not None and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
@@ -139,7 +139,7 @@ class FSEPMoELayer(MoELayer):
 
         While counts are on their way, the device has the shared experts to compute.
         """
-        finish_plan = self._coordinator.planner.start(
+        finish_plan = self._coordinator.microbatch_planner.start(
             self.state,
             routing_map,
             training=self.training,

@@ -95,7 +95,7 @@ def exchanges_of_sizes(case: Case) -> list[int]:
         exchange = mock.Mock(side_effect=dist.all_to_all_single)
         with mock.patch.object(dist, "all_to_all_single", exchange):
             for of_pass, of_router in ((plan, map_TE), (plan.for_rerun(map_TE), ~map_TE)):
-                dispatcher = make_dispatcher(of_pass, case, groups, nodes=True)
+                dispatcher = make_dispatcher(of_pass, case.top_k, "nodes", groups)
                 dispatcher.dispatch_preprocess(hidden, of_router, probs)
                 counts.append(exchange.call_count)
     return counts
