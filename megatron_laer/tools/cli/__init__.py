@@ -94,7 +94,7 @@ def _module(command: str) -> Any:
 
 def _program() -> str:
     """Return the words that have started this, to be typed again."""
-    is_module = Path(sys.argv[0]) == Path(__file__).parents[1] / "__main__.py"
+    is_module = Path(sys.argv[0]) == Path(__file__).parents[2] / "__main__.py"
     return "python -m megatron_laer" if is_module else "megatron-laer"
 
 

@@ -29,7 +29,7 @@ from megatron_laer.tools.cli import plan_input
 from megatron_laer.tools.cli.argument_types import add_hours, between, named, number, path
 from megatron_laer.tools.cli.settings import DEFAULT_CLUSTER, Given, read_recording, settings_of
 from megatron_laer.tools.report.recorded import check_same_run
-from megatron_laer.tools.report.sources import metrics_beside, refuse_as_source
+from megatron_laer.tools.report.run_files import metrics_beside, refuse_as_source
 from megatron_laer.tools.simulator import estimate
 from megatron_laer.tools.simulator.report import (
     LEGEND,

@@ -1,9 +1,8 @@
-"""Tokenizers turn text into token ids, in pieces of limited size where they can.
+"""Tokenizers, which return ids in pieces of limited size where they can.
 
 The tokenizer `bytes` needs no vocabulary: ids 0 to 255 are the bytes of the file, 256 ends a
-document. Train on it with `--tokenizer-type NullTokenizer --vocab-size 257`
-(`BYTES_TOKENIZER_FLAGS`): Megatron's NullTokenizer takes its last id, vocabulary size - 1, as the
-end of a document.
+document. Train on it with `BYTES_TOKENIZER_FLAGS`: Megatron's NullTokenizer takes its last id,
+vocabulary size - 1, as the end of a document.
 """
 
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ MAX_DOCUMENT_TOKENS = 2**31 - 1
 """Megatron's index holds lengths in 32 bits."""
 
 MAX_TEXT_BYTES = 2**26
-"""The longest text that is held as a whole: a line of JSONL, or a file that cannot be cut.
+"""Longest text that is held as a whole: a line of JSONL, or a file that cannot be cut.
 
 A tokenizer, or a line of many small JSON values, takes some thirty times as much memory.
 """
@@ -40,12 +39,11 @@ _END_OF_DOCUMENT = 256
 
 
 class Tokenizer(Protocol):
-    """Turns text into documents of token ids, each in pieces and with its end.
+    """Encoder of documents, in pieces and with the id of their end.
 
     Attributes:
-        vocab_size: ids are below it.
-        flags: Megatron's, for training on these ids.
-        max_file_bytes: the longest file that can be one document.
+        flags: Megatron's flags, for training on these ids.
+        max_file_bytes: size of the longest file that can be one document.
     """
 
     vocab_size: int
@@ -60,12 +58,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Load the tokenizer `bytes`, or a Hugging Face tokenizer from a directory, without its code.
-
-    Raises:
-        ValueError: there is no such tokenizer, or it cannot be used.
-        ImportError: the package transformers is missing.
-    """
+    """Load the tokenizer `bytes`, or a Hugging Face one from a directory, without its code."""
     if name == "bytes":
         return _Bytes()
     if not name or not Path(name).is_dir():
@@ -149,11 +142,7 @@ def _load_hugging_face(folder: str) -> Any:
 
 
 def check_length(path: Path, size_bytes: int, max_bytes: int) -> None:
-    """Refuse a file that is too long to be one document.
-
-    Raises:
-        ValueError: quoting the path.
-    """
+    """Raise ValueError for a file that is too long to be one document."""
     if size_bytes > max_bytes:
         raise ValueError(
             f"{quoted(path)} has {size_bytes:,} bytes, but a file that is one document at most "
@@ -163,11 +152,7 @@ def check_length(path: Path, size_bytes: int, max_bytes: int) -> None:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Tell a file that cannot be read, in the block, from other errors of the system.
-
-    Raises:
-        ValueError: quoting the path.
-    """
+    """Raise ValueError, quoting the path, for a file that cannot be read in the block."""
     try:
         yield
     except OSError as error:
