@@ -129,7 +129,7 @@ def _largest(values: Float64) -> float:
     return float(there.max()) if there.size else 0.0
 
 
-def _worst(run: RunData) -> Iterator[tuple[str, str, str]]:
+def _worst(run: RunData) -> Iterator[tuple[str, ...]]:
     """Yield the steps and layers with the largest max/mean."""
     ratio_TL = np.nan_to_num(run.imbalance_TL, nan=0.0)
     for place in np.argsort(-ratio_TL, axis=None, kind="stable")[:_NUM_WORST].tolist():

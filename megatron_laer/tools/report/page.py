@@ -16,12 +16,12 @@ import jinja2
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from megatron_laer import __version__
 from megatron_laer.telemetry.metrics import LOGGED
 from megatron_laer.tools.report.assessment import assess, percent, seconds
 from megatron_laer.tools.report.figures import sections
 from megatron_laer.tools.report.run_data import RunData
 from megatron_laer.tools.report.what_if import WhatIf
+from megatron_laer.version import __version__
 
 
 def page(

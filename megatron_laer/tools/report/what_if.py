@@ -25,8 +25,10 @@ _LAG = 1
 
 
 # Fields that are taken from a row of `plan`.
-_OF_ROW = ("strategy", "mode", "capacity", "cases", "mean", "p95", "p99")
-_OF_ROW += ("off_node_share", "replan_share", "layer_ms")
+_OF_ROW = (
+    *("strategy", "mode", "capacity", "cases", "mean", "p95", "p99"),
+    *("off_node_share", "replan_share", "layer_ms"),
+)
 
 
 @dataclass(frozen=True)
