@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 from megatron_laer.files.checks import quoted
 from megatron_laer.tools.data.tokenizers import (
     MAX_TEXT_BYTES,
+    ByteTokenizer,
     Ids,
-    Tokenizer,
     readable,
 )
 
@@ -37,7 +37,7 @@ def format_of(path: Path) -> str:
 
 
 def documents(
-    file: BinaryIO, path: Path, text_format: str, json_key: str, tokenizer: Tokenizer
+    file: BinaryIO, path: Path, text_format: str, json_key: str, tokenizer: ByteTokenizer
 ) -> Iterator[Iterable[Ids] | None]:
     """Yield the documents of an open file, each in pieces, or None for one without text.
 

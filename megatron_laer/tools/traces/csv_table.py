@@ -58,8 +58,19 @@ def read_csv(path: Path, num_experts: int | None = None) -> Trace:
                     text, fields, comments=None, delimiter=",", quotechar='"', ndmin=1
                 )
             return _trace(table_I, experts, num_experts, size)
-    except (csv.Error, ValueError) as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not CSV: {error}") from error
+    except ValueError as error:
+        problem = _NO_NUMBER.sub(_no_number, str(error))
+        raise ValueError(problem if str(path) in problem else f"{path}: {problem}") from error
+
+
+# An error of NumPy, which counts rows from 0.
+_NO_NUMBER = re.compile(r"could not convert string (.*) to int64 at row (\d+), .*", re.DOTALL)
+
+
+def _no_number(match: re.Match[str]) -> str:
+    return f"row {int(match[2]) + 1}: {match[1][:80]} is no whole number"
 
 
 def _check_columns(names: Sequence[str]) -> list[str]:

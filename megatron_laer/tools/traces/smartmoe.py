@@ -138,6 +138,8 @@ def _read_array(archive: zipfile.ZipFile, name: str, file_bytes: int) -> Integer
     check_cells(1, 1, math.prod(shape), file_bytes)
     with archive.open(f"{name}.npy") as member:
         array: Integers = np.lib.format.read_array(member, allow_pickle=False)
+        if member.read(1):
+            raise ValueError(f"{name}.npy has shape {shape}, which does not fit its length")
         return array
 
 
