@@ -20,27 +20,15 @@ from megatron_laer.cpu.training import Record, train
 from tests.parity.compare import distance
 from tests.parity.flags import command_line
 from tests.parity.rows import DEEPEP, FP32_BOUND, HYBRIDEP
-from tests.token_exchange import HIDDEN, Case, make_dispatcher, plan_of, routing_maps
-
-
-class SharedExperts:
-    """Notes in which order the dispatcher calls it, and gives a constant output."""
-
-    use_shared_expert_gate = False
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: self.calls.append(name)
-
-    def pre_forward_comm(self, hidden: Any, wait_current_stream: bool = True) -> None:
-        self.calls.append("pre_forward_comm")
-        self.hidden = hidden
-
-    def get_output(self) -> Any:
-        self.calls.append("get_output")
-        return self.hidden * 2
+from tests.token_exchange import (
+    HIDDEN,
+    Case,
+    SharedExperts,
+    make_dispatcher,
+    noting_timeline,
+    plan_of,
+    routing_maps,
+)
 
 
 @dataclass
@@ -170,13 +158,8 @@ def exchanges_noted(backend: str) -> list[list[tuple[str, str]]]:
     with on_gloo():
         plan, map_TE = make_plan(3, 4, 2, [40, 33])
         for path in ("own", backend):
-            noted: list[tuple[str, str]] = []
-            timeline = SimpleNamespace(
-                begin_exchange=lambda name, noted=noted: noted.append(("begin", str(name))),
-                end_exchange=lambda then, noted=noted: noted.append(("end", str(then))),
-            )
-            dispatcher = make_dispatcher(plan, 2, path)
-            dispatcher.begin(dataclasses.replace(dispatcher._current, listener=timeline))
+            noted, timeline = noting_timeline()
+            dispatcher = make_dispatcher(plan, 2, path, timeline=timeline)
             hidden, probs = torch.rand(len(map_TE), HIDDEN, requires_grad=True), map_TE.float()
             sent = dispatcher.dispatch_preprocess(hidden, map_TE, probs.requires_grad_())
             inputs, *_ = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(*sent))
