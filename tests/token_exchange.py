@@ -6,7 +6,7 @@ Legend: N ranks, C slots per rank, G ranks per node, T tokens, E experts, H hidd
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -68,6 +68,35 @@ class Outcome:
     grads: list[torch.Tensor]
     sent: dict[str, list[Sent]]
     kept_bytes: int
+
+
+class SharedExperts:
+    """Notes in which order the dispatcher calls it, and gives a constant output."""
+
+    use_shared_expert_gate = False
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: self.calls.append(name)
+
+    def pre_forward_comm(self, hidden: Any, wait_current_stream: bool = True) -> None:
+        self.calls.append("pre_forward_comm")
+        self.hidden = hidden
+
+    def get_output(self) -> Any:
+        self.calls.append("get_output")
+        return self.hidden * 2
+
+
+def noting_timeline() -> tuple[list[tuple[str, str]], Any]:
+    """Make a listener to exchanges, and the list of what it is told."""
+    noted: list[tuple[str, str]] = []
+    return noted, SimpleNamespace(
+        begin_exchange=lambda name: noted.append(("begin", str(name))),
+        end_exchange=lambda then: noted.append(("end", str(then))),
+    )
 
 
 @contextlib.contextmanager

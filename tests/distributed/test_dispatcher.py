@@ -171,13 +171,8 @@ def exchanges_noted(backend: str) -> list[list[tuple[str, str]]]:
     with on_gloo():
         plan, map_TE = make_plan(3, 4, 2, [40, 33])
         for path in ("own", backend):
-            noted: list[tuple[str, str]] = []
-            timeline = SimpleNamespace(
-                begin_exchange=lambda name, noted=noted: noted.append(("begin", str(name))),
-                end_exchange=lambda then, noted=noted: noted.append(("end", str(then))),
-            )
-            dispatcher = make_dispatcher(plan, 2, path)
-            dispatcher.begin(dataclasses.replace(dispatcher._current, listener=timeline))
+            noted, timeline = noting_timeline()
+            dispatcher = make_dispatcher(plan, 2, path, timeline=timeline)
             hidden, probs = torch.rand(len(map_TE), HIDDEN, requires_grad=True), map_TE.float()
             sent = dispatcher.dispatch_preprocess(hidden, map_TE, probs.requires_grad_())
             inputs, *_ = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(*sent))
