@@ -21,27 +21,15 @@ from tests.parity.compare import distance
 from tests.parity.flags import command_line
 from tests.parity.row import FP32_BOUND
 from tests.parity.rows import DEEPEP, HYBRIDEP
-from tests.token_exchange import HIDDEN, Case, make_dispatcher, plan_of, routing_maps
-
-
-class SharedExperts:
-    """Notes in which order the dispatcher calls it, and gives a constant output."""
-
-    use_shared_expert_gate = False
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: self.calls.append(name)
-
-    def pre_forward_comm(self, hidden: Any, wait_current_stream: bool = True) -> None:
-        self.calls.append("pre_forward_comm")
-        self.hidden = hidden
-
-    def get_output(self) -> Any:
-        self.calls.append("get_output")
-        return self.hidden * 2
+from tests.token_exchange import (
+    HIDDEN,
+    Case,
+    SharedExperts,
+    make_dispatcher,
+    noting_timeline,
+    plan_of,
+    routing_maps,
+)
 
 
 @dataclass
