@@ -141,18 +141,24 @@ def torch(_: str) -> Answer:
 def megatron(_: str) -> Answer:
     """Describe Megatron: version, folder and dataset helper."""
     import megatron.core.datasets
+    from megatron.core import package_info
 
-    from megatron_laer.plugin import versions
     from megatron_laer.releases import TESTED
 
     datasets = Path(next(iter(megatron.core.datasets.__path__)))
     answer: Answer = {
-        "version": versions.megatron_version(),
+        "version": str(package_info.__version__),
         "folder": str(datasets.parents[1]),
         "tested": TESTED,
         "builds_helper": (datasets / "Makefile").exists(),
         "has_helper": any(datasets.glob("helpers_cpp*.so")),
     }
+    try:
+        from megatron_laer.plugin import versions
+    except ImportError:
+        # A package that we need is missing or broken, as its own row says.
+        return answer
+    answer["version"] = versions.megatron_version()
     try:
         versions.check_version()
     except ImportError as error:
