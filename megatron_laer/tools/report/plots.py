@@ -10,7 +10,7 @@ import html
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,26 @@ class Figure:
     data: list[dict[str, Any]]
     layout: dict[str, Any]
     choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Table that a reader opens; the first cell of a row names it."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Section of the page."""
+
+    id: str
+    title: str
+    figures: Sequence[Figure]
+    text: str = ""
+    tables: Sequence[Table] = field(default_factory=tuple)
 
 
 def heat_map(
