@@ -46,6 +46,7 @@ def bins_of(run: RunData, edges: Sequence[int]) -> Bins:
 
 
 def largest(values: Float64) -> float:
+    """Return the largest value that is there; 0 without any."""
     there = values[np.isfinite(values)]
     return float(there.max()) if there.size else 0.0
 
@@ -58,10 +59,12 @@ def in_unit(series: Mapping[str, Float64]) -> tuple[dict[str, Float64], str]:
 
 
 def text_of(value: float) -> str:
+    """Return a number with four digits, or a dash."""
     return f"{value:.4g}" if math.isfinite(value) else "–"
 
 
 def over_mean(tokens: npt.NDArray[np.int64]) -> Float64:
+    """Return tokens over the mean of the last axis."""
     mean = tokens.mean(axis=-1, keepdims=True)
     over: Float64 = np.where(mean > 0, tokens / np.maximum(mean, 1e-9), np.nan)
     return over
