@@ -116,7 +116,7 @@ def heat_map(
         "shapes": lines,
     }
     if all(np.allclose(_numbers(rows), 1, atol=5e-4) for rows in values):
-        layout["annotations"] = [_note("1.000 everywhere: perfect balance")]
+        layout["annotations"] = [_note("1.000 everywhere")]
     return Figure(title, text, traces, layout, tuple(map(label, choices)))
 
 
@@ -177,7 +177,7 @@ def stacked_bars(
         for (name, values), colour in zip(parts.items(), KIND_COLOURS, strict=True)
     ]
     layout = {
-        "height": 340,
+        "height": 380,
         "barmode": "stack",
         "bargap": 0.08,
         "xaxis": x["axis"],
