@@ -24,7 +24,7 @@ class Name(NamedTuple):
     name: str
 
     def __call__(self, *arguments: object) -> Any:
-        """Return the stand-in for an object; mappings are empty until their items follow."""
+        """Return a record of an object; mappings are empty until their items follow."""
         return {} if self in _MAPPINGS and not arguments else Record(self, arguments)
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ _MAPPINGS = (Name("collections", "OrderedDict"), Name("builtins", "dict"))
 # Compared by identity and shown by name: a record may contain itself, and texts of any length.
 @dataclass(slots=True, eq=False, repr=False)
 class Record:
-    """Stand-in for an object, with its constructor's arguments and its pickled state."""
+    """Constructor's arguments and pickled state of an object."""
 
     name: Name
     arguments: tuple[Any, ...]

@@ -59,18 +59,6 @@ def test_a_directory_is_read_without_its_empty_and_hidden_files(texts, tmp_path)
     assert prepare_data([texts], tmp_path / "train").documents == 2
 
 
-@pytest.mark.parametrize("case", ["missing", "empty file", "empty directory"])
-def test_an_input_without_text_is_refused_by_name(case, tmp_path):
-    path = tmp_path / case
-    if case == "empty file":
-        path.touch()
-    elif case == "empty directory":
-        path.mkdir()
-    with pytest.raises(ValueError, match=str(path)):
-        prepare_data([path], tmp_path / "train")
-    assert not list(tmp_path.glob("train*"))
-
-
 def test_an_unreadable_file_is_refused_by_name_and_leaves_nothing(texts, tmp_path, monkeypatch):
     # Permissions do not stop root, who runs many test machines, so opening itself is made to fail.
     def refuse(path):
@@ -80,17 +68,6 @@ def test_an_unreadable_file_is_refused_by_name_and_leaves_nothing(texts, tmp_pat
     with pytest.raises(ValueError, match=r"a\.txt' cannot be read: Permission denied"):
         prepare_data([texts], tmp_path / "out" / "train")
     assert not list((tmp_path / "out").iterdir())
-
-
-def test_no_input_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="inputs is empty"):
-        prepare_data([], tmp_path / "train")
-
-
-@pytest.mark.parametrize("name", ["train.bin", "train.idx", "texts"])
-def test_an_output_that_is_no_prefix_is_refused(name, texts, tmp_path):
-    with pytest.raises(ValueError, match=name):
-        prepare_data([texts], tmp_path / name)
 
 
 @pytest.mark.parametrize(

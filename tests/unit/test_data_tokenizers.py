@@ -19,11 +19,6 @@ def texts(tmp_path):
     return folder
 
 
-def test_an_unknown_tokenizer_is_refused(texts, tmp_path):
-    with pytest.raises(ValueError, match="'wordpiece' is neither 'bytes' nor a directory"):
-        prepare_data([texts], tmp_path / "train", tokenizer="wordpiece")
-
-
 def test_a_hugging_face_tokenizer_without_transformers_says_what_to_install(
     texts, tmp_path, monkeypatch
 ):

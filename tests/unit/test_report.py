@@ -17,9 +17,9 @@ from plotly.offline import get_plotlyjs
 
 from megatron_laer.telemetry.metrics_file import read_metrics, recording_path
 from megatron_laer.tools import cli
-from megatron_laer.tools.report import figures
+from megatron_laer.tools.report import expert_figures
 from megatron_laer.tools.report.assessment import assess, seconds
-from megatron_laer.tools.report.figures import MAX_BINS, bin_edges, binned
+from megatron_laer.tools.report.bins import MAX_BINS, bin_edges, binned
 from megatron_laer.tools.report.plots import rounded
 from megatron_laer.tools.report.recorded import recorded_run
 from megatron_laer.tools.report.run_files import find_run
@@ -263,9 +263,9 @@ def test_steps_are_thinned_out_by_their_means() -> None:
 
 
 def test_how_uneven_experts_are_is_the_gini_coefficient() -> None:
-    assert figures._gini(np.full(8, 5)) == pytest.approx(0)
-    assert figures._gini(np.array([0, 0, 0, 9])) == pytest.approx(0.75)
-    assert figures._gini(np.array([1, 3])) == pytest.approx(0.25)
+    assert expert_figures._gini(np.full(8, 5)) == pytest.approx(0)
+    assert expert_figures._gini(np.array([0, 0, 0, 9])) == pytest.approx(0.75)
+    assert expert_figures._gini(np.array([1, 3])) == pytest.approx(0.25)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -53,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         type=path,
         help="a folder of --fsep-record-metrics, with --fsep-record-trace, --fsep-record-layouts "
-        "and Megatron's log beside it; or a trace alone, of any format that `plan` reads",
+        "and Megatron's log in it; or a trace alone, of any format that `plan` reads",
     )
-    parser.add_argument("--compare", type=path, metavar="RUN", help="another run, shown beside it")
+    parser.add_argument("--compare", type=path, metavar="RUN", help="another run to compare with")
     parser.add_argument(
         "--out", type=path, default=Path(_DEFAULT_OUT), metavar="FILE", help="default: %(default)s"
     )

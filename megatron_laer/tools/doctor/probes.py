@@ -142,19 +142,19 @@ def megatron(_: str) -> Answer:
     """Describe Megatron: version, folder and dataset helper."""
     import megatron.core.datasets
 
-    from megatron_laer import megatron_version as versions
+    from megatron_laer import megatron_version
     from megatron_laer.releases import TESTED
 
     datasets = Path(next(iter(megatron.core.datasets.__path__)))
     answer: Answer = {
-        "version": versions.megatron_version(),
+        "version": megatron_version.megatron_version(),
         "folder": str(datasets.parents[1]),
         "tested": TESTED,
         "builds_helper": (datasets / "Makefile").exists(),
         "has_helper": any(datasets.glob("helpers_cpp*.so")),
     }
     try:
-        versions.check_version()
+        megatron_version.check_version()
     except ImportError as error:
         answer["unsupported"] = str(error)
     return answer

@@ -10,7 +10,7 @@ import html
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,26 @@ class Figure:
     data: list[dict[str, Any]]
     layout: dict[str, Any]
     choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Table that a reader opens; the first cell of a row names it."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Section of the page."""
+
+    id: str
+    title: str
+    figures: Sequence[Figure]
+    text: str = ""
+    tables: Sequence[Table] = field(default_factory=tuple)
 
 
 def heat_map(
@@ -96,7 +116,7 @@ def heat_map(
         "shapes": lines,
     }
     if all(np.allclose(_numbers(rows), 1, atol=5e-4) for rows in values):
-        layout["annotations"] = [_note("1.000 everywhere: perfect balance")]
+        layout["annotations"] = [_note("1.000 everywhere")]
     return Figure(title, text, traces, layout, tuple(map(label, choices)))
 
 
@@ -157,7 +177,7 @@ def stacked_bars(
         for (name, values), colour in zip(parts.items(), KIND_COLOURS, strict=True)
     ]
     layout = {
-        "height": 340,
+        "height": 380,
         "barmode": "stack",
         "bargap": 0.08,
         "xaxis": x["axis"],

@@ -1,8 +1,8 @@
-"""A routing trace tells how many tokens each rank sent to each expert, over a training run.
+"""Routing traces: the tokens that each rank sent to each expert, over a training run.
 
 `read_trace` reads the formats below and tells them apart by their content; `telemetry.trace_file`
-writes ours during training. Nothing is unpickled, and no size that a file states is trusted before
-it was compared with the size of the file. Neither Megatron nor torch is imported.
+writes ours during training. Nothing is unpickled, and a stated size is compared with the file's
+first. Neither Megatron nor torch is imported.
 
 | format | what it is | file |
 | --- | --- | --- |
