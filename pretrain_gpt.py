@@ -13,7 +13,8 @@ asks for them. With `--hybrid-layer-pattern` it trains Megatron's HybridModel in
 import sys
 import time
 
-from megatron_laer.launch import in_one_line, prepare
+from megatron_laer.files.checks import in_one_line
+from megatron_laer.launch import prepare
 
 _STARTED_S = time.time()
 # Before any import of Megatron: on a machine without a GPU, torch.cuda must be replaced first.

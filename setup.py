@@ -48,6 +48,7 @@ setup(
     package_data={
         "megatron_laer": ["py.typed"],
         "megatron_laer.planner": ["*.pyi"],
+        "megatron_laer.tools.recipes": ["*.csv"],
         "megatron_laer.tools.report": ["page/*"],
         **{name: ["*.yaml"] for name in CONFIGS},
     },

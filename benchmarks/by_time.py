@@ -36,7 +36,7 @@ from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.tools.cli.argument_types import between, path
-from megatron_laer.tools.simulator.outcome import Outcome, evaluate
+from megatron_laer.tools.simulator.replay import Outcome, evaluate
 from megatron_laer.tools.traces.workloads import WORKLOADS, Shape, workload_counts
 
 # Experts of the model, and (token, expert) pairs of a rank: 16,384 tokens, top-2 and top-8.

@@ -1,6 +1,6 @@
 """Compares how models learn real text with FSEP and with stock expert parallelism.
 
-Usage: `python -m benchmarks.convergence --help`; docs/convergence.md is the page.
+Usage: `python -m benchmarks.convergence --help`; docs/performance.md is the page.
 
 Two gloo ranks train a small model from the same weights on the same batches, with and without an
 auxiliary loss: by stock, by FSEP, and by stock once more with other roundings, which is what FSEP
@@ -42,7 +42,7 @@ from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.writing import write_file
 from megatron_laer.tools.cli.argument_types import between
-from megatron_laer.tools.simulator.report import check_can_plot
+from megatron_laer.tools.simulator.rendering import check_can_plot
 
 # More than any run takes: ten seconds for a step on a busy machine.
 _MOST_STEP_S = 10.0

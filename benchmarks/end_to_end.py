@@ -5,7 +5,7 @@ run in turn, again and again, in one start: the ideal (stock, routing forced to 
 FSEP under three skews and under Megatron's workloads W0 to W7, FSEP with layouts that never change,
 and FSEP on balanced routing in every mode. What is said first is the share of forced balance that
 each of them keeps. `--tokens` compares the two exchanges of tokens instead. What to expect and what
-is left is in `docs/end_to_end.md`.
+is left is in `docs/performance.md`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """These are the configurations that the end-to-end benchmark compares, and the model they train.
 
-It is described in `docs/end_to_end.md`; `end_to_end.py` runs them.
+It is described in `docs/performance.md`; `end_to_end.py` runs them.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import default_capacity
 from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.data import default_text_sources, prepare_data
-from megatron_laer.tools.simulator.iteration.methods import FSEP, STOCK, Settings, make_method
+from megatron_laer.tools.simulator.iteration.methods import FSEP, STOCK, MethodSettings, make_method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.predict import predict
 from megatron_laer.tools.simulator.iteration.rates import Rates
@@ -193,7 +193,7 @@ def predicted_seconds(job: Job, rates: Rates) -> float:
     mode = PlanMode.ADAPTIVE
     if "--fsep-plan-mode" in flags:
         mode = PlanMode(flags[flags.index("--fsep-plan-mode") + 1])
-    settings = Settings(geometry, costs, mode, overlaps="--fsep-scheduler" not in flags)
+    settings = MethodSettings(geometry, costs, mode, overlaps="--fsep-scheduler" not in flags)
     name = FSEP if "--expert-parallel-mode" in flags else STOCK
     trace = _trace(job)
     steps = len(set(trace.step_R.tolist())) - job.size.warm_up

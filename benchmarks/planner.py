@@ -35,7 +35,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.tools.cli.argument_types import between, path
-from megatron_laer.tools.simulator.report import check_can_plot
+from megatron_laer.tools.simulator.rendering import check_can_plot
 from megatron_laer.tools.traces.workloads import WORKLOADS, Shape, workload_counts
 
 # Every how many cases `--quick` takes one; prime, so that it meets all layers and microbatches.

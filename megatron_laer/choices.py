@@ -1,7 +1,4 @@
-"""The words that settings choose from: one closed set for each setting that has one.
-
-What they do is decided where they are read; which field takes which set is in `config`.
-"""
+"""The words that settings choose from; `config` has the field of each."""
 
 from __future__ import annotations
 
@@ -9,32 +6,38 @@ from enum import StrEnum
 
 
 class Choice(StrEnum):
-    """Is a closed set of words; a word outside it raises a ValueError that lists them."""
+    """Closed set of words; a word outside it raises a ValueError that lists them."""
 
     @classmethod
     def _missing_(cls, value: object) -> None:
         raise ValueError(f"{value!r}: must be one of {', '.join(cls)}")
 
 
+class Auto(Choice):
+    """Word beside others, for the faster of them by the cost model."""
+
+    AUTO = "auto"
+
+
 class ExpertParallelMode(Choice):
-    """Says whose expert parallelism runs: Megatron's own, or ours."""
+    """Whose expert parallelism runs: Megatron's own, or ours."""
 
     STANDARD = "standard"
     FSEP = "fsep"
 
 
 class Split(Choice):
-    """Says how a microbatch's tokens are split over an expert's replicas."""
+    """Split of a microbatch's tokens over an expert's replicas."""
 
     EXACT = "exact"
     EVEN = "even"
 
 
 class PlanMode(Choice):
-    """Says what a microbatch is computed with.
+    """Layout of a microbatch.
 
-    That is the planned layout (`forecast`), one made for its very counts after the gate (`exact`),
-    the cheaper of the two (`adaptive`), or one made ahead for announced counts (`announced`).
+    The planned one (`forecast`), one made for its own counts after the gate (`exact`), the cheaper
+    of the two (`adaptive`), or one made ahead for announced counts (`announced`).
     """
 
     FORECAST = "forecast"
@@ -44,58 +47,38 @@ class PlanMode(Choice):
 
 
 class LatePlan(Choice):
-    """Says what happens when a plan is not ready in time."""
+    """Response to a plan that is not ready in time."""
 
     KEEP = "keep"
     WAIT = "wait"
 
 
 class Restore(Choice):
-    """Says how long experts stay restored: for one pass of one layer, or for a whole step."""
+    """Time that experts stay restored: one pass of one layer, or a whole step."""
 
     LAYER = "layer"
     STEP = "step"
 
 
 class OverlapScheduler(Choice):
-    """Says whether exchanges overlap with compute."""
+    """Whether exchanges overlap with compute."""
 
     ON = "on"
     OFF = "off"
 
 
 class ExchangeAlgorithm(Choice):
-    """Says how an exchange of experts or gradients crosses nodes."""
+    """Way of an exchange of experts or gradients across nodes."""
 
     FLAT = "flat"
     NODE = "node"
-
-
-class RestoreAlgorithm(Choice):
-    """Names an exchange algorithm, or `auto` for the faster one by the cost model."""
-
-    FLAT = "flat"
-    NODE = "node"
-    AUTO = "auto"
 
 
 class TokenExchange(Choice):
-    """Says how often a token's hidden state travels.
-
-    That is once per expert and rank that computes it (`rank`), or once per node and then once per
-    rank (`node`).
-    """
+    """Copies of a token's hidden state: one per expert (`rank`), or one per node, then per rank."""
 
     RANK = "rank"
     NODE = "node"
-
-
-class TokenExchangeChoice(Choice):
-    """Names a token exchange, or `auto` for the faster one by the cost model."""
-
-    RANK = "rank"
-    NODE = "node"
-    AUTO = "auto"
 
 
 class GemmBackEnd(Choice):
@@ -109,10 +92,10 @@ class GemmBackEnd(Choice):
 
 
 class Recompute(Choice):
-    """Says what backward computes again of an MoE layer: nothing, all of it, or its compute alone.
+    """Part of an MoE layer that backward computes again.
 
-    `full` is Megatron's, where tokens are exchanged again; `compute` leaves exchanges out, as
-    LAER-MoE's code does.
+    `full` is Megatron's, with its token exchanges; `compute` leaves exchanges out, as LAER-MoE's
+    code does.
     """
 
     NONE = "none"
@@ -121,14 +104,14 @@ class Recompute(Choice):
 
 
 class Unproven(Choice):
-    """Names what FSEP should run with, but that nobody has run."""
+    """Feature that FSEP runs with when asked, but that was never run."""
 
     TE_GRAPHS = "te-graphs"
     DENSE_FP8 = "dense-fp8"
 
 
 class WireDtype(Choice):
-    """Says in which dtype gradients cross nodes."""
+    """Dtype in which gradients cross nodes."""
 
     BF16 = "bf16"
     FP16 = "fp16"
@@ -136,11 +119,7 @@ class WireDtype(Choice):
 
 
 class FixedPlanner(Choice):
-    """Names the planners that need no thread and no broadcast.
-
-    The layout never changes, or it changes at every microbatch in a way that each rank works out
-    alone: `random` is no strategy, since strategies are asked once per step.
-    """
+    """Planner without thread and broadcast: layouts never change, or each rank draws them alone."""
 
     STATIC = "static"
     RANDOM = "random"

@@ -1,20 +1,21 @@
 """`FSEPConfig` holds the settings of FSEP and is the one way in for configuration.
 
-A field's metadata says its type, its range and its help; checks, flags and the docs are made from
-it. This file reads no command line (see `flags`), and it does not decide what a combination of
-flags means for Megatron (see `support`).
+A field has its words or type as its annotation, and its help and bounds as metadata; checks, flags
+and the docs are made from them. `flags` reads command lines, `support` decides what a combination
+means for Megatron.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from megatron_laer.choices import (
+    Auto,
     Choice,
     ExchangeAlgorithm,
     ExpertParallelMode,
@@ -24,17 +25,16 @@ from megatron_laer.choices import (
     OverlapScheduler,
     PlanMode,
     Restore,
-    RestoreAlgorithm,
     Split,
     TokenExchange,
-    TokenExchangeChoice,
     Unproven,
     WireDtype,
 )
 
-# The words of the fields come from here too, for whoever reads or sets one.
+# The words of the fields are imported from here too.
 __all__ = [
     "MAX_PLAN_LAG",
+    "Auto",
     "Bound",
     "Choice",
     "ExchangeAlgorithm",
@@ -46,19 +46,20 @@ __all__ = [
     "OverlapScheduler",
     "PlanMode",
     "Restore",
-    "RestoreAlgorithm",
     "Split",
     "TokenExchange",
-    "TokenExchangeChoice",
     "Unproven",
     "WireDtype",
     "deterministic",
     "flag_name",
+    "takes_several",
+    "types_of",
+    "words_of",
 ]
 
 
 class Bound(NamedTuple):
-    """Limits a number, with the words that follow `must be at least` in the error message."""
+    """Bound of a number, with the words after `must be at least` in the message."""
 
     value: int
     text: str
@@ -72,19 +73,15 @@ _NUMBERS: dict[type, Any] = {int: (Integral, "an integer"), float: (Real, "a num
 
 
 def _option(
-    help: str,
-    *,
-    type: type = str,
-    minimum: Bound | None = None,
-    maximum: Bound | None = None,
-    several: bool = False,
-) -> Mapping[str, Any]:
-    return {"help": help, "type": type, "minimum": minimum, "maximum": maximum, "several": several}
+    default: Any, help: str, *, minimum: Bound | None = None, maximum: Bound | None = None
+) -> Any:
+    """Return a field with its help and bounds; its annotation says its words or its type."""
+    return field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum})
 
 
 @dataclass(frozen=True)
 class FSEPConfig:
-    """Holds the settings of Fully Sharded Expert Parallel.
+    """Settings of Fully Sharded Expert Parallel.
 
     The FSEP group is Megatron's expert-parallel group, so its size N is
     `--expert-model-parallel-size`; E is `--num-experts`.
@@ -93,182 +90,125 @@ class FSEPConfig:
         ValueError: a value outside its range, quoting it.
     """
 
-    capacity: int | None = field(
-        default=None,
-        metadata=_option(
-            "expert slots C that every rank restores per MoE layer; default min(E, ceil(E/N) + "
-            "1), the least that always allows perfect balance, and with HybridEP the next that "
-            "makes N*C a multiple of 4",
-            type=int,
-            minimum=Bound(1, "1 slot per rank"),
+    capacity: int | None = _option(
+        None,
+        "expert slots C that every rank restores per MoE layer; default min(E, ceil(E/N) + "
+        "1), the least that always allows perfect balance, and with HybridEP the next that "
+        "makes N*C a multiple of 4",
+        minimum=Bound(1, "1 slot per rank"),
+    )
+    planner: str = _option(
+        "greedy",
+        "strategy that chooses layouts on rank 0 of the FSEP group: {strategies}; or random: a "
+        "new random layout per microbatch, for tests",
+    )
+    split: Split = _option(
+        Split.EXACT,
+        "how a microbatch's tokens are split over an expert's replicas: exact (the largest "
+        "rank load is minimal for the layout) or even (the paper's)",
+    )
+    plan_mode: PlanMode | None = _option(
+        None,
+        "what a microbatch is computed with: forecast (the planned layout), exact (a fresh "
+        "one, made after the gate for its very counts: no rank above the mean), adaptive (per "
+        "layer the cheaper of the two in predicted seconds), or announced (as exact, but made "
+        "and restored ahead, for routing that is known before: Megatron's router replay, or "
+        "megatron_laer.announce_routing); default adaptive, or "
+        "forecast with a planner that makes no plans, --fsep-split even or --fsep-restore "
+        "step",
+    )
+    imbalance_tolerance: float | None = _option(
+        None,
+        "adaptive takes the fresh layout where the planned one would load a rank with more "
+        "than 1 + TOLERANCE times the mean, instead of deciding by cost",
+        minimum=Bound(0, "0; 0.05 allows a rank 5 % above the mean"),
+    )
+    plan_lag: int = _option(
+        1,
+        "a plan made from the routing of step t takes effect at step t + LAG",
+        minimum=Bound(1, "1; a plan cannot act on the step whose routing it was made from"),
+        maximum=Bound(
+            MAX_PLAN_LAG,
+            f"{MAX_PLAN_LAG}; plans are kept in memory and in checkpoints for so many steps",
         ),
     )
-    planner: str = field(
-        default="greedy",
-        metadata=_option(
-            "strategy that chooses layouts on rank 0 of the FSEP group: {strategies}; or random: a "
-            "new random layout per microbatch, for tests",
-        ),
+    late_plan: LatePlan = _option(
+        LatePlan.KEEP,
+        "when a plan is not ready in time: keep the layouts in force and never wait, or wait "
+        "(bitwise reproducible; implied by --deterministic-mode)",
     )
-    split: Split = field(
-        default=Split.EXACT,
-        metadata=_option(
-            "how a microbatch's tokens are split over an expert's replicas: exact (the largest "
-            "rank load is minimal for the layout) or even (the paper's)",
-            type=Split,
-        ),
+    restore: Restore = _option(
+        Restore.LAYER,
+        "how often experts are restored: layer (for each layer and microbatch, forward and "
+        "backward: two layers in memory), or step (once per step, gradients exchanged once: "
+        "all layers in memory; implies --fsep-plan-mode forecast)",
     )
-    plan_mode: PlanMode | None = field(
-        default=None,
-        metadata=_option(
-            "what a microbatch is computed with: forecast (the planned layout), exact (a fresh "
-            "one, made after the gate for its very counts: no rank above the mean), adaptive (per "
-            "layer the cheaper of the two in predicted seconds), or announced (as exact, but made "
-            "and restored ahead, for routing that is known before: Megatron's router replay, or "
-            "megatron_laer.announce_routing); default adaptive, or "
-            "forecast with a planner that makes no plans, --fsep-split even or --fsep-restore "
-            "step",
-            type=PlanMode,
-        ),
+    scheduler: OverlapScheduler = _option(
+        OverlapScheduler.ON,
+        "on: restores and gradient exchanges run while the layers beside them compute; off: "
+        "each is waited for at once",
     )
-    imbalance_tolerance: float | None = field(
-        default=None,
-        metadata=_option(
-            "adaptive takes the fresh layout where the planned one would load a rank with more "
-            "than 1 + TOLERANCE times the mean, instead of deciding by cost",
-            type=float,
-            minimum=Bound(0, "0; 0.05 allows a rank 5 % above the mean"),
-        ),
+    node_size: int | None = _option(
+        None,
+        "ranks of the FSEP group per node G; default: as the launcher says (torchrun's "
+        "LOCAL_WORLD_SIZE)",
+        minimum=Bound(1, "1 rank"),
     )
-    plan_lag: int = field(
-        default=1,
-        metadata=_option(
-            "a plan made from the routing of step t takes effect at step t + LAG",
-            type=int,
-            minimum=Bound(1, "1; a plan cannot act on the step whose routing it was made from"),
-            maximum=Bound(
-                MAX_PLAN_LAG,
-                f"{MAX_PLAN_LAG}; plans are kept in memory and in checkpoints for so many steps",
-            ),
-        ),
+    restore_algorithm: ExchangeAlgorithm | Auto = _option(
+        Auto.AUTO,
+        "how experts and their gradients cross nodes: flat (one All-to-All), node (each "
+        "distinct expert of a node crosses once, then an exchange inside the node), or auto "
+        "(the faster by the cost model)",
     )
-    late_plan: LatePlan = field(
-        default=LatePlan.KEEP,
-        metadata=_option(
-            "when a plan is not ready in time: keep the layouts in force and never wait, or wait "
-            "(bitwise reproducible; implied by --deterministic-mode)",
-            type=LatePlan,
-        ),
+    grad_wire_dtype: WireDtype | None = _option(
+        None,
+        "of gradients between nodes under --fsep-restore-algorithm node; default that of the "
+        "weights",
     )
-    restore: Restore = field(
-        default=Restore.LAYER,
-        metadata=_option(
-            "how often experts are restored: layer (for each layer and microbatch, forward and "
-            "backward: two layers in memory), or step (once per step, gradients exchanged once: "
-            "all layers in memory; implies --fsep-plan-mode forecast)",
-            type=Restore,
-        ),
+    token_exchange: TokenExchange | Auto = _option(
+        TokenExchange.RANK,
+        "how tokens travel to experts: rank (Megatron's All-to-All, a row per token and "
+        "expert), node (a row per token and node, then one per rank inside the node; outputs "
+        "are summed on the way back), or auto (the faster by the cost model)",
     )
-    scheduler: OverlapScheduler = field(
-        default=OverlapScheduler.ON,
-        metadata=_option(
-            "on: restores and gradient exchanges run while the layers beside them compute; off: "
-            "each is waited for at once",
-            type=OverlapScheduler,
-        ),
+    gemm: GemmBackEnd = _option(
+        GemmBackEnd.AUTO,
+        "what multiplies the tokens of slots: loop (one torch.mm per slot), streams (the same "
+        "on CUDA streams side by side), te (Transformer Engine's grouped GEMM), torch "
+        "(torch's grouped_mm), or auto (loop, until another one is measured on the card)",
     )
-    node_size: int | None = field(
-        default=None,
-        metadata=_option(
-            "ranks of the FSEP group per node G; default: as the launcher says (torchrun's "
-            "LOCAL_WORLD_SIZE)",
-            type=int,
-            minimum=Bound(1, "1 rank"),
-        ),
+    allow_unproven: tuple[Unproven, ...] = _option(
+        (),
+        "run what nobody has run yet: te-graphs (Transformer Engine's CUDA graphs of "
+        "attention, router, dense layers), dense-fp8 (fp8 in all layers but the experts)",
     )
-    restore_algorithm: RestoreAlgorithm = field(
-        default=RestoreAlgorithm.AUTO,
-        metadata=_option(
-            "how experts and their gradients cross nodes: flat (one All-to-All), node (each "
-            "distinct expert of a node crosses once, then an exchange inside the node), or auto "
-            "(the faster by the cost model)",
-            type=RestoreAlgorithm,
-        ),
+    cluster: str | None = _option(
+        None,
+        "hardware constants for the cost model: a name in configs/clusters or a path; default "
+        "by the device's name",
     )
-    grad_wire_dtype: WireDtype | None = field(
-        default=None,
-        metadata=_option(
-            "of gradients between nodes under --fsep-restore-algorithm node; default that of the "
-            "weights",
-            type=WireDtype,
-        ),
+    record_layouts: str | None = _option(
+        None,
+        "directory to which every applied layout is recorded, one file per FSEP group",
     )
-    token_exchange: TokenExchangeChoice = field(
-        default=TokenExchangeChoice.RANK,
-        metadata=_option(
-            "how tokens travel to experts: rank (Megatron's All-to-All, a row per token and "
-            "expert), node (a row per token and node, then one per rank inside the node; outputs "
-            "are summed on the way back), or auto (the faster by the cost model)",
-            type=TokenExchangeChoice,
-        ),
+    replay_layouts: str | None = _option(
+        None,
+        "directory written by --fsep-record-layouts whose layouts are repeated, step by step",
     )
-    gemm: GemmBackEnd = field(
-        default=GemmBackEnd.AUTO,
-        metadata=_option(
-            "what multiplies the tokens of slots: loop (one torch.mm per slot), streams (the same "
-            "on CUDA streams side by side), te (Transformer Engine's grouped GEMM), torch "
-            "(torch's grouped_mm), or auto (loop, until another one is measured on the card)",
-            type=GemmBackEnd,
-        ),
+    record_trace: str | None = _option(
+        None,
+        "directory to which the routing of every microbatch is recorded, one file per FSEP "
+        "group, for `megatron_laer plan`",
     )
-    allow_unproven: tuple[Unproven, ...] = field(
-        default=(),
-        metadata=_option(
-            "run what nobody has run yet: te-graphs (Transformer Engine's CUDA graphs of "
-            "attention, router, dense layers), dense-fp8 (fp8 in all layers but the experts)",
-            type=Unproven,
-            several=True,
-        ),
+    record_metrics: str | None = _option(
+        None,
+        "directory to which the metrics of every step and layer are recorded, with measured "
+        "times, one file per FSEP group, for `megatron_laer report`",
     )
-    cluster: str | None = field(
-        default=None,
-        metadata=_option(
-            "hardware constants for the cost model: a name in configs/clusters or a path; default "
-            "by the device's name",
-        ),
-    )
-    record_layouts: str | None = field(
-        default=None,
-        metadata=_option(
-            "directory to which every applied layout is recorded, one file per FSEP group",
-        ),
-    )
-    replay_layouts: str | None = field(
-        default=None,
-        metadata=_option(
-            "directory written by --fsep-record-layouts whose layouts are repeated, step by step",
-        ),
-    )
-    record_trace: str | None = field(
-        default=None,
-        metadata=_option(
-            "directory to which the routing of every microbatch is recorded, one file per FSEP "
-            "group, for `megatron_laer plan`",
-        ),
-    )
-    record_metrics: str | None = field(
-        default=None,
-        metadata=_option(
-            "directory to which the metrics of every step and layer are recorded, with measured "
-            "times, one file per FSEP group, for `megatron_laer report`",
-        ),
-    )
-    timeline: str | None = field(
-        default=None,
-        metadata=_option(
-            "directory to which a Chrome/Perfetto trace of steps 3 to 5 of the run is written, "
-            "one file per rank: compute, token, parameter and gradient tracks",
-        ),
+    timeline: str | None = _option(
+        None,
+        "directory to which a Chrome/Perfetto trace of steps 3 to 5 of the run is written, "
+        "one file per rank: compute, token, parameter and gradient tracks",
     )
 
     def __post_init__(self) -> None:
@@ -299,13 +239,13 @@ class FSEPConfig:
 
     @property
     def makes_plans(self) -> bool:
-        """Tell whether layouts come from a planner's thread."""
+        """Return whether layouts come from a planner's thread."""
         is_planned = self.mode in (PlanMode.FORECAST, PlanMode.ADAPTIVE)
         return is_planned and self.replay_layouts is None and self.planner not in FixedPlanner
 
     @property
     def follows_steps(self) -> bool:
-        """Tell whether anything that the settings ask for happens at step boundaries only."""
+        """Return whether any setting acts at step boundaries only."""
         written = (self.record_layouts, self.record_trace, self.record_metrics, self.timeline)
         return (
             self.makes_plans
@@ -326,17 +266,42 @@ def deterministic(config: FSEPConfig) -> FSEPConfig:
     return dataclasses.replace(config, late_plan=LatePlan.WAIT)
 
 
+@cache
+def types_of(name: str) -> tuple[type, ...]:
+    """Return the types of a field's value or of each of its values, but for None."""
+    annotation = get_type_hints(FSEPConfig)[name]
+    members = get_args(annotation) or (annotation,)
+    return tuple(kind for kind in members if kind not in (type(None), Ellipsis))
+
+
+def words_of(name: str) -> tuple[str, ...]:
+    """Return the words that a field chooses from; none for a number or any text."""
+    choices = (kind for kind in types_of(name) if issubclass(kind, Choice))
+    return tuple(word.value for choice in choices for word in choice)
+
+
+def takes_several(name: str) -> bool:
+    """Return whether a field holds any number of its words."""
+    return get_origin(get_type_hints(FSEPConfig)[name]) is tuple
+
+
+def _word(name: str, value: Any) -> Choice:
+    for kind in types_of(name):
+        if isinstance(value, str) and issubclass(kind, Choice) and value in kind:
+            return kind(value)
+    raise ValueError(f"{flag_name(name)} {value!r}: must be one of {', '.join(words_of(name))}")
+
+
 def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
     """Return a field's value in the field's type, or refuse it, quoting it."""
-    kind, flag = spec.metadata["type"], flag_name(spec.name)
+    flag, kind = flag_name(spec.name), types_of(spec.name)[0]
+    if takes_several(spec.name):
+        given = value if isinstance(value, list | tuple) else [value]
+        return tuple(
+            sorted({_word(spec.name, word) for word in given})
+        )  # in one order on all ranks
     if issubclass(kind, Choice):
-        several = spec.metadata["several"]
-        given = value if several and isinstance(value, list | tuple) else [value]
-        try:
-            words = tuple(sorted({kind(word) for word in given}))  # in one order on all ranks
-        except ValueError as error:
-            raise ValueError(f"{flag} {error}") from None
-        return words if several else words[0]
+        return _word(spec.name, value)
     if kind not in _NUMBERS:
         return value
     number, noun = _NUMBERS[kind]

@@ -47,7 +47,7 @@ VARIABLES = (
     Variable(
         UNRELEASED_MEGATRON,
         "the number of Megatron's next release, to run its main branch: "
-        "[new_release.md](new_release.md)",
+        "[Releases](releasing.md#a-new-release-of-megatron)",
     ),
     Variable(
         CONNECTIONS,
@@ -63,12 +63,12 @@ VARIABLES = (
     Variable(
         "PYTHON",
         "the Python that `scripts/quickstart.sh`, `scripts/test.sh` and the batch script take: "
-        "[install.md](install.md)",
+        "[Installing](install.md)",
     ),
     Variable(
         "TORCH_INDEX_URL",
         "where `scripts/quickstart.sh` and `scripts/test.sh` take torch from: "
-        "[install.md](install.md#a-light-first-try)",
+        "[Installing](install.md#a-light-first-try)",
     ),
     Variable("RANK", "this process's number", Owner.LAUNCHER),
     Variable("WORLD_SIZE", "number of ranks", Owner.LAUNCHER),
@@ -81,8 +81,7 @@ VARIABLES = (
     ),
     Variable(
         "TORCHELASTIC_RUN_ID",
-        "torchrun's; tells that it may start ranks again: "
-        "[checkpoints.md](checkpoints.md#recordings)",
+        "torchrun's; tells that it may start ranks again: [Recordings](checkpoints.md#recordings)",
         Owner.LAUNCHER,
     ),
     Variable("OMPI_COMM_WORLD_RANK", "Open MPI's, for `doctor`", Owner.LAUNCHER),

@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_laer.config import (
-    Choice,
+    ExchangeAlgorithm,
     ExpertParallelMode,
     FixedPlanner,
     FSEPConfig,
     PlanMode,
-    RestoreAlgorithm,
     flag_name,
+    takes_several,
+    types_of,
+    words_of,
 )
 from megatron_laer.planner.strategies import described_strategies, uses_costs
 
@@ -33,33 +35,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group(title="fully sharded expert parallel (megatron_laer)")
     group.add_argument(
         "--expert-parallel-mode",
-        choices=words(ExpertParallelMode),
+        choices=[mode.value for mode in ExpertParallelMode],
         default=ExpertParallelMode.STANDARD.value,
         help="standard: Megatron's expert parallelism, untouched; fsep: every rank holds 1/N of "
         "every expert and restores whole experts per layer",
     )
     for spec in dataclasses.fields(FSEPConfig):
-        kind, text = spec.metadata["type"], spec.metadata["help"].replace("%", "%%")
+        text = spec.metadata["help"].replace("%", "%%")
         text = text.replace("{strategies}", described_strategies())
         default = "" if spec.default in (None, ()) else f" (default {spec.default})"
-        is_choice = issubclass(kind, Choice)
+        words = words_of(spec.name)
         group.add_argument(
             flag_name(spec.name),
             default=None,
-            type=str if is_choice else kind,
-            choices=words(kind) if is_choice else None,
-            nargs="+" if spec.metadata["several"] else None,
+            # Plain strings, since Megatron pickles parsed arguments into checkpoints.
+            type=str if words else types_of(spec.name)[0],
+            choices=words or None,
+            nargs="+" if takes_several(spec.name) else None,
             help=text + default,
         )
     return parser
-
-
-def words(choice: type[Choice]) -> list[str]:
-    """Return a choice's words as plain strings, which argparse quotes in its messages.
-
-    Plain ones are kept in parsed arguments, which Megatron pickles into checkpoints.
-    """
-    return [member.value for member in choice]
 
 
 def value_text(value: object) -> str:
@@ -125,7 +120,7 @@ def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         )
     if config.mode != PlanMode.ADAPTIVE:
         yield f"--fsep-plan-mode is {config.mode}", ("imbalance_tolerance",)
-    if config.restore_algorithm == RestoreAlgorithm.FLAT:
+    if config.restore_algorithm == ExchangeAlgorithm.FLAT:
         yield "--fsep-restore-algorithm is flat", ("grad_wire_dtype",)
     if not uses_costs(config):
         yield "nothing is decided by cost", ("cluster",)

@@ -48,10 +48,3 @@ def _logging_as_it_is() -> Iterator[None]:
         for handler in logging.root.handlers[:]:
             if handler not in before:
                 logging.root.removeHandler(handler)
-
-
-def in_one_line(error: Exception) -> str:
-    """Put an error of `prepare` or of a command on one line; a missing module's says what to do."""
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error}; `python -m megatron_laer doctor` says what is missing"
-    return str(error)

@@ -1,7 +1,7 @@
 """This table says which releases of Megatron are supported and tested, and how they differ.
 
 This table is the one place for such facts: code imports it, and where a file cannot, a test
-compares the file with it. `docs/new_release.md` says what a new release needs. The module imports
+compares the file with it. `docs/releasing.md` says what a new release needs. The module imports
 the standard library alone, since `doctor` and scripts read it where Megatron or torch is missing.
 """
 

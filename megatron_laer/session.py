@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_laer.config import FSEPConfig, PlanMode, TokenExchangeChoice
+from megatron_laer.config import FSEPConfig, PlanMode, TokenExchange
 from megatron_laer.runtime.build import build_coordinator, current_device
 from megatron_laer.runtime.comm.collectives import raise_everywhere
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group, create_groups
@@ -55,7 +55,7 @@ class Session:
             expert_group,
             self.config.node_size,
             create_group,
-            tokens_through_nodes=self.config.token_exchange != TokenExchangeChoice.RANK,
+            tokens_through_nodes=self.config.token_exchange != TokenExchange.RANK,
         )
 
     def destroy_groups(self) -> None:

@@ -1,4 +1,4 @@
-"""The tables of docs/configurations.md: clusters, and what Megatron and FSEP make of each model.
+"""The tables of docs/calibrate.md: clusters, and what Megatron and FSEP make of each model.
 
     python -m tests.configurations
 
@@ -25,7 +25,7 @@ import yaml
 from megatron_laer.device import CPU_FLAGS
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.tools.model_flags import model_flags
-from megatron_laer.tools.recipes.flags import without
+from megatron_laer.tools.recipes.command_lines import without
 from tests.documents import ROOT
 
 _CONFIGS = ROOT / "configs"

@@ -2,52 +2,32 @@
 
     python -m tests.proved_rows
 
-writes `megatron_laer/tools/recipes/rows.py`; a unit test compares that file with today's table.
+writes `megatron_laer/tools/recipes/proved_rows.csv`; a unit test compares it with today's table.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from megatron_laer.tools.recipes.features import features_of
+from megatron_laer.tools.recipes.proof import FILE
 from tests.parity.features import REPLACED
-from tests.parity.rows import ROWS, Row
-
-FILE = Path(__file__).resolve().parents[1] / "megatron_laer" / "tools" / "recipes" / "rows.py"
-
-_HEAD = '''\
-"""The rows of the parity table, with the features that each has; `python -m tests.proved_rows`."""
-
-# A row has a line.
-# ruff: noqa: E501
-# fmt: off
-
-from __future__ import annotations
-
-from typing import NamedTuple
-
-
-class ProvedRow(NamedTuple):
-    """Describes a row of the parity table."""
-
-    name: str
-    features: frozenset[str]
-    is_replaced: bool
-
-
-def _row(name: str, features: str = "", is_replaced: bool = False) -> ProvedRow:
-    return ProvedRow(name, frozenset(features.split(", ") if features else ()), is_replaced)
-
-
-ROWS = (
-'''
+from tests.parity.row import Row
+from tests.parity.rows import ROWS
 
 
 def text() -> str:
     """The file of today."""
-    return "".join([_HEAD, *(f"    {_line(row)},\n" for row in ROWS), ")\n"])
+    written = io.StringIO()
+    rows = csv.writer(written, lineterminator="\n")
+    for row in ROWS:
+        is_replaced = bool(set((row.flags + row.fsep).split()) & REPLACED.keys())
+        features = ", ".join(sorted(features_of(settings_of(row))))
+        rows.writerow([row.name, features, is_replaced or ""])
+    return written.getvalue()
 
 
 def settings_of(row: Row) -> Namespace:
@@ -70,13 +50,6 @@ def _with(before: Any, word: str) -> Any:
     if before is True:
         return word
     return [*before, word] if isinstance(before, list) else [before, word]
-
-
-def _line(row: Row) -> str:
-    words = [f'"{row.name}"', f'"{", ".join(sorted(features_of(settings_of(row))))}"']
-    if set((row.flags + row.fsep).split()) & REPLACED.keys():
-        words.append("True")
-    return f"_row({', '.join(words)})" if words[1:] != ['""'] else f"_row({words[0]})"
 
 
 if __name__ == "__main__":

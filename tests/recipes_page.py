@@ -16,27 +16,21 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "recipes.md"
 LIST = ROOT.parent / "shared" / "data" / "bridge_recipes_train.csv"
 
-# The columns that judge nothing, and only say what was refused when the list was made.
-BEFORE = "refused_features"
 _PROOFS = ("one row", "each feature", "not all features", "nothing yet")
 
 Judged = list[tuple[Mapping[str, str], Judgement]]
 
 
 def judged(path: Path) -> Judged:
-    """Every recipe with what is judged of it."""
+    """Return every recipe with its judgement."""
     return [(row, judge_recipe(row)) for row in read_recipes(path)]
 
 
 def tables(recipes: Judged) -> list[list[str]]:
-    """The three tables of the page: verdicts, features and what is still in the way."""
+    """Return the two tables of the page: verdicts, and the settings in the way."""
     lora = [(row, found) for row, found in recipes if row["pool"] == "peft"]
     training = [(row, found) for row, found in recipes if row["pool"] != "peft"]
-    return [
-        list(_verdicts(training, lora)),
-        list(_features(training)),
-        list(_reasons(training, lora)),
-    ]
+    return [list(_verdicts(training, lora)), list(_reasons(training, lora))]
 
 
 def _verdicts(training: Judged, lora: Judged) -> Iterator[str]:
@@ -67,23 +61,9 @@ def _proof(found: Judgement) -> str:
 
 
 def no_rows(recipes: Judged) -> Counter[str]:
-    """Features that no row has, by the number of recipes that run with them."""
+    """Count the recipes that run with each feature that no row has."""
     proofs = [found.proof for _, found in recipes if found.proof]
     return Counter(feature for proof in proofs for feature in proof.no_row)
-
-
-def _features(training: Judged) -> Iterator[str]:
-    yield "| refused at first | recipes | these alone | " + " | ".join(Verdict) + " |"
-    yield "|---|---" + "|---" * (1 + len(Verdict)) + "|"
-    by_feature: dict[str, list[tuple[bool, Verdict]]] = {}
-    for row, found in training:
-        features = row[BEFORE].split("|") if row[BEFORE] else ["nothing"]
-        for feature in features:
-            by_feature.setdefault(feature, []).append((len(features) == 1, found.verdict))
-    for feature, seen in sorted(by_feature.items(), key=lambda item: (-len(item[1]), item[0])):
-        verdicts = Counter(verdict for _, verdict in seen)
-        numbers = [len(seen), sum(alone for alone, _ in seen), *(verdicts[v] for v in Verdict)]
-        yield f"| {feature} | " + " | ".join(map(str, numbers)) + " |"
 
 
 def _reasons(training: Judged, lora: Judged) -> Iterator[str]:
@@ -99,7 +79,7 @@ def _counted(of: Judged) -> Counter[tuple[str, str]]:
 
 
 def _keys(found: Judgement) -> Iterable[tuple[str, str]]:
-    """Kinds of reasons, each once, by the text before what is said of it."""
+    """Return the kinds of reasons, each once: the text before the colon."""
     kinds = {reason.split(":")[0] for reason in found.because}
     if found.verdict is Verdict.SET_EP:
         kinds = {kind for kind in kinds if kind.startswith("--expert-model-parallel-size")}

@@ -76,7 +76,7 @@ PLACES = (
         ", Python",
         " or ".join(filter(None, (", ".join(NUMBERS[:-1]), NUMBERS[-1]))),
     ),
-    Place("README.md", "write from release ", " on", ROUTING_TRACES.since),
+    Place("docs/plan.md", "write from release ", " on", ROUTING_TRACES.since),
     Place(
         "docs/architecture.md",
         "| megatron-core ",

@@ -1,7 +1,7 @@
 """Tables in the pages of docs/ that follow from the code.
 
-`python -m tests.site_pages` writes them, each between two marks on its page; a unit test says
-whether they are up to date.
+`python -m tests.site_pages` writes them, each between two marks on its page, and `--check` names
+those that are old.
 """
 
 from __future__ import annotations
@@ -16,17 +16,22 @@ from megatron_laer.flags import add_arguments
 from megatron_laer.plugin.command_line import ARGUMENT_PATCHES
 from megatron_laer.plugin.switch import FSEP_PATCHES
 from megatron_laer.releases import NEXT, RELEASES
-from megatron_laer.support.refusal import Refusal
-from megatron_laer.support.table import REFUSALS
+from megatron_laer.telemetry.metrics import (
+    LOGGED,
+    RECORDED_OF_LAYERS,
+    RECORDED_OF_STEPS,
+    table,
+)
 from tests import compatibility
-from tests.error_messages import SLURM
-from tests.errors_page import errors
+from tests.parity import report
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+SLURM = ROOT / "scripts" / "slurm" / "pretrain.sbatch"
 
 
 def flags() -> Iterator[str]:
-    """Every flag, what it takes and what it does, as `--help` says it."""
+    """Yield every flag, its values and its help."""
     parser = add_arguments(argparse.ArgumentParser(add_help=False))
     yield "| flag | takes | |"
     yield "|---|---|---|"
@@ -39,17 +44,8 @@ def flags() -> Iterator[str]:
         yield _row(f"`{action.option_strings[0]}`", takes + several, text)
 
 
-def refusals() -> Iterator[str]:
-    """Every setting of Megatron that is refused, why, and what would work."""
-    yield "| refused, as a flag and as a field of TransformerConfig | because | what works |"
-    yield "|---|---|---|"
-    for row in REFUSALS:
-        field = f", `{row.field}`" if row.field and row.field != row.setting else ""
-        yield _row(f"`{row.setting}`{field}", *_said(row))
-
-
 def releases() -> Iterator[str]:
-    """Every release of Megatron that is supported, and the one to come."""
+    """Yield every supported release of Megatron, and the next one."""
     yield "| Megatron | tested with | |"
     yield "|---|---|---|"
     for row in RELEASES:
@@ -59,8 +55,8 @@ def releases() -> Iterator[str]:
 
 
 def patches() -> Iterator[str]:
-    """Every attribute of Megatron that is replaced, and what for."""
-    yield "| replaced in `megatron` | what it does |"
+    """Yield every replaced attribute of Megatron, and why."""
+    yield "| replaced in `megatron` | effect |"
     yield "|---|---|"
     for patch in (*ARGUMENT_PATCHES, *FSEP_PATCHES):
         name = f"{patch.module}.{patch.path}".removeprefix("megatron.")
@@ -68,7 +64,7 @@ def patches() -> Iterator[str]:
 
 
 def environment() -> Iterator[str]:
-    """Every variable of the environment that is read, and who sets it."""
+    """Yield every variable of the environment that is read, and who sets it."""
     yield "| variable | set by | |"
     yield "|---|---|---|"
     for variable in VARIABLES:
@@ -76,7 +72,7 @@ def environment() -> Iterator[str]:
 
 
 def slurm_settings() -> Iterator[str]:
-    """The settings of the batch script for Slurm, as its head lists them."""
+    """Yield the settings of the batch script for Slurm, as its head lists them."""
     text = SLURM.read_text(encoding="utf-8")
     listed = re.findall(
         r"^#   ([A-Z_]+(?:, [A-Z_]+)*) +(\S.*(?:\n# {19}\S.*)*)", text, re.MULTILINE
@@ -91,13 +87,15 @@ def slurm_settings() -> Iterator[str]:
 TABLES: dict[tuple[str, str], Callable[[], Iterable[str]]] = {
     ("flags.md", "flags"): flags,
     ("flags.md", "environment"): environment,
-    ("fork.md", "patches"): patches,
+    ("megatron.md", "patches"): patches,
+    ("metrics.md", "logged"): lambda: table(LOGGED),
+    ("metrics.md", "recorded of a step"): lambda: table(RECORDED_OF_STEPS),
+    ("metrics.md", "recorded of a layer"): lambda: table(RECORDED_OF_LAYERS),
     ("slurm.md", "settings"): slurm_settings,
-    ("troubleshooting.md", "refusals"): refusals,
-    ("compatibility.md", "releases"): releases,
-    ("compatibility.md", "combinations"): compatibility.combinations,
-    ("compatibility.md", "versions"): compatibility.versions,
-    ("errors.md", "errors"): errors,
+    ("support.md", "releases"): releases,
+    ("support.md", "combinations"): compatibility.combinations,
+    ("support.md", "versions"): compatibility.versions,
+    **{("support.md", name): lines for name, lines in report.TABLES.items()},
 }
 
 
@@ -118,21 +116,31 @@ def with_table(page: str, name: str, lines: Iterable[str]) -> str:
     return written
 
 
+def old(write: bool = False) -> list[str]:
+    """Return the tables that the code would change, as `page: name`, and write them if asked."""
+    found = []
+    for (page, name), lines in TABLES.items():
+        path = DOCS / page
+        text = path.read_text(encoding="utf-8")
+        if (new := with_table(text, name, lines())) != text:
+            found.append(f"{page}: {name}")
+            if write:
+                path.write_text(new, encoding="utf-8")
+    return found
+
+
 def main() -> None:
-    """Write every table into its page."""
+    """Write every table into its page, or name the old ones with `--check`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--passed", metavar="TESTS", help="how a set was started that has passed")
-    passed = parser.parse_args().passed
-    if passed and compatibility.record(compatibility.here(passed)):
-        print("tests/tested.csv has a new row: commit it with docs/compatibility.md")
-    for (page, name), table in TABLES.items():
-        path = DOCS / page
-        path.write_text(with_table(path.read_text("utf-8"), name, table()), encoding="utf-8")
-
-
-def _said(row: Refusal) -> tuple[str, str]:
-    allow = f", or `--fsep-allow-unproven {row.unproven}`" if row.unproven else ""
-    return row.reason, row.said_way_out + allow
+    parser.add_argument("--check", action="store_true", help="write nothing; fail for old tables")
+    options = parser.parse_args()
+    if options.passed and compatibility.record(compatibility.here(options.passed)):
+        print("tests/tested.csv has a new row: commit it with docs/support.md")
+    found = old(write=not options.check)
+    print("\n".join(found))
+    if options.check and found:
+        raise SystemExit(1)
 
 
 def _row(*cells: str) -> str:

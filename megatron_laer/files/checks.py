@@ -242,3 +242,10 @@ def _why_not_writable(folder: Path) -> str | None:
     except OSError as error:
         return f"the folder {quoted(folder)} cannot be written to ({error.strerror})"
     return None
+
+
+def in_one_line(error: Exception) -> str:
+    """Put an error of `prepare` or of a command on one line; a missing module's says what to do."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}; `python -m megatron_laer doctor` says what is missing"
+    return str(error)

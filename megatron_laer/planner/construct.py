@@ -59,4 +59,4 @@ def from_native(
     slot_bytes = slots_S.astype("<i2", copy=False).tobytes()
     if slot_bytes == current.slot_bytes:
         return current
-    return ExpertLayout(current.num_ranks, current.capacity, current.num_experts, slot_bytes)
+    return ExpertLayout(*current.shape, slot_bytes)

@@ -26,7 +26,7 @@ import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Recompute
-from megatron_laer.config import ExchangeAlgorithm, RestoreAlgorithm, Split
+from megatron_laer.config import Auto, ExchangeAlgorithm, Split
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
@@ -169,7 +169,7 @@ class CostModel:
         if host is None:
             return 0.0
         num_ranks, node_size = geometry.num_ranks, geometry.node_size
-        gate_s = host.gate.seconds(num_ranks, geometry.capacity, geometry.num_experts)
+        gate_s = host.gate.seconds(*geometry.shape)
         if num_ranks > 1:
             link = self.cluster.intra if num_ranks == node_size else self.cluster.inter
             counts = (num_ranks - 1) * (geometry.num_experts + _BESIDE_COUNTS)
@@ -258,12 +258,10 @@ class CostModel:
         exchange_s = 2 * self.restore_seconds(layout, node_size, self.restore_algorithm)
         return max(exchange_s - (beside_s - beside_s * self.forward_share), 0.0)
 
-    def with_exchange(self, algorithm: RestoreAlgorithm, geometry: Geometry) -> CostModel:
+    def with_exchange(self, algorithm: ExchangeAlgorithm | Auto, geometry: Geometry) -> CostModel:
         """Return the same with another exchange; `auto` takes the faster for such layouts."""
-        if algorithm == RestoreAlgorithm.AUTO:
-            static = ExpertLayout.static(
-                geometry.num_ranks, geometry.capacity, geometry.num_experts
-            )
+        if algorithm == Auto.AUTO:
+            static = ExpertLayout.static(*geometry.shape)
             # Two restores for each reduce; the first of equals is the flat one.
             chosen = min(
                 ExchangeAlgorithm,
@@ -281,8 +279,7 @@ class CostModel:
 
         A time measured at run time would differ between ranks, and so would their decisions.
         """
-        shape = (geometry.num_ranks, geometry.capacity, geometry.num_experts)
-        return self.cluster.solve.seconds(*shape)
+        return self.cluster.solve.seconds(*geometry.shape)
 
     def change_seconds(self, before: ExpertLayout, after: ExpertLayout, node_size: int) -> float:
         """Predict what a layout made after the gate costs over a planned one; 0 for the same.
@@ -391,7 +388,7 @@ def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
     change moves less; and with equal slices it does not matter which slot it is.
     """
     num_ranks = geometry.num_ranks
-    layout = ExpertLayout.static(num_ranks, geometry.capacity, geometry.num_experts)
+    layout = ExpertLayout.static(*geometry.shape)
     first_S = np.arange(geometry.num_slots) == 0
     matrices = [(rows // num_ranks * num_ranks, columns) for rows, columns in costs.matrices]
     algorithm = costs.restore_algorithm

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_laer.planner.layout import ExpertLayout, check_shape
+from megatron_laer.planner.layout import ExpertLayout, check_shape, default_capacity
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Holds what every layout of a layer has in common.
+    """Shape of a planning problem, common to all layouts of a layer.
 
     Attributes:
         num_ranks: N, ranks in the FSEP group; ranks r*G..r*G+G-1 share a node.
@@ -34,13 +34,18 @@ class Geometry:
         check_node_size(self.num_ranks, self.node_size)
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(N, C, E), as of a layout."""
+        return self.num_ranks, self.capacity, self.num_experts
+
+    @property
     def num_slots(self) -> int:
-        """Return S = N*C."""
+        """S = N*C."""
         return self.num_ranks * self.capacity
 
     @property
     def num_nodes(self) -> int:
-        """Return N / G."""
+        """N / G."""
         return self.num_ranks // self.node_size
 
     def check_layout(self, layout: ExpertLayout) -> None:
@@ -49,11 +54,10 @@ class Geometry:
         Raises:
             ValueError: with both shapes.
         """
-        given = (layout.num_ranks, layout.capacity, layout.num_experts)
-        wanted = (self.num_ranks, self.capacity, self.num_experts)
-        if given != wanted:
+        if layout.shape != self.shape:
             raise ValueError(
-                f"layout is for (ranks, capacity, experts) = {given}, the planner for {wanted}"
+                f"layout is for (ranks, capacity, experts) = {layout.shape}, the planner for "
+                f"{self.shape}"
             )
 
     def check_counts(self, shape: tuple[int, ...]) -> None:
@@ -69,7 +73,33 @@ class Geometry:
             )
 
 
-def check_node_size(num_ranks: int, node_size: int) -> None:
+def resolve_geometry(
+    num_experts: int,
+    num_ranks: int,
+    capacity: int | None,
+    node_size: int,
+    *,
+    multiple: int = 1,
+    flags: tuple[str, str] = ("capacity", "node size"),
+) -> Geometry:
+    """Return the geometry of a layer, with the default number of slots where none is given.
+
+    Args:
+        capacity: C, or None.
+        multiple: N·C must be a multiple of it by default; see `default_capacity`.
+        flags: names of the settings of C and G, for messages.
+
+    Raises:
+        ValueError: slots or a node size that do not fit; what was passed and what would work.
+    """
+    if capacity is None:
+        capacity = default_capacity(num_ranks, num_experts, multiple)
+    check_shape(num_ranks, capacity, num_experts, flags[0], multiple)
+    check_node_size(num_ranks, node_size, flags[1])
+    return Geometry(num_ranks, num_experts, capacity, node_size)
+
+
+def check_node_size(num_ranks: int, node_size: int, flag: str = "node size") -> None:
     """Reject a node size that would leave a partly filled node.
 
     Raises:
@@ -78,5 +108,5 @@ def check_node_size(num_ranks: int, node_size: int) -> None:
     if node_size < 1 or num_ranks % node_size != 0:
         works = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
         raise ValueError(
-            f"node size {node_size} does not divide the {num_ranks} ranks; use one of {works}"
+            f"{flag} {node_size} does not divide the {num_ranks} ranks; use one of {works}"
         )

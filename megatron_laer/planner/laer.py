@@ -50,7 +50,7 @@ class LaerStrategy:
         geometry.check_counts(counts_NE.shape)
         geometry.check_layout(current)
         loads_E = counts_NE.sum(axis=0)
-        static = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
+        static = ExpertLayout.static(*geometry.shape)
         candidates = (
             current,
             static,
@@ -135,6 +135,4 @@ def place(loads_E: Int64, replicas_E: Int64, geometry: Geometry) -> ExpertLayout
             node_replicas_Q[rank // geometry.node_size] += 1
 
     slots = [expert for experts in held for expert in sorted(experts)]
-    return ExpertLayout.from_slots(
-        geometry.num_ranks, geometry.capacity, geometry.num_experts, slots
-    )
+    return ExpertLayout.from_slots(*geometry.shape, slots)

@@ -121,8 +121,13 @@ class ExpertLayout:
         return cls.from_slots(num_ranks, capacity, num_experts, experts_S[order_S])
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(N, C, E), the order of arguments of `static` and `random`."""
+        return self.num_ranks, self.capacity, self.num_experts
+
+    @property
     def num_slots(self) -> int:
-        """Return S = N*C."""
+        """S = N*C."""
         return self.num_ranks * self.capacity
 
     @property
@@ -197,8 +202,14 @@ def stock_owner_E(num_ranks: int, num_experts: int) -> Int64:
     return np.arange(num_experts, dtype=np.int64) * num_ranks // num_experts
 
 
-def check_shape(num_ranks: int, capacity: int, num_experts: int) -> None:
-    """Reject N, C, E for which no layout exists or makes sense.
+def check_shape(
+    num_ranks: int, capacity: int, num_experts: int, flag: str = "capacity", multiple: int = 1
+) -> None:
+    """Reject N, C, E for which no layout exists, or where a rank would hold an expert twice.
+
+    Args:
+        flag: name of the setting of C, for the message.
+        multiple: as in `default_capacity`.
 
     Raises:
         ValueError: with what was passed and what would work.
@@ -210,16 +221,12 @@ def check_shape(num_ranks: int, capacity: int, num_experts: int) -> None:
         )
     if num_experts > MAX_EXPERTS:
         raise ValueError(f"num_experts must be at most {MAX_EXPERTS}, got {num_experts}")
-    if capacity > num_experts:
+    fewest = -(-num_experts // num_ranks)
+    if not fewest <= capacity <= num_experts:
+        default = default_capacity(num_ranks, num_experts, multiple)
         raise ValueError(
-            f"capacity {capacity} exceeds num_experts {num_experts}: a rank would hold an expert "
-            f"twice; use a capacity of at most {num_experts}"
-        )
-    if num_ranks * capacity < num_experts:
-        raise ValueError(
-            f"{num_ranks} ranks with {capacity} slots each are {num_ranks * capacity} slots, too "
-            f"few for {num_experts} experts; use a capacity of at least "
-            f"{-(-num_experts // num_ranks)}"
+            f"{flag} {capacity}: the slots of {num_ranks} ranks must hold each of {num_experts} "
+            f"experts, and a rank none twice; use {fewest} to {num_experts} (default {default})"
         )
 
 

@@ -1,8 +1,8 @@
-"""The planner's thread takes counts and makes plans, and training never waits for it unasked.
+"""The planner's thread makes layouts from counts in the background; training never waits unasked.
 
-The thread only computes. It takes part in no collective and touches no device; handing layouts to
-the other ranks is the caller's business. Whatever a strategy does, the caller gets legal layouts or
-none.
+The thread only computes: no collective, no device. Whatever a strategy does, the caller gets legal
+layouts or none. An executor would not do: its threads are joined at exit, so a strategy that hangs
+would keep the process alive.
 
 Legend: N ranks, E experts.
 """
@@ -28,13 +28,7 @@ _OPEN_STEPS = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """Holds a layout for every layer, made from the counts of one step.
-
-    Attributes:
-        source_step: the step whose counts were used.
-        layouts: layer → layout, for all layers of the service. Not to be changed.
-        plan_ms: time spent in the strategy, summed over layers.
-    """
+    """Layouts of all layers from the counts of `source_step`, made in `plan_ms` by the strategy."""
 
     source_step: int
     layouts: dict[int, ExpertLayout]
@@ -43,7 +37,7 @@ class Plan:
 
 @dataclass
 class _OpenStep:
-    """Holds a step that is being submitted or planned; touched under the service's lock only."""
+    """Step that is being submitted or planned; touched under the service's lock only."""
 
     pending: dict[int, Int64] = field(default_factory=dict)
     submitted: set[int] = field(default_factory=set)
@@ -52,38 +46,30 @@ class _OpenStep:
 
 
 class PlannerService:
-    """Runs one daemon thread that plans the layers of each step as their counts arrive.
+    """One daemon thread that plans the layers of each step as their counts arrive, oldest first.
 
-    Steps are planned one after the other, oldest first, and a layer is planned as soon as its
-    counts are there, from a forecast that they are the newest part of. A plan is complete when all
-    layers are.
+    A plan is complete once all layers are planned, each from a forecast whose newest part are the
+    step's counts. Complete plans are kept until `ready` or `wait` returns that plan or a newer one,
+    so call one of them at every step.
 
-    Dropped are, in both modes and with a warning, steps that still lack layers when a later one has
-    them all. Without `lossless` also those that have not been begun by then, so that a slow
-    strategy plans from the newest counts, and the oldest half-submitted steps beyond four. Complete
-    plans are kept until that one or a newer one is returned, so call `ready` or `wait` once per
-    step, or memory grows.
+    Steps that lack layers when a later step is full are dropped, with a warning. Without `lossless`
+    also those that were not begun by then, and the oldest half-submitted ones beyond four.
 
-    A strategy that raises, or returns something other than a layout of the initial one's shape,
-    leaves the layer at its last good layout (that of the last complete plan), counts in `failures`,
-    and is warned of once per cause. If the thread dies, there is a warning, and `ready` and `wait`
-    return None once the plans that were complete are used up: the caller keeps the layouts it has.
+    A strategy that raises or returns no legal layout leaves the layer its layout of the last
+    complete plan, counts in `failures`, and is warned of once per cause. Once the thread is dead,
+    `ready` and `wait` return None.
 
     Args:
         strategy: its `plan` runs in the thread.
-        layers: the layers of a step, by the numbers that `submit` uses.
-        initial: the layout in use for all layers, or one for each.
-        on_warning: takes a message; called from the planner's thread and from the caller's, never
-            under the service's lock. What it raises is ignored.
-        lossless: keep every step, in order, for callers that `wait` for each, until
-            `drop_late_steps`.
-        forecast: that every layer begins with, or one for each; the smoothed one without it.
-        plans: complete ones to go on with, as `state` returned them; `initial` is then unused but
-            for its shape.
+        layers: numbers of a step's layers.
+        initial: layout in use, for all layers or for each.
+        on_warning: called from both threads, never under the lock; its exceptions are ignored.
+        lossless: plan every step, for callers that `wait` for each.
+        forecast: initial state, for all layers or for each.
+        plans: complete plans to go on with, as `state` returned them.
 
     Raises:
-        ValueError: no layers, a layer twice, a layer without initial layout, or initial layouts
-            that differ in N, C or E.
+        ValueError: no layers, a layer twice or without layout, or layouts of different shapes.
     """
 
     def __init__(
@@ -102,10 +88,7 @@ class PlannerService:
         self._on_warning = on_warning
         self._lossless = lossless
         # Changed by the thread alone, a layer at a time.
-        if isinstance(forecast, Mapping):
-            self._forecasts = {layer: forecast[layer] for layer in self._layers}
-        else:
-            self._forecasts = dict.fromkeys(self._layers, forecast or SmoothedForecast())
+        self._forecasts = _by_layer(self._layers, forecast or SmoothedForecast())
 
         self._changed = threading.Condition()
         self._open: dict[int, _OpenStep] = {}
@@ -123,23 +106,18 @@ class PlannerService:
 
     @property
     def failures(self) -> int:
-        """Count the layers so far whose planning failed and that kept their last good layout."""
+        """Number of layers so far whose planning failed."""
         with self._changed:
             return self._failures
 
     def submit(self, step: int, layer: int, counts_NE: npt.NDArray[np.integer]) -> None:
-        """Hand over a layer's counts of a step; they are copied. Never waits for planning.
+        """Queue a copy of a layer's counts of a step, int [N, E]; never waits for planning.
 
         The same step and layer again replaces counts that are not planned yet; in lossless mode the
-        first ones stay, so that the result does not depend on timing. Ignored are dropped and
-        planned steps, new steps before one that was submitted in full, and everything after
-        `close`.
-
-        Args:
-            counts_NE: tokens on each source rank for each expert, integers [N, E].
+        first ones stay. Dropped, planned and outdated steps are ignored.
 
         Raises:
-            ValueError: a layer that is not the service's, or counts of another shape.
+            ValueError: an unknown layer, or counts of another shape.
         """
         if layer not in self._good:
             raise ValueError(f"layer {layer} is not planned here; layers are {self._layers}")
@@ -165,10 +143,7 @@ class PlannerService:
             self._warn(warning)
 
     def ready(self, step: int) -> Plan | None:
-        """Return the newest complete plan from a step up to `step`; None if there is no new one.
-
-        Never waits. A plan is returned once, and older ones are forgotten with it.
-        """
+        """Return the newest complete plan of a step up to `step`, once; None if there is none."""
         with self._changed:
             usable = [made for made in self._complete if made <= step]
             return self._take(max(usable)) if usable else None
@@ -176,9 +151,7 @@ class PlannerService:
     def wait(self, step: int, timeout_s: float) -> Plan | None:
         """Return the plan made from this very step's counts, waiting up to `timeout_s` seconds.
 
-        None, with a warning, if it does not come: the time is over, the step was dropped, the
-        thread is dead or the service closed. The caller keeps the layouts it has, as with `ready`;
-        training goes on, but the run is then no longer a repetition of another one.
+        None, with a warning, if it does not come.
 
         Raises:
             ValueError: a step at or before one whose plan was already returned.
@@ -205,10 +178,9 @@ class PlannerService:
         return None
 
     def state(self, timeout_s: float) -> tuple[dict[int, Forecast], list[Plan], bool]:
-        """Return forecasts by layer, plans not yet returned, oldest first, and if that is all.
+        """Return forecasts by layer, plans not yet returned, and whether no full step is unplanned.
 
-        Waits up to `timeout_s` seconds until every step that was submitted in full is planned:
-        what is not planned by then is lost to a service that goes on from here. Changes nothing.
+        Waits for that up to `timeout_s` seconds.
         """
 
         def is_caught_up() -> bool:
@@ -221,16 +193,12 @@ class PlannerService:
             return dict(self._forecasts), plans, caught_up
 
     def drop_late_steps(self) -> None:
-        """Stop being `lossless`: the caller does not wait any more."""
+        """End `lossless` mode."""
         with self._changed:
             self._lossless = False
 
     def close(self, timeout_s: float) -> bool:
-        """Stop the thread; True if it ended in time. Steps not planned by then are dropped.
-
-        A strategy that is running cannot be interrupted; the thread is a daemon and does not keep
-        the process alive.
-        """
+        """Stop the thread; return whether it ended in time."""
         with self._changed:
             self._closing = True
             self._open.clear()
@@ -259,18 +227,19 @@ class PlannerService:
         return step not in self._open and _at_or_before(step, self._full_step)
 
     def _drop_steps(self, submitted_step: int) -> list[str]:
-        """Give up steps that the submission of this one makes pointless; returns warnings."""
+        """Drop steps that the submission of this one makes pointless; return warnings."""
         warnings = []
         full = self._is_full(self._open[submitted_step])
         if full and not _at_or_before(submitted_step, self._full_step):
             self._full_step = submitted_step
         for step in sorted(self._open):
             opened = self._open[step]
-            if full and step < submitted_step and not self._is_full(opened):
-                missing = sorted(set(self._layers) - opened.submitted)
+            if not full or step >= submitted_step:
+                continue
+            if missing := sorted(set(self._layers) - opened.submitted):
                 warnings.append(f"counts of step {step} never came for layers {missing}")
                 del self._open[step]
-            elif full and step < submitted_step and not self._lossless and not self._begun(opened):
+            elif not self._lossless and len(opened.pending) == len(opened.submitted):  # not begun
                 del self._open[step]
         while len(self._open) > _OPEN_STEPS and not self._lossless:
             del self._open[min(self._open)]
@@ -278,9 +247,6 @@ class PlannerService:
 
     def _is_full(self, opened: _OpenStep) -> bool:
         return len(opened.submitted) == len(self._layers)
-
-    def _begun(self, opened: _OpenStep) -> bool:
-        return len(opened.pending) < len(opened.submitted)
 
     # The thread's side.
 
@@ -324,10 +290,10 @@ class PlannerService:
             layout: object = self._strategy.plan(forecast.counts_NE(), current)
             if not isinstance(layout, ExpertLayout):
                 problem = f"returned {type(layout).__name__}, not an ExpertLayout"
-            elif _shape(layout) != _shape(current):
+            elif layout.shape != current.shape:
                 problem = (
-                    f"returned a layout for (ranks, capacity, experts) = {_shape(layout)}, "
-                    f"expected {_shape(current)}"
+                    f"returned a layout for (ranks, capacity, experts) = {layout.shape}, "
+                    f"expected {current.shape}"
                 )
             else:
                 return layout, None
@@ -368,23 +334,22 @@ def _initial_layouts(
 ) -> dict[int, ExpertLayout]:
     if not layers or len(set(layers)) != len(layers):
         raise ValueError(f"layers must be at least one and all different, got {layers}")
-    if isinstance(initial, ExpertLayout):
-        return dict.fromkeys(layers, initial)
-    missing = [layer for layer in layers if layer not in initial]
-    if missing:
+    if isinstance(initial, Mapping) and (missing := [n for n in layers if n not in initial]):
         raise ValueError(f"initial has no layout for layers {missing}; it has {sorted(initial)}")
-    layouts = {layer: initial[layer] for layer in layers}
-    shapes = {_shape(layout) for layout in layouts.values()}
+    layouts = _by_layer(layers, initial)
+    shapes = {layout.shape for layout in layouts.values()}
     if len(shapes) > 1:
         raise ValueError(
             f"initial layouts differ in (ranks, capacity, experts): {sorted(shapes)}; a service "
-            f"plans layers of one shape"
+            "plans layers of one shape"
         )
     return layouts
 
 
-def _shape(layout: ExpertLayout) -> tuple[int, int, int]:
-    return layout.num_ranks, layout.capacity, layout.num_experts
+def _by_layer[T](layers: tuple[int, ...], value: T | Mapping[int, T]) -> dict[int, T]:
+    if isinstance(value, Mapping):
+        return {layer: value[layer] for layer in layers}
+    return dict.fromkeys(layers, value)
 
 
 def _at_or_before(step: int, mark: int | None) -> bool:

@@ -28,8 +28,8 @@ def changed_slots(before: ExpertLayout, after: ExpertLayout) -> Bool:
     Raises:
         ValueError: layouts of different N, C or E.
     """
-    shapes = [(given.num_ranks, given.capacity, given.num_experts) for given in (before, after)]
-    if shapes[0] != shapes[1]:
+    if before.shape != after.shape:
+        shapes = [before.shape, after.shape]
         raise ValueError(f"layouts of different (ranks, capacity, experts): {shapes}")
     return np.asarray(before.slot_expert_S != after.slot_expert_S)
 

@@ -24,6 +24,4 @@ class StaticStrategy:
         """
         self.geometry.check_counts(counts_NE.shape)
         self.geometry.check_layout(current)
-        return ExpertLayout.static(
-            self.geometry.num_ranks, self.geometry.capacity, self.geometry.num_experts
-        )
+        return ExpertLayout.static(*self.geometry.shape)

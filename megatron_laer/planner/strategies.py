@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import (
+    Auto,
     FixedPlanner,
     FSEPConfig,
     PlanMode,
-    RestoreAlgorithm,
-    TokenExchangeChoice,
 )
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -21,19 +20,6 @@ from megatron_laer.planner.laer import LaerStrategy
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.search import SearchStrategy
 from megatron_laer.planner.static import StaticStrategy
-
-
-class TimeTerms(NamedTuple):
-    """Estimates processor time by terms in seconds: always, per slot and per count `[N, E]`."""
-
-    always_s: float
-    slot_s: float
-    count_s: float
-
-    def seconds(self, geometry: Geometry) -> float:
-        """Return the time for these sizes."""
-        counts = geometry.num_ranks * geometry.num_experts
-        return self.always_s + self.slot_s * geometry.num_slots + self.count_s * counts
 
 
 class Strategy(Protocol):
@@ -67,11 +53,6 @@ def described_strategies() -> str:
     )
 
 
-def plan_time(name: str) -> TimeTerms:
-    """Return what one call of the strategy's `plan` takes, roughly."""
-    return _STRATEGIES[name].plan_time
-
-
 def check_planner(name: str) -> None:
     """Refuse what names neither a strategy nor a planner that needs none.
 
@@ -100,13 +81,9 @@ def uses_costs(config: FSEPConfig) -> bool:
     return (
         (config.mode == PlanMode.ADAPTIVE and config.imbalance_tolerance is None)
         or (config.makes_plans and strategy is not None and strategy.uses_costs)
-        or config.restore_algorithm == RestoreAlgorithm.AUTO
-        or config.token_exchange == TokenExchangeChoice.AUTO
+        or config.restore_algorithm == Auto.AUTO
+        or config.token_exchange == Auto.AUTO
     )
-
-
-# No strategy below is slower in any term; one that nobody measured is taken to be as slow.
-_SLOWEST = TimeTerms(2e-2, 5e-5, 1e-6)
 
 
 @dataclass(frozen=True)
@@ -115,28 +92,17 @@ class _Registered:
 
     Attributes:
         uses_costs: whether it compares layouts by the cost model.
-        plan_time: what `plan` refuses work by that would take too long.
         about: a few words for the help of `--fsep-planner`.
     """
 
     make: Callable[[Geometry, CostModel], Strategy]
     uses_costs: bool = False
-    plan_time: TimeTerms = _SLOWEST
     about: str = ""
 
 
-# Times were measured on one core of a server of 2023 with skewed counts, from 8 ranks with 8
-# experts to 8192 with 256 and 1024 with 2048, 2 to 8 slots; most are right within a factor of
-# three.
 _STRATEGIES: Mapping[str, _Registered] = {
-    "greedy": _Registered(GreedyStrategy, uses_costs=True, plan_time=TimeTerms(2e-4, 8e-6, 3e-7)),
-    "laer": _Registered(
-        LaerStrategy, uses_costs=True, plan_time=TimeTerms(5e-4, 3e-5, 8e-7), about="the paper's"
-    ),
-    "search": _Registered(
-        lambda geometry, costs: SearchStrategy(geometry), plan_time=_SLOWEST, about="slower"
-    ),
-    "static": _Registered(
-        lambda geometry, costs: StaticStrategy(geometry), plan_time=TimeTerms(1e-4, 0.0, 0.0)
-    ),
+    "greedy": _Registered(GreedyStrategy, uses_costs=True),
+    "laer": _Registered(LaerStrategy, uses_costs=True, about="the paper's"),
+    "search": _Registered(lambda geometry, costs: SearchStrategy(geometry), about="slower"),
+    "static": _Registered(lambda geometry, costs: StaticStrategy(geometry)),
 }

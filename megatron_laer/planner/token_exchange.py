@@ -103,7 +103,7 @@ def _crossings(
     counts_NE = np.full((num_ranks, num_experts), share, dtype=np.int64)
     extra_N1 = np.arange(num_ranks)[:, None] * left
     counts_NE += (np.arange(num_experts) - extra_N1) % num_experts < left
-    static = ExpertLayout.static(num_ranks, geometry.capacity, num_experts)
+    static = ExpertLayout.static(*geometry.shape)
     layout = construct_layout(counts_NE, static, geometry.node_size)
     quotas = exact_split(layout, geometry.node_size).solve(counts_NE)
     rank_X = np.unique(np.linspace(0, num_ranks - 1, _RANKS).astype(np.int64))

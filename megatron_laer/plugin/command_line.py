@@ -117,6 +117,7 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
         # A plain word that Megatron lists with its arguments and keeps in checkpoints, where `auto`
         # would not say what computed.
         args.fsep_gemm = gemm_in_force(config.gemm).value
+        args.fsep_capacity = arguments.geometry(args, config).capacity
         # Megatron demands that experts divide over ranks, which slots do not need. It reads the
         # number for nothing else before the model is built.
         experts, ranks = args.num_experts, args.expert_model_parallel_size

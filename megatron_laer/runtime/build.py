@@ -9,20 +9,19 @@ import torch
 
 from megatron_laer.choices import Recompute
 from megatron_laer.config import (
+    Auto,
     ExchangeAlgorithm,
     FSEPConfig,
     OverlapScheduler,
     PlanMode,
     Restore,
     TokenExchange,
-    TokenExchangeChoice,
     WireDtype,
 )
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.guard import Guard
-from megatron_laer.planner.layout import default_capacity
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.exchange import (
@@ -74,18 +73,18 @@ def build_coordinator(
         tokens: of a rank and microbatch, by which tokens are priced; None for a typical number.
     """
     num_experts = transformer_config.num_moe_experts
-    geometry = Geometry(
-        num_ranks=groups.size,
-        num_experts=num_experts,
-        capacity=config.capacity
-        or default_capacity(groups.size, num_experts, slots_multiple(transformer_config)),
-        node_size=groups.node_size,
+    geometry = resolve_geometry(
+        num_experts,
+        groups.size,
+        config.capacity,
+        groups.node_size,
+        multiple=slots_multiple(transformer_config),
     )
     costs = layer_costs(config, transformer_config, device)
     top_k = transformer_config.moe_router_topk
     tokens = tokens or _TOKENS
     exchange = token_exchange(config, costs, geometry, top_k, tokens)
-    if config.token_exchange == TokenExchangeChoice.AUTO and groups.rank == groups.index == 0:
+    if config.token_exchange == Auto.AUTO and groups.rank == groups.index == 0:
         logger.info("FSEP: --fsep-token-exchange %s is %s", config.token_exchange, exchange)
     costs = with_token_exchange(costs, exchange, geometry, top_k, tokens)
     chosen = costs.with_exchange(config.restore_algorithm, geometry)
@@ -143,8 +142,8 @@ def build_coordinator(
 def token_exchange(
     config: FSEPConfig, costs: CostModel, geometry: Geometry, top_k: int, tokens: int
 ) -> TokenExchange:
-    """Return the exchange of tokens that the settings ask for, or the faster one."""
-    if config.token_exchange == TokenExchangeChoice.AUTO:
+    """Return the configured exchange of tokens; for `auto` the faster one."""
+    if config.token_exchange == Auto.AUTO:
         return choose_token_exchange(costs, geometry, top_k, tokens)
     return TokenExchange(config.token_exchange)
 

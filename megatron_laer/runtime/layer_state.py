@@ -92,7 +92,6 @@ class LayerStatistics:
         self._samples: deque[Sample] = deque(maxlen=_SAMPLES)
 
     def add_sample(self, sample: Sample) -> None:
-        """Keep a decision; the oldest one makes room."""
         self._samples.append(sample)
 
     def take_samples(self) -> list[Sample]:

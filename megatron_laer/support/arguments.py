@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from megatron_laer.config import FSEPConfig, OverlapScheduler
 from megatron_laer.environment import CONNECTIONS
-from megatron_laer.planner.layout import MAX_EXPERTS, default_capacity
+from megatron_laer.planner.geometry import Geometry, check_node_size, resolve_geometry
+from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.support import RefusedError
 from megatron_laer.support.model import (
     problems_with_mode,
@@ -82,6 +83,22 @@ def problems(args: Namespace, config: FSEPConfig) -> list[str]:
     return found or _shape_problems(args, config)
 
 
+def geometry(args: Namespace, config: FSEPConfig) -> Geometry:
+    """Return the geometry of the MoE layers, but for nodes, which the launcher tells.
+
+    Raises:
+        ValueError: a number of slots that does not fit.
+    """
+    return resolve_geometry(
+        args.num_experts,
+        args.expert_model_parallel_size,
+        config.capacity,
+        1,
+        multiple=slots_multiple(args),
+        flags=("--fsep-capacity", "--fsep-node-size"),
+    )
+
+
 def warnings(config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: bool) -> list[str]:
     """List what FSEP runs with, but not well."""
     found = []
@@ -109,14 +126,10 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
             f"--expert-model-parallel-size {ranks}: must be at most the number of ranks, "
             f"{args.world_size} (WORLD_SIZE)"
         ]
-    fewest = -(-experts // ranks)
-    default = default_capacity(ranks, experts, slots_multiple(args))
-    if config.capacity is not None and not fewest <= config.capacity <= experts:
-        problems.append(
-            f"--fsep-capacity {config.capacity} with --num-experts {experts} on "
-            f"--expert-model-parallel-size {ranks}: the slots must hold every expert and a rank "
-            f"none twice; use {fewest} to {experts} (default {default})"
-        )
+    try:
+        problems += _buffer_problems(args, geometry(args, config).capacity)
+    except ValueError as error:
+        problems.append(str(error))
     tolerance = config.imbalance_tolerance
     if tolerance is not None and tolerance >= ranks - 1:
         problems.append(
@@ -124,13 +137,10 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
             f"no rank has more than {ranks} times the mean; give less than {ranks - 1}, or "
             "--fsep-plan-mode forecast"
         )
-    problems += _buffer_problems(args, config.capacity or default)
-    if config.node_size is not None and ranks % config.node_size:
-        divisors = [d for d in range(1, ranks + 1) if ranks % d == 0]
-        problems.append(
-            f"--fsep-node-size {config.node_size} does not divide "
-            f"--expert-model-parallel-size {ranks}; use one of {divisors}"
-        )
+    try:
+        check_node_size(ranks, config.node_size or 1, "--fsep-node-size")
+    except ValueError as error:
+        problems.append(str(error))
     return problems
 
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Collection
 from typing import Any
 
-from megatron_laer.config import PlanMode, TokenExchangeChoice, Unproven
+from megatron_laer.config import Auto, PlanMode, TokenExchange, Unproven
 from megatron_laer.support.fields import (
     MOE_FIELD,
     PROVED,
@@ -50,7 +50,7 @@ def check(config: Any, allowed: Collection[Unproven] = ()) -> None:
         _warn_once(warning)
 
 
-def check_choices(config: Any, mode: PlanMode | None, exchange: TokenExchangeChoice) -> None:
+def check_choices(config: Any, mode: PlanMode | None, exchange: TokenExchange | Auto) -> None:
     """Refuse a model that the plan mode or the token exchange cannot work with.
 
     Args:
@@ -87,13 +87,13 @@ def problems_with_mode(settings: Any, mode: PlanMode | None) -> list[str]:
     ]
 
 
-def problems_with_token_exchange(settings: Any, exchange: TokenExchangeChoice) -> list[str]:
+def problems_with_token_exchange(settings: Any, exchange: TokenExchange | Auto) -> list[str]:
     """List with what tokens cannot go through nodes.
 
     Args:
         settings: Megatron's TransformerConfig, or its arguments.
     """
-    if exchange == TokenExchangeChoice.RANK:
+    if exchange == TokenExchange.RANK:
         return []
     flag = f"--fsep-token-exchange {exchange}"
     problems = []

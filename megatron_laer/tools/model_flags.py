@@ -1,4 +1,4 @@
-"""A model configuration in YAML is turned into Megatron's flags.
+"""Megatron's flags of a model configuration in YAML.
 
 A file is grouped for the reader; a group's keys are Megatron's flags without the dashes, so there
 is nothing to look up twice:
@@ -10,8 +10,7 @@ is nothing to look up twice:
     moe:
       moe-router-topk: 2
 
-Values are passed on as they are written. Whether a flag exists and its value fits is Megatron's
-parser to say, not this module's.
+Values are passed on as they are written: Megatron's parser checks the flags.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from megatron_laer.files.checks import quoted
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.yaml_text import read_yaml
 
@@ -45,13 +45,7 @@ _LONGEST_VALUE = 4096
 
 
 def model_flags(path_or_name: str | Path) -> list[str]:
-    """Return Megatron's flags for a model, by path to a YAML file or by the name of one we ship.
-
-    Raises:
-        ValueError: an unknown name, or a file whose content does not fit; the message says what
-            would.
-        OSError: a path that cannot be read.
-    """
+    """Return Megatron's flags for a model, by path to a YAML file or by the name of one we ship."""
     path = yaml_file("model", path_or_name)
     content = read_yaml(path)
     try:
@@ -70,9 +64,6 @@ def model_values(path_or_name: str | Path) -> dict[str, str]:
     """Return the value of each of a model's flags, whose underscores become dashes.
 
     A switch has the value "".
-
-    Raises:
-        ValueError, OSError: as for `model_flags`.
     """
     values: dict[str, str] = {}
     for word in model_flags(path_or_name):
@@ -82,6 +73,23 @@ def model_values(path_or_name: str | Path) -> dict[str, str]:
         else:
             values[flag] = f"{values[flag]} {word}".strip()
     return values
+
+
+def whole_number(
+    values: Mapping[str, str],
+    flag: str,
+    most: int,
+    *,
+    least: int = 0,
+    default: int | None = None,
+    way_out: str = "mend it",
+) -> int:
+    """Return the value of one of a model's flags; ValueError with its range and the way out."""
+    text = values.get(flag, "" if default is None else str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 19 and least <= int(text) <= most):
+        name = flag.removeprefix("--")
+        raise ValueError(f"has no {name} in {least}..{most}, but {quoted(text)}; {way_out}")
+    return int(text)
 
 
 def _settings(content: object) -> Iterator[tuple[str, object]]:
@@ -110,11 +118,7 @@ def _settings(content: object) -> Iterator[tuple[str, object]]:
 
 
 def flag_words(key: str, value: object) -> list[str]:
-    """Return what follows a flag on a command line, for its value in YAML.
-
-    Raises:
-        ValueError: a value that no flag has.
-    """
+    """Return what follows a flag on a command line, for its value in YAML."""
     if isinstance(value, str) and value.lower() in _ON:
         return []
     values = value if isinstance(value, list) else [value]
@@ -139,7 +143,6 @@ def flag_words(key: str, value: object) -> list[str]:
 
 
 def _is_finite(text: str) -> bool:
-    """Tell whether a text is no number that is infinite or none, in YAML's spelling or Python's."""
     try:
         return math.isfinite(float(_YAML_POINT.sub("", text)))
     except ValueError:

@@ -7,7 +7,6 @@ Over 400 lines: the tests share what records and replays a routing.
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections.abc import Callable
@@ -27,7 +26,6 @@ from tests.parity.flags import command_line
 
 __all__ = ["script"]  # the fixture
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "announced.md"
 # Steps on one rollout: from the second on, routers would choose otherwise by themselves.
 ROLLOUTS, UPDATES = 2, 3
 STEPS = ROLLOUTS * UPDATES
@@ -55,10 +53,9 @@ class Seen:
 
 
 def page() -> Any:
-    """The functions of the page."""
-    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    """Return the functions of the page."""
     names: dict[str, Any] = {}
-    exec(compile(code, str(PAGE), "exec"), names)
+    exec(compile(code_of("rl.md", "RouterReplayAction"), "rl.md", "exec"), names)
     return SimpleNamespace(**names)
 
 
@@ -319,7 +316,7 @@ def test_slimes_replay_is_announced_by_its_hook(
     ranks: Callable[[int], RankPool], script: Path
 ) -> None:
     hooks = script.with_name("announcing_hooks.py")
-    hooks.write_text(code_of("slime.md", "before_train_step"))
+    hooks.write_text(code_of("rl.md", "before_train_step"))
     for announced, misses in ranks(2).run(announce_by_slimes_hooks, script, hooks):
         assert announced == [2 * MICROBATCHES, MICROBATCHES] * 2
         assert misses == 0

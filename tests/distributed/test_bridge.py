@@ -23,7 +23,7 @@ from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.cpu.training import Record, fresh_megatron, gather
 from tests.bridge_stubs import importable
 from tests.parity.compare import distance
-from tests.parity.rows import FP32_BOUND
+from tests.parity.row import FP32_BOUND
 
 CHECKOUT = os.environ.get("MEGATRON_BRIDGE_CHECKOUT")
 FIRST, SECOND, LAST = 4, 12, 16

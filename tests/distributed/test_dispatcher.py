@@ -19,7 +19,8 @@ from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.cpu.training import Record, train
 from tests.parity.compare import distance
 from tests.parity.flags import command_line
-from tests.parity.rows import DEEPEP, FP32_BOUND, HYBRIDEP
+from tests.parity.row import FP32_BOUND
+from tests.parity.rows import DEEPEP, HYBRIDEP
 from tests.token_exchange import (
     HIDDEN,
     Case,

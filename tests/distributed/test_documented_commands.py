@@ -16,7 +16,16 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from tests.documents import COMMANDS, PAGES, ROOT, SCRIPT, SHOWN, blocks, inline_commands
+from tests.documents import (
+    COMMANDS,
+    PAGES,
+    ROOT,
+    SCRIPT,
+    SHOWN,
+    Block,
+    blocks,
+    inline_commands,
+)
 
 # What is replaced in the commands of a page, and each must be there.
 ON_TWO_CPU_RANKS = {
@@ -32,8 +41,14 @@ SHORT = {
 }
 SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
     "README.md": ON_TWO_CPU_RANKS | SHORT,
-    "start.md": ON_TWO_CPU_RANKS | SHORT,
-    "fork.md": ON_TWO_CPU_RANKS | SHORT,
+    "start.md": {
+        "--train-iters 100": "--train-iters 3 --num-workers 0",
+        "--train-iters 200": "--train-iters 5 --num-workers 0",
+        "--eval-iters 5": "--eval-iters 1",
+        "--global-batch-size 16": "--global-batch-size 8",
+        "--log-interval 10": "--log-interval 1",
+    },
+    "megatron.md": ON_TWO_CPU_RANKS | SHORT,
     "plan.md": ON_TWO_CPU_RANKS | SHORT,
     "report.md": ON_TWO_CPU_RANKS | SHORT,
     # The batch script's own tests run it in a Slurm; here it prints what it would start.
@@ -44,7 +59,7 @@ SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
         # Outside of Slurm, which has pyxis, it is refused.
         "CONTAINER_IMAGE=/images/pytorch.sqsh CONTAINER_MOUNTS=/data:/data ": "",
     },
-    "end_to_end.md": {"--ranks 2 --json": "--ranks 2 --quick --json", "--half": "--quick"},
+    "performance.md": {"--ranks 2 --json": "--ranks 2 --quick --json", "--half": "--quick"},
     # All methods and steps are in test_paper.py.
     "paper.md": {
         f"figure{figure}.py --toy": f"figure{figure}.py --toy --methods fsep --steps 3"
@@ -72,11 +87,11 @@ INSTALLS = (
 )
 # Of other projects, which are not on the package index or need more than a CPU.
 NOT_OURS = ("scripts/conversion/convert.sh", "from megatron.bridge", "git apply")
-# By another test, with ranks.
+# Blocks of a page that another test runs, with ranks, by a word in them.
 RUN_ELSEWHERE = {
-    "convergence.md": "convergence/test_long_convergence.py",
-    "own_loop.md": "distributed/test_own_loop.py",
-    "stock_names.md": "distributed/test_stock_names.py",
+    ("performance.md", "benchmarks.convergence"): "convergence/test_long_convergence.py",
+    ("own_loop.md", "own_loop.py"): "distributed/test_own_loop.py",
+    ("checkpoints.md", "stock_named_parameters"): "distributed/test_stock_names.py",
 }
 
 _IDS = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -95,7 +110,7 @@ def test_a_block_is_run_or_shown_and_no_command_leaves_anything_out(page: Path) 
 
 @pytest.mark.unit
 def test_what_is_run_elsewhere_is() -> None:
-    for page, test in RUN_ELSEWHERE.items():
+    for (page, _), test in RUN_ELSEWHERE.items():
         source = (ROOT / "tests" / test).read_text()
         assert page in source, (page, test)
 
@@ -151,18 +166,20 @@ def run(page: str, command: list[str], text: str, top: Path) -> None:
     assert result.returncode == 0, f"{page}:\n{text}\n{output}"
 
 
+def _is_run_here(page: Path, block: Block) -> bool:
+    """Return whether a block is a command or a script that this file runs."""
+    elsewhere = (word for name, word in RUN_ELSEWHERE if name == page.name)
+    return block.language not in SHOWN and not any(
+        word in block.text for word in (*NOT_OURS, *elsewhere)
+    )
+
+
 def _pages_with_commands() -> list[Path]:
-    found = [
-        page
-        for page in PAGES
-        if page.name not in RUN_ELSEWHERE
-        and any(block.language in (COMMANDS, SCRIPT) for block in blocks(page))
-    ]
-    return found
+    return [page for page in PAGES if any(_is_run_here(page, block) for block in blocks(page))]
 
 
 # Minutes at their smallest size; test_end_to_end.py and test_paper.py run part of that.
-NIGHTLY = ("end_to_end.md", "paper.md")
+NIGHTLY = ("performance.md", "paper.md")
 
 
 @pytest.mark.parametrize(
@@ -180,9 +197,9 @@ def test_the_commands_of_a_page_run_as_they_stand(page: Path, top: Path) -> None
     if page.name in BEFORE:
         run(page.name, SHELL, BEFORE[page.name], top)
     for block in blocks(page):
-        text = block.text
-        if block.language in SHOWN or any(name in text for name in NOT_OURS):
+        if not _is_run_here(page, block):
             continue
+        text = block.text
         if block.language == COMMANDS:
             lines = [line for line in text.splitlines() if not line.startswith(INSTALLS)]
             text = "\n".join(lines)

@@ -16,7 +16,8 @@ from megatron_laer.plugin import pretraining
 from megatron_laer.runtime.comm.blocks import WholeMatrices
 from tests.parity.compare import distance
 from tests.parity.flags import command_line
-from tests.parity.rows import BF16_BOUND, FSEP, MUON, MUON_BF16, RANDOM
+from tests.parity.row import BF16_BOUND, FSEP
+from tests.parity.rows import MUON, MUON_BF16, RANDOM
 
 # Rows that divide, that do not, and fewer than ranks; as many matrices as ranks, and fewer.
 SHAPES_ERK = [(3, 4, 5), (3, 5, 2), (1, 1, 3)]

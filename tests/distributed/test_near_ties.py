@@ -25,7 +25,7 @@ from megatron_laer.cpu.training import Record
 from tests.parity.compare import Distance, distance
 from tests.parity.decisions import Chosen, Decisions, train_choosing
 from tests.parity.flags import command_line
-from tests.parity.rows import FLOOR_FACTOR, FP32_BOUND, SMALLEST_FLOOR
+from tests.parity.row import FLOOR_FACTOR, FP32_BOUND, SMALLEST_FLOOR
 
 STEPS = 40
 LAYERS = 4

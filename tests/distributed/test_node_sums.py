@@ -20,14 +20,8 @@ from megatron_laer.cpu.ranks import RankPool
 from tests.parity.compare import Distance, distance
 from tests.parity.decisions import Decisions
 from tests.parity.random.on_ranks import Outcome, train_case
-from tests.parity.rows import (
-    BF16_BOUND,
-    CLAMPED_GEGLU,
-    FLOOR_FACTOR,
-    SMALLEST_FLOOR,
-    TOKENS,
-    Row,
-)
+from tests.parity.row import BF16_BOUND, FLOOR_FACTOR, SMALLEST_FLOOR, Row
+from tests.parity.rows import CLAMPED_GEGLU, TOKENS
 
 # Relative, of a number in bf16; a score is a sum of several.
 ROUNDING = 2.0**-8

@@ -121,7 +121,7 @@ def test_it_goes_on_from_its_checkpoint_and_so_does_stock(
 
 
 def train_by_slimes_hooks(path: Path, hooks: Path) -> tuple[list[float], list[int]]:
-    """Call the hooks of docs/slime.md as slime does: losses, and versions of layouts, by step."""
+    """Call the hooks of docs/rl.md as slime does: losses, and versions of layouts, by step."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -162,7 +162,7 @@ def test_hooks_of_slime_train_as_the_script_does(
     ranks: Callable[[int], RankPool], script: Path, first_run: tuple[str, Path]
 ) -> None:
     hooks = script.with_name("fsep_hooks.py")
-    hooks.write_text(code_of("slime.md", "before_train_step"))
+    hooks.write_text(code_of("rl.md", "before_train_step"))
     by_step, versions = ranks(2).run(train_by_slimes_hooks, script, hooks)[0]
     assert dict(enumerate(by_step)) == pytest.approx(losses(first_run[0]), rel=1e-6)
     assert versions == list(range(STEPS))

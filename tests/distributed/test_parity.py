@@ -1,6 +1,6 @@
 """FSEP equals stock Megatron: losses, gradient norms, gradients and weights, whatever the layout.
 
-Each line of `ROWS` is one combination. Stock and FSEP start from the same weights and train in
+Each row of `ROWS` is one combination. Stock and FSEP start from the same weights and train in
 Megatron's own loop; FSEP gets a new random layout at every microbatch. The distance between two
 stock runs with different expert placement is the noise floor: what rounding alone does.
 """
@@ -16,7 +16,8 @@ from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.cpu.training import Adapt, Record
 from tests.parity.compare import distance
 from tests.parity.replay import train_row
-from tests.parity.rows import FLOOR_FACTOR, LONG, ROWS, SMALLEST_FLOOR, STEP, STEPS, Row
+from tests.parity.row import FLOOR_FACTOR, LONG, SMALLEST_FLOOR, STEPS, Row
+from tests.parity.rows import ROWS, STEP, daily
 from tests.releases import refused_flags
 
 
@@ -58,10 +59,10 @@ def refused() -> dict[str, str]:
 def parameters(row: Row) -> Iterator[object]:
     """The row as pytest's parameters, with its marks; what trains longer does so at night."""
     marks = [pytest.mark.releases] if row.releases else []
-    marks += [pytest.mark.nightly] if row.covered_by else []
-    yield pytest.param(replace(row, steps=min(row.steps, STEPS)), id=row.name, marks=marks)
+    marks += [] if row.id in daily() else [pytest.mark.nightly]
+    yield pytest.param(replace(row, steps=min(row.steps, STEPS)), id=row.id, marks=marks)
     if row.steps > STEPS:
-        yield pytest.param(row, id=f"{row.name}, {row.steps} steps", marks=[pytest.mark.nightly])
+        yield pytest.param(row, id=f"{row.id}-{row.steps}", marks=[pytest.mark.nightly])
 
 
 @pytest.mark.parametrize("row", [parameter for row in ROWS for parameter in parameters(row)])

@@ -31,7 +31,7 @@ from tests.distributed.test_stock_writing import values
 __all__ = ["script"]  # the fixture
 
 CHECKOUT = os.environ.get("SLIME_CHECKOUT")
-PAGE = documents.ROOT / "docs" / "stock_names.md"
+PAGE = documents.ROOT / "docs" / "checkpoints.md"
 ASKED = "model_module.named_parameters()"
 EXPERTS, LAYERS = 4, 2
 
@@ -195,7 +195,7 @@ def by_slimes_replay(path: Path, hooks: Path) -> tuple[list[int], int]:
 
 def test_slimes_own_replay_is_announced(ranks: Callable[[int], RankPool], script: Path) -> None:
     hooks = script.with_name("announcing_hooks.py")
-    hooks.write_text(code_of("slime.md", "before_train_step"))
+    hooks.write_text(code_of("rl.md", "before_train_step"))
     for announced, misses in ranks(2).run(by_slimes_replay, script, hooks):
         assert announced == [2 * MICROBATCHES, MICROBATCHES] * 2
         assert misses == 0

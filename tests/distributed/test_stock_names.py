@@ -28,7 +28,7 @@ from megatron_laer.runtime.comm.blocks import gather_block
 from tests import documents
 from tests.parity.flags import command_line
 
-PAGE = documents.ROOT / "docs" / "stock_names.md"
+PAGE = documents.ROOT / "docs" / "checkpoints.md"
 
 Chunk = torch.nn.Module
 Given = tuple[str, torch.Tensor]

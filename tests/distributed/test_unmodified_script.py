@@ -19,7 +19,8 @@ from megatron_laer.cpu.training import train
 from tests import processes
 from tests.parity.compare import distance, identical
 from tests.parity.flags import command_line
-from tests.parity.rows import FP32_BOUND, HYBRID_MTP
+from tests.parity.row import FP32_BOUND
+from tests.parity.rows import HYBRID_MTP
 
 _ROOT = Path(__file__).resolve().parents[2]
 CHECKOUT = os.environ.get("MEGATRON_LM_CHECKOUT")

@@ -1,7 +1,8 @@
 """What users ask for, and where the answer is: in rows of the parity table, or in refusals.
 
-Names that begin with a flag are settings of `megatron_laer.support.table.REFUSALS`, or words of
-`--fsep-allow-unproven`. A feature without names runs, and nothing proves it.
+Rows go by their ids. Names that begin with a flag are settings of
+`megatron_laer.support.table.REFUSALS`, or words of `--fsep-allow-unproven`. A feature without
+names runs, and nothing proves it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from megatron_laer.config import Unproven
 
 ALLOW = "--fsep-allow-unproven"
 
-# Where Megatron has no implementation for the CPU, what `megatron_laer/platform` puts in its place,
+# Where Megatron has no implementation for the CPU, the replacement of `megatron_laer/cpu`,
 # by the word of a row's flags that needs it.
 REPLACED = {
     "--context-parallel-size": "attention over a sequence that is cut (context parallel)",
@@ -27,156 +28,84 @@ REPLACED = {
     "dist_muon": "gathers of tensors of several sizes (Muon's distributed form)",
 }
 
-# Rows and words of `--fsep-allow-unproven` of which docs/gpu_status.md has a run.
+# Ids of rows and words of `--fsep-allow-unproven` of which docs/gpu_status.md has a run.
 SEEN_ON_A_CARD: frozenset[str] = frozenset()
 
 FEATURES: dict[str, tuple[str, ...]] = {
-    "tensor parallel 2 with sequence parallel": (
-        "tensor parallel 2 with sequence parallel",
-        "tensor parallel 2, expert data parallel 2, distributed optimizer",
-        "tensor parallel 2, MoE in every second layer, aux losses, overlapped shared experts",
-    ),
-    "pipeline 2": (
-        "pipeline 2",
-        "pipeline 2 whose first stage has no MoE layer, aux losses, accumulation 2",
-        "full recompute, pipeline 2, accumulation 4",
-    ),
-    "virtual pipeline": (
-        "virtual pipeline 2 x 2, accumulation 4",
-        "restored once per step, virtual pipeline 2 x 2, accumulation 4",
-    ),
-    "context parallel 2": ("context parallel 2 with aux losses",),
-    "expert data parallel above 1": (
-        "expert data parallel 2",
-        "expert data parallel 2, distributed optimizer",
-    ),
-    "`--num-distributed-optimizer-instances` above 1": (
-        "distributed optimizer in 2 instances, expert data parallel 2",
-    ),
-    "distributed optimizer with both overlaps": ("distributed optimizer with both overlaps",),
-    "gradient accumulation": (
-        "accumulation 4",
-        "accumulation 4, distributed optimizer",
-    ),
-    "bf16": ("bf16", "tied embeddings, bf16, distributed optimizer, full recompute"),
-    "`--grad-reduce-in-bf16`": ("main gradients in bf16, accumulation 2",),
-    "per-token loss": ("the same losses, recompute of the MoE layer, per-token loss",),
-    "full recompute, uniform": ("full recompute",),
-    "full recompute, by block": ("the same losses, full recompute of one layer in two",),
-    "selective recompute of `moe`": ("selective recompute of the MoE layer",),
-    "selective recompute of `core_attn`, `layernorm`, `mlp`, `shared_experts`": (
-        "first layer dense, recompute of attention, norms, dense and shared experts",
-    ),
-    "selective recompute of `moe_act`": (
-        "recompute of the experts' activation, with the layer norms",
-    ),
-    "selective recompute of `mla_up_proj`": ("latent attention, recompute of its up-projections",),
-    "selective recompute of `gdn_norm_out`": (
-        "gated delta net before attention, recompute of its output norm",
-    ),
+    "tensor parallel 2 with sequence parallel": ("tensor", "tensor-edp", "tensor-freq"),
+    "pipeline 2": ("pipeline", "pipeline-dense", "recompute-pipeline"),
+    "virtual pipeline": ("virtual", "step-virtual"),
+    "context parallel 2": ("context",),
+    "expert data parallel above 1": ("edp", "edp-dist-opt"),
+    "`--num-distributed-optimizer-instances` above 1": ("instances",),
+    "distributed optimizer with both overlaps": ("dist-opt",),
+    "gradient accumulation": ("accum", "accum-dist-opt"),
+    "bf16": ("bf16", "tied"),
+    "`--grad-reduce-in-bf16`": ("bf16-grads",),
+    "per-token loss": ("losses-moe-recompute",),
+    "full recompute, uniform": ("full-recompute",),
+    "full recompute, by block": ("losses-block",),
+    "selective recompute of `moe`": ("moe-recompute",),
+    "selective recompute of `core_attn`, `layernorm`, `mlp`, `shared_experts`": ("dense-first",),
+    "selective recompute of `moe_act`": ("act-recompute",),
+    "selective recompute of `mla_up_proj`": ("latent-attention",),
+    "selective recompute of `gdn_norm_out`": ("delta-net",),
     "selective recompute of other modules, such as `mhc`": (
         "--recompute-modules other than core_attn, gdn_norm_out, layernorm, mla_up_proj, mlp, moe,"
         " moe_act, shared_experts",
     ),
-    "shared experts": ("shared experts", "shared experts with a gate, recompute of the MoE layer"),
-    "shared experts with `--moe-shared-expert-overlap`": (
-        "shared experts with a gate and overlap",
-        "tensor parallel 2, MoE in every second layer, aux losses, overlapped shared experts",
-    ),
-    "multi-token prediction": (
-        "multi-token prediction with aux losses",
-        "pipeline 2 with multi-token prediction and tied embeddings, accumulation 2",
-    ),
+    "shared experts": ("shared", "gated-recompute"),
+    "shared experts with `--moe-shared-expert-overlap`": ("gated-shared", "tensor-freq"),
+    "multi-token prediction": ("mtp", "pipeline-mtp"),
     "multi-token prediction with one layer repeated": (
-        "repeated MTP layer, depth 2, aux losses, distributed optimizer, accumulation 2",
-        "repeated MTP layer, depth 3, exact, recompute of the MoE layer, shared experts",
-        "repeated MTP layer, depth 2, restored once per step, forecast, bf16, accumulation 2",
-        "repeated MTP layer, depth 2, adaptive, full recompute, pipeline 2, accumulation 2",
+        "mtp2",
+        "mtp3-exact",
+        "mtp2-step",
+        "mtp2-pipeline",
     ),
-    "HybridModel": (
-        "HybridModel of attention, dense and MoE layers, aux losses, shared experts, distributed"
-        " optimizer",
-        "HybridModel, two MoE layers repeated by multi-token prediction, full recompute, exact",
-        "HybridModel, virtual pipeline 2 x 2, multi-token prediction, accumulation 2",
-    ),
-    "expert bias": (
-        "expert bias",
-        "group-limited sigmoid router in fp64 with expert bias, scaling and sequence aux loss",
-    ),
-    "softmax router": ("plain DDP", "top-1"),
-    "sigmoid router": ("expert bias",),
-    "square-root softplus router": ("square-root softplus router",),
-    "no load balancing": ("plain DDP",),
-    "load balancing by aux, sequence and global aux losses, z loss": (
-        "aux loss",
-        "aux, sequence, global and z losses, accumulation 2",
-    ),
+    "HybridModel": ("hybrid", "hybrid-mtp", "hybrid-virtual"),
+    "expert bias": ("bias-router", "groups"),
+    "softmax router": ("plain", "top1"),
+    "sigmoid router": ("bias-router",),
+    "square-root softplus router": ("softplus",),
+    "no load balancing": ("plain",),
+    "load balancing by aux, sequence and global aux losses, z loss": ("aux", "losses"),
     "the losses of load balancing as logged, under recompute": (
-        "the same losses, full recompute of one layer in two",
-        "the same losses, recompute of the MoE layer, per-token loss",
+        "losses-block",
+        "losses-moe-recompute",
     ),
-    "load balancing by sinkhorn": ("sinkhorn router",),
-    "load balancing by quantiles": ("quantile balancing with a moving average, accumulation 2",),
-    "forced balance, forced bias, input jitter": (
-        "forced balance, input jitter",
-        "forced bias that stays, recompute of the MoE layer",
-    ),
-    "fused router and permutation": (
-        "fused router and permutation, aux, sequence, global and z losses",
-    ),
-    "router replay": (
-        "router replay, full recompute, accumulation 2",
-        "announced by router replay, full recompute, accumulation 2",
-    ),
-    "group-limited routing": (
-        "group-limited sigmoid router in fp64 with expert bias, scaling and sequence aux loss",
-    ),
-    "first layers dense": (
-        "first layer dense, recompute of attention, norms, dense and shared experts",
-    ),
-    "`--moe-layer-freq` patterns": (
-        "tensor parallel 2, MoE in every second layer, aux losses, overlapped shared experts",
-        "pipeline 2 whose first stage has no MoE layer, aux losses, accumulation 2",
-    ),
-    "LoRA on attention, with all else frozen": (
-        "LoRA on attention, distributed optimizer",
-        "LoRA on attention, full recompute, restored once per step, accumulation 2, bf16",
-    ),
-    "models frozen in part": (
-        "first layer and first matrix of experts frozen, recompute of the MoE layer,"
-        " distributed optimizer, accumulation 2",
-    ),
-    "untied embeddings": ("plain DDP",),
-    "tied embeddings": (
-        "tied embeddings, bf16, distributed optimizer, full recompute",
-        "pipeline 2 with multi-token prediction and tied embeddings, accumulation 2",
-    ),
-    "latent MoE": ("latent MoE without a gate, shared experts",),
-    "latent attention": (
-        "latent attention, recompute of its up-projections",
-        "as DeepSeek-V3: latent attention, first layer dense, shared experts, group-limited sigmoid"
-        " router with expert bias, multi-token prediction, flex dispatcher with DeepEP, recompute",
-        "as Kimi-K2: latent attention, first layer dense, shared experts, sigmoid router with"
-        " expert bias, flex dispatcher with HybridEP, recompute with the experts' activation",
-    ),
-    "gated delta nets": ("gated delta net before attention, recompute of its output norm",),
-    "experts without a gate": ("latent MoE without a gate, shared experts",),
-    "`--moe-apply-probs-on-input`": ("probabilities applied on input, top-1",),
-    "GLU clamp and offset": ("clamped and offset quick-GEGLU",),
+    "load balancing by sinkhorn": ("sinkhorn",),
+    "load balancing by quantiles": ("quantile",),
+    "forced balance, forced bias, input jitter": ("forced-balance", "forced-bias"),
+    "fused router and permutation": ("fused",),
+    "router replay": ("replay", "announced"),
+    "group-limited routing": ("groups",),
+    "first layers dense": ("dense-first",),
+    "`--moe-layer-freq` patterns": ("tensor-freq", "pipeline-dense"),
+    "LoRA on attention, with all else frozen": ("lora", "lora-step"),
+    "models frozen in part": ("frozen",),
+    "untied embeddings": ("plain",),
+    "tied embeddings": ("tied", "pipeline-mtp"),
+    "latent MoE": ("latent-moe",),
+    "latent attention": ("latent-attention", "deepseek-v3", "kimi-k2"),
+    "gated delta nets": ("delta-net",),
+    "experts without a gate": ("latent-moe",),
+    "`--moe-apply-probs-on-input`": ("probs-on-input",),
+    "GLU clamp and offset": ("clamp",),
     "linear bias": (
-        "linear bias, clamped and offset quick-GEGLU",
-        "linear bias, distributed optimizer, expert data parallel 2, accumulation 2",
-        "linear bias, tensor parallel 2 with sequence parallel, per-token loss",
-        "linear bias, recompute of the MoE layer, pipeline 2, accumulation 2",
-        "linear bias, recompute of the experts' activation, through nodes of 2, E = 6 on 4 ranks",
-        "linear bias, restored once per step, bf16, accumulation 4",
-        "linear bias without a gate, probabilities applied on input, top-1, scheduler off",
+        "bias-clamp",
+        "bias-dist-opt",
+        "bias-tensor",
+        "bias-pipeline",
+        "bias-act-recompute",
+        "bias-step",
+        "bias-top1",
     ),
     "grouped shared experts": (
         "--use-grouped-gemm-for-shared-expert",
         "--moe-shared-expert-glu-interleave-size",
     ),
-    "router padding without fp8": ("router padding, without effect",),
+    "router padding without fp8": ("padding",),
     "GLU interleave": ("--moe-mlp-glu-interleave-size",),
     "Transformer Engine's fused operations": ("--use-transformer-engine-op-fuser",),
     "activation offloading": (
@@ -184,79 +113,40 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "--cpu-offloading-num-layers",
     ),
     "paged stash": ("--moe-paged-stash",),
-    "flex dispatcher with DeepEP": (
-        "flex dispatcher with DeepEP",
-        "flex dispatcher with DeepEP, bf16, fp32 router, overlapped shared experts",
-        "flex dispatcher with DeepEP, recompute of the MoE layer, shared experts, E = 8 on 4 ranks",
-    ),
-    "flex dispatcher with HybridEP": (
-        "flex dispatcher with HybridEP",
-        "flex dispatcher with HybridEP, padded inputs, fused permutation, recompute of the MoE"
-        " layer, overlapped shared experts, E = 8 on 4 ranks",
-    ),
+    "flex dispatcher with DeepEP": ("deepep", "deepep-bf16", "deepep-shared"),
+    "flex dispatcher with HybridEP": ("hybridep", "hybridep-padded"),
     "flex dispatcher with NCCL EP": ("--moe-flex-dispatcher-backend other than deepep, hybridep",),
-    "evaluation": ("evaluation and hashes of weights between steps, expert data parallel 2",),
-    "`--skip-train`": ("evaluation alone",),
-    "`--check-weight-hash-across-dp-replicas-interval`": (
-        "evaluation and hashes of weights between steps, expert data parallel 2",
-    ),
-    "Adam, SGD, Lion": ("plain DDP", "SGD with momentum", "Lion"),
-    "Muon": (
-        "Muon",
-        "Muon with Nesterov momentum, other scales, coefficients, and tensor-parallel mode",
-        "Muon, bf16, accumulation 2, shared experts",
-        "Muon, expert data parallel 2, rows that do not divide, E = 3 on 4 ranks",
-        "Muon, tensor parallel 2, linear bias",
-    ),
-    "Muon with `--use-distributed-optimizer`, or `dist_muon`": (
-        "dist_muon with both overlaps, expert data parallel 2, bf16",
-        "dist_muon, expert data parallel 2, pipeline 2, bf16, accumulation 2",
-    ),
+    "evaluation": ("evaluation",),
+    "`--skip-train`": ("evaluate-only",),
+    "`--check-weight-hash-across-dp-replicas-interval`": ("evaluation",),
+    "Adam, SGD, Lion": ("plain", "sgd", "lion"),
+    "Muon": ("muon", "muon-options", "muon-bf16", "muon-uneven", "muon-tensor"),
+    "Muon with `--use-distributed-optimizer`, or `dist_muon`": ("dist-muon", "dist-muon-pipeline"),
     "other optimizers": ("--optimizer other than adam, sgd, lion, muon",),
-    "optimizer CPU offload": (
-        "optimizer offloaded to the CPU, expert data parallel 2",
-        "half of the optimizer offloaded to the CPU with both copies overlapped",
-    ),
-    "FSEP's planners": (
-        "planner greedy, adaptive",
-        "planner search, forecast",
-        "planner laer, tolerance 0",
-    ),
-    "FSEP's plan modes": (
-        "planner greedy, adaptive",
-        "planner search, forecast",
-        "fresh layouts after the gate, exact",
-        "announced by router replay, full recompute, accumulation 2",
-        "announced by router replay, full recompute, pipeline 2, accumulation 4",
-    ),
-    "FSEP's exchange through nodes": ("exchange through nodes of 2, E = 8 on 4 ranks",),
+    "optimizer CPU offload": ("offload", "offload-half"),
+    "FSEP's planners": ("greedy", "search", "laer"),
+    "FSEP's plan modes": ("greedy", "search", "exact", "announced", "announced-pipeline"),
+    "FSEP's exchange through nodes": ("nodes",),
     "tokens through nodes (`--fsep-token-exchange node`)": (
-        "tokens through nodes of 1",
-        "tokens through nodes of 2, top-4, E = 8 on 4 ranks",
-        "tokens through one node of 4, top-4, E = 6 on 4 ranks",
-        "tokens and experts through nodes of 2, exact, bf16, top-4, E = 8 on 4 ranks",
+        "tokens-nodes1",
+        "tokens-nodes2",
+        "tokens-one-node",
+        "tokens-exact",
     ),
     "tokens through nodes, with all that tokens by rank have": (
-        "tokens through nodes of 2, shared experts, full recompute, distributed optimizer,"
-        " accumulation 2, E = 8 on 4 ranks",
-        "tokens through nodes of 2, shared experts with a gate and overlap, E = 8 on 4 ranks",
-        "tokens through nodes of 2, recompute of the MoE layer and its overlapped shared experts,"
-        " multi-token prediction, aux losses, E = 8 on 4 ranks",
-        "tokens through nodes of 2, tensor parallel 2 with sequence parallel, fp32 router, bf16",
-        "tokens through nodes of 1, latent MoE without a gate, shared experts",
-        "tokens through nodes of 2, linear bias without a gate, probabilities applied on input,"
-        " top-1, scheduler off",
-        "tokens through nodes of 1, virtual pipeline 2 x 2, accumulation 4, restored once per step",
-        "tokens through nodes of 1, router in fp64 with groups and expert bias, recompute of the"
-        " experts' activation",
+        "tokens-shared",
+        "tokens-gated",
+        "tokens-mtp",
+        "tokens-tensor",
+        "tokens-latent",
+        "tokens-bias",
+        "tokens-virtual",
+        "tokens-router",
     ),
-    "`--fsep-restore step`": ("restored once per step, accumulation 4",),
-    "`--fsep-scheduler off`": ("scheduler off",),
-    "`--fsep-gemm loop`": ("plain DDP",),
-    "`--fsep-gemm torch`": (
-        "experts' products by grouped_mm",
-        "experts' products by grouped_mm, bf16, restored once per step",
-    ),
+    "`--fsep-restore step`": ("step",),
+    "`--fsep-scheduler off`": ("scheduler-off",),
+    "`--fsep-gemm loop`": ("plain",),
+    "`--fsep-gemm torch`": ("grouped-mm", "grouped-mm-step"),
     "`--fsep-gemm streams`": (),
     "`--fsep-gemm te`": (),
     "CUDA graphs of attention, router and dense layers, by Transformer Engine": (

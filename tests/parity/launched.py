@@ -16,7 +16,8 @@ from benchmarks.gpu.report import Part
 from megatron_laer.cpu.training import Adapt, Record
 from tests.parity.compare import Distance, distance
 from tests.parity.replay import train_row
-from tests.parity.rows import FLOOR_FACTOR, ROWS, SMALLEST_FLOOR, Row
+from tests.parity.row import FLOOR_FACTOR, SMALLEST_FLOOR, Row
+from tests.parity.rows import ROWS
 
 _DRY_STEPS = 2
 

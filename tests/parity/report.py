@@ -1,66 +1,54 @@
-"""docs/support.md, written from the parity table, the refusals and the figures of test runs.
+"""The tables of docs/support.md: features, parity rows, refusals, and figures of test runs.
 
     python -m pytest tests/distributed/test_parity.py --junitxml results.xml
     python -m tests.parity.report results.xml …
 
-Everything on the page but the figures follows from the code, so a unit test can tell whether it is
-up to date: `render(figures_on(page)) == page`.
+writes the figures into `figures.csv`; `python -m tests.site_pages` then writes the page.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
-from megatron_laer.releases import NUMBERS, RELEASES
+from megatron_laer.releases import RELEASES
 from megatron_laer.support.fields import WITHOUT_EFFECT_BY_REASON
-from megatron_laer.support.refusal import Refusal
 from megatron_laer.support.table import REFUSALS, UNPROVEN
 from tests.parity.compare import Distance
 from tests.parity.features import ALLOW, FEATURES, REPLACED, SEEN_ON_A_CARD
-from tests.parity.rows import FLOOR_FACTOR, ROWS, Row
+from tests.parity.row import Row
+from tests.parity.rows import ROWS
 
-TEMPLATE = Path(__file__).with_name("support_page.md")
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
+FIGURES = Path(__file__).with_name("figures.csv")
 
 _NONE = "–"
 _NOTHING = "nothing yet"
 _SETTINGS = {item.setting for item in REFUSALS}
 _COLUMNS = ("gradients", "losses", "norms", "weights", "MoE losses")
+_NUMBERS = {row.id: number for number, row in enumerate(ROWS, start=1)}
+
+# Distance and floor of a row by column, in `_COLUMNS`' order; None where a row has no such figure.
+Figures = tuple[tuple[float, float] | None, ...]
+_BLANK: Figures = (None,) * len(_COLUMNS)
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What a run of a row measured, as the page shows it: (distance, floor) by column."""
-
-    cells: tuple[str, ...]
-
-    @property
-    def measured(self) -> bool:
-        """Whether there is any."""
-        return any(cell != _NONE for cell in self.cells)
-
-    @classmethod
-    def of(cls, found: Distance, floor: Distance, row: Row) -> Figures:
-        """Cells without meaning for the row are left out."""
-        logs = "--moe-aux-loss-coeff" in row.flags
-        shows = (row.gradients, True, row.steps > 0, row.steps > 0, logs)
-        pairs = zip(found.parts(), floor.parts(), shows, strict=True)
-        return cls(tuple(f"{a:.1e} ({b:.1e})" if shown else _NONE for a, b, shown in pairs))
-
-
-BLANK = Figures((_NONE,) * len(_COLUMNS))
+def figures_of(found: Distance, floor: Distance, row: Row) -> Figures:
+    """Return the figures of a run, without those that have no meaning for the row."""
+    logs = "--moe-aux-loss-coeff" in row.flags
+    shows = (row.gradients, True, row.steps > 0, row.steps > 0, logs)
+    pairs = zip(found.parts(), floor.parts(), shows, strict=True)
+    return tuple((a, b) if shown else None for a, b, shown in pairs)
 
 
 def figures_in(results: Path) -> dict[str, Figures]:
-    """Figures by row's name, from pytest's `--junitxml`.
+    """Read figures by row's name from pytest's `--junitxml`.
 
     Raises:
-        ValueError: a row failed: a page must not show figures of a run that proves nothing.
+        ValueError: a row failed, and a page must not show figures of a failed run.
     """
     rows = {row.name: row for row in ROWS}
     found: dict[str, Figures] = {}
@@ -68,10 +56,9 @@ def figures_in(results: Path) -> dict[str, Figures]:
         values = {item.get("name"): item.get("value") or "" for item in case.iter("property")}
         if case.find("failure") is not None or case.find("error") is not None:
             raise ValueError(f"{results}: {case.get('name')} failed; its row must pass first")
-        name = values.get("row")
-        if name in rows:
+        if (name := values.get("row")) in rows:
             distances = (_distance(values["fsep"]), _distance(values["floor"]))
-            found[name] = Figures.of(*distances, rows[name])
+            found[name] = figures_of(*distances, rows[name])
     return found
 
 
@@ -82,70 +69,106 @@ def _distance(text: str) -> Distance:
     )
 
 
-def figures_on(page: str) -> dict[str, Figures]:
-    """Figures by row's name, from a page."""
-    lines = (line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| "))
-    width = 3 + len(_COLUMNS)
-    return {
-        cells[0]: Figures(tuple(cells[3:]))
-        for cells in lines
-        if len(cells) == width and cells[0] != "row"
-    }
+def read_figures(path: Path | None = None) -> dict[str, Figures]:
+    """Read figures by row's name from the file of figures."""
+    with (path or FIGURES).open(encoding="utf-8", newline="") as file:
+        return {
+            line["row"]: tuple(
+                (float(line[name]), float(line[f"{name} floor"])) if line[name] else None
+                for name in _COLUMNS
+            )
+            for line in csv.DictReader(file)
+        }
 
 
-def render(figures: Mapping[str, Figures]) -> str:
-    """The page. Rows without figures are listed without."""
-    heads = " | ".join(f"{column} (floor)" for column in _COLUMNS)
-    rows = (
-        f"| {row.name} | {row.ranks} | {row.steps} | "
-        + " | ".join(figures.get(row.name, BLANK).cells)
-        + " |"
-        for row in ROWS
+def write_figures(figures: Mapping[str, Figures], path: Path | None = None) -> None:
+    """Write the figures of all rows that have any, in the order of rows."""
+    with (path or FIGURES).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["row", *(head for name in _COLUMNS for head in (name, f"{name} floor"))])
+        for row in (row for row in ROWS if row.name in figures):
+            cells = (pair or ("", "") for pair in figures[row.name])
+            texts = (f"{cell:.1e}" if cell != "" else "" for pair in cells for cell in pair)
+            writer.writerow([row.name, *texts])
+
+
+def counts() -> Iterator[str]:
+    """Yield the page's first sentence, and the limits of releases."""
+    yield (
+        f"**{len(ROWS)} combinations are proved equal to stock, {len(REFUSALS)} settings are "
+        "refused at start.**"
     )
-    refusals = (
-        f"| `{item.setting}` | {_code(item.field)} | {item.reason} | {_way_out(item)} |"
-        for item in REFUSALS
-    )
-    without_effect = (
-        f"| {_code(*fields.split())} | {reason} |"
-        for reason, fields in WITHOUT_EFFECT_BY_REASON.items()
-    )
-    features = (
-        f"| {feature} | {' | '.join(status(names))} | {_listed(names)} |"
-        for feature, names in FEATURES.items()
-    )
-    allowed = (
-        f"| `{word}` | {text} | {_code(*_allowed_by(word))} | {proved_by([f'{ALLOW} {word}'])} |"
-        for word, text in UNPROVEN.items()
-    )
-    return TEMPLATE.read_text(encoding="utf-8").format(
-        proved=len(ROWS),
-        refused=len(REFUSALS),
-        newest=NUMBERS[-1],
-        oldest=NUMBERS[0],
-        limits="\n".join(
-            f"Megatron {release.number} {release.limits}." for release in RELEASES if release.limits
-        ),
-        releases=sum(row.releases for row in ROWS),
-        factor=FLOOR_FACTOR,
-        covered=sum(bool(row.covered_by) for row in ROWS),
-        features="\n".join(features),
-        heads=heads,
-        dashes="|".join("---" for _ in range(3 + len(_COLUMNS))),
-        rows="\n".join(rows),
-        replaced=", ".join(REPLACED.values()),
-        refusals="\n".join(refusals),
-        allowed="\n".join(allowed),
-        without_effect="\n".join(without_effect),
+    yield from (
+        f"Megatron {release.number} {release.limits}." for release in RELEASES if release.limits
     )
 
 
-def _code(*names: str) -> str:
-    return ", ".join(f"`{name}`" for name in names if name) or _NONE
+def features() -> Iterator[str]:
+    """Yield every feature, its proof, and the numbers of its rows or its refusals."""
+    yield "| feature | | proved by | rows, refusals, or the flag that allows it |"
+    yield "|---|---|---|---|"
+    for feature, names in FEATURES.items():
+        yield f"| {feature} | {' | '.join(status(names))} | {_listed(names)} |"
+
+
+def proved() -> Iterator[str]:
+    """Yield every parity row with its largest distance from stock, in multiples of the floor."""
+    figures = read_figures()
+    yield "| | row | ranks/steps | worst |"
+    yield "|---|---|---|---|"
+    for row in ROWS:
+        worst = _worst(figures.get(row.name, _BLANK))
+        yield f"| {_NUMBERS[row.id]} | {row.name} | {row.ranks}/{row.steps} | {worst} |"
+
+
+def replaced() -> Iterator[str]:
+    """Yield the parts of Megatron that are replaced on CPU ranks, in stock too."""
+    yield from (f"* {part}" for part in REPLACED.values())
+
+
+def refused() -> Iterator[str]:
+    """Yield every refused setting, why, and what works instead."""
+    yield "| refused, as a flag and as a field of TransformerConfig | because | instead |"
+    yield "|---|---|---|"
+    for item in REFUSALS:
+        field = f", `{item.field}`" if item.field and item.field != item.setting else ""
+        way_out = item.said_way_out
+        if item.unproven is not None:
+            values = " or ".join(item.unproven_values)
+            way_out += f"; {values} with `{ALLOW} {item.unproven}`"
+        yield f"| `{item.setting}`{field} | {item.reason} | {way_out} |"
+
+
+def allowed() -> Iterator[str]:
+    """Yield every word of `--fsep-allow-unproven`, its settings and its proof."""
+    yield "| word | allows | settings | proved by |"
+    yield "|---|---|---|---|"
+    for word, text in UNPROVEN.items():
+        settings = _code(*_allowed_by(word))
+        yield f"| `{word}` | {text} | {settings} | {proved_by([f'{ALLOW} {word}'])} |"
+
+
+def without_effect() -> Iterator[str]:
+    """Yield the fields about MoE that change nothing under FSEP."""
+    yield "| fields | reason |"
+    yield "|---|---|"
+    for reason, fields in WITHOUT_EFFECT_BY_REASON.items():
+        yield f"| {_code(*fields.split())} | {reason} |"
+
+
+TABLES = {
+    "counts": counts,
+    "features": features,
+    "proved": proved,
+    "replaced": replaced,
+    "refused": refused,
+    "allowed": allowed,
+    "without effect": without_effect,
+}
 
 
 def status(names: Collection[str]) -> tuple[str, str]:
-    """Whether a feature with these rows, refusals and words is proved, and by what."""
+    """Return whether a feature with these rows, refusals and words is proved, and by what."""
     by = proved_by(names)
     if names and all(name in _SETTINGS for name in names):
         return "refused", _NONE
@@ -153,8 +176,8 @@ def status(names: Collection[str]) -> tuple[str, str]:
 
 
 def proved_by(names: Iterable[str]) -> str:
-    """What has shown that all of this is right: runs on the CPU, on a card, or nothing yet."""
-    given = [set((row.flags + row.fsep).split()) for row in ROWS if row.name in set(names)]
+    """Return the kinds of proof: runs on the CPU, on a card, or nothing yet."""
+    given = [set((row.flags + row.fsep).split()) for row in ROWS if row.id in set(names)]
     kinds = []
     if given:
         is_replaced = all(flags & REPLACED.keys() for flags in given)
@@ -162,6 +185,19 @@ def proved_by(names: Iterable[str]) -> str:
     if SEEN_ON_A_CARD & set(names):
         kinds.append("card")
     return ", ".join(kinds) or _NOTHING
+
+
+def _worst(figures: Figures) -> str:
+    ratios = [
+        (pair[0] / pair[1], name)
+        for name, pair in zip(_COLUMNS, figures, strict=True)
+        if pair and pair[1]
+    ]
+    return "{1} {0:.2g}".format(*max(ratios)) if ratios else _NONE
+
+
+def _code(*names: str) -> str:
+    return ", ".join(f"`{name}`" for name in names if name) or _NONE
 
 
 def _allowed_by(word: str) -> list[str]:
@@ -173,30 +209,24 @@ def _allowed_by(word: str) -> list[str]:
     ]
 
 
-def _way_out(item: Refusal) -> str:
-    if item.unproven is None:
-        return item.said_way_out
-    values = " or ".join(item.unproven_values)
-    return f"{item.said_way_out}; {values} with {ALLOW} {item.unproven}"
-
-
 def _listed(names: Iterable[str]) -> str:
-    return "; ".join(f"`{name}`" if name.startswith("--") else name for name in names)
+    shown = (f"`{name}`" if name.startswith("--") else str(_NUMBERS[name]) for name in names)
+    return ", ".join(shown)
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page with the figures of these results; rows not in them keep what they have.
+    """Write the figures of these results; rows not in them keep theirs.
 
     Complains of rows that have no figures at all.
     """
     parser = argparse.ArgumentParser(prog="python -m tests.parity.report", description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, help="junit XML files of pytest")
     options = parser.parse_args(arguments)
-    figures = figures_on(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
+    figures = read_figures()
     for results in options.results:
         figures.update(figures_in(results))
-    missing = [row.name for row in ROWS if not figures.get(row.name, BLANK).measured]
-    PAGE.write_text(render(figures), encoding="utf-8")
+    write_figures(figures)
+    missing = [row.name for row in ROWS if not any(figures.get(row.name, _BLANK))]
     if missing:
         print(f"no figures for {len(missing)} rows: {'; '.join(missing)}", file=sys.stderr)
     return 1 if missing else 0

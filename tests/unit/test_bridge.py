@@ -117,7 +117,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 
 
 def test_sizes_are_checked_as_in_megatrons_training() -> None:
-    with pytest.raises(ValueError, match=r"--fsep-capacity 1 with --num-experts 8"):
+    with pytest.raises(ValueError, match=r"--fsep-capacity 1: the slots of"):
         check_recipe(recipe(), FSEPConfig(capacity=1))
 
 

@@ -103,23 +103,6 @@ def test_an_error_inside_a_script_keeps_its_traceback(script):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "/no/script.py"], "script '/no/script.py' does not exist"),
-        (["prepare-data", "--input", "/no/text", "--output", "out"], "'/no/text' does not exist"),
-        (["flags", "no-model"], "unknown model 'no-model'; known are"),
-        (["flags", "/no/model.yaml"], "No such file"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_a_mistake_is_one_line_and_status_2(words, message, capsys):
-    assert cli.main(words) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
         ([], "megatron-laer: .* required: COMMAND"),
         (["dance"], "megatron-laer: .* invalid choice: 'dance'"),
         (["plan", "x", "--ranks", "x\n" * 5000], r"plan: .* --ranks: 'x\\n.*\\n' is no integer"),

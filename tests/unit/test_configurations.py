@@ -16,7 +16,7 @@ from tests import processes
 from tests.configurations import CLUSTERS, HEAD, KINDS, MODELS, cluster_table, facts, number
 from tests.documents import ROOT
 
-PAGE = (ROOT / "docs" / "configurations.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "calibrate.md").read_text(encoding="utf-8").partition("\n## Clusters\n")[2]
 PUBLISHED = sorted(facts())
 # The paper's table: layers, hidden, FFN, heads, experts, top-k, and whether queries, keys and
 # values have a bias. Heads have 128 columns, 8 are of keys and values; 32,000 words.

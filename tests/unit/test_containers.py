@@ -229,6 +229,6 @@ def test_lines_are_read_as_docker_reads_them(tmp_path: Path) -> None:
 
 @each
 def test_the_page_has_the_commands_of_the_files_heads(path: Path) -> None:
-    page = (ROOT / "docs" / "containers.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
     assert f"docker build --file scripts/docker/{path.name} " in page
     assert f"docker build --file scripts/docker/{path.name} " in path.read_text(encoding="utf-8")

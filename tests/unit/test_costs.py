@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Recompute
-from megatron_laer.config import ExchangeAlgorithm, RestoreAlgorithm, Split
+from megatron_laer.config import Auto, ExchangeAlgorithm, Split
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
 from megatron_laer.planner.construct import construct_layout
@@ -309,9 +309,7 @@ def test_auto_takes_the_exchange_that_the_links_favour() -> None:
         costs = make_costs(
             hidden=4096, ffn=14336, intra=Link(intra, 1e-6), inter=Link(12.5e9, 2e-6)
         )
-        return costs.with_exchange(
-            RestoreAlgorithm.AUTO, Geometry(32, 8, 2, node_size)
-        ).restore_algorithm
+        return costs.with_exchange(Auto.AUTO, Geometry(32, 8, 2, node_size)).restore_algorithm
 
     assert chosen(300e9, 8) == "node"
     assert chosen(12.5e9, 8) == "flat"

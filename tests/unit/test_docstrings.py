@@ -1,13 +1,14 @@
-"""Docstrings begin with a sentence: this holds the part of that which a machine can tell."""
+"""Docstrings, pages and messages keep the rules of plain English that a machine can check."""
 
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator
 
+import megatron_laer
+from tests import style
 from tests.documents import ROOT
-
-Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 # With these a first line names a thing, or a clause, and says nothing about it.
 CLAUSE_WORDS = frozenset({"What", "Which", "Whose", "Whether", "How", "Why", "Of"})
@@ -16,65 +17,50 @@ NOUN_WORDS = frozenset({"A", "All", "An", "Each", "Every", "One", "That", "The",
 
 
 def faults(source: str) -> Iterator[str]:
-    """Yield what is wrong with a module's docstrings, as `line: name: why`."""
+    """Yield the faults of a module's docstrings, as `line: name: why`.
+
+    Modules and public classes need a docstring; functions may go without.
+    """
     module = ast.parse(source)
-    yield from _faults_of(module, "module", is_public=True)
-    yield from _faults_within(module, "", is_public=True)
+    documented = dict(style.docstrings(module))
+    for node in [module, *ast.walk(module)][1:]:
+        is_public = isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        if (is_public or node is module) and node not in documented:
+            yield f"{getattr(node, 'lineno', 1)}: {getattr(node, 'name', 'module')}: no docstring"
+    for node, text in documented.items():
+        line, word = text.splitlines()[0], style.first_word(text)
+        where = f"{getattr(node, 'lineno', 1)}: {getattr(node, 'name', 'module')}: {line!r}"
+        if not line.endswith((".", "?", ":")):
+            yield f"{where} is not a whole sentence"
+        if word in CLAUSE_WORDS and not (word == "Whether" and _is_property(node)):
+            yield f"{where} is a clause"
+        if not isinstance(node, ast.Module | ast.ClassDef) and word in NOUN_WORDS:
+            yield f"{where} does not begin with a verb"
 
 
-def _faults_within(
-    parent: Documented | ast.stmt | ast.ExceptHandler, prefix: str, is_public: bool
-) -> Iterator[str]:
-    for node in ast.iter_child_nodes(parent):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            name = prefix + node.name
-            public = is_public and not node.name.startswith("_")
-            yield from _faults_of(node, name, public and not _is_of_autograd(node))
-            within_class = isinstance(node, ast.ClassDef)
-            yield from _faults_within(node, f"{name}.", public and within_class)
-        elif isinstance(node, ast.stmt | ast.ExceptHandler):
-            yield from _faults_within(node, prefix, is_public)
-
-
-def _faults_of(node: Documented, name: str, is_public: bool) -> Iterator[str]:
-    where = f"{getattr(node, 'lineno', 1)}: {name}"
-    text = ast.get_docstring(node)
-    if not text:
-        if is_public:
-            yield f"{where}: has no docstring"
-        return
-    line = text.splitlines()[0]
-    word = line.split()[0].rstrip(",.:;")
-    if not line.endswith((".", "?", ":")):
-        yield f"{where}: {line!r} is not a whole sentence"
-    if word in CLAUSE_WORDS and not (word == "Whether" and _is_bool_property(node)):
-        yield f"{where}: {line!r} is a clause"
-    if not isinstance(node, ast.Module | ast.ClassDef) and word in NOUN_WORDS:
-        yield f"{where}: {line!r} does not begin with what it does"
-
-
-def _is_bool_property(node: Documented) -> bool:
-    return (
-        isinstance(node, ast.FunctionDef)
-        and any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
-        and node.returns is not None
-        and ast.unparse(node.returns) == "bool"
+def _is_property(node: style.Documented) -> bool:
+    return isinstance(node, ast.FunctionDef) and any(
+        "property" in ast.unparse(decorator) for decorator in node.decorator_list
     )
 
 
-def _is_of_autograd(node: Documented) -> bool:
-    """Tell whether this is `forward` or `backward` of a torch.autograd.Function: see torch."""
-    return isinstance(node, ast.FunctionDef) and [a.arg for a in node.args.args[:1]] == ["ctx"]
-
-
 def test_every_docstring_begins_with_a_sentence() -> None:
-    package = ROOT / "megatron_laer"
     found = [
         f"{path.relative_to(ROOT)}:{fault}"
-        for path in sorted(package.rglob("*.py"))
+        for path in sorted((ROOT / "megatron_laer").rglob("*.py"))
         for fault in faults(path.read_text(encoding="utf-8"))
     ]
     assert not found, "\n".join([f"{len(found)} docstrings:", *found])
+
+
+def test_the_public_interface_is_documented() -> None:
+    names = set(megatron_laer.__all__) - {"__version__"}
+    assert {name for name in names if not inspect.getdoc(getattr(megatron_laer, name))} == set()
+
+
+def test_exceptions_from_the_rules_do_not_grow() -> None:
+    found = style.excess(style.exceptions(), style.limits())
+    assert not found, "\n".join(found)
 
 
 def test_faults_are_found() -> None:
@@ -88,21 +74,33 @@ class A:
     def is_old(self) -> bool:
         """Whether it is old."""
     def run(self): ...
-    def _helper(self): ...
-class B(Function):
-    """Does nothing."""
-    def forward(ctx): ...
-    def backward(ctx):
-        """The gradient."""
-if A:
-    def outer():
-        """Return a function."""
-        def inner(): ...
+class B: ...
+class _C: ...
+def gradient():
+    """The gradient."""
 '''
     assert list(faults(source)) == [
+        "11: B: no docstring",
         "1: module: 'What this is.' is a clause",
         "2: A: 'Holds a' is not a whole sentence",
-        "8: A.is_old: 'Whether it is old.' is a clause",
-        "10: A.run: has no docstring",
-        "15: B.backward: 'The gradient.' does not begin with what it does",
+        "13: gradient: 'The gradient.' does not begin with a verb",
+        "8: is_old: 'Whether it is old.' is a clause",
+    ]
+
+
+def test_long_sentences_first_words_and_messages_without_remedy_are_found() -> None:
+    words = "word " * 24
+    item = f"* {words}`a b c` [d e](f.md) end."
+    text = f"# Title\n\n{words}end. Short.\n\n{item}\n| {words} {words}|\n"
+    assert list(style.long_sentences(text)) == [f"{words}code d e end."]
+    assert list(style.long_sentences(f"```text\n{words} {words}\n```\n")) == []
+    assert style.first_word("Return, or not.") == "Return"
+    source = 'raise ValueError(f"{a} is wrong here")\nraise ValueError("bad thing; give another")\n'
+    assert list(style.without_remedy(ast.parse(source))) == [(1, " is wrong here")]
+    found = {("rule", "a"): ["1", "2"], ("rule", "b"): ["3"]}
+    assert style.excess(found, {("rule", "a"): 2, ("rule", "b"): 1}) == []
+    assert style.excess(found, {("rule", "a"): 1, ("rule", "b"): 5}) == [
+        "rule, a: 2, and 1 may be",
+        "1",
+        "2",
     ]

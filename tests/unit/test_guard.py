@@ -23,7 +23,7 @@ from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import GUARD_MODES, Decision, Guard, in_words
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.token_prices import TokenPrices
-from megatron_laer.tools.simulator.outcome import evaluate
+from megatron_laer.tools.simulator.replay import evaluate
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 

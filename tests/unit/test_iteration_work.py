@@ -27,7 +27,7 @@ from megatron_laer.tools.simulator.iteration.methods import (
     FSEP,
     METHODS,
     STOCK,
-    Settings,
+    MethodSettings,
     make_method,
 )
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
@@ -46,7 +46,7 @@ RATES = Rates(CLUSTER, 2)
 
 def methods(geometry, mode=PlanMode.ADAPTIVE, names=METHODS, model=TINY, **more):
     costs = CostModel(CLUSTER, model.hidden, model.expert_ffn, model.gated, 2)
-    chosen = Settings(geometry, costs, mode, **more)
+    chosen = MethodSettings(geometry, costs, mode, **more)
     return [make_method(name, chosen, RATES) for name in names]
 
 

@@ -113,8 +113,8 @@ def test_a_layout_cannot_be_changed() -> None:
         ((2, 2, 3), [0.0, 1.0, 2.0, 0.0], "flat sequence of integers.*float64"),
         ((2, 2, 3), [[0, 1], [2, 0]], r"shape \(2, 2\)"),
         ((0, 2, 3), [0], "at least 1, got 0, 2 and 3"),
-        ((2, 1, 3), [0, 1], "too few for 3 experts; use a capacity of at least 2"),
-        ((2, 4, 3), [0] * 8, "capacity 4 exceeds num_experts 3"),
+        ((2, 1, 3), [0, 1], r"capacity 1: the slots of 2 ranks .* use 2 to 3 \(default 3\)"),
+        ((2, 4, 3), [0] * 8, "capacity 4: the slots of 2 ranks must hold each of 3 experts"),
         ((2, 20000, 32768), [0] * 40000, "at most 32767, got 32768"),
     ],
 )

@@ -89,7 +89,7 @@ def test_a_state_of_another_group_is_refused_with_what_differs() -> None:
         ({"num_ranks": 2**70}, "arrays"),
         ({"num_ranks": N * 2, "num_experts": E // 2}, "slots|arrays|expert"),
         ({"capacity": 0}, "at least 1"),
-        ({"capacity": 7}, "exceeds"),
+        ({"capacity": 7}, "a rank none twice"),
         ({"layers": ["a", "a", "b"]}, "different names"),
         ({"layers": ["a", "b", 3]}, "names"),
         ({"layers": ["a", "b", "c" * 1000]}, "characters"),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megatron_laer.tools.recipes.proof import proof_of
-from megatron_laer.tools.recipes.rows import ROWS
-from tests import proved_rows
+from megatron_laer.tools.recipes.proof import FILE, proof_of, proved_rows
+from tests import proved_rows as today
 
 
 def test_the_shipped_rows_are_those_of_the_parity_table() -> None:
-    text = proved_rows.FILE.read_text(encoding="utf-8")
-    assert text == proved_rows.text(), "python -m tests.proved_rows writes the file of today"
+    text = FILE.read_text(encoding="utf-8")
+    assert text == today.text(), "python -m tests.proved_rows writes the file of today"
 
 
 def test_a_row_proves_a_run_whose_features_it_has_together() -> None:
@@ -36,7 +35,7 @@ def test_without_such_a_row_the_pairs_are_named_that_no_row_has() -> None:
 
 
 def test_pairs_alone_prove_no_run() -> None:
-    rows = [row for row in ROWS if {"bf16", "pipeline"} <= row.features]
+    rows = [row for row in proved_rows() if {"bf16", "pipeline"} <= row.features]
     settings = Namespace(bf16=True, pipeline_model_parallel_size=2, use_distributed_optimizer=True)
     found = proof_of(settings)
     assert rows and (found.row, found.no_row_together) == ("", ())

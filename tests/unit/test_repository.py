@@ -1,10 +1,8 @@
-"""What pre-commit, the hosting platform and citation tools read agrees with the project."""
+"""Files for pre-commit, the hosting platform and citation tools agree with the project."""
 
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import megatron_laer
 from tests.documents import ROOT, project_files
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 
 # A file with more lines says why it is not split.
 MOST_LINES = 400
@@ -35,17 +32,6 @@ def test_the_citation_has_the_version_and_names_the_paper() -> None:
     citation = read(ROOT / "CITATION.cff")
     assert citation["version"] == megatron_laer.__version__
     assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2602.11686"
-
-
-def test_hooks_download_nothing_and_run_what_is_installed_for_tests() -> None:
-    (repository,) = read(ROOT / ".pre-commit-config.yaml")["repos"]
-    assert repository["repo"] == "local"
-    assert {hook["language"] for hook in repository["hooks"]} == {"system"}
-    programs = [Path(shlex.split(hook["entry"])[0]) for hook in repository["hooks"]]
-    ours = {path.name for path in programs if path.parent == Path(".venv/bin")}
-    assert {path.name for path in programs} - ours == {"bash"}
-    here = Path(sys.executable).parent
-    assert {program for program in ours if not (here / program).exists()} == set()
 
 
 def test_hooks_run_every_linter_of_the_test_script() -> None:
@@ -75,37 +61,6 @@ def test_a_workflow_may_only_read_and_pins_what_it_uses(path: Path) -> None:
     # A program that is installed where there is one right must not find another.
     rights = [[*job["permissions"].values()].count("write") for job in writing.values()]
     assert rights == [1] * len(writing)
-
-
-def test_every_set_of_tests_has_a_workflow() -> None:
-    commands = {path.stem: path.read_text(encoding="utf-8") for path in WORKFLOWS}
-    assert {*commands} == {"lint", "cpu", "gpu", "nightly", "release"}
-    assert "scripts/test.sh --lint\n" in commands["lint"]
-    assert "scripts/test.sh --gpu\n" in commands["gpu"]
-    assert commands["cpu"].endswith(" .ci/run\n")
-    assert commands["nightly"].endswith(" .ci/run --nightly\n")
-    # PyYAML reads the key `on` as a truth value.
-    assert [*read(ROOT / ".github" / "workflows" / "nightly.yml")[True]] == [
-        "schedule",
-        "workflow_dispatch",
-    ]
-    assert [*read(ROOT / ".github" / "workflows" / "gpu.yml")[True]] == ["workflow_dispatch"]
-
-
-@pytest.mark.parametrize("path", FORMS, ids=name)
-def test_an_issue_form_has_fields_with_labels_and_ids_of_their_own(path: Path) -> None:
-    form = read(path)
-    assert form["name"] and form["description"]
-    assert all(field["attributes"]["label"] for field in form["body"])
-    ids = [field["id"] for field in form["body"]]
-    assert len({*ids}) == len(ids)
-
-
-def test_a_bug_report_asks_for_the_doctor_the_command_and_the_release() -> None:
-    form = read(ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml")
-    required = {f["id"] for f in form["body"] if f.get("validations", {}).get("required")}
-    assert {"doctor", "command", "megatron"} <= required
-    assert "python -m megatron_laer doctor" in form["body"][0]["attributes"]["label"]
 
 
 def test_a_file_of_many_lines_says_why_it_is_not_split() -> None:

@@ -1,9 +1,8 @@
-"""The table of `plan` against plain recomputation, its estimates and its plot."""
+"""The table of `plan` against plain recomputation, its memory and its plot."""
 
 from __future__ import annotations
 
 import tracemalloc
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +15,10 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import make_strategy, strategy_names
 from megatron_laer.telemetry.trace_records import Trace
-from megatron_laer.tools.simulator import report
-from megatron_laer.tools.simulator.estimate import Work, check_fits
-from megatron_laer.tools.simulator.table import MODES, STOCK, simulate
-from tests.unit.plan_cases import COSTS, STRATEGIES, drifting_trace, table
+from megatron_laer.tools.simulator import plan_output
+from megatron_laer.tools.simulator.comparison import MODES, STOCK, simulate
+from megatron_laer.tools.simulator.replay import check_memory
+from tests.unit.plan_cases import COSTS, drifting_trace, table
 
 
 @pytest.fixture(scope="module")
@@ -151,59 +150,26 @@ def test_a_layer_that_starts_late_has_cases_from_its_second_step_on(trace):
     assert table(part, strategies=["static"])["static", "forecast"].cases == 5 * 3 + 1 * 3
 
 
-def work(ranks, experts, records=36, lag=1, capacity=3):
-    return Work(
-        geometries=[Geometry(ranks, experts, capacity, 1)],
-        strategies=STRATEGIES,
-        modes=MODES,
-        records=records,
-        layers=2,
-        plans=10,
-        cases=30,
-        lag=lag,
-    )
-
-
-def test_every_strategy_and_mode_has_an_estimate():
-    for name in strategy_names():
-        for mode in MODES:
-            only = replace(work(8, 8), strategies=[name], modes=[mode])
-            assert only.seconds > 0
-            assert replace(only, geometries=work(16, 8).geometries).seconds > only.seconds
-
-
-def test_a_plan_takes_no_more_memory_than_estimated(trace):
+def test_a_plan_takes_no_more_memory_than_is_asked_for(trace, monkeypatch):
     wide = trace.with_ranks(512)
-    geometry = Geometry(512, 8, 3, 8)
     tracemalloc.start()
-    simulate(wide, [geometry], COSTS, strategy_names(), MODES)
+    simulate(wide, [Geometry(512, 8, 3, 8)], COSTS, strategy_names(), MODES)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # Of one process, whatever its size, and of what it holds of each count.
-    assert peak_bytes < 2**24 + work(512, 8).bytes
-
-
-def test_what_would_take_too_long_is_refused_with_what_would_fit():
-    many = work(4096, 256)
-    hours = many.seconds / 3600
-    check_fits(many, hours * 1.01)
-    with pytest.raises(ValueError, match=r"planning 30 cases for 4,096 ranks would take") as error:
-        check_fits(many, hours / 3.5)
-    said = str(error.value)
-    assert "give --every 4, --ranks of about 1,170, fewer --strategy, or --hours" in said
-    check_fits(replace(many, plans=many.plans / 4, cases=many.cases / 4), hours / 3.5)
-    check_fits(work(1170, 256), hours / 3.5 * 1.1)
-
-
-def test_what_would_take_too_much_memory_is_refused_with_what_would_fit(monkeypatch):
-    many = work(4096, 256)
-    monkeypatch.setattr(memory, "available_bytes", lambda: many.bytes // 4)
-    with pytest.raises(ValueError, match=r"GiB of memory.* give --ranks of at most 1,02[34]$"):
-        check_fits(many, 1e9)
+    sizes = {"record_bytes": 4 * len(wide), "forecasts": 4, "purpose": "planning"}
+    with monkeypatch.context() as patched:
+        asked = []
+        patched.setattr(memory, "check_enough", lambda needed, *_: asked.append(needed))
+        check_memory(512, 8, **sizes)
+    # A process of any size takes the first part.
+    assert peak_bytes < 2**24 + asked[0]
+    monkeypatch.setattr(memory, "available_bytes", lambda: asked[0] // 4)
+    with pytest.raises(ValueError, match=r"planning would take .* give --ranks of at most 12[78]$"):
+        check_memory(512, 8, **sizes)
 
 
 def test_a_plot_shows_how_far_each_row_is_from_perfect_balance(rows):
-    axes = report.draw("title_$x", list(rows.values())).axes[0]
+    axes = plan_output.draw("title_$x", list(rows.values())).axes[0]
     assert len(axes.lines) == len(rows)
     for line, row in zip(axes.lines, rows.values(), strict=True):
         assert line.get_ydata().tolist() == pytest.approx([r - 1 for r in sorted(row.ratios_R)])

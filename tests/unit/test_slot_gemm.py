@@ -252,7 +252,7 @@ def test_transformer_engine_is_guarded_by_package_device_symbol_and_parameters(
 
 @pytest.mark.parametrize("name", gemm_names())
 def test_a_back_end_is_documented(name: str) -> None:
-    assert f"| `{name}` |" in (ROOT / "docs" / "gemm.md").read_text(encoding="utf-8")
+    assert f"| `{name}` |" in (ROOT / "docs" / "communication.md").read_text(encoding="utf-8")
 
 
 def test_a_back_end_is_found_by_the_name_of_its_file() -> None:

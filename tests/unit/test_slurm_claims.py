@@ -188,17 +188,17 @@ def test_claims_do_not_pile_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "before", "flags", "goes_on"),
+    ("status", "before", "exit_signal", "goes_on"),
     [
         (143, False, "", True),
-        (137, False, "--exit-signal SIGUSR1", True),
+        (137, False, "SIGUSR1", True),
         (1, False, "", False),
         (143, True, "", False),
-        (143, False, "--exit-signal SIGTERM", False),
+        (143, False, "SIGTERM", False),
     ],
 )
 def test_a_step_that_slurm_ended_is_made_again_once(
-    tmp_path: Path, status: int, before: bool, flags: str, goes_on: bool
+    tmp_path: Path, status: int, before: bool, exit_signal: str, goes_on: bool
 ) -> None:
     if before:
         claim(tmp_path, 7)
@@ -207,7 +207,7 @@ def test_a_step_that_slurm_ended_is_made_again_once(
         f"""
         >known.7
         claim 7 run
-        user_flags=({flags})
+        exit_signal={exit_signal}
         is_requeued_after {status} && echo again || echo no""",
     )
     assert result.stdout == ("again\n" if goes_on else "no\n")

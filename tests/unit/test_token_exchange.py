@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from megatron_laer.choices import Recompute, TokenExchange, TokenExchangeChoice
+from megatron_laer.choices import Auto, Recompute, TokenExchange
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Link
@@ -111,7 +111,7 @@ def test_auto_is_decided_for_the_tokens_of_the_command_line() -> None:
 
     from megatron_laer.layer.moe_layer import _tokens_of_arguments
 
-    config, geometry = FSEPConfig(token_exchange=TokenExchangeChoice.AUTO), Geometry(32, 128, 4, 8)
+    config, geometry = FSEPConfig(token_exchange=Auto.AUTO), Geometry(32, 128, 4, 8)
     model = SimpleNamespace(context_parallel_size=2, tensor_model_parallel_size=4)
     found = []
     for sequence in (64, 32768):

@@ -1,6 +1,6 @@
-"""A cluster's constants, with their spreads, are made of the figures that were measured.
+"""A cluster's constants and their spreads, from the measured figures.
 
-Pure: it measures nothing and writes no file.
+Nothing here measures or writes.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from megatron_laer.tools.calibration.quantities import (
     Collective,
     Contended,
     Copy,
-    CountsExchange,
+    ExchangedCounts,
     Launch,
     PlannerCall,
     Product,
     Quantity,
 )
-from megatron_laer.tools.calibration.settings import Settings
+from megatron_laer.tools.calibration.settings import CalibrationSettings
 
 # Whose GEMMs the cost model takes, unless a run names another back end.
 DEFAULT_BACK_END = "loop"
@@ -58,7 +58,11 @@ Figures = Mapping[Quantity, Figure]
 
 
 def cluster_of(
-    figures: Figures, settings: Settings, nodes: int, name: str, measured: Mapping[str, str]
+    figures: Figures,
+    settings: CalibrationSettings,
+    nodes: int,
+    name: str,
+    measured: Mapping[str, str],
 ) -> Cluster:
     """Make a cluster of all figures.
 
@@ -115,7 +119,7 @@ def cluster_of(
     )
 
 
-def _back_ends(figures: Figures, settings: Settings) -> tuple[BackEnd, ...]:
+def _back_ends(figures: Figures, settings: CalibrationSettings) -> tuple[BackEnd, ...]:
     products = [(key, figure) for key, figure in figures.items() if isinstance(key, Product)]
 
     def curve(back_end: str, product: str) -> GemmCurve:
@@ -133,7 +137,6 @@ def _back_ends(figures: Figures, settings: Settings) -> tuple[BackEnd, ...]:
 
 
 def _gemm_spread(figures: Figures) -> Spread:
-    """Return by what factor the default's forward is slower and faster than its median."""
     found = [
         figure
         for key, figure in figures.items()
@@ -145,7 +148,6 @@ def _gemm_spread(figures: Figures) -> Spread:
 
 
 def _backward_spread(back_end: BackEnd) -> Spread:
-    """Return how the factor differs between the two products and between numbers of tokens."""
     factors = [
         forward / product.points[place][1]
         for place, (tokens, forward) in enumerate(back_end.forward.points)
@@ -215,8 +217,7 @@ def _planner_time(figures: Figures, name: str) -> tuple[SolveTime, Spread]:
 
 
 def _beside_gather_s(figures: Figures) -> float:
-    """Return what an exchange of counts takes beyond its All-gather: copies, and the wait."""
-    exchange = next(figure for key, figure in figures.items() if isinstance(key, CountsExchange))
+    exchange = next(figure for key, figure in figures.items() if isinstance(key, ExchangedCounts))
     gather = next(
         figure
         for key, figure in figures.items()
@@ -245,6 +246,5 @@ def _of(figure: Figure, source: str) -> Spread:
 
 
 def _spread(value: float, others: Iterable[float], source: str) -> Spread:
-    """Return the range of some values and of the constant, which a fit may have put beside them."""
     rounded_others = [rounded(other) for other in others]
     return Spread(min(value, *rounded_others), max(value, *rounded_others), source)

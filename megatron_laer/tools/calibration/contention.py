@@ -1,4 +1,4 @@
-"""A GEMM and an exchange are measured here alone and while the other one runs.
+"""Measurements of a GEMM and of an exchange, alone and while the other one runs.
 
 In training weights are exchanged under the experts' GEMMs: on CUDA their kernels share the GPU's
 processors and memory, and on the CPU its cores.
@@ -20,7 +20,7 @@ from megatron_laer.telemetry.trace_events import Activity, Kind
 from megatron_laer.tools.calibration.gemms import product_of
 from megatron_laer.tools.calibration.quantities import EXCHANGE, FORWARD, GEMM, Contended
 from megatron_laer.tools.calibration.sampling import Job, Sample
-from megatron_laer.tools.calibration.settings import Settings
+from megatron_laer.tools.calibration.settings import CalibrationSettings
 
 # What is measured is covered by so many times its own length of the other.
 _COVER = 3
@@ -30,7 +30,7 @@ def contention_jobs(
     stream: CommStream,
     exchanging: dist.ProcessGroup,
     control: dist.ProcessGroup,
-    settings: Settings,
+    settings: CalibrationSettings,
     device: torch.device,
 ) -> Iterator[Job]:
     """Yield four jobs: each of the two, alone and covered by the other.
@@ -52,13 +52,13 @@ def contention_jobs(
 
 
 class _Pair:
-    """Runs GEMMs on the compute stream and exchanges on a communication stream."""
+    """GEMMs on the compute stream and exchanges on a communication stream."""
 
     def __init__(
         self,
         stream: CommStream,
         exchanging: dist.ProcessGroup,
-        settings: Settings,
+        settings: CalibrationSettings,
         device: torch.device,
     ) -> None:
         self._clock = make_clock(device)

@@ -1,4 +1,4 @@
-"""Constants are fitted to figures here, by pure functions that know no cluster file.
+"""Fits of constants to figures, by pure functions.
 
 Legend: P points, T terms.
 """

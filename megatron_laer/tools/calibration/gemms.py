@@ -1,4 +1,4 @@
-"""The products of each back end of the experts' GEMMs are measured here, as the experts call them.
+"""Measurements of the experts' GEMMs, by back end and product.
 
 Legend: C slots, T tokens of all slots, R rows and K columns of a matrix.
 """
@@ -12,7 +12,7 @@ import torch
 from megatron_laer.layer.experts.gemm import SlotGemm, gemm_names, slot_gemm
 from megatron_laer.tools.calibration.quantities import FORWARD, INPUT_GRAD, PRODUCTS, Product
 from megatron_laer.tools.calibration.sampling import Job, Sample, timed
-from megatron_laer.tools.calibration.settings import Settings
+from megatron_laer.tools.calibration.settings import CalibrationSettings
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -20,14 +20,16 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def usable_back_ends(settings: Settings, device: torch.device) -> list[str]:
+def usable_back_ends(settings: CalibrationSettings, device: torch.device) -> list[str]:
     """Return the names of the back ends that compute on this rank."""
     sizes = [size for matrix in settings.expert.matrices for size in matrix]
     dtype = compute_dtype(device)
     return [name for name in gemm_names() if slot_gemm(name).problem(device, dtype, sizes) is None]
 
 
-def gemm_jobs(back_ends: Sequence[str], settings: Settings, device: torch.device) -> Iterator[Job]:
+def gemm_jobs(
+    back_ends: Sequence[str], settings: CalibrationSettings, device: torch.device
+) -> Iterator[Job]:
     """Yield a job per back end, product and number of tokens, each for whole experts."""
     for name in back_ends:
         for product in PRODUCTS:
@@ -43,7 +45,7 @@ def gemm_jobs(back_ends: Sequence[str], settings: Settings, device: torch.device
 
 
 def product_of(
-    gemm: SlotGemm, product: str, tokens: int, settings: Settings, device: torch.device
+    gemm: SlotGemm, product: str, tokens: int, settings: CalibrationSettings, device: torch.device
 ) -> Callable[[], None]:
     """Return a function that computes one product for both matrices of every slot."""
     tokens_C = [tokens] * settings.slots

@@ -1,4 +1,4 @@
-"""These jobs measure a rank's host: launches, copies, the exchange of counts, quotas and layouts.
+"""Measurements of a rank's host: launches, copies, the exchange of counts, quotas and layouts.
 
 Legend: N ranks, E experts, C slots per rank.
 """
@@ -29,12 +29,12 @@ from megatron_laer.tools.calibration.quantities import (
     GATE,
     SOLVE,
     Copy,
-    CountsExchange,
+    ExchangedCounts,
     Launch,
     PlannerCall,
 )
 from megatron_laer.tools.calibration.sampling import Job, Sample, timed
-from megatron_laer.tools.calibration.settings import Settings
+from megatron_laer.tools.calibration.settings import CalibrationSettings
 
 _LAUNCHES = 100
 _NODE_SIZE = 8
@@ -44,7 +44,7 @@ _CASES = 5
 
 
 def host_jobs(
-    everybody: dist.ProcessGroup, settings: Settings, device: torch.device
+    everybody: dist.ProcessGroup, settings: CalibrationSettings, device: torch.device
 ) -> Iterator[Job]:
     """Yield the jobs for launches, memory, the exchange of counts, and calls into the planner."""
 
@@ -85,7 +85,7 @@ def host_jobs(
 
     yield Job(Launch(), launches, units=_LAUNCHES)
     yield Job(Copy(settings.copy_bytes), copies)
-    yield Job(CountsExchange(settings.counts_experts), counts, is_shared=True)
+    yield Job(ExchangedCounts(settings.counts_experts), counts, is_shared=True)
     for shape in settings.shapes:
         for name in (GATE, SOLVE):
 
@@ -128,7 +128,6 @@ def _planner_call(name: str, shape: tuple[int, int, int], device: torch.device) 
 def _drifted_counts(
     num_ranks: int, num_experts: int, rng: np.random.Generator
 ) -> tuple[Int64, Int64]:
-    """Draw counts of Zipf 1.0, and those before every expert drifted by up to 20 %."""
     share_E = rng.permutation(1.0 / np.arange(1, num_experts + 1))
     before_E = share_E * rng.uniform(0.8, 1.2, num_experts)
     now_NE, before_NE = (

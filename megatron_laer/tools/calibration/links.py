@@ -1,4 +1,4 @@
-"""Collectives are measured here, by class of links, number of peers and size.
+"""Measurements of collectives, by class of links, number of peers and size.
 
 All groups of one kind exchange at the same time, as they do in training: the ranks of every node,
 or for links between nodes, the ranks with the same local rank.
@@ -21,7 +21,7 @@ from megatron_laer.tools.calibration.quantities import (
     Collective,
 )
 from megatron_laer.tools.calibration.sampling import Job, Sample, timed
-from megatron_laer.tools.calibration.settings import Settings
+from megatron_laer.tools.calibration.settings import CalibrationSettings
 
 # What a rank gathers beside its counts, and the bytes of each number: as `CountsExchange` does.
 BESIDE_COUNTS, COUNT_BYTES = 3, 8
@@ -29,7 +29,7 @@ BESIDE_COUNTS, COUNT_BYTES = 3, 8
 
 @dataclass(frozen=True)
 class Partners:
-    """Holds the group in which this rank exchanges with so many peers over one class of links."""
+    """Group in which this rank exchanges with so many peers over one class of links."""
 
     link: str
     peers: int
@@ -61,7 +61,7 @@ def _sizes(whole: int) -> list[int]:
     return sorted({size for size in (*powers, whole) if size > 1 and whole % size == 0})
 
 
-def make_partners(settings: Settings, backend: str) -> list[Partners]:
+def make_partners(settings: CalibrationSettings, backend: str) -> list[Partners]:
     """Make all groups, and return this rank's. Collective over all ranks."""
     mine = []
     for link, groups in partner_ranks(dist.get_world_size(), settings.node_size):
@@ -74,7 +74,7 @@ def make_partners(settings: Settings, backend: str) -> list[Partners]:
 
 
 def exchange_jobs(
-    partners: list[Partners], settings: Settings, device: torch.device
+    partners: list[Partners], settings: CalibrationSettings, device: torch.device
 ) -> Iterator[Job]:
     """Yield a job per class of links, number of peers and size."""
     for of in partners:
@@ -91,7 +91,7 @@ def exchange_jobs(
 
 
 def collective_jobs(
-    everybody: dist.ProcessGroup, settings: Settings, device: torch.device
+    everybody: dist.ProcessGroup, settings: CalibrationSettings, device: torch.device
 ) -> Iterator[Job]:
     """Yield jobs for the latency of other collectives over all ranks."""
     numbers = settings.counts_experts + BESIDE_COUNTS

@@ -1,4 +1,4 @@
-"""These functions name the hardware and software of the ranks, for the cluster file."""
+"""Names of the ranks' hardware and software, for the cluster file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_laer.tools.calibration.gemms import compute_dtype
-from megatron_laer.tools.calibration.settings import Settings
+from megatron_laer.tools.calibration.settings import CalibrationSettings
 from megatron_laer.version import __version__
 
 
@@ -27,9 +27,9 @@ def hardware_name(device: torch.device) -> str:
 
 
 def describe(
-    hardware: Sequence[str], settings: Settings, device: torch.device
+    hardware: Sequence[str], settings: CalibrationSettings, device: torch.device
 ) -> Mapping[str, str]:
-    """Say where and with what was measured.
+    """Describe the hardware and software of the measurements.
 
     Args:
         hardware: of every rank.

@@ -1,6 +1,6 @@
-"""These keys name what is measured; as texts they are the names of figures in a cluster file.
+"""Keys of the measured figures; as texts they are the names of figures in a cluster file.
 
-Every text ends in the unit. Nothing here measures.
+Every text ends in the unit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Product(NamedTuple):
-    """Is one of a back end's products, by the tokens of each slot: seconds of one slot."""
+    """Product of a back end, by the tokens of each slot: seconds of one slot."""
 
     back_end: str
     name: str
@@ -20,7 +20,7 @@ class Product(NamedTuple):
 
 
 class AllToAll(NamedTuple):
-    """Is an All-to-All over one class of links, by what a rank sends to all of its peers."""
+    """All-to-All over one class of links, by the bytes that a rank sends to all of its peers."""
 
     link: str
     peers: int
@@ -31,7 +31,7 @@ class AllToAll(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """Is another collective over all ranks."""
+    """Another collective over all ranks."""
 
     name: str
     num_bytes: int
@@ -41,7 +41,7 @@ class Collective(NamedTuple):
 
 
 class PlannerCall(NamedTuple):
-    """Is a call into the planner: `gate` or `solve`, by the shape of a layer."""
+    """Call into the planner, `gate` or `solve`, by the shape of a layer."""
 
     name: str
     ranks: int
@@ -53,7 +53,7 @@ class PlannerCall(NamedTuple):
 
 
 class Contended(NamedTuple):
-    """Is a GEMM or an exchange, alone or while the other one runs."""
+    """GEMM or exchange, alone or while the other one runs."""
 
     name: str
     beside: bool
@@ -63,14 +63,14 @@ class Contended(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """Is the start of one small kernel."""
+    """Start of one small kernel."""
 
     def __str__(self) -> str:
         return "launch, s"
 
 
-class CountsExchange(NamedTuple):
-    """Is the exchange of counts as a layer makes it, up to the counts on the host."""
+class ExchangedCounts(NamedTuple):
+    """Exchange of counts as a layer makes it, up to the counts on the host."""
 
     experts: int
 
@@ -79,7 +79,7 @@ class CountsExchange(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """Is a copy in a rank's memory."""
+    """Copy in a rank's memory."""
 
     num_bytes: int
 
@@ -88,7 +88,7 @@ class Copy(NamedTuple):
 
 
 Quantity = (
-    Product | AllToAll | Collective | PlannerCall | Contended | Launch | CountsExchange | Copy
+    Product | AllToAll | Collective | PlannerCall | Contended | Launch | ExchangedCounts | Copy
 )
 
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = "forward", "input_grad", "weight_grad"

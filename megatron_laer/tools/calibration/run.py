@@ -1,6 +1,6 @@
-"""All ranks of a launcher measure a cluster here, and rank 0 gets the result.
+"""Measurement of a cluster by all ranks of a launcher; rank 0 gets the result.
 
-What one rank cannot do is an error on every rank, in the same words, before anything is measured.
+An error of one rank is raised on every rank, in the same words, before anything is measured.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ from megatron_laer.files import memory
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.runtime.comm import launcher
 from megatron_laer.runtime.comm.streams import make_comm_stream
-from megatron_laer.tools.calibration import estimate, machine
+from megatron_laer.tools.calibration import machine
 from megatron_laer.tools.calibration.constants import cluster_of
 from megatron_laer.tools.calibration.contention import contention_jobs
 from megatron_laer.tools.calibration.gemms import gemm_jobs, usable_back_ends
 from megatron_laer.tools.calibration.host import host_jobs
-from megatron_laer.tools.calibration.launched import START
 from megatron_laer.tools.calibration.links import collective_jobs, exchange_jobs, make_partners
 from megatron_laer.tools.calibration.sampling import Job, measure
-from megatron_laer.tools.calibration.settings import ExpertShape, Settings, make_settings
+from megatron_laer.tools.calibration.settings import (
+    START,
+    CalibrationSettings,
+    ExpertShape,
+    make_settings,
+)
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -38,11 +42,7 @@ Progress = Callable[[Sequence[Job]], Iterable[Job]]
 
 @contextmanager
 def all_ranks() -> Iterator[dist.ProcessGroup]:
-    """Connect the ranks of the launcher during the block, by gloo, for what is not measured.
-
-    Raises:
-        ValueError: they do not find each other.
-    """
+    """Connect the ranks of the launcher during the block, by gloo, for what is not measured."""
     try:
         dist.init_process_group("gloo", timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
@@ -56,11 +56,7 @@ def all_ranks() -> Iterator[dist.ProcessGroup]:
 
 
 def together[T](control: dist.ProcessGroup, do: Callable[[], T]) -> T:
-    """Do something on every rank that may fail on some of them. Collective over all ranks.
-
-    Raises:
-        ValueError: it did; the same on every rank, with the first rank that failed.
-    """
+    """Call a function on every rank, and raise its error on all. Collective over all ranks."""
     result, problem = None, None
     try:
         result = do()
@@ -80,21 +76,16 @@ def agree_on_settings(
     node_size: int | None,
     *,
     quick: bool,
-    longest_hours: float,
     control: dist.ProcessGroup,
-) -> tuple[Settings, torch.device]:
+) -> tuple[CalibrationSettings, torch.device]:
     """Choose each rank's device and what is measured. Collective over all ranks.
 
     Args:
         expert: None for one that suits the device.
         node_size: None to ask the launcher.
-
-    Raises:
-        ValueError: ranks differ in what they were told or compute on, the node size is none, or
-            the expert takes too much memory or time; the same on every rank.
     """
-    settings, device = together(control, lambda: _settings(expert, node_size, quick, longest_hours))
-    everybody: list[Settings | None] = [None] * dist.get_world_size()
+    settings, device = together(control, lambda: _settings(expert, node_size, quick))
+    everybody: list[CalibrationSettings | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, settings, group=control)
     for rank, other in enumerate(everybody):
         if other != everybody[0]:
@@ -109,7 +100,7 @@ def agree_on_settings(
 
 def calibrate(
     name: str,
-    settings: Settings,
+    settings: CalibrationSettings,
     device: torch.device,
     control: dist.ProcessGroup,
     progress: Progress,
@@ -152,8 +143,8 @@ _EXPERTS = {False: ExpertShape(512, 1024, True), True: ExpertShape(4096, 14336, 
 
 
 def _settings(
-    expert: ExpertShape | None, node_size: int | None, quick: bool, longest_hours: float
-) -> tuple[Settings, torch.device]:
+    expert: ExpertShape | None, node_size: int | None, quick: bool
+) -> tuple[CalibrationSettings, torch.device]:
     on_cuda = not cpu_needed()
     world_size = dist.get_world_size()
     if on_cuda:
@@ -178,11 +169,11 @@ def _settings(
     made = make_settings(expert or _EXPERTS[on_cuda], node_size, on_cuda=on_cuda, quick=quick)
     # On a processor, the ranks of a node share its memory.
     free = torch.cuda.mem_get_info()[0] if on_cuda else memory.available_bytes() // node_size
-    estimate.check_fits(made, free, longest_hours)
+    made.check_memory(free)
     return made, device
 
 
-def _differing(one: Settings | None, other: Settings | None) -> str:
+def _differing(one: CalibrationSettings | None, other: CalibrationSettings | None) -> str:
     assert one is not None and other is not None
     theirs = asdict(other)
     found = [(name, value) for name, value in asdict(one).items() if value != theirs[name]]

@@ -1,7 +1,4 @@
-"""Each figure is sampled on all ranks at once, in step with each other, and gathered on rank 0.
-
-What is sampled is in `jobs` and its neighbours.
-"""
+"""Samples of each figure, taken on all ranks in step with each other and gathered on rank 0."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ import torch.distributed as dist
 from megatron_laer.planner.clusters import Figure
 from megatron_laer.tools.calibration.fitting import figure_of
 from megatron_laer.tools.calibration.quantities import Quantity
-from megatron_laer.tools.calibration.settings import Settings
+from megatron_laer.tools.calibration.settings import CalibrationSettings
 
 # Of a figure, round and rank; more tell no more.
 _MOST_SAMPLES = 200
@@ -28,7 +25,7 @@ Sample = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Job:
-    """Says how one figure is measured.
+    """Measurement of one figure.
 
     Attributes:
         quantity: what it is.
@@ -62,7 +59,7 @@ def timed(
 
 
 def measure(
-    jobs: Iterable[Job], settings: Settings, control: dist.ProcessGroup
+    jobs: Iterable[Job], settings: CalibrationSettings, control: dist.ProcessGroup
 ) -> dict[Quantity, Figure]:
     """Measure one figure after the other. Collective over all ranks, which have the same jobs.
 
@@ -95,7 +92,7 @@ def measure(
     return figures
 
 
-def _samples(job: Job, settings: Settings, control: dist.ProcessGroup) -> list[float]:
+def _samples(job: Job, settings: CalibrationSettings, control: dist.ProcessGroup) -> list[float]:
     sample = job.prepare()
     sample(1)
     # What comes first may be slow for once, so the shorter of two tells how often to repeat.

@@ -1,8 +1,10 @@
-"""`Settings` hold the sizes and times of what `calibrate` measures; the device decides on them."""
+"""Sizes and times of the measurements of `calibrate`, by device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+START = "start at least two with `torchrun --nproc-per-node 2 -m megatron_laer calibrate FILE`"
 
 # Tokens of a slot, from the fewest to more than any slot is likely to get.
 _TOKENS = {False: (1, 4, 16, 64, 256, 1024, 4096), True: (1, 16, 64, 256, 1024, 4096, 8192)}
@@ -23,13 +25,7 @@ _QUICK_SHAPES = ((2, 3, 4), (16, 3, 32), (64, 8, 256))
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """Holds the widths of an expert whose GEMMs are measured.
-
-    Attributes:
-        hidden: H.
-        ffn: F.
-        gated: whether the first matrix is [2F, H] or [F, H].
-    """
+    """Widths H and F of an expert whose GEMMs are measured; `gated`: [2F, H] in place of [F, H]."""
 
     hidden: int
     ffn: int
@@ -47,8 +43,8 @@ class ExpertShape:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Says what is measured, and for how long; the same on every rank.
+class CalibrationSettings:
+    """Sizes and durations of all measurements; the same on every rank.
 
     Attributes:
         device: its type, "cpu" or "cuda".
@@ -85,10 +81,32 @@ class Settings:
     node_size: int
     quick: bool
 
+    @property
+    def gemm_bytes(self) -> int:
+        """Return the memory of the largest products: weights, gradients, tokens in and out."""
+        tokens = self.slots * self.tokens[-1]
+        elements = sum(
+            2 * self.slots * rows * columns + tokens * (2 * rows + columns)
+            for rows, columns in self.expert.matrices
+        )
+        return elements * (2 if self.device == "cuda" else 4)
 
-def make_settings(expert: ExpertShape, node_size: int, *, on_cuda: bool, quick: bool) -> Settings:
+    def check_memory(self, free_bytes: int) -> None:
+        """Refuse experts whose products would take more memory than is free for a rank."""
+        if self.gemm_bytes > free_bytes:
+            raise ValueError(
+                f"an expert of hidden size {self.expert.hidden} and width {self.expert.ffn} would "
+                f"take about {self.gemm_bytes / 2**30:,.1f} GiB of a rank's memory, "
+                f"{free_bytes / 2**30:,.1f} GiB are free for it; give smaller --hidden and --ffn, "
+                "or another --config"
+            )
+
+
+def make_settings(
+    expert: ExpertShape, node_size: int, *, on_cuda: bool, quick: bool
+) -> CalibrationSettings:
     """Choose sizes for a device; `quick` measures less, and for seconds in place of minutes."""
-    return Settings(
+    return CalibrationSettings(
         device="cuda" if on_cuda else "cpu",
         expert=expert,
         slots=2,

@@ -1,19 +1,8 @@
-"""The command line finds the command that is asked for, runs it and turns errors into a status.
+"""The command line: `_EXAMPLES` has one of each command.
 
-torchrun ... -m megatron_laer train PATH/TO/pretrain_gpt.py -- <Megatron's flags>
-python -m megatron_laer prepare-data --input FILES --output PREFIX
-python -m megatron_laer flags mixtral-8x7b-e8k2
-python -m megatron_laer plan TRACE --ranks N --capacity C --cluster a100-4x8-ib800
-python -m megatron_laer report RUN --out report.html
-python -m megatron_laer simulate TRACE --model mixtral-8x7b-e8k2 --cluster a100-4x8-ib800
-torchrun ... -m megatron_laer calibrate FILE
-python -m megatron_laer check-recipe -- <Megatron's flags>
-python -m megatron_laer inspect CHECKPOINT
-python -m megatron_laer doctor
-
-Each command has a file here that holds its arguments and its printing, as `add_arguments` and
-`run`; other rooms do the work. The file is imported when the command is asked for, so that the
-others, and `doctor` above all, work where it cannot be imported.
+Each command has a file here with its arguments and its printing, as `add_arguments` and `run`;
+other folders do the work. The file is imported for its command alone, so that the others, and
+`doctor` above all, work where it cannot be imported.
 """
 
 from __future__ import annotations
@@ -32,10 +21,11 @@ from megatron_laer.tools.cli.program import (
     ended,
     escape_warnings,
     failed,
+    stopped_after,
     stopped_by_exceptions,
 )
 
-# Every command, with what `--help` says of it.
+# Commands, with their lines in `--help`.
 _COMMANDS = {
     "train": "run an unmodified Megatron script with the plugin on",
     "prepare-data": "make a dataset from text files",
@@ -49,7 +39,7 @@ _COMMANDS = {
     "doctor": "print what this machine has, and what is missing",
 }
 
-# Commands to which what follows `--` belongs.
+# Commands that take flags behind `--`.
 _TAKE_FLAGS = ("train", "check-recipe")
 
 
@@ -58,9 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The script of `train` runs as if Python had started it: signals and exceptions are its own, but
     for settings that the plugin refuses.
-
-    Raises:
-        SystemExit: argparse has had its say, or SIGTERM or SIGHUP came, after files were tidied up.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = " ".join([_program(), *words[:1]])
@@ -76,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             script = args.script
             return 0
         escape_warnings()
-        with stopped_by_exceptions():
+        with stopped_by_exceptions(), stopped_after(getattr(args, "hours", None)):
             return int(_module(args.command).run(args))
 
     status = ended(name, run)
@@ -93,7 +80,6 @@ def _module(command: str) -> Any:
 
 
 def _program() -> str:
-    """Return the words that have started this, to be typed again."""
     is_module = Path(sys.argv[0]) == Path(__file__).parents[2] / "__main__.py"
     return "python -m megatron_laer" if is_module else "megatron-laer"
 
@@ -114,11 +100,7 @@ examples:
 
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the arguments, and what follows `--`, which is among them as `flags` too.
-
-    Raises:
-        ImportError: the module of the command cannot be imported.
-    """
+    """Return the arguments, and what follows `--`, which is among them as `flags` too."""
     # That belongs to the script; argparse treats `--` differently from version to version.
     own, script_args = _split_at_dashes(words)
     parser = _parser(own[0] if own else "")
@@ -134,11 +116,7 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _parser(command: str) -> Parser:
-    """Make the parser of all commands; `command` alone gets its arguments.
-
-    Raises:
-        ImportError: the module of `command` cannot be imported.
-    """
+    """Make the parser of all commands; `command` alone gets its arguments."""
     parser = Parser(
         prog=_program(),
         description="Fully Sharded Expert Parallel for Megatron-LM",

@@ -1,18 +1,24 @@
-"""Types for argparse refuse a number out of range, an empty path, or a range that is none.
+"""Types and options for argparse that several commands share.
 
-Their messages quote what was given and say what would work. What several commands ask alike is
-added here too.
+A type refuses a number out of range, an empty path or a malformed range. Its message quotes the
+value and says what would work.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_laer.files.checks import quoted
+from megatron_laer.files.shipped import yaml_file
 from megatron_laer.telemetry.trace_records import MAX_RANKS
+
+# More ranks than any machine has that trains one model.
+MOST_RANKS = 2**16
 
 
 def between(low: int, high: int) -> Callable[[str], int]:
@@ -44,15 +50,15 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def path(text: str) -> Path:
-    """Take a path that is not empty."""
-    # To pathlib, no text is the folder that one is in.
+    """Return a path that is not empty."""
+    # To pathlib, the empty text is the current folder.
     if not text:
         raise argparse.ArgumentTypeError("the path is empty; give a file")
     return Path(text)
 
 
 def rank_range(text: str) -> range:
-    """Take ranks of a trace as `FIRST-LAST`, both included."""
+    """Return the ranks of `FIRST-LAST`, both included."""
     first, _, last = text.partition("-")
     if not all(part.isascii() and part.isdigit() and len(part) < 19 for part in (first, last)):
         raise argparse.ArgumentTypeError(f"must be two numbers such as 0-7, got {quoted(text)}")
@@ -63,24 +69,51 @@ def rank_range(text: str) -> range:
     return range(int(first), int(last) + 1)
 
 
-def named[T](flag: str, given: str, load: Callable[[str], T]) -> T:
-    """Return what `load` makes of a flag's value, which errors name.
+def option(
+    parser: argparse._ActionsContainer,
+    flag: str,
+    told: str,
+    kind: Callable[[str], Any] = str,
+    **more: Any,
+) -> None:
+    """Add an option, whose `flag` is followed by the name of its value: `--ranks N`."""
+    name, _, metavar = flag.partition(" ")
+    parser.add_argument(name, metavar=metavar or None, help=told, type=kind, **more)
 
-    Raises:
-        ValueError: in place of an error of `load`.
-    """
+
+def describe(parser: argparse.ArgumentParser, text: str, examples: str) -> None:
+    """Set a command's description, and the examples behind its options."""
+    parser.description, parser.epilog = text, examples
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def add_hours(parser: argparse.ArgumentParser) -> None:
+    """Add `--hours`, after which a command stops (`program.stopped_after`)."""
+    told = "stop after so many hours; default: never"
+    option(parser, "--hours X", told, number(1e-6, 24.0 * 365))
+
+
+def named[T](flag: str, given: str, load: Callable[[str], T]) -> T:
+    """Return the result of `load` for a flag's value, and name the flag in its errors."""
     try:
         return load(given)
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {quoted(given)}: {error}") from error
 
 
-def add_hours(parser: argparse.ArgumentParser) -> None:
-    """Add `--hours`, beyond which a command refuses by an estimate to begin."""
-    parser.add_argument(
-        "--hours",
-        type=number(1e-6, 24.0 * 365),
-        default=1.0,
-        metavar="X",
-        help="refuse what would take longer by a rough estimate; default: %(default)s",
-    )
+def yaml_inputs(**given: tuple[str, str | None]) -> list[Path]:
+    """Return the files of flags that take a YAML file, as `config=("model", value)`."""
+    return [
+        named(f"--{flag}", value, partial(yaml_file, kind))
+        for flag, (kind, value) in given.items()
+        if value is not None
+    ]
+
+
+def refuse_repeated(args: argparse.Namespace, flags: Sequence[str]) -> None:
+    """Refuse a flag that has one of its values twice."""
+    for flag in flags:
+        values = getattr(args, flag.removeprefix("--").replace("-", "_")) or []
+        twice = [value for place, value in enumerate(values) if value in values[:place]]
+        if twice:
+            raise ValueError(f"{flag} names {twice[0]} twice; leave one out")

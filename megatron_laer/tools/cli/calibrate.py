@@ -18,15 +18,23 @@ from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.writing import write_file
 from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
 from megatron_laer.planner.clusters import Cluster
-from megatron_laer.tools.calibration.launched import check_launched
-from megatron_laer.tools.calibration.settings import ExpertShape
-from megatron_laer.tools.cli.argument_types import add_hours, between, path
+from megatron_laer.runtime.comm import launcher
+from megatron_laer.tools.calibration.settings import START, ExpertShape
+from megatron_laer.tools.cli.argument_types import (
+    MOST_RANKS,
+    add_hours,
+    between,
+    describe,
+    named,
+    option,
+    path,
+)
 from megatron_laer.tools.simulator.sizes import MAX_WIDTH, model_sizes
 
 if TYPE_CHECKING:
     from megatron_laer.tools.calibration.sampling import Job
 
-_MAX_RANKS, _LONGEST_NAME = 2**16, 200
+_LONGEST_NAME = 200
 _ENDINGS = (".yaml", ".yml")
 
 _EXAMPLES = """\
@@ -39,48 +47,34 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `calibrate` to `parser`."""
-    parser.description = (
+    describe(
+        parser,
         "Measures GEMMs, exchanges and the host on all ranks of a launcher, and writes a cluster "
-        "file for --fsep-cluster and for --cluster of plan."
+        "file for --fsep-cluster and for --cluster of plan.",
+        _EXAMPLES,
     )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EXAMPLES
     parser.add_argument("output", metavar="FILE", type=path, help="the cluster file, a .yaml")
     parser.add_argument("--force", action="store_true", help="replace the file if it is there")
     parser.add_argument("--quick", action="store_true", help="fewer points, and seconds in all")
-    parser.add_argument("--name", help="of the cluster; default: the file's, without its ending")
-    parser.add_argument(
-        "--node-size",
-        type=between(1, _MAX_RANKS),
-        metavar="G",
-        help="ranks per node; default: what the launcher says",
-    )
-    parser.add_argument(
-        "--config",
-        metavar="NAME|YAML",
-        help="a model, whose experts' GEMMs are measured; default: Mixtral-8x7B's on GPUs, small "
-        "ones on processors",
-    )
-    parser.add_argument(
-        "--hidden", type=between(1, MAX_WIDTH), metavar="H", help="in place of --config, with --ffn"
-    )
-    parser.add_argument(
-        "--ffn", type=between(1, MAX_WIDTH), metavar="F", help="width of an expert, a gated one"
-    )
+    option(parser, "--name NAME", "of the cluster; default: the file's, without its ending")
+    told = "ranks per node; default: what the launcher says"
+    option(parser, "--node-size G", told, between(1, MOST_RANKS))
+    told = "a model, whose experts' GEMMs are measured; default: Mixtral-8x7B's on GPUs, small ones"
+    option(parser, "--config NAME|YAML", f"{told} on processors")
+    width = between(1, MAX_WIDTH)
+    option(parser, "--hidden H", "in place of --config, with --ffn", width)
+    option(parser, "--ffn F", "width of an expert, a gated one", width)
     add_hours(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `calibrate`.
-
-    Raises:
-        ValueError, OSError, ImportError: what was passed does not work; on every rank, before
-            anything is measured.
-    """
+    """Run `calibrate`."""
     try:
-        check_launched(os.environ)
+        launcher.check_ranks(os.environ)
+        if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+            raise ValueError(f"exchanges need several ranks; {START}")
     except ValueError:
-        _checked(args, writes=True)  # what is wrong with the arguments is said first
+        _checked(args, writes=True)  # errors of arguments come first
         raise
     import torch.distributed as dist
 
@@ -91,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
         expert = calibration.together(control, lambda: _checked(args, writes=rank == 0))
 
         def progress(jobs: Sequence[Job]) -> Iterable[Job]:
-            """Show on rank 0 what is being measured."""
             with tqdm(jobs, desc="calibrate", disable=True if rank else None) as bar:
                 for job in bar:
                     bar.set_postfix_str(str(job.quantity))
@@ -101,7 +94,6 @@ def run(args: argparse.Namespace) -> int:
             expert,
             args.node_size,
             quick=args.quick,
-            longest_hours=args.hours,
             control=control,
         )
         name = args.name or args.output.stem
@@ -111,11 +103,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _checked(args: argparse.Namespace, *, writes: bool) -> ExpertShape | None:
-    """Refuse arguments that do not fit, and a file that cannot be written if this rank writes it.
-
-    Returns:
-        The expert that was asked for.
-    """
     if args.output.suffix not in _ENDINGS:
         raise ValueError(
             f"{quoted(args.output)} does not end in {' or '.join(_ENDINGS)}, by which --cluster "
@@ -145,16 +132,12 @@ def _expert(args: argparse.Namespace) -> ExpertShape | None:
     if args.config is not None and args.hidden is not None:
         raise ValueError("--config and --hidden both say an expert's sizes; leave one out")
     if args.config is not None:
-        try:
-            sizes = model_sizes(args.config)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--config {quoted(args.config)}: {error}") from error
+        sizes = named("--config", args.config, model_sizes)
         return ExpertShape(sizes.hidden, sizes.ffn, sizes.gated)
     return None if args.hidden is None else ExpertShape(args.hidden, args.ffn, gated=True)
 
 
 def _write(cluster: Cluster | None, output: Path) -> None:
-    """Write the file on rank 0, which is given a cluster."""
     if cluster is None:
         return
     text = (

@@ -1,4 +1,4 @@
-"""`check-recipe` says whether settings run with FSEP, and without which flags they would."""
+"""`check-recipe` judges whether settings run with FSEP, and without which flags they would."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, ref
 from megatron_laer.files.writing import write_output
 from megatron_laer.files.yaml_text import read_yaml
 from megatron_laer.integrations.hugging_face import go_offline_if_unreachable
-from megatron_laer.tools.cli.argument_types import path
+from megatron_laer.tools.cli.argument_types import option, path
 from megatron_laer.tools.recipes.bridge import judge_recipe, read_recipes, recipe_of
-from megatron_laer.tools.recipes.containers import (
-    EvaluationError,
-    judge_container,
-    load_recipe,
-)
-from megatron_laer.tools.recipes.flags import (
+from megatron_laer.tools.recipes.command_lines import (
     check_patterns,
     flags_in_mapping,
     flags_in_text,
     script_flags,
     without,
 )
+from megatron_laer.tools.recipes.containers import (
+    EvaluationError,
+    judge_container,
+    load_recipe,
+)
 from megatron_laer.tools.recipes.verdict import Judgement, Verdict, judge
 
-# 2 is for what cannot be judged, as with every command.
+# 2 is for settings that cannot be judged, as with every command.
 STATUS = {
     Verdict.RUNS: 0,
     Verdict.REFUSED: 1,
@@ -50,7 +50,7 @@ _SAID = {
     Verdict.SET_EP: "uses no expert parallelism, which FSEP needs",
     Verdict.REFUSED: "refused",
 }
-# Of what goes no figure here says how much it was worth.
+# No figure weighs the flags that go.
 _LOST = {
     Verdict.SPEED_ONLY: "their speed-up is lost, and no figure weighs it",
     Verdict.PRECISION: "the speed-up of fp8 or fp4 and of these is lost, and no figure weighs it",
@@ -65,7 +65,7 @@ the flags that are named, 5 uses no expert parallelism, 1 refused, 2 cannot be j
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `check-recipe` to `parser`; what follows `--` are Megatron's flags."""
+    """Add the arguments of `check-recipe` to `parser`; Megatron's flags follow `--`."""
     parser.usage = (
         "%(prog)s [FILE] [--bridge-recipe NAME] [--bridge-csv CSV [--json OUT]] [-- FLAGS]"
     )
@@ -74,22 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "refuses settings by."
     )
     parser.epilog = _EPILOG
-    parser.add_argument(
-        "file",
-        nargs="?",
-        type=path,
-        metavar="FILE",
-        help="YAML (.yaml, .yml) with flags or with a recipe's fields, else a command line",
-    )
-    parser.add_argument(
-        "--bridge-recipe",
-        metavar="NAME",
-        help="a function of megatron.bridge.recipes, or MODULE:FUNCTION, where that is installed",
-    )
-    parser.add_argument(
-        "--bridge-csv", type=path, metavar="CSV", help="a table of Megatron-Bridge's recipes"
-    )
-    parser.add_argument("--json", type=path, metavar="OUT", help="write the table's verdicts there")
+    told = "YAML (.yaml, .yml) with flags or with a recipe's fields, else a command line"
+    parser.add_argument("file", nargs="?", type=path, metavar="FILE", help=told)
+    told = "a function of megatron.bridge.recipes, or MODULE:FUNCTION, where that is installed"
+    option(parser, "--bridge-recipe NAME", told)
+    option(parser, "--bridge-csv CSV", "a table of Megatron-Bridge's recipes", path)
+    option(parser, "--json OUT", "write the table's verdicts there", path)
 
 
 def run(args: Namespace) -> int:
@@ -119,9 +109,8 @@ def _judge_table(table: Path, output: Path | None) -> int:
     if output is not None:
         refuse_unwritable(output, "--json")
         refuse_overwriting(output, [table], "--json")
-    rows = read_recipes(table)
     judged: list[tuple[str, Judgement | None, tuple[str, ...]]] = []
-    for row in rows:
+    for row in read_recipes(table):
         try:
             judgement = judge_recipe(row)
             judged.append((row["recipe"], judgement, judgement.because))
@@ -129,12 +118,18 @@ def _judge_table(table: Path, output: Path | None) -> int:
             judged.append((row["recipe"], None, (str(error),)))
     for recipe, found, because in judged:
         _print(f"{found.verdict:<10}  {recipe}" if found else f"{_NOT_JUDGED:<10}  {because[0]}")
+    of_all = [found for _, found, _ in judged if found]
     unjudged = [because[0] for _, found, because in judged if found is None]
-    counts = Counter(found.verdict for _, found, _ in judged if found)
+    counts = Counter(found.verdict for found in of_all)
     total = [f"{counts[verdict]} {verdict}" for verdict in Verdict]
     _print(", ".join(total + ([f"{len(unjudged)} {_NOT_JUDGED}"] if unjudged else [])))
-    for text in _said_of_all([found for _, found, _ in judged if found]):
-        _print(text)
+    if lost := sum(found.verdict in _LOST for found in of_all):
+        _print(f"the speed-up of the flags that {lost} drop is lost, and no figure weighs it")
+    if unsaid := dict.fromkeys(name for found in of_all for name in found.if_none_of):
+        _print(
+            f"those that run do so if the recipe sets none of: {', '.join(unsaid)}; columns of "
+            "these names are read"
+        )
     if output is not None:
         listed = [_in_json(*one) for one in judged]
         write_output(output, json.dumps(listed, indent=1) + "\n", "--json")
@@ -144,21 +139,6 @@ def _judge_table(table: Path, output: Path | None) -> int:
             f"{unjudged[0]}"
         )
     return 0
-
-
-def _said_of_all(judged: list[Judgement]) -> list[str]:
-    """Return what a table's verdicts have in common, and no column tells."""
-    lost = sum(found.verdict in _LOST for found in judged)
-    said = [f"the speed-up of the flags that {lost} drop is lost, and no figure weighs it"]
-    unsaid = dict.fromkeys(name for found in judged for name in found.if_none_of)
-    return (said if lost else []) + (
-        [
-            f"those that run do so if the recipe sets none of: {', '.join(unsaid)}; columns of "
-            "these names are read"
-        ]
-        if unsaid
-        else []
-    )
 
 
 def _in_json(recipe: str, found: Judgement | None, because: tuple[str, ...]) -> dict[str, Any]:
@@ -177,10 +157,10 @@ def _in_json(recipe: str, found: Judgement | None, because: tuple[str, ...]) -> 
 
 
 def _judge_function(name: str) -> Judgement:
-    """Judge what a function of Megatron-Bridge returns.
+    """Judge the container that a function of Megatron-Bridge returns.
 
-    What its imports say of a run's speed, and libraries of their retries, is shown on stderr if all
-    went well; otherwise the one line that says what is wrong would drown in it.
+    Output of its imports and libraries goes to stderr once all went well: it would bury the one
+    line of an error.
     """
     _say_wait("Megatron-Bridge")
     is_offline = go_offline_if_unreachable()
@@ -223,11 +203,7 @@ def _judge_flags(words: list[str]) -> int:
 
 
 def _parsed(words: list[str]) -> Namespace:
-    """Parse flags as Megatron does, for a run in FSEP's mode.
-
-    Raises:
-        ValueError: a flag that neither Megatron nor FSEP has, or a value that does not fit.
-    """
+    """Parse flags as Megatron does, for a run in FSEP's mode."""
     from megatron_laer import flags
     from megatron_laer.config import ExpertParallelMode
     from megatron_laer.support import arguments
@@ -263,7 +239,6 @@ def _parsed(words: list[str]) -> Namespace:
 
 
 def _replace_cuda_where_needed() -> None:
-    """Do so before Megatron is imported, which later is too late."""
     from megatron_laer import device
 
     if device.cpu_needed():
@@ -271,7 +246,7 @@ def _replace_cuda_where_needed() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises what is wrong instead of ending the process after the usage."""
+    """Parser that raises its errors."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -292,11 +267,9 @@ def _say(judgement: Judgement) -> int:
 
 
 def _say_wait(imported: str) -> None:
-    """Print a sign of life, if a terminal shows it."""
     if sys.stderr is not None and sys.stderr.isatty():
         print(f"importing {imported}, which takes some seconds", file=sys.stderr, flush=True)
 
 
 def _print(text: str) -> None:
-    """Print a line, in which what recipes and flags have for terminals is escaped."""
     print(one_line(text, longest=len(text)))

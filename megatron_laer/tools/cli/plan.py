@@ -1,52 +1,61 @@
-"""The command `plan` prints what each strategy would have made of a recorded run or a workload."""
+"""The command `plan` compares strategies and modes on a recorded run or a workload."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
-
-from megatron_laer.choices import Recompute, TokenExchange, TokenExchangeChoice
+from megatron_laer.choices import Auto, Recompute, TokenExchange
 from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.files.checks import (
-    is_same_file,
-    one_line,
-    quoted,
-    refuse_overwriting,
-    refuse_unwritable,
-)
-from megatron_laer.files.shipped import yaml_file
+from megatron_laer.files import memory
+from megatron_laer.files.checks import one_line
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.planner.token_exchange import token_seconds, with_token_exchange
-from megatron_laer.tools.cli import plan_input
-from megatron_laer.tools.cli.argument_types import add_hours, between, named, number, path
+from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools.cli import routing_input
+from megatron_laer.tools.cli.argument_types import (
+    MOST_RANKS,
+    add_hours,
+    between,
+    describe,
+    number,
+    option,
+    path,
+    refuse_repeated,
+    yaml_inputs,
+)
+from megatron_laer.tools.cli.outputs import bar, check_outputs
 from megatron_laer.tools.cli.settings import DEFAULT_CLUSTER, Given, read_recording, settings_of
 from megatron_laer.tools.report.recorded import check_same_run
-from megatron_laer.tools.report.sources import metrics_beside, refuse_as_source
-from megatron_laer.tools.simulator import estimate
-from megatron_laer.tools.simulator.report import (
-    LEGEND,
-    check_can_plot,
-    table_text,
-    write_json,
-    write_plot,
+from megatron_laer.tools.report.sources import metrics_beside
+from megatron_laer.tools.simulator import plan_output
+from megatron_laer.tools.simulator.comparison import (
+    BASELINES,
+    MODES,
+    TOLERANCE,
+    chosen_cases,
+    mean_tokens,
+    simulate,
 )
+from megatron_laer.tools.simulator.rendering import check_can_plot, write_plot
+from megatron_laer.tools.simulator.replay import check_memory, kept_forecasts
 from megatron_laer.tools.simulator.sizes import DEFAULT_SIZES, MAX_WIDTH
-from megatron_laer.tools.simulator.table import BASELINES, MODES, TOLERANCE, mean_tokens, simulate
+from megatron_laer.tools.traces.workloads import WORKLOADS, Shape, workload_trace
 
 _DEFAULT_TOLERANCE = 0.05
-
-# More ranks than any machine has that trains one model.
-_MAX_RANKS = 2**16
 # Steps back, and cases: more than any trace has records.
 _MAX_STRIDE = 10**9
+# Of a workload: the largest value, the default and a word for the help.
+_WORKLOAD_ONLY = {
+    "--topk": (MAX_EXPERTS, 2, "experts of a token"),
+    "--tokens": (routing_input.MAX_TOKENS, 4096, "tokens of a rank"),
+    "--steps": (10**5, 32, "steps, of a microbatch each"),
+}
+# A workload's counts are made in 8 bytes and kept in 4.
+_BYTES_PER_COUNT = 12
 
 _EXAMPLES = """\
 examples:
@@ -60,121 +69,68 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `plan` to `parser`."""
-    parser.description = (
-        "What each strategy would have made of a recorded run or of a named workload: balance, "
-        "traffic and predicted time of a layer."
+    describe(
+        parser,
+        "Balance, traffic and predicted time of a layer under each strategy, for a recorded run or "
+        "a named workload.",
+        _EXAMPLES,
     )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EXAMPLES
-    plan_input.add_arguments(parser)
-    parser.add_argument(
-        "--ranks", type=between(1, _MAX_RANKS), metavar="N", help="default: as in the trace"
-    )
-    parser.add_argument(
-        "--capacity",
-        type=between(1, MAX_EXPERTS),
-        nargs="+",
-        metavar="C",
-        help="slots per rank, one or several; default: the recorded, else min(E, ceil(E/N) + 1)",
-    )
-    parser.add_argument(
-        "--node-size",
-        type=between(1, _MAX_RANKS),
-        metavar="G",
-        help="ranks per node; default: the recorded, else the cluster's, at most N",
-    )
-    parser.add_argument(
-        "--cluster",
-        metavar="NAME|YAML",
-        help="hardware constants, a name from configs/clusters or a file; default: the recorded, "
-        f"else {DEFAULT_CLUSTER}",
-    )
-    parser.add_argument(
-        "--strategy",
-        nargs="+",
-        metavar="NAME",
-        choices=strategy_names(),
-        default=[*BASELINES, *(name for name in strategy_names() if name not in BASELINES)],
-        help=f"of {', '.join(strategy_names())}; default: all",
-    )
-    parser.add_argument(
-        "--mode",
-        nargs="+",
-        metavar="MODE",
-        choices=MODES,
-        default=list(MODES),
-        help=f"of {', '.join(MODES)}; default: all",
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=number(0, _MAX_RANKS),
-        metavar="X",
-        help="of mode tolerance: replan where max/mean exceeds 1 + X; "
-        f"default: {_DEFAULT_TOLERANCE}",
-    )
-    parser.add_argument(
-        "--lag",
-        type=between(1, _MAX_STRIDE),
-        default=1,
-        metavar="D",
-        help="age of the newest counts, in steps of the trace; default: %(default)s",
-    )
-    parser.add_argument(
-        "--restore-algorithm",
-        choices=[algorithm.value for algorithm in ExchangeAlgorithm],
-        help=f"how experts are fetched; default: the recorded, else {ExchangeAlgorithm.FLAT}",
-    )
-    parser.add_argument(
-        "--token-exchange",
-        choices=[choice.value for choice in TokenExchangeChoice],
-        help="how tokens travel, for the predicted time; default: the recorded, else "
-        f"{TokenExchangeChoice.RANK}",
-    )
-    parser.add_argument(
-        "--recompute",
-        choices=[choice.value for choice in Recompute],
-        help="what backward computes again, for the predicted time: nothing; all of an MoE layer, "
-        f"token exchanges included; or its compute alone; default: the recorded, else "
-        f"{Recompute.NONE}",
-    )
-    parser.add_argument(
-        "--config",
-        metavar="NAME|YAML",
-        help="a model, for its experts' sizes in bf16; default: the recorded, else those of "
-        "mixtral-8x7b-e8k2",
-    )
-    parser.add_argument(
-        "--hidden",
-        type=between(1, MAX_WIDTH),
-        metavar="H",
-        help=f"width of a token; default: the model's or the recorded, else {DEFAULT_SIZES.hidden}",
-    )
-    parser.add_argument(
-        "--ffn",
-        type=between(1, MAX_WIDTH),
-        metavar="F",
-        help=f"width of an expert; default: the model's or the recorded, else {DEFAULT_SIZES.ffn}",
-    )
-    parser.add_argument(
-        "--every",
-        type=between(1, _MAX_STRIDE),
-        default=1,
-        metavar="K",
-        help="only every K-th microbatch, to be quick; a prime number meets all layers; "
-        "default: %(default)s",
-    )
+    routing_input.add_arguments(parser)
+    for flag, (high, usual, told) in _WORKLOAD_ONLY.items():
+        metavar = {"--topk": "K", "--tokens": "T", "--steps": "M"}[flag]
+        told = f"of a workload: {told}; default: {usual}"
+        option(parser, f"{flag} {metavar}", told, between(1, high))
+    ranks, stride, width = between(1, MOST_RANKS), between(1, _MAX_STRIDE), between(1, MAX_WIDTH)
+    option(parser, "--ranks N", "default: as in the trace", ranks)
+    told = "slots per rank, one or several; default: the recorded, else min(E, ceil(E/N) + 1)"
+    option(parser, "--capacity C", told, between(1, MAX_EXPERTS), nargs="+")
+    told = "ranks per node; default: the recorded, else the cluster's, at most N"
+    option(parser, "--node-size G", told, ranks)
+    told = "hardware constants, a name from configs/clusters or a file; default: the recorded, else"
+    option(parser, "--cluster NAME|YAML", f"{told} {DEFAULT_CLUSTER}")
+    names = [*BASELINES, *(name for name in strategy_names() if name not in BASELINES)]
+    for flag, choices, every in (
+        ("--strategy NAME", strategy_names(), names),
+        ("--mode MODE", MODES, list(MODES)),
+    ):
+        told = f"of {', '.join(choices)}; default: all"
+        option(parser, flag, told, nargs="+", choices=choices, default=every)
+    told = "of mode tolerance: replan where max/mean exceeds 1 + X; default:"
+    option(parser, "--tolerance X", f"{told} {_DEFAULT_TOLERANCE}", number(0, MOST_RANKS))
+    told = "age of the newest counts, in steps of the trace; default: %(default)s"
+    option(parser, "--lag D", told, stride, default=1)
+    for flag, kind, told, default in (
+        ("--restore-algorithm", ExchangeAlgorithm, "how experts are fetched", "flat"),
+        (
+            "--token-exchange",
+            [*TokenExchange, Auto.AUTO],
+            "how tokens travel, for the predicted time",
+            "rank",
+        ),
+        (
+            "--recompute",
+            Recompute,
+            "what backward computes again, for the predicted time: nothing; all of an MoE layer, "
+            "token exchanges included; or its compute alone",
+            "none",
+        ),
+    ):
+        told = f"{told}; default: the recorded, else {default}"
+        option(parser, flag, told, choices=[choice.value for choice in kind])
+    told = "a model, for its experts' sizes in bf16; default: the recorded, else those of"
+    option(parser, "--config NAME|YAML", f"{told} mixtral-8x7b-e8k2")
+    told = "default: the model's or the recorded, else"
+    option(parser, "--hidden H", f"width of a token; {told} {DEFAULT_SIZES.hidden}", width)
+    option(parser, "--ffn F", f"width of an expert; {told} {DEFAULT_SIZES.ffn}", width)
+    told = "only every K-th microbatch, to be quick; a prime number meets all layers; default:"
+    option(parser, "--every K", f"{told} %(default)s", stride, default=1)
     add_hours(parser)
-    parser.add_argument("--json", type=path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--plot", type=path, metavar="FILE", help="plot max/mean - 1 there")
+    option(parser, "--json FILE", "write the figures there", path)
+    option(parser, "--plot FILE", "plot max/mean - 1 there", path)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `plan`.
-
-    Raises:
-        ValueError, OSError, ImportError: what was passed does not work; said before the work where
-            it can be known by then.
-    """
+    """Run `plan`."""
     metrics = None if args.trace is None else metrics_beside(args.trace)
     _check(args, metrics)
     recording = read_recording(metrics)
@@ -183,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     num_experts = args.experts if args.experts is not None else sizes.num_experts
     tolerance = _DEFAULT_TOLERANCE if args.tolerance is None else args.tolerance
 
-    source, recorded = plan_input.read(args, num_experts, _reading)
+    source, recorded = _routing(args, num_experts)
     if metrics is not None and recording is not None and args.trace_ranks is None:
         check_same_run(metrics, recording.shape, args.trace, recorded)
     num_ranks = recorded.num_ranks if args.ranks is None else args.ranks
@@ -193,17 +149,21 @@ def run(args: argparse.Namespace) -> int:
     )
     from_recording = [*settings.recorded, *of_shape]
     node_size = geometries[0].node_size
-    work = estimate.work_of(
-        recorded, geometries, args.strategy, args.mode, lag=args.lag, every=args.every
+    check_memory(
+        num_ranks,
+        recorded.num_experts,
+        record_bytes=4 * len(recorded),
+        forecasts=kept_forecasts(recorded, args.lag),
+        purpose=f"planning {len(recorded)} microbatches for {num_ranks:,} ranks",
     )
-    estimate.check_fits(work, args.hours)
+    chosen_cases(recorded, args.lag, args.every)  # refuses a trace without any
     trace = recorded.with_ranks(num_ranks)
     top_k = min(sizes.top_k, trace.num_experts)
     tokens = mean_tokens(trace, top_k)
     exchange_s = token_seconds(costs, geometries[0], top_k, tokens)
     priced = (
         min(TokenExchange, key=lambda one: exchange_s[one])
-        if settings.token_exchange == TokenExchangeChoice.AUTO
+        if settings.token_exchange == Auto.AUTO
         else TokenExchange(settings.token_exchange)
     )
     costs = with_token_exchange(costs, priced, geometries[0], top_k, tokens)
@@ -236,15 +196,14 @@ def run(args: argparse.Namespace) -> int:
     )
     if settings.note:
         print(one_line(f"plan: {settings.note}"), file=sys.stderr)
-    not_asked = " (by default)"
-    beside = f"; from {metrics}: {', '.join(from_recording)}" if from_recording else ""
+    by_default, defaults = " (by default)", set(settings.defaults)
     print(
         one_line(
             f"planned for {num_ranks} ranks in nodes of {node_size} on {cluster.name}"
-            f"{not_asked if 'cluster' in settings.defaults else ''}; experts of "
+            f"{by_default if 'cluster' in defaults else ''}; experts of "
             f"{sizes.hidden} x {sizes.ffn}{'' if sizes.gated else ', not gated'}"
-            f"{not_asked if {'hidden', 'ffn'} & {*settings.defaults} else ''}"
-            f"{beside}"
+            f"{by_default if {'hidden', 'ffn'} & defaults else ''}"
+            f"{f'; from {metrics}: {", ".join(from_recording)}' if from_recording else ''}"
         )
     )
     in_words = ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in exchange_s.items())
@@ -263,14 +222,15 @@ def run(args: argparse.Namespace) -> int:
         tolerance=tolerance,
         lag=args.lag,
         every=args.every,
-        progress=_planning,
+        progress=bar("planning", unit="case"),
     )
     # First of all, or a reader of the table that stops early would end the command before.
     if args.json is not None:
-        write_json(args.json, about, rows)
+        plan_output.write_json(args.json, about, rows)
     if args.plot is not None:
-        write_plot(args.plot, f"{Path(source).name}, N={num_ranks}, G={node_size}", rows)
-    print(table_text(rows))
+        title = f"{Path(source).name}, N={num_ranks}, G={node_size}"
+        write_plot(args.plot, plan_output.draw(title, rows), "--plot")
+    print(plan_output.table_text(rows))
     print(
         f"\n{rows[0].cases} cases: microbatches of one layer each, with layouts from counts that "
         f"are {args.lag} recorded step(s) old.\nRows of {' and '.join(BASELINES)} are for "
@@ -278,24 +238,32 @@ def run(args: argparse.Namespace) -> int:
     )
     if trace.num_experts % num_ranks != 0:
         print(f"No row for stock EP, which needs {trace.num_experts} experts / {num_ranks} ranks.")
-    print(LEGEND)
+    print(plan_output.LEGEND)
     return 0
 
 
-# Bars show on a terminal only.
+def _routing(args: argparse.Namespace, num_experts: int | None) -> tuple[str, Trace]:
+    """Read or make the trace; returns its name too.
 
-
-def _reading(files: Iterable[Any]) -> Iterable[Any]:
-    bar: Iterable[Any] = tqdm(files, desc="reading", leave=False, disable=None)
-    return bar
-
-
-def _planning(cases: Sequence[int]) -> Iterable[int]:
-    bar: Iterable[int] = tqdm(cases, desc="planning", unit="case", disable=None)
-    return bar
-
-
-# Checks that need no trace.
+    Args:
+        num_experts: of --experts, or the model's.
+    """
+    if args.workload is None:
+        return str(args.trace), routing_input.read(args, num_experts)
+    assert num_experts is not None
+    topk, tokens, steps = (
+        default if (given := getattr(args, flag.removeprefix("--"))) is None else given
+        for flag, (_, default, _) in _WORKLOAD_ONLY.items()
+    )
+    shape = Shape(args.ranks, num_experts, topk, tokens)
+    memory.check_enough(
+        _BYTES_PER_COUNT * steps * args.ranks * num_experts,
+        f"{steps} steps of {args.ranks} ranks and {num_experts} experts",
+        "give fewer --steps",
+    )
+    title = WORKLOADS[args.workload].title
+    name = f"{args.workload} {title}, top-{topk}, {tokens} tokens per rank"
+    return name, workload_trace(args.workload, shape, steps, progress=bar("drawing", leave=False))
 
 
 def _given(args: argparse.Namespace) -> Given:
@@ -307,52 +275,31 @@ def _given(args: argparse.Namespace) -> Given:
         args.ffn,
         None if restore is None else ExchangeAlgorithm(restore),
         None if recompute is None else Recompute(recompute),
-        None if exchange is None else TokenExchangeChoice(exchange),
+        None if exchange is None else Auto.AUTO if exchange == "auto" else TokenExchange(exchange),
         args.topk,
     )
 
 
 def _check(args: argparse.Namespace, metrics: Path | None) -> None:
-    """Refuse arguments that do not fit each other, or outputs that cannot be written.
+    """Refuse arguments that do not fit each other, and outputs that cannot be written.
 
     Args:
         metrics: the recording that is read too.
-
-    Raises:
-        ValueError, OSError, ImportError: with what was passed and what would work.
     """
-    for flag, values in (
-        ("--strategy", args.strategy),
-        ("--mode", args.mode),
-        ("--capacity", args.capacity or []),
-    ):
-        twice = [value for place, value in enumerate(values) if value in values[:place]]
-        if twice:
-            raise ValueError(f"{flag} names {twice[0]} twice; leave one out")
+    refuse_repeated(args, ("--strategy", "--mode", "--capacity"))
     if args.tolerance is not None and TOLERANCE not in args.mode:
         raise ValueError(
             f"--tolerance {args.tolerance}: no effect without --mode {TOLERANCE}; add that mode, "
             "or leave the tolerance out"
         )
-    plan_input.check(args)
-    inputs = [
-        named(f"--{kind}", given, partial(yaml_file, what))
-        for kind, what, given in (
-            ("cluster", "cluster", args.cluster),
-            ("config", "model", args.config),
+    routing_input.check(args, "plan for")
+    if args.workload is None:
+        routing_input.refuse(args, tuple(_WORKLOAD_ONLY), "add --workload")
+    elif args.experts is None and args.config is None:
+        raise ValueError(
+            f"--workload {args.workload} has no experts of its own; give --experts or --config"
         )
-        if given is not None
-    ]
-    inputs += [file for file in (args.trace, metrics) if file is not None]
-    for flag, output in (("--json", args.json), ("--plot", args.plot)):
-        if output is not None:
-            refuse_unwritable(output, flag)
-            refuse_overwriting(output, inputs, flag)
-            if args.trace is not None:
-                refuse_as_source(output, args.trace, flag)
+    inputs = yaml_inputs(cluster=("cluster", args.cluster), config=("model", args.config))
+    check_outputs({"--json": args.json, "--plot": args.plot}, [*inputs, metrics], args.trace)
     if args.plot is not None:
         check_can_plot(args.plot)
-        if args.json is not None and is_same_file(args.json, args.plot):
-            raise ValueError(
-                f"--json {quoted(args.json)} and --plot {quoted(args.plot)} are one file; give two"
-            )

@@ -1,7 +1,4 @@
-"""A program of ours ends as shells expect: in one line where something is wrong, and a status.
-
-Commands and benchmarks end alike. What they do is not known here.
-"""
+"""Commands and benchmarks end as shells expect: with a status, and one line for an error."""
 
 from __future__ import annotations
 
@@ -17,8 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from megatron_laer.environment import variables_behind
-from megatron_laer.files.checks import one_line, quoted
-from megatron_laer.launch import in_one_line
+from megatron_laer.files.checks import in_one_line, one_line, quoted
 
 # As shells report a process that a signal ended.
 _INTERRUPTED = 128 + signal.SIGINT
@@ -26,7 +22,7 @@ _NO_READER = 128 + signal.SIGPIPE
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, instead of after the usage."""
+    """Parser whose errors take one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """End the program with status 2."""
@@ -36,14 +32,11 @@ class Parser(argparse.ArgumentParser):
 def ended(name: str, run: Callable[[], int]) -> int:
     """Run a program and return its exit status.
 
-    That is 2 for what the user can mend, with one line on stderr that says it; 130 after Ctrl-C;
-    141 without a word if the reader of the output has gone, such as `head`.
+    2 is for errors that the user can correct, with one line on stderr; 130 for Ctrl-C; 141, without
+    a line, for a reader of the output that has gone, such as `head`.
 
     Args:
         name: begins the line.
-
-    Raises:
-        SystemExit: argparse has had its say.
     """
     try:
         try:
@@ -60,7 +53,7 @@ def ended(name: str, run: Callable[[], int]) -> int:
 
 
 def failed(name: str, problem: str, status: int = 2) -> int:
-    """Say in one line what is wrong, and return the status."""
+    """Print the problem on one line, and return the status."""
     print(one_line(f"{name}: {problem}"), file=sys.stderr)
     return status
 
@@ -72,6 +65,8 @@ def _status(name: str, run: Callable[[], int]) -> int:
         return failed(name, "interrupted", _INTERRUPTED)
     except BrokenPipeError:
         raise
+    except TimeIsUpError as error:
+        return failed(name, str(error))
     except MemoryError:
         return failed(name, "the memory of this process does not suffice")
     except UnicodeEncodeError as error:
@@ -120,8 +115,32 @@ def stopped_by_exceptions() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+class TimeIsUpError(BaseException):
+    """The end of `--hours`. Not an Exception, so that nothing on the way takes it for its own."""
+
+
+@contextmanager
+def stopped_after(hours: float | None) -> Iterator[None]:
+    """Raise TimeIsUpError in the block after so many hours; never for None."""
+    if hours is None:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise TimeIsUpError(
+            f"stopped after the {hours:g} hours of --hours; give it less to do, or more --hours"
+        )
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, hours * 3600)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _discard_output() -> None:
-    """Let what is still buffered go nowhere, or Python would fail once more at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

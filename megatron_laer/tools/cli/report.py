@@ -13,7 +13,6 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_laer.choices import TokenExchange
-from megatron_laer.files import memory
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.writing import write_output
@@ -23,7 +22,7 @@ from megatron_laer.tools.cli.argument_types import add_hours, between, named, pa
 from megatron_laer.tools.cli.settings import DEFAULT_CLUSTER, Given, read_recording, settings_of
 from megatron_laer.tools.report.page import page
 from megatron_laer.tools.report.recorded import check_same_run, recorded_run
-from megatron_laer.tools.report.replayed import replay_work, replayed_run
+from megatron_laer.tools.report.replayed import replayed_run
 from megatron_laer.tools.report.run_data import RunData
 from megatron_laer.tools.report.sources import (
     Sources,
@@ -32,8 +31,7 @@ from megatron_laer.tools.report.sources import (
     refuse_as_source,
 )
 from megatron_laer.tools.report.verdict import judge
-from megatron_laer.tools.report.what_if import WhatIf, what_if, what_if_work
-from megatron_laer.tools.simulator.estimate import Work
+from megatron_laer.tools.report.what_if import WhatIf, what_if
 from megatron_laer.tools.traces import read_trace
 
 _DEFAULT_OUT = "report.html"
@@ -190,14 +188,10 @@ def _read(
             [] if args.capacity is None else [args.capacity],
             args.node_size,
         )
-        _check_fits(
-            [replay_work(trace, geometry)], args.hours, "another trace, such as of fewer ranks"
-        )
         costs = settings.priced(trace, geometry)
         shown = replayed_run(sources.name, trace, geometry, costs, _bar("deciding"))
     rows: list[WhatIf] = []
     if trace is not None:
-        _check_fits(what_if_work(trace, geometry, cases), args.hours, "fewer --cases")
         rows = what_if(
             str(sources.trace),
             trace,
@@ -213,23 +207,6 @@ def _read(
         print(one_line(f"report: {settings.note}"), file=sys.stderr)
         shown = replace(shown, notes=[*shown.notes, settings.note])
     return shown, rows, settings.words()
-
-
-def _check_fits(works: Sequence[Work], longest_hours: float, remedy: str) -> None:
-    """Refuse what would take longer, or more memory than is free.
-
-    Raises:
-        ValueError: with the estimate, and what to give.
-    """
-    for work in works:
-        what = f"{work.cases:,} microbatches of {work.geometries[0].num_ranks:,} ranks"
-        memory.check_enough(work.bytes, what, f"give {remedy}")
-        hours = work.seconds / 3600
-        if hours > longest_hours:
-            raise ValueError(
-                f"{what} would take about {hours:.2g} hours, more than the {longest_hours:.2g} of "
-                f"--hours; give {remedy}, or --hours {hours * 1.1:.2g}"
-            )
 
 
 def _bar(title: str) -> Any:

@@ -1,7 +1,7 @@
-"""`plan` and `report` predict with settings of flags, else of the run's recording, else defaults.
+"""Settings of the predictions of `plan` and `report`: of flags, else recorded, else defaults.
 
-Both take them from here, so that a row of the one is printed again by the other. A note says which
-settings of a recording cannot be used, and what is taken instead.
+Both take them from here, so that a row of the one is printed again by the other. A note names the
+settings of a recording that cannot be used, and their replacements.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.choices import ExchangeAlgorithm, Recompute, TokenExchange, TokenExchangeChoice
+from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, TokenExchange
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.layout import MAX_EXPERTS, default_capacity
+from megatron_laer.planner.geometry import Geometry, resolve_geometry
+from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.telemetry.metrics_file import MetricsRecording, Shape, read_metrics
 from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.cli.argument_types import between, named
 from megatron_laer.tools.report.sources import naming
+from megatron_laer.tools.simulator.comparison import mean_tokens
 from megatron_laer.tools.simulator.sizes import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
-from megatron_laer.tools.simulator.table import mean_tokens
 
 DEFAULT_CLUSTER = "a100-4x8-ib800"
 # Of bf16, and of the widest numbers.
@@ -36,7 +36,7 @@ _MAY_BE_MISSING = ("token_exchange", "top_k")
 
 @dataclass(frozen=True)
 class Given:
-    """Holds the values of flags; None for a flag that was not given."""
+    """Values of flags; None for a flag that was not given."""
 
     cluster: str | None = None
     config: str | None = None
@@ -44,7 +44,7 @@ class Given:
     ffn: int | None = None
     restore_algorithm: ExchangeAlgorithm | None = None
     recompute: Recompute | None = None
-    token_exchange: TokenExchangeChoice | None = None
+    token_exchange: TokenExchange | Auto | None = None
     top_k: int | None = None
 
     def words(self) -> list[str]:
@@ -54,23 +54,21 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Holds the settings of predictions.
+class PredictionSettings:
+    """Settings of predictions.
 
     Attributes:
-        sizes: of an expert.
         costs: with tokens that travel by rank.
-        token_exchange: how tokens travel.
         has_flag_cluster: whether a flag names the cluster.
         shape: of the run that was recorded; None without a recording.
         recorded: names of the settings that the recording gave.
         defaults: names of those that neither a flag nor a recording gave.
-        note: which settings of the recording cannot be used, and what is taken; "" for none.
+        note: recorded settings that cannot be used, and their replacements; "" for none.
     """
 
     sizes: ExpertSizes
     costs: CostModel
-    token_exchange: TokenExchangeChoice
+    token_exchange: TokenExchange | Auto
     has_flag_cluster: bool
     shape: Shape | None
     recorded: tuple[str, ...]
@@ -80,7 +78,7 @@ class Settings:
     def words(self) -> str:
         """Describe the experts and the cluster."""
         sizes = f"{self.sizes.hidden} x {self.sizes.ffn}{'' if self.sizes.gated else ', not gated'}"
-        sent = "" if self.token_exchange == TokenExchangeChoice.RANK else ", tokens sent by node"
+        sent = "" if self.token_exchange == TokenExchange.RANK else ", tokens sent by node"
         return (
             f"experts of {sizes}, {self.costs.bytes_per_element} bytes per number{sent}, on "
             f"{self.costs.cluster.name}"
@@ -95,16 +93,13 @@ class Settings:
     def geometries(
         self, num_ranks: int, num_experts: int, capacities: Sequence[int], node_size: int | None
     ) -> tuple[list[Geometry], tuple[str, ...]]:
-        """Return the shapes, one per capacity, and the names of what the recording gave of them.
+        """Return the shapes, one per capacity, and the names of the sizes that were recorded.
 
-        A recording says it of as many ranks as it has, and the node size of its own cluster.
+        Recorded sizes are used for the recorded number of ranks, and the node size for its cluster.
 
         Args:
             capacities: of `--capacity`; none takes the recording's, or the default.
             node_size: of `--node-size`.
-
-        Raises:
-            ValueError: a flag that does not fit.
         """
         shape = self.shape if self.shape and self.shape.num_ranks == num_ranks else None
         recorded, flag = [], "--node-size"
@@ -114,34 +109,20 @@ class Settings:
             recorded.append("node_size")
         elif node_size is None:
             node_size = min(cluster.ranks_per_node, num_ranks)
-            flag = f"--node-size is not given, and {cluster.name} has nodes of"
-        if num_ranks % node_size != 0:
-            works = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
-            raise ValueError(
-                f"{flag} {node_size}, which does not divide the {num_ranks} ranks; use one of "
-                f"{works}"
-            )
-        least = -(-num_experts // num_ranks)
-        for capacity in capacities:
-            if not least <= capacity <= num_experts:
-                raise ValueError(
-                    f"--capacity {capacity}: {num_ranks} ranks need {least}..{num_experts} slots "
-                    f"each for {num_experts} experts"
-                )
+            flag = f"--node-size is not given, and {cluster.name}'s"
         if not capacities and shape is not None:
             capacities = [shape.capacity]
             recorded.append("capacity")
-        capacities = capacities or [default_capacity(num_ranks, num_experts)]
-        shapes = [Geometry(num_ranks, num_experts, one, node_size) for one in capacities]
+        flags = "--capacity", flag
+        slots: list[int | None] = [*capacities] or [None]
+        shapes = [
+            resolve_geometry(num_experts, num_ranks, one, node_size, flags=flags) for one in slots
+        ]
         return shapes, tuple(recorded)
 
 
 def read_recording(path: Path | None) -> MetricsRecording | None:
-    """Read a recording of metrics, if there is one.
-
-    Raises:
-        ValueError, OSError: it is damaged, or cannot be read.
-    """
+    """Read a recording of metrics, if there is one."""
     if path is None:
         return None
     with naming(path):
@@ -150,14 +131,11 @@ def read_recording(path: Path | None) -> MetricsRecording | None:
 
 def settings_of(
     given: Given, recording: MetricsRecording | None = None, path: Path | None = None
-) -> Settings:
-    """Work out the settings of predictions.
+) -> PredictionSettings:
+    """Return the settings of predictions.
 
     Args:
         recording: of the run, and its `path` for the note.
-
-    Raises:
-        ValueError: a flag whose file cannot be read.
     """
     model = None if given.config is None else named("--config", given.config, model_sizes)
     noted = _Noted(given, model, recording)
@@ -182,14 +160,14 @@ def settings_of(
             "restore_algorithm", ExchangeAlgorithm, ExchangeAlgorithm.FLAT
         ),
     )
-    exchange = noted.value("token_exchange", _token_exchange, TokenExchangeChoice.RANK)
+    exchange = noted.value("token_exchange", _token_exchange, TokenExchange.RANK)
     note = ""
     if noted.replaced:
         note = (
             f"{path} does not say all that predictions need; taken instead: "
             f"{'; '.join(noted.replaced)}"
         )
-    return Settings(
+    return PredictionSettings(
         sizes,
         costs,
         exchange,
@@ -202,13 +180,13 @@ def settings_of(
 
 
 class _Noted:
-    """Takes settings from flags, else from the start of the last run that wrote the recording.
+    """Settings of flags, else of the start of the last run that wrote the recording.
 
     Attributes:
         texts: of the recording, by name.
         recorded: names of the settings that these gave.
         defaults: names of those that nothing gave.
-        replaced: what was taken where the recording gave nothing that can be used, in words.
+        replaced: values that were taken for unusable ones, in words.
     """
 
     def __init__(
@@ -227,7 +205,7 @@ class _Noted:
         self.replaced: list[str] = []
 
     def value[T](self, name: str, read: Callable[[str], T], otherwise: T, hint: str = "") -> T:
-        """Return a flag's value, else what `read` makes of the recorded text, else `otherwise`."""
+        """Return a flag's value, else the recorded text as `read` has it, else `otherwise`."""
         if name in self._given:
             given: T = self._given[name]
             return given
@@ -252,35 +230,25 @@ def _boolean(text: str) -> bool:
     return text == "True"
 
 
-def _token_exchange(text: str) -> TokenExchangeChoice:
+def _token_exchange(text: str) -> TokenExchange:
     # The exchange that a run had; `auto` is for flags.
-    return TokenExchangeChoice(TokenExchange(text))
+    return TokenExchange(text)
 
 
 def _cluster(given: str | None, recording: MetricsRecording | None, noted: _Noted) -> Cluster:
-    """Return the constants that are given, else the run's own, else those of its name.
-
-    Raises:
-        ValueError: what is given cannot be read.
-    """
     if given is not None:
         return named("--cluster", given, load_cluster)
-    own = recording.clusters[-1] if recording is not None and recording.clusters else None
-    if own is not None:
+    if recording is not None and recording.clusters and recording.clusters[-1] is not None:
         noted.recorded.append("cluster")
-        return own
-    # As recordings of earlier versions have it: a name only.
-    name = noted.value(
-        "cluster",
-        _shipped_cluster,
-        DEFAULT_CLUSTER,
-        ", whose constants it does not hold (--cluster names their file)",
-    )
+        return recording.clusters[-1]
+    # Recordings of earlier versions have a name only.
+    hint = ", whose constants it does not hold (--cluster names their file)"
+    name = noted.value("cluster", _shipped_cluster, DEFAULT_CLUSTER, hint)
     return load_cluster(name).for_back_end(noted.texts.get("gemm", ""))
 
 
 def _shipped_cluster(name: str) -> str:
-    # What a recording says is no reason to open a path.
+    # A recording is no reason to open a path.
     if "/" in name or name.endswith((".yaml", ".yml")):
         raise ValueError(f"{name!r} is a path")
     load_cluster(name)

@@ -21,11 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(script: str, script_args: list[str]) -> None:
-    """Make this process look as if `python SCRIPT ARGS` had started it, with the plugin on.
-
-    Raises:
-        ValueError, ImportError: there is no such script, or as for `launch.prepare`.
-    """
+    """Make this process look as if `python SCRIPT ARGS` had started it, with the plugin on."""
     if not Path(script).is_file():
         raise ValueError(f"script {script!r} does not exist; give a path to Megatron's script")
     sys.argv[:] = [script, *script_args]

@@ -1,7 +1,7 @@
 """Text becomes a dataset that Megatron reads.
 
 This writes Megatron's format and none of its own, without importing Megatron; it does not shuffle
-or split, which Megatron does when it reads. docs/prepare_data.md is the page for users.
+or split, which Megatron does when it reads. docs/megatron.md is the page for users.
 """
 
 from megatron_laer.tools.data.prepare import PreparedData, prepare_data

@@ -1,6 +1,6 @@
-"""This package says before a run what FSEP makes of its settings: `verdict`, by training's table.
+"""Judgement of a run's settings before the run: `verdict`, by training's table.
 
-`bridge` reads the settings that Megatron-Bridge's recipes were exported with, `families` adds what
-a recipe's model implies and no column has, `proof` says what of it parity rows prove, and `flags`
-takes flags from files and out of command lines. Nothing here imports Megatron or torch.
+`bridge` reads recipes that were exported from Megatron-Bridge, and `families` adds the settings
+that a recipe's model implies. `proof` finds the parity rows that prove a run, and `command_lines`
+takes flags from files. Nothing here imports Megatron or torch.
 """

@@ -25,23 +25,18 @@ from megatron_laer.tools.recipes.families import (
 from megatron_laer.tools.recipes.verdict import Judgement, judge
 
 _FP4 = "e2m1"
-_SWITCH: dict[str, object] = {"": False, "False": False, "True": True}
 
-# An empty text is what a recipe leaves to Megatron-Bridge's default, which comes first.
+
+def _words(text: str, empty: object = None) -> dict[str, object]:
+    return {"": empty} | {word: word for word in text.split()}
+
+
+# An empty text is left to Megatron-Bridge's default, which comes first.
+_SWITCH: dict[str, object] = {"": False, "False": False, "True": True}
 _WORDS: dict[str, dict[str, object]] = {
     "pool": {word: word for word in ("pretrain", "sft", "peft", "perf")},
-    "dispatcher": {
-        "": "alltoall",
-        "alltoall": "alltoall",
-        "allgather": "allgather",
-        "flex": "flex",
-    },
-    "flex_backend": {
-        "": None,
-        "deepep": "deepep",
-        "hybridep": "hybridep",
-        "ncclep": "ncclep",
-    },
+    "dispatcher": _words("alltoall allgather flex", "alltoall"),
+    "flex_backend": _words("deepep hybridep ncclep"),
     "precision": {
         **dict.fromkeys(("bf16", "bf16_mixed", "MixedPrecisionConfig", "mp"), None),
         **dict.fromkeys(("fp8_mx", "bf16_with_mxfp8_mixed"), "e4m3"),
@@ -50,14 +45,8 @@ _WORDS: dict[str, dict[str, object]] = {
         **dict.fromkeys(("fp8_ds", "bf16_with_fp8_delayed_scaling_mixed"), "hybrid"),
         **dict.fromkeys(("nvfp4", "bf16_with_nvfp4_mixed"), _FP4),
     },
-    "cuda_graph_impl": {
-        "": "none",
-        "none": "none",
-        "local": "local",
-        "transformer_engine": "transformer_engine",
-        "full_iteration": "full_iteration",
-    },
-    "recompute": {"": None, "selective": "selective", "full": "full"},
+    "cuda_graph_impl": _words("none local transformer_engine full_iteration", "none"),
+    "recompute": _words("selective full"),
     "ep_overlap": _SWITCH,
     "delay_wgrad": _SWITCH,
     "force_balance": _SWITCH,
@@ -97,12 +86,7 @@ _OPTIMIZERS = re.compile(r"(?:opt:)?(distributed_)?(?:fused_)?(adam|sgd|muon|lio
 
 
 def read_recipes(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a CSV file with these columns.
-
-    Raises:
-        ValueError: no such table; with the line.
-        OSError: it cannot be read.
-    """
+    """Read the rows of a CSV file with these columns."""
     rows = csv.reader(read_text(path).splitlines(keepends=True), strict=True)
     try:
         names = next(rows, [])
@@ -123,11 +107,7 @@ def read_recipes(path: Path) -> list[dict[str, str]]:
 
 
 def recipe_of(content: Mapping[str, Content], where: str) -> dict[str, str]:
-    """Take a recipe's fields from a mapping, such as a YAML file's, as a row of the table has them.
-
-    Raises:
-        ValueError: fields that are missing, or no text and no list of texts.
-    """
+    """Return a recipe's fields in a mapping, such as a YAML file's, as a row of the table."""
     _check_columns(list(content), where)
     found = {}
     for name in [*COLUMNS, *(name for name in MORE_COLUMNS if name in content)]:
@@ -141,18 +121,15 @@ def recipe_of(content: Mapping[str, Content], where: str) -> dict[str, str]:
 
 
 def judge_recipe(row: Mapping[str, str]) -> Judgement:
-    """Judge a recipe by its fields.
-
-    Raises:
-        ValueError: a field that means nothing here; with the recipe.
-    """
+    """Judge a recipe by its fields."""
     try:
-        settings = _settings(row)
-        refused = []
-        for implied in implied_by(row["recipe"]):
-            vars(settings).update(implied.settings)
-            refused += [implied.refused] if implied.refused else []
-        vars(settings).update(_given(row))
+        settings, implied = _settings(row), implied_by(row["recipe"])
+        for one in implied:
+            vars(settings).update(one.settings)
+        refused = [one.refused for one in implied if one.refused]
+        # Columns beside those that every table has.
+        given = {name: _setting(name, row[name]) for name in _DECIDING if name in row}
+        vars(settings).update(given)
         if settings.is_lora and adapts_experts(row["recipe"]):
             refused.append(LORA_ON_EXPERTS)
         doubts = [] if is_known(row["recipe"]) else [UNKNOWN_FAMILY]
@@ -206,11 +183,6 @@ def _settings(row: Mapping[str, str]) -> Namespace:
         is_lora=row["pool"] == "peft" or "_peft_" in row["recipe"],
         **_WITHOUT_COLUMN,
     )
-
-
-def _given(row: Mapping[str, str]) -> dict[str, object]:
-    """Return the settings that a row has columns of, beside those that every table has."""
-    return {name: _setting(name, row[name]) for name in _DECIDING if name in row}
 
 
 def _setting(name: str, text: str) -> object:

@@ -51,10 +51,6 @@ def load_recipe(name: str) -> tuple[str, Any]:
 
     Args:
         name: of a function of `megatron.bridge.recipes`, or `module:function`.
-
-    Raises:
-        ValueError: Megatron-Bridge cannot be imported, or has no such recipe, or the recipe fails
-            or returns something else.
     """
     module, _, function = name.rpartition(":")
     recipe = _function(module or _RECIPES, function)

@@ -1,4 +1,4 @@
-"""A run's features are read off its settings: what a parity row must have to prove the run.
+"""Features of a run by its settings: a parity row must have them to prove the run.
 
 They are about what FSEP changes, which are MoE layers, their parameters and their place in a model.
 Of the rest those are listed that no row has, or that run on a replacement in the rows that have
@@ -137,7 +137,6 @@ def _has_dense_layers(frequency: Any) -> bool:
 
 
 def _is_without_gate(settings: Namespace) -> bool:
-    """Return whether experts have no gate, which a command line and a model's config say apart."""
     if hasattr(settings, "gated_linear_unit"):
         return not settings.gated_linear_unit
     gates = [name for name in ("swiglu", "quick_geglu") if hasattr(settings, name)]

@@ -1,23 +1,47 @@
-"""Rows of the parity table prove that FSEP equals stock Megatron, for the features that they have.
+"""Proof by rows of the parity table that FSEP equals stock Megatron, for their features.
 
-docs/support.md lists the rows, and `rows` here holds what features each of them has.
+docs/support.md lists the rows. `proved_rows.csv` has the features of each, as
+`python -m tests.proved_rows` writes them.
 """
 
 from __future__ import annotations
 
+import csv
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
 
 from megatron_laer.tools.recipes.features import features_of
-from megatron_laer.tools.recipes.rows import ROWS, ProvedRow
+
+FILE = Path(__file__).with_name("proved_rows.csv")
 
 _MOST_NAMED = 6
 
 
+class ProvedRow(NamedTuple):
+    """Row of the parity table; `is_replaced`: with replacements for parts that need a GPU."""
+
+    name: str
+    features: frozenset[str]
+    is_replaced: bool
+
+
+@cache
+def proved_rows() -> tuple[ProvedRow, ...]:
+    """Return all rows."""
+    with FILE.open(encoding="utf-8", newline="") as file:
+        return tuple(
+            ProvedRow(name, frozenset(filter(None, features.split(", "))), bool(replaced))
+            for name, features, replaced in csv.reader(file)
+        )
+
+
 @dataclass(frozen=True)
 class Proof:
-    """Says which rows have the features of a run, and which features no row has.
+    """Rows that have the features of a run, and features that no row has.
 
     Attributes:
         row: a row that has all features together, or "".
@@ -33,7 +57,7 @@ class Proof:
     no_row_together: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Return it in one line, with some of the features and pairs where there are many."""
+        """Return one line, with some of the features and pairs where there are many."""
         where = "on the CPU"
         if self.is_replaced:
             where += ", where replacements stand for what Megatron has for GPUs alone"
@@ -49,18 +73,20 @@ class Proof:
 
 
 def proof_of(settings: Namespace) -> Proof:
-    """Return the proof that rows are of settings that training accepts."""
+    """Return the proof by rows for settings that training accepts."""
     features = features_of(settings)
-    proving = [row for row in ROWS if features <= row.features]
+    proving = [row for row in proved_rows() if features <= row.features]
     if proving:
         # On the real thing where a row is, and then the row that has the least beside.
         row = min(proving, key=lambda row: (row.is_replaced, len(row.features)))
         return Proof(row.name, row.is_replaced)
-    rows_of = {name: [row for row in ROWS if name in row.features] for name in sorted(features)}
+    rows_of = {
+        name: [row for row in proved_rows() if name in row.features] for name in sorted(features)
+    }
     pairs = [
         f"{one} + {other}"
         for one, other in combinations([name for name, rows in rows_of.items() if rows], 2)
-        if not _has_both(rows_of[one], other)
+        if not any(other in row.features for row in rows_of[one])
     ]
     return Proof(
         "",
@@ -68,10 +94,6 @@ def proof_of(settings: Namespace) -> Proof:
         tuple(name for name, rows in rows_of.items() if not rows),
         tuple(pairs),
     )
-
-
-def _has_both(rows: list[ProvedRow], other: str) -> bool:
-    return any(other in row.features for row in rows)
 
 
 def _some(names: tuple[str, ...]) -> str:

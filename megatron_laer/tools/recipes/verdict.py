@@ -14,7 +14,7 @@ from megatron_laer.tools.recipes.proof import Proof, proof_of
 
 
 class Verdict(Choice):
-    """Says whether a run works with FSEP: as it is, with a change, or not.
+    """Kinds of judgement: a run works with FSEP as it is, with a change, or not.
 
     `SET_EP` uses no expert parallelism, which FSEP needs. `SPEED_ONLY` runs without some flags that
     only change the speed, and `PRECISION` without these and in bf16.
@@ -29,7 +29,7 @@ class Verdict(Choice):
 
 @dataclass(frozen=True)
 class Judgement:
-    """Says what becomes of a run, and why.
+    """Verdict on a run with its reasons.
 
     Attributes:
         proof: what rows prove of the run without the flags in `drop`; None if nothing is known to
@@ -73,9 +73,6 @@ def judge(
         allowed: the words of `--fsep-allow-unproven`.
         also_refused: what else keeps the run from working, which no argument tells.
         doubts: why nothing proves the run, if it is not refused.
-
-    Raises:
-        ValueError: a size that no cluster has.
     """
     _check_sizes(settings)
     found = [(row, text) for row in REFUSALS if (text := row.problem_with_flag(settings, allowed))]

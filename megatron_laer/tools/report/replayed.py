@@ -27,7 +27,6 @@ from megatron_laer.telemetry.statistics import LayerPasses, Sample, predicted_va
 from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.report.recorded import stock_tokens_TLN
 from megatron_laer.tools.report.run_data import Float64, RunData, expert_tokens_TLE
-from megatron_laer.tools.simulator.estimate import Work
 
 # Decisions take about a millisecond each.
 MOST_CASES = 20_000
@@ -112,22 +111,6 @@ def replayed_run(
         layouts=[(step, planned[step]) for step in steps],
         settings=_settings(of, costs),
         notes=_notes(stride, len(all_steps)),
-    )
-
-
-def replay_work(trace: Trace, geometry: Geometry) -> Work:
-    """Return what a replay has to go through."""
-    num_steps = len(set(trace.step_R.tolist()))
-    stride = _stride(trace, num_steps)
-    return Work(
-        geometries=[geometry],
-        strategies=[STRATEGY],
-        modes=[MODE],
-        records=len(trace),
-        layers=len(trace.layers),
-        plans=-(-num_steps // stride) * len(trace.layers),
-        cases=-(-len(trace) // stride),
-        lag=1,
     )
 
 

@@ -17,8 +17,7 @@ from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.prediction import forced_balance_counts_NE, stock_seconds
 from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.telemetry.trace_records import Trace
-from megatron_laer.tools.simulator.estimate import Work, work_of
-from megatron_laer.tools.simulator.table import Row, chosen_cases, mean_tokens, simulate
+from megatron_laer.tools.simulator.comparison import PlanRow, chosen_cases, mean_tokens, simulate
 
 _STRATEGY = FSEPConfig().planner
 # Below this many cases no row says anything.
@@ -72,13 +71,13 @@ def what_if(
         top_k: experts of a token.
         flags: without which `plan` would take other settings, for the commands.
     """
-    if not what_if_work(trace, geometry, most_cases):
+    if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) <= _LAG:
         return []
     every = _every(trace, most_cases)
     modes = [mode.value for mode in GUARD_MODES]
     top_k = min(top_k, geometry.num_experts)
     tokens = mean_tokens(trace, top_k)
-    rows: list[Row] = []
+    rows: list[PlanRow] = []
     for one in _geometries(geometry):
         # As `plan` prices a single capacity.
         priced = with_token_exchange(costs, token_exchange, one, top_k, tokens)
@@ -105,15 +104,6 @@ def what_if(
         )
         for row in rows
     ]
-
-
-def what_if_work(trace: Trace, geometry: Geometry, most_cases: int) -> list[Work]:
-    """Return what the rows have to go through; nothing where there are none."""
-    if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) <= _LAG:
-        return []
-    modes = [mode.value for mode in GUARD_MODES]
-    every = _every(trace, most_cases)
-    return [work_of(trace, _geometries(geometry), [_STRATEGY], modes, lag=_LAG, every=every)]
 
 
 def _every(trace: Trace, most_cases: int) -> int:
@@ -150,7 +140,7 @@ def _command(
     token_exchange: TokenExchange,
     flags: Sequence[str],
     every: int,
-    row: Row,
+    row: PlanRow,
 ) -> str:
     """Return the command that prints this row; stock's is the first of any."""
     is_stock = row.strategy != _STRATEGY

@@ -1,13 +1,12 @@
-"""The widths of an expert come from the paper's model, or from a model configuration."""
+"""Widths of an expert, of the paper's model or of a model configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_laer.files.checks import quoted
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.tools.model_flags import model_values
+from megatron_laer.tools.model_flags import model_values, whole_number
 
 # A hundred times that of the widest models; products of two, in bytes, stay far below 2**63.
 MAX_WIDTH = 2**20
@@ -15,7 +14,7 @@ MAX_WIDTH = 2**20
 
 @dataclass(frozen=True)
 class ExpertSizes:
-    """Holds the widths of an expert, which compute, tokens and restores follow from.
+    """Widths of an expert, which decide on compute, tokens and restores.
 
     Attributes:
         top_k: experts of a token, which rows of tokens follow from.
@@ -36,21 +35,12 @@ _GATED: Sequence[str] = ("--swiglu", "--quick-geglu")
 
 
 def model_sizes(config: str) -> ExpertSizes:
-    """Read the widths from a model configuration, by path or by the name of one we ship.
-
-    Raises:
-        ValueError, OSError: a model that cannot be read, or does not say them.
-    """
+    """Read the widths from a model configuration, by path or by the name of one we ship."""
     values = model_values(config)
 
     def size(flag: str, most: int) -> int:
-        text = values.get(flag, "")
-        if not (text.isascii() and text.isdigit() and len(text) < 19 and 1 <= int(text) <= most):
-            raise ValueError(
-                f"has no {flag.removeprefix('--')} in 1..{most}, but {quoted(text)}; mend it, or "
-                "give --hidden and --ffn instead of --config"
-            )
-        return int(text)
+        way_out = "mend it, or give --hidden and --ffn instead of --config"
+        return whole_number(values, flag, most, least=1, way_out=way_out)
 
     own_ffn, top_k = "--moe-ffn-hidden-size", "--moe-router-topk"
     return ExpertSizes(

@@ -12,7 +12,7 @@ Legend: N ranks, E experts, T tokens of a rank, K experts of a token, M steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,9 +160,21 @@ def experts_of_tokens(counts_E: Int64, topk: int) -> Int64:
     return np.repeat(np.arange(len(counts_E)), counts_E).reshape(topk, tokens).T
 
 
-def workload_trace(name: str, shape: Shape, steps: int, seed: int = 0) -> Trace:
-    """Make a trace of one layer, with a microbatch in each step."""
-    counts_MNE = np.stack([workload_counts(name, shape, step, seed) for step in range(steps)])
+def workload_trace(
+    name: str,
+    shape: Shape,
+    steps: int,
+    seed: int = 0,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Trace:
+    """Make a trace of one layer, with a microbatch in each step.
+
+    Args:
+        progress: wraps the steps, as tqdm does.
+    """
+    counts_MNE = np.stack(
+        [workload_counts(name, shape, step, seed) for step in progress(range(steps))]
+    )
     zeros_M = np.zeros(steps, dtype=np.int64)
     return Trace(
         ("layer 1",), np.arange(steps), zeros_M, zeros_M.copy(), counts_MNE.astype(np.int32)

@@ -10,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_laer.cpu.training import Adapt
-from tests.parity import rows
 from tests.parity.adapted import frozen_in_part, lora_on_attention
 from tests.parity.random import settings
 from tests.parity.random.draft import Draft
 from tests.parity.random.settings import Setting
 from tests.parity.replay import REPLAY
-from tests.parity.rows import Row
+from tests.parity.row import BF16_BOUND, FP32_BOUND, LION_BOUND, Row
 
 STEPS = 6
 
@@ -116,8 +115,9 @@ def draw(seed: int, steps: int = STEPS) -> Case:
     stock = [size for size in sizes.stock if size > 1 or not draft.has("linear bias")]
     reference = max([size for size in stock if size <= sizes.expert_parallel] or stock)
     other = max([size for size in stock if size != reference] or [reference])
-    bound = rows.LION_BOUND if draft.has("Lion") else rows.FP32_BOUND
+    bound = LION_BOUND if draft.has("Lion") else FP32_BOUND
     row = Row(
+        f"random-{seed}",
         f"random {seed}",
         ranks=sizes.ranks,
         experts=sizes.experts,
@@ -128,7 +128,7 @@ def draw(seed: int, steps: int = STEPS) -> Case:
         without=draft.without,
         capacity=capacity,
         fsep=draft.fsep,
-        bound=rows.BF16_BOUND if draft.has("bf16") else bound,
+        bound=BF16_BOUND if draft.has("bf16") else bound,
         steps=steps,
         adapt=adapt,
         # In a pipeline, overlapped reduces leave parts of the first step's gradients.

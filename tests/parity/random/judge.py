@@ -20,7 +20,7 @@ from tests.parity.compare import Distance, distance
 from tests.parity.decisions import Decisions
 from tests.parity.random.generator import Case
 from tests.parity.random.on_ranks import Outcome, train_case
-from tests.parity.rows import FLOOR_FACTOR, SMALLEST_FLOOR
+from tests.parity.row import FLOOR_FACTOR, SMALLEST_FLOOR
 
 TIMEOUT_S = 600.0
 _MESSAGE_CHARACTERS = 400

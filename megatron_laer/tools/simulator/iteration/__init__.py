@@ -1,4 +1,4 @@
-"""Whole training iterations are predicted here, by a recursion over the clocks of all ranks.
+"""Prediction of whole training iterations, by a recursion over the clocks of all ranks.
 
 A trace's counts go through the planner, guard and quotas of training (`methods`, `work`); the
 exchanges start where `schedule` says (`chunk`); stages follow each other as Megatron's schedules

@@ -1,4 +1,4 @@
-"""One sentence says whether FSEP is worth it, or that the constants do not tell."""
+"""One sentence of advice: use FSEP, do not use it, or undecided by the constants."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from megatron_laer.tools.simulator.iteration.methods import FSDP_EP, FSEP, STOCK
-from megatron_laer.tools.simulator.iteration.predict import Prediction
+from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
 
 # Less is not worth another library in the loop, nor told apart by constants of any kind.
 _WORTH = 1.02
@@ -14,7 +14,7 @@ _WORTH = 1.02
 
 @dataclass(frozen=True)
 class Case:
-    """Names what a sweep goes over."""
+    """One combination of a sweep's values."""
 
     ranks: int
     node_size: int
@@ -41,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Gain:
-    """Holds how many times as fast one method is as another, with its range over the rates."""
+    """Speed of one method over that of another, with its range over the rates."""
 
     times: float
     low: float
@@ -51,7 +51,7 @@ class Gain:
         return f"{self.times:.2f} times ({self.low:.2f} to {self.high:.2f})"
 
 
-def gain(method: Prediction, over: Prediction) -> Gain:
+def gain(method: IterationPrediction, over: IterationPrediction) -> Gain:
     """Compare two methods at each set of rates, since both run on the same machine."""
     ratios = [
         theirs / ours for ours, theirs in zip(method.by_rates_s, over.by_rates_s, strict=True)
@@ -59,7 +59,9 @@ def gain(method: Prediction, over: Prediction) -> Gain:
     return Gain(ratios[0], min(ratios), max(ratios))
 
 
-def advice(cases: Mapping[Case, Mapping[str, Prediction]], most_bytes: float | None = None) -> str:
+def advice(
+    cases: Mapping[Case, Mapping[str, IterationPrediction]], most_bytes: float | None = None
+) -> str:
     """Return one sentence on the case in which FSEP has the most tokens per second and rank.
 
     Args:

@@ -1,4 +1,4 @@
-"""One pass of a microbatch through a model chunk, forward or backward, moves the clocks here.
+"""One pass of a microbatch through a model chunk, forward or backward, on the clocks.
 
 Which exchange starts where is read from `schedule.py`, as the runtime's scheduler does.
 
@@ -16,7 +16,7 @@ from megatron_laer.tools.simulator.iteration.clocks import GRADIENTS, PARAMETERS
 
 @dataclass(frozen=True, eq=False)
 class MoETimes:
-    """Holds how long the parts of a MoE layer take for one microbatch.
+    """Seconds of the parts of a MoE layer for one microbatch.
 
     Attributes:
         forward_N, backward_N: the experts' compute, `backward_N` with what it computes again.
@@ -42,7 +42,7 @@ class MoETimes:
 
 @dataclass(frozen=True, eq=False)
 class LayerTimes:
-    """Holds how long the parts of a layer take for one microbatch.
+    """Seconds of the parts of a layer for one microbatch.
 
     Attributes:
         name: of the layer in a timeline.
@@ -176,7 +176,6 @@ def _dense(clocks: Clocks, layer: LayerTimes, direction: int, label: str = "") -
 
 
 def _gate(clocks: Clocks, moe: MoETimes) -> None:
-    """Let every rank wait for the counts of the others in its group, and decide."""
     clocks.meet(moe.group)
     clocks.work("gate", moe.gate_s, "compute", "gate")
 

@@ -1,7 +1,7 @@
-"""A stage's clocks tell when each of its ranks is where, and what its time went into.
+"""Clocks of a stage's ranks, with the seconds that they spent by kind.
 
-Max-plus: whoever waits takes the maximum of its own clock and of what it waits for, then adds what
-it does. Operations of a stage come in one order, so that no queue of events is needed.
+Max-plus: a rank that waits takes the maximum of its clock and the awaited one, then adds its own
+seconds. Operations of a stage come in one order, so that no queue of events is needed.
 
 Legend: N ranks of a stage.
 """
@@ -28,7 +28,7 @@ Recorder = Callable[[str, str, Seconds, Seconds], None]
 
 
 class Clocks:
-    """Holds the clocks of one stage's ranks and of its communication streams.
+    """Clocks of one stage's ranks and of its communication streams.
 
     An exchange of parameters or gradients takes all ranks of the group, so that the streams have
     one clock for all: it begins when the last rank has begun it. So do data-parallel exchanges, of
@@ -63,7 +63,7 @@ class Clocks:
         self._record = record
 
     def work(self, kind: str, seconds: Seconds | float, track: str = "", label: str = "") -> None:
-        """Let every rank do something for so many seconds."""
+        """Advance every rank by so many seconds."""
         if kind == "experts" and self._contention > 0:
             seconds = seconds + self._contention * self._beside(seconds)
         begin_N = self.now_N
@@ -73,7 +73,7 @@ class Clocks:
             self._record(track, label or kind, begin_N, self.now_N)
 
     def wait(self, kind: str, until: Seconds | float, label: str = "") -> None:
-        """Let every rank wait until a time that may have passed."""
+        """Advance every rank to a time that may have passed."""
         begin_N = self.now_N
         self.now_N = np.maximum(begin_N, until)
         self.spent[kind] += self.now_N - begin_N
@@ -81,7 +81,7 @@ class Clocks:
             self._record("compute", label, begin_N, self.now_N)
 
     def meet(self, group: int | None = None, within_node: bool = False) -> None:
-        """Let ranks wait for the last one of all, of their group, or only of their node.
+        """Advance ranks to the last one of all, of their group, or of their node.
 
         Args:
             group: so many neighbours each; None for all ranks.
@@ -106,7 +106,6 @@ class Clocks:
         return end_s
 
     def _beside(self, seconds: Seconds | float) -> Seconds:
-        """Return for how much of the coming seconds an exchange runs, the longer of the two."""
         end_N = self.now_N + seconds
         shared = [
             np.clip(np.minimum(end_N, end_s) - np.maximum(self.now_N, begin_s), 0.0, None)

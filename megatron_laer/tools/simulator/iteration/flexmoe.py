@@ -25,17 +25,13 @@ _MOST_CHANGES = 10
 
 @dataclass(frozen=True)
 class FlexMoEStrategy:
-    """Moves single replicas as long as that makes the busiest rank less busy, by even splits."""
+    """Moves of single replicas, as long as the busiest rank gets less busy, by even splits."""
 
     geometry: Geometry
     name: str = "flexmoe"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """Return the layout after at most ten changes.
-
-        Raises:
-            ValueError: counts or a layout of another shape.
-        """
+        """Return the layout after at most ten changes."""
         self.geometry.check_counts(counts_NE.shape)
         self.geometry.check_layout(current)
         loads_E = counts_NE.sum(axis=0)
@@ -54,7 +50,7 @@ class FlexMoEStrategy:
     def _changed(
         self, counts_NE: Int64, loads_E: Int64, layout: ExpertLayout
     ) -> ExpertLayout | None:
-        """Give slots of the coldest expert to the hottest one: one on each node that can spare it.
+        """Move slots of the coldest expert to the hottest one, on each node that can spare one.
 
         Nodes keep a copy of every expert that they hold, so that tokens stay where they are.
         """

@@ -1,4 +1,4 @@
-"""One iteration of a method is run here: all microbatches, data-parallel exchanges, optimizer.
+"""One iteration of a method: all microbatches, data-parallel exchanges and the optimizer.
 
 Legend: N ranks, L layers of the model.
 """
@@ -30,7 +30,7 @@ WorkOf = Callable[[int, int], LayerWork | None]
 
 @dataclass(frozen=True)
 class Iteration:
-    """Holds what an iteration took.
+    """Time of an iteration.
 
     Attributes:
         seconds: from the first rank's begin to the last one's end.
@@ -93,7 +93,6 @@ def run_iteration(
 
 
 def _finish(method: Method, timing: Timing, stages: Sequence[Clocks]) -> None:
-    """End an iteration: gradients are there, all ranks agree on their norm, weights move."""
     run, rates = timing.run, timing.rates
     for stage, clocks in enumerate(stages):
         if not run.overlaps_data_parallel:
@@ -153,7 +152,7 @@ def data_parallel_seconds(method: Method, timing: Timing, layer: int) -> tuple[f
 
 
 class _Passes:
-    """Keeps the times of layers that come again: microbatches may share their work."""
+    """Times of layers, kept for microbatches that share their work."""
 
     def __init__(self, method: Method, timing: Timing, work: WorkOf) -> None:
         self._method, self._timing, self._work = method, timing, work

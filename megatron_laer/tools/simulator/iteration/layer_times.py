@@ -1,4 +1,4 @@
-"""The work of a layer becomes seconds here, by a set of rates.
+"""Seconds of a layer's work, by a set of rates.
 
 Bytes of operations that only read and write are counted by hand: each tensor of a transformer layer
 is read by the operation that uses it and written by the one that makes it.
@@ -40,7 +40,7 @@ _BACKWARD_GEMMS = 2
 
 @dataclass(frozen=True)
 class Timing:
-    """Turns work into seconds for one model, run and set of rates.
+    """Seconds of work for one model, run and set of rates.
 
     Attributes:
         nominal: the rates that the work's GEMM seconds were found with.
@@ -111,7 +111,6 @@ class Timing:
     # Dense parts: the same on every rank.
 
     def _gemm(self, flops_per_token: float) -> float:
-        """Return the time of GEMMs over a rank's tokens; a tensor-parallel group shares them."""
         tensor = self.run.tensor
         return self.rates.gemm_seconds(self.run.tokens * tensor, flops_per_token / tensor)
 
@@ -147,7 +146,6 @@ class Timing:
         return gemm_s + memory_s, backward_s + _BACKWARD_PASSES * memory_s
 
     def _tensor(self) -> float:
-        """Return the time of a layer's collectives in one direction: two all-gathers' worth."""
         run = self.run
         size = run.tokens * run.tensor * self.model.hidden * self.model.bytes_per_element
         # An all-gather before attention and a reduce-scatter behind it.
@@ -196,7 +194,6 @@ class Timing:
         )
 
     def _gate(self, work: LayerWork) -> float:
-        """Return the time from counts to a decision, as the cost model has it."""
         run, rates, host = self.run, self.rates, self.rates.cluster.host
         counting = work.group or run.ranks
         seconds = rates.collective_seconds(counting, run.node_size) + work.solve_s

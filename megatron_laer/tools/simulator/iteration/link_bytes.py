@@ -1,4 +1,4 @@
-"""Bytes that an iteration puts on the links are added up here: received by a rank, on average.
+"""Bytes of an iteration on the links, received by a rank on average.
 
 Legend: N ranks.
 """
@@ -75,7 +75,6 @@ def link_bytes(
 
 
 def _leaving(ranks: int, node_size: int, stride: int) -> float:
-    """Return the share of a ring's bytes that goes between nodes: one link of each node's ranks."""
     near = ring_neighbours(node_size, stride)
     return 1 / near if ranks > near else 0.0
 

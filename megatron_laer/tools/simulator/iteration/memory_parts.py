@@ -1,4 +1,4 @@
-"""A rank's memory is added up here, by part, for the rank and stage that need most.
+"""Memory of the rank and stage that need most, by part.
 
 Counted are weights, gradients, optimizer states, whole experts and what backward keeps; not the
 allocator's loss, NCCL's buffers and the runtime's.

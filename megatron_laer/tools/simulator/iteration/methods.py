@@ -1,4 +1,4 @@
-"""These methods of training MoE layers are compared: which layouts, splits and exchanges each has.
+"""Methods of training MoE layers, with their layouts, splits and exchanges.
 
 FSEP is what training runs: its strategy, guard, exact split and schedule. The others are as their
 authors describe them, on equal terms: the same forecasts, rates and overlap.
@@ -18,26 +18,24 @@ import numpy as np
 from megatron_laer.arrays import Int64
 from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode, Split
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.exact import ExactQuotas
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.quotas import even_split
-from megatron_laer.planner.sharding import changed_slots
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.traffic import Traffic
 from megatron_laer.schedule import Schedule, make_schedule
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.work import Exchange, LayerWork, grouped_totals
+from megatron_laer.tools.simulator.replay import changed_traffic, split_totals
 
 STOCK, FSDP_EP, FLEXMOE, LAER, FSEP = "stock", "fsdp+ep", "flexmoe", "laer", "fsep"
 METHODS = (STOCK, FSDP_EP, FLEXMOE, LAER, FSEP)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Holds what methods are made from.
+class MethodSettings:
+    """Settings that methods are made from.
 
     Attributes:
         geometry: of FSEP, LAER and FlexMoE; others follow from it.
@@ -58,20 +56,16 @@ class Settings:
 
 
 class LayerPlanner(Protocol):
-    """Makes the work of each microbatch of one layer, with layouts that live from step to step."""
+    """Work of each microbatch of one layer, with layouts that live from step to step."""
 
-    def begin_step(self, forecast_NE: Int64) -> None:
-        """Plan the layer's layout of a step."""
-        ...
+    def begin_step(self, forecast_NE: Int64) -> None: ...
 
-    def work(self, counts_NE: Int64) -> LayerWork:
-        """Return the work of a microbatch of this step."""
-        ...
+    def work(self, counts_NE: Int64) -> LayerWork: ...
 
 
 @dataclass(frozen=True)
 class Method:
-    """Holds how a method runs.
+    """Layouts, exchanges and memory of one method of training.
 
     Attributes:
         schedule: of its exchanges.
@@ -91,14 +85,11 @@ class Method:
     replicas: int
 
 
-def make_method(name: str, settings: Settings, rates: Rates) -> Method:
+def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
     """Make a method by name.
 
     Args:
         rates: nominal ones.
-
-    Raises:
-        ValueError: it cannot run with these sizes; the message says why.
     """
     makers = {STOCK: _stock, FSDP_EP: _fsdp, FLEXMOE: _flexmoe, LAER: _laer, FSEP: _fsep}
     if name not in makers:
@@ -106,7 +97,7 @@ def make_method(name: str, settings: Settings, rates: Rates) -> Method:
     return makers[name](settings, rates)
 
 
-def _stock(settings: Settings, rates: Rates) -> Method:
+def _stock(settings: MethodSettings, rates: Rates) -> Method:
     geometry = settings.geometry
     fits = math.gcd(geometry.num_ranks, geometry.num_experts)
     group = settings.stock_group or fits
@@ -127,8 +118,7 @@ def _stock(settings: Settings, rates: Rates) -> Method:
     )
 
 
-def _fsdp(settings: Settings, rates: Rates) -> Method:
-    """Shard each expert over the ranks that use it, as FSDP does within expert parallelism."""
+def _fsdp(settings: MethodSettings, rates: Rates) -> Method:
     geometry, costs = settings.geometry, settings.costs
     num_ranks, num_experts = geometry.num_ranks, geometry.num_experts
     # As many experts to a rank as FSEP has slots, or the next fewer that fit.
@@ -161,20 +151,19 @@ def _fsdp(settings: Settings, rates: Rates) -> Method:
     )
 
 
-def _flexmoe(settings: Settings, rates: Rates) -> Method:
+def _flexmoe(settings: MethodSettings, rates: Rates) -> Method:
     strategy = FlexMoEStrategy(settings.geometry)
     return _relaid(FLEXMOE, settings, rates, strategy, one_stream=True)
 
 
-def _laer(settings: Settings, rates: Rates) -> Method:
+def _laer(settings: MethodSettings, rates: Rates) -> Method:
     strategy = make_strategy("laer", geometry=settings.geometry, costs=settings.costs)
     return _relaid(LAER, settings, rates, strategy, one_stream=True)
 
 
 def _relaid(
-    name: str, settings: Settings, rates: Rates, strategy: Strategy, one_stream: bool
+    name: str, settings: MethodSettings, rates: Rates, strategy: Strategy, one_stream: bool
 ) -> Method:
-    """Run another planner on restored experts: flat exchanges, even splits, no guard."""
     geometry, costs = settings.geometry, settings.costs
     costs = replace(costs, restore_algorithm=ExchangeAlgorithm.FLAT)
     guard = Guard(PlanMode.FORECAST, costs, geometry, split=Split.EVEN)
@@ -190,14 +179,13 @@ def _relaid(
 
 
 def _in_a_row(geometry: Geometry) -> ExpertLayout:
-    """Give slots their experts in turn, as their authors begin, so that nodes have all experts."""
     slots_S = np.arange(geometry.num_slots) % geometry.num_experts
     return ExpertLayout.from_slots(
         geometry.num_ranks, geometry.capacity, geometry.num_experts, slots_S
     )
 
 
-def _fsep(settings: Settings, rates: Rates) -> Method:
+def _fsep(settings: MethodSettings, rates: Rates) -> Method:
     geometry = settings.geometry
     strategy = make_strategy(settings.strategy, geometry=geometry, costs=settings.costs)
     guard = Guard(settings.mode, settings.costs, geometry)
@@ -219,7 +207,7 @@ def _fsep(settings: Settings, rates: Rates) -> Method:
 
 @dataclass
 class _Grouped:
-    """Keeps stock's placement in groups of X ranks."""
+    """Stock's placement in groups of X ranks."""
 
     group: int
     node_size: int
@@ -228,17 +216,16 @@ class _Grouped:
     reduce: Exchange | None
 
     def begin_step(self, forecast_NE: Int64) -> None:
-        """Plan nothing."""
+        pass
 
     def work(self, counts_NE: Int64) -> LayerWork:
-        """Return the work of a microbatch."""
         totals = grouped_totals(counts_NE, self.group, self.node_size)
         return LayerWork.of(totals, self.rates, self.restore, self.reduce, group=self.group)
 
 
 @dataclass
 class _Relaid:
-    """Plans layouts from forecasts and has the guard decide, as training does."""
+    """Layouts planned from forecasts, and the guard's decisions, as in training."""
 
     strategy: Strategy
     guard: Guard
@@ -259,22 +246,15 @@ class _Relaid:
         """Return the work of a microbatch under the layout that the guard chooses."""
         guard, costs = self.guard, self.guard.costs
         decision = guard.decide(counts_NE, self.layout)
-        layout = decision.layout
-        node_size = guard.geometry.node_size
-        if isinstance(decision.quotas, ExactQuotas):
-            totals = decision.quotas.totals()
-        else:
-            totals = even_split(layout, node_size).totals(counts_NE)
         restore, reduce = self.exchanges
         change, solve_s = None, 0.0
         if decision.solved:
             solve_s = costs.solve_seconds(guard.geometry)
         if decision.replanned:
-            restore, reduce = self._exchanges(layout)
+            restore, reduce = self._exchanges(decision.layout)
             if guard.mode != PlanMode.EXACT:
-                changed_S = changed_slots(self.layout, layout)
-                traffic = costs.restore_bytes(layout, node_size, costs.restore_algorithm, changed_S)
-                change = self._exchange(traffic)
+                change = self._exchange(changed_traffic(guard, decision))
+        totals = split_totals(guard, decision)
         return LayerWork.of(totals, self.rates, restore, reduce, change, solve_s)
 
     def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange, Exchange]:
@@ -286,10 +266,5 @@ class _Relaid:
         )
 
     def _exchange(self, traffic: Traffic) -> Exchange:
-        costs, geometry = self.guard.costs, self.guard.geometry
-        return Exchange.of(
-            traffic,
-            costs.restore_algorithm,
-            len(costs.matrices),
-            geometry.node_size,
-        )
+        costs, node_size = self.guard.costs, self.guard.geometry.node_size
+        return Exchange.of(traffic, costs.restore_algorithm, len(costs.matrices), node_size)

@@ -1,4 +1,4 @@
-"""A model's shape says how many weights and FLOPs its parts have; nothing here knows of hardware.
+"""Weights and FLOPs of a model's parts, without hardware.
 
 Legend: T tokens of a rank, K experts of a token, H hidden, F width of an expert's FFN, L layers.
 """
@@ -12,7 +12,7 @@ from functools import cached_property
 
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.tools.model_flags import model_values
+from megatron_laer.tools.model_flags import model_values, whole_number
 from megatron_laer.tools.simulator.sizes import MAX_WIDTH, model_sizes
 
 _MAX_LAYERS = 4096
@@ -21,7 +21,7 @@ _FREQUENCY_PART = re.compile(r"\[([01](?:,[01])*)\](?:\*(\d{1,4}))?")
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """Holds the ranks and head widths of multi-latent attention; no query rank means no LoRA."""
+    """Ranks and head widths of multi-latent attention; no query rank means no LoRA."""
 
     query_rank: int
     key_value_rank: int
@@ -32,7 +32,7 @@ class LatentAttention:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Holds the sizes of a MoE GPT that times, FLOPs and memory follow from.
+    """Sizes of a MoE GPT that decide on times, FLOPs and memory.
 
     Attributes:
         layer_has_experts: for each layer, whether it is a MoE layer; multi-token prediction's
@@ -125,9 +125,6 @@ def read_model(config: str, num_experts: int | None = None) -> ModelShape:
 
     Args:
         num_experts: in place of the model's, as for a trace of another number.
-
-    Raises:
-        ValueError, OSError: a model that cannot be read, or that does not say what is needed.
     """
     sizes = model_sizes(config)
     experts = num_experts or sizes.num_experts
@@ -169,13 +166,7 @@ def _number(
     most: int = MAX_WIDTH,
     least: int = 0,
 ) -> int:
-    text = values.get(flag, "" if default is None else str(default))
-    is_number = text.isascii() and text.isdigit() and len(text) < 19
-    if not is_number or not least <= int(text) <= most:
-        raise ValueError(
-            f"has no {flag.removeprefix('--')} in {least}..{most}, but {quoted(text)}; mend it"
-        )
-    return int(text)
+    return whole_number(values, flag, most, least=least, default=default)
 
 
 def _latent(values: Mapping[str, str]) -> LatentAttention:
@@ -190,7 +181,6 @@ def _latent(values: Mapping[str, str]) -> LatentAttention:
 
 
 def _experts_by_layer(values: Mapping[str, str], layers: int) -> list[bool]:
-    """Read Megatron's frequency of MoE layers: every so many-th, or a sum of lists of 0 and 1."""
     text = values.get("--moe-layer-freq", "1").replace(" ", "")
     if text.isascii() and text.isdigit() and 1 <= int(text) <= _MAX_LAYERS:
         return [layer % int(text) == 0 for layer in range(layers)]

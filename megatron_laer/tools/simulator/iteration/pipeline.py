@@ -1,4 +1,4 @@
-"""Pipelines follow Megatron's schedules: 1F1B, and interleaved where a stage has several chunks.
+"""Megatron's pipeline schedules: 1F1B, and interleaved where a stage has several chunks.
 
 An order is a list of operations for each stage; a sweep runs each as soon as its stage is free and
 what it needs has arrived.
@@ -14,7 +14,7 @@ from megatron_laer.tools.simulator.iteration.clocks import Clocks, Seconds
 
 @dataclass(frozen=True)
 class Operation:
-    """Names one pass of a microbatch through a chunk of a stage."""
+    """One pass of a microbatch through a chunk of a stage."""
 
     is_forward: bool
     chunk: int

@@ -1,4 +1,4 @@
-"""A prediction says what iterations of each method take on a trace, as a range over the rates.
+"""Prediction of each method's iterations on a trace, as a range over the rates.
 
 Legend: N ranks, L layers of the model.
 """
@@ -29,8 +29,8 @@ _TRAINING_PASSES = 3
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Holds what iterations of a method take; means over steps, and over ranks unless said.
+class IterationPrediction:
+    """Predicted iteration of a method; means over steps, and over ranks unless stated.
 
     Attributes:
         iteration_s: at the nominal rates.
@@ -75,7 +75,7 @@ class Prediction:
 
 @dataclass
 class _Collected:
-    """Collects what a prediction is made from."""
+    """Iterations, bytes and loads of the steps so far."""
 
     iterations: list[list[Iteration]] = field(default_factory=list)  # by step, by rates
     bytes_by_kind: list[dict[str, dict[str, float]]] = field(default_factory=list)
@@ -96,7 +96,7 @@ def predict(
     peak_flops_per_s: float | None = None,
     progress: Callable[[int], object] = lambda done: None,
     record: Callable[[str, int], Recorder] | None = None,
-) -> list[Prediction]:
+) -> list[IterationPrediction]:
     """Predict iterations of all methods.
 
     Args:
@@ -106,9 +106,6 @@ def predict(
         peak_flops_per_s: of a rank, for MFU; the fastest GEMM's by default.
         progress: called with the number of microbatches of layers that were worked out.
         record: makes a recorder for a method and a stage, of the first step at nominal rates.
-
-    Raises:
-        ValueError: a trace that is too short.
     """
     collected = {method.name: _Collected() for method in methods}
     planners = {
@@ -144,7 +141,6 @@ def predict(
 
 
 def _places(model: ModelShape, traced_layers: int) -> list[int | None]:
-    """Spread the model's MoE layers over those of the trace, in order."""
     places: list[int | None] = []
     number = 0
     for has_experts in model.layer_has_experts:
@@ -177,7 +173,6 @@ def _step_works(
     run: RunShape,
     progress: Callable[[int], object],
 ) -> dict[str, dict[int, list[LayerWork]]]:
-    """Return the work of a step's microbatches by method and layer of the trace."""
     works: dict[str, dict[int, list[LayerWork]]] = {method.name: {} for method in methods}
     for layer, records in step.records.items():
         of_layer = [planners[method.name][layer] for method in methods]
@@ -199,7 +194,7 @@ def _prediction(
     run: RunShape,
     nominal: Rates,
     peak_flops_per_s: float,
-) -> Prediction:
+) -> IterationPrediction:
     by_rates_s = np.array(
         [[iteration.seconds for iteration in of] for of in found.iterations]
     ).mean(axis=0)
@@ -212,7 +207,7 @@ def _prediction(
     tokens = run.tokens * run.microbatches * run.ranks * run.replicas
     flops = _TRAINING_PASSES * model.flops_per_token * tokens / run.world
     again = 1 if run.recompute == Recompute.NONE else (_TRAINING_PASSES + 1) / _TRAINING_PASSES
-    return Prediction(
+    return IterationPrediction(
         method=method.name,
         iteration_s=seconds,
         low_s=float(by_rates_s.min()),

@@ -1,4 +1,4 @@
-"""A predicted iteration is written as a timeline, with the tracks of one that was recorded."""
+"""Timeline of a predicted iteration, with the tracks of a recorded one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN_RANKS = 4
 
 
 class PredictedTimeline:
-    """Keeps what a few ranks of each stage do, evenly spread over the group.
+    """Intervals of a few ranks of each stage, evenly spread over the group.
 
     Args:
         ranks: of the group.
@@ -56,7 +56,6 @@ def _step(found: Sequence[tuple[str, str, float, float]]) -> list[tuple[str, str
 def _joined(
     found: Sequence[tuple[str, str, float, float]],
 ) -> list[tuple[str, str, float, float]]:
-    """Join neighbours of one name, such as attention and what else is dense."""
     joined: list[tuple[str, str, float, float]] = []
     for track, label, begin, end in found:
         if joined and joined[-1][:2] == (track, label) and begin - joined[-1][3] < 0.15:

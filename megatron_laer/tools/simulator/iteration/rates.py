@@ -1,4 +1,4 @@
-"""Rates say how long a rank takes for GEMMs, memory and links; all come from the cluster's file.
+"""Rates of a rank's GEMMs, memory and links, from the cluster's file.
 
 The file says how far each constant may be off, so that iterations can be predicted for several sets
 of rates and a range be told.
@@ -31,7 +31,7 @@ _RATES = ("gemm", "memory_bytes_per_s", "intra.bytes_per_s", "inter.bytes_per_s"
 
 @dataclass(frozen=True)
 class Rates:
-    """Holds one set of constants of a rank.
+    """One set of constants of a rank.
 
     Attributes:
         cluster: with this set of its constants.
@@ -60,7 +60,7 @@ class Rates:
 
     @property
     def memory_bytes_per_s(self) -> float:
-        """Return the rate of memory; if nobody measured it, that of the smallest GEMM's weights.
+        """Return the rate of memory; without a measured one, that of the smallest GEMM's weights.
 
         It reads each of them once, for two FLOPs of a token.
         """
@@ -143,7 +143,6 @@ def rate_sets(rates: Rates) -> tuple[Rates, ...]:
 
 
 def _ends(cluster: Cluster) -> dict[str, tuple[float, float]]:
-    """Return the least and most of each constant: by its file, or else by what is guessed."""
     told = {name: (spread.low, spread.high) for name, spread in cluster.spreads}
     for name in CONSTANTS:
         value = cluster.constant(name)

@@ -1,4 +1,4 @@
-"""Counts of every step, layer and microbatch of a run are taken from a trace here, one at a time.
+"""Counts of every step, layer and microbatch of a run, taken from a trace one at a time.
 
 A model may have other layers, microbatches, ranks and tokens than its trace: layers are spread over
 those of the trace, microbatches go round, ranks and tokens are dealt out. Nothing is kept, since
@@ -11,30 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools.simulator.replay import walk
 
 
 @dataclass(frozen=True)
 class Step:
-    """Holds the records of one step of a trace, by layer."""
+    """Records of one step of a trace, by layer."""
 
     number: int
     records: dict[int, list[int]]
 
 
 class Routing:
-    """Gives the counts of a run with so many ranks and tokens, from a trace of others.
+    """Counts of a run with so many ranks and tokens, from a trace of others.
 
     Args:
         tokens: (token, expert) pairs of a rank and microbatch on average; None for the trace's.
-
-    Raises:
-        ValueError: neither number of ranks divides the other, or the trace holds no tokens.
     """
 
     def __init__(self, trace: Trace, num_ranks: int, pairs: float | None = None) -> None:
@@ -85,9 +84,6 @@ class Routing:
         Args:
             lag: the newest counts of a forecast are so many steps old.
             chosen: how many steps, spread over the trace; those before `lag` have no forecast.
-
-        Raises:
-            ValueError: a trace that is not longer than the lag.
         """
         steps = self.steps()
         after = self._forecast_steps(steps, lag)
@@ -98,19 +94,21 @@ class Routing:
             )
         picked = np.unique(np.linspace(0, len(after) - 1, min(chosen, len(after))).round())
         wanted = {after[int(place)].number for place in picked}
-        newest = max(wanted)
-        states: dict[int, list[SmoothedForecast]] = {}
-        for step in steps:
-            if step.number in wanted:
-                yield step, {layer: states[layer][-lag].counts_NE() for layer in step.records}
-            if step.number >= newest:
+        found = walk(self._trace, lag, self._total_NE)
+        for number, of_step in groupby(found, key=itemgetter(0)):
+            if number in wanted:
+                step, forecasts = Step(number, {}), {}
+                for _, layer, records, forecast in of_step:
+                    assert forecast is not None
+                    step.records[layer], forecasts[layer] = records, forecast.counts_NE()
+                yield step, forecasts
+            if number >= max(wanted):
                 return
-            for layer, records in step.records.items():
-                known = states.setdefault(layer, [])
-                before = known[-1] if known else SmoothedForecast()
-                total_NE = sum(self.counts_NE(record) for record in records)
-                assert not isinstance(total_NE, int)
-                states[layer] = [*known[-lag:], before.observe(total_NE)]
+
+    def _total_NE(self, records: Sequence[int]) -> Int64:
+        total_NE = sum(self.counts_NE(record) for record in records)
+        assert not isinstance(total_NE, int)
+        return total_NE
 
     def _forecast_steps(self, steps: Sequence[Step], lag: int) -> list[Step]:
         """Return the steps that have all layers, each with a forecast of that age.

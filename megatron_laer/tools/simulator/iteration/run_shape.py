@@ -1,4 +1,4 @@
-"""A run's shape says how a model is spread over ranks, and how an iteration is cut up.
+"""Parallel sizes of a run, and the parts of its iterations.
 
 Legend: N ranks of the FSEP group, T tokens of a rank in a microbatch.
 """
@@ -13,7 +13,7 @@ from megatron_laer.choices import Recompute
 
 @dataclass(frozen=True)
 class RunShape:
-    """Holds the parallel sizes of a run.
+    """Parallel sizes of a run.
 
     Attributes:
         ranks: N, of one FSEP group; every pipeline stage has `replicas` such groups.
@@ -28,9 +28,6 @@ class RunShape:
         shards_optimizer: Megatron's distributed optimizer.
         flash_attention: whether attention's scores stay on the chip.
         overlaps_data_parallel: `--overlap-grad-reduce` and `--overlap-param-gather`.
-
-    Raises:
-        ValueError: sizes that do not fit each other.
     """
 
     ranks: int
@@ -77,9 +74,6 @@ class RunShape:
         """Deal layers out to the pipeline's chunks, in the order in which a microbatch meets them.
 
         Chunk c of stage s is at place c * stages + s. As even as can be, the first get more.
-
-        Raises:
-            ValueError: fewer layers than chunks.
         """
         parts = self.stages * self.chunks
         if layers < parts:

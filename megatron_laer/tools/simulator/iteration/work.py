@@ -1,4 +1,4 @@
-"""The work of a microbatch says what each rank computes and moves in one MoE layer, without rates.
+"""Work of a microbatch in one MoE layer, by rank and without rates.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots, X ranks of an expert-parallel group.
 """
@@ -21,7 +21,7 @@ Seconds = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Exchange:
-    """Holds what one exchange of parameters or gradients moves, in bytes.
+    """Bytes of one exchange of parameters or gradients.
 
     Attributes:
         intra_bytes, inter_bytes: the most that any rank sends or receives, by link class.
@@ -76,7 +76,7 @@ class Exchange:
 
 @dataclass(frozen=True, eq=False)
 class LayerWork:
-    """Holds one microbatch of one MoE layer under a method.
+    """Work of one microbatch of one MoE layer under a method.
 
     Attributes:
         unit_s_N: seconds of each rank's expert GEMMs per FLOP of a token, at the nominal rates.
@@ -106,7 +106,7 @@ class LayerWork:
 
     @property
     def leaves_nodes(self) -> bool:
-        """Tell whether any token is computed on another node than its own."""
+        """Return whether any token is computed on another node than its own."""
         return bool(self.inter_N.any())
 
     @property

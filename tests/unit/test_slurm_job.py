@@ -1,4 +1,4 @@
-"""A job's settings are judged without Megatron, by the checks of training."""
+"""A Slurm job's settings are judged without Megatron, by the checks of training."""
 
 import subprocess
 import sys
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_laer.tools.cli import slurm_job as job
 from megatron_laer.tools.model_flags import model_flags
-from megatron_laer.tools.recipes import job
 from tests import processes
 
 _TINY = model_flags("tiny-moe")  # of 8 experts
@@ -89,20 +89,88 @@ def test_folders_of_a_job_are_tried_and_not_made(tmp_path: Path) -> None:
             job.check(flags, 8, "fsep", {name: "/proc/x"})
 
 
-def test_flags_are_printed_or_one_line_without_megatron_and_torch(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    flags = ["--", "--expert-model-parallel-size", "2"]
-    assert job.main(["tiny-moe", "2", "fsep", *flags]) == 0
-    assert capsys.readouterr().out.splitlines() == _TINY
-    assert job.main(["tiny-moe", "1", "fsep", *flags]) == 2
-    printed = capsys.readouterr()
-    assert not printed.out and printed.err.count("\n") == 1
-    assert printed.err.endswith("(EP_SIZE sets --expert-model-parallel-size)\n")
-    assert job.main(["--", "2", "fsep", *flags]) == 2
-    assert "unknown model '--'" in capsys.readouterr().err
+SETTINGS = {"MODEL": "tiny-moe", "DATA_PREFIX": "/data"}
 
-    module = "megatron_laer.tools.recipes.job"
+
+def settings_of(flags: str = "", **more: str) -> dict[str, str | list[str]]:
+    return job.job_settings(flags.split(), 8, SETTINGS | more)
+
+
+def test_flags_of_fsep_are_for_its_run_alone_where_both_run() -> None:
+    flags = "--fsep-late-plan wait --lr 3e-4 --fsep-plan-lag=2 --seed 5"
+    found = settings_of(flags, MODE="both", CAPACITY="3", EP_SIZE="4", DATA_CACHE="/a b")
+    assert found["user_flags_fsep"] == ["--fsep-capacity", "3", *flags.split()]
+    assert found["user_flags_standard"] == "--lr 3e-4 --seed 5".split()
+    training = found["training_flags"]
+    assert isinstance(training, list) and training[: len(_TINY)] == _TINY
+    assert training[-6:-2] == [
+        *("--expert-model-parallel-size", "4"),
+        *("--expert-tensor-parallel-size", "1"),
+    ]
+    assert training[-2:] == ["--data-cache-path", "/a b"]
+    # In one run they may not be dropped in silence.
+    with pytest.raises(ValueError, match="no effect with --expert-parallel-mode standard"):
+        settings_of(flags, MODE="standard")
+
+
+@pytest.mark.parametrize(
+    ("flags", "connections"),
+    [
+        ("", "32"),
+        ("--tensor-model-parallel-size 1", "32"),
+        ("--tensor-model-parallel-size 2 --expert-model-parallel-size 4", "1"),
+        ("--context-parallel-size=4", "1"),
+    ],
+)
+def test_streams_are_kept_apart_unless_megatron_forbids_it(flags: str, connections: str) -> None:
+    assert settings_of(flags)["connections"] == connections
+
+
+def test_the_last_value_counts() -> None:
+    found = settings_of("--train-iters 5 --train-iters=7 --exit-signal SIGTERM")
+    assert (found["steps"], found["exit_signal"]) == ("7", "SIGTERM")
+    assert (settings_of()["steps"], settings_of()["exit_signal"]) == ("1000", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings", "message"),
+    [
+        ("", {"MODEL": "huge"}, "unknown model 'huge'"),
+        ("", {"EP_SIZE": "16"}, "must be at most the number of ranks, 8"),
+        ("word", {}, "'word' is no flag of Megatron's"),
+        ("", {"MAX_RESTARTS": "1"}, "set CHECKPOINT as well"),
+        ("--save x", {"CHECKPOINT": "/run"}, "leave --save out"),
+        ("--lr 1 --load=x", {"CHECKPOINT": "/run"}, "--pretrained-checkpoint"),
+        ("--train-iters many", {}, "--train-iters many is no number of steps"),
+        ("--train-samples=8", {}, "counted in steps; give --train-iters"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    flags: str, settings: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError) as refused:
+        settings_of(flags, **settings)
+    assert message in str(refused.value)
+
+
+def test_variables_are_printed_or_one_line_without_megatron_and_torch(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (SETTINGS | {"DATA_PREFIX": "/a $b"}).items():
+        monkeypatch.setenv(name, value)
+    assert job.main(["1", "2"]) == 0
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("training_flags=(--num-layers 4 ") and "--data-path '/a $b' " in first
+    assert last == "exit_signal=''"
+    monkeypatch.setenv("MODEL", "--\x1b[2J")
+    assert job.main(["1", "2"]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out and printed.err.count("\n") == 1 and "\x1b" not in printed.err
+    monkeypatch.setenv("MODEL", "tiny-moe")
+    assert job.main(["1", "1"]) == 2
+    assert capsys.readouterr().err.endswith("(EP_SIZE sets --expert-model-parallel-size)\n")
+
+    module = "megatron_laer.tools.cli.slurm_job"
     imported = f"import sys, {module}; print(*{{'torch', 'megatron'}} & {{*sys.modules}})"
     result = subprocess.run(
         [sys.executable, "-P", "-c", imported],

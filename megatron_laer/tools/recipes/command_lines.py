@@ -1,11 +1,11 @@
-"""Flags of Megatron are taken from files that people keep them in, and out of command lines."""
+"""Flags of Megatron in files and command lines."""
 
 from __future__ import annotations
 
 import math
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_laer.files.checks import quoted, read_text
@@ -16,17 +16,17 @@ from megatron_laer.tools.model_flags import flag_words
 _PATTERN = re.compile(r"[,\d\[\]()+*]*\*[,\d\[\]()+*]*", re.ASCII)
 _DIGITS = re.compile(r"[0-9]+")
 _MOST_LAYERS = 10**7
+_LONGEST_TEXT = 2**18
 _KEY = re.compile(r"(?:--)?([a-z0-9]+(?:[-_][a-z0-9]+)*)")
 
 
 def flags_in_text(path: Path) -> list[str]:
-    """Read a command line from a file, such as a script's, with lines that a backslash continues.
-
-    Raises:
-        ValueError: no text of shell words.
-        OSError: it cannot be read.
-    """
+    """Read a command line, such as a script's, with lines that a backslash continues."""
     text = read_text(path).replace("\\\n", " ")
+    if len(text) > _LONGEST_TEXT:  # the time of shlex grows with the square of a word
+        raise ValueError(
+            f"{path}: {len(text):,} characters; a command line has at most {_LONGEST_TEXT:,}"
+        )
     try:
         words = shlex.split(text, comments=True)
     except ValueError as error:
@@ -42,11 +42,7 @@ def script_flags(words: list[str]) -> list[str]:
 
 
 def flags_in_mapping(content: Mapping[str, Content], where: str) -> list[str]:
-    """Return the flags of a mapping `flag: value`, whose groups are mappings in it.
-
-    Raises:
-        ValueError: a key that is no flag, or a value that no flag has.
-    """
+    """Return the flags of a mapping `flag: value`, whose groups are mappings in it."""
     try:
         return [word for key, value in _settings(content) for word in _flag(key, value)]
     except ValueError as error:
@@ -54,11 +50,7 @@ def flags_in_mapping(content: Mapping[str, Content], where: str) -> list[str]:
 
 
 def check_patterns(words: list[str]) -> None:
-    """Refuse a pattern of layers whose value would take all memory, or forever.
-
-    Raises:
-        ValueError: with the pattern.
-    """
+    """Refuse a pattern of layers whose value would take all memory, or forever."""
     for word in words:
         pattern = word.rpartition("=")[2]
         if not _PATTERN.fullmatch(pattern):
@@ -73,7 +65,7 @@ def check_patterns(words: list[str]) -> None:
             )
 
 
-def without(words: list[str], flags: Collection[str]) -> list[str]:
+def without(words: Sequence[str], flags: Collection[str]) -> list[str]:
     """Return a command line without some flags and their values."""
     kept, is_dropped = [], False
     for word in words:

@@ -1,7 +1,7 @@
-"""The table runs each microbatch of a trace under each strategy.
+"""Comparison of strategies and modes on every microbatch of a trace: the rows of `plan`.
 
-As in training, a layer's layout of a step is planned from the counts of the steps before it, once,
-and serves all microbatches of the step; the layout of the step before is the planner's `current`.
+As in training, a layer's layout of a step is planned once from the counts of earlier steps, and
+serves all microbatches of the step. The planner's `current` is the layout of the step before.
 
 Legend: N ranks, E experts, R records.
 """
@@ -9,7 +9,6 @@ Legend: N ranks, E experts, R records.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,14 +17,13 @@ import numpy as np
 from megatron_laer.arrays import Int64
 from megatron_laer.config import PlanMode, Split
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.token_prices import BY_RANK
 from megatron_laer.telemetry.trace_records import Trace
-from megatron_laer.tools.simulator.outcome import Outcome, evaluate, restored_bytes
+from megatron_laer.tools.simulator.replay import Outcome, evaluate, restored_bytes, walk
 
 STOCK = "stock EP"
 
@@ -38,8 +36,8 @@ BASELINES = ("static", "laer")
 
 
 @dataclass(frozen=True)
-class Row:
-    """Holds a line of the table: one strategy and mode over all cases.
+class PlanRow:
+    """One strategy and mode over all cases.
 
     Attributes:
         split: how tokens are split over replicas.
@@ -50,10 +48,10 @@ class Row:
         replan_share: cases whose layout was made after the gate.
         plan_ms: measured time of a planned layout, in the background, median.
         gate_ms: measured time after the gate, on the critical path: split and guard, median.
-        restored_bytes: that the busiest rank receives for one forward pass, mean.
-        fetched_bytes: what of that is fetched after the gate, mean.
-        layer_ms: mean predicted time of a layer, forward and backward, with what layouts that are
-            made after the gate cost; other restores are taken to be hidden.
+        restored_bytes: received by the busiest rank for one forward pass, mean.
+        fetched_bytes: the part of `restored_bytes` that is fetched after the gate, mean.
+        layer_ms: mean predicted time of a layer, forward and backward, with the cost of layouts
+            that are made after the gate; other restores are taken to be hidden.
         time_over_bound: sum of predicted times / sum of their lower bounds.
         ratios_R: max/mean of each case, for plots.
     """
@@ -81,31 +79,23 @@ class Row:
 
 
 @dataclass
-class _Entry:
-    """Collects what a line of the table is made from."""
-
-    strategy: str
-    mode: str
-    guard: Guard
-    outcomes: list[Outcome] = field(default_factory=list)
-
-
-@dataclass
 class _Planner:
-    """Keeps a strategy at work, with the layouts in force by layer, and its lines.
+    """A strategy with the layouts in force by layer, and the outcomes under each mode's guard.
 
     Without a strategy it is stock: `ExpertLayout.static` at C = E/N, and nothing is restored.
     """
 
+    name: str
     strategy: Strategy | None
     geometry: Geometry
-    entries: list[_Entry]
+    guards: dict[str, Guard]
+    outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
     layouts: dict[int, ExpertLayout] = field(default_factory=dict)
     plan_s: list[float] = field(default_factory=list)
     restored_bytes: list[int] = field(default_factory=list)
 
-    def layout(self, layer: int, forecast_NE: Int64, costs: CostModel) -> ExpertLayout:
-        """Return the next layout of a layer."""
+    def plan(self, layer: int, forecast_NE: Int64, costs: CostModel) -> None:
+        """Plan the next layout of a layer."""
         geometry = self.geometry
         current = self.layouts.get(layer) or ExpertLayout.static(
             geometry.num_ranks, geometry.capacity, geometry.num_experts
@@ -116,7 +106,15 @@ class _Planner:
             self.plan_s.append(time.perf_counter() - start_s)
             self.restored_bytes.append(restored_bytes(current, geometry.node_size, costs))
         self.layouts[layer] = current
-        return current
+
+    def decide(self, layer: int, counts_NE: Int64) -> None:
+        for mode, guard in self.guards.items():
+            outcome = evaluate(guard, counts_NE, self.layouts[layer])
+            self.outcomes.setdefault(mode, []).append(outcome)
+
+    def rows(self) -> Iterator[PlanRow]:
+        for mode, outcomes in self.outcomes.items():
+            yield _row(self, mode, outcomes)
 
 
 def simulate(
@@ -130,7 +128,7 @@ def simulate(
     lag: int = 1,
     every: int = 1,
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
-) -> list[Row]:
+) -> list[PlanRow]:
     """Run all strategies and modes over a trace of the geometries' ranks and experts.
 
     `BASELINES` are always in mode `forecast`. Stock expert parallelism is the first row, where E
@@ -143,9 +141,6 @@ def simulate(
         every: evaluate each so many-th case; a number that divides neither the layers nor the
             microbatches meets them all.
         progress: wraps the cases, as tqdm does.
-
-    Raises:
-        ValueError: a trace of other sizes, an unknown name, or one that has no cases.
     """
     for geometry in geometries:
         geometry.check_counts(trace.counts_RNE.shape[1:])
@@ -153,45 +148,39 @@ def simulate(
     planners = list(_planners(geometries, costs, strategies, modes, tolerance))
     wanted = set(cases)
     bar = iter(progress(cases))
-    for step_records, forecast_NE in _walk(trace, lag):
-        chosen = [record for record in step_records if record in wanted]
-        if not chosen or forecast_NE is None:
+
+    def total_NE(records: Sequence[int]) -> Int64:
+        summed: Int64 = trace.counts_RNE[records[0] : records[-1] + 1].sum(axis=0, dtype=np.int64)
+        return summed
+
+    for _, layer, records, forecast in walk(trace, lag, total_NE):
+        chosen = [record for record in records if record in wanted]
+        if not chosen or forecast is None:
             continue
-        layer = int(trace.layer_R[chosen[0]])
-        planned = [planner.layout(layer, forecast_NE, costs) for planner in planners]
+        for planner in planners:
+            planner.plan(layer, forecast.counts_NE(), costs)
         for record in chosen:
             counts_NE = trace.counts_NE(record)
             next(bar)
-            for planner, layout in zip(planners, planned, strict=True):
-                for entry in planner.entries:
-                    entry.outcomes.append(evaluate(entry.guard, counts_NE, layout))
+            for planner in planners:
+                planner.decide(layer, counts_NE)
     # The bar closes when it is exhausted.
     next(bar, None)
-    return [_row(entry, planner) for planner in planners for entry in planner.entries]
-
-
-def split_of(strategy: str) -> Split:
-    """Return the split that a strategy reckons with, and is shown with: the paper's is even."""
-    return Split.EVEN if strategy == "laer" else Split.EXACT
+    return [row for planner in planners for row in planner.rows()]
 
 
 def chosen_cases(trace: Trace, lag: int, every: int) -> list[int]:
-    """Return the records that are evaluated, in order.
-
-    Raises:
-        ValueError: a lag or a stride that leaves none, or only the first one.
-    """
+    """Return the records that are evaluated, in order."""
     if lag < 1 or every < 1:
         raise ValueError(f"lag and every must be at least 1, got {lag} and {every}")
     if not trace.counts_RNE.any():
         raise ValueError("the trace holds no tokens; record a run that routes some")
-    steps = len(set(trace.step_R.tolist()))
     cases = _cases(trace, lag)
     if not cases:
         raise ValueError(
             f"--lag {lag}: no microbatch with tokens has a record {lag} step(s) before it in its "
-            f"layer; the trace holds {steps} step(s), so record at least {lag + 1}, or give a "
-            "smaller lag"
+            f"layer; the trace holds {len(set(trace.step_R.tolist()))} step(s), so record at "
+            f"least {lag + 1}, or give a smaller lag"
         )
     if every > len(cases):
         raise ValueError(
@@ -215,19 +204,20 @@ def _planners(
 ) -> Iterator[_Planner]:
     first = geometries[0]
     if first.num_experts % first.num_ranks == 0:
-        each = first.num_experts // first.num_ranks
-        stock = Geometry(first.num_ranks, first.num_experts, each, first.node_size)
+        stock = replace(first, capacity=first.num_experts // first.num_ranks)
         by_rank = replace(costs, tokens=BY_RANK)
         guard = Guard(PlanMode.FORECAST, by_rank, stock, split=Split.EVEN)
-        yield _Planner(None, stock, [_Entry(STOCK, "-", guard)])
+        yield _Planner(STOCK, None, stock, {"-": guard})
     for geometry in geometries:
         for name in strategies:
-            split = split_of(name)
-            entries = [
-                _Entry(name, mode, _guard(mode, costs, geometry, split, tolerance))
+            # The paper's strategy reckons with even splits.
+            split = Split.EVEN if name == "laer" else Split.EXACT
+            guards = {
+                mode: _guard(mode, costs, geometry, split, tolerance)
                 for mode in ([PlanMode.FORECAST.value] if name in BASELINES else modes)
-            ]
-            yield _Planner(make_strategy(name, geometry=geometry, costs=costs), geometry, entries)
+            }
+            strategy = make_strategy(name, geometry=geometry, costs=costs)
+            yield _Planner(name, strategy, geometry, guards)
 
 
 def _guard(
@@ -240,49 +230,28 @@ def _guard(
     return Guard(PlanMode(mode), costs, geometry, split=split)
 
 
-def _walk(trace: Trace, lag: int) -> Iterator[tuple[list[int], Int64 | None]]:
-    """Yield records by step and layer, in order, with the forecast that was there for them."""
-    states: dict[int, deque[SmoothedForecast]] = {}
-    keys = list(zip(trace.step_R.tolist(), trace.layer_R.tolist(), strict=True))
-    begin = 0
-    for end in range(1, len(keys) + 1):
-        if end < len(keys) and keys[end] == keys[begin]:
-            continue
-        records, layer = list(range(begin, end)), keys[begin][1]
-        # Oldest first; the newest one that may be used is `lag` steps old.
-        known = states.setdefault(layer, deque(maxlen=lag))
-        yield records, known[0].counts_NE() if len(known) == lag else None
-        total_NE = trace.counts_RNE[begin:end].sum(axis=0, dtype=np.int64)
-        known.append((known[-1] if known else SmoothedForecast()).observe(total_NE))
-        begin = end
-
-
 def _cases(trace: Trace, lag: int) -> list[int]:
-    """Return the records with any token and with `lag` steps of their layer before them."""
     has_tokens_R = trace.counts_RNE.any(axis=(1, 2))
-    steps_before: dict[int, set[int]] = {}
+    steps_of: dict[int, set[int]] = {}
     cases = []
-    for record, (step, layer) in enumerate(
-        zip(trace.step_R.tolist(), trace.layer_R.tolist(), strict=True)
-    ):
-        seen = steps_before.setdefault(layer, set())
+    keys = zip(trace.step_R.tolist(), trace.layer_R.tolist(), strict=True)
+    for record, (step, layer) in enumerate(keys):
+        seen = steps_of.setdefault(layer, set())
         seen.add(step)
         if len(seen) > lag and has_tokens_R[record]:
             cases.append(record)
     return cases
 
 
-def _row(entry: _Entry, planner: _Planner) -> Row:
-    outcomes = entry.outcomes
+def _row(planner: _Planner, mode: str, outcomes: Sequence[Outcome]) -> PlanRow:
     ratios = np.array([outcome.max_over_mean for outcome in outcomes])
     fetched_bytes = float(np.mean([outcome.fetched_bytes for outcome in outcomes]))
-    tokens = sum(outcome.tokens for outcome in outcomes)
     off_node = sum(outcome.off_node_tokens for outcome in outcomes)
     seconds = sum(outcome.layer_s for outcome in outcomes)
-    return Row(
-        strategy=entry.strategy,
-        mode=entry.mode,
-        split=entry.guard.split,
+    return PlanRow(
+        strategy=planner.name,
+        mode=mode,
+        split=planner.guards[mode].split,
         capacity=planner.geometry.capacity,
         cases=len(outcomes),
         mean=float(ratios.mean()),
@@ -290,7 +259,7 @@ def _row(entry: _Entry, planner: _Planner) -> Row:
         p99=float(np.percentile(ratios, 99)),
         max=float(ratios.max()),
         load_over_bound=float(np.mean([outcome.load_over_bound for outcome in outcomes])),
-        off_node_share=off_node / tokens,
+        off_node_share=off_node / sum(outcome.tokens for outcome in outcomes),
         off_node_tokens=off_node / len(outcomes),
         replan_share=float(np.mean([outcome.replanned for outcome in outcomes])),
         plan_ms=float(np.median(planner.plan_s or [0.0])) * 1e3,

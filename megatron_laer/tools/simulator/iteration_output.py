@@ -1,22 +1,23 @@
-"""Predictions are written as text, as JSON and as a picture here; `predict` works them out."""
+"""Predicted iterations as text, as JSON and as a plot."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from megatron_laer.files.checks import one_line
 from megatron_laer.tools.simulator.iteration.advice import Case, gain
 from megatron_laer.tools.simulator.iteration.clocks import EXPOSED
 from megatron_laer.tools.simulator.iteration.methods import METHODS, STOCK
-from megatron_laer.tools.simulator.iteration.predict import Prediction
+from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
+from megatron_laer.tools.simulator.rendering import aligned, plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _GIB = 2**30
-Cases = Mapping[Case, Mapping[str, Prediction]]
+Cases = Mapping[Case, Mapping[str, IterationPrediction]]
 Refused = Mapping[Case, Mapping[str, str]]
 
 LEGEND = """\
@@ -27,7 +28,7 @@ are means over ranks. naive: FLOPs at the speed of the fastest GEMM, whatever th
 by a rank in an iteration. memory: without the allocator's loss and buffers of libraries."""
 
 
-def table_text(methods: Mapping[str, Prediction], refused: Mapping[str, str]) -> str:
+def table_text(methods: Mapping[str, IterationPrediction], refused: Mapping[str, str]) -> str:
     """Return the methods of one case side by side."""
     head = (
         *("method", "s/iteration", "low", "high", "x stock", "naive", "tokens/s", "MFU"),
@@ -55,10 +56,10 @@ def table_text(methods: Mapping[str, Prediction], refused: Mapping[str, str]) ->
             )
         )
     notes = [f"no {name}: {why}" for name, why in refused.items()]
-    return "\n".join([_aligned(lines), *notes])
+    return "\n".join([aligned(lines), *notes])
 
 
-def parts_text(methods: Mapping[str, Prediction]) -> str:
+def parts_text(methods: Mapping[str, IterationPrediction]) -> str:
     """Return seconds by kind and memory by part, a column for each method."""
     first = next(iter(methods.values()))
     lines = [("", *methods)]
@@ -74,7 +75,7 @@ def parts_text(methods: Mapping[str, Prediction]) -> str:
     for part in first.memory_bytes:
         sizes = [found.memory_bytes[part] / _GIB for found in methods.values()]
         lines.append((f"memory {part} GiB", *(f"{size:.2f}" for size in sizes)))
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def sweep_text(cases: Cases) -> str:
@@ -89,19 +90,14 @@ def sweep_text(cases: Cases) -> str:
             for name in names
         ]
         lines.append((case.among(cases), *cells))
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def content(about: Mapping[str, Any], cases: Cases, refused: Refused, advice: str) -> object:
     """Return what the JSON holds: the first case by method, and all cases."""
     listed = [
-        {
-            "ranks": case.ranks,
-            "node_size": case.node_size,
-            "capacity": case.capacity,
-            "mode": case.mode,
-            "tokens": case.tokens,
-            "world": case.world,
+        asdict(case)
+        | {
             "methods": {name: _of_method(found) for name, found in methods.items()},
             "refused": dict(refused[case]),
         }
@@ -110,42 +106,31 @@ def content(about: Mapping[str, Any], cases: Cases, refused: Refused, advice: st
     return {**about, "advice": advice, "methods": listed[0]["methods"], "cases": listed}
 
 
-def _of_method(found: Prediction) -> dict[str, Any]:
-    return {
-        "iteration_s": {"value": found.iteration_s, "low": found.low_s, "high": found.high_s},
-        "by_rates_s": list(found.by_rates_s),
-        "naive_s": found.naive_s,
-        "tokens_per_s": found.tokens_per_s,
-        "mfu": found.mfu,
-        "compute_s": dict(found.compute_s),
-        "exposed_s": dict(found.exposed_s),
-        "waiting_s": found.waiting_s,
+def _of_method(found: IterationPrediction) -> dict[str, Any]:
+    shown = asdict(found)
+    seconds = {"value": found.iteration_s, "low": found.low_s, "high": found.high_s}
+    for name in ("method", "low_s", "high_s"):
+        del shown[name]
+    return shown | {
+        "iteration_s": seconds,
         "bytes": found.bytes,
-        "bytes_by_kind": {link: dict(kinds) for link, kinds in found.bytes_by_kind.items()},
-        "memory_bytes": dict(found.memory_bytes),
         "peak_bytes": found.peak_bytes,
-        "max_over_mean": found.max_over_mean,
-        "replan_share": found.replan_share,
     }
 
 
 def draw(title: str, cases: Cases) -> Figure:
     """Draw one case as stacked seconds by kind, several as throughput over the cases."""
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    axes = figure.subplots()
-    if len(cases) == 1:
-        _draw_parts(axes, next(iter(cases.values())))
-    else:
-        _draw_sweep(axes, cases)
-    axes.set_title(one_line(title, 100), parse_math=False)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure
+    def draw_on(axes: Axes) -> None:
+        if len(cases) == 1:
+            _draw_parts(axes, next(iter(cases.values())))
+        else:
+            _draw_sweep(axes, cases)
+
+    return plot(title, draw_on, (10, 4.5))
 
 
-def _draw_parts(axes: Axes, methods: Mapping[str, Prediction]) -> None:
+def _draw_parts(axes: Axes, methods: Mapping[str, IterationPrediction]) -> None:
     places = range(len(methods))
     starts = [0.0] * len(methods)
     parts = [
@@ -187,15 +172,13 @@ def _draw_sweep(axes: Axes, cases: Cases) -> None:
         places = [place for place, _, _ in shown]
         # Of a rank, so that cases of different size can be compared.
         each = [found.tokens_per_s / case.world for _, case, found in shown]
-        scale = [found.iteration_s for _, _, found in shown]
-        best = [
-            rate * at / found.low_s
-            for rate, at, (_, _, found) in zip(each, scale, shown, strict=True)
-        ]
-        worst = [
-            rate * at / found.high_s
-            for rate, at, (_, _, found) in zip(each, scale, shown, strict=True)
-        ]
+        best, worst = (
+            [
+                rate * found.iteration_s / end
+                for rate, (_, _, found), end in zip(each, shown, ends, strict=True)
+            ]
+            for ends in ([one.low_s for *_, one in shown], [one.high_s for *_, one in shown])
+        )
         axes.plot(places, each, marker="o", color=f"C{number}", label=name)
         axes.fill_between(places, worst, best, color=f"C{number}", alpha=0.12)
     axes.set_xticks(range(len(labels)), labels, rotation=20, ha="right", fontsize="small")
@@ -205,14 +188,3 @@ def _draw_sweep(axes: Axes, cases: Cases) -> None:
 
 def _s(seconds: float) -> str:
     return f"{seconds:.4g}"
-
-
-def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            f"{cell:{'<' if place == 0 else '>'}{width}}"
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

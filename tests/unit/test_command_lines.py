@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.files.yaml_text import parse_yaml
-from megatron_laer.tools.recipes.flags import (
+from megatron_laer.tools.recipes.command_lines import (
     check_patterns,
     flags_in_mapping,
     flags_in_text,
@@ -32,6 +32,11 @@ def test_flags_are_taken_from_a_script_and_from_yaml(tmp_path: Path) -> None:
         flags_in_mapping({"Num Layers": "2"}, "x.yaml")
     path.write_text("--lr 'x")
     with pytest.raises(ValueError, match="no command line"):
+        flags_in_text(path)
+    path.write_text("x" * 2**20)
+    with pytest.raises(
+        ValueError, match="1,048,576 characters; a command line has at most 262,144"
+    ):
         flags_in_text(path)
 
 

@@ -1,0 +1,72 @@
+"""Arguments of `plan` and `simulate` for their routing: a recorded trace, or a named workload."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_laer.planner.layout import MAX_EXPERTS
+from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools.cli.argument_types import between, option, path, rank_range
+from megatron_laer.tools.cli.outputs import bar
+from megatron_laer.tools.report.sources import naming
+from megatron_laer.tools.traces import FORMATS, read_trace
+from megatron_laer.tools.traces.workloads import WORKLOADS
+
+MAX_TOKENS = 2**24
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the trace, or the workload in its place, to `parser`."""
+    parser.add_argument(
+        "trace",
+        metavar="TRACE",
+        nargs="?",
+        type=path,
+        help="a file or folder: a recording of --fsep-record-trace, the folder of Megatron's "
+        "--moe-routing-trace-path, SmartMoE's moe_trace, npz, or CSV",
+    )
+    option(parser, "--format", "of the trace; default: what its content tells", choices=FORMATS)
+    only = "only these ranks of the trace, such as 0-7; default: all"
+    option(parser, "--trace-ranks FIRST-LAST", only, rank_range)
+    experts = "for workloads, and traces that do not say it"
+    option(parser, "--experts E", experts, between(1, MAX_EXPERTS))
+    titles = ", ".join(f"{name} {workload.title}" for name, workload in WORKLOADS.items())
+    instead = f"in place of a trace, one of Megatron's imbalance benchmark: {titles}"
+    option(parser, "--workload W", instead, choices=WORKLOADS)
+
+
+def check(args: argparse.Namespace, purpose: str) -> None:
+    """Refuse a trace and a workload, neither, and arguments of a trace with a workload."""
+    if args.workload is None:
+        if args.trace is None:
+            raise ValueError(
+                f"nothing to {purpose}: give a TRACE, or --workload with one of "
+                f"{', '.join(WORKLOADS)}"
+            )
+        return
+    given = f"--workload {args.workload}"
+    if args.trace is not None:
+        raise ValueError(f"both a trace, {str(args.trace)!r}, and {given}; leave one out")
+    refuse(args, ("--format", "--trace-ranks"), f"{given} reads no file")
+    if args.ranks is None:
+        raise ValueError(f"{given} has no ranks of its own; give --ranks")
+
+
+def refuse(args: argparse.Namespace, flags: tuple[str, ...], way_out: str) -> None:
+    """Refuse flags that have no effect here."""
+    for flag in flags:
+        value = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        if value is not None:
+            raise ValueError(f"{flag} {value}: no effect here; {way_out}, or leave {flag} out")
+
+
+def read(args: argparse.Namespace, num_experts: int | None) -> Trace:
+    """Read the trace."""
+    with naming(args.trace):
+        return read_trace(
+            args.trace,
+            args.format,
+            ranks=args.trace_ranks,
+            num_experts=num_experts,
+            progress=bar("reading", leave=False),
+        )

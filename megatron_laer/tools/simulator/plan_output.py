@@ -1,0 +1,91 @@
+"""The rows of `plan` as text, as JSON and as a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_laer.files.writing import write_output
+from megatron_laer.tools.simulator.comparison import PlanRow
+from megatron_laer.tools.simulator.rendering import aligned, plot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MIB = 2**20
+# A tenth of a percent: below, more or less is of no interest.
+_PERFECT = 1e-3
+_COLUMNS = (
+    ("strategy", lambda row: row.strategy),
+    ("mode", lambda row: row.mode),
+    ("C", lambda row: f"{row.capacity}"),
+    ("split", lambda row: row.split),
+    ("mean", lambda row: f"{row.mean:.4f}"),
+    ("p95", lambda row: f"{row.p95:.4f}"),
+    ("p99", lambda row: f"{row.p99:.4f}"),
+    ("max", lambda row: f"{row.max:.3f}"),
+    ("load/bound", lambda row: f"{row.load_over_bound:.4f}"),
+    ("off-node", lambda row: f"{row.off_node_share:.1%}"),
+    ("replans", lambda row: f"{row.replan_share:.1%}"),
+    ("plan ms", lambda row: f"{row.plan_ms:.3f}"),
+    ("gate ms", lambda row: f"{row.gate_ms:.3f}"),
+    ("restored MiB", lambda row: f"{row.restored_bytes / _MIB:.1f}"),
+    ("layer ms", lambda row: f"{row.layer_ms:.3f}"),
+    ("time/bound", lambda row: f"{row.time_over_bound:.3f}"),
+)
+_WORDS = (0, 1, 3)  # columns that hold no number
+
+LEGEND = """\
+mean, p95, p99, max: of max/mean tokens per rank. load/bound: largest load / ceil(tokens/N), mean.
+off-node: tokens computed on another node than their own. replans: microbatches whose layout was
+made after the gate. plan ms: a planned layout, in the background; gate ms: split and guard, on the
+critical path; both measured here, medians. restored MiB: what the busiest rank receives in one
+forward pass. layer ms: predicted, forward and backward, with the cost of replans; other restores
+are taken to be hidden, and stock's tokens go by rank. time/bound: the same / what no layout of C
+slots and no split gets below."""
+
+
+def table_text(rows: Sequence[PlanRow]) -> str:
+    """Return the table as aligned text, with a line of names."""
+    head = [name for name, _ in _COLUMNS]
+    return aligned([head, *([text(row) for _, text in _COLUMNS] for row in rows)], _WORDS)
+
+
+def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[PlanRow]) -> None:
+    """Write the settings and the rows, without the single cases."""
+    lines = [
+        {name: value for name, value in asdict(row).items() if name != "ratios_R"} for row in rows
+    ]
+    write_output(path, json.dumps({**about, "rows": lines}, indent=1) + "\n", "--json")
+
+
+def draw(title: str, rows: Sequence[PlanRow]) -> Figure:
+    """Draw quantiles of max/mean - 1, how much longer the largest rank computes, a line per row."""
+    return plot(title, lambda axes: _draw_rows(axes, rows), (11, 5))
+
+
+def _draw_rows(axes: Axes, rows: Sequence[PlanRow]) -> None:
+    # A colour per strategy and capacity, a dash per mode.
+    colours: dict[tuple[str, int], str] = {}
+    dashes = {"forecast": "-", "exact": ":", "adaptive": "--", "tolerance": "-."}
+    for row in rows:
+        colour = colours.setdefault((row.strategy, row.capacity), f"C{len(colours)}")
+        excess = [ratio - 1 for ratio in sorted(row.ratios_R)]
+        axes.plot(
+            [(index + 1) / len(excess) for index in range(len(excess))],
+            excess,
+            color=colour,
+            linestyle=dashes.get(row.mode, "-"),
+            marker="." if len(excess) == 1 else None,
+            label=f"{row.strategy} {row.mode}, C={row.capacity}",
+        )
+    axes.set_xlabel("share of microbatches (one layer each)")
+    axes.set_ylabel("max/mean tokens per rank - 1, at most")
+    # Logarithmic, so that a percent and a multiple can both be told apart; perfect balance is 0.
+    axes.set_yscale("symlog", linthresh=_PERFECT)
+    axes.set_ylim(bottom=-_PERFECT / 5)
+    axes.yaxis.set_major_formatter("{x:g}")

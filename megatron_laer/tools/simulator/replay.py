@@ -1,0 +1,164 @@
+"""Replay of a recorded run by the forecast, planner and guard of training.
+
+Legend: N ranks, E experts, S slots.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from megatron_laer.arrays import Int64
+from megatron_laer.files import memory
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.exact import ExactQuotas
+from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.guard import Decision, Guard
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.quotas import SplitTotals, even_split
+from megatron_laer.planner.sharding import changed_slots
+from megatron_laer.planner.traffic import Traffic
+from megatron_laer.telemetry.trace_records import Trace
+
+# Bytes per count [N, E], measured: of a forecast, and of the case in work.
+_FORECAST_BYTES, _WORKING_BYTES = 16, 170
+
+
+def walk(
+    trace: Trace, lag: int, total_NE: Callable[[Sequence[int]], Int64]
+) -> Iterator[tuple[int, int, list[int], SmoothedForecast | None]]:
+    """Yield step, layer, records and the forecast that was there for them, in order.
+
+    Args:
+        lag: age of the newest counts of a forecast, in steps that recorded the layer.
+        total_NE: returns the sum of some records' counts.
+    """
+    keys = list(zip(trace.step_R.tolist(), trace.layer_R.tolist(), strict=True))
+    states: dict[int, deque[SmoothedForecast]] = {}
+    for (step, layer), group in groupby(range(len(trace)), key=keys.__getitem__):
+        records = list(group)
+        known = states.setdefault(layer, deque(maxlen=lag))  # oldest first
+        yield step, layer, records, known[0] if len(known) == lag else None
+        known.append((known[-1] if known else SmoothedForecast()).observe(total_NE(records)))
+
+
+def kept_forecasts(trace: Trace, lag: int) -> int:
+    """Return the number of forecasts that a walk keeps at once."""
+    return len(trace.layers) * (min(lag, len(set(trace.step_R.tolist()))) + 1)
+
+
+def check_memory(
+    num_ranks: int, num_experts: int, *, record_bytes: int, forecasts: int, purpose: str
+) -> None:
+    """Refuse a replay that would take more memory than is free.
+
+    Args:
+        record_bytes: of all records, per count [N, E].
+        forecasts: that are kept at once, of all layers.
+    """
+    per_count = record_bytes + _FORECAST_BYTES * forecasts + _WORKING_BYTES
+    needed = num_ranks * num_experts * per_count
+    share = memory.available_bytes() / needed
+    memory.check_enough(needed, purpose, f"give --ranks of at most {int(num_ranks * share):,}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Decision of the guard on one microbatch of one layer, in numbers.
+
+    Attributes:
+        tokens: (token, expert) pairs of the microbatch.
+        largest_load: of a rank, in tokens.
+        least_load: ceil(tokens / N), below which no layout and no split can bring the largest.
+        off_node_tokens: tokens that are computed on another node than their own.
+        layer_s: predicted seconds of the layer, forward and backward, with the cost of a layout
+            that was made after the gate.
+        least_s: lower bound of `layer_s` for every layout of this capacity and every split.
+        replanned: whether a layout was made after the gate, and taken.
+        fetched_bytes: bytes that the busiest rank receives for it after the gate.
+        gate_s: measured seconds of the decision and the split, on the critical path.
+    """
+
+    num_ranks: int
+    tokens: int
+    largest_load: int
+    least_load: int
+    off_node_tokens: int
+    layer_s: float
+    least_s: float
+    replanned: bool
+    fetched_bytes: int
+    gate_s: float
+
+    @property
+    def max_over_mean(self) -> float:
+        """Return the largest over the mean rank load."""
+        return self.largest_load * self.num_ranks / self.tokens
+
+    @property
+    def load_over_bound(self) -> float:
+        """Return the largest load over the least that is possible; 1 is perfect."""
+        return self.largest_load / self.least_load
+
+
+def evaluate(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> Outcome:
+    """Decide on counts with at least one token, as in training.
+
+    Args:
+        planned: the layout that was planned for this step.
+    """
+    costs, node_size, num_ranks = guard.costs, guard.geometry.node_size, planned.num_ranks
+    start_s = time.perf_counter()
+    decision = guard.decide(counts_NE, planned)
+    # Even splits are computed here, at the first use.
+    loads_S = decision.quotas.loads_S
+    gate_s = time.perf_counter() - start_s
+
+    totals = split_totals(guard, decision)
+    tokens = int(counts_NE.sum())
+    layer_s = costs.split_seconds(totals, decision.layout, node_size)
+    fetched_bytes = 0
+    if decision.replanned:
+        layer_s += costs.change_seconds(planned, decision.layout, node_size)
+        fetched_bytes = busiest_rank(changed_traffic(guard, decision))
+    return Outcome(
+        num_ranks=num_ranks,
+        tokens=tokens,
+        largest_load=int(loads_S.reshape(num_ranks, -1).sum(axis=1).max()),
+        least_load=-(-tokens // num_ranks),
+        off_node_tokens=int(totals.far_S.sum()),
+        layer_s=layer_s,
+        least_s=costs.least_layer_seconds(counts_NE, guard.geometry),
+        replanned=decision.replanned,
+        fetched_bytes=fetched_bytes,
+        gate_s=gate_s,
+    )
+
+
+def split_totals(guard: Guard, decision: Decision) -> SplitTotals:
+    """Return the totals of a decision's split."""
+    if isinstance(decision.quotas, ExactQuotas):
+        return decision.quotas.totals()
+    split = even_split(decision.layout, guard.geometry.node_size)
+    return split.totals(decision.quotas.counts_NE)
+
+
+def changed_traffic(guard: Guard, decision: Decision) -> Traffic:
+    """Return the traffic of the slots that a layout made after the gate changes."""
+    costs, layout = guard.costs, decision.layout
+    changed_S = changed_slots(decision.planned_layout, layout)
+    node_size = guard.geometry.node_size
+    return costs.restore_bytes(layout, node_size, costs.restore_algorithm, changed_S)
+
+
+def restored_bytes(layout: ExpertLayout, node_size: int, costs: CostModel) -> int:
+    """Return the bytes that the busiest rank receives when all slots are restored once."""
+    return busiest_rank(costs.restore_bytes(layout, node_size, costs.restore_algorithm))
+
+
+def busiest_rank(traffic: Traffic) -> int:
+    """Return the most that one rank receives, over both link classes."""
+    return int((traffic.intra_N + traffic.inter_N).max())

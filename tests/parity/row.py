@@ -1,0 +1,122 @@
+"""One combination of the parity table: the command lines of its two stock runs and of FSEP's."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from megatron_laer.cpu.training import Adapt
+from tests.parity.compare import Distance
+from tests.parity.flags import command_line
+
+# Enough for a wrong gradient to show. Rows of common settings train longer at night, so that
+# rounding adds up as it does in training.
+STEPS = 12
+LONG = 50
+
+FSEP = " --expert-parallel-mode fsep"
+
+FP32_BOUND = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4, logged=1e-5)
+# bf16 keeps 8 bits: a rounding is 4e-3 relative. Two layouts sum the same gradients in another
+# order, which after some steps of Adam decides the rounding of many weights.
+BF16_BOUND = Distance(grads=2e-2, losses=1e-2, norms=1e-1, weights=5e-2, logged=1e-2)
+# An update is the sign of a momentum, which rounding decides near zero.
+LION_BOUND = replace(FP32_BOUND, weights=1e-2)
+FLOOR_FACTOR = 10
+# Two stock runs of few steps may agree in every loss, but no run can be held to less than a
+# rounding of fp32.
+SMALLEST_FLOOR = 2.0**-23
+
+# Values whose size does not decide what code runs: not a digit alone.
+_AMOUNT = re.compile(r"-?[\d.]{2,}(e-?\d+)?|-?\d+e-?\d+|-\d")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One combination under test.
+
+    Attributes:
+        id: in pytest's output and in `features`.
+        name: in docs/support.md.
+        flags: given to both sides.
+        fsep: flags for the FSEP side alone.
+        expert_parallel: FSEP's group size N, where not all ranks.
+        stock_parallel: expert-parallel sizes of the two stock runs, the reference first.
+        without: switches of the model that neither side gets.
+        reference_ranks: run the reference on this many ranks instead of `ranks`.
+        reference_flags: given to the reference instead of `flags`: the same model, cut less.
+        capacity: `--fsep-capacity`, where not the default.
+        steps: training steps; 0 for a run that only evaluates.
+        evaluations: how often the run evaluates.
+        moe_layers: on rank 0.
+        exchanges: restores and reduces of a microbatch over rank 0's MoE layers, where these are
+            repeated, or not all of their weights trained.
+        adapt: changes the model on both sides.
+        gradients: whether Megatron can hand over the first step's; norms are compared without.
+        releases: whether the row is run with the oldest supported Megatron as well.
+    """
+
+    id: str
+    name: str
+    flags: str
+    fsep: str
+    stock_parallel: tuple[int, int]
+    bound: Distance
+    ranks: int = 2
+    experts: int = 8
+    expert_parallel: int | None = None
+    reference_ranks: int | None = None
+    reference_flags: str | None = None
+    accumulation: int = 1
+    without: str = ""
+    capacity: int | None = None
+    steps: int = STEPS
+    evaluations: int = 0
+    moe_layers: int = 2
+    exchanges: tuple[int, int] | None = None
+    adapt: Adapt | None = None
+    gradients: bool = True
+    releases: bool = False
+
+    @property
+    def values(self) -> frozenset[str]:
+        """The row's settings: a word for each value of each flag, and its sizes."""
+        found, flag = set[str](), ""
+        for word in f"{self.flags} {self.fsep}".split():
+            flag = word if word.startswith("--") else flag
+            found.add(flag if word == flag or _AMOUNT.fullmatch(word) else f"{flag} {word}")
+        found |= {f"without {flag}" for flag in self.without.split()}
+        sizes = "ranks", "experts", "expert_parallel", "accumulation", "capacity"
+        found |= {f"{name} {getattr(self, name)}" for name in sizes}
+        return frozenset(found | {getattr(self.adapt, "__name__", "all is trained")})
+
+    def reference(self, data: str) -> tuple[int, list[str]]:
+        """Ranks and command line of the stock run that the others are compared with."""
+        flags = self.flags if self.reference_flags is None else self.reference_flags
+        command = self._command(data, self.stock_parallel[0], flags)
+        return self.reference_ranks or self.ranks, command
+
+    def other_stock(self, data: str) -> tuple[int, list[str]]:
+        """The stock run whose distance from the reference is the floor."""
+        return self.ranks, self._command(data, self.stock_parallel[1], self.flags)
+
+    def fsep_run(self, data: str) -> tuple[int, list[str]]:
+        """The run under test."""
+        capacity = "" if self.capacity is None else f" --fsep-capacity {self.capacity}"
+        flags = self.flags + FSEP + capacity + self.fsep
+        return self.ranks, self._command(data, self.expert_parallel or self.ranks, flags)
+
+    def _command(self, data: str, expert_parallel: int, flags: str) -> list[str]:
+        """Every run of the row sees the same global batches."""
+        model_parallel = 1
+        for size in ("tensor-model", "pipeline-model", "context"):
+            model_parallel *= 2 if f"--{size}-parallel-size 2" in self.flags else 1
+        return command_line(
+            data,
+            experts=self.experts,
+            expert_parallel=expert_parallel,
+            global_batch=2 * self.accumulation * self.ranks // model_parallel,
+            steps=self.steps or 1,
+            extra=flags,
+            without=self.without,
+        )

@@ -1,0 +1,653 @@
+"""Every refusal fires for a flag that Megatron's own parser knows, by flag and by field.
+
+Without one, none fires; and settings that FSEP needs are filled in. The rows of the table are
+parsed by Megatron in one process. `tests/distributed/test_refusals.py` has what ranks do with one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_laer.choices import Auto, PlanMode, TokenExchange, Unproven
+from megatron_laer.config import FSEPConfig
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.releases import NEXT, NUMBERS
+from megatron_laer.runtime.comm.agreement import describe_difference, summarise
+from megatron_laer.support import model as model_support
+from megatron_laer.support.fields import (
+    MOE_FIELD,
+    PROVED,
+    PROVED_RECOMPUTE,
+    UNTRIED,
+    WITHOUT_EFFECT,
+)
+from megatron_laer.support.refusal import LeftOut, Refusal
+from megatron_laer.support.table import REFUSALS, UNPROVEN
+from tests import processes
+from tests.parity.rows import ROWS
+from tests.releases import FIELDS_BEFORE_NEXT, FIELDS_FROM_NEXT, refused_flags, release_of
+from tests.unit.plan_cases import COSTS
+
+pytestmark = pytest.mark.releases
+
+OUR_SCRIPT = Path(__file__).resolve().parents[2] / "pretrain_gpt.py"
+
+FSEP = "--expert-parallel-mode fsep"
+FLEX = "--moe-token-dispatcher-type flex"
+PADDING = "--moe-router-padding-for-quantization"
+GRAPHS = "--cuda-graph-impl transformer_engine"
+ALLOW_GRAPHS, ALLOW_FP8 = "--fsep-allow-unproven te-graphs", "--fsep-allow-unproven dense-fp8"
+SELECTIVE = "--recompute-granularity selective --recompute-modules"
+
+# By row of the table, flags that are refused for that setting alone; None for the flag itself.
+REFUSED: dict[str, list[str] | None] = {
+    "--num-experts absent": ["--num-experts 0", "--num-experts -4"],
+    "--expert-model-parallel-size 1": ["--expert-model-parallel-size 1"],
+    "--moe-dispatch-fwd-dtype other than bf16": ["--moe-dispatch-fwd-dtype mxfp8"],
+    "--moe-combine-bwd-dtype other than bf16": ["--moe-combine-bwd-dtype mxfp8"],
+    "--expert-tensor-parallel-size above 1": ["--expert-tensor-parallel-size 2"],
+    "--expert-tensor-parallel-num-weight-shards": ["--expert-tensor-parallel-num-weight-shards 2"],
+    "--moe-token-dispatcher-type other than alltoall, flex": [
+        "--moe-token-dispatcher-type allgather"
+    ],
+    "--moe-flex-dispatcher-backend other than deepep, hybridep": [
+        f"{FLEX} --moe-flex-dispatcher-backend ncclep"
+    ],
+    "--moe-expert-capacity-factor": ["--moe-expert-capacity-factor 1.0"],
+    "--moe-pad-expert-input-to-capacity": None,
+    "--moe-expert-rank-capacity-factor": ["--moe-expert-rank-capacity-factor 1.0"],
+    "--fp8-format": [
+        "--fp8-format hybrid",
+        "--fp8-format e4m3",
+        f"--fp8-format hybrid {GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn",
+    ],
+    "--fp4-format": ["--fp4-format e2m1"],
+    "--fp8-param-gather": None,
+    "--fp4-param-gather": None,
+    "--use-megatron-fsdp": None,
+    "--use-torch-fsdp2": None,
+    "--cuda-graph-impl other than none": [
+        "--cuda-graph-impl local",
+        "--cuda-graph-impl full_iteration",
+        f"{GRAPHS} --cuda-graph-modules attn",
+        f"--cuda-graph-impl local --cuda-graph-modules attn {ALLOW_GRAPHS}",
+    ],
+    "--cuda-graph-modules other than attn, moe_router, mlp": [
+        f"{GRAPHS} {ALLOW_GRAPHS} {modules}".rstrip()
+        for modules in (
+            "",
+            "--cuda-graph-modules attn moe",
+            "--cuda-graph-modules attn moe_router moe_preprocess",
+            "--cuda-graph-modules mamba",
+            "--cuda-graph-scope full",
+        )
+    ],
+    "--enable-cuda-graph": None,
+    "--external-cuda-graph": None,
+    "--delay-wgrad-compute": None,
+    "--overlap-dispatch-backward-with-experts-wgrad": None,
+    "--overlap-moe-expert-parallel-comm": None,
+    "--optimizer other than adam, sgd, lion, muon": ["--optimizer soap"],
+    "--moe-mlp-glu-interleave-size": ["--moe-mlp-glu-interleave-size 8"],
+    "--moe-use-grouped-tensor": None,
+    "--use-grouped-gemm-for-shared-expert": [
+        "--use-grouped-gemm-for-shared-expert --moe-shared-expert-intermediate-size 32"
+    ],
+    "--moe-shared-expert-glu-interleave-size": ["--moe-shared-expert-glu-interleave-size 8"],
+    "--moe-single-grouped-weight": None,
+    "--moe-single-grouped-bias": None,
+    "--moe-router-padding-for-quantization with fp8": [
+        f"--fp8-format hybrid {ALLOW_FP8} {padding}"
+        for padding in (PADDING, "--moe-router-padding-for-fp8")
+    ],
+    "--use-transformer-engine-op-fuser": None,
+    "--moe-paged-stash": None,
+    f"--recompute-modules other than {', '.join(sorted(PROVED_RECOMPUTE))}": [
+        f"{SELECTIVE} moe mhc"
+    ],
+    "--fine-grained-activation-offloading": [
+        "--fine-grained-activation-offloading --offload-modules core_attn"
+    ],
+    "--cpu-offloading-num-layers": ["--cpu-offloading-num-layers 1"],
+    "--moe-use-upcycling": None,
+    "--transformer-impl other than local, transformer_engine": [
+        "--transformer-impl inference_optimized"
+    ],
+}
+SETTING = {line: name for name, lines in REFUSED.items() for line in lines or [name]}
+
+# Not refused: allowed by name, off for Megatron, the size of a dense part, or without effect.
+TAKEN = [
+    "",
+    f"{GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn",
+    f"{GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn moe_router mlp",
+    f"--fp8-format hybrid {ALLOW_FP8}",
+    f"--fp8-format e4m3 --fp8-recipe tensorwise {ALLOW_FP8}",
+    "--cuda-graph-modules moe",
+    "--tensor-model-parallel-size 2",
+    FLEX,
+    f"{FLEX} --moe-flex-dispatcher-backend hybridep --fsep-capacity 6",
+    "--moe-expert-capacity-factor -1.0",
+    PADDING,
+    "--moe-router-padding-for-fp8",
+    "--recompute-modules core_attn moe_act",
+    "--recompute-granularity full --recompute-modules moe_act",
+    "--recompute-granularity full --recompute-modules mhc",
+    f"{SELECTIVE} mla_up_proj gdn_norm_out",
+    f"{SELECTIVE} core_attn moe_act",
+]
+
+# Refused for FSEP's own settings beside Megatron's: each part is in one of the problems.
+OWN = {
+    "--fsep-capacity 3": ["--fsep-capacity 3: the slots of 2 ranks must hold each of 8 experts"],
+    "--fsep-capacity 9 --fsep-node-size 3": ["--fsep-capacity 9:", "--fsep-node-size 3 does not"],
+    "--fsep-imbalance-tolerance 1.0": ["less than 1"],
+    "--num-experts 40000": ["at most 32767"],
+    "--expert-model-parallel-size 16 --fsep-node-size 3": ["at most the number of ranks, 2"],
+    "--fsep-plan-mode announced --mtp-num-layers 2 --mtp-use-repeated-layer": [
+        "--fsep-plan-mode announced with --mtp-use-repeated-layer"
+    ],
+    f"--fsep-token-exchange node {FLEX}": [f"--fsep-token-exchange node with {FLEX}"],
+    f"--fsep-token-exchange auto --moe-permute-fusion {FLEX}": [
+        "--fsep-token-exchange auto with --moe-permute-fusion",
+        f"--fsep-token-exchange auto with {FLEX}",
+    ],
+    f"{GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn moe": ["--cuda-graph-modules attn moe: "],
+    ALLOW_GRAPHS: [f"{ALLOW_GRAPHS}: no effect", UNPROVEN[Unproven.TE_GRAPHS]],
+    f"{ALLOW_FP8} --cuda-graph-modules attn": [f"{ALLOW_FP8}: no effect"],
+}
+
+PROGRAM = """
+import argparse, contextlib, dataclasses, io, json, logging, os, pickle, sys
+from unittest import mock
+from megatron_laer.launch import prepare
+prepare()
+from megatron.core.package_info import __version__
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import arguments, checkpointing
+import megatron.training.global_vars
+from megatron_laer import plugin, session
+from megatron_laer.flags import config_from_args
+from megatron_laer.support.arguments import fill_in, problems
+from megatron_laer.support.table import REFUSALS
+
+given = json.load(sys.stdin)
+
+def parsed(line):
+    sys.argv = ["script", *"BASE".split(), *line.split()]
+    args = arguments.parse_args()
+    fill_in(args, {})
+    return args
+
+def fired(line):
+    args = parsed(line)
+    allowed = args.fsep_allow_unproven or ()
+    found = {}
+    for row in REFUSALS:
+        by_flag = row.problem_with_flag(args, allowed)
+        if by_flag is not None:
+            fields = {row.field: getattr(args, row.argument)} if row.field else {}
+            config = argparse.Namespace(**{**vars(args), **fields})
+            found[row.setting] = [by_flag, row.problem_with_field(config, allowed)]
+    return found
+
+REST = ("--num-layers 2 --hidden-size 48 --num-attention-heads 4 --seq-length 48 --bf16"
+        " --max-position-embeddings 48 --micro-batch-size 1 --global-batch-size 4 --train-iters 1"
+        " --lr 1e-3 --disable-bias-linear --transformer-impl local --tensor-model-parallel-size 2"
+        " --sequence-parallel --num-experts 8 --expert-model-parallel-size 2"
+        " --moe-layer-freq ([0]*1+[1]*1)").split()
+
+class Warned(logging.Handler):
+    def emit(self, record):
+        warned.append(record.getMessage())
+logging.getLogger("megatron_laer").addHandler(Warned())
+warned = []
+
+def validated(line, of_script, of_parser, of_checkpoint, rank=0):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="4")
+    warned.clear()
+    sys.argv = ["script", *REST, *line.split()]
+    loaded = ({"args": argparse.Namespace(**of_checkpoint), "iteration": 1}, "", False, None)
+    def provider(parser):
+        parser.set_defaults(**of_parser)
+        return parser
+    output = io.StringIO()
+    with (
+        contextlib.redirect_stdout(output),
+        mock.patch.object(checkpointing, "_load_base_checkpoint", lambda *_, **__: loaded),
+        mock.patch.object(arguments, "set_global_variables", lambda args: None),
+    ):
+        try:
+            args = arguments.parse_and_validate_args(provider, args_defaults=of_script)
+            current = session.current()
+            words = [] if current is None else list(map(str, current.config.allow_unproven))
+        except ValueError as error:
+            return str(error)
+        finally:
+            plugin.disable()
+    args = pickle.loads(pickle.dumps(args))
+    lines = output.getvalue().splitlines()
+    return {
+        "dispatcher": args.moe_token_dispatcher_type,
+        "etp": args.expert_tensor_parallel_size,
+        "said": [line for line in lines if line.startswith("FSEP ")],
+        "padding": args.moe_router_padding_for_quantization or args.moe_router_padding_for_fp8,
+        "capacity": getattr(args, "fsep_capacity", None),
+        "words": words,
+        "kept": args.fsep_allow_unproven,
+        "types": sorted({type(word).__name__ for word in args.fsep_allow_unproven or ()}),
+        "listed": sum("fsep_allow_unproven" in line for line in lines),
+        "fp8": args.fp8,
+        "graphs": [args.cuda_graph_impl, sorted(m.name for m in args.cuda_graph_modules)],
+        "warned": [text for text in warned if "--fsep-allow-unproven" in text],
+    }
+
+def own(line):
+    args = parsed(line)
+    return problems(args, config_from_args(args))
+
+parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+os.environ.update(RANK="0", WORLD_SIZE="2")
+print(json.dumps({
+    "version": __version__,
+    "dests": {flag: a.dest for a in parser._actions for flag in a.option_strings},
+    "fields": [field.name for field in dataclasses.fields(TransformerConfig)],
+    "fired": {line: fired(line) for line in given["lines"]},
+    "own": {line: own(line) for line in given["own"]},
+    "validated": {name: validated(*case) for name, case in given["cases"].items()},
+}))
+""".replace(
+    "BASE",
+    f"{FSEP} --num-experts 8 --expert-model-parallel-size 2 --transformer-impl local",
+)
+
+Case = tuple[str, dict[str, object], dict[str, object], dict[str, object]]
+DISPATCHER = "--moe-token-dispatcher-type"
+RESUMED = f"{FSEP} --use-checkpoint-args --load there"
+ETP = "FSEP takes --expert-tensor-parallel-size 1, which it needs"
+BOTH = f"FSEP takes {DISPATCHER} alltoall --expert-tensor-parallel-size 1, which it needs"
+ALLGATHER: dict[str, object] = {"moe_token_dispatcher_type": "allgather"}
+ALLTOALL: dict[str, object] = {"moe_token_dispatcher_type": "alltoall"}
+ETP_2: dict[str, object] = {"expert_tensor_parallel_size": 2}
+
+# Flags, defaults of a script and of its parser, a checkpoint's arguments; then FSEP's own lines.
+COMPLETED: dict[str, tuple[Case, list[str]]] = {
+    "mode alone": ((FSEP, {}, {}, {}), [BOTH]),
+    "mode with =": (("--expert-parallel-mode=fsep", {}, {}, {}), [BOTH]),
+    "given": ((f"{DISPATCHER} alltoall --expert-tensor-parallel-size 1 {FSEP}", {}, {}, {}), []),
+    "script's": (
+        (FSEP, {"expert_tensor_parallel_size": 1}, {}, {}),
+        [f"FSEP takes {DISPATCHER} alltoall, which it needs"],
+    ),
+    "checkpoint's": ((RESUMED, {}, {}, ALLTOALL), [ETP]),
+    "checkpoint without": ((RESUMED, {}, {}, {}), [BOTH]),
+    "given over a checkpoint's": ((f"{RESUMED} {DISPATCHER} alltoall", {}, {}, ALLGATHER), [ETP]),
+    "router padding": (
+        (f"{FSEP} {PADDING} --moe-router-padding-for-fp8", {}, {}, {}),
+        [
+            BOTH,
+            f"FSEP leaves out {PADDING} --moe-router-padding-for-fp8, which has no effect without "
+            "fp8",
+        ],
+    ),
+    "flex": ((f"{DISPATCHER} flex {FSEP}", {}, {}, {}), [ETP]),
+}
+# Stock's own defaults stay.
+STANDARD: dict[str, Case] = {
+    "standard": ("", {}, {}, {}),
+    "standard from a checkpoint": ("--use-checkpoint-args --load there", {}, {}, ALLTOALL),
+}
+# Another value that was given is not overruled.
+OVERRULED: dict[str, tuple[Case, str]] = {
+    "Megatron's default, given": ((f"{DISPATCHER} allgather {FSEP}", {}, {}, {}), "allgather"),
+    "given with =": ((f"{FSEP} {DISPATCHER}=allgather", {}, {}, {}), "allgather"),
+    "expert tensor parallel": (
+        (f"{FSEP} --expert-tensor-parallel-size 2", {}, {}, {}),
+        "--expert-tensor-parallel-size 2",
+    ),
+    "script's defaults": ((FSEP, ETP_2, {}, {}), "--expert-tensor-parallel-size 2"),
+    "script's parser": ((FSEP, {}, ALLGATHER, {}), f"{DISPATCHER} allgather"),
+    "checkpoint's allgather": ((RESUMED, {}, {}, ALLGATHER), "allgather"),
+}
+GRAPHED = f"{FSEP} {GRAPHS} --cuda-graph-modules attn moe_router mlp"
+UNRUN: dict[str, Case] = {
+    "graphs": (f"{GRAPHED} {ALLOW_GRAPHS}", {}, {}, {}),
+    "fp8": (f"{FSEP} --fp8-format hybrid {ALLOW_FP8}", {}, {}, {}),
+    "both": (f"{GRAPHED} --fp8-format e4m3 {ALLOW_GRAPHS} dense-fp8", {}, {}, {}),
+    "not allowed": (GRAPHED, {}, {}, {}),
+    "idle": (f"{FSEP} {ALLOW_FP8}", {}, {}, {}),
+}
+CAPACITY: dict[str, tuple[Case, int]] = {
+    "slots by default": ((FSEP, {}, {}, {}), 5),
+    "slots given": ((f"{FSEP} --fsep-capacity 7", {}, {}, {}), 7),
+    "slots in fours": (
+        (f"{FSEP} {FLEX} --moe-flex-dispatcher-backend hybridep", {}, {}, {}),
+        6,
+    ),
+    "slots of a checkpoint": ((f"{RESUMED} --fsep-capacity 6", {}, {}, {"fsep_capacity": 7}), 6),
+}
+
+
+def of_megatron(given: dict[str, Any]) -> dict[str, Any]:
+    """What Megatron's parser and validation make of command lines, in a process of their own."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MEGATRON_LAER_DEVICE": "cpu"},
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def megatron() -> dict[str, Any]:
+    unknown = refused_flags([*SETTING])
+    cases = {
+        **{name: case for name, (case, *_) in (COMPLETED | OVERRULED | CAPACITY).items()},
+        **STANDARD,
+        **UNRUN,
+        "on rank 1": (*UNRUN["fp8"], 1),
+    }
+    lines = [*TAKEN, *(line for line in SETTING if line not in unknown)]
+    return of_megatron({"lines": lines, "own": [*OWN], "cases": cases})
+
+
+@pytest.mark.parametrize("line", SETTING)
+def test_a_refused_setting_is_told_by_flag_and_by_field(
+    megatron: dict[str, Any], line: str
+) -> None:
+    if line not in megatron["fired"]:
+        pytest.skip("this Megatron does not know the flag")
+    (row,) = (row for row in REFUSALS if row.setting == SETTING[line])
+    assert [*megatron["fired"][line]] == [row.setting]
+    by_flag, by_field = megatron["fired"][line][row.setting]
+    assert by_flag.startswith(row.flag) and by_flag.endswith(row.said_way_out)
+    assert (by_field is None) == (not row.field)
+    if row.unproven and "nobody has run it" in by_flag:
+        assert f"give --fsep-allow-unproven {row.unproven}, or " in by_flag
+        assert f"give FSEPConfig(allow_unproven=['{row.unproven}']), or else it" in by_field
+    else:
+        assert row.reason in by_flag and (by_field is None or row.reason in by_field)
+        assert by_field is None or by_field.startswith(f"{row.field}=")
+
+
+@pytest.mark.parametrize("line", TAKEN)
+def test_what_works_is_not_refused(megatron: dict[str, Any], line: str) -> None:
+    assert megatron["fired"][line] == {}
+
+
+@pytest.mark.parametrize("line", OWN)
+def test_our_own_settings_are_refused_beside_megatrons(megatron: dict[str, Any], line: str) -> None:
+    found = megatron["own"][line]
+    assert [part for part in OWN[line] if not any(part in text for text in found)] == []
+
+
+@pytest.mark.parametrize("name", COMPLETED)
+def test_what_fsep_needs_is_the_default(megatron: dict[str, Any], name: str) -> None:
+    found = megatron["validated"][name]
+    assert found["said"] == COMPLETED[name][1]
+    assert found["dispatcher"] == ("flex" if name == "flex" else "alltoall")
+    assert found["etp"] == 1 and not found["padding"]
+
+
+@pytest.mark.parametrize("name", STANDARD)
+def test_stock_keeps_its_own_defaults(megatron: dict[str, Any], name: str) -> None:
+    found = megatron["validated"][name]
+    assert (found["dispatcher"], found["etp"], found["said"]) == ("allgather", 2, [])
+    assert (found["words"], found["kept"], found["warned"]) == ([], None, [])
+    assert found["capacity"] is None
+
+
+@pytest.mark.parametrize("name", OVERRULED)
+def test_what_was_given_is_not_overruled(megatron: dict[str, Any], name: str) -> None:
+    found = megatron["validated"][name]
+    assert isinstance(found, str) and "fsep cannot run" in found, found
+    assert OVERRULED[name][1] in found
+
+
+@pytest.mark.parametrize("name", CAPACITY)
+def test_arguments_hold_the_slots_in_force(megatron: dict[str, Any], name: str) -> None:
+    assert megatron["validated"][name]["capacity"] == CAPACITY[name][1]
+
+
+def test_one_line_says_what_was_allowed_but_not_run(megatron: dict[str, Any]) -> None:
+    graphs, fp8, both, missing, idle = (megatron["validated"][name] for name in UNRUN)
+    assert graphs["words"] == graphs["kept"] == ["te-graphs"] and graphs["fp8"] is None
+    assert graphs["graphs"] == ["transformer_engine", ["attn", "mlp", "moe_router"]]
+    assert fp8["words"] == fp8["kept"] == ["dense-fp8"] and fp8["fp8"] == "hybrid"
+    assert fp8["graphs"] == ["none", []]
+    assert both["words"] == ["dense-fp8", "te-graphs"] and both["fp8"] == "e4m3"
+    assert both["types"] == ["str"], "plain words, which any Python reads from a checkpoint"
+    assert graphs["listed"] == 1, "Megatron lists it among its arguments"
+    for found in (graphs, fp8, both):
+        for word, text in zip(found["words"], found["warned"], strict=True):
+            assert f"--fsep-allow-unproven {word}: nobody has run FSEP with" in text
+            assert UNPROVEN[word] in text
+    assert "give --fsep-allow-unproven te-graphs" in missing
+    assert "--fsep-allow-unproven dense-fp8: no effect" in idle
+    other = megatron["validated"]["on rank 1"]
+    assert other["words"] == ["dense-fp8"] and other["warned"] == []
+
+
+# The table.
+
+
+def twice(names: Iterable[str]) -> list[str]:
+    """The names that come more than once; "" is no name."""
+    return [name for name, times in Counter(names).items() if name and times > 1]
+
+
+def test_every_row_is_here_once_and_says_why_and_what_would_work() -> None:
+    assert sorted(row.setting for row in REFUSALS if row.flag) == sorted(REFUSED)
+    assert twice(row.setting for row in REFUSALS) == twice(row.argument for row in REFUSALS) == []
+    for row in REFUSALS:
+        assert row.flag or row.field == row.setting, row.setting
+        assert " " in row.reason and row.way_out, row.setting
+    assert all(" " in reason for reason in WITHOUT_EFFECT.values())
+
+
+def test_every_field_that_has_a_flag_is_linked_to_it_and_every_flag_to_its_field(
+    megatron: dict[str, Any],
+) -> None:
+    dests, fields = megatron["dests"], megatron["fields"]
+    for row in REFUSALS:
+        if row.flag in dests:
+            assert dests[row.flag] == row.argument, row.setting
+        if row.field in dests.values():
+            assert row.argument == row.field, f"{row.field} has a flag: name it in the row"
+        if row.argument in fields and row.argument not in PROVED:
+            assert row.field, f"{row.argument} is a field of TransformerConfig: name it in the row"
+
+
+def test_a_row_refuses_the_flag_and_the_field_for_the_same_reason() -> None:
+    row = Refusal("--warp 9", "it breaks the hull", accepted=("impulse",), field="warp")
+    settings = Namespace(warp="9")
+    assert row.problem_with_flag(settings) == "--warp 9: it breaks the hull; leave it out"
+    assert row.problem_with_field(settings) == "warp='9': it breaks the hull; must be 'impulse'"
+    assert row.problem_with_flag(Namespace(warp="impulse")) is None
+    assert row.problem_with_flag(Namespace(warp=None)) is None, "left out"
+    assert row.problem_with_field(Namespace()) is None, "a Megatron without the field"
+    speed = Refusal("--warp 9", "it breaks the hull", field="warp", left_out=LeftOut.SPEED)
+    for said in (speed.problem_with_flag(settings), speed.problem_with_field(settings)):
+        assert said is not None and said.endswith(" (it is speed-only)")
+    other = Refusal("--warp 9", "it breaks the hull", left_out=LeftOut.PRECISION)
+    assert "speed-only" not in str(other.problem_with_flag(settings))
+
+
+# TransformerConfig.
+
+
+@dataclass
+class Config:
+    """As much of Megatron's configuration as is looked at, with fields that no release has."""
+
+    moe_token_dispatcher_type: str = "alltoall"
+    moe_flex_dispatcher_backend: str | None = "deepep"
+    moe_permute_fusion: bool = False
+    moe_router_topk: int = 2
+    moe_grouped_gemm: bool = False
+    moe_teleport: bool = False
+    gdp_num_householder: int = 3
+    warp_experts: bool = False
+    moe_teleport_targets: list[str] = field(default_factory=list)
+    recompute_granularity: str | None = None
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    delay_wgrad_compute: bool | None = False
+    fp8: str | bool | None = None
+    fp8_param: bool = False
+    cuda_graph_impl: str = "none"
+    cuda_graph_modules: list[str] = field(default_factory=list)
+
+
+def test_every_moe_field_of_this_megatron_is_known(megatron: dict[str, Any]) -> None:
+    fields = set(megatron["fields"])
+    moe_fields = {name for name in fields if MOE_FIELD.search(name)}
+    known = [*(row.field for row in REFUSALS if row.field), *PROVED, *WITHOUT_EFFECT]
+    assert twice(known) == [], "a field is in two lists"
+    assert moe_fields <= set(known), "new in this Megatron: decide what FSEP makes of it"
+    gone = {NUMBERS[-1]: FIELDS_FROM_NEXT, NEXT.number: FIELDS_BEFORE_NEXT}
+    if (release := release_of(megatron["version"])) in gone:
+        assert set(known) - fields == gone[release], "gone from this Megatron"
+        assert fields & UNTRIED == (UNTRIED if release == NEXT.number else set())
+
+
+def test_every_field_and_recompute_called_proved_is_set_by_a_row_of_the_parity_table() -> None:
+    given = {flag for row in ROWS for flag in row.fsep_run("")[1]}
+    flags = {name: f"--{name.replace('_', '-')}" for name in PROVED}
+    flags["num_moe_experts"] = "--num-experts"
+    assert [name for name, flag in flags.items() if flag not in given] == []
+    assert given | {"core_attn"} >= PROVED_RECOMPUTE
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(moe_router_topk=4, moe_grouped_gemm=True),
+        Config(fp8=False, delay_wgrad_compute=None),
+        Config(moe_flex_dispatcher_backend=None),
+        Config(recompute_granularity="full", recompute_modules=["core_attn", "mhc"]),
+    ],
+)
+def test_a_model_that_works_is_taken_without_a_warning(config: Config) -> None:
+    model_support.check(config)
+    assert model_support.warnings_of(config) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "allowed", "quoted"),
+    [
+        (Config(fp8=True), Unproven.DENSE_FP8, "fp8=True: restored experts"),
+        (Config(fp8="hybrid", fp8_param=True), Unproven.DENSE_FP8, "fp8_param=True"),
+        (Config(cuda_graph_impl="transformer_engine"), Unproven.TE_GRAPHS, "_modules=[]: layouts"),
+        (Config(), Unproven.TE_GRAPHS, "allow_unproven=['te-graphs']): te-graphs has no effect"),
+    ],
+)
+def test_a_model_that_a_word_does_not_allow_is_refused(
+    config: Config, allowed: Unproven, quoted: str
+) -> None:
+    with pytest.raises(ValueError, match="cannot run this model") as error:
+        model_support.check(config, (allowed,))
+    assert quoted in str(error.value)
+
+
+def test_fields_that_no_test_covers_are_named_in_one_warning_of_the_first_rank(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(
+        moe_teleport=True,
+        moe_teleport_targets=["moon"],
+        gdp_num_householder=2,
+        warp_experts=True,
+    )
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        model_support._warn_once.cache_clear()
+        assert caplog.records == []
+        with caplog.at_level(logging.WARNING):
+            model_support.check(config)
+            model_support.check(config)  # the next layer of the same model
+    teleport, untried, warp, targets = (record.getMessage() for record in caplog.records)
+    assert "moe_teleport=True" in teleport and "does not know" in teleport
+    assert "moe_teleport_targets=['moon']" in targets
+    assert untried.startswith("gdp_num_householder=2: no test sets this field")
+    assert "warp_experts=True" in warp and "does not know" in warp
+
+
+def test_all_that_a_token_exchange_cannot_work_with_is_listed_in_one_text() -> None:
+    config = Config(moe_token_dispatcher_type="flex", moe_permute_fusion=True)
+    model_support.check_choices(config, PlanMode.EXACT, TokenExchange.RANK)
+    with pytest.raises(ValueError, match="cannot run") as raised:
+        model_support.check_choices(config, PlanMode.EXACT, Auto.AUTO)
+    first, *others = str(raised.value).splitlines()
+    assert first == "FSEP cannot run this model:" and len(others) == 2
+    assert all(line.startswith("  --fsep-token-exchange auto with --moe-") for line in others)
+
+
+# Words of --fsep-allow-unproven.
+
+
+@pytest.mark.parametrize("given", ["graphs", ["te-graphs", "graphs"], [None], 5, ""])
+def test_an_unknown_word_is_quoted_beside_the_known_ones(given: Any) -> None:
+    bad = given[-1] if isinstance(given, list) else given
+    with pytest.raises(ValueError, match="must be one of te-graphs, dense-fp8") as error:
+        FSEPConfig(allow_unproven=given)
+    assert f"--fsep-allow-unproven {bad!r}" in str(error.value)
+
+
+def test_words_come_in_one_order_and_once_and_are_the_same_on_all_ranks() -> None:
+    def words(given: Any) -> FSEPConfig:
+        return FSEPConfig(allow_unproven=given)
+
+    both = words(("dense-fp8", "te-graphs"))
+    assert both == words([Unproven.TE_GRAPHS, Unproven.DENSE_FP8, Unproven.TE_GRAPHS])
+    assert words("te-graphs").allow_unproven == (Unproven.TE_GRAPHS,)
+    plain, allows = (
+        summarise(config, Geometry(2, 8, 5, 2), COSTS, seed=1) for config in (FSEPConfig(), both)
+    )
+    text = describe_difference([plain, allows], [0, 1])
+    assert text is not None and "--fsep-allow-unproven is " in text
+    assert "dense-fp8 te-graphs on rank 1" in text and "none on rank 0" in text
+
+
+@pytest.mark.parametrize("is_ours", [True, False], ids=["our script", "another script"])
+def test_a_refusal_is_one_line_without_a_traceback_and_status_2(
+    is_ours: bool, tmp_path: Path
+) -> None:
+    another = tmp_path / "pretrain.py"
+    another.write_text(
+        "from megatron.training.arguments import parse_and_validate_args\nparse_and_validate_args()"
+    )
+    launcher = (
+        [str(OUR_SCRIPT)] if is_ours else ["-m", "megatron_laer", "train", str(another), "--"]
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", *launcher, *FSEP.split(), "--num-experts", "8"],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "MEGATRON_LAER_DEVICE": "cpu",
+            "PYTHONPATH": processes.python_path(),
+            "WORLD_SIZE": "two",
+        },
+        timeout=600,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "WORLD_SIZE='two'" in result.stderr.splitlines()[-1]
