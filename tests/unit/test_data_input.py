@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_laer.tools import data
-from megatron_laer.tools.data.sources import find_sources
+from megatron_laer.tools.data.text_files import find_files
 
 
 def texts_of(written):
@@ -84,7 +84,7 @@ def test_what_goes_away_while_a_folder_is_listed_is_left_out(folder, monkeypatch
 
     seen = []
     monkeypatch.setattr(Path, "stat", gone)
-    assert find_sources([folder]).files == [folder / "a.txt"]
+    assert find_files([folder]).files == [folder / "a.txt"]
 
 
 def test_a_folder_that_two_ways_lead_to_is_read_once(folder):

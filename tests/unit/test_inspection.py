@@ -184,7 +184,7 @@ def test_classes_of_this_process_stay_as_they_are(run: Path) -> None:
     is_dir = Path.is_dir
     metadata = run / "iter_0000007" / ".metadata"
     metadata.write_bytes(b"\x80\x04cpathlib\nPath\n}X\x06\0\0\0is_dircbuiltins\ndict\nsb.")
-    with pytest.raises(ValueError, match="a Name where a Record belongs"):
+    with pytest.raises(ValueError, match="it is damaged"):
         inspection.describe(run)
     assert Path.is_dir is is_dir
 

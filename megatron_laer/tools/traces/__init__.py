@@ -10,7 +10,7 @@ it was compared with the size of the file. Neither Megatron nor torch is importe
 | `megatron` | JSONL, one file per rank, from Megatron's `--moe-routing-trace-path` | `megatron` |
 | `smartmoe` | the folder `moe_trace` of SmartMoE's artifact | `smartmoe` |
 | `npz` | one array `tokens` [iterations, layers, ranks, microbatches, experts] | `smartmoe` |
-| `csv` | a table of counts, long or wide | `table` |
+| `csv` | a table of counts, long or wide | `csv_table` |
 """
 
 from megatron_laer.tools.traces.reading import FORMATS, read_trace

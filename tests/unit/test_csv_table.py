@@ -38,12 +38,12 @@ def test_a_long_table_may_leave_out_zeros_and_order(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "line", "problem"),
     [
-        ("expert,tokens", "0,0,0,0,1,-5", "line 2: tokens must be a whole number.*got '-5'"),
-        ("expert,tokens", "0,0,0,0,1,1_0", "line 2: tokens must be a whole number.*got '1_0'"),
-        ("expert,tokens", "0,0,0,0,99999,1", r"line 2: expert must be .* 0\.\.32766, got '99999'"),
-        ("expert,tokens", "x,0,0,0,1,1", "line 2: step must be a whole number.*got 'x'"),
-        ("expert,tokens", "0, ,0,0,1,1", "line 2: the layer is empty"),
-        ("expert,tokens", "0,0,0,0,1", "line 2: 5 values, expected 6"),
+        ("expert,tokens", "0,0,0,0,1,-5", "row 1: tokens must be a whole number.*got -5"),
+        ("expert,tokens", "0,0,0,0,1,1_0", "row 1: '1_0' is no whole number"),
+        ("expert,tokens", "0,0,0,0,99999,1", r"row 1: expert must be .* 0\.\.32766, got 99999"),
+        ("expert,tokens", "x,0,0,0,1,1", "row 1: 'x' is no whole number"),
+        ("expert,tokens", "0, ,0,0,1,1", "row 1: the layer is empty"),
+        ("expert,tokens", "0,0,0,0,1", "requires 6 columns but 5 were found"),
         ("expert,tokens", "0,0,0,0,1,1\n0,0,0,0,1,2", "source_rank 0, expert 1 is there twice"),
         ("expert,tokens", "0,0,0,0,1,1\n0,0,0,9,1,1", "is of source rank 9, none is of rank 1;"),
         ("expert,tokens", "0,0,0,1000000,1,1", "is of source rank 1000000, none is of rank 0;"),
