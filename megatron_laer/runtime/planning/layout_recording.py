@@ -46,11 +46,10 @@ RunSignature = Mapping[str, Any]
 
 
 class LayoutRecorder:
-    """Writes every applied set of layouts as a line of JSON, so that a run can be replayed.
+    """Recording of every applied set of layouts, as lines of JSON, from which a run can be replayed.
 
-    A recording that is there already is continued where a run is resumed: what it holds of earlier
-    steps stays, what it holds from `first_step` on is moved to a file beside. The same happens
-    whenever the step goes back.
+    A resumed run continues an existing recording. Lines of earlier steps stay, and those from
+    `first_step` on are moved to another file. The same happens whenever the step goes back.
 
     Args:
         first_step: of this run; 0 for one that begins.
@@ -259,7 +258,7 @@ def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Says which bytes a step's line takes in a file of this version."""
+    """Bytes of a step's line in a file of this version."""
 
     step: int
     begin: int
