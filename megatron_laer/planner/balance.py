@@ -17,7 +17,7 @@ from megatron_laer.planner.splits import Quotas
 
 @dataclass(frozen=True)
 class Balance:
-    """Holds means over microbatches of max/mean tokens per rank; 1 is perfect, N the worst."""
+    """Means over microbatches of max/mean tokens per rank; 1 is perfect, N the worst."""
 
     fsep: float
     stock: float

@@ -101,11 +101,7 @@ class CostModel:
         node_size: int,
         split: Split = Split.EXACT,
     ) -> float:
-        """Predict the seconds of a layer's forward and backward for counts [N, E].
-
-        Raises:
-            ValueError: counts of another shape, or a node size that does not divide N.
-        """
+        """Predict the seconds of a layer's forward and backward for counts [N, E]."""
         tables = exact_split if split == Split.EXACT else even_split
         return self.split_seconds(tables(layout, node_size).totals(counts_NE), layout, node_size)
 
@@ -240,9 +236,6 @@ class CostModel:
 
         The solve and forward's fetch of changed slots. Exposed exchanges of backward, which the
         guard weighs too, are `exposed_backward_seconds`.
-
-        Raises:
-            ValueError: layouts of different shapes, or a node size that does not divide N.
         """
         if not changed_slots(before, after).any():
             return 0.0

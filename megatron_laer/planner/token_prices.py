@@ -17,7 +17,7 @@ _PASSES_OF_A_DIRECTION = 2
 
 
 def all_to_alls(forwards: int) -> int:
-    """Count the All-to-Alls of tokens in a layer's forwards and its backward."""
+    """Return the number of All-to-Alls of tokens in a layer's forwards and its backward."""
     return _PASSES_OF_A_DIRECTION * (forwards + 1)
 
 
