@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 
 def give_to_megatron() -> None:
-    """Give these buffers to Megatron's flex dispatcher, and to no other importer of `deep_ep`."""
+    """Provide these buffers to Megatron's flex dispatcher, and to no other importer."""
     package, utils = types.ModuleType("deep_ep"), types.ModuleType("deep_ep.utils")
     vars(package).update(Buffer=Buffer, HybridEPBuffer=HybridEPBuffer)
     vars(utils).update(EventHandle=EventHandle, EventOverlap=EventOverlap)
@@ -217,8 +217,8 @@ class HybridEPBuffer:
         """Send tokens, [T, H], and sort them by expert.
 
         Returns:
-            [P, H], probabilities [P], None, the tokens of each expert here, and a handle, whose
-            last part says whether there were more rows than `num_permuted_tokens`.
+            [P, H], probabilities [P], None, the tokens of each expert here, and a handle. Its last
+            part is whether there were more rows than `num_permuted_tokens`.
         """
         if non_blocking:
             assert num_permuted_tokens is not None
