@@ -27,12 +27,7 @@ MAX_LINE = 2**25
 
 
 def check_regular(path: Path) -> None:
-    """Refuse a path that is not a regular file, such as a pipe or a device, which may never end.
-
-    Raises:
-        ValueError: something else is there.
-        OSError: nothing is there, or it cannot be looked at.
-    """
+    """Refuse a path that is not a regular file, such as a pipe or a device, which may never end."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "no regular file")
@@ -49,12 +44,7 @@ _KINDS = (
 
 
 def open_input(path: Path) -> BinaryIO:
-    """Open a regular file that can be read.
-
-    Raises:
-        ValueError: it is no regular file.
-        OSError: it cannot be opened, or read.
-    """
+    """Open a regular file that can be read."""
     check_regular(path)
     # Without waiting, should a pipe have taken the file's place since.
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
@@ -70,12 +60,7 @@ def open_input(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """Read a whole regular file of limited size.
-
-    Raises:
-        ValueError: it is no regular file, or larger than `max_bytes`.
-        OSError: it cannot be read.
-    """
+    """Read a whole regular file of limited size."""
     with open_input(path) as file:
         size = os.fstat(file.fileno()).st_size
         content = b""
@@ -90,12 +75,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Read a whole regular file of limited size as UTF-8, a byte-order mark left out.
-
-    Raises:
-        ValueError: it is no regular file, larger than `max_bytes`, or not UTF-8.
-        OSError: it cannot be read.
-    """
+    """Read a whole regular file of limited size as UTF-8, a byte-order mark left out."""
     content = read_bytes(path, max_bytes)
     try:
         return content.decode("utf-8-sig")
@@ -104,12 +84,7 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 def lines[T: (str, bytes)](file: IO[T], path: Path) -> Iterator[T]:
-    """Yield the lines of an open file, with their ends.
-
-    Raises:
-        ValueError: a line that is longer than `MAX_LINE`, as where a file holds no lines.
-        OSError: the file cannot be read.
-    """
+    """Yield the lines of an open file, with their ends."""
     for number in itertools.count(1):
         line = file.readline(MAX_LINE + 1)
         if not line:
@@ -167,9 +142,6 @@ def refuse_overwriting(
 
     Args:
         flag: which names the output, for the message.
-
-    Raises:
-        ValueError: naming both paths.
     """
     folder = Path(os.path.realpath(output)).parent
     for given in inputs:
@@ -182,11 +154,7 @@ def refuse_overwriting(
 
 
 def refuse_unwritable(output: str | os.PathLike[str], flag: str) -> None:
-    """Refuse a file that cannot be written, before the work whose result it is to hold.
-
-    Raises:
-        ValueError: it is a folder or a device, its folder does not exist or takes no file.
-    """
+    """Refuse a file that cannot be written, before the work whose result it is to hold."""
     path = Path(output)
     folder = path.absolute().parent
     problem = _why_not_looked_at(path)
@@ -205,11 +173,7 @@ def refuse_unwritable(output: str | os.PathLike[str], flag: str) -> None:
 
 
 def refuse_unusable_folder(folder: str | os.PathLike[str], flag: str) -> None:
-    """Refuse a folder for output that neither is there nor can be made, and make nothing.
-
-    Raises:
-        ValueError: the path is empty, leads through a file, or to a folder that takes no file.
-    """
+    """Refuse a folder for output that neither is there nor can be made, and make nothing."""
     path = Path(folder).absolute()
     problem = _why_not_looked_at(path)
     if not str(folder):

@@ -44,7 +44,6 @@ def sealed(content: Mapping[str, Any]) -> bytes:
 
 
 def unsealed(content: Mapping[str, Any]) -> bytes:
-    """Return a line of version 1."""
     return json.dumps(content, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
@@ -59,9 +58,6 @@ def read_header(line: bytes, format_name: str, kind: str) -> tuple[dict[str, Any
 
     Args:
         kind: of recording, for messages.
-
-    Raises:
-        ValueError: another format or version, or a checksum that does not fit.
     """
     content = _object(line)
     if content.pop("format", None) != format_name:
@@ -76,11 +72,7 @@ def read_header(line: bytes, format_name: str, kind: str) -> tuple[dict[str, Any
 
 
 def read_line(line: bytes, version: int) -> dict[str, Any]:
-    """Return the object of a line, in this version of the format.
-
-    Raises:
-        ValueError: its checksum does not fit, or it is no JSON object.
-    """
+    """Return the object of a line, in this version of the format."""
     content = _object(line)
     try:
         _check_seal(line, content, is_sealed=version > 1)
@@ -97,9 +89,6 @@ def numbered_lines(
     Args:
         longest: bytes of any further line.
         whole_only: whether a last line without its end is left out, with a warning.
-
-    Raises:
-        ValueError: a longer line, by number; its rest is not read.
     """
     end, limit = 0, MAX_TEXT_BYTES
     for number in itertools.count(1):
@@ -118,11 +107,7 @@ def numbered_lines(
 
 
 def check_shape(sizes: Mapping[str, tuple[object, int]], layers: object) -> None:
-    """Check the sizes in a header, each with its largest value, and the names of layers.
-
-    Raises:
-        ValueError: naming the first that does not fit.
-    """
+    """Check the sizes in a header, each with its largest value, and the names of layers."""
     for name, (value, most) in sizes.items():
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"{name} must be an integer in 1..{most}, got {quoted(value)}")

@@ -31,9 +31,6 @@ def check_enough(needed_bytes: int, purpose: str, remedy: str) -> None:
     Args:
         purpose: what takes the memory, as the begin of a sentence.
         remedy: what to do instead.
-
-    Raises:
-        ValueError: with both numbers.
     """
     there = available_bytes()
     if needed_bytes > there:

@@ -88,11 +88,7 @@ class RecordingFile:
             raise
 
     def append(self, record: bytes) -> None:
-        """Write at the end, at once.
-
-        Raises:
-            OSError: it cannot be written; the file then ends with the record before.
-        """
+        """Write at the end, at once."""
         with _naming(self.path):
             end = self._file.seek(0, os.SEEK_END)
             try:
@@ -103,12 +99,7 @@ class RecordingFile:
                 raise
 
     def begin_step(self, step: int) -> None:
-        """Begin a step; one that comes again moves its records, and later ones, to another file.
-
-        Raises:
-            ValueError: the file was damaged since.
-            OSError: it cannot be written.
-        """
+        """Begin a step; one that comes again moves its records, and later ones, to another file."""
         if step <= self.step:
             self._cut_from(step)
         self.step = step

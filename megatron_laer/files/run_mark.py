@@ -47,11 +47,7 @@ def is_of_this_run(recording: Path) -> bool:
 
 
 def mark(recording: Path) -> None:
-    """Mark a recording as written by this process's run, in place of an earlier run's mark.
-
-    Raises:
-        OSError: the mark cannot be written.
-    """
+    """Mark a recording as written by this process's run, in place of an earlier run's mark."""
     signs, path = _signs(), _mark_of(recording)
     if signs:
         write_file(path, "".join(f"{sign}\n" for sign in sorted(signs)))

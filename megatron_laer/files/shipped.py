@@ -13,9 +13,6 @@ def yaml_file(kind: str, path_or_name: str | Path) -> Path:
     Args:
         kind: `cluster` or `model`.
         path_or_name: a text with a slash, or that ends in .yaml or .yml, is a path.
-
-    Raises:
-        ValueError: an unknown name; the message lists the known ones.
     """
     name = str(path_or_name)
     if isinstance(path_or_name, Path) or name.endswith((".yaml", ".yml")) or "/" in name:

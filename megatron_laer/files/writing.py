@@ -40,9 +40,6 @@ def lock(file: IO[bytes] | IO[str], path: Path) -> None:
 
     Children that the process forks, such as a data loader's workers, do not hold the lock. On a
     file system without locks it says so in a warning and goes on.
-
-    Raises:
-        InUseError: another process, or another open file of this one, is its writer.
     """
     _locked.add(file)  # first, since another thread may fork at any time
     try:
@@ -98,13 +95,7 @@ def open_exclusively(path: Path) -> BinaryIO:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold `path` as a lock during the block; it is made for that, and removed at the end.
-
-    Raises:
-        InUseError: another run holds it.
-        ValueError: it is no regular file.
-        OSError: it cannot be made.
-    """
+    """Hold `path` as a lock during the block; it is made for that, and removed at the end."""
     with open_exclusively(path):
         try:
             yield
@@ -190,21 +181,13 @@ def replaced_when_complete(target: Path) -> Iterator[BinaryIO]:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a whole file, text in UTF-8, in place of what is there: `replaced_when_complete`.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a whole file, text in UTF-8, in place of what is there: `replaced_when_complete`."""
     with replaced_when_complete(path) as file:
         write_all(file, content.encode() if isinstance(content, str) else content)
 
 
 def write_output(path: Path, content: str | bytes, flag: str) -> None:
-    """Write a whole file that a flag of a command names.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
+    """Write a whole file that a flag of a command names."""
     try:
         write_file(path, content)
     except OSError as error:

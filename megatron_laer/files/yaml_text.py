@@ -23,13 +23,7 @@ MAX_DEPTH = 16
 
 
 def read_yaml(path: Path) -> Content:
-    """Read the content of a YAML file; None if there is none.
-
-    Raises:
-        ValueError: no regular file, too large a one, or content that `parse_yaml` refuses; the
-            message begins with the path.
-        OSError: the file cannot be read.
-    """
+    """Read the content of a YAML file; None if there is none."""
     text = read_text(path, MAX_BYTES)
     try:
         return parse_yaml(text)
@@ -38,13 +32,7 @@ def read_yaml(path: Path) -> Content:
 
 
 def parse_yaml(text: str) -> Content:
-    """Parse the content of a YAML document; None if there is none.
-
-    Raises:
-        ValueError: no YAML, several documents, a tag, an anchor or an alias, a key that is no text
-            or that is given twice in its mapping, or lists and mappings that are nested deeper than
-            `MAX_DEPTH`; with the line.
-    """
+    """Parse the content of a YAML document; None if there is none."""
     try:
         return _document(yaml.parse(text, Loader=yaml.BaseLoader))
     except yaml.MarkedYAMLError as error:

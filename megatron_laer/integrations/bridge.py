@@ -18,7 +18,7 @@ from megatron_laer import device
 from megatron_laer.config import FSEPConfig, deterministic
 from megatron_laer.files import run_mark
 from megatron_laer.integrations.bridge_config import problems_of, settings_of
-from megatron_laer.plugin.metrics import install_metrics
+from megatron_laer.plugin.install_tracker import install_metrics
 from megatron_laer.plugin.steps import StepOutcome, training_step
 from megatron_laer.plugin.switch import enable
 from megatron_laer.support import RefusedError, arguments

@@ -23,7 +23,7 @@ from megatron_laer.files import run_mark
 from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.layer.experts.gemm import check_gemm, gemm_in_force
 from megatron_laer.megatron_version import check_version
-from megatron_laer.plugin.metrics import install_metrics
+from megatron_laer.plugin.install_tracker import install_metrics
 from megatron_laer.plugin.optimizers import check_installed
 from megatron_laer.plugin.patching import Patch, apply, undo
 from megatron_laer.plugin.switch import disable, enable
@@ -80,11 +80,7 @@ def _asked_for() -> tuple[str | None, str | None]:
 
 
 def _refuse_yaml(path: str) -> None:
-    """Refuse settings of ours beside Megatron's YAML file, or in it: it would not see them.
-
-    Raises:
-        ValueError: naming them.
-    """
+    """Refuse settings of ours beside Megatron's YAML file, or in it: it would not see them."""
     # The file takes the place of the command line, ours included.
     words = [word.split("=")[0] for word in sys.argv]
     ours = [word for word in words if word.startswith(("--fsep-", "--expert-parallel-mode"))]
@@ -150,11 +146,7 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
 def _checked(
     args: Namespace, config: FSEPConfig, script_defaults: Mapping[str, object] | None
 ) -> tuple[FSEPConfig, list[str]]:
-    """Check and complete arguments; return the config in force, and lines on what was changed.
-
-    Raises:
-        ValueError: what cannot work, before Megatron looks at the arguments.
-    """
+    """Check and complete arguments; return the config in force, and lines on what was changed."""
     if getattr(args, "deterministic_mode", False):
         if flags.given_flags(args).get("late_plan") == LatePlan.KEEP:
             raise ValueError(
@@ -195,5 +187,10 @@ ARGUMENT_PATCHES = (
         "validate_args",
         _with_fsep_validation,
         "refuses what FSEP cannot run with, and turns FSEP on",
+        also=(
+            "args.num_experts: rounded up to a multiple of the ranks while Megatron validates",
+            "args: FSEP's needs filled in, no-ops left out, as said in two lines at start",
+            "args.fsep_gemm: the back end in force",
+        ),
     ),
 )

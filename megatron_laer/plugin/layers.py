@@ -152,6 +152,7 @@ LAYER_PATCHES = (
         "MoELayer",
         _fsep_layer,
         "MoE layers of GPT and Hybrid models are FSEP layers",
+        also=(f"{_HYBRID_SPECS}.hybrid_stack_spec: its MoE layer follows, if it was built before",),
     ),
     Patch(
         "megatron.core.transformer.transformer_layer",
@@ -170,6 +171,7 @@ LAYER_PATCHES = (
         "initialize_model_parallel",
         _with_fsep_groups,
         "creates the FSEP groups",
+        also=('its argument high_priority_stream_groups: gets "ep" with NCCL',),
     ),
     Patch(
         "megatron.core.parallel_state",

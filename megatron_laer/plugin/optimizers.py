@@ -21,11 +21,7 @@ _DISTRIBUTED = "--optimizer muon with --use-distributed-optimizer (or dist_muon)
 
 
 def check_installed(optimizer: str) -> None:
-    """Refuse an optimizer that Megatron takes from a package which is missing.
-
-    Raises:
-        ValueError: naming the package.
-    """
+    """Refuse an optimizer that Megatron takes from a package which is missing."""
     from megatron.core.optimizer import HAVE_EMERGING_OPTIMIZERS
 
     if optimizer not in ("adam", "sgd") and not HAVE_EMERGING_OPTIMIZERS:

@@ -21,19 +21,17 @@ class Patch:
         path: of the attribute in the module, `name` or `Class.name`.
         replace: takes the original and returns the replacement.
         reason: for the printed table.
+        also: further changes that the replacement makes in Megatron, for the same table.
     """
 
     module: str
     path: str
     replace: Callable[[Any], Any]
     reason: str
+    also: tuple[str, ...] = ()
 
     def owner_and_name(self) -> tuple[Any, str]:
-        """Find the object that holds the attribute.
-
-        Raises:
-            ImportError: Megatron lacks it; names the symbol and the tested versions.
-        """
+        """Find the object that holds the attribute."""
         try:
             owner: Any = importlib.import_module(self.module)
             *parents, name = self.path.split(".")
@@ -50,6 +48,8 @@ class Patch:
 
 
 _applied: dict[Patch, tuple[Any, str, Any]] = {}
+# Changes by Megatron's own setters, by what they change.
+_noted: dict[str, str] = {}
 
 
 def apply(patch: Patch) -> bool:
@@ -79,7 +79,20 @@ def original_of(patch: Patch) -> Any:
     return inspect.getattr_static(owner, name)
 
 
+def note(target: str, change: str) -> None:
+    """Add a change that replaces no attribute to the table."""
+    _noted[target] = change
+
+
+def forget(target: str) -> None:
+    """Take a change out of the table, if it is there."""
+    _noted.pop(target, None)
+
+
 def patch_table() -> str:
-    """Describe what is replaced in Megatron at this moment, one line each."""
-    rows = [f"  {patch.module}.{patch.path}: {patch.reason}" for patch in _applied]
-    return "\n".join(rows)
+    """Describe all that is changed in Megatron at this moment, one line each."""
+    rows = [f"{target}: {change}" for target, change in _noted.items()]
+    for patch in reversed(_applied):
+        further = [f"  also {change}" for change in patch.also]
+        rows = [f"{patch.module}.{patch.path}: {patch.reason}", *further, *rows]
+    return "\n".join(f"  {row}" for row in rows)

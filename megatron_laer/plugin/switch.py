@@ -15,8 +15,8 @@ from megatron_laer.megatron_version import check_version
 from megatron_laer.planner.strategies import check_planner
 from megatron_laer.plugin.checkpoint_writer import NVRX_PATCHES, WRITER_PATCHES, nvrx_patches
 from megatron_laer.plugin.checkpoints import CHECKPOINT_PATCHES
+from megatron_laer.plugin.install_tracker import remove_metrics
 from megatron_laer.plugin.layers import LAYER_PATCHES, create_groups, repoint_hybrid_specs
-from megatron_laer.plugin.metrics import remove_metrics
 from megatron_laer.plugin.optimizers import OPTIMIZER_PATCHES
 from megatron_laer.plugin.patching import apply, patch_table, undo
 from megatron_laer.plugin.steps import STEP_PATCHES

@@ -28,11 +28,7 @@ def _already_compiled() -> None:
 
 
 def _compile(compile_helpers: Callable[[], None], folder: Path) -> None:
-    """Build the helper, for the Python that is first in the PATH.
-
-    Raises:
-        ImportError: it was built for another Python than this one.
-    """
+    """Build the helper, for the Python that is first in the PATH."""
     compile_helpers()
     if any((folder / f"helpers_cpp{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
         return

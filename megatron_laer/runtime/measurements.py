@@ -52,9 +52,6 @@ class Measurements:
 
         Args:
             layers: names of the rank's MoE layers.
-
-        Raises:
-            ValueError, OSError: a file that cannot be written or continued.
         """
         config, groups = self._config, self._groups
         if config.timeline is not None:
@@ -80,7 +77,6 @@ class Measurements:
             stream.times.listener = self.listener
 
     def begin_step(self, step: int) -> None:
-        """Begin a step."""
         if self._timeline is not None:
             self._timeline.begin_step(step)
         if self.recorder is not None:

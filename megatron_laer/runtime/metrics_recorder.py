@@ -214,10 +214,6 @@ def open_recorder(
 
     Args:
         priced: the routing by which tokens are priced.
-
-    Raises:
-        ValueError: a recording that cannot be continued, or that another run writes.
-        OSError: one that cannot be written.
     """
     assert config.record_metrics is not None
     path = recording_path(config.record_metrics, group_index)

@@ -36,7 +36,6 @@ class Clock(Protocol):
 
 
 def make_clock(device: torch.device) -> Clock:
-    """Return the clock of a device."""
     return StreamClock() if device.type == "cuda" else HostClock()
 
 
@@ -52,7 +51,6 @@ class HostClock:
         return True
 
     def seconds(self, start: Timestamp, end: Timestamp) -> float:
-        """Return their difference."""
         elapsed: float = end - start
         return elapsed
 
@@ -70,7 +68,6 @@ class StreamClock:
         return event
 
     def passed(self, timestamp: Timestamp) -> bool:
-        """Ask the device, without waiting."""
         return bool(timestamp.query())
 
     def seconds(self, start: Timestamp, end: Timestamp) -> float:
@@ -91,7 +88,6 @@ class Stopwatch:
         self._running: deque[tuple[Timestamp, Timestamp]] = deque()
 
     def add(self, start: Timestamp, end: Timestamp) -> None:
-        """Add the time between the two."""
         self._running.append((start, end))
         self._add_passed()
 

@@ -84,12 +84,7 @@ def read_run(name: str, text: Iterable[str]) -> LoggedRun:
 
 
 def read_log(name: str, path: Path) -> LoggedRun:
-    """Read a run from its log.
-
-    Raises:
-        ValueError: it is no regular file, or has no lines.
-        OSError: it cannot be read.
-    """
+    """Read a run from its log."""
     with open_input(path) as file:
         return read_run(name, (line.decode(errors="replace") for line in lines(file, path)))
 

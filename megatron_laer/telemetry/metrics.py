@@ -1,6 +1,6 @@
 """Every metric is described here: its name, unit and meaning, and where a run writes it.
 
-`runtime/metrics` and `plugin/metrics_tracker` work the logged ones out, `telemetry/metrics_file`
+`statistics` and `plugin/metrics_tracker` work the logged ones out, `telemetry/metrics_file`
 has the format of the recorded ones. `docs/metrics.md` is made from this file.
 """
 

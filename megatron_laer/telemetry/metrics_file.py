@@ -61,11 +61,7 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes and layers of a recording, the same when a run is resumed.
-
-    Raises:
-        ValueError: sizes that admit no layout, or layers without a name of their own.
-    """
+    """Sizes and layers of a recording, the same when a run is resumed."""
 
     num_ranks: int
     num_experts: int
@@ -114,9 +110,6 @@ class MetricsWriter:
         run: how this run began, as texts by name.
         first_step: of this run; 0 for one that begins.
         cluster: that it reckons with.
-
-    Raises:
-        InUseError, ValueError, OSError: as for `RecordingFile` and its `go_on`.
     """
 
     def __init__(
@@ -139,12 +132,7 @@ class MetricsWriter:
         of_layers: Mapping[str, Sequence[float]],
         rank_tokens_LN: Int64,
     ) -> None:
-        """Write a step; what an earlier attempt at it wrote is moved to a file beside.
-
-        Raises:
-            ValueError: the file was damaged since.
-            OSError: it cannot be written.
-        """
+        """Write a step; what an earlier attempt at it wrote is moved to a file beside."""
         step = int(of_step["step"])
         self._file.begin_step(step)
         line = {
@@ -158,7 +146,6 @@ class MetricsWriter:
         self._run = b""
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 

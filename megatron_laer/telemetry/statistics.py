@@ -42,7 +42,6 @@ class Sample:
 
     @cached_property
     def stock_ratio(self) -> float:
-        """Return the same under stock's placement."""
         return max_over_mean(stock_tokens_N(self.decision.quotas.counts_NE))
 
 
@@ -79,7 +78,6 @@ class LayerPasses:
 
     @classmethod
     def of(cls, num_ranks: int, samples: Iterable[Sample] = ()) -> LayerPasses:
-        """Add up samples."""
         passes = cls(np.zeros(num_ranks, dtype=np.int64))
         for sample in samples:
             passes.add(sample)
@@ -148,7 +146,6 @@ def predicted_values(predictions: Sequence[Prediction]) -> dict[str, float]:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the mean; NaN of nothing."""
     return sum(values) / len(values) if values else math.nan
 
 
@@ -192,11 +189,9 @@ class LayerMetrics:
         )
 
     def __add__(self, other: LayerMetrics) -> LayerMetrics:
-        """Return the sum over the groups of both."""
         return LayerMetrics(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
     def mean(self) -> LayerMetrics:
-        """Return the mean over groups."""
         return LayerMetrics(*(value / self.groups for value in astuple(self)))
 
 

@@ -41,12 +41,10 @@ class Listeners:
     listeners: tuple[IntervalListener, ...]
 
     def add(self, track: str, activity: Activity, start: Timestamp, end: Timestamp) -> None:
-        """Add an interval on a track."""
         for listener in self.listeners:
             listener.add(track, activity, start, end)
 
     def begin_exchange(self, activity: Activity) -> None:
-        """Begin a token exchange."""
         for listener in self.listeners:
             listener.begin_exchange(activity)
 
@@ -84,7 +82,6 @@ class StepTimes:
         self._open: tuple[Activity, Timestamp] | None = None
 
     def begin_step(self) -> None:
-        """Begin a step."""
         self._current, self._open = _StepIntervals(self._clock.now()), None
 
     def end_step(self) -> None:
@@ -96,7 +93,6 @@ class StepTimes:
         self._current = None
 
     def add(self, track: str, activity: Activity, start: Timestamp, end: Timestamp) -> None:
-        """Add a wait of the compute."""
         if track == COMPUTE and self._current is not None:
             self._current.intervals.append((activity, start, end))
 

@@ -53,11 +53,6 @@ class Timeline:
         open_range: of the device's profiler, for the compute and token tracks; the
             communication streams name their work themselves.
         origin_step: the first step of this run, which may be a resumed one.
-
-    Raises:
-        InUseError: another run writes the file.
-        ValueError: it holds a trace of another run, and this run begins at step 0.
-        OSError: it cannot be written.
     """
 
     def __init__(
@@ -104,7 +99,6 @@ class Timeline:
             self.close()
 
     def add(self, track: str, activity: Activity, start: Timestamp, end: Timestamp) -> None:
-        """Record an interval on a track."""
         if self._is_recording:
             self._intervals.append((track, activity, start, end))
 
@@ -195,5 +189,4 @@ def open_timeline(directory: str, rank: int, device: torch.device, first_step: i
 
 
 def timeline_path(directory: str, rank: int) -> Path:
-    """Name the file of one rank."""
     return Path(directory) / f"rank-{rank}.json"

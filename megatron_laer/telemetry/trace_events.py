@@ -45,7 +45,6 @@ class Activity:
     inside_node: bool = False
 
     def __str__(self) -> str:
-        """Return the text in timelines and profilers."""
         label = f"{self.kind} {self.layer}" if self.layer else self.kind.value
         label += ", inside node" * self.inside_node + ", backward" * self.backward
         return "wait: " * self.waits + label

@@ -102,12 +102,6 @@ class TraceWriter:
         path: the file; its folders are made.
         layer_names: of all the MoE layers whose counts will come.
         first_step: that will be recorded; 0 for a run that begins.
-
-    Raises:
-        InUseError: another run writes the file.
-        ValueError: sizes below 1, or a recording is there already: of another shape or version,
-            damaged, or of an earlier run although this one begins.
-        OSError: the file cannot be written.
     """
 
     def __init__(
@@ -144,11 +138,6 @@ class TraceWriter:
         Args:
             layer_index: into `layer_names`.
             counts_NE: tokens on each source rank for each expert.
-
-        Raises:
-            ValueError: counts of another shape, a negative one or one beyond int32, a key out of
-                range, or a step back in a file that was damaged since.
-            OSError: the record cannot be written; the file then ends with the record before.
         """
         payload, width = self._packed(counts_NE)
         for name, value in (("step", step), ("microbatch", microbatch)):
@@ -259,11 +248,7 @@ def _read_header(path: Path, line: bytes) -> _Header:
 
 
 def _frames(file: BinaryIO, path: Path, header: _Header) -> Iterator[_Frame]:
-    """Yield all the complete records; their counts are skipped.
-
-    Raises:
-        ValueError: a record that cannot be stepped over.
-    """
+    """Yield all the complete records; their counts are skipped."""
     offset, size, begin = header.size, _size(file), _FRAMES[header.version]
     while offset + begin.size <= size:
         file.seek(offset)

@@ -40,10 +40,6 @@ class Trace:
         layer_R: index into `layers`, int64 [R].
         microbatch_R: number within the step, from 0, int64 [R].
         counts_RNE: tokens on each source rank for each expert, int32 [R, N, E].
-
-    Raises:
-        ValueError: no records, shapes that do not fit each other, a value out of range, or a record
-            that is there twice.
     """
 
     layers: tuple[str, ...]
@@ -88,7 +84,6 @@ class Trace:
 
     @property
     def num_experts(self) -> int:
-        """Return E, the number of experts."""
         return int(self.counts_RNE.shape[2])
 
     def __len__(self) -> int:
@@ -104,9 +99,6 @@ class Trace:
 
         Fewer: neighbours are merged. More: each rank's tokens are dealt out to its successors,
         expert after expert as cards are, so that they get the same number of tokens to within one.
-
-        Raises:
-            ValueError: neither number divides the other.
         """
         self.check_divides(num_ranks)
         recorded = self.num_ranks
@@ -121,11 +113,7 @@ class Trace:
         return replace(self, counts_RNE=_dealt_out(self.counts_RNE, num_ranks // recorded))
 
     def check_divides(self, num_ranks: int) -> None:
-        """Reject a number of ranks that `with_ranks` cannot make.
-
-        Raises:
-            ValueError: neither number divides the other; with those that work.
-        """
+        """Reject a number of ranks that `with_ranks` cannot make."""
         recorded = self.num_ranks
         if num_ranks >= 1 and (recorded % num_ranks == 0 or num_ranks % recorded == 0):
             return
@@ -136,11 +124,7 @@ class Trace:
         )
 
     def of_ranks(self, ranks: Sequence[int]) -> Trace:
-        """Return the trace of only these source ranks, in this order.
-
-        Raises:
-            ValueError: a rank that is not in the trace.
-        """
+        """Return the trace of only these source ranks, in this order."""
         wrong = [rank for rank in ranks if not 0 <= rank < self.num_ranks]
         if wrong or not ranks:
             raise ValueError(
@@ -159,12 +143,7 @@ def assemble(
     num_experts: int,
     file_bytes: int,
 ) -> Trace:
-    """Make a trace from cells: I times (step, layer index, microbatch), rank, expert, tokens.
-
-    Raises:
-        ValueError: more dense counts than files of this size may stand for, or a cell beyond the
-            largest count.
-    """
+    """Make a trace from cells: I times (step, layer index, microbatch), rank, expert, tokens."""
     if len(key_I3) == 0:
         raise ValueError("the trace holds no records; record at least two steps")
     key_R3, record_I = np.unique(key_I3, axis=0, return_inverse=True)
@@ -179,11 +158,7 @@ def assemble(
 
 
 def check_cells(num_records: int, num_ranks: int, num_experts: int, file_bytes: int) -> None:
-    """Reject sizes that no honest file of this length has, or for which memory does not suffice.
-
-    Raises:
-        ValueError: with all the sizes.
-    """
+    """Reject sizes that no honest file of this length has, or for which memory does not suffice."""
     needed = 8 * num_records * num_ranks * num_experts
     if needed > _FREE_BYTES + _BYTES_PER_FILE_BYTE * file_bytes:
         raise ValueError(

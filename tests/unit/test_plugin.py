@@ -186,10 +186,29 @@ assert all(snapshot(FSEP_PATCHES)[path] is before[path] for path in before)
 print(plugin.patch_table())
 """
     )
-    assert [line.split(":")[0].strip() for line in out.splitlines()] == [
+    rows = [line.split(":")[0].strip() for line in out.splitlines()]
+    assert [row for row in rows if not row.startswith("also ")] == [
         "megatron.training.arguments.add_megatron_arguments",
         "megatron.training.arguments.validate_args",
     ]
+    assert "also args.num_experts" in rows
+
+
+def test_the_table_names_what_is_changed_without_replacing_an_attribute() -> None:
+    out = run(
+        PREPARE
+        + """
+from megatron_laer import plugin
+from megatron_laer.plugin.install_tracker import install_metrics
+plugin.enable()
+install_metrics(1, 2, 0)
+print(plugin.patch_table())
+plugin.disable()
+assert plugin.patch_table() == ""
+"""
+    )
+    for change in ("hybrid_stack_spec", 'gets "ep" with NCCL', "moe_logging, its tracker"):
+        assert change in out
 
 
 @pytest.mark.parametrize("order", ["spec first", "plugin first"])

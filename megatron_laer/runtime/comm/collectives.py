@@ -231,11 +231,7 @@ def broadcast_bytes(data: bytes, groups: FSEPGroups, device: torch.device) -> by
 
 
 def raise_everywhere(problem: str | None) -> None:
-    """Raise on every rank of the world what went wrong on any. Collective over the world.
-
-    Raises:
-        RefusedError: with the first rank's problem.
-    """
+    """Raise on every rank of the world what went wrong on any. Collective over the world."""
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     for rank, found in enumerate(problems):

@@ -17,11 +17,7 @@ SLURM_PER_NODE, SLURM_TASKS = "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS
 
 
 def check_ranks(environment: Mapping[str, str]) -> None:
-    """Refuse a RANK, LOCAL_RANK or WORLD_SIZE that Megatron could not use.
-
-    Raises:
-        ValueError: a variable that is no number, or a rank outside of the world.
-    """
+    """Refuse a RANK, LOCAL_RANK or WORLD_SIZE that Megatron could not use."""
     world = _number(environment, "WORLD_SIZE", 1)
     world = 1 if world is None else world  # Megatron's default
     for name in ("RANK", "LOCAL_RANK"):
@@ -39,9 +35,6 @@ def told_ranks_per_node(environment: Mapping[str, str], world_size: int) -> tupl
     Args:
         environment: the process's variables.
         world_size: ranks of the world.
-
-    Raises:
-        ValueError: it says no number, more ranks than there are, or different numbers by node.
     """
     for name in PER_NODE:
         ranks = _number(environment, name, 1)
@@ -82,10 +75,6 @@ def ranks_per_node(
         world_size: ranks of the world.
         devices: GPUs that this rank sees.
         on_cuda: whether each rank trains on a GPU.
-
-    Raises:
-        ValueError: the launcher's number cannot be; or no launcher gives one, this node has several
-            GPUs, and there are more ranks than these.
     """
     told = told_ranks_per_node(environment, world_size)
     if told is not None:

@@ -91,11 +91,7 @@ class FSEPGroups:
 
 
 def detect_node_size(ranks: Sequence[int], local_world_size: int) -> int:
-    """Derive the ranks of the FSEP group per node from the launcher's ranks per node.
-
-    Raises:
-        ValueError: the group's ranks do not fall on nodes in equal runs.
-    """
+    """Derive the ranks of the FSEP group per node from the launcher's ranks per node."""
     nodes = [rank // local_world_size for rank in ranks]
     size = nodes.count(nodes[0])
     runs = [nodes[start : start + size] for start in range(0, len(nodes), size)]

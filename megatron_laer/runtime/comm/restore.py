@@ -126,7 +126,6 @@ class _Arrivals:
     expert_D: Int64
 
     def positions(self, expert_n: Int64, num_experts: int) -> Int64:
-        """Find experts among those that arrive."""
         position_E = np.full(num_experts, -1)
         position_E[self.expert_D] = np.arange(len(self.expert_D))
         return position_E[expert_n]

@@ -43,13 +43,11 @@ class ExchangeCount:
         return self.reduce_intra_bytes + self.reduce_inter_bytes
 
     def add_restore(self, intra_bytes: int, inter_bytes: int) -> None:
-        """Count one collective of a restore."""
         self.restore_intra_bytes += intra_bytes
         self.restore_inter_bytes += inter_bytes
         self.restore_collectives += 1
 
     def add_reduce(self, intra_bytes: int, inter_bytes: int) -> None:
-        """Count one collective of a reduce."""
         self.reduce_intra_bytes += intra_bytes
         self.reduce_inter_bytes += inter_bytes
         self.reduce_collectives += 1

@@ -67,19 +67,11 @@ class Pending(Protocol):
     """Gives the result of work that was submitted to a communication stream."""
 
     def wait(self) -> torch.Tensor:
-        """Return the result, for use on the caller's stream; may be called more than once.
-
-        Raises:
-            BaseException: what the work raised.
-        """
+        """Return the result, for use on the caller's stream; may be called more than once."""
         ...
 
     def result(self) -> torch.Tensor:
-        """Return the result to work submitted later to the same stream, which waits for nothing.
-
-        Raises:
-            BaseException: what the work raised.
-        """
+        """Return the result to work submitted later to the same stream, which waits for nothing."""
         ...
 
 
@@ -228,7 +220,6 @@ class ThreadStream:
         self._thread.start()
 
     def submit(self, work: Task, activity: Activity) -> Pending:
-        """Queue the work."""
         promise = _Promise(self.times, activity)
         self._queue.put((promise, work, activity))
         return promise

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from megatron_laer.plugin.patching import forget, note
+
+_MODULE = "megatron.core.transformer.moe.moe_logging"
+
 
 def install_metrics(interval: int, decoder_layers: int, mtp_layers: int) -> None:
     """Add the metrics of FSEP to those that Megatron logs: see `FSEPMetricsTracker`."""
@@ -10,6 +14,7 @@ def install_metrics(interval: int, decoder_layers: int, mtp_layers: int) -> None
     from megatron_laer.plugin.metrics_tracker import FSEPMetricsTracker
 
     set_moe_metrics_tracker(FSEPMetricsTracker(interval, decoder_layers, mtp_layers))
+    note(f"{_MODULE}, its tracker", "reports FSEP's metrics too")
 
 
 def remove_metrics() -> None:
@@ -20,3 +25,4 @@ def remove_metrics() -> None:
 
     if isinstance(moe_logging.get_moe_metrics_tracker(), FSEPMetricsTracker):
         moe_logging.destroy_moe_metrics_tracker()
+    forget(f"{_MODULE}, its tracker")
