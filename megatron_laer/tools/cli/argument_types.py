@@ -72,13 +72,13 @@ def rank_range(text: str) -> range:
 def option(
     parser: argparse._ActionsContainer,
     flag: str,
-    told: str,
+    text: str,
     kind: Callable[[str], Any] = str,
     **more: Any,
 ) -> None:
     """Add an option, whose `flag` is followed by the name of its value: `--ranks N`."""
     name, _, metavar = flag.partition(" ")
-    parser.add_argument(name, metavar=metavar or None, help=told, type=kind, **more)
+    parser.add_argument(name, metavar=metavar or None, help=text, type=kind, **more)
 
 
 def describe(parser: argparse.ArgumentParser, text: str, examples: str) -> None:
@@ -89,8 +89,8 @@ def describe(parser: argparse.ArgumentParser, text: str, examples: str) -> None:
 
 def add_hours(parser: argparse.ArgumentParser) -> None:
     """Add `--hours`, after which a command stops (`program.stopped_after`)."""
-    told = "stop after so many hours; default: never"
-    option(parser, "--hours X", told, number(1e-6, 24.0 * 365))
+    text = "stop after so many hours; default: never"
+    option(parser, "--hours X", text, number(1e-6, 24.0 * 365))
 
 
 def named[T](flag: str, given: str, load: Callable[[str], T]) -> T:

@@ -57,10 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the file if it is there")
     parser.add_argument("--quick", action="store_true", help="fewer points, and seconds in all")
     option(parser, "--name NAME", "of the cluster; default: the file's, without its ending")
-    told = "ranks per node; default: what the launcher says"
-    option(parser, "--node-size G", told, between(1, MOST_RANKS))
-    told = "a model, whose experts' GEMMs are measured; default: Mixtral-8x7B's on GPUs, small ones"
-    option(parser, "--config NAME|YAML", f"{told} on processors")
+    text = "ranks per node; default: what the launcher says"
+    option(parser, "--node-size G", text, between(1, MOST_RANKS))
+    text = "a model, whose experts' GEMMs are measured; default: Mixtral-8x7B's on GPUs, small ones"
+    option(parser, "--config NAME|YAML", f"{text} on processors")
     width = between(1, MAX_WIDTH)
     option(parser, "--hidden H", "in place of --config, with --ffn", width)
     option(parser, "--ffn F", "width of an expert, a gated one", width)

@@ -74,10 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "refuses settings by."
     )
     parser.epilog = _EPILOG
-    told = "YAML (.yaml, .yml) with flags or with a recipe's fields, else a command line"
-    parser.add_argument("file", nargs="?", type=path, metavar="FILE", help=told)
-    told = "a function of megatron.bridge.recipes, or MODULE:FUNCTION, where that is installed"
-    option(parser, "--bridge-recipe NAME", told)
+    text = "YAML (.yaml, .yml) with flags or with a recipe's fields, else a command line"
+    parser.add_argument("file", nargs="?", type=path, metavar="FILE", help=text)
+    text = "a function of megatron.bridge.recipes, or MODULE:FUNCTION, where that is installed"
+    option(parser, "--bridge-recipe NAME", text)
     option(parser, "--bridge-csv CSV", "a table of Megatron-Bridge's recipes", path)
     option(parser, "--json OUT", "write the table's verdicts there", path)
 

@@ -76,30 +76,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _EXAMPLES,
     )
     routing_input.add_arguments(parser)
-    for flag, (high, usual, told) in _WORKLOAD_ONLY.items():
+    for flag, (high, usual, text) in _WORKLOAD_ONLY.items():
         metavar = {"--topk": "K", "--tokens": "T", "--steps": "M"}[flag]
-        told = f"of a workload: {told}; default: {usual}"
-        option(parser, f"{flag} {metavar}", told, between(1, high))
+        text = f"of a workload: {text}; default: {usual}"
+        option(parser, f"{flag} {metavar}", text, between(1, high))
     ranks, stride, width = between(1, MOST_RANKS), between(1, _MAX_STRIDE), between(1, MAX_WIDTH)
     option(parser, "--ranks N", "default: as in the trace", ranks)
-    told = "slots per rank, one or several; default: the recorded, else min(E, ceil(E/N) + 1)"
-    option(parser, "--capacity C", told, between(1, MAX_EXPERTS), nargs="+")
-    told = "ranks per node; default: the recorded, else the cluster's, at most N"
-    option(parser, "--node-size G", told, ranks)
-    told = "hardware constants, a name from configs/clusters or a file; default: the recorded, else"
-    option(parser, "--cluster NAME|YAML", f"{told} {DEFAULT_CLUSTER}")
+    text = "slots per rank, one or several; default: the recorded, else min(E, ceil(E/N) + 1)"
+    option(parser, "--capacity C", text, between(1, MAX_EXPERTS), nargs="+")
+    text = "ranks per node; default: the recorded, else the cluster's, at most N"
+    option(parser, "--node-size G", text, ranks)
+    text = "hardware constants, a name from configs/clusters or a file; default: the recorded, else"
+    option(parser, "--cluster NAME|YAML", f"{text} {DEFAULT_CLUSTER}")
     names = [*BASELINES, *(name for name in strategy_names() if name not in BASELINES)]
     for flag, choices, every in (
         ("--strategy NAME", strategy_names(), names),
         ("--mode MODE", MODES, list(MODES)),
     ):
-        told = f"of {', '.join(choices)}; default: all"
-        option(parser, flag, told, nargs="+", choices=choices, default=every)
-    told = "of mode tolerance: replan where max/mean exceeds 1 + X; default:"
-    option(parser, "--tolerance X", f"{told} {_DEFAULT_TOLERANCE}", number(0, MOST_RANKS))
-    told = "age of the newest counts, in steps of the trace; default: %(default)s"
-    option(parser, "--lag D", told, stride, default=1)
-    for flag, kind, told, default in (
+        text = f"of {', '.join(choices)}; default: all"
+        option(parser, flag, text, nargs="+", choices=choices, default=every)
+    text = "of mode tolerance: replan where max/mean exceeds 1 + X; default:"
+    option(parser, "--tolerance X", f"{text} {_DEFAULT_TOLERANCE}", number(0, MOST_RANKS))
+    text = "age of the newest counts, in steps of the trace; default: %(default)s"
+    option(parser, "--lag D", text, stride, default=1)
+    for flag, kind, text, default in (
         ("--restore-algorithm", ExchangeAlgorithm, "how experts are fetched", "flat"),
         (
             "--token-exchange",
@@ -115,15 +115,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "none",
         ),
     ):
-        told = f"{told}; default: the recorded, else {default}"
-        option(parser, flag, told, choices=[choice.value for choice in kind])
-    told = "a model, for its experts' sizes in bf16; default: the recorded, else those of"
-    option(parser, "--config NAME|YAML", f"{told} mixtral-8x7b-e8k2")
-    told = "default: the model's or the recorded, else"
-    option(parser, "--hidden H", f"width of a token; {told} {DEFAULT_SIZES.hidden}", width)
-    option(parser, "--ffn F", f"width of an expert; {told} {DEFAULT_SIZES.ffn}", width)
-    told = "only every K-th microbatch, to be quick; a prime number meets all layers; default:"
-    option(parser, "--every K", f"{told} %(default)s", stride, default=1)
+        text = f"{text}; default: the recorded, else {default}"
+        option(parser, flag, text, choices=[choice.value for choice in kind])
+    text = "a model, for its experts' sizes in bf16; default: the recorded, else those of"
+    option(parser, "--config NAME|YAML", f"{text} mixtral-8x7b-e8k2")
+    text = "default: the model's or the recorded, else"
+    option(parser, "--hidden H", f"width of a token; {text} {DEFAULT_SIZES.hidden}", width)
+    option(parser, "--ffn F", f"width of an expert; {text} {DEFAULT_SIZES.ffn}", width)
+    text = "only every K-th microbatch, to be quick; a prime number meets all layers; default:"
+    option(parser, "--every K", f"{text} %(default)s", stride, default=1)
     add_hours(parser)
     option(parser, "--json FILE", "write the figures there", path)
     option(parser, "--plot FILE", "plot max/mean - 1 there", path)

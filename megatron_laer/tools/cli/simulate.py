@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     simulate_input.add_arguments(parser)
     swept = parser.add_argument_group("what is compared; several values are a sweep")
-    for flag, high, told in (
+    for flag, high, text in (
         ("--ranks N", MOST_RANKS, "of an FSEP group; default: as in the trace"),
         ("--node-size G", MOST_RANKS, "ranks of a node; default: the cluster's"),
         ("--capacity C", MAX_EXPERTS, "slots per rank; default: min(E, ceil(E/N) + 1)"),
@@ -84,33 +84,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "of a rank in a microbatch; default: as in the trace, a sequence for a workload",
         ),
     ):
-        option(swept, flag, told, between(1, high), nargs="+")
+        option(swept, flag, text, between(1, high), nargs="+")
     modes, mode = [mode.value for mode in GUARD_MODES], PlanMode.ADAPTIVE.value
     option(swept, "--mode", f"default: {mode}", nargs="+", choices=modes, default=[mode])
-    told = f"of {', '.join(METHODS)}; default: all"
-    option(swept, "--method", told, nargs="+", choices=METHODS, default=list(METHODS))
+    text = f"of {', '.join(METHODS)}; default: all"
+    option(swept, "--method", text, nargs="+", choices=METHODS, default=list(METHODS))
     ours = parser.add_argument_group("FSEP")
     algorithms = [algorithm.value for algorithm in ExchangeAlgorithm]
     fetched = "how experts are fetched; default: %(default)s"
-    for flag, choices, default, told in (
+    for flag, choices, default, text in (
         ("--strategy", strategy_names(), FSEPConfig().planner, "of the planner"),
         ("--restore-algorithm", algorithms, ExchangeAlgorithm.FLAT.value, fetched),
         ("--restore", ("layer", "step"), "layer", "as in training"),
         ("--scheduler", ("on", "off"), "on", "as in training"),
     ):
-        option(ours, flag, told, choices=choices, default=default)
+        option(ours, flag, text, choices=choices, default=default)
     steps = between(1, _MAX_STEPS)
     option(ours, "--lag", "age of a forecast, in steps", steps, default=1)
-    told = "of the trace that are simulated, spread over it; default: %(default)s"
-    option(parser, "--steps S", told, steps, default=3)
-    told = "of a rank, for MFU; default: what the cluster's fastest GEMM reaches"
-    option(parser, "--peak-tflops X", told, number(1e-6, 1e9))
-    told = "of a rank; no advice to take what needs more"
-    option(parser, "--memory-gib X", told, number(1e-3, 1e6))
+    text = "of the trace that are simulated, spread over it; default: %(default)s"
+    option(parser, "--steps S", text, steps, default=3)
+    text = "of a rank, for MFU; default: what the cluster's fastest GEMM reaches"
+    option(parser, "--peak-tflops X", text, number(1e-6, 1e9))
+    text = "of a rank; no advice to take what needs more"
+    option(parser, "--memory-gib X", text, number(1e-3, 1e6))
     option(parser, "--json FILE", "write all figures there", path)
     option(parser, "--png FILE", "draw them (needs matplotlib)", path)
-    told = "write the first step of the first case, for ui.perfetto.dev"
-    option(parser, "--timeline FILE", told, path)
+    text = "write the first step of the first case, for ui.perfetto.dev"
+    option(parser, "--timeline FILE", text, path)
 
 
 @dataclass
@@ -252,7 +252,7 @@ def _peak(args: argparse.Namespace, nominal: Rates) -> float:
     return nominal.best_flops_per_s if args.peak_tflops is None else args.peak_tflops * 1e12
 
 
-def _print(about: dict[str, Any], results: _Results, told: str) -> None:
+def _print(about: dict[str, Any], results: _Results, text: str) -> None:
     cases, shape = results.predicted, results.runs[0]
     first = next(iter(cases))
     sizes = f"{shape.tokens} tokens per rank and microbatch, {shape.microbatches} microbatches"
@@ -263,13 +263,13 @@ def _print(about: dict[str, Any], results: _Results, told: str) -> None:
     print(output.parts_text(cases[first]), end="\n\n")
     if len(cases) > 1:
         print(output.sweep_text(cases), end="\n\n")
-    print(output.LEGEND, told, sep="\n\n")
+    print(output.LEGEND, text, sep="\n\n")
 
 
-def _write(args: argparse.Namespace, about: dict[str, Any], results: _Results, told: str) -> None:
+def _write(args: argparse.Namespace, about: dict[str, Any], results: _Results, text: str) -> None:
     cases = results.predicted
     if args.json is not None:
-        content = output.content(about, cases, results.refused, told)
+        content = output.content(about, cases, results.refused, text)
         write_output(args.json, json.dumps(content, indent=1) + "\n", "--json")
     if args.png is not None:
         title = f"{Path(args.model).stem} on {about['cluster']}, {Path(about['trace']).name}"

@@ -30,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the inputs to `parser`."""
     routing_input.add_arguments(parser)
     option(parser, "--model NAME|YAML", "of configs/models, or a file", required=True)
-    told = "hardware constants, a name from configs/clusters or a file; default: %(default)s"
-    option(parser, "--cluster NAME|YAML", told, default="a100-4x8-ib800")
+    text = "hardware constants, a name from configs/clusters or a file; default: %(default)s"
+    option(parser, "--cluster NAME|YAML", text, default="a100-4x8-ib800")
     sizes = parser.add_argument_group("the run")
-    for flag, high, told in (
+    for flag, high, text in (
         (
             "--microbatches M",
             _MAX_COUNT,
@@ -50,21 +50,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "ranks among which stock EP has every expert once; default: as many as fit",
         ),
     ):
-        option(sizes, flag, told, between(1, high))
-    told = "what backward computes again: nothing; all of a layer, token exchanges included; or"
-    told = f"{told} its compute alone; default: %(default)s"
-    option(sizes, "--recompute", told, choices=list(Recompute), default=Recompute.NONE.value)
-    told = "once per iteration, as of the data loader; default: none"
-    option(sizes, "--host-gap-ms X", told, number(0.0, 1e9), default=0.0)
+        option(sizes, flag, text, between(1, high))
+    text = "what backward computes again: nothing; all of a layer, token exchanges included; or"
+    text = f"{text} its compute alone; default: %(default)s"
+    option(sizes, "--recompute", text, choices=list(Recompute), default=Recompute.NONE.value)
+    text = "once per iteration, as of the data loader; default: none"
+    option(sizes, "--host-gap-ms X", text, number(0.0, 1e9), default=0.0)
     add_hours(parser)
-    for flag, told in (
+    for flag, text in (
         ("--no-distributed-optimizer", "optimizer states are not sharded"),
         (
             "--no-data-parallel-overlap",
             "gradients of dense layers are exchanged after the last backward",
         ),
     ):
-        sizes.add_argument(flag, action="store_true", help=told)
+        sizes.add_argument(flag, action="store_true", help=text)
 
 
 def check(args: argparse.Namespace) -> None:
