@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.environment import CONNECTIONS
-from megatron_laer.releases import NUMBERS, SUPPORTED, TESTED, TESTED_RANGE, release_after
+from megatron_laer.releases import NUMBERS, SUPPORTED, TESTED, release_after
 from tests.processes import python_path
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -238,9 +238,8 @@ def test_versions_out_of_range_are_unsupported(doctor: Doctor, megatron: str) ->
     pip = f"unsupported: {sys.executable} -m pip install"
     assert examined.rows["torch"] == ("2.5.1", f"{pip} 'torch>=2.6'")
     assert examined.rows["pyyaml"] == ("5.4", f"{pip} 'pyyaml>=6.0'")
-    assert examined.verdict("megatron-core").startswith(
-        f"unsupported: megatron_laer supports megatron-core {TESTED_RANGE}, found {megatron}; "
-    )
+    assert examined.rows["megatron-core"][0].startswith(f"{megatron}, ")
+    assert examined.verdict("megatron-core").startswith("unsupported: ")
     assert examined.last_line == "missing or unsupported: megatron-core, torch, pyyaml"
 
 
