@@ -20,7 +20,7 @@ class Auto(Choice):
 
 
 class ExpertParallelMode(Choice):
-    """Whose expert parallelism runs: Megatron's own, or ours."""
+    """Expert parallelism of a run: Megatron's own, or ours."""
 
     STANDARD = "standard"
     FSEP = "fsep"
@@ -61,7 +61,7 @@ class Restore(Choice):
 
 
 class OverlapScheduler(Choice):
-    """Whether exchanges overlap with compute."""
+    """Switch of the overlap of exchanges with compute."""
 
     ON = "on"
     OFF = "off"

@@ -276,8 +276,11 @@ def types_of(name: str) -> tuple[type, ...]:
 
 def words_of(name: str) -> tuple[str, ...]:
     """Return the words that a field chooses from; none for a number or any text."""
-    choices = (kind for kind in types_of(name) if issubclass(kind, Choice))
-    return tuple(word.value for choice in choices for word in choice)
+    return tuple(word.value for choice in _choices(name) for word in choice)
+
+
+def _choices(name: str) -> tuple[type[Choice], ...]:
+    return tuple(kind for kind in types_of(name) if issubclass(kind, Choice))
 
 
 def takes_several(name: str) -> bool:
@@ -286,9 +289,9 @@ def takes_several(name: str) -> bool:
 
 
 def _word(name: str, value: Any) -> Choice:
-    for kind in types_of(name):
-        if isinstance(value, str) and issubclass(kind, Choice) and value in kind:
-            return kind(value)
+    for choice in _choices(name):
+        if isinstance(value, str) and value in choice:
+            return choice(value)
     raise ValueError(f"{flag_name(name)} {value!r}: must be one of {', '.join(words_of(name))}")
 
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 
 
 class Owner(StrEnum):
-    """Says who sets a variable."""
+    """Party that sets a variable."""
 
     USER = "you"
     LAUNCHER = "the launcher"
@@ -21,7 +21,7 @@ class Owner(StrEnum):
 
 @dataclass(frozen=True)
 class Variable:
-    """Describes one variable.
+    """Variable of the environment.
 
     Attributes:
         name: of the variable.

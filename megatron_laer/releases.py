@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Release:
-    """Holds one release of Megatron, all of whose patch versions are supported.
+    """Release of Megatron, all of whose patch versions are supported.
 
     Attributes:
         number: as in the names of Megatron's branches and of our folders in patches/.
@@ -57,7 +57,7 @@ SUPPORTED = f">={NUMBERS[0]},<{release_after(NUMBERS[-1])}"
 
 @dataclass(frozen=True)
 class Difference:
-    """Names something in Megatron that newer releases have and older ones lack.
+    """Attribute or parameter of Megatron that newer releases have and older ones lack.
 
     Code asks `is_in`, not for the release, because a fork or a checkout may be between two
     releases. A test compares the answers with `since` in each release.
@@ -75,7 +75,7 @@ class Difference:
     before: str
 
     def is_in(self, owner: object) -> bool:
-        """Tell whether this object, which `owner` names, has the attribute or the parameter."""
+        """Return whether this object, which `owner` names, has the attribute or the parameter."""
         if inspect.isfunction(owner):
             return self.name in inspect.signature(owner).parameters
         return hasattr(owner, self.name)

@@ -127,7 +127,7 @@ def _fsep_flags(work_dir: Path) -> list[str]:
 
 
 def _write_page(work_dir: Path) -> str:
-    """Write the page on the run with FSEP; return its verdict."""
+    """Write the page on the run with FSEP; return its assessment, or the packages to install."""
     page = work_dir / "report.html"
     result = subprocess.run(
         [sys.executable, "-m", "megatron_laer", "report", str(work_dir), "--out", str(page)],
@@ -135,6 +135,8 @@ def _write_page(work_dir: Path) -> str:
         text=True,
         env=os.environ | _ENVIRONMENT,
     )
+    if "megatron_laer[tools]" in result.stderr:
+        return f"No page: {result.stderr.strip()}"
     if result.returncode:
         raise RuntimeError(f"Writing {page} failed:\n{result.stderr}")
     verdict = result.stdout.splitlines()[0]

@@ -25,6 +25,8 @@ Exceptions = dict[tuple[str, str], list[str]]
 
 # A clause, or a verb of talk, in place of the verb of the field.
 _RETIRED_FIRST = frozenset("Say Says Tell Tells Take Takes Give Gives Is Are Has Let Lets".split())
+# Words for which the field has others.
+_RETIRED = re.compile(r"\b(?:beside|likewise|mend(?:s|ed)?|nobody|told|whoever)\b", re.IGNORECASE)
 # Words with which a message names a remedy, where no semicolon precedes one.
 _REMEDY = re.compile(
     r"; |\b(add|at least|at most|choose|expected|give|install|known are|known:|leave|load|must|"
@@ -94,6 +96,7 @@ def exceptions() -> Exceptions:
         for node, text in docstrings(module):
             where = f"{name}:{getattr(node, 'lineno', 1)}"
             found["docstring sentence", room] += [f"{where}: {s}" for s in long_sentences(text)]
+            found["docstring word", room] += [f"{where}: {w}" for w in _RETIRED.findall(text)]
             if first_word(text) in _RETIRED_FIRST:
                 found["docstring first word", room].append(f"{where}: {text.splitlines()[0]}")
         for line, text in without_remedy(module):
@@ -102,6 +105,7 @@ def exceptions() -> Exceptions:
         name = page.relative_to(ROOT)
         text = page.read_text(encoding="utf-8")
         found["page sentence", str(name)] += [f"{name}: {s}" for s in long_sentences(text)]
+        found["page word", str(name)] += [f"{name}: {word}" for word in _RETIRED.findall(text)]
     return found
 
 

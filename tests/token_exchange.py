@@ -6,10 +6,10 @@ Legend: N ranks, C slots per rank, G ranks per node, T tokens, E experts, H hidd
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -70,6 +70,35 @@ class Outcome:
     kept_bytes: int
 
 
+class SharedExperts:
+    """Notes in which order the dispatcher calls it, and gives a constant output."""
+
+    use_shared_expert_gate = False
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: self.calls.append(name)
+
+    def pre_forward_comm(self, hidden: Any, wait_current_stream: bool = True) -> None:
+        self.calls.append("pre_forward_comm")
+        self.hidden = hidden
+
+    def get_output(self) -> Any:
+        self.calls.append("get_output")
+        return self.hidden * 2
+
+
+def noting_timeline() -> tuple[list[tuple[str, str]], Any]:
+    """Make a listener to exchanges, and the list of what it is told."""
+    noted: list[tuple[str, str]] = []
+    return noted, SimpleNamespace(
+        begin_exchange=lambda name: noted.append(("begin", str(name))),
+        end_exchange=lambda then: noted.append(("end", str(then))),
+    )
+
+
 @contextlib.contextmanager
 def gloo_groups(node_size: int) -> Iterator[FSEPGroups]:
     """The groups of all ranks, for exchanges through nodes of this size."""
@@ -118,7 +147,8 @@ def plan_of(case: Case, rank: int) -> MicrobatchPlan:
     layout = ExpertLayout.random(case.ranks, case.capacity, case.experts, (case.seed,))
     counts_NE = np.stack([map_TE.sum(0).numpy() for map_TE in routing_maps(case)])
     quotas = solve_quotas(Split.EXACT, counts_NE, layout, case.node_size)
-    index: Any = SimpleNamespace(layout=layout)
+    slot_expert_S = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
+    index: Any = SimpleNamespace(layout=layout, slot_expert_S=slot_expert_S)
     restored: Any = SimpleNamespace(index=index)
     mine = RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank))
     return MicrobatchPlan(restored, mine)
@@ -126,41 +156,40 @@ def plan_of(case: Case, rank: int) -> MicrobatchPlan:
 
 def make_dispatcher(
     plan: MicrobatchPlan,
-    case: Case,
-    groups: FSEPGroups,
+    top_k: int,
+    path: str,
+    groups: FSEPGroups | None = None,
     *,
-    nodes: bool,
     shared: Any = None,
     timeline: Any = None,
 ) -> Any:
-    """Megatron's rows, or those through nodes."""
+    """Make a dispatcher by "own" or "stock's" permutations, "nodes", "deepep" or "hybridep"."""
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
-    from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
+    from megatron_laer.layer.dispatch import choice
     from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
     from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 
+    is_flex = path in ("deepep", "hybridep")
     config = TransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN,
         num_attention_heads=1,
         num_moe_experts=plan.layout.num_slots,
-        moe_router_topk=case.top_k,
+        moe_router_topk=top_k,
         moe_router_pre_softmax=True,
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type="flex" if is_flex else "alltoall",
+        moe_flex_dispatcher_backend=path if is_flex else "deepep",
+        moe_hybridep_pad_uneven_dispatch_inputs=True,
     )
-    config.moe_shared_expert_overlap = shared is not None
     world: Any = SimpleNamespace(ep=dist.group.WORLD, expt_tp=None, tp_ep=dist.group.WORLD)
-    first = groups.rank * case.capacity
-    given = (case.capacity, list(range(first, first + case.capacity)))
-    options: dict[str, Any] = {"config": config, "pg_collection": world}
-    dispatcher: Any
-    if nodes:
-        sizes = TokenSizesExchange(groups, CPU)
-        dispatcher = NodeTokenDispatcher(*given, groups=groups, sizes=sizes, **options)
-    else:
-        dispatcher = SlotTokenDispatcher(*given, **options)
+    capacity = plan.layout.capacity
+    first = dist.get_rank() * capacity
+    sizes = TokenSizesExchange(groups, CPU) if path == "nodes" and groups else None
+    local, given = list(range(first, first + capacity)), cast("FSEPGroups", groups)
+    dispatcher = choice.make_dispatcher(config, local, world, given, sizes)
+    config.moe_permute_fusion = path == "stock's"
+    config.moe_shared_expert_overlap = shared is not None
     if shared is not None:
         dispatcher.set_shared_experts(shared)
     dispatcher.begin(SlotDispatch(plan, "layer 1", timeline))
@@ -184,7 +213,8 @@ def run(
     hidden = torch.randn(1, tokens, HIDDEN, generator=generator).to(dtype).requires_grad_()
     probs = (torch.rand(map_TE.shape, generator=generator) * map_TE).requires_grad_()
     grad = torch.randn(hidden.shape, generator=generator).to(dtype)
-    dispatcher = make_dispatcher(plan, case, groups, nodes=nodes, shared=shared, timeline=timeline)
+    path = "nodes" if nodes else "own"
+    dispatcher = make_dispatcher(plan, case.top_k, path, groups, shared=shared, timeline=timeline)
     dispatcher.start_shared_experts(hidden)
     sent: dict[str, list[Sent]] = {}
     kept = _Kept()

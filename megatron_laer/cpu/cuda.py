@@ -234,7 +234,7 @@ class _Works(NamedTuple):
 
 
 class Event:
-    """Stand-in for a CUDA event: its time is the wall clock at `record`."""
+    """Replacement of a CUDA event: its time is the wall clock at `record`."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self._recorded_s = 0.0
@@ -256,7 +256,7 @@ class Event:
 
 
 class Stream:
-    """Stand-in for a CUDA stream: work is done when the call returns."""
+    """Replacement of a CUDA stream: work is done when the call returns."""
 
     cuda_stream = 0
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 
 def give_to_megatron() -> None:
-    """Give these buffers to Megatron's flex dispatcher, and to no other importer of `deep_ep`."""
+    """Provide these buffers to Megatron's flex dispatcher, and to no other importer."""
     package, utils = types.ModuleType("deep_ep"), types.ModuleType("deep_ep.utils")
     vars(package).update(Buffer=Buffer, HybridEPBuffer=HybridEPBuffer)
     vars(utils).update(EventHandle=EventHandle, EventOverlap=EventOverlap)
@@ -32,11 +32,11 @@ def give_to_megatron() -> None:
 
 
 class EventHandle:
-    """Stand-in for a CUDA event: work is done when a call returns."""
+    """Replacement of a CUDA event: work is done when a call returns."""
 
 
 class EventOverlap:
-    """Stand-in for DeepEP's holder of an event."""
+    """Replacement of DeepEP's holder of an event."""
 
     def __init__(self, event: EventHandle | None = None) -> None:
         self.event = event
@@ -46,7 +46,7 @@ class EventOverlap:
 
 
 class Config:
-    """Stand-in for DeepEP's tuning."""
+    """Replacement of DeepEP's tuning."""
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         return 0
@@ -102,7 +102,7 @@ class _Route:
 
 
 class Buffer:
-    """Stand-in for DeepEP's buffer."""
+    """Replacement of DeepEP's buffer."""
 
     num_sms = 20
 
@@ -186,7 +186,7 @@ class Buffer:
 
 
 class HybridEPBuffer:
-    """Stand-in for HybridEP's buffer, which also sorts received tokens by expert."""
+    """Replacement of HybridEP's buffer, which also sorts received tokens by expert."""
 
     def __init__(
         self,
@@ -217,8 +217,8 @@ class HybridEPBuffer:
         """Send tokens, [T, H], and sort them by expert.
 
         Returns:
-            [P, H], probabilities [P], None, the tokens of each expert here, and a handle, whose
-            last part says whether there were more rows than `num_permuted_tokens`.
+            [P, H], probabilities [P], None, the tokens of each expert here, and a handle. Its last
+            part is whether there were more rows than `num_permuted_tokens`.
         """
         if non_blocking:
             assert num_permuted_tokens is not None

@@ -10,7 +10,7 @@ from megatron.core.transformer.moe import moe_utils
 
 
 def give_to_megatron() -> None:
-    """Give these functions to Megatron's MoE layers where there is no Transformer Engine."""
+    """Provide these functions to Megatron's MoE layers without Transformer Engine."""
     if moe_utils.HAVE_TE:
         return
     moe_utils.HAVE_TE = True

@@ -5,8 +5,8 @@
 Randomness: torch draws from its default generator on the CPU, whatever generator Megatron selects
 for "the GPU". Three things follow. Experts start equal on every expert-parallel rank. So do
 tensor-parallel shards, unless `--use-cpu-initialization` cuts them from one whole matrix. And
-dropout shares its draws with the data loader, so a run with dropout resumes correctly but not bit
-for bit; use `--attention-dropout 0 --hidden-dropout 0` where that matters.
+dropout shares its draws with the data loader: a run with dropout resumes correctly, but not bit for
+bit. Use `--attention-dropout 0 --hidden-dropout 0` where that matters.
 """
 
 from __future__ import annotations

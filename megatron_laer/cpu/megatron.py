@@ -175,7 +175,7 @@ def _fix_output_discarding() -> None:
 
 
 class DuplicatedLinear(torch.nn.Module):
-    """Stand-in for Transformer Engine's linear layer in projections to a latent space.
+    """Replacement of Transformer Engine's linear layer in projections to a latent space.
 
     The weight is whole on every tensor-parallel rank.
     """

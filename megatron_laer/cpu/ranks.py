@@ -226,7 +226,7 @@ def share_gloo_device() -> None:
     A device's thread wakes 100 times a second, and the end of a group waits for it. The name
     replaced is torch's own, not public; where it is another, groups keep a device each.
 
-    A group is returned when all its ranks are connected: a rank that raises at once would otherwise
+    A group is returned when all its ranks are connected. Otherwise a rank that raises at once would
     close the connections of one that still makes them.
     """
     from torch.distributed import ProcessGroupGloo, distributed_c10d

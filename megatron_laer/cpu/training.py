@@ -153,7 +153,7 @@ def train(
 
 @dataclass
 class _Writer:
-    """Stand-in for TensorBoard's writer."""
+    """Replacement of TensorBoard's writer."""
 
     series: dict[str, list[float]]
 
@@ -236,7 +236,7 @@ def _strip(chunk: Any) -> None:
     """Remove a model's references to process groups, whose threads and sockets live as long.
 
     Megatron's DDP, the dispatchers' last probabilities, the loop's functions in the configuration
-    and autograd's C++ nodes hold each other where Python's collector does not see it.
+    and autograd's C++ nodes hold each other. Python's collector does not see it.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
 

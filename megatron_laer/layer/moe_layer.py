@@ -97,7 +97,7 @@ class FSEPMoELayer(MoELayer):
             self.local_expert_indices,
             pg_collection,
             coordinator.groups,
-            coordinator.planner.token_sizes,
+            coordinator.microbatch_planner.token_sizes,
         )
         if self.shared_experts is not None and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
@@ -139,7 +139,7 @@ class FSEPMoELayer(MoELayer):
 
         While counts are on their way, the device has the shared experts to compute.
         """
-        finish_plan = self._coordinator.planner.start(
+        finish_plan = self._coordinator.microbatch_planner.start(
             self.state,
             routing_map,
             training=self.training,
@@ -165,7 +165,6 @@ class FSEPMoELayer(MoELayer):
         dispatched = super().dispatch(hidden_states, probs)
         self._coordinator.scheduler.dispatched(self.state, self.training)
         groups = self._coordinator.groups
-        rows: tuple[int, int] | None
         rows = self.token_dispatcher.rows_sent(groups.rank, groups.node_size)
         if rows is not None:
             intra_rows, inter_rows = rows
@@ -211,7 +210,7 @@ class FSEPMoELayer(MoELayer):
         self._state = self._coordinator.register_layer(
             layer_number,
             self._is_mtp,
-            self.experts.local_slices(),
+            slices=self.experts.local_slices(),
             recomputes=self.moe_layer_recompute,
             passes=self.config.mtp_num_layers if repeats else 1,
             what_changed=self.what_changed,

@@ -63,8 +63,26 @@ def totals(
 ) -> tuple[_Int64, _Int64, _Int64, _Int64, _Int64]: ...
 def construct(counts_NE: _Int64, current_S: _Int16, node_size: int, /) -> _Int16: ...
 def proportional(counts_NE: _Int64, current_S: _Int16, node_size: int, /) -> _Int16: ...
+def layer_seconds(
+    costs: CostModel,
+    near_S: _Int64,
+    far_S: _Int64,
+    sent_near_N: _Int64,
+    sent_far_N: _Int64,
+    own_N: _Int64,
+    /,
+) -> float: ...
+def least_layer_seconds(
+    costs: CostModel, counts_NE: _Int64, capacity: int, node_size: int, /
+) -> float: ...
+def change_seconds(
+    costs: CostModel, before_S: _Int16, after_S: _Int16, num_experts: int, node_size: int, /
+) -> float: ...
 def exposed_seconds(
-    slots_S: _Int16, costs: CostModel, num_experts: int, node_size: int, beside_s: float, /
+    costs: CostModel, slots_S: _Int16, num_experts: int, node_size: int, beside_s: float, /
+) -> float: ...
+def exposed_backward_seconds(
+    costs: CostModel, slots_S: _Int16, num_experts: int, node_size: int, beside_s: float, /
 ) -> float: ...
 def proportional_by_node(
     counts_NE: _Int64, capacity: int, node_size: int, most_experts: int, /

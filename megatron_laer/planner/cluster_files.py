@@ -1,7 +1,6 @@
-"""A cluster's hardware constants are read from its YAML file here, and written to one.
+"""Cluster files: YAML with a cluster's hardware constants, and the same content as JSON.
 
-Recordings of metrics hold the same content as JSON. `clusters` has the values. Nothing here
-measures.
+The keys are the fields of the classes in `clusters`, whose annotations say how a value is read.
 """
 
 from __future__ import annotations
@@ -9,44 +8,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import reprlib
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
+import yaml
 
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.yaml_text import parse_yaml, read_yaml
-from megatron_laer.planner.clusters import (
-    BackEnd,
-    Cluster,
-    Contention,
-    Figure,
-    HostTime,
-    Link,
-    SolveTime,
-    Spread,
-)
+from megatron_laer.planner.clusters import BackEnd, Cluster, Figure
 from megatron_laer.planner.gemm_curve import GemmCurve
 
-# Of constants in files: far beyond any machine, and far from where sums of times overflow.
+# Limits of constants in files: far beyond any machine, and far from where sums of times overflow.
 _LEAST_RATE, _MOST_RATE = 1.0, 1e24
 _MOST_SECONDS, _MOST_FACTOR = 3600.0, 1e6
-# Characters of a line of text in a file that is written.
-_WIDTH = 110
-# A text that needs no quotes.
-_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
 def load_cluster(path_or_name: str | Path) -> Cluster:
     """Read a cluster's constants, by path to a YAML file or by the name of one we ship.
 
     Raises:
-        ValueError: an unknown name, or a file whose content does not fit; the message says what
-            would.
+        ValueError: an unknown name, or a file whose content does not fit; with the way out.
         OSError: a path that cannot be read.
     """
     path = yaml_file("cluster", path_or_name)
@@ -58,7 +43,7 @@ def load_cluster(path_or_name: str | Path) -> Cluster:
 
 
 def parse_cluster(text: str) -> Cluster:
-    """Make a cluster from the text of its YAML file.
+    """Return the cluster of a YAML file's text.
 
     Raises:
         ValueError: whatever is wrong with it.
@@ -67,8 +52,11 @@ def parse_cluster(text: str) -> Cluster:
 
 
 def cluster_text(cluster: Cluster) -> str:
-    """Write a cluster as the text of a YAML file, of which `parse_cluster` makes it again."""
-    return "\n".join(_lines(_plain(cluster), "")) + "\n"
+    """Return a cluster as the text of a YAML file, of which `parse_cluster` makes it again."""
+    text: str = yaml.dump(
+        _plain(cluster), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110
+    )
+    return text
 
 
 def cluster_content(cluster: Cluster) -> dict[str, Any]:
@@ -78,10 +66,10 @@ def cluster_content(cluster: Cluster) -> dict[str, Any]:
 
 
 def cluster_of(content: object, where: str) -> Cluster:
-    """Make a cluster of `cluster_content` again, with the checks of a YAML file.
+    """Return the cluster of `cluster_content`, with the checks of a YAML file.
 
     Args:
-        where: the content lies, for messages.
+        where: name of the content's place, for messages.
 
     Raises:
         ValueError: whatever is wrong with it.
@@ -98,101 +86,102 @@ def cluster_of(content: object, where: str) -> Cluster:
 
 
 def _cluster(content: object, where: str = "") -> Cluster:
-    return _Fields(content, where).build(
-        Cluster,
-        {
-            "backward_gemm_factor": _factor,
-            "host": _host,
-            "contention": _contention,
-            "memory_bytes_per_s": _rate,
-            "back_ends": _back_ends,
-            "spreads": _spreads,
-            "figures": _figures,
-            "measured": _measured,
-        },
-        name=_text,
-        source=_text,
-        assumed=_text,
-        nodes=_count,
-        ranks_per_node=_count,
-        gemm=_gemm,
-        intra=_link,
-        inter=_link,
-        solve=_solve,
-    )
+    return cast(Cluster, _instance(Cluster, content, where))
 
 
-class _Fields:
-    """Reads a mapping of a YAML file key by key, with errors that say where.
+def _instance(make: Any, content: object, where: str, **given: object) -> object:
+    """Return an instance of a dataclass from a mapping with its fields, but for those given.
 
     Raises:
-        ValueError: not a mapping.
+        ValueError: missing or unknown keys, or a value that does not fit.
     """
+    values = _mapping(content, where)
+    fields = [field for field in dataclasses.fields(make) if field.name not in given]
+    needed = [field.name for field in fields if field.default is dataclasses.MISSING]
+    optional = [field.name for field in fields if field.name not in needed]
+    missing = [key for key in needed if key not in values]
+    unknown = [key for key in values if key not in (*needed, *optional)]
+    if missing or unknown:
+        lacks = f"lacks the keys {missing}" if missing else ""
+        has = f"has the unknown keys {reprlib.repr(unknown)}" if unknown else ""
+        raise ValueError(
+            f"{where or 'the file'} {' and '.join(filter(None, (lacks, has)))}; expected exactly "
+            f"{needed}{f', and possibly {optional}' if optional else ''}"
+        )
+    types = get_type_hints(make)
+    read = {
+        key: _read(types[key], key, values[key], _place(where, key))
+        for key in (*needed, *optional)
+        if key in values
+    }
+    return _made(lambda: make(**given, **read), where)
 
-    def __init__(self, content: object, where: str) -> None:
-        if not isinstance(content, Mapping):
-            raise ValueError(
-                f"{where or 'the file'} holds {_quote(content)}, expected a mapping of keys"
-            )
-        self._content = content
-        self._where = where
 
-    def build[T](
-        self,
-        make: Callable[..., T],
-        optional: Mapping[str, Callable[[object, str], Any]] | None = None,
-        **readers: Callable[[object, str], Any],
-    ) -> T:
-        """Call `make` with one argument per key, each read by its reader.
+def _read(kind: Any, name: str, value: object, where: str) -> object:
+    """Return the value of a field of this type."""
+    if isinstance(kind, UnionType):
+        (kind,) = (member for member in get_args(kind) if member is not NoneType)
+    if get_origin(kind) is tuple:
+        return tuple(_items(get_args(kind)[0], value, where))
+    if kind is str:
+        return _text(value, where)
+    if kind is int:
+        return _count(value, where)
+    if kind is float:
+        return _limited(name, value, where)
+    if kind is GemmCurve:
+        points = [
+            (_count(tokens, f"{place} tokens"), _limited("flops_per_s", speed, place))
+            for place, (tokens, speed) in _points(value, where)
+        ]
+        return _made(lambda: GemmCurve(tuple(points)), where)
+    if kind is Figure:
+        numbers = _list(value, 3, where, "a figure [median, low, high]")
+        return Figure(*(_number(number, where) for number in numbers))
+    return _instance(kind, value, where)
 
-        Args:
-            optional: readers of keys that may be left out.
 
-        Raises:
-            ValueError: missing or unknown keys, or a value that does not fit.
-        """
-        optional = optional or {}
-        missing = [key for key in readers if key not in self._content]
-        unknown = [key for key in self._content if key not in (*readers, *optional)]
-        if missing or unknown:
-            also = f", and possibly {list(optional)}" if optional else ""
-            lacks = f"lacks the keys {missing}" if missing else ""
-            has = f"has the unknown keys {_quote(unknown)}" if unknown else ""
-            raise ValueError(
-                f"{self._where or 'the file'} {' and '.join(filter(None, (lacks, has)))}; "
-                f"expected exactly {list(readers)}{also}"
-            )
-        values = {
-            key: reader(self._content[key], self._place(key))
-            for key, reader in (*readers.items(), *optional.items())
-            if key in self._content
-        }
-        try:
-            return make(**values)
-        except ValueError as error:
-            raise ValueError(f"{self._where}: {error}" if self._where else str(error)) from error
+def _items(kind: Any, content: object, where: str) -> Iterator[object]:
+    """Yield the items of a mapping with any keys: back ends, or pairs of a name and a value."""
+    for key, value in _mapping(content, where).items():
+        if kind is BackEnd:
+            yield _instance(BackEnd, value, _place(where, key), name=key)
+        else:
+            yield key, _read(get_args(kind)[1], key, value, _place(where, key))
 
-    def items[T](self, read: Callable[[object, str], T]) -> tuple[tuple[str, T], ...]:
-        """Return all keys, whatever they are, with their values as `read` reads them."""
-        return tuple((key, read(value, self._place(key))) for key, value in self._content.items())
 
-    def _place(self, key: str) -> str:
-        return f"{self._where}.{key}" if self._where else key
+def _points(value: object, where: str) -> Iterator[tuple[str, Sequence[object]]]:
+    for number, point in enumerate(_list(value, None, where, "a list of points [tokens, FLOP/s]")):
+        place = f"{where}[{number}]"
+        yield place, _list(point, 2, place, "a point [tokens, FLOP/s]")
+
+
+def _mapping(content: object, where: str) -> Mapping[str, object]:
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{where or 'the file'} holds {reprlib.repr(content)}, expected a mapping of keys"
+        )
+    return content
+
+
+def _list(value: object, length: int | None, where: str, what: str) -> Sequence[object]:
+    if not isinstance(value, list) or length not in (None, len(value)):
+        raise ValueError(f"{where} must be {what}, got {reprlib.repr(value)}")
+    return value
 
 
 def _text(value: object, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where} must be a text that is not empty, got {_quote(value)}")
+        raise ValueError(f"{where} must be a text that is not empty, got {reprlib.repr(value)}")
     return value
 
 
 def _count(value: object, where: str) -> int:
     # Not int(): that takes blanks, underscores and digits of other scripts too.
-    if not isinstance(value, str) or not (value.isascii() and value.isdigit() and len(value) < 19):
-        raise ValueError(f"{where} must be an integer of at least 1, got {_quote(value)}")
-    if int(value) < 1:
-        raise ValueError(f"{where} must be an integer of at least 1, got {_quote(value)}")
-    return int(value)
+    is_number = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19
+    if not is_number or int(cast(str, value)) < 1:
+        raise ValueError(f"{where} must be an integer of at least 1, got {reprlib.repr(value)}")
+    return int(cast(str, value))
 
 
 def _number(value: object, where: str) -> float:
@@ -201,192 +190,73 @@ def _number(value: object, where: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{where} must be a number like 2.37e+14, got {_quote(value)}")
+        raise ValueError(f"{where} must be a number like 2.37e+14, got {reprlib.repr(value)}")
     return number
 
 
-def _rate(value: object, where: str) -> float:
+def _limited(name: str, value: object, where: str) -> float:
+    """Return a number within the limits of a field: a rate, seconds, an end of a spread, a factor.
+
+    The classes refuse numbers that are not positive.
+    """
     number = _number(value, where)
-    # What is not positive is told by the classes, which take infinite rates as well.
-    if 0 < number < _LEAST_RATE or number > _MOST_RATE:
-        raise ValueError(
-            f"{where} must be in {_LEAST_RATE:g}..{_MOST_RATE:g} per second, got {_quote(value)}"
-        )
+    if name.endswith("s_per_s"):
+        if 0 < number < _LEAST_RATE or number > _MOST_RATE:
+            limits = f"in {_LEAST_RATE:g}..{_MOST_RATE:g} per second"
+            raise ValueError(f"{where} must be {limits}, got {reprlib.repr(value)}")
+        return number
+    most, unit = _MOST_FACTOR, ""
+    if name.endswith("_s"):
+        most, unit = _MOST_SECONDS, " s"
+    elif name in ("low", "high"):
+        most = _MOST_RATE
+    if number > most:
+        raise ValueError(f"{where} must be at most {most:g}{unit}, got {reprlib.repr(value)}")
     return number
 
 
-def _seconds(value: object, where: str) -> float:
-    number = _number(value, where)
-    if number > _MOST_SECONDS:
-        raise ValueError(f"{where} must be at most {_MOST_SECONDS:g} s, got {_quote(value)}")
-    return number
-
-
-def _factor(value: object, where: str) -> float:
-    number = _number(value, where)
-    if number > _MOST_FACTOR:
-        raise ValueError(f"{where} must be at most {_MOST_FACTOR:g}, got {_quote(value)}")
-    return number
-
-
-def _bound(value: object, where: str) -> float:
-    """Read an end of a spread, of whatever constant: sums and products of such stay finite."""
-    number = _number(value, where)
-    if number > _MOST_RATE:
-        raise ValueError(f"{where} must be at most {_MOST_RATE:g}, got {_quote(value)}")
-    return number
-
-
-def _gemm(value: object, where: str) -> GemmCurve:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"{where} must be a list of points [tokens, FLOP/s], got {_quote(value)}")
-    points = []
-    for number, point in enumerate(value):
-        if not isinstance(point, Sequence) or isinstance(point, str) or len(point) != 2:
-            raise ValueError(
-                f"{where}[{number}] must be a point [tokens, FLOP/s], got {_quote(point)}"
-            )
-        points.append(
-            (_count(point[0], f"{where}[{number}] tokens"), _rate(point[1], f"{where}[{number}]"))
-        )
+def _made[T](make: Callable[[], T], where: str) -> T:
     try:
-        return GemmCurve(tuple(points))
+        return make()
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
 
-def _link(value: object, where: str) -> Link:
-    return _Fields(value, where).build(
-        Link, {"peer_s": _seconds}, bytes_per_s=_rate, latency_s=_seconds
-    )
-
-
-def _solve(value: object, where: str) -> SolveTime:
-    return _Fields(value, where).build(
-        SolveTime, base_s=_seconds, slot_s=_seconds, count_s=_seconds
-    )
-
-
-def _host(value: object, where: str) -> HostTime:
-    return _Fields(value, where).build(HostTime, launch_s=_seconds, gate=_solve)
-
-
-def _contention(value: object, where: str) -> Contention:
-    return _Fields(value, where).build(Contention, gemm=_factor, exchange=_factor)
-
-
-def _back_ends(value: object, where: str) -> tuple[BackEnd, ...]:
-    def read(curves: object, place: str) -> Callable[[str], BackEnd]:
-        def make(**curve: GemmCurve) -> Callable[[str], BackEnd]:
-            return lambda name: BackEnd(name, **curve)
-
-        return _Fields(curves, place).build(
-            make, forward=_gemm, input_grad=_gemm, weight_grad=_gemm
-        )
-
-    return tuple(named(name) for name, named in _Fields(value, where).items(read))
-
-
-def _spreads(value: object, where: str) -> tuple[tuple[str, Spread], ...]:
-    def read(spread: object, place: str) -> Spread:
-        return _Fields(spread, place).build(Spread, low=_bound, high=_bound, source=_text)
-
-    return _Fields(value, where).items(read)
-
-
-def _figures(value: object, where: str) -> tuple[tuple[str, Figure], ...]:
-    def read(figure: object, place: str) -> Figure:
-        if not isinstance(figure, Sequence) or isinstance(figure, str) or len(figure) != 3:
-            raise ValueError(f"{place} must be a figure [median, low, high], got {_quote(figure)}")
-        return Figure(*(_number(number, place) for number in figure))
-
-    return _Fields(value, where).items(read)
-
-
-def _measured(value: object, where: str) -> tuple[tuple[str, str], ...]:
-    return _Fields(value, where).items(_text)
-
-
-def _quote(value: object) -> str:
-    """Quote a value for a message, cut short."""
-    return reprlib.repr(value)
+def _place(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
 
 
 # Writing.
 
 
 def _plain(value: Any) -> Any:
-    """Return values as a YAML file has them: mappings, lists, texts and numbers."""
+    """Return a value as YAML and JSON have it: mappings, lists, texts and numbers."""
     if isinstance(value, GemmCurve):
         return [list(point) for point in value.points]
     if isinstance(value, Figure):
         return [value.median, value.low, value.high]
-    if isinstance(value, BackEnd):
-        return {
-            field.name: _plain(getattr(value, field.name))
-            for field in dataclasses.fields(value)
-            if field.name != "name"
-        }
     if dataclasses.is_dataclass(value):
-        fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {name: _plain(held) for name, held in fields if held is not None and held != ()}
-    if isinstance(value, tuple):  # of back ends, or of pairs of a name and something
+        held = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        if isinstance(value, BackEnd):
+            del held["name"]
+        return {name: _plain(one) for name, one in held.items() if one is not None and one != ()}
+    if isinstance(value, tuple):  # of back ends, or of pairs of a name and a value
         pairs = ((item.name, item) if isinstance(item, BackEnd) else item for item in value)
-        return {name: _plain(held) for name, held in pairs}
+        return {name: _plain(one) for name, one in pairs}
     return value
 
 
-def _lines(content: Mapping[str, Any], indent: str) -> Iterator[str]:
-    """Yield the lines of a mapping; what holds nothing but short values is put on one line."""
-    for key, value in content.items():
-        start = f"{indent}{_scalar(key)}:"
-        one_line = f"{start} {_flow(value)}"
-        if isinstance(value, str) and len(one_line) > _WIDTH and _is_foldable(value):
-            yield f"{start} >-"
-            yield from textwrap.wrap(
-                value,
-                _WIDTH,
-                initial_indent=f"{indent}  ",
-                subsequent_indent=f"{indent}  ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-        elif isinstance(value, Mapping) and (
-            len(one_line) > _WIDTH
-            or any(isinstance(held, (Mapping, list)) for held in value.values())
-        ):
-            yield start
-            yield from _lines(value, f"{indent}  ")
-        elif isinstance(value, list) and any(isinstance(item, list) for item in value):
-            yield start
-            yield from (f"{indent}  - {_flow(item)}" for item in value)
-        else:
-            yield one_line
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Writer of short numbers, without aliases, which `parse_yaml` refuses."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
-def _is_foldable(text: str) -> bool:
-    return text.isprintable() and text == " ".join(text.split())
+def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    is_short = value == 0.0 or 1e-3 <= value < 1e5
+    text = repr(value) if is_short else np.format_float_scientific(value, trim="0", exp_digits=2)
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
 
 
-def _flow(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_scalar(key)}: {_flow(held)}' for key, held in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_flow, value))}]"
-    return _scalar(value)
-
-
-def _scalar(value: str | int | float) -> str:
-    if isinstance(value, str):
-        return value if _WORD.fullmatch(value) else f'"{"".join(map(_escaped, value))}"'
-    if isinstance(value, int):
-        return str(value)
-    if value == 0.0 or 1e-3 <= value < 1e5:
-        return repr(value)
-    return np.format_float_scientific(value, trim="-", exp_digits=2)
-
-
-def _escaped(character: str) -> str:
-    if character in '"\\':
-        return f"\\{character}"
-    return character if character.isprintable() else f"\\U{ord(character):08x}"
+_Dumper.add_representer(float, _float)

@@ -34,7 +34,7 @@ def _check_factor(name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class Link:
-    """Tells what one rank sends and, at the same time, receives over one class of links.
+    """Speed at which one rank sends and, at the same time, receives over one class of links.
 
     Attributes:
         bytes_per_s: per rank and direction; infinite makes transfers free.
@@ -57,7 +57,7 @@ class Link:
 
 @dataclass(frozen=True)
 class SolveTime:
-    """Gives the time of a call into the planner on one core: linear in slots and counts.
+    """Time of a call into the planner on one core: linear in slots and counts.
 
     Attributes:
         base_s: of any call.
@@ -88,7 +88,7 @@ class SolveTime:
 
 @dataclass(frozen=True)
 class HostTime:
-    """Gives what a rank's host adds to each microbatch of a layer.
+    """Time that a rank's host adds to each microbatch of a layer.
 
     Attributes:
         launch_s: of starting one kernel.
@@ -108,7 +108,7 @@ class HostTime:
 
 @dataclass(frozen=True)
 class Contention:
-    """Tells how many times as long a GEMM and an exchange take while they run beside each other.
+    """Factors on the times of a GEMM and an exchange that run at the same time.
 
     Raises:
         ValueError: a factor that is not positive and finite.
@@ -128,7 +128,7 @@ ENOUGH_TOKENS = 64
 
 @dataclass(frozen=True)
 class BackEnd:
-    """Holds the speed of one back end of the experts' GEMMs, as `--fsep-gemm` names it.
+    """Speed of one back end of the experts' GEMMs, as `--fsep-gemm` names it.
 
     Attributes:
         forward, input_grad, weight_grad: its three products, by the tokens of a slot.
@@ -156,7 +156,7 @@ class BackEnd:
 
 @dataclass(frozen=True)
 class Spread:
-    """Tells between which values a constant lies, and who says so.
+    """Range of a constant, and its source.
 
     Attributes:
         low, high: of the constant; for a constant that is a curve or a sum of terms (`gemm`,
@@ -178,7 +178,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Figure:
-    """Holds one thing that was measured, by the median, the 10th and the 90th percentile."""
+    """Measured figure: the median, the 10th and the 90th percentile."""
 
     median: float
     low: float
@@ -198,7 +198,7 @@ CONSTANTS = (
 
 @dataclass(frozen=True)
 class Cluster:
-    """Holds a cluster's hardware constants, as `configs/clusters/*.yaml` does, with their origin.
+    """Hardware constants of a cluster and their origin, as in `configs/clusters/*.yaml`.
 
     Attributes:
         name: of the hardware; for the files we ship, also the name of the file.
@@ -266,11 +266,7 @@ class Cluster:
         return slowest_s + (intra_peers * intra.peer_s + inter_peers * inter.peer_s)
 
     def constant(self, name: str) -> float | None:
-        """Return one of `CONSTANTS`; 1 for those whose spread is a factor; None if not given.
-
-        Raises:
-            ValueError: there is no such constant.
-        """
+        """Return one of `CONSTANTS`; 1 for those whose spread is a factor; None if not given."""
         if name not in CONSTANTS:
             raise ValueError(f"{name!r} is no constant with a spread; known are {list(CONSTANTS)}")
         value: Any = self
@@ -281,11 +277,7 @@ class Cluster:
         return 1.0 if name in _FACTORS else float(value)
 
     def with_constants(self, values: Mapping[str, float]) -> Cluster:
-        """Return the cluster with other values of `CONSTANTS`, and without spreads.
-
-        Raises:
-            ValueError: there is no such constant, it is not given here, or takes no such value.
-        """
+        """Return the cluster with other values of `CONSTANTS`, and without spreads."""
         found = replace(self, spreads=())
         for name, value in values.items():
             if found.constant(name) is None:

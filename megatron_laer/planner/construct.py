@@ -28,9 +28,6 @@ def construct_layout(counts_NE: Int64, current: ExpertLayout, node_size: int) ->
         current: the layout in use, of the same shape; inside a node, ranks and slots keep what they
             hold where the new layout holds it too.
         node_size: G.
-
-    Raises:
-        ValueError: counts of another shape, or negative, or a node size that does not divide N.
     """
     geometry = Geometry(current.num_ranks, current.num_experts, current.capacity, node_size)
     counts_NE = checked_counts(counts_NE, geometry)
@@ -38,16 +35,12 @@ def construct_layout(counts_NE: Int64, current: ExpertLayout, node_size: int) ->
 
 
 def always_balances(geometry: Geometry) -> bool:
-    """Tell whether perfect balance exists for all counts: E <= N*(C-1) + 1."""
+    """Return whether perfect balance exists for all counts: E <= N*(C-1) + 1."""
     return geometry.num_experts <= geometry.num_ranks * (geometry.capacity - 1) + 1
 
 
 def checked_counts(counts_NE: Int64, geometry: Geometry) -> Int64:
-    """Return counts as the native code reads them, which itself refuses negative ones.
-
-    Raises:
-        ValueError: counts of another shape.
-    """
+    """Return counts as the native code reads them, which itself refuses negative ones."""
     geometry.check_counts(counts_NE.shape)
     return np.ascontiguousarray(counts_NE, dtype=np.int64)
 

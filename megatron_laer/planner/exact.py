@@ -32,7 +32,7 @@ from megatron_laer.planner.quotas import SplitTotals
 
 @dataclass(frozen=True, eq=False)
 class ExactQuotas:
-    """Holds a microbatch's quotas as the loads of all slots; rows and columns follow from them.
+    """Quotas of a microbatch as the loads of all slots; rows and columns follow from them.
 
     Of an expert's tokens, a source keeps what its own rank takes; the rest goes to replicas in its
     node, and what is left then to other nodes. No N*S matrix is formed.
@@ -50,20 +50,12 @@ class ExactQuotas:
     loads_S: Int64
 
     def rank_row(self, rank: int) -> Int64:
-        """Return the tokens that `rank` sends to each slot, int64 [S]. O(N*E + S).
-
-        Raises:
-            ValueError: a rank outside 0..N-1.
-        """
+        """Return the tokens that `rank` sends to each slot, int64 [S]. O(N*E + S)."""
         check_rank(self.layout.num_ranks, rank)
         return native.rank_row(*self._arguments(), rank)
 
     def rank_columns(self, rank: int) -> Int64:
-        """Return the tokens that each source sends to `rank`'s slots, int64 [N, C]. O(N*E + S).
-
-        Raises:
-            ValueError: a rank outside 0..N-1.
-        """
+        """Return the tokens that each source sends to `rank`'s slots, int64 [N, C]. O(N*E + S)."""
         check_rank(self.layout.num_ranks, rank)
         return native.rank_columns(*self._arguments(), rank)
 
@@ -82,7 +74,7 @@ class ExactQuotas:
 
 @dataclass(frozen=True)
 class ExactSplit:
-    """Solves exact splits for one layout and node size. Build it with `exact_split`.
+    """Solver of exact splits for one layout and node size; `exact_split` builds it.
 
     Every method takes `counts_NE`, int64 [N, E]: tokens on each source rank for each expert; a
     different shape or a negative count is a ValueError.
@@ -92,11 +84,7 @@ class ExactSplit:
     geometry: Geometry
 
     def solve(self, counts_NE: Int64) -> ExactQuotas:
-        """Solve the quotas of a microbatch.
-
-        Raises:
-            ValueError: counts of another shape, or negative.
-        """
+        """Solve the quotas of a microbatch."""
         counts_NE = checked_counts(counts_NE, self.geometry)
         node_size = self.geometry.node_size
         loads_S = native.slot_loads(counts_NE, self.layout.slot_expert_S, node_size)
@@ -121,10 +109,6 @@ class ExactSplit:
 
 @lru_cache(maxsize=256)
 def exact_split(layout: ExpertLayout, node_size: int) -> ExactSplit:
-    """Return the exact split of a layout on nodes of `node_size` ranks.
-
-    Raises:
-        ValueError: a node size that does not divide N.
-    """
+    """Return the exact split of a layout on nodes of `node_size` ranks."""
     geometry = Geometry(layout.num_ranks, layout.num_experts, layout.capacity, node_size)
     return ExactSplit(layout, geometry)

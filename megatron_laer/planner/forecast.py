@@ -29,24 +29,20 @@ MAX_ERROR = 2**58
 
 
 class Forecast(Protocol):
-    """Holds what observations taught, as a pure value."""
+    """Forecast of counts, as a pure value."""
 
     def observe(self, counts_NE: Int64) -> Self:
         """Return the state after one more observation; observations come oldest first."""
         ...
 
     def counts_NE(self) -> Int64:
-        """Return expected loads, int64 [N, E], in any unit: only their proportions matter.
-
-        Raises:
-            ValueError: nothing was observed yet.
-        """
+        """Return expected loads, int64 [N, E], in any unit: only their proportions matter."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class SmoothedForecast:
-    """Takes an exponential mean: the newest counts weigh most or little, as forecast best lately.
+    """Exponential mean: the newest counts weigh most or little, as forecast best lately.
 
     Two means are kept, of weights 0.75 and 0.25, and with each observation it is added up how many
     tokens either of them expected at wrong experts; a quarter of what was added up before is
@@ -89,9 +85,6 @@ class SmoothedForecast:
         Args:
             counts_NE: tokens on each source rank for each expert, int64 [N, E]; of a step, the sum
                 over its microbatches.
-
-        Raises:
-            ValueError: counts of another shape than before.
         """
         new_NE = counts_NE.astype(np.int64) * _SCALE
         level_NE = self.level_NE
@@ -118,11 +111,7 @@ class SmoothedForecast:
         )
 
     def counts_NE(self) -> Int64:
-        """Return expected loads, int64 [N, E], in 1/16 tokens.
-
-        Raises:
-            ValueError: nothing was observed yet.
-        """
+        """Return expected loads, int64 [N, E], in 1/16 tokens."""
         if self.level_NE is None:
             raise ValueError("nothing was observed yet; call observe first")
         if self.steady_NE is not None and self.errors[1] < self.errors[0]:
@@ -146,7 +135,7 @@ def _error(expected_NE: Int64, new_NE: Int64) -> int:
 
 @dataclass(frozen=True, eq=False)
 class LastValue:
-    """Takes the newest counts as they are.
+    """Forecast by the newest counts.
 
     Attributes:
         last_NE: int64 [N, E], or None at the start; all of the state.
@@ -161,11 +150,7 @@ class LastValue:
         return LastValue(last_NE)
 
     def counts_NE(self) -> Int64:
-        """Return the newest counts, int64 [N, E].
-
-        Raises:
-            ValueError: nothing was observed yet.
-        """
+        """Return the newest counts, int64 [N, E]."""
         if self.last_NE is None:
             raise ValueError("nothing was observed yet; call observe first")
         return self.last_NE

@@ -1,7 +1,4 @@
-"""A GEMM curve tells how fast one rank multiplies, by the tokens in one GEMM.
-
-Its constants are in a cluster's file (`clusters`).
-"""
+"""Speed of one rank's GEMMs by their tokens, from the constants of a cluster's file."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ _Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class GemmCurve:
-    """Tells how fast one rank multiplies, by the tokens in one GEMM.
+    """Speed of one rank by the tokens in one GEMM.
 
     Attributes:
         points: (tokens, achieved FLOP/s), with more tokens and no less time from each to the next.
@@ -65,23 +62,12 @@ class GemmCurve:
         seconds = np.minimum(seconds_P[point] + above * slope_P[point], limit_P[point])
         return np.where(tokens > 0, seconds, 0.0)
 
-    def least_unit_seconds(self, tokens: Int64) -> npt.NDArray[np.float64]:
-        """Return what these tokens need at least, however they are divided into GEMMs.
-
-        At the highest speed that as many or fewer tokens reach. Between points speed is monotone,
-        since time is linear there, so that is the speed of a point below, or theirs in one GEMM.
-        """
-        tokens_P, _, _, _ = self._table
-        point = np.searchsorted(tokens_P, tokens, side="right")
-        at_best = np.where(point > 0, tokens / self._best_P[np.maximum(point - 1, 0)], math.inf)
-        return np.minimum(self.unit_seconds(tokens), at_best)
-
     def times(self, factor: float) -> GemmCurve:
         """Return the curve of a rank that is faster by this factor."""
         return GemmCurve(tuple((tokens, speed * factor) for tokens, speed in self.points))
 
     def columns(self) -> tuple[Int64, _Float64, _Float64, _Float64, _Float64]:
-        """Return what both methods look up, by point, for the native cost model."""
+        """Return the table and the highest speed up to each point, for the native cost model."""
         return (*self._table, self._best_P)
 
     @cached_property

@@ -32,7 +32,7 @@ from megatron_laer.planner.native_core import native
 
 @dataclass(frozen=True)
 class GreedyStrategy:
-    """Makes layouts and takes the one that is predicted to be fastest; deterministic.
+    """Strategy that takes the layout of fewest predicted seconds; deterministic.
 
     Attributes:
         costs: predicts a layer's seconds; without it, the layout that holds up under drift is taken
@@ -49,9 +49,6 @@ class GreedyStrategy:
         Args:
             counts_NE: forecast tokens on each source rank for each expert, int64 [N, E].
             current: the layout in use.
-
-        Raises:
-            ValueError: counts or a layout of another shape, or negative counts.
         """
         counts_NE = checked_counts(counts_NE, self.geometry)
         self.geometry.check_layout(current)

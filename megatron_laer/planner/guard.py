@@ -33,7 +33,7 @@ GUARD_MODES = (PlanMode.FORECAST, PlanMode.EXACT, PlanMode.ADAPTIVE)
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """Holds the layout of one microbatch of one layer, and why it was chosen.
+    """Layout of one microbatch of one layer, and why it was chosen.
 
     Attributes:
         layout: the planned one or a fresh one.
@@ -64,12 +64,12 @@ class Decision:
 
     @property
     def replanned(self) -> bool:
-        """Tell whether slots have to be fetched for this layout."""
+        """Whether slots have to be fetched for this layout."""
         return self.layout is not self.planned_layout
 
     @cached_property
     def changed_slots(self) -> int:
-        """Count the slots that hold another expert than in the planned layout."""
+        """Number of slots that hold another expert than in the planned layout."""
         return int(changed_slots(self.planned_layout, self.layout).sum())
 
     @cached_property
@@ -131,7 +131,7 @@ def in_words(decisions: Mapping[str, Decision]) -> str:
 
 @dataclass(frozen=True)
 class Guard:
-    """Chooses which of the two layouts a microbatch gets, by `mode`.
+    """Choice between a microbatch's planned and fresh layout, by `mode`.
 
     - `forecast`: the planned one, always.
     - `exact`: a fresh one, always.
@@ -181,10 +181,6 @@ class Guard:
             counts_NE: tokens on each source rank for each expert, int64 [N, E].
             planned: the layout that the slow loop planned, whose slots are restored ahead.
             rank: the one that `rank_quotas` are for; nothing else depends on it.
-
-        Raises:
-            ValueError: counts or a layout of another shape, negative counts, or a rank outside
-                0..N-1.
         """
         geometry = self.geometry
         geometry.check_layout(planned)

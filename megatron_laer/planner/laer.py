@@ -25,7 +25,7 @@ from megatron_laer.planner.layout import ExpertLayout
 
 @dataclass(frozen=True)
 class LaerStrategy:
-    """Chooses among layouts by replica count the one of the fewest predicted seconds.
+    """Strategy that takes the fastest of layouts with other numbers of replicas.
 
     Candidates are placed greedily, and all is deterministic. The choice is never predicted slower
     than the current or the static layout, as both are candidates. The current one wins ties, so
@@ -42,9 +42,6 @@ class LaerStrategy:
         Args:
             counts_NE: tokens on each source rank for each expert, int64 [N, E].
             current: the layout in use.
-
-        Raises:
-            ValueError: counts or a layout of another shape.
         """
         geometry = self.geometry
         geometry.check_counts(counts_NE.shape)
@@ -67,7 +64,7 @@ class LaerStrategy:
 
 
 def replicas_by_load(loads_E: Int64, geometry: Geometry) -> Int64:
-    """Give one more replica, again and again, to the expert that is hottest per replica.
+    """Return replicas by adding one, again and again, to the expert that is hottest per replica.
 
     Every expert has at least one and, as a second copy on one rank balances nothing, at most N.
     Equal loads per replica: fewest replicas first, then the lowest index.
@@ -89,7 +86,7 @@ def replicas_by_load(loads_E: Int64, geometry: Geometry) -> Int64:
 
 
 def replicas_even(loads_E: Int64, geometry: Geometry) -> Int64:
-    """Give all the same number of replicas; where E does not divide S, the hottest one more.
+    """Return equal numbers of replicas; where E does not divide S, the hottest have one more.
 
     Returns:
         int64 [E], summing to S.
@@ -101,7 +98,7 @@ def replicas_even(loads_E: Int64, geometry: Geometry) -> Int64:
 
 
 def place(loads_E: Int64, replicas_E: Int64, geometry: Geometry) -> ExpertLayout:
-    """Give every replica a slot, heaviest replicas first.
+    """Place every replica in a slot, heaviest replicas first.
 
     Each goes to a rank with a free slot and without this expert; among those to a node with the
     fewest replicas of it; there to the least loaded rank; ties to the lowest rank. Only where every

@@ -27,7 +27,7 @@ MAX_EXPERTS = int(np.iinfo(_SLOT_DTYPE).max)
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Assigns experts to the S = N*C slots of an FSEP group.
+    """Assignment of experts to the S = N*C slots of an FSEP group.
 
     Immutable, equal and hashable by content, so that ranks can compare layouts and tables can be
     cached by layout. An illegal layout cannot be built: every expert has at least one slot. An
@@ -137,7 +137,7 @@ class ExpertLayout:
 
     @cached_property
     def replicas_E(self) -> Int64:
-        """Count the slots that hold each expert, int64 [E], read-only, all at least 1."""
+        """Number of slots that hold each expert, int64 [E], read-only, all at least 1."""
         replicas_E = np.bincount(self.slot_expert_S, minlength=self.num_experts).astype(np.int64)
         replicas_E.setflags(write=False)
         return replicas_E
@@ -212,7 +212,7 @@ def check_shape(
         multiple: as in `default_capacity`.
 
     Raises:
-        ValueError: with what was passed and what would work.
+        ValueError: what was passed and the way out.
     """
     if num_ranks < 1 or capacity < 1 or num_experts < 1:
         raise ValueError(
@@ -234,7 +234,7 @@ def check_rank(num_ranks: int, rank: int) -> None:
     """Reject a rank outside 0..N-1, which NumPy would take as an index from the end.
 
     Raises:
-        ValueError: with what was passed and what would work.
+        ValueError: what was passed and the way out.
     """
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank must be in 0..{num_ranks - 1}, got {rank}")

@@ -25,7 +25,7 @@ from megatron_laer.planner.token_prices import BY_RANK
 
 @dataclass(frozen=True)
 class Prediction:
-    """Holds predicted seconds of one layer and microbatch, forward and backward.
+    """Predicted seconds of one layer and microbatch, forward and backward.
 
     Attributes:
         layer_s: as it was decided, with what a fresh layout costs.

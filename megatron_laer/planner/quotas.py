@@ -22,7 +22,7 @@ from megatron_laer.planner.layout import ExpertLayout, check_rank
 
 @dataclass(frozen=True)
 class SplitTotals:
-    """Holds sums over the N*S matrix of quotas, obtained without forming it.
+    """Sums over the N*S matrix of quotas, obtained without forming it.
 
     Attributes:
         near_S: tokens that each slot gets from sources of its own node, int64 [S].
@@ -41,7 +41,7 @@ class SplitTotals:
 
 @dataclass(frozen=True, eq=False)
 class EvenSplit:
-    """Splits evenly for one layout and node size. Build it with `even_split`, which caches.
+    """Even split for one layout and node size; `even_split` builds and caches it.
 
     Of c tokens over k replicas, each gets c // k, and the c % k left over go to replicas
     source, source + 1, ... (mod k): a fixed first replica would collect the remainders of all
@@ -62,11 +62,7 @@ class EvenSplit:
     far_place_S: Int64
 
     def rank_row(self, counts_NE: Int64, rank: int) -> Int64:
-        """Return the tokens that `rank` sends to each slot, int64 [S]. O(S).
-
-        Raises:
-            ValueError: counts of another shape, or a rank outside 0..N-1.
-        """
+        """Return the tokens that `rank` sends to each slot, int64 [S]. O(S)."""
         self._check(counts_NE, rank)
         expert_S = self.layout.slot_expert_S
         first, end = self._node_slots(rank)
@@ -85,11 +81,7 @@ class EvenSplit:
         return row_S
 
     def rank_columns(self, counts_NE: Int64, rank: int) -> Int64:
-        """Return the tokens that each source sends to `rank`'s slots, int64 [N, C]. O(N*C).
-
-        Raises:
-            ValueError: counts of another shape, or a rank outside 0..N-1.
-        """
+        """Return the tokens that each source sends to `rank`'s slots, int64 [N, C]. O(N*C)."""
         self._check(counts_NE, rank)
         geometry = self.geometry
         node = rank // geometry.node_size
@@ -113,20 +105,12 @@ class EvenSplit:
         return columns_NC
 
     def slot_loads(self, counts_NE: Int64) -> Int64:
-        """Return the tokens that each slot computes, int64 [S]. O(N*E + S).
-
-        Raises:
-            ValueError: counts of another shape.
-        """
+        """Return the tokens that each slot computes, int64 [S]. O(N*E + S)."""
         totals = self.totals(counts_NE)
         return totals.near_S + totals.far_S
 
     def totals(self, counts_NE: Int64) -> SplitTotals:
-        """Return what slots receive from near and far, and what ranks keep. O(N*E + S).
-
-        Raises:
-            ValueError: counts of another shape.
-        """
+        """Return what slots receive from near and far, and what ranks keep. O(N*E + S)."""
         geometry = self.geometry
         geometry.check_counts(counts_NE.shape)
         source_N = np.arange(geometry.num_ranks)
@@ -170,11 +154,7 @@ class EvenSplit:
 # bytes.
 @lru_cache(maxsize=256)
 def even_split(layout: ExpertLayout, node_size: int) -> EvenSplit:
-    """Return the even split of a layout on nodes of `node_size` ranks, cached by content.
-
-    Raises:
-        ValueError: a node size that does not divide N.
-    """
+    """Return the even split of a layout on nodes of `node_size` ranks, cached by content."""
     geometry = Geometry(layout.num_ranks, layout.num_experts, layout.capacity, node_size)
     expert_S = layout.slot_expert_S.astype(np.int64)
     node_S = np.arange(geometry.num_slots) // (node_size * geometry.capacity)

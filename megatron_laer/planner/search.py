@@ -25,7 +25,7 @@ _FULL_EFFORT_SLOTS = 64
 
 @dataclass(frozen=True)
 class SearchStrategy:
-    """Searches slots locally and at random, with a fixed seed, so deterministically.
+    """Local random search of slots, with a fixed seed, so deterministic.
 
     Attributes:
         geometry: N, E, C and G.
@@ -47,9 +47,6 @@ class SearchStrategy:
         Args:
             counts_NE: forecast tokens on each source rank for each expert, int64 [N, E].
             current: the layout in use.
-
-        Raises:
-            ValueError: counts or a layout of another shape, or negative counts.
         """
         counts_NE = checked_counts(counts_NE, self.geometry)
         self.geometry.check_layout(current)

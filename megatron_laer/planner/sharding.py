@@ -23,11 +23,7 @@ def row_bounds(rows: int, num_ranks: int) -> list[int]:
 
 
 def changed_slots(before: ExpertLayout, after: ExpertLayout) -> Bool:
-    """Return the slots whose expert differs, bool [S].
-
-    Raises:
-        ValueError: layouts of different N, C or E.
-    """
+    """Return the slots whose expert differs, bool [S]."""
     if before.shape != after.shape:
         shapes = [before.shape, after.shape]
         raise ValueError(f"layouts of different (ranks, capacity, experts): {shapes}")
@@ -36,7 +32,7 @@ def changed_slots(before: ExpertLayout, after: ExpertLayout) -> Bool:
 
 @dataclass(frozen=True, eq=False)
 class NodeSources:
-    """Tells where each node gets the distinct experts of its changed slots from.
+    """Sources of the distinct experts of each node's changed slots.
 
     Pairs of a node and an expert are numbered node·E + expert.
 
@@ -54,7 +50,7 @@ class NodeSources:
 def node_sources(
     layout: ExpertLayout, node_size: int, changed_S: Bool, before: ExpertLayout | None = None
 ) -> NodeSources:
-    """Tell which experts cross nodes in a restore by node, and which the nodes have.
+    """Return the experts that cross nodes in a restore by node, and those that nodes have.
 
     Args:
         before: the layout under which ranks keep what they restored, or None if they keep nothing.

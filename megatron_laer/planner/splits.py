@@ -21,7 +21,7 @@ from megatron_laer.planner.quotas import EvenSplit, even_split
 
 
 class Quotas(Protocol):
-    """Tells how the tokens of one microbatch are split over the replicas of their experts."""
+    """Split of the tokens of one microbatch over the replicas of their experts."""
 
     @property
     def counts_NE(self) -> Int64:
@@ -44,7 +44,7 @@ class Quotas(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class RankQuotas:
-    """Holds what one rank must know of a microbatch's quotas, all of it made in one native call.
+    """One rank's part of a microbatch's quotas, made in one native call.
 
     Attributes:
         row_S: tokens that the rank sends to each slot.
@@ -64,28 +64,24 @@ class RankQuotas:
 
     @property
     def num_sent(self) -> int:
-        """Count the tokens that the rank sends, one per (token, expert) pair."""
+        """Number of tokens that the rank sends, one per (token, expert) pair."""
         return sum(self.input_splits_N)
 
     @property
     def num_received(self) -> int:
-        """Count the tokens that the rank receives."""
+        """Number of tokens that the rank receives."""
         return sum(self.output_splits_N)
 
     @classmethod
     def of(cls, layout: ExpertLayout, row_S: Int64, columns_NC: Int64) -> RankQuotas:
-        """Make them from a rank's row and columns.
-
-        Raises:
-            ValueError: a row or columns of another shape than the layout's.
-        """
+        """Make them from a rank's row and columns."""
         slots_S, num_experts = layout.slot_expert_S, layout.num_experts
         return cls(*native.rank_quotas(slots_S, row_S, columns_NC, num_experts))
 
 
 @dataclass(frozen=True)
 class EvenQuotas:
-    """Holds the even split of one microbatch."""
+    """Even split of one microbatch."""
 
     split: EvenSplit
     counts_NE: Int64
@@ -105,11 +101,7 @@ class EvenQuotas:
 
 
 def solve_quotas(split: Split, counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Quotas:
-    """Split the tokens of a microbatch over the replicas of their experts.
-
-    Raises:
-        ValueError: counts of another shape than the layout's.
-    """
+    """Split the tokens of a microbatch over the replicas of their experts."""
     if split == Split.EXACT:
         return exact_split(layout, node_size).solve(counts_NE)
     return EvenQuotas(even_split(layout, node_size), counts_NE)

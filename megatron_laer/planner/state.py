@@ -1,14 +1,12 @@
 """A planner's state goes from one step to the next, and as bytes into a checkpoint.
 
-The bytes are read without trust: a digest, then every size and range; a file's size is compared
-with what its header says before the file is read. Nothing is unpickled. Files are not opened here.
+The bytes are read without trust: a digest, then every size and range. Nothing is unpickled.
 
     magic, format, length of the header | header, JSON | slots in force, slots of the plans, int16
     | levels of the forecasts, int64 | steady means of the forecasts, int64
     | BLAKE2b digest of all before
 
-A header without `errors` is of a version whose forecasts had one mean each: such a state has no
-steady means, and its forecasts go on with their level for both.
+A header without `errors` is of an older version, whose forecasts had one mean each.
 
 Numbers are little-endian. Legend: L layers, N ranks, E experts, S = N*C slots.
 """
@@ -46,10 +44,9 @@ _KEYS = {
     "version": int,
     "layers": list,
     "observed": list,
+    "errors": list,
     "plans": list,
 }
-# Of each layer, null without a steady mean.
-_ERRORS_KEY = {"errors": list}
 _PLAN_KEYS = {"source_step": int, "plan_ms": float}
 
 _MAX_LAYERS = 2**16
@@ -63,7 +60,7 @@ _MAX_LEVEL_SUM = 2**52
 
 @dataclass(frozen=True, eq=False)
 class PlannerState:
-    """Holds what the planner of one FSEP group knows between two steps.
+    """State of one FSEP group's planner between two steps.
 
     Attributes:
         next_step: the step that comes next.
@@ -106,14 +103,14 @@ class PlannerState:
             if list(plan.layouts) != list(range(len(self.layers))):
                 raise ValueError(f"the plan of step {plan.source_step} lacks layers")
         made = [layout for plan in self.plans for layout in plan.layouts.values()]
-        shapes = {_shape(layout) for layout in (*self.layouts, *made)}
+        shapes = {layout.shape for layout in (*self.layouts, *made)}
         if len(shapes) != 1:
             raise ValueError(f"layouts differ in (ranks, capacity, experts): {sorted(shapes)}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Return (N, C, E)."""
-        return _shape(self.layouts[0])
+        """(N, C, E)."""
+        return self.layouts[0].shape
 
     def check_fits(self, geometry: Geometry, layers: Sequence[str]) -> None:
         """Refuse a state of another run.
@@ -121,9 +118,8 @@ class PlannerState:
         Raises:
             ValueError: what differs, as found and as this run is.
         """
-        wanted = (geometry.num_ranks, geometry.capacity, geometry.num_experts)
-        if self.shape != wanted:
-            found, here = _shape_text(self.shape), _shape_text(wanted)
+        if self.shape != geometry.shape:
+            found, here = _shape_text(self.shape), _shape_text(geometry.shape)
             raise ValueError(f"the state is of a group with {found}, this one has {here}")
         if self.layers != tuple(layers):
             raise ValueError(
@@ -169,7 +165,17 @@ class PlannerState:
         Raises:
             ValueError: anything else, saying what is wrong.
         """
-        header, payload = _split(data)
+        if len(data) < _PREFIX.size + _DIGEST_BYTES:
+            raise ValueError(
+                f"has {len(data)} bytes, a planner's state has at least "
+                f"{_PREFIX.size + _DIGEST_BYTES}"
+            )
+        # A view, for a state may have gigabytes.
+        body = memoryview(data)[:-_DIGEST_BYTES]
+        text_end = _PREFIX.size + _header_length(data)
+        if _digest(body) != data[-_DIGEST_BYTES:]:
+            raise ValueError("is damaged or cut off: its digest does not match")
+        header, payload = _header(bytes(body[_PREFIX.size : text_end])), body[text_end:]
         num_ranks, capacity, num_experts = _header_shape(header)
         observed, plans = header["observed"], header["plans"]
         num_layers = len(header["layers"])
@@ -195,7 +201,7 @@ class PlannerState:
                 steady_NE=next(steady) if errors is not None else None,
                 errors=(0, 0) if errors is None else (errors[0], errors[1]),
             )
-            for is_observed, errors in zip(observed, _errors(header), strict=True)
+            for is_observed, errors in zip(observed, header["errors"], strict=True)
         ]
         return cls(
             next_step=header["next_step"],
@@ -217,7 +223,7 @@ class PlannerState:
 
     @classmethod
     def from_file(cls, file: BinaryIO) -> PlannerState:
-        """Do as `from_bytes` with the begin of a file; one with too long a tail is not read.
+        """Read and check the bytes of a file; a file with too long a tail is not read.
 
         Raises:
             ValueError: anything else than what `to_bytes` made, saying what is wrong.
@@ -248,22 +254,6 @@ class PlannerState:
                 raise ValueError("a forecast holds negative loads, or more than a step can have")
 
 
-def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
-    """Return the header, its types checked, and the bytes of the arrays."""
-    least = _PREFIX.size + _DIGEST_BYTES
-    if len(data) < least:
-        raise ValueError(f"has {len(data)} bytes, a planner's state has at least {least}")
-    length = _header_length(data)
-    # Views, for a state may have gigabytes.
-    body, digest = memoryview(data)[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
-    if _digest(body) != digest:
-        raise ValueError("is damaged or cut off: its digest does not match")
-    text = bytes(body[_PREFIX.size : _PREFIX.size + length])
-    if len(text) != length:
-        raise ValueError(f"has a header of {len(text)} bytes, expected {length}")
-    return _header(text), body[_PREFIX.size + length :]
-
-
 def _header_length(data: bytes) -> int:
     if len(data) < _PREFIX.size:
         raise ValueError(f"has {len(data)} bytes, a planner's state has at least {_PREFIX.size}")
@@ -278,33 +268,29 @@ def _header_length(data: bytes) -> int:
 
 
 def _header(text: bytes) -> dict[str, Any]:
+    """Return the header, its types checked; without a steady mean, a layer's errors are None."""
     try:
         header = json.loads(text)
     except RecursionError as error:
         raise ValueError("has a header that is nested too deeply") from error
-    has_errors = isinstance(header, dict) and "errors" in header
-    _check_types("header", header, _KEYS | (_ERRORS_KEY if has_errors else {}))
+    if isinstance(header, dict) and isinstance(header.get("layers"), list):
+        header.setdefault("errors", [None] * len(header["layers"]))
+    _check_types("header", header, _KEYS)
     _check_names(header["layers"])
     if len(header["observed"]) != len(header["layers"]) or any(
         type(flag) is not bool for flag in header["observed"]
     ):
         raise ValueError("observed must be a list of truth values, one per layer")
-    if len(_errors(header)) != len(header["layers"]) or not all(
+    if len(header["errors"]) != len(header["layers"]) or not all(
         errors is None
         or (isinstance(errors, list) and [type(error) for error in errors] == [int, int])
-        for errors in _errors(header)
+        for errors in header["errors"]
     ):
         raise ValueError("errors must be a list of two integers or null, one per layer")
     for plan in header["plans"]:
         _check_types("plan", plan, _PLAN_KEYS)
     checked: dict[str, Any] = header
     return checked
-
-
-def _errors(header: dict[str, Any]) -> list[list[int] | None]:
-    """Return the errors of each layer's forecast; None for those that have one mean."""
-    errors: list[list[int] | None] = header.get("errors", [None] * len(header["layers"]))
-    return errors
 
 
 def _read_only(mean: np.ndarray[Any, Any], shape: tuple[int, int]) -> Int64:
@@ -320,11 +306,11 @@ def _header_shape(header: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def _payload_bytes(header: dict[str, Any]) -> int:
-    """Count the bytes of the arrays: layouts in force and of each plan, and forecasts."""
+    """Return the bytes of the arrays: layouts in force and of each plan, and forecasts."""
     num_ranks, capacity, num_experts = _header_shape(header)
     num_layouts = len(header["layers"]) * (1 + len(header["plans"]))
     num_levels = sum(map(bool, header["observed"]))
-    num_levels += sum(errors is not None for errors in _errors(header))
+    num_levels += sum(errors is not None for errors in header["errors"])
     slots_bytes = num_ranks * capacity * _SLOT.itemsize
     return num_layouts * slots_bytes + num_levels * num_ranks * num_experts * _LEVEL.itemsize
 
@@ -352,10 +338,6 @@ def _check_range(what: str, number: int, highest: int) -> None:
 
 def _digest(body: bytes | memoryview) -> bytes:
     return hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest()
-
-
-def _shape(layout: ExpertLayout) -> tuple[int, int, int]:
-    return layout.num_ranks, layout.capacity, layout.num_experts
 
 
 def _shape_text(shape: tuple[int, int, int]) -> str:

@@ -11,17 +11,13 @@ from megatron_laer.planner.layout import ExpertLayout
 
 @dataclass(frozen=True)
 class StaticStrategy:
-    """Returns `ExpertLayout.static`, whatever the loads and the current layout."""
+    """Strategy of `ExpertLayout.static`, whatever the loads and the current layout."""
 
     geometry: Geometry
     name: str = "static"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """Return the static layout.
-
-        Raises:
-            ValueError: counts or a layout of another shape.
-        """
+        """Return the static layout."""
         self.geometry.check_counts(counts_NE.shape)
         self.geometry.check_layout(current)
         return ExpertLayout.static(*self.geometry.shape)

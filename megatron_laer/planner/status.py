@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PlannerStatus:
-    """Says how the planner is doing, for the metrics of every rank.
+    """Condition of the planner, for the metrics of every rank.
 
     Attributes:
         plan_us: microseconds that the newest applied plan took to make, over all layers.

@@ -23,7 +23,7 @@ from megatron_laer.planner.static import StaticStrategy
 
 
 class Strategy(Protocol):
-    """Maps observed counts and the layout in use to the next layout; a pure function."""
+    """Pure function from observed counts and the layout in use to the next layout."""
 
     @property
     def name(self) -> str:
@@ -54,29 +54,21 @@ def described_strategies() -> str:
 
 
 def check_planner(name: str) -> None:
-    """Refuse what names neither a strategy nor a planner that needs none.
-
-    Raises:
-        ValueError: quoting it; the message lists the known ones.
-    """
+    """Refuse what names neither a strategy nor a planner that needs none."""
     known = sorted({*strategy_names(), *FixedPlanner})
     if name not in known:
         raise ValueError(f"--fsep-planner {name}: unknown planner; use one of {', '.join(known)}")
 
 
 def make_strategy(name: str, *, geometry: Geometry, costs: CostModel) -> Strategy:
-    """Build a strategy by name.
-
-    Raises:
-        ValueError: an unknown name; the message lists the known ones.
-    """
+    """Build a strategy by name."""
     if name not in _STRATEGIES:
         raise ValueError(f"unknown planner {name!r}; use one of {', '.join(strategy_names())}")
     return _STRATEGIES[name].make(geometry, costs)
 
 
 def uses_costs(config: FSEPConfig) -> bool:
-    """Tell whether anything is decided by the cost model under these settings."""
+    """Return whether the cost model decides anything under these settings."""
     strategy = _STRATEGIES.get(config.planner)
     return (
         (config.mode == PlanMode.ADAPTIVE and config.imbalance_tolerance is None)
@@ -88,7 +80,7 @@ def uses_costs(config: FSEPConfig) -> bool:
 
 @dataclass(frozen=True)
 class _Registered:
-    """Holds a strategy's constructor, and what others must know of the strategy.
+    """Constructor of a strategy, and its properties for others.
 
     Attributes:
         uses_costs: whether it compares layouts by the cost model.

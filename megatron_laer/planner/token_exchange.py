@@ -34,9 +34,6 @@ def choose_token_exchange(
         costs: of the layer.
         top_k: K.
         tokens: T, of a rank and microbatch.
-
-    Raises:
-        ValueError: fewer than one token or expert per token, or more experts than there are.
     """
     seconds = token_seconds(costs, geometry, top_k, tokens)
     return min(TokenExchange, key=lambda exchange: seconds[exchange])
@@ -51,9 +48,6 @@ def token_seconds(
     stage follows the other. Beside that `node` has the latencies of its second stage and of what
     it sends beside rows, and the wait for sizes (`TokenPrices.latency_seconds`). Kernels are
     not priced: both gather and sum as many pairs.
-
-    Raises:
-        ValueError: as `choose_token_exchange`.
     """
     cluster, seconds = costs.cluster, {}
     for exchange, (intra_rows, inter_rows) in _crossings(geometry, top_k, tokens).items():
@@ -69,11 +63,7 @@ def token_seconds(
 def with_token_exchange(
     costs: CostModel, exchange: TokenExchange, geometry: Geometry, top_k: int, tokens: int
 ) -> CostModel:
-    """Return the cost model that prices tokens as this exchange sends them.
-
-    Raises:
-        ValueError: as `choose_token_exchange`.
-    """
+    """Return the cost model that prices tokens as this exchange sends them."""
     prices = BY_RANK
     if exchange == TokenExchange.NODE:
         crossings = _crossings(geometry, top_k, tokens)

@@ -20,7 +20,7 @@ from megatron_laer.arrays import Int64
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """Holds the numbers of rows that a rank sends and receives.
+    """Numbers of rows that a rank sends and receives.
 
     With two stages the first one is among the ranks with one local rank, of every node, and the
     second one among the ranks of a node; otherwise there is but a first one, among all ranks.
@@ -39,12 +39,12 @@ class TokenRows:
 
     @property
     def has_two_stages(self) -> bool:
-        """Tell whether rows go to nodes first, and to ranks in a second exchange."""
+        """Whether rows go to nodes first, and to ranks in a second exchange."""
         return bool(self.second_sent)
 
     @property
     def arrived(self) -> int:
-        """Count the rows that are at the rank after the last stage."""
+        """Number of rows at the rank after the last stage."""
         return int(self.from_ranks_N.sum())
 
     @property
@@ -64,7 +64,7 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class SizeMessages:
-    """Says which of its sizes each rank tells this one, and this one tells each.
+    """Places of the sizes that ranks send to each other.
 
     Each rank hears of the rows for itself. With two stages it also hears, from the ranks with its
     own local rank, of the rows for its node, which it receives, and of those for each rank of the

@@ -33,7 +33,7 @@ _PROBABILITY_BYTES, _PLACE_BYTES, _SIZE_BYTES = 4, 4, 4
 
 @dataclass(frozen=True, eq=False)
 class TokenTraffic:
-    """Holds what one exchange moves per rank and link class, but for what stays on a rank.
+    """Rows or bytes of one exchange per rank and link class, without those that stay on a rank.
 
     Attributes:
         intra_N, inter_N: received from ranks of the same node and of other nodes.
@@ -70,7 +70,7 @@ class TokenTraffic:
 
 @dataclass(frozen=True, eq=False)
 class TokenRouting:
-    """Holds how many pairs and how many distinct tokens of each rank go where.
+    """Numbers of pairs and of distinct tokens from each rank to each rank and node.
 
     Attributes:
         pairs_NN: pairs of each source rank that go to slots of each rank.
@@ -96,9 +96,6 @@ class TokenRouting:
                 `dispatch.replica_choice`.
             capacity: C.
             node_size: G.
-
-        Raises:
-            ValueError: a node size that does not divide N, or another number of slots than pairs.
         """
         num_ranks = len(maps)
         check_node_size(num_ranks, node_size)
@@ -136,9 +133,6 @@ class TokenRouting:
         Args:
             quota_NS: tokens that each source sends to each slot.
             tokens_N: T of each source.
-
-        Raises:
-            ValueError: a node size that does not divide N.
         """
         check_node_size(layout.num_ranks, node_size)
         num_ranks, num_nodes = layout.num_ranks, layout.num_ranks // node_size
@@ -184,7 +178,7 @@ def dispatch_rows(routing: TokenRouting, exchange: TokenExchange) -> TokenTraffi
 
 
 def metadata_bytes(routing: TokenRouting, exchange: TokenExchange) -> TokenTraffic:
-    """Count the bytes that one dispatch moves beside hidden states.
+    """Count the bytes that one dispatch moves without hidden states.
 
     `rank` sends the probability of each pair. `node` also sends the place of each pair's row, with
     the row one bit for each local rank, where it has two stages, and before that the sizes: one

@@ -107,10 +107,6 @@ def restore_traffic(
         matrices: (R, K) of each expert matrix.
         changed_S: slots to fetch, by ranks that keep nothing else; all slots by default.
         before: instead of `changed_S`, the layout under which all ranks keep what they restored.
-
-    Raises:
-        ValueError: a node size that does not divide N, a `changed_S` of another shape, or a layout
-            before of other N, C or E.
     """
     num_ranks, num_slots = layout.num_ranks, layout.num_slots
     check_node_size(num_ranks, node_size)
@@ -174,9 +170,6 @@ def reduce_traffic(
     """Count the elements of one gradient exchange: a restore of all slots, run backwards.
 
     Elements between nodes may be of another dtype than those inside (`--fsep-grad-wire-dtype`).
-
-    Raises:
-        ValueError: a node size that does not divide N.
     """
     there = restore_traffic(layout, node_size, matrices, algorithm)
     return Traffic(

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +29,6 @@ from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
 
 logger = logging.getLogger(__name__)
@@ -53,7 +51,7 @@ class Coordinator:
     layouts: LayoutsInForce
     pass_layouts: PassLayouts
     scheduler: Scheduler
-    planner: MicrobatchPlanner
+    microbatch_planner: MicrobatchPlanner
     measurements: Measurements
     seed: int
     device: torch.device
@@ -65,34 +63,14 @@ class Coordinator:
     def geometry(self) -> Geometry:
         return self.guard.geometry
 
-    def register_layer(
-        self,
-        number: int,
-        is_mtp: bool,
-        slices: Slices,
-        *,
-        recomputes: bool,
-        passes: int,
-        what_changed: Callable[[], str | None],
-        on_step_end: Callable[[], None],
-    ) -> LayerState:
-        """Add a MoE layer, as `FsepLayer` describes it.
+    def register_layer(self, number: int, is_mtp: bool, **described: Any) -> LayerState:
+        """Add a MoE layer with these fields of `FsepLayer`.
 
         Every rank of the group adds the same layers in the same order.
         """
-        assert not self.planner.in_steps, "a layer was built after training began"
+        assert not self.microbatch_planner.in_steps, "a layer was built after training began"
         name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
-        state = LayerState(
-            len(self.layers),
-            name,
-            number,
-            is_mtp,
-            slices,
-            recomputes,
-            passes,
-            what_changed,
-            on_step_end,
-        )
+        state = LayerState(len(self.layers), name, number, is_mtp, **described)
         self.layouts.add_layer(name)
         self.layers.append(state)
         return state
@@ -105,7 +83,7 @@ class Coordinator:
         Returns:
             A problem, for the caller to raise on every rank of the world.
         """
-        self.planner.in_steps = True
+        self.microbatch_planner.in_steps = True
         summary = agreement.summarise(self.config, self.geometry, self.guard.costs, self.seed)
         summary["frozen experts"] = frozen_in(self.layers)
         problem = agreement.difference(summary, self.groups) or what_changed(self.layers)
@@ -132,7 +110,7 @@ class Coordinator:
             step: of the run, so that a resumed run goes on with the same numbers.
             num_microbatches: of this step; lets planning start while the last backward passes run.
         """
-        assert self.planner.in_steps, "begin_step before start"
+        assert self.microbatch_planner.in_steps, "begin_step before start"
         check_no_plan_is_left(self.layers)
         self.measurements.begin_step(step)
         self.step = step
@@ -145,7 +123,7 @@ class Coordinator:
         known = self.pass_layouts.known([layer.next_pass(training=True) for layer in self.layers])
         layouts = [(self.layers[at], layout) for at, layout in known.items()]
         for layer, layout in layouts:
-            self.planner.tag(layer, layout)  # uploaded now
+            self.microbatch_planner.tag(layer, layout)  # uploaded now
         self.experts.begin_step(layouts, num_microbatches)
 
     def end_step(self, *, weights_changed: bool) -> None:
@@ -169,7 +147,7 @@ class Coordinator:
 
         Does nothing once training has begun. Collective over the group.
         """
-        if self.layers and not self.planner.in_steps:
+        if self.layers and not self.microbatch_planner.in_steps:
             self.layouts.resume(directory, storage)
 
     def close(self) -> None:

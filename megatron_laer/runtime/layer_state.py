@@ -51,7 +51,7 @@ class RerunPlans:
         """Return the plan of this forward pass, if it is the re-run of a checkpoint.
 
         In the re-run of a checkpoint that has another one inside, the inner one runs without
-        gradients once more, and its own re-run follows in the same backward pass.
+        gradients once more. Its own re-run follows in the same backward pass.
         """
         plan = self.next
         if plan is None:

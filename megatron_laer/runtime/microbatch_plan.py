@@ -30,8 +30,8 @@ class MicrobatchPlan:
         restored: the experts that the pass computes with, under the layout that was planned.
         quotas: which tokens this rank sends and receives.
         routing_map_TE: only in the plan of a re-run under a checkpoint, the first pass's routing.
-            A router that runs again may decide a near-tie the other way (Megatron's combine adds
-            with atomics on CUDA), and the counts exchanged in the first pass would not fit.
+            A router that runs again may decide a near-tie the other way, since Megatron's combine
+            adds with atomics on CUDA. The counts exchanged in the first pass would not fit.
         first_pass: the same for the first pass and for the re-run.
     """
 

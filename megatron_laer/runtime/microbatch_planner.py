@@ -75,7 +75,7 @@ class MicrobatchPlanner:
     ) -> Callable[[], MicrobatchPlan]:
         """Start to plan this forward pass. Collective, except in the re-run of a checkpoint.
 
-        A pass without gradients while training is the first one under a checkpoint: its plan is
+        A pass without gradients while training is the first one under a checkpoint. Its plan is
         kept for the re-run, which exchanges nothing, decides nothing and records nothing.
         Evaluation leaves no trace.
 

@@ -1,7 +1,7 @@
 """The scheduler carries out the communication schedule: what overlaps what within a model chunk.
 
 `schedule.py` has the rules as data. The scheduler follows a chunk's forward passes by hooks on the
-chunk; the layer's calls mark the arrival of tokens, and autograd nodes mark the backward pass.
+chunk. The layer's calls mark the arrival of tokens, and autograd nodes mark the backward pass.
 
 A chunk's forward for one microbatch leaves a chain of `RestoredExperts`, each knowing the layer
 before. Backward follows it, whenever the pipeline comes to it.

@@ -8,4 +8,4 @@ that are proved equal to stock are rows of `tests/parity`, and docs/support.md l
 
 
 class RefusedError(ValueError):
-    """Tells that a run was asked for what cannot work; launchers print the message alone."""
+    """Request for a run that cannot work; launchers print the message alone."""

@@ -56,11 +56,7 @@ def leave_out(args: Namespace) -> list[str]:
 
 
 def check(args: Namespace, config: FSEPConfig) -> None:
-    """Refuse what FSEP cannot run with, all of it in one message.
-
-    Raises:
-        RefusedError: what was given, why it cannot work, and what would.
-    """
+    """Refuse what FSEP cannot run with, all of it in one message."""
     if found := problems(args, config):
         numbered = " ".join(f"({number}) {text}." for number, text in enumerate(found, start=1))
         listed = found[0] if len(found) == 1 else f"these settings: {numbered}"
@@ -84,11 +80,7 @@ def problems(args: Namespace, config: FSEPConfig) -> list[str]:
 
 
 def geometry(args: Namespace, config: FSEPConfig) -> Geometry:
-    """Return the geometry of the MoE layers, but for nodes, which the launcher tells.
-
-    Raises:
-        ValueError: a number of slots that does not fit.
-    """
+    """Return the geometry of the MoE layers, but for nodes, which the launcher tells."""
     return resolve_geometry(
         args.num_experts,
         args.expert_model_parallel_size,

@@ -33,9 +33,6 @@ def check(config: Any, allowed: Collection[Unproven] = ()) -> None:
     Args:
         config: Megatron's TransformerConfig.
         allowed: what nobody has run, and may be run all the same.
-
-    Raises:
-        ValueError: the fields, why they cannot work, and what would.
     """
     problems = [text for row in REFUSALS if (text := row.problem_with_field(config, allowed))]
     used = {row.unproven for row in REFUSALS if row.asks_for_unproven(config, row.field)}
@@ -55,9 +52,6 @@ def check_choices(config: Any, mode: PlanMode | None, exchange: TokenExchange | 
 
     Args:
         config: Megatron's TransformerConfig.
-
-    Raises:
-        ValueError: all that does not fit, why not, and what would.
     """
     _refuse([*problems_with_mode(config, mode), *problems_with_token_exchange(config, exchange)])
 

@@ -13,7 +13,7 @@ _NOT_RUN = "nobody has run it with FSEP, and no test on a GPU has shown it"
 
 
 class LeftOut(StrEnum):
-    """Says of a refused setting what leaving it out changes, where the model stays as it is."""
+    """Loss by leaving out a refused setting that does not change the model."""
 
     SPEED = "speed-only"
     PRECISION = "precision"
@@ -21,7 +21,7 @@ class LeftOut(StrEnum):
 
 @dataclass(frozen=True)
 class Refusal:
-    """Describes a setting of Megatron, refused unless it has an accepted value.
+    """Setting of Megatron, refused unless it has an accepted value.
 
     Attributes:
         setting: the flag with the part of it that is refused, or the field if there is no flag;
@@ -71,7 +71,7 @@ class Refusal:
         return self.dest or self.flag.removeprefix("--").replace("-", "_")
 
     def problem_with_flag(self, args: Any, allowed: Collection[Unproven] = ()) -> str | None:
-        """Say why FSEP cannot run with these arguments, and what would work; None if it can.
+        """Return why FSEP cannot run with these arguments, and the way out; None if it can.
 
         Args:
             allowed: the words of `--fsep-allow-unproven`.
@@ -94,7 +94,7 @@ class Refusal:
         return f"{given}: {self.reason}; {self.said_way_out}"
 
     def problem_with_field(self, config: Any, allowed: Collection[Unproven] = ()) -> str | None:
-        """Say why FSEP cannot run with this config, and what would work; None if it can.
+        """Return why FSEP cannot run with this config, and the way out; None if it can.
 
         Args:
             allowed: what `FSEPConfig.allow_unproven` has.
@@ -109,7 +109,7 @@ class Refusal:
         return f"{given}: {self.reason}; {way_out}"
 
     def asks_for_unproven(self, settings: Any, name: str) -> bool:
-        """Tell whether the setting of this name has a value that nobody has run."""
+        """Return whether the setting of this name has a value that was never run."""
         return self.unproven is not None and getattr(settings, name, None) in self.unproven_values
 
     def _with_cost(self, way_out: str) -> str:

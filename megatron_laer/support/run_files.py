@@ -20,11 +20,7 @@ WRITTEN = ("record_layouts", "record_trace", "record_metrics", "timeline")
 
 
 def check(config: FSEPConfig) -> None:
-    """Refuse files and folders that the run could not use, and make none.
-
-    Raises:
-        ValueError: naming the flag and the path, with what would work.
-    """
+    """Refuse files and folders that the run could not use, and make none."""
     if config.cluster is not None:
         try:
             load_cluster(config.cluster)

@@ -35,7 +35,7 @@ def _captures_plan(settings: Any) -> bool:
 
 
 def _pads_for_fp8(settings: Any) -> bool:
-    """Tell whether the router pads, which Megatron does for fp8 and fp4 alone."""
+    """Return whether the router pads, which Megatron does for fp8 and fp4 alone."""
     names = ("moe_router_padding_for_quantization", "moe_router_padding_for_fp8")
     pads = any(getattr(settings, name, None) for name in names)
     return pads and bool(settings.fp8 or getattr(settings, "fp4", None))

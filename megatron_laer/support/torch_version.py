@@ -8,7 +8,7 @@ OLDEST_ON_CUDA = "2.8"
 
 
 def problem_on_cuda(version: str) -> str | None:
-    """Say why this torch cannot train with FSEP on a GPU, and what would work; None if it can."""
+    """Return why this torch cannot train with FSEP on a GPU, and the way out; None if it can."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     oldest = tuple(map(int, OLDEST_ON_CUDA.split(".")))
     if numbers is None or tuple(map(int, numbers.groups())) >= oldest:

@@ -1,8 +1,7 @@
 """`inspect` describes a checkpoint from its metadata alone.
 
-This needs no ranks and no device, and loads no tensor. Torch keeps the list of tensors as a pickle;
-it is read without unpickling (`inert_pickle`), so that looking at a checkpoint runs no code
-that somebody put into it. Names are printed escaped.
+It needs no ranks and no device, and loads no tensor. Torch's list of tensors is a pickle, which
+`inert_pickle` reads without running code in it. Names are printed escaped.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ _MAX_AXES = 64
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _EXPERTS = ".mlp.experts.experts.linear_fc"
-# Of the tensors with all experts, by the last part of their names.
+# Dimensions of the tensors with all experts, by the last part of their names.
 _DIMENSIONS_OF_EXPERTS = {"weight": 3, "bias": 2}
 _OPTIMIZER = "optimizer."
 
-# What torch's list of tensors is made of: plain records, and torch's names for types. None of them
-# is imported; whatever else is asked for tells that the list is not torch's.
+# Classes in torch's list of tensors, and torch's names for types. None of them is imported; a list
+# with any other name is refused.
 _MODULES = (
     "torch",
     "torch.distributed.checkpoint.metadata",
@@ -51,7 +50,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Describes one tensor, as the checkpoint's metadata does."""
+    """One tensor of the checkpoint's metadata."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -59,16 +58,15 @@ class Entry:
 
     @property
     def elements(self) -> int:
-        """Count the numbers that it holds."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
 
 def describe(path: str | Path) -> str:
-    """Report on the checkpoint at `path`, which is a run's directory or one iteration's.
+    """Describe the checkpoint at `path`, a run's directory or one iteration's.
 
     Raises:
-        ValueError: no checkpoint, or a damaged one; a planner's state that is damaged is part of
-            the report.
+        ValueError: no checkpoint, or a damaged one; a damaged planner's state is only described.
     """
     folder = _find(Path(path))
     config = _json(folder / "metadata.json")

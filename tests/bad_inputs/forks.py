@@ -285,7 +285,6 @@ def _answer_the_doctor() -> None:
         yield {key: answer(f"\x1b[2J{key}\n\r\u202eok") for key in questions}
 
     doctor.asked = asked
-    doctor.asking._PROGRAM_S = 0.5
 
 
 def _status_of(words: Sequence[str]) -> int:

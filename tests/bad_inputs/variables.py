@@ -26,22 +26,6 @@ _NOT_INTEGERS = {
 }
 _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-_COMPILERS = {
-    "folder": ("/tmp", "none (CXX='/tmp'"),
-    "device": ("/dev/zero", "none (CXX='/dev/zero'"),
-    "escapes": ("\x1b[2J", "none (CXX='\\x1b[2J'"),
-    "no UTF-8": ("caf\udce9", "none (CXX='caf\\udce9'"),
-    "blank": (" ", "none (CXX=' '"),
-    "many words": ("no " * 5000, "none (CXX='no no"),
-    "fails": ("false", "none (CXX='false'"),
-    "quote": ("'g++", 'none (CXX="\'g++"'),
-    "sleeps": ("./sleeps", "none (CXX='./sleeps'"),
-    "sleeps behind a closed pipe": ("./closes", "none (CXX='./closes'"),
-    "says escapes": ("./says-escapes", "\\x1b[2JFAKE  ok"),
-    "says no text": ("./says-bytes", "\ufffd"),
-    "has no end": ("./endless", "endless"),
-    "says nothing": ("./silent", "none (CXX='./silent'"),
-}
 _PLAN = ("plan", "good.trace")
 _PLOT = ("plan", "good.trace", "--plot", "out/plot.png")
 _DATA = ("prepare-data", "--input", "good.txt", "--output", "out/fresh")
@@ -73,24 +57,11 @@ def cases() -> Iterator[Case]:
     for value in ("tpu", "CPU", "", " cpu", "cpu\n", "\x1b[2J", "caf\udce9", "c" * 5000):
         says = "MEGATRON_LAER_DEVICE="
         yield Case(("train", "script.py"), says, {"MEGATRON_LAER_DEVICE": value})
-    for value, says in _COMPILERS.values():
-        yield Case(("doctor",), says, {"CXX": value}, status=1)
     for words, environment, says in _AT_START:
         yield Case(words, says, environment)
 
 
 def make(folder: Path) -> None:
-    """Write compilers, and a model whose name is no ASCII."""
-    for name, script in {
-        "sleeps": "sleep 1000 & sleep 1000",
-        "closes": "exec >&- 2>&-; sleep 1000",
-        "says-escapes": "printf '\\033[2JFAKE  ok\\nmore'",
-        "says-bytes": "printf '\\351\\200'",
-        "endless": "yes endless",
-        "silent": "",
-    }.items():
-        path = folder / name
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
+    """Write a model whose name is no ASCII."""
     model = "{description: d, data: {data-path: caf\u00e9}}"
     (folder / "latin-name.yaml").write_text(model, encoding="utf-8")

@@ -21,28 +21,15 @@ from tests.parity.compare import distance
 from tests.parity.flags import command_line
 from tests.parity.row import FP32_BOUND
 from tests.parity.rows import DEEPEP, HYBRIDEP
-
-HIDDEN = 6
-
-
-class SharedExperts:
-    """Notes in which order the dispatcher calls it, and gives a constant output."""
-
-    use_shared_expert_gate = False
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: self.calls.append(name)
-
-    def pre_forward_comm(self, hidden: Any, wait_current_stream: bool = True) -> None:
-        self.calls.append("pre_forward_comm")
-        self.hidden = hidden
-
-    def get_output(self) -> Any:
-        self.calls.append("get_output")
-        return self.hidden * 2
+from tests.token_exchange import (
+    HIDDEN,
+    Case,
+    SharedExperts,
+    make_dispatcher,
+    noting_timeline,
+    plan_of,
+    routing_maps,
+)
 
 
 @dataclass
@@ -58,63 +45,10 @@ class Outcome:
 
 def make_plan(capacity: int, experts: int, topk: int, tokens: list[int]) -> tuple[Any, Any]:
     """On a rank: a plan for random tokens, and the router's map of this rank's."""
-    import numpy as np
-    import torch
     import torch.distributed as dist
 
-    from megatron_laer.config import Split
-    from megatron_laer.planner.layout import ExpertLayout
-    from megatron_laer.planner.splits import RankQuotas, solve_quotas
-    from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-
-    rank, size = dist.get_rank(), dist.get_world_size()
-    layout = ExpertLayout.random(size, capacity, experts, (topk,))
-    generator = torch.Generator().manual_seed(rank)
-    scores_TE = torch.rand(tokens[rank], experts, generator=generator)
-    map_TE = torch.zeros(scores_TE.shape, dtype=torch.bool)
-    map_TE.scatter_(1, scores_TE.topk(topk, dim=1).indices, True)
-    counts: list[Any] = [None] * size
-    dist.all_gather_object(counts, map_TE.sum(0).numpy())
-    quotas = solve_quotas(Split.EXACT, np.stack(counts), layout, 1)
-    slot_expert_S = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
-    index: Any = SimpleNamespace(layout=layout, slot_expert_S=slot_expert_S)
-    restored: Any = SimpleNamespace(index=index)
-    mine = RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank))
-    return MicrobatchPlan(restored, mine), map_TE
-
-
-def make_dispatcher(plan: Any, topk: int, path: str, shared: SharedExperts | None) -> Any:
-    """A dispatcher by "own" or "stock's" permutations, or with "deepep" or "hybridep"."""
-    import torch.distributed as dist
-    from megatron.core.transformer import TransformerConfig
-
-    from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
-    from megatron_laer.layer.dispatch.flex import SlotFlexDispatcher
-    from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
-
-    is_flex = path in ("deepep", "hybridep")
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=1,
-        num_moe_experts=plan.layout.num_slots,
-        moe_router_topk=topk,
-        moe_router_pre_softmax=True,
-        moe_token_dispatcher_type="flex" if is_flex else "alltoall",
-        moe_flex_dispatcher_backend=path if is_flex else "deepep",
-        moe_hybridep_pad_uneven_dispatch_inputs=True,
-    )
-    groups = SimpleNamespace(ep=dist.group.WORLD, expt_tp=None, tp_ep=dist.group.WORLD)
-    capacity = plan.layout.capacity
-    local = list(range(capacity * dist.get_rank(), capacity * (dist.get_rank() + 1)))
-    make = SlotFlexDispatcher if is_flex else SlotTokenDispatcher
-    dispatcher = make(capacity, local, config=config, pg_collection=groups)
-    config.moe_permute_fusion = path == "stock's"
-    config.moe_shared_expert_overlap = shared is not None
-    if shared is not None:
-        dispatcher.set_shared_experts(shared)
-    dispatcher.begin(SlotDispatch(plan, "layer 1", None))
-    return dispatcher
+    case = Case(tuple(tokens), node_size=1, capacity=capacity, experts=experts, top_k=topk)
+    return plan_of(case, dist.get_rank()), routing_maps(case)[dist.get_rank()]
 
 
 def dispatch(plan: Any, map_TE: Any, topk: int, path: str, with_shared: bool) -> Outcome:
@@ -132,7 +66,7 @@ def dispatch(plan: Any, map_TE: Any, topk: int, path: str, with_shared: bool) ->
     probs.requires_grad_()
     weight = torch.randn(hidden.shape, generator=generator)
     shared = SharedExperts() if with_shared else None
-    dispatcher = make_dispatcher(plan, topk, path, shared)
+    dispatcher = make_dispatcher(plan, topk, path, shared=shared)
     dispatcher.start_shared_experts(hidden)
     uploads = mock.Mock(side_effect=copies.upload)
     with (
@@ -225,13 +159,8 @@ def exchanges_noted(backend: str) -> list[list[tuple[str, str]]]:
     with on_gloo():
         plan, map_TE = make_plan(3, 4, 2, [40, 33])
         for path in ("own", backend):
-            noted: list[tuple[str, str]] = []
-            timeline = SimpleNamespace(
-                begin_exchange=lambda name, noted=noted: noted.append(("begin", str(name))),
-                end_exchange=lambda then, noted=noted: noted.append(("end", str(then))),
-            )
-            dispatcher = make_dispatcher(plan, 2, path, None)
-            dispatcher.begin(dataclasses.replace(dispatcher._current, listener=timeline))
+            noted, timeline = noting_timeline()
+            dispatcher = make_dispatcher(plan, 2, path, timeline=timeline)
             hidden, probs = torch.rand(len(map_TE), HIDDEN, requires_grad=True), map_TE.float()
             sent = dispatcher.dispatch_preprocess(hidden, map_TE, probs.requires_grad_())
             inputs, *_ = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(*sent))
@@ -255,7 +184,7 @@ def flex_against_another_plan(backend: str) -> list[str]:
     with on_gloo():
         plan, map_TE = make_plan(3, 4, 2, [40, 33])
         late = SimpleNamespace(query=lambda: False)
-        dispatcher = make_dispatcher(plan, 2, backend, None)
+        dispatcher = make_dispatcher(plan, 2, backend)
         dispatcher._received.append(_Received("layer 7", [1, 2, 3], torch.tensor([3, 2, 1]), late))
         hidden, probs = torch.zeros(len(map_TE), HIDDEN), map_TE.float()
 

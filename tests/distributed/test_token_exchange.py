@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,9 +24,11 @@ from tests.token_exchange import (
     Case,
     Outcome,
     Sent,
+    SharedExperts,
     expected,
     gloo_groups,
     make_dispatcher,
+    noting_timeline,
     plan_of,
     routing_maps,
     routing_of,
@@ -95,7 +96,7 @@ def exchanges_of_sizes(case: Case) -> list[int]:
         exchange = mock.Mock(side_effect=dist.all_to_all_single)
         with mock.patch.object(dist, "all_to_all_single", exchange):
             for of_pass, of_router in ((plan, map_TE), (plan.for_rerun(map_TE), ~map_TE)):
-                dispatcher = make_dispatcher(of_pass, case, groups, nodes=True)
+                dispatcher = make_dispatcher(of_pass, case.top_k, "nodes", groups)
                 dispatcher.dispatch_preprocess(hidden, of_router, probs)
                 counts.append(exchange.call_count)
     return counts
@@ -107,11 +108,7 @@ def test_a_rerun_under_a_checkpoint_exchanges_no_sizes(ranks: Callable[[int], Ra
 
 def exchanges_noted(case: Case) -> list[tuple[str, str]]:
     """On a rank: what a timeline is told of a whole exchange through nodes."""
-    noted: list[tuple[str, str]] = []
-    timeline: Any = SimpleNamespace(
-        begin_exchange=lambda name: noted.append(("begin", str(name))),
-        end_exchange=lambda then: noted.append(("end", str(then))),
-    )
+    noted, timeline = noting_timeline()
     with gloo_groups(case.node_size) as groups:
         run(case, groups, nodes=True, timeline=timeline)
     return noted
@@ -125,26 +122,6 @@ def test_a_timeline_has_both_stages(ranks: Callable[[int], RankPool]) -> None:
         assert [event for event, _ in noted] == ["begin", "end"] * 8
         names = [name for event, name in noted if event == "begin"]
         assert names == expected_names + [f"{name}, backward" for name in expected_names[::-1]]
-
-
-class SharedExperts:
-    """Notes in which order the dispatcher calls it, and gives a constant output."""
-
-    use_shared_expert_gate = False
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: self.calls.append(name)
-
-    def pre_forward_comm(self, hidden: Any) -> None:
-        self.calls.append("pre_forward_comm")
-        self.hidden = hidden
-
-    def get_output(self) -> Any:
-        self.calls.append("get_output")
-        return self.hidden * 2
 
 
 def calls_of_shared_experts(case: Case) -> list[list[str]]:

@@ -23,3 +23,14 @@ def data_of(page: str) -> dict[str, Any]:
 def written(tmp_path: Path, *words: object) -> str:
     assert report(*words, "--out", tmp_path / "page.html") == 0
     return (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def figure_of(data: dict[str, Any], title: str) -> dict[str, Any]:
+    """The only figure whose title begins so."""
+    (found,) = [figure for figure in data["figures"] if figure["title"].startswith(title)]
+    return found
+
+
+def values_of(data: dict[str, Any], title: str) -> Any:
+    """The numbers of a heat map's first trace."""
+    return figure_of(data, title)["data"][0]["z"]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Recompute
+from megatron_laer.choices import Recompute, TokenExchange
 from megatron_laer.config import Auto, ExchangeAlgorithm, Split
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
@@ -19,9 +19,10 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.native_core import native
-from megatron_laer.planner.quotas import SplitTotals
+from megatron_laer.planner.quotas import SplitTotals, even_split
+from megatron_laer.planner.token_prices import TokenPrices
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
+from tests.oracles import costs as oracle
 from tests.oracles.planner import quota_NS
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
@@ -105,6 +106,41 @@ def test_the_exact_cost_equals_its_definition_on_the_whole_matrix(
     expected = matrix_seconds(COSTS, quota, layout, geometry.node_size)
     seconds = COSTS.layer_seconds(counts_NE, layout, geometry.node_size)
     assert seconds == pytest.approx(expected, rel=1e-12)
+
+
+@settings(max_examples=200)
+@given(
+    geometries(),
+    st.integers(0, 2**16),
+    st.sampled_from(list(ExchangeAlgorithm)),
+    st.sampled_from([TokenPrices(), TokenPrices(TokenExchange.NODE, 0.7, 0.3)]),
+    st.sampled_from(list(Recompute)),
+)
+def test_native_seconds_equal_those_of_the_oracle_to_the_last_bit(
+    geometry: Geometry,
+    seed: int,
+    algorithm: ExchangeAlgorithm,
+    tokens: TokenPrices,
+    recompute: Recompute,
+) -> None:
+    costs = replace(COSTS, ffn=40, restore_algorithm=algorithm, tokens=tokens, recompute=recompute)
+    counts_NE, node_size = counts_for(seed, geometry), geometry.node_size
+    layout, other = (ExpertLayout.random(*shape_of(geometry), seed=(seed, n)) for n in (0, 1))
+    for split in (exact_split(layout, node_size), even_split(layout, node_size)):
+        totals = split.totals(counts_NE)
+        layer_s = costs.split_seconds(totals, layout, node_size)
+        assert layer_s == oracle.split_seconds(costs, totals, geometry)
+    least_s = costs.least_layer_seconds(counts_NE, geometry)
+    assert least_s == oracle.least_layer_seconds(costs, counts_NE, geometry)
+    change_s = costs.change_seconds(layout, other, node_size)
+    assert change_s == oracle.change_seconds(costs, layout, other, geometry)
+    restore_s = costs.restore_seconds(layout, node_size, algorithm)
+    for beside_s in (0.0, 0.7 * restore_s, 2.1 * restore_s, layer_s):
+        exposed = (
+            costs.exposed_seconds(layout, node_size, beside_s),
+            costs.exposed_backward_seconds(layout, node_size, beside_s),
+        )
+        assert exposed == oracle.exposed_seconds(costs, layout, node_size, beside_s)
 
 
 @settings(max_examples=100)
@@ -265,13 +301,6 @@ def test_what_no_layer_hides_is_exposed(
     assert costs.exposed_seconds(layout, size, 3 * restore_s * (1 + 1e-9)) == 0.0
     longer = [costs.exposed_seconds(layout, size, part * restore_s) for part in (0.5, 1, 2)]
     assert longer == sorted(longer, reverse=True)
-    # The native planner decides by the same number, to the last bit.
-    for beside_s in (0.0, 0.7 * restore_s, 2.1 * restore_s):
-        slots_S, experts = layout.slot_expert_S, geometry.num_experts
-        exposed_s = native.exposed_seconds(
-            slots_S, costs.for_native(geometry), experts, size, beside_s
-        )
-        assert exposed_s == costs.exposed_seconds(layout, size, beside_s)
 
 
 @pytest.mark.parametrize(
@@ -291,17 +320,13 @@ def test_a_shorter_part_of_forward_hides_less_of_a_restore_in_forward(
     factor: float, recompute: Recompute, share: float
 ) -> None:
     costs = make_costs(backward_gemm_factor=factor, recompute=recompute)
-    geometry, layout = Geometry(4, 8, 3, 2), ExpertLayout.static(4, 3, 8)
+    layout = ExpertLayout.static(4, 3, 8)
     restore_s = costs.restore_seconds(layout, 2, costs.restore_algorithm)
     for part in (0.5, 1.0, 2.0, 4.0):
         forward_s, backward_s = part * share * restore_s, part * (1 - share) * restore_s
         expected_s = max(restore_s - forward_s, 0) + max(2 * restore_s - backward_s, 0)
         exposed_s = costs.exposed_seconds(layout, 2, part * restore_s)
         assert exposed_s == pytest.approx(expected_s, rel=1e-12)
-        native_costs = costs.for_native(geometry)
-        assert exposed_s == native.exposed_seconds(
-            layout.slot_expert_S, native_costs, 8, 2, part * restore_s
-        )
 
 
 def test_auto_takes_the_exchange_that_the_links_favour() -> None:

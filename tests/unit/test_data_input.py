@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_laer.tools import data
-from megatron_laer.tools.data.sources import find_sources
+from megatron_laer.tools.data.text_files import find_files
 
 
 def texts_of(written):
@@ -84,7 +84,7 @@ def test_what_goes_away_while_a_folder_is_listed_is_left_out(folder, monkeypatch
 
     seen = []
     monkeypatch.setattr(Path, "stat", gone)
-    assert find_sources([folder]).files == [folder / "a.txt"]
+    assert find_files([folder]).files == [folder / "a.txt"]
 
 
 def test_a_folder_that_two_ways_lead_to_is_read_once(folder):
@@ -104,20 +104,6 @@ def test_pipes_and_sockets_in_a_folder_are_counted_and_not_opened(folder):
     assert written.left_out == (
         "left out broken links and what is no regular file, such as pipes: 3",
     )
-
-
-def test_an_empty_path_does_not_mean_this_folder(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    with pytest.raises(ValueError, match=r"the empty path; write \. for this"):
-        data.prepare_data([""], folder.parent / "train", progress=False)
-    with pytest.raises(ValueError, match="tokenizer '' is neither"):
-        prepare_data(folder, tokenizer="")
-
-
-def test_a_pipe_that_is_named_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="pipe' is a pipe; give a regular file"):
-        prepare_data(tmp_path / "pipe")
 
 
 def test_a_folder_that_cannot_be_listed_is_refused(folder, monkeypatch):
@@ -150,11 +136,6 @@ def test_jsonl_is_one_document_where_text_is_asked_for(tmp_path):
     assert texts_of(written) == ['{"text": "a"}\n']
 
 
-def test_a_folder_may_hold_both_formats(folder):
-    (folder / "b.jsonl").write_text('{"text": "a line"}\n')
-    assert texts_of(prepare_data(folder)) == ["inside", "a line"]
-
-
 def test_the_key_of_the_text_can_be_named(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"text": "a title", "body": "a body"}\n')
     assert texts_of(prepare_data(tmp_path / "in.jsonl", json_key="body")) == ["a body"]
@@ -165,44 +146,6 @@ def test_documents_without_text_are_counted_and_left_out(tmp_path):
     written = prepare_data(tmp_path / "in.jsonl")
     assert texts_of(written) == ["a"]
     assert written.left_out == ("left out documents without text: 2",)
-
-
-@pytest.mark.parametrize("content", [" \n\n", '{"text": ""}\n'], ids=["blank lines", "no text"])
-def test_jsonl_without_any_text_is_refused(content, tmp_path):
-    (tmp_path / "in.jsonl").write_text(content)
-    with pytest.raises(ValueError, match="no input holds any text"):
-        prepare_data(tmp_path / "in.jsonl")
-    assert os.listdir(tmp_path) == ["in.jsonl"]
-
-
-_MANY_KEYS = json.dumps({f"key{number}": 0 for number in range(50)})
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"plain text", r"'plain text' is not JSON \(Expecting value at column 1\).*--format text"),
-        (b"{", r"'{' is not JSON \(Expecting property name.*--format text"),
-        (b"[" * 100000, r"is not JSON \(nested too deeply\)"),
-        (b"1" * 5000, r"is not JSON \(a number is too long\)"),
-        (b'["text"]', r"'\[\"text\"\]' is no JSON object; a line must be such as"),
-        (b'{"body": "a", "id": 1}', "no key 'text', but 'body', 'id'; name .* --json-key"),
-        (b"{}", "no key 'text', but none at all"),
-        (_MANY_KEYS.encode(), r"but 'key0', .*'key7', \.\.\.; name"),
-        (b'{"text": null}', "'text' is of type NoneType and no string in .*null"),
-        (b'{"text": ["a"]}', "'text' is of type list and no string"),
-        (b'{"text": %s1%s}' % (b"[" * 900, b"]" * 900), "'text' is of type list and no string"),
-        (b'{"text": "a\xff"}', r"is not UTF-8 \(invalid start byte at byte 11\); convert"),
-        (rb'{"text": "a\ud83d"}', r"'text' has half a character, '\\ud83d', at 1"),
-    ],
-    ids=lambda value: None if isinstance(value, str) else ascii(value[:12]),
-)
-def test_a_line_that_does_not_fit_is_quoted_with_its_number(line, message, tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
-    with pytest.raises(ValueError, match=rf"in\.jsonl', line 3.*{message}") as refused:
-        prepare_data(tmp_path / "in.jsonl")
-    assert str(refused.value).isprintable() and len(str(refused.value)) < 600
-    assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
 def test_a_line_without_end_is_refused(tmp_path):
@@ -218,10 +161,3 @@ def test_a_compressed_file_is_refused_unless_its_bytes_are_asked_for(name, tmp_p
     with pytest.raises(ValueError, match=f"{name}' is compressed by its ending; unpack it first"):
         prepare_data(tmp_path / name)
     assert texts_of(prepare_data(tmp_path / name, text_format="text")) == ["packed"]
-
-
-def test_options_without_effect_are_refused(folder):
-    with pytest.raises(ValueError, match=r"--json-key 'body' has no effect.* --format jsonl"):
-        prepare_data(folder, json_key="body")
-    with pytest.raises(ValueError, match="format 'csv' is unknown; known are text, jsonl"):
-        prepare_data(folder, text_format="csv")

@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from megatron_laer.tools.data import prepare
+from megatron_laer.tools.data import dataset
 from tests.unit.datasets import install_fake_transformers, prepare_data, read_documents
 
 
@@ -17,11 +17,6 @@ def texts(tmp_path):
     (folder / "b.txt").write_bytes(bytes(range(256)))
     (folder / "a.txt").write_text("first in order")
     return folder
-
-
-def test_an_unknown_tokenizer_is_refused(texts, tmp_path):
-    with pytest.raises(ValueError, match="'wordpiece' is neither 'bytes' nor a directory"):
-        prepare_data([texts], tmp_path / "train", tokenizer="wordpiece")
 
 
 def test_a_hugging_face_tokenizer_without_transformers_says_what_to_install(
@@ -57,7 +52,7 @@ def test_a_file_too_long_for_one_document_is_refused_before_any_work(
     tokenizer, texts, tmp_path, monkeypatch
 ):
     install_fake_transformers(monkeypatch, eos_token_id=7)
-    monkeypatch.setattr(prepare, "new_dataset", None)
+    monkeypatch.setattr(dataset, "_new_dataset", None)
     limit = {"bytes": 2**31 - 2, "Hugging Face": 2**26}[tokenizer]
     with (texts / "long.txt").open("wb") as file:
         file.truncate(limit + 1)
@@ -85,7 +80,6 @@ def test_a_hugging_face_tokenizer_that_cannot_be_loaded_is_named(texts, tmp_path
 
 
 _LONG_LINE = b'{"text": "%s"}\n' % (b"%512d" % 0 * 2**6)
-_SHORT_LINE = b'{"text": "%8d"}\n' % 0
 
 
 @pytest.mark.parametrize(
@@ -93,10 +87,9 @@ _SHORT_LINE = b'{"text": "%8d"}\n' % 0
     [
         (b"", 2**22, "bytes"),
         (_LONG_LINE, 2**22, "bytes"),
-        (_SHORT_LINE, 2**16, "bytes"),
         (_LONG_LINE, 2**22, "Hugging Face"),
     ],
-    ids=["plain", "long lines", "short lines", "Hugging Face"],
+    ids=["plain", "long lines", "Hugging Face"],
 )
 def test_the_memory_needed_does_not_depend_on_the_size_of_the_input(
     line, size_bytes, tokenizer, tmp_path, monkeypatch

@@ -139,7 +139,11 @@ def test_with_everything_there_every_row_says_so(doctor: Doctor) -> None:
         *examined.rows
     }
     assert re.match(r"finds all \d+ places", examined.rows["plugin"][0])
-    assert str(_ROOT / "megatron_laer") in examined.rows["megatron_laer"][0]
+    ours = examined.rows["megatron_laer"][0]
+    assert str(_ROOT / "megatron_laer") in ours
+    assert (", commit " in ours) == (_ROOT / ".git").exists()
+    # The repository's commit is not Megatron's.
+    assert "+" not in examined.rows["megatron-core"][0].split(",")[0]
     assert examined.rows["native core"][0].endswith(".so")
 
 
@@ -176,7 +180,7 @@ def test_it_runs_where_nothing_at_all_is_installed(doctor: Doctor) -> None:
     [
         ("torch", "torch", "torch"),
         ("megatron", "megatron-core", "megatron-core"),
-        ("packaging", "packaging", "megatron-core, packaging"),  # Megatron's version is not known
+        ("packaging", "packaging", "packaging"),
     ],
 )
 def test_one_thing_that_is_missing_is_named_with_what_hangs_on_it(

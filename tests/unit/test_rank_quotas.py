@@ -149,4 +149,28 @@ def test_the_core_refuses_sizes_that_do_not_fit() -> None:
         points[0], *[np.ones(1)] * 4, *numbers, np.ones(0, dtype=np.int64)
     )
     with pytest.raises(ValueError, match="ranks must divide the slots"):
-        native.exposed_seconds(SLOTS_S, of_no_rank, 6, 2, 0.0)
+        native.exposed_seconds(of_no_rank, SLOTS_S, 6, 2, 0.0)
+
+
+SUMS = np.ones(12, dtype=np.int64), np.ones(12, dtype=np.int64), *[np.ones(4, dtype=np.int64)] * 3
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "message"),
+    [
+        (native.layer_seconds, (SUMS[0], SUMS[1][:8], *SUMS[2:]), "wrong size of the slots"),
+        (native.layer_seconds, (*SUMS[:4], SUMS[4][:2]), "wrong size of the ranks"),
+        (native.layer_seconds, (SUMS[0][:11], *SUMS[1:]), "ranks must divide the slots"),
+        (native.least_layer_seconds, (COUNTS_NE[0], 3, 2), r"counts must be \[N, E\]"),
+        (native.least_layer_seconds, (COUNTS_NE, 0, 2), "ranks have slots"),
+        (native.least_layer_seconds, (COUNTS_NE, 3, 3), "a node's ranks all ranks"),
+        (native.least_layer_seconds, (np.ones((8, 6)), 3, 2), "wrong size of counts"),
+        (native.change_seconds, (SLOTS_S[:8], SLOTS_S, 6, 2), "wrong size of the slots"),
+        (native.change_seconds, (SLOTS_S, SLOTS_S, 5, 2), "a slot holds no expert"),
+        (native.exposed_seconds, (SLOTS_S[:11], 6, 2, 0.0), "ranks must divide the slots"),
+        (native.exposed_backward_seconds, (SLOTS_S, 5, 2, 0.0), "a slot holds no expert"),
+    ],
+)
+def test_the_core_prices_nothing_of_other_sizes(call: Any, arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(COSTS, *arguments)

@@ -121,18 +121,6 @@ def test_an_endless_line_is_refused_without_reading_on(tmp_path, name):
         read_trace(path, format)
 
 
-@pytest.mark.parametrize("format", [None, *FORMATS])
-@pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_what_may_never_end_is_not_opened(tmp_path, format, kind):
-    path = Path("/dev/zero") if kind == "device" else tmp_path / "pipe"
-    if kind == "pipe":
-        os.mkfifo(path)
-    with pytest.raises(
-        ValueError, match=rf"is (a {kind}|a file); give (a regular file|the folder)"
-    ):
-        read_trace(path, format)
-
-
 def test_pipes_among_the_files_of_a_folder_are_not_opened(tmp_path):
     os.mkfifo(tmp_path / "router_trace_rank0.jsonl")
     with pytest.raises(ValueError, match=r"rank0\.jsonl' is a pipe"):

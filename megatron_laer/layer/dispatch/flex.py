@@ -1,9 +1,9 @@
 """`SlotFlexDispatcher` is Megatron's flex dispatcher over slots, with DeepEP or HybridEP.
 
-Metadata come from the plan instead of the router's probabilities: DeepEP gets the slots of each
-token, HybridEP the map of tokens to slots and the number of rows that this rank will receive. A
-buffer's counts are compared with the plan: DeepEP's at once, HybridEP's once they have arrived from
-the device, or at the end of the training step.
+Metadata come from the plan instead of the router's probabilities. DeepEP gets the slots of each
+token; HybridEP gets the map of tokens to slots and the number of rows that this rank will receive.
+A buffer's counts are compared with the plan. DeepEP's are at once; HybridEP's are when they have
+arrived from the device, or at the end of the training step.
 
 Legend: T tokens, E experts, S slots, C slots per rank, H hidden.
 """

@@ -1,7 +1,7 @@
 """The permutations of tokens around the experts follow in closed form from the plan's sizes.
 
-Three orders of (token, expert) pairs matter on a rank, and each pair's row in one is its row in
-another plus a number that is the same for a whole run of rows:
+Three orders of (token, expert) pairs matter on a rank. Each pair's row in one is its row in another
+plus a number that is the same for a whole run of rows:
 
 * by expert, then token: the order in which the router's map is read,
 * by slot, then token: the send buffer, for slots are in rank order,

@@ -50,7 +50,7 @@ def choose_replicas(
     """Assign tokens to replicas near the tokens' other experts; return slot_P, as `token_order`.
 
     Every slot serves as many tokens as in `token_order`. Experts choose one after the other, in a
-    few waves: an expert's tokens go first to a node that they go to anyway, then, inside it, to
+    few waves. An expert's tokens go first to a node that they go to anyway, then, inside it, to
     such a rank. Token order is used where that would send more rows, or hardly any pair has a
     choice.
 
@@ -235,7 +235,7 @@ class _Wave:
         """Choose anew the places of these groups' pairs, and keep the counts of pairs in step.
 
         Place after place takes its tokens: first those that go there anyway and to none of the
-        places still to come, last those that go to one of these alone. With two places no other
+        places still to come. Last are those that go to one of these alone. With two places no other
         choice of one group alone has fewer rows.
 
         Args:

@@ -50,7 +50,7 @@ class RowMap:
     def keeping_rows(
         self, copies_XH: torch.Tensor, rows_YH: torch.Tensor
     ) -> AbstractContextManager[Any]:
-        """Let autograd keep rows in place of `copies_XH` in this context.
+        """Return a context in which autograd keeps rows in place of `copies_XH`.
 
         They are spread again when backward asks for them.
 

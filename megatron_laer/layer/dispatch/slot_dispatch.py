@@ -113,17 +113,17 @@ class SlotDispatching:
         """Exchange tensors between two identity nodes that time it, if there is a listener.
 
         Args:
-            activities: the exchange, and the compute that follows it in forward and in backward.
+            activities: the exchange, and the compute after it in forward and in backward.
         """
         listener = self._current.listener
         if listener is None:
             return exchange(*tensors)
-        first, then, then_backward = activities
+        activity, then, then_backward = activities
         begin, end = listener.begin_exchange, listener.end_exchange
-        sent = _Edge.apply(partial(begin, first), partial(end, then_backward), *tensors)
+        sent = _Edge.apply(partial(begin, activity), partial(end, then_backward), *tensors)
         received = exchange(*sent)
         timed: tuple[torch.Tensor, ...] = _Edge.apply(
-            partial(end, then), partial(begin, replace(first, backward=True)), *received
+            partial(end, then), partial(begin, replace(activity, backward=True)), *received
         )
         return timed
 

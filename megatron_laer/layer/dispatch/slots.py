@@ -20,7 +20,7 @@ def to_slots(
     """Translate the router's output from experts to slots.
 
     Deterministic: no atomics, so the same token always goes to the same replica. The gradient of
-    the probabilities flows back to the experts; a (token, expert) pair has exactly one slot, so its
+    the probabilities flows back to the experts. A (token, expert) pair has exactly one slot, so its
     sum over replicas has one term.
 
     Args:

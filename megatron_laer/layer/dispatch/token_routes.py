@@ -52,8 +52,8 @@ class PairRoutes:
         """Find the `num_rows` rows that are sent first.
 
         Returns:
-            The map of tokens to these rows, and the local ranks to which each of them is forwarded,
-            as bits, uint8 [X, B]; None where the exchange has one stage.
+            The map of tokens to these rows, and the local ranks that each is forwarded to, as bits,
+            uint8 [X, B]. The bits are None where the exchange has one stage.
         """
         num_tokens = self.reaches_NT.shape[1]
         if self.node_size == len(self.reaches_NT):

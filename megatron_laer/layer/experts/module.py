@@ -42,7 +42,7 @@ ADAPTED = (
 class FSEPExperts(MegatronModule):
     """1/N of every expert of a layer, and the compute with the C experts in this rank's slots.
 
-    Must be *called*, not have its methods used from outside: Megatron's distributed optimizer
+    Must be *called*, not have its methods used from outside. Megatron's distributed optimizer
     waits for updated parameters in a hook before the call of the module that owns them.
 
     Args:

@@ -126,5 +126,5 @@ def _multiplications(rows: int, columns: int) -> int:
 
 
 def _stocks_parameter(whole: WholeMatrix) -> Any:
-    """Make a stand-in for a parameter, with the marks of stock's expert matrices."""
+    """Make a replacement of a parameter, with the marks of stock's expert matrices."""
     return SimpleNamespace(expert_tp=True, partition_dim=whole.partition_dim)

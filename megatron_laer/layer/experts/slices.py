@@ -138,8 +138,8 @@ def sharded_slice(
     Stock saves expert matrices as `[…, E, R, K]` and biases as `[…, E, R]`, one shard per expert,
     where `…` stands for axes such as the layers'. This rank's rows of all experts are the block at
     offset (…, 0, start, 0) of it, so either side reads what the other wrote. Megatron takes uneven
-    blocks, but not together with axes that the local tensor lacks; so a factory adds them as axes
-    of length one, for the weight and for whatever the optimizer keeps of it.
+    blocks, but not together with axes that the local tensor lacks. So a factory adds them as axes
+    of length one, for the weight and for the optimizer's states of it.
     """
     extra = (1,) * len(sharded_offsets)
     local_shape = (*extra, *spec.saved_shape)

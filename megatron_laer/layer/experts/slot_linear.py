@@ -55,8 +55,8 @@ def slot_bias(
 class _SlotLinear(torch.autograd.Function):
     """`F.linear` of each slot's tokens with the slot's matrix.
 
-    It asks for the matrices in forward and again in backward, so that they can be freed in between;
-    the placeholder stands for them in autograd's graph. All slots' weight gradients are written
+    It asks for the matrices in forward and again in backward, so that they can be freed in between.
+    The placeholder stands for them in autograd's graph. All slots' weight gradients are written
     into the one `[C, R, K]` buffer that is exchanged.
     """
 
@@ -91,7 +91,7 @@ class _SlotLinear(torch.autograd.Function):
 class _SlotBias(torch.autograd.Function):
     """Sum of output and the slots' biases.
 
-    It goes over the slots, so that nothing of the output's size is made, and a bias's gradient is
+    It goes over the slots, so that nothing of the output's size is made. A bias's gradient is
     summed in float32 and in one order.
     """
 

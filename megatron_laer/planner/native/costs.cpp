@@ -1,5 +1,4 @@
-// Predicted seconds, term by term as planner/costs.py has them. Only the largest rank counts, so no
-// sum of floats runs over ranks.
+// Predicted seconds. Only the largest rank counts, so no sum of floats runs over ranks.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node, P points
 // of the GEMM curve.
@@ -63,6 +62,12 @@ double GemmCurve::least_unit_seconds(int64_t tokens) const {
   return std::min(unit_seconds(tokens), at_best);
 }
 
+// The busiest rank's expert compute, one GEMM per slot and matrix, and the token exchange of the
+// rank that takes longest: per link class the slower of send and receive (links are full duplex),
+// and of the classes the slower, as one collective drives both. Tokens for a rank's own slots travel
+// nowhere. In stages the classes add up, and inside nodes travels all that a rank computes for
+// others. The paper adds up communication over all devices but takes the maximum of compute; here
+// both are the time of one device, so that their sum has a meaning.
 double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& totals) {
   int64_t intra = 0, inter = 0;
   double expert_s = 0.0;
@@ -89,6 +94,11 @@ double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& t
          costs.host_s;
 }
 
+// Compute: the busiest rank has at least the mean load, and no less than the mean of all ranks'
+// times, with each expert in as few GEMMs as are fastest. Tokens: a rank keeps at most those of its
+// own C most wanted experts, and the others leave it over all its links at once; a node keeps at
+// most those of its G*C most wanted, and the others leave over its ranks' links to other nodes. In
+// stages only the latter bounds: the rows inside a node do not follow from counts.
 double least_layer_seconds(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
                            const int64_t* node_counts_QE) {
   int64_t total = 0;
@@ -175,11 +185,15 @@ double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t
 
 }  // namespace
 
+// The solve, and in forward the fetch of the changed slots, which starts after the gate and which
+// the experts wait for. The other slots were restored ahead for the planned layout.
 double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
                       const int16_t* after_S) {
   return restore_seconds(shape, costs, before_S, after_S) + costs.solve_s;
 }
 
+// Each exchange is scheduled under the layer before, in the order of the pass; attention between
+// MoE layers hides more, which is not counted. A reduce takes as long as a restore.
 double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                        double beside_s) {
   const double restore_s = restore_seconds(shape, costs, nullptr, slots_S);

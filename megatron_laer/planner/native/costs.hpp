@@ -1,6 +1,6 @@
-// The cost model as the guard needs it, equal bit for bit to planner/costs.py, which defines it and
-// says why every rank gets the same: token counts are added as integers, floats slot after slot,
-// and across ranks only the largest counts. Built without contraction of products and sums.
+// The cost model. Every rank gets the same seconds, bit for bit: token counts are added as integers,
+// floats slot after slot, and across ranks only the largest counts. Built without contraction of
+// products and sums. tests/oracles/costs.py has the same formulas in NumPy.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node, P points
 // of the GEMM curve.
@@ -40,18 +40,18 @@ struct CostModel {
   std::vector<int64_t> held_N;         // elements of one expert that each rank holds
 };
 
-// Seconds of one layer and microbatch, both passes.
+// Seconds of one layer and microbatch, both passes, whose split is known.
 double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& totals);
 
 // What no layout and no split gets below.
 double least_layer_seconds(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
                            const int64_t* node_counts_QE);
 
-// What it costs to change to a layout made after the gate.
+// Seconds of a change to a layout made after the gate.
 double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
                       const int16_t* after_S);
 
-// What of a layout's restores and reduce a layer beside does not hide that takes `beside_s`.
+// Seconds of a layout's restores and reduce that a layer of `beside_s` seconds does not hide.
 double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                        double beside_s);
 

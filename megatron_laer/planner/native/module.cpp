@@ -182,15 +182,54 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
           by_node, fetch_latency_s, solve_s, least_change_s, to_vector(held_N)};
 }
 
-double exposed_seconds(const Slots& slots_S, const laer::CostModel& costs, int num_experts,
-                       int node_size, double beside_s) {
+// The shape that the cost model is for, with this many slots.
+laer::Shape priced_shape(const laer::CostModel& costs, py::ssize_t slots, int num_experts,
+                         int node_size) {
   const auto ranks = static_cast<int>(costs.held_N.size());
-  if (ranks < 1 || node_size < 1 || ranks % node_size != 0 || slots_S.size() % ranks != 0) {
+  if (ranks < 1 || node_size < 1 || ranks % node_size != 0 || slots % ranks != 0) {
     throw py::value_error("ranks must divide the slots, and a node's ranks all ranks");
   }
+  return {ranks, num_experts, static_cast<int>(slots) / ranks, node_size};
+}
+
+double layer_seconds(const laer::CostModel& costs, const Counts& near_S, const Counts& far_S,
+                     const Counts& sent_near_N, const Counts& sent_far_N, const Counts& own_N) {
+  const laer::Shape shape = priced_shape(costs, near_S.size(), 1, 1);
+  check_size(far_S, near_S.size(), "the slots");
+  for (const auto& sums_N : {sent_near_N, sent_far_N, own_N}) {
+    check_size(sums_N, shape.ranks, "the ranks");
+  }
+  return laer::layer_seconds(shape, costs,
+                             {to_vector(near_S), to_vector(far_S), to_vector(sent_near_N),
+                              to_vector(sent_far_N), to_vector(own_N)});
+}
+
+double least_layer_seconds(const laer::CostModel& costs, const Counts& counts_NE, int capacity,
+                           int node_size) {
+  if (counts_NE.ndim() != 2 || counts_NE.size() == 0 || capacity < 1) {
+    throw py::value_error("counts must be [N, E], and ranks have slots");
+  }
+  const laer::Shape shape = priced_shape(costs, counts_NE.shape(0) * capacity,
+                                         static_cast<int>(counts_NE.shape(1)), node_size);
+  check_size(counts_NE, static_cast<int64_t>(shape.ranks) * shape.experts, "counts");
+  return laer::least_layer_seconds(shape, costs, counts_NE.data(),
+                                   node_counts(shape, counts_NE.data()).data());
+}
+
+double change_seconds(const laer::CostModel& costs, const Slots& before_S, const Slots& after_S,
+                      int num_experts, int node_size) {
+  const laer::Shape shape = priced_shape(costs, after_S.size(), num_experts, node_size);
+  check_size(before_S, after_S.size(), "the slots");
+  check_experts(after_S, num_experts);
+  return laer::change_seconds(shape, costs, before_S.data(), after_S.data());
+}
+
+template <double (*exposed)(const laer::Shape&, const laer::CostModel&, const int16_t*, double)>
+double exposed_seconds(const laer::CostModel& costs, const Slots& slots_S, int num_experts,
+                       int node_size, double beside_s) {
+  const laer::Shape shape = priced_shape(costs, slots_S.size(), num_experts, node_size);
   check_experts(slots_S, num_experts);
-  const laer::Shape shape{ranks, num_experts, static_cast<int>(slots_S.size()) / ranks, node_size};
-  return laer::exposed_seconds(shape, costs, slots_S.data(), beside_s);
+  return exposed(shape, costs, slots_S.data(), beside_s);
 }
 
 // A rank's sums and runs, with the GIL but next to no work: what is sent to and received from each
@@ -363,7 +402,11 @@ PYBIND11_MODULE(_native, module) {
   module.def("rank_columns", &rank_columns);
   module.def("totals", &totals);
   py::class_<laer::CostModel>(module, "CostModel").def(py::init(&cost_model));
-  module.def("exposed_seconds", &exposed_seconds);
+  module.def("layer_seconds", &layer_seconds);
+  module.def("least_layer_seconds", &least_layer_seconds);
+  module.def("change_seconds", &change_seconds);
+  module.def("exposed_seconds", &exposed_seconds<laer::exposed_seconds>);
+  module.def("exposed_backward_seconds", &exposed_seconds<laer::exposed_backward_seconds>);
   module.def("decide", &decide);
   module.def("rank_quotas", &rank_quotas);
   module.def("construct", &make_layout<laer::fresh>);

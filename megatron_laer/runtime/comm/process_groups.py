@@ -1,6 +1,6 @@
 """`FSEPGroups` holds the communicators over Megatron's expert-parallel group and over its nodes.
 
-It does not decide what is exchanged (`exchange.py`) or when (`weights/scheduler.py`).
+It does not decide what is exchanged (`exchange.py`) or when (`scheduler.py`).
 
 The FSEP group is Megatron's expert-parallel group, because DDP, the optimizer, the gradient norm
 and checkpoints already treat parameters of that group as distinct per rank. Parameters and

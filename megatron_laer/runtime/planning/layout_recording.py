@@ -46,20 +46,13 @@ RunSignature = Mapping[str, Any]
 
 
 class LayoutRecorder:
-    """Writes every applied set of layouts as a line of JSON, so that a run can be replayed.
+    """Recording of every applied set of layouts, as lines of JSON, to replay a run from.
 
-    A recording that is there already is continued where a run is resumed: what it holds of earlier
-    steps stays, what it holds from `first_step` on is moved to a file beside. The same happens
-    whenever the step goes back.
+    A resumed run continues an existing recording. Lines of earlier steps stay, and those from
+    `first_step` on are moved to another file. The same happens whenever the step goes back.
 
     Args:
         first_step: of this run; 0 for one that begins.
-
-    Raises:
-        InUseError: another run writes the file.
-        ValueError: a recording is there already: of another shape, damaged, or of an earlier run
-            although this one begins.
-        OSError: it cannot be written.
     """
 
     def __init__(
@@ -81,38 +74,25 @@ class LayoutRecorder:
         self._file = RecordingFile(path, header, unsealed(shape.header), recorded, first_step)
 
     def begin_step(self, step: int) -> None:
-        """Set aside what was recorded from this step on, if the step comes again.
-
-        Raises:
-            ValueError: the file was damaged since.
-            OSError: it cannot be written.
-        """
+        """Set aside what was recorded from this step on, if the step comes again."""
         self._file.begin_step(step)
 
     def record(self, step: int, layouts: Sequence[ExpertLayout]) -> None:
-        """Write the layouts, one per layer, that took effect with `step`; once per step.
-
-        Raises:
-            ValueError, OSError: as for `begin_step`.
-        """
+        """Write the layouts, one per layer, that took effect with `step`; once per step."""
         if step != self._file.step:
             self.begin_step(step)
         slots = [layout.to_list() for layout in layouts]
         self._file.append(sealed({"step": step, "slots": slots}))
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
 class LayoutRecording:
-    """Reads a recording.
+    """Recording to replay.
 
-    All of it is checked at first. Layouts are read again when they are asked for, so that a long
-    recording takes no memory.
-
-    Raises:
-        ValueError: a missing or malformed file, or one of another shape, quoting the line.
+    All of it is checked at first. Layouts are read again on demand, so that a long recording takes
+    no memory.
     """
 
     def __init__(
@@ -150,7 +130,6 @@ class LayoutRecording:
         return self._shape.layouts_of(line, self._version)[1]
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -159,10 +138,6 @@ def read_layouts(path: Path) -> Iterator[tuple[int, list[ExpertLayout]]]:
 
     Of whatever run: its shape is taken from the first line. A last line without its end, as a run
     leaves it that is killed or goes on, is left out.
-
-    Raises:
-        ValueError: a malformed line, by number.
-        OSError: the file cannot be read.
     """
     with open_input(path) as file:
         shape, version = _recorded_shape(path, file.readline(MAX_TEXT_BYTES))
@@ -182,7 +157,7 @@ def recording_path(directory: str, group_index: int) -> Path:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Holds the shapes, layers and settings of a run, which its recording must have too."""
+    """Shapes, layers and settings of a run, which its recording must have too."""
 
     geometry: Geometry
     signature: RunSignature
@@ -235,11 +210,7 @@ def _read_header(line: bytes) -> tuple[dict[str, Any], int]:
 
 
 def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
-    """Return what a recording says of itself, and the version of its format.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Return what a recording says of itself, and the version of its format."""
     try:
         header, version = _read_header(line)
         num_ranks, num_experts, capacity = (
@@ -259,7 +230,7 @@ def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Says which bytes a step's line takes in a file of this version."""
+    """Bytes of a step's line in a file of this version."""
 
     step: int
     begin: int
@@ -274,9 +245,6 @@ def _entries(
 
     Args:
         whole_lines_only: leave out a last line without its end, to which nothing can be appended.
-
-    Raises:
-        ValueError: a line that no recorder writes, by number.
     """
     begin, number, step, version = 0, 0, -1, VERSION
     lines = numbered_lines(file, path, shape.longest_line_bytes, whole_only=whole_lines_only)

@@ -1,7 +1,7 @@
 """`PassLayouts` gives each pass of a layer its layout before the gate, and decides after it.
 
-A plan mode is one such object: this one for `forecast`, `exact` and `adaptive`, which differ in the
-guard's choice after the gate, and `announced_layouts` for the fourth.
+A plan mode is one such object. This one serves `forecast`, `exact` and `adaptive`, which differ in
+the guard's choice after the gate; `announced_layouts` has the fourth.
 
 Legend: N ranks, E experts, M microbatches, L layers, T tokens, K top-k.
 """

@@ -1,1 +1,1 @@
-"""Restored experts live here, with their states, their autograd nodes and their scheduler."""
+"""Restored experts of layers, with their states and autograd nodes."""

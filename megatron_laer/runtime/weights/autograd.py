@@ -1,6 +1,6 @@
 """Autograd nodes between a layer's slices and its restored experts.
 
-Two nodes lie on the way of a layer's gradients: the backward of `SlicesToSlots` receives the
+Two nodes lie on the way of a layer's gradients. The backward of `SlicesToSlots` receives the
 gradients of whole matrices, and that of a second node hands the slices' gradients to Megatron.
 Between the two, the gradients are being reduced. The reduce starts when the tokens' gradients have
 arrived (a `RunOnBackward` at the dispatch), since the backward pass waits for those. The second
@@ -73,8 +73,8 @@ class WaitForGradsAfterBlock(torch.autograd.Function):
 class RunOnBackward(torch.autograd.Function):
     """Identity of tensors; the backward calls `call` once all their gradients are there.
 
-    An autograd node and not a hook, since a node runs exactly once per backward, at the same place
-    on every rank, also on a rank that received no token.
+    An autograd node and not a hook: a node runs exactly once per backward, at the same place on
+    every rank, also on a rank without tokens.
     """
 
     @staticmethod

@@ -13,7 +13,7 @@ microbatch, by states (`states.py`):
     layer that backward comes to next follows (`prefetch_in_backward`).
  6. The gradients of the experts' inputs and weights are computed: SHARDED, the memory is free.
     Where a microbatch makes its next pass through the same layer, the weights are handed on to that
-    pass in 4 and 6 instead, and only slots that differ are fetched.
+    pass in 4 and 6 instead. Only slots that differ are fetched.
  7. The weights' gradients wait for the tokens' gradients, which go first: DEFERRED. Without overlap
     this is left out, and with `--fsep-restore step` they are SUMMED over microbatches.
  8. The dispatch's backward is done and starts the reduce: REDUCING. Sums over replicas are added to

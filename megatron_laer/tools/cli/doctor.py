@@ -1,40 +1,54 @@
-"""`doctor` prints what this machine has, what is supported and what is missing.
+"""`doctor` prints the present, supported and missing parts of this machine.
 
-Like the room that examines, it needs nothing but the standard library.
+Like the room that examines, it needs only the standard library.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
+import threading
 
 from megatron_laer.environment import CONNECTIONS
 from megatron_laer.files.checks import one_line
 from megatron_laer.tools.doctor import examine
 
-# The longest name. A long path or reason must not push all verdicts out of sight.
+# The longest name. A long path or reason must not push all results out of sight.
 _NAME_WIDTH, _FOUND_WIDTH = len(CONNECTIONS), 48
+_PATIENCE_S = 3.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `doctor`, which takes no arguments."""
     parser.description = (
-        "What a bug report needs: versions, devices, the native core and the launcher as seen "
+        "The facts for a bug report: versions, devices, the native core and the launcher as seen "
         "from here. Status 1 if something that training needs is missing."
     )
 
 
 def run(_: argparse.Namespace) -> int:
-    """Print the table; the status is 1 if something that training needs is missing, else 0."""
+    """Print the table; return 1 if something that training needs is missing, else 0."""
     stopping = []
-    for row in examine(os.environ):
-        text = f"{row.name:{_NAME_WIDTH}}  {row.found:{_FOUND_WIDTH}}  {row.verdict_and_note}"
-        # What broken modules and compilers say may hold anything. An import may take minutes.
-        print(one_line(text), flush=True)
-        if row.stops:
-            stopping.append(row.name)
+    waiting = threading.Timer(_PATIENCE_S, _ask_for_patience)
+    waiting.daemon = True
+    waiting.start()
+    try:
+        for check in examine(os.environ):
+            text = f"{check.name:{_NAME_WIDTH}}  {check.found:{_FOUND_WIDTH}}  "
+            # Texts of broken modules may contain anything. An import may take minutes.
+            print(one_line(text + check.status_and_note), flush=True)
+            if check.stops:
+                stopping.append(check.name)
+    finally:
+        waiting.cancel()
     if stopping:
         print(f"\nmissing or unsupported: {', '.join(stopping)}")
     else:
         print("\neverything that training needs is there")
     return 1 if stopping else 0
+
+
+def _ask_for_patience() -> None:
+    if sys.stderr.isatty():
+        print("doctor: torch, Megatron and others are being imported", file=sys.stderr, flush=True)

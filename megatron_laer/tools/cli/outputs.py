@@ -14,7 +14,7 @@ from megatron_laer.files.checks import (
     refuse_overwriting,
     refuse_unwritable,
 )
-from megatron_laer.tools.report.sources import refuse_as_source
+from megatron_laer.tools.report.run_files import refuse_as_source
 
 
 def check_outputs(

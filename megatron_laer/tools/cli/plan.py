@@ -30,7 +30,7 @@ from megatron_laer.tools.cli.argument_types import (
 from megatron_laer.tools.cli.outputs import bar, check_outputs
 from megatron_laer.tools.cli.settings import DEFAULT_CLUSTER, Given, read_recording, settings_of
 from megatron_laer.tools.report.recorded import check_same_run
-from megatron_laer.tools.report.sources import metrics_beside
+from megatron_laer.tools.report.run_files import metrics_beside
 from megatron_laer.tools.simulator import plan_output
 from megatron_laer.tools.simulator.comparison import (
     BASELINES,

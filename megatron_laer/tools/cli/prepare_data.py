@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from megatron_laer.files.checks import one_line, shell_words
+from megatron_laer.tools.data.dataset import prepare_data
 from megatron_laer.tools.data.documents import FORMATS
-from megatron_laer.tools.data.prepare import prepare_data
-from megatron_laer.tools.data.sources import default_text_sources
+from megatron_laer.tools.data.text_files import default_text_sources
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

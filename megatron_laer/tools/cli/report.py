@@ -1,4 +1,4 @@
-"""The command `report` writes one page of HTML on a run, also while the run goes on."""
+"""The command `report` writes one page of HTML on a run, even while it trains."""
 
 from __future__ import annotations
 
@@ -20,17 +20,11 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.tools.cli.argument_types import add_hours, between, named, path
 from megatron_laer.tools.cli.settings import DEFAULT_CLUSTER, Given, read_recording, settings_of
-from megatron_laer.tools.report.page import page
+from megatron_laer.tools.report.assessment import assess
 from megatron_laer.tools.report.recorded import check_same_run, recorded_run
 from megatron_laer.tools.report.replayed import replayed_run
 from megatron_laer.tools.report.run_data import RunData
-from megatron_laer.tools.report.sources import (
-    Sources,
-    find,
-    naming,
-    refuse_as_source,
-)
-from megatron_laer.tools.report.verdict import judge
+from megatron_laer.tools.report.run_files import RunFiles, find_run, naming, refuse_as_source
 from megatron_laer.tools.report.what_if import WhatIf, what_if
 from megatron_laer.tools.traces import read_trace
 
@@ -49,8 +43,8 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `report` to `parser`."""
     parser.description = (
-        "One page of HTML on a run: what it kept of forced balance, where time went, and what "
-        "other settings would have made of its routing."
+        "One page of HTML on a run: its share of forced balance, where time went, and predictions "
+        "for other settings on its routing."
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXAMPLES
@@ -59,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         type=path,
         help="a folder of --fsep-record-metrics, with --fsep-record-trace, --fsep-record-layouts "
-        "and Megatron's log beside it; or a trace alone, of any format that `plan` reads",
+        "and Megatron's log in it; or a trace alone, of any format that `plan` reads",
     )
-    parser.add_argument("--compare", type=path, metavar="RUN", help="another run, shown beside it")
+    parser.add_argument("--compare", type=path, metavar="RUN", help="another run to compare with")
     parser.add_argument(
         "--out", type=path, default=Path(_DEFAULT_OUT), metavar="FILE", help="default: %(default)s"
     )
@@ -107,11 +101,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `report`.
-
-    Raises:
-        ValueError, OSError: what was passed does not work, or a recording is damaged.
-    """
+    """Run `report`."""
+    try:
+        from megatron_laer.tools.report.page import page
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("jinja2", "plotly"):
+            raise
+        raise ImportError(
+            f"report needs the package {package}: `pip install 'megatron_laer[tools]'`"
+        ) from error
     refuse_unwritable(args.out, "--out")
     for flag, kind, given in (
         ("cluster", "cluster", args.cluster),
@@ -120,37 +119,29 @@ def run(args: argparse.Namespace) -> int:
         if given is not None:
             used_file = named(f"--{flag}", given, partial(yaml_file, kind))
             refuse_overwriting(args.out, [used_file], "--out")
-    sources = find(args.run, args.group)
-    others = None if args.compare is None else find(args.compare, args.group)
-    for used in (sources, others):
+    files = find_run(args.run, args.group)
+    others = None if args.compare is None else find_run(args.compare, args.group)
+    for used in (files, others):
         if used is not None:
-            inputs = (
-                *(used.metrics, used.metrics_beside, used.trace, used.layouts),
-                *used.logs,
-            )
-            refuse_overwriting(args.out, [file for file in inputs if file is not None], "--out")
+            refuse_overwriting(args.out, used.all_files(), "--out")
     for given in (args.run, args.compare):
         if given is not None:
             refuse_as_source(args.out, given, "--out")
-    shown, rows, predicted_for = _read(args, sources, args.cases)
+    shown, rows, predicted_for = _read(args, files, args.cases)
     other = None if others is None else _read(args, others, 0)[0]
     # Names of files that are not UTF-8 are there with escapes, as on the terminal.
     content = page(shown, rows, other, predicted_for).encode(errors="backslashreplace")
     write_output(args.out, content, "--out")
-    print(one_line(f"{shown.name}: {judge(shown).sentence()}"))
+    print(one_line(f"{shown.name}: {assess(shown).sentence()}"))
     print(one_line(f"{args.out}: {len(content):,} bytes"))
     return 0
 
 
 def _read(
-    args: argparse.Namespace, sources: Sources, cases: int
+    args: argparse.Namespace, files: RunFiles, cases: int
 ) -> tuple[RunData, list[WhatIf], str]:
-    """Read a run, and work out what other settings would have made of it.
-
-    Returns:
-        The run, its rows, and the settings that these were predicted for, in words.
-    """
-    if sources.metrics is not None:
+    """Return a run, its what-if rows, and the settings of their prediction in words."""
+    if files.metrics is not None:
         for flag, value in (
             ("--config", args.config),
             ("--capacity", args.capacity),
@@ -158,30 +149,30 @@ def _read(
         ):
             if value is not None:
                 raise ValueError(
-                    f"{flag} {quoted(value)}: no effect on {quoted(sources.name)}, which recorded "
+                    f"{flag} {quoted(value)}: no effect on {quoted(files.name)}, which recorded "
                     "its metrics; leave it out"
                 )
     given = Given(cluster=args.cluster, config=args.config)
-    metrics = sources.metrics or sources.metrics_beside
+    metrics = files.metrics or files.metrics_beside
     recording = read_recording(metrics)
     settings = settings_of(given, recording, metrics)
     trace = None
-    if sources.trace is not None:
-        with naming(sources.trace):
+    if files.trace is not None:
+        with naming(files.trace):
             trace = read_trace(
-                sources.trace,
+                files.trace,
                 num_experts=settings.sizes.num_experts,
                 progress=_bar("reading"),
             )
-    if sources.metrics is not None:
+    if files.metrics is not None:
         assert recording is not None
-        shown = recorded_run(sources, recording, trace)
+        shown = recorded_run(files, recording, trace)
         shape = shown.shape
         geometry = Geometry(shape.num_ranks, shape.num_experts, shape.capacity, shape.node_size)
     else:
         assert trace is not None
         if metrics is not None and recording is not None:
-            check_same_run(metrics, recording.shape, sources.trace, trace)
+            check_same_run(metrics, recording.shape, files.trace, trace)
         ((geometry,), _) = settings.geometries(
             trace.num_ranks,
             trace.num_experts,
@@ -189,11 +180,11 @@ def _read(
             args.node_size,
         )
         costs = settings.priced(trace, geometry)
-        shown = replayed_run(sources.name, trace, geometry, costs, _bar("deciding"))
+        shown = replayed_run(files.name, trace, geometry, costs, _bar("deciding"))
     rows: list[WhatIf] = []
     if trace is not None:
         rows = what_if(
-            str(sources.trace),
+            str(files.trace),
             trace,
             geometry,
             settings.costs,

@@ -23,7 +23,7 @@ from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.telemetry.metrics_file import MetricsRecording, Shape, read_metrics
 from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.cli.argument_types import between, named
-from megatron_laer.tools.report.sources import naming
+from megatron_laer.tools.report.run_files import naming
 from megatron_laer.tools.simulator.comparison import mean_tokens
 from megatron_laer.tools.simulator.sizes import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
 

@@ -1,6 +1,6 @@
-"""A file's documents are read here, in pieces of token ids, so that a file may have any length.
+"""Documents of a file, read in pieces of token ids, so that a file may have any length.
 
-Knows the formats of input; `tokenizers` knows what becomes of a text.
+Knows the formats of input; `tokenizers` encodes the texts.
 """
 
 import json
@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 from megatron_laer.files.checks import quoted
 from megatron_laer.tools.data.tokenizers import (
     MAX_TEXT_BYTES,
+    ByteTokenizer,
     Ids,
-    Tokenizer,
     readable,
 )
 
@@ -27,11 +27,7 @@ _KEYS_SHOWN = 8
 
 
 def format_of(path: Path) -> str:
-    """Tell a file's format by its ending.
-
-    Raises:
-        ValueError: it tells that the file is compressed.
-    """
+    """Return a file's format by its ending; raise ValueError for a compressed file."""
     if path.suffix in _COMPRESSED:
         raise ValueError(
             f"{quoted(path)} is compressed by its ending; unpack it first, or give --format text "
@@ -41,14 +37,12 @@ def format_of(path: Path) -> str:
 
 
 def documents(
-    file: BinaryIO, path: Path, text_format: str, json_key: str, tokenizer: Tokenizer
+    file: BinaryIO, path: Path, text_format: str, json_key: str, tokenizer: ByteTokenizer
 ) -> Iterator[Iterable[Ids] | None]:
     """Yield the documents of an open file, each in pieces, or None for one without text.
 
-    Documents are to be taken in order, and each of them to its end.
-
-    Raises:
-        ValueError: while they are taken: the file cannot be read, or is not what it should be.
+    Each document must be read to its end before the next one. Raises ValueError meanwhile for a
+    file that cannot be read, or is malformed.
     """
     if text_format == "text":
         yield tokenizer.encode_file(file, path)

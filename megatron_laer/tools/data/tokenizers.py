@@ -1,15 +1,14 @@
-"""Tokenizers turn text into token ids, in pieces of limited size where they can.
+"""Tokenizers, which return ids in pieces of limited size where they can.
 
 The tokenizer `bytes` needs no vocabulary: ids 0 to 255 are the bytes of the file, 256 ends a
-document. Train on it with `--tokenizer-type NullTokenizer --vocab-size 257`
-(`BYTES_TOKENIZER_FLAGS`): Megatron's NullTokenizer takes its last id, vocabulary size - 1, as the
-end of a document.
+document. Train on it with `BYTES_TOKENIZER_FLAGS`: Megatron's NullTokenizer takes its last id,
+vocabulary size - 1, as the end of a document.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,7 @@ MAX_DOCUMENT_TOKENS = 2**31 - 1
 """Megatron's index holds lengths in 32 bits."""
 
 MAX_TEXT_BYTES = 2**26
-"""The longest text that is held as a whole: a line of JSONL, or a file that cannot be cut.
+"""Longest text that is held as a whole: a line of JSONL, or a file that cannot be cut.
 
 A tokenizer, or a line of many small JSON values, takes some thirty times as much memory.
 """
@@ -39,74 +38,42 @@ _PIECE_BYTES = 2**20
 _END_OF_DOCUMENT = 256
 
 
-class Tokenizer(Protocol):
-    """Turns text into documents of token ids, each in pieces and with its end.
+class ByteTokenizer:
+    """Encoder of documents as bytes, in pieces and with the id of their end.
 
     Attributes:
-        vocab_size: ids are below it.
-        flags: Megatron's, for training on these ids.
-        max_file_bytes: the longest file that can be one document.
+        flags: Megatron's flags, for training on these ids.
+        max_file_bytes: size of the longest file that can be one document.
     """
 
-    vocab_size: int
-    flags: tuple[str, ...]
-    max_file_bytes: int
-
-    def encode_file(self, file: BinaryIO, path: Path) -> Iterator[Ids]:
-        """Yield the ids of an open file; `path` is for messages."""
-
-    def encode_text(self, text: str) -> Iterator[Ids]:
-        """Yield the ids of a text that UTF-8 can express."""
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """Load the tokenizer `bytes`, or a Hugging Face tokenizer from a directory, without its code.
-
-    Raises:
-        ValueError: there is no such tokenizer, or it cannot be used.
-        ImportError: the package transformers is missing.
-    """
-    if name == "bytes":
-        return _Bytes()
-    if not name or not Path(name).is_dir():
-        raise ValueError(
-            f"tokenizer {quoted(name)} is neither 'bytes' nor a directory with a Hugging Face "
-            "tokenizer"
-        )
-    return _HuggingFace(name)
-
-
-class _Bytes:
     vocab_size = _END_OF_DOCUMENT + 1
     flags = BYTES_TOKENIZER_FLAGS
     max_file_bytes = MAX_DOCUMENT_TOKENS - 1
 
     def encode_file(self, file: BinaryIO, path: Path) -> Iterator[Ids]:
+        """Yield the ids of an open file; `path` is for messages."""
         while piece := _read(file, path, _PIECE_BYTES):
             yield np.frombuffer(piece, dtype=np.uint8)
         yield np.array([_END_OF_DOCUMENT])
 
     def encode_text(self, text: str) -> Iterator[Ids]:
-        ids = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
-        for start in range(0, len(ids), _PIECE_BYTES):
-            yield ids[start : start + _PIECE_BYTES]
+        """Yield the ids of a text that UTF-8 can express."""
+        yield np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
         yield np.array([_END_OF_DOCUMENT])
 
 
-class _HuggingFace:
+class HuggingFaceTokenizer(ByteTokenizer):
+    """Encoder of documents with a Hugging Face tokenizer, each as one piece."""
+
     max_file_bytes = MAX_TEXT_BYTES
 
     def __init__(self, folder: str) -> None:
         self._tokenizer = _load_hugging_face(folder)
         self.vocab_size = len(self._tokenizer)
-        self.flags: tuple[str, ...] = (
-            "--tokenizer-type",
-            "HuggingFaceTokenizer",
-            "--tokenizer-model",
-            folder,
-        )
+        self.flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder)
 
     def encode_file(self, file: BinaryIO, path: Path) -> Iterator[Ids]:
+        """Yield the ids of an open file; `path` is for messages."""
         content = _read(file, path, MAX_TEXT_BYTES + 1)
         check_length(path, len(content), MAX_TEXT_BYTES)
         try:
@@ -119,8 +86,21 @@ class _HuggingFace:
         yield from self.encode_text(text)
 
     def encode_text(self, text: str) -> Iterator[Ids]:
+        """Yield the ids of a text."""
         ids = self._tokenizer.encode(text, add_special_tokens=False)
         yield np.array([*ids, self._tokenizer.eos_token_id])
+
+
+def load_tokenizer(name: str) -> ByteTokenizer:
+    """Load the tokenizer `bytes`, or a Hugging Face one from a directory, without its code."""
+    if name == "bytes":
+        return ByteTokenizer()
+    if not name or not Path(name).is_dir():
+        raise ValueError(
+            f"tokenizer {quoted(name)} is neither 'bytes' nor a directory with a Hugging Face "
+            "tokenizer"
+        )
+    return HuggingFaceTokenizer(name)
 
 
 def _load_hugging_face(folder: str) -> Any:
@@ -131,10 +111,8 @@ def _load_hugging_face(folder: str) -> Any:
             f"the tokenizer in {quoted(folder)} needs the package transformers: "
             "`pip install transformers`, or use --tokenizer bytes, which needs none"
         ) from error
-
     try:
-        # A directory was given, so nothing may be downloaded; and data may not bring code along,
-        # which transformers would offer to run on a terminal.
+        # Nothing is downloaded, and none of the directory's code is run.
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
@@ -149,11 +127,7 @@ def _load_hugging_face(folder: str) -> Any:
 
 
 def check_length(path: Path, size_bytes: int, max_bytes: int) -> None:
-    """Refuse a file that is too long to be one document.
-
-    Raises:
-        ValueError: quoting the path.
-    """
+    """Raise ValueError for a file that is too long to be one document."""
     if size_bytes > max_bytes:
         raise ValueError(
             f"{quoted(path)} has {size_bytes:,} bytes, but a file that is one document at most "
@@ -163,11 +137,7 @@ def check_length(path: Path, size_bytes: int, max_bytes: int) -> None:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Tell a file that cannot be read, in the block, from other errors of the system.
-
-    Raises:
-        ValueError: quoting the path.
-    """
+    """Raise ValueError, quoting the path, for a file that cannot be read in the block."""
     try:
         yield
     except OSError as error:

@@ -1,32 +1,69 @@
-"""Questions of `doctor` that need an import are answered here, each in a process of its own.
-
-An import may fail in any way, end the process or never end; `asking.py` starts these
-processes, and the other files judge the answers.
-"""
+"""Imports of `doctor`, each in a process of its own: one may fail in any way, or never end."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
 import os
+import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from megatron_laer.environment import variables_behind
+from megatron_laer.tools.doctor.check import Answer
 
-Answer = dict[str, Any]
+# A cold import from a network's file system takes minutes; a longer one hangs.
+_TIMEOUT_S = 600.0
+
+
+@contextlib.contextmanager
+def asked(questions: Mapping[str, list[str]]) -> Iterator[dict[str, Future[Answer]]]:
+    """Ask each question in a process of its own during the block; yield the answers by key."""
+    threads = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield {key: threads.submit(_ask, question) for key, question in questions.items()}
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _ask(question: list[str]) -> Answer:
+    # The process finds modules where this one does.
+    code = (
+        "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
+        "from megatron_laer.tools.doctor import probes; probes.main()"
+    )
+    command = [sys.executable, "-c", code, json.dumps(sys.path), *question]
+    try:
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"its import did not end within {_TIMEOUT_S:.0f} s"}
+    except OSError as error:
+        return {"error": f"{sys.executable} does not start ({error.strerror})"}
+    try:
+        answer: Answer = json.loads(result.stdout)
+    except ValueError:
+        status = result.returncode
+        printed = result.stderr.decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(printed) if line.strip()), "")
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        return {"error": f"its import ended Python with {how}{last and f' ({last})'}"}
+    return answer
 
 
 def main() -> None:
-    """Answer the question `sys.argv[1]` about `sys.argv[2:]`, as one line of JSON.
+    """Print the answer to the question `sys.argv[1]` about `sys.argv[2:]`, as one line of JSON.
 
-    Where the question cannot be answered, the answer has `error`, one line; and `absent`, whether
-    the module that was asked for is not there, or `lacks`, another one that it imports.
+    After a failure the answer has `error`, one line; and `absent` if the module itself is not
+    there, or `lacks`, another module that it imports.
     """
-    # Libraries print while they are imported; that goes where warnings go.
+    # Output of imports goes where warnings go.
     stdout = os.dup(1)
     os.dup2(2, 1)
     asked = sys.argv[2:]
@@ -61,8 +98,8 @@ def native_core(_: str) -> Answer:
 def torch(_: str) -> Answer:
     """Describe torch, its libraries for exchanges, and the cards that it sees.
 
-    `device` is what training would run on, cpu or cuda; where that cannot be said, `device_error`.
-    `unsupported` says why this torch cannot train on a GPU, where it would have to.
+    `device` is the device of training, cpu or cuda; `device_error` is why it is not known, and
+    `unsupported` why this torch cannot train on it.
     """
     import torch
 
@@ -102,29 +139,29 @@ def torch(_: str) -> Answer:
 
 
 def megatron(_: str) -> Answer:
-    """Describe Megatron: version and folder, what is wrong with the version, and dataset helper."""
+    """Describe Megatron: version, folder and dataset helper."""
     import megatron.core.datasets
 
-    from megatron_laer import megatron_version as versions
+    from megatron_laer import megatron_version
     from megatron_laer.releases import TESTED
 
     datasets = Path(next(iter(megatron.core.datasets.__path__)))
     answer: Answer = {
-        "version": versions.megatron_version(),
+        "version": megatron_version.megatron_version(),
         "folder": str(datasets.parents[1]),
         "tested": TESTED,
         "builds_helper": (datasets / "Makefile").exists(),
         "has_helper": any(datasets.glob("helpers_cpp*.so")),
     }
     try:
-        versions.check_version()
+        megatron_version.check_version()
     except ImportError as error:
         answer["unsupported"] = str(error)
     return answer
 
 
 def plugin(_: str) -> Answer:
-    """Install the plugin and find all that it replaces in Megatron; return how much that is."""
+    """Install the plugin, find everything that it replaces in Megatron, and return the number."""
     from megatron_laer.launch import prepare
 
     prepare()

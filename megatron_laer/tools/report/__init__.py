@@ -1,6 +1,6 @@
-"""A report is one page of HTML that shows what a run kept of forced balance, and where time went.
+"""A report: one page of HTML on a run's balance and times.
 
-`sources` finds what a run has written, `recorded` and `replayed` make a `RunData` of it, `verdict`
-and `figures` work out what is shown, `page` writes it. The page's scripts are in the folder `page`.
-Neither Megatron nor torch is imported.
+`run_files` finds the files of a run, `recorded` and `replayed` make a `RunData` of them,
+`assessment` and `figures` compute the contents, `page` writes it. The page's scripts are in the
+folder `page`. Neither Megatron nor torch is imported.
 """

@@ -1,326 +1,325 @@
-"""The page's figures are thinned out and rounded here, to what a screen can show.
+"""Sections of the page: figures and tables, thinned out to the resolution of a screen.
 
-Steps are put into bins of equal length, and each figure has the means of its bins; tables and the
-verdict are worked out from all steps. Everything is plain lists and numbers, ready for JSON.
+Steps are put into bins of equal length, and figures draw the means of the bins. Tables and the
+assessment are computed from all steps.
 
 Legend: T steps, B bins of steps, L MoE layers, N ranks, E experts.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.tools.report import plots
+from megatron_laer.tools.report.assessment import Assessment
+from megatron_laer.tools.report.bins import (
+    MAX_BINS,
+    bin_edges,
+    binned,
+    bins_of,
+    in_unit,
+    largest,
+    over_mean,
+    text_of,
+)
+from megatron_laer.tools.report.expert_figures import experts, replicas
+from megatron_laer.tools.report.plots import (
+    BLUE,
+    GREEN,
+    OVER_MEAN,
+    RED,
+    Figure,
+    Section,
+    Table,
+    rounded,
+)
 from megatron_laer.tools.report.run_data import Float64, RunData
-from megatron_laer.tools.report.verdict import Verdict
 
-# Bins of the finest figures, as wide as a screen has columns to tell apart, and cells of a figure
-# that has a picture for each layer.
-MOST_BINS = 240
-_MOST_CELLS = 80_000
-_MOST_POINTS = 1500
-_WORST = 10
-
-# A step's time by kind, from the parts that were measured; the rest is dense layers and optimizer.
+_MAX_POINTS = 1500
+_NUM_WORST = 10
+# A step's time by kind, from the measured parts; the rest is dense layers and optimizer.
 KINDS = ("dense layers", "dispatch", "experts", "combine", "waits for restores", "for gradients")
 
 
-def figures(run: RunData, verdict: Verdict) -> dict[str, Any]:
-    """Return what the page draws, by figure; what there is no data for is left out."""
-    edges = bin_edges(len(run.steps_T), MOST_BINS)
-    found: dict[str, Any] = {
-        "layers": list(run.shape.layers),
-        "bins": _bin_names(run, edges),
-        "node_size": run.shape.node_size,
-        "heat": {
-            "fsep": rounded(binned(run.imbalance_TL, edges).T),
-            "stock": rounded(binned(run.stock_TL, edges).T),
-        },
-        "lost": {
-            "fsep": rounded(verdict.lost_ms_L),
-            "stock": rounded(verdict.stock_lost_ms_L),
-        },
-        "ranks": _ranks(run, edges),
-        "memory": _memory(run, edges),
-        "guard": _guard(run),
-        "worst": _worst(run),
-    }
-    if run.is_measured:
-        found["times"] = _times(run, edges)
-        found["calibration"] = _calibration(run)
+def sections(
+    run: RunData, assessment: Assessment, other: RunData | None = None
+) -> Iterator[Section]:
+    """Yield the sections for which there is data.
+
+    Args:
+        other: a run to compare with.
+    """
+    edges = bin_edges(len(run.steps_T), MAX_BINS)
+    yield _balance(run, edges)
+    yield _time(run, edges, assessment)
+    yield _ranks(run, edges)
     if run.experts_TLE is not None:
-        found["experts"] = _experts(run)
+        yield experts(run)
     if run.layouts:
-        found["replicas"] = _replicas(run)
+        yield replicas(run)
+    yield _guard(run)
+    yield _memory(run, edges)
+    if other is not None:
+        yield _comparison(run, other)
+
+
+def _balance(run: RunData, edges: Sequence[int]) -> Section:
+    balance_of = {"FSEP": run.imbalance_TL, "Stock's placement, same routing": run.stock_TL}
+    high = max(1.01, *(largest(values) for values in balance_of.values()))
+    texts = (
+        "1 is perfect balance. Both figures have one scale.",
+        "The busiest rank of stock expert parallelism, given the same tokens.",
+    )
+    figures = [
+        plots.heat_map(
+            f"{name}: max/mean tokens per rank",
+            text,
+            [binned(values_TL, edges).T],
+            x=plots.steps_axis(bins_of(run, edges)),
+            y=[plots.names_axis("MoE layer", run.shape.layers)],
+            unit="max/mean",
+            bounds=(1.0, high),
+        )
+        for (name, values_TL), text in zip(balance_of.items(), texts, strict=True)
+    ]
+    worst = Table(
+        "Steps and layers with the worst balance", ("", "FSEP", "stock"), list(_worst(run))
+    )
+    return Section("balance", "Balance by layer and step", figures, tables=[worst])
+
+
+def _worst(run: RunData) -> Iterator[tuple[str, ...]]:
+    """Yield the steps and layers with the largest max/mean."""
+    ratio_TL = np.nan_to_num(run.imbalance_TL, nan=0.0)
+    for place in np.argsort(-ratio_TL, axis=None, kind="stable")[:_NUM_WORST].tolist():
+        step, layer = divmod(place, ratio_TL.shape[1])
+        values = (run.imbalance_TL[step, layer], run.stock_TL[step, layer])
+        yield (f"step {run.steps_T[step]}, {run.shape.layers[layer]}", *map(text_of, values))
+
+
+def _time(run: RunData, edges: Sequence[int], assessment: Assessment) -> Section:
+    figures = [_times(run, edges)] if run.is_measured else []
+    how = "the measured time from a dispatch to the end of its combine"
+    figures.append(
+        plots.bars_by_name(
+            "Lost to imbalance by layer, all steps",
+            f"Computed from {how if run.is_measured else 'predicted layer times'} and max/mean.",
+            run.shape.layers,
+            {"FSEP": assessment.lost_ms_L, "stock's placement": assessment.stock_lost_ms_L},
+            x="time lost in all steps, ms",
+            y="MoE layer",
+            colours=(GREEN, RED),
+        )
+    )
     if run.loss:
-        found["loss"] = _loss(run.loss)
-    return found
+        chosen = run.loss[:: max(1, -(-len(run.loss) // MAX_BINS))]
+        steps = [[step, step] for step, _ in chosen]
+        losses = rounded([loss for _, loss in chosen])
+        span = max(losses) - min(losses) or 1.0
+        figures.append(
+            plots.lines(
+                "Loss",
+                "From Megatron's log.",
+                {"lm loss": losses},
+                x=plots.steps_axis(steps, "iteration"),
+                y="lm loss",
+                colours=(BLUE,),
+                y_range=(min(losses) - 0.1 * span, max(losses) + 0.1 * span),
+            )
+        )
+    return Section("time", "Where time went", figures)
 
 
-def bin_edges(number: int, most: int) -> list[int]:
-    """Divide so many steps into at most `most` bins of equal length; the last may be shorter."""
-    length = max(1, -(-number // most))
-    return [*range(0, number, length), number]
+def _times(run: RunData, edges: Sequence[int], name: str = "", most: float | None = None) -> Figure:
+    return plots.stacked_bars(
+        f"{name}A step's time by kind",
+        "On the planner rank. Combine waits for the busiest rank, so it includes the imbalance. "
+        "Far longer columns, as of a warm-up, are cut off.",
+        _time_parts(run, edges),
+        x=plots.steps_axis(bins_of(run, edges)),
+        y="time of a step, ms",
+        most=most,
+    )
 
 
-def binned(values: Float64, edges: Sequence[int]) -> Float64:
-    """Return the means of each bin along the first axis, of what is there."""
-    is_there = np.isfinite(values)
-    starts = np.array(edges[:-1])
-    sums = np.add.reduceat(np.where(is_there, values, 0.0), starts, axis=0)
-    numbers = np.add.reduceat(is_there.astype(np.float64), starts, axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means: Float64 = sums / numbers
-    return means
-
-
-def rounded(values: npt.ArrayLike, digits: int = 4) -> Any:
-    """Return nested lists of numbers with so many digits; None for what is not there."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim > 1:
-        return [rounded(row, digits) for row in array]
-    if array.ndim == 0:
-        return _short(float(array), digits)
-    return [_short(value, digits) for value in array.tolist()]
-
-
-def _short(value: float, digits: int) -> float | int | None:
-    if not math.isfinite(value):
-        return None
-    short = float(f"{value:.{digits}g}")
-    return int(short) if short == int(short) else short
-
-
-def _bin_names(run: RunData, edges: Sequence[int]) -> list[list[int]]:
-    """Return the first and last step of each bin."""
-    steps = run.steps_T.tolist()
-    return [[steps[begin], steps[end - 1]] for begin, end in itertools.pairwise(edges)]
-
-
-def _times(run: RunData, edges: Sequence[int]) -> dict[str, Any]:
+def _time_parts(run: RunData, edges: Sequence[int]) -> dict[str, list[float | None]]:
     """Divide a step's time by kind. Waits for restores are within the experts' time."""
     of = {name: np.nan_to_num(values) for name, values in run.of_steps.items()}
     experts_ms = np.maximum(of["experts_ms"] - of["restore_wait_ms"], 0.0)
-    parts = [
-        of["dispatch_ms"],
-        experts_ms,
-        of["combine_ms"],
-        of["restore_wait_ms"],
-        of["reduce_wait_ms"],
-    ]
+    parts = [of["dispatch_ms"], experts_ms, of["combine_ms"]]
+    parts += [of["restore_wait_ms"], of["reduce_wait_ms"]]
     dense_ms = np.maximum(of["step_ms"] - np.sum(parts, axis=0), 0.0)
-    ms_KB = [binned(part, edges) for part in (dense_ms, *parts)]
-    return {"kinds": list(KINDS), "ms": rounded(np.array(ms_KB))}
+    means = (rounded(binned(part, edges)) for part in (dense_ms, *parts))
+    return dict(zip(KINDS, means, strict=True))
 
 
-def _ranks(run: RunData, edges: Sequence[int]) -> dict[str, Any]:
-    """Return each rank's tokens over the mean: by bin over all layers, and by layer."""
-
-    def shares(tokens_TLN: npt.NDArray[np.int64]) -> dict[str, Any]:
-        by_step_TN = _over_mean(tokens_TLN.sum(axis=1))
-        by_layer_LN = _over_mean(tokens_TLN.sum(axis=0))
-        return {
-            "steps": rounded(binned(by_step_TN, edges).T),
-            "layers": rounded(by_layer_LN.T),
-        }
-
-    found = {"fsep": shares(run.rank_tokens_TLN)}
+def _ranks(run: RunData, edges: Sequence[int]) -> Section:
+    """Show each rank's tokens over the mean: by bin over all layers, and by layer."""
+    kinds = {"FSEP": run.rank_tokens_TLN}
     if run.stock_rank_tokens_TLN is not None:
-        found["stock"] = shares(run.stock_rank_tokens_TLN)
-    return found
-
-
-def _over_mean(tokens: npt.NDArray[np.int64]) -> Float64:
-    mean = tokens.mean(axis=-1, keepdims=True)
-    over: Float64 = np.where(mean > 0, tokens / np.maximum(mean, 1e-9), np.nan)
-    return over
-
-
-def _experts(run: RunData) -> dict[str, Any]:
-    """Return each expert's share of tokens over an even share, by layer and bin."""
-    assert run.experts_TLE is not None
-    tokens_TLE = run.experts_TLE
-    num_layers, num_experts = tokens_TLE.shape[1:]
-    most = max(1, min(MOST_BINS, _MOST_CELLS // (num_layers * num_experts)))
-    edges = bin_edges(len(run.steps_T), most)
-    summed_BLE = np.add.reduceat(tokens_TLE, np.array(edges[:-1]), axis=0)
-    share_BLE = _over_mean(summed_BLE)
-    total_LE = tokens_TLE.sum(axis=0)
-    return {
-        "bins": _bin_names(run, edges),
-        "share": [rounded(share_BLE[:, layer].T, 3) for layer in range(num_layers)],
-        "dead": (total_LE == 0).sum(axis=1).tolist(),
-        "gini": rounded([_gini(row_E) for row_E in total_LE], 3),
-        "drift": rounded(_drift(share_BLE), 3),
+        kinds["Stock's placement"] = run.stock_rank_tokens_TLN
+    size, num_ranks = run.shape.node_size, run.shape.num_ranks
+    by_step = {
+        name: binned(over_mean(tokens_TLN.sum(axis=1)), edges).T
+        for name, tokens_TLN in kinds.items()
     }
+    by_layer = {name: over_mean(tokens_TLN.sum(axis=0)).T for name, tokens_TLN in kinds.items()}
+    figures = []
+    for title, shown, axis in (
+        ("all layers together", by_step, plots.steps_axis(bins_of(run, edges))),
+        ("by layer, all steps", by_layer, plots.names_axis("MoE layer", run.shape.layers)),
+    ):
+        reach = max(0.01, *(largest(np.abs(values - 1)) for values in shown.values()))
+        figures += [
+            plots.heat_map(
+                f"{name}: tokens of each rank, {title}",
+                "Lines are borders of nodes." if size < num_ranks else "",
+                [values],
+                x=axis,
+                y=[plots.numbers_axis("rank", num_ranks)],
+                unit=OVER_MEAN,
+                bounds=(max(0.0, 1 - reach), 1 + reach),
+                borders=[row - 0.5 for row in range(size, num_ranks, size)],
+            )
+            for name, values in shown.items()
+        ]
+    return Section("ranks", "Ranks", figures)
 
 
-def _gini(tokens_E: npt.NDArray[np.int64]) -> float:
-    """Return the Gini coefficient: 0 where experts are equally wanted, near 1 for a single one."""
-    ordered_E = np.sort(tokens_E)
-    total = float(ordered_E.sum())
-    if total == 0:
-        return math.nan
-    place_E = np.arange(1, len(ordered_E) + 1)
-    number = len(ordered_E)
-    return float(2 * (place_E * ordered_E).sum() / (number * total) - (number + 1) / number)
-
-
-def _drift(share_BLE: Float64) -> list[float]:
-    """Return by layer how like neighbouring bins are: the mean cosine of experts' shares."""
-    share_BLE = np.nan_to_num(share_BLE)
-    found = []
-    for layer in range(share_BLE.shape[1]):
-        one, other = share_BLE[:-1, layer], share_BLE[1:, layer]
-        norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-        products = (one * other).sum(axis=1)
-        found.append(float(np.mean(products[norms > 0] / norms[norms > 0])) if norms.any() else 1.0)
-    return found
-
-
-def _replicas(run: RunData) -> dict[str, Any]:
-    """Return replicas of each expert by layer and bin, as of the bin's last layouts."""
-    num_layers, num_experts = len(run.shape.layers), run.shape.num_experts
-    most = max(1, min(MOST_BINS, _MOST_CELLS // (num_layers * num_experts)))
-    edges = bin_edges(len(run.steps_T), most)
-    names = _bin_names(run, edges)
-    at, by_bin, changed_B = -1, [], []
-    # A run begins with static layouts, which are not recorded.
-    static = ExpertLayout.static(run.shape.num_ranks, run.shape.capacity, num_experts)
-    before_first = [static] * num_layers if run.steps_T[0] == 0 else None
-    for _, last in names:
-        changed = 0
-        while at + 1 < len(run.layouts) and run.layouts[at + 1][0] <= last:
-            before = run.layouts[at][1] if at >= 0 else before_first
-            if before is not None:
-                after = run.layouts[at + 1][1]
-                changed += sum(
-                    int((one.slot_expert_S != other.slot_expert_S).sum())
-                    for one, other in zip(before, after, strict=True)
-                )
-            at += 1
-        layouts = run.layouts[at][1] if at >= 0 else before_first
-        changed_B.append(changed)
-        by_bin.append(
-            np.full((num_layers, num_experts), np.nan)
-            if layouts is None
-            else np.array([layout.replicas_E for layout in layouts], dtype=np.float64)
+def _guard(run: RunData) -> Section:
+    """Show the guard's choices and the cost model's predictions: a point per step and layer."""
+    of = run.of_layers
+    passes = float(np.nansum(of["passes"]))
+    share = float(np.nansum(of["fresh"])) / passes if passes else math.nan
+    text = f"{text_of(100 * share)} % of microbatches got a layout of their own."
+    figures = []
+    cost, gain, fresh = _thinned(of["cost_ms"], of["gain_ms"], of["fresh"])
+    if len(cost):
+        is_fresh = fresh > 0
+        figures.append(
+            plots.points(
+                "Decisions: predicted gain against predicted cost",
+                "A point is a layer in a step, the mean of its microbatches. Above the line a "
+                "fresh layout pays.",
+                {
+                    "kept the forecast": (cost[~is_fresh], gain[~is_fresh]),
+                    "took a fresh layout": (cost[is_fresh], gain[is_fresh]),
+                },
+                x="predicted cost, ms",
+                y="predicted gain, ms",
+            )
         )
-    replicas_BLE = np.array(by_bin)
-    fetched_B = [
-        float(np.nansum(run.of_layers["changed_slots"][begin:end]))
-        for begin, end in itertools.pairwise(edges)
+    if not run.is_measured:
+        return Section("guard", "The guard", figures, text)
+    predicted, measured = _thinned(of["taken_cost_ms"], of["change_ms"])
+    if len(predicted):
+        figures.append(
+            _against_measured(
+                "Fresh layouts: predicted against measured cost",
+                "Measured: the host's decision, and the wait for changed slots. On the line both "
+                "are equal.",
+                predicted,
+                measured,
+            )
+        )
+    predicted, measured = _thinned(of["predicted_ms"], of["layer_ms"], most=None)
+    if len(predicted):
+        positive = predicted > 0
+        factor = np.median(measured[positive] / predicted[positive]) if positive.any() else np.nan
+        figures.append(
+            _against_measured(
+                "Layer times: predicted against measured",
+                f"A point is a layer in a step. Measured times are {text_of(float(factor))} times "
+                "the predicted ones (median). Far from 1, the cluster's constants do not fit this "
+                "machine.",
+                *_thinned(predicted, measured),
+            )
+        )
+    return Section("guard", "The guard, and the cost model", figures, text)
+
+
+def _against_measured(title: str, text: str, predicted: Float64, measured: Float64) -> Figure:
+    series = {"layers": (predicted, measured)}
+    return plots.points(title, text, series, x="predicted, ms", y="measured, ms", is_log=True)
+
+
+def _thinned(*values: Float64, most: int | None = _MAX_POINTS) -> list[Float64]:
+    """Return the places at which the first two have values, thinned out evenly."""
+    flat = [each.ravel() for each in values]
+    there = np.flatnonzero(np.isfinite(flat[0]) & np.isfinite(flat[1]))
+    stride = 1 if most is None else max(1, -(-len(there) // most))
+    return [each[there[::stride]] for each in flat]
+
+
+def _memory(run: RunData, edges: Sequence[int]) -> Section:
+    """Show tokens of the busiest rank and the bound, and measured bytes."""
+    x = plots.steps_axis(bins_of(run, edges))
+    names = {"busiest rank": "largest_tokens", "perfect balance": "least_tokens"}
+    figures = [
+        plots.lines(
+            "Tokens of the busiest rank, and the bound",
+            "Of a step's worst layer and microbatch. A rank's activations grow with them.",
+            {
+                name: rounded(binned(_largest_of_layers(run.of_layers[key]), edges))
+                for name, key in names.items()
+            },
+            x=x,
+            y="tokens",
+            colours=(RED, GREEN),
+        )
     ]
-    return {
-        "bins": names,
-        "number": [rounded(replicas_BLE[:, layer].T) for layer in range(num_layers)],
-        "planned_slots": changed_B,
-        "fetched_slots": rounded(fetched_B),
-        "slot_bytes": _slot_bytes(run.settings),
-    }
+    if "used_bytes" in run.of_steps:
+        series, unit = in_unit(
+            {
+                "used": binned(run.of_steps["used_bytes"], edges),
+                "headroom": binned(run.of_steps["headroom_bytes"], edges),
+            }
+        )
+        figures.append(
+            plots.lines(
+                "Memory of the planner rank",
+                "Peak of reserved memory and the remainder; on the CPU resident and free memory.",
+                {name: rounded(values) for name, values in series.items()},
+                x=x,
+                y=unit,
+                colours=(BLUE, GREEN),
+            )
+        )
+    return Section("memory", "Memory", figures)
 
 
-def _slot_bytes(settings: Sequence[tuple[str, str]]) -> int | None:
-    """Return the bytes of an expert's weights, from the settings that a run noted."""
-    of = dict(settings)
-    try:
-        hidden, ffn, each = (int(of[name]) for name in ("hidden", "ffn", "bytes_per_element"))
-    except (KeyError, ValueError):
-        return None
-    return (3 if of.get("gated") == "True" else 2) * hidden * ffn * each
-
-
-def _guard(run: RunData) -> dict[str, Any]:
-    """Return the guard's choices, one point per step and layer, thinned out evenly."""
-    of = run.of_layers
-    gain_TL, cost_TL = of["gain_ms"], of["cost_ms"]
-    weighed = np.flatnonzero(np.isfinite(gain_TL.ravel()) & np.isfinite(cost_TL.ravel()))
-    chosen = weighed[:: max(1, -(-len(weighed) // _MOST_POINTS))]
-    share_TL = np.divide(of["fresh"], np.maximum(of["passes"], 1))
-    found = {
-        "gain_ms": rounded(gain_TL.ravel()[chosen]),
-        "cost_ms": rounded(cost_TL.ravel()[chosen]),
-        "fresh": rounded(share_TL.ravel()[chosen], 2),
-        "fresh_share": _short(_share(of), 4),
-    }
-    if run.is_measured:
-        taken_TL, change_TL = of["taken_cost_ms"], of["change_ms"]
-        both = np.flatnonzero(np.isfinite(taken_TL.ravel()) & np.isfinite(change_TL.ravel()))
-        chosen = both[:: max(1, -(-len(both) // _MOST_POINTS))]
-        found["taken_cost_ms"] = rounded(taken_TL.ravel()[chosen])
-        found["change_ms"] = rounded(change_TL.ravel()[chosen])
-    return found
-
-
-def _share(of_layers: Mapping[str, Float64]) -> float:
-    """Return the share of passes with a layout of their own."""
-    passes = float(np.nansum(of_layers["passes"]))
-    return float(np.nansum(of_layers["fresh"])) / passes if passes else math.nan
-
-
-def _calibration(run: RunData) -> dict[str, Any]:
-    """Return predicted and measured layer times, and how much longer a layer took than predicted.
-
-    The factor is the median over steps and layers, which first steps do not move.
-    """
-    predicted_TL, measured_TL = run.of_layers["predicted_ms"], run.of_layers["layer_ms"]
-    both = np.flatnonzero(np.isfinite(predicted_TL.ravel()) & np.isfinite(measured_TL.ravel()))
-    predicted, measured = predicted_TL.ravel()[both], measured_TL.ravel()[both]
-    chosen = slice(None, None, max(1, -(-len(both) // _MOST_POINTS)))
-    factors = measured[predicted > 0] / predicted[predicted > 0]
-    return {
-        "predicted_ms": rounded(predicted[chosen]),
-        "layer_ms": rounded(measured[chosen]),
-        "factor": _short(float(np.median(factors)), 4) if factors.size else None,
-    }
-
-
-def _memory(run: RunData, edges: Sequence[int]) -> dict[str, Any]:
-    """Return tokens of the busiest rank beside the bound, and bytes where they were measured."""
-    of = run.of_layers
-    found = {
-        "largest_tokens": rounded(binned(_largest(of["largest_tokens"]), edges)),
-        "least_tokens": rounded(binned(_largest(of["least_tokens"]), edges)),
-    }
-    for name in ("used_bytes", "headroom_bytes"):
-        if name in run.of_steps:
-            found[name] = rounded(binned(run.of_steps[name], edges))
-    return found
-
-
-def _largest(values_TL: Float64) -> Float64:
+def _largest_of_layers(values_TL: Float64) -> Float64:
     """Return the largest of a step's layers; NaN without any."""
     largest = np.where(np.isfinite(values_TL), values_TL, -np.inf).max(axis=1)
     return np.where(np.isfinite(largest), largest, np.nan)
 
 
-def _loss(loss: Sequence[tuple[int, float]]) -> dict[str, Any]:
-    stride = max(1, -(-len(loss) // MOST_BINS))
-    return {
-        "steps": [step for step, _ in loss[::stride]],
-        "loss": rounded([value for _, value in loss[::stride]]),
-    }
-
-
-def _worst(run: RunData) -> list[dict[str, Any]]:
-    """Return the steps and layers with the largest max/mean."""
-    ratio_TL = np.nan_to_num(run.imbalance_TL, nan=0.0)
-    order = np.argsort(-ratio_TL, axis=None, kind="stable")[:_WORST]
-    found = []
-    for place in order.tolist():
-        step, layer = divmod(place, ratio_TL.shape[1])
-        found.append(
-            {
-                "step": int(run.steps_T[step]),
-                "layer": run.shape.layers[layer],
-                "fsep": _short(float(run.imbalance_TL[step, layer]), 4),
-                "stock": _short(float(run.stock_TL[step, layer]), 4),
-            }
+def _comparison(run: RunData, other: RunData) -> Section:
+    """Show the balance and times of two runs next to each other, on one scale."""
+    both = [(one, bin_edges(len(one.steps_T), MAX_BINS)) for one in (run, other)]
+    names = ("FSEP", "stock's placement")
+    means = [
+        [binned(np.ma.masked_invalid(v).mean(axis=1).filled(np.nan), edges) for v in values]
+        for one, edges in both
+        for values in [(one.imbalance_TL, one.stock_TL)]
+    ]
+    high = 1.02 * max(1.0, *(largest(values) for pair in means for values in pair))
+    figures = [
+        plots.lines(
+            f"{one.name}: max/mean, mean of layers",
+            "Both figures have one scale.",
+            {name: rounded(values) for name, values in zip(names, pair, strict=True)},
+            x=plots.steps_axis(bins_of(one, edges)),
+            y="max/mean tokens per rank",
+            colours=(GREEN, RED),
+            y_range=(0.98, high),
         )
-    return found
+        for (one, edges), pair in zip(both, means, strict=True)
+    ]
+    if run.is_measured and other.is_measured:
+        most = max(plots.stack_height(_time_parts(one, edges)) for one, edges in both)
+        figures += [_times(one, edges, f"{one.name}: ", most) for one, edges in both]
+    return Section("comparison", f"Compared with {other.name}", figures)

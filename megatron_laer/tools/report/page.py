@@ -1,133 +1,122 @@
-"""The page is put together here: one file of HTML with its scripts, its style and its data.
+"""The page: one file of HTML with its scripts, its style and its data.
 
-The same data give the same bytes. Whatever comes from a run is escaped: in HTML by `html.escape`,
-in the data by writing `<`, `>` and `&` as JSON escapes, and the scripts make text nodes of it. The
-page may load nothing, and says so to the browser.
+The same data give the same bytes. jinja2 escapes all text from a run; within the data, `<`, `>`
+and `&` are JSON escapes. The page's policy forbids the browser to load anything.
 """
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
+import jinja2
 import numpy as np
+from plotly.offline import get_plotlyjs
 
 from megatron_laer.telemetry.metrics import LOGGED
-from megatron_laer.tools.report.figures import figures
+from megatron_laer.tools.report.assessment import assess, percent, seconds
+from megatron_laer.tools.report.figures import sections
 from megatron_laer.tools.report.run_data import RunData
-from megatron_laer.tools.report.verdict import Verdict, judge, percent, seconds
 from megatron_laer.tools.report.what_if import WhatIf
-
-# In the order in which they are run.
-SCRIPTS = ("drawing.js", "charts.js", "plots.js", "figures.js", "main.js")
-_STYLE, _TEMPLATE = "style.css", "page.html"
+from megatron_laer.version import __version__
 
 
 def page(
     run: RunData, rows: Sequence[WhatIf], other: RunData | None = None, predicted_for: str = ""
 ) -> str:
-    """Write the page.
+    """Return the page.
 
     Args:
-        rows: of other capacities and modes.
-        predicted_for: the settings that these were predicted for, in words.
+        rows: predictions for other capacities and modes.
         other: a run to compare with.
+        predicted_for: settings of the predictions, in words.
     """
-    verdict = judge(run)
-    data: dict[str, Any] = {
+    runs = [run] if other is None else [run, other]
+    assessment = assess(run)
+    shown = list(sections(run, assessment, other))
+    data = {
         "format": "megatron_laer-report",
-        "version": 1,
+        "version": 2,
         "name": run.name,
         "is_measured": run.is_measured,
-        "verdict": _numbers(verdict),
-        **figures(run, verdict),
+        "verdict": {
+            name: getattr(assessment, name)
+            for name in ("total_s", "imbalance_s", "exchanges_s", "stock_s", "kept")
+        },
+        "figures": [vars(figure) for section in shown for figure in section.figures],
         "what_if": [asdict(row) for row in rows],
     }
-    if other is not None:
-        data["other"] = {
-            "name": other.name,
-            "is_measured": other.is_measured,
-            "verdict": _numbers(judge(other)),
-            **figures(other, judge(other)),
-        }
-    return _filled(
-        {
-            "TITLE": html.escape(run.name),
-            "STYLE": _text(_STYLE),
-            "VERDICT": html.escape(_capital(verdict.sentence()) + "."),
-            "CAUSES": html.escape(
-                _capital(cause) + "." if (cause := _causes(run, verdict)) else ""
-            ),
-            "NOTES": _list(run.notes),
-            "NUMBERS": _table(
-                ["", run.name, *([] if other is None else [other.name])], _key_figures(run, other)
-            ),
-            "WHAT_IF": _what_if_table(rows, predicted_for),
-            "SETTINGS": _table(["setting", "value"], run.settings),
-            "DATA": _embedded(data),
-            "SCRIPTS": "\n".join(_text(name) for name in SCRIPTS),
-        }
+    texts = resources.files("megatron_laer.tools.report") / "page"
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(lambda name: (texts / name).read_text(encoding="utf-8")),
+    )
+    return environment.get_template("page.html").render(
+        name=run.name,
+        about=_about(run),
+        version=__version__,
+        is_measured=run.is_measured,
+        assessment=_capital(assessment.sentence()) + ".",
+        causes=_capital(assessment.causes(run.shape.layers)),
+        notes=run.notes,
+        heads=["", *(one.name for one in runs)],
+        key_figures=list(_key_figures(runs)),
+        sections=shown,
+        what_if=[(_cells(row), row.command) for row in rows],
+        predicted_for=f"Of {rows[0].cases} microbatches of one layer each, for {predicted_for}."
+        if rows
+        else "",
+        settings=run.settings,
+        data=_embedded(data),
+        plotly=get_plotlyjs(),
     )
 
 
-def _filled(parts: Mapping[str, str]) -> str:
-    """Fill the template; a part that looks like a place of the template stays as it is."""
-    pieces = _text(_TEMPLATE).split("{{")
-    filled = [pieces[0]]
-    for piece in pieces[1:]:
-        name, _, rest = piece.partition("}}")
-        filled += [parts[name], rest]
-    return "".join(filled)
-
-
-def _text(name: str) -> str:
-    return (resources.files("megatron_laer.tools.report") / "page" / name).read_text(
-        encoding="utf-8"
-    )
-
-
-def _embedded(data: Mapping[str, Any]) -> str:
-    """Write data as JSON that no text in it can end early."""
+def _embedded(data: dict[str, Any]) -> str:
+    """Return JSON that no text in it can end early."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _numbers(verdict: Verdict) -> dict[str, Any]:
-    return {
-        name: getattr(verdict, name)
-        for name in ("total_s", "imbalance_s", "exchanges_s", "stock_s", "kept")
-    }
+def _about(run: RunData) -> str:
+    """Describe the run in one line."""
+    shape, of = run.shape, dict(run.settings)
+    sizes = f" of {of['hidden']} x {of['ffn']}" if {"hidden", "ffn"} <= {*of} else ""
+    parts = [
+        f"{len(shape.layers)} MoE layers, {shape.num_experts} experts{sizes}",
+        f"{shape.num_ranks} ranks, {shape.node_size} per node, {shape.capacity} slots per rank",
+        f"cluster {of['cluster']}" if "cluster" in of else "",
+        run.recorded,
+    ]
+    return " · ".join(filter(None, parts))
 
 
-def _causes(run: RunData, verdict: Verdict) -> str:
-    return verdict.causes(run.shape.layers)
+def _key_figures(runs: Sequence[RunData]) -> Iterator[tuple[str, ...]]:
+    """Yield rows of figures, with a column for each run."""
+    columns = [dict(_figures_of(one)) for one in runs]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        yield (name, *(column.get(name, "–") for column in columns))
 
 
-def _key_figures(run: RunData, other: RunData | None) -> list[tuple[str, ...]]:
-    """Return rows of figures, with a column for each run."""
-    columns = [dict(_figures_of(one)) for one in (run, other) if one is not None]
-    names = dict.fromkeys(name for column in columns for name in column)
-    return [(name, *(column.get(name, "–") for column in columns)) for name in names]
-
-
-def _figures_of(run: RunData) -> Iterable[tuple[str, str]]:
-    verdict = judge(run)
-    first, last = int(run.steps_T[0]), int(run.steps_T[-1])
-    yield "steps", f"{len(run.steps_T)} ({first} to {last})"
-    yield "share of forced balance", percent(verdict.kept)
+def _figures_of(run: RunData) -> Iterator[tuple[str, str]]:
+    assessment = assess(run)
+    yield "steps", f"{len(run.steps_T)} ({run.steps_T[0]} to {run.steps_T[-1]})"
+    yield "share of forced balance", percent(assessment.kept)
     what = "time of these steps" if run.is_measured else "predicted time of MoE layers"
-    yield what, seconds(verdict.total_s)
+    yield what, seconds(assessment.total_s)
     if run.is_measured and np.isfinite(run.of_steps["step_ms"]).any():
         median_ms = float(np.nanmedian(run.of_steps["step_ms"]))
         yield "step time, median", seconds(median_ms * 1e-3)
-    yield "lost to imbalance", seconds(verdict.imbalance_s)
+    yield "lost to imbalance", seconds(assessment.imbalance_s)
     if run.is_measured:
-        yield "waits for exchanges and decisions", seconds(verdict.exchanges_s)
-    yield "stock would have lost to imbalance", seconds(verdict.stock_s)
+        yield "waits for exchanges and decisions", seconds(assessment.exchanges_s)
+    yield "stock would have lost to imbalance", seconds(assessment.stock_s)
     for name, values in (
         ("max/mean tokens per rank", run.imbalance_TL),
         ("the same under stock's placement", run.stock_TL),
@@ -147,44 +136,20 @@ def _figures_of(run: RunData) -> Iterable[tuple[str, str]]:
         yield "loss", f"{loss:.4f} at step {step}"
 
 
-def _what_if_table(rows: Sequence[WhatIf], predicted_for: str) -> str:
-    if not rows:
-        return "<p>No recorded routing to try this on, or none was asked for.</p>"
-    heads = (
-        *("strategy", "mode", "C", "max/mean", "p95", "p99", "off their node", "fresh"),
-        *("layer ms", "of forced balance", "command"),
-    )
-    lines = [
-        (
-            *(row.strategy, row.mode, str(row.capacity)),
-            *(f"{value:.4f}" for value in (row.mean, row.p95, row.p99)),
-            *(percent(share) for share in (row.off_node_share, row.replan_share)),
-            *(f"{row.layer_ms:.3f}", percent(row.share), row.command),
-        )
-        for row in rows
+def _cells(row: WhatIf) -> list[tuple[str, str]]:
+    """Return the cells of a what-if row, each with its head."""
+    return [
+        ("strategy", row.strategy),
+        ("mode", row.mode),
+        ("C", str(row.capacity)),
+        ("max/mean", f"{row.mean:.4f}"),
+        ("p95", f"{row.p95:.4f}"),
+        ("p99", f"{row.p99:.4f}"),
+        ("off their node", percent(row.off_node_share)),
+        ("fresh", percent(row.replan_share)),
+        ("layer ms", f"{row.layer_ms:.3f}"),
+        ("of forced balance", percent(row.share)),
     ]
-    of = f"Of {rows[0].cases} microbatches of one layer each, for {predicted_for}."
-    return f"<p>{html.escape(of)}</p>\n" + _table(heads, lines, code_column=len(heads) - 1)
-
-
-def _table(
-    heads: Sequence[str], lines: Iterable[Sequence[str]], code_column: int | None = None
-) -> str:
-    """Write a table, whose first column names its lines."""
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in heads)
-    body = []
-    for line in lines:
-        cells = [f'<th scope="row">{html.escape(line[0])}</th>']
-        for place, cell in enumerate(line[1:], start=1):
-            text = html.escape(cell)
-            cells.append(f"<td>{f'<code>{text}</code>' if place == code_column else text}</td>")
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    opened = '<div class="scroll" tabindex="0" role="region" aria-label="table"><table>'
-    return f"{opened}<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-
-
-def _list(lines: Sequence[str]) -> str:
-    return "".join(f"<li>{html.escape(line)}</li>" for line in lines)
 
 
 def _capital(sentence: str) -> str:

@@ -1,10 +1,11 @@
-"""A run that recorded its metrics becomes a `RunData` here, with its trace, layouts and log.
+"""A `RunData` from recorded metrics, with the run's trace, layouts and log.
 
 Legend: T steps, L MoE layers, N ranks, E experts.
 """
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -16,30 +17,30 @@ from megatron_laer.runtime.planning.layout_recording import read_layouts
 from megatron_laer.telemetry.log import LOSS, read_run
 from megatron_laer.telemetry.metrics_file import MetricsRecording, Shape
 from megatron_laer.telemetry.trace_records import Trace
-from megatron_laer.tools.report.run_data import RunData, expert_tokens_TLE
-from megatron_laer.tools.report.sources import Sources, naming
+from megatron_laer.tools.report.run_data import RunData, expert_tokens_TLE, shape_settings
+from megatron_laer.tools.report.run_files import RunFiles, naming
 
 
-def recorded_run(sources: Sources, recording: MetricsRecording, trace: Trace | None) -> RunData:
-    """Read the rest of a run that has a recording of metrics.
+def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | None) -> RunData:
+    """Read the rest of a run that has recorded its metrics.
 
     Args:
-        recording: of its metrics.
+        recording: its metrics.
         trace: its routing, if it was recorded too.
 
     Raises:
         ValueError: a damaged file, by line, or files of different runs.
-        OSError: one that cannot be read.
+        OSError: a file cannot be read.
     """
-    assert sources.metrics is not None
+    assert files.metrics is not None
     shape = recording.shape
     if len(recording.steps_T) == 0:
-        raise ValueError(f"{sources.metrics} holds no step yet; wait for the first one")
-    _check_ratios(sources.metrics, recording)
+        raise ValueError(f"{files.metrics} holds no step yet; wait for the first one")
+    _check_ratios(files.metrics, recording)
     experts_TLE = stock_rank_tokens_TLN = None
-    notes = list(_notes(sources, recording))
+    notes = list(_notes(files, recording))
     if trace is not None:
-        check_same_run(sources.metrics, shape, sources.trace, trace)
+        check_same_run(files.metrics, shape, files.trace, trace)
         experts_TLE = expert_tokens_TLE(
             trace.step_R, trace.layer_R, trace.counts_RNE, recording.steps_T, len(shape.layers)
         )
@@ -48,7 +49,7 @@ def recorded_run(sources: Sources, recording: MetricsRecording, trace: Trace | N
         notes.append("Without --fsep-record-trace there are no experts, and no what-if.")
     of_layers = recording.of_layers
     return RunData(
-        name=sources.name,
+        name=files.name,
         shape=shape,
         is_measured=True,
         steps_T=recording.steps_T,
@@ -61,11 +62,18 @@ def recorded_run(sources: Sources, recording: MetricsRecording, trace: Trace | N
         rank_tokens_TLN=recording.rank_tokens_TLN,
         stock_rank_tokens_TLN=stock_rank_tokens_TLN,
         experts_TLE=experts_TLE,
-        layouts=_layouts(sources, shape),
-        loss=_loss(sources.logs),
+        layouts=_layouts(files, shape),
+        loss=_loss(files.logs),
+        recorded=recorded_until(files.metrics),
         settings=_settings(recording),
         notes=notes,
     )
+
+
+def recorded_until(path: Path) -> str:
+    """Return the time of a recording's last change, in words."""
+    time = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    return f"recorded until {time:%Y-%m-%d %H:%M} UTC"
 
 
 def stock_tokens_TLN(experts_TLE: Int64, shape: Shape) -> Int64:
@@ -78,14 +86,7 @@ def stock_tokens_TLN(experts_TLE: Int64, shape: Shape) -> Int64:
 
 
 def check_same_run(metrics: Path, shape: Shape, path: Path | None, trace: Trace) -> None:
-    """Refuse a trace of other sizes than the metrics recorded beside it.
-
-    Args:
-        path: of the trace.
-
-    Raises:
-        ValueError: with the sizes of both.
-    """
+    """Raise ValueError for a trace of other sizes than the metrics of its folder."""
     of_trace = (trace.num_ranks, trace.num_experts, trace.layers)
     of_metrics = (shape.num_ranks, shape.num_experts, shape.layers)
     if of_trace != of_metrics:
@@ -110,18 +111,18 @@ def _said(of: tuple[int, int, tuple[str, ...]]) -> str:
     return f"{of[0]} ranks, {of[1]} experts and {len(of[2])} layers"
 
 
-def _layouts(sources: Sources, shape: Shape) -> list[tuple[int, list[ExpertLayout]]]:
-    if sources.layouts is None:
+def _layouts(files: RunFiles, shape: Shape) -> list[tuple[int, list[ExpertLayout]]]:
+    if files.layouts is None:
         return []
-    with naming(sources.layouts):
-        found = list(read_layouts(sources.layouts))
+    with naming(files.layouts):
+        found = list(read_layouts(files.layouts))
     for _, layouts in found:
         sizes = (layouts[0].num_ranks, layouts[0].capacity, layouts[0].num_experts, len(layouts))
         expected = (shape.num_ranks, shape.capacity, shape.num_experts, len(shape.layers))
         if sizes != expected:
             raise ValueError(
-                f"{sources.layouts} is of (ranks, capacity, experts, layers) = {sizes}, "
-                f"{sources.metrics} of {expected}; they are of different runs, so move one away"
+                f"{files.layouts} is of (ranks, capacity, experts, layers) = {sizes}, "
+                f"{files.metrics} of {expected}; they are of different runs, so move one away"
             )
     return found
 
@@ -139,22 +140,15 @@ def _loss(logs: tuple[Path, ...]) -> list[tuple[int, float]]:
 
 
 def _settings(recording: MetricsRecording) -> list[tuple[str, str]]:
-    """Say how the last of the runs began that wrote the recording."""
-    shape = recording.shape
-    sizes = [
-        ("ranks N", str(shape.num_ranks)),
-        ("ranks per node G", str(shape.node_size)),
-        ("experts E", str(shape.num_experts)),
-        ("slots per rank C", str(shape.capacity)),
-        ("MoE layers", str(len(shape.layers))),
-    ]
+    """Return the sizes, and the settings of the last run that wrote the recording."""
+    sizes = shape_settings(recording.shape)
     return [*sizes, *(recording.runs[-1][1].items() if recording.runs else ())]
 
 
-def _notes(sources: Sources, recording: MetricsRecording) -> list[str]:
+def _notes(files: RunFiles, recording: MetricsRecording) -> list[str]:
     notes = ["Times are those of the group's planner rank; it waits for the busiest rank."]
-    if len(sources.groups) > 1:
-        notes.append(f"Group {sources.group} of the groups {list(sources.groups)}.")
+    if len(files.groups) > 1:
+        notes.append(f"Group {files.group} of the groups {list(files.groups)}.")
     if len(recording.runs) > 1:
         begun = ", ".join(str(step) for step, _ in recording.runs)
         notes.append(f"Written by {len(recording.runs)} runs, which began with the steps {begun}.")

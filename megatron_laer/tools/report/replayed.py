@@ -1,7 +1,7 @@
-"""A trace without metrics becomes a `RunData` here: it is run through the code that trains.
+"""A `RunData` from a trace without metrics, which is replayed through the code of training.
 
-Planned and decided as by the default strategy and plan mode; times are predicted. Long traces are
-thinned out evenly, and the page says so.
+Layouts and decisions are those of the default strategy and plan mode; times are predicted. Long
+traces are thinned out evenly, and a note says so.
 
 Legend: T steps, L MoE layers, N ranks, E experts, R records.
 """
@@ -26,7 +26,7 @@ from megatron_laer.telemetry.metrics_file import Shape
 from megatron_laer.telemetry.statistics import LayerPasses, Sample, predicted_values
 from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.report.recorded import stock_tokens_TLN
-from megatron_laer.tools.report.run_data import Float64, RunData, expert_tokens_TLE
+from megatron_laer.tools.report.run_data import Float64, RunData, expert_tokens_TLE, shape_settings
 
 # Decisions take about a millisecond each.
 MOST_CASES = 20_000
@@ -43,7 +43,7 @@ def replayed_run(
     """Replay a trace.
 
     Args:
-        name: of the trace, as the user gave it.
+        name: the trace, as the user gave it.
         progress: wraps the steps, as tqdm does.
 
     Raises:
@@ -133,11 +133,7 @@ def _by_step_and_layer(trace: Trace) -> Iterator[tuple[int, int, list[int]]]:
 def _decided(
     guard: Guard, layout: ExpertLayout, microbatches: Sequence[Int64]
 ) -> tuple[Int64, dict[str, float]]:
-    """Decide on one layer's microbatches of one step.
-
-    Returns:
-        The tokens that each rank computes, and what is recorded of such passes, by name.
-    """
+    """Return each rank's tokens and the recorded values of one layer's passes in one step."""
     passes, predictions = LayerPasses.of(guard.geometry.num_ranks), []
     for counts_NE in microbatches:
         decision = guard.decide(counts_NE, layout)
@@ -148,11 +144,7 @@ def _decided(
 
 def _settings(shape: Shape, costs: CostModel) -> list[tuple[str, str]]:
     return [
-        ("ranks N", str(shape.num_ranks)),
-        ("ranks per node G", str(shape.node_size)),
-        ("experts E", str(shape.num_experts)),
-        ("slots per rank C", str(shape.capacity)),
-        ("MoE layers", str(len(shape.layers))),
+        *shape_settings(shape),
         ("planner", STRATEGY),
         ("plan_mode", MODE.value),
         ("cluster", costs.cluster.name),

@@ -1,4 +1,4 @@
-"""`RunData` holds what a report knows of a run, whether it was recorded or replayed.
+"""`RunData` holds the data of a report on a run, recorded or replayed.
 
 Legend: T steps, L MoE layers, N ranks, E experts.
 """
@@ -15,7 +15,7 @@ from megatron_laer.arrays import Int64
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.telemetry.metrics_file import Shape
 
-# Records, whose counts are copied to be added up.
+# Number of records whose counts are copied at a time.
 _AT_ONCE = 1024
 
 Float64 = npt.NDArray[np.float64]
@@ -23,24 +23,25 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """Holds a run, layer by layer and step by step; NaN stands for what was not there.
+    """Data of a run, by layer and step; NaN stands for missing values.
 
     Attributes:
         name: as the user gave it.
         is_measured: whether times were measured in the run; else all are predicted.
         steps_T: numbers of the steps.
-        imbalance_TL, stock_TL: tokens of the busiest rank over the mean, as it was, or would have
-            been, and under stock's placement.
+        imbalance_TL, stock_TL: tokens of the busiest rank over the mean, with FSEP and under
+            stock's placement.
         layer_ms_TL: a layer's time in a step over all its passes: measured, or predicted.
-        of_steps: measured times of a step and its state, by the recording's names; may be empty.
+        of_steps: [T] measured times and state by the recording's names; may be empty.
         of_layers: [T, L] by the recording's names.
         metrics: [T] by the names under which they are logged.
-        rank_tokens_TLN, stock_rank_tokens_TLN: tokens that each rank computed, and would have.
-        experts_TLE: tokens for each expert; None without a trace.
-        layouts: planned layouts, by the step from which they held.
+        rank_tokens_TLN, stock_rank_tokens_TLN: tokens of each rank.
+        experts_TLE: tokens of each expert; None without a trace.
+        layouts: planned layouts, by their first step.
         loss: [step from 1, loss] of Megatron's log.
-        settings: how the run began, and what it was reckoned with.
-        notes: what a reader must know of these data.
+        recorded: time of the last record, in words.
+        settings: settings of the run and of its predictions.
+        notes: remarks on these data.
     """
 
     name: str
@@ -58,6 +59,7 @@ class RunData:
     experts_TLE: Int64 | None
     layouts: Sequence[tuple[int, Sequence[ExpertLayout]]] = ()
     loss: Sequence[tuple[int, float]] = ()
+    recorded: str = ""
     settings: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = field(default_factory=tuple)
 
@@ -65,11 +67,11 @@ class RunData:
 def expert_tokens_TLE(
     steps_R: Int64, layer_R: Int64, counts_RNE: npt.NDArray[np.int32], steps_T: Int64, layers: int
 ) -> Int64:
-    """Add up the tokens for each expert by step and layer; steps that are not asked for are left.
+    """Add up the tokens of each expert by step and layer.
 
     Args:
-        steps_R, layer_R, counts_RNE: of a trace's records.
-        steps_T: the steps, in order.
+        steps_R, layer_R, counts_RNE: a trace's records.
+        steps_T: the steps to add up, in order.
     """
     at_R = np.searchsorted(steps_T, steps_R)
     is_known_R = (at_R < len(steps_T)) & (steps_T[np.minimum(at_R, len(steps_T) - 1)] == steps_R)
@@ -80,3 +82,14 @@ def expert_tokens_TLE(
         sums_RE = counts_RNE[part].sum(axis=1, dtype=np.int64)
         np.add.at(experts_TLE, (at_R[part], layer_R[part]), sums_RE)
     return experts_TLE
+
+
+def shape_settings(shape: Shape) -> list[tuple[str, str]]:
+    """Return the sizes of a run as settings of the page."""
+    return [
+        ("ranks N", str(shape.num_ranks)),
+        ("ranks per node G", str(shape.node_size)),
+        ("experts E", str(shape.num_experts)),
+        ("slots per rank C", str(shape.capacity)),
+        ("MoE layers", str(len(shape.layers))),
+    ]

@@ -1,4 +1,4 @@
-"""The what-if rows try other capacities and plan modes on a run's routing, by `plan`'s own code.
+"""What-if rows: other capacities and plan modes on a run's routing, by `plan`'s own code.
 
 Each row has the command that prints it again.
 """
@@ -20,18 +20,23 @@ from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.simulator.comparison import PlanRow, chosen_cases, mean_tokens, simulate
 
 _STRATEGY = FSEPConfig().planner
-# Below this many cases no row says anything.
 _LAG = 1
+
+
+# Fields that are taken from a row of `plan`.
+_OF_ROW = (
+    *("strategy", "mode", "capacity", "cases", "mean", "p95", "p99"),
+    *("off_node_share", "replan_share", "layer_ms"),
+)
 
 
 @dataclass(frozen=True)
 class WhatIf:
-    """Holds one row: what a capacity and a mode would have made of the trace.
+    """Prediction for one capacity and mode on the trace.
 
     Attributes:
-        layer_ms: predicted time of a layer, with what fresh layouts cost.
-        share: the time of stock with forced balance over it.
-        memory_slots: slots that a rank holds restored, per layer.
+        layer_ms: predicted time of a layer, with the cost of fresh layouts.
+        share: time of stock with forced balance over `layer_ms`.
         command: prints the row again.
     """
 
@@ -61,15 +66,13 @@ def what_if(
     flags: Sequence[str],
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[WhatIf]:
-    """Work out the rows, of at most so many microbatches; none where the trace is too short.
+    """Compute the rows from at most `most_cases` microbatches; none for a trace of one step.
 
     Args:
-        path: of the trace, for the commands.
-        geometry: of the run.
-        costs: of the run, with tokens that travel by rank.
-        token_exchange: how tokens travel.
+        path: the trace, for the commands.
+        costs: cost model of the run, with tokens that travel by rank.
         top_k: experts of a token.
-        flags: without which `plan` would take other settings, for the commands.
+        flags: flags that give `plan` the same settings, for the commands.
     """
     if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) <= _LAG:
         return []
@@ -89,16 +92,7 @@ def what_if(
     balanced_ms = _balanced_ms(trace, geometry, costs, chosen_cases(trace, _LAG, every))
     return [
         WhatIf(
-            strategy=row.strategy,
-            mode=row.mode,
-            capacity=row.capacity,
-            cases=row.cases,
-            mean=row.mean,
-            p95=row.p95,
-            p99=row.p99,
-            off_node_share=row.off_node_share,
-            replan_share=row.replan_share,
-            layer_ms=row.layer_ms,
+            **{name: getattr(row, name) for name in _OF_ROW},
             share=balanced_ms / row.layer_ms,
             command=_command(path, geometry, costs, token_exchange, flags, every, row),
         )

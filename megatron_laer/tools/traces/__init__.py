@@ -1,8 +1,8 @@
-"""A routing trace tells how many tokens each rank sent to each expert, over a training run.
+"""Routing traces: the tokens that each rank sent to each expert, over a training run.
 
 `read_trace` reads the formats below and tells them apart by their content; `telemetry.trace_file`
-writes ours during training. Nothing is unpickled, and no size that a file states is trusted before
-it was compared with the size of the file. Neither Megatron nor torch is imported.
+writes ours during training. Nothing is unpickled, and a stated size is compared with the file's
+first. Neither Megatron nor torch is imported.
 
 | format | what it is | file |
 | --- | --- | --- |
@@ -10,7 +10,7 @@ it was compared with the size of the file. Neither Megatron nor torch is importe
 | `megatron` | JSONL, one file per rank, from Megatron's `--moe-routing-trace-path` | `megatron` |
 | `smartmoe` | the folder `moe_trace` of SmartMoE's artifact | `smartmoe` |
 | `npz` | one array `tokens` [iterations, layers, ranks, microbatches, experts] | `smartmoe` |
-| `csv` | a table of counts, long or wide | `table` |
+| `csv` | a table of counts, long or wide | `csv_table` |
 """
 
 from megatron_laer.tools.traces.reading import FORMATS, read_trace

@@ -1,4 +1,4 @@
-"""This reader takes what Megatron's `--moe-routing-trace-path` writes: JSON lines, a file per rank.
+"""Traces of Megatron's `--moe-routing-trace-path`: JSON lines, a file per rank.
 
 Each line is one call of one router: step, block, layer, rank and the experts of every token. Lines
 of one step and layer are its microbatches, in order (a router that runs again under recompute
@@ -36,7 +36,7 @@ _Layer = tuple[bool, int, int]
 
 @dataclass
 class _RankCalls:
-    """Holds one rank's router calls: (step, layer, microbatch) → tokens of each expert."""
+    """One rank's router calls: (step, layer, microbatch) → tokens of each expert."""
 
     tokens: dict[tuple[int, _Layer, int], Int64] = field(default_factory=dict)
 
@@ -52,15 +52,14 @@ def read_megatron(
 ) -> Trace:
     """Read a folder of `router_trace_rank*.jsonl`, or one such file.
 
-    A last line that was cut off, and steps that not all ranks have reached, are left out.
+    A truncated last line, and steps that not all ranks have reached, are left out.
 
     Args:
-        ranks: the ranks to read, in the order that they shall have; all by default.
+        ranks: the ranks to read, in their new order; all by default.
         num_experts: E.
 
     Raises:
-        ValueError: a malformed line, ranks that did not route the same layers, or a rank that has
-            no file.
+        ValueError: a malformed line, ranks that routed different layers, or a rank without a file.
         OSError: a file cannot be read.
     """
     files = _files(path, ranks)

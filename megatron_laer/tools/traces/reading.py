@@ -11,7 +11,7 @@ from megatron_laer.files.recording import is_cut_off
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.telemetry import trace_file
 from megatron_laer.telemetry.trace_records import Trace
-from megatron_laer.tools.traces import megatron, smartmoe, table
+from megatron_laer.tools.traces import csv_table, megatron, smartmoe
 
 FORMATS = ("fsep", "megatron", "smartmoe", "npz", "csv")
 
@@ -53,7 +53,7 @@ def read_trace(
     elif found == "npz":
         trace = smartmoe.read_npz(path)
     elif found == "csv":
-        trace = table.read_table(path, num_experts)
+        trace = csv_table.read_csv(path, num_experts)
     else:
         raise ValueError(f"unknown trace format {found!r}; use one of {', '.join(FORMATS)}")
     if num_experts is not None and trace.num_experts != num_experts:

@@ -1,4 +1,4 @@
-"""This reader takes traces of the SmartMoE artifact (USENIX ATC'23): its folder, or a packed form.
+"""Traces of the SmartMoE artifact (USENIX ATC'23): its folder, or a packed form.
 
 The folder `moe_trace` holds a file `table_iter{I}_rank{R}.log` per iteration and rank; each line is
 `{layer}:{counts}`, counts as JSON lists [microbatches][experts] of whole numbers written as floats.
@@ -13,12 +13,10 @@ from __future__ import annotations
 import json
 import math
 import re
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,24 +27,10 @@ from megatron_laer.telemetry.trace_records import MAX_COUNT, MAX_INDEX, Int32, T
 FILE_NAME = re.compile(r"table_iter([0-9]{1,15})_rank([0-9]{1,7})\.log")
 
 _LINE = re.compile(rb"([0-9]{1,15}):(.*)")
-# What `zipfile` and NumPy's header parser raise for damaged files; neither documents a list.
-_DAMAGE = (
-    ValueError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OverflowError,
-    OSError,
-    SyntaxError,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-# Of one rank and iteration: a hundred times that of 60 layers with 256 experts.
+# One rank and iteration: a hundred times as much as 60 layers with 256 experts.
 _MAX_TABLE_BYTES = 2**26
-# NumPy's own limit for what it parses as a Python literal.
-_MAX_NPY_HEADER_BYTES = 10_000
+
+Integers = npt.NDArray[np.integer[Any]]
 
 
 def read_smartmoe(
@@ -57,7 +41,7 @@ def read_smartmoe(
     """Read the folder.
 
     Args:
-        ranks: the ranks to read, in the order that they shall have; all by default.
+        ranks: the ranks to read, in their new order; all by default.
 
     Raises:
         ValueError: a malformed line, a missing file, or files of different shapes.
@@ -68,36 +52,31 @@ def read_smartmoe(
     files: dict[tuple[int, int], Path] = {}
     for file in sorted(path.iterdir()):
         if match := FILE_NAME.fullmatch(file.name):
-            key = int(match[1]), int(match[2])
-            if key in files:
-                raise ValueError(f"{file} and {files[key]} are of one rank; move one away")
-            files[key] = file
+            other = files.setdefault((int(match[1]), int(match[2])), file)
+            if other != file:
+                raise ValueError(f"{file} and {other} are of one rank; move one away")
     iterations = sorted({iteration for iteration, _ in files})
     wanted = sorted({rank for _, rank in files}) if ranks is None else list(ranks)
     if not iterations or not wanted:
         raise ValueError(f"{path} holds no files table_iter*_rank*.log of ranks {wanted}")
-    counts: list[Int32] = []
-    layers: list[int] | None = None
+    tables: list[tuple[list[int], Int32]] = []
     for iteration in progress(iterations):
         for rank in wanted:
             if (iteration, rank) not in files:
                 raise ValueError(f"{path}: table_iter{iteration}_rank{rank}.log is missing")
-            file = files[iteration, rank]
-            found, counts_LME = _read_table(file)
-            if layers is None:
-                layers = found
-            if found != layers or counts_LME.shape != (counts or [counts_LME])[0].shape:
+            tables.append(_read_table(files[iteration, rank]))
+            (layers, counts_LME), (first, first_LME) = tables[-1], tables[0]
+            if layers != first or counts_LME.shape != first_LME.shape:
                 raise ValueError(
-                    f"{file} has layers {found[:4]}... and [layers, microbatches, experts] = "
-                    f"{counts_LME.shape}, those before it {layers[:4]}... and {counts[0].shape}"
+                    f"{files[iteration, rank]} has layers {layers[:4]}... and [layers, "
+                    f"microbatches, experts] = {counts_LME.shape}, those before it {first[:4]}... "
+                    f"and {first_LME.shape}"
                 )
-            counts.append(counts_LME)
-    assert layers is not None
-    counts_INLME = np.stack(counts).reshape(len(iterations), len(wanted), *counts[0].shape)
+    counts_INLME = np.stack([counts for _, counts in tables])
+    counts_INLME = counts_INLME.reshape(len(iterations), len(wanted), *tables[0][1].shape)
+    names = [str(name) for name in tables[0][0]]
     # Step, layer and microbatch first.
-    return _dense(
-        counts_INLME.transpose(0, 2, 3, 1, 4), np.array(iterations), [str(name) for name in layers]
-    )
+    return _dense(counts_INLME.transpose(0, 2, 3, 1, 4), np.array(iterations), names)
 
 
 def read_npz(path: Path) -> Trace:
@@ -107,17 +86,21 @@ def read_npz(path: Path) -> Trace:
         ValueError: not such a file, or sizes that do not fit the file's own.
         OSError: the file cannot be read.
     """
-    # A file that cannot be opened is an OSError; those after it are of offsets without sense.
     with open_input(path) as file:
         try:
-            tokens_ILNME, iteration_I = _read_archive(file, path.stat().st_size)
-        except _DAMAGE as error:
+            with zipfile.ZipFile(file) as archive:
+                size = path.stat().st_size
+                arrays = {name: _read_array(archive, name, size) for name in _names(archive)}
+        # `zipfile` and NumPy's header parser raise many exceptions for damaged files.
+        except Exception as error:
             raise ValueError(f"{path} is not a trace in npz: {error}") from error
+    tokens_ILNME = arrays["tokens"]
     if tokens_ILNME.ndim != 5 or 0 in tokens_ILNME.shape:
         raise ValueError(
             f"{path}: tokens has shape {tokens_ILNME.shape}, expected [iterations, layers, ranks, "
             "microbatches, experts]"
         )
+    iteration_I = arrays.get("iteration", np.arange(len(tokens_ILNME)))
     if iteration_I.shape != tokens_ILNME.shape[:1]:
         raise ValueError(
             f"{path}: iteration has shape {iteration_I.shape}, expected {tokens_ILNME.shape[:1]}"
@@ -134,49 +117,67 @@ def read_npz(path: Path) -> Trace:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _dense(
-    counts_ILMNE: npt.NDArray[np.integer[Any]],
-    iteration_I: npt.NDArray[np.integer[Any]],
-    layers: Sequence[str],
-) -> Trace:
-    num_iterations, num_layers, num_microbatches, *shape = counts_ILMNE.shape
-    num_records = num_iterations * num_layers * num_microbatches
-    iteration_R, layer_R, microbatch_R = np.unravel_index(
-        np.arange(num_records), (num_iterations, num_layers, num_microbatches)
-    )
+def _names(archive: zipfile.ZipFile) -> list[str]:
+    names = archive.namelist()
+    if "tokens.npy" not in names:
+        raise ValueError(f"it has no array `tokens`, but {sorted(names)[:8]}")
+    return [name for name in ("tokens", "iteration") if f"{name}.npy" in names]
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, file_bytes: int) -> Integers:
+    """Read an array of integers, after a check of the sizes that its header states."""
+    with archive.open(f"{name}.npy") as member:
+        is_first = np.lib.format.read_magic(member) == (1, 0)
+        header = np.lib.format
+        read = header.read_array_header_1_0 if is_first else header.read_array_header_2_0
+        shape, _, dtype = read(member)
+    if dtype.kind not in "iu":
+        raise ValueError(f"{name}.npy is of {dtype}, expected integers")
+    if any(length < 0 for length in shape):
+        raise ValueError(f"{name}.npy has shape {shape}")
+    check_cells(1, 1, math.prod(shape), file_bytes)
+    with archive.open(f"{name}.npy") as member:
+        array: Integers = np.lib.format.read_array(member, allow_pickle=False)
+        if member.read(1):
+            raise ValueError(f"{name}.npy has shape {shape}, which does not fit its length")
+        return array
+
+
+def _dense(counts_ILMNE: Integers, iteration_I: Integers, layers: Sequence[str]) -> Trace:
+    shape = counts_ILMNE.shape[:3]
+    iteration_R, layer_R, microbatch_R = (part.reshape(-1) for part in np.indices(shape))
     return Trace(
         tuple(layers),
         iteration_I.astype(np.int64)[iteration_R],
         layer_R.astype(np.int64),
         microbatch_R.astype(np.int64),
-        counts_ILMNE.reshape(num_records, *shape).astype(np.int32),
+        counts_ILMNE.reshape(math.prod(shape), *counts_ILMNE.shape[3:]).astype(np.int32),
     )
 
 
 def _read_table(path: Path) -> tuple[list[int], Int32]:
     """Read the layers of one file, in order, and counts [L, M, E]."""
-    layers: list[int] = []
-    counts: list[Int32] = []
-    content = read_bytes(path, _MAX_TABLE_BYTES)
-    for number, line in enumerate(content.splitlines(), start=1):
+    found: dict[int, Int32] = {}
+    for number, line in enumerate(read_bytes(path, _MAX_TABLE_BYTES).splitlines(), start=1):
         try:
             match = _LINE.fullmatch(line)
             if match is None:
                 raise ValueError(f"expected LAYER:COUNTS, got {line[:60]!r}")
-            counts.append(_counts_ME(json.loads(match[2])))
-            layers.append(int(match[1]))
-            if layers[-1] in layers[:-1]:
-                raise ValueError(f"layer {layers[-1]} is there twice")
-            if counts[-1].shape != counts[0].shape:
+            layer, counts_ME = int(match[1]), _counts_ME(json.loads(match[2]))
+            if layer in found:
+                raise ValueError(f"layer {layer} is there twice")
+            first_ME = next(iter(found.values()), counts_ME)
+            if counts_ME.shape != first_ME.shape:
                 raise ValueError(
-                    f"counts have shape {counts[-1].shape}, those before it {counts[0].shape}"
+                    f"counts have shape {counts_ME.shape}, those before it {first_ME.shape}"
                 )
+            found[layer] = counts_ME
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-    if not counts:
+    if not found:
         raise ValueError(f"{path} is empty; it should hold a line per layer")
-    order = sorted(range(len(layers)), key=layers.__getitem__)
-    return [layers[index] for index in order], np.stack([counts[index] for index in order])
+    layers = sorted(found)
+    return layers, np.stack([found[layer] for layer in layers])
 
 
 def _counts_ME(content: object) -> Int32:
@@ -193,46 +194,3 @@ def _counts_ME(content: object) -> Int32:
     if not np.array_equal(whole_ME, counts_ME):
         raise ValueError("counts must be whole numbers")
     return whole_ME
-
-
-def _read_archive(
-    file: BinaryIO, file_bytes: int
-) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.integer[Any]]]:
-    with zipfile.ZipFile(file) as archive:
-        names = archive.namelist()
-        if "tokens.npy" not in names:
-            raise ValueError(f"it has no array `tokens`, but {sorted(names)[:8]}")
-        tokens_ILNME = _read_array(archive, "tokens.npy", file_bytes)
-        if "iteration.npy" in names:
-            return tokens_ILNME, _read_array(archive, "iteration.npy", file_bytes)
-    return tokens_ILNME, np.arange(len(tokens_ILNME) if tokens_ILNME.ndim > 0 else 0)
-
-
-def _read_array(
-    archive: zipfile.ZipFile, name: str, file_bytes: int
-) -> npt.NDArray[np.integer[Any]]:
-    """Read one integer array of an npz, its sizes checked before memory is taken for it."""
-    info = archive.getinfo(name)
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{name} is compressed by method {info.compress_type}; use NumPy to write")
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"{name} has version {version} of NumPy's format")
-        read_header = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, is_fortran, dtype = read_header(member, max_header_size=_MAX_NPY_HEADER_BYTES)
-        if dtype.kind not in "iu":
-            raise ValueError(f"{name} is of {dtype}, expected integers")
-        if any(length < 0 for length in shape):
-            raise ValueError(f"{name} has shape {shape}")
-        size = math.prod(shape)
-        check_cells(1, 1, size, file_bytes)
-        content = member.read(size * dtype.itemsize)
-        if len(content) != size * dtype.itemsize or member.read(1):
-            raise ValueError(f"{name} has shape {shape}, which does not fit its length")
-    array = np.frombuffer(content, dtype=dtype)
-    return array.reshape(shape, order="F" if is_fortran else "C")

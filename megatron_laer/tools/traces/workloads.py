@@ -1,4 +1,4 @@
-"""These generators make the workloads W0 to W7 of Megatron's imbalance benchmark.
+"""Generators of the workloads W0 to W7 of Megatron's imbalance benchmark.
 
 They follow its description (Megatron-LM, pull request 7488): a workload is given by its name, a
 seed and a step alone, every token has K different experts, and in W1 to W3 and W6 three tokens of
@@ -26,7 +26,7 @@ _CARDS = 10**9
 
 @dataclass(frozen=True)
 class Shape:
-    """Holds the sizes of a workload.
+    """Sizes of a workload.
 
     Attributes:
         tokens: T of each rank; W4 gives some more and some fewer.
@@ -55,7 +55,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Workload:
-    """Describes one workload by what its tokens choose among.
+    """One workload, by the experts among which its tokens choose.
 
     Attributes:
         title: its name in Megatron's benchmark, without the number.

@@ -1,6 +1,6 @@
 """Interface and names of GEMM back ends, which multiply the tokens of a rank's slots.
 
-A back end is a module of this folder with an object `GEMM` that has the methods of `SlotGemm`; the
+A back end is a module of this folder with an object `GEMM` that has the methods of `SlotGemm`. The
 module's name is the back end's. It computes and does nothing else: the weights, the gradient's
 memory and autograd are the caller's (`layer/experts/slot_linear.py`).
 

@@ -1,11 +1,11 @@
 """The back end `torch` multiplies all slots by one call of torch's `grouped_mm`.
 
-On a GPU that is one kernel, on cards of compute capability 9 and 10 and in bf16; elsewhere torch
+On a GPU that is one kernel, on cards of compute capability 9 and 10 and in bf16. Elsewhere torch
 copies the offsets to the host and goes over the slots, which would make every layer wait. On the
 CPU, where nothing waits, it runs in fp32 too.
 
 Weight gradients are those of `loop`. `grouped_mm` cannot write to memory that it is given, nor
-float32 from bf16: its result would have to be copied to the buffer that is exchanged, and moving a
+float32 from bf16. Its result would have to be copied to the buffer that is exchanged. Moving a
 slot's matrix takes longer than the launch of a `torch.mm` that the copy would save.
 
 Legend: C slots, T tokens received, R output features (rows), K input features (columns).

@@ -58,9 +58,13 @@ class MethodSettings:
 class LayerPlanner(Protocol):
     """Work of each microbatch of one layer, with layouts that live from step to step."""
 
-    def begin_step(self, forecast_NE: Int64) -> None: ...
+    def begin_step(self, forecast_NE: Int64) -> None:
+        """Plan the layer's layout of a step."""
+        ...
 
-    def work(self, counts_NE: Int64) -> LayerWork: ...
+    def work(self, counts_NE: Int64) -> LayerWork:
+        """Return the work of a microbatch of this step."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""The verdict says what a run kept of forced balance, and what its imbalance cost.
+"""The share of forced balance that a run kept, and the cost of its imbalance.
 
-Between a dispatch and the end of its combine a layer waits for its busiest rank, so that time is
-taken to grow with the busiest rank's tokens: with max/mean = r, the share 1 - 1/r of it is lost to
-imbalance, and stock, with r', would have lost (r' - 1)/r of it. Forced balance loses neither that
-nor what FSEP alone waits for: restores, exchanges of gradients and decisions.
+Between a dispatch and the end of its combine a layer waits for its busiest rank, so this time
+grows with the busiest rank's tokens. With max/mean = r, the share 1 - 1/r of it is lost to
+imbalance; stock, with r', would have lost (r' - 1)/r of it. Forced balance loses neither that
+nor FSEP's own waits: for restores, exchanges of gradients and decisions.
 
 Legend: T steps, L MoE layers.
 """
@@ -16,23 +16,23 @@ import numpy as np
 
 from megatron_laer.tools.report.run_data import Float64, RunData
 
-# Layers that are named: those that cause most of what is lost, where that is some of the time.
+# Number of layers named as causes, and the share of the time from which on they are named.
 _NAMED = 3
 _WORTH_NAMING = 0.002
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Holds seconds of all steps that are shown.
+class Assessment:
+    """Assessment of a run, over all steps.
 
     Attributes:
-        total_s: of steps, where they were measured; else of MoE layers as predicted.
-        imbalance_s: lost to imbalance.
-        exchanges_s: waited for restores, gradients and decisions; 0 where times are predicted,
-            since their prediction has them.
-        stock_s: what stock's placement would have lost to imbalance.
-        kept: the time with forced balance over the time as it was.
-        lost_ms_L, stock_lost_ms_L: lost to imbalance by layer.
+        total_s: time of steps, where measured; else predicted time of MoE layers.
+        imbalance_s: time lost to imbalance.
+        exchanges_s: wait for restores, gradients and decisions; 0 where times are predicted,
+            since the prediction includes them.
+        stock_s: time that stock's placement would have lost to imbalance.
+        kept: time with forced balance over `total_s`.
+        lost_ms_L, stock_lost_ms_L: time lost to imbalance by layer.
     """
 
     is_measured: bool
@@ -45,7 +45,7 @@ class Verdict:
     stock_lost_ms_L: Float64
 
     def sentence(self) -> str:
-        """Return the verdict in one sentence."""
+        """Return the assessment in one sentence."""
         of = "" if self.is_measured else " predicted for the MoE layers"
         waits = f", waits for exchanges {seconds(self.exchanges_s)}" if self.is_measured else ""
         verb = "kept" if self.is_measured else "would keep"
@@ -56,18 +56,18 @@ class Verdict:
         )
 
     def causes(self, layers: tuple[str, ...]) -> str:
-        """Name the layers that cause most of what imbalance cost; "" where that is next to none."""
+        """Name the layers with most of the lost time; "" where next to none was lost."""
         total_ms = float(self.lost_ms_L.sum())
         if total_ms * 1e-3 <= _WORTH_NAMING * self.total_s or len(layers) <= _NAMED:
             return ""
         worst = np.argsort(-self.lost_ms_L, kind="stable")[:_NAMED]
         share = float(self.lost_ms_L[worst].sum()) / total_ms
         names = ", ".join(layers[layer] for layer in worst.tolist())
-        return f"{names} cause {100 * share:.0f} % of what imbalance cost"
+        return f"{names} cause {100 * share:.0f} % of the time lost to imbalance"
 
 
-def judge(run: RunData) -> Verdict:
-    """Work out the verdict of a run."""
+def assess(run: RunData) -> Assessment:
+    """Compute the assessment of a run."""
     ratio_TL = np.maximum(run.imbalance_TL, 1.0)
     lost_ms_TL = run.layer_ms_TL * (1 - 1 / ratio_TL)
     stock_lost_ms_TL = run.layer_ms_TL * (np.maximum(run.stock_TL, 1.0) - 1) / ratio_TL
@@ -83,7 +83,7 @@ def judge(run: RunData) -> Verdict:
         total_s = float(np.nansum(run.layer_ms_TL)) * 1e-3
         balanced_ms_TL = run.of_layers["balanced_ms"] * run.of_layers["passes"]
         balanced_s = float(np.nansum(balanced_ms_TL)) * 1e-3
-    return Verdict(
+    return Assessment(
         is_measured=run.is_measured,
         total_s=total_s,
         imbalance_s=imbalance_s,

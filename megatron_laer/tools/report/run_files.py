@@ -1,7 +1,6 @@
-"""The files of a run are found here by their names, in one folder; none is read.
+"""Files of a run, found by their names in one folder; none is read.
 
-Names alone say which file is which, so no output may take such a name in a run's folder. While the
-run goes on they are the same files, the last of whose lines may lack its end.
+Names alone identify the files, so no output may take such a name in a run's folder.
 """
 
 from __future__ import annotations
@@ -20,16 +19,15 @@ _WAYS = "--fsep-record-metrics, --fsep-record-trace and --fsep-record-layouts wr
 
 
 @dataclass(frozen=True)
-class Sources:
-    """Names what there is of one FSEP group; at least a recording of metrics or a trace.
+class RunFiles:
+    """Files of one FSEP group; at least a recording of metrics or a trace.
 
     Attributes:
-        name: of the run, as the user gave it.
-        group: whose recordings these are.
-        groups: all that have recordings.
+        name: the run, as the user gave it.
+        groups: all groups that have recordings.
         metrics: the recording of metrics.
-        metrics_beside: for a trace that is given alone, those that its run has recorded; of it
-            only settings are read.
+        metrics_beside: the recording of metrics next to a trace that is given alone; only its
+            settings are read.
         trace: the recorded routing, of any format that `plan` reads.
         layouts: the recording of layouts.
         logs: logs of Megatron.
@@ -44,35 +42,39 @@ class Sources:
     layouts: Path | None = None
     logs: tuple[Path, ...] = ()
 
+    def all_files(self) -> list[Path]:
+        """Return all files that are there."""
+        recordings = (self.metrics, self.metrics_beside, self.trace, self.layouts)
+        return [file for file in (*recordings, *self.logs) if file is not None]
 
-def find(given: Path, group: int | None) -> Sources:
+
+def find_run(given: Path, group: int | None) -> RunFiles:
     """Find the files of a run.
 
     Args:
-        given: its folder, or a trace.
-        group: of the FSEP groups; None takes the first.
+        group: number of the FSEP group; None takes the first.
 
     Raises:
         ValueError: nothing is there, or not of this group, or two recordings of one group.
-        OSError: it cannot be looked at.
+        OSError: the folder cannot be read.
     """
     if not given.exists():
         raise ValueError(f"run {quoted(given)} does not exist; give a folder or a trace")
     if not given.is_dir():
-        return Sources(str(given), trace=given, metrics_beside=metrics_beside(given))
+        return RunFiles(str(given), trace=given, metrics_beside=metrics_beside(given))
     files = _files(given)
     found = _by_group(files)
     groups = sorted({*found["metrics"], *found["trace"]})
     if not groups:
         if any(_OTHER_TRACES.match(path.name) for path in files):
-            return Sources(str(given), trace=given)
+            return RunFiles(str(given), trace=given)
         raise ValueError(f"folder {quoted(given)} holds no recording of a run; {_WAYS}")
     chosen = groups[0] if group is None else group
     if chosen not in groups:
         raise ValueError(
             f"--group {chosen}: {quoted(given)} has recordings of the groups {groups}; give one"
         )
-    return Sources(
+    return RunFiles(
         str(given),
         chosen,
         tuple(groups),
@@ -82,15 +84,7 @@ def find(given: Path, group: int | None) -> Sources:
 
 
 def metrics_beside(trace: Path) -> Path | None:
-    """Return the recording of metrics of the run that has recorded a trace; None without one.
-
-    Args:
-        trace: a file, or a folder with one.
-
-    Raises:
-        ValueError: two recordings of one group.
-        OSError: the folder cannot be looked at.
-    """
+    """Return the metrics of the run that has recorded a trace, a file or its folder; else None."""
     is_folder = trace.is_dir()
     if not is_folder and not (trace.is_file() and _NAMES["trace"].fullmatch(trace.name)):
         return None
@@ -100,15 +94,7 @@ def metrics_beside(trace: Path) -> Path | None:
 
 
 def refuse_as_source(output: Path, run: Path, flag: str) -> None:
-    """Refuse an output that would be taken for a file of the run the next time.
-
-    Args:
-        run: its folder, or a trace.
-        flag: which names the output, for the message.
-
-    Raises:
-        ValueError: with the name, and which to give.
-    """
+    """Raise ValueError for an output that would be read as a file of the run the next time."""
     folder, name = os.path.split(os.path.realpath(output))
     patterns = (*_NAMES.values(), _LOG)
     is_source = any(one.fullmatch(name) for one in patterns) or _OTHER_TRACES.match(name)
@@ -121,11 +107,7 @@ def refuse_as_source(output: Path, run: Path, flag: str) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an error of the system that comes from reading a file name that file.
-
-    Raises:
-        ValueError: in its place.
-    """
+    """Turn an OSError without a file's name into a ValueError with this one."""
     try:
         yield
     except OSError as error:
@@ -159,5 +141,5 @@ _NAMES = {
     "layouts": re.compile(r"group-([0-9]{1,9})\.jsonl"),
 }
 _LOG = re.compile(r"[^.].*\.log", re.DOTALL)
-# In folders of Megatron's and of SmartMoE's traces.
+# Names in the folders of Megatron's and of SmartMoE's traces.
 _OTHER_TRACES = re.compile(r"router_trace_rank|table_iter")

@@ -1,0 +1,266 @@
+"""`prepare_data` writes a dataset of Megatron's format, with Megatron's own builder.
+
+PREFIX.bin holds the ids of all documents, PREFIX.idx their lengths and places. One sequence is one
+document, since Megatron's GPTDataset shuffles sequences. Megatron is imported when the input has
+been checked. A dataset is put in place when it is complete.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_laer.files.checks import (
+    open_input,
+    quoted,
+    refuse_overwriting,
+    refuse_unusable_folder,
+    refuse_unwritable,
+)
+from megatron_laer.files.writing import InUseError, Replacement, locked, sync_folder
+from megatron_laer.tools.data.documents import (
+    DEFAULT_JSON_KEY,
+    FORMATS,
+    documents,
+    format_of,
+)
+from megatron_laer.tools.data.text_files import as_list, find_files
+from megatron_laer.tools.data.tokenizers import (
+    MAX_DOCUMENT_TOKENS,
+    Ids,
+    check_length,
+    load_tokenizer,
+    readable,
+)
+from megatron_laer.tools.quiet import quiet
+
+_CACHE = "cache"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Result of `prepare_data`.
+
+    Attributes:
+        prefix: prefix of the dataset's two files.
+        documents: number of documents.
+        tokens: number of tokens, including the ends of documents.
+        flags: Megatron's flags for training on the dataset.
+        left_out: a sentence for each kind of omitted input.
+    """
+
+    prefix: Path
+    documents: int
+    tokens: int
+    flags: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def prepare_data(
+    inputs: Iterable[str | os.PathLike[str]],
+    output_prefix: str | os.PathLike[str],
+    tokenizer: str = "bytes",
+    progress: bool = True,
+    *,
+    text_format: str | None = None,
+    json_key: str | None = None,
+    follow_links: bool = False,
+) -> PreparedData:
+    """Write `output_prefix`.bin and .idx, with one document per file of text or line of JSONL.
+
+    An existing dataset is replaced only when the new one is complete, together with Megatron's
+    cache next to it; a folder given to Megatron as --data-cache-path is not cleared. However the
+    call ends, it leaves no temporary file; the next call removes the leftovers of a killed process.
+
+    Args:
+        inputs: files, and directories, which are walked in sorted order, without hidden and empty
+            files.
+        output_prefix: a path outside the inputs; missing directories are made.
+        tokenizer: `bytes`, or a directory with a Hugging Face tokenizer; its end-of-sequence token
+            ends a document.
+        progress: whether to draw a bar on stderr, if that is a terminal.
+        text_format: `text`, `jsonl`, or None for the format of each file's ending.
+        json_key: key of the text in a line of JSONL; None is `text`.
+        follow_links: whether to follow symbolic links inside directories.
+
+    Raises:
+        ValueError: the input cannot be used, the output not be written, or another run is writing
+            this dataset.
+        ImportError: Megatron, or the tokenizer's package, is missing.
+        OSError: writing failed, such as on a full disk.
+    """
+    inputs = as_list(inputs)
+    found = find_files(inputs, follow_links)
+    prefix = _checked_prefix(output_prefix, inputs, found.files)
+    formats = _formats(found.files, text_format, json_key)
+    encoder = load_tokenizer(tokenizer)
+    sizes = [_size(path) for path in found.files]
+    for path, size, file_format in zip(found.files, sizes, formats, strict=True):
+        if file_format == "text":
+            check_length(path, size, encoder.max_file_bytes)
+
+    key = DEFAULT_JSON_KEY if json_key is None else json_key
+    bar = tqdm(
+        total=sum(sizes),
+        desc="tokenizing",
+        unit="B",
+        unit_scale=True,
+        # None: shown where stderr is a terminal.
+        disable=None if progress else True,
+    )
+    empty = 0
+    with bar, _new_dataset(prefix, encoder.vocab_size) as dataset:
+        for path, file_format in zip(found.files, formats, strict=True):
+            with readable(path):
+                file = open_input(path)
+            with file:
+                before = 0
+                for document in documents(file, path, file_format, key, encoder):
+                    if document is None:
+                        empty += 1
+                        continue
+                    for ids in document:
+                        dataset.add(ids)
+                        bar.update(file.tell() - before)
+                        before = file.tell()
+                    dataset.end_document()
+        if not dataset.documents:
+            raise ValueError(
+                "no input holds any text: the lines of JSONL are blank, or their texts are empty"
+            )
+    left_out = [*found.left_out()]
+    if empty:
+        left_out.append(f"left out documents without text: {empty}")
+    flags = ("--data-path", str(prefix), *encoder.flags)
+    return PreparedData(prefix, dataset.documents, dataset.tokens, flags, tuple(left_out))
+
+
+def _formats(files: Sequence[Path], text_format: str | None, json_key: str | None) -> list[str]:
+    if text_format not in (None, *FORMATS):
+        raise ValueError(f"format {quoted(text_format)} is unknown; known are {', '.join(FORMATS)}")
+    formats = [text_format or format_of(path) for path in files]
+    if json_key is not None and "jsonl" not in formats:
+        raise ValueError(
+            f"--json-key {quoted(json_key)} has no effect, since no input has the ending of JSONL; "
+            "add --format jsonl, or leave it out"
+        )
+    return formats
+
+
+def _size(path: Path) -> int:
+    with readable(path):
+        return path.stat().st_size
+
+
+def _checked_prefix(
+    output_prefix: str | os.PathLike[str],
+    inputs: Sequence[str | os.PathLike[str]],
+    files: Sequence[Path],
+) -> Path:
+    """Return the prefix as a path; raise ValueError if no dataset can be written there."""
+    prefix = Path(output_prefix)
+    # Megatron keeps its indices of a dataset in a directory called like the prefix.
+    is_cache = prefix.is_dir() and {path.name for path in prefix.iterdir()} == {_CACHE}
+    if (prefix.is_dir() and not is_cache) or prefix.suffix in (".bin", ".idx"):
+        raise ValueError(
+            f"output prefix {quoted(output_prefix)} must be a path without .bin or .idx that is no "
+            "directory, such as 'data/train'; both endings are added"
+        )
+    refuse_unusable_folder(prefix.parent, "--output")
+    for target in _targets(prefix):
+        if prefix.parent.is_dir():
+            refuse_unwritable(target, "--output")
+        refuse_overwriting(target, inputs, "--output")
+        if target.exists():
+            # A link in an input folder may lead there.
+            refuse_overwriting(target, files, "--output")
+    return prefix
+
+
+class _Dataset:
+    """Megatron's builder of a dataset, for documents in pieces."""
+
+    def __init__(self, bin_path: Path, vocab_size: int) -> None:
+        with quiet():
+            from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+        self._dtype = DType.optimal_dtype(vocab_size)
+        self.builder: Any = IndexedDatasetBuilder(str(bin_path), dtype=self._dtype)
+        self.documents = 0
+        self.tokens = 0
+        self._length = 0
+
+    def add(self, ids: Ids) -> None:
+        """Add a piece of a document."""
+        if ids.max() > np.iinfo(self._dtype).max:
+            raise ValueError(
+                f"the tokenizer gave the id {ids.max()}, which is beyond its own size; correct its "
+                "vocabulary"
+            )
+        self.builder.data_file.write(ids.astype(self._dtype).tobytes())
+        self._length += len(ids)
+        if self._length > MAX_DOCUMENT_TOKENS:
+            raise ValueError(
+                f"a document has more than {MAX_DOCUMENT_TOKENS:,} tokens, which Megatron's index "
+                "cannot express; split it"
+            )
+
+    def end_document(self) -> None:
+        self.builder.sequence_lengths.append(self._length)
+        self.builder.end_document()
+        self.documents += 1
+        self.tokens += self._length
+        self._length = 0
+
+
+@contextmanager
+def _new_dataset(prefix: Path, vocab_size: int) -> Iterator[_Dataset]:
+    """Yield a dataset that replaces `prefix`'s if the block ends well."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            # For both files together: two runs might otherwise each put one of them in place.
+            stack.enter_context(locked(prefix.with_name(f".{prefix.name}.lock")))
+        except InUseError as error:
+            raise InUseError(
+                f"--output {quoted(prefix)} is being written by another run; wait until that has "
+                "ended, or give another prefix"
+            ) from error
+        new_bin, new_idx = (Replacement(target) for target in _targets(prefix))
+        stack.callback(new_bin.discard)
+        stack.callback(new_idx.discard)
+        try:
+            dataset = _Dataset(new_bin.path, vocab_size)
+            stack.callback(dataset.builder.data_file.close)
+            yield dataset
+            dataset.builder.finalize(str(new_idx.path))
+            _put_in_place(new_bin, new_idx, prefix)
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror, str(prefix)) from error
+
+
+def _targets(prefix: Path) -> tuple[Path, Path]:
+    return prefix.with_name(f"{prefix.name}.bin"), prefix.with_name(f"{prefix.name}.idx")
+
+
+def _put_in_place(new_bin: Replacement, new_idx: Replacement, prefix: Path) -> None:
+    # Before the old dataset is removed, since this may take long, or fail.
+    for new in (new_bin, new_idx):
+        os.fsync(new.file.fileno())
+    # Megatron opens a dataset by its index. Without one it reports a missing dataset, whereas an
+    # index of other data would be read without an error: so the old index is removed first, and the
+    # new one comes last.
+    _, idx_path = _targets(prefix)
+    idx_path.unlink(missing_ok=True)
+    # Megatron's own indices are found by the prefix, and do not fit the new data.
+    shutil.rmtree(prefix / _CACHE, ignore_errors=True)
+    sync_folder(prefix.parent)
+    new_bin.commit()
+    new_idx.commit()

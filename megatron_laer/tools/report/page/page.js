@@ -1,0 +1,119 @@
+"use strict";
+// Draws the figures with plotly.js, in the page's theme, and fills their tables. Text from the data
+// only ever becomes text nodes.
+
+const text = document.getElementById("data").textContent;
+const all = JSON.parse(text).figures;
+const figures = [...document.querySelectorAll("figure")].map((node, at) =>
+  ({ ...all[at], node, plot: node.querySelector(".plot") }));
+
+function element(name, attributes, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+/** Returns plotly's template with the colours of the page's style. */
+function template() {
+  const style = getComputedStyle(document.documentElement);
+  const colour = (name) => style.getPropertyValue(`--${name}`).trim();
+  const axis = { gridcolor: colour("line"), zerolinecolor: colour("line"), automargin: true };
+  return { layout: {
+    font: { color: colour("ink"), family: "system-ui, sans-serif", size: 12 },
+    paper_bgcolor: colour("page"), plot_bgcolor: colour("page"), xaxis: axis, yaxis: axis,
+    margin: { l: 48, r: 12, t: 30, b: 44 },
+    legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", traceorder: "normal" },
+  } };
+}
+
+function draw(figure) {
+  const layout = { ...figure.layout, template: template() };
+  Plotly.react(figure.plot, figure.data, layout, { responsive: true, displayModeBar: false });
+}
+
+/** Returns a figure's shown numbers as lines of cells; the first line has the heads. */
+function linesOf({ data, layout }) {
+  const [first] = data;
+  const title = (axis) => layout[axis].title.text;
+  const plain = (value) => String(value ?? "").replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
+  let lines;
+  if (first.type === "heatmap") {
+    const { x, y, z } = data.find((trace) => trace.visible);
+    lines = [[title("yaxis"), ...x], ...z.map((row, r) => [y[r], ...row])];
+  } else if (first.mode === "markers") {
+    lines = [["", title("xaxis"), title("yaxis")],
+      ...data.flatMap(({ name, x, y }) => x.map((value, n) => [name, value, y[n]]))];
+  } else {
+    const [names, values] = first.orientation === "h" ? ["y", "x"] : ["x", "y"];
+    lines = [[title(`${names}axis`), ...data.map(({ name }) => name)],
+      ...first[names].map((name, n) => [name, ...data.map((trace) => trace[values][n])])];
+  }
+  return lines.map((line) => line.map(plain));
+}
+
+/** Makes the table of an opened figure: some have thousands of cells. */
+function fill(figure) {
+  const details = figure.node.querySelector("details");
+  details.querySelector(".scroll")?.remove();
+  if (!details.open) return;
+  const [heads, ...lines] = linesOf(figure);
+  const row = (line) => element("tr", {}, ...line.map((cell, place) =>
+    element(place ? "td" : "th", place ? {} : { scope: "row" }, cell)));
+  const head = element("tr", {}, ...heads.map((cell) => element("th", { scope: "col" }, cell)));
+  const table = element("table", {}, element("thead", {}, head), element("tbody", {}, ...lines.map(row)));
+  details.append(element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": figure.title }, table));
+}
+
+/** Writes lines as CSV. A text that a spreadsheet could take for a formula gets a quote before it. */
+function csvOf(lines) {
+  const cell = (value) => {
+    const safe = /^[=+\-@\t\r]/.test(value) && Number.isNaN(Number(value)) ? `'${value}` : value;
+    return /[",\r\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+  };
+  return lines.map((line) => line.map(cell).join(",")).join("\n") + "\n";
+}
+
+function save(name, type, content) {
+  const link = element("a", { href: URL.createObjectURL(new Blob([content], { type })), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+function setTheme(isDark) {
+  document.documentElement.dataset.theme = isDark ? "dark" : "light";
+  document.getElementById("theme").setAttribute("aria-pressed", String(isDark));
+  figures.forEach(draw);
+}
+
+function setTables(areOpen) {
+  for (const details of document.querySelectorAll("details")) details.open = areOpen;
+  document.getElementById("tables").setAttribute("aria-pressed", String(areOpen));
+}
+
+for (const figure of figures) {
+  figure.node.querySelector("details").addEventListener("toggle", () => fill(figure));
+  figure.node.querySelector(".csv").addEventListener("click", () => save("figure.csv", "text/csv", csvOf(linesOf(figure))));
+  figure.node.querySelector(".png").addEventListener("click", () => Plotly.downloadImage(figure.plot, { format: "png", filename: "figure" }));
+  const choice = figure.node.querySelector("select");
+  figure.choices.forEach((_, at) => choice.append(element("option", { value: at }, figure.choices[at])));
+  choice?.addEventListener("change", () => {
+    figure.data.forEach((trace, at) => { trace.visible = at === Number(choice.value); });
+    draw(figure);
+    fill(figure);
+  });
+}
+for (const button of document.querySelectorAll(".copy")) {
+  button.addEventListener("click", () => {
+    getSelection().selectAllChildren(button.previousElementSibling);
+    button.textContent = document.execCommand("copy") ? "Copied" : "Press Ctrl+C";
+  });
+}
+const tables = document.getElementById("tables");
+tables.addEventListener("click", () => setTables(tables.getAttribute("aria-pressed") !== "true"));
+const theme = document.getElementById("theme");
+theme.addEventListener("click", () => setTheme(theme.getAttribute("aria-pressed") !== "true"));
+document.getElementById("save-json").addEventListener("click", () => save("report.json", "application/json", text));
+setTheme(location.hash === "#dark" || window.matchMedia("(prefers-color-scheme: dark)").matches);
+if (location.hash === "#tables") setTables(true);
+document.body.dataset.drawn = String(document.querySelectorAll(".plot .main-svg:first-child").length);

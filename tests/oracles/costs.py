@@ -1,0 +1,119 @@
+"""The cost model in NumPy, term by term as `native/costs.cpp` has it; equal to the last bit.
+
+Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.arrays import Int64
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.gemm_curve import GemmCurve
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.quotas import SplitTotals
+from megatron_laer.planner.sharding import changed_slots
+
+# Lower bounds give way by more than the rounding of what they bound, which is some 1e-15.
+_BELOW_ROUNDING = 1.0 - 1e-9
+
+
+def split_seconds(costs: CostModel, totals: SplitTotals, geometry: Geometry) -> float:
+    """Seconds of one layer and microbatch: token counts added as integers, floats by slot."""
+    slot_s_S = costs.cluster.gemm.unit_seconds(totals.near_S + totals.far_S)
+    slot_s_NC = slot_s_S.reshape(geometry.num_ranks, geometry.capacity)
+    rank_s_N = slot_s_NC[:, 0].copy()
+    for slot in range(1, geometry.capacity):
+        rank_s_N += slot_s_NC[:, slot]
+    expert_s = costs._expert_flops * rank_s_N.max()
+    pass_s = _pass_seconds(costs, totals) + costs.token_latency_seconds(geometry)
+    return float(expert_s + costs.token_passes * pass_s + costs.host_seconds(geometry))
+
+
+def least_layer_seconds(costs: CostModel, counts_NE: Int64, geometry: Geometry) -> float:
+    """Seconds that no layout and no split gets below."""
+    gemm, num_ranks = costs.cluster.gemm, geometry.num_ranks
+    loads_E = counts_NE.sum(axis=0)
+    largest = np.array([-(-int(loads_E.sum()) // num_ranks)])
+    # Expert after expert; NumPy's sum would choose an order.
+    experts_s = float(np.cumsum(least_unit_seconds(gemm, loads_E))[-1]) / num_ranks
+    largest_s = float(least_unit_seconds(gemm, largest)[0])
+    expert_s = costs._expert_flops * max(experts_s, largest_s)
+    pass_s = _least_pass_seconds(costs, counts_NE, geometry)
+    pass_s += costs.token_latency_seconds(geometry)
+    seconds = expert_s + costs.token_passes * pass_s + costs.host_seconds(geometry)
+    return seconds * _BELOW_ROUNDING
+
+
+def least_unit_seconds(gemm: GemmCurve, tokens: Int64) -> npt.NDArray[np.float64]:
+    """Seconds of these tokens at least, however they are divided into GEMMs.
+
+    At the highest speed that as many or fewer tokens reach. Between points speed is monotone, since
+    time is linear there, so that is the speed of a point below, or theirs in one GEMM.
+    """
+    tokens_P, *_, best_P = gemm.columns()
+    point = np.searchsorted(tokens_P, tokens, side="right")
+    at_best = np.where(point > 0, tokens / best_P[np.maximum(point - 1, 0)], math.inf)
+    return np.minimum(gemm.unit_seconds(tokens), at_best)
+
+
+def change_seconds(
+    costs: CostModel, before: ExpertLayout, after: ExpertLayout, geometry: Geometry
+) -> float:
+    """The solve, and the fetch of the changed slots; 0 for the same layout."""
+    changed_S = changed_slots(before, after)
+    if not changed_S.any():
+        return 0.0
+    fetch_s = costs.restore_seconds(after, geometry.node_size, costs.restore_algorithm, changed_S)
+    return fetch_s + costs.solve_seconds(geometry)
+
+
+def exposed_seconds(
+    costs: CostModel, layout: ExpertLayout, node_size: int, beside_s: float
+) -> tuple[float, float]:
+    """What a layer of `beside_s` does not hide in both passes, and in backward alone."""
+    restore_s = costs.restore_seconds(layout, node_size, costs.restore_algorithm)
+    forward_s = max(restore_s - beside_s * costs.forward_share, 0.0)
+    backward_s = max(2 * restore_s - (beside_s - beside_s * costs.forward_share), 0.0)
+    return forward_s + backward_s, backward_s
+
+
+def _pass_seconds(costs: CostModel, totals: SplitTotals) -> float:
+    tokens, cluster = costs.tokens, costs.cluster
+    near_N = totals.near_S.reshape(len(totals.own_N), -1).sum(axis=1)
+    far_N = totals.far_S.reshape(len(totals.own_N), -1).sum(axis=1)
+    inside_N = near_N + far_N if tokens.in_stages else np.maximum(totals.sent_near_N, near_N)
+    intra = (inside_N - totals.own_N).max()
+    inter = np.maximum(totals.sent_far_N, far_N).max()
+    intra_bytes, inter_bytes = tokens.pair_bytes(costs.token_bytes)
+    intra_s = float(intra * (intra_bytes / cluster.intra.bytes_per_s))
+    inter_s = float(inter * (inter_bytes / cluster.inter.bytes_per_s))
+    return intra_s + inter_s if tokens.in_stages else max(intra_s, inter_s)
+
+
+def _least_pass_seconds(costs: CostModel, counts_NE: Int64, geometry: Geometry) -> float:
+    num_ranks, node_size, capacity = geometry.num_ranks, geometry.node_size, geometry.capacity
+    intra, inter = costs.cluster.intra, costs.cluster.inter
+    _, inter_bytes = costs.tokens.pair_bytes(costs.token_bytes)
+    pass_s = 0.0
+    if num_ranks > 1 and not costs.tokens.in_stages:
+        near_bytes_per_s = intra.bytes_per_s if node_size > 1 else 0.0
+        far_bytes_per_s = inter.bytes_per_s if geometry.num_nodes > 1 else 0.0
+        pass_s = _least_leaving(counts_NE, capacity) / (near_bytes_per_s + far_bytes_per_s)
+    if geometry.num_nodes > 1:
+        node_counts_QE = counts_NE.reshape(geometry.num_nodes, node_size, -1).sum(axis=1)
+        leaving = _least_leaving(node_counts_QE, node_size * capacity)
+        pass_s = max(pass_s, leaving / node_size / inter.bytes_per_s)
+    return pass_s * inter_bytes
+
+
+def _least_leaving(counts: Int64, kept_experts: int) -> int:
+    """Tokens that leave the row that keeps fewest, if rows keep their top experts'."""
+    others = counts.shape[1] - kept_experts
+    if others <= 0:
+        return 0
+    return int(np.partition(counts, others - 1, axis=1)[:, :others].sum(axis=1).max())
