@@ -128,7 +128,7 @@ def _shortened(text: str, longest: int) -> str:
 
 
 def is_same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Tell whether two paths mean one file or folder: through links, or not there yet."""
+    """Return whether two paths mean one file or folder, through links, even if not there yet."""
     try:
         return os.path.samefile(one, other)
     except OSError:
@@ -189,7 +189,7 @@ def refuse_unusable_folder(folder: str | os.PathLike[str], flag: str) -> None:
 
 
 def _why_not_looked_at(path: Path) -> str | None:
-    """Say why nothing could ever be at a path, such as too long a name."""
+    """Return why nothing could ever be at a path, such as too long a name."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):  # told better by whoever asks
@@ -200,7 +200,7 @@ def _why_not_looked_at(path: Path) -> str | None:
 
 
 def _why_not_writable(folder: Path) -> str | None:
-    """Say why no file can be made in a folder; tried, since root may do what is not done."""
+    """Return why no file can be made in a folder; tried, since permissions do not bind root."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

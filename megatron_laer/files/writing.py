@@ -28,7 +28,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class InUseError(ValueError):
-    """Tells that a file has a writer already."""
+    """A file has a writer already."""
 
 
 # What this process has locked, for `_unlock_in_child`.
@@ -113,7 +113,7 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 
 class Replacement:
-    """Holds a file under a temporary name, which replaces its target when it is complete.
+    """A file under a temporary name, which replaces its target when it is complete.
 
     The temporary file is locked while it is written, so that what a killed run left can be told
     from what a living one writes: making a replacement removes what was left for the same target.

@@ -71,7 +71,7 @@ def stock_weights() -> Iterator[None]:
 
 
 class _Tasks:
-    """Gives Megatron-Bridge its tasks, those of an expert with the weight in its place.
+    """Megatron-Bridge's tasks, those of an expert with the weight in its place.
 
     Args:
         layers: of each model chunk.
@@ -137,7 +137,7 @@ def _shown_as_stock(chunk: torch.nn.Module, layer: StockLayer) -> Iterator[None]
 
 
 class _Linear(torch.nn.Module):
-    """Holds a linear layer's parameters, and says how tensor-parallel ranks would cut them."""
+    """A linear layer's parameters, and the cuts of tensor-parallel ranks."""
 
     def __init__(self, partition_dim: int) -> None:
         super().__init__()

@@ -96,7 +96,7 @@ class _Reader:
 
     @property
     def has_problems(self) -> bool:
-        """Tell whether anything is wrong so far; what is missing is known only at the end."""
+        """Return whether anything is wrong so far; missing names are known only at the end."""
         return bool(self._problems) or (self._is_at_end and bool(self._missing))
 
     def problem(self) -> str | None:

@@ -29,7 +29,7 @@ Named = tuple[str, torch.Tensor]
 
 
 class StockParameter(NamedTuple):
-    """Is one parameter of an expert as stock would hold it.
+    """One parameter of an expert as stock would hold it.
 
     Attributes:
         name: in the model chunk.
@@ -44,7 +44,7 @@ class StockParameter(NamedTuple):
 
 @dataclass(frozen=True)
 class StockLayer:
-    """Describes the experts of one FSEP layer as stock would hold them on this rank.
+    """Experts of one FSEP layer as stock would hold them on this rank.
 
     Attributes:
         prefix: the name of the experts' module in the model chunk.

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 @dataclass
 class Loan:
-    """Says whether tensors may be written to, and still be read.
+    """Permission to write to tensors, and to go on reading them.
 
     Attributes:
         is_writable: whether this was asked for.

@@ -1,26 +1,15 @@
-"""These pure functions tell how evenly ranks share tokens, under FSEP and under stock placement.
+"""Tokens per rank and their balance, under FSEP and under stock placement.
 
 Legend: N ranks, E experts, C slots per rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.layout import stock_owner_E
 from megatron_laer.planner.splits import Quotas
-
-
-@dataclass(frozen=True)
-class Balance:
-    """Means over microbatches of max/mean tokens per rank; 1 is perfect, N the worst."""
-
-    fsep: float
-    stock: float
 
 
 def max_over_mean(tokens_N: Int64) -> float:
@@ -41,15 +30,3 @@ def stock_tokens_N(counts_NE: Int64) -> Int64:
     owner_E = stock_owner_E(num_ranks, num_experts)
     loads_E = counts_NE.sum(axis=0)
     return np.bincount(owner_E, weights=loads_E, minlength=num_ranks).astype(np.int64)
-
-
-def balance(history: Iterable[Quotas]) -> Balance | None:
-    """Return the mean balance of a layer's microbatches, or None without any."""
-    pairs = [
-        (max_over_mean(fsep_tokens_N(quotas)), max_over_mean(stock_tokens_N(quotas.counts_NE)))
-        for quotas in history
-    ]
-    if not pairs:
-        return None
-    fsep, stock = np.mean(pairs, axis=0).tolist()
-    return Balance(fsep, stock)

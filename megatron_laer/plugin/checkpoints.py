@@ -40,7 +40,7 @@ _MARK = ".fsep-"
 
 
 def _mark_buffers(sharded_state_dict: Any, group_size: int) -> bool:
-    """Give the optimizer's buffers names of FSEP's group size; returns whether there are any.
+    """Name the optimizer's buffers by FSEP's group size; returns whether there are any.
 
     A rank's slices of all experts have as many elements as stock's whole experts, so that without
     this the buffers of one would be read into those of the other, and nobody would notice.
@@ -61,7 +61,7 @@ def _mark_buffers(sharded_state_dict: Any, group_size: int) -> bool:
 
 
 def _report_gemm(before: str | None, now: str) -> None:
-    """Say that a resumed run multiplies by another back end than the run that was saved.
+    """Warn that a resumed run multiplies by another back end than the run that was saved.
 
     Args:
         before: None in a checkpoint of stock, or of a version that had no choice.

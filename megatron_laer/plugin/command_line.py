@@ -168,7 +168,7 @@ def _checked(
 
 @contextlib.contextmanager
 def _refusing() -> Iterator[None]:
-    """Tell a launcher that what is raised here is about what the user asked for."""
+    """Raise user errors as `RefusedError`, which launchers do not retry."""
     try:
         yield
     except ValueError as error:

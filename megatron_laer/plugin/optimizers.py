@@ -37,7 +37,7 @@ def _with_slices(original: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _entry(name: str, entry: Any) -> Any:
-    """Say in an entry of Megatron's registry how the optimizer gets slices."""
+    """Adapt an entry of Megatron's registry to slices."""
     from megatron_laer.layer.experts.muon import ExpertMuon
 
     if name not in ("muon", "lion"):
@@ -60,7 +60,7 @@ def _refuse(name: str, *_: Any) -> Any:
 
 
 def _without_slices(rule: Any) -> Any:
-    """Take slices out of a rule for parameters that are no matrices; a slice has 3 dimensions."""
+    """Exclude slices from a rule for parameters that are no matrices; a slice has 3 dimensions."""
     matches = rule.predicate.fn
 
     def fn(parameter: Any) -> bool:
@@ -93,7 +93,7 @@ def _problem_of_dtype(config: Any) -> str | None:
 
 
 def _problem_of_replicas(model_chunks: Any, pg_collection: Any, num_ranks: int) -> str | None:
-    """Say why replicas cannot share the update of this model's slices; None if they can.
+    """Return why replicas cannot share the update of this model's slices; None if they can.
 
     Megatron shares parameters out by their sizes, and each rank does that for its own.
     """

@@ -14,7 +14,7 @@ from megatron_laer.releases import TESTED_RANGE
 
 @dataclass(frozen=True)
 class Patch:
-    """Describes one attribute to replace, and by what.
+    """One attribute to replace, and its replacement.
 
     Attributes:
         module: imported when the patch is applied.
@@ -85,7 +85,7 @@ def note(target: str, change: str) -> None:
 
 
 def forget(target: str) -> None:
-    """Take a change out of the table, if it is there."""
+    """Remove a change from the table, if it is there."""
     _noted.pop(target, None)
 
 

@@ -33,7 +33,7 @@ def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass
 class StepOutcome:
-    """Says how a step ended.
+    """Outcome of a step.
 
     Attributes:
         weights_changed: false where the optimizer skipped its step, say for an infinite gradient.

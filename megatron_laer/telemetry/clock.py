@@ -19,11 +19,11 @@ class Clock(Protocol):
     """Measures durations of work on one device."""
 
     def now(self) -> Timestamp:
-        """Take a timestamp at this point of the caller's stream."""
+        """Return a timestamp at this point of the caller's stream."""
         ...
 
     def passed(self, timestamp: Timestamp) -> bool:
-        """Tell whether durations up to it can be read without waiting."""
+        """Return whether durations up to it can be read without waiting."""
         ...
 
     def seconds(self, start: Timestamp, end: Timestamp) -> float:

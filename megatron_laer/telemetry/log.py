@@ -30,7 +30,7 @@ _SKIPPED = "-"
 
 @dataclass(frozen=True)
 class Step:
-    """Holds what one line of Megatron's log says of a step, which it counts from 1.
+    """One step of Megatron's log, counted from 1.
 
     Attributes:
         of: steps of the whole run.
@@ -44,7 +44,7 @@ class Step:
 
 @dataclass
 class LoggedRun:
-    """Holds what a log says of a run.
+    """A run, as in its log.
 
     Attributes:
         of: steps of the whole run, also where it ended early; 0 without any.
@@ -95,7 +95,7 @@ def steady(values: Sequence[float]) -> Sequence[float]:
 
 
 def steady_steps(number: int) -> str:
-    """Say in words which steps of so many these are."""
+    """Describe these steps of so many."""
     return f"steps {int(number * STEADY_AFTER) + 1} to {number}"
 
 

@@ -12,7 +12,7 @@ from megatron_laer.files.memory import available_bytes
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Holds what a rank has taken, and what is left.
+    """Memory that a rank has taken, and the rest.
 
     Attributes:
         used_bytes: of a device the peak of what torch reserved, of the CPU what is resident.

@@ -14,7 +14,7 @@ PERCENTILES = (50, 95, 99)
 
 @dataclass(frozen=True)
 class Metric:
-    """Describes a metric.
+    """Description of a metric.
 
     Attributes:
         name: in Megatron's log line, TensorBoard and W&B, or in a recording.
@@ -129,7 +129,7 @@ LOGGED = (
 
 
 def is_in_line(name: str) -> bool:
-    """Tell whether a logged value stands in the log line too.
+    """Return whether a logged value stands in the log line too.
 
     A line is kept shorter than 1,024 bytes: Slurm passes output on in pieces of that size, and
     another rank's may come between two pieces.

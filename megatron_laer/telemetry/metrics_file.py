@@ -76,7 +76,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class MetricsRecording:
-    """Holds a recording that was read.
+    """A recording that was read.
 
     Attributes:
         runs: the first step of each run that wrote it, and how that began.

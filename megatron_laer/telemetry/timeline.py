@@ -11,6 +11,7 @@ since 1970. Files of several ranks go into one by joining their `traceEvents`.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -25,7 +26,6 @@ import torch
 from megatron_laer.files import run_mark
 from megatron_laer.files.writing import free_name, open_exclusively, write_file
 from megatron_laer.telemetry.clock import Clock, Timestamp, make_clock
-from megatron_laer.telemetry.ranges import OpenRange, make_ranges
 from megatron_laer.telemetry.trace_events import COMPUTE, TOKENS, Activity, Kind, trace_events
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,14 @@ logger = logging.getLogger(__name__)
 FIRST_STEP, NUM_STEPS = 2, 3
 
 
+# Begins a range of this name in the device's profiler, and returns the function that ends it.
+# Unlike `with` blocks, ranges may end in another thread: a phase of forward ends in autograd's.
+OpenRange = Callable[[str], Callable[[], None]]
+
+
 @dataclass(frozen=True)
 class _Open:
-    """Holds an interval that has begun."""
+    """An interval that has begun."""
 
     activity: Activity
     start: Timestamp
@@ -184,9 +189,17 @@ def _moved_aside(path: Path, file: BinaryIO) -> BinaryIO:
 
 def open_timeline(directory: str, rank: int, device: torch.device, first_step: int) -> Timeline:
     """Open this rank's trace in the directory: see `Timeline`."""
-    clock, open_range = make_clock(device), make_ranges(device)
+    clock, open_range = make_clock(device), _nvtx_range if device.type == "cuda" else _no_range
     return Timeline(timeline_path(directory, rank), rank, clock, open_range, first_step)
 
 
 def timeline_path(directory: str, rank: int) -> Path:
     return Path(directory) / f"rank-{rank}.json"
+
+
+def _nvtx_range(name: str) -> Callable[[], None]:
+    return functools.partial(torch.cuda.nvtx.range_end, torch.cuda.nvtx.range_start(name))
+
+
+def _no_range(name: str) -> Callable[[], None]:
+    return lambda: None

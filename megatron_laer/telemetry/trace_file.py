@@ -70,7 +70,7 @@ _MAX_LOST_BYTES = 2**26
 
 
 class _Header(NamedTuple):
-    """Holds what a file says of itself, and the bytes that this takes."""
+    """Content and bytes of a file's header."""
 
     version: int
     num_ranks: int
@@ -80,7 +80,7 @@ class _Header(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """Tells where a record lies, what it is and how its counts are checked, without these."""
+    """Place, keys and checksum of a record, without its counts."""
 
     offset: int
     end: int

@@ -32,7 +32,7 @@ _BYTES_PER_COUNT = 12
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Holds the counts of every recorded microbatch, ordered by step, layer and microbatch.
+    """Counts of every recorded microbatch, ordered by step, layer and microbatch.
 
     Attributes:
         layers: names of the MoE layers, in their order in the model.

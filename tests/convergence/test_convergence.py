@@ -24,17 +24,13 @@ FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait"
 
 def balance_of_step(model: object) -> tuple[float, int]:
     """A probe: mean max/mean tokens per rank of the step, and its layouts' version."""
-    from megatron_laer.planner.balance import balance
     from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
     if coordinator is None:
         return 0.0, -1
-    found = [
-        balance(sample.decision.quotas for sample in layer.statistics.take_samples())
-        for layer in coordinator.layers
-    ]
-    mean = sum(part.fsep for part in found if part is not None) / len(found)
+    ratios = [[of.ratio for of in layer.statistics.take_samples()] for layer in coordinator.layers]
+    mean = sum(sum(of) / len(of) for of in ratios if of) / len(ratios)
     return mean, coordinator.layouts.version
 
 

@@ -6,7 +6,6 @@ import numpy as np
 
 from megatron_laer.config import Split
 from megatron_laer.planner.balance import (
-    balance,
     fsep_tokens_N,
     max_over_mean,
     stock_tokens_N,
@@ -39,13 +38,3 @@ def test_fsep_tokens_are_the_columns_of_the_quotas() -> None:
         columns = [exact.rank_columns(rank).sum() for rank in range(4)]
         assert fsep_tokens_N(exact).tolist() == columns
         assert max(columns) <= expected.max()
-
-
-def test_balance_is_the_mean_over_microbatches() -> None:
-    layout = ExpertLayout.static(2, 1, 2)
-    even, skewed = np.array([[2, 2], [2, 2]]), np.array([[4, 0], [4, 0]])
-    for split in Split:
-        found = balance([solve_quotas(split, counts, layout, 2) for counts in (even, skewed)])
-        assert found is not None
-        assert (found.fsep, found.stock) == (1.5, 1.5)
-    assert balance([]) is None

@@ -27,7 +27,7 @@ from megatron_laer.runtime.comm.process_groups import Group
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """Holds the row blocks of one matrix.
+    """Row blocks of one matrix.
 
     Attributes:
         bounds_N1: N + 1 bounds of the ranks' blocks.
@@ -166,7 +166,7 @@ def shares(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
 
 
 class WholeMatrices:
-    """Knows which rank gets which matrix of some slices, and makes the exchange in both directions.
+    """Assignment of whole matrices to ranks, and the exchange in both directions.
 
     Args:
         shapes_ERK: (E, R, K) for each slice, of the whole matrices; the same on every rank.

@@ -20,7 +20,7 @@ _Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
 
 
 class BufferPool:
-    """Hands out tensors by shape and dtype, and takes them back.
+    """Reused tensors, by shape and dtype.
 
     On CUDA a tensor may be put back while the caller's stream still uses it: whoever takes it next
     submits its work behind that stream (see `streams.CommStream`). So all callers must share one
@@ -51,14 +51,14 @@ class BufferPool:
         return tensor
 
     def put_back(self, tensor: torch.Tensor) -> None:
-        """Take back a tensor from `take` that nobody reads any more."""
+        """Return a tensor from `take` that is not read any more."""
         self._compute.check(tensor.device)
         self.in_use -= 1
         self._free[tuple(tensor.shape), tensor.dtype, tensor.device].append(tensor)
 
 
 class Workspace:
-    """Holds named byte buffers that only ever grow, on the device of their first use.
+    """Named byte buffers that only ever grow, on the device of their first use.
 
     One exchange at a time may use it, and on CUDA always on the same stream: what one exchange left
     in a buffer is overwritten by the next without waiting.

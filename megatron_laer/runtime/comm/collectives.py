@@ -25,7 +25,7 @@ from megatron_laer.support import RefusedError
 
 
 class LayoutMismatchError(RuntimeError):
-    """Tells that ranks of an FSEP group hold or chose different layouts for the same layer."""
+    """Ranks of an FSEP group hold or chose different layouts for the same layer."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _tag_text(tag_3: Int64) -> str:
 
 
 class TokenSizesExchange:
-    """Tells each rank the numbers of rows that it needs, while the host may enqueue other work."""
+    """Exchange of the numbers of rows that ranks need, while the host may enqueue other work."""
 
     def __init__(self, groups: FSEPGroups, device: torch.device) -> None:
         self._group = groups.tokens

@@ -33,7 +33,7 @@ def upload_arrays(arrays: Sequence[Int64], device: torch.device) -> list[torch.T
 
 
 def read_here(tensor: torch.Tensor) -> None:
-    """Tell CUDA's allocator that the current stream reads this tensor, made on another stream.
+    """Mark a tensor from another stream as read by the current one, for CUDA's allocator.
 
     When the host lets go of the tensor, this stream may still have kernels in its queue that read
     it: its memory is another's only after these. One call covers all that share the memory.

@@ -34,7 +34,7 @@ from megatron_laer.runtime.comm.stages import DataPath, ExchangeCount, Stage, St
 
 @dataclass(frozen=True)
 class ReusableWeights:
-    """Holds a restored matrix that may be updated in place, and the layout it was restored under.
+    """A restored matrix that may be updated in place, and the layout it was restored under.
 
     Its slices must not have changed since: not across an optimizer step.
     """

@@ -21,7 +21,7 @@ from megatron_laer.runtime.comm.restore import RestoreIndex, restore_index
 
 @dataclass(frozen=True, eq=False)
 class LayoutIndex:
-    """Holds one layout on one device.
+    """One layout on one device.
 
     Attributes:
         slot_expert_S: int64, the expert in each slot.

@@ -25,7 +25,7 @@ Group = dist.ProcessGroup
 
 @dataclass(frozen=True)
 class FSEPGroups:
-    """Holds the communicators of one FSEP group of N ranks, G of them per node.
+    """Communicators of one FSEP group of N ranks, G of them per node.
 
     Attributes:
         tokens: Megatron's expert-parallel group; token All-to-All and the exchange of counts.

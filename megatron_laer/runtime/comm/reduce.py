@@ -26,7 +26,7 @@ from megatron_laer.runtime.comm.stages import DataPath, Stage
 
 @dataclass(frozen=True, eq=False)
 class ReduceIndex:
-    """Lists how one rank sums the gradients of a layout's slots.
+    """Sums of the gradients of a layout's slots, as one rank computes them.
 
     Attributes:
         distinct_M: distinct experts of each node; empty with one node.

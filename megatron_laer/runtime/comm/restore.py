@@ -43,7 +43,7 @@ from megatron_laer.runtime.comm.stages import DataPath, Stage
 
 
 class Run(NamedTuple):
-    """Holds neighbouring slots of this rank to restore, and how many such slots precede them."""
+    """Neighbouring slots of this rank to restore, and the number of such slots before them."""
 
     first: int
     slots: slice
@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RestoreIndex:
-    """Lists what one rank sends, receives and copies to restore the changed slots of a layout.
+    """Rows that one rank sends, receives and copies to restore the changed slots of a layout.
 
     Attributes:
         has_work: whether any rank of the group has a slot to restore.
@@ -113,7 +113,7 @@ def restore_index(
 
 @dataclass(frozen=True, eq=False)
 class _Arrivals:
-    """Says how experts come to the nodes that need them; `RestoreIndex` has the first four too.
+    """Ways of experts to the nodes that need them; `RestoreIndex` has the first four too.
 
     Attributes:
         expert_D: the experts that arrive at this rank's node, fetched ones first.
@@ -134,7 +134,7 @@ class _Arrivals:
 def _arrivals(
     before: ExpertLayout | None, after: ExpertLayout, changed_S: Bool, node_size: int, rank: int
 ) -> _Arrivals:
-    """Tell fetched experts from shared ones, in the order in which they arrive."""
+    """Separate fetched experts from shared ones, in the order in which they arrive."""
     num_experts, capacity = after.num_experts, after.capacity
     num_nodes, node = after.num_ranks // node_size, rank // node_size
     if num_nodes == 1:  # the node's ranks hold all rows of every expert

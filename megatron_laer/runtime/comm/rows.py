@@ -31,7 +31,7 @@ def kernels_of(package: str, device: torch.device) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class ReplicaSums:
-    """Lists which parts are added up to each target, in the order of addition.
+    """Parts of each sum, in the order of addition.
 
     Every target has at least one. No target is written by two, so sums need no atomics and have the
     same bits every time.

@@ -34,7 +34,7 @@ Task = Callable[[], torch.Tensor]
 
 
 def has_streams(device: torch.device) -> bool:
-    """Tell whether a device runs its work on CUDA streams."""
+    """Return whether a device runs its work on CUDA streams."""
     return device.type == "cuda"
 
 
@@ -64,7 +64,7 @@ class OneComputeStream:
 
 
 class Pending(Protocol):
-    """Gives the result of work that was submitted to a communication stream."""
+    """Result of work that was submitted to a communication stream."""
 
     def wait(self) -> torch.Tensor:
         """Return the result, for use on the caller's stream; may be called more than once."""
@@ -141,7 +141,7 @@ def make_comm_stream(name: str, device: torch.device, *, overlaps: bool) -> Comm
 
 
 class _Done:
-    """Holds a result that exists already."""
+    """Result that exists already."""
 
     def __init__(self, result: torch.Tensor) -> None:
         self._result = result
@@ -172,7 +172,7 @@ class InlineStream:
 
 
 class _Promise:
-    """Holds a result that a thread will compute."""
+    """Result that a thread will compute."""
 
     def __init__(self, times: StreamTimes, activity: Activity) -> None:
         self._times, self._activity = times, activity
@@ -240,7 +240,7 @@ class ThreadStream:
 
 
 class _StreamResult:
-    """Holds a result that a CUDA stream will have written."""
+    """Result that a CUDA stream will have written."""
 
     def __init__(
         self, result: torch.Tensor, done: torch.cuda.Event, times: StreamTimes, activity: Activity
@@ -279,7 +279,7 @@ class CudaStream:
         with torch.no_grad(), torch.cuda.stream(self._stream):
             with self.times.working(activity):
                 result = work()
-            # Should nobody wait for it, its memory is not another's while this stream writes.
+            # Keep the allocator from reusing its memory while this stream writes.
             result.record_stream(self._stream)
             return _StreamResult(result, self._stream.record_event(), self.times, activity)
 
