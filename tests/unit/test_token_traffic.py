@@ -16,17 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.arrays import Bool
-from megatron_laer.choices import TokenExchange
-from megatron_laer.planner.exact import exact_split
-from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.token_traffic import (
+from benchmarks.token_traffic import (
     TokenRouting,
     TokenTraffic,
     dispatch_rows,
     metadata_bytes,
     metadata_bytes_backward,
 )
+from megatron_laer.arrays import Bool
+from megatron_laer.choices import TokenExchange
+from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from tests.token_exchange import known_rows
 
