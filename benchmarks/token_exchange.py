@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.command_line import add_json, parser_of, program, write_json
 from benchmarks.report import machine, median_ms, print_table
+from benchmarks.token_traffic import TokenRouting, TokenTraffic, dispatch_rows
 from megatron_laer.arrays import Bool
 from megatron_laer.choices import Split, TokenExchange
 from megatron_laer.layer.dispatch import replica_choice
@@ -29,7 +30,6 @@ from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
-from megatron_laer.planner.token_traffic import TokenRouting, TokenTraffic, dispatch_rows
 from megatron_laer.tools.cli.argument_types import between
 
 SKEWS = {"random": 0.0, "skewed": 1.0}

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.token_traffic import TokenRouting
 from megatron_laer.arrays import Int64
 from megatron_laer.config import Split
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.planner.token_rows import SizeMessages, TokenRows
-from megatron_laer.planner.token_traffic import TokenRouting
 from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan

@@ -285,18 +285,6 @@ class Cluster:
             found = _changed(found, name.split("."), value, name in _FACTORS)
         return found
 
-    def at_best(self) -> Cluster:
-        """Return the cluster with every constant at the faster end of its spread."""
-        return self.with_constants(
-            {name: spread.high if name in _RATES else spread.low for name, spread in self.spreads}
-        )
-
-    def at_worst(self) -> Cluster:
-        """Return the cluster with every constant at the slower end of its spread."""
-        return self.with_constants(
-            {name: spread.low if name in _RATES else spread.high for name, spread in self.spreads}
-        )
-
     def for_back_end(self, name: str) -> Cluster:
         """Return the cluster with this back end's GEMMs if they were measured; else itself."""
         for back_end in self.back_ends:

@@ -1,15 +1,12 @@
-"""The exact split finds, for this microbatch's counts, the quotas that balance a layout best.
+"""The exact split: for a microbatch's counts, the quotas that balance a layout best.
 
 The largest rank load is minimal for the layout, always. Among those splits, as few tokens as
 possible leave their node (exactly). Then, keeping how many tokens of each expert every node takes,
 as few as possible leave their rank: optimal on a single node, within 1.1 % on average and 47 % at
 worst over several nodes (random small cases; `tests/unit/test_exact_quotas.py` checks it).
 
-Integers, conserved, the same on every rank. The looped definition is in `reference_exact`; the
-flows are in `native/flow.hpp`, on graphs of size O(N*C) whatever N*E*N is.
-
-It has the methods of `quotas.EvenSplit`, so that the runtime can switch; a caller that needs more
-than one of them takes them from `ExactSplit.solve`, which solves once.
+Integers, conserved, the same on every rank. The looped definition is in `tests/oracles/exact.py`;
+the flows are in `native/flow.hpp`, on graphs of size O(N*C) whatever N*E*N is.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
@@ -89,18 +86,6 @@ class ExactSplit:
         node_size = self.geometry.node_size
         loads_S = native.slot_loads(counts_NE, self.layout.slot_expert_S, node_size)
         return ExactQuotas(self.layout, node_size, counts_NE, loads_S)
-
-    def rank_row(self, counts_NE: Int64, rank: int) -> Int64:
-        """Return the tokens that `rank` sends to each slot, int64 [S]."""
-        return self.solve(counts_NE).rank_row(rank)
-
-    def rank_columns(self, counts_NE: Int64, rank: int) -> Int64:
-        """Return the tokens that each source sends to the slots of `rank`, int64 [N, C]."""
-        return self.solve(counts_NE).rank_columns(rank)
-
-    def slot_loads(self, counts_NE: Int64) -> Int64:
-        """Return the tokens that each slot computes, int64 [S]."""
-        return self.solve(counts_NE).loads_S
 
     def totals(self, counts_NE: Int64) -> SplitTotals:
         """Return what slots receive from near and far, and what ranks keep."""

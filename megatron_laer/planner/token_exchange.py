@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
+from megatron_laer.arrays import Int64
 from megatron_laer.choices import TokenExchange
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
@@ -19,7 +21,6 @@ from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
-from megatron_laer.planner.token_traffic import expected_crossings
 
 # Even counts make ranks much alike; these suffice, and time does not grow with N by N.
 _RANKS = 16
@@ -98,4 +99,61 @@ def _crossings(
     quotas = exact_split(layout, geometry.node_size).solve(counts_NE)
     rank_X = np.unique(np.linspace(0, num_ranks - 1, _RANKS).astype(np.int64))
     row_XS = np.stack([quotas.rank_row(rank) for rank in rank_X.tolist()])
-    return expected_crossings(row_XS, rank_X, tokens, layout, geometry.node_size)
+    return _expected_crossings(row_XS, rank_X, tokens, layout, geometry.node_size)
+
+
+def _expected_crossings(
+    row_XS: Int64, rank_X: Int64, tokens: int, layout: ExpertLayout, node_size: int
+) -> dict[TokenExchange, tuple[float, float]]:
+    """Expect the rows that an average rank's tokens are, intra-node and inter-node, by exchange.
+
+    A row of `node` that is passed on counts as its source's, whichever rank passes it on.
+
+    Args:
+        row_XS: what some ranks send to each slot.
+        rank_X: these ranks.
+        tokens: T, of each.
+    """
+    rank_N = np.arange(layout.num_ranks)
+    rank_S = np.repeat(rank_N, layout.capacity)
+    pairs_XN = row_XS.reshape(len(rank_X), layout.num_ranks, -1).sum(axis=2)
+    tokens_X = np.full(len(rank_X), tokens)
+    expected = [
+        expected_tokens(
+            row_XS, tokens_X, layout.slot_expert_S, rank_S // size, layout.num_ranks // size
+        )
+        for size in (1, node_size)
+    ]
+    is_near_XN = rank_X[:, None] // node_size == rank_N // node_size
+    is_own_XN = rank_X[:, None] == rank_N
+    is_passed_on_XN = rank_X[:, None] % node_size != rank_N % node_size
+    is_home_XM = rank_X[:, None] // node_size == np.arange(layout.num_ranks // node_size)
+    return {
+        TokenExchange.RANK: (
+            float(pairs_XN[is_near_XN & ~is_own_XN].sum()) / len(rank_X),
+            float(pairs_XN[~is_near_XN].sum()) / len(rank_X),
+        ),
+        TokenExchange.NODE: (
+            float(expected[0][is_passed_on_XN].sum()) / len(rank_X),
+            float(expected[1][~is_home_XM].sum()) / len(rank_X),
+        ),
+    }
+
+
+def expected_tokens(
+    quota_NS: Int64,
+    tokens_N: Int64,
+    expert_S: npt.NDArray[np.int16],
+    place_S: Int64,
+    num_places: int,
+) -> npt.NDArray[np.float64]:
+    """Expect the distinct tokens of each source that go to each place, a node or a rank."""
+    # A token goes to one slot of an expert, so slots of one expert and place add up.
+    keys_X, at_S = np.unique(place_S * (int(expert_S.max()) + 1) + expert_S, return_inverse=True)
+    share_NX = np.zeros((len(quota_NS), len(keys_X)))
+    np.add.at(share_NX.T, at_S, (quota_NS / np.maximum(tokens_N, 1)[:, None]).T)
+    place_X = keys_X // (int(expert_S.max()) + 1)
+    missed_NB = np.ones((len(quota_NS), num_places))
+    np.multiply.at(missed_NB.T, place_X, 1 - np.minimum(share_NX, 1.0).T)
+    expected: npt.NDArray[np.float64] = tokens_N[:, None] * (1 - missed_NB)
+    return expected

@@ -10,14 +10,14 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.choices import TokenExchange
-from megatron_laer.cpu.ranks import RankPool
-from megatron_laer.cpu.training import train
-from megatron_laer.planner.token_traffic import (
+from benchmarks.token_traffic import (
     dispatch_rows,
     metadata_bytes,
     metadata_bytes_backward,
 )
+from megatron_laer.choices import TokenExchange
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.training import train
 from tests.parity.flags import command_line
 from tests.token_exchange import (
     HIDDEN,

@@ -369,7 +369,7 @@ FAULTS: tuple[Fault, ...] = (
         *_unit("slices"),
         *_ranks("parity"),
         "-k",
-        "fp32",
+        "slice or tokens-tensor",
     ),
     _MAIN_GRADS.fault(
         "a main gradient is not marked",

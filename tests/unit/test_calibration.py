@@ -139,9 +139,7 @@ def test_every_constant_has_a_spread_with_its_figures_in_it() -> None:
     assert spreads["memory_bytes_per_s"].low == pytest.approx(1.5e12 / 1.1, rel=1e-3)
     assert spreads["contention.gemm"].high == pytest.approx(1.2 * 1.1, rel=1e-3)
     assert {"host.launch_s", "host.gate", "solve", "backward_gemm_factor"} <= spreads.keys()
-    worst, best = cluster.at_worst(), cluster.at_best()
-    assert worst.gemm.points[0][1] < cluster.gemm.points[0][1] < best.gemm.points[0][1]
-    assert worst.intra.bytes_per_s < best.intra.bytes_per_s
+    assert spreads["intra.bytes_per_s"].low < spreads["intra.bytes_per_s"].high
 
 
 def test_the_file_holds_all_of_it() -> None:

@@ -165,7 +165,7 @@ def test_no_rank_carries_more_than_under_the_even_split(case: Case) -> None:
 def test_a_duplicate_on_one_rank_is_left_empty() -> None:
     layout = ExpertLayout.from_slots(2, 2, 2, [0, 0, 0, 1])
     counts_NE = np.array([[6, 0], [2, 4]])
-    assert exact_split(layout, 2).slot_loads(counts_NE).tolist() == [6, 0, 2, 4]
+    assert exact_split(layout, 2).solve(counts_NE).loads_S.tolist() == [6, 0, 2, 4]
 
 
 def test_load_flows_through_ranks_that_do_not_share_an_expert_with_the_hot_one() -> None:
@@ -184,7 +184,7 @@ def test_wrong_arguments_are_quoted() -> None:
     with pytest.raises(ValueError, match=r"shape \(4, 3\), expected .* \(4, 4\)"):
         split.solve(np.zeros((4, 3), dtype=np.int64))
     with pytest.raises(ValueError, match=r"rank must be in 0\.\.3, got 4"):
-        split.rank_row(np.zeros((4, 4), dtype=np.int64), 4)
+        split.solve(np.zeros((4, 4), dtype=np.int64)).rank_row(4)
     negative_NE = np.zeros((4, 4), dtype=np.int64)
     negative_NE[1, 2] = -1
     with pytest.raises(ValueError, match=r"counts_NE holds -1 at rank 1, expert 2"):

@@ -99,11 +99,11 @@ def test_strides_and_integer_types_make_no_difference() -> None:
     counts_NE = np.random.default_rng(0).integers(0, 1000, (8, 12))
     static = ExpertLayout.static(8, 3, 12)
     expected = construct_layout(counts_NE, static, 4)
-    expected_S = exact_split(expected, 4).slot_loads(counts_NE)
+    expected_S = exact_split(expected, 4).solve(counts_NE).loads_S
     others: list[Any] = [np.asfortranarray(counts_NE), counts_NE.astype(np.int32)]
     for same_NE in others:
         assert construct_layout(same_NE, static, 4) == expected
-        assert (exact_split(expected, 4).slot_loads(same_NE) == expected_S).all()
+        assert (exact_split(expected, 4).solve(same_NE).loads_S == expected_S).all()
 
 
 def test_counts_beyond_32_bits_are_exact() -> None:

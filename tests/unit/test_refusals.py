@@ -2,6 +2,8 @@
 
 Without one, none fires; and settings that FSEP needs are filled in. The rows of the table are
 parsed by Megatron in one process. `tests/distributed/test_refusals.py` has what ranks do with one.
+
+Over 400 lines: tables of flags, and the program that gives them to Megatron.
 """
 
 from __future__ import annotations

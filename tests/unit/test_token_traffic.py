@@ -15,19 +15,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.arrays import Bool
-from megatron_laer.choices import TokenExchange
-from megatron_laer.layer.dispatch.node_dispatcher import rows_through_nodes
-from megatron_laer.layer.dispatch.slot_dispatch import rows_by_node
-from megatron_laer.planner.exact import exact_split
-from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.token_traffic import (
+from benchmarks.token_traffic import (
     TokenRouting,
     TokenTraffic,
     dispatch_rows,
     metadata_bytes,
     metadata_bytes_backward,
 )
+from megatron_laer.arrays import Bool
+from megatron_laer.choices import TokenExchange
+from megatron_laer.layer.dispatch.node_dispatcher import rows_through_nodes
+from megatron_laer.layer.dispatch.slot_dispatch import rows_by_node
+from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.layout import ExpertLayout
 from tests.token_exchange import known_rows
 
 RANK, NODE = TokenExchange

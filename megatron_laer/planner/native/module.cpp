@@ -32,8 +32,9 @@ using Counts = py::array_t<int64_t, kDense>;
 using Doubles = py::array_t<double, kDense>;
 using Slots = py::array_t<int16_t, kDense>;
 
-py::array_t<int64_t> to_array(const std::vector<int64_t>& values) {
-  return py::array_t<int64_t>(static_cast<py::ssize_t>(values.size()), values.data());
+template <typename Number>
+py::array_t<Number> to_array(const std::vector<Number>& values) {
+  return py::array_t<Number>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
 template <typename Number>
@@ -122,32 +123,22 @@ py::array_t<int64_t> slot_loads(const Counts& counts_NE, const Slots& slots_S, i
   return loads_S;
 }
 
-py::array_t<int64_t> rank_row(const Counts& counts_NE, const Slots& slots_S, const Counts& loads_S,
-                              int node_size, int rank) {
+// A rank's row, [S], or its columns, [N, C].
+template <bool is_row>
+py::array_t<int64_t> rank_part(const Counts& counts_NE, const Slots& slots_S,
+                               const Counts& loads_S, int node_size, int rank) {
   const laer::Shape shape = shape_of(counts_NE, slots_S, node_size);
   check_size(loads_S, shape.slots(), "loads");
   check_rank(shape, rank);
-  py::array_t<int64_t> row_S(shape.slots());
-  int64_t* row = row_S.mutable_data();
+  using Sizes = std::vector<py::ssize_t>;
+  py::array_t<int64_t> part(is_row ? Sizes{shape.slots()} : Sizes{shape.ranks, shape.capacity});
+  int64_t* numbers = part.mutable_data();
   const int64_t* loads = loads_S.data();
   on_layout(shape, counts_NE, slots_S, [&](auto counts, auto by_node, const auto& replicas) {
-    laer::rank_row(shape, counts, by_node, replicas, loads, rank, row);
+    const auto compute = is_row ? laer::rank_row : laer::rank_columns;
+    compute(shape, counts, by_node, replicas, loads, rank, numbers);
   });
-  return row_S;
-}
-
-py::array_t<int64_t> rank_columns(const Counts& counts_NE, const Slots& slots_S,
-                                  const Counts& loads_S, int node_size, int rank) {
-  const laer::Shape shape = shape_of(counts_NE, slots_S, node_size);
-  check_size(loads_S, shape.slots(), "loads");
-  check_rank(shape, rank);
-  py::array_t<int64_t> columns_NC({shape.ranks, shape.capacity});
-  int64_t* columns = columns_NC.mutable_data();
-  const int64_t* loads = loads_S.data();
-  on_layout(shape, counts_NE, slots_S, [&](auto counts, auto by_node, const auto& replicas) {
-    laer::rank_columns(shape, counts, by_node, replicas, loads, rank, columns);
-  });
-  return columns_NC;
+  return part;
 }
 
 py::tuple totals(const Counts& counts_NE, const Slots& slots_S, const Counts& loads_S,
@@ -303,10 +294,7 @@ py::tuple decide(const std::string& mode, const laer::CostModel& costs,
   }
   py::object fresh_S = py::none(), kept_loads_S = py::none();
   py::object gain_s = py::none(), cost_s = py::none();
-  if (!made.fresh_S.empty()) {
-    fresh_S = py::array_t<int16_t>(static_cast<py::ssize_t>(made.fresh_S.size()),
-                                   made.fresh_S.data());
-  }
+  if (!made.fresh_S.empty()) fresh_S = to_array(made.fresh_S);
   if (!made.kept_loads_S.empty()) kept_loads_S = to_array(made.kept_loads_S);
   if (made.is_priced) {
     gain_s = py::float_(made.gain_s);
@@ -332,7 +320,7 @@ py::array_t<int16_t> make_layout(const Counts& counts_NE, const Slots& current_S
     slots_S = make(shape, node_counts(shape, counts).data());
     laer::match_previous(shape, current, slots_S);
   }
-  return py::array_t<int16_t>(static_cast<py::ssize_t>(slots_S.size()), slots_S.data());
+  return to_array(slots_S);
 }
 
 std::vector<int16_t> proportional(const laer::Shape& shape, const int64_t* node_counts_QE) {
@@ -350,14 +338,8 @@ py::array_t<int16_t> proportional_by_node(const Counts& counts_NE, int capacity,
       static_cast<int64_t>(most_experts) * shape.nodes() < shape.experts) {
     throw py::value_error("nodes have too few places, or fewer slots than places");
   }
-  std::vector<int16_t> slots_S;
-  {
-    const int64_t* counts = counts_NE.data();
-    py::gil_scoped_release release;
-    slots_S =
-        laer::proportional_by_node(shape, node_counts(shape, counts).data(), most_experts);
-  }
-  return py::array_t<int16_t>(static_cast<py::ssize_t>(slots_S.size()), slots_S.data());
+  const std::vector<int64_t> by_node = node_counts(shape, counts_NE.data());
+  return to_array(laer::proportional_by_node(shape, by_node.data(), most_experts));
 }
 
 py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int node_size,
@@ -374,7 +356,7 @@ py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int
                                : laer::greedy(shape, *costs, counts, by_node.data());
     laer::match_previous(shape, current, slots_S);
   }
-  return py::array_t<int16_t>(static_cast<py::ssize_t>(slots_S.size()), slots_S.data());
+  return to_array(slots_S);
 }
 
 py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int node_size,
@@ -389,7 +371,7 @@ py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int
                            {scenarios, candidates, exchanges}, seed);
     laer::match_previous(shape, current, slots_S);
   }
-  return py::array_t<int16_t>(static_cast<py::ssize_t>(slots_S.size()), slots_S.data());
+  return to_array(slots_S);
 }
 
 }  // namespace
@@ -398,8 +380,8 @@ PYBIND11_MODULE(_native, module) {
   // Compared with the sources that a checkout has, see planner/native_core.py.
   module.attr("sources") = LAER_SOURCES;
   module.def("slot_loads", &slot_loads);
-  module.def("rank_row", &rank_row);
-  module.def("rank_columns", &rank_columns);
+  module.def("rank_row", &rank_part<true>);
+  module.def("rank_columns", &rank_part<false>);
   module.def("totals", &totals);
   py::class_<laer::CostModel>(module, "CostModel").def(py::init(&cost_model));
   module.def("layer_seconds", &layer_seconds);

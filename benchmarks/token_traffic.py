@@ -24,6 +24,7 @@ from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import TokenExchange
 from megatron_laer.planner.geometry import check_node_size
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.token_exchange import expected_tokens
 
 # Counted, or expected.
 Rows = npt.NDArray[np.int64] | npt.NDArray[np.float64]
@@ -137,10 +138,13 @@ class TokenRouting:
         check_node_size(layout.num_ranks, node_size)
         num_ranks, num_nodes = layout.num_ranks, layout.num_ranks // node_size
         rank_S = np.arange(layout.num_slots) // layout.capacity
+        expert_S = layout.slot_expert_S
         return cls(
             quota_NS.reshape(num_ranks, num_ranks, layout.capacity).sum(axis=2),
-            _expected(quota_NS, tokens_N, layout.slot_expert_S, rank_S, num_ranks),
-            _expected(quota_NS, tokens_N, layout.slot_expert_S, rank_S // node_size, num_nodes),
+            expected_tokens(quota_NS, tokens_N, expert_S, rank_S, num_ranks),
+            expected_tokens(
+                quota_NS, tokens_N, layout.slot_expert_S, rank_S // node_size, num_nodes
+            ),
             node_size,
         )
 
@@ -209,42 +213,6 @@ def metadata_bytes_backward(routing: TokenRouting) -> TokenTraffic:
     return pairs.transposed().times(_PROBABILITY_BYTES)
 
 
-def expected_crossings(
-    row_XS: Int64, rank_X: Int64, tokens: int, layout: ExpertLayout, node_size: int
-) -> dict[TokenExchange, tuple[float, float]]:
-    """Expect the rows that an average rank's tokens are, intra-node and inter-node, by exchange.
-
-    A row of `node` that is passed on counts as its source's, whichever rank passes it on.
-
-    Args:
-        row_XS: what some ranks send to each slot.
-        rank_X: these ranks.
-        tokens: T, of each.
-    """
-    rank_N = np.arange(layout.num_ranks)
-    rank_S = np.repeat(rank_N, layout.capacity)
-    pairs_XN = row_XS.reshape(len(rank_X), layout.num_ranks, -1).sum(axis=2)
-    tokens_X = np.full(len(rank_X), tokens)
-    expected = [
-        _expected(row_XS, tokens_X, layout.slot_expert_S, rank_S // size, layout.num_ranks // size)
-        for size in (1, node_size)
-    ]
-    is_near_XN = rank_X[:, None] // node_size == rank_N // node_size
-    is_own_XN = rank_X[:, None] == rank_N
-    is_passed_on_XN = rank_X[:, None] % node_size != rank_N % node_size
-    is_home_XM = rank_X[:, None] // node_size == np.arange(layout.num_ranks // node_size)
-    return {
-        TokenExchange.RANK: (
-            float(pairs_XN[is_near_XN & ~is_own_XN].sum()) / len(rank_X),
-            float(pairs_XN[~is_near_XN].sum()) / len(rank_X),
-        ),
-        TokenExchange.NODE: (
-            float(expected[0][is_passed_on_XN].sum()) / len(rank_X),
-            float(expected[1][~is_home_XM].sum()) / len(rank_X),
-        ),
-    }
-
-
 def _between_ranks(rows_NN: Rows, is_near_NN: Bool) -> TokenTraffic:
     """Sum what each rank sends to each other one, [N, N], by link class."""
     near_NN = np.where(is_near_NN & ~np.eye(len(rows_NN), dtype=np.bool_), rows_NN, 0)
@@ -255,22 +223,3 @@ def _between_ranks(rows_NN: Rows, is_near_NN: Bool) -> TokenTraffic:
         sent_intra_N=near_NN.sum(axis=1),
         sent_inter_N=far_NN.sum(axis=1),
     )
-
-
-def _expected(
-    quota_NS: Int64,
-    tokens_N: Int64,
-    expert_S: npt.NDArray[np.int16],
-    place_S: Int64,
-    num_places: int,
-) -> npt.NDArray[np.float64]:
-    """Expect the distinct tokens of each source that go to each place, a node or a rank."""
-    # A token goes to one slot of an expert, so slots of one expert and place add up.
-    keys_X, at_S = np.unique(place_S * (int(expert_S.max()) + 1) + expert_S, return_inverse=True)
-    share_NX = np.zeros((len(quota_NS), len(keys_X)))
-    np.add.at(share_NX.T, at_S, (quota_NS / np.maximum(tokens_N, 1)[:, None]).T)
-    place_X = keys_X // (int(expert_S.max()) + 1)
-    missed_NB = np.ones((len(quota_NS), num_places))
-    np.multiply.at(missed_NB.T, place_X, 1 - np.minimum(share_NX, 1.0).T)
-    expected: npt.NDArray[np.float64] = tokens_N[:, None] * (1 - missed_NB)
-    return expected
