@@ -82,13 +82,14 @@ def read_line(line: bytes, version: int) -> dict[str, Any]:
 
 
 def numbered_lines(
-    file: BinaryIO, path: Path, longest: int, *, whole_only: bool = True
+    file: BinaryIO, path: Path, longest: int, *, whole_only: bool = True, kind: str = ""
 ) -> Iterator[tuple[int, int, bytes]]:
     """Yield number, end and bytes of each line; the first one has at most `MAX_TEXT_BYTES`.
 
     Args:
         longest: bytes of any further line.
         whole_only: whether a last line without its end is left out, with a warning.
+        kind: of the file, before its path in errors.
     """
     end, limit = 0, MAX_TEXT_BYTES
     for number in itertools.count(1):
@@ -97,7 +98,8 @@ def numbered_lines(
             return
         if len(line) > limit:
             raise ValueError(
-                f"{path}, line {number}: has more than {limit:,} bytes; the file is damaged there"
+                f"{kind}{path}, line {number}: has more than {limit:,} bytes; the file is damaged "
+                "there"
             )
         if whole_only and not line.endswith(b"\n"):
             logger.warning("%s: its last %d bytes are no whole line", path, len(line))

@@ -247,7 +247,8 @@ def _entries(
         whole_lines_only: leave out a last line without its end, to which nothing can be appended.
     """
     begin, number, step, version = 0, 0, -1, VERSION
-    lines = numbered_lines(file, path, shape.longest_line_bytes, whole_only=whole_lines_only)
+    longest, kind = shape.longest_line_bytes, "layout recording: "
+    lines = numbered_lines(file, path, longest, whole_only=whole_lines_only, kind=kind)
     for number, end, line in lines:
         try:
             if number == 1:
