@@ -203,7 +203,7 @@ from megatron_laer.plugin.install_tracker import install_metrics
 plugin.enable()
 install_metrics(1, 2, 0)
 print(plugin.patch_table())
-plugin.disable()
+plugin.uninstall()
 assert plugin.patch_table() == ""
 """
     )
