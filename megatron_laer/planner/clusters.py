@@ -1,7 +1,7 @@
-"""These values hold a cluster's hardware constants for the cost model, and how far they are known.
+"""Hardware constants of a cluster for the cost model, and their spreads.
 
-`cluster_files` reads and writes them, `costs` says what they make of a layout, and the command
-`calibrate` measures them.
+`cluster_files` reads and writes them, `costs` applies them to layouts, and the command `calibrate`
+measures them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from megatron_laer.planner.gemm_curve import GemmCurve
 
 
-# First, since a default below is checked as this module is imported.
+# First in the file, since the import checks a default below.
 def _check_rate(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value!r}")
@@ -34,15 +34,12 @@ def _check_factor(name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class Link:
-    """Speed at which one rank sends and, at the same time, receives over one class of links.
+    """Speed of one class of links, over which a rank sends and receives at the same time.
 
     Attributes:
-        bytes_per_s: per rank and direction; infinite makes transfers free.
-        latency_s: of one collective, whatever its size.
-        peer_s: more for each rank that a rank exchanges with over these links.
-
-    Raises:
-        ValueError: a rate that is not positive, or a time that is negative or not finite.
+        bytes_per_s: rate per rank and direction; infinite makes transfers free.
+        latency_s: time of one collective of any size.
+        peer_s: additional time per rank that a rank exchanges with over these links.
     """
 
     bytes_per_s: float
@@ -57,15 +54,11 @@ class Link:
 
 @dataclass(frozen=True)
 class SolveTime:
-    """Time of a call into the planner on one core: linear in slots and counts.
+    """Time of a planner call on one core: linear in slots and counts.
 
     Attributes:
-        base_s: of any call.
-        slot_s: more per slot, N*C.
-        count_s: more per count, N*E.
-
-    Raises:
-        ValueError: a time that is negative or not finite.
+        base_s: time of any call.
+        slot_s, count_s: additional time per slot (N*C) and per count (N*E).
     """
 
     base_s: float
@@ -82,7 +75,7 @@ class SolveTime:
         return self.base_s + slots * self.slot_s + counts * self.count_s
 
     def times(self, factor: float) -> SolveTime:
-        """Return the times of a host that takes this many times as long."""
+        """Return the times of a host that is slower by this factor."""
         return SolveTime(self.base_s * factor, self.slot_s * factor, self.count_s * factor)
 
 
@@ -91,12 +84,9 @@ class HostTime:
     """Time that a rank's host adds to each microbatch of a layer.
 
     Attributes:
-        launch_s: of starting one kernel.
-        gate: from counts that have arrived to one rank's quotas under the planned layout, with the
-            copies of counts to the host; a fresh layout comes on top (`Cluster.solve`).
-
-    Raises:
-        ValueError: a time that is negative or not finite.
+        launch_s: time to start one kernel.
+        gate: time from the arrival of counts to one rank's quotas under the planned layout, with
+            the copies of counts to the host. A fresh layout comes on top (`Cluster.solve`).
     """
 
     launch_s: float
@@ -108,11 +98,7 @@ class HostTime:
 
 @dataclass(frozen=True)
 class Contention:
-    """Factors on the times of a GEMM and an exchange that run at the same time.
-
-    Raises:
-        ValueError: a factor that is not positive and finite.
-    """
+    """Factors on the times of a GEMM and an exchange that run at the same time."""
 
     gemm: float = 1.0
     exchange: float = 1.0
@@ -122,16 +108,16 @@ class Contention:
             _check_factor(name, getattr(self, name))
 
 
-# Of a slot, for GEMMs that count in a layer's time.
+# Tokens per slot from which a GEMM matters in a layer's time.
 ENOUGH_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class BackEnd:
-    """Speed of one back end of the experts' GEMMs, as `--fsep-gemm` names it.
+    """Speed of one back end of the experts' GEMMs, named as in `--fsep-gemm`.
 
     Attributes:
-        forward, input_grad, weight_grad: its three products, by the tokens of a slot.
+        forward, input_grad, weight_grad: speed of its three products by tokens per slot.
     """
 
     name: str
@@ -141,10 +127,10 @@ class BackEnd:
 
     @property
     def backward_gemm_factor(self) -> float:
-        """Return the time of a GEMM in backward over one in forward, the median of the points.
+        """Return the median ratio of a backward GEMM's time to a forward one's.
 
-        Of points with `ENOUGH_TOKENS`, if there are any: few tokens have other ratios and next to
-        no share of a layer's time.
+        Only points with `ENOUGH_TOKENS` count, if there are any. Few tokens have other ratios and a
+        negligible share of a layer's time.
         """
         tokens_P = np.array([tokens for tokens, _ in self.forward.points])
         tokens_P = tokens_P[tokens_P >= min(ENOUGH_TOKENS, tokens_P[-1])]
@@ -159,12 +145,9 @@ class Spread:
     """Range of a constant, and its source.
 
     Attributes:
-        low, high: of the constant; for a constant that is a curve or a sum of terms (`gemm`,
-            `solve`, `host.gate`), of a factor on it.
-        source: of the constant and its range.
-
-    Raises:
-        ValueError: a range that is none, or no source.
+        low, high: bounds of the constant; for a curve or a sum of terms (`gemm`, `solve`,
+            `host.gate`), bounds of a factor on it.
+        source: source of the constant and its range.
     """
 
     low: float
@@ -185,7 +168,7 @@ class Figure:
     high: float
 
 
-# What a spread may name. A rate is faster when it is higher, all others when they are lower.
+# Constants that a spread may name. Rates are faster if higher, all others if lower.
 _FACTORS = ("gemm", "solve", "host.gate")
 _RATES = ("gemm", "memory_bytes_per_s", "intra.bytes_per_s", "inter.bytes_per_s")
 _POSITIVE = (*_RATES, "backward_gemm_factor", "contention.gemm", "contention.exchange")
@@ -201,27 +184,21 @@ class Cluster:
     """Hardware constants of a cluster and their origin, as in `configs/clusters/*.yaml`.
 
     Attributes:
-        name: of the hardware; for the files we ship, also the name of the file.
-        source: who measured or published the numbers, and how.
-        assumed: which of them nobody did, and what they rest on; "nothing" if there are none.
-        nodes: number of nodes.
+        name: name of the hardware; for shipped files, also of the file.
+        source: origin of the numbers, with the method.
+        assumed: constants without measurement or publication, and their basis; "nothing" if none.
         ranks_per_node: G.
         gemm: speed of one rank in the experts' GEMMs of forward.
-        intra: links inside a node.
-        inter: links between nodes; the share of one rank, not the node's total.
-        solve: of the guard's fresh layout.
-        backward_gemm_factor: the time of a GEMM of backward over that of one in forward with as
-            many FLOPs.
-        host: None where nobody measured it; it is counted as nothing then.
-        contention: of an exchange beside a GEMM.
-        memory_bytes_per_s: what one rank reads and writes of its memory; None as for `host`.
-        back_ends: those that were measured; `gemm` and `backward_gemm_factor` are the default's.
-        spreads: by the names in `CONSTANTS`, of as many as are known.
-        figures: all that was measured; each name ends in its unit.
-        measured: where and with what, as pairs of texts.
-
-    Raises:
-        ValueError: a constant that is out of range, or outside of its own spread.
+        intra, inter: links inside a node and between nodes, as the share of one rank.
+        solve: time of the guard's fresh layout.
+        backward_gemm_factor: time of a backward GEMM relative to a forward one with as many FLOPs.
+        host: None if not measured, and then counted as zero.
+        memory_bytes_per_s: bytes of its memory that one rank reads and writes; None if not
+            measured.
+        back_ends: measured ones; `gemm` and `backward_gemm_factor` are the default's.
+        spreads: known spreads by the names in `CONSTANTS`.
+        figures: all measured figures; each name ends in its unit.
+        measured: place and tools of the measurement, as pairs of texts.
     """
 
     name: str
@@ -260,13 +237,13 @@ class Cluster:
                 raise ValueError(f"{name} has a spread from 0, but must be positive")
 
     def collective_seconds(self, intra_peers: int, inter_peers: int) -> float:
-        """Return the latency of one collective: of the slowest links it spans, and of its peers."""
+        """Return the latency of one collective: of its slowest links, and of its peers."""
         intra, inter = self.intra, self.inter
         slowest_s = inter.latency_s if inter_peers else intra.latency_s if intra_peers else 0.0
         return slowest_s + (intra_peers * intra.peer_s + inter_peers * inter.peer_s)
 
     def constant(self, name: str) -> float | None:
-        """Return one of `CONSTANTS`; 1 for those whose spread is a factor; None if not given."""
+        """Return one of `CONSTANTS`: 1 if its spread is a factor, None if it is not given."""
         if name not in CONSTANTS:
             raise ValueError(f"{name!r} is no constant with a spread; known are {list(CONSTANTS)}")
         value: Any = self
@@ -286,7 +263,7 @@ class Cluster:
         return found
 
     def for_back_end(self, name: str) -> Cluster:
-        """Return the cluster with this back end's GEMMs if they were measured; else itself."""
+        """Return the cluster with this back end's GEMMs, or unchanged if they were not measured."""
         for back_end in self.back_ends:
             if back_end.name == name:
                 factor = back_end.backward_gemm_factor
@@ -302,7 +279,7 @@ class Cluster:
 
 
 def _changed(owner: Any, path: Sequence[str], value: float, is_factor: bool) -> Any:
-    """Return a dataclass with another value, or another multiple of it, at a path of fields."""
+    """Return a copy with another value, or another multiple of it, at a path of fields."""
     old = getattr(owner, path[0])
     if len(path) > 1:
         return replace(owner, **{path[0]: _changed(old, path[1:], value, is_factor)})

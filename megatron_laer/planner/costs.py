@@ -1,12 +1,12 @@
 """Cost model: predicted seconds of an MoE layer under a layout, and of a change of layout.
 
-`layer_seconds` counts expert compute and the token All-to-Alls. Restores and gradient exchanges are
-scheduled under computation: `restore_seconds` and `reduce_seconds` give their time by algorithm,
-`exposed_seconds` the part that is not hidden. `change_seconds` is the cost of a layout that is made
-after the gate. Hardware constants are in `clusters`, element counts of exchanges in `traffic`.
+`layer_seconds` covers expert compute and the token All-to-Alls. Restores and gradient exchanges
+overlap with compute. `restore_seconds` and `reduce_seconds` predict their full time,
+`exposed_seconds` the part that is not hidden. `change_seconds` is the cost of a layout made after
+the gate. `clusters` has the hardware constants, `traffic` the element counts of exchanges.
 
-The formulas are native code (`native/costs.cpp`), which says why every rank gets the same numbers
-bit for bit; their constants are made here.
+The formulas are native code (`native/costs.cpp`), which explains why all ranks get bitwise equal
+numbers. Their constants are made here.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
@@ -36,33 +36,27 @@ from megatron_laer.planner.traffic import (
     restore_traffic,
 )
 
-# Forward, and two GEMMs of the same size for each in backward; a re-run is one more forward.
+# Backward GEMMs per forward GEMM, of the same size: for the inputs and for the weights.
 _BACKWARD_GEMMS = 2
-# Small kernels of a layer, forward and backward, counted by `benchmarks/launches.py`; each takes
+# Small kernels of a layer's forward and backward, counted by `benchmarks/launches.py`; each takes
 # about as long to start as to run.
 _LAUNCHES = {ExchangeAlgorithm.FLAT: 52, ExchangeAlgorithm.NODE: 58}
-# Further numbers of a rank in the exchange of counts, and the bytes of each number.
+# Numbers per rank that accompany its counts in their exchange, and bytes per number.
 _BESIDE_COUNTS, _COUNT_BYTES = 3, 8
-# Lower bounds give way by more than the rounding of what they bound, which is some 1e-15.
+# Slack of lower bounds, above the rounding errors (about 1e-15) of the bounded times.
 _BELOW_ROUNDING = 1.0 - 1e-9
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Expert's shape and cluster's hardware constants, by which layouts are compared.
+    """Prices of layouts, from an expert's shape and a cluster's hardware constants.
 
     Attributes:
-        cluster: hardware constants.
-        hidden: H, width of a token.
-        ffn: F, width of one expert.
+        hidden, ffn: H, width of a token, and F, width of one expert.
         gated: whether the first matrix is [2F, H] (SwiGLU) or [F, H].
-        bytes_per_element: of tokens, weights and gradients on the wire; 2 for bf16.
-        recompute: part of the layer that backward computes again.
-        restore_algorithm: exchange by which changed slots are fetched.
-        tokens: exchange of tokens, and rows of hidden states per token.
-
-    Raises:
-        ValueError: a size below 1.
+        bytes_per_element: size of tokens, weights and gradients on the wire.
+        restore_algorithm: exchange that fetches changed slots.
+        tokens: exchange of tokens, and rows of hidden states per (token, expert) pair.
     """
 
     cluster: Cluster
@@ -81,17 +75,16 @@ class CostModel:
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of an expert's matrices, as they are restored."""
+        """Return (rows, columns) of an expert's matrices, as they are restored."""
         return ((2 if self.gated else 1) * self.ffn, self.hidden), (self.hidden, self.ffn)
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's hidden state."""
         return self.hidden * self.bytes_per_element
 
     @property
     def flops_per_token(self) -> int:
-        """FLOPs of one expert's forward: a multiplication and an addition per weight."""
+        """Return the FLOPs per token of one expert's forward: one multiply-add per weight."""
         return 2 * sum(rows * columns for rows, columns in self.matrices)
 
     def layer_seconds(
@@ -106,7 +99,7 @@ class CostModel:
         return self.split_seconds(tables(layout, node_size).totals(counts_NE), layout, node_size)
 
     def split_seconds(self, totals: SplitTotals, layout: ExpertLayout, node_size: int) -> float:
-        """Predict the seconds of one layer and microbatch, both passes, whose split is known."""
+        """Predict the seconds of a layer's forward and backward from its split's totals."""
         return native.layer_seconds(
             self.for_native(_geometry(layout, node_size)),
             totals.near_S,
@@ -125,7 +118,7 @@ class CostModel:
     def host_seconds(self, geometry: Geometry) -> float:
         """Return the host's seconds per microbatch of a layer, for which the device waits.
 
-        At the gate counts are gathered and each rank computes its quotas; then the layer's small
+        At the gate, counts are gathered and each rank computes its quotas. Then the layer's small
         kernels are started. The same for every layout; zero where the host was not measured.
         """
         host = self.cluster.host
@@ -159,8 +152,7 @@ class CostModel:
     ) -> Traffic:
         """Return the bytes per rank and link class of one restore of a layer's experts.
 
-        Args:
-            changed_S: bool [S], the slots to fetch; None for all.
+        `changed_S`, bool [S], has the slots to fetch; None fetches all.
         """
         traffic = restore_traffic(layout, node_size, self.matrices, algorithm, changed_S)
         return traffic.times(self.bytes_per_element)
@@ -179,22 +171,21 @@ class CostModel:
         algorithm: ExchangeAlgorithm,
         changed_S: Bool | None = None,
     ) -> float:
-        """Predict the seconds of one restore if nothing hides it; see `restore_bytes`."""
+        """Predict the seconds of one restore that nothing hides; see `restore_bytes`."""
         traffic = restore_traffic(layout, node_size, self.matrices, algorithm, changed_S)
         return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
 
     def reduce_seconds(
         self, layout: ExpertLayout, node_size: int, algorithm: ExchangeAlgorithm
     ) -> float:
-        """Predict the seconds of one reduce if nothing hides it; see `reduce_bytes`."""
+        """Predict the seconds of one reduce that nothing hides; see `reduce_bytes`."""
         traffic = reduce_traffic(layout, node_size, self.matrices, algorithm)
         return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
 
     def exposed_seconds(self, layout: ExpertLayout, node_size: int, beside_s: float) -> float:
         """Predict the exposed time of a layout's restores and reduce, in forward and backward.
 
-        Args:
-            beside_s: predicted seconds of the layer that hides them, both passes.
+        `beside_s` is the predicted time of both passes of the layer that hides them.
         """
         costs = self.for_native(_geometry(layout, node_size))
         slots_S, num_experts = layout.slot_expert_S, layout.num_experts
@@ -203,16 +194,16 @@ class CostModel:
     def exposed_backward_seconds(
         self, layout: ExpertLayout, node_size: int, beside_s: float
     ) -> float:
-        """Predict `exposed_seconds` of backward alone, equal for all layouts if `flat`."""
+        """Predict the exposed time of backward alone, equal for all layouts if `flat`."""
         costs = self.for_native(_geometry(layout, node_size))
         slots_S, num_experts = layout.slot_expert_S, layout.num_experts
         return native.exposed_backward_seconds(costs, slots_S, num_experts, node_size, beside_s)
 
     def with_exchange(self, algorithm: ExchangeAlgorithm | Auto, geometry: Geometry) -> CostModel:
-        """Return the model with another exchange; `auto` takes the faster for such layouts."""
+        """Return the model with this exchange; `auto` is the faster one for the static layout."""
         if algorithm == Auto.AUTO:
             static = ExpertLayout.static(*geometry.shape)
-            # Two restores for each reduce; the first of equals is the flat one.
+            # Two restores per reduce; min() takes the first of equals, `flat`.
             chosen = min(
                 ExchangeAlgorithm,
                 key=lambda name: (
@@ -227,15 +218,15 @@ class CostModel:
     def solve_seconds(self, geometry: Geometry) -> float:
         """Return the time of a fresh layout and its exact quotas.
 
-        A constant: ranks would decide differently by times measured at run time.
+        A constant: with times measured at run time, ranks would decide differently.
         """
         return self.cluster.solve.seconds(*geometry.shape)
 
     def change_seconds(self, before: ExpertLayout, after: ExpertLayout, node_size: int) -> float:
-        """Predict the cost of a layout made after the gate over a planned one; 0 for the same.
+        """Predict the cost of replacing a planned layout after the gate; 0 if no slot changes.
 
-        The solve and forward's fetch of changed slots. Exposed exchanges of backward, which the
-        guard weighs too, are `exposed_backward_seconds`.
+        It is the solve and forward's fetch of changed slots. The guard also weighs
+        `exposed_backward_seconds`.
         """
         if not changed_slots(before, after).any():
             return 0.0
@@ -248,20 +239,20 @@ class CostModel:
         return _least_change_seconds(self, geometry)
 
     def for_native(self, geometry: Geometry) -> native.CostModel:
-        """Return the constants of layouts of this geometry for native code."""
+        """Return the native form of the model for layouts of this geometry."""
         return _for_native(self, geometry)
 
     @property
     def forward_share(self) -> float:
-        """Part of a layer's time that hides a restore in forward; backward is the rest.
+        """Return the part of a layer's time that hides a restore in forward; backward is the rest.
 
-        The smaller of its shares of the experts' passes and of the All-to-Alls.
+        The smaller of forward's shares of the experts' passes and of the All-to-Alls.
         """
         return min(1.0 / self._passes, 2.0 / self.token_passes)
 
     @property
     def token_passes(self) -> int:
-        """Number of All-to-Alls of tokens, in forward, in a re-run that has them, in backward."""
+        """Return the number of token All-to-Alls of forward, re-run (if any) and backward."""
         return all_to_alls(self._token_forwards)
 
     @property
@@ -270,13 +261,12 @@ class CostModel:
 
     @property
     def _passes(self) -> float:
-        """Number of the experts' passes, a backward one by its time; recompute is backward."""
+        """Return the time of all the experts' passes in units of a forward one."""
         forwards = 1 if self.recompute == Recompute.NONE else 2
         return forwards + _BACKWARD_GEMMS * self.cluster.backward_gemm_factor
 
     @property
     def _expert_flops(self) -> float:
-        """FLOPs per token over all passes."""
         return self._passes * self.flops_per_token
 
     def _exchange_seconds(
@@ -307,10 +297,9 @@ class CostModel:
 
 @lru_cache(maxsize=64)
 def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
-    """Price one slot of rank 0, with as many rows on every rank as the smallest slice has.
+    """Price one slot of rank 0, with the smallest slice's number of rows on every rank.
 
-    Every term of either algorithm's traffic grows with the changed slots and with rows, so no
-    change moves less.
+    All terms of traffic grow with changed slots and rows, so no change moves less.
     """
     num_ranks = geometry.num_ranks
     layout = ExpertLayout.static(*geometry.shape)

@@ -1,8 +1,8 @@
-"""The planner's thread makes layouts from counts in the background; training never waits unasked.
+"""Background planning: one thread makes layouts from counts, and training waits only on request.
 
-The thread only computes: no collective, no device. Whatever a strategy does, the caller gets legal
-layouts or none. An executor would not do: its threads are joined at exit, so a strategy that hangs
-would keep the process alive.
+The thread only computes: no collectives, no device work. Callers get legal layouts or none, even if
+a strategy misbehaves. An executor would not do: its threads are joined at exit, so a hanging
+strategy would keep the process alive.
 
 Legend: N ranks, E experts.
 """
@@ -22,7 +22,7 @@ from megatron_laer.planner.forecast import Forecast, SmoothedForecast
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import Strategy
 
-# Steps that may be half submitted at once before the oldest is given up (not in lossless mode).
+# Maximum open steps before the oldest is dropped (not in lossless mode).
 _OPEN_STEPS = 4
 
 
@@ -46,30 +46,24 @@ class _OpenStep:
 
 
 class PlannerService:
-    """One daemon thread that plans the layers of each step as their counts arrive, oldest first.
+    """Thread that plans the layers of each step as their counts arrive, oldest step first.
 
-    A plan is complete once all layers are planned, each from a forecast whose newest part are the
-    step's counts. Complete plans are kept until `ready` or `wait` returns that plan or a newer one,
-    so call one of them at every step.
+    A plan is complete once all layers are planned, each from a forecast that ends with the step's
+    counts. Complete plans are kept until `ready` or `wait` returns that plan or a newer one, so
+    call one of them at every step.
 
-    Steps that lack layers when a later step is full are dropped, with a warning. Without `lossless`
-    also those that were not begun by then, and the oldest half-submitted ones beyond four.
+    Steps that lack layers when a later step is full are dropped with a warning. Without `lossless`,
+    full steps whose planning has not started are dropped too, and so is the oldest of more than
+    four open steps.
 
-    A strategy that raises or returns no legal layout leaves the layer its layout of the last
-    complete plan, counts in `failures`, and is warned of once per cause. Once the thread is dead,
-    `ready` and `wait` return None.
+    If a strategy raises or returns no legal layout, the layer keeps its layout of the last complete
+    plan. `failures` counts it, with one warning per cause. A dead thread leaves the plans that are
+    complete; after them, `ready` and `wait` return None.
 
     Args:
-        strategy: its `plan` runs in the thread.
-        layers: numbers of a step's layers.
-        initial: layout in use, for all layers or for each.
         on_warning: called from both threads, never under the lock; its exceptions are ignored.
         lossless: plan every step, for callers that `wait` for each.
-        forecast: initial state, for all layers or for each.
-        plans: complete plans to go on with, as `state` returned them.
-
-    Raises:
-        ValueError: no layers, a layer twice or without layout, or layouts of different shapes.
+        plans: complete plans of an earlier service, as `state` returned them.
     """
 
     def __init__(
@@ -87,14 +81,14 @@ class PlannerService:
         self._good = _initial_layouts(self._layers, plans[-1].layouts if plans else initial)
         self._on_warning = on_warning
         self._lossless = lossless
-        # Changed by the thread alone, a layer at a time.
+        # Changed by the thread alone, one layer at a time.
         self._forecasts = _by_layer(self._layers, forecast or SmoothedForecast())
 
         self._changed = threading.Condition()
         self._open: dict[int, _OpenStep] = {}
         self._complete = {plan.source_step: plan for plan in plans}
         self._returned_step: int | None = None
-        # The last step with all its layers submitted: no earlier one is opened any more.
+        # Newest step with all layers submitted; no earlier one is opened again.
         self._full_step = max(self._complete, default=None)
         self._failures = 0
         self._warned: set[str] = set()
@@ -106,18 +100,15 @@ class PlannerService:
 
     @property
     def failures(self) -> int:
-        """Number of layers so far whose planning failed."""
+        """Return the number of layers so far whose planning failed."""
         with self._changed:
             return self._failures
 
     def submit(self, step: int, layer: int, counts_NE: npt.NDArray[np.integer]) -> None:
-        """Queue a copy of a layer's counts of a step, int [N, E]; never waits for planning.
+        """Queue a copy of a layer's counts of a step, int [N, E]; never wait for planning.
 
-        The same step and layer again replaces counts that are not planned yet; in lossless mode the
-        first ones stay. Dropped, planned and outdated steps are ignored.
-
-        Raises:
-            ValueError: an unknown layer, or counts of another shape.
+        Counts submitted again replace those not yet planned; in lossless mode the first ones stay.
+        Dropped, planned and outdated steps are ignored.
         """
         if layer not in self._good:
             raise ValueError(f"layer {layer} is not planned here; layers are {self._layers}")
@@ -149,12 +140,9 @@ class PlannerService:
             return self._take(max(usable)) if usable else None
 
     def wait(self, step: int, timeout_s: float) -> Plan | None:
-        """Return the plan made from this very step's counts, waiting up to `timeout_s` seconds.
+        """Wait up to `timeout_s` seconds for the plan of this step's counts.
 
-        None, with a warning, if it does not come.
-
-        Raises:
-            ValueError: a step at or before one whose plan was already returned.
+        Return None, with a warning, if it does not come.
         """
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
@@ -178,9 +166,10 @@ class PlannerService:
         return None
 
     def state(self, timeout_s: float) -> tuple[dict[int, Forecast], list[Plan], bool]:
-        """Return forecasts by layer, plans not yet returned, and whether no full step is unplanned.
+        """Return forecasts by layer, plans not yet returned, and whether planning caught up.
 
-        Waits for that up to `timeout_s` seconds.
+        Wait for that up to `timeout_s` seconds: until no full step is unplanned, or the thread
+        stops.
         """
 
         def is_caught_up() -> bool:
@@ -206,7 +195,7 @@ class PlannerService:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    # The caller's side, under the lock.
+    # Caller's side, under the lock.
 
     def _take(self, step: int) -> Plan:
         plan = self._complete[step]
@@ -239,7 +228,7 @@ class PlannerService:
             if missing := sorted(set(self._layers) - opened.submitted):
                 warnings.append(f"counts of step {step} never came for layers {missing}")
                 del self._open[step]
-            elif not self._lossless and len(opened.pending) == len(opened.submitted):  # not begun
+            elif not self._lossless and len(opened.pending) == len(opened.submitted):  # not started
                 del self._open[step]
         while len(self._open) > _OPEN_STEPS and not self._lossless:
             del self._open[min(self._open)]
@@ -248,7 +237,7 @@ class PlannerService:
     def _is_full(self, opened: _OpenStep) -> bool:
         return len(opened.submitted) == len(self._layers)
 
-    # The thread's side.
+    # Thread's side.
 
     def _run(self) -> None:
         try:
@@ -283,7 +272,7 @@ class PlannerService:
     def _plan_layer(
         self, layer: int, counts_NE: Int64, current: ExpertLayout
     ) -> tuple[ExpertLayout, str | None]:
-        """Return the strategy's layout, or the current one and what went wrong."""
+        """Return the strategy's layout, or the current one and the problem."""
         try:
             forecast = self._forecasts[layer].observe(counts_NE)
             self._forecasts[layer] = forecast
@@ -297,7 +286,7 @@ class PlannerService:
                 )
             else:
                 return layout, None
-        except Exception as error:  # A planner that is wrong changes speed, never correctness.
+        except Exception as error:  # A wrong planner changes speed, never correctness.
             problem = f"raised {type(error).__name__}: {error}"
         return current, f"planner {self._strategy.name} {problem}; the layer keeps its layout"
 
@@ -325,7 +314,7 @@ class PlannerService:
             self._warned.add(message)
         try:
             self._on_warning(message)
-        except Exception:  # A logger that fails must end neither the thread nor the training step.
+        except Exception:  # A failing logger must end neither the thread nor the step.
             return
 
 

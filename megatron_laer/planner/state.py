@@ -1,12 +1,12 @@
-"""A planner's state goes from one step to the next, and as bytes into a checkpoint.
+"""State of a planner between steps, and its bytes in a checkpoint.
 
-The bytes are read without trust: a digest, then every size and range. Nothing is unpickled.
+The bytes are not trusted: the digest, then every size and range are checked. Nothing is unpickled.
 
     magic, format, length of the header | header, JSON | slots in force, slots of the plans, int16
     | levels of the forecasts, int64 | steady means of the forecasts, int64
     | BLAKE2b digest of all before
 
-A header without `errors` is of an older version, whose forecasts had one mean each.
+A header without `errors` is from an older version, whose forecasts had one mean each.
 
 Numbers are little-endian. Legend: L layers, N ranks, E experts, S = N*C slots.
 """
@@ -51,7 +51,7 @@ _PLAN_KEYS = {"source_step": int, "plan_ms": float}
 
 _MAX_LAYERS = 2**16
 _MAX_NAME = 200
-# Far above that many layers with long names.
+# Far above the header of _MAX_LAYERS layers with long names.
 _MAX_HEADER_BYTES = 2**26
 _MAX_STEP = 2**62
 # Sums of expected tokens stay exact in doubles, and far from overflow in int64.
@@ -63,15 +63,9 @@ class PlannerState:
     """State of one FSEP group's planner between two steps.
 
     Attributes:
-        next_step: the step that comes next.
-        version: how often layouts have changed.
-        layers: names of the group's MoE layers, in order.
-        layouts: in force, one per layer.
-        forecasts: one per layer.
-        plans: made, but not in force yet, oldest first; layers by their place in `layers`.
-
-    Raises:
-        ValueError: parts that do not fit together, or a number out of range.
+        version: number of layout changes so far.
+        layouts, forecasts: in force, one per layer.
+        plans: complete, but not in force yet, oldest first; layers are indices into `layers`.
     """
 
     next_step: int
@@ -109,15 +103,11 @@ class PlannerState:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(N, C, E)."""
+        """Return (N, C, E)."""
         return self.layouts[0].shape
 
     def check_fits(self, geometry: Geometry, layers: Sequence[str]) -> None:
-        """Refuse a state of another run.
-
-        Raises:
-            ValueError: what differs, as found and as this run is.
-        """
+        """Refuse a state of another run."""
         if self.shape != geometry.shape:
             found, here = _shape_text(self.shape), _shape_text(geometry.shape)
             raise ValueError(f"the state is of a group with {found}, this one has {here}")
@@ -160,17 +150,13 @@ class PlannerState:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> PlannerState:
-        """Read and check what `to_bytes` made.
-
-        Raises:
-            ValueError: anything else, saying what is wrong.
-        """
+        """Read and check the bytes of `to_bytes`; any others raise a ValueError."""
         if len(data) < _PREFIX.size + _DIGEST_BYTES:
             raise ValueError(
                 f"has {len(data)} bytes, a planner's state has at least "
                 f"{_PREFIX.size + _DIGEST_BYTES}"
             )
-        # A view, for a state may have gigabytes.
+        # A view, because a state may have gigabytes.
         body = memoryview(data)[:-_DIGEST_BYTES]
         text_end = _PREFIX.size + _header_length(data)
         if _digest(body) != data[-_DIGEST_BYTES:]:
@@ -223,12 +209,7 @@ class PlannerState:
 
     @classmethod
     def from_file(cls, file: BinaryIO) -> PlannerState:
-        """Read and check the bytes of a file; a file with too long a tail is not read.
-
-        Raises:
-            ValueError: anything else than what `to_bytes` made, saying what is wrong.
-            OSError: the file cannot be read.
-        """
+        """Read a state from a file; reject one longer than its header says without reading it."""
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         length = _header_length(file.read(_PREFIX.size))
@@ -268,7 +249,7 @@ def _header_length(data: bytes) -> int:
 
 
 def _header(text: bytes) -> dict[str, Any]:
-    """Return the header, its types checked; without a steady mean, a layer's errors are None."""
+    """Return the header with checked types; errors are None for layers without a steady mean."""
     try:
         header = json.loads(text)
     except RecursionError as error:
@@ -306,7 +287,7 @@ def _header_shape(header: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def _payload_bytes(header: dict[str, Any]) -> int:
-    """Return the bytes of the arrays: layouts in force and of each plan, and forecasts."""
+    """Return the size of the arrays: layouts in force and of each plan, and forecasts."""
     num_ranks, capacity, num_experts = _header_shape(header)
     num_layouts = len(header["layers"]) * (1 + len(header["plans"]))
     num_levels = sum(map(bool, header["observed"]))
@@ -316,7 +297,7 @@ def _payload_bytes(header: dict[str, Any]) -> int:
 
 
 def _check_types(what: str, found: object, wanted: dict[str, type]) -> None:
-    """Demand exactly these keys, of exactly these types (a truth value is no integer)."""
+    """Require exactly these keys with exactly these types (a bool is not an int)."""
     if not isinstance(found, dict):
         raise ValueError(f"{what} must have {_types_text(wanted)}, got a {type(found).__name__}")
     types = {key: type(value) for key, value in found.items()}
