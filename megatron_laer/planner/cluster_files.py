@@ -1,6 +1,6 @@
 """Cluster files: YAML with a cluster's hardware constants, and the same content as JSON.
 
-The keys are the fields of the classes in `clusters`, whose annotations say how a value is read.
+The keys are the fields of the classes in `clusters`, whose annotations decide how a value is read.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _MOST_SECONDS, _MOST_FACTOR = 3600.0, 1e6
 
 
 def load_cluster(path_or_name: str | Path) -> Cluster:
-    """Read a cluster's constants, by path to a YAML file or by the name of one we ship.
+    """Read a cluster's constants from a YAML file, by its path or the name of a shipped one.
 
     Raises:
-        ValueError: an unknown name, or a file whose content does not fit; with the way out.
+        ValueError: an unknown name, or content that does not fit.
         OSError: a path that cannot be read.
     """
     path = yaml_file("cluster", path_or_name)
@@ -43,16 +43,12 @@ def load_cluster(path_or_name: str | Path) -> Cluster:
 
 
 def parse_cluster(text: str) -> Cluster:
-    """Return the cluster of a YAML file's text.
-
-    Raises:
-        ValueError: whatever is wrong with it.
-    """
+    """Return the cluster of a YAML file's text."""
     return _cluster(parse_yaml(text))
 
 
 def cluster_text(cluster: Cluster) -> str:
-    """Return a cluster as the text of a YAML file, of which `parse_cluster` makes it again."""
+    """Return a cluster as YAML text, for `parse_cluster`."""
     text: str = yaml.dump(
         _plain(cluster), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110
     )
@@ -60,7 +56,7 @@ def cluster_text(cluster: Cluster) -> str:
 
 
 def cluster_content(cluster: Cluster) -> dict[str, Any]:
-    """Return a cluster as JSON can hold it, under the keys of its YAML file."""
+    """Return a cluster as values for JSON, under the keys of its YAML file."""
     content: dict[str, Any] = _plain(cluster)
     return content
 
@@ -68,17 +64,13 @@ def cluster_content(cluster: Cluster) -> dict[str, Any]:
 def cluster_of(content: object, where: str) -> Cluster:
     """Return the cluster of `cluster_content`, with the checks of a YAML file.
 
-    Args:
-        where: name of the content's place, for messages.
-
-    Raises:
-        ValueError: whatever is wrong with it.
+    `where` names the content's place in messages.
     """
     try:
         text = json.dumps(content)
     except RecursionError as error:
         raise ValueError(f"{where} is nested too deeply to be a cluster") from error
-    # With its numbers as texts, as YAML is read.
+    # With numbers as texts, as the YAML reader returns them.
     return _cluster(json.loads(text, parse_int=str, parse_float=str, parse_constant=str), where)
 
 
@@ -90,11 +82,7 @@ def _cluster(content: object, where: str = "") -> Cluster:
 
 
 def _instance(make: Any, content: object, where: str, **given: object) -> object:
-    """Return an instance of a dataclass from a mapping with its fields, but for those given.
-
-    Raises:
-        ValueError: missing or unknown keys, or a value that does not fit.
-    """
+    """Return an instance of a dataclass from a mapping of its fields, except those given."""
     values = _mapping(content, where)
     fields = [field for field in dataclasses.fields(make) if field.name not in given]
     needed = [field.name for field in fields if field.default is dataclasses.MISSING]
@@ -118,7 +106,7 @@ def _instance(make: Any, content: object, where: str, **given: object) -> object
 
 
 def _read(kind: Any, name: str, value: object, where: str) -> object:
-    """Return the value of a field of this type."""
+    """Return a field's value in the field's type."""
     if isinstance(kind, UnionType):
         (kind,) = (member for member in get_args(kind) if member is not NoneType)
     if get_origin(kind) is tuple:
@@ -142,7 +130,7 @@ def _read(kind: Any, name: str, value: object, where: str) -> object:
 
 
 def _items(kind: Any, content: object, where: str) -> Iterator[object]:
-    """Yield the items of a mapping with any keys: back ends, or pairs of a name and a value."""
+    """Yield the items of a mapping with free keys: back ends, or pairs of a name and a value."""
     for key, value in _mapping(content, where).items():
         if kind is BackEnd:
             yield _instance(BackEnd, value, _place(where, key), name=key)
@@ -177,7 +165,7 @@ def _text(value: object, where: str) -> str:
 
 
 def _count(value: object, where: str) -> int:
-    # Not int(): that takes blanks, underscores and digits of other scripts too.
+    # Not int(), which also accepts blanks, underscores and digits of other scripts.
     is_number = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19
     if not is_number or int(cast(str, value)) < 1:
         raise ValueError(f"{where} must be an integer of at least 1, got {reprlib.repr(value)}")
@@ -195,7 +183,7 @@ def _number(value: object, where: str) -> float:
 
 
 def _limited(name: str, value: object, where: str) -> float:
-    """Return a number within the limits of a field: a rate, seconds, an end of a spread, a factor.
+    """Return a number within the limits of its field: a rate, seconds, a spread's end or a factor.
 
     The classes refuse numbers that are not positive.
     """
@@ -230,7 +218,7 @@ def _place(where: str, key: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as YAML and JSON have it: mappings, lists, texts and numbers."""
+    """Return a value as mappings, lists, texts and numbers, for YAML and JSON."""
     if isinstance(value, GemmCurve):
         return [list(point) for point in value.points]
     if isinstance(value, Figure):
@@ -240,14 +228,14 @@ def _plain(value: Any) -> Any:
         if isinstance(value, BackEnd):
             del held["name"]
         return {name: _plain(one) for name, one in held.items() if one is not None and one != ()}
-    if isinstance(value, tuple):  # of back ends, or of pairs of a name and a value
+    if isinstance(value, tuple):  # back ends, or pairs of a name and a value
         pairs = ((item.name, item) if isinstance(item, BackEnd) else item for item in value)
         return {name: _plain(one) for name, one in pairs}
     return value
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Writer of short numbers, without aliases, which `parse_yaml` refuses."""
+    """YAML writer with short numbers and without aliases, which `parse_yaml` refuses."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,9 +1,9 @@
-"""Every rank constructs a fresh layout here once a microbatch's counts are known, after the gate.
+"""Construction of a fresh layout on every rank, from a microbatch's counts after the gate.
 
-With C >= ceil(E/N) + 1 slots per rank (more exactly, with E <= N*(C-1) + 1), exact quotas on the
-result load no rank with more than ceil(total / N) tokens, whatever the counts. Few tokens leave
-their node: none, if nodes have equally many tokens and C >= ceil(E/G) + 1. It does not forecast
-(see `greedy` for layouts from older counts) and does not split tokens (see `exact`).
+With C >= ceil(E/N) + 1 slots per rank (more exactly, E <= N*(C-1) + 1), it allows perfect balance
+for any counts. Exact quotas then load no rank with more than ceil(total / N) tokens. Few tokens
+leave their node: none, if nodes have equally many tokens and C >= ceil(E/G) + 1. `greedy` makes
+layouts from older counts, and `exact` splits tokens.
 
 Legend: N ranks, E experts, C slots per rank, G ranks per node.
 """
@@ -21,13 +21,11 @@ from megatron_laer.planner.native_core import native
 def construct_layout(counts_NE: Int64, current: ExpertLayout, node_size: int) -> ExpertLayout:
     """Construct the layout for exactly these counts, the same on every rank and machine.
 
-    With fewer slots than that (see `always_balances`), replicas are in proportion to load.
+    With fewer slots than `always_balances` needs, replicas are in proportion to load. Inside a
+    node, experts stay on ranks and in slots of `current` where the new layout has them too.
 
     Args:
         counts_NE: tokens on each source rank for each expert, int64 [N, E].
-        current: the layout in use, of the same shape; inside a node, ranks and slots keep what they
-            hold where the new layout holds it too.
-        node_size: G.
     """
     geometry = Geometry(current.num_ranks, current.num_experts, current.capacity, node_size)
     counts_NE = checked_counts(counts_NE, geometry)
@@ -40,7 +38,7 @@ def always_balances(geometry: Geometry) -> bool:
 
 
 def checked_counts(counts_NE: Int64, geometry: Geometry) -> Int64:
-    """Return counts as the native code reads them, which itself refuses negative ones."""
+    """Return counts in the format of the native code, which refuses negative ones."""
     geometry.check_counts(counts_NE.shape)
     return np.ascontiguousarray(counts_NE, dtype=np.int64)
 
@@ -48,7 +46,7 @@ def checked_counts(counts_NE: Int64, geometry: Geometry) -> Int64:
 def from_native(
     slots_S: np.ndarray[tuple[int, ...], np.dtype[np.int16]], current: ExpertLayout
 ) -> ExpertLayout:
-    """Make a layout of `current`'s shape; `current` itself if the slots are its own."""
+    """Return a layout of `current`'s shape; `current` itself if the slots are its own."""
     slot_bytes = slots_S.astype("<i2", copy=False).tobytes()
     if slot_bytes == current.slot_bytes:
         return current

@@ -1,12 +1,12 @@
-"""The exact split: for a microbatch's counts, the quotas that balance a layout best.
+"""Exact split: the quotas that balance a microbatch best under a given layout.
 
-The largest rank load is minimal for the layout, always. Among those splits, as few tokens as
-possible leave their node (exactly). Then, keeping how many tokens of each expert every node takes,
-as few as possible leave their rank: optimal on a single node, within 1.1 % on average and 47 % at
-worst over several nodes (random small cases; `tests/unit/test_exact_quotas.py` checks it).
+The largest rank load is always minimal. Among those splits, as few tokens as possible leave their
+node (exactly). Then, with the tokens of each expert and node fixed, as few as possible leave their
+rank. That is optimal on a single node; over several nodes it is within 1.1 % on average and 47 % at
+worst. The figures are of random small cases; `tests/unit/test_exact_quotas.py` checks them.
 
-Integers, conserved, the same on every rank. The looped definition is in `tests/oracles/exact.py`;
-the flows are in `native/flow.hpp`, on graphs of size O(N*C) whatever N*E*N is.
+Quotas are integers, conserved, the same on every rank. The looped definition is in
+`tests/oracles/exact.py`. The flows are in `native/flow.hpp`, on graphs of size O(N*C).
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
@@ -31,12 +31,10 @@ from megatron_laer.planner.quotas import SplitTotals
 class ExactQuotas:
     """Quotas of a microbatch as the loads of all slots; rows and columns follow from them.
 
-    Of an expert's tokens, a source keeps what its own rank takes; the rest goes to replicas in its
-    node, and what is left then to other nodes. No N*S matrix is formed.
+    A source's tokens for an expert go to its own rank first, then to replicas in its node, then to
+    other nodes. No N*S matrix is formed.
 
     Attributes:
-        layout: the layout that was solved for.
-        node_size: G.
         counts_NE: tokens on each source rank for each expert, int64 [N, E].
         loads_S: tokens that each slot computes, int64 [S].
     """
@@ -57,7 +55,7 @@ class ExactQuotas:
         return native.rank_columns(*self._arguments(), rank)
 
     def totals(self) -> SplitTotals:
-        """Return what slots receive from near and far, and what ranks keep. O(N*E + S)."""
+        """Return the totals of slots and ranks. O(N*E + S)."""
         return SplitTotals(*native.totals(*self._arguments()))
 
     def rank_loads_N(self) -> Int64:
@@ -71,24 +69,19 @@ class ExactQuotas:
 
 @dataclass(frozen=True)
 class ExactSplit:
-    """Solver of exact splits for one layout and node size; `exact_split` builds it.
-
-    Every method takes `counts_NE`, int64 [N, E]: tokens on each source rank for each expert; a
-    different shape or a negative count is a ValueError.
-    """
+    """Solver of exact splits for one layout and node size; `exact_split` builds it."""
 
     layout: ExpertLayout
     geometry: Geometry
 
     def solve(self, counts_NE: Int64) -> ExactQuotas:
-        """Solve the quotas of a microbatch."""
+        """Solve the quotas of a microbatch with these counts, int64 [N, E]."""
         counts_NE = checked_counts(counts_NE, self.geometry)
         node_size = self.geometry.node_size
         loads_S = native.slot_loads(counts_NE, self.layout.slot_expert_S, node_size)
         return ExactQuotas(self.layout, node_size, counts_NE, loads_S)
 
     def totals(self, counts_NE: Int64) -> SplitTotals:
-        """Return what slots receive from near and far, and what ranks keep."""
         return self.solve(counts_NE).totals()
 
 

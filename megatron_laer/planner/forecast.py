@@ -1,7 +1,7 @@
-"""A forecast says what the next counts will be: a value that takes observed counts.
+"""Forecasts of the next counts: pure values, updated with observed counts.
 
-`SmoothedForecast` is the one to use; `LastValue` is its check. `docs/planner.md` tells what its
-weights were chosen on. It does not plan.
+`SmoothedForecast` is the one to use; `LastValue` is its check. `docs/planner.md` has the data on
+which its weights were chosen.
 
 Legend: N ranks, E experts.
 """
@@ -15,16 +15,16 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 
-# Parts of one token, so that experts with less than one expected token keep their order.
+# Units per token, so that experts with less than one expected token keep their order.
 _SCALE = 16
 
-# Of the newest counts. Loads of a training run drift, so that its newest steps tell most; where a
-# router does not change and text is of one kind, steps differ by chance alone, which a longer
-# memory averages out.
+# Weights of the newest counts. In a training run loads drift, so the newest steps are the best
+# guide. With a fixed router and text of one kind, steps differ by chance, which a longer memory
+# averages out.
 QUICK_WEIGHT, STEADY_WEIGHT = 0.75, 0.25
-# Of an older error, a quarter is forgotten with each step.
+# Each step forgets one part in this many of the older error.
 _FORGOTTEN = 4
-# Errors stay small in int64, whatever a checkpoint holds.
+# Keeps errors, also those of a checkpoint, far from overflow in int64.
 MAX_ERROR = 2**58
 
 
@@ -42,24 +42,19 @@ class Forecast(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class SmoothedForecast:
-    """Exponential mean: the newest counts weigh most or little, as forecast best lately.
+    """Exponential mean with a short or a long memory, by their recent errors.
 
-    Two means are kept, of weights 0.75 and 0.25, and with each observation it is added up how many
-    tokens either of them expected at wrong experts; a quarter of what was added up before is
-    forgotten. The mean with the smaller sum is the forecast. A change of text, which a long memory
-    takes for a long time to be an exception, thus shortens the memory within a step or two.
+    There are two means, of weights 0.75 and 0.25. Each observation adds to each mean's error the
+    tokens that it expected at wrong experts; a quarter of the older error is forgotten. The mean
+    with the smaller error is the forecast. A long memory would long treat a change of text as an
+    exception; so the memory becomes short within a step or two.
 
     Attributes:
-        weight: None for that, or one weight for good, in (0, 1]; 1 is the last value.
-        level_NE: the mean of weight 0.75, or of the one given, in 1/16 tokens, int64 [N, E], or
-            None at the start.
-        steady_NE: the mean of weight 0.25; None at the start, and with a weight given.
-        errors: wrong experts' tokens, in 1/16 tokens, of the first and the second mean. With both
-            means all of the state.
-
-    Raises:
-        ValueError: a weight outside (0, 1], a mean that is not integers [N, E], or an error out of
-            range.
+        weight: None for that, or one fixed weight in (0, 1]; 1 is the last value.
+        level_NE: mean of weight 0.75, or of `weight`, in 1/16 tokens, int64 [N, E]; None at the
+            start.
+        steady_NE: mean of weight 0.25; None at the start, and with a weight given.
+        errors: wrong experts' tokens, in 1/16 tokens, of the first and the second mean.
     """
 
     weight: float | None = None
@@ -80,11 +75,9 @@ class SmoothedForecast:
             raise ValueError(f"errors must be in 0..{MAX_ERROR}, got {self.errors}")
 
     def observe(self, counts_NE: Int64) -> SmoothedForecast:
-        """Return the state after one more observation.
+        """Return the state after one more observation, int64 [N, E].
 
-        Args:
-            counts_NE: tokens on each source rank for each expert, int64 [N, E]; of a step, the sum
-                over its microbatches.
+        A step's observation is the sum over its microbatches.
         """
         new_NE = counts_NE.astype(np.int64) * _SCALE
         level_NE = self.level_NE
@@ -94,7 +87,7 @@ class SmoothedForecast:
             )
         if self.weight is not None:
             return SmoothedForecast(self.weight, _mean(level_NE, new_NE, self.weight))
-        # A checkpoint from before there were two means has the first one only.
+        # Older checkpoints have the first mean only.
         steady_NE = level_NE if self.steady_NE is None else self.steady_NE
         errors = self.errors
         if level_NE is not None and steady_NE is not None:
@@ -129,28 +122,22 @@ def _mean(before_NE: Int64 | None, new_NE: Int64, weight: float) -> Int64:
 
 
 def _error(expected_NE: Int64, new_NE: Int64) -> int:
-    """Return the tokens expected at wrong experts, of all ranks together: what unbalances ranks."""
+    """Return the tokens expected at wrong experts, over all ranks: these unbalance ranks."""
     return int(np.abs(expected_NE.sum(axis=0) - new_NE.sum(axis=0)).sum())
 
 
 @dataclass(frozen=True, eq=False)
 class LastValue:
-    """Forecast by the newest counts.
-
-    Attributes:
-        last_NE: int64 [N, E], or None at the start; all of the state.
-    """
+    """Forecast by the newest counts."""
 
     last_NE: Int64 | None = None
 
     def observe(self, counts_NE: Int64) -> LastValue:
-        """Return the state after one more observation."""
         last_NE = counts_NE.astype(np.int64)
         last_NE.setflags(write=False)
         return LastValue(last_NE)
 
     def counts_NE(self) -> Int64:
-        """Return the newest counts, int64 [N, E]."""
         if self.last_NE is None:
             raise ValueError("nothing was observed yet; call observe first")
         return self.last_NE

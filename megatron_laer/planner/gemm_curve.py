@@ -21,10 +21,6 @@ class GemmCurve:
 
     Attributes:
         points: (tokens, achieved FLOP/s), with more tokens and no less time from each to the next.
-
-    Raises:
-        ValueError: no points, tokens that do not increase, a speed that is not positive, or more
-            tokens in less time.
     """
 
     points: tuple[tuple[int, float], ...]
@@ -50,11 +46,11 @@ class GemmCurve:
                 )
 
     def unit_seconds(self, tokens: Int64) -> npt.NDArray[np.float64]:
-        """Return the seconds of GEMMs that need one FLOP per token; multiply by what yours need.
+        """Return the seconds of GEMMs that need one FLOP per token; multiply by the real FLOPs.
 
-        Linear in time between points, and beyond the last one at its speed; below the first one as
-        long as there; none without tokens. Never less for more tokens. Element by element, so equal
-        on every machine.
+        Linear in time between points; beyond the last one at its speed, below the first one as long
+        as there, zero without tokens. Never less for more tokens. Element by element, so equal on
+        every machine.
         """
         tokens_P, seconds_P, slope_P, limit_P = self._table
         point = np.maximum(np.searchsorted(tokens_P, tokens, side="right") - 1, 0)
@@ -72,12 +68,11 @@ class GemmCurve:
 
     @cached_property
     def _best_P(self) -> _Float64:
-        """Return the highest speed up to each point."""
         return np.maximum.accumulate([flops_per_s for _, flops_per_s in self.points])
 
     @cached_property
     def _table(self) -> tuple[Int64, _Float64, _Float64, _Float64]:
-        """Return by point: tokens, seconds, seconds per token beyond, seconds at the next one."""
+        """Return per point: tokens, seconds, seconds per token beyond, seconds at the next one."""
         tokens_P = np.array([tokens for tokens, _ in self.points], dtype=np.int64)
         seconds_P = np.array([tokens / speed for tokens, speed in self.points])
         slope_P = np.empty_like(seconds_P)

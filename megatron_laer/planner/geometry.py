@@ -1,6 +1,6 @@
-"""A geometry is the shape of a planning problem: ranks, experts, slots, nodes; no loads or speeds.
+"""Geometry: ranks, experts, slots and nodes of a planning problem, without loads or speeds.
 
-Symbols: N ranks, E experts, C slots per rank, G ranks per node.
+Legend: N ranks, E experts, C slots per rank, G ranks per node.
 """
 
 from __future__ import annotations
@@ -15,13 +15,7 @@ class Geometry:
     """Shape of a planning problem, common to all layouts of a layer.
 
     Attributes:
-        num_ranks: N, ranks in the FSEP group; ranks r*G..r*G+G-1 share a node.
-        num_experts: E, experts of the layer.
-        capacity: C, slots per rank.
-        node_size: G, ranks per node; it divides N.
-
-    Raises:
-        ValueError: N, C, E that admit no layout, or a node size that does not divide N.
+        node_size: G, which divides N; ranks r*G..r*G+G-1 share a node.
     """
 
     num_ranks: int
@@ -35,25 +29,19 @@ class Geometry:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(N, C, E), as of a layout."""
+        """Return (N, C, E), as of a layout."""
         return self.num_ranks, self.capacity, self.num_experts
 
     @property
     def num_slots(self) -> int:
-        """S = N*C."""
         return self.num_ranks * self.capacity
 
     @property
     def num_nodes(self) -> int:
-        """N / G."""
         return self.num_ranks // self.node_size
 
     def check_layout(self, layout: ExpertLayout) -> None:
-        """Reject a layout made for other N, C or E.
-
-        Raises:
-            ValueError: with both shapes.
-        """
+        """Reject a layout made for other N, C or E."""
         if layout.shape != self.shape:
             raise ValueError(
                 f"layout is for (ranks, capacity, experts) = {layout.shape}, the planner for "
@@ -61,11 +49,7 @@ class Geometry:
             )
 
     def check_counts(self, shape: tuple[int, ...]) -> None:
-        """Reject counts that are not [N, E].
-
-        Raises:
-            ValueError: with both shapes.
-        """
+        """Reject counts that are not [N, E]."""
         if shape != (self.num_ranks, self.num_experts):
             raise ValueError(
                 f"counts_NE has shape {shape}, expected [ranks, experts] = "
@@ -82,15 +66,9 @@ def resolve_geometry(
     multiple: int = 1,
     flags: tuple[str, str] = ("capacity", "node size"),
 ) -> Geometry:
-    """Return the geometry of a layer, with the default number of slots where none is given.
+    """Return the geometry of a layer, with the default number of slots if none is given.
 
-    Args:
-        capacity: C, or None.
-        multiple: N·C must be a multiple of it by default; see `default_capacity`.
-        flags: names of the settings of C and G, for messages.
-
-    Raises:
-        ValueError: slots or a node size that do not fit; what was passed and what would work.
+    `multiple` is as in `default_capacity`; `flags` names the settings of C and G in messages.
     """
     if capacity is None:
         capacity = default_capacity(num_ranks, num_experts, multiple)
@@ -100,11 +78,7 @@ def resolve_geometry(
 
 
 def check_node_size(num_ranks: int, node_size: int, flag: str = "node size") -> None:
-    """Reject a node size that would leave a partly filled node.
-
-    Raises:
-        ValueError: with what was passed and the sizes that work.
-    """
+    """Reject a node size that would leave a partly filled node."""
     if node_size < 1 or num_ranks % node_size != 0:
         works = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
         raise ValueError(

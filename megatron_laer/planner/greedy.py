@@ -1,18 +1,21 @@
-"""The default strategy makes the layout that exact quotas make fastest when loads have drifted.
+"""Default strategy: the layout that exact quotas make fastest when loads have drifted.
 
-Where every node has slots for all experts, it takes replicas in proportion to load (with a little
-for experts that grow out of nothing), heaviest first on a rank that is about the least loaded and
-links the pair graph, inside each node on the node's own tokens. Elsewhere it makes two or three
-layouts, and the cost model chooses, over the forecast and disturbed copies of it:
+Where every node has slots for all experts, replicas are in proportion to load, with a little for
+experts that grow from nothing. They are placed inside each node by the node's own tokens, heaviest
+first. Each goes to a rank that is about the least loaded and links the pair graph.
 
-- one that holds up under drift: with fewer than two spare slots per rank, S - E < 2*N, the
-  construction for these counts, with headroom for every expert, whose pair graph is connected, so
-  that load can flow from any rank to any other; with more, replicas in proportion over all nodes;
-- where slots are as scarce, the construction for known counts, which keeps more tokens in their
-  node;
-- replicas in proportion inside each node, which hosts its largest experts and a replica per rank.
+Elsewhere it makes two or three layouts, and the cost model chooses, over the forecast and disturbed
+copies of it:
 
-What was chosen on which data is in `docs/planner.md`.
+- One that is robust to drift. With fewer than two spare slots per rank, S - E < 2*N, it is the
+  construction for these counts with headroom for every expert. Its pair graph is connected, so load
+  can flow from any rank to any other. With more slots, it has replicas in proportion over all
+  nodes.
+- Where slots are as scarce, the construction for known counts, which keeps more tokens in their
+  node.
+- Replicas in proportion inside each node, which hosts its largest experts and a replica per rank.
+
+`docs/planner.md` has the data behind these choices.
 
 Legend: N ranks, E experts, S slots.
 """
@@ -35,8 +38,7 @@ class GreedyStrategy:
     """Strategy that takes the layout of fewest predicted seconds; deterministic.
 
     Attributes:
-        costs: predicts a layer's seconds; without it, the layout that holds up under drift is taken
-            unseen.
+        costs: prices of layouts; without them, the drift-robust layout is taken.
     """
 
     geometry: Geometry
@@ -44,11 +46,10 @@ class GreedyStrategy:
     name: str = "greedy"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """Return the next layout; where it holds what `current` holds, it stays in place.
+        """Return the next layout; experts that it shares with `current` stay in place.
 
         Args:
             counts_NE: forecast tokens on each source rank for each expert, int64 [N, E].
-            current: the layout in use.
         """
         counts_NE = checked_counts(counts_NE, self.geometry)
         self.geometry.check_layout(current)

@@ -1,8 +1,7 @@
-"""After the gate, the guard keeps the planned layout or makes a fresh one for these counts.
+"""Choice after the gate between the planned layout and a fresh one for a microbatch's counts.
 
-A pure function of the counts of one microbatch, the same on every rank: integers, and the cost
-model's floats, which are equal everywhere (see `costs`). It moves nothing and measures nothing. The
-choice itself is in `native/guard.hpp`.
+A pure function of these counts, the same on every rank: integers, and the cost model's floats,
+which are equal everywhere (see `costs`). The choice itself is in `native/guard.hpp`.
 
 Legend: N ranks, E experts, S slots.
 """
@@ -27,28 +26,26 @@ from megatron_laer.planner.native_core import native
 from megatron_laer.planner.sharding import changed_slots
 from megatron_laer.planner.splits import Quotas, RankQuotas, solve_quotas
 
-# The modes that choose after the gate.
+# Modes that choose after the gate.
 GUARD_MODES = (PlanMode.FORECAST, PlanMode.EXACT, PlanMode.ADAPTIVE)
 
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """Layout of one microbatch of one layer, and why it was chosen.
+    """Layout of one microbatch of one layer, and the reason for it.
 
     Attributes:
-        layout: the planned one or a fresh one.
-        quotas: of `layout`.
-        planned_layout: what the choice started from.
-        planned_quotas: of the planned layout; None under `exact`, which does not ask for them.
-        rank_quotas: what the rank that asked must know of `quotas`.
-        solved: whether a fresh layout was made, also if it was not taken.
-        gain_s: what the fresh layout saves in the layer's predicted time, and in what nothing hides
-            of backward's exchanges; None where the choice was not made by cost. Without `solved`,
-            the most that any layout could save.
-        cost_s: what changing to it costs; None with `gain_s`. Without `solved`, the least that any
-            change costs.
-        tolerance: None, or what the choice was made by.
-        as_announced: None, or whether the microbatch's routing was the one that was announced.
+        planned_quotas: quotas of the planned layout; None under `exact`, which does not compute
+            them.
+        rank_quotas: part of `quotas` for the rank that asked.
+        solved: whether a fresh layout was made, even if it was not chosen.
+        gain_s: predicted time that the fresh layout saves in the layer and in backward's exposed
+            exchanges; None where costs did not decide. Without `solved`, an upper bound for any
+            layout.
+        cost_s: cost of the change; None with `gain_s`. Without `solved`, a lower bound for any
+            change.
+        tolerance: tolerance that decided, if any.
+        as_announced: whether the microbatch's routing was the announced one; None without any.
     """
 
     layout: ExpertLayout
@@ -64,22 +61,22 @@ class Decision:
 
     @property
     def replanned(self) -> bool:
-        """Whether slots have to be fetched for this layout."""
+        """Return True if slots have to be fetched for this layout."""
         return self.layout is not self.planned_layout
 
     @cached_property
     def changed_slots(self) -> int:
-        """Number of slots that hold another expert than in the planned layout."""
+        """Return the number of slots with another expert than in the planned layout."""
         return int(changed_slots(self.planned_layout, self.layout).sum())
 
     @cached_property
     def max_over_mean_before(self) -> float | None:
-        """Return max/mean rank load with the planned layout; None where that was not solved."""
+        """Return max/mean rank load of the planned layout; None where that was not solved."""
         return None if self.planned_quotas is None else _imbalance(self.planned_quotas)
 
     @cached_property
     def max_over_mean_after(self) -> float:
-        """Return max/mean rank load with the layout that was chosen."""
+        """Return max/mean rank load of the chosen layout."""
         return _imbalance(self.quotas)
 
     @property
@@ -113,9 +110,9 @@ class Decision:
 
 
 def in_words(decisions: Mapping[str, Decision]) -> str:
-    """Summarise one decision per layer, and explain that of the layer with the most to gain.
+    """Summarise one decision per layer, and explain the one with the most to gain.
 
-    Where no gain was predicted, the layer with the largest imbalance is explained.
+    Without predicted gains, the one with the largest imbalance is explained.
     """
     kinds = Counter(decision.reason.split(":")[0] for decision in decisions.values())
     counts = ", ".join(f"{kind} in {n} layer{'s' if n > 1 else ''}" for kind, n in kinds.items())
@@ -135,17 +132,13 @@ class Guard:
 
     - `forecast`: the planned one, always.
     - `exact`: a fresh one, always.
-    - `adaptive`: the fresh one if it saves more predicted seconds than the change costs; with a
-      tolerance x instead, if the planned one's largest load exceeds (1 + x) times the mean and the
+    - `adaptive`: the fresh one if it saves more predicted seconds than the change costs. With a
+      tolerance x instead: if the planned one's largest load exceeds (1 + x) times the mean and the
       fresh one's is smaller.
 
     Attributes:
-        mode: which of the two, one of `GUARD_MODES`.
         tolerance: x, only with `adaptive`; None decides by cost.
-        split: how tokens are split over replicas; a fresh layout needs the exact split.
-
-    Raises:
-        ValueError: a combination that has no meaning; the message says what would work.
+        split: split of tokens over replicas; a fresh layout needs the exact one.
     """
 
     mode: PlanMode
@@ -175,12 +168,12 @@ class Guard:
     def decide(self, counts_NE: Int64, planned: ExpertLayout, rank: int = 0) -> Decision:
         """Choose the layout and quotas of one microbatch.
 
-        With the exact split all of it is one native call, without the GIL.
+        With the exact split, all of it is one native call without the GIL. Only `rank_quotas`
+        depend on `rank`.
 
         Args:
             counts_NE: tokens on each source rank for each expert, int64 [N, E].
-            planned: the layout that the slow loop planned, whose slots are restored ahead.
-            rank: the one that `rank_quotas` are for; nothing else depends on it.
+            planned: layout of the slow loop, whose slots are restored ahead.
         """
         geometry = self.geometry
         geometry.check_layout(planned)

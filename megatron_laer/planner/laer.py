@@ -1,10 +1,12 @@
-"""The paper's planner counts replicas in two ways, places them greedily and chooses by cost.
+"""The paper's planner: replica counts in two ways, greedy placement, and a choice by cost.
 
 Source: "LAER-MoE: Load-Adaptive Expert Re-layout for Efficient MoE Training", arXiv 2602.11686.
-What differs from its released code: any N, C, E and node size; replica counts are not rounded to
-multiples of the number of nodes; no rank takes an expert twice while another has a free slot for
-it; the even candidate also exists where E does not divide the slots; the current and the static
-layout compete too.
+Differences from its released code:
+
+- any N, C, E and node size; replica counts are not rounded to multiples of the number of nodes;
+- no rank takes an expert twice while another has a free slot for it;
+- the even candidate also exists where E does not divide the slots;
+- the current and the static layout compete too.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes.
 """
@@ -25,11 +27,10 @@ from megatron_laer.planner.layout import ExpertLayout
 
 @dataclass(frozen=True)
 class LaerStrategy:
-    """Strategy that takes the fastest of layouts with other numbers of replicas.
+    """Strategy that takes the fastest of layouts with different replica counts; deterministic.
 
-    Candidates are placed greedily, and all is deterministic. The choice is never predicted slower
-    than the current or the static layout, as both are candidates. The current one wins ties, so
-    that a layout that cannot be improved does not change.
+    The current and the static layout are candidates, so the choice is never predicted slower. The
+    current one wins ties: a layout that cannot be improved does not change.
     """
 
     geometry: Geometry
@@ -37,12 +38,7 @@ class LaerStrategy:
     name: str = "laer"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """Return the cheapest candidate for these counts.
-
-        Args:
-            counts_NE: tokens on each source rank for each expert, int64 [N, E].
-            current: the layout in use.
-        """
+        """Return the cheapest candidate for these counts, int64 [N, E]."""
         geometry = self.geometry
         geometry.check_counts(counts_NE.shape)
         geometry.check_layout(current)
@@ -64,13 +60,10 @@ class LaerStrategy:
 
 
 def replicas_by_load(loads_E: Int64, geometry: Geometry) -> Int64:
-    """Return replicas by adding one, again and again, to the expert that is hottest per replica.
+    """Return replicas, int64 [E] with sum S: one more, repeatedly, for the hottest per replica.
 
-    Every expert has at least one and, as a second copy on one rank balances nothing, at most N.
-    Equal loads per replica: fewest replicas first, then the lowest index.
-
-    Returns:
-        int64 [E], summing to S.
+    Every expert has 1 to N, as a second copy on one rank balances nothing. Ties: fewest replicas
+    first, then the lowest index.
     """
     replicas_E = np.ones(geometry.num_experts, dtype=np.int64)
     hottest = [(-float(load), 1, expert) for expert, load in enumerate(loads_E)]
@@ -86,11 +79,7 @@ def replicas_by_load(loads_E: Int64, geometry: Geometry) -> Int64:
 
 
 def replicas_even(loads_E: Int64, geometry: Geometry) -> Int64:
-    """Return equal numbers of replicas; where E does not divide S, the hottest have one more.
-
-    Returns:
-        int64 [E], summing to S.
-    """
+    """Return equal replicas, int64 [E] with sum S; the hottest experts share the remainder."""
     each, spare = divmod(geometry.num_slots, geometry.num_experts)
     replicas_E = np.full(geometry.num_experts, each, dtype=np.int64)
     replicas_E[np.argsort(-loads_E, kind="stable")[:spare]] += 1
@@ -98,15 +87,11 @@ def replicas_even(loads_E: Int64, geometry: Geometry) -> Int64:
 
 
 def place(loads_E: Int64, replicas_E: Int64, geometry: Geometry) -> ExpertLayout:
-    """Place every replica in a slot, heaviest replicas first.
+    """Place every replica in a slot, heaviest replicas first. O(S*N).
 
-    Each goes to a rank with a free slot and without this expert; among those to a node with the
-    fewest replicas of it; there to the least loaded rank; ties to the lowest rank. Only where every
-    free slot is on a rank that has the expert already does a rank hold it twice. O(S*N).
-
-    Args:
-        loads_E: tokens per expert, int64 [E].
-        replicas_E: slots per expert, int64 [E], at least 1 each, summing to S.
+    Each goes to a rank with a free slot and without this expert. Among those it goes to a node with
+    the fewest replicas of it, there to the least loaded rank; ties to the lowest rank. A rank holds
+    an expert twice only where every free slot is on a rank that has it.
     """
     load_per_replica_E = loads_E / replicas_E
     node_N = np.arange(geometry.num_ranks) // geometry.node_size

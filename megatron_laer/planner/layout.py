@@ -1,10 +1,10 @@
-"""A layout says which expert sits in which slot; planner, runtime and checkpoints agree on it.
+"""Layout: the assignment of experts to slots that planner, runtime and checkpoints share.
 
 This file does not choose layouts (see `planner`) and does not move weights (see `runtime`). It
 imports neither torch nor Megatron.
 
-Legend: N ranks of the FSEP group, E experts, C slots per rank, S = N*C slots. Slot s is
-slot s % C of rank s // C.
+Legend: N ranks of the FSEP group, E experts, C slots per rank, S = N*C slots. Slot s is slot s % C
+of rank s // C.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
 
-# Slots travel as int16 in the layout broadcast, whatever the machine's own byte order.
+# Slots in the layout broadcast are little-endian int16 on every machine.
 _SLOT_DTYPE = np.dtype("<i2")
 MAX_EXPERTS = int(np.iinfo(_SLOT_DTYPE).max)
 
@@ -34,15 +34,7 @@ class ExpertLayout:
     expert may have two slots on one rank (wasteful, not wrong).
 
     Attributes:
-        num_ranks: N, ranks in the FSEP group.
-        capacity: C, slots per rank.
-        num_experts: E, experts of the layer.
-        slot_bytes: slot → expert, S little-endian int16. Use `from_slots` to build it from
-            integers.
-
-    Raises:
-        ValueError: N, C, E that admit no layout, a wrong number of slots, an expert out of range,
-            or an expert without a slot.
+        slot_bytes: expert of each slot, S little-endian int16; `from_slots` makes it from integers.
     """
 
     num_ranks: int
@@ -62,11 +54,7 @@ class ExpertLayout:
         num_experts: int,
         slots: Sequence[int] | npt.NDArray[np.integer],
     ) -> ExpertLayout:
-        """Build a layout from S expert numbers, rank by rank.
-
-        Raises:
-            ValueError: as for the class; the message quotes what was passed.
-        """
+        """Build a layout from S expert numbers, rank by rank."""
         check_shape(num_ranks, capacity, num_experts)
         slot_expert_S = np.asarray(slots)
         if slot_expert_S.ndim != 1 or (
@@ -82,14 +70,11 @@ class ExpertLayout:
 
     @classmethod
     def static(cls, num_ranks: int, capacity: int, num_experts: int) -> ExpertLayout:
-        """Make the layout without a planner: rank r hosts C experts from r*E//N on, mod E.
+        """Return the layout without a planner: rank r hosts C experts from r*E//N on, mod E.
 
         Where N divides E, the first E/N slots of each rank are stock Megatron's placement. Every
         expert is covered: neighbouring starts are at most ceil(E/N) <= C apart, and so is E from
         the last one. No rank holds an expert twice, because C <= E.
-
-        Raises:
-            ValueError: N, C, E that admit no layout.
         """
         check_shape(num_ranks, capacity, num_experts)
         start_N = np.arange(num_ranks) * num_experts // num_ranks
@@ -100,13 +85,9 @@ class ExpertLayout:
     def random(
         cls, num_ranks: int, capacity: int, num_experts: int, seed: tuple[int, ...]
     ) -> ExpertLayout:
-        """Make any legal layout, the same on every machine for the same seed; for worst cases.
+        """Return a random legal layout for worst cases, the same on every machine for one seed.
 
-        Args:
-            seed: non-negative integers, e.g. (run seed, step, layer).
-
-        Raises:
-            ValueError: N, C, E that admit no layout, or a negative number in the seed.
+        The seed has non-negative integers, e.g. (run seed, step, layer).
         """
         check_shape(num_ranks, capacity, num_experts)
         if any(part < 0 for part in seed):
@@ -122,22 +103,21 @@ class ExpertLayout:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(N, C, E), the order of arguments of `static` and `random`."""
+        """Return (N, C, E), the order of arguments of `static` and `random`."""
         return self.num_ranks, self.capacity, self.num_experts
 
     @property
     def num_slots(self) -> int:
-        """S = N*C."""
         return self.num_ranks * self.capacity
 
     @property
     def slot_expert_S(self) -> npt.NDArray[np.int16]:
-        """Map slot → expert, int16 [S], as a read-only view of the layout's own bytes."""
+        """Return the expert of each slot, int16 [S], as a read-only view of the layout's bytes."""
         return np.frombuffer(self.slot_bytes, dtype=_SLOT_DTYPE)
 
     @cached_property
     def replicas_E(self) -> Int64:
-        """Number of slots that hold each expert, int64 [E], read-only, all at least 1."""
+        """Return the number of slots per expert, int64 [E], read-only, all at least 1."""
         replicas_E = np.bincount(self.slot_expert_S, minlength=self.num_experts).astype(np.int64)
         replicas_E.setflags(write=False)
         return replicas_E
@@ -150,33 +130,23 @@ class ExpertLayout:
         return int.from_bytes(digest, "little", signed=True)
 
     def experts_of(self, rank: int) -> tuple[int, ...]:
-        """Return the C experts that a rank hosts, in slot order.
-
-        Raises:
-            ValueError: a rank outside 0..N-1.
-        """
+        """Return the C experts of a rank, in slot order."""
         check_rank(self.num_ranks, rank)
         first = rank * self.capacity
         return tuple(self.slot_expert_S[first : first + self.capacity].tolist())
 
     def to_list(self) -> list[int]:
-        """Return slot → expert as S plain integers; `from_slots` reads them back."""
+        """Return the experts of all slots as plain integers, for `from_slots`."""
         experts: list[int] = self.slot_expert_S.tolist()
         return experts
 
 
 def default_capacity(num_ranks: int, num_experts: int, multiple: int = 1) -> int:
-    """Return the fewest slots per rank that always allow perfect balance.
+    """Return min(E, ceil(E/N) + 1), the fewest slots per rank that always allow perfect balance.
 
-    Args:
-        multiple: N·C must be one, if as few as E slots per rank allow it.
-
-    They are min(E, ceil(E/N) + 1). Source: with ceil(E/N) + 1 slots any loads can be split so that
-    all ranks carry the same (for E = N this is Walker's alias method); with E slots every rank
-    hosts everything.
-
-    Raises:
-        ValueError: N or E below 1.
+    With ceil(E/N) + 1 slots, any loads can be split so that all ranks carry the same (for E = N
+    this is Walker's alias method). With E slots, every rank hosts all experts. If up to E slots
+    allow it, N·C is a multiple of `multiple`.
     """
     if num_ranks < 1 or num_experts < 1:
         raise ValueError(
@@ -188,12 +158,9 @@ def default_capacity(num_ranks: int, num_experts: int, multiple: int = 1) -> int
 
 
 def stock_owner_E(num_ranks: int, num_experts: int) -> Int64:
-    """Return the rank that owns each expert under contiguous placement, int64 [E]: e*N // E.
+    """Return the owner of each expert under contiguous placement, int64 [E]: e*N // E.
 
     Stock Megatron's owner where N divides E; its natural extension elsewhere.
-
-    Raises:
-        ValueError: N or E below 1.
     """
     if num_ranks < 1 or num_experts < 1:
         raise ValueError(
@@ -207,12 +174,7 @@ def check_shape(
 ) -> None:
     """Reject N, C, E for which no layout exists, or where a rank would hold an expert twice.
 
-    Args:
-        flag: name of the setting of C, for the message.
-        multiple: as in `default_capacity`.
-
-    Raises:
-        ValueError: what was passed and the way out.
+    `flag` names the setting of C in messages; `multiple` is as in `default_capacity`.
     """
     if num_ranks < 1 or capacity < 1 or num_experts < 1:
         raise ValueError(
@@ -231,11 +193,7 @@ def check_shape(
 
 
 def check_rank(num_ranks: int, rank: int) -> None:
-    """Reject a rank outside 0..N-1, which NumPy would take as an index from the end.
-
-    Raises:
-        ValueError: what was passed and the way out.
-    """
+    """Reject a rank outside 0..N-1; NumPy would count a negative one from the end."""
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank must be in 0..{num_ranks - 1}, got {rank}")
 

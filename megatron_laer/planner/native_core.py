@@ -1,8 +1,8 @@
-"""`native` is the compiled core: the one beside this file, or an installed package's.
+"""`native`: the compiled core, next to this file or from an installed package.
 
-Python started in a checkout, or running a script of it, imports the checkout's `megatron_laer`
-whatever is installed, and only an editable installation puts a core there. Otherwise the installed
-package's core is taken, if it was built from the C++ sources that the checkout has. Builds nothing.
+Python in a checkout imports the checkout's `megatron_laer`, and only an editable installation puts
+a core there. Otherwise the installed package's core is used, if it was built from the checkout's
+C++ sources. Nothing is built here.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def load() -> ModuleType:
     """Import the first core that fits, as `megatron_laer.planner._native`.
 
     Raises:
-        ImportError: no core fits; one line with what was found and what to run.
+        ImportError: no core fits; one line with the candidates and the remedy.
     """
-    # An installed package has no sources, and brings its core.
+    # An installed package has a core and no sources.
     wanted = digest(_SOURCES) if _SOURCES.is_dir() else None
     folders = [_HERE, *(Path(entry, "megatron_laer", "planner").resolve() for entry in sys.path)]
     found = []

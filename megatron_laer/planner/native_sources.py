@@ -1,4 +1,4 @@
-"""The digest of the C++ sources tells a native core that was built from other sources.
+"""Digest of the C++ sources, by which a native core built from other sources is detected.
 
 The package compares it, and setup.py, which runs this file alone, compiles it into the core.
 """

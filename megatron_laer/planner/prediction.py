@@ -1,6 +1,6 @@
-"""A prediction compares a microbatch's layer time with stock's, with forced balance and a bound.
+"""Predicted layer time of a microbatch, next to stock, forced balance and a lower bound.
 
-All are of the cost model (`costs`); nothing here measures or decides.
+All times are the cost model's (`costs`); nothing here measures or decides.
 
 Legend: N ranks, E experts.
 """
@@ -28,10 +28,10 @@ class Prediction:
     """Predicted seconds of one layer and microbatch, forward and backward.
 
     Attributes:
-        layer_s: as it was decided, with what a fresh layout costs.
-        stock_s: under stock Megatron's placement.
+        layer_s: time as decided, with the cost of a fresh layout.
+        stock_s: time under stock Megatron's placement.
         balanced_s: stock with forced balance: as many tokens, the same number for each expert.
-        bound_s: what no layout of this capacity and no split gets below.
+        bound_s: lower bound for all layouts of this capacity and all splits.
     """
 
     layer_s: float
@@ -41,7 +41,6 @@ class Prediction:
 
 
 def predict(guard: Guard, decision: Decision) -> Prediction:
-    """Predict the time of a decided microbatch."""
     costs, geometry = guard.costs, guard.geometry
     quotas, layout, node_size = decision.quotas, decision.layout, geometry.node_size
     counts_NE = quotas.counts_NE
@@ -61,12 +60,12 @@ def predict(guard: Guard, decision: Decision) -> Prediction:
 
 
 def stock_seconds(costs: CostModel, geometry: Geometry, counts_NE: Int64) -> float:
-    """Predict a layer's seconds under stock's placement, with stock's exchange of tokens.
+    """Predict a layer's seconds with stock's placement and exchange of tokens.
 
     Where N does not divide E, which stock refuses, some experts have two slots.
     """
     stock = _stock_layout(geometry.num_ranks, geometry.num_experts)
-    # Where each expert has one slot there is nothing to split, and the exact one is native code.
+    # With one slot per expert all splits are equal, and the exact one is native code.
     stocks = replace(costs, tokens=BY_RANK)
     return stocks.layer_seconds(counts_NE, stock, geometry.node_size, Split.EXACT)
 
@@ -74,7 +73,7 @@ def stock_seconds(costs: CostModel, geometry: Geometry, counts_NE: Int64) -> flo
 def forced_balance_counts_NE(tokens_N: Int64, num_experts: int) -> Int64:
     """Deal each rank's tokens out to all experts, as Megatron's forced balance does on average.
 
-    What does not divide goes to one expert after the other, rank after rank.
+    Remainders go to one expert after the other, rank after rank.
     """
     share_N, left_N = np.divmod(tokens_N, num_experts)
     begin_N = np.cumsum(left_N) - left_N

@@ -1,9 +1,9 @@
-"""The even split sends each replica an equal share of a source's tokens, whatever the loads.
+"""Even split: each replica gets an equal share of a source's tokens, regardless of loads.
 
 The paper's "lite routing": a source shares its tokens for an expert evenly among the replicas in
-its own node, and only where its node has none, among all replicas. Integers, conserved, the same on
-every rank. It does not choose layouts, and it does not balance (a split by load belongs in a file
-of its own). The looped definition is `reference.quota_NS`.
+its own node. Only where its node has none, it shares them among all replicas. Quotas are integers,
+conserved, the same on every rank. The looped definition is `quota_NS` in
+`tests/oracles/planner.py`.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G = N/Q ranks per node.
 """
@@ -22,14 +22,12 @@ from megatron_laer.planner.layout import ExpertLayout, check_rank
 
 @dataclass(frozen=True)
 class SplitTotals:
-    """Sums over the N*S matrix of quotas, obtained without forming it.
+    """Sums over the N*S matrix of quotas, obtained without forming it; all int64.
 
     Attributes:
-        near_S: tokens that each slot gets from sources of its own node, int64 [S].
-        far_S: tokens that each slot gets from other nodes, int64 [S].
-        sent_near_N: tokens that each rank sends inside its node, int64 [N].
-        sent_far_N: tokens that each rank sends to other nodes, int64 [N].
-        own_N: tokens that each rank sends to its own slots, int64 [N]; part of `near`.
+        near_S, far_S: tokens that each slot gets from sources of its own node and of other nodes.
+        sent_near_N, sent_far_N: tokens that each rank sends inside its node and to other nodes.
+        own_N: tokens that each rank sends to its own slots; part of `near`.
     """
 
     near_S: Int64
@@ -43,19 +41,17 @@ class SplitTotals:
 class EvenSplit:
     """Even split for one layout and node size; `even_split` builds and caches it.
 
-    Of c tokens over k replicas, each gets c // k, and the c % k left over go to replicas
-    source, source + 1, ... (mod k): a fixed first replica would collect the remainders of all
-    sources.
+    Of c tokens over k replicas, each gets c // k. The c % k left over go to replicas source, source
+    + 1, ... (mod k): a fixed first replica would collect the remainders of all sources.
 
-    Every method takes `counts_NE`, int64 [N, E]: tokens on each source rank for each expert; a
-    different shape is a ValueError.
+    Every method takes `counts_NE`, int64 [N, E]: tokens on each source rank for each expert.
     """
 
     layout: ExpertLayout
     geometry: Geometry
     node_replicas_QE: Int64
-    # Slots in the order (node, expert, slot) and (expert, slot), where the replicas that share
-    # a count are neighbours; and each slot's place among those replicas.
+    # Slots in the order (node, expert, slot) and (expert, slot), where replicas that share a count
+    # are neighbours; and each slot's place among those replicas.
     near_order_S: Int64
     far_order_S: Int64
     near_place_S: Int64
@@ -110,7 +106,7 @@ class EvenSplit:
         return totals.near_S + totals.far_S
 
     def totals(self, counts_NE: Int64) -> SplitTotals:
-        """Return what slots receive from near and far, and what ranks keep. O(N*E + S)."""
+        """Return the totals of slots and ranks. O(N*E + S)."""
         geometry = self.geometry
         geometry.check_counts(counts_NE.shape)
         source_N = np.arange(geometry.num_ranks)
@@ -150,7 +146,7 @@ class EvenSplit:
         return first, first + slots_per_node
 
 
-# Two plans of a deep model, with the candidates of one solve, fit; a table is about 32*S + 8*Q*E
+# Room for two plans of a deep model and one solve's candidates; a table has about 32*S + 8*Q*E
 # bytes.
 @lru_cache(maxsize=256)
 def even_split(layout: ExpertLayout, node_size: int) -> EvenSplit:
@@ -170,7 +166,7 @@ def even_split(layout: ExpertLayout, node_size: int) -> EvenSplit:
 
 
 def _order_and_place(group_S: Int64, group_sizes: Int64) -> tuple[Int64, Int64]:
-    """Sort slots by group, then by number, and tell each slot's place within its group."""
+    """Sort slots by group, then by number; return the order and each slot's place in its group."""
     order_S = np.argsort(group_S, kind="stable").astype(np.int64)
     place_S = np.empty_like(order_S)
     place_S[order_S] = np.arange(order_S.size) - np.repeat(_starts(group_sizes), group_sizes)
@@ -188,10 +184,10 @@ def _gets_extra(place: Int64, source: Int64 | int, shared: Int64, left: Int64) -
 
 
 def _group_loads(counts_NE: Int64, group_NE: Int64, group_sizes: Int64, order_S: Int64) -> Int64:
-    """Sum the even splits of all sources, int64 [S], where (source, expert) shares among one group.
+    """Return the sum of all sources' even splits, int64 [S]; each (source, expert) has one group.
 
-    The extras of a source are a run of places in a ring, so all of them are summed as differences
-    at the two ends of each run: O(N*E + S) in place of the O(N*S) of the matrix.
+    The extras of a source are a run of places in a ring. All are summed as differences at the two
+    ends of each run: O(N*E + S) instead of the matrix's O(N*S).
     """
     size_NE = np.maximum(group_sizes[group_NE], 1)
     share_NE, left_NE = np.divmod(counts_NE, size_NE)
@@ -200,14 +196,13 @@ def _group_loads(counts_NE: Int64, group_NE: Int64, group_sizes: Int64, order_S:
     start_NE = _starts(group_sizes)[group_NE]
 
     num_slots = order_S.size
-    # A run past the end of the ring is two runs; for the others the second is empty, +1 and -1 at
-    # once.
+    # A run past the end of the ring is two runs; otherwise the second is empty (+1 and -1 cancel).
     ups = np.concatenate([start_NE + begin_NE, start_NE], axis=None)
     downs = np.concatenate(
         [start_NE + np.minimum(end_NE, size_NE), start_NE + np.maximum(end_NE - size_NE, 0)],
         axis=None,
     )
-    # Clipped, because an empty group at the end starts past the last slot, with an empty run.
+    # Clipped: an empty group at the end starts past the last slot.
     diff = np.bincount(np.minimum(ups, num_slots), minlength=num_slots + 1) - np.bincount(
         np.minimum(downs, num_slots), minlength=num_slots + 1
     )

@@ -1,9 +1,9 @@
-"""This slower strategy searches, in the background, the layout that holds up best under drift.
+"""Slower strategy: a search, in the background, for the layout that holds up best under drift.
 
-It judges layouts by the largest load after exact quotas, summed over disturbed copies of the
-forecast (each expert's load times a random factor); it starts from the best of the current layout,
-the two ways of `greedy` and constructions for other disturbed copies, and improves it by single
-exchanges of slots. Tokens whose node lacks their expert count a little; it does not split tokens.
+A layout's score is its largest load after exact quotas, summed over disturbed copies of the
+forecast (each expert's load times a random factor). Tokens whose node lacks their expert count a
+little. The search starts from the best of the current layout, the two ways of `greedy` and
+constructions for other disturbed copies. It improves that layout by single exchanges of slots.
 
 Legend: N ranks, E experts.
 """
@@ -18,21 +18,20 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 
-# Any fixed number: the same forecast gives the same layout.
+# Any fixed number will do: the same forecast gives the same layout.
 _SEED = 2602
 _FULL_EFFORT_SLOTS = 64
 
 
 @dataclass(frozen=True)
 class SearchStrategy:
-    """Local random search of slots, with a fixed seed, so deterministic.
+    """Local random search of slots, deterministic by a fixed seed.
 
     Attributes:
-        geometry: N, E, C and G.
-        scenarios: disturbed copies of the forecast that a layout is judged on.
+        scenarios: disturbed copies of the forecast that score a layout.
         candidates: constructions for further disturbed copies to start from.
-        exchanges: tries to improve the best of them, on up to 64 slots; with more slots
-            proportionally fewer, as each takes longer. About 40 ms at N = 16, C = 3, E = 32.
+        exchanges: tries to improve the best of them, on up to 64 slots; proportionally fewer with
+            more slots, as each takes longer. About 40 ms at N = 16, C = 3, E = 32.
     """
 
     geometry: Geometry
@@ -46,7 +45,6 @@ class SearchStrategy:
 
         Args:
             counts_NE: forecast tokens on each source rank for each expert, int64 [N, E].
-            current: the layout in use.
         """
         counts_NE = checked_counts(counts_NE, self.geometry)
         self.geometry.check_layout(current)

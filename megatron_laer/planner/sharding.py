@@ -1,8 +1,8 @@
-"""A restore fetches experts by these rules, which the exchanges and the formulas both follow.
+"""Rules by which a restore fetches experts, common to exchanges and traffic formulas.
 
 Every rank holds a block of rows of every expert's matrices (its slice). A restore fetches the slots
-whose expert changed; through nodes, it fetches each distinct expert of a node once. This file moves
-nothing (see `runtime`) and knows no costs (see `planner.traffic`).
+whose expert changed; through nodes, it fetches each distinct expert of a node once. `runtime` moves
+the weights, and `planner.traffic` has the formulas.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
@@ -37,8 +37,8 @@ class NodeSources:
     Pairs of a node and an expert are numbered node·E + expert.
 
     Attributes:
-        fetched_pairs: ascending; from the slices of all ranks.
-        shared_pairs: ascending; from a slot of the same node, under the layout before.
+        fetched_pairs: pairs from the slices of all ranks, ascending.
+        shared_pairs: pairs from a slot of the same node under the layout before, ascending.
         shared_slots: those slots, one per shared pair.
     """
 
@@ -52,8 +52,7 @@ def node_sources(
 ) -> NodeSources:
     """Return the experts that cross nodes in a restore by node, and those that nodes have.
 
-    Args:
-        before: the layout under which ranks keep what they restored, or None if they keep nothing.
+    `before` is the layout under which ranks keep restored experts; None if they keep nothing.
     """
     num_experts = layout.num_experts
     node_S = np.arange(layout.num_slots) // (node_size * layout.capacity)

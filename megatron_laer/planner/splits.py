@@ -1,4 +1,4 @@
-"""The runtime asks for one microbatch's quotas here, by the name of a split.
+"""Quotas of one microbatch, by the name of a split.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
@@ -49,10 +49,10 @@ class RankQuotas:
     Attributes:
         row_S: tokens that the rank sends to each slot.
         columns_NC: tokens that each rank sends to this rank's slots.
-        input_splits_N: tokens that the rank sends to each rank.
-        output_splits_N: tokens that the rank receives from each rank.
+        input_splits_N, output_splits_N: tokens sent to each rank, and received from it.
         tokens_C: tokens that each of the rank's slots computes.
-        runs: int32, the runs of rows between which its tokens move: see `dispatch.permutation`.
+        runs: packed runs of rows between which its tokens move, int32; see
+            `layer.dispatch.permutation`.
     """
 
     row_S: Int64
@@ -64,17 +64,16 @@ class RankQuotas:
 
     @property
     def num_sent(self) -> int:
-        """Number of tokens that the rank sends, one per (token, expert) pair."""
+        """Return the number of tokens that the rank sends, one per (token, expert) pair."""
         return sum(self.input_splits_N)
 
     @property
     def num_received(self) -> int:
-        """Number of tokens that the rank receives."""
         return sum(self.output_splits_N)
 
     @classmethod
     def of(cls, layout: ExpertLayout, row_S: Int64, columns_NC: Int64) -> RankQuotas:
-        """Make them from a rank's row and columns."""
+        """Make a rank's quotas from its row and columns."""
         slots_S, num_experts = layout.slot_expert_S, layout.num_experts
         return cls(*native.rank_quotas(slots_S, row_S, columns_NC, num_experts))
 
@@ -88,15 +87,13 @@ class EvenQuotas:
 
     @cached_property
     def loads_S(self) -> Int64:
-        """Return the tokens that each slot computes, worked out when the metrics ask."""
+        """Return the tokens that each slot computes; computed only if metrics read them."""
         return self.split.slot_loads(self.counts_NE)
 
     def rank_row(self, rank: int) -> Int64:
-        """Return the tokens that `rank` sends to each slot, int64 [S]."""
         return self.split.rank_row(self.counts_NE, rank)
 
     def rank_columns(self, rank: int) -> Int64:
-        """Return the tokens that each source sends to the slots of `rank`, int64 [N, C]."""
         return self.split.rank_columns(self.counts_NE, rank)
 
 

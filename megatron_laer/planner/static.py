@@ -1,4 +1,4 @@
-"""This strategy never moves an expert: it is the baseline of every comparison."""
+"""Strategy that never moves an expert: the baseline of every comparison."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from megatron_laer.planner.layout import ExpertLayout
 
 @dataclass(frozen=True)
 class StaticStrategy:
-    """Strategy of `ExpertLayout.static`, whatever the loads and the current layout."""
+    """Strategy of `ExpertLayout.static` for any loads and any current layout."""
 
     geometry: Geometry
     name: str = "static"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """Return the static layout."""
         self.geometry.check_counts(counts_NE.shape)
         self.geometry.check_layout(current)
         return ExpertLayout.static(*self.geometry.shape)

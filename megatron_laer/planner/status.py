@@ -1,4 +1,4 @@
-"""`PlannerStatus` says how planning goes; the planner's rank counts it, every rank reports it."""
+"""Condition of planning, counted on the planner's rank and reported on every rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class PlannerStatus:
     """Condition of the planner, for the metrics of every rank.
 
     Attributes:
-        plan_us: microseconds that the newest applied plan took to make, over all layers.
+        plan_us: planning time of the newest applied plan, over all layers.
         late_plans: plans so far that were not ready when they were due.
         failures: layers so far whose planning failed and that kept their layout.
     """

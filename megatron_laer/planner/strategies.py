@@ -1,4 +1,4 @@
-"""Strategies are made by name here; each lives in a file of its own."""
+"""Registry of strategies by name; each strategy has a file of its own."""
 
 from __future__ import annotations
 
@@ -31,22 +31,21 @@ class Strategy(Protocol):
         ...
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """Return the next layout.
+        """Return the next layout, or `current` to keep it.
 
         Args:
-            counts_NE: tokens on each source rank for each expert, int64 [N, E]; not to be changed.
-            current: the layout in use; return it to keep it.
+            counts_NE: tokens on each source rank for each expert, int64 [N, E]; read only.
         """
         ...
 
 
 def strategy_names() -> tuple[str, ...]:
-    """Return the names that `make_strategy` takes, sorted."""
+    """Return the names that `make_strategy` accepts, sorted."""
     return tuple(sorted(_STRATEGIES))
 
 
 def described_strategies() -> str:
-    """Return all names for the help of a flag, each with what sets the strategy apart."""
+    """Return all names for the help of a flag, each with its distinction."""
     return "; ".join(
         f"{name} ({_STRATEGIES[name].about})" if _STRATEGIES[name].about else name
         for name in strategy_names()
@@ -54,14 +53,13 @@ def described_strategies() -> str:
 
 
 def check_planner(name: str) -> None:
-    """Refuse what names neither a strategy nor a planner that needs none."""
+    """Refuse a name of neither a strategy nor a fixed planner."""
     known = sorted({*strategy_names(), *FixedPlanner})
     if name not in known:
         raise ValueError(f"--fsep-planner {name}: unknown planner; use one of {', '.join(known)}")
 
 
 def make_strategy(name: str, *, geometry: Geometry, costs: CostModel) -> Strategy:
-    """Build a strategy by name."""
     if name not in _STRATEGIES:
         raise ValueError(f"unknown planner {name!r}; use one of {', '.join(strategy_names())}")
     return _STRATEGIES[name].make(geometry, costs)

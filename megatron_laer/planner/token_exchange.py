@@ -1,9 +1,9 @@
-"""Token exchanges are priced here, and `--fsep-token-exchange auto` is decided.
+"""Prices of token exchanges, and the choice of `--fsep-token-exchange auto`.
 
-The cost model knows pairs of tokens and experts, from counts. How many rows they are depends on
-which experts tokens choose together, and is expected once, for even counts, as rows per pair.
+The cost model counts pairs of tokens and experts. Rows per pair depend on the experts that tokens
+choose together; they are estimated once, for even counts.
 
-Legend: N ranks, E experts, S slots, T tokens of a rank, K top-k; X ranks that are looked at.
+Legend: N ranks, E experts, S slots, T tokens of a rank, K top-k; X sampled ranks.
 """
 
 from __future__ import annotations
@@ -22,19 +22,16 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 
-# Even counts make ranks much alike; these suffice, and time does not grow with N by N.
+# Sampled ranks: even counts make ranks much alike, and all would take time in N².
 _RANKS = 16
 
 
 def choose_token_exchange(
     costs: CostModel, geometry: Geometry, top_k: int, tokens: int
 ) -> TokenExchange:
-    """Choose the exchange whose tokens take less predicted time; of equals Megatron's.
+    """Choose the exchange with less predicted token time; of equals Megatron's.
 
-    Args:
-        costs: of the layer.
-        top_k: K.
-        tokens: T, of a rank and microbatch.
+    `tokens` (T) are those of a rank and microbatch.
     """
     seconds = token_seconds(costs, geometry, top_k, tokens)
     return min(TokenExchange, key=lambda exchange: seconds[exchange])
@@ -45,10 +42,10 @@ def token_seconds(
 ) -> dict[TokenExchange, float]:
     """Predict the seconds of a layer's token exchanges, forward and backward, with even counts.
 
-    With `rank` both link classes are driven at once, and the slower one counts; with `node` one
-    stage follows the other. Beside that `node` has the latencies of its second stage and of what
-    it sends beside rows, and the wait for sizes (`TokenPrices.latency_seconds`). Kernels are
-    not priced: both gather and sum as many pairs.
+    `rank` drives both link classes at once, so the slower one counts; `node` runs one stage after
+    the other. `node` also has the latencies of its second stage, of the data that accompanies rows
+    and of the wait for sizes (`TokenPrices.latency_seconds`). Kernels are not priced: both gather
+    and sum as many pairs.
     """
     cluster, seconds = costs.cluster, {}
     for exchange, (intra_rows, inter_rows) in _crossings(geometry, top_k, tokens).items():
@@ -64,7 +61,7 @@ def token_seconds(
 def with_token_exchange(
     costs: CostModel, exchange: TokenExchange, geometry: Geometry, top_k: int, tokens: int
 ) -> CostModel:
-    """Return the cost model that prices tokens as this exchange sends them."""
+    """Return the cost model with the token prices of this exchange."""
     prices = BY_RANK
     if exchange == TokenExchange.NODE:
         crossings = _crossings(geometry, top_k, tokens)
@@ -82,7 +79,7 @@ def with_token_exchange(
 def _crossings(
     geometry: Geometry, top_k: int, tokens: int
 ) -> dict[TokenExchange, tuple[float, float]]:
-    """Expect an average rank's rows by exchange and link class, if experts are all as likely."""
+    """Estimate an average rank's rows by exchange and link class, for equally likely experts."""
     num_ranks, num_experts = geometry.num_ranks, geometry.num_experts
     if tokens < 1 or not 1 <= top_k <= num_experts:
         raise ValueError(
@@ -105,13 +102,13 @@ def _crossings(
 def _expected_crossings(
     row_XS: Int64, rank_X: Int64, tokens: int, layout: ExpertLayout, node_size: int
 ) -> dict[TokenExchange, tuple[float, float]]:
-    """Expect the rows that an average rank's tokens are, intra-node and inter-node, by exchange.
+    """Estimate the rows of an average rank's tokens, intra-node and inter-node, by exchange.
 
-    A row of `node` that is passed on counts as its source's, whichever rank passes it on.
+    A row of `node` that is passed on counts for its source.
 
     Args:
-        row_XS: what some ranks send to each slot.
-        rank_X: these ranks.
+        row_XS: tokens that the sampled ranks send to each slot.
+        rank_X: the sampled ranks.
         tokens: T, of each.
     """
     rank_N = np.arange(layout.num_ranks)
@@ -147,7 +144,7 @@ def expected_tokens(
     place_S: Int64,
     num_places: int,
 ) -> npt.NDArray[np.float64]:
-    """Expect the distinct tokens of each source that go to each place, a node or a rank."""
+    """Return the expected distinct tokens of each source for each place, a node or a rank."""
     # A token goes to one slot of an expert, so slots of one expert and place add up.
     keys_X, at_S = np.unique(place_S * (int(expert_S.max()) + 1) + expert_S, return_inverse=True)
     share_NX = np.zeros((len(quota_NS), len(keys_X)))

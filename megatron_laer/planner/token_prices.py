@@ -1,8 +1,8 @@
-"""Constants of the token exchange in the cost model.
+"""Prices of the token exchange in the cost model.
 
-The cost model counts (token, expert) pairs. With `rank` each is a row on the links; with `node`
-rows are fewer between nodes and come one stage after the other. `token_exchange` computes the rows
-per pair, and the native core the seconds of a pass.
+The cost model counts (token, expert) pairs. With `rank` each is a row on the links. With `node`
+fewer rows cross nodes, in one stage after the other. `token_exchange` computes the rows per pair,
+and the native core the seconds of a pass.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megatron_laer.choices import TokenExchange
 from megatron_laer.planner.geometry import Geometry
 
-# Dispatch and combine.
+# All-to-Alls per direction: dispatch and combine.
 _PASSES_OF_A_DIRECTION = 2
 
 
@@ -23,13 +23,12 @@ def all_to_alls(forwards: int) -> int:
 
 @dataclass(frozen=True)
 class TokenPrices:
-    """Way of tokens, and rows of hidden states per pair.
+    """Exchange of tokens, and rows of hidden states per pair.
 
     Attributes:
-        exchange: how tokens travel.
-        intra_rows: rows inside nodes, per pair; with `node` per pair that leaves its rank, since a
+        intra_rows: rows inside nodes per pair; with `node` per pair that leaves its rank, since a
             row from another node is passed on inside.
-        inter_rows: rows between nodes, per pair that leaves its node.
+        inter_rows: rows between nodes per pair that leaves its node.
     """
 
     exchange: TokenExchange = TokenExchange.RANK
@@ -38,26 +37,26 @@ class TokenPrices:
 
     @property
     def in_stages(self) -> bool:
-        """Whether rows travel inside nodes after those between nodes, not at the same time."""
+        """Return True if rows travel inside nodes after those between nodes."""
         return self.exchange == TokenExchange.NODE
 
     def pair_bytes(self, token_bytes: int) -> tuple[float, float]:
-        """Return the bytes inside nodes and between them that a pair stands for."""
+        """Return a pair's bytes inside nodes and between them."""
         return token_bytes * self.intra_rows, token_bytes * self.inter_rows
 
     def latency_seconds(
         self, geometry: Geometry, collective_s: float, in_node_s: float, forwards: int
     ) -> float:
-        """Return the latency of one pass, the mean of all.
+        """Return the mean latency of one pass.
 
-        `node` has two stages, if nodes have several ranks and there are several nodes. It also
-        sends, in each forward, the rows' places and, with two stages, the bits of rows; and in the
-        first the sizes, for which it waits on the host: taken to be as long as another collective.
+        `node` has two stages if there are several nodes of several ranks. Each forward also sends
+        the rows' places and, with two stages, the bits of rows. The first one also sends sizes and
+        waits for them on the host, which counts as another collective.
 
         Args:
-            collective_s: of a collective of all ranks.
-            in_node_s: of one inside a node.
-            forwards: of a microbatch; a re-run is the second.
+            collective_s: latency of a collective of all ranks.
+            in_node_s: latency of one inside a node.
+            forwards: forwards of a microbatch; a re-run is the second.
         """
         if not self.in_stages or geometry.num_ranks == 1:
             return collective_s

@@ -1,10 +1,10 @@
-"""`TokenRows` says how many rows of hidden states a rank exchanges in one microbatch's layer.
+"""Rows of hidden states that a rank exchanges in one microbatch's layer.
 
-A token that goes to several slots of a rank is one row to that rank, and one that goes to several
-ranks of a node is one row to that node. A rank counts the rows that it sends, its *sizes*; of the
-others' sizes it needs some, and `SizeMessages` says who tells whom which. Nothing is sent here.
+A token for several slots of a rank is one row to that rank. One for several ranks of a node is one
+row to that node. A rank counts the rows that it sends, its *sizes*. It needs some of the others'
+sizes, which `SizeMessages` lists. Nothing is sent here.
 
-Legend: N ranks, G ranks per node, M = N/G nodes; rank n = J·G + g is local rank g of node J; Z
+Legend: N ranks, G ranks per node, M = N/G nodes; rank n = J·G + g is local rank g of node J. Z
 sizes of a rank: rows to each rank and then, with two stages, to each node; X sizes received.
 """
 
@@ -22,13 +22,14 @@ from megatron_laer.arrays import Int64
 class TokenRows:
     """Numbers of rows that a rank sends and receives.
 
-    With two stages the first one is among the ranks with one local rank, of every node, and the
-    second one among the ranks of a node; otherwise there is but a first one, among all ranks.
+    With two stages, the first is among the ranks with one local rank, the second among the ranks of
+    a node. Otherwise the only stage is among all ranks.
 
     Attributes:
-        first_sent, first_received: to and from each rank of the first stage.
-        second_sent, second_received: to and from each local rank of the node; empty with one stage.
-        from_ranks_N: distinct tokens of each source rank that go to this rank.
+        first_sent, first_received: rows to and from each rank of the first stage.
+        second_sent, second_received: rows to and from each local rank of the node; empty with one
+            stage.
+        from_ranks_N: distinct tokens of each source rank for this rank.
     """
 
     first_sent: list[int]
@@ -39,19 +40,18 @@ class TokenRows:
 
     @property
     def has_two_stages(self) -> bool:
-        """Whether rows go to nodes first, and to ranks in a second exchange."""
         return bool(self.second_sent)
 
     @property
     def arrived(self) -> int:
-        """Number of rows at the rank after the last stage."""
+        """Return the number of rows at the rank after the last stage."""
         return int(self.from_ranks_N.sum())
 
     @property
     def starts_N(self) -> Int64:
-        """Return where the rows of each source rank start among those that arrived.
+        """Return the first row of each source rank among those that arrived.
 
-        With two stages they come by the local rank that passed them on, then by node.
+        With two stages, rows are ordered by the local rank that passed them on, then by node.
         """
         order_N = np.arange(len(self.from_ranks_N))
         if self.has_two_stages:
@@ -66,9 +66,10 @@ class TokenRows:
 class SizeMessages:
     """Places of the sizes that ranks send to each other.
 
-    Each rank hears of the rows for itself. With two stages it also hears, from the ranks with its
-    own local rank, of the rows for its node, which it receives, and of those for each rank of the
-    node, to which it passes them on. Itself a rank tells all of its sizes.
+    Each rank receives the sizes of the rows for itself. With two stages, ranks with its own local
+    rank also send it two kinds of sizes. Those of rows for its node are rows that it receives,
+    those for each rank of the node are rows that it passes on. Its message to itself has all of its
+    sizes.
     """
 
     rank: int
@@ -77,20 +78,16 @@ class SizeMessages:
 
     @cached_property
     def sent(self) -> list[list[int]]:
-        """Return the places, among this rank's sizes, of those that it tells each rank."""
+        """Return the places among this rank's sizes of those for each rank."""
         return [self._told(self.rank, target) for target in range(self.num_ranks)]
 
     @cached_property
     def received(self) -> list[list[int]]:
-        """Return the places, among each rank's sizes, of those that it tells this rank."""
+        """Return the places among each rank's sizes of those for this rank."""
         return [self._told(source, self.rank) for source in range(self.num_ranks)]
 
     def rows(self, sizes_X: Int64) -> TokenRows:
-        """Return the rank's rows.
-
-        Args:
-            sizes_X: what all ranks told this one, rank after rank.
-        """
+        """Return the rank's rows from all ranks' messages to it, rank after rank."""
         from_ranks_N = sizes_X[self._of_ranks_N]
         first_sent = _numbers(sizes_X[self._own])
         if not self._has_two_stages:
@@ -120,11 +117,11 @@ class SizeMessages:
         node = target // size
         return [num_ranks + node, *range(node * size, (node + 1) * size)]
 
-    # Where sizes are among those received.
+    # Positions of sizes among those received.
 
     @cached_property
     def _at(self) -> dict[tuple[int, int], int]:
-        """Find a source's size, by the source and the size's place."""
+        """Map a source and the place of one of its sizes to the position of the size."""
         told = [(source, place) for source, of in enumerate(self.received) for place in of]
         return {key: at for at, key in enumerate(told)}
 
@@ -134,7 +131,7 @@ class SizeMessages:
 
     @cached_property
     def _own(self) -> Int64:
-        """Find the rank's own sizes of the first stage: to nodes where there are two."""
+        """Return the positions of the rank's own first-stage sizes: to nodes, if any."""
         own = self.received[self.rank]
         to = own[self.num_ranks :] if self._has_two_stages else own
         return np.array([self._at[self.rank, place] for place in to])

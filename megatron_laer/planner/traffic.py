@@ -1,12 +1,12 @@
-"""These formulas tell what exchanges of parameters and gradients put on the links.
+"""Traffic formulas: elements that exchanges of parameters and gradients put on the links.
 
-Two algorithms move the same values. `flat` is one All-to-All over all ranks. `node` crosses nodes
-once for each distinct expert of a node, place by place (rank g of a node with rank g of the other
-nodes), and spreads the experts inside the node. The runtime's exchanges count what they really
-send; tests hold the counts equal to the formulas here.
+Two algorithms move the same values. `flat` is one All-to-All over all ranks. `node` sends each
+distinct expert of a node across nodes once, and spreads it inside the node. Across nodes, rank g of
+each node ("place" g) exchanges with rank g of the others. The runtime's exchanges count their
+traffic; tests compare it with these formulas.
 
-Legend: N ranks, E experts, C slots per rank, S = N·C slots, G ranks per node, M = N/G nodes,
-R rows of a matrix, K columns.
+Legend: N ranks, E experts, C slots per rank, S = N·C slots, G ranks per node, M = N/G nodes. A
+matrix has R rows and K columns.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from megatron_laer.planner.sharding import changed_slots, node_sources, row_boun
 
 @dataclass(frozen=True, eq=False)
 class Traffic:
-    """Counts one exchange's elements per rank and link class, but for what stays on a rank.
+    """Elements of one exchange per rank and link class, without those that stay on a rank.
 
-    Received and sent are kept apart because their largest values differ: ranks of a node with many
-    distinct experts receive more than others send, and with few changed slots nearly all ranks send
-    while few receive. Links are full duplex, so a rank is busy for the larger of the two.
+    Received and sent are separate because their maxima differ. Ranks of a node with many distinct
+    experts receive more than others send; with few changed slots, nearly all ranks send while few
+    receive. Links are full duplex, so the larger of the two counts.
 
     Attributes:
-        intra_N, inter_N: int64 [N], received from ranks of the same node and of other nodes.
-        sent_intra_N, sent_inter_N: int64 [N], sent to them.
+        intra_N, inter_N: received from ranks of the same node and of other nodes, int64 [N].
+        sent_intra_N, sent_inter_N: sent to them, int64 [N].
     """
 
     intra_N: Int64
@@ -49,13 +49,11 @@ class Traffic:
         inter_bytes_per_s: float,
         inter_bytes_per_element: float | None = None,
     ) -> float:
-        """Predict the exchange's duration from each rank's own link rates; no latency.
+        """Predict the duration of an exchange from each rank's own link rates, without latency.
 
-        `flat` drives both link classes in one collective and takes the slower class of the slowest
-        rank. `node` runs one collective after the other and takes the sum of the two.
-
-        Args:
-            inter_bytes_per_element: of what crosses nodes, where it travels in another dtype.
+        `flat` drives both link classes in one collective: the slower class of the slowest rank
+        counts. `node` runs one collective after the other, so their times add up.
+        `inter_bytes_per_element` is for another dtype between nodes.
         """
         inter_bytes = inter_bytes_per_element or bytes_per_element
         intra_s_N = np.maximum(self.intra_N, self.sent_intra_N) * (
@@ -67,7 +65,7 @@ class Traffic:
         return float(intra_s_N.max() + inter_s_N.max())
 
     def times(self, factor: int) -> Traffic:
-        """Return as many times the numbers, as of bytes of an element."""
+        """Return the numbers times a factor, such as the bytes per element."""
         return Traffic(
             intra_N=self.intra_N * factor,
             inter_N=self.inter_N * factor,
@@ -87,26 +85,25 @@ def restore_traffic(
 ) -> Traffic:
     """Count the elements that one restore moves.
 
-    With c_n slots to fetch on rank n, F_J distinct experts among those of node J, and r_n rows on
-    rank n = (node J, place g), per matrix and times K, a rank receives
+    Rank n, place g of node J, has c_n slots to fetch and r_n rows; node J fetches F_J distinct
+    experts. Per matrix, and times K, rank n receives
 
         flat  c_n · (rows of its node - r_n) intra   c_n · (R - rows of its node) inter
         node  c_n · (R - rows of its place) intra    F_J · (rows of its place - r_n) inter
 
-    where a place's rows are those of rank g of every node. Experts that node J still has from the
-    layout before are not in F_J: one rank of the node that has the expert gives each place its
-    rows, so that rank n also receives (H_J - h_n) · (rows of its place) intra, with H_J such
-    experts in the node of which n gives h_n.
+    A place's rows are those of rank g of every node. F_J excludes experts that node J still has
+    from the layout before: one of its ranks with the expert gives each place its rows. So rank n
+    also receives (H_J - h_n) · (rows of its place) intra, with H_J such experts in the node, of
+    which n gives h_n.
 
-    Since F_J is at most the sum of c_n over the node, a node never receives more from other nodes
-    with `node` than with `flat`; nor does any single rank if N divides R and all ranks of the node
+    Since F_J is at most the sum of c_n over the node, `node` never lets a node receive more from
+    other nodes than `flat`. The same holds for each rank if N divides R and all ranks of the node
     fetch equally many slots.
 
     Args:
-        node_size: G, ranks per node.
         matrices: (R, K) of each expert matrix.
         changed_S: slots to fetch, by ranks that keep nothing else; all slots by default.
-        before: instead of `changed_S`, the layout under which all ranks keep what they restored.
+        before: instead of `changed_S`, the layout under which all ranks keep restored experts.
     """
     num_ranks, num_slots = layout.num_ranks, layout.num_slots
     check_node_size(num_ranks, node_size)
@@ -154,7 +151,7 @@ def restore_traffic(
 
 
 def expert_elements_N(matrices: Sequence[tuple[int, int]], num_ranks: int) -> Int64:
-    """Count the elements of one expert that each rank holds, of all matrices, int64 [N]."""
+    """Count the elements of one expert on each rank, over all matrices, int64 [N]."""
     elements_N = np.zeros(num_ranks, dtype=np.int64)
     for rows, columns in matrices:
         elements_N += np.diff(row_bounds(rows, num_ranks)) * columns
@@ -169,7 +166,7 @@ def reduce_traffic(
 ) -> Traffic:
     """Count the elements of one gradient exchange: a restore of all slots, run backwards.
 
-    Elements between nodes may be of another dtype than those inside (`--fsep-grad-wire-dtype`).
+    Elements between nodes may have another dtype (`--fsep-grad-wire-dtype`).
     """
     there = restore_traffic(layout, node_size, matrices, algorithm)
     return Traffic(
