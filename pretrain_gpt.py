@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 pretrain_gpt.py <Megatron's flags> [<the plugin's flags>]
 
-The wheel holds Megatron's training loop but no script to run it; this is one, for plain
-pretraining, and computes what Megatron's own script computes, bit for bit. It leaves out
-fill-in-the-middle data, fine-tuning, packed sequences and distillation, and says so when a flag
-asks for them. With `--hybrid-layer-pattern` it trains Megatron's HybridModel instead of a GPT.
+Megatron's wheel has the training loop but no script to run it. This one does plain pretraining, and
+computes the same as Megatron's own script, bit for bit. It omits fill-in-the-middle data,
+fine-tuning, packed sequences and distillation, and refuses flags that ask for them. With
+`--hybrid-layer-pattern` it trains Megatron's HybridModel instead of a GPT.
 """
 
 # ruff: noqa: E402 -- imports of Megatron have to follow prepare()
@@ -58,7 +58,7 @@ from megatron_laer.support import RefusedError
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 # A loss this many times the largest seen is reported by --check-for-spiky-loss, as in Megatron.
 SPIKE_FACTOR = 10
-# Fields of the dataset configuration that are called like their flag.
+# Fields of the dataset configuration with the name of their flag.
 SAME_IN_DATASET = """
     split multiple_validation_sets full_validation num_dataset_builder_threads mmap_bin_files
     reset_position_ids reset_attention_mask eod_mask_loss object_storage_cache_path
@@ -72,7 +72,7 @@ stragglers = StragglerDetector()
 
 
 def has_mtp(vp_stage):
-    """Whether a multi-token prediction layer, which reads tokens and labels, is on this stage."""
+    """Return True if a multi-token prediction layer, which reads tokens and labels, is here."""
     config = core_transformer_config_from_args(get_args())
     return mtp_on_this_rank(
         layout=config.pipeline_model_parallel_layout,
@@ -83,12 +83,12 @@ def has_mtp(vp_stage):
 
 
 def reads_batch(vp_stage):
-    """Whether this pipeline stage needs any part of a batch."""
+    """Return True if this pipeline stage needs any part of a batch."""
     return is_first_or_last_pipeline_stage(vp_stage) or has_mtp(vp_stage)
 
 
 def get_batch(data_iterator, vp_stage=None):
-    """One microbatch, as `BATCH_KEYS`: read by tensor rank 0, sent on, cut by context rank."""
+    """Return a microbatch's `BATCH_KEYS`: read by tensor rank 0, sent on, cut by context rank."""
     if not reads_batch(vp_stage):
         return [None] * len(BATCH_KEYS)
     args = get_args()
@@ -122,7 +122,7 @@ def get_batch(data_iterator, vp_stage=None):
 
 
 def loss_func(loss_mask, output):
-    """Summed loss of this microbatch, its number of tokens, and what Megatron logs of both."""
+    """Return the microbatch's summed loss, its number of tokens, and Megatron's log of both."""
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output.view(-1).float() * mask)
     tokens = mask.sum().detach().to(torch.int)
@@ -162,7 +162,7 @@ def forward_step(data_iterator, model, return_schedule_plan=False):
 
 
 def dataset_config(args):
-    """Megatron's dataset configuration from its command line."""
+    """Return Megatron's dataset configuration from its command line."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences_per_dataset = None
     if args.per_dataset_sequences_path is not None:
@@ -185,7 +185,7 @@ def dataset_config(args):
 
 
 def datasets_provider(sample_counts, vp_stage=None):
-    """Training, validation and test data, built on the ranks that read them."""
+    """Build training, validation and test data on the ranks that read them."""
     args = get_args()
     dataset = MockGPTDataset if args.mock_data else GPTDataset
 
@@ -197,12 +197,12 @@ def datasets_provider(sample_counts, vp_stage=None):
     return builder.build()
 
 
-# Every rank calls the provider, which decides by itself; Megatron otherwise calls it on some only.
+# Makes Megatron call the provider on every rank; it decides itself which ranks read.
 datasets_provider.is_distributed = True
 
 
 def embedding_ranks(pp_ranks):
-    """Pipeline ranks that hold a copy of the word embedding."""
+    """Return the pipeline ranks that hold a copy of the word embedding."""
     args = get_args()
     ranks = {pp_ranks[0]}
     if len(pp_ranks) > 1:

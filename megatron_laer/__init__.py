@@ -1,9 +1,9 @@
-"""This package adds Fully Sharded Expert Parallel (FSEP) to Megatron-LM.
+"""Fully Sharded Expert Parallel (FSEP) for Megatron-LM.
 
     import megatron_laer
     megatron_laer.enable(megatron_laer.FSEPConfig(capacity=4))
 
-turns it on for a script of one's own; `python -m megatron_laer train SCRIPT -- ARGS` does it for an
+turns it on in a script of your own; `python -m megatron_laer train SCRIPT -- ARGS` does so for an
 unmodified Megatron script.
 """
 
@@ -44,7 +44,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    # `prepare` must have its chance to replace CUDA before torch and Megatron are imported.
+    # Lazy, so that `prepare` can replace CUDA before torch and Megatron are imported.
     if name in _LAZY:
         import importlib
 

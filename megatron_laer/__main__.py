@@ -1,4 +1,4 @@
-"""`python -m megatron_laer` runs the command line (see `cli`)."""
+"""Entry point of `python -m megatron_laer`, the command line in `tools.cli`."""
 
 import sys
 

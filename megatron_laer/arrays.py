@@ -1,4 +1,4 @@
-"""Types of NumPy arrays have short names here."""
+"""Short names for types of NumPy arrays."""
 
 from __future__ import annotations
 

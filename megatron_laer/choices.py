@@ -1,4 +1,4 @@
-"""The words that settings choose from; `config` has the field of each."""
+"""Words that settings choose from; `config` has the field of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Choice(StrEnum):
 
 
 class Auto(Choice):
-    """Word beside others, for the faster of them by the cost model."""
+    """Choice of the faster option by the cost model."""
 
     AUTO = "auto"
 
@@ -36,8 +36,8 @@ class Split(Choice):
 class PlanMode(Choice):
     """Layout of a microbatch.
 
-    The planned one (`forecast`), one made for its own counts after the gate (`exact`), the cheaper
-    of the two (`adaptive`), or one made ahead for announced counts (`announced`).
+    It is the planned one (`forecast`), one made for its own counts after the gate (`exact`) or the
+    cheaper of both (`adaptive`). With `announced`, it is made ahead for announced counts.
     """
 
     FORECAST = "forecast"
@@ -68,7 +68,7 @@ class OverlapScheduler(Choice):
 
 
 class ExchangeAlgorithm(Choice):
-    """Way of an exchange of experts or gradients across nodes."""
+    """Algorithm of exchanges of experts and gradients across nodes."""
 
     FLAT = "flat"
     NODE = "node"
@@ -82,7 +82,7 @@ class TokenExchange(Choice):
 
 
 class GemmBackEnd(Choice):
-    """Back end of the slots' GEMMs (`layer/experts/gemm`); `auto` chooses among the proved ones."""
+    """Back end of the slots' GEMMs (`layer/experts/gemm`); `auto` chooses among proved ones."""
 
     AUTO = "auto"
     LOOP = "loop"
@@ -94,8 +94,8 @@ class GemmBackEnd(Choice):
 class Recompute(Choice):
     """Part of an MoE layer that backward computes again.
 
-    `full` is Megatron's, with its token exchanges; `compute` leaves exchanges out, as LAER-MoE's
-    code does.
+    `full` is Megatron's, with its token exchanges; `compute` omits exchanges, as LAER-MoE's code
+    does.
     """
 
     NONE = "none"
@@ -104,7 +104,7 @@ class Recompute(Choice):
 
 
 class Unproven(Choice):
-    """Feature that FSEP runs with when asked, but that was never run."""
+    """Feature that was never run with FSEP, and runs only on request."""
 
     TE_GRAPHS = "te-graphs"
     DENSE_FP8 = "dense-fp8"

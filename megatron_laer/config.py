@@ -1,8 +1,7 @@
-"""`FSEPConfig` holds the settings of FSEP and is the one way in for configuration.
+"""`FSEPConfig`: all settings of FSEP, from which checks, flags and docs are made.
 
-A field has its words or type as its annotation, and its help and bounds as metadata; checks, flags
-and the docs are made from them. `flags` reads command lines, `support` decides what a combination
-means for Megatron.
+A field's annotation has its words or type, and its metadata help and bounds. `flags` reads command
+lines; `support` checks combinations with Megatron's settings.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from megatron_laer.choices import (
     WireDtype,
 )
 
-# The words of the fields are imported from here too.
+# Words of the fields are imported from here too.
 __all__ = [
     "MAX_PLAN_LAG",
     "Auto",
@@ -65,8 +64,8 @@ class Bound(NamedTuple):
     text: str
 
 
-# Until they take effect, plans are kept in memory and in checkpoints; and what was routed a
-# thousand steps ago says little of now.
+# Plans are kept in memory and in checkpoints until they take effect, and routing of a thousand
+# steps ago is a poor forecast.
 MAX_PLAN_LAG = 1000
 
 _NUMBERS: dict[type, Any] = {int: (Integral, "an integer"), float: (Real, "a number")}
@@ -75,7 +74,7 @@ _NUMBERS: dict[type, Any] = {int: (Integral, "an integer"), float: (Real, "a num
 def _option(
     default: Any, help: str, *, minimum: Bound | None = None, maximum: Bound | None = None
 ) -> Any:
-    """Return a field with its help and bounds; its annotation says its words or its type."""
+    """Return a field with its help and bounds; its annotation has its words or its type."""
     return field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum})
 
 
@@ -215,7 +214,7 @@ class FSEPConfig:
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
             if value is not None or spec.default is not None:
-                # Plain words are taken for the members they name.
+                # Plain words become the members they name.
                 object.__setattr__(self, spec.name, _checked(spec, value))
         if self.restore == Restore.STEP and self.mode != PlanMode.FORECAST:
             raise ValueError(
@@ -268,7 +267,7 @@ def deterministic(config: FSEPConfig) -> FSEPConfig:
 
 @cache
 def types_of(name: str) -> tuple[type, ...]:
-    """Return the types of a field's value or of each of its values, but for None."""
+    """Return the types of a field's value, or of each of its values, except None."""
     annotation = get_type_hints(FSEPConfig)[name]
     members = get_args(annotation) or (annotation,)
     return tuple(kind for kind in members if kind not in (type(None), Ellipsis))
@@ -296,7 +295,7 @@ def _word(name: str, value: Any) -> Choice:
 
 
 def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
-    """Return a field's value in the field's type, or refuse it, quoting it."""
+    """Return a value in its field's type, or raise a ValueError that quotes it."""
     flag, kind = flag_name(spec.name), types_of(spec.name)[0]
     if takes_several(spec.name):
         given = value if isinstance(value, list | tuple) else [value]
@@ -311,7 +310,7 @@ def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
     if not isinstance(value, number):
         raise ValueError(f"{flag} {value!r}: must be {noun}")
     minimum, maximum = spec.metadata["minimum"], spec.metadata["maximum"]
-    # Written so that it refuses NaN as well.
+    # Written so that it also refuses NaN.
     if minimum is not None and not minimum.value <= value < math.inf:
         raise ValueError(f"{flag} {value}: must be at least {minimum.text}")
     if maximum is not None and value > maximum.value:

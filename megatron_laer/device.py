@@ -1,4 +1,4 @@
-"""The device that Megatron runs on, and the only door to the CPU's replacements.
+"""Device that Megatron runs on, and the only access to the CPU's replacements.
 
 Megatron calls `torch.cuda` unconditionally. Without a usable GPU, or on request, `install_cpu`
 loads `megatron_laer.cpu`, whose functions keep everything on the CPU. With a GPU nothing of that
@@ -39,8 +39,9 @@ _installed = False
 def cpu_needed(force: bool = False) -> bool:
     """Return whether Megatron has to run on the CPU: by request, or without a usable CUDA device.
 
-    `force` or `MEGATRON_LAER_DEVICE=cpu` ask for it; `MEGATRON_LAER_DEVICE=cuda` rules it out, so
-    that a broken driver shows as Megatron's own error. Imports torch only where neither decides.
+    `force` and `MEGATRON_LAER_DEVICE=cpu` request it. `MEGATRON_LAER_DEVICE=cuda` rules it out, so
+    that a broken driver shows as Megatron's own error. torch is imported only where neither
+    decides.
     """
     asked = os.environ.get(DEVICE, "auto")
     if asked not in _DEVICES:
@@ -58,7 +59,7 @@ def cpu_needed(force: bool = False) -> bool:
 
 
 def install_cpu() -> None:
-    """Put CPU functions in CUDA's place for the rest of the process; a second call does nothing.
+    """Replace CUDA's functions by the CPU's for the rest of the process, once.
 
     Raises:
         RuntimeError: Megatron is imported already, with names of `torch.cuda` bound for good.
@@ -70,10 +71,9 @@ def install_cpu() -> None:
 
 
 def install_cpu_in_helper() -> None:
-    """Replace `torch.cuda` where needed, in a process that a rank spawned, and nothing in Megatron.
+    """Replace `torch.cuda` if needed, and nothing in Megatron, in a process that a rank spawned.
 
-    The main script was imported here again, and Megatron maybe with it: unlike a rank, a helper
-    cannot ask for everything first.
+    It has imported the main script again, and Megatron perhaps too, so Megatron's names are bound.
     """
     if not _installed and cpu_needed():
         _cpu_part().install_in_helper()
@@ -85,5 +85,5 @@ def cpu_installed() -> bool:
 
 
 def _cpu_part() -> Any:
-    # By name, so that training has no import of that part.
+    # Imported by name, so that training has no static import of that part.
     return importlib.import_module("megatron_laer.cpu.install")

@@ -1,7 +1,7 @@
-"""The variables of the environment that the package and its scripts read, and what each is for.
+"""Environment variables that the package and its scripts read, with their meanings.
 
-The docs show this table, and a test compares it with what is read. Settings of the batch script
-for Slurm stand at the head of that script.
+The docs show this table, and a test compares it with the code. The head of the batch script for
+Slurm has that script's own settings.
 """
 
 from __future__ import annotations
@@ -21,13 +21,7 @@ class Owner(StrEnum):
 
 @dataclass(frozen=True)
 class Variable:
-    """Variable of the environment.
-
-    Attributes:
-        name: of the variable.
-        meaning: what its values do; Markdown.
-        owner: who sets it.
-    """
+    """Environment variable with the effect of its values, in Markdown."""
 
     name: str
     meaning: str
@@ -127,12 +121,12 @@ VARIABLES = (
 )
 
 
-# Of libraries that read them when they are imported, and do not name them where they are wrong.
+# Prefixes of variables by the library that reads them at import without naming them in its errors.
 _READ_BY = {"tqdm": ("TQDM_",), "matplotlib": ("MPL", "MATPLOTLIBRC")}
 
 
 def variables_behind(error: BaseException) -> dict[str, str]:
-    """Return the variables that are set for the library that has raised an error, by name."""
+    """Return the set variables that concern the library which raised an error, by name."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,8 +1,7 @@
-"""Each field of `FSEPConfig` becomes a command-line flag, made from the field's metadata.
+"""Command-line flags of `FSEPConfig`, one per field, made from the field's metadata.
 
 A field `plan_lag` is the flag `--fsep-plan-lag`; its `help` is the flag's help and the row in the
-docs. A flag without effect is an error here. What a combination of flags means for Megatron is not
-decided here (see `support`).
+docs. A flag without effect is an error here. `support` checks combinations with Megatron's flags.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ from megatron_laer.planner.strategies import described_strategies, uses_costs
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add `--expert-parallel-mode` and one flag per `FSEPConfig` field.
 
-    Defaults are `None`, so that a flag the user gave without the mode can be told from one left
-    out: a flag without effect is an error.
+    Defaults are `None`, to distinguish a given flag: without effect, it is an error.
     """
     group = parser.add_argument_group(title="fully sharded expert parallel (megatron_laer)")
     group.add_argument(
@@ -58,14 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def value_text(value: object) -> str:
-    """Return a flag's value as a command line has it; "none" for an empty list of words."""
+    """Return a flag's value in a command line's form; "none" for an empty list of words."""
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or "none"
     return str(value)
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields whose flags were given on the command line, with their values."""
+    """Return the fields whose flags were given, with their values."""
     names = [spec.name for spec in dataclasses.fields(FSEPConfig)]
     values = {name: getattr(args, "fsep_" + name, None) for name in names}
     return {name: value for name, value in values.items() if value is not None}
@@ -75,7 +73,7 @@ def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
     """Return the config that the flags ask for, or None in standard mode.
 
     Raises:
-        ValueError: an FSEP flag without `--expert-parallel-mode fsep`, which would have no effect.
+        ValueError: a flag without effect, or a value that does not fit.
     """
     given = given_flags(args)
     if args.expert_parallel_mode == ExpertParallelMode.FSEP:
@@ -92,7 +90,7 @@ def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
 
 
 def _check_effects(config: FSEPConfig, given: dict[str, Any]) -> None:
-    """Raise if one given flag leaves another without effect."""
+    """Raise a ValueError if one given flag leaves another without effect."""
     for reason, idle in _idle(config):
         for name in idle:
             if name in given:
@@ -103,7 +101,7 @@ def _check_effects(config: FSEPConfig, given: dict[str, Any]) -> None:
 
 
 def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield why flags have no effect, and which."""
+    """Yield each reason with the fields whose flags it leaves without effect."""
     planning = ("plan_lag", "late_plan")
     if config.replay_layouts is not None:
         yield "layouts are replayed", ("planner", *planning)

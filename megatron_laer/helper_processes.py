@@ -1,8 +1,8 @@
-"""Helper processes hear no signal, and end with the process that started them.
+"""Helper processes: they hear no signals, and end with the process that started them.
 
-A launcher that stops a job signals every process of it. A rank has a handler then; a helper that it
-started through `multiprocessing` has none, dies at once, and takes down what the rank does next.
-Imports neither torch nor Megatron, since helpers import this module too.
+A launcher that stops a job signals all its processes. A rank has a handler for that. A helper
+started through `multiprocessing` has none and would die at once, with the work that the rank still
+needs it for. Imports neither torch nor Megatron, since helpers import this module too.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from multiprocessing import resource_tracker
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block all signals: for good in what is started in this context, in this thread until its end.
+    """Block all signals in this thread within the context, and for good in processes started there.
 
-    Blocked, not ignored: a signal that comes meanwhile is kept for this process. A helper that is
-    started in here can be ended by SIGKILL and by its own return, not by `terminate`.
+    They are blocked, not ignored: this process gets them after the context. A helper started here
+    can end by SIGKILL and by its own return, not by `terminate`.
     """
     every = signal.valid_signals()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, every)
     try:
-        # The first process that is spawned starts multiprocessing's tracker on its way, after which
-        # some releases of Python unblock two of the signals.
+        # The first spawned process starts multiprocessing's tracker, after which some releases of
+        # Python unblock two of the signals.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, every)
         yield
@@ -36,13 +36,10 @@ def signals_blocked() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Let this helper end as soon as its parent has, however that ended.
+    """End this helper as soon as its parent has ended, for any reason.
 
-    Where the parent has forked other processes since, once they have ended too: they hold the pipe
-    whose closing tells.
-
-    Raises:
-        RuntimeError: this process was not started by `multiprocessing`.
+    Processes that the parent has forked since must have ended too: they hold the pipe that has to
+    close.
     """
     parent = multiprocessing.parent_process()
     if parent is None:

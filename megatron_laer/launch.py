@@ -1,4 +1,4 @@
-"""A training script calls `prepare` first, before it imports Megatron."""
+"""`prepare`, which a training script calls before it imports Megatron."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 
 
 def prepare(force_cpu: bool = False) -> None:
-    """Make this process ready for Megatron and turn the plugin on.
+    """Prepare this process for Megatron and turn the plugin on.
 
     Call it before any import of `megatron`. Without a usable GPU, with `force_cpu`, or with
-    `MEGATRON_LAER_DEVICE=cpu` in the environment, Megatron runs on the CPU; its command line then
+    `MEGATRON_LAER_DEVICE=cpu` in the environment, Megatron runs on the CPU. Its command line then
     needs `megatron_laer.device.CPU_FLAGS`.
 
     Raises:
         ImportError: a module or the native core is missing, or Megatron is not supported.
         ValueError: another value of that variable.
     """
-    # First, because torch and Megatron take seconds to import, and print.
+    # Imported first, because torch and Megatron take seconds to import, and print.
     from megatron_laer import device
     from megatron_laer.planner import native_core  # noqa: F401
 
@@ -36,10 +36,10 @@ def prepare(force_cpu: bool = False) -> None:
 
 @contextlib.contextmanager
 def _logging_as_it_is() -> Iterator[None]:
-    """Leave logging to `megatron.training`, which sets it up only where that was not done.
+    """Leave logging to `megatron.training`, which sets it up only if that was not done.
 
-    Importing `megatron.core` does so with emerging-optimizers, which logs a line by absl; messages
-    of Megatron and FSEP below a warning would be lost.
+    Importing `megatron.core` does it through emerging-optimizers, which logs a line by absl.
+    Messages of Megatron and FSEP below a warning would be lost.
     """
     before = list(logging.root.handlers)
     try:

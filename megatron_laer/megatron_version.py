@@ -1,4 +1,4 @@
-"""This file finds the installed Megatron's version, and asks `releases` whether it is supported."""
+"""Version of the installed Megatron, checked against the supported `releases`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_version() -> None:
-    """Refuse a Megatron that was never tried, and one that is not released unless asked for.
+    """Refuse an unsupported Megatron; accept the next, unreleased one only on request.
 
     Raises:
-        ImportError: with the version found and the tested range.
-        ValueError: a release is asked for that is not the next one.
+        ImportError: the version is not supported.
+        ValueError: the request is for a release other than the next one.
     """
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
@@ -26,7 +26,7 @@ def check_version() -> None:
     found = megatron_version()
     is_supported = SpecifierSet(SUPPORTED).contains(found, prereleases=True)
     is_next = ".".join(map(str, Version(found).release[:2])) == NEXT.number
-    # Of the environment, since a version is looked at before there is a command line.
+    # From the environment, since versions are checked before there is a command line.
     asked = os.environ.get(UNRELEASED_MEGATRON)
     if asked is not None and asked != NEXT.number:
         raise ValueError(
@@ -53,10 +53,10 @@ def check_version() -> None:
 
 
 def megatron_version() -> str:
-    """Return the version of the Megatron that is imported, or else of the one installed.
+    """Return the version of the imported Megatron, or else of the installed one.
 
-    A checkout's has its commit. An installed one's has not: Megatron then asks git for that of the
-    repository around its folder, which is another's.
+    A checkout's has its commit. An installed one's has not: Megatron would take it from any git
+    repository around its folder.
     """
     try:
         from megatron.core import package_info
@@ -67,7 +67,7 @@ def megatron_version() -> str:
 
 
 def _is_installed(file: Path) -> bool:
-    """Return whether megatron-core's distribution brought a file."""
+    """Return True if the file belongs to megatron-core's distribution."""
     try:
         found = importlib.metadata.distribution("megatron-core")
     except importlib.metadata.PackageNotFoundError:

@@ -1,8 +1,8 @@
-"""This table says which releases of Megatron are supported and tested, and how they differ.
+"""Supported and tested releases of Megatron, and their differences.
 
-This table is the one place for such facts: code imports it, and where a file cannot, a test
-compares the file with it. `docs/releasing.md` says what a new release needs. The module imports
-the standard library alone, since `doctor` and scripts read it where Megatron or torch is missing.
+This is the one place for such facts: code imports it, and tests compare other files with it.
+`docs/releasing.md` lists the steps for a new release. The module imports the standard library
+alone, since `doctor` and scripts read it where Megatron or torch is missing.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class Release:
     """Release of Megatron, all of whose patch versions are supported.
 
     Attributes:
-        number: as in the names of Megatron's branches and of our folders in patches/.
+        number: number in the names of Megatron's branches and of our folders in patches/.
         tested: versions that the tests passed with, oldest first; of a checkout, with its commit.
-        limits: what the release cannot do, for docs/support.md; the end of a sentence.
+        limits: features that the release lacks, for docs/support.md; the end of a sentence.
     """
 
     number: str
@@ -26,7 +26,7 @@ class Release:
     limits: str = ""
 
 
-# Oldest first, none left out in between.
+# Oldest first, without gaps.
 RELEASES = (
     Release(
         "0.18",
@@ -37,7 +37,7 @@ RELEASES = (
     Release("0.19", tested=("0.19.0", "0.19.2")),
 )
 
-# Megatron's main branch. It may change until it is released, so it is refused unless asked for.
+# Megatron's main branch. It may change until its release, so it needs a request.
 NEXT = Release("0.20", tested=("0.20.0+d98e8a6",))
 
 NUMBERS = tuple(release.number for release in RELEASES)
@@ -51,7 +51,7 @@ def release_after(number: str) -> str:
     return f"{major}.{int(minor) + 1}"
 
 
-# As pip takes it; `<` excludes the pre-releases of its version too.
+# In pip's form; `<` also excludes the pre-releases of its version.
 SUPPORTED = f">={NUMBERS[0]},<{release_after(NUMBERS[-1])}"
 
 
@@ -63,10 +63,9 @@ class Difference:
     releases. A test compares the answers with `since` in each release.
 
     Attributes:
-        owner: the dotted name of the module, class or function.
-        name: of the attribute or, in a function, of the parameter.
-        since: the first release that has it.
-        before: what is done where it is missing.
+        owner: dotted name of the module, class or function.
+        since: first release that has it.
+        before: behaviour where it is missing.
     """
 
     owner: str
@@ -75,7 +74,7 @@ class Difference:
     before: str
 
     def is_in(self, owner: object) -> bool:
-        """Return whether this object, which `owner` names, has the attribute or the parameter."""
+        """Return True if this object, which `owner` names, has the attribute or the parameter."""
         if inspect.isfunction(owner):
             return self.name in inspect.signature(owner).parameters
         return hasattr(owner, self.name)

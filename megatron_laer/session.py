@@ -1,4 +1,4 @@
-"""A `Session` owns FSEP in this process: its settings, process groups, coordinator and progress.
+"""Session: settings, process groups, coordinator and progress of FSEP in this process.
 
 The plugin begins and ends the session. Nothing here touches Megatron.
 """
@@ -22,13 +22,13 @@ from megatron_laer.runtime.scheduler import Chunk
 
 
 class Session:
-    """Lifetime of FSEP from `enable` until `disable`, or until `enable` with other settings.
+    """State of FSEP from `enable` until `disable`, or until `enable` with other settings.
 
     Args:
-        seed: of the experts' weights; None leaves it to the builder of the first layer.
+        seed: seed of the experts' weights; None leaves it to the builder of the first layer.
 
     Attributes:
-        coordinator: of the MoE layers built so far; None on a pipeline stage without any.
+        coordinator: coordinator of the MoE layers built so far; None on a stage without any.
     """
 
     def __init__(self, config: FSEPConfig, seed: int | None = None) -> None:
@@ -44,13 +44,13 @@ class Session:
 
     @property
     def groups(self) -> FSEPGroups:
-        """Return the FSEP groups; before Megatron's parallel state is there, a RuntimeError."""
+        """Return the FSEP groups; a RuntimeError before Megatron's parallel state exists."""
         if self._groups is None:
             raise RuntimeError(_NO_GROUPS)
         return self._groups
 
     def create_groups(self, expert_group: Group, create_group: Callable[..., Group]) -> None:
-        """Make the FSEP groups: see `process_groups.create_groups`. Collective over the world."""
+        """Create the FSEP groups; collective over the world. See `process_groups.create_groups`."""
         self._groups = create_groups(
             expert_group,
             self.config.node_size,
@@ -75,8 +75,7 @@ class Session:
     ) -> Coordinator:
         """Return the coordinator, which is made when the first MoE layer is built.
 
-        Args:
-            seed: where the session has none; None takes torch's seed of the group's rank 0.
+        `seed` is for a session without one; None takes torch's seed of the group's rank 0.
         """
         experts = transformer_config.num_moe_experts
         if self.coordinator is None:
@@ -99,13 +98,10 @@ class Session:
     def begin_step(
         self, step: int, num_microbatches: int | None, chunks: Callable[[], Sequence[Chunk]]
     ) -> None:
-        """Begin a training step: see `Coordinator.begin_step`. Collective over the world.
+        """Start a training step: see `Coordinator.begin_step`. Collective over the world.
 
-        At the first step, problems of `Coordinator.start` become a ValueError on every rank.
-
-        Args:
-            step: counted over the whole run, resumed runs included.
-            chunks: of the model, called at the first step.
+        At the first step, problems of `Coordinator.start` become a ValueError on every rank. Steps
+        are counted over the whole run, including resumed runs.
         """
         coordinator = self.coordinator
         if not self._is_training:
@@ -128,7 +124,6 @@ class Session:
             self.coordinator.end_step(weights_changed=weights_changed)
 
     def close(self) -> None:
-        """Close the coordinator and destroy the groups."""
         self.forget_model()
         self.destroy_groups()
 
@@ -147,7 +142,7 @@ def current() -> Session | None:
 
 
 def replace(session: Session | None) -> None:
-    """Close the present session and begin this one; None turns FSEP off."""
+    """Close the present session and start this one; None turns FSEP off."""
     global _session
     before, _session = _session, session
     if before is not None:
@@ -178,14 +173,13 @@ def announce_routing(counts_MLE: Any) -> None:
     """Announce the choices of this rank's routers in the next step; without FSEP, do nothing.
 
     For `--fsep-plan-mode announced`. Every rank calls it before each step, also before the first;
-    the step itself exchanges it.
+    the step itself exchanges the counts.
 
     Args:
-        counts_MLE: tokens of this rank for each expert, integers [M, L, E] in a tensor, an array or
-            lists: M microbatches of the step, L MoE layers of this rank, of one model chunk after
-            the other. Of top-k indices [T, K] it is
-            `indices.new_zeros(T, E).scatter_(1, indices, 1).sum(dim=0)`: a token that has an expert
-            twice is sent once.
+        counts_MLE: this rank's tokens for each expert, integers [M, L, E] in a tensor, an array or
+            lists. M are the step's microbatches, L this rank's MoE layers, one model chunk after
+            the other. From top-k indices [T, K], it is `indices.new_zeros(T, E).scatter_(1,
+            indices, 1).sum(dim=0)`: a token that has an expert twice is sent once.
 
     Raises:
         ValueError: another plan mode; another shape or dtype, or negative counts.

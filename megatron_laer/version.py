@@ -1,4 +1,4 @@
-"""The package's version is here, for files that may not import the whole package."""
+"""Version of the package, for files that may not import the whole package."""
 
 from __future__ import annotations
 

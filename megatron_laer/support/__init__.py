@@ -1,9 +1,9 @@
-"""This package says what FSEP refuses to run with, why, and what would work instead.
+"""Refusals: settings that FSEP cannot run with, each with a reason and a remedy.
 
-`table` holds one row per refused setting, a `Refusal` of `refusal`, and `fields` the other MoE
-fields of Megatron's TransformerConfig; `arguments` checks what was parsed and `model` a
-TransformerConfig, both by the same rows. Nothing here imports Megatron or torch. The combinations
-that are proved equal to stock are rows of `tests/parity`, and docs/support.md lists all of it.
+`table` has one row, a `Refusal` of `refusal`, per refused setting, and `fields` the other MoE
+fields of Megatron's TransformerConfig. By the same rows, `arguments` checks parsed arguments and
+`model` a TransformerConfig. Nothing here imports Megatron or torch. Combinations proved equal to
+stock are rows of `tests/parity`; docs/support.md lists all.
 """
 
 

@@ -1,6 +1,6 @@
-"""Parsed arguments of Megatron are checked before anything runs, and completed where FSEP needs it.
+"""Checks of Megatron's parsed arguments before anything runs, and the defaults that FSEP needs.
 
-A TransformerConfig is checked in `model`. Nothing of Megatron is touched: `args` is its namespace.
+`model` checks a TransformerConfig. Nothing of Megatron is touched: `args` is its namespace.
 """
 
 from __future__ import annotations
@@ -22,21 +22,17 @@ from megatron_laer.support.table import REFUSALS, UNPROVEN
 
 _DEEPEP_TOP_K = 32
 
-# The arguments that FSEP sets where they are left out, with their values.
+# Arguments that FSEP sets if they are not given, with their values.
 FILLED_IN = {row.argument: row.accepted[0] for row in REFUSALS if row.is_filled_in}
 
-# What acts in fp8 and fp4 alone, without which Megatron refuses it, and FSEP with them.
+# Arguments for fp8 and fp4 alone: Megatron refuses them without, and FSEP with these formats.
 _LEFT_OUT = ("moe_router_padding_for_quantization", "moe_router_padding_for_fp8")
 
 
 def fill_in(args: Namespace, script_defaults: Mapping[str, object]) -> list[str]:
-    """Set what FSEP needs where nobody set it: where the argument is None.
+    """Set the values that FSEP needs where an argument is None, and return those flags.
 
-    Args:
-        script_defaults: what a Megatron script gives for arguments that are left out; not touched.
-
-    Returns:
-        The flags that are now as if they had been given.
+    `script_defaults` are a Megatron script's own; they apply first, and are not returned.
     """
     filled = []
     for name, needed in FILLED_IN.items():
@@ -48,7 +44,7 @@ def fill_in(args: Namespace, script_defaults: Mapping[str, object]) -> list[str]
 
 
 def leave_out(args: Namespace) -> list[str]:
-    """Turn off what has no effect, but would keep Megatron from running, and return the flags."""
+    """Turn off flags that have no effect but would keep Megatron from running; return them."""
     given = [name for name in _LEFT_OUT if getattr(args, name, None)]
     for name in given:
         setattr(args, name, False)
@@ -56,7 +52,7 @@ def leave_out(args: Namespace) -> list[str]:
 
 
 def check(args: Namespace, config: FSEPConfig) -> None:
-    """Refuse what FSEP cannot run with, all of it in one message."""
+    """Refuse all settings that FSEP cannot run with, in one message."""
     if found := problems(args, config):
         numbered = " ".join(f"({number}) {text}." for number, text in enumerate(found, start=1))
         listed = found[0] if len(found) == 1 else f"these settings: {numbered}"
@@ -64,7 +60,7 @@ def check(args: Namespace, config: FSEPConfig) -> None:
 
 
 def problems(args: Namespace, config: FSEPConfig) -> list[str]:
-    """List what FSEP cannot run with, why not, and what would work."""
+    """Return the settings that FSEP cannot run with, with reasons and remedies."""
     allowed = config.allow_unproven
     found = [text for row in REFUSALS if (text := row.problem_with_flag(args, allowed))]
     used = {row.unproven for row in REFUSALS if row.asks_for_unproven(args, row.argument)}
@@ -80,7 +76,7 @@ def problems(args: Namespace, config: FSEPConfig) -> list[str]:
 
 
 def geometry(args: Namespace, config: FSEPConfig) -> Geometry:
-    """Return the geometry of the MoE layers, but for nodes, which the launcher tells."""
+    """Return the geometry of the MoE layers, with a node size of 1: it is not known yet."""
     return resolve_geometry(
         args.num_experts,
         args.expert_model_parallel_size,
@@ -92,7 +88,7 @@ def geometry(args: Namespace, config: FSEPConfig) -> Geometry:
 
 
 def warnings(config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: bool) -> list[str]:
-    """List what FSEP runs with, but not well."""
+    """Return the settings with which FSEP runs, but slowly."""
     found = []
     if on_cuda and config.scheduler == OverlapScheduler.ON and environment.get(CONNECTIONS) == "1":
         found.append(
@@ -137,7 +133,7 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
 
 
 def _buffer_problems(args: Namespace, capacity: int) -> list[str]:
-    """List what the flex dispatcher's buffers cannot have; their kernels assert it on a GPU."""
+    """Return problems of the flex dispatcher's buffers, which its kernels assert on a GPU."""
     if args.moe_token_dispatcher_type != "flex":
         return []
     problems, ranks = [], args.expert_model_parallel_size

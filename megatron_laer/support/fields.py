@@ -1,17 +1,17 @@
-"""The MoE fields of Megatron's TransformerConfig that FSEP does not refuse are listed here.
+"""MoE fields of Megatron's TransformerConfig that FSEP does not refuse.
 
-Each is proved by a parity row, or without effect. Fields that are neither here nor in `table`,
-which only a Megatron that is not known yet has, are warned of.
+Each is proved by a parity row, or without effect. Fields that are neither here nor in `table` exist
+only in a Megatron that is not known yet, and are warned of.
 """
 
 from __future__ import annotations
 
 import re
 
-# Of Megatron's fields, those whose names say that they are about MoE.
+# Names of Megatron's fields about MoE.
 MOE_FIELD = re.compile(r"moe|expert|router")
 
-# Set by a row of the parity table.
+# Fields that rows of the parity table set.
 PROVED = frozenset(
     """
     num_moe_experts expert_model_parallel_size
@@ -28,8 +28,8 @@ PROVED = frozenset(
     """.split()
 )
 
-# Of Megatron's main branch, about layers around the experts, or kernels: no test has set them, and
-# they are warned of.
+# Fields of Megatron's main branch about kernels, or layers around the experts. No test has set
+# them, so they are warned of.
 UNTRIED = frozenset(
     """
     batch_invariant_backend enable_mhc_connections gdp_cutedsl_kernel
@@ -37,14 +37,14 @@ UNTRIED = frozenset(
     """.split()
 )
 
-# What rows of the parity table recompute, of Megatron's selective recompute; the rest is refused.
+# Modules of selective recompute in rows of the parity table; all others are refused.
 PROVED_RECOMPUTE = frozenset(
     """
     core_attn gdn_norm_out layernorm mla_up_proj mlp moe moe_act shared_experts
     """.split()
 )
 
-# Fields that change nothing of what FSEP does, by the reason.
+# Fields without effect on FSEP, by the reason.
 WITHOUT_EFFECT_BY_REASON: dict[str, str] = {
     "FSEP computes the experts itself, in place of Megatron's grouped experts": """
         moe_grouped_gemm

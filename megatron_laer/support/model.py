@@ -1,7 +1,7 @@
-"""Every MoE layer checks its TransformerConfig here, which a script may have built without flags.
+"""Checks of every MoE layer's TransformerConfig, which a script may have built without flags.
 
-Refused fields raise, and MoE fields that no test covers are named in a warning. Megatron's
-arguments are checked earlier, in `flags`. Nothing of Megatron is touched.
+Refused fields raise, and MoE fields that no test covers are warned of. `arguments` checks
+Megatron's arguments earlier. Nothing of Megatron is touched.
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ _REFUSED = frozenset(row.field for row in REFUSALS)
 
 
 def check(config: Any, allowed: Collection[Unproven] = ()) -> None:
-    """Refuse a model that FSEP cannot run, and warn of MoE fields that no test covers.
+    """Refuse a TransformerConfig that FSEP cannot run, and warn of MoE fields that no test covers.
 
-    Args:
-        config: Megatron's TransformerConfig.
-        allowed: what nobody has run, and may be run all the same.
+    `allowed` are the unproven features to run anyway.
     """
     problems = [text for row in REFUSALS if (text := row.problem_with_field(config, allowed))]
     used = {row.unproven for row in REFUSALS if row.asks_for_unproven(config, row.field)}
@@ -48,19 +46,14 @@ def check(config: Any, allowed: Collection[Unproven] = ()) -> None:
 
 
 def check_choices(config: Any, mode: PlanMode | None, exchange: TokenExchange | Auto) -> None:
-    """Refuse a model that the plan mode or the token exchange cannot work with.
-
-    Args:
-        config: Megatron's TransformerConfig.
-    """
+    """Refuse a TransformerConfig that does not fit the plan mode or the token exchange."""
     _refuse([*problems_with_mode(config, mode), *problems_with_token_exchange(config, exchange)])
 
 
 def slots_multiple(settings: Any) -> int:
     """Return the number of which N·C must be a multiple for the token dispatcher.
 
-    Args:
-        settings: Megatron's TransformerConfig, or its arguments.
+    `settings` is Megatron's TransformerConfig or its arguments, here and below.
     """
     if settings.moe_token_dispatcher_type != "flex":
         return 1
@@ -68,11 +61,7 @@ def slots_multiple(settings: Any) -> int:
 
 
 def problems_with_mode(settings: Any, mode: PlanMode | None) -> list[str]:
-    """List what the plan mode cannot work with.
-
-    Args:
-        settings: Megatron's TransformerConfig, or its arguments.
-    """
+    """Return the settings that the plan mode cannot work with."""
     if mode != PlanMode.ANNOUNCED or not getattr(settings, "mtp_use_repeated_layer", False):
         return []
     return [
@@ -82,11 +71,7 @@ def problems_with_mode(settings: Any, mode: PlanMode | None) -> list[str]:
 
 
 def problems_with_token_exchange(settings: Any, exchange: TokenExchange | Auto) -> list[str]:
-    """List with what tokens cannot go through nodes.
-
-    Args:
-        settings: Megatron's TransformerConfig, or its arguments.
-    """
+    """Return the settings with which tokens cannot go through nodes."""
     if exchange == TokenExchange.RANK:
         return []
     flag = f"--fsep-token-exchange {exchange}"
@@ -105,7 +90,7 @@ def problems_with_token_exchange(settings: Any, exchange: TokenExchange | Auto) 
 
 
 def warnings_of(config: Any) -> list[str]:
-    """Make a warning for each setting about MoE, or new in Megatron, that no test covers."""
+    """Return a warning per field about MoE, or new in Megatron, that no test covers."""
     found = []
     for field in dataclasses.fields(config):
         is_untried = field.name in UNTRIED

@@ -1,4 +1,4 @@
-"""A `Refusal` describes one setting of Megatron that FSEP refuses, as a flag and as a field."""
+"""One setting of Megatron that FSEP refuses, as a flag and as a field."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NOT_RUN = "nobody has run it with FSEP, and no test on a GPU has shown it"
 
 
 class LeftOut(StrEnum):
-    """Loss by leaving out a refused setting that does not change the model."""
+    """Loss of a run without a refused setting that does not change the model."""
 
     SPEED = "speed-only"
     PRECISION = "precision"
@@ -24,22 +24,18 @@ class Refusal:
     """Setting of Megatron, refused unless it has an accepted value.
 
     Attributes:
-        setting: the flag with the part of it that is refused, or the field if there is no flag;
-            docs list the row under this key.
-        reason: why FSEP cannot run with it.
-        way_out: what would work, in terms of flags.
-        accepted: the values that FSEP runs with, first the one to choose. None and False are both
-            "off", and either accepts the other.
-        dest: where argparse puts the flag, if not under the flag's own name.
-        field: the field of TransformerConfig that the flag ends up in; "" where there is none.
-        field_way_out: what would work, in terms of the field, if not the first accepted value.
-        refuses: whether arguments, or a TransformerConfig, are refused, where a comparison with the
-            accepted values does not tell.
-        is_filled_in: whether the accepted value leaves the model as it is, so that FSEP takes it as
-            the default where the flag is left out.
-        unproven: the word of `--fsep-allow-unproven` with which more values are accepted.
-        unproven_values: those values.
-        left_out: what a run without the setting loses, if that is speed or precision alone.
+        setting: flag with its refused part, or field if there is no flag; key of the row in docs.
+        way_out: remedy in terms of flags.
+        accepted: accepted values, first the one to choose. None and False are both "off", and
+            either accepts the other.
+        dest: argparse's name of the flag, if not its own.
+        field: field of TransformerConfig that the flag ends up in; "" if there is none.
+        field_way_out: remedy in terms of the field, if not the first accepted value.
+        refuses: predicate on arguments or a TransformerConfig, where accepted values do not decide.
+        is_filled_in: whether FSEP makes the accepted value the flag's default, as it does not
+            change the model.
+        unproven: word of `--fsep-allow-unproven` that accepts `unproven_values` too.
+        left_out: loss of a run without the setting, if that is speed or precision alone.
     """
 
     setting: str
@@ -57,7 +53,7 @@ class Refusal:
 
     @property
     def said_way_out(self) -> str:
-        """Return the way out, and that it costs nothing but speed where that is so."""
+        """Return the remedy, with a note if its only cost is speed."""
         return self._with_cost(self.way_out)
 
     @property
@@ -71,15 +67,14 @@ class Refusal:
         return self.dest or self.flag.removeprefix("--").replace("-", "_")
 
     def problem_with_flag(self, args: Any, allowed: Collection[Unproven] = ()) -> str | None:
-        """Return why FSEP cannot run with these arguments, and the way out; None if it can.
+        """Return the reason and remedy if FSEP cannot run with these arguments, else None.
 
-        Args:
-            allowed: the words of `--fsep-allow-unproven`.
+        `allowed` are the words of `--fsep-allow-unproven`.
         """
         if not self._is_refused(args, self.argument, allowed):
             return None
         value = getattr(args, self.argument)
-        if value is None and self.refuses is None:  # left out, and Megatron's default stands
+        if value is None and self.refuses is None:  # not given, so Megatron's default stands
             return None
         if self.asks_for_unproven(args, self.argument):
             return (
@@ -94,11 +89,7 @@ class Refusal:
         return f"{given}: {self.reason}; {self.said_way_out}"
 
     def problem_with_field(self, config: Any, allowed: Collection[Unproven] = ()) -> str | None:
-        """Return why FSEP cannot run with this config, and the way out; None if it can.
-
-        Args:
-            allowed: what `FSEPConfig.allow_unproven` has.
-        """
+        """Return the reason and remedy if FSEP cannot run with this config, else None."""
         if not self._is_refused(config, self.field, allowed):
             return None
         given = f"{self.field}={getattr(config, self.field)!r}"
@@ -131,5 +122,5 @@ class Refusal:
 
 
 def names_of(words: Collection[Any]) -> list[str]:
-    """Return words as a command line has them; some are members of an enumeration of Megatron."""
+    """Return words in a command line's form; some are members of Megatron's enumerations."""
     return [str(getattr(word, "name", word)) for word in words]

@@ -1,6 +1,6 @@
-"""Files and folders that a configuration names are checked here before a run begins.
+"""Checks of the files and folders that a configuration names, before a run begins.
 
-Reads no recording and opens none for writing: who does (`runtime`) checks what is in them.
+No recording is read, and none opened for writing: `runtime` checks their contents.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from megatron_laer.config import FSEPConfig, flag_name
 from megatron_laer.files.checks import is_same_file, quoted, refuse_unusable_folder
 from megatron_laer.planner.cluster_files import load_cluster
 
-# What a folder of recorded layouts holds, one file for each FSEP group.
+# Files in a folder of recorded layouts, one per FSEP group.
 RECORDED_LAYOUTS = "group-*.jsonl"
 
-# Folders that a run writes to. They may be one folder, since no two write files of one name.
+# Folders that a run writes to. They may be one folder, since their files' names differ.
 WRITTEN = ("record_layouts", "record_trace", "record_metrics", "timeline")
 
 
 def check(config: FSEPConfig) -> None:
-    """Refuse files and folders that the run could not use, and make none."""
+    """Refuse files and folders that the run could not use; create none."""
     if config.cluster is not None:
         try:
             load_cluster(config.cluster)
@@ -41,7 +41,7 @@ def _check_replay(given: str) -> None:
     problem = None
     if not given:
         problem = "the path is empty"
-    elif not os.path.exists(folder):  # pathlib's raises for a name that is too long
+    elif not os.path.exists(folder):  # pathlib's raises for a too long name
         problem = "no such folder"
     elif not folder.is_dir():
         problem = "is no folder"
@@ -55,7 +55,7 @@ def _check_replay(given: str) -> None:
 
 
 def _refuse_recording_over_replay(replayed: str, recorded: str) -> None:
-    """Refuse to record over the replayed recording, also through links of a folder or a file."""
+    """Refuse to overwrite the replayed recording, also through links of a folder or a file."""
     is_same = is_same_file(replayed, recorded) or any(
         is_same_file(file, Path(recorded) / file.name)
         for file in Path(replayed).glob(RECORDED_LAYOUTS)

@@ -1,6 +1,6 @@
-"""Each setting of Megatron that FSEP refuses has one row here, for its flag and its field.
+"""Settings of Megatron that FSEP refuses, with one row for the flag and the field of each.
 
-`flags` looks for these rows in parsed arguments and `model` in a TransformerConfig, so a refused
+By these rows, `arguments` checks parsed arguments and `model` a TransformerConfig. So a refused
 setting that a Megatron release adds, renames or drops is edited in one place.
 """
 
@@ -23,7 +23,7 @@ def _one_rank(args: Any) -> bool:
 
 def _drops_tokens(settings: Any) -> bool:
     factor = settings.moe_expert_capacity_factor
-    # A negative one means none to Megatron.
+    # For Megatron, a negative factor means none.
     return factor is not None and factor >= 0
 
 
@@ -35,7 +35,7 @@ def _captures_plan(settings: Any) -> bool:
 
 
 def _pads_for_fp8(settings: Any) -> bool:
-    """Return whether the router pads, which Megatron does for fp8 and fp4 alone."""
+    """Return True if the router pads, which Megatron does for fp8 and fp4 alone."""
     names = ("moe_router_padding_for_quantization", "moe_router_padding_for_fp8")
     pads = any(getattr(settings, name, None) for name in names)
     return pads and bool(settings.fp8 or getattr(settings, "fp4", None))
@@ -46,10 +46,10 @@ def _recomputes_unproved(settings: Any) -> bool:
     return is_selective and not set(settings.recompute_modules or ()) <= PROVED_RECOMPUTE
 
 
-# What Transformer Engine may capture: it is done before a layer plans, or has no experts.
+# Modules that Transformer Engine may capture: they run before a layer plans, or have no experts.
 GRAPHED = frozenset({"attn", "moe_router", "mlp"})
 
-# What each word of `--fsep-allow-unproven` allows.
+# Features that each word of `--fsep-allow-unproven` allows.
 UNPROVEN = {
     Unproven.TE_GRAPHS: "Transformer Engine's CUDA graphs of attention, router and dense layers",
     Unproven.DENSE_FP8: "fp8 in all layers but the experts, which compute in the parameters' dtype",
@@ -157,7 +157,7 @@ REFUSALS: tuple[Refusal, ...] = (
         field="moe_expert_rank_capacity_factor",
         left_out=LeftOut.SPEED,
     ),
-    # The experts have no module of Transformer Engine, so that its autocast does not reach them.
+    # The experts have no module of Transformer Engine, so its autocast does not reach them.
     Refusal(
         "--fp8-format",
         _NO_FP8,
@@ -335,7 +335,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
 )
 
-# Of no argument of Megatron, so of no row: Bridge alone has such adapters.
+# No row, since no argument of Megatron: Bridge alone has such adapters.
 LORA_ON_EXPERTS = (
     "LoRA on linear_fc1 and linear_fc2, which experts have too: Megatron-Bridge wraps the linear "
     "layers that it knows, and FSEP computes experts from slices; give target_modules with layers "

@@ -1,4 +1,4 @@
-"""On a GPU, FSEP needs a newer torch than elsewhere."""
+"""Oldest torch for FSEP on a GPU, newer than the one for the CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ OLDEST_ON_CUDA = "2.8"
 
 
 def problem_on_cuda(version: str) -> str | None:
-    """Return why this torch cannot train with FSEP on a GPU, and the way out; None if it can."""
+    """Return the reason and remedy if this torch cannot train on a GPU with FSEP, else None."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     oldest = tuple(map(int, OLDEST_ON_CUDA.split(".")))
     if numbers is None or tuple(map(int, numbers.groups())) >= oldest:
