@@ -39,7 +39,7 @@ class Link:
     Attributes:
         bytes_per_s: rate per rank and direction; infinite makes transfers free.
         latency_s: time of one collective of any size.
-        peer_s: additional time per rank that a rank exchanges with over these links.
+        peer_s: additional time per peer of a rank over these links.
     """
 
     bytes_per_s: float
@@ -54,12 +54,7 @@ class Link:
 
 @dataclass(frozen=True)
 class SolveTime:
-    """Time of a planner call on one core: linear in slots and counts.
-
-    Attributes:
-        base_s: time of any call.
-        slot_s, count_s: additional time per slot (N*C) and per count (N*E).
-    """
+    """Time of a planner call on one core: a base, and more per slot (N*C) and count (N*E)."""
 
     base_s: float
     slot_s: float
@@ -85,8 +80,8 @@ class HostTime:
 
     Attributes:
         launch_s: time to start one kernel.
-        gate: time from the arrival of counts to one rank's quotas under the planned layout, with
-            the copies of counts to the host. A fresh layout comes on top (`Cluster.solve`).
+        gate: time from the arrival of counts to quotas under the planned layout, with the copies of
+            counts to the host. A fresh layout comes on top (`Cluster.solve`).
     """
 
     launch_s: float
@@ -114,11 +109,7 @@ ENOUGH_TOKENS = 64
 
 @dataclass(frozen=True)
 class BackEnd:
-    """Speed of one back end of the experts' GEMMs, named as in `--fsep-gemm`.
-
-    Attributes:
-        forward, input_grad, weight_grad: speed of its three products by tokens per slot.
-    """
+    """Speed of one back end's three GEMMs by tokens per slot; named as in `--fsep-gemm`."""
 
     name: str
     forward: GemmCurve
@@ -142,12 +133,9 @@ class BackEnd:
 
 @dataclass(frozen=True)
 class Spread:
-    """Range of a constant, and its source.
+    """Range of a constant, and the source of both.
 
-    Attributes:
-        low, high: bounds of the constant; for a curve or a sum of terms (`gemm`, `solve`,
-            `host.gate`), bounds of a factor on it.
-        source: source of the constant and its range.
+    For a curve or a sum of terms (`gemm`, `solve`, `host.gate`), the bounds are of a factor on it.
     """
 
     low: float
@@ -187,14 +175,12 @@ class Cluster:
         name: name of the hardware; for shipped files, also of the file.
         source: origin of the numbers, with the method.
         assumed: constants without measurement or publication, and their basis; "nothing" if none.
-        ranks_per_node: G.
         gemm: speed of one rank in the experts' GEMMs of forward.
         intra, inter: links inside a node and between nodes, as the share of one rank.
         solve: time of the guard's fresh layout.
         backward_gemm_factor: time of a backward GEMM relative to a forward one with as many FLOPs.
         host: None if not measured, and then counted as zero.
-        memory_bytes_per_s: bytes of its memory that one rank reads and writes; None if not
-            measured.
+        memory_bytes_per_s: one rank's rate of reads and writes; None if not measured.
         back_ends: measured ones; `gemm` and `backward_gemm_factor` are the default's.
         spreads: known spreads by the names in `CONSTANTS`.
         figures: all measured figures; each name ends in its unit.

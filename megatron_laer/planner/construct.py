@@ -19,13 +19,10 @@ from megatron_laer.planner.native_core import native
 
 
 def construct_layout(counts_NE: Int64, current: ExpertLayout, node_size: int) -> ExpertLayout:
-    """Construct the layout for exactly these counts, the same on every rank and machine.
+    """Construct the layout for exactly these counts [N, E], the same on every rank and machine.
 
     With fewer slots than `always_balances` needs, replicas are in proportion to load. Inside a
     node, experts stay on ranks and in slots of `current` where the new layout has them too.
-
-    Args:
-        counts_NE: tokens on each source rank for each expert, int64 [N, E].
     """
     geometry = Geometry(current.num_ranks, current.num_experts, current.capacity, node_size)
     counts_NE = checked_counts(counts_NE, geometry)

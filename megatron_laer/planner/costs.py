@@ -2,8 +2,8 @@
 
 `layer_seconds` covers expert compute and the token All-to-Alls. Restores and gradient exchanges
 overlap with compute. `restore_seconds` and `reduce_seconds` predict their full time,
-`exposed_seconds` the part that is not hidden. `change_seconds` is the cost of a layout made after
-the gate. `clusters` has the hardware constants, `traffic` the element counts of exchanges.
+`exposed_seconds` the part that is not hidden. `clusters` has the hardware constants, `traffic` the
+element counts of exchanges.
 
 The formulas are native code (`native/costs.cpp`), which explains why all ranks get bitwise equal
 numbers. Their constants are made here.
@@ -291,7 +291,6 @@ class CostModel:
         return len(self.matrices) * latency_s
 
     def _latency_seconds(self, num_ranks: int, node_size: int) -> float:
-        """Return the latency of one collective over all ranks."""
         return self.cluster.collective_seconds(node_size - 1, num_ranks - node_size)
 
 

@@ -33,10 +33,6 @@ class ExactQuotas:
 
     A source's tokens for an expert go to its own rank first, then to replicas in its node, then to
     other nodes. No N*S matrix is formed.
-
-    Attributes:
-        counts_NE: tokens on each source rank for each expert, int64 [N, E].
-        loads_S: tokens that each slot computes, int64 [S].
     """
 
     layout: ExpertLayout
@@ -59,7 +55,6 @@ class ExactQuotas:
         return SplitTotals(*native.totals(*self._arguments()))
 
     def rank_loads_N(self) -> Int64:
-        """Return the tokens that each rank computes, int64 [N]."""
         loads_N: Int64 = self.loads_S.reshape(self.layout.num_ranks, -1).sum(axis=1)
         return loads_N
 

@@ -46,8 +46,8 @@ class SmoothedForecast:
 
     There are two means, of weights 0.75 and 0.25. Each observation adds to each mean's error the
     tokens that it expected at wrong experts; a quarter of the older error is forgotten. The mean
-    with the smaller error is the forecast. A long memory would long treat a change of text as an
-    exception; so the memory becomes short within a step or two.
+    with the smaller error is the forecast. So a change of text, long an exception to a long memory,
+    shortens the memory within a step or two.
 
     Attributes:
         weight: None for that, or one fixed weight in (0, 1]; 1 is the last value.

@@ -35,22 +35,14 @@ from megatron_laer.planner.native_core import native
 
 @dataclass(frozen=True)
 class GreedyStrategy:
-    """Strategy that takes the layout of fewest predicted seconds; deterministic.
-
-    Attributes:
-        costs: prices of layouts; without them, the drift-robust layout is taken.
-    """
+    """Strategy of fewest predicted seconds; without costs, the drift-robust layout."""
 
     geometry: Geometry
     costs: CostModel | None = None
     name: str = "greedy"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """Return the next layout; experts that it shares with `current` stay in place.
-
-        Args:
-            counts_NE: forecast tokens on each source rank for each expert, int64 [N, E].
-        """
+        """Return the next layout; experts that it shares with `current` stay in place."""
         counts_NE = checked_counts(counts_NE, self.geometry)
         self.geometry.check_layout(current)
         slots_S = native.greedy(

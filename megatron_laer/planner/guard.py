@@ -76,7 +76,6 @@ class Decision:
 
     @cached_property
     def max_over_mean_after(self) -> float:
-        """Return max/mean rank load of the chosen layout."""
         return _imbalance(self.quotas)
 
     @property
@@ -136,9 +135,7 @@ class Guard:
       tolerance x instead: if the planned one's largest load exceeds (1 + x) times the mean and the
       fresh one's is smaller.
 
-    Attributes:
-        tolerance: x, only with `adaptive`; None decides by cost.
-        split: split of tokens over replicas; a fresh layout needs the exact one.
+    A fresh layout needs the exact split.
     """
 
     mode: PlanMode
@@ -166,14 +163,10 @@ class Guard:
             )
 
     def decide(self, counts_NE: Int64, planned: ExpertLayout, rank: int = 0) -> Decision:
-        """Choose the layout and quotas of one microbatch.
+        """Choose the layout and quotas of one microbatch with counts [N, E].
 
         With the exact split, all of it is one native call without the GIL. Only `rank_quotas`
         depend on `rank`.
-
-        Args:
-            counts_NE: tokens on each source rank for each expert, int64 [N, E].
-            planned: layout of the slow loop, whose slots are restored ahead.
         """
         geometry = self.geometry
         geometry.check_layout(planned)

@@ -1,7 +1,7 @@
 """Layout: the assignment of experts to slots that planner, runtime and checkpoints share.
 
-This file does not choose layouts (see `planner`) and does not move weights (see `runtime`). It
-imports neither torch nor Megatron.
+This file does not choose layouts (see `planner`) or move weights (see `runtime`). It imports
+neither torch nor Megatron.
 
 Legend: N ranks of the FSEP group, E experts, C slots per rank, S = N*C slots. Slot s is slot s % C
 of rank s // C.
@@ -30,11 +30,9 @@ class ExpertLayout:
     """Assignment of experts to the S = N*C slots of an FSEP group.
 
     Immutable, equal and hashable by content, so that ranks can compare layouts and tables can be
-    cached by layout. An illegal layout cannot be built: every expert has at least one slot. An
-    expert may have two slots on one rank (wasteful, not wrong).
-
-    Attributes:
-        slot_bytes: expert of each slot, S little-endian int16; `from_slots` makes it from integers.
+    cached by layout. Every expert has at least one slot, or the layout cannot be built. It may have
+    two on one rank (wasteful, not wrong). `from_slots` makes `slot_bytes`, S little-endian int16,
+    from integers.
     """
 
     num_ranks: int
@@ -158,10 +156,7 @@ def default_capacity(num_ranks: int, num_experts: int, multiple: int = 1) -> int
 
 
 def stock_owner_E(num_ranks: int, num_experts: int) -> Int64:
-    """Return the owner of each expert under contiguous placement, int64 [E]: e*N // E.
-
-    Stock Megatron's owner where N divides E; its natural extension elsewhere.
-    """
+    """Return each expert's rank in contiguous placement (stock's where N divides E): e*N // E."""
     if num_ranks < 1 or num_experts < 1:
         raise ValueError(
             f"num_ranks and num_experts must be at least 1, got {num_ranks} and {num_experts}"

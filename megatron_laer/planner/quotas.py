@@ -101,7 +101,6 @@ class EvenSplit:
         return columns_NC
 
     def slot_loads(self, counts_NE: Int64) -> Int64:
-        """Return the tokens that each slot computes, int64 [S]. O(N*E + S)."""
         totals = self.totals(counts_NE)
         return totals.near_S + totals.far_S
 

@@ -41,11 +41,7 @@ class SearchStrategy:
     name: str = "search"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """Return the next layout; `current` stays if none is better.
-
-        Args:
-            counts_NE: forecast tokens on each source rank for each expert, int64 [N, E].
-        """
+        """Return the next layout; `current` stays if none is better."""
         counts_NE = checked_counts(counts_NE, self.geometry)
         self.geometry.check_layout(current)
         slots_S = native.search(

@@ -100,7 +100,6 @@ class PlannerService:
 
     @property
     def failures(self) -> int:
-        """Return the number of layers so far whose planning failed."""
         with self._changed:
             return self._failures
 
@@ -140,10 +139,7 @@ class PlannerService:
             return self._take(max(usable)) if usable else None
 
     def wait(self, step: int, timeout_s: float) -> Plan | None:
-        """Wait up to `timeout_s` seconds for the plan of this step's counts.
-
-        Return None, with a warning, if it does not come.
-        """
+        """Wait for the plan of this step's counts; without it, warn and return None."""
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
             if _at_or_before(step, self._returned_step):
@@ -182,7 +178,6 @@ class PlannerService:
             return dict(self._forecasts), plans, caught_up
 
     def drop_late_steps(self) -> None:
-        """End `lossless` mode."""
         with self._changed:
             self._lossless = False
 

@@ -34,12 +34,8 @@ def changed_slots(before: ExpertLayout, after: ExpertLayout) -> Bool:
 class NodeSources:
     """Sources of the distinct experts of each node's changed slots.
 
-    Pairs of a node and an expert are numbered node·E + expert.
-
-    Attributes:
-        fetched_pairs: pairs from the slices of all ranks, ascending.
-        shared_pairs: pairs from a slot of the same node under the layout before, ascending.
-        shared_slots: those slots, one per shared pair.
+    Pairs of a node and an expert are numbered node·E + expert and ascend. They come from the slices
+    of all ranks, or, shared, from a slot of the same node under the layout before (`shared_slots`).
     """
 
     fetched_pairs: Int64

@@ -33,14 +33,12 @@ class Strategy(Protocol):
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
         """Return the next layout, or `current` to keep it.
 
-        Args:
-            counts_NE: tokens on each source rank for each expert, int64 [N, E]; read only.
+        `counts_NE` are tokens on each source rank for each expert, int64 [N, E]; read only.
         """
         ...
 
 
 def strategy_names() -> tuple[str, ...]:
-    """Return the names that `make_strategy` accepts, sorted."""
     return tuple(sorted(_STRATEGIES))
 
 

@@ -104,12 +104,8 @@ def _expected_crossings(
 ) -> dict[TokenExchange, tuple[float, float]]:
     """Estimate the rows of an average rank's tokens, intra-node and inter-node, by exchange.
 
-    A row of `node` that is passed on counts for its source.
-
-    Args:
-        row_XS: tokens that the sampled ranks send to each slot.
-        rank_X: the sampled ranks.
-        tokens: T, of each.
+    `row_XS` has the sampled ranks' tokens for each slot. A row of `node` that is passed on counts
+    for its source.
     """
     rank_N = np.arange(layout.num_ranks)
     rank_S = np.repeat(rank_N, layout.capacity)

@@ -22,13 +22,12 @@ from megatron_laer.arrays import Int64
 class TokenRows:
     """Numbers of rows that a rank sends and receives.
 
-    With two stages, the first is among the ranks with one local rank, the second among the ranks of
-    a node. Otherwise the only stage is among all ranks.
+    The first of two stages is among the ranks with one local rank, the second among the ranks of a
+    node. A single stage is among all ranks, and the lists of the second are empty.
 
     Attributes:
         first_sent, first_received: rows to and from each rank of the first stage.
-        second_sent, second_received: rows to and from each local rank of the node; empty with one
-            stage.
+        second_sent, second_received: rows to and from each local rank of the node.
         from_ranks_N: distinct tokens of each source rank for this rank.
     """
 
@@ -66,10 +65,9 @@ class TokenRows:
 class SizeMessages:
     """Places of the sizes that ranks send to each other.
 
-    Each rank receives the sizes of the rows for itself. With two stages, ranks with its own local
-    rank also send it two kinds of sizes. Those of rows for its node are rows that it receives,
-    those for each rank of the node are rows that it passes on. Its message to itself has all of its
-    sizes.
+    Each rank receives the sizes of the rows for itself, and its message to itself has all its
+    sizes. With two stages, ranks with its own local rank also send it the sizes of rows for its
+    node. They add those for each rank of the node, to which it passes rows on.
     """
 
     rank: int

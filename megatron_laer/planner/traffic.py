@@ -25,15 +25,11 @@ from megatron_laer.planner.sharding import changed_slots, node_sources, row_boun
 
 @dataclass(frozen=True, eq=False)
 class Traffic:
-    """Elements of one exchange per rank and link class, without those that stay on a rank.
+    """Elements of one exchange per rank and link class, int64 [N], without those that stay.
 
     Received and sent are separate because their maxima differ. Ranks of a node with many distinct
     experts receive more than others send; with few changed slots, nearly all ranks send while few
     receive. Links are full duplex, so the larger of the two counts.
-
-    Attributes:
-        intra_N, inter_N: received from ranks of the same node and of other nodes, int64 [N].
-        sent_intra_N, sent_inter_N: sent to them, int64 [N].
     """
 
     intra_N: Int64
@@ -151,7 +147,7 @@ def restore_traffic(
 
 
 def expert_elements_N(matrices: Sequence[tuple[int, int]], num_ranks: int) -> Int64:
-    """Count the elements of one expert on each rank, over all matrices, int64 [N]."""
+    """Count the elements of one expert on each rank, over all matrices."""
     elements_N = np.zeros(num_ranks, dtype=np.int64)
     for rows, columns in matrices:
         elements_N += np.diff(row_bounds(rows, num_ranks)) * columns
