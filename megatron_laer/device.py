@@ -59,11 +59,7 @@ def cpu_needed(force: bool = False) -> bool:
 
 
 def install_cpu() -> None:
-    """Replace CUDA's functions by the CPU's for the rest of the process, once.
-
-    Raises:
-        RuntimeError: Megatron is imported already, with names of `torch.cuda` bound for good.
-    """
+    """Replace CUDA's functions by the CPU's for the process, before any import of Megatron."""
     global _installed
     if not _installed:
         _cpu_part().install()
@@ -73,14 +69,13 @@ def install_cpu() -> None:
 def install_cpu_in_helper() -> None:
     """Replace `torch.cuda` if needed, and nothing in Megatron, in a process that a rank spawned.
 
-    It has imported the main script again, and Megatron perhaps too, so Megatron's names are bound.
+    It has imported the main script again, and Megatron perhaps too, whose names are then bound.
     """
     if not _installed and cpu_needed():
         _cpu_part().install_in_helper()
 
 
 def cpu_installed() -> bool:
-    """Return whether this process runs on the CPU in CUDA's place."""
     return _installed
 
 

@@ -70,11 +70,7 @@ def given_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
-    """Return the config that the flags ask for, or None in standard mode.
-
-    Raises:
-        ValueError: a flag without effect, or a value that does not fit.
-    """
+    """Return the config that the flags ask for, or None in standard mode."""
     given = given_flags(args)
     if args.expert_parallel_mode == ExpertParallelMode.FSEP:
         config = FSEPConfig(**given)
@@ -90,7 +86,6 @@ def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
 
 
 def _check_effects(config: FSEPConfig, given: dict[str, Any]) -> None:
-    """Raise a ValueError if one given flag leaves another without effect."""
     for reason, idle in _idle(config):
         for name in idle:
             if name in given:

@@ -14,12 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_version() -> None:
-    """Refuse an unsupported Megatron; accept the next, unreleased one only on request.
-
-    Raises:
-        ImportError: the version is not supported.
-        ValueError: the request is for a release other than the next one.
-    """
+    """Refuse an unsupported Megatron; accept the next, unreleased one only on request."""
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 

@@ -80,7 +80,6 @@ class Difference:
         return hasattr(owner, self.name)
 
     def lacked_by(self) -> tuple[str, ...]:
-        """Return the supported releases without it."""
         return NUMBERS[: (*NUMBERS, NEXT.number).index(self.since)]
 
 

@@ -24,11 +24,8 @@ from megatron_laer.runtime.scheduler import Chunk
 class Session:
     """State of FSEP from `enable` until `disable`, or until `enable` with other settings.
 
-    Args:
-        seed: seed of the experts' weights; None leaves it to the builder of the first layer.
-
-    Attributes:
-        coordinator: coordinator of the MoE layers built so far; None on a stage without any.
+    Without `seed`, the builder of the first layer decides the seed of the experts' weights. A
+    pipeline stage without MoE layers has no coordinator.
     """
 
     def __init__(self, config: FSEPConfig, seed: int | None = None) -> None:
@@ -178,8 +175,9 @@ def announce_routing(counts_MLE: Any) -> None:
     Args:
         counts_MLE: this rank's tokens for each expert, integers [M, L, E] in a tensor, an array or
             lists. M are the step's microbatches, L this rank's MoE layers, one model chunk after
-            the other. From top-k indices [T, K], it is `indices.new_zeros(T, E).scatter_(1,
-            indices, 1).sum(dim=0)`: a token that has an expert twice is sent once.
+            the other. Of top-k indices [T, K] it is
+            `indices.new_zeros(T, E).scatter_(1, indices, 1).sum(dim=0)`: a token that has an expert
+            twice is sent once.
 
     Raises:
         ValueError: another plan mode; another shape or dtype, or negative counts.

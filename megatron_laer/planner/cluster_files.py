@@ -30,9 +30,7 @@ _MOST_SECONDS, _MOST_FACTOR = 3600.0, 1e6
 def load_cluster(path_or_name: str | Path) -> Cluster:
     """Read a cluster's constants from a YAML file, by its path or the name of a shipped one.
 
-    Raises:
-        ValueError: an unknown name, or content that does not fit.
-        OSError: a path that cannot be read.
+    An unknown name, or content that does not fit, is a ValueError.
     """
     path = yaml_file("cluster", path_or_name)
     content = read_yaml(path)
@@ -43,7 +41,6 @@ def load_cluster(path_or_name: str | Path) -> Cluster:
 
 
 def parse_cluster(text: str) -> Cluster:
-    """Return the cluster of a YAML file's text."""
     return _cluster(parse_yaml(text))
 
 
@@ -62,10 +59,7 @@ def cluster_content(cluster: Cluster) -> dict[str, Any]:
 
 
 def cluster_of(content: object, where: str) -> Cluster:
-    """Return the cluster of `cluster_content`, with the checks of a YAML file.
-
-    `where` names the content's place in messages.
-    """
+    """Return the cluster of `cluster_content`, with the checks of a YAML file."""
     try:
         text = json.dumps(content)
     except RecursionError as error:
@@ -106,7 +100,6 @@ def _instance(make: Any, content: object, where: str, **given: object) -> object
 
 
 def _read(kind: Any, name: str, value: object, where: str) -> object:
-    """Return a field's value in the field's type."""
     if isinstance(kind, UnionType):
         (kind,) = (member for member in get_args(kind) if member is not NoneType)
     if get_origin(kind) is tuple:

@@ -150,10 +150,7 @@ class CostModel:
         algorithm: ExchangeAlgorithm,
         changed_S: Bool | None = None,
     ) -> Traffic:
-        """Return the bytes per rank and link class of one restore of a layer's experts.
-
-        `changed_S`, bool [S], has the slots to fetch; None fetches all.
-        """
+        """Return one restore's bytes per rank and link class, of all slots or of `changed_S`."""
         traffic = restore_traffic(layout, node_size, self.matrices, algorithm, changed_S)
         return traffic.times(self.bytes_per_element)
 

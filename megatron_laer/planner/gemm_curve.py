@@ -17,10 +17,9 @@ _Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class GemmCurve:
-    """Speed of one rank by the tokens in one GEMM.
+    """Speed of one rank by tokens per GEMM, as points (tokens, achieved FLOP/s).
 
-    Attributes:
-        points: (tokens, achieved FLOP/s), with more tokens and no less time from each to the next.
+    From each point to the next, tokens increase and time does not decrease.
     """
 
     points: tuple[tuple[int, float], ...]

@@ -12,11 +12,7 @@ from megatron_laer.planner.layout import ExpertLayout, check_shape, default_capa
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape of a planning problem, common to all layouts of a layer.
-
-    Attributes:
-        node_size: G, which divides N; ranks r*G..r*G+G-1 share a node.
-    """
+    """Shape of a layer's planning problem; G divides N, and ranks r*G..r*G+G-1 share a node."""
 
     num_ranks: int
     num_experts: int
@@ -41,7 +37,6 @@ class Geometry:
         return self.num_ranks // self.node_size
 
     def check_layout(self, layout: ExpertLayout) -> None:
-        """Reject a layout made for other N, C or E."""
         if layout.shape != self.shape:
             raise ValueError(
                 f"layout is for (ranks, capacity, experts) = {layout.shape}, the planner for "
@@ -49,7 +44,6 @@ class Geometry:
             )
 
     def check_counts(self, shape: tuple[int, ...]) -> None:
-        """Reject counts that are not [N, E]."""
         if shape != (self.num_ranks, self.num_experts):
             raise ValueError(
                 f"counts_NE has shape {shape}, expected [ranks, experts] = "
@@ -66,10 +60,7 @@ def resolve_geometry(
     multiple: int = 1,
     flags: tuple[str, str] = ("capacity", "node size"),
 ) -> Geometry:
-    """Return the geometry of a layer, with the default number of slots if none is given.
-
-    `multiple` is as in `default_capacity`; `flags` names the settings of C and G in messages.
-    """
+    """Return the geometry of a layer, with the default number of slots if none is given."""
     if capacity is None:
         capacity = default_capacity(num_ranks, num_experts, multiple)
     check_shape(num_ranks, capacity, num_experts, flags[0], multiple)

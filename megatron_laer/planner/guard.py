@@ -44,8 +44,7 @@ class Decision:
             layout.
         cost_s: cost of the change; None with `gain_s`. Without `solved`, a lower bound for any
             change.
-        tolerance: tolerance that decided, if any.
-        as_announced: whether the microbatch's routing was the announced one; None without any.
+        tolerance, as_announced: grounds of the choice, None in other modes.
     """
 
     layout: ExpertLayout
@@ -109,10 +108,7 @@ class Decision:
 
 
 def in_words(decisions: Mapping[str, Decision]) -> str:
-    """Summarise one decision per layer, and explain the one with the most to gain.
-
-    Without predicted gains, the one with the largest imbalance is explained.
-    """
+    """Summarise one decision per layer; explain the one with the largest gain or imbalance."""
     kinds = Counter(decision.reason.split(":")[0] for decision in decisions.values())
     counts = ", ".join(f"{kind} in {n} layer{'s' if n > 1 else ''}" for kind, n in kinds.items())
 

@@ -38,7 +38,6 @@ class LaerStrategy:
     name: str = "laer"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """Return the cheapest candidate for these counts, int64 [N, E]."""
         geometry = self.geometry
         geometry.check_counts(counts_NE.shape)
         geometry.check_layout(current)

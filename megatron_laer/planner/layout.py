@@ -83,10 +83,7 @@ class ExpertLayout:
     def random(
         cls, num_ranks: int, capacity: int, num_experts: int, seed: tuple[int, ...]
     ) -> ExpertLayout:
-        """Return a random legal layout for worst cases, the same on every machine for one seed.
-
-        The seed has non-negative integers, e.g. (run seed, step, layer).
-        """
+        """Return a random legal layout for worst cases, the same on every machine for one seed."""
         check_shape(num_ranks, capacity, num_experts)
         if any(part < 0 for part in seed):
             raise ValueError(f"seed must hold non-negative integers, got {seed}")
@@ -167,10 +164,7 @@ def stock_owner_E(num_ranks: int, num_experts: int) -> Int64:
 def check_shape(
     num_ranks: int, capacity: int, num_experts: int, flag: str = "capacity", multiple: int = 1
 ) -> None:
-    """Reject N, C, E for which no layout exists, or where a rank would hold an expert twice.
-
-    `flag` names the setting of C in messages; `multiple` is as in `default_capacity`.
-    """
+    """Reject N, C, E for which no layout exists, or where a rank would hold an expert twice."""
     if num_ranks < 1 or capacity < 1 or num_experts < 1:
         raise ValueError(
             f"num_ranks, capacity and num_experts must be at least 1, got {num_ranks}, {capacity} "

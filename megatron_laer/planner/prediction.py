@@ -1,7 +1,5 @@
 """Predicted layer time of a microbatch, next to stock, forced balance and a lower bound.
 
-All times are the cost model's (`costs`); nothing here measures or decides.
-
 Legend: N ranks, E experts.
 """
 

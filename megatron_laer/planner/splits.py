@@ -73,7 +73,6 @@ class RankQuotas:
 
     @classmethod
     def of(cls, layout: ExpertLayout, row_S: Int64, columns_NC: Int64) -> RankQuotas:
-        """Make a rank's quotas from its row and columns."""
         slots_S, num_experts = layout.slot_expert_S, layout.num_experts
         return cls(*native.rank_quotas(slots_S, row_S, columns_NC, num_experts))
 

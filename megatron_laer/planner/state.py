@@ -117,7 +117,6 @@ class PlannerState:
             )
 
     def to_bytes(self) -> bytes:
-        """Return the bytes that `from_bytes` reads."""
         num_ranks, capacity, num_experts = self.shape
         levels = [forecast.level_NE for forecast in self.forecasts]
         steady = [forecast.steady_NE for forecast in self.forecasts]

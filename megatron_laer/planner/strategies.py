@@ -76,12 +76,7 @@ def uses_costs(config: FSEPConfig) -> bool:
 
 @dataclass(frozen=True)
 class _Registered:
-    """Constructor of a strategy, and its properties for others.
-
-    Attributes:
-        uses_costs: whether it compares layouts by the cost model.
-        about: a few words for the help of `--fsep-planner`.
-    """
+    """Constructor of a strategy, and a few words about it for the help of `--fsep-planner`."""
 
     make: Callable[[Geometry, CostModel], Strategy]
     uses_costs: bool = False

@@ -29,10 +29,7 @@ _RANKS = 16
 def choose_token_exchange(
     costs: CostModel, geometry: Geometry, top_k: int, tokens: int
 ) -> TokenExchange:
-    """Choose the exchange with less predicted token time; of equals Megatron's.
-
-    `tokens` (T) are those of a rank and microbatch.
-    """
+    """Choose the exchange with less predicted token time; of equals Megatron's."""
     seconds = token_seconds(costs, geometry, top_k, tokens)
     return min(TokenExchange, key=lambda exchange: seconds[exchange])
 

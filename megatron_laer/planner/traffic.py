@@ -61,7 +61,6 @@ class Traffic:
         return float(intra_s_N.max() + inter_s_N.max())
 
     def times(self, factor: int) -> Traffic:
-        """Return the numbers times a factor, such as the bytes per element."""
         return Traffic(
             intra_N=self.intra_N * factor,
             inter_N=self.inter_N * factor,

@@ -28,10 +28,7 @@ _REFUSED = frozenset(row.field for row in REFUSALS)
 
 
 def check(config: Any, allowed: Collection[Unproven] = ()) -> None:
-    """Refuse a TransformerConfig that FSEP cannot run, and warn of MoE fields that no test covers.
-
-    `allowed` are the unproven features to run anyway.
-    """
+    """Refuse a TransformerConfig that FSEP cannot run, and warn of MoE fields without a test."""
     problems = [text for row in REFUSALS if (text := row.problem_with_field(config, allowed))]
     used = {row.unproven for row in REFUSALS if row.asks_for_unproven(config, row.field)}
     problems += [

@@ -67,10 +67,7 @@ class Refusal:
         return self.dest or self.flag.removeprefix("--").replace("-", "_")
 
     def problem_with_flag(self, args: Any, allowed: Collection[Unproven] = ()) -> str | None:
-        """Return the reason and remedy if FSEP cannot run with these arguments, else None.
-
-        `allowed` are the words of `--fsep-allow-unproven`.
-        """
+        """Return the reason and remedy if FSEP cannot run with these arguments, else None."""
         if not self._is_refused(args, self.argument, allowed):
             return None
         value = getattr(args, self.argument)
