@@ -224,7 +224,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):  # back ends, or pairs of a name and a value
         pairs = ((item.name, item) if isinstance(item, BackEnd) else item for item in value)
         return {name: _plain(one) for name, one in pairs}
-    return value
+    # torch's version is a subclass of str, which YAML does not write.
+    return str(value) if isinstance(value, str) else value
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]

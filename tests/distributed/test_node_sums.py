@@ -11,7 +11,7 @@ Legend: C router calls in a run's order, T tokens of all ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -29,21 +29,21 @@ FEW = 4
 
 # Many tokens, so that some are near-ties whatever the machine's rounding.
 ROW = Row(
+    "node-sums",
     "tokens by nodes in bf16",
+    stock_parallel=(2, 1),
     flags=" --bf16 --moe-router-topk 3 --num-layers 4 --micro-batch-size 8",
     accumulation=4,
     fsep=" --fsep-planner static" + TOKENS.format(1),
     bound=BF16_BOUND,
     steps=1,
 )
-CLAMPED = Row(
-    "tokens by nodes in bf16, clamped",
+CLAMPED = replace(
+    ROW,
+    id="node-sums-clamped",
+    name="tokens by nodes in bf16, clamped",
     flags=ROW.flags + CLAMPED_GEGLU,
     without="--swiglu",
-    accumulation=4,
-    fsep=ROW.fsep,
-    bound=BF16_BOUND,
-    steps=1,
 )
 
 
