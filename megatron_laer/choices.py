@@ -34,10 +34,9 @@ class Split(Choice):
 
 
 class PlanMode(Choice):
-    """Layout of a microbatch.
+    """Layout of a microbatch: planned (`forecast`) or fresh after the gate (`exact`).
 
-    It is the planned one (`forecast`), one made for its own counts after the gate (`exact`) or the
-    cheaper of both (`adaptive`). With `announced`, it is made ahead for announced counts.
+    `adaptive` takes the cheaper of both, and `announced` makes it ahead for announced counts.
     """
 
     FORECAST = "forecast"
@@ -94,8 +93,7 @@ class GemmBackEnd(Choice):
 class Recompute(Choice):
     """Part of an MoE layer that backward computes again.
 
-    `full` is Megatron's, with its token exchanges; `compute` omits exchanges, as LAER-MoE's code
-    does.
+    `full` is Megatron's, with its token exchanges; `compute` omits them, as LAER-MoE's code does.
     """
 
     NONE = "none"

@@ -40,8 +40,7 @@ def cpu_needed(force: bool = False) -> bool:
     """Return whether Megatron has to run on the CPU: by request, or without a usable CUDA device.
 
     `force` and `MEGATRON_LAER_DEVICE=cpu` request it. `MEGATRON_LAER_DEVICE=cuda` rules it out, so
-    that a broken driver shows as Megatron's own error. torch is imported only where neither
-    decides.
+    that a broken driver shows as Megatron's own error. Imports torch only if neither decides.
     """
     asked = os.environ.get(DEVICE, "auto")
     if asked not in _DEVICES:

@@ -1,7 +1,6 @@
 """Environment variables that the package and its scripts read, with their meanings.
 
-The docs show this table, and a test compares it with the code. The head of the batch script for
-Slurm has that script's own settings.
+The docs show this table, and a test compares it with the code. Slurm's batch script has its own.
 """
 
 from __future__ import annotations

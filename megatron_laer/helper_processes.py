@@ -38,8 +38,7 @@ def signals_blocked() -> Iterator[None]:
 def end_with_parent() -> None:
     """End this helper as soon as its parent has ended, for any reason.
 
-    Processes that the parent has forked since must have ended too: they hold the pipe that has to
-    close.
+    Processes that the parent forked since must end first: they hold the pipe that has to close.
     """
     parent = multiprocessing.parent_process()
     if parent is None:

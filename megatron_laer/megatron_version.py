@@ -50,8 +50,7 @@ def check_version() -> None:
 def megatron_version() -> str:
     """Return the version of the imported Megatron, or else of the installed one.
 
-    A checkout's has its commit. An installed one's has not: Megatron would take it from any git
-    repository around its folder.
+    A checkout's has its commit. An installed one's would have that of any repository around it.
     """
     try:
         from megatron.core import package_info

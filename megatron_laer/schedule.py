@@ -28,10 +28,9 @@ class Schedule:
         restores_first: restore the chunk's first MoE layer when the chunk's forward begins.
         restores_next: restore the next layer when a layer's tokens have arrived.
         restores_last: restore the chunk's last layer when the chunk's backward begins.
-        restores_previous: restore the layer before when the gradient of a layer's output has
-            arrived.
-        delays_gradients: send a layer's gradients during the backward of the layer before, instead
-            of waiting for them at once.
+        restores_previous: restore the layer before when the gradient of a layer's output arrives.
+        delays_gradients: send a layer's gradients during the backward of the layer before;
+            otherwise wait for them at once.
         holds_step: keep experts restored, and sum gradients, over a whole step.
     """
 

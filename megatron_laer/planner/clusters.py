@@ -1,7 +1,6 @@
 """Hardware constants of a cluster for the cost model, and their spreads.
 
-`cluster_files` reads and writes them, `costs` applies them to layouts, and the command `calibrate`
-measures them.
+`cluster_files` reads and writes them, `costs` applies them, and the command `calibrate` measures.
 """
 
 from __future__ import annotations
@@ -80,8 +79,8 @@ class HostTime:
 
     Attributes:
         launch_s: time to start one kernel.
-        gate: time from the arrival of counts to quotas under the planned layout, with the copies of
-            counts to the host. A fresh layout comes on top (`Cluster.solve`).
+        gate: time from counts to quotas of the planned layout, with copies of counts to the host. A
+            fresh layout comes on top (`Cluster.solve`).
     """
 
     launch_s: float
@@ -133,10 +132,7 @@ class BackEnd:
 
 @dataclass(frozen=True)
 class Spread:
-    """Range of a constant, and the source of both.
-
-    For a curve or a sum of terms (`gemm`, `solve`, `host.gate`), the bounds are of a factor on it.
-    """
+    """Range of a constant, or of a factor on it (`gemm`, `solve`, `host.gate`), and its source."""
 
     low: float
     high: float

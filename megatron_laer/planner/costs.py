@@ -2,8 +2,8 @@
 
 `layer_seconds` covers expert compute and the token All-to-Alls. Restores and gradient exchanges
 overlap with compute. `restore_seconds` and `reduce_seconds` predict their full time,
-`exposed_seconds` the part that is not hidden. `clusters` has the hardware constants, `traffic` the
-element counts of exchanges.
+`exposed_seconds` the part that is not hidden. `clusters` has hardware constants, `traffic` element
+counts.
 
 The formulas are native code (`native/costs.cpp`), which explains why all ranks get bitwise equal
 numbers. Their constants are made here.
@@ -213,17 +213,13 @@ class CostModel:
         return replace(self, restore_algorithm=chosen)
 
     def solve_seconds(self, geometry: Geometry) -> float:
-        """Return the time of a fresh layout and its exact quotas.
-
-        A constant: with times measured at run time, ranks would decide differently.
-        """
+        """Return the time of a fresh layout and exact quotas; a constant, so ranks decide alike."""
         return self.cluster.solve.seconds(*geometry.shape)
 
     def change_seconds(self, before: ExpertLayout, after: ExpertLayout, node_size: int) -> float:
         """Predict the cost of replacing a planned layout after the gate; 0 if no slot changes.
 
-        It is the solve and forward's fetch of changed slots. The guard also weighs
-        `exposed_backward_seconds`.
+        It is the solve and forward's fetch; the guard also weighs `exposed_backward_seconds`.
         """
         if not changed_slots(before, after).any():
             return 0.0

@@ -46,14 +46,13 @@ class SmoothedForecast:
 
     There are two means, of weights 0.75 and 0.25. Each observation adds to each mean's error the
     tokens that it expected at wrong experts; a quarter of the older error is forgotten. The mean
-    with the smaller error is the forecast. So a change of text, long an exception to a long memory,
-    shortens the memory within a step or two.
+    with the smaller error is the forecast. After a change of text, the memory is thus short within
+    a step or two.
 
     Attributes:
         weight: None for that, or one fixed weight in (0, 1]; 1 is the last value.
-        level_NE: mean of weight 0.75, or of `weight`, in 1/16 tokens, int64 [N, E]; None at the
-            start.
-        steady_NE: mean of weight 0.25; None at the start, and with a weight given.
+        level_NE: mean of weight 0.75, or of `weight`, in 1/16 tokens, int64 [N, E].
+        steady_NE: mean of weight 0.25; None with a weight given. Both means are None at the start.
         errors: wrong experts' tokens, in 1/16 tokens, of the first and the second mean.
     """
 
@@ -75,10 +74,7 @@ class SmoothedForecast:
             raise ValueError(f"errors must be in 0..{MAX_ERROR}, got {self.errors}")
 
     def observe(self, counts_NE: Int64) -> SmoothedForecast:
-        """Return the state after one more observation, int64 [N, E].
-
-        A step's observation is the sum over its microbatches.
-        """
+        """Return the state after one more step, whose counts are the sum of its microbatches'."""
         new_NE = counts_NE.astype(np.int64) * _SCALE
         level_NE = self.level_NE
         if level_NE is not None and level_NE.shape != new_NE.shape:

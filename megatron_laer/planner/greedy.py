@@ -4,15 +4,12 @@ Where every node has slots for all experts, replicas are in proportion to load, 
 experts that grow from nothing. They are placed inside each node by the node's own tokens, heaviest
 first. Each goes to a rank that is about the least loaded and links the pair graph.
 
-Elsewhere it makes two or three layouts, and the cost model chooses, over the forecast and disturbed
-copies of it:
+Elsewhere the cost model chooses among two or three layouts, over the forecast and disturbed copies:
 
 - One that is robust to drift. With fewer than two spare slots per rank, S - E < 2*N, it is the
   construction for these counts with headroom for every expert. Its pair graph is connected, so load
-  can flow from any rank to any other. With more slots, it has replicas in proportion over all
-  nodes.
-- Where slots are as scarce, the construction for known counts, which keeps more tokens in their
-  node.
+  can flow from any rank to any other. With more slots, replicas are in proportion over all nodes.
+- Where slots are as scarce, the construction for known counts: more tokens stay in their node.
 - Replicas in proportion inside each node, which hosts its largest experts and a replica per rank.
 
 `docs/planner.md` has the data behind these choices.

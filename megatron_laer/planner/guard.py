@@ -35,15 +35,13 @@ class Decision:
     """Layout of one microbatch of one layer, and the reason for it.
 
     Attributes:
-        planned_quotas: quotas of the planned layout; None under `exact`, which does not compute
-            them.
+        planned_quotas: quotas of the planned layout; None under `exact`, which needs none.
         rank_quotas: part of `quotas` for the rank that asked.
         solved: whether a fresh layout was made, even if it was not chosen.
-        gain_s: predicted time that the fresh layout saves in the layer and in backward's exposed
-            exchanges; None where costs did not decide. Without `solved`, an upper bound for any
+        gain_s: predicted time saved by the fresh layout, in the layer and in exposed exchanges of
+            backward; None where costs did not decide. Without `solved`, an upper bound for any
             layout.
-        cost_s: cost of the change; None with `gain_s`. Without `solved`, a lower bound for any
-            change.
+        cost_s: cost of the change; None with `gain_s`. Without `solved`, a lower bound.
         tolerance, as_announced: grounds of the choice, None in other modes.
     """
 
@@ -126,12 +124,10 @@ class Guard:
     """Choice between a microbatch's planned and fresh layout, by `mode`.
 
     - `forecast`: the planned one, always.
-    - `exact`: a fresh one, always.
+    - `exact`: a fresh one, always; it needs the exact split.
     - `adaptive`: the fresh one if it saves more predicted seconds than the change costs. With a
       tolerance x instead: if the planned one's largest load exceeds (1 + x) times the mean and the
       fresh one's is smaller.
-
-    A fresh layout needs the exact split.
     """
 
     mode: PlanMode
@@ -159,10 +155,9 @@ class Guard:
             )
 
     def decide(self, counts_NE: Int64, planned: ExpertLayout, rank: int = 0) -> Decision:
-        """Choose the layout and quotas of one microbatch with counts [N, E].
+        """Choose the layout and quotas of one microbatch; only `rank_quotas` depend on `rank`.
 
-        With the exact split, all of it is one native call without the GIL. Only `rank_quotas`
-        depend on `rank`.
+        With the exact split, all of it is one native call without the GIL.
         """
         geometry = self.geometry
         geometry.check_layout(planned)

@@ -31,8 +31,7 @@ class ExpertLayout:
 
     Immutable, equal and hashable by content, so that ranks can compare layouts and tables can be
     cached by layout. Every expert has at least one slot, or the layout cannot be built. It may have
-    two on one rank (wasteful, not wrong). `from_slots` makes `slot_bytes`, S little-endian int16,
-    from integers.
+    two on one rank (wasteful, not wrong). `from_slots` makes `slot_bytes`, S little-endian int16.
     """
 
     num_ranks: int

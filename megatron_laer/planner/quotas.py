@@ -2,8 +2,7 @@
 
 The paper's "lite routing": a source shares its tokens for an expert evenly among the replicas in
 its own node. Only where its node has none, it shares them among all replicas. Quotas are integers,
-conserved, the same on every rank. The looped definition is `quota_NS` in
-`tests/oracles/planner.py`.
+conserved, the same on every rank. Looped definition: `quota_NS` in `tests/oracles/planner.py`.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G = N/Q ranks per node.
 """

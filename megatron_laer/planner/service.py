@@ -162,10 +162,9 @@ class PlannerService:
         return None
 
     def state(self, timeout_s: float) -> tuple[dict[int, Forecast], list[Plan], bool]:
-        """Return forecasts by layer, plans not yet returned, and whether planning caught up.
+        """Return forecasts by layer, plans not yet returned, and whether full steps are planned.
 
-        Wait for that up to `timeout_s` seconds: until no full step is unplanned, or the thread
-        stops.
+        Wait for the last up to `timeout_s` seconds; it is also true of a stopped thread.
         """
 
         def is_caught_up() -> bool:

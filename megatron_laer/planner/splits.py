@@ -51,8 +51,7 @@ class RankQuotas:
         columns_NC: tokens that each rank sends to this rank's slots.
         input_splits_N, output_splits_N: tokens sent to each rank, and received from it.
         tokens_C: tokens that each of the rank's slots computes.
-        runs: packed runs of rows between which its tokens move, int32; see
-            `layer.dispatch.permutation`.
+        runs: packed runs of rows between which tokens move; see `layer.dispatch.permutation`.
     """
 
     row_S: Int64

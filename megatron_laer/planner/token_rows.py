@@ -1,8 +1,8 @@
 """Rows of hidden states that a rank exchanges in one microbatch's layer.
 
 A token for several slots of a rank is one row to that rank. One for several ranks of a node is one
-row to that node. A rank counts the rows that it sends, its *sizes*. It needs some of the others'
-sizes, which `SizeMessages` lists. Nothing is sent here.
+row to that node. A rank counts the rows that it sends, its *sizes*, and needs some of the others',
+which `SizeMessages` lists. Nothing is sent here.
 
 Legend: N ranks, G ranks per node, M = N/G nodes; rank n = J·G + g is local rank g of node J. Z
 sizes of a rank: rows to each rank and then, with two stages, to each node; X sizes received.
@@ -76,12 +76,12 @@ class SizeMessages:
 
     @cached_property
     def sent(self) -> list[list[int]]:
-        """Return the places among this rank's sizes of those for each rank."""
+        """Return the places, among this rank's sizes, of those for each rank."""
         return [self._told(self.rank, target) for target in range(self.num_ranks)]
 
     @cached_property
     def received(self) -> list[list[int]]:
-        """Return the places among each rank's sizes of those for this rank."""
+        """Return the places, among each rank's sizes, of those for this rank."""
         return [self._told(source, self.rank) for source in range(self.num_ranks)]
 
     def rows(self, sizes_X: Int64) -> TokenRows:

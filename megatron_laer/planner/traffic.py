@@ -47,9 +47,8 @@ class Traffic:
     ) -> float:
         """Predict the duration of an exchange from each rank's own link rates, without latency.
 
-        `flat` drives both link classes in one collective: the slower class of the slowest rank
-        counts. `node` runs one collective after the other, so their times add up.
-        `inter_bytes_per_element` is for another dtype between nodes.
+        `flat` drives both link classes at once: the slower class of the slowest rank counts. `node`
+        runs one collective after the other, so their times add up.
         """
         inter_bytes = inter_bytes_per_element or bytes_per_element
         intra_s_N = np.maximum(self.intra_N, self.sent_intra_N) * (
@@ -88,15 +87,14 @@ def restore_traffic(
 
     A place's rows are those of rank g of every node. F_J excludes experts that node J still has
     from the layout before: one of its ranks with the expert gives each place its rows. So rank n
-    also receives (H_J - h_n) · (rows of its place) intra, with H_J such experts in the node, of
-    which n gives h_n.
+    also receives (H_J - h_n) · (rows of its place) intra, with H_J such experts in the node, h_n
+    given by n.
 
     Since F_J is at most the sum of c_n over the node, `node` never lets a node receive more from
     other nodes than `flat`. The same holds for each rank if N divides R and all ranks of the node
     fetch equally many slots.
 
     Args:
-        matrices: (R, K) of each expert matrix.
         changed_S: slots to fetch, by ranks that keep nothing else; all slots by default.
         before: instead of `changed_S`, the layout under which all ranks keep restored experts.
     """
