@@ -118,7 +118,7 @@ class Coordinator:
         known = self.pass_layouts.known([layer.next_pass(training=True) for layer in self.layers])
         layouts = [(self.layers[at], layout) for at, layout in known.items()]
         for layer, layout in layouts:
-            self.microbatch_planner.tag(layer, layout)  # uploaded now
+            self.microbatch_planner.tag(layer, layout)  # upload it now
         self.experts.begin_step(layouts, num_microbatches)
 
     def end_step(self, *, weights_changed: bool) -> None:

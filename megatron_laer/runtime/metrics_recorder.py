@@ -234,7 +234,7 @@ def run_settings(
     for package in ("megatron_laer", "megatron-core", "torch", "numpy"):
         try:
             settings[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # run from a folder
+        except metadata.PackageNotFoundError:  # run from a source folder
             continue
     return {name: str(value) for name, value in settings.items() if value is not None}
 

@@ -34,7 +34,7 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
         plan = self._current.plan
         routing_map = self._routed(routing_map)
         if self.config.moe_permute_fusion:
-            shared_experts, self.shared_experts = self.shared_experts, None  # they were started
+            shared_experts, self.shared_experts = self.shared_experts, None  # already started
             sent = super().dispatch_preprocess(hidden_states, *self._to_slots(routing_map, probs))
             self.shared_experts = shared_experts
             return sent

@@ -86,8 +86,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         self._first: RowMap | None = None
         self._second: RowMap | None = None
         self._arrivals: Arrivals | None = None
-        # Rows that arrived, and the experts' input copied from them, until the experts have saved
-        # it.
+        # Arrived rows and the experts' input copied from them, until the experts have saved it.
         self._experts_input: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def dispatch_preprocess(

@@ -159,7 +159,7 @@ class _Edge(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         pass_()
         ctx.back = back
-        ctx.set_materialize_grads(False)  # an exchange of nothing must stay one
+        ctx.set_materialize_grads(False)  # missing gradients must stay missing
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod

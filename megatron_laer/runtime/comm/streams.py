@@ -23,7 +23,7 @@ from megatron_laer.telemetry.trace_events import COMPUTE, Activity
 # with compute's priority, 0, each small kernel of an exchange would wait until the running GEMM has
 # started all its blocks. Transformer Engine's GEMMs use -1 too; the streams on which NCCL's
 # high-priority groups send tokens precede this one. torch hands out streams of one priority in turn
-# from a pool of 32. Few others use this pool, so streams are not shared.
+# from a pool of 32. Few others use this pool, so a stream is hardly ever shared.
 _EXCHANGE_PRIORITY = -2
 
 # Time-out of `close` for the work in progress.

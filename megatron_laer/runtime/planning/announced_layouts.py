@@ -81,7 +81,7 @@ class AnnouncedLayouts(PassLayouts):
         given_MLE, self._given_MLE = self._given_MLE, None
         self._step = step
         for decision in self._decisions.values():
-            decision.cancel()  # of microbatches that were announced, and not run
+            decision.cancel()  # announced, but not run
         self._decisions.clear()
         announced = torch.tensor([0 if given_MLE is None else len(given_MLE)])
         announced_N = gather_integers(announced, self.groups, self._device)[:, 0]

@@ -202,7 +202,7 @@ def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
         layers = header.pop("layers")
         sizes = {"num_ranks": num_ranks, "num_experts": num_experts, "capacity": capacity}
         check_shape({name: (value, MAX_RANKS) for name, value in sizes.items()}, layers)
-        # The node size is no part of a layout.
+        # Layouts do not depend on the node size.
         geometry = Geometry(num_ranks, num_experts, capacity, node_size=num_ranks)
         return _Shape(geometry, header, layers), version
     except KeyError as error:

@@ -116,7 +116,7 @@ class PlannedLayouts:
         smoothed = []
         for layer in self._layers:
             forecast = forecasts[layer]
-            assert isinstance(forecast, SmoothedForecast)  # as the service began with
+            assert isinstance(forecast, SmoothedForecast)  # the service's initial type
             smoothed.append(forecast)
         return tuple(smoothed), tuple(plans)
 

@@ -36,7 +36,7 @@ def placeholder(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 @cache
 def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # otherwise useless in training after an evaluation
+    with torch.inference_mode(False):  # an inference tensor would fail in training
         return torch.zeros((), dtype=dtype, device=device)
 
 

@@ -28,7 +28,7 @@ class GradState(Enum):
 
 
 _FOLLOWING: dict[WeightState | GradState, set[WeightState] | set[GradState]] = {
-    # A change of layout restores restored or arriving weights again.
+    # A change of layout restores the weights again, even before they arrive.
     WeightState.SHARDED: {WeightState.RESTORING},
     WeightState.RESTORING: {WeightState.RESTORING, WeightState.RESTORED, WeightState.SHARDED},
     WeightState.RESTORED: {WeightState.RESTORING, WeightState.SHARDED},

@@ -23,7 +23,7 @@ from megatron_laer.layer.experts.gemm import SlotGemm
 from megatron_laer.layer.experts.gemm.loop import Loop
 from megatron_laer.runtime.comm.copies import upload
 
-_ALIGNMENT = 16  # bytes, of rows
+_ALIGNMENT = 16  # of rows, in bytes
 _CAPABILITIES = (9, 10)
 _KEPT = 64  # uploaded offsets, which a microbatch's four products share
 
