@@ -1,4 +1,4 @@
-"""State of one MoE layer that changes: plans, counts and statistics."""
+"""Changing state of one MoE layer: plans, counts and statistics."""
 
 from __future__ import annotations
 

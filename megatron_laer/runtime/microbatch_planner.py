@@ -83,8 +83,7 @@ class MicrobatchPlanner:
 
         Returns:
             A function that waits for all ranks' counts and plans. Call it before the next plan is
-            started,
-            after work that can overlap is enqueued.
+            started, after work that can overlap is enqueued.
         """
         assert not torch.cuda.is_current_stream_capturing(), (
             "a CUDA graph is being captured where a microbatch is planned: layouts and split sizes "

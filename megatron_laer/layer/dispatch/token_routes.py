@@ -115,7 +115,11 @@ class Arrivals:
 
 
 def arrivals(row_R: torch.Tensor, quotas: RankQuotas, rows: TokenRows) -> Arrivals:
-    """Find the rows of received pairs; `row_R` numbers them by source rank, then slot."""
+    """Find the rows of the pairs that a rank received, by source rank, then slot.
+
+    Args:
+        row_R: number of each pair's row among those from the pair's source.
+    """
     num_ranks, num_slots = len(quotas.columns_NC), quotas.row_S.size
     *_, shifts_size, counts_size, _, _ = sizes = run_sizes(num_slots, 0)
     of_arrivals = slice(-sum(sizes[5:]), -sum(sizes[7:]))

@@ -56,7 +56,10 @@ class BufferPool:
 
 
 class Workspace:
-    """Named byte buffers that only grow, for one exchange at a time and one CUDA stream."""
+    """Named byte buffers that only grow, for one exchange at a time and one CUDA stream.
+
+    Exchanges overwrite each other's data without waiting.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}

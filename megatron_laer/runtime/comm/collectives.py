@@ -45,7 +45,7 @@ class LayoutTag:
 
 
 def decision_digest(layout: ExpertLayout, *, solved: bool) -> int:
-    """Return the digest of the chosen layout, with `solved` in the lowest bit."""
+    """Return the chosen layout's digest, with `solved`, even if not used, in the lowest bit."""
     return layout.digest & ~1 | solved
 
 
@@ -71,8 +71,8 @@ class CountsExchange:
 
         Returns:
             A function that waits for the copy, the layer's only synchronisation, and returns
-            counts_NE. It
-            raises LayoutMismatchError on every rank of the group if tags or decisions differ.
+            counts_NE. It raises LayoutMismatchError on every rank of the group if tags or decisions
+            differ.
         """
         # A kernel's argument needs no copy from the host.
         decision_1 = torch.full((1,), last_decision, dtype=torch.int64, device=counts_E.device)
@@ -166,9 +166,9 @@ def broadcast_layouts(
     groups: FSEPGroups,
     device: torch.device,
 ) -> tuple[list[ExpertLayout] | None, PlannerStatus]:
-    """Broadcast the next layouts, one per layer or None for no change, and the planner's status.
+    """Broadcast rank 0's next layouts, one per layer or None, and its planner's status.
 
-    One small collective. Other ranks' layouts and status are ignored; `shape` is (N, C, E).
+    One small collective; other ranks' layouts and status are ignored. `shape` is (N, C, E).
     """
     num_ranks, capacity, _ = shape
     slots_LS = np.zeros((num_layers, num_ranks * capacity), dtype=np.int16)

@@ -1,6 +1,6 @@
 """Communication streams: they overlap work with compute, in the order of submission.
 
-`CommStream` is the interface of the scheduler. It has three classes: `CudaStream`, `ThreadStream`
+`CommStream` is the interface of the scheduler. Its implementations are `CudaStream`, `ThreadStream`
 on the CPU, and without overlap `InlineStream`, on the caller's thread.
 """
 
