@@ -1,4 +1,4 @@
-"""The CPU part: replacements of CUDA and the GPU buffers, a pool of gloo ranks, observed runs.
+"""CPU platform: replacements of CUDA and the GPU buffers, a pool of gloo ranks, observed runs.
 
-Training does not import it; `megatron_laer.device` lets it in where there is no GPU.
+Training does not import it; `megatron_laer.device` does where there is no GPU.
 """

@@ -1,6 +1,6 @@
 """Transformer Engine's fused permutations and routers, by Megatron's unfused functions.
 
-Interface and results are those of the fused ones.
+Signatures and results are those of the fused functions.
 """
 
 from typing import Any
@@ -49,7 +49,7 @@ def unpermute(
     merging_probs: torch.Tensor | None = None,
     restore_shape: torch.Size | None = None,
 ) -> Any:
-    """Return the tokens in their own order, those of several experts added up."""
+    """Return the tokens in their original order, with a token's rows added up."""
     assert merging_probs is None, "Megatron's dispatchers leave probabilities to the experts"
     return moe_utils.unpermute(tokens, order, restore_shape)
 
@@ -61,7 +61,6 @@ def sort_chunks(tokens: torch.Tensor, sizes: torch.Tensor, order: torch.Tensor) 
 def sort_chunks_with_probs(
     tokens: torch.Tensor, probs: torch.Tensor, sizes: torch.Tensor, order: torch.Tensor
 ) -> Any:
-    """Return chunks of tokens and of their probabilities in this order."""
     return moe_utils.sort_chunks_by_idxs(tokens, sizes, order, probs=probs)
 
 

@@ -1,4 +1,4 @@
-"""Files are checked before they are read and written so that a killed run leaves none half done.
+"""Checked reading and safe writing of files; a killed run leaves none half written.
 
-This is the lowest layer: nothing here knows what the files are for.
+This is the lowest layer: nothing here knows a file's purpose.
 """

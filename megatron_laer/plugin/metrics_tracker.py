@@ -1,7 +1,7 @@
-"""FSEP's metrics are collected here for Megatron's log line, TensorBoard and W&B.
+"""FSEP's metrics for Megatron's log line, TensorBoard and W&B.
 
-Megatron asks its MoE metrics tracker for a report once per step and puts what it returns into the
-log line; the tracker is replaceable by design (`set_moe_metrics_tracker`), so nothing is patched.
+Once per step Megatron gets a report from its MoE metrics tracker for the log line. The tracker is
+replaceable by design (`set_moe_metrics_tracker`), so nothing is patched.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _GIB = 2**30
 
 
 class FSEPMetricsTracker(MoEMetricsTracker):
-    """Extends Megatron's tracker: it also reports balance and planning.
+    """Megatron's tracker, extended by balance and planning.
 
     Args:
-        interval: steps between two reports; a report gathers over the world, so not every step.
+        interval: steps between two reports, each of which gathers over the world.
         decoder_layers, mtp_layers: of the whole model.
     """
 
@@ -43,12 +43,7 @@ class FSEPMetricsTracker(MoEMetricsTracker):
         self._layers = (decoder_layers, mtp_layers)
 
     def report(self, *args: Any, **kwargs: Any) -> str:
-        """Return Megatron's report, followed by FSEP's, and write both. Collective over the world.
-
-        Args:
-            args, kwargs: Megatron's own; `iteration` by name, and `writer` and `wandb_writer` where
-                metrics go to TensorBoard and W&B.
-        """
+        """Write and return Megatron's report and FSEP's. Collective over the world."""
         line: str = super().report(*args, **kwargs)
         iteration = kwargs["iteration"]
         if iteration % self._interval:
@@ -95,7 +90,7 @@ def collect(
             row = layer.number - 1 + (decoder_layers if layer.is_mtp else 0)
             row = min(row, len(layers) - 1)
             passes = LayerPasses.of(coordinator.geometry.num_ranks, samples)
-            # Of one microbatch: a prediction takes as long as a decision.
+            # For one microbatch only: a prediction takes as long as a decision.
             layers[row] += LayerMetrics.of(passes, predict(coordinator.guard, decision))
         if newest and logger.isEnabledFor(logging.INFO):
             logger.info("FSEP: %s", in_words(newest))
@@ -125,7 +120,7 @@ def _sum_over_ranks(
 
 
 def _least_headroom_bytes() -> float:
-    """Return the least memory that a rank of the world has left. Collective."""
+    """Return the least headroom over all ranks of the world. Collective."""
     device = current_device()
     least = torch.tensor(memory_use(device).headroom_bytes, dtype=torch.float64).to(device)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)

@@ -1,6 +1,6 @@
 """Activities of a rank, and their events in the JSON of Chrome's trace viewer, for Perfetto.
 
-A process has four tracks, whether its intervals were recorded in a run or predicted.
+Recorded and predicted intervals have the same four tracks per process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Activity:
     """Key of intervals: an activity of one layer in one direction, or compute's wait for it.
 
     Attributes:
-        layer: its name; of a step, the step's number from 1; empty for the dense layers.
+        layer: its name; the number, from 1, of a step; empty for the dense layers.
         waits: whether it is compute's wait.
         inside_node: whether it is the second stage of a token exchange through nodes.
     """
@@ -56,7 +56,7 @@ def trace_events(
     """Yield the events of one process.
 
     Args:
-        intervals: track, label, begin and end in microseconds.
+        intervals: track, label, start and end in microseconds.
     """
 
     def named(kind: str, value: str, **where: int) -> dict[str, Any]:
