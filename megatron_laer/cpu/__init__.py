@@ -1,4 +1,1 @@
-"""CPU platform: replacements of CUDA and the GPU buffers, a pool of gloo ranks, observed runs.
-
-Training does not import it; `megatron_laer.device` does where there is no GPU.
-"""
+"""CPU platform, imported only without a GPU: CUDA replacements, gloo ranks, observed runs."""

@@ -1,7 +1,4 @@
-"""CPU replacements of torch functions that need CUDA, made once by `install.install`.
-
-Nothing is undone: the process stays on the CPU. `megatron.py` fixes Megatron itself.
-"""
+"""CPU replacements of torch functions that need CUDA, made once and never undone."""
 
 import atexit
 import collections
@@ -318,10 +315,7 @@ def _is_gpu(device: Any) -> bool:
 
 
 def _on_cpu(function: Callable[..., Any], positional: bool = False) -> Callable[..., Any]:
-    """Wrap `function` to use the CPU for a GPU in `device=` or its second positional argument.
-
-    Pinning is dropped, since it asks the driver.
-    """
+    """Wrap `function` to use the CPU for a GPU in `device=` or its second argument; never pin."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

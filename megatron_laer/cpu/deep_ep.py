@@ -1,12 +1,10 @@
 """All-to-All replacements of DeepEP's and HybridEP's buffers for Megatron's flex dispatcher.
 
-They support dispatch, combine and handles as that dispatcher calls them, in any dtype. A token is
-sent once to each rank that has one of its experts. Ranks receive tokens by source rank, in token
-order.
+A token is sent once to each rank that has one of its experts. Ranks receive tokens by source rank,
+in token order.
 
-Legend: T tokens of this rank, Q tokens sent, each once per destination, N ranks, E experts, C
-experts per rank, K top-k, R tokens received, H hidden, P pairs of a received token and an expert
-here.
+Legend: T tokens of this rank, Q tokens sent, N ranks, E experts, C experts per rank, K top-k. R
+tokens received, H hidden, P pairs of a received token and an expert here.
 """
 
 import importlib
@@ -59,12 +57,7 @@ class Config:
 
 @dataclass(frozen=True, eq=False)
 class _Route:
-    """Tokens that this rank sends and receives; each is sent once per destination rank.
-
-    Attributes:
-        token_Q: the tokens that this rank sends, sorted by destination.
-        sent_N, received_N: numbers of tokens.
-    """
+    """Tokens that this rank sends and receives; each is sent once per destination rank."""
 
     group: dist.ProcessGroup
     num_tokens: int
@@ -218,9 +211,8 @@ class HybridEPBuffer:
     ) -> tuple[Any, ...]:
         """Send tokens, [T, H], and sort the received ones by expert.
 
-        Returns:
-            Rows [P, H], probabilities [P], None, the tokens of each expert here, and a handle. The
-            handle's last part is 1 if there were more rows than `num_permuted_tokens`.
+        Return rows [P, H], probabilities [P], None, tokens by expert, and a handle. Its last part
+        is 1 if there were more rows than `num_permuted_tokens`.
         """
         if non_blocking:
             assert num_permuted_tokens is not None

@@ -1,7 +1,4 @@
-"""Transformer Engine's fused permutations and routers, by Megatron's unfused functions.
-
-Signatures and results are those of the fused functions.
-"""
+"""Transformer Engine's fused permutations and routers, by Megatron's unfused functions."""
 
 from typing import Any
 
@@ -27,7 +24,6 @@ def give_to_megatron() -> None:
 def permute(
     tokens: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int | None = None
 ) -> tuple[Any, Any]:
-    """Return the tokens by expert, and the inverse order."""
     found = moe_utils.permute(tokens, routing_map, num_out_tokens=num_out_tokens)
     return found[0], found[2]
 
@@ -38,7 +34,6 @@ def permute_with_probs(
     routing_map: torch.Tensor,
     num_out_tokens: int | None = None,
 ) -> tuple[Any, Any, Any]:
-    """Return the tokens and their probabilities by expert, and the inverse order."""
     found = moe_utils.permute(tokens, routing_map, probs=probs, num_out_tokens=num_out_tokens)
     return found[0], found[1], found[2]
 

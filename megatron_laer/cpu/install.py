@@ -1,7 +1,5 @@
 """`install` replaces CUDA by functions that keep everything on the CPU.
 
-`cuda.py` has the replacements in torch, `megatron.py` the fixes of Megatron itself.
-
 torch draws from its default CPU generator, whichever generator Megatron selects for "the GPU". So
 experts start equal on every expert-parallel rank. Tensor-parallel shards do too, unless
 `--use-cpu-initialization` cuts them from one whole matrix. Dropout shares its draws with the data

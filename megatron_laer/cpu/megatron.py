@@ -1,7 +1,4 @@
-"""CPU fixes of Megatron's paths that need Transformer Engine or Apex.
-
-`torch.cuda` has to be replaced (`cuda.py`) before Megatron is imported.
-"""
+"""CPU fixes of Megatron's paths that need Transformer Engine or Apex; needs `cuda.py` before."""
 
 import contextlib
 import copy
@@ -75,7 +72,7 @@ def _fix_attention() -> None:
 
     # Without Transformer Engine, attention refuses a sequence that is cut over context-parallel
     # ranks. With keys and values of the whole sequence it works: Megatron cuts the mask by its
-    # queries. It also does not accept the sizes of a head's keys and values, which differ in latent
+    # queries. It also lacks the sizes of a head's keys and values, which differ in latent
     # attention. Its computation fits any, and its outputs are as wide as values.
     @functools.wraps(stock_init)
     def init(
@@ -115,10 +112,7 @@ def _fix_attention() -> None:
 
 
 def _whole_sequence(part: torch.Tensor, group: Any) -> torch.Tensor:
-    """Gather the sequence `[s, …]`; rank r of n holds pieces r and 2n - 1 - r of 2n.
-
-    Backward sums the gradients of all ranks' queries for this rank's pieces.
-    """
+    """Gather the sequence `[s, …]`; rank r of n holds pieces r and 2n - 1 - r of 2n."""
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
     gathered = gather_from_sequence_parallel_region(part.contiguous(), group=group)
@@ -175,10 +169,7 @@ def _fix_output_discarding() -> None:
 
 
 class DuplicatedLinear(torch.nn.Module):
-    """Replacement of Transformer Engine's linear layer in projections to a latent space.
-
-    Every tensor-parallel rank has the whole weight.
-    """
+    """Replacement of Transformer Engine's linear layer for latent projections; not sharded."""
 
     def __init__(
         self, input_size: int, output_size: int, *, config: Any, init_method: Any, **_: Any
@@ -243,8 +234,6 @@ def _fix_optimizer_load() -> None:
 
 
 class _OnHost(torch.Tensor):
-    """Tensor that was moved to the host, unlike those "on the GPU"."""
-
     is_cuda = False
 
 
@@ -279,9 +268,7 @@ def _fix_async_saves() -> None:
 
 
 def _run_async_worker(*args: Any) -> None:
-    """Replace `torch.cuda`, then run the worker of async saves. Pickled by name, so at module
-    level.
-    """
+    """Replace `torch.cuda`, then run the worker of async saves, which is pickled by this name."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     from megatron_laer.cpu import cuda

@@ -13,7 +13,6 @@ ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "MEGATRON_LAE
 
 
 def _import() -> dict[str, str]:
-    """Import Megatron for the CPU, and return the changes in the environment."""
     before = dict(os.environ)
     from megatron_laer.launch import prepare
 

@@ -52,10 +52,7 @@ class Raised:
 
 
 class RankPool:
-    """`world_size` processes on this machine, each on the CPU platform.
-
-    They are forked from a process prepared by `rank_imports`, with the environment of the start.
-    """
+    """`world_size` processes on the CPU platform, forked from one prepared by `rank_imports`."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -99,7 +96,6 @@ class RankPool:
         return self._collect(timeout_s)
 
     def close(self) -> None:
-        """End the ranks and all processes that they started."""
         for process in self._processes:
             # A rank that does not lead its session yet has started nothing.
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -116,8 +112,8 @@ class RankPool:
     def _open_store(self) -> int:
         """Serve a store for one call's process group, as torchrun does, and return its port.
 
-        Each call needs its own, since a second group would find the first one's addresses. If rank
-        0 served it, ranks that come earlier would retry only after up to a second.
+        A second group would find the first one's addresses. If rank 0 served it, earlier ranks
+        would retry only after up to a second.
         """
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -187,10 +183,7 @@ def _await_stacks(process: Any, log: Path, written: int, within_s: float = 60.0)
 
 
 class RankPools:
-    """Pools by number of ranks: `pools(4)`.
-
-    Above `most` ranks in all, the other pools are closed; they start again on use.
-    """
+    """Pools by number of ranks, `pools(4)`; above `most` ranks in all, others are closed."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -218,10 +211,8 @@ def share_gloo_device() -> None:
     """Share one gloo device among all process groups, instead of a thread for each.
 
     A device's thread wakes 100 times a second, and the end of a group waits for it. This replaces a
-    private function of torch; if a release names it otherwise, groups keep a device each.
-
-    A group is returned when all its ranks are connected. Otherwise a rank that raises at once would
-    close connections that another still makes.
+    private function of torch. Each group waits for all its ranks' connections. Otherwise a rank
+    that raises at once would close those that another still makes.
     """
     from torch.distributed import ProcessGroupGloo, distributed_c10d
 
@@ -295,10 +286,7 @@ def _serve(
 
 
 def _end_with_the_starter() -> None:
-    """End this rank and its processes when the process that started the pool is gone.
-
-    The fork server it was forked from stays as long as any rank.
-    """
+    """End this rank and its processes with the pool's process; the fork server would stay."""
     starter = multiprocessing.parent_process()
     assert starter is not None, "a rank is a child of its pool's process"
     starter.join()

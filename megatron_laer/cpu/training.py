@@ -1,8 +1,4 @@
-"""`train` runs Megatron's own pretraining loop on this rank and observes it.
-
-The loop is unchanged: `pretrain_gpt.main()` runs with a command line. Observers wrap the functions
-that handle weights, gradients, losses and norms.
-"""
+"""`train` runs Megatron's own pretraining loop, unchanged, on this rank and observes it."""
 
 from __future__ import annotations
 
@@ -25,8 +21,7 @@ from megatron_laer.cpu.weights import Tensors
 class Record:
     """Results of a run; tensors are on rank 0 only, the rest is the same on every rank.
 
-    There are no gradients without a training step, or with several instances of the distributed
-    optimizer.
+    There are no gradients without a training step, or with several distributed optimizer instances.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -53,16 +48,13 @@ def train(
     adapt: Adapt | None = None,
     gradients: bool = True,
 ) -> Record:
-    """Run `pretrain_gpt.py` with these flags from the common weights. Collective.
-
-    A run with `--load` keeps its loaded weights.
+    """Run `pretrain_gpt.py` with these flags from the common weights, or `--load`. Collective.
 
     Args:
         probe: called after every step with the model chunks; its results are recorded.
         script: run this Megatron script by `megatron_laer train` instead of our own.
         adapt: changes every model chunk before Megatron wraps it.
-        gradients: whether to record the first step's gradients. Overlapped reduces in a pipeline
-            would leave them in parts.
+        gradients: whether to record the first step's; overlapped reduces in a pipeline split them.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
@@ -185,14 +177,12 @@ def dist_object(value: Any, source: int) -> list[Any]:
 
 
 def rank_of_environment() -> int:
-    """Return this process's rank; works without a process group."""
     import os
 
     return int(os.environ["RANK"])
 
 
 def gather(value: Any) -> list[Any]:
-    """Return every rank's value, rank 0 first, on every rank."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered

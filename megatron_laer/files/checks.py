@@ -1,7 +1,6 @@
 """Checks of files and folders that users name, before they are used.
 
-All code that reads a file named by a user goes through `open_input`. Nothing here knows a format or
-writes; `writing` does.
+All code that reads a file named by a user goes through `open_input`. `writing` writes files.
 """
 
 from __future__ import annotations
@@ -59,7 +58,6 @@ def open_input(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """Read a whole regular file of limited size."""
     with open_input(path) as file:
         size = os.fstat(file.fileno()).st_size
         content = b""
@@ -99,10 +97,7 @@ def quoted(text: object, longest: int = 200) -> str:
 
 
 def one_line(text: object, longest: int = 2000) -> str:
-    """Return a possibly foreign text on one line of limited length.
-
-    Control characters, which could move a terminal's cursor, are escaped; quotes are not added.
-    """
+    """Return a possibly foreign text on one line, with control characters escaped."""
     shown = _shortened(str(text), longest)
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
@@ -136,11 +131,7 @@ def is_same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> 
 def refuse_overwriting(
     output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]], flag: str
 ) -> None:
-    """Refuse an output that is one of the inputs, or lies in a folder that is one.
-
-    Args:
-        flag: of the output, for the message.
-    """
+    """Refuse an output that is one of the inputs, or lies in a folder that is one."""
     folder = Path(os.path.realpath(output)).parent
     for given in inputs:
         is_inside = os.path.isdir(given) and folder.is_relative_to(os.path.realpath(given))

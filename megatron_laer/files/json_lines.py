@@ -37,7 +37,6 @@ def headers(format_name: str, fields: Mapping[str, Any]) -> tuple[bytes, bytes]:
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
-    """Return a line that ends with its checksum."""
     body = unsealed(content).removesuffix(b"}\n")
     return b'%s,"%s":"%08x"}\n' % (body, _KEY.encode(), zlib.crc32(body))
 
@@ -47,17 +46,12 @@ def unsealed(content: Mapping[str, Any]) -> bytes:
 
 
 def warn_of(version: int, path: Path) -> None:
-    """Warn if a recording is of version 1."""
     if version == 1:
         logger.warning("%s: version 1 of the format, in which not all damage is noticed", path)
 
 
 def read_header(line: bytes, format_name: str, kind: str) -> tuple[dict[str, Any], int]:
-    """Return a first line's fields, without format and version, and the version.
-
-    Args:
-        kind: of recording, for messages.
-    """
+    """Return a first line's fields, without format and version, and the version."""
     content = _object(line)
     if content.pop("format", None) != format_name:
         raise ValueError(f"it is no {kind}, since it begins with {quoted(line[:100])}")
@@ -84,10 +78,7 @@ def numbered_lines(
 ) -> Iterator[tuple[int, int, bytes]]:
     """Yield number, end and bytes of each line; the first one has at most `MAX_TEXT_BYTES`.
 
-    Args:
-        longest: maximum bytes of later lines.
-        whole_only: whether an incomplete last line is skipped, with a warning.
-        kind: of the file, before its path in errors.
+    With `whole_only` an incomplete last line is skipped, with a warning.
     """
     end, limit = 0, MAX_TEXT_BYTES
     for number in itertools.count(1):

@@ -1,7 +1,4 @@
-"""Available memory of this process, checked before large allocations.
-
-Linux rarely refuses memory; it kills a process when none is left.
-"""
+"""Available memory, checked before large allocations: Linux kills processes when none is left."""
 
 from __future__ import annotations
 
@@ -26,12 +23,7 @@ def available_bytes() -> int:
 
 
 def check_enough(needed_bytes: int, purpose: str, remedy: str) -> None:
-    """Refuse work that would take more memory than is available.
-
-    Args:
-        purpose: what takes the memory, as the start of a sentence.
-        remedy: advice for the user.
-    """
+    """Refuse work that would take more memory than is available; `purpose` starts the message."""
     there = available_bytes()
     if needed_bytes > there:
         raise ValueError(

@@ -3,8 +3,7 @@
 Writers of formats know where each record ends; nothing here knows their content. A recording is
 never rewritten in place. Steps that a run repeats are copied to another file, and a copy of the
 rest replaces the recording. So a run that is killed at any moment leaves the old recording or the
-new one. An incomplete last record is cut off in place. A recording in an older version of its
-format is set aside.
+new one. An incomplete last record is cut off in place.
 """
 
 from __future__ import annotations
@@ -36,17 +35,14 @@ _ASIDE = re.compile(rf".+\.(cut-from-\d+|{_OLDER})(\.\d+)?\.[^.]+")
 
 
 class RecordingFile:
-    """Only writer of a recording.
+    """Only writer of a recording. On an OSError all records are kept.
 
     Args:
-        path: the file, created with its folders if it is missing.
-        header: its first bytes.
-        older: its first bytes in an older version of the format, if there was one.
+        header, older: the file's first bytes, and those in an older version of its format, if any.
         records: called with the path, yields each whole record's step and end offset, in order.
         first_step: the first step of this run; 0 if it does not resume another.
 
     Attributes:
-        path: its real path, if `path` is a link.
         last: the last step of earlier runs that stays, if any.
         step: the newest started step, or the one before the run's first.
 
@@ -54,7 +50,6 @@ class RecordingFile:
         InUseError: another run writes it.
         ValueError: the path is no regular file, or has another header. Or this run starts at step
             0 and the file has another run's records, see `run_mark`.
-        OSError: it cannot be written; all records are kept.
     """
 
     def __init__(
@@ -124,10 +119,9 @@ class RecordingFile:
         self.last = self._cut_from(first_step)
 
     def _cut_from(self, step: int) -> int | None:
-        """Move the records from a step on to another file, and cut off an incomplete record.
+        """Move records from a step on to another file, and cut off an incomplete one.
 
-        Returns:
-            The last step that stays, if any.
+        Return the last step that stays, if any.
         """
         stays = end = len(self._header)
         last, is_cut = None, False

@@ -1,14 +1,13 @@
 """Marks next to recordings, which tell a restart from another run.
 
-Both start at step 0: the restart of a run that died before its first checkpoint, and an unrelated
-run given the same folder by mistake. There are two signs of the same run:
+Both start at step 0. One restarts a run that died before its first checkpoint; the other was given
+the same folder by mistake. There are two signs of the same run:
 
 - it saves to and loads from the same folder of checkpoints, so a restart continues it;
 - the same process launched its ranks, as torchrun does for restarts. Its count of restarts is no
   sign, since it also restarts a refused run. Nor is its run id alone: people put it into scripts.
 
-Nothing here knows a format of a recording. A run without signs leaves no mark, and is refused as
-unrelated.
+A run without signs leaves no mark, and is refused as unrelated.
 """
 
 from __future__ import annotations
@@ -26,11 +25,7 @@ _checkpoints: str | None = None
 
 
 def set_checkpoints(load: str | None, save: str | None, *, finetune: bool) -> None:
-    """Set the folders of checkpoints of this process's run.
-
-    Args:
-        finetune: whether every start begins at step 0, from the weights in `load`.
-    """
+    """Set this run's folders of checkpoints; with `finetune` every start begins at step 0."""
     global _checkpoints
     _checkpoints = None
     if load and save and not finetune and os.path.realpath(load) == os.path.realpath(save):

@@ -8,12 +8,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def yaml_file(kind: str, path_or_name: str | Path) -> Path:
-    """Return the file for a path or the name of a shipped file.
-
-    Args:
-        kind: `cluster` or `model`.
-        path_or_name: a text with a slash, or that ends in .yaml or .yml, is a path.
-    """
+    """Return a shipped file by name, or a path: a text with a slash, .yaml or .yml."""
     name = str(path_or_name)
     if isinstance(path_or_name, Path) or name.endswith((".yaml", ".yml")) or "/" in name:
         return Path(path_or_name)

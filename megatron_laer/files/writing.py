@@ -1,7 +1,7 @@
 """Files are written whole, by one writer, and never over one another.
 
-Use `open_exclusively` for a file that is kept open, and `write_file` for one that is written anew,
-or `Replacement` if its content comes bit by bit. Nothing here knows a format.
+Use `open_exclusively` for a file that is kept open, and `write_file` to write one at once. Use
+`Replacement` if the content comes bit by bit.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ _locked: weakref.WeakSet[IO[bytes] | IO[str]] = weakref.WeakSet()
 
 
 def lock(file: IO[bytes] | IO[str], path: Path) -> None:
-    """Lock an open file, until it is closed or the process ends.
+    """Lock an open file, until it is closed or the process ends; warn if its file system cannot.
 
-    Forked children, such as a data loader's workers, do not hold the lock. On a file system without
-    locks this only warns.
+    Forked children, such as a data loader's workers, do not hold the lock.
     """
     _locked.add(file)  # first, since another thread may fork at any time
     try:
@@ -70,13 +69,7 @@ os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def open_exclusively(path: Path) -> BinaryIO:
-    """Open a file unbuffered for reading and writing, as its only writer; create it if missing.
-
-    Raises:
-        InUseError: it has another writer.
-        ValueError: it is no regular file.
-        OSError: it cannot be opened.
-    """
+    """Open a file unbuffered for reading and writing, as its only writer; create it if missing."""
     while True:
         if path.exists():
             check_regular(path)
@@ -115,14 +108,9 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 class Replacement:
     """File under a temporary name, which replaces its target when it is complete.
 
-    The temporary file is locked while it is written. So making a replacement can remove a killed
-    run's files for the same target and leave a living one's. `path` may also be written through
-    another open file.
-
-    Attributes:
-        path: of the temporary file.
-        file: open for reading and writing, unbuffered. After `commit`, until it is closed, it is
-            the target's only writer.
+    It is locked while it is written, so `remove_leftovers` can tell a killed run's from a living
+    one's. `path` may also be written through another open file. `file` is unbuffered. After
+    `commit`, until it is closed, it is the target's only writer.
     """
 
     def __init__(self, target: Path) -> None:
@@ -148,28 +136,20 @@ class Replacement:
         return is_ours
 
     def commit(self, target: Path | None = None) -> None:
-        """Put the content on disk, then the file in its target's place; leave it open.
-
-        Args:
-            target: another file of the same folder to replace.
-        """
+        """Sync the content, then replace the target, or another file in its folder; leave it open."""
         # This also covers content from another open file of the same name.
         os.fsync(self.file.fileno())
         os.replace(self.path, target or self._target)
         sync_folder(self._target.parent)
 
     def discard(self) -> None:
-        """Close and remove the temporary file."""
         self.file.close()
         self.path.unlink(missing_ok=True)
 
 
 @contextmanager
 def replaced_when_complete(target: Path) -> Iterator[BinaryIO]:
-    """Yield a file that replaces the target if the block succeeds, and is removed if not.
-
-    A symbolic link stays; its target is replaced.
-    """
+    """Yield a file that replaces the target, or a link's, if the block succeeds; else remove it."""
     replacement = Replacement(Path(os.path.realpath(target)))
     try:
         yield replacement.file
@@ -187,7 +167,6 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def write_output(path: Path, content: str | bytes, flag: str) -> None:
-    """Write a whole output file; errors name its flag."""
     try:
         write_file(path, content)
     except OSError as error:

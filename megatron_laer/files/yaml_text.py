@@ -31,7 +31,6 @@ def read_yaml(path: Path) -> Content:
 
 
 def parse_yaml(text: str) -> Content:
-    """Parse the content of a YAML document; return None if it is empty."""
     try:
         return _document(yaml.parse(text, Loader=yaml.BaseLoader))
     except yaml.MarkedYAMLError as error:

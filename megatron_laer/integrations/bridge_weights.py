@@ -69,12 +69,7 @@ def stock_weights() -> Iterator[None]:
 
 
 class _Tasks:
-    """Megatron-Bridge's tasks, with stock's weights in those of experts.
-
-    Args:
-        layers: of each model chunk.
-        writes: whether the tasks write to weights.
-    """
+    """Megatron-Bridge's tasks, with stock's weights in those of experts."""
 
     def __init__(
         self, tasks: Sequence[Any], layers: Sequence[list[StockLayer]], *, writes: bool

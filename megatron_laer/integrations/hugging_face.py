@@ -1,7 +1,4 @@
-"""Offline mode of Hugging Face's library, so that it fails fast without a network.
-
-Nothing is downloaded here, and nothing of Hugging Face is imported.
-"""
+"""Offline mode of Hugging Face's library, so that it fails fast without a network."""
 
 from __future__ import annotations
 
@@ -19,10 +16,8 @@ _PATIENCE_S = 5.0
 def go_offline_if_unreachable() -> bool:
     """Restrict Hugging Face's library to its cache if its server cannot be reached.
 
-    It would retry for minutes. Must be called before that library is imported.
-
-    Returns:
-        Whether it is offline, including by the user's setting.
+    Return whether it is restricted. It would otherwise retry for minutes. Must be called before
+    that library is imported.
     """
     if find_spec("huggingface_hub") is None:
         return False

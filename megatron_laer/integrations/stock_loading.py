@@ -28,9 +28,9 @@ def load_stock_named_parameters(
 ) -> None:
     """Copy tensors under stock Megatron's names into a model chunk.
 
-    Accepts the output of `stock_named_parameters` with the same arguments: each name once, on every
-    rank those that stock would hold there, in any order, dtype and device. A layer's experts are
-    kept until they and all earlier layers are complete, and then exchanged. In the chunk's order of
+    Accepts the output of `stock_named_parameters` with the same arguments, in any order, dtype and
+    device. Each rank gives once each name that stock would hold there. A layer's experts are kept
+    until they and all earlier layers are complete, and then exchanged. In the chunk's order of
     layers this needs the memory of one layer's experts and twice that of one matrix. Where several
     ranks hold an expert, the group's first one counts.
 
@@ -103,9 +103,7 @@ class _Reader:
         return "; ".join(problems) or None
 
     def read_until(self, layer: StockLayer | None) -> None:
-        """Read until the layer's experts are complete; read all if they never are, or `layer` is
-        None.
-        """
+        """Read until the layer's experts are complete; read all without a layer."""
         while not self._is_at_end and (layer is None or self._left[layer.prefix]):
             try:
                 self._copy(*next(self._iterator))
@@ -116,7 +114,7 @@ class _Reader:
                 self._problems.append(f"named_tensors: {type(error).__name__}: {error}")
 
     def take(self, layer: StockLayer) -> list[torch.Tensor]:
-        """Return the layer's blocks, complete unless there are problems, and drop them here."""
+        """Return the layer's blocks and drop them here."""
         return self._held.pop(layer.prefix, ([], {}))[0]
 
     def _copy(self, name: str, tensor: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ over the ranks of the expert-parallel group. FSEP's own are slices of all expert
 `stock_loading.py` writes weights under these names.
 
 Legend: N ranks of the FSEP group, E experts, X the requested expert-parallel size, e = E/X experts
-of a rank; R rows and K columns of a matrix, r rows of a slice.
+of a rank. R rows and K columns of a matrix, r rows of a slice.
 """
 
 from __future__ import annotations
@@ -28,13 +28,7 @@ Named = tuple[str, torch.Tensor]
 
 
 class StockParameter(NamedTuple):
-    """One parameter of an expert, as in stock Megatron.
-
-    Attributes:
-        name: in the model chunk.
-        matrix: index of its slice in the layer.
-        expert: index among the e experts of this rank.
-    """
+    """One parameter of an expert in stock, with indices of its slice and of its expert here."""
 
     name: str
     matrix: int
@@ -48,7 +42,6 @@ class StockLayer:
     Attributes:
         prefix: the name of the experts' module in the model chunk.
         num_blocks: X.
-        is_grouped: True for names of grouped experts, False for those of a sequence of experts.
     """
 
     prefix: str
@@ -97,13 +90,7 @@ class StockLayer:
 
     @contextmanager
     def lent(self, *, writable: bool) -> Iterator[Iterator[Named]]:
-        """Restore this rank's experts; if `writable`, write them back at the end.
-
-        Collective over the group at the start and, if `writable`, at the end.
-
-        Raises:
-            RuntimeError: the context ended early, after some of them were written to.
-        """
+        """Restore this rank's experts; if `writable`, write them back. Both are collective."""
         blocks, version = self.blocks(), session.weights_version()
         loan = Loan(writable, is_old=lambda: session.weights_version() != version)
         try:

@@ -20,12 +20,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 @dataclass
 class Loan:
-    """Permission to write to tensors, and to go on reading them.
+    """Permission to read and write tensors.
 
     Attributes:
         is_old: returns whether the weights have changed since they were copied.
         is_over: whether later writes would be lost.
-        is_written: whether there was a write.
     """
 
     is_writable: bool
@@ -65,7 +64,6 @@ class LentExpert(torch.Tensor):
 
     @staticmethod
     def __new__(cls, plain: torch.Tensor, loan: Loan) -> LentExpert:
-        """Lend a tensor, with the attributes that were set on it."""
         lent: LentExpert = torch.Tensor._make_subclass(cls, plain)
         lent.__dict__.update(plain.__dict__)
         lent._plain, lent._loan = plain, loan
@@ -116,7 +114,6 @@ class LentExpert(torch.Tensor):
         self.detach().copy_(value.detach())
 
     def numpy(self, **options: Any) -> Any:
-        """Return a read-only array."""
         array = self.plain.numpy(**options)
         array.flags.writeable = False
         return array

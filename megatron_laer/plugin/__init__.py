@@ -1,8 +1,7 @@
 """All changes to Megatron for FSEP; each patch has a reason and can be undone.
 
-Patches replace attributes where Megatron looks them up. Each is found by name first, applied once,
-and restored by `disable` or `uninstall`. Without `--expert-parallel-mode fsep` only the two
-argument functions are wrapped, and those only by the launchers.
+Without `--expert-parallel-mode fsep` only the two argument functions are wrapped, and those only by
+the launchers.
 """
 
 from megatron_laer.megatron_version import check_version

@@ -2,10 +2,10 @@
 
 The writer passes its results through a `multiprocessing` manager, which stays from the first save
 on; async saves write in a worker process. A launcher's signal to all processes of a job would end
-both. A rank with `--exit-signal-handler` could then not save. After a SIGKILL of the rank both
-would stay. So they block signals and watch their rank. This covers Megatron's own writer and, if
-Megatron has found it, nvidia-resiliency-ext's, its default for async saves. Data loaders' workers
-need nothing: Megatron sets its handler in them.
+both, and a rank with `--exit-signal-handler` could not save. After a SIGKILL of the rank both would
+stay. So they block signals and watch their rank. This covers Megatron's own writer and, if Megatron
+has found it, nvidia-resiliency-ext's. Data loaders' workers need nothing: Megatron sets its handler
+in them.
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ def _with_lasting_worker(original: Any) -> Any:
         with signals_blocked():
             process = original.__func__(cls, rank, "spawn", *args, **kwargs)
         if fresh:
-            # At a rank's exit multiprocessing terminates the worker, which blocks that signal, and
-            # waits.
+            # At a rank's exit multiprocessing sends SIGTERM, which the worker blocks, and waits.
             util.Finalize(None, process.kill, exitpriority=0)
         return process
 
@@ -78,8 +77,7 @@ def _with_lasting_nvrx_worker(original: Callable[..., Any]) -> Callable[..., Any
 def _abandon(caller_of: Callable[[], Any]) -> None:
     """Kill the worker of a caller that a failing rank leaves open.
 
-    Multiprocessing would terminate the worker, which blocks that signal, and wait for it. The
-    caller would do the same when it is deleted.
+    The worker blocks SIGTERM, so multiprocessing, or the caller when deleted, would wait for ever.
     """
     caller = caller_of()
     if caller is not None and caller.process is not None:
@@ -154,8 +152,8 @@ NVRX_PATCHES = (
 def nvrx_patches() -> tuple[Patch, ...]:
     """Return the patches of nvidia-resiliency-ext, if Megatron has found it.
 
-    A version without the patched attributes stays unpatched, with a warning; only signals then
-    fail.
+    An unknown version is not patched, with a warning: all works but saving after a signal to the
+    job.
     """
     from megatron.core.dist_checkpointing.strategies import torch
 

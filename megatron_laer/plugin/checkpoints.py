@@ -43,7 +43,7 @@ def _mark_buffers(sharded_state_dict: Any, group_size: int) -> bool:
     """Mark the optimizer's buffers with FSEP's group size; return whether there are any.
 
     A rank's slices of all experts have as many elements as stock's whole experts. Without the mark,
-    stock's buffers would silently be read into FSEP's, and vice versa.
+    one kind would silently be read into the other.
     """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedBase
@@ -61,11 +61,7 @@ def _mark_buffers(sharded_state_dict: Any, group_size: int) -> bool:
 
 
 def _report_gemm(before: str | None, now: str) -> None:
-    """Warn if the back end of GEMMs differs from the saved run's.
-
-    Args:
-        before: None in a checkpoint of stock, or of a version without a choice.
-    """
+    """Warn if the back end of GEMMs differs from the saved run's; stock's checkpoints have None."""
     if before not in (None, now) and int(os.environ.get("RANK", "0")) == 0:
         logger.warning(
             "FSEP: the checkpoint is of a run with --fsep-gemm %s, and this one has --fsep-gemm "

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 def install() -> None:
     """Add FSEP's flags to Megatron's command line; a second call does nothing.
 
-    FSEP is turned on later, when arguments that ask for it are validated.
+    FSEP is turned on when arguments that ask for it are validated.
     """
     check_version()
     for patch in ARGUMENT_PATCHES:

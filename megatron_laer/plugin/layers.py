@@ -49,10 +49,7 @@ def _for_multi_token_prediction(original: Callable[..., None]) -> Callable[..., 
 
 
 def repoint_hybrid_specs() -> None:
-    """Make existing layer specs of hybrid models follow the switch.
-
-    They are built when their module is imported; one imported later needs no change.
-    """
+    """Make imported layer specs of hybrid models follow the switch; later imports do anyway."""
     module = sys.modules.get(_HYBRID_SPECS)
     if module is None:
         return
@@ -68,10 +65,8 @@ def create_groups(
 ) -> None:
     """Create the session's FSEP groups. Collective over the world.
 
-    Args:
-        timeout: of their collectives; torch's default if None.
-        nccl_settings: the file of Megatron's `--nccl-communicator-config-path`. Ours are under
-            `fsep_parameters`, `fsep_gradients` and `fsep_tokens`.
+    `nccl_settings` is the file of Megatron's `--nccl-communicator-config-path`. Ours are under
+    `fsep_parameters`, `fsep_gradients` and `fsep_tokens`.
     """
     from megatron.core import parallel_state
 
@@ -107,8 +102,7 @@ def _with_fsep_groups(original: Callable[..., Any]) -> Callable[..., Any]:
         call.apply_defaults()
         given = call.arguments
         if _uses_nccl():
-            # Tokens take precedence over weights and gradients, whose streams have a lower
-            # priority.
+            # Tokens precede weights and gradients, whose streams have a lower priority.
             given["high_priority_stream_groups"] = [
                 *(given["high_priority_stream_groups"] or ()),
                 "ep",

@@ -1,7 +1,7 @@
 """FSEP's metrics for Megatron's log line, TensorBoard and W&B.
 
-Once per step Megatron gets a report from its MoE metrics tracker for the log line. The tracker is
-replaceable by design (`set_moe_metrics_tracker`), so nothing is patched.
+Megatron's MoE metrics tracker is replaceable by design (`set_moe_metrics_tracker`), so nothing is
+patched.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ _GIB = 2**30
 class FSEPMetricsTracker(MoEMetricsTracker):
     """Megatron's tracker, extended by balance and planning.
 
-    Args:
-        interval: steps between two reports, each of which gathers over the world.
-        decoder_layers, mtp_layers: of the whole model.
+    A report gathers over the world, so there is one per `interval` steps only.
     """
 
     def __init__(self, interval: int, decoder_layers: int, mtp_layers: int) -> None:
@@ -65,10 +63,8 @@ def collect(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Collect metrics since the last call, of the model and by layer. Collective over the world.
 
-    A pipeline stage without MoE layers, hence without a coordinator, takes part.
-
-    Returns:
-        Scalars and per-layer values by name. Values of planning are those of this rank's group.
+    A pipeline stage without MoE layers, hence without a coordinator, takes part. Values of planning
+    are those of this rank's group.
     """
     layers = [LayerMetrics()] * (decoder_layers + mtp_layers)
     rank = RankMetrics()

@@ -17,11 +17,9 @@ class Patch:
     """Attribute to replace, and its replacement.
 
     Attributes:
-        module: imported when the patch is applied.
         path: of the attribute in the module, `name` or `Class.name`.
         replace: called with the original, returns the replacement.
-        reason: for the printed table.
-        also: further changes that the replacement makes in Megatron, for the same table.
+        reason, also: for the printed table; `also` has further changes to Megatron.
     """
 
     module: str
@@ -31,7 +29,6 @@ class Patch:
     also: tuple[str, ...] = ()
 
     def owner_and_name(self) -> tuple[Any, str]:
-        """Return the object with the attribute, and the attribute's name."""
         try:
             owner: Any = importlib.import_module(self.module)
             *parents, name = self.path.split(".")
@@ -65,7 +62,6 @@ def apply(patch: Patch) -> bool:
 
 
 def undo(patch: Patch) -> None:
-    """Restore the original, if it is replaced."""
     if patch in _applied:
         owner, name, original = _applied.pop(patch)
         setattr(owner, name, original)

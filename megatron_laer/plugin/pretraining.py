@@ -1,7 +1,7 @@
-"""Differences between releases of Megatron, for our training script.
+"""Differences between releases of Megatron (`megatron_laer/releases.py`), for our training script.
 
 Newer releases build a GPT model from a configuration. Older ones need a function for it, and their
-wheel has none. `megatron_laer/releases.py` lists the releases.
+wheel has none.
 """
 
 from __future__ import annotations
@@ -66,10 +66,7 @@ def build_gpt(
     config: Any = None,
     pg_collection: Any = None,
 ) -> Any:
-    """Build one chunk of the MoE GPT model for Megatron's arguments.
-
-    Megatron calls it in releases without `GPT_FROM_CONFIG`.
-    """
+    """Build one chunk of the MoE GPT model; for releases without `GPT_FROM_CONFIG`."""
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args

@@ -33,11 +33,7 @@ def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass
 class StepOutcome:
-    """Outcome of a step.
-
-    Attributes:
-        weights_changed: False if the optimizer skipped its step, e.g. for an infinite gradient.
-    """
+    """Outcome of a step; `weights_changed` is False if the optimizer skipped it."""
 
     weights_changed: bool = True
 
@@ -109,10 +105,7 @@ def _chunk(wrapped: Any) -> Chunk:
 
 
 def _replayed(routers: Sequence[Any]) -> list[torch.Tensor] | None:
-    """Return Megatron's replayed experts of the next forward pass, int [T, K] per router.
-
-    None if any router will choose by itself.
-    """
+    """Return Megatron's replayed experts of the next pass, int [T, K] per router, or None."""
     from megatron.core.transformer.moe.router_replay import RouterReplayAction
 
     replays = [router.router_replay for router in routers]

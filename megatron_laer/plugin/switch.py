@@ -51,7 +51,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     Raises:
         ImportError: Megatron lacks a patched attribute, which is named.
         ValueError: torch is too old for a GPU; an unknown planner; a file or folder that cannot be
-            used; a node size that does not divide the group, on every rank.
+            used. On every rank: a node size that does not divide the group.
     """
     asked = config or FSEPConfig()
     wanted = Session(dataclasses.replace(asked, gemm=gemm_in_force(asked.gemm)), seed)

@@ -86,7 +86,7 @@ class Stopwatch:
         self._add_passed()
 
     def take_ms(self) -> float:
-        """Return the sum of durations known since the last call, in milliseconds."""
+        """Return the milliseconds that became known since the last call."""
         self._add_passed()
         taken, self._seconds = self._seconds, 0.0
         return taken * 1e3

@@ -30,12 +30,7 @@ _SKIPPED = "-"
 
 @dataclass(frozen=True)
 class Step:
-    """One step of Megatron's log, counted from 1.
-
-    Attributes:
-        of: steps of the whole run.
-        values: by Megatron's names, such as `lm loss`, and by those of its metrics trackers.
-    """
+    """One step of Megatron's log, counted from 1; `values` are by Megatron's names."""
 
     number: int
     of: int
@@ -44,12 +39,7 @@ class Step:
 
 @dataclass
 class LoggedRun:
-    """Content of one run's log.
-
-    Attributes:
-        of: steps of the whole run, also where it ended early; 0 without any.
-        steps: by number; of a step repeated after a restart, the last one.
-    """
+    """Steps of a run by number, as in its log; a step repeated after a restart counts once."""
 
     name: str
     of: int = 0
@@ -88,7 +78,6 @@ def read_log(name: str, path: Path) -> LoggedRun:
 
 
 def steady(values: Sequence[float]) -> Sequence[float]:
-    """Return the values of the steady last steps."""
     return values[int(len(values) * STEADY_AFTER) :]
 
 
@@ -97,8 +86,6 @@ def steady_steps(number: int) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Format rows of a label and one value per column."""
-
     def line(label: str, cells: Sequence[str]) -> str:
         return f"{label:{_LABEL_WIDTH}}" + "".join(f"{cell:>{_COLUMN_WIDTH}}" for cell in cells)
 

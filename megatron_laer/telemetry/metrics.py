@@ -17,7 +17,6 @@ class Metric:
     """Description of a metric.
 
     Attributes:
-        name: in Megatron's log line, TensorBoard and W&B, or in a recording.
         unit: "1" for a number without any.
         over_layers: whether its percentiles and its value for each layer are logged as well.
         when: condition under which it exists, if any.
@@ -181,7 +180,6 @@ RECORDED_OF_LAYERS = (
 
 
 def table(metrics: tuple[Metric, ...]) -> list[str]:
-    """Return the lines of a table of metrics, for the docs."""
     lines = ["| name | unit | |", "|---|---|---|"]
     for metric in metrics:
         names = f"`{metric.name}`"

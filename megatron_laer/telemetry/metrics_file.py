@@ -5,11 +5,10 @@
     {"step":7,"step_ms":...,"metrics":{...},"layers":{"max_over_mean":[...L],...},
      "rank_tokens":[[...N],...L],"crc":...}\\n
 
-A `run` line describes a run that starts or resumes at this step. `cluster` has its planner's
-constants, under the keys of a cluster's YAML file. `metrics` describes the names. Numbers of a step
-have four digits, and `null` is a missing value. `files/json_lines.py` defines the checksum; version
-1 had none, and can be read too. `files/recording.py` describes resuming. This module imports
-neither torch nor Megatron, so that reports need neither.
+A `run` line describes a run that starts or resumes at this step, and its planner's cluster as in a
+cluster's YAML file. `metrics` describes the names. Numbers of a step have four digits; `null` is a
+missing value. `files/json_lines.py` defines the checksum, which version 1 lacks. Imports neither
+torch nor Megatron, so that reports need neither.
 
 Legend: N ranks, L MoE layers, T recorded steps.
 """
@@ -75,15 +74,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class MetricsRecording:
-    """Content of a recording.
+    """Content of a recording; missing values are NaN.
 
     Attributes:
         runs: first step of each run that wrote it, and its description.
-        clusters: the planner's cluster in each of these runs, with the GEMMs of the run's back end;
-            None if not recorded.
-        of_steps: float [T] by name, NaN for missing values.
+        clusters: each of these runs' planner cluster, with the run's GEMMs; None if unknown.
+        of_steps: float [T] by name.
         of_layers: float [T, L] by name.
-        rank_tokens_TLN: tokens that each rank computed.
         metrics: float [T] by name: the logged metrics, of this group.
     """
 
@@ -107,7 +104,6 @@ class MetricsWriter:
     Args:
         run: description of this run, texts by name.
         first_step: of this run; 0 if it does not resume another.
-        cluster: the planner's cluster in this run.
     """
 
     def __init__(
@@ -153,12 +149,7 @@ def recording_path(directory: str | Path, group_index: int) -> Path:
 
 
 def read_metrics(path: Path) -> MetricsRecording:
-    """Read a recording of `MetricsWriter`; an incomplete last line is skipped with a warning.
-
-    Raises:
-        ValueError: another format or version, or an invalid line, by number.
-        OSError: the file cannot be read.
-    """
+    """Read a recording of `MetricsWriter`; an incomplete last line is skipped with a warning."""
     runs: list[tuple[int, Mapping[str, str]]] = []
     clusters: list[Cluster | None] = []
     steps: list[_RecordedStep] = []

@@ -46,16 +46,10 @@ class Sample:
 
 @dataclass
 class LayerPasses:
-    """Sums over some passes of one layer, such as those of a step.
+    """Sums over some passes of one layer; `metrics.RECORDED_OF_LAYERS` describes most fields.
 
-    Attributes:
-        rank_tokens_N: tokens that each rank computed.
-        fresh: passes that got a layout of their own.
-        changed_slots: slots fetched after the gate.
-        largest_tokens: tokens of the busiest rank, in the pass with the most.
-        least_tokens: the same with perfect balance in that pass.
-        gains_s, costs_s: of the passes that weighed a fresh layout.
-        taken_cost_s, taken_decide_s: sums over the passes that took one.
+    `gains_s` and `costs_s` are of passes that weighed a fresh layout, `taken_*` sums over those
+    that took one.
     """
 
     rank_tokens_N: Int64
@@ -118,9 +112,7 @@ class LayerPasses:
     def host_values(self, changed_wait_s: float, exchanged_s: float) -> dict[str, float]:
         """Return the recorded values of measured times, by name.
 
-        Args:
-            changed_wait_s: waits of the compute for changed slots.
-            exchanged_s: all passes' time from dispatch to combine, in both directions.
+        `exchanged_s` is all passes' time from dispatch to combine, in both directions.
         """
         change_s = changed_wait_s + self.taken_decide_s
         return {
@@ -151,12 +143,6 @@ class LayerMetrics:
 
     A layer's mean is the sum divided by `groups`. To add a metric of layers, add a field here, fill
     it in `of`, name it in `named`, and describe it in `metrics.py`.
-
-    Attributes:
-        imbalance: max/mean tokens per rank, mean over passes.
-        stock_imbalance: the same under stock Megatron's placement.
-        fresh_layouts: share of passes with a layout of their own.
-        predicted_ms, balanced_ms, bound_ms: for the newest pass: see `Prediction`.
     """
 
     imbalance: float = 0.0
@@ -191,13 +177,9 @@ class LayerMetrics:
 
 @dataclass(frozen=True)
 class RankMetrics:
-    """Sums over ranks of their measurements.
+    """Sums over ranks of their measurements in a step; rows and bytes as in `SentRows`.
 
-    Attributes:
-        restore_exposed_ms, reduce_exposed_ms: waits of the compute in a step.
-        ranks: number of ranks that have MoE layers.
-        intra_rows, inter_rows, intra_bytes, inter_bytes, dispatches: as in `SentRows`.
-        layer_ms, layer_ranks: measured time of a layer and microbatch, and number of such ranks.
+    `ranks` counts those with MoE layers, `layer_ranks` those with a measured `layer_ms`.
     """
 
     restore_exposed_ms: float = 0.0
@@ -215,11 +197,7 @@ class RankMetrics:
 def named(
     layers: Sequence[LayerMetrics], rank: RankMetrics
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Name scalars and per-layer values as Megatron logs them.
-
-    Args:
-        layers: by row of the whole model; a row without groups has no MoE layer.
-    """
+    """Name scalars and per-layer values as Megatron logs them, from a row per model layer."""
     means = {index: layer.mean() for index, layer in enumerate(layers) if layer.groups}
     scalars: dict[str, float] = {}
     per_layer: dict[str, float] = {}

@@ -1,7 +1,6 @@
 """`StepTimes` adds up the activities of one rank's compute in each step.
 
-It gets the intervals of a `Timeline`, but in every step, and keeps only sums. It never waits for
-the device: on CUDA a step's sums are readable once the device has passed its last interval.
+It never waits for the device: on CUDA a step's sums are readable once its last interval has passed.
 """
 
 from __future__ import annotations
@@ -62,8 +61,7 @@ class _StepIntervals:
 class StepTimes:
     """Listener that adds up one rank's intervals of compute and tokens for each step, in order.
 
-    Communication streams run in parallel and do not count. Nor do intervals between two steps, such
-    as an evaluation.
+    Communication streams run in parallel and do not count, nor do intervals between steps.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -100,10 +98,7 @@ class StepTimes:
         self.begin_exchange(phase)
 
     def take(self) -> dict[Activity, float] | None:
-        """Return the seconds of the oldest step not yet taken; the whole step is `STEP`.
-
-        None if there is no such step, or the device has not passed it.
-        """
+        """Return the oldest step's seconds by activity; None unless the device has passed one."""
         if not self._ended:
             return None
         if not self._is_caught_up and not self._clock.passed(self._ended[0].end):
@@ -115,7 +110,6 @@ class StepTimes:
         return seconds
 
     def catch_up(self) -> None:
-        """Wait until every step can be taken, at the end of a run."""
         self._clock.catch_up()
         self._is_caught_up = True
 

@@ -1,9 +1,8 @@
 """`Timeline` writes `--fsep-timeline`: a rank's trace of a few steps, for Perfetto.
 
 Each rank is a process with four tracks: compute, tokens, and the communication streams of
-parameters and gradients. The compute track shows phases, which start and end at token exchanges,
-and the waits in them. The trace is written once, after its last step; nothing here changes the
-order of work.
+parameters and gradients. Compute has phases, which start and end at token exchanges, and the waits
+in them. The trace is written once, after its last step; nothing here changes the order of work.
 
 Format: the JSON of Chrome's trace viewer, complete events (`"ph": "X"`), times in microseconds
 since 1970. To merge files of several ranks, join their `traceEvents`.
@@ -41,8 +40,6 @@ OpenRange = Callable[[str], Callable[[], None]]
 
 @dataclass(frozen=True)
 class _Open:
-    """An interval that has begun."""
-
     activity: Activity
     start: Timestamp
     end_range: Callable[[], None]
@@ -51,12 +48,8 @@ class _Open:
 class Timeline:
     """Recorder of one rank's trace.
 
-    Args:
-        path: of the trace, created empty at once so that a run does not train in vain. A resumed
-            run adds its first recorded step to the name, and a number if that is taken.
-        rank: global; the trace's process.
-        open_range: for the compute and token tracks; communication streams have ranges already.
-        origin_step: the first step of this run, which may be a resumed one.
+    The file is created empty at once, so that a run does not train in vain. A resumed run, one with
+    `origin_step` above 0, adds its first recorded step to the name, and a number if that is taken.
     """
 
     def __init__(
@@ -92,7 +85,6 @@ class Timeline:
         self._phase = self._open(Activity(Kind.DENSE), self._step_start)
 
     def end_step(self, step: int) -> None:
-        """End a step; after the last one the trace is written."""
         if not self._is_recording:
             return
         self._end_phase(self._clock.now())

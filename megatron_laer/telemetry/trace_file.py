@@ -70,8 +70,6 @@ _MAX_LOST_BYTES = 2**26
 
 
 class _Header(NamedTuple):
-    """Content and size in bytes of a file's header."""
-
     version: int
     num_ranks: int
     num_experts: int
@@ -80,8 +78,6 @@ class _Header(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """Offsets, keys and checksum of a record, without its counts."""
-
     offset: int
     end: int
     width: int
@@ -97,11 +93,6 @@ class TraceWriter:
     A resumed run continues an existing recording. Records of earlier steps stay; those from
     `first_step` on are moved to another file, named `*.cut-from-STEP.*`. The same happens whenever
     the step goes back.
-
-    Args:
-        path: the file; its folders are made.
-        layer_names: all MoE layers that will be recorded.
-        first_step: of this run; 0 if it does not resume another.
     """
 
     def __init__(
@@ -133,12 +124,7 @@ class TraceWriter:
         microbatch: int,
         counts_NE: npt.NDArray[np.integer[Any]],
     ) -> None:
-        """Write one record. Of two with the same keys, readers use the later one.
-
-        Args:
-            layer_index: into `layer_names`.
-            counts_NE: tokens on each source rank for each expert.
-        """
+        """Write one record. Of two with the same keys, readers use the later one."""
         payload, width = self._packed(counts_NE)
         for name, value in (("step", step), ("microbatch", microbatch)):
             if not 0 <= value <= (MAX_INDEX if name == "step" else 2**32 - 1):
@@ -174,13 +160,7 @@ def recording_path(directory: str | Path, group_index: int) -> Path:
 
 
 def read_recording(path: Path) -> Trace:
-    """Read a recording of `TraceWriter`; an incomplete last record is skipped with a warning.
-
-    Raises:
-        ValueError: no regular file, another format or version, or a damaged record, by number and
-            offset.
-        OSError: the file cannot be read.
-    """
+    """Read a recording of `TraceWriter`; an incomplete last record is skipped with a warning."""
     with open_input(path) as file:
         header = _read_header(path, file.readline(_MAX_HEADER_BYTES))
         warn_of(header.version, path)
@@ -190,7 +170,6 @@ def read_recording(path: Path) -> Trace:
             where = f"{path}, record {number} at byte {frame.offset}"
             counts_NE = _read_counts(file, frame, header)
             if counts_NE is None:
-                # A power failure may leave such an end.
                 if frame.end >= size:
                     break
                 raise ValueError(f"{where}: the checksum does not fit; {_damage(frame.offset)}")

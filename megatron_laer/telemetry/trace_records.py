@@ -34,12 +34,8 @@ _BYTES_PER_COUNT = 12
 class Trace:
     """Counts of every recorded microbatch, ordered by step, layer and microbatch.
 
-    Attributes:
-        layers: names of the MoE layers, in their order in the model.
-        step_R: the training step of each record, int64 [R].
-        layer_R: index into `layers`, int64 [R].
-        microbatch_R: number within the step, from 0, int64 [R].
-        counts_RNE: tokens on each source rank for each expert, int32 [R, N, E].
+    `layer_R` indexes `layers`, which are in the model's order. `microbatch_R` counts within the
+    step. `counts_RNE` has the tokens on each source rank for each expert.
     """
 
     layers: tuple[str, ...]
@@ -89,7 +85,6 @@ class Trace:
         return len(self.counts_RNE)
 
     def counts_NE(self, record: int) -> Int64:
-        """Return the tokens on each source rank for each expert, int64 [N, E]."""
         counts_NE: Int64 = self.counts_RNE[record].astype(np.int64)
         return counts_NE
 
