@@ -136,7 +136,7 @@ class Replacement:
         return is_ours
 
     def commit(self, target: Path | None = None) -> None:
-        """Sync the content, then replace the target, or another file in its folder; leave it open."""
+        """Sync the content and replace the target, or another file of its folder; stay open."""
         # This also covers content from another open file of the same name.
         os.fsync(self.file.fileno())
         os.replace(self.path, target or self._target)

@@ -1,8 +1,10 @@
 """Callback that adds FSEP to Megatron-Bridge's `pretrain` and `finetune`.
 
-from megatron_laer.integrations.bridge import FSEPCallback
+    from megatron_laer.integrations.bridge import FSEPCallback
 
-pretrain(recipe, forward_step, callbacks=[FSEPCallback(recipe, FSEPConfig(capacity=4))])
+    pretrain(recipe, forward_step, callbacks=[FSEPCallback(recipe, FSEPConfig(capacity=4))])
+
+`bridge_config` reads its configuration.
 """
 
 from __future__ import annotations

@@ -39,9 +39,9 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     """Turn FSEP on: MoE layers built from now on are sharded.
 
     Idempotent. Other settings than before apply to models built from now on; earlier ones cannot go
-    on training. Call it before Megatron's model parallel state is initialised, or else on all
-    ranks. It then creates the FSEP groups, collectively over the world, with torch's time-out and
-    NCCL's defaults. Token exchanges then have the priority of compute.
+    on training. Before Megatron's model parallel state is initialised it makes no collective. After
+    that it is collective over the world, because it creates the FSEP groups. These have torch's
+    time-out and NCCL's defaults, and token exchanges the priority of compute.
 
     Args:
         config: settings; the defaults if None.
