@@ -4,7 +4,7 @@
 
     pretrain(recipe, forward_step, callbacks=[FSEPCallback(recipe, FSEPConfig(capacity=4))])
 
-`bridge_config` reads its configuration.
+`bridge_config` reads Megatron-Bridge's configuration.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def stock_named_parameters(
     Names, order, shapes and values are those of `named_parameters()` of the same chunk without
     FSEP. Experts are separate tensors: the e = E/X of this rank, `[R, K]` each and `[R]` for a
     bias. All other parameters are the chunk's own. Layers and experts are numbered from 0 in each
-    chunk and on each rank, as in stock.
+    chunk and on each rank, as in stock. Call it for each chunk in turn:
 
         for chunk in model:  # Megatron's list
             for name, tensor in megatron_laer.stock_named_parameters(chunk):
