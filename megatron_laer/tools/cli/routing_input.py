@@ -16,7 +16,6 @@ MAX_TOKENS = 2**24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the trace, or the workload in its place, to `parser`."""
     parser.add_argument(
         "trace",
         metavar="TRACE",
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace, purpose: str) -> None:
-    """Refuse a trace and a workload, neither, and arguments of a trace with a workload."""
+    """Refuse both or none of trace and workload, and arguments of a trace with a workload."""
     if args.workload is None:
         if args.trace is None:
             raise ValueError(
@@ -61,7 +60,6 @@ def refuse(args: argparse.Namespace, flags: tuple[str, ...], way_out: str) -> No
 
 
 def read(args: argparse.Namespace, num_experts: int | None) -> Trace:
-    """Read the trace."""
     with naming(args.trace):
         return read_trace(
             args.trace,

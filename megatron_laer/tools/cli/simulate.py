@@ -65,7 +65,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `simulate` to `parser`."""
     describe(
         parser,
         "Time of an iteration of stock EP, FSDP+EP, FlexMoE, LAER and FSEP for recorded or made-up "
@@ -124,7 +123,6 @@ class _Results:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `simulate`."""
     _check(args)
     cluster = named("--cluster", args.cluster, load_cluster)
     model = named("--model", args.model, lambda name: read_model(name, args.experts))
