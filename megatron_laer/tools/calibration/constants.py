@@ -61,10 +61,7 @@ def cluster_of(
     name: str,
     measured: Mapping[str, str],
 ) -> Cluster:
-    """Make a cluster of all figures, at least one link's among them.
-
-    `measured` describes the hardware and software, for readers of the file.
-    """
+    """Make a cluster of all figures; `measured` describes hardware and software for readers."""
     back_ends = _back_ends(figures, settings)
     links, link_spreads = _links(figures)
     default = next(back_end for back_end in back_ends if back_end.name == DEFAULT_BACK_END)

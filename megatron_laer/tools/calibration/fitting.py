@@ -24,7 +24,6 @@ _LEAST_GROWTH = 1.0 + 10.0 ** (1 - _DIGITS)
 
 
 def figure_of(samples: Iterable[float]) -> Figure:
-    """Return the median, the 10th and the 90th percentile."""
     median, low, high = np.percentile(list(samples), (50, 10, 90)).tolist()
     return Figure(rounded(median), rounded(low), rounded(high))
 

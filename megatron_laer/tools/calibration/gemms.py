@@ -21,7 +21,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def usable_back_ends(settings: CalibrationSettings, device: torch.device) -> list[str]:
-    """Return the names of the back ends that support this rank's device and sizes."""
     sizes = [size for matrix in settings.expert.matrices for size in matrix]
     dtype = compute_dtype(device)
     return [name for name in gemm_names() if slot_gemm(name).problem(device, dtype, sizes) is None]

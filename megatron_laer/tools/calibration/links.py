@@ -76,7 +76,6 @@ def make_partners(settings: CalibrationSettings, backend: str) -> list[Partners]
 def exchange_jobs(
     partners: list[Partners], settings: CalibrationSettings, device: torch.device
 ) -> Iterator[Job]:
-    """Yield a job per class of links, number of peers and size."""
     for of in partners:
         for wanted_bytes in settings.sent_bytes:
             peer_bytes = max(1, wanted_bytes // of.peers)

@@ -28,7 +28,6 @@ def hardware_name(device: torch.device) -> str:
 def describe(
     hardware: Sequence[str], settings: CalibrationSettings, device: torch.device
 ) -> Mapping[str, str]:
-    """Describe the measurements' hardware, given by rank, and software."""
     on_cuda = device.type == "cuda"
     names = [f"{count} x {name}" for name, count in Counter(hardware).most_common()]
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if on_cuda else "none, but gloo"

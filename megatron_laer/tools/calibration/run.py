@@ -77,9 +77,7 @@ def agree_on_settings(
 ) -> tuple[CalibrationSettings, torch.device]:
     """Choose each rank's device and the common settings. Collective over all ranks.
 
-    Args:
-        expert: None for one that suits the device.
-        node_size: None for the launcher's.
+    None means an expert that suits the device, and the launcher's node size.
     """
     settings, device = together(control, lambda: _settings(expert, node_size, quick))
     everybody: list[CalibrationSettings | None] = [None] * dist.get_world_size()

@@ -28,7 +28,6 @@ class Job:
     """Measurement of one figure.
 
     Attributes:
-        prepare: allocates memory and returns the function that samples.
         units: in one repeat; the figure is of one unit.
         is_shared: whether all ranks take part in a repeat, so that the slowest one's time counts.
     """

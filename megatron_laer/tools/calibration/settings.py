@@ -47,13 +47,11 @@ class CalibrationSettings:
     """Sizes and durations of all measurements; the same on every rank.
 
     Attributes:
-        device: type, "cpu" or "cuda".
         slots: of a rank in one call of a back end.
         tokens: of each slot, increasing.
         sent_bytes: by a rank in one All-to-All, increasing.
         shapes: (N, C, E) for which the planner is timed.
         contended_tokens, contended_bytes: of a slot's GEMM and a rank's All-to-All that overlap.
-        counts_experts: E of the exchange of counts.
         rounds: passes over all figures.
         round_s: time of a figure in a round, unless `least_samples` take longer.
         sample_s: minimum time of a sample, which repeats its work.
@@ -88,7 +86,6 @@ class CalibrationSettings:
         return elements * (2 if self.device == "cuda" else 4)
 
     def check_memory(self, free_bytes: int) -> None:
-        """Refuse experts whose products would take more memory than is free for a rank."""
         if self.gemm_bytes > free_bytes:
             raise ValueError(
                 f"an expert of hidden size {self.expert.hidden} and width {self.expert.ffn} would "

@@ -75,13 +75,11 @@ def option(
 
 
 def describe(parser: argparse.ArgumentParser, text: str, examples: str) -> None:
-    """Set a command's description, and the examples after its options."""
     parser.description, parser.epilog = text, examples
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def add_hours(parser: argparse.ArgumentParser) -> None:
-    """Add `--hours`, after which a command stops (`program.stopped_after`)."""
     text = "stop after so many hours; default: never"
     option(parser, "--hours X", text, number(1e-6, 24.0 * 365))
 
@@ -104,7 +102,6 @@ def yaml_inputs(**given: tuple[str, str | None]) -> list[Path]:
 
 
 def refuse_repeated(args: argparse.Namespace, flags: Sequence[str]) -> None:
-    """Refuse a flag that has one of its values twice."""
     for flag in flags:
         values = getattr(args, flag.removeprefix("--").replace("-", "_")) or []
         twice = [value for place, value in enumerate(values) if value in values[:place]]

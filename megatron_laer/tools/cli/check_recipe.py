@@ -241,8 +241,6 @@ def _replace_cuda_where_needed() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser that raises its errors."""
-
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 

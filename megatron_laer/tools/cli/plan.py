@@ -241,7 +241,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _routing(args: argparse.Namespace, num_experts: int | None) -> tuple[str, Trace]:
-    """Read or make the trace; return its name and the trace."""
     if args.workload is None:
         return str(args.trace), routing_input.read(args, num_experts)
     assert num_experts is not None
@@ -275,7 +274,6 @@ def _given(args: argparse.Namespace) -> Given:
 
 
 def _check(args: argparse.Namespace, metrics: Path | None) -> None:
-    """Refuse arguments that do not fit each other, and outputs that cannot be written."""
     refuse_repeated(args, ("--strategy", "--mode", "--capacity"))
     if args.tolerance is not None and TOLERANCE not in args.mode:
         raise ValueError(

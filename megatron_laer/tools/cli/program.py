@@ -49,7 +49,6 @@ def ended(name: str, run: Callable[[], int]) -> int:
 
 
 def failed(name: str, problem: str, status: int = 2) -> int:
-    """Print the problem on one line, and return the status."""
     print(one_line(f"{name}: {problem}"), file=sys.stderr)
     return status
 

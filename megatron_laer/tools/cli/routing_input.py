@@ -52,7 +52,6 @@ def check(args: argparse.Namespace, purpose: str) -> None:
 
 
 def refuse(args: argparse.Namespace, flags: tuple[str, ...], way_out: str) -> None:
-    """Refuse flags that have no effect here."""
     for flag in flags:
         value = getattr(args, flag.removeprefix("--").replace("-", "_"))
         if value is not None:

@@ -1,6 +1,6 @@
 """Settings of the predictions of `plan` and `report`: of flags, else recorded, else defaults.
 
-Both commands share them, so that each prints the other's rows. A note names unusable settings of a
+Both commands share them, so that they print the same rows. A note names unusable settings of a
 recording, and their replacements.
 """
 
@@ -92,8 +92,8 @@ class PredictionSettings:
     ) -> tuple[list[Geometry], tuple[str, ...]]:
         """Return the shapes, one per capacity, and the names of the sizes that were recorded.
 
-        Recorded sizes replace missing ones for the recorded number of ranks; the recorded node size
-        also needs the cluster not to be a flag's.
+        For the recorded number of ranks, sizes that were not given are the recorded ones. The node
+        size is not, if a flag names the cluster.
         """
         shape = self.shape if self.shape and self.shape.num_ranks == num_ranks else None
         recorded, flag = [], "--node-size"
@@ -169,13 +169,7 @@ def settings_of(
 
 
 class _Noted:
-    """Settings of flags, else of the start of the recording's last run.
-
-    Attributes:
-        texts: recorded settings by name.
-        recorded, defaults: names of the settings from the recording, and from neither it nor flags.
-        replaced: replacements of unusable values, in words.
-    """
+    """Settings of flags, else of the start of the recording's last run, with their origins."""
 
     def __init__(
         self, given: Given, model: ExpertSizes | None, recording: MetricsRecording | None

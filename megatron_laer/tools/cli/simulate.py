@@ -114,8 +114,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class _Results:
-    """Predictions and refusals by case, in order."""
-
     predicted: dict[Case, dict[str, IterationPrediction]] = field(default_factory=dict)
     refused: dict[Case, dict[str, str]] = field(default_factory=dict)
     runs: list[RunShape] = field(default_factory=list)

@@ -105,7 +105,6 @@ def _workload(args: argparse.Namespace, model: ModelShape, ranks: int, tokens: i
 
 
 def workload_sizes(args: argparse.Namespace, model: ModelShape) -> tuple[int, int]:
-    """Return the steps and the layers of a workload."""
     return max(_WORKLOAD_STEPS, args.lag + 1), min(_WORKLOAD_LAYERS, model.moe_layers)
 
 

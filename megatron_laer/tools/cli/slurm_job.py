@@ -51,11 +51,9 @@ _SET_BY = {"--expert-model-parallel-size": "EP_SIZE", "--fsep-capacity": "CAPACI
 def job_settings(
     user: Sequence[str], ranks: int, settings: Mapping[str, str]
 ) -> dict[str, str | list[str]]:
-    """Return the variables of the batch script that follow from its settings.
+    """Return the variables of the batch script that follow from its `settings`.
 
-    Args:
-        user: flags after `--`, which take precedence.
-        settings: MODEL, DATA_PREFIX and others of the script's variables.
+    `user` has the flags after `--`, which take precedence.
     """
     settings = {name: value for name, value in settings.items() if value}
     mode = settings.get("MODE", ExpertParallelMode.FSEP)
@@ -132,10 +130,7 @@ def _without_fsep(words: Sequence[str]) -> list[str]:
 
 
 def check(words: Sequence[str], ranks: int, mode: str, settings: Mapping[str, str]) -> Namespace:
-    """Refuse a job that cannot run; return the checked flags.
-
-    `mode` is of expert parallelism, or `both`.
-    """
+    """Refuse a job that cannot run; return the checked flags."""
     mode_in_check = ExpertParallelMode.FSEP if mode == _BOTH else mode
     args = _parsed(["--expert-parallel-mode", mode_in_check, *words])
     args.world_size = ranks

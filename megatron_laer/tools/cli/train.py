@@ -33,10 +33,7 @@ def prepare(script: str, script_args: list[str]) -> None:
 
 
 def run_script(script: str) -> str | None:
-    """Run the script; return the plugin's refusal of its settings, or None.
-
-    Signals and all other exceptions are the script's own.
-    """
+    """Run the script; return the plugin's refusal of its settings, or None."""
     from megatron_laer.support import RefusedError
 
     try:

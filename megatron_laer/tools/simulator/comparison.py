@@ -36,20 +36,12 @@ BASELINES = ("static", "laer")
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One strategy and mode over all cases.
+    """One strategy and mode over all cases; `plan_output.LEGEND` explains the columns.
 
     Attributes:
         cases: microbatches of one layer, with tokens and enough earlier steps.
-        mean, p95, p99, max: statistics of max/mean tokens per rank.
-        load_over_bound: mean of largest load / ceil(tokens / N).
         off_node_share, off_node_tokens: tokens that leave their node, of all and per case.
-        replan_share: share of cases whose layout was made after the gate.
-        plan_ms: median measured time of planning a layout, in the background.
-        gate_ms: median measured time of guard and split, on the critical path.
-        restored_bytes: mean bytes that the busiest rank receives in one forward pass.
-        fetched_bytes: the part of `restored_bytes` that is fetched after the gate.
-        layer_ms: mean predicted time, forward and backward, of a layer and of layouts made after
-            the gate; other restores are assumed to be hidden.
+        fetched_bytes: the part of `restored_bytes` that is fetched after the gate; both are means.
         time_over_bound: sum of predicted times / sum of their lower bounds.
     """
 
@@ -77,10 +69,7 @@ class PlanRow:
 
 @dataclass
 class _Planner:
-    """Strategy with its current layouts by layer, and the outcomes under each mode's guard.
-
-    None as strategy is stock EP: the static layout at C = E/N, without restores.
-    """
+    """Strategy (None for stock EP) with its layouts by layer, and each mode's outcomes."""
 
     name: str
     strategy: Strategy | None
@@ -184,7 +173,6 @@ def chosen_cases(trace: Trace, lag: int, every: int) -> list[int]:
 
 
 def mean_tokens(trace: Trace, top_k: int) -> int:
-    """Return the mean tokens per rank and microbatch, at least one."""
     pairs = int(trace.counts_RNE.sum(dtype=np.int64))
     return max(1, pairs // (len(trace) * trace.num_ranks * top_k))
 

@@ -29,7 +29,6 @@ by a rank in an iteration. memory: without the allocator's loss and buffers of l
 
 
 def table_text(methods: Mapping[str, IterationPrediction], refused: Mapping[str, str]) -> str:
-    """Return the table of one case, with a line for each method."""
     head = (
         *("method", "s/iteration", "low", "high", "x stock", "naive", "tokens/s", "MFU"),
         *("max/mean", "waiting", "exposed", "received GB in/between nodes", "memory GiB"),

@@ -50,7 +50,6 @@ slots and no split gets below."""
 
 
 def table_text(rows: Sequence[PlanRow]) -> str:
-    """Return the rows as an aligned table with a header."""
     head = [name for name, _ in _COLUMNS]
     return aligned([head, *([text(row) for _, text in _COLUMNS] for row in rows)], _WORDS)
 

@@ -55,7 +55,6 @@ def plot(title: str, draw: Callable[[Axes], None], size: tuple[float, float]) ->
 
 
 def write_plot(path: Path, figure: Figure, flag: str) -> None:
-    """Write a figure in the format of the file's ending."""
     content = io.BytesIO()
     figure.savefig(content, format=_ending(path))
     write_output(path, content.getvalue(), flag)

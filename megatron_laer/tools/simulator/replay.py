@@ -45,7 +45,6 @@ def walk(
 
 
 def kept_forecasts(trace: Trace, lag: int) -> int:
-    """Return the number of forecasts that a walk keeps at once."""
     return len(trace.layers) * (min(lag, len(set(trace.step_R.tolist()))) + 1)
 
 
@@ -54,9 +53,7 @@ def check_memory(
 ) -> None:
     """Refuse a replay that would take more memory than is free.
 
-    Args:
-        record_bytes: bytes of all records per count [N, E].
-        forecasts: number kept at once, over all layers.
+    `record_bytes` are of all records, per count [N, E].
     """
     per_count = record_bytes + _FORECAST_BYTES * forecasts + _WORKING_BYTES
     needed = num_ranks * num_experts * per_count
@@ -70,9 +67,7 @@ class Outcome:
 
     Attributes:
         tokens: (token, expert) pairs of the microbatch.
-        largest_load: tokens of the busiest rank.
-        least_load: ceil(tokens / N), the lower bound of `largest_load`.
-        off_node_tokens: tokens that are computed on another node than their own.
+        largest_load, least_load: tokens of the busiest rank, and their bound ceil(tokens / N).
         layer_s: predicted seconds, forward and backward, of the layer and of a layout made after
             the gate.
         least_s: lower bound of `layer_s` over all layouts of this capacity and all splits.

@@ -61,10 +61,7 @@ def gain(method: IterationPrediction, over: IterationPrediction) -> Gain:
 def advice(
     cases: Mapping[Case, Mapping[str, IterationPrediction]], most_bytes: float | None = None
 ) -> str:
-    """Return one sentence on the case in which FSEP has the most tokens per second and rank.
-
-    Cases in which FSEP needs more than `most_bytes` of a rank's memory do not count.
-    """
+    """Return one sentence on the case in which FSEP has the most tokens per second and rank."""
     rivals_of = {
         case: STOCK if STOCK in methods else FSDP_EP
         for case, methods in cases.items()

@@ -20,8 +20,7 @@ class MoETimes:
 
     Attributes:
         forward_N, backward_N: compute of the experts; `backward_N` includes recompute.
-        tokens_N: one exchange of tokens.
-        within_node: whether tokens stay in their node, so that ranks wait for no other node.
+        tokens_N, within_node: one exchange of tokens, and whether ranks wait for their node only.
         gate_s: exchange of counts, decision and quotas.
         restore_s, backward_restore_s, reduce_s: of the experts; None if this pass has none.
         change_s: fetching changed slots after the gate; None if there are none.
@@ -48,7 +47,6 @@ class LayerTimes:
         attention_s, dense_s: forward, backward; `dense_s` is neither attention nor experts.
             Backward includes recompute, except for `again`.
         tensor_s: collectives among tensor-parallel ranks, forward and backward.
-        moe: None for a dense layer.
         again: whether backward first runs forward again, with its exchanges of tokens.
         host_s: launches of small kernels, per direction.
         gather_s, scatter_s: data-parallel exchanges of the layer's parameters and gradients; 0 in
@@ -67,7 +65,6 @@ class LayerTimes:
 
 
 def forward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -> None:
-    """Run one microbatch's forward through the layers of a chunk."""
     with_experts = [place for place, layer in enumerate(layers) if layer.moe is not None]
     restored_s: dict[int, float] = {}
 
@@ -108,7 +105,6 @@ def forward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) ->
 
 
 def backward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -> None:
-    """Run one microbatch's backward through the layers of a chunk."""
     with_experts = [place for place, layer in enumerate(layers) if layer.moe is not None]
     restored_s: dict[int, float] = {}
     reducing: tuple[float, str] | None = None

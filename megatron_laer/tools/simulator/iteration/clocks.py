@@ -38,7 +38,6 @@ class Clocks:
         contention: share by which experts are slower during an exchange.
         stretch: factor by which an exchange is slower during compute.
         one_stream: whether parameters and gradients share a communicator, and wait for each other.
-        record: called with each interval of a timeline.
     """
 
     def __init__(
@@ -70,7 +69,6 @@ class Clocks:
             self._record(track, label or kind, begin_N, self.now_N)
 
     def wait(self, kind: str, until: Seconds | float, label: str = "") -> None:
-        """Advance every rank to a time, unless it has passed."""
         begin_N = self.now_N
         self.now_N = np.maximum(begin_N, until)
         self.spent[kind] += self.now_N - begin_N

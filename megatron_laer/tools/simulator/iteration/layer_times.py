@@ -40,11 +40,7 @@ _BACKWARD_GEMMS = 2
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of work for one model, run and set of rates.
-
-    Attributes:
-        nominal: rates of `LayerWork.unit_s_N`.
-    """
+    """Seconds of work for one model, run and set of rates; `LayerWork` is at `nominal` rates."""
 
     model: ModelShape
     run: RunShape
@@ -63,12 +59,9 @@ class Timing:
         gather_s: float = 0.0,
         scatter_s: float = 0.0,
     ) -> LayerTimes:
-        """Return the times of one microbatch in one layer.
+        """Return the times of one microbatch in one layer; `work` is None for a dense layer.
 
-        Args:
-            work: of its experts; None for a dense layer.
-            restores, restores_backward, reduces: whether this microbatch has the exchange, if the
-                method has.
+        An exchange is omitted if the method has none or this microbatch does not need it.
         """
         attention_s, attention_backward_s = self._attention()
         dense_s, dense_backward_s = self._dense(has_experts)

@@ -77,5 +77,4 @@ def _leaving(ranks: int, node_size: int, stride: int) -> float:
 
 
 def totals(by_kind: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return the sums over all kinds, by link class."""
     return {link: sum(of.values()) for link, of in by_kind.items()}

@@ -21,12 +21,7 @@ _LOGIT_BYTES = 4
 
 @dataclass(frozen=True)
 class Weights:
-    """Number of weights on a rank of one stage.
-
-    Attributes:
-        dense: of attention, dense FFNs, shared experts, routers, embedding and LM head.
-        expert: of experts that the rank owns, as slices or whole.
-    """
+    """Number of weights on a rank of one stage: of experts, as slices or whole, and all others."""
 
     dense: float
     expert: float
@@ -48,10 +43,7 @@ def stage_weights(model: ModelShape, run: RunShape, method: Method, stage: int) 
 def memory_bytes(
     model: ModelShape, run: RunShape, method: Method, most_pairs: float
 ) -> dict[str, float]:
-    """Return the bytes by part on the stage that needs most.
-
-    `most_pairs`: (token, expert) pairs that the busiest rank computes in a microbatch.
-    """
+    """Return the bytes by part on the stage that needs most; `most_pairs` is of one microbatch."""
     of_stages = [_stage_bytes(model, run, method, stage, most_pairs) for stage in range(run.stages)]
     return max(of_stages, key=lambda parts: sum(parts.values()))
 

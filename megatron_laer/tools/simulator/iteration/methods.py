@@ -39,8 +39,6 @@ class MethodSettings:
 
     Attributes:
         geometry: of FSEP, LAER and FlexMoE; the others derive theirs from it.
-        mode, strategy: of FSEP.
-        overlaps: whether exchanges overlap with compute.
         holds_step: whether FSEP's experts stay restored over a step.
         stock_group: X of stock; None for the largest possible.
     """
@@ -61,9 +59,7 @@ class LayerPlanner(Protocol):
         """Plan the layer's layout of a step."""
         ...
 
-    def work(self, counts_NE: Int64) -> LayerWork:
-        """Return the work of a microbatch of this step."""
-        ...
+    def work(self, counts_NE: Int64) -> LayerWork: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,6 @@ class Method:
 
     Attributes:
         one_stream: whether parameters and gradients share a communicator.
-        layer_planner: makes a planner for a layer.
         experts_held: experts' worth of weights that a rank owns in each layer.
         restored: whole experts that a rank restores in each layer; 0 without restores.
         replicas: copies of the same expert weights among the ranks of an FSEP group.

@@ -113,10 +113,7 @@ class ModelShape:
 
 
 def read_model(config: str, num_experts: int | None = None) -> ModelShape:
-    """Read the shape from a model configuration, given by path or by a shipped one's name.
-
-    `num_experts` replaces the model's, for a trace of another number.
-    """
+    """Read the shape from a model configuration; a trace's `num_experts` replaces the model's."""
     sizes = model_sizes(config)
     experts = num_experts or sizes.num_experts
     assert experts is not None

@@ -65,10 +65,7 @@ def sweep(
 ) -> None:
     """Run all operations, each when its input has arrived from the stage before or after.
 
-    Args:
-        stages: clocks by stage, which `run` advances.
-        orders: operations by stage, as `order` returns them.
-        send_s: time of sending hidden states or their gradients to a neighbour, during compute.
+    `run` advances the clocks of a stage; sending takes `send_s`, during compute.
     """
     num_stages = len(stages)
     done: dict[tuple[bool, int, int], Seconds] = {}  # by direction, place and microbatch

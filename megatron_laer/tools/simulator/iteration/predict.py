@@ -33,8 +33,7 @@ class IterationPrediction:
     """Predicted iteration of a method; means over steps, and over ranks unless stated.
 
     Attributes:
-        iteration_s: at the nominal rates.
-        low_s, high_s: range over all sets of rates.
+        iteration_s, low_s, high_s: at the nominal rates, and the range over all sets of rates.
         by_rates_s: for each set of rates, nominal first.
         compute_s, exposed_s: by kind; with `waiting_s` they add up to `iteration_s`.
         waiting_s: for ranks that compute longer.
@@ -74,8 +73,6 @@ class IterationPrediction:
 
 @dataclass
 class _Collected:
-    """Iterations, bytes and loads of the steps so far."""
-
     iterations: list[list[Iteration]] = field(default_factory=list)  # by step, by rates
     bytes_by_kind: list[dict[str, dict[str, float]]] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)

@@ -24,7 +24,6 @@ class PredictedTimeline:
         self._intervals: dict[tuple[str, int, int], list[tuple[str, str, float, float]]] = {}
 
     def recorder(self, method: str, stage: int) -> Recorder:
-        """Return the recorder for the clocks of a stage."""
         of_rank = [self._intervals.setdefault((method, stage, rank), []) for rank in self._ranks]
 
         def record(track: str, label: str, begin_N: Seconds, end_N: Seconds) -> None:

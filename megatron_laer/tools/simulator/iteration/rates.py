@@ -77,7 +77,6 @@ class Rates:
         return moved_bytes / self.memory_bytes_per_s
 
     def collective_seconds(self, ranks: int, node_size: int) -> float:
-        """Return the latency of a collective, as in the cost model."""
         near = min(ranks, node_size) - 1
         return self.cluster.collective_seconds(near, ranks - near - 1)
 
@@ -86,9 +85,6 @@ class Rates:
 
         A ring passes each link with all but one rank's share. Between nodes, its ranks on a node
         use their adapters together; the ranks between them run rings of their own.
-
-        Args:
-            stride: distance between neighbouring ranks of the ring.
         """
         if ranks <= 1:
             return 0.0

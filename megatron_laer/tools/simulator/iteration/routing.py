@@ -29,10 +29,9 @@ class Step:
 
 
 class Routing:
-    """Counts of a run, from a trace with other numbers of ranks and tokens.
+    """Counts of a run with other ranks, or other `pairs` per microbatch, than its trace.
 
-    Args:
-        pairs: mean (token, expert) pairs of a rank and microbatch; None for the trace's.
+    `pairs` are the mean (token, expert) pairs of a rank.
     """
 
     def __init__(self, trace: Trace, num_ranks: int, pairs: float | None = None) -> None:

@@ -15,11 +15,9 @@ class RunShape:
     Attributes:
         ranks: of one FSEP group; every pipeline stage has `replicas` such groups.
         tokens: of a rank in a microbatch.
-        microbatches: of an iteration.
         chunks: model chunks of a stage; more than one means the interleaved schedule.
         replicas: groups that hold the same experts, between which slices are data parallel.
         tensor: tensor-parallel ranks in attention, with sequence parallelism.
-        shards_optimizer: whether Megatron's distributed optimizer is on.
         overlaps_data_parallel: `--overlap-grad-reduce` and `--overlap-param-gather`.
         flash_attention: whether attention's scores stay on the chip.
     """

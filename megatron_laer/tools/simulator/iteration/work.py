@@ -27,7 +27,6 @@ class Exchange:
         intra_bytes, inter_bytes: the most that any rank sends or receives, by link class.
         mean_intra_bytes, mean_inter_bytes: received by a rank on average.
         in_stages: whether the link classes are used one after the other (`node`).
-        collectives: number of collectives in sequence.
     """
 
     intra_bytes: float
@@ -79,8 +78,7 @@ class LayerWork:
         pairs_N: (token, expert) pairs that each rank computes.
         intra_N, inter_N: rows in one token exchange by link class; the larger of sent and received.
         mean_intra, mean_inter: rows that a rank receives on average.
-        restore, reduce: of the layer's experts; None without restores.
-        change: of slots that differ from the planned layout; None if there are none.
+        restore, reduce, change: of the experts, and of slots that differ from the planned layout.
         solve_s: making a layout after the gate.
         slots: GEMMs per matrix and pass on a rank.
         group: number of neighbours that exchange tokens and counts; None for all ranks.
@@ -120,7 +118,6 @@ class LayerWork:
         solve_s: float = 0.0,
         group: int | None = None,
     ) -> LayerWork:
-        """Make the work from a split's totals over ranks of equally many slots."""
         num_ranks = len(totals.own_N)
 
         def by_rank(of_slots_S: Int64) -> Int64:
