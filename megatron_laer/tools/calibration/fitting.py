@@ -78,7 +78,7 @@ def fit_link(exchanges: Sequence[tuple[int, int, float]]) -> Link:
 
 
 def rates_of(link: Link, exchanges: Sequence[tuple[int, int, float]]) -> list[float]:
-    """Return the rates of the largest exchanges, and of others with bytes longer than latency.
+    """Return the rates of the largest exchanges and those whose bytes take longer than latency.
 
     Smaller exchanges determine no rate.
     """

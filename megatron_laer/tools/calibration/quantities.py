@@ -1,4 +1,4 @@
-"""Keys of the measured figures; as texts, ending in the unit, they name them in a cluster file."""
+"""Keys of the measured figures; their texts, with units, are the names in a cluster file."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ examples:
 
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the arguments, and the words after `--`, which are also `flags` among them."""
+    """Return the arguments, and the words after `--`, which are also `args.flags`."""
     # Split off the script's words first: argparse's treatment of `--` differs between versions.
     own, script_args = _split_at_dashes(words)
     parser = _parser(own[0] if own else "")

@@ -207,7 +207,7 @@ def _parsed(words: list[str]) -> Namespace:
     if "megatron.training.arguments" not in sys.modules:
         _say_wait("Megatron")
     with warnings.catch_warnings():
-        # Megatron warns at import of packages that a run would need, and nothing is run.
+        # Megatron warns at import about parts that a run would need, and nothing is run.
         warnings.simplefilter("ignore")
         _replace_cuda_where_needed()
         from megatron.training.arguments import add_megatron_arguments

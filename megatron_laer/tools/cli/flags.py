@@ -9,7 +9,7 @@ import shlex
 from megatron_laer.device import CPU_FLAGS
 from megatron_laer.tools.model_flags import model_flags
 
-# Words without quotes, which would become a part of them in `$(...)`. Brackets and stars are for
+# Words that get no quotes, which `$(...)` would make a part of them. Brackets and stars are for
 # Megatron's lists, such as [0]*3+[1]*58; no file has such a name.
 _PLAIN = re.compile(r"[\w@%+=:,./\[\]*-]+", re.ASCII)
 

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace, purpose: str) -> None:
-    """Refuse both or none of trace and workload, and arguments of a trace with a workload."""
+    """Refuse both trace and workload, or neither; refuse a trace's arguments with a workload."""
     if args.workload is None:
         if args.trace is None:
             raise ValueError(

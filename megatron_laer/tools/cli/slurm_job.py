@@ -87,7 +87,7 @@ def job_settings(
 
 
 def last_value(flag: str, words: Sequence[str]) -> str:
-    """Return the last value of a flag, which counts; "" without one."""
+    """Return the last value of a flag, the effective one; "" without one."""
     value = ""
     for place, word in enumerate(words):
         if word.startswith(f"{flag}="):

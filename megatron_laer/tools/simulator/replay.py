@@ -32,8 +32,8 @@ def walk(
 ) -> Iterator[tuple[int, int, list[int], SmoothedForecast | None]]:
     """Yield step, layer, records and their forecast, in order.
 
-    The newest counts of a forecast are `lag` steps old, among steps that recorded the layer.
-    Without so many earlier steps it is None. `total_NE` sums the counts of records.
+    The newest counts of a forecast are `lag` steps old, among steps that recorded the layer;
+    it is None before there are so many. `total_NE` sums the counts of records.
     """
     keys = list(zip(trace.step_R.tolist(), trace.layer_R.tolist(), strict=True))
     states: dict[int, deque[SmoothedForecast]] = {}

@@ -61,7 +61,7 @@ class Timing:
     ) -> LayerTimes:
         """Return the times of one microbatch in one layer; `work` is None for a dense layer.
 
-        An exchange is omitted if the method has none or this microbatch does not need it.
+        With `restores`, `restores_backward` or `reduces` False, it has no such exchange.
         """
         attention_s, attention_backward_s = self._attention()
         dense_s, dense_backward_s = self._dense(has_experts)

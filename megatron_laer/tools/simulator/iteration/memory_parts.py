@@ -43,7 +43,7 @@ def stage_weights(model: ModelShape, run: RunShape, method: Method, stage: int) 
 def memory_bytes(
     model: ModelShape, run: RunShape, method: Method, most_pairs: float
 ) -> dict[str, float]:
-    """Return the bytes by part on the stage that needs most; `most_pairs` is of one microbatch."""
+    """Return bytes by part on the stage that needs most; `most_pairs` are the busiest rank's."""
     of_stages = [_stage_bytes(model, run, method, stage, most_pairs) for stage in range(run.stages)]
     return max(of_stages, key=lambda parts: sum(parts.values()))
 

@@ -107,7 +107,7 @@ def ring_neighbours(node_size: int, stride: int) -> int:
 def rate_sets(rates: Rates) -> tuple[Rates, ...]:
     """Return the rates, then those with compute and links at either end of their spreads.
 
-    Two corners would not do: exchanges are exposed most where compute is fast and links are slow.
+    Four corners are needed: exchanges are exposed most where compute is fast and links are slow.
     """
     ends = _ends(rates.cluster)
     found = [rates]
