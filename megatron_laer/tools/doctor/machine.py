@@ -51,12 +51,11 @@ def _driver() -> str:
 
 
 def cards(torch: Answer) -> Check:
-    """Return the GPUs that torch sees."""
     return Check("cards", "; ".join(torch["cards"]) or "none")
 
 
 def nccl(torch: Answer, on_cuda: bool) -> Check:
-    """Check the library with which ranks exchange: NCCL, or gloo on the CPU."""
+    """Check the library of the exchanges between ranks: NCCL, or gloo on the CPU."""
     found = torch["nccl"] or "none"
     if on_cuda and not torch["nccl"]:
         return Check("NCCL", found, Status.MISSING, "install a torch with NCCL")
@@ -101,7 +100,7 @@ def launched(environment: Mapping[str, str]) -> Check:
 
 
 def node_size(environment: Mapping[str, str], num_cards: int, on_cuda: bool) -> Check:
-    """Return the ranks per node, as FSEP counts them without --fsep-node-size."""
+    """Check the ranks per node that FSEP assumes without --fsep-node-size."""
     given = _first(environment, _WORLD)
     world = int(given[1]) if given and _NUMBER.fullmatch(given[1]) else 1
     try:

@@ -22,15 +22,9 @@ from megatron_laer.tools.report.run_files import RunFiles, naming
 
 
 def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | None) -> RunData:
-    """Read the rest of a run that has recorded its metrics.
+    """Read the rest of a run with recorded metrics.
 
-    Args:
-        recording: its metrics.
-        trace: its routing, if it was recorded too.
-
-    Raises:
-        ValueError: a damaged file, by line, or files of different runs.
-        OSError: a file cannot be read.
+    Raises ValueError for a damaged line or files of different runs, OSError for unreadable files.
     """
     assert files.metrics is not None
     shape = recording.shape
@@ -86,7 +80,7 @@ def stock_tokens_TLN(experts_TLE: Int64, shape: Shape) -> Int64:
 
 
 def check_same_run(metrics: Path, shape: Shape, path: Path | None, trace: Trace) -> None:
-    """Raise ValueError for a trace of other sizes than the metrics of its folder."""
+    """Raise ValueError for a trace whose sizes differ from those of the metrics."""
     of_trace = (trace.num_ranks, trace.num_experts, trace.layers)
     of_metrics = (shape.num_ranks, shape.num_experts, shape.layers)
     if of_trace != of_metrics:
