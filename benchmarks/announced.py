@@ -91,7 +91,6 @@ def run(size: Size, ranks: int, repeats: int) -> dict[str, list[list[Measured]]]
 
 
 def summary(mode: str, runs: list[list[Measured]], size: Size) -> dict[str, Any]:
-    """Return a row of the table, over the counted steps."""
 
     def counted(name: str) -> list[float]:
         values = [getattr(rank, name)[size.warm_up :] for ranks in runs for rank in ranks]

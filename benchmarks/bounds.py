@@ -30,8 +30,6 @@ QUOTA_BOUNDS_MS = {(64, 2, 64): 0.12, (256, 2, 256): 1.0}
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure, its bound, and whether it is met."""
-
     figure: str
     bound: float
     value: float

@@ -58,6 +58,5 @@ def checkout(text: str) -> Path:
 
 
 def write_json(path: Path | None, content: Any) -> None:
-    """Write a result to a file, if one is given."""
     if path is not None:
         write_file(path, json.dumps(content, indent=1) + "\n")

@@ -142,7 +142,6 @@ def summary(case: Workload, counts_of_ranks: Sequence[Counts]) -> Iterator[dict[
 def formula(
     case: Workload, what: str, node_size: int, algorithm: ExchangeAlgorithm, step: int
 ) -> Traffic:
-    """Compute the expected traffic of an exchange."""
     layout = case.layouts[step]
     if what == "gradients":
         return reduce_traffic(layout, node_size, case.matrices, algorithm)
@@ -174,7 +173,6 @@ def run_ranks(quick: bool) -> list[dict[str, Counts]]:
 
 
 def serve(pipe: Connection, rank: int, address: str, quick: bool) -> None:
-    """Run every workload with every node size, as one rank."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
     found: dict[str, Counts] = {case.name: {} for case in workloads(quick)}

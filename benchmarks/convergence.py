@@ -86,7 +86,6 @@ def _steps(text: str) -> int:
 
 
 def _settings(steps: int) -> dict[str, Any]:
-    """Return the common settings of all runs in a file."""
     return {"steps": steps, "ranks": RANKS, "model": MODEL.split()}
 
 
@@ -118,7 +117,6 @@ def _write(path: Path, runs: dict[tuple[str, str], Run], steps: int) -> None:
 
 
 def _train(runs: dict[tuple[str, str], Run], steps: int, path: Path | None) -> None:
-    """Train the missing runs, and write all runs after each."""
     missing = [(way, aux) for way in WAYS for aux in AUX_LOSSES if (way, aux) not in runs]
     with tempfile.TemporaryDirectory() as folder, RankPool(RANKS) as pool:
         text = Text.prepare(Path(folder)) if missing else None

@@ -43,7 +43,6 @@ class Gap:
 
     @classmethod
     def between(cls, run: Run, stock: Run) -> Gap:
-        """Compare two runs of equal length."""
         moved_WL = np.abs(shares_WLE(run) - shares_WLE(stock)).sum(axis=-1) / 2
         return cls(
             training=_distance(window_losses(run), window_losses(stock)),
@@ -54,14 +53,11 @@ class Gap:
 
 @dataclass(frozen=True)
 class Check:
-    """A statement that must hold, and whether it does."""
-
     sentence: str
     holds: bool
 
 
 def checks(runs: Runs) -> Iterator[Check]:
-    """Yield the statements that must hold for all runs."""
     for aux in auxes(runs):
         gaps = gaps_from_stock(runs, aux)
         for part in ("training", "validation", "experts"):
@@ -91,7 +87,6 @@ def auxes(runs: Runs) -> list[str]:
 
 
 def gaps_from_stock(runs: Runs, aux: str) -> dict[str, Gap]:
-    """Return the gap of each other way that was run under the auxiliary loss."""
     return {
         way: Gap.between(run, runs[STOCK, aux])
         for (way, of), run in runs.items()

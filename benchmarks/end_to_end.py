@@ -193,7 +193,6 @@ def cpu_times(size: Size, run: Run) -> list[float]:
 
 
 def spread(times: Iterable[float]) -> dict[str, float]:
-    """Return median, minimum and maximum in milliseconds."""
     found = list(times)
     return {"median": statistics.median(found), "min": min(found), "max": max(found)}
 
@@ -278,7 +277,6 @@ def stock_skew(repeats: Sequence[Run], size: Size, *, bursts_only: bool = False)
 
 
 def burst_times(repeats: Sequence[Run]) -> list[float]:
-    """Return the times of the skewed steps."""
     return [
         step_ms
         for run in repeats

@@ -100,8 +100,6 @@ QUICK_TOKENS = Size(2, 256, 32, 8, 4, 64, 16, 2, 4, 2, more="--kv-channels 8")
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of the table."""
-
     name: str
     flags: str
     routing: Routing

@@ -46,7 +46,6 @@ Squares = list[dict[str, float]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure all cases and print the table."""
     parser = parser_of("benchmarks.gradient_error", __doc__)
     parser.add_argument("--seeds", type=between(1, 1000), default=10)
     add_json(parser)
@@ -66,7 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def summary(by_rank: Sequence[Squares]) -> dict[str, str]:
-    """Combine the ranks' rows, and summarize the seeds."""
     errors: dict[str, list[float]] = {}
     for of_seed in zip(*by_rank, strict=True):
         total = {way: sum(squares[way] for squares in of_seed) for way in of_seed[0]}

@@ -93,7 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Format the counts as a Markdown table."""
     lines = [
         "| case | commit | replicas of the hottest | launches but GEMMs and collectives | of it "
         "reduce, per matrix | GEMMs | collectives | kept for backward, MB |",
@@ -231,7 +230,6 @@ def _build(case: Case) -> Any:
 
 
 def _replicas(case: Case, counts_NE: Any) -> int:
-    """Return the number of replicas of the hottest expert."""
     from megatron_laer.planner.construct import construct_layout
     from megatron_laer.planner.layout import ExpertLayout
 

@@ -62,15 +62,12 @@ _QUICK_NAMES = ("stock, W2", "fsep, W2")
 
 @dataclass(frozen=True)
 class Job:
-    """One configuration at one size."""
-
     size: Size
     case: Configuration
     is_calibrated: bool
 
     @property
     def name(self) -> str:
-        """Return the job's name in the result."""
         size = self.size
         return (
             f"{self.case.name}; hidden {size.hidden}, ffn {size.ffn}, "
@@ -112,7 +109,6 @@ def _calibrate(output: Path, *, quick: bool) -> None:
 
 
 def jobs_of(scratch: Path, *, quick: bool) -> Iterator[Job]:
-    """Yield the jobs, and write their routing."""
     sizes: list[tuple[Size, Sequence[str], bool]]
     if quick:
         small = replace(QUICK, sequences=8)
@@ -130,7 +126,6 @@ def jobs_of(scratch: Path, *, quick: bool) -> Iterator[Job]:
 
 
 def _measured(jobs: Sequence[Job], scratch: Path) -> dict[str, float]:
-    """Train each configuration, and return the median step time by name."""
     prefix = str(scratch / "text")
     prepare_data(default_text_sources()[:150], prefix, progress=False)
     found = {}

@@ -125,7 +125,6 @@ def named_workloads(count: int) -> Iterator[dict[str, Any]]:
 
 
 def plot_growth(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot the layout time against N."""
     from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
 
     figure, axes = pyplot.subplots()

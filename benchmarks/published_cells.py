@@ -69,7 +69,6 @@ class Constants:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Constants:
-        """Make constants from a vector, in the order of the fields."""
         return cls(*map(float, values))
 
 

@@ -54,7 +54,6 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Return the cell's name without its method."""
         return f"{self.dataset}, {self.model}, aux {self.aux_loss}"
 
     @property
@@ -64,7 +63,6 @@ class Cell:
 
     @property
     def is_fitted(self) -> bool:
-        """Return True if constants are fitted on it."""
         return self.model in FIT_MODELS
 
 

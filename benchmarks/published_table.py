@@ -26,12 +26,10 @@ def text(given: str) -> str:
 
 
 def positive(given: str) -> float:
-    """Parse a time or another number above 0, else raise ValueError."""
     return _number(given, math.ulp(0.0), "a number above 0")
 
 
 def not_negative(given: str) -> float:
-    """Parse a number of at least 0, else raise ValueError."""
     return _number(given, 0.0, "a number of at least 0")
 
 

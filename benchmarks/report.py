@@ -38,7 +38,6 @@ def _cell(value: object) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine of a measurement."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -55,7 +54,6 @@ def machine() -> dict[str, Any]:
 
 
 def median_ms(run: Callable[[], object], repeats: int) -> float:
-    """Return the median wall time of a call."""
     return statistics.median(times_ms(run, repeats))
 
 

@@ -42,8 +42,6 @@ REPLAYED = tuple(name for name in WORKLOADS if name != "W4")
 
 @dataclass(frozen=True)
 class RoutingShape:
-    """Sizes that routing depends on."""
-
     layers: int
     ranks: int
     experts: int
@@ -107,7 +105,6 @@ def fixed_bias_seed(shape: RoutingShape, std: float) -> int:
 
 
 def fixed_biases(shape: RoutingShape, std: float, seed: int) -> list[torch.Tensor]:
-    """Return each layer's bias per expert."""
     generator = torch.Generator().manual_seed(seed)
     return [std * torch.randn(shape.experts, generator=generator) for _ in range(shape.layers)]
 

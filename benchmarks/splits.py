@@ -79,7 +79,6 @@ Split = Callable[[Int64, ExpertLayout, int], Outcome]
 
 
 def split_exactly(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Outcome:
-    """Split by our own exact quotas."""
     quotas = exact_split(layout, node_size).solve(counts_NE)
     return _outcome(counts_NE, quotas.rank_loads_N(), int(quotas.totals().far_S.sum()))
 

@@ -37,8 +37,6 @@ SKEWS = {"random": 0.0, "skewed": 1.0}
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a case."""
-
     nodes: int
     node_size: int
     experts: int
@@ -47,7 +45,6 @@ class Shape:
 
     @property
     def ranks(self) -> int:
-        """Return N."""
         return self.nodes * self.node_size
 
 
@@ -164,7 +161,6 @@ class Case:
         return TokenRouting.count(self.maps, slots, self.layout.capacity, self.shape.node_size)
 
     def slots(self, rank: int, *, chooses: bool) -> torch.Tensor:
-        """Return the slot of each pair of a rank."""
         map_TE, quotas = torch.from_numpy(self.maps[rank]), self.quotas[rank]
         if chooses:
             with mock.patch.object(replica_choice, "_LEAST_SHARE", 0.0):  # also for a small gain

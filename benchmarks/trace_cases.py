@@ -68,7 +68,6 @@ class Trace:
         return self._forecasts[case.layer][case.iteration - 1].counts_NE()
 
     def before(self, case: Case) -> Int64 | None:
-        """Return the microbatch before the case in its iteration, if there is one."""
         if case.microbatch == 0:
             return None
         counts_NE: Int64 = self.counts[case.iteration, case.layer, case.microbatch - 1]

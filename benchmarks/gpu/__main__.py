@@ -74,7 +74,6 @@ PARTS = (*(task.name for task in _ON_ONE_CARD), *_ON_RANKS)
 
 
 def tasks(parts: Sequence[str], ranks: int, nodes: int, *, dry: bool) -> list[Task]:
-    """Return the processes of these parts, in execution order."""
     found = [task for task in _ON_ONE_CARD if task.name in parts]
     if ranks == 1:
         return found
@@ -255,7 +254,6 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def _data(options: argparse.Namespace, is_needed: bool) -> Iterator[str]:
-    """Yield the prefix of a dataset that all nodes see."""
     prefix = options.output.resolve() / "data" / "text"
     if is_needed and not prefix.with_suffix(".idx").exists():
         from megatron_laer.tools.data import default_text_sources, prepare_data

@@ -110,7 +110,6 @@ class _Experts:
         self.outs = [make(model.slots, *shape, dtype=torch.float32) for shape in shapes]
 
     def run(self, gemm: SlotGemm, which: str) -> Callable[[], list[torch.Tensor]]:
-        """Return a pass on this back end."""
         return lambda: self.forward(gemm) if which == "forward" else self.backward(gemm)
 
     def forward(self, gemm: SlotGemm) -> list[torch.Tensor]:

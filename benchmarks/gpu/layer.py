@@ -87,7 +87,6 @@ def rows(found: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, An
 
 
 def measure_one(side: str, model: Model, dry: bool) -> dict[str, Any]:
-    """Build and measure a layer of one side."""
     from megatron_laer import launch
 
     lone_rank.install(model.ranks)

@@ -36,7 +36,6 @@ def install(ranks: int) -> None:
 def all_gather_into_tensor(
     output: torch.Tensor, given: torch.Tensor, group: Any = None, async_op: bool = False
 ) -> _Done:
-    """Gather this rank's tensor from every rank."""
     _fill(output, given)
     return _Done()
 

@@ -19,7 +19,6 @@ _MOST_ROUNDS = 30
 
 
 def measure(setting: Setting) -> Part:
-    """Measure the copy alone, and next to the chain at each priority, in turn."""
     device = setting.device
     size, links, copied = (64, 3, 2**12) if setting.dry else (8192, 12, 2**24)
     a, b = (torch.randn(size, size, device=device, dtype=setting.dtype) for _ in range(2))

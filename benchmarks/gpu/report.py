@@ -88,7 +88,6 @@ def show(part: Part, dry: bool) -> None:
 
 
 def about(command: Sequence[str]) -> dict[str, Any]:
-    """Describe the machine and the command of a result."""
     found: dict[str, Any] = machine()
     found |= {name: _version(name) for name in _PACKAGES}
     found["commit"] = _said("git", "-C", str(_ROOT), "describe", "--always", "--dirty")
@@ -136,7 +135,6 @@ def page_rows(result: dict[str, Any]) -> str:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Format rows as a Markdown table."""
     if not rows:
         return []
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([*map(_cell, row.values())] for row in rows)]

@@ -16,8 +16,6 @@ Run = Callable[[], object]
 
 
 class Budget:
-    """Time budget of a part."""
-
     def __init__(self, seconds: float) -> None:
         self._end_s = time.monotonic() + seconds
 
@@ -33,8 +31,6 @@ class Budget:
 
 @dataclass(frozen=True)
 class Times:
-    """Times of one variant."""
-
     median_ms: float
     least_ms: float
     most_ms: float
@@ -42,11 +38,9 @@ class Times:
 
     @classmethod
     def of(cls, times_ms: list[float]) -> Times:
-        """Summarize measured times."""
         return cls(statistics.median(times_ms), min(times_ms), max(times_ms), len(times_ms))
 
     def cells(self, prefix: str = "") -> dict[str, float]:
-        """Return median and spread as cells of a table."""
         return {
             f"{prefix}ms": self.median_ms,
             f"{prefix}least": self.least_ms,

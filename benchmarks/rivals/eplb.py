@@ -28,7 +28,6 @@ class Eplb:
     name: str = "eplb"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """Return the layout for the total load of each expert."""
         shape = self.geometry
         loads = counts_NE.sum(axis=0).tolist()
         replicas = [1] * shape.num_experts

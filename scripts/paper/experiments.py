@@ -108,7 +108,6 @@ class Experiment:
         return self.cases if not toy or self.toy_cases is None else self.toy_cases
 
     def methods(self) -> list[Method]:
-        """Return each method once."""
         return list({case.method.name: case.method for case in self.cases}.values())
 
 
@@ -121,7 +120,6 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Return the run's name, which is also part of its file names."""
         return f"{self.model}_aux{self.case.aux}_{self.case.method.name}"
 
 
@@ -224,5 +222,4 @@ def log_path(run: Run, request: Request) -> Path:
 
 
 def metrics_folder(run: Run, request: Request) -> Path:
-    """Return the folder of a run's recorded metrics."""
     return request.folder / f"{run.name}-metrics"

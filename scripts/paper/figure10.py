@@ -41,7 +41,6 @@ EXPERIMENT = Experiment(
 
 
 def tables(found: Found) -> Sequence[Table]:
-    """Make the breakdown and a table of tokens."""
     of_paper, balance = {}, {}
     if found.published is not None:
         of_paper, balance = read_breakdown(found.published), read_balance(found.published)

@@ -29,7 +29,6 @@ class Measured:
         return statistics.fmean(self.step_s[skipped:])
 
     def balance(self, skipped: int) -> float | None:
-        """Return the mean imbalance without the first steps, if measured."""
         return statistics.fmean(self.imbalance[skipped:]) if self.imbalance else None
 
 

@@ -74,7 +74,6 @@ class Found:
         return None if found is None else found.balance(self.skipped)
 
     def models(self) -> list[str]:
-        """Return the models of the runs, each once."""
         return list(dict.fromkeys(run.model for run in self.all_runs))
 
 
@@ -116,7 +115,6 @@ def main(
 
 
 def _split(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Split words at `--`; those after it are Megatron's."""
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at + 1 :]
 
@@ -164,13 +162,11 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
 
 
 def add_result_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every figure's command."""
     parser.add_argument("--published", type=path, help="the folder with laer_ae_*.csv")
     parser.add_argument("--work-dir", default=".paper", help="for logs; default %(default)s")
 
 
 def check_result_options(options: argparse.Namespace) -> None:
-    """Raise ValueError for unusable folders."""
     refuse_unusable_folder(options.work_dir, "--work-dir")
     if options.published is not None and not options.published.is_dir():
         raise ValueError(f"--published {quoted(options.published)} is no folder; give one that is")
@@ -225,7 +221,6 @@ def _request(experiment: Experiment, options: argparse.Namespace, extra: Sequenc
 
 
 def _chosen(experiment: Experiment, options: argparse.Namespace) -> list[Run]:
-    """Return the requested runs; all by default."""
     default = experiment.toy_models if options.toy else experiment.models
     models = [model for model in MODELS if model in (options.models or default)]
     return [
@@ -349,7 +344,6 @@ def _report(
 
 
 def finish(result: Result, folder: Path, *, failed: bool = False) -> int:
-    """Print and write a result; return the command's status."""
     written = result.write(folder)
     print(f"\n{result.text()}\n\n{one_line(f'Also in {written} and, as text, beside it.')}")
     return int(failed)

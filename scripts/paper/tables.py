@@ -38,7 +38,6 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """Return the result as text."""
         parts = [f"Figure {self.figure}. {self.title} ({self.scale})"]
         parts += [f"{table.title}\n{table_text(table.rows)}" for table in self.tables]
         parts += ["\n".join(f"* {one_line(note)}" for note in self.notes)] if self.notes else []

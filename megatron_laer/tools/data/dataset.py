@@ -160,7 +160,6 @@ def _checked_prefix(
     inputs: Sequence[str | os.PathLike[str]],
     files: Sequence[Path],
 ) -> Path:
-    """Return the prefix as a path; raise ValueError if no dataset can be written there."""
     prefix = Path(output_prefix)
     # Megatron keeps its indices of a dataset in a directory with the prefix's name.
     is_cache = prefix.is_dir() and {path.name for path in prefix.iterdir()} == {_CACHE}
@@ -181,8 +180,6 @@ def _checked_prefix(
 
 
 class _Dataset:
-    """Megatron's builder of a dataset, for documents in pieces."""
-
     def __init__(self, bin_path: Path, vocab_size: int) -> None:
         with quiet():
             from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder

@@ -79,7 +79,6 @@ def default_text_sources() -> list[Path]:
 
 
 def as_list(inputs: Iterable[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
-    """Turn the inputs into a list; a single path becomes a list of one."""
     return [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
 
 

@@ -124,7 +124,6 @@ def _load_hugging_face(folder: str) -> Any:
 
 
 def check_length(path: Path, size_bytes: int, max_bytes: int) -> None:
-    """Raise ValueError for a file that is too long to be one document."""
     if size_bytes > max_bytes:
         raise ValueError(
             f"{quoted(path)} has {size_bytes:,} bytes, but a file that is one document at most "

@@ -35,5 +35,4 @@ class Check:
 
     @property
     def status_and_note(self) -> str:
-        """Return the text of the last column."""
         return f"{self.status}: {self.note}" if self.note else str(self.status)

@@ -82,7 +82,6 @@ def dataset_helper(megatron: Answer, environment: Mapping[str, str]) -> Check:
 
 
 def launched(environment: Mapping[str, str]) -> Check:
-    """Check the variables of the launcher that started this process."""
     names = {"WORLD_SIZE": "torchrun", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
     world = _first(environment, _WORLD)
     rank = _first(environment, _RANK)

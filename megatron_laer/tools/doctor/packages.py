@@ -44,12 +44,10 @@ class Requirement:
 
     @property
     def module(self) -> str:
-        """Return the module whose import shows that the package works."""
         return _MODULES.get(self.name, self.name)
 
     @property
     def install(self) -> str:
-        """Return the command that installs it."""
         return shlex.join([sys.executable, "-m", "pip", "install", self.text])
 
     def allows(self, version: str) -> bool:
@@ -98,7 +96,6 @@ def ours() -> Check:
 
 
 def _commit(checkout: Path) -> str:
-    """Return the commit of our own checkout; "" without one."""
     if not (checkout / ".git").exists():
         return ""
     command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]

@@ -137,7 +137,6 @@ def torch(_: str) -> Answer:
 
 
 def megatron(_: str) -> Answer:
-    """Describe Megatron: version, folder and dataset helper."""
     import megatron.core.datasets
 
     from megatron_laer import megatron_version

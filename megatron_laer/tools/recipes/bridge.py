@@ -106,7 +106,6 @@ def read_recipes(path: Path) -> list[dict[str, str]]:
 
 
 def recipe_of(content: Mapping[str, Content], where: str) -> dict[str, str]:
-    """Return a recipe's fields in a mapping, such as a YAML file's, as a row of the table."""
     _check_columns(list(content), where)
     found = {}
     for name in [*COLUMNS, *(name for name in MORE_COLUMNS if name in content)]:

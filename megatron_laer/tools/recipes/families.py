@@ -172,5 +172,4 @@ def implied_by(recipe: str) -> list[Implied]:
 
 
 def adapts_experts(recipe: str) -> bool:
-    """Return True if a LoRA recipe adapts experts."""
     return not _LORA_ON_ATTENTION.search(recipe)

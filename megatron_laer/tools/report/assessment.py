@@ -92,7 +92,6 @@ def assess(run: RunData) -> Assessment:
 
 
 def percent(share: float) -> str:
-    """Format a share as 96.8 %."""
     return f"{100 * share:.1f} %"
 
 

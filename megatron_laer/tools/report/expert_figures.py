@@ -144,7 +144,6 @@ def _layouts_by_bin(run: RunData, bins: Bins) -> tuple[Float64, list[int]]:
 
 
 def _slot_bytes(settings: Sequence[tuple[str, str]]) -> int | None:
-    """Return the bytes of an expert's weights, from the recorded settings."""
     of = dict(settings)
     try:
         hidden, ffn, each = (int(of[name]) for name in ("hidden", "ffn", "bytes_per_element"))

@@ -91,7 +91,6 @@ def _about(run: RunData) -> str:
 
 
 def _key_figures(runs: Sequence[RunData]) -> Iterator[tuple[str, ...]]:
-    """Yield rows of figures, with a column for each run."""
     columns = [dict(_figures_of(one)) for one in runs]
     for name in dict.fromkeys(name for column in columns for name in column):
         yield (name, *(column.get(name, "–") for column in columns))

@@ -186,7 +186,6 @@ def bars_by_name(
     y: str,
     colours: Sequence[str],
 ) -> Figure:
-    """Return a figure of horizontal bars by name, each with its number."""
     traces = [
         {
             "type": "bar",
@@ -259,7 +258,6 @@ def points(
 
 
 def _robust(values: Float64) -> tuple[float, float]:
-    """Return the range of nearly all values, with 0 and a margin."""
     low, high = min(0.0, *np.quantile(values, [0.005])), max(0.0, *np.quantile(values, [0.995]))
     margin = 0.06 * (high - low) or 1.0
     return low - margin, high + margin
@@ -281,7 +279,6 @@ def names_axis(title: str, names: Sequence[str], before: str = "") -> dict[str, 
 
 
 def numbers_axis(title: str, number: int) -> dict[str, Any]:
-    """Return the axis of the ranks or experts 0 to `number` - 1."""
     axis = {"title": {"text": title}, "dtick": _tick(number)}
     return {"before": f"{title} ", "values": list(range(number)), "axis": axis}
 

@@ -65,13 +65,11 @@ def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | No
 
 
 def recorded_until(path: Path) -> str:
-    """Return the time of a recording's last change, in words."""
     time = datetime.fromtimestamp(path.stat().st_mtime, UTC)
     return f"recorded until {time:%Y-%m-%d %H:%M} UTC"
 
 
 def stock_tokens_TLN(experts_TLE: Int64, shape: Shape) -> Int64:
-    """Return the tokens that each rank would compute under stock's placement."""
     owner_E = stock_owner_E(shape.num_ranks, shape.num_experts)
     tokens_TLN = np.zeros((*experts_TLE.shape[:2], shape.num_ranks), dtype=np.int64)
     for expert, rank in enumerate(owner_E.tolist()):
@@ -134,7 +132,6 @@ def _loss(logs: tuple[Path, ...]) -> list[tuple[int, float]]:
 
 
 def _settings(recording: MetricsRecording) -> list[tuple[str, str]]:
-    """Return the sizes, and the settings of the last run that wrote the recording."""
     sizes = shape_settings(recording.shape)
     return [*sizes, *(recording.runs[-1][1].items() if recording.runs else ())]
 

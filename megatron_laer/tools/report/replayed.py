@@ -123,7 +123,6 @@ def _by_step_and_layer(trace: Trace) -> Iterator[tuple[int, int, list[int]]]:
 def _decided(
     guard: Guard, layout: ExpertLayout, microbatches: Sequence[Int64]
 ) -> tuple[Int64, dict[str, float]]:
-    """Return each rank's tokens and the recorded values of a layer's passes in one step."""
     passes, predictions = LayerPasses.of(guard.geometry.num_ranks), []
     for counts_NE in microbatches:
         decision = guard.decide(counts_NE, layout)

@@ -108,7 +108,6 @@ def _geometries(geometry: Geometry) -> list[Geometry]:
 
 
 def _balanced_ms(trace: Trace, geometry: Geometry, costs: CostModel, cases: Sequence[int]) -> float:
-    """Return the mean predicted time of stock's layer with forced balance."""
     found = [
         stock_seconds(
             costs,

@@ -69,7 +69,6 @@ def _no_number(match: re.Match[str]) -> str:
 
 
 def _check_columns(names: Sequence[str]) -> list[str]:
-    """Return the columns of the experts; none in the long form."""
     experts = [f"expert_{number}" for number in range(len(names) - len(KEYS))]
     for columns in (["expert", "tokens"], experts):
         if sorted(names) == sorted([*KEYS, *columns]) and columns:
@@ -117,7 +116,6 @@ def _trace(table_I: np.ndarray, experts: list[str], num_experts: int | None, siz
 
 
 def _layers(layer_I: np.ndarray) -> tuple[list[str], Int64]:
-    """Return the layers' names in order, and the place of each line's layer among them."""
     stripped = [name.strip() for name in layer_I.tolist()]
     if "" in stripped:
         raise ValueError(f"row {stripped.index('') + 1}: the layer is empty")
