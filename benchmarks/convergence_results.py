@@ -31,10 +31,8 @@ ROUNDINGS = 3.0
 class Gap:
     """Distance of a run from stock's under the same auxiliary loss.
 
-    Attributes:
-        training: difference of a window's mean loss, root mean square over windows.
-        validation: difference of the validation loss, root mean square over windows.
-        experts: share of tokens that another expert of the layer got, mean over windows and layers.
+    `training` and `validation` are root mean squares over windows. `experts` is the share of tokens
+    that another expert of the layer got, mean over windows and layers.
     """
 
     training: float

@@ -122,10 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class Run:
     """One run of a configuration.
 
-    Attributes:
-        ranks: measurements of each rank.
-        ideals: runs of the ideal just before and just after. The ideal itself has only the one
-            before, so that its shares show the machine's drift.
+    `ideals` are runs of the ideal just before and just after. The ideal itself has only the one
+    before, so that its shares show the machine's drift.
     """
 
     ranks: list[Measured]

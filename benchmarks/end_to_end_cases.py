@@ -44,10 +44,8 @@ STOCK_RECOMPUTE = "stock balanced, recompute"
 class Size:
     """Sizes of the model, and the length of its training.
 
-    Attributes:
-        sequences: of a rank's microbatch, of which a step has one.
-        warm_up: steps that are not counted.
-        steps: counted steps per configuration and repeat; the burst has a whole period of bursts.
+    A step has one microbatch of `sequences` per rank. The burst has a whole period of bursts in
+    place of `steps`, and `warm_up` steps are not counted.
     """
 
     layers: int

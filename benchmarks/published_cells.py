@@ -261,10 +261,9 @@ def _work(
 class Fit:
     """Fitted constants, and the certainty of the fit.
 
-    Attributes:
-        sigma: relative deviation of each constant if a cell is off by one percent.
-        singular: values of the scaled Jacobian, largest first; small ones are directions in which
-            constants can be exchanged for each other.
+    `sigma` is the relative deviation of each constant if a cell is off by one percent. `singular`
+    are values of the scaled Jacobian, largest first; small ones are directions in which constants
+    can be exchanged for each other.
     """
 
     constants: Constants

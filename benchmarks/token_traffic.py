@@ -70,10 +70,8 @@ class TokenTraffic:
 class TokenRouting:
     """Numbers of pairs and of distinct tokens from each rank to each rank and node.
 
-    Attributes:
-        pairs_NN: pairs of each source rank that go to slots of each rank.
-        to_ranks_NN: distinct tokens of each source that have such pairs.
-        to_nodes_NM: distinct tokens of each source that go to any rank of each node.
+    `pairs_NN` are by source rank and rank, `to_ranks_NN` the distinct tokens that have such pairs.
+    `to_nodes_NM` are the distinct tokens of each source that go to any rank of each node.
     """
 
     pairs_NN: Rows
@@ -87,12 +85,8 @@ class TokenRouting:
     ) -> TokenRouting:
         """Count a known routing.
 
-        Args:
-            maps: each rank's router map, bool [T, E]; T may differ.
-            slots: each rank's slots of its pairs, by expert, then token; see
-                `dispatch.replica_choice`.
-            capacity: C.
-            node_size: G.
+        `maps` are each rank's router map, bool [T, E]; T may differ. `slots` are each rank's slots
+        of its pairs, by expert, then token (see `dispatch.replica_choice`).
         """
         num_ranks = len(maps)
         check_node_size(num_ranks, node_size)

@@ -30,10 +30,8 @@ from megatron_laer.session import current_coordinator
 class Routing:
     """Choice of the tokens' experts.
 
-    Attributes:
-        flags: Megatron's.
-        trace: file of a trace to replay, one step after the other.
-        bias: standard deviation and seed of a fixed bias per expert.
+    `trace` is the file of a trace to replay, step by step. `bias` is the standard deviation and the
+    seed of a fixed bias per expert.
     """
 
     flags: str = ""

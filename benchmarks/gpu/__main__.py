@@ -42,11 +42,8 @@ _DRY_S = 600.0
 class Task:
     """One process of the check.
 
-    Attributes:
-        name: of the part, which may have several tasks.
-        share: weight of the task's time.
-        ranks: required ranks; 1 runs without torchrun.
-        environment: additional variables.
+    A part `name` may have several tasks. `share` is the weight of the task's time; with one of
+    `ranks` it runs without torchrun.
     """
 
     name: str

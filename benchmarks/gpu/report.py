@@ -27,10 +27,8 @@ _PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine")
 class Part:
     """Tables of one part.
 
-    Attributes:
-        tables: rows by title; a row has a cell for each column.
-        left_out: omitted measurements, with the reason.
-        problems: failures, such as results that differ.
+    `tables` are rows by title. `left_out` are omitted measurements, with the reason. `problems` are
+    failures, such as results that differ.
     """
 
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)

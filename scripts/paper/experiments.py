@@ -25,10 +25,8 @@ TOY_RANKS = 2
 class Method:
     """Training method.
 
-    Attributes:
-        name: used on the command line, in log names and in tables.
-        paper: its name in the artifact's files; None where the paper has no such method.
-        about: its description, for the page and the help.
+    `name` is part of command lines, log names and tables. `paper` is the name in the artifact's
+    files, or None where the paper has no such method.
     """
 
     name: str
@@ -78,14 +76,10 @@ class Case:
 class Experiment:
     """The runs of one figure.
 
-    Attributes:
-        models: of the paper; shrunk `toy_models` replace them at toy scale.
-        cases: all cases of each model; `toy_cases` at toy scale, None for the same.
-        sequence: tokens of a sequence; a rank's microbatch has `sequences`.
-        stock_tensor: stock Megatron's tensor-parallel size, by experts and top-k.
-        toy_flags: Megatron's flags at toy scale.
-        published: the artifact's files that the figure's tables need.
-        notes: sentences on parts without a counterpart, or with a different one.
+    `toy_models` are shrunk models that replace `models` at toy scale, as `toy_cases` replaces
+    `cases`. A rank's microbatch has `sequences` sequences of `sequence` tokens. `stock_tensor` is
+    stock Megatron's tensor-parallel size, by experts and top-k. `published` lists the artifact's
+    files for the tables, and `notes` the parts without a true counterpart.
     """
 
     figure: int
@@ -127,11 +121,8 @@ class Run:
 class Request:
     """Request of the command line.
 
-    Attributes:
-        folder: absolute path for logs and results.
-        data_prefix, tokenizer: in the format of pretrain.sbatch.
-        flags: Megatron flags after all others.
-        sbatch: options of sbatch.
+    `folder` is an absolute path. `data_prefix` and `tokenizer` are in the format of
+    pretrain.sbatch. `flags` are Megatron flags after all others, and `sbatch` options of sbatch.
     """
 
     toy: bool

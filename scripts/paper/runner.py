@@ -50,11 +50,8 @@ _TOY_SOURCES = 150
 class Found:
     """Input of a figure's tables.
 
-    Attributes:
-        runs: completed runs, of the requested `all_runs`.
-        profiles: of runs with recorded metrics.
-        skipped: first steps that are not counted.
-        published: the folder of the artifact's files, if it has all that the figure needs.
+    `runs` are the completed ones of `all_runs`. `published` is the folder of the artifact's files,
+    if it has all that the figure needs.
     """
 
     runs: Mapping[Run, Measured]

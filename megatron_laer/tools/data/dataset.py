@@ -47,10 +47,8 @@ _CACHE = "cache"
 class PreparedData:
     """Result of `prepare_data`.
 
-    Attributes:
-        tokens: number of tokens, including the ends of documents.
-        flags: Megatron's flags for training on the dataset.
-        left_out: a sentence for each kind of omitted input.
+    `tokens` include the ends of documents. `flags` are Megatron's for training on the dataset, and
+    `left_out` has a sentence for each kind of omitted input.
     """
 
     prefix: Path

@@ -42,11 +42,9 @@ def proved_rows() -> tuple[ProvedRow, ...]:
 class Proof:
     """Rows that have the features of a run, and features that no row has.
 
-    Attributes:
-        row: a row that has all features together, or "".
-        is_replaced: whether this row, or every row of some feature, replaces parts that Megatron
-            has for GPUs alone.
-        no_row_together: pairs of other features that no row has together, as `a + b`.
+    `row` has all features together, or is "". `is_replaced` says that it, or every row of some
+    feature, replaces parts that Megatron has for GPUs alone. `no_row_together` has pairs of other
+    features, as `a + b`.
     """
 
     row: str

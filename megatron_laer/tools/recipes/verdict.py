@@ -68,11 +68,8 @@ def judge(
 ) -> Judgement:
     """Judge parsed arguments, or an object with the same attributes.
 
-    Args:
-        settings: the table's attributes are checked if present.
-        allowed: the words of `--fsep-allow-unproven`.
-        also_refused: further reasons for a refusal, which no argument shows.
-        doubts: reasons why nothing proves the run, if it is not refused.
+    `allowed` are the words of `--fsep-allow-unproven`. `also_refused` are further reasons for a
+    refusal, which no argument shows. `doubts` are reasons why nothing proves an accepted run.
     """
     _check_sizes(settings)
     found = [(row, text) for row in REFUSALS if (text := row.problem_with_flag(settings, allowed))]

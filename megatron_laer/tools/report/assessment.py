@@ -25,12 +25,9 @@ _WORTH_NAMING = 0.002
 class Assessment:
     """Assessment of a run, over all steps.
 
-    Attributes:
-        total_s: measured time of steps, or else predicted time of MoE layers.
-        exchanges_s: wait for restores, gradients and decisions; 0 where times are predicted,
-            since the prediction includes them.
-        stock_s: time that stock's placement would have lost to imbalance.
-        kept: time with forced balance over `total_s`.
+    `total_s` and `exchanges_s` are measured, or else `total_s` is the predicted time of MoE layers
+    including exchanges, and `exchanges_s` is 0. `stock_s` is the time that stock's placement would
+    have lost to imbalance, and `kept` the time with forced balance over `total_s`.
     """
 
     is_measured: bool

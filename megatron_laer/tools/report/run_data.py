@@ -26,17 +26,13 @@ class RunData:
     """Data of a run, by layer and step; NaN stands for missing values.
 
     Attributes:
-        is_measured: whether times were measured in the run; else all are predicted.
         imbalance_TL, stock_TL: tokens of the busiest rank over the mean, with FSEP and under
             stock's placement.
-        layer_ms_TL: measured or predicted time of a layer over all its passes in a step.
-        of_steps: [T] measured times and state by the recording's names; may be empty.
-        of_layers: [T, L] by the recording's names.
-        metrics: [T] by the names under which they are logged.
+        layer_ms_TL: time of a layer over all its passes in a step, predicted if not `is_measured`.
+        of_steps, of_layers, metrics: [T], [T, L] and [T] by recorded or logged names.
         experts_TLE: tokens of each expert; None without a trace.
         layouts: planned layouts, by their first step.
         loss: [step from 1, loss] of Megatron's log.
-        recorded: time of the last record, in words.
     """
 
     name: str

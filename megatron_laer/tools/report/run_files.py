@@ -22,10 +22,8 @@ _WAYS = "--fsep-record-metrics, --fsep-record-trace and --fsep-record-layouts wr
 class RunFiles:
     """Files of one FSEP group: at least a recording of metrics or a trace.
 
-    Attributes:
-        groups: all groups that have recordings.
-        metrics_beside: metrics next to a trace that is given alone; only their settings are read.
-        trace: recorded routing in any format that `plan` reads.
+    `groups` are all groups with recordings. `trace` may have any format that `plan` reads. Only the
+    settings of `metrics_beside` are read; they are next to a trace that is given alone.
     """
 
     name: str

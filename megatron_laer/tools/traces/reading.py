@@ -24,19 +24,16 @@ def read_trace(
     num_experts: int | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Trace:
-    """Read a trace.
+    """Read a trace from a file, or a folder of one format.
 
     Args:
-        path: a file, or a folder of one format.
         format: one of `FORMATS`; by default it is recognized.
         ranks: only these source ranks, in this order.
         num_experts: E, for formats that do not state it; checked against the others.
-        progress: wraps the files or iterations, as tqdm does.
 
     Raises:
         ValueError: an unknown format, damaged content (by file and line or record), or another
             number of experts.
-        OSError: an unreadable path.
     """
     if num_experts is not None and not 1 <= num_experts <= MAX_EXPERTS:
         raise ValueError(f"the number of experts must be in 1..{MAX_EXPERTS}, got {num_experts}")

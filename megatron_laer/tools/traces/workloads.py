@@ -55,10 +55,8 @@ class Shape:
 class Workload:
     """One workload, by the experts among which its tokens choose.
 
-    Attributes:
-        title: its name in Megatron's benchmark, without the number.
-        hot: returns the `hot_width` hot experts of a step.
-        quarters: returns how many of four tokens choose among these in a step.
+    `hot` returns the `hot_width` hot experts of a step, and `quarters` how many of four tokens
+    choose among these. `title` is the name in Megatron's benchmark, without the number.
     """
 
     title: str
