@@ -31,7 +31,7 @@ HIDDEN, FFN = 64, 128
 
 
 class Case(NamedTuple):
-    """One shape of a layer, and its token exchange."""
+    """One shape of a layer, and its restore algorithm (`exchange`)."""
 
     capacity: int
     ranks: int
